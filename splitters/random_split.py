@@ -1,0 +1,20 @@
+"""Random split: a seeded random partition of the neurons."""
+
+from __future__ import annotations
+
+import torch
+
+from upcycle.feed_forward import FeedForward
+from upcycle.methods.base import Partition
+
+
+class RandomSplit(Partition):
+    """LLaMA-MoE's "Independent (Random)" (arXiv 2406.16554, section 3): the baseline every clustering must beat."""
+
+    name = "random_split"
+    title = "Random split"
+    paper = "https://arxiv.org/abs/2406.16554"
+
+    def order(self, size: int, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+        """A fresh permutation for every layer."""
+        return torch.randperm(size, generator=rng)

@@ -1,0 +1,24 @@
+"""Turns a dense transformer checkpoint into a Mixture-of-Experts one, proves it, and keeps it usable everywhere."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upcycle.conversion import convert
+    from upcycle.evaluation import evaluate
+    from upcycle.planning import plan
+    from upcycle.verification import verify
+
+__version__ = "0.1.0"
+__all__ = ["convert", "evaluate", "plan", "verify"]
+
+# Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
+_FUNCTIONS = {"convert": "conversion", "evaluate": "evaluation", "plan": "planning", "verify": "verification"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module 'upcycle' has no attribute '{name}'")
+    return getattr(import_module(f"upcycle.{_FUNCTIONS[name]}"), name)

@@ -1,0 +1,135 @@
+"""The dense checkpoint: a local folder, a hub id, a ``.gguf`` file or the embedded demo, behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from upcycle.errors import CheckpointError, RefusalError
+from upcycle.families.base import DenseConfig, Family
+from upcycle.families.refused import reason
+from upcycle.registry import FAMILIES, load
+from upcycle.sources import Source, locate
+from upcycle.tensor_files import SafetensorsFolder, TensorSpec, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.feed_forward import FeedForward
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+class TensorStore(Protocol):
+    """Where tensors come from; shapes and dtypes are known without reading one."""
+
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def fingerprint(self) -> str:
+        """Different for different checkpoints."""
+
+    def location(self, name: str) -> str:
+        """The file a tensor is in."""
+
+    def chunks(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
+        """Blocks of the first dimension."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor whole."""
+
+
+class DenseCheckpoint:
+    """A dense model's configuration and its tensors, none of which is read before it is asked for.
+
+    Raises:
+        CheckpointError: the folder or file is damaged or disagrees with its configuration.
+        RefusalError: the family is not supported; the message says what is missing.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.store: TensorStore
+        if source.path.is_file():
+            from upcycle.gguf_file import GgufFile
+
+            gguf = GgufFile(source.path)
+            self.raw_config: dict[str, Any] = gguf.config
+            self.store = gguf
+            config_bytes = b""
+        else:
+            self.raw_config = read_json(source.path / "config.json")
+            config_bytes = (source.path / "config.json").read_bytes()
+        self.family: Family = family_of(self.raw_config, str(source.path))
+        if not source.path.is_file():
+            self.store = SafetensorsFolder(source.path)
+        self.config: DenseConfig = self.family.config(self.raw_config)
+        self.family.check(self.config, self.store.specs, str(source.path))
+        self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
+
+    @classmethod
+    def open(cls, source: str, revision: str | None = None) -> DenseCheckpoint:
+        """Open what the user named: a folder, a ``.gguf`` file, a hub id or ``demo``."""
+        return cls(locate(source, revision))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the weights."""
+        return self.source.path.is_file() or any((self.source.path / name).is_file() for name in _TOKENIZER_FILES)
+
+    def dtype_of(self, name: str, dtype: str = "keep") -> str:
+        """The dtype a tensor is read in."""
+        return self.store.specs[name].dtype if dtype == "keep" else dtype
+
+    def read(self, name: str, dtype: str = "keep") -> torch.Tensor:
+        """Read one tensor, checked to be finite.
+
+        Raises:
+            CheckpointError: it holds NaN or Inf, or values that overflow ``dtype``.
+        """
+        return self._checked(name, self.store.read(name), dtype)
+
+    def chunks(self, name: str, dtype: str = "keep", most_bytes: int = 1 << 26) -> Iterator[torch.Tensor]:
+        """The same in blocks of its first dimension."""
+        return (self._checked(name, block, dtype) for block in self.store.chunks(name, most_bytes))
+
+    def _checked(self, name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+        import torch
+
+        # One pass without a temporary: a sum is finite only if every element is, bar overflow of the sum itself.
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{self.store.location(name)}: tensor '{name}' holds NaN or Inf",
+                hint="the checkpoint is damaged or its training diverged; download it again or use an earlier one",
+            )
+        cast = tensor.to(getattr(torch, self.dtype_of(name, dtype)))
+        if cast.dtype == torch.float16 and not torch.isfinite(cast).all():
+            raise CheckpointError(f"tensor '{name}' overflows float16", hint="use --dtype bfloat16")
+        return cast
+
+    def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
+        """Read one dense FFN."""
+        from upcycle.feed_forward import FeedForward
+
+        names = self.family.ffn_names(layer)
+        tensors = {part: self.read(name, dtype) for part, name in names.items()}
+        return FeedForward(layer=layer, activation=self.config.hidden_act, **tensors)
+
+
+def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
+    """The registered family of a configuration.
+
+    Raises:
+        RefusalError: none; says why.
+    """
+    model_type = raw_config.get("model_type")
+    if not model_type:
+        raise CheckpointError(f"{where}: config.json has no 'model_type'", hint="point at a Hugging Face checkpoint")
+    if model_type not in FAMILIES:
+        raise RefusalError(
+            f"cannot convert a '{model_type}' model: {reason(model_type)}", hint=f"dense families: {', '.join(FAMILIES)}"
+        )
+    family: Family = load("family", model_type)()
+    return family

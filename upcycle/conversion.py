@@ -1,0 +1,261 @@
+"""Converts: reads the dense checkpoint layer by layer, writes the MoE one, checks it, and puts it in place."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle import provenance
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.companions import copy_companions
+from upcycle.errors import EnvironmentFault, UsageError, VerificationError
+from upcycle.job import Job, Unit, prepare
+from upcycle.planning import Plan, make_plan
+from upcycle.progress import SILENT, Progress
+from upcycle.recipe import Recipe, parse_recipe
+from upcycle.workspace import Workspace, check_output
+from upcycle.writer import Journal, ShardWriter, write_index
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.blueprint import LayerBlueprint
+    from upcycle.verification import Verification
+
+_LAYER_BLUEPRINTS = "layer_blueprints"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What happened. ``as_dict`` has the documented JSON keys."""
+
+    out: Path
+    plan: Plan
+    verification: Verification | None
+    seconds: float
+    peak_memory_bytes: int
+    resumed: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {**asdict(self), "out": str(self.out), "plan": self.plan.as_dict()}
+
+
+def convert(
+    source: str | None,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    blueprint: str | Path | None = None,
+    progress: Progress = SILENT,
+    **keys: Any,
+) -> Conversion:
+    """Convert ``source`` into a MoE checkpoint at ``out``.
+
+    Args:
+        source: local folder, hub id, ``.gguf`` file or ``demo``.
+        out: folder to write; it appears complete or not at all.
+        overwrite: replace a non-empty ``out`` once the new model is complete.
+        restart: throw an unfinished conversion of another recipe away.
+        blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding anew.
+        progress: where to report.
+        **keys: recipe keys (:class:`upcycle.recipe.Recipe`).
+
+    Returns:
+        What was done, with the verification's numbers.
+
+    Raises:
+        UpcycleError: a subclass with the exit code the command would end with. A conversion that breaks its promise
+            raises VerificationError and is left in ``out`` + ``.failed``.
+    """
+    saved = Path(blueprint) if blueprint else None
+    if saved:
+        from upcycle.blueprint import blueprint_recipe
+
+        keys = {**blueprint_recipe(saved), **keys}
+    content = {**keys, **({"source": source} if source else {})}
+    return run_recipe(parse_recipe(content, "recipe"), Path(out), overwrite, restart, saved, progress)
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool = False,
+    restart: bool = False,
+    blueprint: Path | None = None,
+    progress: Progress = SILENT,
+) -> Conversion:
+    """Convert by a validated recipe; see :func:`convert`."""
+    started = time.monotonic()
+    out = Path(out).expanduser().absolute()
+    check_output(out, overwrite)
+    checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+    job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+    made = make_plan(job)
+    for warning in made.warnings:
+        progress.note(warning)
+    saved = _saved_blueprints(job, blueprint) if blueprint else None
+    try:
+        with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint), overwrite, restart) as workspace:
+            _check_disk(workspace.folder, made.bytes_output)
+            hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
+            _write_companions(job, checkpoint, workspace.folder)
+            provenance.write(workspace.folder, job, made, checkpoint, hashes)
+            verification = _verify(job, checkpoint, workspace.folder, progress)
+            broken = verification is not None and verification.verdict == "broken"
+            final = workspace.publish(failed=broken)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFault(
+                f"the disk is full while writing {out}", hint="free some space, then run the same command again to resume"
+            ) from None
+        raise
+    if broken and verification is not None:
+        raise VerificationError(
+            f"the conversion broke its promise: {verification.explanation}",
+            hint=f"the result is in {final}; please report this with the output of: upcycle env",
+        )
+    seconds = time.monotonic() - started
+    return Conversion(final, made, verification, seconds, peak_memory(), workspace.resumed)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    present = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + present < needed:
+        raise EnvironmentFault(
+            f"the output needs {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB free",
+            hint="free some space or choose another disk",
+        )
+
+
+def _write_weights(
+    job: Job, checkpoint: DenseCheckpoint, folder: Path, saved: dict[int, LayerBlueprint] | None, progress: Progress
+) -> dict[str, str]:
+    """Write every shard; returns file name -> SHA-256."""
+    journal = Journal(folder)
+    hashes: dict[str, str] = {}
+    with progress.phase("converting", sum(1 for _ in job.units)):
+        for shard in job.shards:
+            with ShardWriter(folder, shard, journal) as writer:
+                for unit in shard.units:
+                    if unit.name not in writer.done:
+                        _write_unit(job, checkpoint, folder, writer, unit, saved)
+                        writer.finish(unit)
+                    progress.advance()
+            hashes[shard.file] = writer.sha256
+    write_index(folder, job.shards)
+    return hashes
+
+
+def _write_unit(
+    job: Job,
+    checkpoint: DenseCheckpoint,
+    folder: Path,
+    writer: ShardWriter,
+    unit: Unit,
+    saved: dict[int, LayerBlueprint] | None,
+) -> None:
+    from upcycle.build import ExpertTensors
+
+    dtype = job.recipe.dtype
+    experts: ExpertTensors | None = None
+    for entry in unit.entries:
+        if entry.built is None:
+            writer.write(entry, checkpoint.chunks(entry.name, dtype))
+            continue
+        if experts is None:
+            assert unit.layer is not None
+            ffn = checkpoint.feed_forward(unit.layer, dtype)
+            blueprint = saved[unit.layer] if saved else decide(job, ffn)
+            _keep_blueprint(folder, blueprint)
+            experts = ExpertTensors(ffn, blueprint)
+        writer.write(entry, map(experts.part, entry.built.parts))
+
+
+def decide(job: Job, ffn: Any) -> LayerBlueprint:
+    """The blueprint of one layer. Depends on the recipe, the seed and this layer alone, so that a resumed run agrees."""
+    seed = job.recipe.seed
+    blueprint = job.method.blueprint(ffn, job.shape, job.scale, generator(seed, ffn.layer, "method"))
+    return replace(blueprint, router=job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router")))
+
+
+def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
+    """An independent stream of random numbers for every layer and purpose."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed}/{layer}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+
+
+def _saved_blueprints(job: Job, path: Path) -> dict[int, LayerBlueprint]:
+    from upcycle.blueprint import load_blueprints
+
+    saved, shape = load_blueprints(path), job.shape
+    for layer in shape.moe_layers:
+        found = saved.get(layer)
+        numbers = (len(found.routed), len(found.shared), found.intermediate_size) if found else None
+        wanted = (shape.experts, shape.shared, shape.expert_size)
+        if numbers != wanted:
+            raise UsageError(
+                f"{path}: layer {layer} has (experts, shared, neurons each) = {numbers}, the recipe needs {wanted}",
+                hint="leave --experts, --shared and --layers out: the blueprint brings its own recipe",
+            )
+        saved[layer] = replace(saved[layer], top_k=shape.top_k, scale=job.scale)
+    return saved
+
+
+def _write_companions(job: Job, checkpoint: DenseCheckpoint, folder: Path) -> None:
+    config = job.target.full_config(job.dense, job.shape, job.dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / provenance.RECIPE_FILE).write_text(job.recipe.dump(), encoding="utf-8")
+    copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
+    _join_blueprints(job, folder)
+
+
+def _keep_blueprint(folder: Path, blueprint: LayerBlueprint) -> None:
+    """Keep one layer's blueprint until all are done: a resumed run does not decide finished layers again."""
+    from upcycle.blueprint import save_blueprints
+
+    (folder / _LAYER_BLUEPRINTS).mkdir(exist_ok=True)
+    save_blueprints(folder / _LAYER_BLUEPRINTS / f"{blueprint.layer:05d}.safetensors", {blueprint.layer: blueprint}, {})
+
+
+def _join_blueprints(job: Job, folder: Path) -> None:
+    from upcycle.blueprint import load_blueprints, save_blueprints
+
+    kept = folder / _LAYER_BLUEPRINTS
+    if not kept.exists():  # an earlier run was stopped after this point
+        return
+    found: dict[int, LayerBlueprint] = {}
+    for path in sorted(kept.iterdir()):
+        found |= load_blueprints(path)
+    recipe = job.recipe.model_dump(exclude={"source", "revision", "verification"})
+    save_blueprints(folder / provenance.BLUEPRINT_FILE, found, recipe)
+    shutil.rmtree(kept)
+
+
+def _verify(job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> Verification | None:
+    wanted = job.recipe.verification
+    if not wanted.enabled:
+        return None
+    from upcycle.verification import verify_job
+
+    result = verify_job(job, checkpoint, folder, wanted.text, wanted.tokens, progress)
+    (folder / provenance.VERIFICATION_FILE).write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,42 @@
+"""Qwen3: per-head norms on queries and keys, no biases unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families.base import Family, Feature
+from upcycle.families.qwen2 import upper_layer_windows
+
+
+class Qwen3(Family):
+    """Query and key norms; ``attention_bias`` puts a bias on all four projections."""
+
+    name = "qwen3"
+    title = "Qwen3"
+    targets = ("qwen3_moe",)
+    elsewhere = {Feature.SHARED_EXPERTS: "dots1 or glm4_moe", Feature.MIXED_WINDOWS: "mellum"}
+    defaults = {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+
+    def attention(self, raw: Mapping[str, Any]) -> dict[str, bool]:
+        """Norms always, biases by flag."""
+        bias = bool(raw.get("attention_bias"))
+        return {"qkv_bias": bias, "output_bias": bias, "query_norms": True}
+
+    def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+        """As in Qwen2."""
+        return upper_layer_windows(raw, layers)

@@ -1,0 +1,194 @@
+"""A validated conversion: the parts a recipe names, the shapes, and every tensor of the output with its file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from upcycle.errors import UsageError
+from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.methods.base import Method
+from upcycle.recipe import Recipe, layer_selection, parse_parameters, parse_size
+from upcycle.registry import TARGETS, load, suggestion
+from upcycle.routers.base import Router
+from upcycle.targets.base import MoeShape, OutputTensor, Target, refuse_unheld
+from upcycle.tensor_files import SINGLE, TensorSpec
+
+
+@dataclass(frozen=True)
+class OutputEntry:
+    """One tensor to be written: copied from the dense tensor of the same name, or built from parts."""
+
+    name: str
+    spec: TensorSpec
+    built: OutputTensor | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is converted in one go and recorded when finished: the embeddings, one layer, or the final norm and head."""
+
+    name: str
+    layer: int | None
+    entries: tuple[OutputEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(entry.spec.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file and the units in it."""
+
+    file: str
+    units: tuple[Unit, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(unit.nbytes for unit in self.units)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated conversion: the parts chosen by the recipe, the shapes, and the files to write."""
+
+    recipe: Recipe
+    dense: DenseConfig
+    family: Family
+    target: Target
+    method: Method
+    router: Router
+    router_name: str
+    shape: MoeShape
+    scale: float
+    shards: tuple[Shard, ...]
+    dense_specs: Mapping[str, TensorSpec]
+
+    @property
+    def units(self) -> Iterator[Unit]:
+        """All units in the order they are written."""
+        return (unit for shard in self.shards for unit in shard.units)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the experts, which is the one ``config.json`` names."""
+        names = self.family.ffn_names(self.shape.moe_layers[0])
+        return self.dense_specs[names["gate"]].dtype if self.recipe.dtype == "keep" else self.recipe.dtype
+
+    @property
+    def promise(self) -> tuple[str, str]:
+        """``exact``, ``rounded`` or ``approximate``, and why.
+
+        ``rounded``: exact but for a factor that the stored dtype cannot apply without rounding.
+        """
+        experts, top_k = self.shape.experts, self.shape.top_k
+        exact_scale = self.method.scale("exact", experts, top_k)
+        if self.scale != exact_scale:
+            return "approximate", f"the routed experts are scaled by {self.scale:g}, equality needs {exact_scale:g}"
+        if not self.method.exact_with_any_router:
+            if top_k < experts:
+                return "approximate", f"{top_k} of {experts} experts run per token"
+            if not self.router.equal_weights:
+                return "approximate", f"the {self.router_name} router does not weigh all experts equally"
+        if self.scale == 1 or is_power_of_two(self.scale) or self.dtype == "float32":
+            return "exact", "the same function as the dense model"
+        return "rounded", f"the factor {self.scale:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
+
+
+def prepare(
+    recipe: Recipe, family: Family, dense: DenseConfig, specs: Mapping[str, TensorSpec], has_tokenizer: bool = True
+) -> Job:
+    """Choose the parts a recipe names and work out every output tensor.
+
+    Raises:
+        UsageError: the recipe cannot be carried out on this model.
+        RefusalError: no target, or not the wanted one, can hold the result.
+    """
+    if recipe.tokenizer == "copy" and not has_tokenizer:
+        raise UsageError(
+            f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
+            hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
+        )
+    method_class = load("method", recipe.method)
+    method: Method = method_class(parse_parameters(method_class.Parameters, recipe.parameters, "parameters"))
+    layers = layer_selection(recipe.layers, dense.num_hidden_layers)
+    size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
+    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers)
+    target = _choose_target(recipe, family, dense, shape)
+    router_name = recipe.router.name
+    if router_name == "auto":
+        split_name = "zero" if recipe.top_k == recipe.experts else "cool"
+        router_name = "random" if method.kind == "copies" else split_name
+    router_class = load("router", router_name)
+    router: Router = router_class(parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters"))
+    router.check(recipe.experts, recipe.top_k)
+    scale = recipe.scale
+    factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k)
+    units = _units(recipe, family, dense, target, shape, specs)
+    shards = _shards(units, parse_size(recipe.max_shard_size))
+    return Job(recipe, dense, family, target, method, router, router_name, shape, factor, shards, specs)
+
+
+def _choose_target(recipe: Recipe, family: Family, dense: DenseConfig, shape: MoeShape) -> Target:
+    needed = set(dense.features)
+    if shape.shared:
+        needed.add(Feature.SHARED_EXPERTS)
+    if len(shape.moe_layers) < dense.num_hidden_layers:
+        needed.add(Feature.DENSE_LAYERS)
+    candidates: list[Target] = [load("target", name)() for name in family.targets]
+    if recipe.target == "auto":
+        chosen = next((target for target in candidates if needed <= target.holds), candidates[0])
+    elif recipe.target not in TARGETS:
+        raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
+    else:
+        chosen = load("target", recipe.target)()
+    refuse_unheld(chosen, family, needed, candidates)
+    return chosen
+
+
+def _units(
+    recipe: Recipe, family: Family, dense: DenseConfig, target: Target, shape: MoeShape, specs: Mapping[str, TensorSpec]
+) -> list[Unit]:
+    def dtype(name: str) -> str:
+        return specs[name].dtype if recipe.dtype == "keep" else recipe.dtype
+
+    def copied(shapes: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
+        return [OutputEntry(name, TensorSpec(shape, dtype(name))) for name, shape in shapes.items()]
+
+    units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
+    for layer in range(dense.num_hidden_layers):
+        entries = copied(family.layer_specs(dense, layer))
+        if layer in shape.moe_layers:
+            expert_dtype = dtype(family.ffn_names(layer)["gate"])
+            entries += [
+                OutputEntry(tensor.name, TensorSpec(tensor.shape, expert_dtype), tensor)
+                for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
+            ]
+        else:
+            entries += copied(family.ffn_specs(dense, layer))
+        units.append(Unit(f"layer {layer}", layer, tuple(entries)))
+    units.append(Unit("final norm", None, tuple(copied(family.last_specs(dense)))))
+    return units
+
+
+def _shards(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
+    groups: list[list[Unit]] = [[]]
+    for unit in units:
+        if groups[-1] and sum(u.nbytes for u in groups[-1]) + unit.nbytes > most_bytes:
+            groups.append([])
+        groups[-1].append(unit)
+    if len(groups) == 1:
+        return (Shard(SINGLE, tuple(units)),)
+    count = len(groups)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
+    )
+
+
+def is_power_of_two(value: float) -> bool:
+    """Whether multiplying by ``value`` is exact in every floating-point dtype (bar overflow)."""
+    return value > 0 and math.frexp(value)[0] == 0.5

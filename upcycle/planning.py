@@ -1,0 +1,153 @@
+"""What a conversion will cost, worked out from configurations and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from upcycle.checkpoint import DenseCheckpoint, family_of
+from upcycle.families.base import DenseConfig
+from upcycle.job import Job, prepare
+from upcycle.recipe import Recipe, parse_recipe, parse_size
+from upcycle.sources import is_local, locate
+from upcycle.tensor_files import TensorSpec, read_json
+
+# Resident set of the interpreter with torch loaded and its thread pool warm; measured, see tests/benchmarks.
+_INTERPRETER_BYTES = 330_000_000
+_COPY_BLOCK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the conversion will cost, and what it promises. ``as_dict`` has the documented JSON keys."""
+
+    family: str
+    target: str
+    method: str
+    router: str
+    promise: str
+    promise_reason: str
+    parameters_dense: int
+    parameters_total: int
+    parameters_active: int
+    bytes_dense: int
+    bytes_output: int
+    peak_memory_bytes: int
+    flops_per_token_dense: int
+    flops_per_token: int
+    warnings: list[str] = field(default_factory=list)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def plan(source: str | None = None, **keys: Any) -> Plan:
+    """Work out what a conversion would write and cost, without reading a weight.
+
+    Args:
+        source: local folder, hub id, ``.gguf`` file or ``demo``. Of a hub id only ``config.json`` is downloaded.
+        **keys: recipe keys (:class:`upcycle.recipe.Recipe`).
+
+    Raises:
+        UpcycleError: whatever :func:`upcycle.convert` would refuse before reading weights.
+    """
+    content = {**keys, **({"source": source} if source else {})}
+    return make_plan(job_of(parse_recipe(content, "recipe")))
+
+
+def job_of(recipe: Recipe) -> Job:
+    """The job of a recipe, from a local checkpoint's headers or a hub repository's ``config.json``."""
+    if is_local(recipe.source):
+        checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+        specs: Mapping[str, TensorSpec] = checkpoint.store.specs
+        return prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer)
+    found = locate(recipe.source, recipe.revision, config_only=True)
+    raw = read_json(found.path / "config.json")
+    family = family_of(raw, recipe.source)
+    dense = family.config(raw)
+    shapes = {**family.first_specs(dense), **family.last_specs(dense)}
+    for layer in range(dense.num_hidden_layers):
+        shapes |= family.layer_specs(dense, layer) | family.ffn_specs(dense, layer)
+    dtype = dense.dtype if dense.dtype in ("float32", "float16") else "bfloat16"
+    return prepare(recipe, family, dense, {name: TensorSpec(shape, dtype) for name, shape in shapes.items()})
+
+
+def make_plan(job: Job) -> Plan:
+    """Work out the costs of a job."""
+    dense, shape, specs = job.dense, job.shape, job.dense_specs
+    entries = [entry for unit in job.units for entry in unit.entries]
+    used = {entry.name for entry in entries if entry.built is None}
+    for layer in shape.moe_layers:
+        used |= set(job.family.ffn_specs(dense, layer))
+    total = sum(entry.spec.elements for entry in entries)
+    idle_per_layer = (shape.experts - shape.top_k) * 3 * shape.expert_size * dense.hidden_size
+    active = total - idle_per_layer * len(shape.moe_layers)
+    dense_total = sum(specs[name].elements for name in used)
+    promise, why = job.promise
+    return Plan(
+        family=job.family.name,
+        target=job.target.name,
+        method=job.method.name,
+        router=job.router_name,
+        promise=promise,
+        promise_reason=why,
+        parameters_dense=dense_total,
+        parameters_total=total,
+        parameters_active=active,
+        bytes_dense=sum(specs[name].nbytes for name in used),
+        bytes_output=sum(shard.nbytes for shard in job.shards),
+        peak_memory_bytes=_peak_memory(job),
+        flops_per_token_dense=_flops(dense, dense_total),
+        flops_per_token=_flops(dense, active),
+        warnings=_warnings(job, dense_total, active),
+        shards=[
+            {"file": shard.file, "bytes": shard.nbytes, "units": [unit.name for unit in shard.units]}
+            for shard in job.shards
+        ],
+    )
+
+
+def _flops(dense: DenseConfig, parameters: int) -> int:
+    """Two per weight used in a matrix product. The embedding look-up is none; a tied one is used again as the head.
+
+    Attention over the context is left out: it depends on the context and is the same before and after.
+    """
+    embedding = 0 if dense.tie_word_embeddings else dense.vocab_size * dense.hidden_size
+    return 2 * (parameters - embedding)
+
+
+def _peak_memory(job: Job) -> int:
+    """The interpreter, one dense FFN as read, and the largest piece that is built from it at once."""
+    d, size = job.dense.hidden_size, job.shape.expert_size
+    ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0])
+    item = TensorSpec((1,), job.dtype).nbytes
+    read = sum(job.dense_specs[name].nbytes for name in ffn)
+    built = size * d * item * (2 if job.scale != 1 else 1)
+    if job.recipe.dtype != "keep":
+        read += max(job.dense_specs[name].nbytes for name in ffn)
+    largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
+    return _INTERPRETER_BYTES + read + max(built, _COPY_BLOCK_BYTES, largest_row_block)
+
+
+def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
+    warnings = []
+    shape = job.shape
+    if active < 0.99 * dense_parameters and shape.top_k < shape.experts:
+        warnings.append(
+            f"only {active / dense_parameters:.0%} of the dense parameters are active per token: "
+            "expect a drop in quality until the model is healed by continual pre-training"
+        )
+    if job.method.kind == "copies" and shape.top_k > 1:
+        warnings.append(
+            f"each token runs {shape.top_k} copies of the FFN: {shape.top_k}x its compute, the same output until trained"
+        )
+    largest, wanted = max(shard.nbytes for shard in job.shards), parse_size(job.recipe.max_shard_size)
+    if largest > wanted:
+        warnings.append(f"the largest file has {largest / 1e9:.1f} GB, above max_shard_size: a layer is never divided")
+    promise, why = job.promise
+    if promise == "rounded":
+        warnings.append(why)
+    return warnings

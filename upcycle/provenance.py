@@ -1,0 +1,119 @@
+"""Where a converted model came from: versions, recipe, source and file hashes, in ``upcycle.json``.
+
+Nothing in it depends on the clock or the machine, so that the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.errors import CheckpointError
+from upcycle.job import Job
+from upcycle.planning import Plan
+from upcycle.tensor_files import read_json
+
+FILE = "upcycle.json"
+VERIFICATION_FILE = "verification.json"
+RECIPE_FILE = "recipe.yaml"
+BLUEPRINT_FILE = "blueprint.safetensors"
+_PACKAGES = ("upcycle", "torch", "transformers", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the result; one that is missing says so."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def fingerprint(job: Job, checkpoint: DenseCheckpoint, blueprint: Path | None) -> str:
+    """Identifies a job for resuming: the resolved recipe, the source's content and the code's version.
+
+    How the result is checked does not change it.
+    """
+    recipe = job.recipe.model_dump(exclude={"verification"})
+    given = hash_file(blueprint) if blueprint else None
+    parts = [recipe, checkpoint.fingerprint, given, versions()["upcycle"], versions()["torch"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+
+
+def _hash(file: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write(folder: Path, job: Job, plan: Plan, checkpoint: DenseCheckpoint, shard_hashes: dict[str, str]) -> None:
+    """Write ``upcycle.json``; weight files were hashed while they were written, the small ones are hashed here."""
+    hashes = dict(shard_hashes)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in hashes and path.name not in _UNHASHED:
+            hashes[path.name] = hash_file(path)
+    content: dict[str, Any] = {
+        "format": 1,
+        "versions": versions(),
+        "command": f"upcycle convert {RECIPE_FILE} OUT",
+        "seed": job.recipe.seed,
+        "source": {
+            "name": checkpoint.source.name,
+            "revision": checkpoint.source.revision,
+            "family": job.family.name,
+            "fingerprint": checkpoint.fingerprint,
+        },
+        "method": {"name": job.method.name, "title": job.method.title, "paper": job.method.paper},
+        "router": {"name": job.router_name, "title": job.router.title, "paper": job.router.paper},
+        "target": job.target.name,
+        "scale": job.scale,
+        "moe_layers": list(job.shape.moe_layers),
+        "plan": plan.as_dict(),
+        "files": dict(sorted(hashes.items())),
+    }
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+_UNHASHED = {FILE, VERIFICATION_FILE, "state.json", "journal.jsonl", ".lock"}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read ``upcycle.json``.
+
+    Raises:
+        CheckpointError: the folder was not made by this tool.
+    """
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{folder} has no {FILE}", hint="verify takes a folder that upcycle convert wrote")
+    return read_json(folder / FILE)
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Compare every file with the hash it had when it was written.
+
+    Raises:
+        CheckpointError: a file is missing or has changed.
+    """
+    for name, expected in record["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path} is missing", hint="copy it again, or convert again")
+        if hash_file(path) != expected:
+            raise CheckpointError(
+                f"{path} is not the file that was written (its SHA-256 differs)",
+                hint="copy it again; if you changed it on purpose, verify cannot speak for it",
+            )

@@ -1,0 +1,215 @@
+"""The recipe: everything that decides a conversion, validated before anything is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from upcycle.errors import UsageError
+from upcycle.registry import suggestion
+
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RouterRecipe(_Strict):
+    """Which router initialiser, with its parameters."""
+
+    name: str = Field("auto", description="router initialiser, or auto: random for copies, zero or cool for splits")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the initialiser's own parameters")
+
+
+class VerificationRecipe(_Strict):
+    """How the result is checked."""
+
+    enabled: bool = Field(True, description="compare the result with the dense model after converting")
+    text: str | None = Field(None, description="UTF-8 text file to check on; default: the embedded validation texts")
+    tokens: int = Field(1024, ge=16, description="tokens to check on")
+
+
+class Recipe(_Strict):
+    """A conversion. The field order is the order in the written ``recipe.yaml``."""
+
+    source: str = Field(description="local folder, hub id, .gguf file, or demo")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    method: str = Field("sparse_upcycling", description="how experts are made (upcycle list methods)")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters")
+    experts: int = Field(8, ge=1, description="routed experts per MoE layer")
+    top_k: int = Field(2, ge=1, description="experts per token")
+    shared: int = Field(0, ge=0, description="shared experts: always on, split off before the routed ones")
+    layers: str | list[int] = Field(
+        "all", description="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
+    )
+    router: RouterRecipe = Field(default_factory=RouterRecipe, description="router initialiser")
+    scale: Literal["exact", "sum", "paper"] | float = Field(
+        "exact", description="scale of the routed experts: exact, sum, paper, or a number"
+    )
+    pad: bool = Field(False, description="pad the FFN with zero neurons when the experts do not divide it (exact)")
+    target: str = Field("auto", description="MoE architecture to write (upcycle list targets), or auto")
+    layout: Literal["per-expert", "fused"] = Field(
+        "per-expert", description="per-expert loads everywhere, fused is transformers 5's in-memory layout"
+    )
+    dtype: Literal["keep", "bfloat16", "float16", "float32"] = Field("keep", description="dtype of the written weights")
+    max_shard_size: str = Field("5GB", description="largest weight file, e.g. 500MB or 5GB; a layer is never divided")
+    tokenizer: Literal["copy", "none"] = Field("copy", description="copy the tokenizer, or none to go without")
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    verification: VerificationRecipe = Field(default_factory=VerificationRecipe, description="the check at the end")
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _router_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_list(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(r"\d+(,\s*\d+)*", value):
+            return [int(part) for part in value.split(",")]
+        return value
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size_is_readable(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Recipe:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
+        return self
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML, every key written out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``5GB``, ``500MB``, ``1.5 GB`` or a plain number.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", text.upper())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"'{text}' is not a size; write for example 500MB or 5GB")
+    return int(float(match[1]) * _SIZES.get(match[2], 1))
+
+
+def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
+    """Turn the ``layers`` key into layer numbers.
+
+    Raises:
+        UsageError: an unknown word or a layer the model does not have.
+    """
+    everything = tuple(range(count))
+    if isinstance(layers, list):
+        wrong = [layer for layer in layers if layer not in everything]
+        if wrong or not layers:
+            raise UsageError(
+                f"layers: the model has layers 0 to {count - 1}, got {wrong or 'an empty list'}", hint="--layers all"
+            )
+        return tuple(sorted(set(layers)))
+    if layers == "all":
+        return everything
+    if layers == "every-other":
+        return everything[1::2]
+    word, _, number = layers.partition(":")
+    if word in ("except-first", "except-last") and number.isdigit():
+        n = int(number)
+        chosen = everything[n:] if word == "except-first" else everything[: max(0, count - n)]
+        if chosen:
+            return chosen
+        raise UsageError(f"layers: '{layers}' leaves none of the {count} layers", hint="--layers all")
+    raise UsageError(
+        f"layers: cannot read '{layers}'", hint="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
+    )
+
+
+def parse_recipe(content: Any, where: str) -> Recipe:
+    """Validate a mapping.
+
+    Raises:
+        UsageError: names the key path, the value and ``where`` it stands.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explained(error, where) from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML recipe as a plain mapping; flags are laid over it before validation.
+
+    Raises:
+        UsageError: the file is missing or not YAML.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no such recipe: {path}", hint="upcycle list recipes shows the ones that come with upcycle") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def set_key(content: dict[str, Any], path: str, value: Any) -> None:
+    """Lay ``value`` over the key at the dotted ``path``; ``router: zero`` becomes ``router: {name: zero}`` on the way."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        inner = content.get(parent)
+        if not isinstance(inner, dict):
+            inner = {"name": inner} if isinstance(inner, str) else {}
+            content[parent] = inner
+        content = inner
+    content[last] = value
+
+
+def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    """Validate a plug-in's own parameters.
+
+    Raises:
+        UsageError: an unknown parameter or a value of the wrong type.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error, where, model) from None
+
+
+def _explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
+    first = error.errors(include_url=False)[0]
+    # A union reports every branch it tried; the first segments that are field names are the key path.
+    path = [str(part) for part in first["loc"]]
+    key, known = ".".join(path), _keys_at(model, path[:-1])
+    if first["type"] == "extra_forbidden":
+        hint = suggestion(path[-1], known) if known else f"{model.__name__} takes no parameters"
+        return UsageError(f"{where}: unknown key '{key}'", hint=hint)
+    if first["type"] == "missing":
+        return UsageError(f"{where}: key '{key}' is missing", hint=f"add '{key}:' to the recipe")
+    message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return UsageError(f"{where}: {message}")
+    field = model.model_fields.get(path[0])
+    hint = f"{path[0]}: {field.description}" if field and field.description else None
+    return UsageError(f"{where}: key '{path[0] if len(path) == 1 else key}': {message}, got {first['input']!r}", hint=hint)
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,53 @@
+"""The explicit list of every plug-in, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+from upcycle.errors import UsageError
+
+METHODS = {
+    "sparse_upcycling": "upcycle.methods.sparse_upcycling:SparseUpcycling",
+    "random_split": "upcycle.splitters.random_split:RandomSplit",
+    "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",
+}
+ROUTERS = {
+    "random": "upcycle.routers.random_rows:RandomRouter",
+    "zero": "upcycle.routers.zero:ZeroRouter",
+    "cool": "upcycle.routers.cool:CoolRouter",
+}
+FAMILIES = {
+    "llama": "upcycle.families.llama:Llama",
+    "mistral": "upcycle.families.mistral:Mistral",
+    "qwen2": "upcycle.families.qwen2:Qwen2",
+    "qwen3": "upcycle.families.qwen3:Qwen3",
+}
+TARGETS = {
+    "mixtral": "upcycle.targets.mixtral:Mixtral",
+    "qwen2_moe": "upcycle.targets.qwen2_moe:Qwen2Moe",
+    "qwen3_moe": "upcycle.targets.qwen3_moe:Qwen3Moe",
+}
+KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS}
+
+
+def load(kind: str, name: str) -> Any:
+    """Return the class registered as ``name`` among the plug-ins of ``kind``.
+
+    Raises:
+        UsageError: when nothing has that name; the hint suggests the nearest one.
+    """
+    names = KINDS[kind]
+    if name not in names:
+        raise UsageError(f"unknown {kind} '{name}'", hint=suggestion(name, names))
+    module, _, attribute = names[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def suggestion(name: str, available: Any) -> str:
+    """Say which of ``available`` the user may have meant, and list them all."""
+    known = sorted(available)
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean '{close[0]}'? " if close else ""
+    return f"{meant}available: {', '.join(known)}"

@@ -1,0 +1,32 @@
+"""The protocol of a router initialiser."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from upcycle.blueprint import LayerBlueprint
+from upcycle.feed_forward import FeedForward
+from upcycle.methods.base import Parameters
+
+
+class Router(ABC):
+    """Makes the rows of one layer's linear router. ``equal_weights`` says that all chosen experts weigh exactly 1/k."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str | None]
+    equal_weights: ClassVar[bool] = False
+    Parameters: ClassVar[type[Parameters]] = Parameters
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+
+    def check(self, experts: int, top_k: int) -> None:
+        """Refuse combinations that make no sense; most routers refuse none."""
+
+    @abstractmethod
+    def rows(self, blueprint: LayerBlueprint, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+        """Fp32 ``[E, d]``."""

@@ -1,0 +1,51 @@
+"""Cool router: random directions so short that the chosen experts weigh the same."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+
+from upcycle.blueprint import LayerBlueprint
+from upcycle.feed_forward import FeedForward
+from upcycle.methods.base import Parameters
+from upcycle.routers.base import Router
+
+# Rounding the rows to bfloat16 may lengthen a difference of two rows; this leaves room for it.
+_ROUNDING_MARGIN = 0.98
+
+
+class CoolParameters(Parameters):
+    """Parameters of :class:`CoolRouter`."""
+
+    tolerance: float = Field(0.01, gt=0, lt=1, description="largest relative difference between two experts' weights")
+
+
+class CoolRouter(Router):
+    """Scaling a router's rows keeps its choices and draws the normalised weights towards 1/k.
+
+    The bound holds for every possible token. The router reads ``x = w * u`` with ``w`` the norm's weight and
+    ``||u|| <= sqrt(d)``, so two logits differ by at most ``sqrt(d) * ||w * (r_i - r_j)||``, and two softmax weights by a
+    factor of at most its exponential.
+    """
+
+    name = "cool"
+    title = "Cool random rows"
+    paper = None  # our own derivation, in the docstring
+    Parameters = CoolParameters
+    parameters: CoolParameters
+
+    def rows(self, blueprint: LayerBlueprint, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+        """Fp32 ``[E, d]``."""
+        rows = torch.randn(len(blueprint.routed), ffn.hidden_size, generator=rng)
+        return cooled(rows, ffn.norm, self.parameters.tolerance)
+
+
+def cooled(rows: torch.Tensor, norm: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Shorten ``rows`` ``[E, d]`` until any two experts' weights differ by at most ``tolerance`` on every input."""
+    seen = rows.double() * norm.double()
+    spread = torch.cdist(seen, seen).max().item() * math.sqrt(rows.shape[1])
+    if spread == 0:
+        return rows
+    return rows * min(1.0, _ROUNDING_MARGIN * math.log1p(tolerance) / spread)

@@ -1,0 +1,159 @@
+"""How a MoE architecture stores a layer: plain descriptions of tensors, used to write them, to plan them and to read them back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from upcycle.errors import RefusalError
+from upcycle.families.base import DenseConfig, Family, Feature
+
+Layout = Literal["per-expert", "fused"]
+PartKind = Literal[
+    "gate",
+    "up",
+    "down",
+    "router",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+    "shared_switch",  # the row whose sigmoid multiplies a shared expert: zeros
+    "idle_gate",  # a shared expert that must exist but adds nothing: the first neurons, with a zero down projection
+    "idle_up",
+    "idle_down",
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a layer's :class:`~upcycle.build.ExpertTensors`: a kind, its expert, a factor, a size for idle ones."""
+
+    kind: PartKind
+    expert: int = 0
+    factor: float = 1.0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor on disk: its parts, laid one after another along the first dimension (or a new one), fill its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """The numbers that fix every tensor shape of a converted model."""
+
+    experts: int
+    top_k: int
+    shared: int
+    expert_size: int  # intermediate size of one expert
+    moe_layers: tuple[int, ...]
+
+
+class Target(ABC):
+    """A stock MoE architecture of transformers."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    architecture: ClassVar[str]
+    holds: ClassVar[frozenset[Feature]]
+    router_semantics: ClassVar[str]
+
+    @abstractmethod
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """The keys of ``config.json`` that only this architecture has."""
+
+    @abstractmethod
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """Every tensor of one MoE block, experts in order."""
+
+    def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
+        """A complete ``config.json``: nothing is left to a default that could differ from the dense model's.
+
+        ``rope_theta`` and ``rope_scaling`` repeat ``rope_parameters`` for loaders that predate transformers 5: without
+        them those fall back to a theta of their own and answer with garbage.
+        """
+        rope = dict(dense.rope_parameters)
+        older = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config = {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "dtype": dtype,
+            "hidden_size": dense.hidden_size,
+            "num_hidden_layers": dense.num_hidden_layers,
+            "num_attention_heads": dense.num_attention_heads,
+            "num_key_value_heads": dense.num_key_value_heads,
+            "head_dim": dense.head_dim,
+            "vocab_size": dense.vocab_size,
+            "hidden_act": dense.hidden_act,
+            "rms_norm_eps": dense.rms_norm_eps,
+            "max_position_embeddings": dense.max_position_embeddings,
+            "initializer_range": dense.initializer_range,
+            "attention_dropout": dense.attention_dropout,
+            "tie_word_embeddings": dense.tie_word_embeddings,
+            "rope_parameters": rope,
+            "rope_theta": rope["rope_theta"],
+            "use_cache": True,
+            "num_experts_per_tok": shape.top_k,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            **dense.token_ids,
+            **self.config(dense, shape),
+        }
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = older
+        return config
+
+
+def expert_tensors(
+    prefix: str, names: tuple[str, str, str], dense: DenseConfig, shape: MoeShape, layout: Layout
+) -> list[OutputTensor]:
+    """The routed experts below ``prefix``: one tensor per expert and matrix, or the fused layout transformers 5 keeps in memory.
+
+    ``names`` are the per-expert names of gate, up and down. Fused: ``gate_up_proj [E, 2m, d]``, ``down_proj [E, d, m]``.
+    """
+    d, m = dense.hidden_size, shape.expert_size
+    if layout == "fused":
+        everyone = range(shape.experts)
+        gate_up = tuple(Part(kind, e) for e in everyone for kind in ("gate", "up"))  # type: ignore[arg-type]
+        return [
+            OutputTensor(f"{prefix}.gate_up_proj", (shape.experts, 2 * m, d), gate_up),
+            OutputTensor(f"{prefix}.down_proj", (shape.experts, d, m), tuple(Part("down", e) for e in everyone)),
+        ]
+    gate, up, down = names
+    return [
+        tensor
+        for e in range(shape.experts)
+        for tensor in (
+            OutputTensor(f"{prefix}.{e}.{gate}.weight", (m, d), (Part("gate", e),)),
+            OutputTensor(f"{prefix}.{e}.{up}.weight", (m, d), (Part("up", e),)),
+            OutputTensor(f"{prefix}.{e}.{down}.weight", (d, m), (Part("down", e),)),
+        )
+    ]
+
+
+def refuse_unheld(target: Target, family: Family, needed: Iterable[Feature], others: Sequence[Target]) -> None:
+    """Refuse what ``target`` cannot hold, naming the feature and the target that could.
+
+    Raises:
+        RefusalError: at least one needed feature is not held.
+    """
+    lacking = [feature for feature in Feature if feature in set(needed) - target.holds]
+    if not lacking:
+        return
+    able = [other.name for other in others if set(needed) <= other.holds]
+    notes = [f"{feature.value}: {family.elsewhere[feature]}" for feature in lacking if feature in family.elsewhere]
+    if able:
+        hint = f"use --target {able[0]}"
+    elif notes:
+        hint = f"this version writes no target that can; elsewhere, {'; '.join(notes)}"
+    else:
+        hint = "this version writes no target that can"
+    what = ", ".join(feature.value for feature in lacking)
+    raise RefusalError(f"{target.name} cannot hold {what}, which this {family.name} conversion needs", hint=hint)

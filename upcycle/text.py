@@ -1,0 +1,80 @@
+"""Text to measure on, as windows of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.sources import DEMO_FOLDER
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_TEXTS = {path.stem: path for path in sorted((DEMO_FOLDER / "text").glob("*.txt"))}
+
+
+def read_text(name: str) -> str:
+    """A UTF-8 text file, or one of the embedded validation texts by name (``prose``, ``code``).
+
+    Raises:
+        UsageError: no such file, not UTF-8, or empty.
+    """
+    path = DEMO_TEXTS.get(name, Path(name).expanduser())
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"no such text file: {name}", hint=f"a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8 text") from None
+    if not content.strip():
+        raise UsageError(f"{name} is empty")
+    return content
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The stock tokenizer of a folder or ``.gguf`` file.
+
+    Raises:
+        EnvironmentFault: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if path.is_file():
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise EnvironmentFault(
+            f"the tokenizer in {path} cannot be loaded: {first_line}", hint="pip install sentencepiece tiktoken, or add tokenizer.json"
+        ) from None
+
+
+def encode(tokenizer: Any, text: str) -> torch.Tensor:
+    """Token ids ``[T]`` without special tokens."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Tensor:
+    """Take ``tokens`` ids in turns from the texts, evenly spread over each, as ``[N, window]``.
+
+    Raises:
+        UsageError: the texts are shorter than one window.
+    """
+    import torch
+
+    wanted = max(1, tokens // window)
+    pieces: list[torch.Tensor] = []
+    for index, ids in enumerate(texts):
+        share = wanted // len(texts) + (index < wanted % len(texts))
+        available = ids[: len(ids) // window * window].view(-1, window)
+        if share and len(available):
+            chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
+            pieces.append(available[chosen])
+    if not pieces:
+        raise UsageError(f"the text has fewer than {window} tokens", hint="give a longer --text")
+    return torch.cat(pieces)

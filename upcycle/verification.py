@@ -1,0 +1,266 @@
+"""Says how equal a converted model is to its dense parent: measured in fp32, on real text, with stock modelling code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
+
+from upcycle import provenance
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.errors import CheckpointError
+from upcycle.job import Job, is_power_of_two, prepare
+from upcycle.progress import SILENT, Progress
+from upcycle.recipe import parse_recipe, read_recipe
+from upcycle.runtime import StockModel, available_memory, converted_model, dense_model, load_stock
+from upcycle.tensor_files import SafetensorsFolder, read_json
+from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text, windows_of
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+EXACT_TOLERANCE = 1e-5
+_WINDOW = 256
+_LOGIT_BYTES = 1 << 28
+# Unit roundoff: the largest relative error of storing one number.
+_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was promised, what was measured, and the verdict. ``as_dict`` has the documented JSON keys.
+
+    Errors are relative: ``||moe - dense|| / ||dense||`` over all tokens. ``all_experts_error`` is the largest error of any
+    layer with every expert active, measured where fewer are used. ``layer_errors`` are those of each block on the
+    dense model's own FFN inputs. ``kl`` is the mean KL(dense || moe) of next-token distributions in nats.
+    """
+
+    verdict: Literal["exact", "approximate", "broken"]
+    explanation: str
+    promise: str
+    relative_logit_error: float
+    tolerance: float | None
+    max_logit_difference: float
+    kl: float
+    top1_agreement: float
+    perplexity_dense: float
+    perplexity: float
+    layer_errors: list[float]
+    all_experts_error: float | None
+    tokens: int
+    text: str
+    streamed: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def verify(
+    out: str | Path, *, source: str | None = None, text: str | None = None, tokens: int = 1024, progress: Progress = SILENT
+) -> Verification:
+    """Verify a folder that :func:`upcycle.convert` wrote.
+
+    Args:
+        out: the converted model.
+        source: the dense model, when it is no longer where ``recipe.yaml`` says.
+        text: UTF-8 file to measure on; default: the embedded validation texts.
+        tokens: how many tokens of it.
+        progress: where to report.
+
+    Raises:
+        CheckpointError: a file is missing or has changed since it was written, or the source is not the one converted.
+    """
+    folder = Path(out).expanduser()
+    record = provenance.read(folder)
+    with progress.phase("checking files", 1):
+        provenance.check_files(folder, record)
+        progress.advance()
+    content = read_recipe(folder / provenance.RECIPE_FILE)
+    if source:
+        content |= {"source": source, "revision": None}
+    elif record["source"]["revision"]:
+        content["revision"] = record["source"]["revision"]
+    recipe = parse_recipe(content, str(folder / provenance.RECIPE_FILE))
+    checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+    if checkpoint.fingerprint != record["source"]["fingerprint"]:
+        raise CheckpointError(
+            f"{recipe.source} is not the checkpoint {folder} was converted from", hint="name the right one with --source"
+        )
+    job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+    return verify_job(job, checkpoint, folder, text or recipe.verification.text, tokens, progress)
+
+
+def verify_job(
+    job: Job, checkpoint: DenseCheckpoint, folder: Path, text: str | None, tokens: int, progress: Progress = SILENT
+) -> Verification:
+    """Compare ``folder`` with the dense checkpoint it was made from."""
+    config = read_json(folder / "config.json")
+    _check_keys(job, folder)
+    elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
+    elements += sum(spec.elements for spec in checkpoint.store.specs.values())
+    streamed = 4 * elements > 0.6 * available_memory()
+    ids, label = _token_windows(job, checkpoint, text, tokens)
+    dense = dense_model(checkpoint, job.recipe.dtype, streamed)
+    moe = converted_model(job, folder, config, streamed)
+    if not streamed:
+        # The plain way in, which is every user's: same weights, and not one key too many or too few.
+        moe.model = load_stock(folder)
+        moe.layers = moe.model.model.layers
+    layers = _LayerErrors(job, moe)
+    totals = _Totals()
+    step = max(1, _LOGIT_BYTES * (4 if streamed else 1) // (4 * ids.shape[1] * job.dense.vocab_size))
+    batches = ids.split(step)
+    with progress.phase("verifying", 2 * len(batches)):
+        for batch in batches:
+            with layers.measured_on(dense):
+                expected = dense.logits(batch)
+            progress.advance()
+            totals.add(batch, expected, moe.logits(batch))
+            progress.advance()
+    return _judge(job, layers, totals, label, streamed)
+
+
+def _check_keys(job: Job, folder: Path) -> None:
+    stored = SafetensorsFolder(folder).specs
+    planned = {entry.name: entry.spec for unit in job.units for entry in unit.entries}
+    if stored != planned:
+        wrong = sorted(name for name in set(stored) | set(planned) if stored.get(name) != planned.get(name))
+        raise CheckpointError(f"{folder}: tensor '{wrong[0]}' is not as planned ({len(wrong)} such tensors)")
+
+
+def _token_windows(job: Job, checkpoint: DenseCheckpoint, text: str | None, tokens: int) -> tuple[torch.Tensor, str]:
+    window = min(_WINDOW, job.dense.max_position_embeddings, tokens)
+    if job.recipe.tokenizer == "none":
+        rng = torch.Generator().manual_seed(job.recipe.seed)
+        ids = torch.randint(job.dense.vocab_size, (max(1, tokens // window), window), generator=rng)
+        return ids, "random token ids (no tokenizer)"
+    tokenizer = load_tokenizer(checkpoint.source.path)
+    names = [text] if text else list(DEMO_TEXTS)
+    texts = [encode(tokenizer, read_text(name)) for name in names]
+    return windows_of(texts, tokens, window), text or "embedded validation texts"
+
+
+class _LayerErrors:
+    """Squared errors and norms of every block on the dense model's FFN inputs."""
+
+    def __init__(self, job: Job, moe: StockModel) -> None:
+        self._job = job
+        self._moe = moe
+        count = job.dense.num_hidden_layers
+        self._squares = torch.zeros(3, count, dtype=torch.float64)  # error, error with all experts, norm
+        self.all_experts_measured = job.promise[0] == "approximate"
+
+    @contextmanager
+    def measured_on(self, dense: StockModel) -> Iterator[None]:
+        """Compare block by block while the dense model runs."""
+        hooks = [
+            layer.mlp.register_forward_hook(lambda _, args, output, i=i: self._compare(i, args[0], output))
+            for i, layer in enumerate(dense.layers)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
+        with torch.no_grad():
+            block = self._moe.block(index)
+            actual = block(x)
+            self._squares[0, index] += (actual - expected).double().square().sum()
+            if self.all_experts_measured and index in self._job.shape.moe_layers:
+                everyone = _all_experts(block, x, self._job)
+                self._squares[1, index] += (everyone - expected).double().square().sum()
+            self._squares[2, index] += expected.double().square().sum()
+            self._moe.drop(index)
+
+    @property
+    def relative(self) -> list[float]:
+        """Relative error of every layer."""
+        return (self._squares[0] / self._squares[2]).sqrt().tolist()
+
+    @property
+    def all_experts(self) -> float | None:
+        """Largest relative error of any layer with all experts active."""
+        return (self._squares[1] / self._squares[2]).sqrt().max().item() if self.all_experts_measured else None
+
+
+def _all_experts(block: Module, x: torch.Tensor, job: Job) -> torch.Tensor:
+    """The block with every expert active at equal weight and the scale that makes that the dense FFN."""
+    experts, count = block.experts, job.shape.experts
+    factor = job.method.scale("exact", count, count) / (job.scale * count)
+    total = torch.zeros_like(x)
+    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):  # type: ignore[union-attr,arg-type]
+        gate, up = linear(x, gate_up).chunk(2, dim=-1)
+        total += linear(experts.act_fn(gate) * up, down)  # type: ignore[union-attr,operator]
+    total *= factor
+    if hasattr(block, "shared_expert"):
+        total += block.shared_expert(x) * torch.sigmoid(block.shared_expert_gate(x))  # type: ignore[operator]
+    return total
+
+
+class _Totals:
+    """Sums over tokens, in fp64."""
+
+    def __init__(self) -> None:
+        self.error = self.norm = self.kl = self.loss_dense = self.loss = 0.0
+        self.largest = 0.0
+        self.agreeing = self.tokens = self.predictions = 0
+
+    def add(self, ids: torch.Tensor, dense: torch.Tensor, moe: torch.Tensor) -> None:
+        """Compare two sets of logits ``[N, T, V]``."""
+        difference = moe - dense
+        self.error += difference.double().square().sum().item()
+        self.norm += dense.double().square().sum().item()
+        self.largest = max(self.largest, difference.abs().max().item())
+        self.agreeing += int((moe.argmax(-1) == dense.argmax(-1)).sum())
+        self.tokens += ids.numel()
+        p, q = log_softmax(dense, -1), log_softmax(moe, -1)
+        self.kl += kl_div(q, p, log_target=True, reduction="sum").item()
+        targets = ids[:, 1:].flatten()
+        self.loss_dense += cross_entropy(p[:, :-1].flatten(0, 1), targets, reduction="sum").item()
+        self.loss += cross_entropy(q[:, :-1].flatten(0, 1), targets, reduction="sum").item()
+        self.predictions += targets.numel()
+
+
+def _judge(job: Job, layers: _LayerErrors, totals: _Totals, label: str, streamed: bool) -> Verification:
+    promise, reason = job.promise
+    error = math.sqrt(totals.error / totals.norm)
+    roundoff = _ROUNDOFF[job.dtype]
+    # Layers' rounding errors are independent: they add up like a random walk.
+    tolerance = {"exact": EXACT_TOLERANCE, "rounded": roundoff * math.sqrt(job.dense.num_hidden_layers)}.get(promise)
+    everyone = layers.all_experts
+    exact_factor = is_power_of_two(job.scale) or job.dtype == "float32"
+    verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"
+    explanation = reason
+    if tolerance is not None and not error <= tolerance:
+        verdict, explanation = "broken", f"relative logit error {error:.1e}, promised below {tolerance:.1e}"
+    elif everyone is not None and not everyone <= (EXACT_TOLERANCE if exact_factor else roundoff):
+        verdict = "broken"
+        explanation = f"with all experts active a layer is off by {everyone:.1e}, and it must equal the dense FFN"
+    elif not math.isfinite(error):
+        verdict, explanation = "broken", "the logits are not finite"
+    return Verification(
+        verdict=verdict,
+        explanation=explanation,
+        promise=promise,
+        relative_logit_error=error,
+        tolerance=tolerance,
+        max_logit_difference=totals.largest,
+        kl=max(0.0, totals.kl / totals.tokens),
+        top1_agreement=totals.agreeing / totals.tokens,
+        perplexity_dense=math.exp(totals.loss_dense / totals.predictions),
+        perplexity=math.exp(totals.loss / totals.predictions),
+        layer_errors=layers.relative,
+        all_experts_error=everyone,
+        tokens=totals.tokens,
+        text=label,
+        streamed=streamed,
+    )
