@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.progress import SILENT, Progress
-from upcycle.runtime import available_memory, quiet_transformers
+from upcycle.runtime import available_memory, quiet_transformers, use_eager_experts
 from upcycle.sources import locate
 from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text
 
@@ -180,11 +180,12 @@ def _load(name: str) -> Any:
         )
     with quiet_transformers():
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-            ).eval()
+            )
         except (OSError, ValueError) as error:
             raise UsageError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from None
+    return use_eager_experts(model.eval())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from upcycle.checkpoint import DenseCheckpoint, family_of
 from upcycle.families.base import DenseConfig
 from upcycle.job import Job, prepare
+from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.recipe import Recipe, parse_recipe, parse_size
 from upcycle.sources import is_local, locate
 from upcycle.tensor_files import TensorSpec, read_json
@@ -143,6 +144,11 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
     if job.method.kind == "copies" and shape.top_k > 1:
         warnings.append(
             f"each token runs {shape.top_k} copies of the FFN: {shape.top_k}x its compute, the same output until trained"
+        )
+    if shape.expert_size % PREFERRED_MULTIPLE:
+        warnings.append(
+            f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "
+            'refuses them (load with experts_implementation="eager", or use --pad)'
         )
     largest, wanted = max(shard.nbytes for shard in job.shards), parse_size(job.recipe.max_shard_size)
     if largest > wanted:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class StockModel:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         self.model.eval()
+        use_eager_experts(self.model)
         # Buffers that are computed, not loaded, do not exist on the meta device.
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(settings)
         self.layers = self.model.model.layers
@@ -137,24 +139,30 @@ def load_stock(folder: Path) -> Any:
     problems = {kind: keys for kind, keys in report.items() if keys}
     if problems:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
-    return model.eval()
+    return use_eager_experts(model.eval())
 
 
-class quiet_transformers:  # noqa: N801 - used as a function
-    """Keeps transformers' own progress bars and advice off the terminal."""
+def use_eager_experts(model: Any) -> Any:
+    """Run experts one after another: the default kernel (grouped_mm) refuses widths that are not 16 bytes wide."""
+    if hasattr(model, "set_experts_implementation") and any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
+        model.set_experts_implementation("eager")
+    return model
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
 
-        self._verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the terminal."""
+    from transformers.utils import logging
 
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._verbosity)
-        logging.enable_progress_bar()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def available_memory() -> int:

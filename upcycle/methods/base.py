@@ -14,6 +14,7 @@ from upcycle.feed_forward import FeedForward
 from upcycle.targets.base import MoeShape
 
 SCALES = ("exact", "sum", "paper")
+PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
 
 
@@ -78,17 +79,20 @@ class Partition(Method):
         """Int64 ``[size]``: a permutation of ``0..size-1``; indices from ``F`` on are zero neurons."""
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """``F / (E + S)``, rounded up when padding is allowed."""
+        """``F / (E + S)``, rounded up to a multiple of 8 when padding is allowed."""
         pieces = experts + shared
         size, rest = divmod(intermediate_size, pieces)
         if rest and not pad:
-            padded = (size + 1) * pieces
+            padded = -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE * pieces
             divisors = [n for n in range(2, 65) if intermediate_size % n == 0]
             raise UsageError(
                 f"{intermediate_size} neurons do not divide into {experts} routed + {shared} shared = {pieces} equal experts",
                 hint=f"--pad fills up to {padded} with zero neurons (exact), or choose a total of {_some(divisors)}",
             )
-        return size + bool(rest)
+        if not pad:
+            return size
+        # Whole 16-byte lines in bfloat16, or transformers' default kernel (grouped_mm) refuses the expert.
+        return -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE
 
     def scale(self, convention: Scale, experts: int, top_k: int) -> float:
         """See the class."""

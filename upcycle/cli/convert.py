@@ -1,0 +1,97 @@
+"""``upcycle convert``: from a dense checkpoint to a verified MoE checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
+from upcycle.cli.output import VERDICT_STYLE, Bars, count, duration, print_facts, print_json, size
+
+
+@click.command("convert")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe")
+@click.option("--no-verify", is_flag=True, help="skip the comparison with the dense model")
+@click.option("--overwrite", is_flag=True, help="replace a non-empty OUT once the new model is complete")
+@click.option("--restart", is_flag=True, help="throw an unfinished conversion of another recipe away")
+@click.option("--dry-run", is_flag=True, help="only say what it will cost, like upcycle plan")
+@quiet_option
+@common_options
+def command(
+    source: str,
+    out: Path,
+    blueprint: Path | None,
+    no_verify: bool,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Convert SOURCE into a Mixture-of-Experts checkpoint in the folder OUT, and verify it.
+
+    SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml. Flags win over the recipe, and the resolved
+    recipe is written into OUT. A conversion that was stopped continues when the same command is given again.
+
+    \b
+    upcycle convert demo OUT --experts 4 --top-k 2
+    upcycle convert ./llama OUT --method random_split --experts 8 --top-k 4
+    upcycle convert recipe.yaml OUT --set router.parameters.std=0.01
+    """
+    base = None
+    if blueprint:
+        from upcycle.blueprint import blueprint_recipe
+
+        base = blueprint_recipe(blueprint)
+    recipe = build_recipe(source, flags, base)
+    if no_verify:
+        recipe = recipe.model_copy(update={"verification": recipe.verification.model_copy(update={"enabled": False})})
+    if dry_run:
+        from upcycle.cli.plan import show_plan
+
+        show_plan(recipe, as_json)
+        return
+    from upcycle.conversion import run_recipe
+
+    result = run_recipe(recipe, out, overwrite, restart, blueprint, Bars(quiet))
+    if as_json:
+        print_json(result.as_dict())
+        return
+    print_facts(conversion_facts(result, out))
+
+
+def conversion_facts(result: Any, out: Path) -> list[tuple[str, str]]:
+    """The final table."""
+    from upcycle.cli.verify import verification_facts
+
+    plan = result.plan
+    ratio = plan.flops_per_token / plan.flops_per_token_dense
+    facts = [
+        ("output", f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})"),
+        ("parameters", f"{count(plan.parameters_total)} total, {count(plan.parameters_active)} active (dense {count(plan.parameters_dense)})"),
+        ("FLOPs per token", f"{ratio:.2f}x dense"),
+        ("time, memory", f"{duration(result.seconds)}, peak {size(result.peak_memory_bytes)}" + (", resumed" if result.resumed else "")),
+    ]
+    if result.verification is None:
+        return [*facts, ("verification", "skipped"), ("next", f"upcycle verify {out}")]
+    facts += verification_facts(result.verification)
+    if result.verification.verdict == "approximate" and plan.promise == "approximate":
+        facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
+    return [*facts, ("next", f"upcycle evaluate {out} --reference {_shown(result, out)}")]
+
+
+def _shown(result: Any, out: Path) -> str:
+    import yaml
+
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+    return str(recipe["source"])
+
+
+__all__ = ["VERDICT_STYLE", "command", "conversion_facts"]

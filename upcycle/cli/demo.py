@@ -1,0 +1,89 @@
+"""``upcycle demo``: the main job on the embedded model, in a minute, without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.options import common_options, quiet_option
+from upcycle.cli.output import VERDICT_STYLE, Bars, count, print_json, print_table, stderr, stdout
+
+# title, folder, recipe keys: a copy, a split that must be exact, with shared experts, and one that saves compute.
+CONVERSIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("4 copies, top-2", "upcycled", {"method": "sparse_upcycling", "experts": 4, "top_k": 2}),
+    ("8 slices, all on", "split-all", {"method": "random_split", "experts": 8, "top_k": 8}),
+    ("4 shared + 8 slices, all on", "split-shared", {"method": "random_split", "experts": 8, "top_k": 8, "shared": 4}),
+    ("4 shared + 4 of 8 slices", "split-sparse", {"method": "random_split", "experts": 8, "top_k": 4, "shared": 4}),
+)
+PROMPT = "def read_file(path):\n    "
+
+
+@click.command("demo")
+@click.argument("out", type=click.Path(path_type=Path), default=Path("upcycle-demo"))
+@quiet_option
+@common_options
+def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
+    """Convert the embedded demo model four ways into OUT, verify each, and let dense and MoE write a line of code.
+
+    The demo model is a Llama of 3.4 million parameters trained on Python's own documentation and library.
+    """
+    from upcycle.conversion import convert
+
+    results = []
+    for title, folder, keys in CONVERSIONS:
+        if not quiet:
+            stderr().print(f"[cyan]{title}[/]: upcycle convert demo {out / folder} {_flags(keys)}")
+        results.append(convert("demo", out / folder, overwrite=True, progress=Bars(quiet=True), **keys))
+    texts = {name: _continuation(folder) for name, folder in (("dense", None), ("4 copies, top-2", out / "upcycled"))}
+    if as_json:
+        print_json({"conversions": [result.as_dict() for result in results], "prompt": PROMPT, "continuations": texts})
+        return
+    print_table(
+        ["conversion", "target", "parameters", "active", "FLOPs", "logit error", "perplexity", "verdict"],
+        [_row(title, result) for (title, _, _), result in zip(CONVERSIONS, results, strict=True)],
+        right=range(2, 7),
+    )
+    stdout().print(f"\nparameters: dense {count(results[0].plan.parameters_dense)}; FLOPs: relative to dense; "
+                   f"perplexity: dense {results[0].verification.perplexity_dense:.2f}")  # type: ignore[union-attr]
+    same = len(set(texts.values())) == 1
+    stdout().print(f"\nThe dense model and its copy of 4 experts write {'the same' if same else 'different text'}:\n")
+    stdout().print(PROMPT + texts["dense"], markup=False, style="cyan")
+    stdout().print(f"\nnext: upcycle evaluate {out / 'split-sparse'} --reference demo")
+
+
+def _flags(keys: dict[str, Any]) -> str:
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+
+
+def _row(title: str, result: Any) -> list[str]:
+    plan, checked = result.plan, result.verification
+    return [
+        title,
+        plan.target,
+        count(plan.parameters_total),
+        count(plan.parameters_active),
+        f"{plan.flops_per_token / plan.flops_per_token_dense:.2f}x",
+        f"{checked.relative_logit_error:.1e}",
+        f"{checked.perplexity:.2f}",
+        f"[{VERDICT_STYLE[checked.verdict]}]{checked.verdict}[/]",
+    ]
+
+
+def _continuation(folder: Path | None) -> str:
+    """Greedy text from stock transformers."""
+    import torch
+
+    from upcycle.runtime import load_stock
+    from upcycle.sources import locate
+    from upcycle.text import load_tokenizer
+
+    path = folder or locate("demo").path
+    tokenizer, model = load_tokenizer(path), load_stock(path)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,76 @@
+"""``upcycle evaluate``: perplexity and expert load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from upcycle.cli.options import common_options, quiet_option
+from upcycle.cli.output import Bars, print_json, print_table
+
+
+@click.command("evaluate")
+@click.argument("model")
+@click.option("--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]")
+@click.option("--reference", metavar="DENSE", help="another model to measure on the same tokens")
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="tokens per window")
+@click.option("--stride", type=click.IntRange(1), help="tokens between windows  [default: half a window]")
+@click.option("--tokens", type=click.IntRange(2), help="at most this many tokens of each text")
+@quiet_option
+@common_options
+def command(
+    model: str,
+    text: tuple[str, ...],
+    reference: str | None,
+    window: int,
+    stride: int | None,
+    tokens: int | None,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts.
+
+    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE.
+    """
+    from upcycle.evaluation import evaluate
+
+    result = evaluate(
+        model, text=text, reference=reference, window=window, stride=stride, tokens=tokens, progress=Bars(quiet)
+    )
+    if as_json:
+        print_json(result.as_dict())
+        return
+    _print_texts(result)
+    if result.layers:
+        _print_load(result.layers)
+
+
+def _print_texts(result: Any) -> None:
+    columns = ["text", "tokens", "nats/token", "perplexity"]
+    rows = []
+    for text in result.texts:
+        row = [text.text, f"{text.predicted:,}", f"{text.nats_per_token:.4f}", f"{text.perplexity:.3f}"]
+        if result.reference:
+            change = text.perplexity / text.reference_perplexity - 1
+            row += [f"{text.reference_perplexity:.3f}", f"{change:+.1%}"]
+        rows.append(row)
+    if result.reference:
+        columns += ["reference", "change"]
+    title = f"windows of {result.window} tokens, stride {result.stride}"
+    print_table(columns, rows, right=range(1, len(columns)), title=title)
+
+
+def _print_load(layers: list[Any]) -> None:
+    rows = [
+        [
+            str(layer.layer),
+            f"{layer.max_over_mean:.2f}",
+            f"{layer.entropy:.3f}",
+            ", ".join(map(str, layer.dead_experts)) or "none",
+            " ".join(f"{share:.0%}" for share in layer.load[:16]) + (" ..." if len(layer.load) > 16 else ""),
+        ]
+        for layer in layers
+    ]
+    print_table(["layer", "max/mean", "entropy", "dead", "load"], rows, right=[0, 1, 2], title="\nexpert load")

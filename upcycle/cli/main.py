@@ -1,0 +1,89 @@
+"""The ``upcycle`` command: finds the verb, runs it, turns failures into one message and the documented exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from upcycle import __version__
+from upcycle.cli.output import print_error, stderr
+from upcycle.errors import UpcycleError, UsageError
+
+VERBS = {
+    "convert": "convert",
+    "plan": "plan",
+    "verify": "verify",
+    "evaluate": "evaluate",
+    "list": "list_plugins",
+    "demo": "demo",
+    "env": "env",
+}
+INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """Imports a verb's module only when it is named (or when all are listed)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(f"upcycle.cli.{VERBS[cmd_name]}").command
+        return command
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="upcycle")
+def cli() -> None:
+    """Turn a dense transformer checkpoint into a Mixture-of-Experts one that is proven right.
+
+    \b
+    upcycle demo                                       see it work in a minute
+    upcycle plan SOURCE --experts 8                    what a conversion would cost
+    upcycle convert SOURCE OUT --experts 8 --top-k 2   convert and verify
+    upcycle verify OUT                                 prove it again
+
+    Exit codes: 0 ok, 1 failure, 2 usage or recipe, 3 verification failed, 4 environment, 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Progress is ours to show.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    debug = "--debug" in arguments or bool(os.environ.get("UPCYCLE_DEBUG"))
+    try:
+        code = cli.main(arguments, prog_name="upcycle", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        stderr().print("\ninterrupted; the same command continues where it stopped")
+        code = INTERRUPTED
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        print_error(UsageError(error.format_message(), hint=f"{context.command_path} --help" if context else None))
+        code = error.exit_code
+    except UpcycleError as error:
+        if debug:
+            raise
+        print_error(error)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader has gone (upcycle list | head); nothing to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        print_error(UpcycleError(f"{name}: {error}", hint="this is a fault in upcycle: report it with --debug and upcycle env"))
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Click options shared by verbs. Those of a recipe are made from the recipe's own fields, so they cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+import yaml
+
+from upcycle.errors import UsageError
+from upcycle.recipe import Recipe, RouterRecipe, VerificationRecipe, parse_recipe, read_recipe, set_key
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# flag -> recipe key; the flag's help, type and default come from the key.
+_FLAGS = {
+    ("--method", "-m"): "method",
+    ("--experts", "-e"): "experts",
+    ("--top-k", "-k"): "top_k",
+    ("--shared",): "shared",
+    ("--layers",): "layers",
+    ("--router",): "router.name",
+    ("--scale",): "scale",
+    ("--pad",): "pad",
+    ("--target",): "target",
+    ("--layout",): "layout",
+    ("--dtype",): "dtype",
+    ("--max-shard-size",): "max_shard_size",
+    ("--tokenizer",): "tokenizer",
+    ("--seed",): "seed",
+    ("--revision",): "revision",
+    ("--verify-text",): "verification.text",
+    ("--verify-tokens",): "verification.tokens",
+}
+_INNER = {"router": RouterRecipe, "verification": VerificationRecipe}
+
+
+def _field(key: str) -> Any:
+    outer, _, inner = key.partition(".")
+    return _INNER[outer].model_fields[inner] if inner else Recipe.model_fields[key]
+
+
+def recipe_options(function: F) -> F:
+    """Add every recipe flag to a command; the command gets them as ``**flags``."""
+    repeatable = [
+        ("--set", "set_", "KEY=VALUE", "set any recipe key, e.g. router.parameters.std=0.01 (repeatable)"),
+        ("--router-param", "router_param", "NAME=VALUE", "a parameter of the router initialiser (repeatable)"),
+        ("--param", "param", "NAME=VALUE", "a parameter of the method (repeatable)"),
+    ]
+    for flag, name, metavar, text in repeatable:
+        function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
+    function = click.option("--source", "source_flag", metavar="SOURCE", help="the source, for a recipe without one")(function)
+    for flags, key in reversed(_FLAGS.items()):
+        field = _field(key)
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        text = field.description
+        if field.default is not None and field.default is not False:
+            text += f"  [default: {field.default}]"
+        settings: dict[str, Any] = {"help": text, "default": None}
+        if field.annotation is bool:
+            settings["is_flag"] = True
+        elif choices:
+            settings["type"] = click.Choice(choices)
+        elif field.annotation is int:
+            settings["type"] = int
+        function = click.option(*flags, key.replace(".", "__"), **settings)(function)
+    return function
+
+
+def common_options(function: F) -> F:
+    """Options every verb has."""
+    function = click.option("--debug", is_flag=True, help="show the traceback of an error")(function)
+    return click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")(function)
+
+
+def quiet_option(function: F) -> F:
+    """For verbs that report progress."""
+    return click.option("--quiet", "-q", is_flag=True, help="no progress bars and no warnings")(function)
+
+
+def build_recipe(source: str | None, flags: dict[str, Any], base: dict[str, Any] | None = None) -> Recipe:
+    """Default < recipe file < flags. ``source`` is a source or the path of a ``.yaml`` recipe.
+
+    Raises:
+        UsageError: the result is not a valid recipe; the message names the key.
+    """
+    content: dict[str, Any] = dict(base or {})
+    where = "recipe"
+    if source and source.endswith((".yaml", ".yml")):
+        content |= read_recipe(Path(source))
+        where = source
+    elif source:
+        content["source"] = source
+    if flags["source_flag"]:
+        content["source"] = flags["source_flag"]
+    for key in _FLAGS.values():
+        value = flags[key.replace(".", "__")]
+        if value not in (None, False):
+            set_key(content, key, value)
+    for group, prefix in (("param", "parameters."), ("router_param", "router.parameters."), ("set_", "")):
+        for assignment in flags[group]:
+            name, equals, value = assignment.partition("=")
+            if not equals or not name:
+                flag = {"set_": "set", "router_param": "router-param"}.get(group, group)
+                raise UsageError(f"--{flag} takes NAME=VALUE, got '{assignment}'")
+            set_key(content, prefix + name, yaml.safe_load(value))
+    if isinstance(content.get("scale"), str):
+        content["scale"] = _number_if_possible(content["scale"])
+    return parse_recipe(content, where)
+
+
+def _number_if_possible(value: str) -> str | float:
+    try:
+        return float(value)
+    except ValueError:
+        return value

@@ -1,0 +1,57 @@
+"""``upcycle plan``: what a conversion will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from upcycle.cli.options import build_recipe, common_options, recipe_options
+from upcycle.cli.output import count, print_facts, print_json, print_table, size, warn
+
+
+@click.command("plan")
+@click.argument("source", required=False)
+@recipe_options
+@common_options
+def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> None:
+    """Say everything the conversion of SOURCE will cost, without reading a weight.
+
+    SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml. Of a hub id only config.json is downloaded.
+    """
+    show_plan(build_recipe(source, flags), as_json)
+
+
+def show_plan(recipe: Any, as_json: bool) -> None:
+    """Print the plan of a recipe (also ``convert --dry-run``)."""
+    from upcycle.planning import job_of, make_plan
+
+    plan = make_plan(job_of(recipe))
+    if as_json:
+        print_json(plan.as_dict())
+        return
+    print_facts(plan_facts(plan))
+    if len(plan.shards) > 1:
+        print_table(
+            ["file", "size", "holds"],
+            [(s["file"], size(s["bytes"]), f"{s['units'][0]} .. {s['units'][-1]}") for s in plan.shards],
+            right=[1],
+        )
+    for warning in plan.warnings:
+        warn(warning)
+
+
+def plan_facts(plan: Any) -> list[tuple[str, str]]:
+    """The plan as lines."""
+    ratio = plan.flops_per_token / plan.flops_per_token_dense
+    total = plan.parameters_total / plan.parameters_dense
+    active = plan.parameters_active / plan.parameters_dense
+    return [
+        ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
+        ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
+        ("FLOPs", f"{count(plan.flops_per_token)} per token ({ratio:.2f}x dense; attention over the context not counted)"),
+        ("on disk", f"{size(plan.bytes_output)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)} (dense {size(plan.bytes_dense)})"),
+        ("peak memory", f"about {size(plan.peak_memory_bytes)} to convert"),
+    ]
