@@ -79,7 +79,7 @@ def training_windows(
 ) -> torch.Tensor:
     """Return int64 [windows, context + 1]: shuffled documents, each closed by end-of-text, one epoch after another."""
     encoded = [
-        torch.tensor(tokenizer(document.text, verbose=False).input_ids + [tokenizer.eos_token_id])
+        torch.tensor([*tokenizer(document.text, verbose=False).input_ids, tokenizer.eos_token_id])
         for document in documents
     ]
     wanted = recipe.steps * recipe.batch_windows * (recipe.context + 1)
@@ -151,7 +151,7 @@ def main(recipe_path: str, out: str) -> None:
     )
     train(model, windows, recipe)
     folder = Path(out)
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "text").mkdir(parents=True, exist_ok=True)
     for domain in ("prose", "code"):

@@ -87,7 +87,9 @@ def load_blueprints(path: Path) -> dict[int, LayerBlueprint]:
             for kind in ("routed", "shared")
         }
         router = tensors.get(f"layers.{layer}.router")
-        blueprints[layer] = LayerBlueprint(layer, top_k=header["top_k"], scale=header["scale"], router=router, **experts)
+        blueprints[layer] = LayerBlueprint(
+            layer, top_k=header["top_k"], scale=header["scale"], router=router, **experts
+        )
     return blueprints
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.errors import CheckpointError, RefusalError
@@ -25,7 +24,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.j
 class TensorStore(Protocol):
     """Where tensors come from; shapes and dtypes are known without reading one."""
 
-    specs: Mapping[str, TensorSpec]
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor."""
 
     @property
     def fingerprint(self) -> str:
@@ -73,6 +74,13 @@ class DenseCheckpoint:
     def open(cls, source: str, revision: str | None = None) -> DenseCheckpoint:
         """Open what the user named: a folder, a ``.gguf`` file, a hub id or ``demo``."""
         return cls(locate(source, revision))
+
+    @property
+    def modified(self) -> list[int]:
+        """When each weight file was last changed: a resumed conversion must not mix two versions of a source."""
+        path = self.source.path
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        return [file.stat().st_mtime_ns for file in files]
 
     @property
     def has_tokenizer(self) -> bool:
@@ -129,7 +137,8 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         raise CheckpointError(f"{where}: config.json has no 'model_type'", hint="point at a Hugging Face checkpoint")
     if model_type not in FAMILIES:
         raise RefusalError(
-            f"cannot convert a '{model_type}' model: {reason(model_type)}", hint=f"dense families: {', '.join(FAMILIES)}"
+            f"cannot convert a '{model_type}' model: {reason(model_type)}",
+            hint=f"dense families: {', '.join(FAMILIES)}",
         )
     family: Family = load("family", model_type)()
     return family

@@ -116,7 +116,8 @@ def run_recipe(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EnvironmentFault(
-                f"the disk is full while writing {out}", hint="free some space, then run the same command again to resume"
+                f"the disk is full while writing {out}",
+                hint="free some space, then run the same command again to resume",
             ) from None
         raise
     if broken and verification is not None:

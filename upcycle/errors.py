@@ -37,7 +37,7 @@ class VerificationError(UpcycleError):
     exit_code = 3
 
 
-class EnvironmentFault(UpcycleError):
+class EnvironmentFault(UpcycleError):  # noqa: N818 - EnvironmentError is a builtin
     """Disk, memory, permissions, network or a missing dependency (exit code 4)."""
 
     exit_code = 4

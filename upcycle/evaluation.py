@@ -86,7 +86,7 @@ def evaluate(
         progress: where to report.
 
     Raises:
-        UsageError: a missing text or a stride longer than the window.
+        UsageError: a missing text or a stride that is not below the window.
         EnvironmentFault: the model does not fit in memory.
     """
     names = [text] if isinstance(text, str) else list(text or DEMO_TEXTS)
@@ -132,8 +132,8 @@ class _Runner:
         self.model = _load(name)
         self.window = min(window, self.model.config.max_position_embeddings)
         self.stride = stride or max(1, self.window // 2)
-        if not 0 < self.stride <= self.window:
-            raise UsageError(f"the stride ({self.stride}) must be between 1 and the window ({self.window})")
+        if not 0 < self.stride < self.window:
+            raise UsageError(f"the stride ({self.stride}) must be at least 1 and below the window ({self.window})")
 
     def loss(self, ids: torch.Tensor, progress: Progress, title: str) -> tuple[float, int]:
         """Mean negative log likelihood in nats, and the number of predicted tokens."""
@@ -144,7 +144,9 @@ class _Runner:
         total, predicted = 0.0, 0
         with progress.phase(f"reading {title}", len(starts)), torch.no_grad():
             for first in range(0, len(starts), per_batch):
-                for batch in _equal_lengths([ids[start : start + self.window] for start in starts[first : first + per_batch]]):
+                for batch in _equal_lengths(
+                    [ids[start : start + self.window] for start in starts[first : first + per_batch]]
+                ):
                     logits = self.model(batch, use_cache=False).logits
                     losses = cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
                     for row, loss in enumerate(losses):

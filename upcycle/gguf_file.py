@@ -44,7 +44,9 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise EnvironmentFault("reading a .gguf file needs the gguf package", hint="pip install 'upcycle[gguf]'") from None
+            raise EnvironmentFault(
+                "reading a .gguf file needs the gguf package", hint="pip install 'upcycle[gguf]'"
+            ) from None
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
@@ -58,7 +60,9 @@ class GgufFile:
                 f"{path} holds a '{architecture}' model; only llama GGUF files are read",
                 hint="convert the safetensors checkpoint it was made from",
             )
-        self._tensors = {self._name(tensor.name): tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"}
+        self._tensors = {
+            self._name(tensor.name): tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"
+        }
         if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
             raise RefusalError(
                 f"{path} has scaled rotary frequencies (Llama 3.1), whose settings GGUF does not keep",
@@ -66,7 +70,8 @@ class GgufFile:
             )
         # GGUF lists dimensions innermost first.
         self.specs = {
-            name: TensorSpec(tuple(int(n) for n in reversed(tensor.shape)), "bfloat16") for name, tensor in self._tensors.items()
+            name: TensorSpec(tuple(int(n) for n in reversed(tensor.shape)), "bfloat16")
+            for name, tensor in self._tensors.items()
         }
         self.config = self._config()
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -96,7 +96,10 @@ class Job:
                 return "approximate", f"the {self.router_name} router does not weigh all experts equally"
         if self.scale == 1 or is_power_of_two(self.scale) or self.dtype == "float32":
             return "exact", "the same function as the dense model"
-        return "rounded", f"the factor {self.scale:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
+        return (
+            "rounded",
+            f"the factor {self.scale:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact",
+        )
 
 
 def prepare(
@@ -124,7 +127,9 @@ def prepare(
         split_name = "zero" if recipe.top_k == recipe.experts else "cool"
         router_name = "random" if method.kind == "copies" else split_name
     router_class = load("router", router_name)
-    router: Router = router_class(parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters"))
+    router: Router = router_class(
+        parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
+    )
     router.check(recipe.experts, recipe.top_k)
     scale = recipe.scale
     factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k)

@@ -43,7 +43,7 @@ def fingerprint(job: Job, checkpoint: DenseCheckpoint, blueprint: Path | None) -
     """
     recipe = job.recipe.model_dump(exclude={"verification"})
     given = hash_file(blueprint) if blueprint else None
-    parts = [recipe, checkpoint.fingerprint, given, versions()["upcycle"], versions()["torch"]]
+    parts = [recipe, checkpoint.fingerprint, checkpoint.modified, given, versions()["upcycle"], versions()["torch"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

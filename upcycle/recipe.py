@@ -47,7 +47,7 @@ class Recipe(_Strict):
     layers: str | list[int] = Field(
         "all", description="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
     )
-    router: RouterRecipe = Field(default_factory=RouterRecipe, description="router initialiser")
+    router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
     scale: Literal["exact", "sum", "paper"] | float = Field(
         "exact", description="scale of the routed experts: exact, sum, paper, or a number"
     )
@@ -60,7 +60,7 @@ class Recipe(_Strict):
     max_shard_size: str = Field("5GB", description="largest weight file, e.g. 500MB or 5GB; a layer is never divided")
     tokenizer: Literal["copy", "none"] = Field("copy", description="copy the tokenizer, or none to go without")
     seed: int = Field(0, ge=0, description="seed of every random choice")
-    verification: VerificationRecipe = Field(default_factory=VerificationRecipe, description="the check at the end")
+    verification: VerificationRecipe = Field(default=VerificationRecipe(), description="the check at the end")
 
     @field_validator("router", mode="before")
     @classmethod
@@ -129,7 +129,8 @@ def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
             return chosen
         raise UsageError(f"layers: '{layers}' leaves none of the {count} layers", hint="--layers all")
     raise UsageError(
-        f"layers: cannot read '{layers}'", hint="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
+        f"layers: cannot read '{layers}'",
+        hint="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4",
     )
 
 
@@ -156,7 +157,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"no such recipe: {path}", hint="upcycle list recipes shows the ones that come with upcycle") from None
+        raise UsageError(
+            f"no such recipe: {path}", hint="upcycle list recipes shows the ones that come with upcycle"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(content, dict):
@@ -190,7 +193,6 @@ def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str)
 
 def _explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
     first = error.errors(include_url=False)[0]
-    # A union reports every branch it tried; the first segments that are field names are the key path.
     path = [str(part) for part in first["loc"]]
     key, known = ".".join(path), _keys_at(model, path[:-1])
     if first["type"] == "extra_forbidden":
@@ -201,9 +203,11 @@ def _explained(error: ValidationError, where: str, model: type[BaseModel] = Reci
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return UsageError(f"{where}: {message}")
+    # A union reports the branch it tried as part of the path: keep what is a key.
+    key = ".".join(part for i, part in enumerate(path) if part in _keys_at(model, path[:i]))
     field = model.model_fields.get(path[0])
-    hint = f"{path[0]}: {field.description}" if field and field.description else None
-    return UsageError(f"{where}: key '{path[0] if len(path) == 1 else key}': {message}, got {first['input']!r}", hint=hint)
+    described = f"{path[0]}: {field.description}" if field and field.description else None
+    return UsageError(f"{where}: key '{key}': {message}, got {first['input']!r}", hint=described)
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -133,9 +133,10 @@ def load_stock(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, local_files_only=True
         )
+    model, report = loaded
     problems = {kind: keys for kind, keys in report.items() if keys}
     if problems:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
@@ -144,7 +145,9 @@ def load_stock(folder: Path) -> Any:
 
 def use_eager_experts(model: Any) -> Any:
     """Run experts one after another: the default kernel (grouped_mm) refuses widths that are not 16 bytes wide."""
-    if hasattr(model, "set_experts_implementation") and any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
+    if hasattr(model, "set_experts_implementation") and any(
+        hasattr(layer.mlp, "experts") for layer in model.model.layers
+    ):
         model.set_experts_implementation("eager")
     return model
 

@@ -44,10 +44,13 @@ def locate(name: str, revision: str | None = None, config_only: bool = False) ->
             raise UsageError(f"--revision only applies to a hub id, and {name} is local")
         return Source(name, path)
     if path.is_file():
-        raise UsageError(f"{name} is a file but not a .gguf", hint="name the folder that holds config.json and the weights")
+        raise UsageError(
+            f"{name} is a file but not a .gguf", hint="name the folder that holds config.json and the weights"
+        )
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".yaml", ".yml")):
         raise UsageError(
-            f"no such file or folder: {name}", hint="a source is a local folder, a .gguf file, a hub id (org/name), or demo"
+            f"no such file or folder: {name}",
+            hint="a source is a local folder, a .gguf file, a hub id (org/name), or demo",
         )
     return _from_hub(name, revision, ("config.json",) if config_only else _WANTED)
 
@@ -66,13 +69,17 @@ def _from_hub(name: str, revision: str | None, wanted: tuple[str, ...]) -> Sourc
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except GatedRepoError:
         raise UsageError(
-            f"{name} on the hub asks you to accept its licence first", hint=f"accept it on the page of {name}, then run: hf auth login"
+            f"{name} on the hub asks you to accept its licence first",
+            hint=f"accept it on the page of {name}, then run: hf auth login",
         ) from None
     except RevisionNotFoundError:
-        raise UsageError(f"{name} on the hub has no revision '{revision}'", hint="leave --revision out for the main branch") from None
+        raise UsageError(
+            f"{name} on the hub has no revision '{revision}'", hint="leave --revision out for the main branch"
+        ) from None
     except RepositoryNotFoundError:
         raise UsageError(
-            f"no folder and no hub repository is called {name}", hint="check the spelling; for a private repository run: hf auth login"
+            f"no folder and no hub repository is called {name}",
+            hint="check the spelling; for a private repository run: hf auth login",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
@@ -80,6 +87,7 @@ def _from_hub(name: str, revision: str | None, wanted: tuple[str, ...]) -> Sourc
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
         raise EnvironmentFault(
-            f"cannot download {name}: {why}", hint=f"download it where there is a network (hf download {name}), then name the folder"
+            f"cannot download {name}: {why}",
+            hint=f"download it where there is a network (hf download {name}), then name the folder",
         ) from None
     return Source(name, folder, revision=folder.name)

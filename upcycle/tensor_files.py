@@ -152,6 +152,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where: dict[str, SafetensorsFile] = {}
+        self._map: dict[str, str] = {}
         index = folder / INDEX
         names = self._indexed_files(index) if index.is_file() else self._single_file()
         self.files = [SafetensorsFile(folder / name) for name in names]
@@ -180,9 +181,10 @@ class SafetensorsFolder:
         )
 
     def _indexed_files(self, index: Path) -> list[str]:
-        self._map = read_json(index).get("weight_map")
-        if not isinstance(self._map, dict) or not all(isinstance(name, str) for name in self._map.values()):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index}: key 'weight_map' must map tensor names to file names")
+        self._map = weight_map
         names = sorted(set(self._map.values()))
         for name in names:
             # An index is data from a stranger: it may name files of this folder and nothing else.

@@ -24,7 +24,9 @@ def read_text(name: str) -> str:
     try:
         content = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"no such text file: {name}", hint=f"a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}") from None
+        raise UsageError(
+            f"no such text file: {name}", hint=f"a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}"
+        ) from None
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text") from None
     if not content.strip():
@@ -47,7 +49,8 @@ def load_tokenizer(path: Path) -> Any:
     except (OSError, ValueError, ImportError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise EnvironmentFault(
-            f"the tokenizer in {path} cannot be loaded: {first_line}", hint="pip install sentencepiece tiktoken, or add tokenizer.json"
+            f"the tokenizer in {path} cannot be loaded: {first_line}",
+            hint="pip install sentencepiece tiktoken, or add tokenizer.json",
         ) from None
 
 

@@ -63,7 +63,12 @@ class Verification:
 
 
 def verify(
-    out: str | Path, *, source: str | None = None, text: str | None = None, tokens: int = 1024, progress: Progress = SILENT
+    out: str | Path,
+    *,
+    source: str | None = None,
+    text: str | None = None,
+    tokens: int = 1024,
+    progress: Progress = SILENT,
 ) -> Verification:
     """Verify a folder that :func:`upcycle.convert` wrote.
 
@@ -91,7 +96,8 @@ def verify(
     checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
     if checkpoint.fingerprint != record["source"]["fingerprint"]:
         raise CheckpointError(
-            f"{recipe.source} is not the checkpoint {folder} was converted from", hint="name the right one with --source"
+            f"{recipe.source} is not the checkpoint {folder} was converted from",
+            hint="name the right one with --source",
         )
     job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
     return verify_job(job, checkpoint, folder, text or recipe.verification.text, tokens, progress)

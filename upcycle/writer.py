@@ -185,5 +185,8 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     if len(every) == 1:
         return
     names = {entry.name: shard.file for shard in every for unit in shard.units for entry in unit.entries}
-    index = {"metadata": {"total_size": sum(shard.nbytes for shard in every)}, "weight_map": dict(sorted(names.items()))}
+    index = {
+        "metadata": {"total_size": sum(shard.nbytes for shard in every)},
+        "weight_map": dict(sorted(names.items())),
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,9 @@ from upcycle.cli.output import VERDICT_STYLE, Bars, count, duration, print_facts
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
-@click.option("--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe")
+@click.option(
+    "--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe"
+)
 @click.option("--no-verify", is_flag=True, help="skip the comparison with the dense model")
 @click.option("--overwrite", is_flag=True, help="replace a non-empty OUT once the new model is complete")
 @click.option("--restart", is_flag=True, help="throw an unfinished conversion of another recipe away")
@@ -74,10 +76,20 @@ def conversion_facts(result: Any, out: Path) -> list[tuple[str, str]]:
     plan = result.plan
     ratio = plan.flops_per_token / plan.flops_per_token_dense
     facts = [
-        ("output", f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})"),
-        ("parameters", f"{count(plan.parameters_total)} total, {count(plan.parameters_active)} active (dense {count(plan.parameters_dense)})"),
+        (
+            "output",
+            f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})",
+        ),
+        (
+            "parameters",
+            f"{count(plan.parameters_total)} total, {count(plan.parameters_active)} active (dense {count(plan.parameters_dense)})",
+        ),
         ("FLOPs per token", f"{ratio:.2f}x dense"),
-        ("time, memory", f"{duration(result.seconds)}, peak {size(result.peak_memory_bytes)}" + (", resumed" if result.resumed else "")),
+        (
+            "time, memory",
+            f"{duration(result.seconds)}, peak {size(result.peak_memory_bytes)}"
+            + (", resumed" if result.resumed else ""),
+        ),
     ]
     if result.verification is None:
         return [*facts, ("verification", "skipped"), ("next", f"upcycle verify {out}")]

@@ -45,8 +45,12 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
         [_row(title, result) for (title, _, _), result in zip(CONVERSIONS, results, strict=True)],
         right=range(2, 7),
     )
-    stdout().print(f"\nparameters: dense {count(results[0].plan.parameters_dense)}; FLOPs: relative to dense; "
-                   f"perplexity: dense {results[0].verification.perplexity_dense:.2f}")  # type: ignore[union-attr]
+    first, checked = results[0].plan, results[0].verification
+    assert checked is not None
+    stdout().print(
+        f"\ndense: {count(first.parameters_dense)} parameters, perplexity {checked.perplexity_dense:.2f}; "
+        "FLOPs are relative to dense"
+    )
     same = len(set(texts.values())) == 1
     stdout().print(f"\nThe dense model and its copy of 4 experts write {'the same' if same else 'different text'}:\n")
     stdout().print(PROMPT + texts["dense"], markup=False, style="cyan")
@@ -83,7 +87,11 @@ def _continuation(folder: Path | None) -> str:
     tokenizer, model = load_tokenizer(path), load_stock(path)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=48,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
     )
     text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     return text

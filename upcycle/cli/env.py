@@ -12,7 +12,17 @@ import click
 from upcycle.cli.options import common_options
 from upcycle.cli.output import print_facts, print_json
 
-_OPTIONAL = ("deepspeed", "datasets", "triton", "gguf", "accelerate", "scikit-learn", "pydantic", "click", "huggingface_hub")
+_OPTIONAL = (
+    "deepspeed",
+    "datasets",
+    "triton",
+    "gguf",
+    "accelerate",
+    "scikit-learn",
+    "pydantic",
+    "click",
+    "huggingface_hub",
+)
 _VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "UPCYCLE_DEBUG")
 
 

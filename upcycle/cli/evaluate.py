@@ -12,7 +12,9 @@ from upcycle.cli.output import Bars, print_json, print_table
 
 @click.command("evaluate")
 @click.argument("model")
-@click.option("--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]")
+@click.option(
+    "--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]"
+)
 @click.option("--reference", metavar="DENSE", help="another model to measure on the same tokens")
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="tokens per window")
 @click.option("--stride", type=click.IntRange(1), help="tokens between windows  [default: half a window]")

@@ -35,7 +35,10 @@ def entries(kind: str) -> list[dict[str, Any]]:
     from upcycle.registry import load
 
     if kind == "recipes":
-        return [{"name": path.stem, "what": _first_comment(path), "path": str(path)} for path in sorted(RECIPES.glob("*.yaml"))]
+        return [
+            {"name": path.stem, "what": _first_comment(path), "path": str(path)}
+            for path in sorted(RECIPES.glob("*.yaml"))
+        ]
     singular = {"families": "family"}.get(kind, kind[:-1])
     found = []
     for name in REGISTRY[singular]:
@@ -43,7 +46,8 @@ def entries(kind: str) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"name": name, "title": plugin.title}
         if singular in ("method", "router"):
             entry["parameters"] = {
-                key: f"{field.description} [default: {field.default}]" for key, field in plugin.Parameters.model_fields.items()
+                key: f"{field.description} [default: {field.default}]"
+                for key, field in plugin.Parameters.model_fields.items()
             }
             entry["paper"] = plugin.paper
         elif singular == "family":

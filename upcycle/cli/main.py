@@ -80,7 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         name = type(error).__name__
-        print_error(UpcycleError(f"{name}: {error}", hint="this is a fault in upcycle: report it with --debug and upcycle env"))
+        print_error(
+            UpcycleError(f"{name}: {error}", hint="this is a fault in upcycle: report it with --debug and upcycle env")
+        )
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 import yaml
+from pydantic import BaseModel
 
 from upcycle.errors import UsageError
 from upcycle.recipe import Recipe, RouterRecipe, VerificationRecipe, parse_recipe, read_recipe, set_key
@@ -34,7 +35,7 @@ _FLAGS = {
     ("--verify-text",): "verification.text",
     ("--verify-tokens",): "verification.tokens",
 }
-_INNER = {"router": RouterRecipe, "verification": VerificationRecipe}
+_INNER: dict[str, type[BaseModel]] = {"router": RouterRecipe, "verification": VerificationRecipe}
 
 
 def _field(key: str) -> Any:
@@ -51,7 +52,9 @@ def recipe_options(function: F) -> F:
     ]
     for flag, name, metavar, text in repeatable:
         function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
-    function = click.option("--source", "source_flag", metavar="SOURCE", help="the source, for a recipe without one")(function)
+    function = click.option("--source", "source_flag", metavar="SOURCE", help="the source, for a recipe without one")(
+        function
+    )
     for flags, key in reversed(_FLAGS.items()):
         field = _field(key)
         choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]

@@ -32,7 +32,9 @@ def stderr() -> Console:
 
 def _console(stream: TextIO) -> Console:
     # A file or pipe has no width of its own: wide enough that no table is folded.
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else _FILE_WIDTH, soft_wrap=not stream.isatty())
+    return Console(
+        file=stream, highlight=False, width=None if stream.isatty() else _FILE_WIDTH, soft_wrap=not stream.isatty()
+    )
 
 
 def print_json(data: Any) -> None:
@@ -51,7 +53,9 @@ def print_error(error: UpcycleError) -> None:
         console.print(error.hint, markup=False)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = (), title: str = "") -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = (), title: str = ""
+) -> None:
     """A plain table on stdout; columns whose number is in ``right`` are aligned right."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):

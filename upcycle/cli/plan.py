@@ -51,7 +51,13 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
         ("promise", f"{plan.promise}: {plan.promise_reason}"),
         ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
         ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
-        ("FLOPs", f"{count(plan.flops_per_token)} per token ({ratio:.2f}x dense; attention over the context not counted)"),
-        ("on disk", f"{size(plan.bytes_output)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)} (dense {size(plan.bytes_dense)})"),
+        (
+            "FLOPs",
+            f"{count(plan.flops_per_token)} per token ({ratio:.2f}x dense; attention over the context not counted)",
+        ),
+        (
+            "on disk",
+            f"{size(plan.bytes_output)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)} (dense {size(plan.bytes_dense)})",
+        ),
         ("peak memory", f"about {size(plan.peak_memory_bytes)} to convert"),
     ]

@@ -35,7 +35,9 @@ def command(
     else:
         print_facts(verification_facts(result))
     if result.verdict == "broken":
-        raise VerificationError(f"{out} is broken: {result.explanation}", hint="convert it again; report it if that does not help")
+        raise VerificationError(
+            f"{out} is broken: {result.explanation}", hint="convert it again; report it if that does not help"
+        )
 
 
 def verification_facts(result: Any) -> list[tuple[str, str]]:
@@ -44,8 +46,14 @@ def verification_facts(result: Any) -> list[tuple[str, str]]:
     limit = f" (promised below {result.tolerance:.0e})" if result.tolerance else ""
     facts = [
         ("verdict", f"[{style}]{result.verdict}[/]: {result.explanation}"),
-        ("logit error", f"{result.relative_logit_error:.1e} relative{limit}, KL {result.kl:.1e} nats, top-1 agreement {result.top1_agreement:.1%}"),
-        ("perplexity", f"dense {result.perplexity_dense:.3f}, MoE {result.perplexity:.3f} ({result.tokens:,} tokens, {result.text})"),
+        (
+            "logit error",
+            f"{result.relative_logit_error:.1e} relative{limit}, KL {result.kl:.1e} nats, top-1 agreement {result.top1_agreement:.1%}",
+        ),
+        (
+            "perplexity",
+            f"dense {result.perplexity_dense:.3f}, MoE {result.perplexity:.3f} ({result.tokens:,} tokens, {result.text})",
+        ),
         ("layers", f"relative error {min(result.layer_errors):.1e} to {max(result.layer_errors):.1e}"),
     ]
     if result.all_experts_error is not None:

@@ -172,7 +172,8 @@ class Family(ABC):
         for name, shape in expected.items():
             if name not in specs:
                 raise CheckpointError(
-                    f"{where}: tensor '{name}' is missing", hint="compare config.json with the weights: do they belong together?"
+                    f"{where}: tensor '{name}' is missing",
+                    hint="compare config.json with the weights: do they belong together?",
                 )
             if specs[name].shape != shape:
                 raise CheckpointError(

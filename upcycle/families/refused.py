@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_NO_ROPE_BLOCK = "its block has LayerNorms with biases and an FFN that is not gated, and no stock MoE architecture has that block"
+_NO_ROPE_BLOCK = (
+    "its block has LayerNorms with biases and an FFN that is not gated, and no stock MoE architecture has that block"
+)
 _PARALLEL = "its attention and FFN run in parallel, and no stock MoE architecture converted here has that block"
 _MOE = "it is a Mixture-of-Experts already"
 

@@ -18,7 +18,7 @@ PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
 
 
-class Parameters(BaseModel):
+class PluginParameters(BaseModel):
     """A plug-in's own parameters; every field has a help text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,9 +37,9 @@ class Method(ABC):
     kind: ClassVar[Literal["copies", "partition"]]
     exact_when_all_active: ClassVar[bool] = True
     exact_with_any_router: ClassVar[bool] = False
-    Parameters: ClassVar[type[Parameters]] = Parameters
+    Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: PluginParameters) -> None:
         self.parameters = parameters
 
     @abstractmethod

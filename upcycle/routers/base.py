@@ -9,7 +9,7 @@ import torch
 
 from upcycle.blueprint import LayerBlueprint
 from upcycle.feed_forward import FeedForward
-from upcycle.methods.base import Parameters
+from upcycle.methods.base import PluginParameters
 
 
 class Router(ABC):
@@ -19,12 +19,12 @@ class Router(ABC):
     title: ClassVar[str]
     paper: ClassVar[str | None]
     equal_weights: ClassVar[bool] = False
-    Parameters: ClassVar[type[Parameters]] = Parameters
+    Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: PluginParameters) -> None:
         self.parameters = parameters
 
-    def check(self, experts: int, top_k: int) -> None:
+    def check(self, experts: int, top_k: int) -> None:  # noqa: B027 - most need no check
         """Refuse combinations that make no sense; most routers refuse none."""
 
     @abstractmethod

@@ -9,14 +9,14 @@ from pydantic import Field
 
 from upcycle.blueprint import LayerBlueprint
 from upcycle.feed_forward import FeedForward
-from upcycle.methods.base import Parameters
+from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 
 # Rounding the rows to bfloat16 may lengthen a difference of two rows; this leaves room for it.
 _ROUNDING_MARGIN = 0.98
 
 
-class CoolParameters(Parameters):
+class CoolParameters(PluginParameters):
     """Parameters of :class:`CoolRouter`."""
 
     tolerance: float = Field(0.01, gt=0, lt=1, description="largest relative difference between two experts' weights")

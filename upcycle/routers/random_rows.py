@@ -7,11 +7,11 @@ from pydantic import Field
 
 from upcycle.blueprint import LayerBlueprint
 from upcycle.feed_forward import FeedForward
-from upcycle.methods.base import Parameters
+from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 
 
-class RandomParameters(Parameters):
+class RandomParameters(PluginParameters):
     """Parameters of :class:`RandomRouter`."""
 
     std: float = Field(0.02, gt=0, description="standard deviation of the router's weights")

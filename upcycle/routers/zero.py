@@ -8,18 +8,20 @@ from pydantic import Field
 from upcycle.blueprint import LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
-from upcycle.methods.base import Parameters
+from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 
 
-class ZeroParameters(Parameters):
+class ZeroParameters(PluginParameters):
     """Parameters of :class:`ZeroRouter`."""
 
-    inference_only: bool = Field(False, description="allow top-k below the number of experts; such a model cannot train")
+    inference_only: bool = Field(
+        False, description="allow top-k below the number of experts; such a model cannot train"
+    )
 
 
 class ZeroRouter(Router):
-    """Rows of zeros. With k < E every token picks experts 0..k-1 and the others never learn, so that is refused."""
+    """Rows of zeros. With k < E all tokens tie and pick the same k experts; the others never learn, so that is refused."""
 
     name = "zero"
     title = "Zero rows"
@@ -32,7 +34,7 @@ class ZeroRouter(Router):
         """Refuse k < E unless the user says that nothing will be trained."""
         if top_k < experts and not self.parameters.inference_only:
             raise UsageError(
-                f"a zero router with top-k {top_k} of {experts} sends every token to experts 0..{top_k - 1}; it cannot be trained",
+                f"a zero router with top-k {top_k} of {experts} sends every token to the same {top_k} experts; it cannot be trained",
                 hint="use --router cool, or --router-param inference_only=true if nothing will be trained",
             )
 

@@ -121,7 +121,7 @@ def expert_tensors(
     d, m = dense.hidden_size, shape.expert_size
     if layout == "fused":
         everyone = range(shape.experts)
-        gate_up = tuple(Part(kind, e) for e in everyone for kind in ("gate", "up"))  # type: ignore[arg-type]
+        gate_up = tuple(Part(kind, e) for e in everyone for kind in ("gate", "up"))
         return [
             OutputTensor(f"{prefix}.gate_up_proj", (shape.experts, 2 * m, d), gate_up),
             OutputTensor(f"{prefix}.down_proj", (shape.experts, d, m), tuple(Part("down", e) for e in everyone)),

@@ -1,0 +1,196 @@
+"""The command line: start-up, help, exit codes, what goes where."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import upcycle
+from upcycle.cli import options
+from upcycle.cli.main import VERBS, cli, main
+from upcycle.recipe import Recipe
+
+Pico = Callable[[str], Path]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, list(arguments))
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_needs_no_torch(verb: str | None) -> None:
+    arguments = [verb, "--help"] if verb else ["--help"]
+    code = (
+        "import sys, upcycle.cli.main as m\n"
+        f"try: m.main({arguments})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: upcycle" in done.stdout
+
+
+def test_help_answers_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):  # the best of five: other work on the machine only ever adds time
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-P", "-m", "upcycle.cli.main", "convert", "--help"], capture_output=True, check=True
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_every_recipe_key_has_a_flag_or_is_reached_by_one() -> None:
+    flagged = {key.partition(".")[0] for key in options._FLAGS.values()} | {"source", "parameters"}
+    assert flagged == set(Recipe.model_fields)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({"source": "demo", "experts": 4, "top_k": 1, "router": "random", "seed": 3}))
+    result = run(
+        "plan", str(recipe), "--top-k", "2", "--set", "router.parameters.std=0.5", "--set", "layout=fused", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    flags = dict.fromkeys(key.replace(".", "__") for key in options._FLAGS.values())
+    flags |= {"top_k": 2, "param": (), "router_param": ("std=0.5",), "set_": ("layout=fused",), "source_flag": None}
+    made = options.build_recipe(str(recipe), flags)
+    assert (made.experts, made.top_k, made.seed, made.layout, made.method) == (4, 2, 3, "fused", "sparse_upcycling")
+    assert made.router.name == "random"
+    assert made.router.parameters == {"std": 0.5}
+
+
+def test_source_flag_gives_a_recipe_its_source(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("experts: 4\n")
+    assert run("plan", str(tmp_path / "r.yaml"), "--source", "demo").exit_code == 0
+
+
+def test_convert_prints_the_verdict_and_the_next_command(pico: Pico, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    result = run("convert", str(pico("llama")), out, "-e", "4", "--verify-tokens", "64")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "verdict",
+        "exact: the same function",
+        "promised below 1e-05",
+        "parameters",
+        "peak",
+        f"upcycle evaluate {out}",
+    ):
+        assert part in result.stdout
+    assert "2x its compute" in result.stderr
+    assert run("convert", str(pico("llama")), str(tmp_path / "b"), "-e", "4", "--no-verify", "-q").stderr == ""
+
+
+def test_sparse_split_hints_to_heal_and_exits_0(pico: Pico, tmp_path: Path) -> None:
+    arguments = ("-m", "random_split", "-e", "8", "-k", "4", "--verify-tokens", "64")
+    result = run("convert", str(pico("llama")), str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 0
+    assert "approximate: 4 of 8 experts run per token" in result.stdout
+    assert "healed by continual pre-training" in result.stdout
+    assert "all experts on" in result.stdout
+
+
+def test_json_is_the_python_functions_result(pico: Pico, tmp_path: Path) -> None:
+    dense, out = str(pico("llama")), tmp_path / "out"
+    result = run("convert", dense, str(out), "-e", "4", "--verify-tokens", "64", "--json")
+    converted = json.loads(result.stdout)
+    assert converted["verification"]["verdict"] == "exact"
+    planned = json.loads(run("plan", dense, "-e", "4", "--json").stdout)
+    assert planned == converted["plan"] == upcycle.plan(dense, experts=4).as_dict()
+    assert planned == json.loads(run("convert", dense, "unused", "-e", "4", "--dry-run", "--json").stdout)
+    assert not Path("unused").exists()
+    verified = json.loads(run("verify", str(out), "--tokens", "64", "--json").stdout)
+    assert verified == converted["verification"]
+    evaluated = json.loads(run("evaluate", str(out), "--text", "prose", "--tokens", "200", "--json").stdout)
+    assert evaluated == upcycle.evaluate(str(out), text=["prose"], tokens=200).as_dict()
+
+
+def test_evaluate_prints_texts_and_load(pico: Pico, tmp_path: Path) -> None:
+    run("convert", str(pico("llama")), str(tmp_path / "out"), "-e", "4", "--no-verify", "-q")
+    result = run("evaluate", str(tmp_path / "out"), "--tokens", "300", "--reference", str(pico("llama")))
+    assert result.exit_code == 0, result.output
+    for part in ("windows of 512 tokens, stride 256", "nats/token", "reference", "expert load", "max/mean", "+0.0%"):
+        assert part in result.stdout.replace("-0.0%", "+0.0%")
+
+
+def test_verify_exits_3_when_broken(pico: Pico, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from upcycle import verification
+
+    upcycle.convert(str(pico("llama")), tmp_path / "out", experts=4, verification={"enabled": False})
+    tolerance, verification.EXACT_TOLERANCE = verification.EXACT_TOLERANCE, 0.0
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["verify", str(tmp_path / "out"), "--tokens", "64"])
+    finally:
+        verification.EXACT_TOLERANCE = tolerance
+    assert caught.value.code == 3
+    assert "is broken" in capsys.readouterr().err
+
+
+def test_list_shows_every_plugin_with_its_paper() -> None:
+    result = json.loads(run("list", "--json").stdout)
+    assert set(result) == {"methods", "routers", "families", "targets", "recipes"}
+    assert all(method["paper"].startswith("https://") for method in result["methods"])
+    text = run("list", "methods").stdout
+    assert all(method["name"] in text for method in result["methods"])
+
+
+def test_env_prints_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", "/private/place")
+    result = run("env")
+    assert upcycle.__version__ in result.stdout
+    assert "hf_secret" not in result.output
+    assert "/private" not in result.output
+
+
+def test_demo_converts_four_ways(tmp_path: Path) -> None:
+    result = run("demo", str(tmp_path / "demo"), "--json", "-q")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert [c["verification"]["verdict"] for c in data["conversions"]] == ["exact"] * 3 + ["approximate"]
+    assert len(set(data["continuations"].values())) == 1
+    # A second run replaces the first.
+    assert run("demo", str(tmp_path / "demo"), "-q").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["convret"], 2), (["convert"], 2), (["convert", "demo", "x", "-e", "y"], 2)]
+)
+def test_usage_errors(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "hint: upcycle" in message
+
+
+def test_a_fault_of_ours_is_one_message_and_a_traceback_only_with_debug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from upcycle import planning
+
+    def fail(_: Recipe) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(planning, "job_of", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "demo"])
+    assert caught.value.code == 1
+    assert "ZeroDivisionError: by nothing" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", "demo", "--debug"])

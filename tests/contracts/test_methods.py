@@ -1,0 +1,111 @@
+"""What every registered method and splitter promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear, silu
+
+from upcycle.blueprint import ZERO_NEURON
+from upcycle.build import ExpertTensors
+from upcycle.conversion import generator
+from upcycle.feed_forward import FeedForward
+from upcycle.methods.base import Method
+from upcycle.registry import METHODS, load
+from upcycle.targets.base import MoeShape, Part
+
+D, F, E, S = 16, 96, 8, 4
+
+
+def ffn(dtype: torch.dtype = torch.float64, width: int = F) -> FeedForward:
+    rng = torch.Generator().manual_seed(7)
+    gate, up, down = (torch.randn(shape, generator=rng, dtype=dtype) for shape in ((width, D), (width, D), (D, width)))
+    return FeedForward(3, gate, up, down, torch.ones(D, dtype=dtype), "silu")
+
+
+def made(name: str) -> Method:
+    cls = load("method", name)
+    return cls(cls.Parameters())
+
+
+def shapes(method: Method, width: int = F, pad: bool = False) -> list[MoeShape]:
+    shared = (0, S) if method.kind == "partition" else (0,)
+    return [MoeShape(E, E, s, method.expert_size(width, E, s, pad), (3,)) for s in shared]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_experts_at_equal_weight_are_the_dense_ffn(name: str) -> None:
+    method, dense = made(name), ffn()
+    x = torch.randn(5, D, dtype=torch.float64)
+    expected = linear(silu(linear(x, dense.gate)) * linear(x, dense.up), dense.down)
+    for shape in shapes(method):
+        blueprint = method.blueprint(dense, shape, method.scale("exact", E, E), generator(0, 3, "method"))
+        tensors = ExpertTensors(dense, blueprint)
+
+        def run(prefix: str, e: int, tensors: ExpertTensors = tensors) -> torch.Tensor:
+            gate, up, down = (tensors.part(Part(f"{prefix}{kind}", e)) for kind in ("gate", "up", "down"))  # type: ignore[arg-type]
+            return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+        total = torch.stack([run("", e) for e in range(E)]).mean(0)
+        if shape.shared:
+            total = total + run("shared_", 0)
+        # fp64: a few hundred products of order one.
+        assert torch.linalg.norm(total - expected) <= 1e-13 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_neurons_are_used_as_declared(name: str) -> None:
+    method, dense = made(name), ffn()
+    for shape in shapes(method):
+        blueprint = method.blueprint(dense, shape, 1.0, generator(0, 3, "method"))
+        assert len(blueprint.routed) == E
+        assert len(blueprint.shared) == shape.shared
+        everyone = [expert.neurons for expert in blueprint.shared + blueprint.routed]
+        assert {len(neurons) for neurons in everyone} == {shape.expert_size}
+        if method.kind == "partition":
+            assert torch.equal(torch.cat(everyone).sort().values, torch.arange(F))
+        else:
+            assert all(torch.equal(neurons.sort().values, torch.arange(F)) for neurons in everyone)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if made(name).kind == "partition"])
+def test_padding_uses_every_neuron_once_and_zeros_for_the_rest(name: str) -> None:
+    method, dense = made(name), ffn(width=90)
+    (shape, _) = shapes(method, width=90, pad=True)
+    assert shape.expert_size % 8 == 0
+    blueprint = method.blueprint(dense, shape, 1.0, generator(0, 3, "method"))
+    taken = torch.cat([expert.neurons for expert in blueprint.routed])
+    assert torch.equal(taken[taken != ZERO_NEURON].sort().values, torch.arange(90))
+    assert int((taken == ZERO_NEURON).sum()) == E * shape.expert_size - 90
+    tensors = ExpertTensors(dense, blueprint)
+    for e, expert in enumerate(blueprint.routed):
+        zero = expert.neurons == ZERO_NEURON
+        assert not tensors.part(Part("gate", e))[zero].any()
+        assert not tensors.part(Part("down", e))[:, zero].any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_blueprint_and_inputs_untouched(name: str) -> None:
+    method, dense = made(name), ffn()
+    before = [tensor.clone() for tensor in (dense.gate, dense.up, dense.down, dense.norm)]
+    for shape in shapes(method):
+        first, second = (method.blueprint(dense, shape, 1.0, generator(5, 3, "method")) for _ in range(2))
+        for a, b in zip(first.routed + first.shared, second.routed + second.shared, strict=True):
+            assert torch.equal(a.neurons, b.neurons)
+    assert all(map(torch.equal, before, (dense.gate, dense.up, dense.down, dense.norm)))
+
+
+def test_random_split_differs_between_layers_and_seeds() -> None:
+    method, dense = made("random_split"), ffn()
+    (shape, _) = shapes(method)
+    drawn = [
+        torch.cat([e.neurons for e in method.blueprint(dense, shape, 1.0, generator(*key, "method")).routed])
+        for key in ((0, 3), (0, 4), (1, 3))
+    ]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(("convention", "expected"), [("exact", 8.0), ("sum", 2.0), ("paper", 4.0)])
+def test_scale_conventions_of_a_partition(convention: str, expected: float) -> None:
+    assert made("random_split").scale(convention, 8, 2) == expected  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""kill -9, Ctrl-C and two at once, on a real process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import upcycle
+from upcycle.errors import UsageError
+
+# Slows a conversion down so that a signal finds it half-way.
+SLOW = """
+import sys, time
+from upcycle import conversion
+from upcycle.cli.main import main
+write = conversion._write_unit
+def slow(*arguments):
+    write(*arguments)
+    time.sleep(0.4)
+conversion._write_unit = slow
+main(sys.argv[1:])
+"""
+FLAGS = ["--method", "random_split", "--top-k", "4", "--max-shard-size", "600KB", "--no-verify", "--quiet"]
+KEYS = {"method": "random_split", "top_k": 4, "max_shard_size": "600KB", "verification": {"enabled": False}}
+
+
+def start(dense: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-c", SLOW, "convert", str(dense), str(out), *FLAGS]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_units(out: Path, count: int) -> None:
+    journal = out.with_name(out.name + ".partial") / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if journal.exists() and len(journal.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the conversion did not start")
+
+
+def equal(one: Path, two: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    return names == sorted(path.name for path in two.iterdir()) and all(
+        (one / name).read_bytes() == (two / name).read_bytes() for name in names
+    )
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_killed_then_resumed_is_byte_equal(units: int, pico: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(pico("llama"), out)
+    wait_for_units(out, units)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    result = upcycle.convert(str(pico("llama")), out, **KEYS)
+    assert result.resumed
+    upcycle.convert(str(pico("llama")), tmp_path / "whole", **KEYS)
+    assert equal(out, tmp_path / "whole")
+
+
+def test_resuming_does_not_convert_finished_layers_again(
+    pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upcycle import conversion
+
+    out = tmp_path / "out"
+    process = start(pico("llama"), out)
+    wait_for_units(out, 3)
+    process.kill()
+    process.wait()
+    write, written = conversion._write_unit, []
+
+    def spy(*arguments: object) -> None:
+        written.append(arguments[4].name)  # type: ignore[attr-defined]
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conversion, "_write_unit", spy)
+    upcycle.convert(str(pico("llama")), out, **KEYS)
+    assert written in (["layer 2", "final norm"], ["final norm"])
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(pico("llama"), out)
+    wait_for_units(out, 1)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in message
+    assert "Traceback" not in message
+    assert not out.exists()
+
+
+def test_a_second_process_is_turned_away(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = start(pico("llama"), out)
+    wait_for_units(out, 1)
+    second = start(pico("llama"), out)
+    _, message = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "another process is writing" in message
+    assert first.wait(timeout=60) == 0
+    assert (out / "config.json").exists()
+
+
+def test_a_changed_source_is_not_resumed(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(dense, out)
+    wait_for_units(out, 1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="unfinished conversion of another"):
+        upcycle.convert(str(dense), out, **KEYS)

@@ -1,0 +1,83 @@
+"""SmolLM2-135M-Instruct: exact conversions of a real model, in stock transformers, token for token. Run by ``make real``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import upcycle
+
+pytestmark = pytest.mark.real
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "Water boils at a temperature of"]
+
+
+def _smollm2() -> Any:
+    path = Path(__file__).parents[1] / "smollm2.py"
+    spec = importlib.util.spec_from_file_location("smollm2", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    folder: Path = _smollm2().dense_folder()
+    return folder
+
+
+def generated(folder: Path) -> list[list[int]]:
+    """Greedy continuations by stock transformers in fp32; the load report must be empty."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    written = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        written.append(model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0].tolist())
+    return written
+
+
+def test_upcycled_is_exact_loads_cleanly_and_generates_the_same_tokens(smollm2: Path, tmp_path: Path) -> None:
+    result = upcycle.convert(str(smollm2), tmp_path / "out", experts=4, top_k=2, router="random")
+    assert result.plan.target == "mixtral"
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    assert result.verification.relative_logit_error < 1e-5
+    expected, actual = generated(smollm2), generated(tmp_path / "out")
+    assert actual == expected
+    assert "Paris" in AutoTokenizer.from_pretrained(smollm2).decode(expected[0])
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+@pytest.mark.parametrize("method", ["random_split", "contiguous_split"])
+def test_splits_with_all_experts_active_are_exact(method: str, shared: int, smollm2: Path, tmp_path: Path) -> None:
+    result = upcycle.convert(str(smollm2), tmp_path / "out", method=method, experts=8, top_k=8, shared=shared)
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    assert result.verification.relative_logit_error < 1e-5
+    assert result.plan.target == ("qwen2_moe" if shared else "mixtral")
+
+
+def test_half_the_experts_are_approximate_with_numbers(smollm2: Path, tmp_path: Path) -> None:
+    result = upcycle.convert(str(smollm2), tmp_path / "out", method="random_split", experts=8, top_k=4)
+    checked = result.verification
+    assert checked is not None
+    assert checked.verdict == "approximate"
+    assert checked.perplexity > 1.5 * checked.perplexity_dense
+    assert checked.all_experts_error is not None
+    assert checked.all_experts_error < 1e-5
+
+
+def test_the_gguf_file_itself_converts(tmp_path: Path) -> None:
+    result = upcycle.convert(str(_smollm2().gguf_file()), tmp_path / "out", experts=2, top_k=1)
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("Ünïcode and code: x += 1")["input_ids"]) == "Ünïcode and code: x += 1"

@@ -1,0 +1,125 @@
+"""README, recipes, help and code agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import upcycle
+from upcycle import errors
+from upcycle.cli.list_plugins import entries
+from upcycle.cli.main import VERBS, cli
+from upcycle.recipe import Recipe, parse_recipe
+from upcycle.registry import FAMILIES, METHODS, ROUTERS, TARGETS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading."""
+    section = README.split(f"\n{heading}\n", 1)[1]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table
+    return [[cell.strip().strip("`") for cell in line.strip("|\n").split("|")] for line in table[0].splitlines()[2:]]
+
+
+def test_the_commands_stand_before_line_40() -> None:
+    top = "\n".join(README.splitlines()[:40])
+    for command in ("make demo", "make test", "upcycle convert"):
+        assert command in top
+    assert "| " in top
+
+
+def test_every_command_line_in_the_readme_parses() -> None:
+    lines = [
+        line for block in re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+    ]
+    commands = [
+        shlex.split(line.removeprefix("$ "), comments=True)
+        for line in lines
+        if line.removeprefix("$ ").startswith("upcycle ")
+    ]
+    assert len(commands) > 8
+    for _, verb, *arguments in commands:
+        command = cli.get_command(None, verb)  # type: ignore[arg-type]
+        assert command is not None, verb
+        command.make_context(verb, list(arguments))
+
+
+def test_every_verb_is_documented() -> None:
+    assert {row[0].removeprefix("upcycle ").split()[0] for row in rows("## Commands")} == set(VERBS)
+
+
+def test_recipe_keys() -> None:
+    documented = {row[0]: row[1] for row in rows("## Recipes")}
+    assert documented == {name: field.description for name, field in Recipe.model_fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("heading", "names"),
+    [("### Methods", METHODS), ("### Routers", ROUTERS), ("### Families", FAMILIES), ("### Targets", TARGETS)],
+)
+def test_plugin_tables(heading: str, names: dict[str, str]) -> None:
+    assert [row[0] for row in rows(heading)] == list(names)
+
+
+def test_papers_in_the_readme_are_those_of_the_code() -> None:
+    for row, method in zip(rows("### Methods"), entries("methods"), strict=True):
+        assert method["paper"] in row[2]
+
+
+def test_exit_codes() -> None:
+    documented = {int(row[0]) for row in rows("## Exit codes")}
+    raised = {
+        kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.UpcycleError)
+    }
+    assert documented == raised | {0, 130}
+
+
+def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    dense = str(pico("llama"))
+    plan = upcycle.plan(dense).as_dict()
+    converted = upcycle.convert(dense, tmp_path / "out", verification={"tokens": 64}).as_dict()
+    evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
+    actual = {
+        "plan": plan,
+        "convert": converted,
+        "verify": converted["verification"],
+        "evaluate": evaluated,
+        "evaluate texts": evaluated["texts"][0],
+        "evaluate layers": evaluated["layers"][0],
+    }
+    documented = {row[0]: set(re.findall(r"\w+", row[1])) for row in rows("## JSON")}
+    assert documented == {name: set(data) for name, data in actual.items()}
+    json.dumps(actual)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "convert").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    assert path.read_text().startswith("# ")
+    parse_recipe({"source": "demo", **content}, str(path))
+    result = CliRunner().invoke(
+        cli, ["convert", str(path), str(tmp_path / "out"), "--source", "demo", "--verify-tokens", "64", "-q"]
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_the_training_recipe_of_the_demo_is_valid() -> None:
+    from upcycle.trainers.demo_model import DemoRecipe
+
+    recipe = DemoRecipe.model_validate(yaml.safe_load((ROOT / "configs" / "train" / "demo_model.yaml").read_text()))
+    made = json.loads((ROOT / "upcycle" / "demo" / "training.json").read_text())
+    assert recipe.model_dump() == made["recipe"]
+    assert made["training_tokens"] >= 5_000_000

@@ -1,0 +1,107 @@
+"""The plan against what a conversion then writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import upcycle
+from upcycle.errors import UsageError
+
+Pico = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama", {"experts": 4, "top_k": 2}),
+        ("llama", {"method": "random_split", "top_k": 4, "shared": 4}),
+        ("llama-rope", {"method": "random_split", "top_k": 2}),
+        ("qwen3", {"experts": 4, "top_k": 1, "layers": "every-other", "layout": "fused"}),
+    ],
+)
+def test_parameters_and_bytes_are_those_of_the_written_model(
+    name: str, keys: dict[str, Any], pico: Pico, tmp_path: Path
+) -> None:
+    plan = upcycle.plan(str(pico(name)), max_shard_size="300KB", **keys)
+    result = upcycle.convert(
+        str(pico(name)), tmp_path / "out", max_shard_size="300KB", verification={"tokens": 64}, **keys
+    )
+    assert result.plan == plan
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    total = sum(p.numel() for p in model.parameters())
+    idle = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert plan.parameters_total == total
+    assert plan.parameters_active == total - idle + idle * keys["top_k"] // keys.get("experts", 8)
+    dense = AutoModelForCausalLM.from_pretrained(pico(name))
+    assert plan.parameters_dense == sum(p.numel() for p in dense.parameters())
+    sizes = {shard["file"]: shard["bytes"] for shard in plan.shards}
+    for file, size in sizes.items():
+        # The file holds the tensors and a header.
+        content = (tmp_path / "out" / file).read_bytes()
+        assert len(content) - 8 - int.from_bytes(content[:8], "little") == size
+    assert sum(sizes.values()) == plan.bytes_output
+
+
+def test_flops_count_every_weight_in_a_product_twice(pico: Pico) -> None:
+    plan = upcycle.plan(str(pico("llama")), experts=4, top_k=2)
+    ffn = 3 * 3 * 32 * 96  # layers x matrices x hidden x intermediate
+    assert plan.flops_per_token - plan.flops_per_token_dense == 2 * (ffn + 3 * 4 * 32)
+    assert plan.flops_per_token_dense == 2 * (plan.parameters_dense - 4096 * 32)
+
+
+def test_a_hub_id_is_planned_from_its_config_alone(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    wanted: list[list[str]] = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        wanted.append(allow_patterns)
+        (tmp_path / "config.json").write_bytes((pico("llama") / "config.json").read_bytes())
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    there, here = upcycle.plan("org/name", experts=4), upcycle.plan(str(pico("llama")), experts=4)
+    assert wanted == [["config.json"]]
+    assert there == here
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"method": "random_split", "top_k": 4}, "healed"),
+        ({"experts": 4, "top_k": 2}, "runs 2 copies"),
+        ({"method": "random_split", "experts": 7, "top_k": 7, "pad": True, "dtype": "bfloat16"}, "rounds in bfloat16"),
+        ({"experts": 8, "max_shard_size": "10KB"}, "a layer is never divided"),
+        ({"method": "random_split", "experts": 8, "top_k": 8}, "not a multiple of 8"),
+    ],
+)
+def test_warnings(keys: dict[str, Any], part: str, pico: Pico) -> None:
+    assert any(part in warning for warning in upcycle.plan(str(pico("llama")), **keys).warnings)
+
+
+@pytest.mark.parametrize(
+    ("keys", "promise"),
+    [
+        ({"experts": 4, "top_k": 2}, "exact"),
+        ({"experts": 4, "top_k": 2, "router": "cool"}, "exact"),
+        ({"method": "random_split", "top_k": 8}, "exact"),
+        ({"method": "random_split", "top_k": 8, "router": "random"}, "approximate"),
+        ({"method": "random_split", "top_k": 8, "scale": 2.0}, "approximate"),
+        ({"method": "random_split", "experts": 6, "top_k": 6}, "exact"),  # the pico model is fp32
+        ({"method": "random_split", "experts": 6, "top_k": 6, "dtype": "bfloat16"}, "rounded"),
+        ({"method": "random_split", "top_k": 4}, "approximate"),
+    ],
+)
+def test_promises(keys: dict[str, Any], promise: str, pico: Pico) -> None:
+    assert upcycle.plan(str(pico("llama")), **keys).promise == promise
+
+
+def test_experts_that_do_not_divide_offer_padding(pico: Pico) -> None:
+    with pytest.raises(UsageError, match="96 neurons do not divide into 7 routed") as caught:
+        upcycle.plan(str(pico("llama")), method="random_split", experts=7)
+    assert "--pad fills up to 112" in (caught.value.hint or "")
