@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import upcycle
 from upcycle.blueprint import load_blueprints
-from upcycle.errors import UsageError, VerificationError
+from upcycle.errors import CheckpointError, UsageError, VerificationError
 from upcycle.job import Job
 from upcycle.tensor_files import INDEX, SafetensorsFolder
 
@@ -143,3 +143,20 @@ def test_flags_can_keep_a_zero_router_for_inference(pico: Pico, tmp_path: Path) 
     router = {"name": "zero", "parameters": {"inference_only": True}}
     upcycle.convert(str(pico("llama")), tmp_path / "out", router=router, **keys)
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["router"] == router
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upcycle import conversion
+
+    write = conversion.write_index
+
+    def touch(*arguments: object) -> None:
+        (dense / "model.safetensors").touch()
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conversion, "write_index", touch)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        upcycle.convert(str(dense), tmp_path / "out", experts=2, **QUICK)
+    assert not (tmp_path / "out").exists()

@@ -68,6 +68,7 @@ class DenseCheckpoint:
             self.store = SafetensorsFolder(source.path)
         self.config: DenseConfig = self.family.config(self.raw_config)
         self.family.check(self.config, self.store.specs, str(source.path))
+        self._opened = self.modified
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
 
     @classmethod
@@ -81,6 +82,18 @@ class DenseCheckpoint:
         path = self.source.path
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         return [file.stat().st_mtime_ns for file in files]
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a source that was replaced since it was opened.
+
+        Raises:
+            CheckpointError: a weight file has another modification time.
+        """
+        if self.modified != self._opened:
+            raise CheckpointError(
+                f"{self.source.path} changed while it was read",
+                hint="start again with --restart once it stays as it is",
+            )
 
     @property
     def has_tokenizer(self) -> bool:

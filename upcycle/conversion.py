@@ -108,9 +108,11 @@ def run_recipe(
         with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint), overwrite, restart) as workspace:
             _check_disk(workspace.folder, made.bytes_output)
             hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
+            checkpoint.check_unchanged()
             _write_companions(job, checkpoint, workspace.folder)
             provenance.write(workspace.folder, job, made, checkpoint, hashes)
             verification = _verify(job, checkpoint, workspace.folder, progress)
+            checkpoint.check_unchanged()
             broken = verification is not None and verification.verdict == "broken"
             final = workspace.publish(failed=broken)
     except OSError as error:

@@ -10,73 +10,75 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.tensor_files import SafetensorsFolder, read_json
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint
     from upcycle.job import Job
 
 State = dict[str, torch.Tensor]
+Reader = Callable[[int | None], State]
 _NOT_IN_LAYERS = None
 
 
 class StockModel:
-    """A stock causal language model in fp32 whose weights come from ``read``.
-
-    ``read(None)`` gives everything outside the decoder layers, ``read(i)`` layer ``i``, under the names of the stock
-    modules. With ``streamed`` a layer is read before it runs and dropped after it; a model larger than memory can run.
-
-    Raises:
-        CheckpointError: a weight is missing, unexpected, or of another shape.
+    """A stock causal language model in fp32, in memory or (with ``read``) streamed: a layer is read before it runs and
+    dropped after it, so that a model larger than memory can run.
     """
 
-    def __init__(self, config: Mapping[str, Any], read: Callable[[int | None], State], streamed: bool) -> None:
+    def __init__(self, model: Any, read: Reader | None = None) -> None:
+        self.model = use_eager_experts(model.eval())
+        self.layers = model.model.layers
+        self._read = read
+        if read:
+            for index, layer in enumerate(self.layers):
+                layer.register_forward_pre_hook(lambda *_, index=index: self.load(index))
+                layer.register_forward_hook(lambda *_, index=index: self.drop(index))
+
+    @classmethod
+    def from_reader(cls, config: Mapping[str, Any], read: Reader, streamed: bool) -> StockModel:
+        """Build the stock class of ``config`` around weights that come from ``read``.
+
+        ``read(None)`` gives everything outside the decoder layers, ``read(i)`` layer ``i``, under the names of the stock
+        modules.
+
+        Raises:
+            CheckpointError: a weight is missing, unexpected, or of another shape.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
         settings = AutoConfig.for_model(config["model_type"], **values)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-        self.model.eval()
-        use_eager_experts(self.model)
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         # Buffers that are computed, not loaded, do not exist on the meta device.
-        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(settings)
-        self.layers = self.model.model.layers
-        self._read = read
-        self._streamed = streamed
-        outside = read(_NOT_IN_LAYERS)
-        problems = self.model.load_state_dict(outside, strict=False, assign=True)
+        model.model.rotary_emb = type(model.model.rotary_emb)(settings)
+        problems = model.load_state_dict(read(_NOT_IN_LAYERS), strict=False, assign=True)
         missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
         if settings.tie_word_embeddings:
-            self.model.lm_head.weight = self.model.model.embed_tokens.weight
+            model.lm_head.weight = model.model.embed_tokens.weight
             missing = [name for name in missing if name != "lm_head.weight"]
         if missing or problems.unexpected_keys:
             raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
-        for index, layer in enumerate(self.layers):
-            if streamed:
-                layer.register_forward_pre_hook(lambda *_, index=index: self.load(index))
-                layer.register_forward_hook(lambda *_, index=index: self.drop(index))
-            else:
-                self.load(index)
+        if streamed:
+            return cls(model, read)
+        for index, layer in enumerate(model.model.layers):
+            _fill(layer, index, read)
+        return cls(model)
 
     def load(self, index: int) -> None:
-        """Read one layer into memory."""
-        prefix = f"model.layers.{index}."
-        state = {name.removeprefix(prefix): tensor for name, tensor in self._read(index).items()}
-        try:
-            self.layers[index].load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise CheckpointError(f"layer {index} does not fit {self.model.config.model_type}: {error}") from None
+        """Read one layer into memory, when it is streamed."""
+        if self._read:
+            _fill(self.layers[index], index, self._read)
 
     def drop(self, index: int) -> None:
         """Give a streamed layer's memory back."""
-        if self._streamed:
+        if self._read:
             self.layers[index].to("meta")
 
     def block(self, index: int) -> torch.nn.Module:
         """The FFN or MoE block of a layer, in memory until it is dropped."""
-        if self._streamed:
-            self.load(index)
+        self.load(index)
         block: torch.nn.Module = self.layers[index].mlp
         return block
 
@@ -85,6 +87,15 @@ class StockModel:
         with torch.no_grad():
             result: torch.Tensor = self.model(ids, use_cache=False).logits
         return result
+
+
+def _fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
+    prefix = f"model.layers.{index}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in read(index).items()}
+    try:
+        layer.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"layer {index} does not fit its stock class: {error}") from None
 
 
 def dense_model(checkpoint: DenseCheckpoint, dtype: str, streamed: bool) -> StockModel:
@@ -98,11 +109,13 @@ def dense_model(checkpoint: DenseCheckpoint, dtype: str, streamed: bool) -> Stoc
             names = {**family.layer_specs(config, layer), **family.ffn_specs(config, layer)}
         return {name: checkpoint.read(name, dtype).float() for name in names}
 
-    return StockModel(checkpoint.raw_config, read, streamed)
+    return StockModel.from_reader(checkpoint.raw_config, read, streamed)
 
 
-def converted_model(job: Job, folder: Path, config: Mapping[str, Any], streamed: bool) -> StockModel:
-    """The converted model from its files, experts fused as the stock modules keep them in memory."""
+def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:
+    """The converted model: loaded as every user would, or streamed with its experts fused as stock modules hold them."""
+    if not streamed:
+        return StockModel(load_stock(folder))
     store = SafetensorsFolder(folder)
     units = {unit.layer: unit for unit in job.units if unit.layer is not None}
     outside = [entry.name for unit in job.units if unit.layer is None for entry in unit.entries]
@@ -121,7 +134,7 @@ def converted_model(job: Job, folder: Path, config: Mapping[str, Any], streamed:
                 state[tensor.name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view(tensor.shape)
         return state
 
-    return StockModel(config, read, streamed)
+    return StockModel.from_reader(read_json(folder / "config.json"), read, streamed=True)
 
 
 def load_stock(folder: Path) -> Any:
@@ -140,7 +153,7 @@ def load_stock(folder: Path) -> Any:
     problems = {kind: keys for kind, keys in report.items() if keys}
     if problems:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
-    return use_eager_experts(model.eval())
+    return model
 
 
 def use_eager_experts(model: Any) -> Any:
