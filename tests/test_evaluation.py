@@ -81,7 +81,7 @@ def test_the_demo_card_states_what_evaluate_prints() -> None:
     from upcycle.sources import DEMO_FOLDER
 
     card = (DEMO_FOLDER / "model" / "README.md").read_text()
-    for text in upcycle.evaluate("demo").texts:
+    for text in upcycle.evaluate("demo", tokens=20_000).texts:
         assert f"| {text.text} | {text.predicted:,} | {text.perplexity:.2f} |" in card
 
 

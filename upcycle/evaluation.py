@@ -90,9 +90,12 @@ def evaluate(
         EnvironmentFault: the model does not fit in memory.
     """
     names = [text] if isinstance(text, str) else list(text or DEMO_TEXTS)
-    tokenizer = load_tokenizer(locate(str(model)).path)
-    encoded = {name: encode(tokenizer, read_text(name))[:tokens] for name in names}
-    runner = _Runner(str(model), window, stride)
+    with progress.phase("loading text and model", 2):
+        tokenizer = load_tokenizer(locate(str(model)).path)
+        encoded = {name: encode(tokenizer, read_text(name))[:tokens] for name in names}
+        progress.advance()
+        runner = _Runner(str(model), window, stride)
+        progress.advance()
     with _load_counts(runner.model) as counts:
         measured = {name: runner.loss(ids, progress, name) for name, ids in encoded.items()}
     layers = [_layer_load(layer, count) for layer, count in counts.items()]

@@ -111,9 +111,13 @@ def verify_job(
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    ids, label = _token_windows(job, checkpoint, text, tokens)
-    dense = dense_model(checkpoint, job.recipe.dtype, streamed)
-    moe = converted_model(job, folder, streamed)
+    with progress.phase("loading text and both models", 3):
+        ids, label = _token_windows(job, checkpoint, text, tokens)
+        progress.advance()
+        dense = dense_model(checkpoint, job.recipe.dtype, streamed)
+        progress.advance()
+        moe = converted_model(job, folder, streamed)
+        progress.advance()
     layers = _LayerErrors(job, moe)
     totals = _Totals()
     # Streaming reads every weight once per batch: larger batches cost memory, and save that.

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import upcycle
 from upcycle.cli import options
 from upcycle.cli.main import VERBS, cli, main
+from upcycle.errors import UsageError
 from upcycle.recipe import Recipe
 
 Pico = Callable[[str], Path]
@@ -158,13 +159,16 @@ def test_env_prints_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_demo_converts_four_ways(tmp_path: Path) -> None:
+    upcycle.convert("demo", tmp_path / "demo" / "upcycled", experts=2, top_k=1, verification={"enabled": False})
     result = run("demo", str(tmp_path / "demo"), "--json", "-q")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert [c["verification"]["verdict"] for c in data["conversions"]] == ["exact"] * 3 + ["approximate"]
     assert len(set(data["continuations"].values())) == 1
-    # A second run replaces the first.
-    assert run("demo", str(tmp_path / "demo"), "-q").exit_code == 0
+    (tmp_path / "mine" / "upcycled").mkdir(parents=True)
+    (tmp_path / "mine" / "upcycled" / "thesis.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="is not empty"):
+        CliRunner().invoke(cli, ["demo", str(tmp_path / "mine")], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

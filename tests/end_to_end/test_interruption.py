@@ -19,13 +19,13 @@ from upcycle.errors import UsageError
 
 # Slows a conversion down so that a signal finds it half-way.
 SLOW = """
-import sys, time
+import os, sys, time
 from upcycle import conversion
 from upcycle.cli.main import main
 write = conversion._write_unit
 def slow(*arguments):
     write(*arguments)
-    time.sleep(0.4)
+    time.sleep(float(os.environ["SECONDS_PER_UNIT"]))
 conversion._write_unit = slow
 main(sys.argv[1:])
 """
@@ -33,9 +33,10 @@ FLAGS = ["--method", "random_split", "--top-k", "4", "--max-shard-size", "600KB"
 KEYS = {"method": "random_split", "top_k": 4, "max_shard_size": "600KB", "verification": {"enabled": False}}
 
 
-def start(dense: Path, out: Path) -> subprocess.Popen[str]:
+def start(dense: Path, out: Path, seconds_per_unit: float = 0.4) -> subprocess.Popen[str]:
+    environment = {**os.environ, "SECONDS_PER_UNIT": str(seconds_per_unit)}
     command = [sys.executable, "-P", "-c", SLOW, "convert", str(dense), str(out), *FLAGS]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for_units(out: Path, count: int) -> None:
@@ -104,14 +105,17 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(pico: Callable[[str], Path],
 
 def test_a_second_process_is_turned_away(pico: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = start(pico("llama"), out)
+    first = start(pico("llama"), out, seconds_per_unit=120)
     wait_for_units(out, 1)
+    journal = out.with_name("out.partial") / "journal.jsonl"
+    before = journal.read_text()
     second = start(pico("llama"), out)
     _, message = second.communicate(timeout=60)
     assert second.returncode == 1
     assert "another process is writing" in message
-    assert first.wait(timeout=60) == 0
-    assert (out / "config.json").exists()
+    assert journal.read_text() == before
+    first.kill()
+    first.wait()
 
 
 def test_a_changed_source_is_not_resumed(dense: Path, tmp_path: Path) -> None:

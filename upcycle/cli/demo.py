@@ -35,7 +35,9 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     for title, folder, keys in CONVERSIONS:
         if not quiet:
             stderr().print(f"[cyan]{title}[/]: upcycle convert demo {out / folder} {_flags(keys)}")
-        results.append(convert("demo", out / folder, overwrite=True, progress=Bars(quiet=True), **keys))
+        # What an earlier demo left may be replaced, and nothing else.
+        ours = (out / folder / "upcycle.json").exists()
+        results.append(convert("demo", out / folder, overwrite=ours, progress=Bars(quiet=True), **keys))
     texts = {name: _continuation(folder) for name, folder in (("dense", None), ("4 copies, top-2", out / "upcycled"))}
     if as_json:
         print_json({"conversions": [result.as_dict() for result in results], "prompt": PROMPT, "continuations": texts})
