@@ -20,13 +20,13 @@ from upcycle.errors import UsageError
 # Slows a conversion down so that a signal finds it half-way.
 SLOW = """
 import os, sys, time
-from upcycle import conversion
 from upcycle.cli.main import main
-write = conversion._write_unit
+from upcycle.writer import ShardWriter
+finish = ShardWriter.finish
 def slow(*arguments):
-    write(*arguments)
+    finish(*arguments)
     time.sleep(float(os.environ["SECONDS_PER_UNIT"]))
-conversion._write_unit = slow
+ShardWriter.finish = slow
 main(sys.argv[1:])
 """
 FLAGS = ["--method", "random_split", "--top-k", "4", "--max-shard-size", "600KB", "--no-verify", "--quiet"]
