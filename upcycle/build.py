@@ -60,7 +60,7 @@ class _Neurons:
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         if self._run is not None:
             return weight[self._run]
-        taken = weight.index_select(0, self._neurons.clamp(min=0))
+        taken = _take(weight, self._neurons, 0)
         if self._zero is not None:
             taken[self._zero] = 0
         return taken
@@ -68,7 +68,13 @@ class _Neurons:
     def columns(self, weight: torch.Tensor) -> torch.Tensor:
         if self._run is not None:
             return weight[:, self._run]
-        taken = weight.index_select(1, self._neurons.clamp(min=0))
+        taken = _take(weight, self._neurons, 1)
         if self._zero is not None:
             taken[:, self._zero] = 0
         return taken
+
+
+def _take(weight: torch.Tensor, neurons: torch.Tensor, dim: int) -> torch.Tensor:
+    """``index_select`` by numpy, which gathers columns twice as fast; it has no bfloat16, so words are moved as integers."""
+    words = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]).numpy()
+    return torch.from_numpy(words.take(neurons.clamp(min=0).numpy(), axis=dim)).view(weight.dtype)

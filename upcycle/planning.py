@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from upcycle.checkpoint import DenseCheckpoint, family_of
+from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint, family_of
 from upcycle.families.base import DenseConfig
 from upcycle.job import Job, prepare
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.recipe import Recipe, parse_recipe, parse_size
 from upcycle.sources import is_local, locate
 from upcycle.tensor_files import TensorSpec, read_json
+from upcycle.writer import WAITING_BYTES
 
 # Resident set of the interpreter with torch loaded and its thread pool warm; measured, see tests/benchmarks.
 _INTERPRETER_BYTES = 330_000_000
-_COPY_BLOCK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _flops(dense: DenseConfig, parameters: int) -> int:
 
 
 def _peak_memory(job: Job) -> int:
-    """The interpreter, one dense FFN as read, and the largest piece that is built from it at once."""
+    """The interpreter, one dense FFN as read, blocks waiting for the disk, and the largest piece built or copied at once."""
     d, size = job.dense.hidden_size, job.shape.expert_size
     ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0])
     item = TensorSpec((1,), job.dtype).nbytes
@@ -130,7 +130,7 @@ def _peak_memory(job: Job) -> int:
     if job.recipe.dtype != "keep":
         read += max(job.dense_specs[name].nbytes for name in ffn)
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
-    return _INTERPRETER_BYTES + read + max(built, _COPY_BLOCK_BYTES, largest_row_block)
+    return _INTERPRETER_BYTES + read + WAITING_BYTES + max(built, COPY_BLOCK_BYTES, largest_row_block)
 
 
 def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTIAL = ".partial"
+WAITING_BYTES = 1 << 26  # how far the caller may be ahead of the disk
 _READ_BLOCK = 1 << 24
 
 
@@ -72,7 +74,10 @@ class ShardWriter:
         self._journal = journal
         self._header = _header(shard)
         self._hash = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
+        # One thread each, so that blocks keep their order.
+        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[int, Future[Any], Future[None]]] = deque()
+        self._last: Future[None] | None = None
         self.done: set[str] = set()
         self.sha256 = ""
 
@@ -86,7 +91,7 @@ class ShardWriter:
         self._file.truncate(length)
         self._file.seek(length)
         if not length:
-            self._write_bytes(self._header)
+            self._enqueue(self._header)
         return self
 
     def _verified_length(self, recorded: list[str]) -> int:
@@ -118,29 +123,53 @@ class ShardWriter:
         written = 0
         for block in blocks:
             data = block.contiguous().view(-1).view(torch.uint8).numpy()
-            self._write_bytes(data)
+            self._enqueue(data)
             written += data.nbytes
         if written != entry.spec.nbytes:
             raise CheckpointError(f"{entry.name}: wrote {written} bytes, planned {entry.spec.nbytes}")
 
-    def _write_bytes(self, data: Any) -> None:
-        # Hashing releases the interpreter lock: it runs beside the write.
-        hashing = self._pool.submit(self._hash.update, data)
+    def _enqueue(self, data: Any) -> None:
+        # Hashing and writing release the interpreter lock: both go on while the caller makes the next blocks.
+        size = memoryview(data).nbytes
+        while self._waiting and size + sum(waiting[0] for waiting in self._waiting) > WAITING_BYTES:
+            self._wait_for_oldest()
+        hashed = self._hashing.submit(self._hash.update, data)
+        self._last = self._writing.submit(self._append, data, self._last)
+        self._waiting.append((size, hashed, self._last))
+
+    def _append(self, data: Any, previous: Future[None] | None) -> None:
+        if previous:
+            previous.result()  # nothing may follow a block that failed
         view, done = memoryview(data).cast("B"), 0
         while done < len(view):
             done += self._file.write(view[done:])
-        hashing.result()
+
+    def _wait_for_oldest(self) -> None:
+        """Wait until the oldest block or record is written; whatever went wrong with it is raised here."""
+        _, hashed, written = self._waiting.popleft()
+        hashed.result()
+        written.result()
 
     def finish(self, unit: Unit) -> None:
-        """Record a unit as finished."""
-        self._journal.record(unit.name, self._hash.hexdigest())
+        """Record a unit as finished, once all of it is written."""
+        digest = self._hashing.submit(self._hash.hexdigest)
+        self._last = self._writing.submit(self._record, unit.name, digest, self._last)
+        self._waiting.append((0, digest, self._last))
+
+    def _record(self, unit: str, digest: Future[str], previous: Future[None] | None) -> None:
+        if previous:
+            previous.result()
+        self._journal.record(unit, digest.result())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._pool.shutdown(cancel_futures=True)
         try:
             if kind is None:
+                while self._waiting:
+                    self._wait_for_oldest()
                 os.fsync(self._file.fileno())
         finally:
+            self._hashing.shutdown(cancel_futures=True)
+            self._writing.shutdown(cancel_futures=True)
             self._file.close()
         if kind is None:
             self.sha256 = self._hash.hexdigest()

@@ -266,15 +266,15 @@ def test_a_disk_that_fills_up_ends_cleanly_and_resumes(
 
     arguments = {"experts": 4, "verification": {"tokens": 64}}
     upcycle.convert(str(pico("llama")), tmp_path / "whole", **arguments)
-    write, left = ShardWriter._write_bytes, [1_000_000]
+    write, left = ShardWriter._append, [1_000_000]
 
-    def limited(self: ShardWriter, data: Any) -> None:
+    def limited(self: ShardWriter, data: Any, previous: Any) -> None:
         left[0] -= memoryview(data).nbytes
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        write(self, data)
+        write(self, data, previous)
 
-    monkeypatch.setattr(ShardWriter, "_write_bytes", limited)
+    monkeypatch.setattr(ShardWriter, "_append", limited)
     flags = ["--experts", "4", "--verify-tokens", "64"]
     found, message = run(["convert", str(pico("llama")), str(tmp_path / "out"), *flags], capsys)
     assert found == ENVIRONMENT

@@ -59,5 +59,8 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
             "on disk",
             f"{size(plan.bytes_output)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)} (dense {size(plan.bytes_dense)})",
         ),
-        ("peak memory", f"about {size(plan.peak_memory_bytes)} to convert"),
+        (
+            "peak memory",
+            f"about {size(plan.peak_memory_bytes)} to convert; verification holds both models in fp32 if they fit",
+        ),
     ]
