@@ -20,6 +20,12 @@ State = dict[str, torch.Tensor]
 Reader = Callable[[int | None], State]
 _NOT_IN_LAYERS = None
 
+# torch's CPU build takes cos, sin and other functions from MKL, which picks its code path when each is first called. If that
+# first call comes from two threads at once, one of them can get a path that is accurate to 1e-4 only (seen once in 40 cold
+# starts, on the rotary embedding). One element is computed by one thread: the choice is made before any real work.
+for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf, torch.sqrt, torch.rsqrt):
+    _function(torch.ones(1))
+
 
 class StockModel:
     """A stock causal language model in fp32, in memory or (with ``read``) streamed: a layer is read before it runs and

@@ -11,6 +11,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def main() -> int:
     smollm2 = [sys.executable, str(Path(__file__).resolve().parents[1] / "smollm2.py")]
     made = subprocess.run(smollm2, check=True, stdout=subprocess.PIPE, encoding="utf-8")
     dense = Path(made.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        rows = compare(dense, mergekit, Path(folder), arguments.rounds)
+    title = f"SmolLM2-135M x {EXPERTS} -> Mixtral, bfloat16, medians of {arguments.rounds} runs each"
+    return report(title, ("upcycle", MERGEKIT[-1].replace("==", " ")), rows)
+
+
+def compare(dense: Path, mergekit: Path, work: Path, rounds: int) -> list[Row]:
+    """Run both sides in turn below ``work`` and compare costs and outputs."""
     ours, theirs = work / "by-upcycle", work / "by-mergekit"
     config = work / "mergekit.yml"
     config.write_text(merge_config(dense), encoding="utf-8")
@@ -46,7 +55,7 @@ def main() -> int:
     def by_upcycle() -> Cost:
         shutil.rmtree(ours, ignore_errors=True)
         shape = ["--experts", str(EXPERTS), "--top-k", str(TOP_K), "--router", "random"]
-        command = [UPCYCLE, "convert", dense, ours, "--method", "sparse_upcycling", *shape]
+        command: list[str | Path] = [UPCYCLE, "convert", dense, ours, "--method", "sparse_upcycling", *shape]
         return run([*command, "--no-verify", "--quiet"], _OFFLINE)
 
     def by_mergekit() -> Cost:
@@ -54,17 +63,13 @@ def main() -> int:
         return run([mergekit, config, theirs], _OFFLINE)
 
     by_upcycle(), by_mergekit()  # a first run compiles bytecode and fills the page cache
-    costs = alternate(arguments.rounds, by_upcycle, by_mergekit)
-    rows = [
+    costs = alternate(rounds, by_upcycle, by_mergekit)
+    return [
         time_row("wall time", *costs, MOST_TIME),
         memory_row("peak memory", *costs, MOST_MEMORY),
         spread_row(*costs),
         *difference_rows(ours, theirs),
     ]
-    for folder in (ours, theirs):
-        shutil.rmtree(folder)
-    title = f"SmolLM2-135M x {EXPERTS} -> Mixtral, bfloat16, medians of {arguments.rounds} runs each"
-    return report(title, ("upcycle", MERGEKIT[-1].replace("==", " ")), rows)
 
 
 def mergekit_program(environment: Path) -> Path:

@@ -82,6 +82,13 @@ def time_row(what: str, ours: list[Cost], theirs: list[Cost], most: float | None
     return Row(what, _seconds(a), _seconds(b), f"{a / b:.2f}x", f"at most {most:.2f}x" if most else "", passed)
 
 
+def rate_row(what: str, ours: list[Cost], theirs: list[Cost], sizes: tuple[int, int], least: float) -> Row:
+    """Bytes written (``sizes``) per second of median wall time; passes when ours is at least ``least`` times theirs."""
+    a, b = (size / median(cost.seconds for cost in side) for size, side in zip(sizes, (ours, theirs), strict=True))
+    cells = [f"{rate / 1e9:.2f} GB/s" for rate in (a, b)]
+    return Row(what, cells[0], cells[1], f"{a / b:.2f}x", f"at least {least:.2f}x", a / b >= least)
+
+
 def memory_row(what: str, ours: list[Cost], theirs: list[Cost], most: float | None = None) -> Row:
     """Median peak memory; passes when ours is at most ``most`` times theirs."""
     a, b = peak(ours), peak(theirs)
