@@ -9,6 +9,8 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,12 +149,12 @@ def _write_weights(
     """Write every shard; returns file name -> SHA-256."""
     journal = Journal(folder)
     hashes: dict[str, str] = {}
-    with progress.phase("converting", sum(1 for _ in job.units)):
+    with progress.phase("converting", sum(1 for _ in job.units)), _threads(1) as threads:
         for shard in job.shards:
             with ShardWriter(folder, shard, journal) as writer:
                 for unit in shard.units:
                     if unit.name not in writer.done:
-                        _write_unit(job, checkpoint, folder, writer, unit, saved)
+                        _write_unit(job, checkpoint, folder, writer, unit, saved, threads)
                         writer.finish(unit)
                     progress.advance()
             hashes[shard.file] = writer.sha256
@@ -167,6 +169,7 @@ def _write_unit(
     writer: ShardWriter,
     unit: Unit,
     saved: dict[int, LayerBlueprint] | None,
+    threads: int,
 ) -> None:
     from upcycle.build import ExpertTensors
 
@@ -179,10 +182,27 @@ def _write_unit(
         if experts is None:
             assert unit.layer is not None
             ffn = checkpoint.feed_forward(unit.layer, dtype)
-            blueprint = saved[unit.layer] if saved else decide(job, ffn)
+            with _threads(threads):
+                blueprint = saved[unit.layer] if saved else decide(job, ffn)
             _keep_blueprint(folder, blueprint)
             experts = ExpertTensors(ffn, blueprint)
         writer.write(entry, map(experts.part, entry.built.parts))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """Let torch use ``count`` threads for a while; gives how many it used before.
+
+    Blocks are moved on one: hashing and writing fill the other cores, and torch's idle threads would spin beside them.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
 
 
 def decide(job: Job, ffn: Any) -> LayerBlueprint:

@@ -15,8 +15,9 @@ from upcycle.sources import is_local, locate
 from upcycle.tensor_files import TensorSpec, read_json
 from upcycle.writer import WAITING_BYTES
 
-# Resident set of the interpreter with torch loaded and its thread pool warm; measured, see tests/benchmarks.
-_INTERPRETER_BYTES = 330_000_000
+# Resident set of the interpreter with a CPU build of torch loaded; measured, see tests/benchmarks.
+_INTERPRETER_BYTES = 260_000_000
+_MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,13 @@ def _peak_memory(job: Job) -> int:
     d, size = job.dense.hidden_size, job.shape.expert_size
     ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0])
     item = TensorSpec((1,), job.dtype).nbytes
-    read = sum(job.dense_specs[name].nbytes for name in ffn)
+    read = sum(job.dense_specs[name].elements for name in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
     if job.recipe.dtype != "keep":
         read += max(job.dense_specs[name].nbytes for name in ffn)
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
-    return _INTERPRETER_BYTES + read + WAITING_BYTES + max(built, COPY_BLOCK_BYTES, largest_row_block)
+    blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
+    return _INTERPRETER_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
 
 
 def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +63,7 @@ class ShardWriter:
     """Writes one shard; ``done`` names the units that an earlier run already wrote.
 
     Use as a context manager: leaving it without an error completes the file, and any error leaves it resumable under
-    its temporary name.
+    its temporary name. The disk is not waited for: the workspace does that once, before the result gets its name.
     """
 
     def __init__(self, folder: Path, shard: Shard, journal: Journal) -> None:
@@ -166,7 +165,6 @@ class ShardWriter:
             if kind is None:
                 while self._waiting:
                     self._wait_for_oldest()
-                os.fsync(self._file.fileno())
         finally:
             self._hashing.shutdown(cancel_futures=True)
             self._writing.shutdown(cancel_futures=True)

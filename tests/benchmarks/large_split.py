@@ -1,8 +1,8 @@
 """Split a checkpoint of Llama-2-7B's shape into 8 experts: throughput, peak memory, and the plan's forecast of it.
 
 The dense model is random bfloat16 in shards below 5 GB, 13.5 GB in all. upcycle is compared with a process that only
-copies: it reads every weight file in blocks of 16 MB, writes them to new files and waits for the disk (fsync) at each
-file's end, as upcycle does. The two take turns, nothing is dropped from the page cache, and outputs are deleted.
+copies: it reads every weight file in blocks of 16 MB, writes them to new files and at the end waits for the disk (fsync)
+to have them all, as upcycle does. The two take turns, nothing is dropped from the page cache, and outputs are deleted.
 """
 
 from __future__ import annotations
@@ -89,15 +89,18 @@ def main() -> int:
 
 
 def plain_copy(source: Path, target: Path) -> None:
-    """Copy the weight files block by block, fsync each; a fair floor, unlike a copy that stays inside the kernel."""
+    """Copy the weight files block by block, then fsync each; a fair floor, unlike a copy that stays inside the kernel."""
     target.mkdir()
     block = bytearray(_BLOCK)
-    for path in sorted(source.glob("*.safetensors")):
+    paths = sorted(source.glob("*.safetensors"))
+    for path in paths:
         with path.open("rb", buffering=0) as file, (target / path.name).open("wb", buffering=0) as copy:
             while count := file.readinto(block):
                 done = 0
                 while done < count:
                     done += copy.write(memoryview(block)[done:count])
+    for path in paths:
+        with (target / path.name).open("rb") as copy:
             os.fsync(copy.fileno())
 
 
