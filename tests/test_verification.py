@@ -117,6 +117,15 @@ def test_another_source_is_refused(sparse: Path, pico: Pico) -> None:
         upcycle.verify(sparse, source=str(pico("mistral")))
 
 
+def test_a_source_that_moved_is_asked_for(dense: Path, tmp_path: Path) -> None:
+    upcycle.convert(str(dense), tmp_path / "out", experts=2, verification={"enabled": False})
+    moved = dense.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="the dense model is needed") as caught:
+        upcycle.verify(tmp_path / "out", tokens=64)
+    assert "--source" in (caught.value.hint or "")
+    assert upcycle.verify(tmp_path / "out", source=str(moved), tokens=64).verdict == "exact"
+
+
 def test_a_folder_of_somebody_else(pico: Pico) -> None:
     with pytest.raises(CheckpointError, match=r"has no upcycle\.json"):
         upcycle.verify(pico("llama"))

@@ -23,6 +23,7 @@ from upcycle.job import Job, Unit, prepare
 from upcycle.planning import Plan, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
+from upcycle.text import read_text
 from upcycle.workspace import Workspace, check_output
 from upcycle.writer import Journal, ShardWriter, write_index
 
@@ -101,6 +102,9 @@ def run_recipe(
     out = Path(out).expanduser().absolute()
     check_output(out, overwrite)
     checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+    _check_apart(checkpoint.source.path.resolve(), out.resolve())
+    if recipe.verification.enabled and recipe.verification.text:
+        read_text(recipe.verification.text)  # better refused now than after the conversion
     job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
     made = make_plan(job)
     for warning in made.warnings:
@@ -131,6 +135,16 @@ def run_recipe(
         )
     seconds = time.monotonic() - started
     return Conversion(final, made, verification, seconds, peak_memory(), workspace.resumed)
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """Refuse an OUT that is the source or holds it: ``--overwrite`` would delete the dense model.
+
+    Raises:
+        UsageError: they are not apart.
+    """
+    if out == source or out in source.parents:
+        raise UsageError(f"{out} is or holds the source {source}", hint="choose another folder for the output")
 
 
 def _check_disk(folder: Path, needed: int) -> None:

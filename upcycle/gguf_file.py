@@ -74,7 +74,9 @@ class GgufFile:
             for name, tensor in self._tensors.items()
         }
         self.config = self._config()
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            header = file.read(reader.data_offset)
+        self.fingerprint = hashlib.sha256(header + str(path.stat().st_size).encode()).hexdigest()
 
     def _value(self, key: str, default: Any = None) -> Any:
         return self._fields[key].contents() if key in self._fields else default

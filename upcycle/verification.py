@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from upcycle import provenance
 from upcycle.checkpoint import DenseCheckpoint
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.job import Job, is_power_of_two, prepare
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
@@ -93,7 +93,10 @@ def verify(
     elif record["source"]["revision"]:
         content["revision"] = record["source"]["revision"]
     recipe = parse_recipe(content, str(folder / provenance.RECIPE_FILE))
-    checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+    try:
+        checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+    except UsageError as error:
+        raise UsageError(f"the dense model is needed: {error.message}", hint="say where it is with --source") from None
     if checkpoint.fingerprint != record["source"]["fingerprint"]:
         raise CheckpointError(
             f"{recipe.source} is not the checkpoint {folder} was converted from",

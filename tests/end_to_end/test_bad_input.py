@@ -231,6 +231,26 @@ def test_out_that_is_not_empty(pico: Callable[[str], Path], tmp_path: Path, caps
     assert (tmp_path / "mine").read_text() == "keep me"
 
 
+@pytest.mark.parametrize("out", ["dense", "."])
+def test_an_out_that_would_replace_its_source(
+    out: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in dense.iterdir())
+    found, message = run(["convert", str(dense), str(tmp_path / out), "--overwrite"], capsys)
+    assert found == USAGE
+    assert "is or holds the source" in message
+    assert sorted(path.name for path in dense.iterdir()) == before
+
+
+def test_a_text_to_verify_on_is_looked_at_first(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, message = run(["convert", str(dense), str(tmp_path / "out"), "--verify-text", "none.txt"], capsys)
+    assert found == USAGE
+    assert "no such text file: none.txt" in message
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_read_only_out(
     pico: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
