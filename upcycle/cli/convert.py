@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
-from upcycle.cli.output import VERDICT_STYLE, Bars, count, duration, print_facts, print_json, size
+from upcycle.cli.output import Bars, count, duration, print_facts, print_json, size
 
 
 @click.command("convert")
@@ -66,10 +66,10 @@ def command(
     if as_json:
         print_json(result.as_dict())
         return
-    print_facts(conversion_facts(result, out))
+    print_facts(conversion_facts(result, out, recipe.source))
 
 
-def conversion_facts(result: Any, out: Path) -> list[tuple[str, str]]:
+def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str]]:
     """The final table."""
     from upcycle.cli.verify import verification_facts
 
@@ -96,14 +96,4 @@ def conversion_facts(result: Any, out: Path) -> list[tuple[str, str]]:
     facts += verification_facts(result.verification)
     if result.verification.verdict == "approximate" and plan.promise == "approximate":
         facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
-    return [*facts, ("next", f"upcycle evaluate {out} --reference {_shown(result, out)}")]
-
-
-def _shown(result: Any, out: Path) -> str:
-    import yaml
-
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
-    return str(recipe["source"])
-
-
-__all__ = ["VERDICT_STYLE", "command", "conversion_facts"]
+    return [*facts, ("next", f"upcycle evaluate {out} --reference {source}")]
