@@ -16,6 +16,7 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.progress import SILENT, Progress
 from upcycle.runtime import available_memory, quiet_transformers, use_eager_experts
 from upcycle.sources import locate
+from upcycle.tensor_files import SafetensorsFolder
 from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text
 
 _BATCH_LOGIT_BYTES = 1 << 28
@@ -177,7 +178,7 @@ def _load(name: str) -> Any:
         from upcycle.runtime import dense_model
 
         return dense_model(DenseCheckpoint.open(name), "float32", streamed=False).model
-    needed = 4 * sum(file.stat().st_size for file in path.glob("*.safetensors")) // 2
+    needed = 4 * sum(spec.elements for spec in SafetensorsFolder(path).specs.values())
     if needed > 0.9 * available_memory():
         raise EnvironmentFault(
             f"{name} needs about {needed / 1e9:.0f} GB in fp32, and {available_memory() / 1e9:.0f} GB are available",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,13 @@ class Recipe(_Strict):
     def _layer_list(cls, value: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(r"\d+(,\s*\d+)*", value):
             return [int(part) for part in value.split(",")]
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_is_positive(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < math.inf:
+            raise ValueError("a scale must be a positive number")
         return value
 
     @field_validator("max_shard_size")

@@ -108,7 +108,10 @@ def build_recipe(source: str | None, flags: dict[str, Any], base: dict[str, Any]
             if not equals or not name:
                 flag = {"set_": "set", "router_param": "router-param"}.get(group, group)
                 raise UsageError(f"--{flag} takes NAME=VALUE, got '{assignment}'")
-            set_key(content, prefix + name, yaml.safe_load(value))
+            try:
+                set_key(content, prefix + name, yaml.safe_load(value))
+            except yaml.YAMLError:
+                raise UsageError(f"cannot read the value in '{assignment}'", hint="quote it as YAML would") from None
     if isinstance(content.get("scale"), str):
         content["scale"] = _number_if_possible(content["scale"])
     return parse_recipe(content, where)

@@ -87,9 +87,13 @@ class Family(ABC):
 
         Raises:
             RefusalError: the configuration asks for something no target can hold.
+            CheckpointError: a size is not a positive integer.
         """
         _refuse_unheld(raw)
         values = {**self.defaults, **{key: raw[key] for key in self.defaults if raw.get(key) is not None}}
+        for key in _SIZES:
+            if not isinstance(values[key], int) or values[key] < 1:
+                raise CheckpointError(f"config.json: '{key}' must be a positive integer, got {values[key]!r}")
         heads, hidden = values["num_attention_heads"], values["hidden_size"]
         return DenseConfig(
             family=self.name,
@@ -147,9 +151,16 @@ class Family(ABC):
         return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
 
     def ffn_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the three matrices of one dense FFN."""
+        """Names and shapes of the three matrices (and biases) of one dense FFN."""
         d, width, names = config.hidden_size, config.intermediate_size, self.ffn_names(layer)
-        return {names["gate"]: (width, d), names["up"]: (width, d), names["down"]: (d, width)}
+        shapes: dict[str, tuple[int, ...]] = {
+            names["gate"]: (width, d),
+            names["up"]: (width, d),
+            names["down"]: (d, width),
+        }
+        if config.mlp_bias:  # known, so that the refusal names the feature and not a stray tensor
+            shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
+        return shapes
 
     def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """What comes before the layers."""
@@ -203,6 +214,7 @@ def _refuse_unheld(raw: Mapping[str, Any]) -> None:
         )
 
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
