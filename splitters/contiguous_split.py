@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.feed_forward import FeedForward
-from upcycle.methods.base import Partition
+from upcycle.methods.base import Partition, balanced_blocks
 
 
 class ContiguousSplit(Partition):
@@ -15,6 +16,19 @@ class ContiguousSplit(Partition):
     title = "Contiguous split"
     paper = "https://arxiv.org/abs/2408.11855"
 
-    def order(self, size: int, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
-        """The stored order."""
-        return torch.arange(size)
+    def labels(
+        self,
+        neurons: torch.Tensor,
+        experts: int,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None,
+    ) -> torch.Tensor:
+        """The stored order, in balanced slices."""
+        return balanced_blocks(len(neurons), experts)
+
+    def shared_neurons(
+        self, count: int, ffn: FeedForward, rng: torch.Generator, activations: Activations | None
+    ) -> torch.Tensor:
+        """The first slices: this method looks at nothing."""
+        return torch.arange(count)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.feed_forward import FeedForward
-from upcycle.methods.base import Partition
+from upcycle.methods.base import Partition, balanced_blocks
 
 
 class RandomSplit(Partition):
@@ -15,6 +16,13 @@ class RandomSplit(Partition):
     title = "Random split"
     paper = "https://arxiv.org/abs/2406.16554"
 
-    def order(self, size: int, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+    def labels(
+        self,
+        neurons: torch.Tensor,
+        experts: int,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None,
+    ) -> torch.Tensor:
         """A fresh permutation for every layer."""
-        return torch.randperm(size, generator=rng)
+        return balanced_blocks(len(neurons), experts)[torch.randperm(len(neurons), generator=rng)]

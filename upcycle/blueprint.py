@@ -31,7 +31,8 @@ class LayerBlueprint:
     """One MoE layer before its weights exist.
 
     ``scale`` multiplies the routed experts' down projection, for a router whose top-k weights sum to 1. ``router`` is
-    fp32 ``[E, d]``; it is ``None`` until a router initialiser has filled it in.
+    fp32 ``[E, d]``; it is ``None`` until a router initialiser has filled it in. ``down`` ``[d, (S + E) * m]`` replaces the
+    dense down projection where a refit changed it: one column per neuron of every expert, shared experts first.
     """
 
     layer: int
@@ -40,11 +41,17 @@ class LayerBlueprint:
     scale: float
     shared: tuple[ExpertSpec, ...] = ()
     router: torch.Tensor | None = field(default=None, compare=False)
+    down: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def intermediate_size(self) -> int:
         """Neurons per expert."""
         return len(self.routed[0].neurons)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Int64 ``[(S + E) * m]``: the neurons of all experts, shared ones first; a neuron in two experts has two slots."""
+        return torch.cat([expert.neurons for expert in self.shared + self.routed])
 
 
 def save_blueprints(path: Path, blueprints: Mapping[int, LayerBlueprint], recipe: Mapping[str, Any]) -> None:

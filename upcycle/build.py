@@ -44,8 +44,18 @@ class ExpertTensors:
         if matrix != "down":
             return neurons.rows(ffn.gate if matrix == "gate" else ffn.up)
         factor = part.factor * (1.0 if where == "shared" else self._blueprint.scale)
-        columns = neurons.columns(ffn.down)
+        columns = self._refitted(where, part.expert)
+        if columns is None:
+            columns = neurons.columns(ffn.down)
         return columns if factor == 1.0 else columns * factor
+
+    def _refitted(self, where: str, expert: int) -> torch.Tensor | None:
+        """The expert's columns of the refitted down projection, where there is one."""
+        if self._blueprint.down is None:
+            return None
+        shared, size = len(self._blueprint.shared), self._blueprint.intermediate_size
+        first, count = (0, shared) if where == "shared" else (shared + expert, 1)
+        return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
 
 
 class _Neurons:

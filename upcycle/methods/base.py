@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from upcycle.activations import Activations, contributions
 from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
@@ -16,6 +17,7 @@ from upcycle.targets.base import MoeShape
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
+Kind = Literal["copies", "partition", "overlap"]
 
 
 class PluginParameters(BaseModel):
@@ -28,15 +30,18 @@ class Method(ABC):
     """Makes blueprints. Never reads or writes a file, never knows the target.
 
     ``exact_when_all_active`` promises that with top-k = all experts and equal router weights the layer equals the dense
-    FFN; ``exact_with_any_router`` that it does with any router whose top-k weights sum to 1.
+    FFN; ``exact_with_any_router`` that it does with any router whose top-k weights sum to 1. ``calibrated`` methods must be
+    given activations, those with ``needs_gradients`` also ``activations.importance``.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str | None]
-    kind: ClassVar[Literal["copies", "partition"]]
-    exact_when_all_active: ClassVar[bool] = True
+    kind: Kind
+    exact_when_all_active: bool = True
     exact_with_any_router: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
     def __init__(self, parameters: PluginParameters) -> None:
@@ -59,59 +64,119 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def blueprint(self, ffn: FeedForward, shape: MoeShape, scale: float, rng: torch.Generator) -> LayerBlueprint:
+    def blueprint(
+        self,
+        ffn: FeedForward,
+        shape: MoeShape,
+        scale: float,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> LayerBlueprint:
         """Decide the neurons of every expert of one layer; the router is filled in afterwards."""
 
 
 class Partition(Method):
-    """A splitting method: every neuron belongs to exactly one expert. Subclasses decide the order of the neurons.
+    """A splitting method: every neuron belongs to exactly one expert. Subclasses group the neurons of the routed experts.
 
-    The first ``S`` pieces of that order become the shared experts, the next ``E`` the routed ones. The dense FFN is the
-    unweighted sum of all pieces, hence the conventions for routers whose weights sum to 1: ``exact`` = E (expected
-    output of a random choice, equal to the dense FFN at K = E), ``sum`` = K (plain sum of the chosen experts, as in
-    MoEfication), ``paper`` = E/K (LLaMA-MoE, arXiv 2406.16554).
+    The shared experts come first and take the neurons that matter most. The dense FFN is the unweighted sum of all
+    experts, hence the conventions for routers whose weights sum to 1: ``exact`` = E (expected output of a random choice,
+    equal to the dense FFN at K = E), ``sum`` = K (plain sum of the chosen experts, as in MoEfication), ``paper`` = E/K
+    (LLaMA-MoE, arXiv 2406.16554).
     """
 
     kind = "partition"
 
     @abstractmethod
-    def order(self, size: int, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
-        """Int64 ``[size]``: a permutation of ``0..size-1``; indices from ``F`` on are zero neurons."""
+    def labels(
+        self,
+        neurons: torch.Tensor,
+        experts: int,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None,
+    ) -> torch.Tensor:
+        """Group ``neurons`` (int64 ``[M]``, ascending) into ``experts``: int64 ``[M]`` in ``0..experts-1``.
+
+        Group sizes differ by at most one, so they are equal whenever ``experts`` divides ``M``.
+        """
+
+    def shared_neurons(
+        self, count: int, ffn: FeedForward, rng: torch.Generator, activations: Activations | None
+    ) -> torch.Tensor:
+        """Int64 ``[count]``: the neurons of the shared experts.
+
+        Those that add most to the output on the calibration text; without one, those with the largest weights.
+        """
+        if activations is not None:
+            score = contributions(activations)
+        else:
+            norms = (ffn.gate.double().norm(dim=1), ffn.up.double().norm(dim=1), ffn.down.double().norm(dim=0))
+            score = norms[0] * norms[1] * norms[2]
+        return score.argsort(descending=True, stable=True)[:count]
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
         """``F / (E + S)``, rounded up to a multiple of 8 when padding is allowed."""
-        pieces = experts + shared
-        size, rest = divmod(intermediate_size, pieces)
-        if rest and not pad:
-            padded = -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE * pieces
-            divisors = [n for n in range(2, 65) if intermediate_size % n == 0]
-            raise UsageError(
-                f"{intermediate_size} neurons do not divide into {experts} routed + {shared} shared = {pieces} equal experts",
-                hint=f"--pad fills up to {padded} with zero neurons (exact), or choose a total of {_some(divisors)}",
-            )
-        if not pad:
-            return size
-        # Whole 16-byte lines in bfloat16, or transformers' default kernel (grouped_mm) refuses the expert.
-        return -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE
+        return piece_size(intermediate_size, experts, shared, pad)
 
     def scale(self, convention: Scale, experts: int, top_k: int) -> float:
         """See the class."""
         return {"exact": float(experts), "sum": float(top_k), "paper": experts / top_k}[convention]
 
-    def blueprint(self, ffn: FeedForward, shape: MoeShape, scale: float, rng: torch.Generator) -> LayerBlueprint:
-        """Cut the order into equal pieces."""
-        order = self.order((shape.experts + shape.shared) * shape.expert_size, ffn, rng)
-        # The order within an expert changes nothing but how fast it is gathered.
-        order = order.view(-1, shape.expert_size).sort(dim=1).values
-        order = order.masked_fill(order >= ffn.intermediate_size, ZERO_NEURON)
-        pieces = [ExpertSpec(piece) for piece in order]
-        return LayerBlueprint(
-            layer=ffn.layer,
-            shared=tuple(pieces[: shape.shared]),
-            routed=tuple(pieces[shape.shared :]),
-            top_k=shape.top_k,
-            scale=scale,
+    def blueprint(
+        self,
+        ffn: FeedForward,
+        shape: MoeShape,
+        scale: float,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> LayerBlueprint:
+        """Choose the shared neurons, group the others, and fill up with zero neurons where sizes demand it."""
+        size, everyone = shape.expert_size, torch.arange(ffn.intermediate_size)
+        shared: tuple[ExpertSpec, ...] = ()
+        if shape.shared:
+            taken = self.shared_neurons(shape.shared * size, ffn, rng, activations)
+            shared = tuple(ExpertSpec(piece.sort().values) for piece in taken.split(size))
+            everyone = everyone[~torch.isin(everyone, taken)]
+        labels = self.labels(everyone, shape.experts, ffn, rng, activations)
+        routed = tuple(ExpertSpec(filled(everyone[labels == e], size)) for e in range(shape.experts))
+        return LayerBlueprint(ffn.layer, routed, shape.top_k, scale, shared)
+
+
+def filled(neurons: torch.Tensor, size: int) -> torch.Tensor:
+    """``neurons`` with zero neurons after them up to ``size``."""
+    return torch.cat([neurons, neurons.new_full((size - len(neurons),), ZERO_NEURON)])
+
+
+def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
+    """Neurons per expert when ``F`` is cut into ``experts + shared`` equal pieces.
+
+    Raises:
+        UsageError: ``F`` does not divide and ``pad`` is off, or some expert would get no neuron.
+    """
+    pieces = experts + shared
+    size, rest = divmod(intermediate_size, pieces)
+    if rest and not pad:
+        padded = -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE * pieces
+        divisors = [n for n in range(2, 65) if intermediate_size % n == 0]
+        raise UsageError(
+            f"{intermediate_size} neurons do not divide into {experts} routed + {shared} shared = {pieces} equal experts",
+            hint=f"--pad fills up to {padded} with zero neurons (exact), or choose a total of {_some(divisors)}",
         )
+    if pad:
+        # Whole 16-byte lines in bfloat16, or transformers' default kernel (grouped_mm) refuses the expert.
+        size = -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE
+    if intermediate_size - shared * size < experts:
+        raise UsageError(
+            f"{shared} shared experts of {size} neurons leave {max(0, intermediate_size - shared * size)} of "
+            f"{intermediate_size} neurons for {experts} routed experts",
+            hint="choose fewer shared or fewer routed experts",
+        )
+    return size
+
+
+def balanced_blocks(count: int, experts: int) -> torch.Tensor:
+    """Int64 ``[count]``: ``0..experts-1`` in runs whose lengths differ by at most one."""
+    return torch.arange(count) * experts // count
 
 
 def _some(numbers: list[int]) -> str:

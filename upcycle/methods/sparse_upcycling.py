@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from upcycle.activations import Activations
 from upcycle.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
@@ -42,7 +43,14 @@ class SparseUpcycling(Method):
             )
         return 1.0
 
-    def blueprint(self, ffn: FeedForward, shape: MoeShape, scale: float, rng: torch.Generator) -> LayerBlueprint:
+    def blueprint(
+        self,
+        ffn: FeedForward,
+        shape: MoeShape,
+        scale: float,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> LayerBlueprint:
         """All neurons, E times."""
         everything = ExpertSpec(torch.arange(ffn.intermediate_size))
         return LayerBlueprint(ffn.layer, routed=(everything,) * shape.experts, top_k=shape.top_k, scale=scale)

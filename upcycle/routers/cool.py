@@ -7,6 +7,7 @@ import math
 import torch
 from pydantic import Field
 
+from upcycle.activations import Activations
 from upcycle.blueprint import LayerBlueprint
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
@@ -36,7 +37,13 @@ class CoolRouter(Router):
     Parameters = CoolParameters
     parameters: CoolParameters
 
-    def rows(self, blueprint: LayerBlueprint, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+    def rows(
+        self,
+        blueprint: LayerBlueprint,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> torch.Tensor:
         """Fp32 ``[E, d]``."""
         rows = torch.randn(len(blueprint.routed), ffn.hidden_size, generator=rng)
         return cooled(rows, ffn.norm, self.parameters.tolerance)

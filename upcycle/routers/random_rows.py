@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from upcycle.activations import Activations
 from upcycle.blueprint import LayerBlueprint
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
@@ -26,6 +27,12 @@ class RandomRouter(Router):
     Parameters = RandomParameters
     parameters: RandomParameters
 
-    def rows(self, blueprint: LayerBlueprint, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+    def rows(
+        self,
+        blueprint: LayerBlueprint,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> torch.Tensor:
         """Fp32 ``[E, d]``."""
         return torch.randn(len(blueprint.routed), ffn.hidden_size, generator=rng) * self.parameters.std

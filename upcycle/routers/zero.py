@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from upcycle.activations import Activations
 from upcycle.blueprint import LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
@@ -38,6 +39,12 @@ class ZeroRouter(Router):
                 hint="use --router cool, or --router-param inference_only=true if nothing will be trained",
             )
 
-    def rows(self, blueprint: LayerBlueprint, ffn: FeedForward, rng: torch.Generator) -> torch.Tensor:
+    def rows(
+        self,
+        blueprint: LayerBlueprint,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> torch.Tensor:
         """Fp32 ``[E, d]`` of zeros."""
         return torch.zeros(len(blueprint.routed), ffn.hidden_size)
