@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError
+from upcycle.tensor_files import CODES, ITEM_SIZE, SafetensorsFile
 
 ZERO_NEURON = -1
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,105 @@ class LayerBlueprint:
         return torch.cat([expert.neurons for expert in self.shared + self.routed])
 
 
-def save_blueprints(path: Path, blueprints: Mapping[int, LayerBlueprint], recipe: Mapping[str, Any]) -> None:
-    """Write all layers: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``."""
+def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
+    """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``, and
+    ``layers.L.down`` where there was a refit. ``report`` is what was measured on the way.
+    """
     from safetensors.torch import save
 
+    prefix = f"layers.{blueprint.layer}"
     tensors: dict[str, torch.Tensor] = {}
-    for layer, blueprint in blueprints.items():
-        for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
-            if experts:
-                tensors[f"layers.{layer}.{kind}"] = torch.stack([e.neurons for e in experts]).to(torch.int32)
-        if blueprint.router is not None:
-            tensors[f"layers.{layer}.router"] = blueprint.router.float().contiguous()
-    first = next(iter(blueprints.values()))
-    header = {"top_k": first.top_k, "scale": first.scale, "recipe": dict(recipe)}
-    path.write_bytes(save(tensors, metadata={"upcycle": json.dumps(header, sort_keys=True)}))
+    for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
+        if experts:
+            tensors[f"{prefix}.{kind}"] = torch.stack([e.neurons for e in experts]).to(torch.int32)
+    if blueprint.router is not None:
+        tensors[f"{prefix}.router"] = blueprint.router.float().contiguous()
+    if blueprint.down is not None:
+        tensors[f"{prefix}.down"] = blueprint.down.contiguous()
+    numbers = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
+    header = {"layers": {str(blueprint.layer): numbers}}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(save(tensors, metadata={"upcycle": json.dumps(header, sort_keys=True)}))
+    temporary.rename(path)  # a file that is there is complete
+
+
+def join_blueprints(paths: list[Path], out: Path, recipe: Mapping[str, Any]) -> None:
+    """Join the files of single layers into one, block by block, with the recipe."""
+    files = [BlueprintFile(path) for path in paths]
+    layers = {name: numbers for file in files for name, numbers in file.header["layers"].items()}
+    header: dict[str, Any] = {
+        "__metadata__": {"upcycle": json.dumps({"layers": layers, "recipe": dict(recipe)}, sort_keys=True)}
+    }
+    # The widest dtypes first, so that every tensor is aligned.
+    entries = [(file, name, spec) for file in files for name, spec in file.tensors.specs.items()]
+    entries.sort(key=lambda entry: -ITEM_SIZE[entry[2].dtype])
+    position = 0
+    for _, name, spec in entries:
+        offsets = [position, position + spec.nbytes]
+        header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with out.open("wb") as joined:
+        joined.write(len(text).to_bytes(8, "little") + text)
+        for file, name, _ in entries:
+            for block in file.tensors.chunks(name, _BLOCK_BYTES):
+                joined.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class BlueprintFile:
+    """A saved blueprint, of one layer or of all; layers are read when asked for.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a blueprint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.tensors = SafetensorsFile(path)
+            self.header: dict[str, Any] = json.loads(self.tensors.metadata["upcycle"])
+            self.layers = sorted(map(int, self.header["layers"]))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing", hint="a blueprint is written beside every conversion") from None
+        except (KeyError, ValueError, CheckpointError, IsADirectoryError) as error:
+            raise CheckpointError(f"{path} is not a blueprint: {error}") from None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe it was made by, without its source."""
+        recipe: dict[str, Any] = self.header["recipe"]
+        return recipe
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """What calibration measured of every layer, in order; empty where nothing was calibrated."""
+        reports = (self.header["layers"][str(layer)]["report"] for layer in self.layers)
+        return [report for report in reports if report]
+
+    def shape(self, layer: int) -> tuple[int, int, int]:
+        """Routed experts, shared experts and neurons of each."""
+        routed = self.tensors.specs[f"layers.{layer}.routed"].shape
+        shared = self.tensors.specs.get(f"layers.{layer}.shared")
+        return routed[0], shared.shape[0] if shared else 0, routed[1]
+
+    def layer(self, layer: int) -> LayerBlueprint:
+        """Read one layer."""
+        numbers = self.header["layers"][str(layer)]
+        found = {
+            kind: self.tensors.read(f"layers.{layer}.{kind}")
+            for kind in ("routed", "shared", "router", "down")
+            if f"layers.{layer}.{kind}" in self.tensors.specs
+        }
+        return LayerBlueprint(
+            layer,
+            routed=tuple(ExpertSpec(row.long()) for row in found["routed"]),
+            shared=tuple(ExpertSpec(row.long()) for row in found.get("shared", ())),
+            top_k=numbers["top_k"],
+            scale=numbers["scale"],
+            router=found.get("router"),
+            down=found.get("down"),
+        )
 
 
 def blueprint_recipe(path: Path) -> dict[str, Any]:
@@ -76,39 +163,4 @@ def blueprint_recipe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, or not a blueprint.
     """
-    recipe: dict[str, Any] = _read(path)[0]["recipe"]
-    return recipe
-
-
-def load_blueprints(path: Path) -> dict[int, LayerBlueprint]:
-    """Read what :func:`save_blueprints` wrote.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or not a blueprint.
-    """
-    header, tensors = _read(path)
-    blueprints = {}
-    for layer in sorted({int(name.split(".")[1]) for name in tensors}):
-        experts = {
-            kind: tuple(ExpertSpec(row.long()) for row in tensors.get(f"layers.{layer}.{kind}", ()))
-            for kind in ("routed", "shared")
-        }
-        router = tensors.get(f"layers.{layer}.router")
-        blueprints[layer] = LayerBlueprint(
-            layer, top_k=header["top_k"], scale=header["scale"], router=router, **experts
-        )
-    return blueprints
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["upcycle"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", hint="a blueprint is written beside every conversion") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a blueprint: {error}") from None
-    return header, tensors
+    return BlueprintFile(path).recipe

@@ -20,29 +20,30 @@ from upcycle.checkpoint import DenseCheckpoint
 from upcycle.companions import copy_companions
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.job import Job, Unit, prepare
-from upcycle.planning import Plan, make_plan
+from upcycle.planning import Plan, check_memory, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.text import read_text
-from upcycle.workspace import Workspace, check_output
+from upcycle.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS, Workspace, check_output
 from upcycle.writer import Journal, ShardWriter, write_index
 
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.blueprint import LayerBlueprint
+    from upcycle.activations import Activations
+    from upcycle.blueprint import BlueprintFile, LayerBlueprint
+    from upcycle.feed_forward import FeedForward
     from upcycle.verification import Verification
-
-_LAYER_BLUEPRINTS = "layer_blueprints"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What happened. ``as_dict`` has the documented JSON keys."""
+    """What happened. ``as_dict`` has the documented JSON keys; ``layers`` holds what calibration measured of each layer."""
 
     out: Path
     plan: Plan
     verification: Verification | None
+    layers: list[dict[str, Any]]
     seconds: float
     peak_memory_bytes: int
     resumed: bool
@@ -109,14 +110,23 @@ def run_recipe(
     made = make_plan(job)
     for warning in made.warnings:
         progress.note(warning)
+    if recipe.verification.text in recipe.calibration.texts:
+        progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
     saved = _saved_blueprints(job, blueprint) if blueprint else None
+    if job.calibrated and not saved:
+        check_memory(job)
     try:
         with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint), overwrite, restart) as workspace:
             _check_disk(workspace.folder, made.bytes_output)
+            calibration = None
+            if job.calibrated and not saved:
+                from upcycle.calibration import calibrate
+
+                calibration = calibrate(job, checkpoint, workspace.folder, progress)
             hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
             checkpoint.check_unchanged()
-            _write_companions(job, checkpoint, workspace.folder)
-            provenance.write(workspace.folder, job, made, checkpoint, hashes)
+            layers = _write_companions(job, checkpoint, workspace.folder)
+            provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration)
             verification = _verify(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()
             broken = verification is not None and verification.verdict == "broken"
@@ -134,7 +144,7 @@ def run_recipe(
             hint=f"the result is in {final}; please report this with the output of: upcycle env",
         )
     seconds = time.monotonic() - started
-    return Conversion(final, made, verification, seconds, peak_memory(), workspace.resumed)
+    return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed)
 
 
 def _check_apart(source: Path, out: Path) -> None:
@@ -158,7 +168,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 
 def _write_weights(
-    job: Job, checkpoint: DenseCheckpoint, folder: Path, saved: dict[int, LayerBlueprint] | None, progress: Progress
+    job: Job, checkpoint: DenseCheckpoint, folder: Path, saved: BlueprintFile | None, progress: Progress
 ) -> dict[str, str]:
     """Write every shard; returns file name -> SHA-256."""
     journal = Journal(folder)
@@ -182,7 +192,7 @@ def _write_unit(
     folder: Path,
     writer: ShardWriter,
     unit: Unit,
-    saved: dict[int, LayerBlueprint] | None,
+    saved: BlueprintFile | None,
     threads: int,
 ) -> None:
     from upcycle.build import ExpertTensors
@@ -197,8 +207,7 @@ def _write_unit(
             assert unit.layer is not None
             ffn = checkpoint.feed_forward(unit.layer, dtype)
             with _threads(threads):
-                blueprint = saved[unit.layer] if saved else decide(job, ffn)
-            _keep_blueprint(folder, blueprint)
+                blueprint = _blueprint(job, ffn, folder, saved)
             experts = ExpertTensors(ffn, blueprint)
         writer.write(entry, map(experts.part, entry.built.parts))
 
@@ -219,11 +228,32 @@ def _threads(count: int) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def decide(job: Job, ffn: Any) -> LayerBlueprint:
-    """The blueprint of one layer. Depends on the recipe, the seed and this layer alone, so that a resumed run agrees."""
-    seed = job.recipe.seed
-    blueprint = job.method.blueprint(ffn, job.shape, job.scale, generator(seed, ffn.layer, "method"))
-    return replace(blueprint, router=job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router")))
+def _blueprint(job: Job, ffn: FeedForward, folder: Path, saved: BlueprintFile | None) -> LayerBlueprint:
+    """A layer's blueprint: given, decided by the calibration, or decided now; kept until all layers are done."""
+    from upcycle.blueprint import BlueprintFile, save_blueprint
+
+    kept = folder / LAYER_BLUEPRINTS / f"{ffn.layer:05d}.safetensors"
+    if kept.exists():
+        return BlueprintFile(kept).layer(ffn.layer)
+    if saved:
+        blueprint = replace(saved.layer(ffn.layer), top_k=job.shape.top_k)
+        if blueprint.down is None and job.recipe.refit != "scale":
+            blueprint = replace(blueprint, scale=job.scale)
+    else:
+        blueprint = decide(job, ffn)
+    kept.parent.mkdir(exist_ok=True)
+    save_blueprint(kept, blueprint)
+    return blueprint
+
+
+def decide(job: Job, ffn: FeedForward, activations: Activations | None = None) -> LayerBlueprint:
+    """The blueprint of one layer. Depends on the recipe, the seed, this layer and its calibration tokens alone, so that a
+    resumed run agrees.
+    """
+    seed, shape = job.recipe.seed, job.shape
+    blueprint = job.method.blueprint(ffn, shape, job.scale, generator(seed, ffn.layer, "method"), activations)
+    rows = job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router"), activations)
+    return replace(blueprint, router=rows)
 
 
 def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
@@ -234,51 +264,40 @@ def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
-def _saved_blueprints(job: Job, path: Path) -> dict[int, LayerBlueprint]:
-    from upcycle.blueprint import load_blueprints
+def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
+    from upcycle.blueprint import BlueprintFile
 
-    saved, shape = load_blueprints(path), job.shape
+    saved, shape = BlueprintFile(path), job.shape
     for layer in shape.moe_layers:
-        found = saved.get(layer)
-        numbers = (len(found.routed), len(found.shared), found.intermediate_size) if found else None
+        numbers = saved.shape(layer) if layer in saved.layers else None
         wanted = (shape.experts, shape.shared, shape.expert_size)
         if numbers != wanted:
             raise UsageError(
                 f"{path}: layer {layer} has (experts, shared, neurons each) = {numbers}, the recipe needs {wanted}",
                 hint="leave --experts, --shared and --layers out: the blueprint brings its own recipe",
             )
-        saved[layer] = replace(saved[layer], top_k=shape.top_k, scale=job.scale)
     return saved
 
 
-def _write_companions(job: Job, checkpoint: DenseCheckpoint, folder: Path) -> None:
+def _write_companions(job: Job, checkpoint: DenseCheckpoint, folder: Path) -> list[dict[str, Any]]:
+    """Everything but weights and provenance; returns what the calibration measured of every layer."""
     config = job.target.full_config(job.dense, job.shape, job.dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / provenance.RECIPE_FILE).write_text(job.recipe.dump(), encoding="utf-8")
     copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
-    _join_blueprints(job, folder)
+    return _join_blueprints(job, folder)
 
 
-def _keep_blueprint(folder: Path, blueprint: LayerBlueprint) -> None:
-    """Keep one layer's blueprint until all are done: a resumed run does not decide finished layers again."""
-    from upcycle.blueprint import save_blueprints
+def _join_blueprints(job: Job, folder: Path) -> list[dict[str, Any]]:
+    from upcycle.blueprint import BlueprintFile, join_blueprints
 
-    (folder / _LAYER_BLUEPRINTS).mkdir(exist_ok=True)
-    save_blueprints(folder / _LAYER_BLUEPRINTS / f"{blueprint.layer:05d}.safetensors", {blueprint.layer: blueprint}, {})
-
-
-def _join_blueprints(job: Job, folder: Path) -> None:
-    from upcycle.blueprint import load_blueprints, save_blueprints
-
-    kept = folder / _LAYER_BLUEPRINTS
-    if not kept.exists():  # an earlier run was stopped after this point
-        return
-    found: dict[int, LayerBlueprint] = {}
-    for path in sorted(kept.iterdir()):
-        found |= load_blueprints(path)
-    recipe = job.recipe.model_dump(exclude={"source", "revision", "verification"})
-    save_blueprints(folder / provenance.BLUEPRINT_FILE, found, recipe)
-    shutil.rmtree(kept)
+    kept, joined = folder / LAYER_BLUEPRINTS, folder / provenance.BLUEPRINT_FILE
+    if kept.exists():  # else an earlier run was stopped after this point
+        recipe = job.recipe.model_dump(exclude={"source", "revision", "verification"})
+        join_blueprints(sorted(kept.glob("*.safetensors")), joined, recipe)
+        shutil.rmtree(kept)
+    shutil.rmtree(folder / CALIBRATION_FOLDER, ignore_errors=True)
+    return BlueprintFile(joined).reports
 
 
 def _verify(job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> Verification | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from upcycle.errors import UsageError
 from upcycle.families.base import DenseConfig, Family, Feature
@@ -14,6 +15,8 @@ from upcycle.registry import TARGETS, load, suggestion
 from upcycle.routers.base import Router
 from upcycle.targets.base import MoeShape, OutputTensor, Target, refuse_unheld
 from upcycle.tensor_files import SINGLE, TensorSpec
+
+_CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Job:
     router_name: str
     shape: MoeShape
     scale: float
+    refit: Literal["down", "scale", "none"]
     shards: tuple[Shard, ...]
     dense_specs: Mapping[str, TensorSpec]
 
@@ -72,6 +76,21 @@ class Job:
     def units(self) -> Iterator[Unit]:
         """All units in the order they are written."""
         return (unit for shard in self.shards for unit in shard.units)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether layers are decided on calibration text."""
+        return bool(self.recipe.calibration.texts) and (self.method.kind != "copies" or self.router.calibrated)
+
+    @property
+    def calibration_mode(self) -> Literal["parallel", "sequential"]:
+        """Where a layer's inputs come from. Converted layers that equal the dense ones feed the next what those would."""
+        wanted = self.recipe.calibration.mode
+        if self.method.kind == "copies":
+            return "parallel"
+        if wanted != "auto":
+            return wanted
+        return "sequential" if self.promise[0] == "approximate" else "parallel"
 
     @property
     def dtype(self) -> str:
@@ -86,8 +105,10 @@ class Job:
         ``rounded``: exact but for a factor that the stored dtype cannot apply without rounding.
         """
         experts, top_k = self.shape.experts, self.shape.top_k
+        if not self.method.exact_when_all_active:
+            return "approximate", f"{self.method.name} lets experts overlap: they do not add up to the dense FFN"
         exact_scale = self.method.scale("exact", experts, top_k)
-        if self.scale != exact_scale:
+        if self.scale != exact_scale and (top_k == experts or self.method.exact_with_any_router):
             return "approximate", f"the routed experts are scaled by {self.scale:g}, equality needs {exact_scale:g}"
         if not self.method.exact_with_any_router:
             if top_k < experts:
@@ -123,19 +144,42 @@ def prepare(
     shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers)
     target = _choose_target(recipe, family, dense, shape)
     router_name = recipe.router.name
+    sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
+    texts = recipe.calibration.texts
     if router_name == "auto":
-        split_name = "zero" if recipe.top_k == recipe.experts else "cool"
+        split_name = ("ridge" if texts else "cool") if sparse else "zero"
         router_name = "random" if method.kind == "copies" else split_name
     router_class = load("router", router_name)
     router: Router = router_class(
         parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
     )
     router.check(recipe.experts, recipe.top_k)
+    refit = _refit(recipe, method, sparse)
+    for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
+        if wants and not texts:
+            raise UsageError(f"{what} looks at activations and needs calibration text", hint=_CALIBRATION_HINT)
     scale = recipe.scale
+    if scale == "auto":
+        scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else "exact"
     factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k)
+    if refit == "down" and factor != recipe.top_k:
+        raise UsageError(
+            f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
+            hint="leave --scale out, or use --refit none",
+        )
     units = _units(recipe, family, dense, target, shape, specs)
     shards = _shards(units, parse_size(recipe.max_shard_size))
-    return Job(recipe, dense, family, target, method, router, router_name, shape, factor, shards, specs)
+    return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+
+
+def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "scale", "none"]:
+    """What is fitted. Copies, and splits with all experts on, are exact already: a refit leaves them alone."""
+    texts = recipe.calibration.texts
+    if recipe.refit in ("down", "scale") and not texts:
+        raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=_CALIBRATION_HINT)
+    if method.kind == "copies" or not sparse or not texts:
+        return "none"
+    return "down" if recipe.refit == "auto" else recipe.refit
 
 
 def _choose_target(recipe: Recipe, family: Family, dense: DenseConfig, shape: MoeShape) -> Target:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint, family_of
+from upcycle.errors import EnvironmentFault
 from upcycle.families.base import DenseConfig
 from upcycle.job import Job, prepare
 from upcycle.methods.base import PREFERRED_MULTIPLE
@@ -15,6 +16,8 @@ from upcycle.sources import is_local, locate
 from upcycle.tensor_files import TensorSpec, read_json
 from upcycle.writer import WAITING_BYTES
 
+CALIBRATION_BATCH_TOKENS = 4096
+MOST_CACHE_BYTES = 1 << 30  # activations kept between the passes over a layer
 # Resident set of the interpreter with a CPU build of torch loaded; measured, see tests/benchmarks.
 _INTERPRETER_BYTES = 260_000_000
 _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
@@ -132,7 +135,37 @@ def _peak_memory(job: Job) -> int:
         read += max(job.dense_specs[name].nbytes for name in ffn)
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
-    return _INTERPRETER_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
+    writing = _INTERPRETER_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
+    return max(writing, _calibration_memory(job)) if job.calibrated else writing
+
+
+def _calibration_memory(job: Job) -> int:
+    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit."""
+    dense, layer = job.dense, job.shape.moe_layers[0]
+    shapes = {**job.family.layer_specs(dense, layer), **job.family.ffn_specs(dense, layer)}
+    weights = sum(job.dense_specs[name].elements for name in shapes)
+    d, width = dense.hidden_size, dense.intermediate_size
+    slots = (job.shape.experts + job.shape.shared) * job.shape.expert_size
+    batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, slots))
+    kept = min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
+    fit = 6 * slots * (slots + d) if job.refit == "down" else 2 * slots * d  # fp64: train, held out, their sum, factors
+    return _INTERPRETER_BYTES + 4 * (2 * weights + batch + kept) + 8 * fit
+
+
+def check_memory(job: Job) -> None:
+    """Refuse a calibration that cannot fit into memory.
+
+    Raises:
+        EnvironmentFault: more is needed than is free.
+    """
+    from upcycle.runtime import available_memory
+
+    needed, free = _calibration_memory(job), available_memory()
+    if needed > free:
+        raise EnvironmentFault(
+            f"calibration needs about {needed / 1e9:.1f} GB for one layer, and {free / 1e9:.1f} GB are free",
+            hint="free some memory; --refit scale needs less than --refit down",
+        )
 
 
 def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:

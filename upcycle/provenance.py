@@ -60,7 +60,14 @@ def _hash(file: Any) -> str:  # Python 3.10 has no file_digest
     return digest.hexdigest()
 
 
-def write(folder: Path, job: Job, plan: Plan, checkpoint: DenseCheckpoint, shard_hashes: dict[str, str]) -> None:
+def write(
+    folder: Path,
+    job: Job,
+    plan: Plan,
+    checkpoint: DenseCheckpoint,
+    shard_hashes: dict[str, str],
+    calibration: dict[str, Any] | None,
+) -> None:
     """Write ``upcycle.json``; weight files were hashed while they were written, the small ones are hashed here."""
     hashes = dict(shard_hashes)
     for path in sorted(folder.iterdir()):
@@ -81,6 +88,8 @@ def write(folder: Path, job: Job, plan: Plan, checkpoint: DenseCheckpoint, shard
         "router": {"name": job.router_name, "title": job.router.title, "paper": job.router.paper},
         "target": job.target.name,
         "scale": job.scale,
+        "refit": job.refit,
+        "calibration": calibration,
         "moe_layers": list(job.shape.moe_layers),
         "plan": plan.as_dict(),
         "files": dict(sorted(hashes.items())),

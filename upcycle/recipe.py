@@ -23,8 +23,35 @@ class _Strict(BaseModel):
 class RouterRecipe(_Strict):
     """Which router initialiser, with its parameters."""
 
-    name: str = Field("auto", description="router initialiser, or auto: random for copies, zero or cool for splits")
+    name: str = Field(
+        "auto",
+        description="router initialiser, or auto: random for copies; zero, cool or (calibrated) ridge for splits",
+    )
     parameters: dict[str, Any] = Field(default_factory=dict, description="the initialiser's own parameters")
+
+
+class CalibrationRecipe(_Strict):
+    """The text that calibrated methods, routers and refits look at."""
+
+    text: str | list[str] | None = Field(
+        None, description="calibration text: UTF-8 or .jsonl files, hub datasets, demo; several are mixed evenly"
+    )
+    tokens: int = Field(65536, ge=16, description="calibration tokens")
+    window: int = Field(512, ge=8, description="tokens per calibration window")
+    mode: Literal["auto", "parallel", "sequential"] = Field(
+        "auto", description="inputs from the dense model, or from the converted layers below (auto: for sparse splits)"
+    )
+    column: str = Field("text", description="column of a dataset or .jsonl file that holds the text")
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts as a list; empty when there is no calibration."""
+        return [self.text] if isinstance(self.text, str) else self.text or []
 
 
 class VerificationRecipe(_Strict):
@@ -49,8 +76,14 @@ class Recipe(_Strict):
         "all", description="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
-    scale: Literal["exact", "sum", "paper"] | float = Field(
-        "exact", description="scale of the routed experts: exact, sum, paper, or a number"
+    calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="what calibrated parts look at")
+    refit: Literal["auto", "down", "scale", "none"] = Field(
+        "auto",
+        description="closed-form fit to the dense output: down projections, a scale per layer, or none (auto: down if calibrated)",
+    )
+    scale: Literal["auto", "exact", "sum", "paper"] | float = Field(
+        "auto",
+        description="scale of the routed experts: exact, sum, paper, or a number (auto: sum when calibrated, else exact)",
     )
     pad: bool = Field(False, description="pad the FFN with zero neurons when the experts do not divide it (exact)")
     target: str = Field("auto", description="MoE architecture to write (upcycle list targets), or auto")
@@ -67,6 +100,11 @@ class Recipe(_Strict):
     @classmethod
     def _router_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _calibration_by_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, (str, list)) else value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -181,7 +219,8 @@ def set_key(content: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         inner = content.get(parent)
         if not isinstance(inner, dict):
-            inner = {"name": inner} if isinstance(inner, str) else {}
+            main = "text" if parent == "calibration" else "name"
+            inner = {main: inner} if isinstance(inner, (str, list)) else {}
             content[parent] = inner
         content = inner
     content[last] = value

@@ -51,31 +51,17 @@ class StockModel:
         Raises:
             CheckpointError: a weight is missing, unexpected, or of another shape.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-        settings = AutoConfig.for_model(config["model_type"], **values)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-        # Buffers that are computed, not loaded, do not exist on the meta device.
-        model.model.rotary_emb = type(model.model.rotary_emb)(settings)
-        problems = model.load_state_dict(read(_NOT_IN_LAYERS), strict=False, assign=True)
-        missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
-        if settings.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-            missing = [name for name in missing if name != "lm_head.weight"]
-        if missing or problems.unexpected_keys:
-            raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
+        model = skeleton(config, read(_NOT_IN_LAYERS))
         if streamed:
             return cls(model, read)
         for index, layer in enumerate(model.model.layers):
-            _fill(layer, index, read)
+            fill(layer, index, read)
         return cls(model)
 
     def load(self, index: int) -> None:
         """Read one layer into memory, when it is streamed."""
         if self._read:
-            _fill(self.layers[index], index, self._read)
+            fill(self.layers[index], index, self._read)
 
     def drop(self, index: int) -> None:
         """Give a streamed layer's memory back."""
@@ -95,7 +81,36 @@ class StockModel:
         return result
 
 
-def _fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
+def skeleton(config: Mapping[str, Any], outside: State) -> Any:
+    """The stock class of ``config`` in fp32, its decoder layers without weights, ``outside`` in place around them.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or of another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    settings = AutoConfig.for_model(config["model_type"], **values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    # Buffers that are computed, not loaded, do not exist on the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings)
+    problems = model.load_state_dict(outside, strict=False, assign=True)
+    missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
+    if settings.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        missing = [name for name in missing if name != "lm_head.weight"]
+    if missing or problems.unexpected_keys:
+        raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
+    return model
+
+
+def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
+    """Give one decoder layer its weights.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or of another shape.
+    """
     prefix = f"model.layers.{index}."
     state = {name.removeprefix(prefix): tensor for name, tensor in read(index).items()}
     try:
@@ -106,6 +121,11 @@ def _fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
 
 def dense_model(checkpoint: DenseCheckpoint, dtype: str, streamed: bool) -> StockModel:
     """The dense model with its weights rounded to the dtype they are converted in, computed in fp32."""
+    return StockModel.from_reader(checkpoint.raw_config, dense_reader(checkpoint, dtype), streamed)
+
+
+def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
+    """Reads the weights of the dense model, rounded to ``dtype``, as fp32."""
     family, config = checkpoint.family, checkpoint.config
 
     def read(layer: int | None) -> State:
@@ -115,7 +135,7 @@ def dense_model(checkpoint: DenseCheckpoint, dtype: str, streamed: bool) -> Stoc
             names = {**family.layer_specs(config, layer), **family.ffn_specs(config, layer)}
         return {name: checkpoint.read(name, dtype).float() for name in names}
 
-    return StockModel.from_reader(checkpoint.raw_config, read, streamed)
+    return read
 
 
 def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:

@@ -78,7 +78,7 @@ class SafetensorsFile:
         self.header_sha256 = hashlib.sha256(head + header).hexdigest()
         try:
             entries = json.loads(header)
-            entries.pop("__metadata__", None)
+            self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
             self._offsets = {name: self._checked(name, entry) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(f"its header is not valid ({error})") from None

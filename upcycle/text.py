@@ -34,6 +34,13 @@ def read_text(name: str) -> str:
     return content
 
 
+def demo_parts(name: str) -> tuple[str, str]:
+    """An embedded text in two parts: three quarters to calibrate on, and a quarter to verify a calibrated model on."""
+    content = read_text(name)
+    cut = content.find("\n", 3 * len(content) // 4) + 1
+    return content[:cut], content[cut:]
+
+
 def load_tokenizer(path: Path) -> Any:
     """The stock tokenizer of a folder or ``.gguf`` file.
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from upcycle import provenance
+from upcycle.calibration_text import text_names
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.job import Job, is_power_of_two, prepare
@@ -20,7 +21,7 @@ from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
 from upcycle.runtime import StockModel, available_memory, converted_model, dense_model
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text, windows_of
+from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text, windows_of
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -151,9 +152,14 @@ def _token_windows(job: Job, checkpoint: DenseCheckpoint, text: str | None, toke
         ids = torch.randint(job.dense.vocab_size, (max(1, tokens // window), window), generator=rng)
         return ids, "random token ids (no tokenizer)"
     tokenizer = load_tokenizer(checkpoint.source.path)
-    names = [text] if text else list(DEMO_TEXTS)
-    texts = [encode(tokenizer, read_text(name)) for name in names]
-    return windows_of(texts, tokens, window), text or "embedded validation texts"
+    if text:
+        contents, label = [read_text(text)], text
+    elif set(text_names(job.recipe.calibration.texts)) & set(DEMO_TEXTS):
+        contents = [demo_parts(name)[1] for name in DEMO_TEXTS]
+        label = "the quarter of the embedded texts that was not calibrated on"
+    else:
+        contents, label = [read_text(name) for name in DEMO_TEXTS], "embedded validation texts"
+    return windows_of([encode(tokenizer, content) for content in contents], tokens, window), label
 
 
 class _LayerErrors:
@@ -164,7 +170,9 @@ class _LayerErrors:
         self._moe = moe
         count = job.dense.num_hidden_layers
         self._squares = torch.zeros(3, count, dtype=torch.float64)  # error, error with all experts, norm
-        self.all_experts_measured = job.promise[0] == "approximate"
+        # A refit changes the experts, and overlapping ones never added up: there is nothing to compare.
+        comparable = job.method.exact_when_all_active and job.refit == "none"
+        self.all_experts_measured = job.promise[0] == "approximate" and comparable
 
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:

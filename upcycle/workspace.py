@@ -14,6 +14,8 @@ from types import TracebackType
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 
+LAYER_BLUEPRINTS = "layer_blueprints"  # one file per decided layer, until all are joined
+CALIBRATION_FOLDER = "calibration"  # the calibration tokens' states
 _STATE = "state.json"
 _LOCK = ".lock"
 

@@ -11,7 +11,15 @@ import yaml
 from pydantic import BaseModel
 
 from upcycle.errors import UsageError
-from upcycle.recipe import Recipe, RouterRecipe, VerificationRecipe, parse_recipe, read_recipe, set_key
+from upcycle.recipe import (
+    CalibrationRecipe,
+    Recipe,
+    RouterRecipe,
+    VerificationRecipe,
+    parse_recipe,
+    read_recipe,
+    set_key,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +31,10 @@ _FLAGS = {
     ("--shared",): "shared",
     ("--layers",): "layers",
     ("--router",): "router.name",
+    ("--calibration",): "calibration.text",
+    ("--calibration-tokens",): "calibration.tokens",
+    ("--calibration-mode",): "calibration.mode",
+    ("--refit",): "refit",
     ("--scale",): "scale",
     ("--pad",): "pad",
     ("--target",): "target",
@@ -35,7 +47,11 @@ _FLAGS = {
     ("--verify-text",): "verification.text",
     ("--verify-tokens",): "verification.tokens",
 }
-_INNER: dict[str, type[BaseModel]] = {"router": RouterRecipe, "verification": VerificationRecipe}
+_INNER: dict[str, type[BaseModel]] = {
+    "router": RouterRecipe,
+    "calibration": CalibrationRecipe,
+    "verification": VerificationRecipe,
+}
 
 
 def _field(key: str) -> Any:

@@ -1,0 +1,219 @@
+"""Layer-wise calibration: decides every layer's blueprint on real text, with one decoder layer in memory.
+
+The residual streams of all calibration tokens are kept in files. In ``parallel`` mode every layer sees what the dense
+model feeds it; in ``sequential`` mode what the already converted layers below feed it, beside the dense model's stream,
+which says what the layer should have put out (the order of GPTQ and SparseGPT).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear
+
+from upcycle.activations import HELD_OUT_EVERY, Activations, Inputs
+from upcycle.blueprint import LayerBlueprint, save_blueprint
+from upcycle.calibration_text import calibration_windows
+from upcycle.capture import captured
+from upcycle.errors import CheckpointError
+from upcycle.feed_forward import FeedForward
+from upcycle.layers import LayerRunner
+from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES
+from upcycle.progress import Progress
+from upcycle.provenance import BLUEPRINT_FILE
+from upcycle.refit import Routing, fit_down, fit_scale
+from upcycle.runtime import available_memory
+from upcycle.token_files import TokenFile, write_together
+from upcycle.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
+
+if TYPE_CHECKING:
+    from upcycle.checkpoint import DenseCheckpoint
+    from upcycle.job import Job
+
+
+class Calibration:
+    """The walk through the layers of one conversion.
+
+    Args:
+        job: the conversion; its recipe names the text.
+        checkpoint: the dense model.
+        folder: where token files are kept while it lasts, and the finished blueprints in ``layer_blueprints``.
+        progress: where to report.
+
+    Raises:
+        UsageError: the text cannot be read, or is shorter than one window.
+    """
+
+    def __init__(self, job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> None:
+        self._job, self._checkpoint, self._progress = job, checkpoint, progress
+        self._tokens_folder = folder / CALIBRATION_FOLDER
+        self._blueprints = folder / LAYER_BLUEPRINTS
+        self._tokens_folder.mkdir(exist_ok=True)
+        self._blueprints.mkdir(exist_ok=True)
+        self.windows = calibration_windows(job, checkpoint, progress)
+        count, self._window = self.windows.shape
+        # At least eight batches, so that some can be held out; at most what keeps matrix products busy.
+        per_batch = max(1, min(CALIBRATION_BATCH_TOKENS // self._window, count // HELD_OUT_EVERY))
+        self._batch = per_batch * self._window
+        self._runner = LayerRunner(checkpoint, job.recipe.dtype, self._window)
+        self._sequential = job.calibration_mode == "sequential"
+        self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
+
+    def run(self) -> None:
+        """Decide all layers that an earlier run did not; leaves one blueprint file per MoE layer.
+
+        Raises:
+            CheckpointError: activations or fits are not finite.
+        """
+        layers = len(self._runner.layers)
+        moe_layers = self._job.shape.moe_layers
+        start = self._resume_at()
+        importance = self._importance() if self._job.method.needs_gradients else {}
+        with self._progress.phase("calibrating", layers):
+            self._progress.advance(start)
+            if not self._stream("dense", 0).exists:
+                self._stream("dense", 0).write(map(self._runner.embed, self.windows.flatten().split(self._batch)))
+            for index in range(start, max(moe_layers) + 1):
+                with self._runner.loaded(index), torch.no_grad():
+                    if index in moe_layers:
+                        self._moe_layer(index, importance.get(index))
+                    else:
+                        self._dense_layer(index)
+                for name in ("dense", "moe"):
+                    self._stream(name, index).remove()
+                self._progress.advance()
+            self._progress.advance(layers - max(moe_layers) - 1)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``upcycle.json`` says about the text: how much, and the SHA-256 of the token ids."""
+        ids = self.windows.contiguous().numpy()
+        return {
+            "text": self._job.recipe.calibration.texts,
+            "tokens": self.windows.numel(),
+            "window": self._window,
+            "mode": self._job.calibration_mode,
+            "token_ids_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        }
+
+    def _stream(self, name: str, index: int) -> TokenFile:
+        return TokenFile(self._tokens_folder / f"{name}.{index}", self._checkpoint.config.hidden_size)
+
+    def _resume_at(self) -> int:
+        """The first layer that is not decided and whose inputs are there."""
+        undecided = [layer for layer in self._job.shape.moe_layers if not self._file(layer).exists()]
+        last = undecided[0] if undecided else max(self._job.shape.moe_layers) + 1
+        for index in range(last, 0, -1):
+            has_moe = self._stream("moe", index).exists or not self._differs(index)
+            if self._stream("dense", index).exists and has_moe:
+                return index
+        return last if not undecided else 0
+
+    def _differs(self, index: int) -> bool:
+        """Whether the converted model's stream is another than the dense model's at the input of layer ``index``."""
+        return self._sequential and index > min(self._job.shape.moe_layers)
+
+    def _file(self, layer: int) -> Path:
+        return self._blueprints / f"{layer:05d}.safetensors"
+
+    def _importance(self) -> dict[int, torch.Tensor]:
+        """Every layer's importance, from one pass forward and one backward through the dense model."""
+        from upcycle.gradients import read_importance, write_importance
+
+        path = self._tokens_folder / "importance.safetensors"
+        if not path.exists():
+            clusters = self._job.shape.experts
+            write_importance(path, self._runner, self._checkpoint, self.windows, clusters, self._job, self._progress)
+        return read_importance(path)
+
+    def _dense_layer(self, index: int) -> None:
+        for name in ("dense", "moe") if self._differs(index) else ("dense",):
+            states = self._stream(name, index).blocks(self._batch)
+            self._stream(name, index + 1).write(self._runner.whole(index, block) for block in states)
+
+    def _moe_layer(self, index: int, importance: torch.Tensor | None) -> None:
+        inputs, residual = self._stream("x", index), self._stream("residual", index)
+        self._run_attention(index, inputs, residual)
+        block = self._runner.layers[index].mlp
+        if self._differs(index):
+            states = self._stream("dense", index).blocks(self._batch)
+            self._stream("dense", index + 1).write(self._runner.whole(index, block) for block in states)
+        else:
+            pairs = zip(residual.blocks(self._batch), inputs.blocks(self._batch), strict=True)
+            self._stream("dense", index + 1).write(before + block(x) for before, x in pairs)
+        ffn = self._checkpoint.feed_forward(index, self._job.recipe.dtype)
+
+        def batches() -> Iterator[Inputs]:
+            for number, x in enumerate(inputs.blocks(self._batch)):
+                yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+
+        activations = Activations(ffn, batches, importance, self._cache_bytes)
+        blueprint, report = self._decide(ffn, activations, residual)
+        if self._sequential:
+            self._continue(index, ffn, blueprint, activations, residual)
+        save_blueprint(self._file(index), blueprint, {"layer": index, **report})
+        inputs.remove()
+        residual.remove()
+
+    def _run_attention(self, index: int, inputs: TokenFile, residual: TokenFile) -> None:
+        """Write what the FFN of a layer reads and what its output is added to."""
+        source = self._stream("moe" if self._differs(index) else "dense", index)
+        rows = (self._runner.around(index, states) for states in source.blocks(self._batch))
+        write_together([inputs, residual], rows)
+
+    def _decide(
+        self, ffn: FeedForward, activations: Activations, residual: TokenFile
+    ) -> tuple[LayerBlueprint, dict[str, Any]]:
+        """The layer's blueprint with its router and refitted down projections, and what was measured on the way."""
+        from upcycle.conversion import decide  # the same decision as without calibration
+
+        job, layer = self._job, ffn.layer
+        blueprint = decide(job, ffn, activations)
+        report: dict[str, Any] = {}
+        if job.shape.top_k < job.shape.experts and blueprint.router is not None:
+            rows = blueprint.router.to(ffn.gate.dtype).float()
+            report |= asdict(captured(activations, blueprint, rows))
+        if job.refit == "none":
+            return blueprint, report
+
+        def targets() -> Iterator[torch.Tensor]:
+            dense = self._stream("dense", layer + 1).blocks(self._batch)
+            for whole, before in zip(dense, residual.blocks(self._batch), strict=True):
+                yield whole - before
+
+        routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
+        if job.refit == "scale":
+            factor, fit = fit_scale(routing, activations, targets())
+            return replace(blueprint, scale=job.shape.top_k * factor), {**report, **fit.as_dict()}
+        down, fit = fit_down(routing, activations, targets())
+        stored = down.to(ffn.down.dtype)
+        if not bool((stored * blueprint.scale).isfinite().all()):
+            raise CheckpointError(f"layer {layer}: the refit overflows {ffn.down.dtype}", hint="--dtype bfloat16")
+        return replace(blueprint, down=stored), {**report, **fit.as_dict()}
+
+    def _continue(
+        self, index: int, ffn: FeedForward, blueprint: LayerBlueprint, activations: Activations, residual: TokenFile
+    ) -> None:
+        """Write the converted model's stream after this layer, computed with the weights as they will be stored."""
+        routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
+        down = routing.stored(blueprint)
+        pairs = zip(residual.blocks(self._batch), activations.batches(), strict=True)
+        outputs = (before + linear(routing.active(batch), down) for before, batch in pairs)
+        self._stream("moe", index + 1).write(outputs)
+
+
+def calibrate(job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Decide every MoE layer of ``job``, leaving one file per layer in ``folder/layer_blueprints``.
+
+    Returns:
+        What was read, for ``upcycle.json``.
+    """
+    calibration = Calibration(job, checkpoint, folder, progress)
+    if not (folder / BLUEPRINT_FILE).exists():  # else an earlier run was stopped after everything was decided
+        calibration.run()
+    return calibration.record

@@ -1,0 +1,127 @@
+"""The tokens a calibration looks at: files, ``.jsonl`` files, hub datasets or the embedded texts, mixed evenly."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.progress import Progress
+from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text
+
+if TYPE_CHECKING:
+    from upcycle.checkpoint import DenseCheckpoint
+    from upcycle.job import Job
+
+_CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
+_HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+
+
+def calibration_windows(job: Job, checkpoint: DenseCheckpoint, progress: Progress) -> torch.Tensor:
+    """Token ids ``[N, W]``; consecutive windows come from different texts, so that every batch is mixed.
+
+    Raises:
+        UsageError: a text cannot be read, has no such column, or all are shorter than one window.
+    """
+    wanted = job.recipe.calibration
+    window = min(wanted.window, job.dense.max_position_embeddings, wanted.tokens)
+    if job.recipe.tokenizer == "none":
+        raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
+    tokenizer = load_tokenizer(checkpoint.source.path)
+    names = text_names(wanted.texts)
+    share = -(-(wanted.tokens // window) // len(names))
+    pieces = []
+    for name in names:
+        text = _text(name, wanted.column, share * window * _CHARACTERS_PER_TOKEN)
+        ids = encode(tokenizer, text)
+        available = ids[: len(ids) // window * window].view(-1, window)
+        if not len(available):
+            raise UsageError(
+                f"calibration text {name} has {len(ids)} tokens, fewer than one window of {window}",
+                hint=f"give a longer text, or --set calibration.window={max(8, len(ids))}",
+            )
+        chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
+        pieces.append(available[chosen])
+    # Texts that are too short leave their share to nobody: an even mix matters more than the count.
+    rows = [row for group in zip_longest(*pieces) for row in group if row is not None]
+    windows = torch.stack(rows[: max(1, wanted.tokens // window)])
+    if windows.numel() < 0.9 * wanted.tokens:
+        progress.note(
+            f"calibrating on {windows.numel():,} tokens: the texts hold no more (asked for {wanted.tokens:,})"
+        )
+    return windows
+
+
+def text_names(texts: list[str]) -> list[str]:
+    """The texts, with ``demo`` replaced by the names of the embedded ones."""
+    return list(chain.from_iterable(DEMO_TEXTS if name == "demo" else [name] for name in texts))
+
+
+def _text(name: str, column: str, characters: int) -> str:
+    path = Path(name).expanduser()
+    if name in DEMO_TEXTS:
+        return demo_parts(name)[0]
+    if path.is_file() and path.suffix != ".jsonl":
+        return read_text(name)
+    if path.is_file():
+        return _joined(_json_lines(path, column), characters)
+    if path.suffix or path.is_absolute() or not _HUB_DATASET.fullmatch(name):
+        raise UsageError(
+            f"no such calibration text: {name}",
+            hint=f"a UTF-8 file, a .jsonl file, a hub dataset (org/name[:config[:split]]), demo, or one of: {', '.join(DEMO_TEXTS)}",
+        )
+    return _joined(_hub_rows(name, column), characters)
+
+
+def _joined(rows: Iterable[str], characters: int) -> str:
+    taken, length = [], 0
+    for row in rows:
+        taken.append(row)
+        length += len(row)
+        if length >= characters:
+            break
+    return "\n\n".join(taken)
+
+
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number} is not JSON: {error}") from None
+            yield _column(row, column, f"{path}, line {number}")
+
+
+def _hub_rows(name: str, column: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise EnvironmentFault(
+            f"{name} is not a file, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
+        ) from None
+    repository, config, split = (name.split(":") + ["", ""])[:3]
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            yield _column(row, column, name)
+    except (OSError, ValueError) as error:
+        raise EnvironmentFault(f"the dataset {name} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _column(row: Any, column: str, where: str) -> str:
+    found = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(found, str):
+        columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise UsageError(
+            f"{where}: no text in column '{column}'; the columns are {columns}", hint="--set calibration.column=NAME"
+        )
+    return found

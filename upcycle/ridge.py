@@ -1,0 +1,144 @@
+"""Ridge regression from streamed sums: closed-form fits over more tokens than fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from upcycle.errors import CheckpointError
+
+# Relative to the mean of the Gram matrix' diagonal. Norm weights make some inputs of a layer a thousand times larger than
+# others, so that mean lies far above what most directions carry: hence the weak end.
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+UNJUDGED_STRENGTH = 1e-2  # where no token was held out to choose by
+_POWER_STEPS = 30
+
+
+class RidgeSolution(NamedTuple):
+    """``weights`` fp64 ``[M, N]``; ``condition`` estimates (from below) that of the matrix that was solved with."""
+
+    weights: torch.Tensor
+    condition: float
+
+
+class Choice(NamedTuple):
+    """A strength and the squared error it leaves on held-out tokens, as a share of the targets' squares."""
+
+    strength: float
+    held_out_loss: float
+
+
+def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float) -> RidgeSolution:
+    """Minimise ``||Y - X W||^2 + strength * mean(diag G) * ||W||^2`` by a Cholesky factorisation in fp64.
+
+    A Gram matrix that is singular to working precision (fewer tokens than features, and next to no strength) gets the
+    least power of ten of its own rounding error on the diagonal that lets it be factorised.
+
+    Args:
+        gram: ``G = X^T X``, ``[M, M]``; left as it is.
+        moment: ``X^T Y``, ``[M, N]``.
+        strength: at least zero. Relative, so that the solution does not depend on the scale of X.
+
+    Raises:
+        CheckpointError: the sums are not finite.
+    """
+    gram, moment = gram.double(), moment.double()
+    scale = gram.diagonal().mean().item()
+    if scale == 0:  # no token, or features that are all zero: nothing is known, the smallest solution is zero
+        return RidgeSolution(torch.zeros_like(moment), 1.0)
+    jitter = 0.0
+    while jitter < 1.0:
+        regular = gram.clone()
+        regular.diagonal().add_((strength + jitter) * scale)
+        factor, fault = torch.linalg.cholesky_ex(regular)
+        if not fault and factor.diagonal().isfinite().all():
+            return RidgeSolution(torch.cholesky_solve(moment, factor), _condition(regular, factor))
+        jitter = 10 * jitter or len(gram) * torch.finfo(torch.float64).eps
+    raise CheckpointError(
+        "a least-squares fit failed: the activations' squares on the calibration text are not finite",
+        hint="convert the checkpoint in the dtype it was trained in",
+    )
+
+
+def _condition(matrix: torch.Tensor, factor: torch.Tensor) -> float:
+    """Largest over smallest eigenvalue of a positive matrix ``[M, M]``, each by power iteration from a fixed start."""
+    start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    condition = 1.0
+    for step in (matrix.matmul, lambda vector: torch.cholesky_solve(vector, factor)):
+        vector = start / start.norm()
+        growth = 0.0
+        for _ in range(_POWER_STEPS):
+            vector = step(vector)
+            growth = vector.norm().item()
+            vector = vector / growth
+        condition *= growth
+    return max(1.0, condition)
+
+
+class _Sums:
+    """``gram`` ``[M, M]``, ``moment`` ``[M, N]`` and the targets' weighted ``square``, all fp64."""
+
+    def __init__(self, features: int, targets: int) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self.moment = torch.zeros(features, targets, dtype=torch.float64)
+        self.square = 0.0
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        if features.dtype == torch.float64:
+            self.gram.addmm_(features.T, features)
+            self.moment.addmm_(features.T, targets)
+        else:
+            self.gram += features.T @ features
+            self.moment += features.T @ targets
+        self.square += targets.double().square().sum().item()
+
+    def loss(self, weights: torch.Tensor) -> float:
+        """``||Y - X W||^2 / ||Y||^2``; zero targets count as fitted."""
+        if self.square == 0:
+            return 0.0
+        explained = 2 * (weights * self.moment).sum() - (weights * (self.gram @ weights)).sum()
+        return max(0.0, 1.0 - explained.item() / self.square)
+
+
+class RidgeSums:
+    """Accumulates what a ridge regression from ``features`` inputs to ``targets`` outputs needs; no token is kept.
+
+    The sums are fp64; ``products`` is the dtype that a batch is multiplied in. fp32 takes half the time and is exact enough
+    where no strength below about 1e-4 is considered.
+    """
+
+    def __init__(self, features: int, targets: int, products: torch.dtype = torch.float64) -> None:
+        self._shape, self._products = (features, targets), products
+        self._train = _Sums(features, targets)
+        self._held_out: _Sums | None = None  # a second Gram matrix only once it is needed
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, held_out: bool = False) -> None:
+        """Add tokens: features ``[t, M]``, targets ``[t, N]``, and ``weight`` ``[t]`` on every token's squared error."""
+        sums = self._train
+        if held_out:
+            sums = self._held_out = self._held_out or _Sums(*self._shape)
+        root = weight.to(self._products).sqrt()[:, None]
+        sums.add(features.to(self._products) * root, targets.to(self._products) * root)
+
+    def solve(self, strength: float, everything: bool = True) -> RidgeSolution:
+        """Fit all tokens, or without ``everything`` those that were not held out."""
+        gram, moment = self._train.gram, self._train.moment
+        if everything and self._held_out is not None:
+            gram, moment = gram + self._held_out.gram, moment + self._held_out.moment
+        return solve_ridge(gram, moment, strength)
+
+    def loss(self, weights: torch.Tensor) -> float:
+        """Squared error of fp64 ``[M, N]`` on held-out tokens (on all, if none were), as a share of the targets' squares."""
+        return (self._held_out or self._train).loss(weights)
+
+    def best(self, strengths: Sequence[float] = STRENGTHS) -> Choice:
+        """Choose the strength with the least held-out loss of a fit to the others; among equals the strongest.
+
+        Without held-out tokens there is nothing to choose by, and it is ``UNJUDGED_STRENGTH``.
+        """
+        if self._held_out is None:
+            strengths = (UNJUDGED_STRENGTH,)
+        losses = ((s, self.loss(self.solve(s, everything=False).weights)) for s in sorted(strengths, reverse=True))
+        return Choice(*min(losses, key=lambda choice: choice[1]))

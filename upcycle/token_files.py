@@ -1,0 +1,66 @@
+"""Vectors of the calibration tokens in a file: as many as the disk holds, read and written block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from upcycle.errors import CheckpointError
+
+
+class TokenFile:
+    """Fp32 vectors of ``width``, one per token, in the order of the tokens."""
+
+    def __init__(self, path: Path, width: int) -> None:
+        self.path = path
+        self._width = width
+
+    def write(self, blocks: Iterable[torch.Tensor]) -> None:
+        """Write all blocks ``[t, width]``; the file gets its name when the last one is written."""
+        write_together([self], ((block,) for block in blocks))
+
+    def blocks(self, tokens: int) -> Iterator[torch.Tensor]:
+        """Read it all, ``tokens`` at a time: ``[t, width]``.
+
+        Raises:
+            CheckpointError: the file ends within a vector.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            while True:
+                block = torch.empty(tokens, self._width)
+                view, done = memoryview(block.numpy()).cast("B"), 0
+                while done < len(view) and (read := file.readinto(view[done:])):
+                    done += read
+                rows, rest = divmod(done, 4 * self._width)
+                if rest:
+                    raise CheckpointError(f"{self.path} is damaged", hint="convert again with --restart")
+                if rows:
+                    yield block[:rows]
+                if rows < tokens:
+                    return
+
+    @property
+    def exists(self) -> bool:
+        """Whether it was written to its end."""
+        return self.path.exists()
+
+    def remove(self) -> None:
+        """Delete the file, if it exists."""
+        self.path.unlink(missing_ok=True)
+
+
+def write_together(files: Sequence[TokenFile], rows: Iterable[Sequence[torch.Tensor]]) -> None:
+    """Write several files in one pass: every row has a block for each of them."""
+    temporary = [file.path.with_suffix(file.path.suffix + ".tmp") for file in files]
+    with ExitStack() as stack:
+        handles = [stack.enter_context(path.open("wb", buffering=0)) for path in temporary]
+        for row in rows:
+            for handle, block in zip(handles, row, strict=True):
+                view, done = memoryview(block.contiguous().numpy()).cast("B"), 0
+                while done < len(view):
+                    done += handle.write(view[done:])
+    for path, file in zip(temporary, files, strict=True):
+        path.rename(file.path)
