@@ -100,7 +100,7 @@ class Activations:
         neuron = int((~hidden.isfinite()).any(0).nonzero()[0])
         raise CheckpointError(
             f"layer {self.ffn.layer}, neuron {neuron}: the activation is not finite on the calibration text",
-            hint="convert the checkpoint in the dtype it was trained in; if the layers below were converted, use --calibration-mode parallel",
+            hint="convert in the dtype the model was trained in, or use --calibration-mode parallel",
         )
 
 

@@ -8,7 +8,7 @@ which says what the layer should have put out (the order of GPTQ and SparseGPT).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,12 @@ class Calibration:
                 yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
 
         activations = Activations(ffn, batches, importance, self._cache_bytes)
-        blueprint, report = self._decide(ffn, activations, residual)
+
+        def targets() -> Iterator[torch.Tensor]:
+            dense = self._stream("dense", index + 1).blocks(self._batch)
+            return (whole - before for whole, before in zip(dense, residual.blocks(self._batch), strict=True))
+
+        blueprint, report = decide_layer(self._job, ffn, activations, targets)
         if self._sequential:
             self._continue(index, ffn, blueprint, activations, residual)
         save_blueprint(self._file(index), blueprint, {"layer": index, **report})
@@ -166,36 +171,6 @@ class Calibration:
         rows = (self._runner.around(index, states) for states in source.blocks(self._batch))
         write_together([inputs, residual], rows)
 
-    def _decide(
-        self, ffn: FeedForward, activations: Activations, residual: TokenFile
-    ) -> tuple[LayerBlueprint, dict[str, Any]]:
-        """The layer's blueprint with its router and refitted down projections, and what was measured on the way."""
-        from upcycle.conversion import decide  # the same decision as without calibration
-
-        job, layer = self._job, ffn.layer
-        blueprint = decide(job, ffn, activations)
-        report: dict[str, Any] = {}
-        if job.shape.top_k < job.shape.experts and blueprint.router is not None:
-            rows = blueprint.router.to(ffn.gate.dtype).float()
-            report |= asdict(captured(activations, blueprint, rows))
-        if job.refit == "none":
-            return blueprint, report
-
-        def targets() -> Iterator[torch.Tensor]:
-            dense = self._stream("dense", layer + 1).blocks(self._batch)
-            for whole, before in zip(dense, residual.blocks(self._batch), strict=True):
-                yield whole - before
-
-        routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
-        if job.refit == "scale":
-            factor, fit = fit_scale(routing, activations, targets())
-            return replace(blueprint, scale=job.shape.top_k * factor), {**report, **fit.as_dict()}
-        down, fit = fit_down(routing, activations, targets())
-        stored = down.to(ffn.down.dtype)
-        if not bool((stored * blueprint.scale).isfinite().all()):
-            raise CheckpointError(f"layer {layer}: the refit overflows {ffn.down.dtype}", hint="--dtype bfloat16")
-        return replace(blueprint, down=stored), {**report, **fit.as_dict()}
-
     def _continue(
         self, index: int, ffn: FeedForward, blueprint: LayerBlueprint, activations: Activations, residual: TokenFile
     ) -> None:
@@ -205,6 +180,40 @@ class Calibration:
         pairs = zip(residual.blocks(self._batch), activations.batches(), strict=True)
         outputs = (before + linear(routing.active(batch), down) for before, batch in pairs)
         self._stream("moe", index + 1).write(outputs)
+
+
+def decide_layer(
+    job: Job, ffn: FeedForward, activations: Activations, targets: Callable[[], Iterator[torch.Tensor]]
+) -> tuple[LayerBlueprint, dict[str, Any]]:
+    """A layer's blueprint with its router and refitted down projections, and what was measured on the way.
+
+    Args:
+        job: names method, router and refit.
+        ffn: the dense layer.
+        activations: its calibration tokens.
+        targets: starts a pass over what the layer should put out, fp32 ``[t, d]`` for every batch.
+
+    Raises:
+        CheckpointError: the fit is not finite in the stored dtype.
+    """
+    from upcycle.conversion import decide  # the same decision as without calibration
+
+    blueprint = decide(job, ffn, activations)
+    report: dict[str, Any] = {}
+    if job.shape.top_k < job.shape.experts and blueprint.router is not None:
+        rows = blueprint.router.to(ffn.gate.dtype).float()
+        report |= asdict(captured(activations, blueprint, rows))
+    if job.refit == "none":
+        return blueprint, report
+    routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
+    if job.refit == "scale":
+        factor, fit = fit_scale(routing, activations, targets())
+        return replace(blueprint, scale=job.shape.top_k * factor), {**report, **fit.as_dict()}
+    down, fit = fit_down(routing, activations, targets())
+    stored = down.to(ffn.down.dtype)
+    if not bool((stored * blueprint.scale).isfinite().all()):
+        raise CheckpointError(f"layer {ffn.layer}: the refit overflows {ffn.down.dtype}", hint="--dtype bfloat16")
+    return replace(blueprint, down=stored), {**report, **fit.as_dict()}
 
 
 def calibrate(job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,27 +18,52 @@ from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_te
 if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint
     from upcycle.job import Job
+    from upcycle.recipe import CalibrationRecipe
 
 _CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
 _HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
 def calibration_windows(job: Job, checkpoint: DenseCheckpoint, progress: Progress) -> torch.Tensor:
-    """Token ids ``[N, W]``; consecutive windows come from different texts, so that every batch is mixed.
+    """The calibration tokens of a conversion: ids ``[N, W]``.
 
     Raises:
-        UsageError: a text cannot be read, has no such column, or all are shorter than one window.
+        UsageError: a text cannot be read, has no such column, or is shorter than one window.
     """
     wanted = job.recipe.calibration
-    window = min(wanted.window, job.dense.max_position_embeddings, wanted.tokens)
     if job.recipe.tokenizer == "none":
         raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
-    tokenizer = load_tokenizer(checkpoint.source.path)
+    window = min(wanted.window, job.dense.max_position_embeddings, wanted.tokens)
+    windows = mixed_windows(read_texts(wanted), load_tokenizer(checkpoint.source.path), wanted.tokens, window)
+    if windows.numel() < 0.9 * wanted.tokens:
+        progress.note(
+            f"calibrating on {windows.numel():,} tokens: the texts hold no more (asked for {wanted.tokens:,})"
+        )
+    return windows
+
+
+def read_texts(wanted: CalibrationRecipe) -> dict[str, str]:
+    """Name -> content of every calibration text, of streams as much as is needed.
+
+    Raises:
+        UsageError: a text cannot be read, or has no such column.
+    """
     names = text_names(wanted.texts)
-    share = -(-(wanted.tokens // window) // len(names))
+    enough = _CHARACTERS_PER_TOKEN * (wanted.tokens // len(names) + wanted.window)
+    return {name: _text(name, wanted.column, enough) for name in names}
+
+
+def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window: int) -> torch.Tensor:
+    """Ids ``[N, W]``, evenly spread over each text; consecutive windows come from different texts.
+
+    Texts that are too short leave their share to nobody: an even mix matters more than the count.
+
+    Raises:
+        UsageError: a text is shorter than one window.
+    """
+    share = -(-(tokens // window) // len(texts))
     pieces = []
-    for name in names:
-        text = _text(name, wanted.column, share * window * _CHARACTERS_PER_TOKEN)
+    for name, text in texts.items():
         ids = encode(tokenizer, text)
         available = ids[: len(ids) // window * window].view(-1, window)
         if not len(available):
@@ -48,14 +73,8 @@ def calibration_windows(job: Job, checkpoint: DenseCheckpoint, progress: Progres
             )
         chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
         pieces.append(available[chosen])
-    # Texts that are too short leave their share to nobody: an even mix matters more than the count.
     rows = [row for group in zip_longest(*pieces) for row in group if row is not None]
-    windows = torch.stack(rows[: max(1, wanted.tokens // window)])
-    if windows.numel() < 0.9 * wanted.tokens:
-        progress.note(
-            f"calibrating on {windows.numel():,} tokens: the texts hold no more (asked for {wanted.tokens:,})"
-        )
-    return windows
+    return torch.stack(rows[: max(1, tokens // window)])
 
 
 def text_names(texts: list[str]) -> list[str]:
@@ -108,7 +127,7 @@ def _hub_rows(name: str, column: str) -> Iterator[str]:
         raise EnvironmentFault(
             f"{name} is not a file, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
         ) from None
-    repository, config, split = (name.split(":") + ["", ""])[:3]
+    repository, config, split = [*name.split(":"), "", ""][:3]
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         for row in rows:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
 
 from upcycle.activations import Activations, Batch
 from upcycle.blueprint import ZERO_NEURON, LayerBlueprint
+from upcycle.capture import of_largest
 from upcycle.errors import CheckpointError
 from upcycle.ridge import RidgeSums
 
@@ -40,6 +41,15 @@ class Refit:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, without what does not apply."""
         return {key: value for key, value in vars(self).items() if value is not None}
+
+
+class Applied(Protocol):
+    """A layer that is to be fitted: what is active in it, and fp32 ``down`` ``[d, slots]``."""
+
+    down: torch.Tensor
+
+    def active(self, batch: Batch) -> torch.Tensor:
+        """Fp32 ``[t, slots]``: activations, zero where they do not count."""
 
 
 class Routing:
@@ -71,10 +81,13 @@ class Routing:
         if self._zero is not None:
             taken[:, self._zero] = 0.0
         if self._top_k < self._experts:
-            chosen = linear(batch.x, self._router).topk(self._top_k, dim=-1).indices
-            on = torch.zeros(len(taken), self._experts).scatter_(1, chosen, 1.0)
+            on = self.chosen(batch)
             taken[:, self._always :].view(len(taken), self._experts, self._size).mul_(on[:, :, None])
         return taken
+
+    def chosen(self, batch: Batch) -> torch.Tensor:
+        """Multi-hot fp32 ``[t, E]`` of the experts that the router chooses."""
+        return of_largest(linear(batch.x, self._router), self._top_k)
 
     def stored(self, blueprint: LayerBlueprint) -> torch.Tensor:
         """Fp32 ``[d, slots]``: what multiplies :meth:`active` in the finished model, factors included."""
@@ -90,7 +103,7 @@ class Routing:
         return linear(shared, self.down[:, : self._always]), linear(routed, self.down[:, self._always :])
 
 
-def fit_down(routing: Routing, activations: Activations, targets: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Refit]:
+def fit_down(routing: Applied, activations: Activations, targets: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Refit]:
     """Fit all down projections of a layer.
 
     Args:

@@ -12,11 +12,23 @@ METHODS = {
     "sparse_upcycling": "upcycle.methods.sparse_upcycling:SparseUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",
+    "weight_kmeans": "upcycle.splitters.weight_kmeans:WeightKMeans",
+    "coactivation_graph": "upcycle.splitters.coactivation_graph:CoactivationGraph",
+    "coactivation_kmeans": "upcycle.splitters.coactivation_kmeans:CoactivationKMeans",
+    "importance": "upcycle.splitters.importance:Importance",
+    "cmoe": "upcycle.splitters.cmoe:CMoE",
+    "factor": "upcycle.splitters.factor:Factor",
+    "d2d": "upcycle.splitters.d2d:D2D",
+    "alternating": "upcycle.splitters.alternating:Alternating",
 }
 ROUTERS = {
     "random": "upcycle.routers.random_rows:RandomRouter",
     "zero": "upcycle.routers.zero:ZeroRouter",
     "cool": "upcycle.routers.cool:CoolRouter",
+    "centroid": "upcycle.routers.centroid:CentroidRouter",
+    "ridge": "upcycle.routers.ridge:RidgeRouter",
+    "representative": "upcycle.routers.representative:RepresentativeRouter",
+    "distilled": "upcycle.routers.distilled:DistilledRouter",
 }
 FAMILIES = {
     "llama": "upcycle.families.llama:Llama",

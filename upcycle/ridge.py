@@ -53,8 +53,9 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float) -> Ri
         regular = gram.clone()
         regular.diagonal().add_((strength + jitter) * scale)
         factor, fault = torch.linalg.cholesky_ex(regular)
-        if not fault and factor.diagonal().isfinite().all():
-            return RidgeSolution(torch.cholesky_solve(moment, factor), _condition(regular, factor))
+        weights = torch.cholesky_solve(moment, factor)
+        if not fault and weights.isfinite().all():
+            return RidgeSolution(weights, _condition(regular, factor))
         jitter = 10 * jitter or len(gram) * torch.finfo(torch.float64).eps
     raise CheckpointError(
         "a least-squares fit failed: the activations' squares on the calibration text are not finite",

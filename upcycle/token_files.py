@@ -31,7 +31,7 @@ class TokenFile:
         with self.path.open("rb", buffering=0) as file:
             while True:
                 block = torch.empty(tokens, self._width)
-                view, done = memoryview(block.numpy()).cast("B"), 0
+                view, done = block.numpy().data.cast("B"), 0
                 while done < len(view) and (read := file.readinto(view[done:])):
                     done += read
                 rows, rest = divmod(done, 4 * self._width)
@@ -59,7 +59,7 @@ def write_together(files: Sequence[TokenFile], rows: Iterable[Sequence[torch.Ten
         handles = [stack.enter_context(path.open("wb", buffering=0)) for path in temporary]
         for row in rows:
             for handle, block in zip(handles, row, strict=True):
-                view, done = memoryview(block.contiguous().numpy()).cast("B"), 0
+                view, done = block.contiguous().numpy().data.cast("B"), 0
                 while done < len(view):
                     done += handle.write(view[done:])
     for path, file in zip(temporary, files, strict=True):

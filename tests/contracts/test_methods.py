@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from upcycle.blueprint import ZERO_NEURON
+from upcycle.activations import Activations
+from upcycle.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.build import ExpertTensors
 from upcycle.conversion import generator
+from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import Method
 from upcycle.registry import METHODS, load
 from upcycle.targets.base import MoeShape, Part
 
 D, F, E, S = 16, 96, 8, 4
+NEEDS = {"coactivation_graph": "pymetis"}
+NAMES = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "torch")) is None, reason=f"{name} needs more")
+    )
+    for name in METHODS
+]
 
 
 def ffn(dtype: torch.dtype = torch.float64, width: int = F) -> FeedForward:
@@ -28,19 +39,31 @@ def made(name: str) -> Method:
     return cls(cls.Parameters())
 
 
+def activations(dense: FeedForward, tokens: int = 200) -> Activations:
+    rng = torch.Generator().manual_seed(8)
+    importance = torch.rand(E, dense.intermediate_size, generator=rng)
+    return Activations.of(dense, torch.randn(tokens, D, generator=rng), batch=64, importance=importance)
+
+
+def blueprint(method: Method, dense: FeedForward, shape: MoeShape, scale: float = 1.0, seed: int = 0) -> LayerBlueprint:
+    """As a conversion makes it: only calibrated methods are given activations."""
+    given = activations(dense) if method.calibrated else None
+    return method.blueprint(dense, shape, scale, generator(seed, dense.layer, "method"), given)
+
+
 def shapes(method: Method, width: int = F, pad: bool = False) -> list[MoeShape]:
-    shared = (0, S) if method.kind == "partition" else (0,)
+    shared = (0,) if method.kind == "copies" else (0, S)
     return [MoeShape(E, E, s, method.expert_size(width, E, s, pad), (3,)) for s in shared]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_all_experts_at_equal_weight_are_the_dense_ffn(name: str) -> None:
     method, dense = made(name), ffn()
+    assert method.exact_when_all_active
     x = torch.randn(5, D, dtype=torch.float64)
     expected = linear(silu(linear(x, dense.gate)) * linear(x, dense.up), dense.down)
     for shape in shapes(method):
-        blueprint = method.blueprint(dense, shape, method.scale("exact", E, E), generator(0, 3, "method"))
-        tensors = ExpertTensors(dense, blueprint)
+        tensors = ExpertTensors(dense, blueprint(method, dense, shape, method.scale("exact", E, E)))
 
         def run(prefix: str, e: int, tensors: ExpertTensors = tensors) -> torch.Tensor:
             gate, up, down = (tensors.part(Part(f"{prefix}{kind}", e)) for kind in ("gate", "up", "down"))  # type: ignore[arg-type]
@@ -53,14 +76,15 @@ def test_all_experts_at_equal_weight_are_the_dense_ffn(name: str) -> None:
         assert torch.linalg.norm(total - expected) <= 1e-13 * torch.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_neurons_are_used_as_declared(name: str) -> None:
     method, dense = made(name), ffn()
     for shape in shapes(method):
-        blueprint = method.blueprint(dense, shape, 1.0, generator(0, 3, "method"))
-        assert len(blueprint.routed) == E
-        assert len(blueprint.shared) == shape.shared
-        everyone = [expert.neurons for expert in blueprint.shared + blueprint.routed]
+        found = blueprint(method, dense, shape)
+        assert len(found.routed) == E
+        assert len(found.shared) == shape.shared
+        assert found.layer == dense.layer
+        everyone = [expert.neurons for expert in found.shared + found.routed]
         assert {len(neurons) for neurons in everyone} == {shape.expert_size}
         if method.kind == "partition":
             assert torch.equal(torch.cat(everyone).sort().values, torch.arange(F))
@@ -68,31 +92,52 @@ def test_neurons_are_used_as_declared(name: str) -> None:
             assert all(torch.equal(neurons.sort().values, torch.arange(F)) for neurons in everyone)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if made(name).kind == "partition"])
-def test_padding_uses_every_neuron_once_and_zeros_for_the_rest(name: str) -> None:
+@pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).kind == "partition"])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_padding_uses_every_neuron_once_and_zeros_for_the_rest(name: str, shared: int) -> None:
     method, dense = made(name), ffn(width=90)
-    (shape, _) = shapes(method, width=90, pad=True)
+    shape = MoeShape(E, E, shared, method.expert_size(90, E, shared, pad=True), (3,))
     assert shape.expert_size % 8 == 0
-    blueprint = method.blueprint(dense, shape, 1.0, generator(0, 3, "method"))
-    taken = torch.cat([expert.neurons for expert in blueprint.routed])
+    found = blueprint(method, dense, shape)
+    taken = torch.cat([expert.neurons for expert in found.shared + found.routed])
     assert torch.equal(taken[taken != ZERO_NEURON].sort().values, torch.arange(90))
-    assert int((taken == ZERO_NEURON).sum()) == E * shape.expert_size - 90
-    tensors = ExpertTensors(dense, blueprint)
-    for e, expert in enumerate(blueprint.routed):
+    assert int((taken == ZERO_NEURON).sum()) == (E + shared) * shape.expert_size - 90
+    real = [int((expert.neurons != ZERO_NEURON).sum()) for expert in found.routed]
+    assert max(real) - min(real) <= 1
+    tensors = ExpertTensors(dense, found)
+    for e, expert in enumerate(found.routed):
         zero = expert.neurons == ZERO_NEURON
         assert not tensors.part(Part("gate", e))[zero].any()
         assert not tensors.part(Part("down", e))[:, zero].any()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_blueprint_and_inputs_untouched(name: str) -> None:
     method, dense = made(name), ffn()
     before = [tensor.clone() for tensor in (dense.gate, dense.up, dense.down, dense.norm)]
     for shape in shapes(method):
-        first, second = (method.blueprint(dense, shape, 1.0, generator(5, 3, "method")) for _ in range(2))
+        first, second = (blueprint(method, dense, shape, seed=5) for _ in range(2))
         for a, b in zip(first.routed + first.shared, second.routed + second.shared, strict=True):
             assert torch.equal(a.neurons, b.neurons)
     assert all(map(torch.equal, before, (dense.gate, dense.up, dense.down, dense.norm)))
+
+
+@pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).calibrated])
+def test_text_that_activates_nothing_is_no_reason_to_stop(name: str) -> None:
+    method, dense = made(name), ffn()
+    for shape in shapes(method):
+        silent = Activations.of(dense, torch.zeros(40, D), importance=torch.zeros(E, F))
+        found = method.blueprint(dense, shape, 1.0, generator(0, 3, "method"), silent)
+        taken = torch.cat([expert.neurons for expert in found.shared + found.routed])
+        assert torch.equal(taken.sort().values, torch.arange(F))
+
+
+@pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).calibrated])
+def test_calibrated_methods_ask_for_text(name: str) -> None:
+    method = made(name)
+    with pytest.raises(UsageError) as caught:
+        method.blueprint(ffn(), shapes(method)[0], 1.0, generator(0, 3, "method"))
+    assert "--calibration" in str(caught.value.hint)
 
 
 def test_random_split_differs_between_layers_and_seeds() -> None:

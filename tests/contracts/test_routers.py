@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from upcycle.activations import Activations
 from upcycle.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.capture import captured
 from upcycle.conversion import generator
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
@@ -28,23 +30,72 @@ def given() -> tuple[LayerBlueprint, FeedForward]:
     return LayerBlueprint(0, (ExpertSpec(torch.arange(2)),) * E, top_k=2, scale=1.0), ffn
 
 
+def telling() -> tuple[LayerBlueprint, FeedForward]:
+    """A layer whose experts each answer to one direction of their inputs."""
+    rng = torch.Generator().manual_seed(2)
+    gate, up = torch.randn(2, 4 * E, D, generator=rng) * 0.1
+    gate += 2 * torch.eye(D)[:E].repeat_interleave(4, dim=0)
+    up += torch.eye(D)[E]
+    ffn = FeedForward(0, gate, up, torch.randn(D, 4 * E, generator=rng), torch.ones(D), "silu")
+    return LayerBlueprint(0, tuple(map(ExpertSpec, torch.arange(4 * E).split(4))), top_k=2, scale=1.0), ffn
+
+
+def tokens(ffn: FeedForward, seed: int) -> Activations:
+    """Tokens along two of the directions each, and a constant one; one batch in eight is held out."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(1024, D, generator=rng) * 0.2
+    x.scatter_add_(1, torch.rand(1024, E, generator=rng).topk(2, dim=1).indices, torch.full((1024, 2), 3.0))
+    x[:, E] += 2
+    return Activations.of(ffn, x, batch=64)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_rows_are_finite_fp32_of_the_right_shape_and_deterministic(name: str) -> None:
     cls = load("router", name)
-    first, second = (cls(cls.Parameters()).rows(*given(), generator(0, 0, "router")) for _ in range(2))
-    assert first.shape == (E, D)
-    assert first.dtype == torch.float32
-    assert torch.isfinite(first).all()
-    assert torch.equal(first, second)
+    for blueprint, ffn in (given(), telling()):
+        first, second = (
+            cls(cls.Parameters()).rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1)) for _ in range(2)
+        )
+        assert first.shape == (E, D)
+        assert first.dtype == torch.float32
+        assert torch.isfinite(first).all()
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_equal_weights_means_equal_to_the_last_bit(name: str) -> None:
     cls = load("router", name)
     blueprint, ffn = given()
-    rows = cls(cls.Parameters()).rows(blueprint, ffn, generator(0, 0, "router"))
+    rows = cls(cls.Parameters()).rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
     weights = torch.softmax(torch.randn(100, D) @ rows.T, dim=-1)
     assert (weights == weights[:, :1]).all().item() is cls.equal_weights
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_calibrated_rows_capture_more_than_random_choices(name: str) -> None:
+    cls = load("router", name)
+    router = cls(cls.Parameters())
+    blueprint, ffn = telling()
+    rows = router.rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
+    found = captured(tokens(ffn, seed=3), blueprint, rows)
+    assert found.random < 0.5
+    if router.calibrated or name == "centroid":  # a centroid of weights reads the layer if not the text
+        assert found.captured > 0.8
+    weights = torch.softmax(next(tokens(ffn, seed=3).batches()).x @ rows.T, dim=-1)
+    if hasattr(router.parameters, "tolerance"):
+        # These tokens are no longer than an RMSNorm's, so the bound of the cool router holds.
+        assert (weights.amax(1) / weights.amin(1) - 1).max() <= router.parameters.tolerance
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_calibrated_routers_ask_for_a_text(name: str) -> None:
+    cls = load("router", name)
+    router = cls(cls.Parameters())
+    if router.calibrated:
+        with pytest.raises(UsageError, match=f"the {name} router needs calibration text"):
+            router.rows(*telling(), generator(0, 0, "router"))
+    else:
+        assert router.rows(*telling(), generator(0, 0, "router")).shape == (E, D)
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.1])

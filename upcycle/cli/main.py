@@ -17,6 +17,7 @@ VERBS = {
     "plan": "plan",
     "verify": "verify",
     "evaluate": "evaluate",
+    "compare": "compare",
     "list": "list_plugins",
     "demo": "demo",
     "env": "env",

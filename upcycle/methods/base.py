@@ -84,7 +84,7 @@ class Partition(Method):
     (LLaMA-MoE, arXiv 2406.16554).
     """
 
-    kind = "partition"
+    kind: Kind = "partition"
 
     @abstractmethod
     def labels(

@@ -23,7 +23,7 @@ class Router(ABC):
     title: ClassVar[str]
     paper: ClassVar[str | None]
     equal_weights: ClassVar[bool] = False
-    calibrated: ClassVar[bool] = False
+    calibrated: bool = False  # some only with certain parameters
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
     def __init__(self, parameters: PluginParameters) -> None:

@@ -1,0 +1,207 @@
+"""k-means whose clusters all have the same size.
+
+Lloyd's iteration with the assignment replaced by the cheapest balanced one (Bradley, Bennett, Demiriz, "Constrained
+k-means clustering", MSR-TR-2000-65), so that no step can raise the inertia. It starts from k-means++ (Arthur and
+Vassilvitskii, 2007). A pass over all coordinates is what costs time, so it first settles in the few directions in which
+the points differ most (Cohen et al., "Dimensionality reduction for k-means clustering", arXiv 1410.6801), found by a
+randomised range finder (Halko, Martinsson, Tropp, arXiv 0909.4061). The original coordinates have the last word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.splitters.balanced_assignment import balanced_assignment, one_thread
+
+_BLOCK = 1 << 18  # numbers that are worked on at a time where a copy is needed: that many fit in the cache
+# That many points say well enough in which directions they differ.
+_RANGE_POINTS = 2048
+
+
+@dataclass(frozen=True)
+class BalancedClusters:
+    """``labels`` int64 ``[N]``, ``centroids`` fp32 ``[E, D]`` (the clusters' means) and the sum of squared distances to them.
+
+    ``iterations`` counts the assignments that were made in the original coordinates.
+    """
+
+    labels: torch.Tensor
+    centroids: torch.Tensor
+    inertia: float
+    iterations: int
+
+
+def balanced_kmeans(
+    points: torch.Tensor,
+    clusters: int,
+    *,
+    seed: int = 0,
+    n_init: int = 1,
+    max_iter: int = 100,
+    tolerance: float = 1e-4,
+    sketch: int | None = 64,
+) -> torch.Tensor:
+    """Labels int64 ``[N]`` of clusters whose sizes differ by at most one; see :func:`balanced_kmeans_result`."""
+    return balanced_kmeans_result(
+        points, clusters, seed=seed, n_init=n_init, max_iter=max_iter, tolerance=tolerance, sketch=sketch
+    ).labels
+
+
+def balanced_kmeans_result(
+    points: torch.Tensor,
+    clusters: int,
+    *,
+    seed: int = 0,
+    n_init: int = 1,
+    max_iter: int = 100,
+    tolerance: float = 1e-4,
+    sketch: int | None = 64,
+) -> BalancedClusters:
+    """Cluster ``points`` ``[N, D]`` into ``clusters`` of equal size (differing by at most one), distances in fp32.
+
+    Args:
+        points: ``[N, D]``, finite.
+        clusters: ``1 <= clusters <= N``.
+        seed: of the seeding and the directions; the same seed and number of threads give the same labels.
+        n_init: seedings, of which the best counts.
+        max_iter: assignments at most, in the main directions and in the original coordinates each.
+        tolerance: stop when an assignment lowers the inertia by no more than this share.
+        sketch: main directions to start in (at least two per cluster), if there are over twice as many points and
+            dimensions; ``None`` does without.
+
+    Raises:
+        UsageError: a value that is not finite, or a number that is out of range.
+    """
+    if points.ndim != 2:
+        raise UsageError(f"points to cluster are [points, dimensions], not {list(points.shape)}")
+    if not 1 <= clusters <= len(points):
+        raise UsageError(f"{len(points)} points cannot form {clusters} clusters: give 1 to {len(points)} clusters")
+    if n_init < 1 or max_iter < 1 or (sketch is not None and sketch < 1):
+        raise UsageError(f"n_init, max_iter and sketch must be at least 1, not {n_init}, {max_iter}, {sketch}")
+    points = points.detach().cpu().float()
+    squares = _sum_of_squares(points)
+    if not math.isfinite(squares):
+        raise UsageError("the points to cluster are not finite, or so large that their squares are not")
+    rng = torch.Generator().manual_seed(seed)
+    directions = 0 if sketch is None else max(sketch, 2 * clusters)
+    if 0 < 2 * directions < min(points.shape):
+        small = _main_directions(points, directions, rng)
+        with one_thread():
+            starts = [_plus_plus(small, clusters, rng) for _ in range(n_init)]
+            found = _best(small, _sum_of_squares(small), starts, max_iter, tolerance)
+        found = _lloyd(points, squares, _means(points, squares, found.labels, clusters), max_iter, tolerance)
+    else:
+        starts = [_plus_plus(points, clusters, rng) for _ in range(n_init)]
+        found = _best(points, squares, starts, max_iter, tolerance)
+    inertia = _inertia(points, found.labels, found.means.centroids)
+    return BalancedClusters(found.labels, found.means.centroids, inertia, found.iterations)
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Fp32 ``[E, D]``, and the sum of squares within the clusters and between them (what one loses the other gains)."""
+
+    centroids: torch.Tensor
+    within: float
+    between: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    labels: torch.Tensor
+    means: _Means
+    iterations: int
+
+
+def _best(points: torch.Tensor, squares: float, seeds: list[torch.Tensor], max_iter: int, tolerance: float) -> _Run:
+    """The run that ends with the least inertia."""
+    starts = (_Means(centroids, math.inf, -math.inf) for centroids in seeds)
+    runs = (_lloyd(points, squares, start, max_iter, tolerance) for start in starts)
+    return max(runs, key=lambda run: run.means.between)
+
+
+def _lloyd(points: torch.Tensor, squares: float, start: _Means, max_iter: int, tolerance: float) -> _Run:
+    """Assign and average in turn until that gains nothing worth another pass; ``squares`` is the points' sum of squares."""
+    means, prices = start, None
+    for iteration in range(1, max_iter + 1):  # noqa: B007 - the last one is returned
+        labels, prices = balanced_assignment(_costs(points, means.centroids), prices=prices)
+        if math.isinf(means.within):
+            prices = None  # single points lie much further apart than means, and so do their prices
+        before, means = means, _means(points, squares, labels, len(means.centroids))
+        # Not from `within`, a small difference of large numbers when the points lie far from the origin.
+        if means.between - before.between <= tolerance * means.within:
+            break
+    return _Run(labels, means, iteration)
+
+
+def _main_directions(points: torch.Tensor, directions: int, rng: torch.Generator) -> torch.Tensor:
+    """Coordinates ``[N, directions]`` of the points, less their mean, in nearly their first principal components."""
+    some = points[:: max(1, len(points) // _RANGE_POINTS)]
+    seen = some @ torch.randn(points.shape[1], directions, generator=rng)
+    basis = torch.linalg.qr(some.T @ (seen - seen.mean(dim=0))).Q
+    small: torch.Tensor = points @ basis
+    small -= small.mean(dim=0)
+    return small
+
+
+def _plus_plus(points: torch.Tensor, clusters: int, rng: torch.Generator) -> torch.Tensor:
+    """k-means++ seeds ``[E, D]``; of a few candidates drawn for each, the one that lowers the inertia most."""
+    candidates = 2 + int(math.log(clusters))
+    squares = torch.linalg.vector_norm(points, dim=1).square()
+    chosen = torch.randint(len(points), (1,), generator=rng)
+    nearest = _squared_distances(points, squares, chosen)[:, 0]
+    while len(chosen) < clusters:
+        mass = nearest.double().cumsum(0)
+        drawn = torch.rand(candidates, generator=rng, dtype=torch.float64) * mass[-1]
+        tried = torch.searchsorted(mass, drawn, right=True).clamp_(max=len(points) - 1)
+        distances = torch.minimum(_squared_distances(points, squares, tried), nearest[:, None])
+        best = distances.sum(dim=0, dtype=torch.float64).argmin()
+        nearest = distances[:, best]
+        chosen = torch.cat([chosen, tried[best, None]])
+    return points[chosen]
+
+
+def _squared_distances(points: torch.Tensor, squares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """``[N, C]`` from every point to the ``C`` chosen ones."""
+    distances = torch.addmm(squares[:, None] + squares[chosen], points, points[chosen].T, alpha=-2).clamp_(min=0)
+    distances[chosen, torch.arange(len(chosen))] = 0  # or rounding would let a seed be drawn again
+    return distances
+
+
+def _costs(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Squared distances ``[N, E]`` less what all of a point's have in common.
+
+    With ``m`` the mean of the centroids, ``|x - c|^2 = |x - m|^2 - 2 x.(c - m) + |c - m|^2 + 2 m.(c - m)``: no matter how
+    far the points lie from the origin, fp32 keeps what tells the clusters apart.
+    """
+    middle = centroids.mean(dim=0)
+    offsets = centroids - middle
+    constant = offsets.double().square().sum(dim=1) + 2 * (offsets.double() @ middle.double())
+    return torch.addmm(constant.float(), points, offsets.T, alpha=-2)
+
+
+def _means(points: torch.Tensor, squares: float, labels: torch.Tensor, clusters: int) -> _Means:
+    """The clusters' means as one matrix product, which all threads share."""
+    member = torch.zeros(clusters, len(points)).scatter_(0, labels[None], 1.0)
+    sizes = member.sum(dim=1, keepdim=True).double()
+    centroids = (member @ points) / sizes.float()
+    exact = centroids.double()
+    middle = (sizes * exact).sum(dim=0) / len(points)
+    within = squares - (sizes * exact.square()).sum().item()
+    return _Means(centroids, max(within, 0.0), (sizes * (exact - middle).square()).sum().item())
+
+
+def _sum_of_squares(points: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(points, dim=1).double().square().sum())
+
+
+def _inertia(points: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> float:
+    """Sum of squared distances, subtracted before they are squared, a block of points at a time."""
+    rows = max(1, _BLOCK // max(1, points.shape[1]))
+    with one_thread():
+        blocks = zip(points.split(rows), labels.split(rows), strict=True)
+        return sum(_sum_of_squares(centroids[where].sub_(some)) for some, where in blocks)

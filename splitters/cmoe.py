@@ -1,0 +1,95 @@
+"""CMoE's split: neurons among the strongest of the same tokens share an expert."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field
+from torch.nn.functional import linear, normalize
+
+from upcycle.activations import Activations, activation_function
+from upcycle.feed_forward import FeedForward
+from upcycle.methods.base import PluginParameters
+from upcycle.splitters.marker_assignment import marker_assignment
+from upcycle.splitters.plain_sum import PlainSumPartition
+from upcycle.splitters.profiles import required
+
+
+class CMoEParameters(PluginParameters):
+    """Parameters of :class:`CMoE`."""
+
+    k_act: int = Field(10, ge=1, le=4096, description="how many of a token's strongest neurons are marked")
+    iterations: int = Field(1, ge=1, le=100, description="how often neurons are assigned and centroids moved")
+
+
+class CMoE(PlainSumPartition):
+    """CMoE (arXiv 2502.04416): shared experts of the neurons marked most often, routed ones of neurons marked together.
+
+    The activations are those of its released code, not the model's own: ``h = act(norm(x) norm(Wg)^T) * (norm(x)
+    norm(Wu)^T)`` with tokens and weight rows scaled to length one, so that neither long tokens nor long rows decide. On
+    every token the ``k_act`` largest ``|h|`` are marked. The shared neurons are those with the highest rate of marks; the
+    others are clustered by their columns of marks (L1 distance, seeds = the highest rates, equal sizes) in
+    :func:`~upcycle.splitters.marker_assignment.marker_assignment`, which says how it differs. Every chosen expert has
+    weight one, so the ``paper`` scale is ``sum`` = K.
+
+    Deviations: a token's marks are kept as neuron ids ``[T, k_act]`` and not as a ``[T, F]`` matrix of zeros and ones;
+    all FFN activations are supported, CMoE has SiLU; equal rates go by the neuron's number; the router and its balancing bias are
+    not made here, since ``|act(Wg x) * (Wu x)|`` has no form in a stock architecture.
+    """
+
+    name = "cmoe"
+    title = "CMoE split"
+    paper = "https://arxiv.org/abs/2502.04416"
+    calibrated = True
+    Parameters = CMoEParameters
+    parameters: CMoEParameters
+
+    def __init__(self, parameters: CMoEParameters) -> None:
+        super().__init__(parameters)
+        # Shared and routed experts ask for the same marks; the next layer's activations are other ones.
+        self._marks: WeakKeyDictionary[Activations, torch.Tensor] = WeakKeyDictionary()
+
+    def shared_neurons(
+        self, count: int, ffn: FeedForward, rng: torch.Generator, activations: Activations | None
+    ) -> torch.Tensor:
+        """The neurons marked most often."""
+        rates = torch.bincount(self._marked(activations).flatten(), minlength=ffn.intermediate_size)
+        return rates.argsort(descending=True, stable=True)[:count]
+
+    def labels(
+        self,
+        neurons: torch.Tensor,
+        experts: int,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None,
+    ) -> torch.Tensor:
+        """Clusters of marks; nothing is random."""
+        found = marker_assignment(
+            self._marked(activations),
+            neurons,
+            experts,
+            intermediate_size=ffn.intermediate_size,
+            iterations=self.parameters.iterations,
+        )
+        return found.labels
+
+    def _marked(self, activations: Activations | None) -> torch.Tensor:
+        given = required(activations, self.name)
+        if given not in self._marks:
+            self._marks[given] = markers(given, self.parameters.k_act)
+        return self._marks[given]
+
+
+def markers(activations: Activations, k_act: int) -> torch.Tensor:
+    """Int32 ``[T, min(k_act, F)]``: each token's neurons of largest ``|h|``, ``h`` of tokens and rows of length one."""
+    ffn = activations.ffn
+    act = activation_function(ffn.activation)
+    gate, up = (normalize(matrix.float(), dim=1) for matrix in (ffn.gate, ffn.up))
+    found = []
+    for batch in activations.batches():
+        x = normalize(batch.x, dim=1)
+        strength = (act(linear(x, gate)) * linear(x, up)).abs()
+        found.append(strength.topk(min(k_act, len(gate)), dim=1).indices.to(torch.int32))
+    return torch.cat(found)

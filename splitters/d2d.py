@@ -1,0 +1,40 @@
+"""D2DMoE's split: neurons whose gates look in the same direction share an expert."""
+
+from __future__ import annotations
+
+import torch
+
+from upcycle.activations import Activations
+from upcycle.feed_forward import FeedForward
+from upcycle.splitters.balanced_kmeans import balanced_kmeans
+from upcycle.splitters.plain_sum import PlainSumPartition
+from upcycle.splitters.profiles import draw_seed
+from upcycle.splitters.weight_kmeans import unit_rows
+
+
+class D2D(PlainSumPartition):
+    """The expert split of D2DMoE (arXiv 2310.04361): balanced k-means on gate_proj rows ``[F, d]`` scaled to length one.
+
+    This is the second of its four stages. Its router predicts the norm of every expert's output: choose router ``ridge``
+    with target ``output_norm``. Chosen experts are summed without weights, so the ``paper`` scale is ``sum`` = K.
+
+    Deviations: the model is not fine-tuned for sparsity first, nor are attention projections replaced; the number of
+    active experts is fixed, because no stock architecture can run dynamic-k; the ridge router is linear, the paper's
+    has a hidden layer and the absolute value at its end. The clustering is
+    :func:`~upcycle.splitters.balanced_kmeans.balanced_kmeans` where D2DMoE takes k_means_constrained's.
+    """
+
+    name = "d2d"
+    title = "D2DMoE split"
+    paper = "https://arxiv.org/abs/2310.04361"
+
+    def labels(
+        self,
+        neurons: torch.Tensor,
+        experts: int,
+        ffn: FeedForward,
+        rng: torch.Generator,
+        activations: Activations | None,
+    ) -> torch.Tensor:
+        """Clusters of gate rows; activations are not looked at."""
+        return balanced_kmeans(unit_rows(ffn.gate, neurons), experts, seed=draw_seed(rng))

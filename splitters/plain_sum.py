@@ -1,0 +1,13 @@
+"""Partitions whose paper adds the chosen experts up as they are."""
+
+from __future__ import annotations
+
+from upcycle.methods.base import Partition, Scale
+
+
+class PlainSumPartition(Partition):
+    """A partition whose paper gives every chosen expert the weight one, so that its ``paper`` scale is ``sum`` = K."""
+
+    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+        """As in every partition, but for ``paper``."""
+        return super().scale("sum" if convention == "paper" else convention, experts, top_k)

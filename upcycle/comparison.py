@@ -1,0 +1,335 @@
+"""Compares ways to split one model at equal cost, and says which to use.
+
+Two baselines keep it honest: **static pruning** to the same number of active neurons with the same refit (a routing that
+does not beat it is not worth its router) and **oracle routing** (the limit of every router on that partition).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.calibration_text import mixed_windows, read_texts
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
+from upcycle.errors import EnvironmentFault, RefusalError, UsageError
+from upcycle.job import prepare
+from upcycle.methods.base import PREFERRED_MULTIPLE
+from upcycle.planning import Plan, make_plan
+from upcycle.progress import SILENT, Progress
+from upcycle.recipe import CalibrationRecipe, parse_recipe
+from upcycle.registry import METHODS, ROUTERS, load
+from upcycle.text import load_tokenizer, read_text
+
+MOST_PIECES = 96
+_VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "variant=sharing_inter"]}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table. ``ratio`` is the geometric mean over domains of perplexity relative to the dense model's;
+    ``captured`` the mean over layers of the router's share of what an oracle's choices would add.
+    """
+
+    active: float
+    method: str
+    router: str
+    refit: str
+    baseline: str | None
+    perplexity: dict[str, float]
+    ratio: float
+    kl: float
+    captured: float | None
+    parameters_active: int
+    flops_ratio: float
+    seconds: float
+    peak_memory_bytes: int
+    recommended: bool
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table and the dense model's perplexities. ``as_dict`` has the documented JSON keys."""
+
+    source: str
+    dense: dict[str, float]
+    calibration_tokens: int
+    evaluation_tokens: int
+    results: list[Result]
+    skipped: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+    def best(self, active: float) -> Result:
+        """The recommended conversion at this fraction of active neurons."""
+        return next(r for r in self.results if r.active == active and r.recommended)
+
+    def baseline(self, active: float, name: str) -> Result:
+        """The result of ``static`` or ``oracle``."""
+        return next(r for r in self.results if r.active == active and r.baseline == name)
+
+
+def compare(
+    source: str,
+    *,
+    methods: Sequence[str] = ("all",),
+    routers: Sequence[str] = ("all",),
+    active: Sequence[float] = (0.75, 0.5, 0.25),
+    calibration: str | Sequence[str] = "demo",
+    calibration_tokens: int = 16384,
+    window: int = 256,
+    text: Sequence[str] = (),
+    tokens: int = 4096,
+    pieces: int = MOST_PIECES,
+    shared: float = 0.5,
+    grid: str = "staged",
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Compare splitting methods, routers and refits on one model.
+
+    Args:
+        source: the dense model.
+        methods: names, or ``name:key=value``; ``all`` takes every splitting method.
+        routers: names; ``all`` takes every calibrated router and ``cool``.
+        active: fractions of the FFN's neurons that run per token.
+        calibration: texts to calibrate on; each is a domain.
+        calibration_tokens: how many tokens of them.
+        window: tokens per window.
+        text: texts to measure on, one domain each; by default the last quarter of every calibration text is kept for that.
+        tokens: tokens to measure on, per domain.
+        pieces: experts that an FFN is cut into, shared ones included, at most.
+        shared: fraction of the active neurons that is always on, where the target can hold shared experts.
+        grid: ``staged`` tries all methods with the ridge router, then all routers and refits on the best; ``full`` everything.
+        seed: of every random choice.
+        progress: where to report.
+
+    Raises:
+        UsageError: an unknown name, a fraction that leaves nothing to choose, or texts that are too short.
+    """
+    checkpoint = DenseCheckpoint.open(source, None)
+    options = _Options(checkpoint, source, pieces, shared, seed, calibration, calibration_tokens, window)
+    texts = _texts(checkpoint, calibration, calibration_tokens, min(window, _longest(checkpoint)), text, tokens)
+    method_names, router_names = _methods(methods), _routers(routers)
+    skipped: list[str] = []
+    done: list[Candidate] = []
+    with tempfile.TemporaryDirectory(prefix="upcycle-compare-") as folder:
+        walk = Walk(checkpoint, "keep", texts, Path(folder), progress)
+
+        def run(wanted: list[Candidate | None]) -> list[float]:
+            fresh = [c for c in wanted if c is not None and c.label not in {d.label for d in done}]
+            nats = walk.run(fresh)
+            done.extend(fresh)
+            return nats
+
+        def candidate(fraction: float, method: str, router: str, refit: str, baseline: str | None = None) -> Any:
+            return options.candidate(fraction, method, router, refit, skipped, baseline)
+
+        first = "ridge" if "ridge" in router_names else router_names[0]
+        all_routers, refits = (router_names, ("down", "none")) if grid == "full" else ([first], ("down",))
+        dense = run([candidate(a, m, r, f) for a in active for m in method_names for r in all_routers for f in refits])
+        last = []
+        for fraction in active:
+            best = _best([c for c in done if c.active == fraction], dense, fraction)
+            method, router = _named(best)
+            last += [candidate(fraction, method, name, "down") for name in router_names]
+            last += [candidate(fraction, method, router, refit) for refit in ("scale", "none")]
+            last += [candidate(fraction, method, router, "down", baseline) for baseline in ("static", "oracle")]
+            last += [candidate(fraction, method, router, "none", baseline) for baseline in ("static", "oracle")]
+            if "cmoe" in method_names and "representative" in router_names:
+                last.append(candidate(fraction, "cmoe", "representative", "none"))
+        run(last)
+    results = _results(options, done, dense, texts)
+    perplexity = dict(zip(texts.evaluation, map(math.exp, dense), strict=True))
+    measured = sum(windows.numel() for windows in texts.evaluation.values())
+    return Comparison(source, perplexity, texts.calibration.numel(), measured, results, skipped)
+
+
+class _Options:
+    """Makes candidates that cost the same."""
+
+    def __init__(
+        self,
+        checkpoint: DenseCheckpoint,
+        source: str,
+        pieces: int,
+        shared: float,
+        seed: int,
+        calibration: str | Sequence[str],
+        tokens: int,
+        window: int,
+    ) -> None:
+        self._checkpoint, self._source, self._seed = checkpoint, source, seed
+        self._pieces = pieces_of(checkpoint.config.intermediate_size, pieces)
+        self._shared = shared
+        self._calibration = {"text": calibration, "tokens": tokens, "window": window}
+
+    def recipe(self, active: float, method: str, router: str, refit: str) -> dict[str, Any]:
+        """The recipe of one candidate, without its source."""
+        name, _, assignments = method.partition(":")
+        running = max(2, round(active * self._pieces))
+        if not 0 < active < 1 or running >= self._pieces:
+            raise UsageError(
+                f"an active fraction of {active:g} leaves nothing to choose among {self._pieces} experts",
+                hint="fractions between 0 and 1, for example --active 0.75,0.5,0.25",
+            )
+        shared = max(1, min(running - 1, round(running * self._shared))) if self._shared else 0
+        parameters = dict(part.split("=", 1) for part in assignments.split(";") if part)
+        return {
+            "method": name,
+            "parameters": parameters,
+            "experts": self._pieces - shared,
+            "shared": shared,
+            "top_k": running - shared,
+            "router": router,
+            "refit": refit,
+            "scale": "sum",
+            "pad": bool(self._checkpoint.config.intermediate_size % (self._pieces * PREFERRED_MULTIPLE)),
+            "calibration": self._calibration,
+            "seed": self._seed,
+        }
+
+    def candidate(
+        self, active: float, method: str, router: str, refit: str, skipped: list[str], baseline: str | None = None
+    ) -> Candidate | None:
+        """A candidate, or ``None`` with a note where it cannot be."""
+        recipe = self.recipe(active, method, router, refit)
+        label = f"{active:g} {method} {router} {refit} {baseline or ''}"
+        try:
+            try:
+                job = self._job(recipe)
+            except RefusalError:
+                # The target holds no shared experts: the routed ones do it all.
+                job = self._job(
+                    {**recipe, "shared": 0, "experts": self._pieces, "top_k": recipe["top_k"] + recipe["shared"]}
+                )
+            if load("method", job.method.name).name == "coactivation_graph":
+                import pymetis  # noqa: F401 - is it there?
+        except (UsageError, EnvironmentFault, ImportError) as error:
+            note = f"{method}: {getattr(error, 'message', 'pymetis is not installed')}"
+            if note not in skipped:
+                skipped.append(note)
+            return None
+        return Candidate(job, active, label, baseline)
+
+    def _job(self, recipe: dict[str, Any]) -> Any:
+        checkpoint = self._checkpoint
+        parsed = parse_recipe({"source": self._source, **recipe}, "compare")
+        return prepare(parsed, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+
+    def command(self, candidate: Candidate) -> str:
+        """The command that carries a candidate out."""
+        recipe = candidate.job.recipe
+        words: list[Any] = ["upcycle convert", self._source, "OUT", "--method", recipe.method]
+        words += [f"--param {key}={value}" for key, value in recipe.parameters.items()]
+        words += ["--experts", recipe.experts, "--top-k", recipe.top_k]
+        words += ["--shared", recipe.shared] if recipe.shared else []
+        words += ["--router", recipe.router.name, "--refit", recipe.refit, "--scale sum"]
+        words += ["--pad"] if recipe.pad else []
+        words += ["--calibration", ",".join(recipe.calibration.texts)]
+        return " ".join(map(str, words))
+
+
+def pieces_of(intermediate_size: int, most: int) -> int:
+    """The most equal experts, up to ``most``, whose width is a multiple of 8; ``most`` itself (padded) if there are none."""
+    fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
+    return max(fitting, default=most)
+
+
+def _longest(checkpoint: DenseCheckpoint) -> int:
+    return checkpoint.config.max_position_embeddings
+
+
+def _texts(
+    checkpoint: DenseCheckpoint,
+    calibration: str | Sequence[str],
+    calibration_tokens: int,
+    window: int,
+    text: Sequence[str],
+    tokens: int,
+) -> Texts:
+    wanted = CalibrationRecipe(
+        text=calibration if isinstance(calibration, str) else list(calibration), tokens=calibration_tokens
+    )
+    contents = read_texts(wanted)
+    if text:
+        measured = {name: read_text(name) for name in text}
+    else:
+        cuts = {name: content.find("\n", 3 * len(content) // 4) + 1 for name, content in contents.items()}
+        measured = {name: content[cuts[name] :] for name, content in contents.items()}
+        contents = {name: content[: cuts[name]] for name, content in contents.items()}
+    tokenizer = load_tokenizer(checkpoint.source.path)
+    evaluation = {name: mixed_windows({name: content}, tokenizer, tokens, window) for name, content in measured.items()}
+    return Texts(mixed_windows(contents, tokenizer, calibration_tokens, window), evaluation)
+
+
+def _methods(names: Sequence[str]) -> list[str]:
+    if list(names) != ["all"]:
+        for name in names:
+            load("method", name.partition(":")[0])
+        return list(names)
+    found = []
+    for name in METHODS:
+        if load("method", name).kind != "copies":
+            found += [f"{name}:{variant}" for variant in _VARIANTS.get(name, [])] or [name]
+    return found
+
+
+def _routers(names: Sequence[str]) -> list[str]:
+    if list(names) != ["all"]:
+        for name in names:
+            load("router", name)
+        return list(names)
+    return [name for name in ROUTERS if load("router", name).calibrated] + ["cool"]
+
+
+def _named(candidate: Candidate) -> tuple[str, str]:
+    _, method, router, *_ = candidate.label.split(" ")
+    return method, router
+
+
+def _best(candidates: list[Candidate], dense: Sequence[float], active: float) -> Candidate:
+    storable = [c for c in candidates if c.baseline is None]
+    if not storable:
+        raise UsageError(f"no method can split this model with {active:g} of its neurons active", hint="--methods all")
+    return min(storable, key=lambda candidate: ratio(candidate.nats, dense))
+
+
+def _results(options: _Options, done: list[Candidate], dense: Sequence[float], texts: Texts) -> list[Result]:
+    found = []
+    for fraction in dict.fromkeys(c.active for c in done):
+        mine = [c for c in done if c.active == fraction]
+        best = _best(mine, dense, fraction)
+        rows = [_result(options, candidate, dense, texts, candidate is best) for candidate in mine]
+        found += sorted(rows, key=lambda row: row.ratio)
+    return found
+
+
+def _result(options: _Options, candidate: Candidate, dense: Sequence[float], texts: Texts, recommended: bool) -> Result:
+    plan: Plan = make_plan(candidate.job)
+    method, router = _named(candidate)
+    captured = candidate.captured
+    return Result(
+        active=candidate.active,
+        method="-" if candidate.baseline == "static" else method,
+        router=candidate.baseline or router,
+        refit=candidate.job.refit,
+        baseline=candidate.baseline,
+        perplexity=dict(zip(texts.evaluation, map(math.exp, candidate.nats), strict=True)),
+        ratio=ratio(candidate.nats, dense),
+        kl=candidate.kl,
+        captured=sum(captured) / len(captured) if captured else None,
+        parameters_active=plan.parameters_active,
+        flops_ratio=plan.flops_per_token / plan.flops_per_token_dense,
+        seconds=candidate.seconds,
+        peak_memory_bytes=plan.peak_memory_bytes,
+        recommended=recommended,
+        command=options.command(candidate) if recommended else None,
+    )

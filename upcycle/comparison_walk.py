@@ -1,0 +1,265 @@
+"""Walks many conversions of one model through its layers together: every layer is read once, the dense model runs once.
+
+Nothing is written as a checkpoint. Each candidate's residual streams of the calibration tokens and of the evaluation
+tokens lie in files; a layer is decided by the same code as in a conversion and applied to both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
+
+from upcycle.activations import HELD_OUT_EVERY, Activations, Batch, Inputs, contributions
+from upcycle.calibration import decide_layer
+from upcycle.capture import ExpertMap, of_largest
+from upcycle.layers import LayerRunner
+from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES
+from upcycle.progress import Progress
+from upcycle.refit import Applied, Routing, fit_down
+from upcycle.runtime import available_memory, dense_reader, skeleton
+from upcycle.token_files import TokenFile, write_together
+
+if TYPE_CHECKING:
+    from upcycle.blueprint import LayerBlueprint
+    from upcycle.checkpoint import DenseCheckpoint
+    from upcycle.feed_forward import FeedForward
+    from upcycle.job import Job
+
+_LOGIT_BYTES = 1 << 27
+Targets = Callable[[], Iterator[torch.Tensor]]
+
+
+class OracleRouting(Routing):
+    """Chooses by the energies themselves: the limit of every router. No checkpoint can hold it."""
+
+    def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
+        super().__init__(blueprint, ffn.down, ffn.gate.dtype)
+        self._map = ExpertMap(blueprint, ffn)
+
+    def chosen(self, batch: Batch) -> torch.Tensor:
+        """Multi-hot ``[t, E]`` of the k experts that add most."""
+        return of_largest(self._map.energies(batch.hidden), self._top_k)
+
+
+class StaticPruning:
+    """The same neurons for every token: those that add most on the calibration text. The baseline of all routing."""
+
+    def __init__(self, activations: Activations, count: int) -> None:
+        order = contributions(activations).argsort(descending=True, stable=True)
+        self._kept = order[:count].sort().values
+        self.down = activations.ffn.down.float()[:, self._kept]
+
+    def active(self, batch: Batch) -> torch.Tensor:
+        """Fp32 ``[t, count]``."""
+        return batch.hidden.index_select(1, self._kept)
+
+
+@dataclass
+class Candidate:
+    """One way to convert, and what came of it. ``baseline`` names what only this comparison can run."""
+
+    job: Job
+    active: float
+    label: str
+    baseline: str | None = None  # static or oracle
+    seconds: float = 0.0
+    captured: list[float] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)  # per domain
+    kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids ``[N, W]``: what is calibrated on, and per domain what is measured on."""
+
+    calibration: torch.Tensor
+    evaluation: dict[str, torch.Tensor]
+
+
+class Walk:
+    """Runs candidates side by side.
+
+    Args:
+        checkpoint: the dense model.
+        dtype: of the converted weights.
+        texts: token windows, all of one length.
+        folder: where token files are kept; the caller removes it.
+        progress: where to report.
+    """
+
+    def __init__(self, checkpoint: DenseCheckpoint, dtype: str, texts: Texts, folder: Path, progress: Progress) -> None:
+        self._checkpoint, self._dtype, self._texts = checkpoint, dtype, texts
+        self._folder, self._progress = folder, progress
+        self._window = texts.calibration.shape[1]
+        per_batch = max(1, min(CALIBRATION_BATCH_TOKENS // self._window, len(texts.calibration) // HELD_OUT_EVERY))
+        self._batch = per_batch * self._window
+        self._runner = LayerRunner(checkpoint, dtype, self._window)
+        self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
+        self._ids = {"calibration": texts.calibration, "evaluation": torch.cat(list(texts.evaluation.values()))}
+        self._outside: Any = None
+        self._importance: dict[int, dict[int, torch.Tensor]] = {}
+        self.dense_seconds = 0.0
+
+    def run(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Walk all layers and measure; fills the candidates in and returns the dense model's nats per domain."""
+        layers = self._checkpoint.config.num_hidden_layers
+        importance = {id(c): self._importance_of(c.job) for c in candidates if c.job.method.needs_gradients}
+        self.dense_seconds = 0.0
+        for what, ids in self._ids.items():
+            self._stream("dense", what, 0).write(map(self._runner.embed, ids.flatten().split(self._batch)))
+        with self._progress.phase("comparing", layers * (len(candidates) + 1)):
+            for index in range(layers):
+                ffn = self._checkpoint.feed_forward(index, self._dtype)
+                with self._runner.loaded(index), torch.no_grad():
+                    started = time.monotonic()
+                    for what in self._ids:
+                        states = self._stream("dense", what, index).blocks(self._batch)
+                        outputs = (self._runner.whole(index, block) for block in states)
+                        self._stream("dense", what, index + 1).write(outputs)
+                    self.dense_seconds += time.monotonic() - started
+                    self._progress.advance()
+                    for number, candidate in enumerate(candidates):
+                        given = importance.get(id(candidate), {}).get(index)
+                        self._layer(index, ffn, f"{number}", candidate, given)
+                        self._progress.advance()
+                for name in ("dense", *map(str, range(len(candidates)))):
+                    for what in self._ids:
+                        self._stream(name, what, index).remove()
+        dense, _ = self._measure("dense", layers)
+        for number, candidate in enumerate(candidates):
+            candidate.nats, candidate.kl = self._measure(f"{number}", layers)
+            candidate.seconds += self.dense_seconds
+        for name in ("dense", *map(str, range(len(candidates)))):
+            for what in self._ids:
+                self._stream(name, what, layers).remove()
+        return dense
+
+    def _stream(self, name: str, what: str, index: int) -> TokenFile:
+        return TokenFile(self._folder / f"{name}.{what}.{index}", self._checkpoint.config.hidden_size)
+
+    def _importance_of(self, job: Job) -> dict[int, torch.Tensor]:
+        from upcycle.gradients import read_importance, write_importance
+
+        clusters = job.shape.experts
+        if clusters not in self._importance:
+            path = self._folder / "importance.safetensors"
+            write_importance(
+                path, self._runner, self._checkpoint, self._texts.calibration, clusters, job, self._progress
+            )
+            self._importance[clusters] = read_importance(path)
+        return self._importance[clusters]
+
+    def _layer(
+        self, index: int, ffn: FeedForward, name: str, candidate: Candidate, importance: torch.Tensor | None
+    ) -> None:
+        """Decide one layer of one candidate, and run both texts through it."""
+        source = name if index else "dense"
+        if index not in candidate.job.shape.moe_layers:
+            for what in self._ids:
+                states = self._stream(source, what, index).blocks(self._batch)
+                self._stream(name, what, index + 1).write(self._runner.whole(index, block) for block in states)
+            return
+        started = time.monotonic()
+        inputs, residual = (TokenFile(self._folder / part, ffn.hidden_size) for part in ("x", "residual"))
+        self._attention(index, source, "calibration", inputs, residual)
+
+        def batches() -> Iterator[Inputs]:
+            for number, x in enumerate(inputs.blocks(self._batch)):
+                yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+
+        def targets() -> Iterator[torch.Tensor]:
+            dense = self._stream("dense", "calibration", index + 1).blocks(self._batch)
+            return (whole - before for whole, before in zip(dense, residual.blocks(self._batch), strict=True))
+
+        activations = Activations(ffn, batches, importance, self._cache_bytes)
+        applied, down = self._decide(candidate, ffn, activations, targets)
+        self._continue(name, "calibration", index, applied, down, activations, residual)
+        candidate.seconds += time.monotonic() - started
+        self._attention(index, source, "evaluation", inputs, residual)
+        self._continue(name, "evaluation", index, applied, down, Activations(ffn, batches), residual)
+
+    def _attention(self, index: int, source: str, what: str, inputs: TokenFile, residual: TokenFile) -> None:
+        states = self._stream(source, what, index).blocks(self._batch)
+        write_together([inputs, residual], (self._runner.around(index, block) for block in states))
+
+    def _decide(
+        self, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
+    ) -> tuple[Applied, torch.Tensor]:
+        """What is active in the layer, and the factors-included down projection ``[d, slots]`` it meets."""
+        if candidate.baseline == "static":
+            static = StaticPruning(activations, round(candidate.active * ffn.intermediate_size))
+            return static, _stored(static, candidate, ffn, activations, targets)
+        if candidate.baseline == "oracle":
+            from upcycle.conversion import decide
+
+            oracle = OracleRouting(decide(candidate.job, ffn, activations), ffn)
+            candidate.captured.append(1.0)
+            return oracle, _stored(oracle, candidate, ffn, activations, targets)
+        blueprint, report = decide_layer(candidate.job, ffn, activations, targets)
+        candidate.captured += [report["captured"]] if "captured" in report else []
+        routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
+        return routing, routing.stored(blueprint)
+
+    def _continue(
+        self,
+        name: str,
+        what: str,
+        index: int,
+        applied: Applied,
+        down: torch.Tensor,
+        activations: Activations,
+        residual: TokenFile,
+    ) -> None:
+        pairs = zip(residual.blocks(self._batch), activations.batches(), strict=True)
+        outputs = (before + linear(applied.active(batch), down) for before, batch in pairs)
+        self._stream(name, what, index + 1).write(outputs)
+
+    def _measure(self, name: str, layers: int) -> tuple[list[float], float]:
+        """Mean nats per token of every domain, and the mean KL(dense || candidate) over all tokens."""
+        if self._outside is None:
+            self._outside = skeleton(
+                self._checkpoint.raw_config, dense_reader(self._checkpoint, self._dtype)(None)
+            ).eval()
+        norm, head = self._outside.model.norm, self._outside.lm_head
+        ids, window = self._ids["evaluation"], self._window
+        domains = torch.repeat_interleave(
+            torch.arange(len(self._texts.evaluation)), torch.tensor([len(v) for v in self._texts.evaluation.values()])
+        )
+        step = max(1, _LOGIT_BYTES // (4 * window * self._checkpoint.config.vocab_size)) * window
+        losses, kl = torch.zeros(len(ids), dtype=torch.float64), 0.0
+        mine, dense = (self._stream(n, "evaluation", layers).blocks(step) for n in (name, "dense"))
+        first = 0
+        with torch.no_grad():
+            for states, reference in zip(mine, dense, strict=True):
+                rows = ids[first : first + len(states) // window]
+                q = log_softmax(head(norm(states.view(len(rows), window, -1)))[:, :-1], -1)
+                picked = cross_entropy(q.transpose(1, 2), rows[:, 1:], reduction="none")
+                losses[first : first + len(rows)] = picked.double().mean(1)
+                if name != "dense":
+                    p = log_softmax(head(norm(reference.view(len(rows), window, -1)))[:, :-1], -1)
+                    kl += kl_div(q, p, log_target=True, reduction="sum").item()
+                first += len(rows)
+        nats = [losses[domains == domain].mean().item() for domain in range(len(self._texts.evaluation))]
+        return nats, max(0.0, kl / (len(ids) * (window - 1)))
+
+
+def _stored(
+    applied: Applied, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
+) -> torch.Tensor:
+    """A baseline's down projection after the same refit as the candidates', rounded as theirs are."""
+    if candidate.job.refit != "down":
+        return applied.down
+    down, _ = fit_down(applied, activations, targets())
+    return down.to(ffn.down.dtype).float()
+
+
+def ratio(nats: Sequence[float], dense: Sequence[float]) -> float:
+    """Geometric mean over the domains of perplexity relative to the dense model's."""
+    return math.exp(sum(mine - theirs for mine, theirs in zip(nats, dense, strict=True)) / len(dense))
