@@ -138,4 +138,5 @@ class _Sums:
         factor, fault = torch.linalg.cholesky_ex(regular)
         if fault:
             return normalize(self.moment.T, dim=1)
-        return torch.linalg.solve_triangular(factor, self.moment, upper=False).T
+        predicted: torch.Tensor = torch.linalg.solve_triangular(factor, self.moment, upper=False).T
+        return predicted

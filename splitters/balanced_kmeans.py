@@ -19,7 +19,11 @@ from upcycle.splitters.balanced_assignment import balanced_assignment, one_threa
 
 _BLOCK = 1 << 18  # numbers that are worked on at a time where a copy is needed: that many fit in the cache
 # That many points say well enough in which directions they differ.
-_RANGE_POINTS = 2048
+_RANGE_POINTS = 4096
+# Below one point in that many, moved ones are worth gathering.
+_FEW = 6
+# The main directions are left earlier: the last refinements are made in all coordinates anyway.
+_ROUGHER = 10
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def balanced_kmeans_result(
         small = _main_directions(points, directions, rng)
         with one_thread():
             starts = [_plus_plus(small, clusters, rng) for _ in range(n_init)]
-            found = _best(small, _sum_of_squares(small), starts, max_iter, tolerance)
+            found = _best(small, _sum_of_squares(small), starts, max_iter, _ROUGHER * tolerance)
         found = _lloyd(points, squares, _means(points, squares, found.labels, clusters), max_iter, tolerance)
     else:
         starts = [_plus_plus(points, clusters, rng) for _ in range(n_init)]
@@ -106,8 +110,9 @@ class _Means:
     """Fp32 ``[E, D]``, and the sum of squares within the clusters and between them (what one loses the other gains)."""
 
     centroids: torch.Tensor
-    within: float
-    between: float
+    within: float = math.inf
+    between: float = -math.inf
+    labels: torch.Tensor | None = None  # whose means they are
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class _Run:
 
 def _best(points: torch.Tensor, squares: float, seeds: list[torch.Tensor], max_iter: int, tolerance: float) -> _Run:
     """The run that ends with the least inertia."""
-    starts = (_Means(centroids, math.inf, -math.inf) for centroids in seeds)
+    starts = (_Means(centroids) for centroids in seeds)
     runs = (_lloyd(points, squares, start, max_iter, tolerance) for start in starts)
     return max(runs, key=lambda run: run.means.between)
 
@@ -131,7 +136,7 @@ def _lloyd(points: torch.Tensor, squares: float, start: _Means, max_iter: int, t
         labels, prices = balanced_assignment(_costs(points, means.centroids), prices=prices)
         if math.isinf(means.within):
             prices = None  # single points lie much further apart than means, and so do their prices
-        before, means = means, _means(points, squares, labels, len(means.centroids))
+        before, means = means, _means(points, squares, labels, len(means.centroids), means)
         # Not from `within`, a small difference of large numbers when the points lie far from the origin.
         if means.between - before.between <= tolerance * means.within:
             break
@@ -184,15 +189,26 @@ def _costs(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.addmm(constant.float(), points, offsets.T, alpha=-2)
 
 
-def _means(points: torch.Tensor, squares: float, labels: torch.Tensor, clusters: int) -> _Means:
-    """The clusters' means as one matrix product, which all threads share."""
-    member = torch.zeros(clusters, len(points)).scatter_(0, labels[None], 1.0)
-    sizes = member.sum(dim=1, keepdim=True).double()
-    centroids = (member @ points) / sizes.float()
+def _means(
+    points: torch.Tensor, squares: float, labels: torch.Tensor, clusters: int, before: _Means | None = None
+) -> _Means:
+    """The clusters' means as one matrix product, which all threads share; of what moved only, if that is little."""
+    sizes = torch.bincount(labels, minlength=clusters)[:, None].double()
+    sums = None
+    if before is not None and before.labels is not None:
+        moved = (labels != before.labels).nonzero()[:, 0]
+        if len(moved) * _FEW < len(points):
+            old, new = before.labels[moved], labels[moved]
+            change = torch.zeros(clusters, len(moved)).scatter_(0, old[None], -1.0).scatter_(0, new[None], 1.0)
+            had = torch.bincount(before.labels, minlength=clusters)[:, None]
+            sums = before.centroids * had + change @ points[moved]
+    if sums is None:
+        sums = torch.zeros(clusters, len(points)).scatter_(0, labels[None], 1.0) @ points
+    centroids = sums / sizes.float()
     exact = centroids.double()
     middle = (sizes * exact).sum(dim=0) / len(points)
     within = squares - (sizes * exact.square()).sum().item()
-    return _Means(centroids, max(within, 0.0), (sizes * (exact - middle).square()).sum().item())
+    return _Means(centroids, max(within, 0.0), (sizes * (exact - middle).square()).sum().item(), labels)
 
 
 def _sum_of_squares(points: torch.Tensor) -> float:

@@ -127,7 +127,7 @@ def fit_down(routing: Applied, activations: Activations, targets: Iterable[torch
         sums.add(active, error, batch.weight, batch.held_out)
     norms.check(activations)
     choice = sums.best(STRENGTHS)
-    solution = sums.solve(choice.strength)
+    solution = sums.solve(choice.strength, condition=True)
     before = norms.relative
     report = Refit(before, before * choice.held_out_loss, choice.strength, solution.condition)
     return routing.down + solution.weights.T.float(), report

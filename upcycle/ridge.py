@@ -13,14 +13,14 @@ from upcycle.errors import CheckpointError
 # others, so that mean lies far above what most directions carry: hence the weak end.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED_STRENGTH = 1e-2  # where no token was held out to choose by
-_POWER_STEPS = 30
+_POWER_STEPS, _POWER_VECTORS = 5, 8
 
 
 class RidgeSolution(NamedTuple):
-    """``weights`` fp64 ``[M, N]``; ``condition`` estimates (from below) that of the matrix that was solved with."""
+    """``weights`` fp64 ``[M, N]``; ``condition`` estimates (from below) that of the matrix that was solved with, if asked."""
 
     weights: torch.Tensor
-    condition: float
+    condition: float | None
 
 
 class Choice(NamedTuple):
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     held_out_loss: float
 
 
-def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float) -> RidgeSolution:
+def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float, condition: bool = False) -> RidgeSolution:
     """Minimise ``||Y - X W||^2 + strength * mean(diag G) * ||W||^2`` by a Cholesky factorisation in fp64.
 
     A Gram matrix that is singular to working precision (fewer tokens than features, and next to no strength) gets the
@@ -40,6 +40,7 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float) -> Ri
         gram: ``G = X^T X``, ``[M, M]``; left as it is.
         moment: ``X^T Y``, ``[M, N]``.
         strength: at least zero. Relative, so that the solution does not depend on the scale of X.
+        condition: also estimate the condition number.
 
     Raises:
         CheckpointError: the sums are not finite.
@@ -47,7 +48,7 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float) -> Ri
     gram, moment = gram.double(), moment.double()
     scale = gram.diagonal().mean().item()
     if scale == 0:  # no token, or features that are all zero: nothing is known, the smallest solution is zero
-        return RidgeSolution(torch.zeros_like(moment), 1.0)
+        return RidgeSolution(torch.zeros_like(moment), 1.0 if condition else None)
     jitter = 0.0
     while jitter < 1.0:
         regular = gram.clone()
@@ -64,16 +65,15 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float) -> Ri
 
 
 def _condition(matrix: torch.Tensor, factor: torch.Tensor) -> float:
-    """Largest over smallest eigenvalue of a positive matrix ``[M, M]``, each by power iteration from a fixed start."""
-    start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    """Largest over smallest eigenvalue of a positive matrix ``[M, M]``, each by subspace iteration from a fixed start."""
+    # A few vectors at once find the extremes in a few steps.
+    start = torch.randn(len(matrix), _POWER_VECTORS, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     condition = 1.0
-    for step in (matrix.matmul, lambda vector: torch.cholesky_solve(vector, factor)):
-        vector = start / start.norm()
-        growth = 0.0
+    for step in (matrix.matmul, lambda vectors: torch.cholesky_solve(vectors, factor)):
+        vectors, growth = start, 0.0
         for _ in range(_POWER_STEPS):
-            vector = step(vector)
-            growth = vector.norm().item()
-            vector = vector / growth
+            vectors = step(torch.linalg.qr(vectors).Q)
+            growth = torch.linalg.matrix_norm(vectors, 2).item()
         condition *= growth
     return max(1.0, condition)
 
@@ -123,12 +123,12 @@ class RidgeSums:
         root = weight.to(self._products).sqrt()[:, None]
         sums.add(features.to(self._products) * root, targets.to(self._products) * root)
 
-    def solve(self, strength: float, everything: bool = True) -> RidgeSolution:
+    def solve(self, strength: float, everything: bool = True, condition: bool = False) -> RidgeSolution:
         """Fit all tokens, or without ``everything`` those that were not held out."""
         gram, moment = self._train.gram, self._train.moment
         if everything and self._held_out is not None:
             gram, moment = gram + self._held_out.gram, moment + self._held_out.moment
-        return solve_ridge(gram, moment, strength)
+        return solve_ridge(gram, moment, strength, condition)
 
     def loss(self, weights: torch.Tensor) -> float:
         """Squared error of fp64 ``[M, N]`` on held-out tokens (on all, if none were), as a share of the targets' squares."""
