@@ -124,10 +124,11 @@ class _Sums:
         self.moment = torch.zeros(d, width, dtype=torch.float64)
         self.energy = torch.zeros(width, dtype=torch.float64)
         for batch in activations.batches():
+            # Products of one batch in fp32, sums of batches in fp64.
             weighted = batch.x * batch.weight[:, None]
-            self.gram += weighted.T.double() @ batch.x.double()
-            self.moment += (weighted.T @ batch.hidden.abs()).double()
-            self.energy += batch.weight.double() @ batch.hidden.square().double()
+            self.gram += weighted.T @ batch.x
+            self.moment += weighted.T @ batch.hidden.abs()
+            self.energy += batch.weight @ batch.hidden.square()
         self.moment *= self.norms
         self.energy *= self.norms.square()
 

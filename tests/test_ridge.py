@@ -103,13 +103,13 @@ def test_condition() -> None:
     assert 0.9 * torch.linalg.cond(matrix) < condition < 1.001 * torch.linalg.cond(matrix)
 
 
-
-
 def test_sums_that_are_not_finite_are_explained() -> None:
     with pytest.raises(CheckpointError, match="not finite"):
         solve_ridge(torch.full((M, M), torch.nan), torch.zeros(M, N), 0.1)
     with pytest.raises(CheckpointError, match="not finite"):
         solve_ridge(torch.eye(M), torch.full((M, N), torch.inf), 0.1)
+
+
 def test_nothing_known_is_zero() -> None:
     solution = RidgeSums(M, N).solve(0.1, condition=True)
     assert not solution.weights.any()

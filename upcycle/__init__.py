@@ -6,16 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upcycle.comparison import compare
     from upcycle.conversion import convert
     from upcycle.evaluation import evaluate
     from upcycle.planning import plan
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["convert", "evaluate", "plan", "verify"]
+__all__ = ["compare", "convert", "evaluate", "plan", "verify"]
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
-_FUNCTIONS = {"convert": "conversion", "evaluate": "evaluation", "plan": "planning", "verify": "verification"}
+_FUNCTIONS = {
+    "compare": "comparison",
+    "convert": "conversion",
+    "evaluate": "evaluation",
+    "plan": "planning",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -118,6 +118,6 @@ def contributions(activations: Activations) -> torch.Tensor:
     total = torch.zeros_like(norms)
     weights = 0.0
     for batch in activations.batches():
-        total += batch.weight.double() @ batch.hidden.square().double()
+        total += batch.weight @ batch.hidden.square()
         weights += batch.weight.sum(dtype=torch.float64).item()
     return total * norms / weights

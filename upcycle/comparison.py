@@ -187,6 +187,7 @@ class _Options:
             "parameters": parameters,
             "experts": self._pieces - shared,
             "shared": shared,
+            "shared_unheld": "route",
             "top_k": running - shared,
             "router": router,
             "refit": refit,
@@ -203,16 +204,10 @@ class _Options:
         recipe = self.recipe(active, method, router, refit)
         label = f"{active:g} {method} {router} {refit} {baseline or ''}"
         try:
-            try:
-                job = self._job(recipe)
-            except RefusalError:
-                # The target holds no shared experts: the routed ones do it all.
-                job = self._job(
-                    {**recipe, "shared": 0, "experts": self._pieces, "top_k": recipe["top_k"] + recipe["shared"]}
-                )
-            if load("method", job.method.name).name == "coactivation_graph":
+            job = self._job(recipe)
+            if job.method.name == "coactivation_graph":
                 import pymetis  # noqa: F401 - is it there?
-        except (UsageError, EnvironmentFault, ImportError) as error:
+        except (UsageError, RefusalError, EnvironmentFault, ImportError) as error:
             note = f"{method}: {getattr(error, 'message', 'pymetis is not installed')}"
             if note not in skipped:
                 skipped.append(note)

@@ -137,6 +137,7 @@ def prepare(
             f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
         )
+    recipe = _with_shared_held(recipe, family)
     method_class = load("method", recipe.method)
     method: Method = method_class(parse_parameters(method_class.Parameters, recipe.parameters, "parameters"))
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
@@ -170,6 +171,17 @@ def prepare(
     units = _units(recipe, family, dense, target, shape, specs)
     shards = _shards(units, parse_size(recipe.max_shard_size))
     return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+
+
+def _with_shared_held(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe, or where no target of the family holds shared experts and it allows that, one that routes them all."""
+    names = family.targets if recipe.target == "auto" else (recipe.target,)
+    if recipe.shared_unheld == "refuse" or not recipe.shared or any(name not in TARGETS for name in names):
+        return recipe
+    if any(Feature.SHARED_EXPERTS in load("target", name).holds for name in names):
+        return recipe
+    sizes = {"experts": recipe.experts + recipe.shared, "top_k": recipe.top_k + recipe.shared, "shared": 0}
+    return recipe.model_copy(update=sizes)
 
 
 def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "scale", "none"]:

@@ -72,6 +72,10 @@ class Recipe(_Strict):
     experts: int = Field(8, ge=1, description="routed experts per MoE layer")
     top_k: int = Field(2, ge=1, description="experts per token")
     shared: int = Field(0, ge=0, description="shared experts: always on, split off before the routed ones")
+    shared_unheld: Literal["refuse", "route"] = Field(
+        "refuse",
+        description="where the target holds no shared experts: refuse, or make them routed ones (K grows by S)",
+    )
     layers: str | list[int] = Field(
         "all", description="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
     )

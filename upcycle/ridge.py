@@ -120,8 +120,11 @@ class RidgeSums:
         sums = self._train
         if held_out:
             sums = self._held_out = self._held_out or _Sums(*self._shape)
-        root = weight.to(self._products).sqrt()[:, None]
-        sums.add(features.to(self._products) * root, targets.to(self._products) * root)
+        features, targets = features.to(self._products), targets.to(self._products)
+        if not bool((weight == 1).all()):
+            root = weight.to(self._products).sqrt()[:, None]
+            features, targets = features * root, targets * root
+        sums.add(features, targets)
 
     def solve(self, strength: float, everything: bool = True, condition: bool = False) -> RidgeSolution:
         """Fit all tokens, or without ``everything`` those that were not held out."""
@@ -137,9 +140,17 @@ class RidgeSums:
     def best(self, strengths: Sequence[float] = STRENGTHS) -> Choice:
         """Choose the strength with the least held-out loss of a fit to the others; among equals the strongest.
 
+        The loss falls and then rises as the ridge weakens: the search begins at the strongest and ends where it rises.
         Without held-out tokens there is nothing to choose by, and it is ``UNJUDGED_STRENGTH``.
         """
         if self._held_out is None:
             strengths = (UNJUDGED_STRENGTH,)
-        losses = ((s, self.loss(self.solve(s, everything=False).weights)) for s in sorted(strengths, reverse=True))
-        return Choice(*min(losses, key=lambda choice: choice[1]))
+        best: Choice | None = None
+        for strength in sorted(strengths, reverse=True):
+            loss = self.loss(self.solve(strength, everything=False).weights)
+            if best is not None and loss > best.held_out_loss:
+                break
+            if best is None or loss < best.held_out_loss:
+                best = Choice(strength, loss)
+        assert best is not None
+        return best

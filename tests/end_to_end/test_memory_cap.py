@@ -70,7 +70,9 @@ def big_model(folder: Path) -> int:
                 **{f"self_attn.{name}_proj": (d, d) for name in "qkvo"},
                 **{"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)},
             }
-            tensors = {f"model.layers.{index}.{name}.weight": torch.randn(s) / s[1] ** 0.5 for name, s in shapes.items()}
+            tensors = {
+                f"model.layers.{index}.{name}.weight": torch.randn(s) / s[1] ** 0.5 for name, s in shapes.items()
+            }
             norms = ("input_layernorm", "post_attention_layernorm")
             tensors |= {f"model.layers.{index}.{name}.weight": torch.ones(d) for name in norms}
         file = f"part-{index + 1}.safetensors"

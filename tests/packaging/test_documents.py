@@ -74,7 +74,7 @@ def test_plugin_tables(heading: str, names: dict[str, str]) -> None:
 
 def test_papers_in_the_readme_are_those_of_the_code() -> None:
     for row, method in zip(rows("### Methods"), entries("methods"), strict=True):
-        assert method["paper"] in row[2]
+        assert (method["paper"] or "") in row[2]
 
 
 def test_exit_codes() -> None:
@@ -91,11 +91,31 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
     dense = str(pico("llama"))
     plan = upcycle.plan(dense).as_dict()
     converted = upcycle.convert(dense, tmp_path / "out", verification={"tokens": 64}).as_dict()
+    split = {
+        "method": "random_split",
+        "experts": 4,
+        "top_k": 2,
+        "calibration": {"text": "demo", "tokens": 512, "window": 64},
+    }
+    calibrated = upcycle.convert(dense, tmp_path / "split", **split, verification={"tokens": 64}).as_dict()
+    compared = upcycle.compare(
+        dense,
+        methods=["random_split"],
+        routers=["ridge"],
+        active=[0.5],
+        pieces=8,
+        calibration_tokens=512,
+        tokens=128,
+        window=64,
+    ).as_dict()
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     actual = {
         "plan": plan,
         "convert": converted,
         "verify": converted["verification"],
+        "convert layers": calibrated["layers"][0],
+        "compare": compared,
+        "compare results": compared["results"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],

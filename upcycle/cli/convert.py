@@ -92,8 +92,30 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str
         ),
     ]
     if result.verification is None:
-        return [*facts, ("verification", "skipped"), ("next", f"upcycle verify {out}")]
-    facts += verification_facts(result.verification)
+        return [
+            *facts,
+            *calibration_facts(result.layers),
+            ("verification", "skipped"),
+            ("next", f"upcycle verify {out}"),
+        ]
+    facts += calibration_facts(result.layers) + verification_facts(result.verification)
     if result.verification.verdict == "approximate" and plan.promise == "approximate":
         facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
     return [*facts, ("next", f"upcycle evaluate {out} --reference {source}")]
+
+
+def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What calibration measured, over all layers; nothing where there was none."""
+
+    def spread(key: str, form: str) -> str:
+        values = [layer[key] for layer in layers if key in layer]
+        return f"{min(values):{form}} to {max(values):{form}}" if values else ""
+
+    facts = []
+    if captured := spread("captured", ".0%"):
+        facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
+    if before := spread("error_before", ".2f"):
+        facts.append(
+            ("refit", f"layers' relative error {before} before, {spread('error_after', '.2f')} after (held-out tokens)")
+        )
+    return facts

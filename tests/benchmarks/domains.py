@@ -1,0 +1,88 @@
+"""Three unlike kinds of real text, split by document into a part to calibrate on and a part to measure on.
+
+``documentation``: Python's language reference (``pydoc_data.topics``); ``code``: the standard library's sources; ``news``:
+300 news mails of the Australian Broadcasting Corporation (Lee, Pincombe and Welsh 2005), which the gensim 4.3.3 wheel
+carries. A document's name decides by its SHA-256 which part it is in: one in six is measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from smollm2 import cache_folder
+
+WHEEL = "gensim==4.3.3"
+_NEWS = "gensim/test/test_data/lee_background.cor"
+_SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "ensurepip", "encodings", "tkinter"}
+DOMAINS = ("documentation", "code", "news")
+
+
+def texts() -> tuple[list[Path], list[Path]]:
+    """Files to calibrate on and files to measure on, one of each per domain; made when they are not in the cache."""
+    folder = cache_folder() / f"domains-{sys.version_info[0]}.{sys.version_info[1]}"
+    folder.mkdir(exist_ok=True)
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for domain in DOMAINS:
+        paths = [folder / f"{domain}.{part}.txt" for part in ("calibration", "evaluation")]
+        if not all(path.exists() for path in paths):
+            parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+            for name, text in _documents(domain):
+                key = hashlib.sha256(f"{domain}/{name}".encode()).hexdigest()
+                parts[int(key, 16) % 6 == 0].append((key, text))
+            for path, documents in zip(paths, parts, strict=True):
+                path.write_text("\n\n".join(text for _, text in sorted(documents)), encoding="utf-8")
+        for part, path in zip(found, paths, strict=True):
+            part.append(path)
+    return found
+
+
+def _documents(domain: str) -> Iterator[tuple[str, str]]:
+    if domain == "documentation":
+        from pydoc_data.topics import topics
+
+        yield from topics.items()
+    elif domain == "code":
+        library = Path(sysconfig.get_paths()["stdlib"])
+        for path in sorted(library.rglob("*.py")):
+            name = path.relative_to(library)
+            if not _SKIPPED & set(name.parts):
+                yield str(name), path.read_text(encoding="utf-8", errors="ignore")
+    else:
+        yield from _news()
+
+
+def _news() -> Iterator[tuple[str, str]]:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as downloads:
+        # The text is the same in every wheel: take one that exists, whatever runs this.
+        platform = ["--platform", "manylinux2014_x86_64", "--python-version", "3.11", "--only-binary", ":all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *platform,
+            "--dest",
+            downloads,
+            WHEEL,
+        ]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        (wheel,) = Path(downloads).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            lines = archive.read(_NEWS).decode().splitlines()
+    yield from ((str(number), line) for number, line in enumerate(lines) if line.strip())
+
+
+if __name__ == "__main__":
+    for part in texts():
+        print(*part, sep="\n")

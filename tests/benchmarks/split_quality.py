@@ -1,0 +1,189 @@
+"""Training-free quality of the shipped split recipes on SmolLM2-135M, all 30 layers, against what they must beat.
+
+For 75%, 50% and 25% of the neurons: ``configs/convert/split_NN.yaml``; static pruning to the same number of neurons with the
+same refit; the limit, an oracle in the router's place; and at 50% CMoE's own recipe (its split and router, no refit).
+All see the same calibration tokens (documentation, code and news in equal parts) and are measured on documents that
+nothing was fitted to. The last lines compare the time of calibrating, splitting and refitting on 65,536 tokens with one
+forward pass of the same tokens, and weigh its memory (``--no-speed`` leaves them out, ``--no-quality`` the table).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from domains import DOMAINS, texts
+from measure import UPCYCLE, Row, mega, report, run
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "convert"
+TARGETS = {75: 1.10, 50: 1.28, 25: math.inf}
+MOST_OF_CMOE, MOST_TIME, MOST_BYTES, SPEED_TOKENS = 0.6, 3.0, 2_500_000_000, 65536
+EVALUATION_TOKENS = 8192  # per domain
+
+# One plain forward pass, in windows as the calibration reads them; prints its seconds.
+FORWARD = """
+import sys, time, torch
+import upcycle.runtime
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+ids = torch.randint(model.config.vocab_size, (int(sys.argv[2]) // 512, 512))
+with torch.no_grad():
+    model(ids[:1], use_cache=False)
+    started = time.perf_counter()
+    for batch in ids.split(8):
+        model(batch, use_cache=False)
+print(time.perf_counter() - started)
+"""
+
+
+def quality(model: Path, tokens: int | None) -> int:
+    """Measure all recipes side by side and print them; returns the exit code."""
+    import yaml
+
+    from upcycle.calibration_text import mixed_windows
+    from upcycle.checkpoint import DenseCheckpoint
+    from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
+    from upcycle.job import prepare
+    from upcycle.progress import Progress
+    from upcycle.recipe import parse_recipe
+    from upcycle.text import load_tokenizer
+
+    class Lines(Progress):
+        """Says on stderr how far it is."""
+
+        done = 0
+
+        def advance(self, steps: int = 1) -> None:
+            self.done += steps
+            if self.done % 30 == 0:
+                print(f"{self.done} steps", file=sys.stderr, flush=True)
+
+    calibration, evaluation = texts()
+    checkpoint = DenseCheckpoint.open(str(model), None)
+    candidates, most_tokens = [], 0
+    for percent in TARGETS:
+        content = yaml.safe_load((RECIPES / f"split_{percent}.yaml").read_text())
+        content["source"] = str(model)
+        content["calibration"] |= {"text": [str(path) for path in calibration]}
+        if tokens:
+            content["calibration"]["tokens"] = tokens
+        variants: list[tuple[str, str | None, dict]] = [
+            ("recipe", None, {}),
+            ("static pruning, refit", "static", {}),
+            ("oracle routing, refit", "oracle", {}),
+        ]
+        if percent == 50:
+            cmoe = {"method": "cmoe", "parameters": {}, "router": "representative", "refit": "none", "scale": "sum"}
+            variants.append(("CMoE, no refit", None, cmoe))
+        for label, baseline, changes in variants:
+            recipe = parse_recipe({**content, **changes}, label)
+            job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs)
+            most_tokens = max(most_tokens, recipe.calibration.tokens)
+            candidates.append(Candidate(job, percent / 100, label, baseline))
+    tokenizer = load_tokenizer(checkpoint.source.path)
+    window = candidates[0].job.recipe.calibration.window
+    contents = {str(path): path.read_text() for path in calibration}
+    measured = {
+        name: mixed_windows({name: path.read_text()}, tokenizer, EVALUATION_TOKENS, window)
+        for name, path in zip(DOMAINS, evaluation, strict=True)
+    }
+    given = Texts(mixed_windows(contents, tokenizer, most_tokens, window), measured)
+    with tempfile.TemporaryDirectory() as folder:
+        walk = Walk(checkpoint, "keep", given, Path(folder), Lines())
+        dense = walk.run(candidates)
+    ratios = {(round(100 * c.active), c.label): ratio(c.nats, dense) for c in candidates}
+    print(f"SmolLM2-135M, {given.calibration.numel():,} calibration tokens; perplexity on {', '.join(DOMAINS)}:")
+    print("dense: " + ", ".join(f"{math.exp(nats):.2f}" for nats in dense))
+    for c in candidates:
+        numbers = ", ".join(f"{math.exp(nats):.2f}" for nats in c.nats)
+        captured = f", captured {sum(c.captured) / len(c.captured):.1%}" if c.captured and not c.baseline else ""
+        print(
+            f"{c.active:.0%} {c.label}: {numbers} ({ratio(c.nats, dense):.3f}x, KL {c.kl:.3f}{captured}, {c.seconds:.0f} s)"
+        )
+    rows = []
+    for percent, most in TARGETS.items():
+        ours, static = ratios[percent, "recipe"], ratios[percent, "static pruning, refit"]
+        target = f"at most {most:.2f}x" if math.isfinite(most) else ""
+        rows.append(
+            Row(f"{percent}% against dense", f"{ours:.3f}x", "1.000x", "", target, ours <= most if target else None)
+        )
+        share = f"{ours / static:.2f}x"
+        rows.append(
+            Row(f"{percent}% against static", f"{ours:.3f}x", f"{static:.3f}x", share, "below 1.00x", ours < static)
+        )
+    ours, cmoe_ratio = ratios[50, "recipe"], ratios[50, "CMoE, no refit"]
+    share, most = f"{ours / cmoe_ratio:.2f}x", f"at most {MOST_OF_CMOE:.2f}x"
+    rows.append(
+        Row("50% against CMoE", f"{ours:.3f}x", f"{cmoe_ratio:.3f}x", share, most, ours <= MOST_OF_CMOE * cmoe_ratio)
+    )
+    return report("perplexity relative to dense, geometric mean over domains", ("recipe", "other"), rows)
+
+
+def speed(model: Path) -> int:
+    """Time the whole calibrated conversion against one forward pass; returns the exit code."""
+    calibration, _ = texts()
+    with tempfile.TemporaryDirectory() as folder:
+        forward = subprocess.run(
+            [sys.executable, "-P", "-c", FORWARD, str(model), str(SPEED_TOKENS)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seconds = float(forward.stdout.split()[-1])
+        command: Sequence[str | Path] = (
+            *(
+                UPCYCLE,
+                "convert",
+                RECIPES / "split_50.yaml",
+                Path(folder) / "out",
+                "--source",
+                model,
+                "--no-verify",
+                "--quiet",
+            ),
+            *("--calibration", ",".join(map(str, calibration)), "--calibration-tokens", str(SPEED_TOKENS)),
+        )
+        cost = run(command)
+    rows = [
+        Row(
+            "calibrate, split, refit",
+            f"{cost.seconds:.0f} s",
+            f"{seconds:.0f} s",
+            f"{cost.seconds / seconds:.2f}x",
+            f"at most {MOST_TIME:.2f}x",
+            cost.seconds <= MOST_TIME * seconds,
+        ),
+        Row("peak memory", mega(cost.peak_bytes), "", "", f"below {mega(MOST_BYTES)}", cost.peak_bytes < MOST_BYTES),
+    ]
+    return report(f"SmolLM2-135M, {SPEED_TOKENS:,} tokens, the whole command", ("upcycle", "one forward pass"), rows)
+
+
+def main() -> int:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, help="calibration tokens; default: the recipes'")
+    parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--no-quality", action="store_true")
+    arguments = parser.parse_args()
+    model = Path(
+        subprocess.run(
+            [sys.executable, "-P", Path(__file__).resolve().parents[1] / "smollm2.py"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\n")[-2]
+    )
+    code = 0 if arguments.no_speed else speed(model)
+    return code | (0 if arguments.no_quality else quality(model, arguments.tokens))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

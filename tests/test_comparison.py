@@ -1,0 +1,132 @@
+"""The comparison measures what a written checkpoint would, and its baselines are what they claim."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn.functional import cross_entropy, linear, silu
+
+import upcycle
+from upcycle.calibration_text import mixed_windows
+from upcycle.cli.main import cli
+from upcycle.comparison import pieces_of
+from upcycle.errors import UsageError
+from upcycle.feed_forward import FeedForward
+from upcycle.runtime import load_stock
+from upcycle.text import demo_parts, load_tokenizer
+
+Pico = Callable[[str], Path]
+SMALL = {"active": [0.5], "pieces": 8, "calibration_tokens": 1024, "tokens": 256, "window": 64}
+
+
+def test_numbers_are_those_of_the_checkpoint_that_convert_writes(pico: Pico, tmp_path: Path) -> None:
+    dense = pico("llama")
+    found = upcycle.compare(str(dense), methods=["coactivation_kmeans"], routers=["ridge"], **SMALL)
+    best = found.best(0.5)
+    assert best.command is not None
+    arguments = best.command.replace("OUT", str(tmp_path / "out")).split()[1:]
+    # The texts compare calibrates on: all but the last quarter of what it was given.
+    for name in ("code", "prose"):
+        content = demo_parts(name)[0]
+        (tmp_path / f"{name}.txt").write_text(content[: content.find("\n", 3 * len(content) // 4) + 1])
+    arguments[arguments.index("--calibration") + 1] = f"{tmp_path}/code.txt,{tmp_path}/prose.txt"
+    flags = ["--set", "calibration.window=64", "--calibration-tokens", "1024", "--no-verify", "-q"]
+    result = CliRunner().invoke(cli, [*arguments, *flags])
+    assert result.exit_code == 0, result.output
+
+    model = load_stock(tmp_path / "out")
+    model.set_experts_implementation("eager")
+    for name in ("code", "prose"):
+        content = demo_parts(name)[0]
+        held_out = content[content.find("\n", 3 * len(content) // 4) + 1 :]
+        ids = mixed_windows({name: held_out}, load_tokenizer(dense), 256, 64)
+        with torch.no_grad():
+            logits = model(ids).logits[:, :-1]
+        expected = math.exp(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
+        # The stock router weighs chosen experts equally but for 1%.
+        assert best.perplexity[name] == pytest.approx(expected, rel=1e-3)
+
+
+def test_oracle_beats_routers_and_refit_beats_none(pico: Pico) -> None:
+    found = upcycle.compare("demo", methods=["random_split"], routers=["ridge", "cool"], **{**SMALL, "pieces": 24, "calibration_tokens": 4096})
+    ratios = {(row.router, row.refit): row.ratio for row in found.results}
+    assert 1 < ratios["oracle", "down"] < ratios["ridge", "down"] < ratios["cool", "down"]
+    assert ratios["ridge", "down"] < ratios["ridge", "scale"]
+    assert ratios["static", "down"] < ratios["static", "none"]
+    assert found.best(0.5).router == "ridge"
+    assert [row.ratio for row in found.results] == sorted(row.ratio for row in found.results)
+
+
+def test_static_pruning_keeps_the_neurons_that_add_most() -> None:
+    from upcycle.activations import Activations
+    from upcycle.comparison_walk import StaticPruning
+
+    rng = torch.Generator().manual_seed(0)
+    gate, up, down = (torch.randn(shape, generator=rng) for shape in ((20, 8), (20, 8), (8, 20)))
+    ffn = FeedForward(0, gate, up, down, torch.ones(8), "silu")
+    x = torch.randn(50, 8, generator=rng)
+    activations = Activations.of(ffn, x)
+    static = StaticPruning(activations, 10)
+    hidden = silu(linear(x, gate)) * linear(x, up)
+    kept = (hidden.square().mean(0) * down.square().sum(0)).topk(10).indices.sort().values
+    (batch,) = activations.batches()
+    assert torch.allclose(static.active(batch), hidden[:, kept])
+    assert torch.equal(static.down, down[:, kept])
+
+
+def test_a_target_without_shared_experts_routes_them_all(pico: Pico) -> None:
+    found = upcycle.compare(str(pico("qwen3")), methods=["random_split"], routers=["ridge"], **SMALL)
+    command = found.best(0.5).command
+    assert command is not None
+    assert "--shared" not in command
+    assert "--experts 6 --top-k 3" in command
+
+
+@pytest.mark.parametrize(("size", "most", "pieces"), [(1536, 96, 96), (11008, 96, 86), (14336, 96, 64), (97, 96, 96)])
+def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -> None:
+    assert pieces_of(size, most) == pieces
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"active": [1.0]}, "leaves nothing to choose"),
+        ({"methods": ["kmeans"]}, "unknown method 'kmeans'"),
+        ({"routers": ["rigde"]}, "unknown router 'rigde'"),
+        ({"text": ["nowhere.txt"]}, "no such text file"),
+    ],
+)
+def test_bad_input(pico: Pico, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        upcycle.compare(str(pico("llama")), **{**SMALL, **changes})
+
+
+def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> None:
+    arguments = [
+        "compare",
+        str(pico("llama")),
+        "--methods",
+        "random_split,d2d",
+        "--routers",
+        "ridge",
+        "--active",
+        "0.5",
+    ]
+    sizes = ["--pieces", "8", "--calibration-tokens", "1024", "--tokens", "128", "--window", "64", "-q"]
+    result = CliRunner().invoke(cli, [*arguments, *sizes, "--out", str(tmp_path / "table.json")])
+    assert result.exit_code == 0, result.output
+    assert "static pruning" in result.output
+    assert "upcycle convert" in result.output
+    saved = json.loads((tmp_path / "table.json").read_text())
+    assert {row["method"] for row in saved["results"]} == {"random_split", "d2d", "-"}
+    assert sum(row["recommended"] for row in saved["results"]) == 1
+    result = CliRunner().invoke(cli, [*arguments, *sizes, "--out", str(tmp_path / "table.md")])
+    assert (tmp_path / "table.md").read_text().startswith("| active | method |")
+    wrong = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "no" / "table.md")])
+    assert wrong.exit_code != 0
