@@ -31,6 +31,8 @@ class Plan:
     target: str
     method: str
     router: str
+    calibration_tokens: int
+    refit: str
     promise: str
     promise_reason: str
     parameters_dense: int
@@ -97,6 +99,8 @@ def make_plan(job: Job) -> Plan:
         target=job.target.name,
         method=job.method.name,
         router=job.router_name,
+        calibration_tokens=job.recipe.calibration.tokens if job.calibrated else 0,
+        refit=job.refit,
         promise=promise,
         promise_reason=why,
         parameters_dense=dense_total,

@@ -130,9 +130,8 @@ def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path:
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# ")
     parse_recipe({"source": "demo", **content}, str(path))
-    result = CliRunner().invoke(
-        cli, ["convert", str(path), str(tmp_path / "out"), "--source", "demo", "--verify-tokens", "64", "-q"]
-    )
+    sizes = ["--verify-tokens", "64", *(["--calibration-tokens", "2048"] if "calibration" in content else [])]
+    result = CliRunner().invoke(cli, ["convert", str(path), str(tmp_path / "out"), "--source", "demo", *sizes, "-q"])
     assert result.exit_code == 0, result.output
 
 

@@ -46,8 +46,11 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
     ratio = plan.flops_per_token / plan.flops_per_token_dense
     total = plan.parameters_total / plan.parameters_dense
     active = plan.parameters_active / plan.parameters_dense
+    fitted = {"down": "down projections refitted", "scale": "one scale per layer fitted", "none": "nothing refitted"}
+    calibration = f"on {plan.calibration_tokens:,} tokens, {fitted[plan.refit]}" if plan.calibration_tokens else "none"
     return [
         ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),
+        ("calibration", calibration),
         ("promise", f"{plan.promise}: {plan.promise_reason}"),
         ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
         ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
