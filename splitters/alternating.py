@@ -22,7 +22,7 @@ from upcycle.targets.base import MoeShape
 class AlternatingParameters(PluginParameters):
     """Parameters of :class:`Alternating`."""
 
-    rounds: int = Field(4, ge=0, le=100, description="how often neurons and router are fitted to each other")
+    rounds: int = Field(2, ge=0, le=100, description="how often neurons and router are fitted to each other")
     strength: float = Field(1e-3, gt=0, description="ridge of the inner router, relative to the inputs' mean square")
 
 

@@ -76,6 +76,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(pico: Pico, tmp_path: Path, m
         ({"method": "random_split", "top_k": 4}, "healed"),
         ({"experts": 4, "top_k": 2}, "runs 2 copies"),
         ({"method": "random_split", "experts": 7, "top_k": 7, "pad": True, "dtype": "bfloat16"}, "rounds in bfloat16"),
+        ({"method": "random_split", "experts": 7, "top_k": 7, "pad": True}, "16 zero neurons per layer"),
         ({"experts": 8, "max_shard_size": "10KB"}, "a layer is never divided"),
         ({"method": "random_split", "experts": 8, "top_k": 8}, "not a multiple of 8"),
     ],
@@ -99,6 +100,20 @@ def test_warnings(keys: dict[str, Any], part: str, pico: Pico) -> None:
 )
 def test_promises(keys: dict[str, Any], promise: str, pico: Pico) -> None:
     assert upcycle.plan(str(pico("llama")), **keys).promise == promise
+
+
+def test_shared_experts_that_leave_nothing_to_route_are_refused(pico: Pico) -> None:
+    with pytest.raises(UsageError, match="40 shared experts of 8 neurons leave 0 of 96 neurons for 8 routed experts"):
+        upcycle.plan(str(pico("llama")), method="random_split", shared=40, pad=True)
+
+
+def test_a_calibration_is_planned_with_its_memory(pico: Pico) -> None:
+    keys = {"method": "random_split", "shared": 4, "top_k": 4}
+    plain = upcycle.plan(str(pico("llama")), **keys)
+    calibrated = upcycle.plan(str(pico("llama")), **keys, calibration="demo")
+    assert (plain.router, plain.refit, plain.calibration_tokens) == ("cool", "none", 0)
+    assert (calibrated.router, calibrated.refit, calibrated.calibration_tokens) == ("ridge", "down", 65536)
+    assert calibrated.peak_memory_bytes > plain.peak_memory_bytes
 
 
 def test_experts_that_do_not_divide_offer_padding(pico: Pico) -> None:

@@ -184,6 +184,9 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"each token runs {shape.top_k} copies of the FFN: {shape.top_k}x its compute, the same output until trained"
         )
+    padding = (shape.experts + shape.shared) * shape.expert_size - job.dense.intermediate_size
+    if job.method.kind == "partition" and padding > 0:
+        warnings.append(f"{padding} zero neurons per layer fill up experts of {shape.expert_size}")
     if shape.expert_size % PREFERRED_MULTIPLE:
         warnings.append(
             f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "

@@ -14,6 +14,7 @@ from upcycle.errors import CheckpointError
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED_STRENGTH = 1e-2  # where no token was held out to choose by
 _POWER_STEPS, _POWER_VECTORS = 5, 8
+_GRAM_BLOCK = 512
 
 
 class RidgeSolution(NamedTuple):
@@ -82,18 +83,28 @@ class _Sums:
     """``gram`` ``[M, M]``, ``moment`` ``[M, N]`` and the targets' weighted ``square``, all fp64."""
 
     def __init__(self, features: int, targets: int) -> None:
-        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self._gram = torch.zeros(features, features, dtype=torch.float64)
+        self._symmetric = True
         self.moment = torch.zeros(features, targets, dtype=torch.float64)
         self.square = 0.0
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        if features.dtype == torch.float64:
-            self.gram.addmm_(features.T, features)
-            self.moment.addmm_(features.T, targets)
-        else:
-            self.gram += features.T @ features
-            self.moment += features.T @ targets
-        self.square += targets.double().square().sum().item()
+        # The Gram matrix is symmetric: blocks on and above its diagonal are enough, the others are filled in when it is used.
+        for first in range(0, features.shape[1], _GRAM_BLOCK):
+            block = features[:, first : first + _GRAM_BLOCK].T @ features[:, first:]
+            self._gram[first : first + _GRAM_BLOCK, first:] += block
+        self._symmetric = False
+        self.moment += features.T @ targets
+        self.square += targets.square().sum(dtype=torch.float64).item()
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """Fp64 ``[M, M]``, symmetric."""
+        if not self._symmetric:
+            self._gram.triu_()
+            self._gram += self._gram.triu(1).T
+            self._symmetric = True
+        return self._gram
 
     def loss(self, weights: torch.Tensor) -> float:
         """``||Y - X W||^2 / ||Y||^2``; zero targets count as fitted."""
