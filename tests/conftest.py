@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# One thread for every worker and its children: they share the cores, and threads that wait for each other spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

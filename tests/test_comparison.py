@@ -54,7 +54,7 @@ def test_numbers_are_those_of_the_checkpoint_that_convert_writes(pico: Pico, tmp
 
 
 def test_oracle_beats_routers_and_refit_beats_none(pico: Pico) -> None:
-    sizes = {**SMALL, "pieces": 24, "calibration_tokens": 4096}
+    sizes = {**SMALL, "pieces": 12, "calibration_tokens": 3072}
     found = upcycle.compare("demo", methods=["random_split"], routers=["ridge", "cool"], **sizes)
     ratios = {(row.router, row.refit): row.ratio for row in found.results}
     assert 1 < ratios["oracle", "down"] < ratios["ridge", "down"] < ratios["cool", "down"]

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle.blueprint import load_blueprints
+from upcycle.blueprint import BlueprintFile
 from upcycle.errors import CheckpointError, UsageError, VerificationError
 from upcycle.job import Job
 from upcycle.tensor_files import INDEX, SafetensorsFolder
@@ -87,9 +87,9 @@ def test_a_saved_blueprint_builds_the_same_model_and_can_be_changed(pico: Pico, 
     upcycle.convert(str(pico("llama")), first, method="random_split", top_k=4, seed=9, **QUICK)
     upcycle.convert(str(pico("llama")), again, blueprint=first / "blueprint.safetensors", **QUICK)
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    saved = load_blueprints(again / "blueprint.safetensors")
-    assert sorted(saved) == [0, 1, 2]
-    assert torch.equal(torch.cat([e.neurons for e in saved[0].routed]).sort().values, torch.arange(96))
+    saved = BlueprintFile(again / "blueprint.safetensors")
+    assert saved.layers == [0, 1, 2]
+    assert torch.equal(torch.cat([e.neurons for e in saved.layer(0).routed]).sort().values, torch.arange(96))
     with pytest.raises(UsageError, match="layer 0 has"):
         upcycle.convert(
             str(pico("llama")), tmp_path / "no", blueprint=first / "blueprint.safetensors", experts=4, top_k=2

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from upcycle.sources import DEMO_FOLDER
 
-LAYERS, HIDDEN, WIDTH, VOCABULARY = 48, 256, 1024, 4096
-ROOM = 150_000_000  # bytes of address space beyond what the interpreter has mapped
+LAYERS, HIDDEN, WIDTH, VOCABULARY = 34, 384, 1024, 4096
+ROOM = 190_000_000  # bytes of address space beyond what the interpreter has mapped
 
 CHILD = """
 import json, resource, sys

@@ -29,6 +29,7 @@ _FLAGS = {
     ("--experts", "-e"): "experts",
     ("--top-k", "-k"): "top_k",
     ("--shared",): "shared",
+    ("--shared-unheld",): "shared_unheld",
     ("--layers",): "layers",
     ("--router",): "router.name",
     ("--calibration",): "calibration.text",
