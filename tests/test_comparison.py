@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy, linear, silu
 import upcycle
 from upcycle.calibration_text import mixed_windows
 from upcycle.cli.main import cli
-from upcycle.comparison import pieces_of
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
+from upcycle.job import pieces_of
 from upcycle.runtime import load_stock
 from upcycle.text import demo_parts, load_tokenizer
 
@@ -85,11 +85,12 @@ def test_a_target_without_shared_experts_routes_them_all(pico: Pico) -> None:
     found = upcycle.compare(str(pico("qwen3")), methods=["random_split"], routers=["ridge"], **SMALL)
     command = found.best(0.5).command
     assert command is not None
-    assert "--shared" not in command
-    assert "--experts 6 --top-k 3" in command
+    assert "--shared-unheld route" in command
 
 
-@pytest.mark.parametrize(("size", "most", "pieces"), [(1536, 96, 96), (11008, 96, 86), (14336, 96, 64), (97, 96, 96)])
+@pytest.mark.parametrize(
+    ("size", "most", "pieces"), [(1536, 192, 192), (11008, 192, 172), (14336, 192, 128), (97, 96, 96)]
+)
 def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -> None:
     assert pieces_of(size, most) == pieces
 
@@ -97,7 +98,8 @@ def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"active": [1.0]}, "leaves nothing to choose"),
+        ({"active": [1.0]}, "between 0 and 1"),
+        ({"active": [0.3]}, "no method can split"),
         ({"methods": ["kmeans"]}, "unknown method 'kmeans'"),
         ({"routers": ["rigde"]}, "unknown router 'rigde'"),
         ({"text": ["nowhere.txt"]}, "no such text file"),

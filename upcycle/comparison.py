@@ -18,14 +18,12 @@ from upcycle.checkpoint import DenseCheckpoint
 from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
 from upcycle.errors import EnvironmentFault, RefusalError, UsageError
 from upcycle.job import prepare
-from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.planning import Plan, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
 from upcycle.text import load_tokenizer, read_text
 
-MOST_PIECES = 96
 _VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "variant=sharing_inter"]}
 
 
@@ -83,12 +81,12 @@ def compare(
     routers: Sequence[str] = ("all",),
     active: Sequence[float] = (0.75, 0.5, 0.25),
     calibration: str | Sequence[str] = "demo",
-    calibration_tokens: int = 16384,
+    calibration_tokens: int = 8192,
     window: int = 256,
     text: Sequence[str] = (),
-    tokens: int = 4096,
-    pieces: int = MOST_PIECES,
-    shared: float = 0.5,
+    tokens: int = 2048,
+    pieces: int = 192,
+    layers: str = "except-first:1",
     grid: str = "staged",
     seed: int = 0,
     progress: Progress = SILENT,
@@ -99,14 +97,14 @@ def compare(
         source: the dense model.
         methods: names, or ``name:key=value``; ``all`` takes every splitting method.
         routers: names; ``all`` takes every calibrated router and ``cool``.
-        active: fractions of the FFN's neurons that run per token.
+        active: fractions of the FFN neurons that run per token, all layers together.
         calibration: texts to calibrate on; each is a domain.
         calibration_tokens: how many tokens of them.
         window: tokens per window.
         text: texts to measure on, one domain each; by default the last quarter of every calibration text is kept for that.
         tokens: tokens to measure on, per domain.
         pieces: experts that an FFN is cut into, shared ones included, at most.
-        shared: fraction of the active neurons that is always on, where the target can hold shared experts.
+        layers: which layers are split (the recipe key); the others run whole, and the fraction is of all.
         grid: ``staged`` tries all methods with the ridge router, then all routers and refits on the best; ``full`` everything.
         seed: of every random choice.
         progress: where to report.
@@ -115,7 +113,7 @@ def compare(
         UsageError: an unknown name, a fraction that leaves nothing to choose, or texts that are too short.
     """
     checkpoint = DenseCheckpoint.open(source, None)
-    options = _Options(checkpoint, source, pieces, shared, seed, calibration, calibration_tokens, window)
+    options = _Options(checkpoint, source, pieces, layers, seed, calibration, calibration_tokens, window)
     texts = _texts(checkpoint, calibration, calibration_tokens, min(window, _longest(checkpoint)), text, tokens)
     method_names, router_names = _methods(methods), _routers(routers)
     skipped: list[str] = []
@@ -132,6 +130,11 @@ def compare(
         def candidate(fraction: float, method: str, router: str, refit: str, baseline: str | None = None) -> Any:
             return options.candidate(fraction, method, router, refit, skipped, baseline)
 
+        for fraction in active:
+            if not 0 < fraction < 1:
+                raise UsageError(
+                    f"active is a fraction between 0 and 1, got {fraction:g}", hint="--active 0.75,0.5,0.25"
+                )
         first = "ridge" if "ridge" in router_names else router_names[0]
         all_routers, refits = (router_names, ("down", "none")) if grid == "full" else ([first], ("down",))
         dense = run([candidate(a, m, r, f) for a in active for m in method_names for r in all_routers for f in refits])
@@ -160,39 +163,28 @@ class _Options:
         checkpoint: DenseCheckpoint,
         source: str,
         pieces: int,
-        shared: float,
+        layers: str,
         seed: int,
         calibration: str | Sequence[str],
         tokens: int,
         window: int,
     ) -> None:
         self._checkpoint, self._source, self._seed = checkpoint, source, seed
-        self._pieces = pieces_of(checkpoint.config.intermediate_size, pieces)
-        self._shared = shared
+        self._sizes = {"pieces": pieces, "layers": layers}
         self._calibration = {"text": calibration, "tokens": tokens, "window": window}
 
     def recipe(self, active: float, method: str, router: str, refit: str) -> dict[str, Any]:
         """The recipe of one candidate, without its source."""
         name, _, assignments = method.partition(":")
-        running = max(2, round(active * self._pieces))
-        if not 0 < active < 1 or running >= self._pieces:
-            raise UsageError(
-                f"an active fraction of {active:g} leaves nothing to choose among {self._pieces} experts",
-                hint="fractions between 0 and 1, for example --active 0.75,0.5,0.25",
-            )
-        shared = max(1, min(running - 1, round(running * self._shared))) if self._shared else 0
-        parameters = dict(part.split("=", 1) for part in assignments.split(";") if part)
         return {
             "method": name,
-            "parameters": parameters,
-            "experts": self._pieces - shared,
-            "shared": shared,
+            "parameters": dict(part.split("=", 1) for part in assignments.split(";") if part),
+            "active": active,
+            **self._sizes,
             "shared_unheld": "route",
-            "top_k": running - shared,
             "router": router,
             "refit": refit,
             "scale": "sum",
-            "pad": bool(self._checkpoint.config.intermediate_size % (self._pieces * PREFERRED_MULTIPLE)),
             "calibration": self._calibration,
             "seed": self._seed,
         }
@@ -224,18 +216,10 @@ class _Options:
         recipe = candidate.job.recipe
         words: list[Any] = ["upcycle convert", self._source, "OUT", "--method", recipe.method]
         words += [f"--param {key}={value}" for key, value in recipe.parameters.items()]
-        words += ["--experts", recipe.experts, "--top-k", recipe.top_k]
-        words += ["--shared", recipe.shared] if recipe.shared else []
-        words += ["--router", recipe.router.name, "--refit", recipe.refit, "--scale sum"]
-        words += ["--pad"] if recipe.pad else []
+        words += ["--active", f"{candidate.active:g}", "--pieces", recipe.pieces, "--layers", recipe.layers]
+        words += ["--shared-unheld route", "--router", recipe.router.name, "--refit", recipe.refit, "--scale sum"]
         words += ["--calibration", ",".join(recipe.calibration.texts)]
         return " ".join(map(str, words))
-
-
-def pieces_of(intermediate_size: int, most: int) -> int:
-    """The most equal experts, up to ``most``, whose width is a multiple of 8; ``most`` itself (padded) if there are none."""
-    fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
-    return max(fitting, default=most)
 
 
 def _longest(checkpoint: DenseCheckpoint) -> int:

@@ -194,7 +194,9 @@ class Walk:
     ) -> tuple[Applied, torch.Tensor]:
         """What is active in the layer, and the factors-included down projection ``[d, slots]`` it meets."""
         if candidate.baseline == "static":
-            static = StaticPruning(activations, round(candidate.active * ffn.intermediate_size))
+            shape = candidate.job.shape
+            kept = (shape.shared + shape.top_k) / (shape.shared + shape.experts) * ffn.intermediate_size
+            static = StaticPruning(activations, round(kept))
             return static, _stored(static, candidate, ffn, activations, targets)
         if candidate.baseline == "oracle":
             from upcycle.conversion import decide

@@ -9,7 +9,7 @@ from typing import Literal
 
 from upcycle.errors import UsageError
 from upcycle.families.base import DenseConfig, Family, Feature
-from upcycle.methods.base import Method
+from upcycle.methods.base import PREFERRED_MULTIPLE, Method
 from upcycle.recipe import Recipe, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
 from upcycle.routers.base import Router
@@ -137,7 +137,7 @@ def prepare(
             f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
         )
-    recipe = _with_shared_held(recipe, family)
+    recipe = _with_shared_held(_with_sizes(recipe, dense), family)
     method_class = load("method", recipe.method)
     method: Method = method_class(parse_parameters(method_class.Parameters, recipe.parameters, "parameters"))
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
@@ -171,6 +171,37 @@ def prepare(
     units = _units(recipe, family, dense, target, shape, specs)
     shards = _shards(units, parse_size(recipe.max_shard_size))
     return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+
+
+_ALWAYS_ON = 0.5  # of what runs, where a recipe names a fraction and no numbers
+
+
+def _with_sizes(recipe: Recipe, dense: DenseConfig) -> Recipe:
+    """The recipe with the numbers that its active fraction comes to; layers that stay dense run whole and count.
+
+    Raises:
+        UsageError: the fraction leaves nothing to choose among.
+    """
+    if recipe.active is None:
+        return recipe
+    total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
+    pieces = pieces_of(dense.intermediate_size, recipe.pieces)
+    running = round(pieces * (recipe.active * total - (total - split)) / split)
+    if not 2 <= running < pieces:
+        raise UsageError(
+            f"active {recipe.active:g} would run {max(0, running)} of {pieces} experts in each of {split} layers",
+            hint="a larger active or pieces, or more layers",
+        )
+    shared = max(1, round(_ALWAYS_ON * running))
+    pad = recipe.pad or dense.intermediate_size % (pieces * PREFERRED_MULTIPLE) > 0
+    sizes = {"experts": pieces - shared, "top_k": running - shared, "shared": shared, "active": None, "pad": pad}
+    return recipe.model_copy(update=sizes)
+
+
+def pieces_of(intermediate_size: int, most: int) -> int:
+    """The most equal experts, up to ``most``, whose width is a multiple of 8; ``most`` itself (padded) if there are none."""
+    fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
+    return max(fitting, default=most)
 
 
 def _with_shared_held(recipe: Recipe, family: Family) -> Recipe:

@@ -72,6 +72,13 @@ class Recipe(_Strict):
     experts: int = Field(8, ge=1, description="routed experts per MoE layer")
     top_k: int = Field(2, ge=1, description="experts per token")
     shared: int = Field(0, ge=0, description="shared experts: always on, split off before the routed ones")
+    active: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of the FFN neurons that run per token, all layers together: sets experts, top_k and shared of a split",
+    )
+    pieces: int = Field(192, ge=4, description="with active: the most experts an FFN is cut into, shared ones included")
     shared_unheld: Literal["refuse", "route"] = Field(
         "refuse",
         description="where the target holds no shared experts: refuse, or make them routed ones (K grows by S)",

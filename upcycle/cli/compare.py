@@ -28,18 +28,25 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
 @click.argument("source")
 @click.option("--methods", default="all", callback=_list, help="splitting methods, or NAME:KEY=VALUE  [default: all]")
 @click.option("--routers", default="all", callback=_list, help="router initialisers  [default: all]")
-@click.option("--active", default="0.75,0.5,0.25", callback=_fractions, help="fractions of the neurons that run")
+@click.option(
+    "--active",
+    default="0.75,0.5,0.25",
+    callback=_fractions,
+    help="fractions of the neurons that run, all layers together",
+)
 @click.option(
     "--calibration", default="demo", callback=_list, help="texts to calibrate on, a domain each  [default: demo]"
 )
-@click.option("--calibration-tokens", default=16384, help="calibration tokens  [default: 16384]")
+@click.option("--calibration-tokens", default=8192, help="calibration tokens  [default: 8192]")
 @click.option("--window", default=256, help="tokens per window  [default: 256]")
 @click.option(
     "--text", default="", callback=_list, help="texts to measure on  [default: the last quarters of the others]"
 )
-@click.option("--tokens", default=4096, help="tokens to measure on, per text  [default: 4096]")
-@click.option("--pieces", default=96, help="experts an FFN is cut into, shared ones included, at most  [default: 96]")
-@click.option("--shared", default=0.5, help="fraction of the active neurons that is always on  [default: 0.5]")
+@click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
+@click.option("--pieces", default=192, help="experts an FFN is cut into, shared ones included, at most  [default: 192]")
+@click.option(
+    "--layers", default="except-first:1", help="layers that are split; the others run whole  [default: except-first:1]"
+)
 @click.option(
     "--grid", type=click.Choice(["staged", "full"]), default="staged", help="all methods first, or everything"
 )

@@ -29,6 +29,8 @@ _FLAGS = {
     ("--experts", "-e"): "experts",
     ("--top-k", "-k"): "top_k",
     ("--shared",): "shared",
+    ("--active",): "active",
+    ("--pieces",): "pieces",
     ("--shared-unheld",): "shared_unheld",
     ("--layers",): "layers",
     ("--router",): "router.name",
@@ -83,8 +85,8 @@ def recipe_options(function: F) -> F:
             settings["is_flag"] = True
         elif choices:
             settings["type"] = click.Choice(choices)
-        elif field.annotation is int:
-            settings["type"] = int
+        elif field.annotation in (int, float | None):
+            settings["type"] = int if field.annotation is int else float
         function = click.option(*flags, key.replace(".", "__"), **settings)(function)
     return function
 
