@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check real benchmark clean
+.PHONY: demo test lint types check real benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -24,9 +24,13 @@ check: lint types test
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end
 
-benchmark: $(READY)     # against mergekit and against plain copying; about 15 minutes and 40 GB of disk
+benchmark: $(READY)     # against mergekit, plain copying and k-means-constrained; about 20 minutes and 40 GB of disk
 	$(BIN)/python -P tests/benchmarks/against_mergekit.py
 	$(BIN)/python -P tests/benchmarks/large_split.py
+	$(BIN)/python -P tests/benchmarks/clustering.py
+
+quality: $(READY)       # the split recipes on SmolLM2-135M, every layer, against static pruning and CMoE; about an hour
+	$(BIN)/python -P tests/benchmarks/split_quality.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

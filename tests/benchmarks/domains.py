@@ -1,9 +1,10 @@
 """Unlike kinds of real text, split by document into a part to calibrate on and a part to measure on.
 
 ``documentation``: Python's language reference (``pydoc_data.topics``); ``code``: the standard library's sources;
-``science``: SciPy's docstrings, mathematics and statistics in English. These three are calibrated on. ``news`` is only measured on, as text unlike all that was calibrated on: 300 news
-mails of the Australian Broadcasting Corporation (Lee, Pincombe and Welsh 2005), which the gensim 4.3.3 wheel carries.
-A document's name decides by its SHA-256 which part it is in: one in six is measured on.
+``science``: SciPy's docstrings, mathematics and statistics in English. These three are calibrated on. ``news`` is only measured
+on, as text unlike all that was calibrated on: 300 news mails of the Australian Broadcasting Corporation (Lee, Pincombe and
+Welsh 2005), which the gensim 4.3.3 wheel carries. A document's name decides by its SHA-256 which part it is in: one in six is
+measured on.
 """
 
 from __future__ import annotations

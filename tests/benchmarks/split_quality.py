@@ -1,10 +1,12 @@
 """Training-free quality of the shipped split recipes on SmolLM2-135M, all 30 layers, against what they must beat.
 
 For 75%, 50% and 25% of the neurons: ``configs/convert/split_NN.yaml``; static pruning to the same number of neurons with the
-same refit; and at 50% CMoE's own recipe (its split and router, no refit).
-All see the same calibration tokens (documentation, code and science in equal parts) and are measured on other documents
-of these kinds, and on news, a kind that none was calibrated on; it is not in the mean. ``--oracle`` adds the limit. The last lines compare the time of calibrating, splitting and refitting on 65,536 tokens with one
-forward pass of the same tokens, and weigh its memory (``--no-speed`` leaves them out, ``--no-quality`` the table).
+same refit; and at 50% CMoE's own recipe (its split and router, no refit). All see the same calibration tokens (documentation,
+code and science in equal parts) and are measured on other documents of these kinds, and on news, a kind that none was
+calibrated on; it is not in the mean. ``--oracle`` adds the limit of all routing.
+
+First, the time of calibrating, splitting and refitting on 65,536 tokens is compared with one forward pass of the same
+tokens, and its memory weighed (``--no-speed`` leaves that out, ``--no-quality`` the other).
 """
 
 from __future__ import annotations

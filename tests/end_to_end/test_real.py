@@ -81,3 +81,15 @@ def test_the_gguf_file_itself_converts(tmp_path: Path) -> None:
     assert result.verification.verdict == "exact"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("Ünïcode and code: x += 1")["input_ids"]) == "Ünïcode and code: x += 1"
+
+
+def test_a_calibrated_split_loads_cleanly_and_still_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"method": "alternating", "active": 0.75, "pieces": 96, "layers": "except-first:1"}
+    calibration = {"text": "demo", "tokens": 4096, "window": 256}
+    result = upcycle.convert(str(smollm2), tmp_path / "out", calibration=calibration, **recipe)
+    assert result.plan.target == "qwen2_moe"
+    assert result.verification is not None
+    # A random split at half of its experts multiplies the perplexity by three thousand.
+    assert result.verification.perplexity < 1.5 * result.verification.perplexity_dense
+    written = generated(tmp_path / "out")
+    assert "Paris" in AutoTokenizer.from_pretrained(smollm2).decode(written[0])
