@@ -252,6 +252,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"calibration": "{short}"}, UsageError, "fewer than one window"),
     ({"calibration": {"text": "{rows}", "column": "body"}}, UsageError, r"the columns are \['id', 'text'\]"),
     ({"calibration": "{broken}"}, UsageError, "line 2 is not JSON"),
+    ({"method": "importance", "calibration": {"text": "demo", "tokens": 128, "window": 64}}, UsageError, "there are 2"),
 ]
 
 
@@ -268,6 +269,7 @@ def test_bad_input(pico: Pico, tmp_path: Path, changes: dict[str, Any], kind: ty
     with pytest.raises(kind, match=message):
         upcycle.convert(str(pico("llama")), tmp_path / "out", **recipe)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()  # the corrected command must not ask for --restart
 
 
 def test_json_lines_are_read_by_column(pico: Pico, tmp_path: Path) -> None:

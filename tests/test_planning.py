@@ -10,9 +10,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.errors import UsageError
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.planning import job_of
+from upcycle.recipe import parse_recipe
 
 Pico = Callable[[str], Path]
+ACTIVE: dict[str, Any] = {"method": "random_split"}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,38 @@ def test_promises(keys: dict[str, Any], promise: str, pico: Pico) -> None:
 def test_shared_experts_that_leave_nothing_to_route_are_refused(pico: Pico) -> None:
     with pytest.raises(UsageError, match="40 shared experts of 8 neurons leave 0 of 96 neurons for 8 routed experts"):
         upcycle.plan(str(pico("llama")), method="random_split", shared=40, pad=True)
+
+
+def test_a_fraction_sets_the_sizes_and_counts_layers_that_stay_dense(pico: Pico) -> None:
+    # 96 neurons: 12 pieces of 8. Two of three layers are split, so that (1 + 2 * 5/12) / 3 = 61% run; 4/12 would be 56%.
+    job = job_of(
+        parse_recipe(ACTIVE | {"source": str(pico("llama")), "active": 0.6, "layers": "except-first:1"}, "test")
+    )
+    assert (job.shape.shared + job.shape.top_k, job.shape.experts + job.shape.shared) == (5, 12)
+    assert job.shape.shared == 2
+    everywhere = job_of(parse_recipe(ACTIVE | {"source": str(pico("llama")), "active": 0.6}, "test"))
+    assert everywhere.shape.shared + everywhere.shape.top_k == 7
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"active": 0.1, "layers": "except-first:1"}, "would run 0 of 12 experts in each of 2 layers"),
+        ({"active": 0.5, "method": "sparse_upcycling"}, "copies whole FFNs"),
+        ({"active": 1.5}, "less than 1"),
+    ],
+)
+def test_fractions_that_make_no_split_are_refused(keys: dict[str, Any], message: str, pico: Pico) -> None:
+    with pytest.raises(UsageError, match=message):
+        upcycle.plan(str(pico("llama")), **{**ACTIVE, **keys})
+
+
+def test_a_target_without_shared_experts_routes_them_where_that_is_allowed(pico: Pico) -> None:
+    keys = {"method": "random_split", "shared": 4, "experts": 8, "top_k": 2}
+    job = job_of(parse_recipe({**keys, "source": str(pico("qwen3")), "shared_unheld": "route"}, "test"))
+    assert (job.shape.shared, job.shape.experts, job.shape.top_k) == (0, 12, 6)
+    with pytest.raises(UpcycleError, match="cannot hold shared experts"):
+        upcycle.plan(str(pico("qwen3")), **keys)
 
 
 def test_a_calibration_is_planned_with_its_memory(pico: Pico) -> None:

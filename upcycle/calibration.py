@@ -148,16 +148,8 @@ class Calibration:
             self._stream("dense", index + 1).write(before + block(x) for before, x in pairs)
         ffn = self._checkpoint.feed_forward(index, self._job.recipe.dtype)
 
-        def batches() -> Iterator[Inputs]:
-            for number, x in enumerate(inputs.blocks(self._batch)):
-                yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-
-        activations = Activations(ffn, batches, importance, self._cache_bytes)
-
-        def targets() -> Iterator[torch.Tensor]:
-            dense = self._stream("dense", index + 1).blocks(self._batch)
-            return (whole - before for whole, before in zip(dense, residual.blocks(self._batch), strict=True))
-
+        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
+        targets = targets_of(self._stream("dense", index + 1), residual, self._batch)
         blueprint, report = decide_layer(self._job, ffn, activations, targets)
         if self._sequential:
             self._continue(index, ffn, blueprint, activations, residual)
@@ -180,6 +172,28 @@ class Calibration:
         pairs = zip(residual.blocks(self._batch), activations.batches(), strict=True)
         outputs = (before + linear(routing.active(batch), down) for before, batch in pairs)
         self._stream("moe", index + 1).write(outputs)
+
+
+def activations_of(
+    ffn: FeedForward, inputs: TokenFile, batch: int, importance: torch.Tensor | None = None, cache_bytes: int = 0
+) -> Activations:
+    """The activations of a layer whose FFN inputs are in a file, ``batch`` tokens at a time, every eighth batch held out."""
+
+    def batches() -> Iterator[Inputs]:
+        for number, x in enumerate(inputs.blocks(batch)):
+            yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+
+    return Activations(ffn, batches, importance, cache_bytes)
+
+
+def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[], Iterator[torch.Tensor]]:
+    """What a layer's experts should put out: the dense model's stream after it, less the converted one's before its FFN."""
+
+    def targets() -> Iterator[torch.Tensor]:
+        pairs = zip(dense.blocks(batch), residual.blocks(batch), strict=True)
+        return (whole - before for whole, before in pairs)
+
+    return targets
 
 
 def decide_layer(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
-from upcycle.activations import HELD_OUT_EVERY, Activations, Batch, Inputs, contributions
-from upcycle.calibration import decide_layer
+from upcycle.activations import HELD_OUT_EVERY, Activations, Batch, contributions
+from upcycle.calibration import activations_of, decide_layer, targets_of
 from upcycle.capture import ExpertMap, of_largest
 from upcycle.layers import LayerRunner
 from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES
@@ -170,20 +170,13 @@ class Walk:
         inputs, residual = (TokenFile(self._folder / part, ffn.hidden_size) for part in ("x", "residual"))
         self._attention(index, source, "calibration", inputs, residual)
 
-        def batches() -> Iterator[Inputs]:
-            for number, x in enumerate(inputs.blocks(self._batch)):
-                yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-
-        def targets() -> Iterator[torch.Tensor]:
-            dense = self._stream("dense", "calibration", index + 1).blocks(self._batch)
-            return (whole - before for whole, before in zip(dense, residual.blocks(self._batch), strict=True))
-
-        activations = Activations(ffn, batches, importance, self._cache_bytes)
+        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
+        targets = targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
         applied, down = self._decide(candidate, ffn, activations, targets)
         self._continue(name, "calibration", index, applied, down, activations, residual)
         candidate.seconds += time.monotonic() - started
         self._attention(index, source, "evaluation", inputs, residual)
-        self._continue(name, "evaluation", index, applied, down, Activations(ffn, batches), residual)
+        self._continue(name, "evaluation", index, applied, down, activations_of(ffn, inputs, self._batch), residual)
 
     def _attention(self, index: int, source: str, what: str, inputs: TokenFile, residual: TokenFile) -> None:
         states = self._stream(source, what, index).blocks(self._batch)

@@ -184,6 +184,11 @@ def _with_sizes(recipe: Recipe, dense: DenseConfig) -> Recipe:
     """
     if recipe.active is None:
         return recipe
+    if load("method", recipe.method).kind == "copies":
+        raise UsageError(
+            f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
+            hint="--experts and --top-k, or --method alternating",
+        )
     total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
     pieces = pieces_of(dense.intermediate_size, recipe.pieces)
     running = round(pieces * (recipe.active * total - (total - split)) / split)

@@ -106,7 +106,14 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        begun = (self.folder / name for name in (LAYER_BLUEPRINTS, "journal.jsonl"))
+        if isinstance(error, UpcycleError) and not any(map(_holds_something, begun)):
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing to continue: a corrected command needs no --restart
         os.close(self._lock)
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def sibling(path: Path, suffix: str) -> Path:
