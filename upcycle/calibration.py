@@ -76,7 +76,7 @@ class Calibration:
         importance = self._importance() if self._job.method.needs_gradients else {}
         with self._progress.phase("calibrating", layers):
             self._progress.advance(start)
-            if not self._stream("dense", 0).exists:
+            if start == 0:
                 self._stream("dense", 0).write(map(self._runner.embed, self.windows.flatten().split(self._batch)))
             for index in range(start, max(moe_layers) + 1):
                 with self._runner.loaded(index), torch.no_grad():

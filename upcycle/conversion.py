@@ -20,7 +20,7 @@ from upcycle.checkpoint import DenseCheckpoint
 from upcycle.companions import copy_companions
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.job import Job, Unit, prepare
-from upcycle.planning import Plan, check_memory, make_plan
+from upcycle.planning import Plan, calibration_disk, check_memory, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.text import read_text
@@ -117,7 +117,7 @@ def run_recipe(
         check_memory(job)
     try:
         with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint), overwrite, restart) as workspace:
-            _check_disk(workspace.folder, made.bytes_output)
+            _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
             if job.calibrated and not saved:
                 from upcycle.calibration import calibrate

@@ -156,6 +156,16 @@ def _calibration_memory(job: Job) -> int:
     return _INTERPRETER_BYTES + 4 * (2 * weights + batch + kept) + 8 * fit
 
 
+def calibration_disk(job: Job) -> int:
+    """Bytes that a calibration keeps in the working folder: a few streams of states, and refitted projections twice."""
+    if not job.calibrated:
+        return 0
+    dense, shape = job.dense, job.shape
+    states = 8 * 4 * job.recipe.calibration.tokens * dense.hidden_size
+    down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * TensorSpec((1,), job.dtype).nbytes
+    return states + (2 * len(shape.moe_layers) * down if job.refit == "down" else 0)
+
+
 def check_memory(job: Job) -> None:
     """Refuse a calibration that cannot fit into memory.
 

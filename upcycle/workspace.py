@@ -108,7 +108,9 @@ class Workspace:
     ) -> None:
         begun = (self.folder / name for name in (LAYER_BLUEPRINTS, "journal.jsonl"))
         if isinstance(error, UpcycleError) and not any(map(_holds_something, begun)):
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing to continue: a corrected command needs no --restart
+            shutil.rmtree(
+                self.folder, ignore_errors=True
+            )  # nothing to continue: a corrected command needs no --restart
         os.close(self._lock)
 
 
