@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from upcycle.errors import UpcycleError
@@ -61,7 +62,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in set(right) else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     stdout().print(table)
 
 
@@ -71,7 +72,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     stdout().print(table)
 
 
