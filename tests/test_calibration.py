@@ -252,7 +252,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"calibration": "{short}"}, UsageError, "fewer than one window"),
     ({"calibration": {"text": "{rows}", "column": "body"}}, UsageError, r"the columns are \['id', 'text'\]"),
     ({"calibration": "{broken}"}, UsageError, "line 2 is not JSON"),
-    ({"method": "importance", "calibration": {"text": "demo", "tokens": 128, "window": 64}}, UsageError, "there are 2"),
+    ({"method": "importance", "calibration": {"text": "demo", "tokens": 128, "window": 64}}, UsageError, "there are 4"),
 ]
 
 

@@ -17,6 +17,7 @@ from upcycle.calibration_text import mixed_windows, read_texts
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
 from upcycle.errors import EnvironmentFault, RefusalError, UsageError
+from upcycle.gradients import SHORTEST_PIECE
 from upcycle.job import prepare
 from upcycle.planning import Plan, make_plan
 from upcycle.progress import SILENT, Progress
@@ -171,7 +172,7 @@ class _Options:
     ) -> None:
         self._checkpoint, self._source, self._seed = checkpoint, source, seed
         self._sizes = {"pieces": pieces, "layers": layers}
-        self._calibration = {"text": calibration, "tokens": tokens, "window": window}
+        self._calibration: dict[str, Any] = {"text": calibration, "tokens": tokens, "window": window}
 
     def recipe(self, active: float, method: str, router: str, refit: str) -> dict[str, Any]:
         """The recipe of one candidate, without its source."""
@@ -197,6 +198,8 @@ class _Options:
         label = f"{active:g} {method} {router} {refit} {baseline or ''}"
         try:
             job = self._job(recipe)
+            if job.method.needs_gradients and self._calibration["tokens"] < SHORTEST_PIECE * job.shape.experts:
+                raise UsageError(f"too little calibration text for {job.shape.experts} kinds of it")
             if job.method.name == "coactivation_graph":
                 import pymetis  # noqa: F401 - is it there?
         except (UsageError, RefusalError, EnvironmentFault, ImportError) as error:

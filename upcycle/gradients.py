@@ -4,8 +4,8 @@ LLaMA-MoE (arXiv 2406.16554) clusters the text and, per cluster and neuron, aver
 estimate of what removing the neuron does to the loss. Forward, the inputs of all layers are kept in files; backward, each
 layer is run once more with gradients, and hands the gradient of its input to the one below.
 
-Deviation: texts are clustered by the dense model's own final hidden states (mean per window, k-means), not by a second
-embedding model.
+Deviation: texts are clustered by the dense model's own final hidden states (mean per piece of text, k-means), not by a second
+embedding model. A piece is a window, or where that makes fewer than two per cluster, a half, a quarter and so on of one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from upcycle.job import Job
 
 _LOGIT_BYTES = 1 << 28
+SHORTEST_PIECE = 32  # tokens
 
 
 def write_importance(
@@ -41,14 +42,17 @@ def write_importance(
     """Measure all layers on ``windows`` ``[N, W]`` and write fp32 ``importance.L`` ``[clusters, F]`` for each.
 
     Raises:
-        UsageError: fewer windows than clusters.
+        UsageError: fewer pieces of text than clusters.
     """
     from safetensors.torch import save
 
-    if len(windows) < clusters:
+    piece = windows.shape[1]
+    while windows.numel() // piece < 2 * clusters and piece % 2 == 0 and piece > SHORTEST_PIECE:
+        piece //= 2
+    if windows.numel() // piece < clusters:
         raise UsageError(
-            f"{clusters} text clusters, one per expert, need as many windows of text; there are {len(windows)}",
-            hint="more --calibration-tokens or a smaller --set calibration.window",
+            f"{clusters} text clusters, one per expert, need as many pieces of text; there are {windows.numel() // piece}",
+            hint="more --calibration-tokens, or fewer experts",
         )
     width, layers = job.dense.hidden_size, job.dense.num_hidden_layers
     vocabulary = 4 * windows.shape[1] * job.dense.vocab_size
@@ -62,11 +66,11 @@ def write_importance(
                 with runner.loaded(index):
                     states[index + 1].write(runner.whole(index, block) for block in states[index].blocks(batch))
                 progress.advance()
-        labels = _text_clusters(states[layers], windows, batch, clusters, job.recipe.seed)
+        labels = _text_clusters(states[layers], piece, batch, clusters, job.recipe.seed)
         _loss_gradients(checkpoint, job, windows, states[layers], gradients[layers], batch)
         found = {}
         for index in reversed(range(layers)):
-            found[f"importance.{index}"] = _backward(runner, index, states, gradients, labels, clusters, batch)
+            found[f"importance.{index}"] = _backward(runner, index, states, gradients, labels, clusters, batch, piece)
             states[index + 1].remove()
             gradients[index + 1].remove()
             progress.advance()
@@ -84,14 +88,11 @@ def read_importance(path: Path) -> dict[int, torch.Tensor]:
     return {int(name.split(".")[1]): tensor for name, tensor in load_file(path).items()}
 
 
-def _text_clusters(final: TokenFile, windows: torch.Tensor, batch: int, clusters: int, seed: int) -> torch.Tensor:
-    """Int64 ``[N]``: the cluster of every window."""
+def _text_clusters(final: TokenFile, piece: int, batch: int, clusters: int, seed: int) -> torch.Tensor:
+    """Int64 ``[N]``: the cluster of every piece of text."""
     from sklearn.cluster import KMeans
 
-    means = [
-        block.view(-1, windows.shape[1], block.shape[1]).mean(1) / block.norm(dim=1).mean()
-        for block in final.blocks(batch)
-    ]
+    means = [block.view(-1, piece, block.shape[1]).mean(1) / block.norm(dim=1).mean() for block in final.blocks(batch)]
     points = torch.nn.functional.normalize(torch.cat(means), dim=1)
     fitted = KMeans(clusters, n_init=4, random_state=seed % 2**32).fit(points.double().numpy())
     return torch.from_numpy(fitted.labels_).long()
@@ -128,6 +129,7 @@ def _backward(
     labels: torch.Tensor,
     clusters: int,
     batch: int,
+    piece: int,
 ) -> torch.Tensor:
     """One layer's importance ``[C, F]``; writes the gradient of its input."""
     sums: torch.Tensor | None = None
@@ -150,13 +152,13 @@ def _backward(
                 output = output[0] if isinstance(output, tuple) else output
                 hidden = seen.pop()
                 below, slope = torch.autograd.grad(output, (leaf, hidden), above.view_as(output))
-                effect = (hidden.detach() * slope).abs().double().view(count, window, -1).sum(1)
+                effect = (hidden.detach() * slope).abs().double().view(count * window // piece, piece, -1).sum(1)
                 if sums is None:
                     sums = torch.zeros(clusters, effect.shape[1], dtype=torch.float64)
-                mine = labels[number : number + count]
+                mine = labels[number : number + len(effect)]
                 sums.index_add_(0, mine, effect)
-                tokens.index_add_(0, mine, torch.full((count,), float(window), dtype=torch.float64))
-                number += count
+                tokens.index_add_(0, mine, torch.full((len(effect),), float(piece), dtype=torch.float64))
+                number += len(effect)
                 yield below.reshape(-1, below.shape[-1])
 
         try:
