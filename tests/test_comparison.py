@@ -133,3 +133,10 @@ def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> 
     assert (tmp_path / "table.md").read_text().startswith("| active | method |")
     wrong = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "no" / "table.md")])
     assert wrong.exit_code != 0
+
+
+def test_what_cannot_run_is_left_out_with_the_reason(pico: Pico) -> None:
+    sizes = {**SMALL, "pieces": 12, "calibration_tokens": 128}
+    found = upcycle.compare(str(pico("llama")), methods=["importance", "d2d"], routers=["ridge"], **sizes)
+    assert found.skipped == ["importance: too little calibration text for 10 kinds of it"]
+    assert found.best(0.5).method == "d2d"
