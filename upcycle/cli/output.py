@@ -72,7 +72,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(escape(name), escape(value))
+        table.add_row(name, value)
     stdout().print(table)
 
 
