@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from upcycle.cli.options import common_options
 from upcycle.cli.output import print_json, print_table
@@ -25,7 +26,7 @@ def command(kind: str | None, as_json: bool, debug: bool) -> None:
         return
     for name, found in listing.items():
         columns = list(found[0])
-        rows = [[_text(entry[column]) for column in columns] for entry in found]
+        rows = [[escape(_text(entry[column])) for column in columns] for entry in found]
         print_table(columns, rows, title=f"{'' if kind else chr(10)}{name}")
 
 

@@ -11,7 +11,6 @@ from typing import Any, TextIO
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from upcycle.errors import UpcycleError
@@ -62,7 +61,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in set(right) else "left")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     stdout().print(table)
 
 
