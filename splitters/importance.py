@@ -62,7 +62,7 @@ class Importance(Partition):
         shares = {"independent": False, "sharing_inner": True, "sharing_inter": parameters.share_neurons}
         self.overlap = shares[parameters.variant]
         if self.overlap:
-            self.kind = "overlap"  # mypy narrows what Partition assigns
+            self.kind = "overlap"
             self.exact_when_all_active = False
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:

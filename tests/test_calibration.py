@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,73 @@ def test_a_stopped_calibration_continues_to_the_same_bytes(
     assert names == {path.name for path in (tmp_path / "stopped").iterdir()}
     for name in names - {"verification.json"}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+
+
+def test_a_stopped_calibration_is_not_continued_on_another_text(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, recipe = tmp_path / "text.txt", {**SPLIT, "calibration": {"tokens": 512, "window": WINDOW}}
+    recipe["calibration"]["text"] = str(text)
+    text.write_text(demo_parts("prose")[0])
+    original = Calibration._moe_layer
+
+    def stopping(self: Calibration, index: int, importance: torch.Tensor | None) -> None:
+        original(self, index, importance)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibration, "_moe_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.convert(str(pico("llama")), tmp_path / "out", **recipe)
+    monkeypatch.undo()
+    text.write_text(demo_parts("code")[0])
+    with pytest.raises(UsageError, match="unfinished conversion of another recipe"):
+        upcycle.convert(str(pico("llama")), tmp_path / "out", **recipe)
+
+
+def test_states_cut_short_by_a_crash_are_computed_again(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, original, seen = str(pico("llama")), Calibration._moe_layer, []
+    upcycle.convert(dense, tmp_path / "whole", **SPLIT)
+
+    def stopping(self: Calibration, index: int, importance: torch.Tensor | None) -> None:
+        seen.append(index)
+        if seen == [0, 1]:
+            for path in self._tokens_folder.iterdir():
+                path.write_bytes(b"")
+            raise KeyboardInterrupt
+        original(self, index, importance)
+
+    monkeypatch.setattr(Calibration, "_moe_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.convert(dense, tmp_path / "out", **SPLIT)
+    upcycle.convert(dense, tmp_path / "out", **SPLIT)
+    assert seen == [0, 1, 0, 1, 2]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+class FakeDatasets:
+    """What the datasets package answers, without a network."""
+
+    @staticmethod
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, Any]]:
+        if name == "org/gone":
+            raise FileNotFoundError("Dataset 'org/gone' doesn't exist on the Hub")
+        assert (name, config, split, streaming) == ("org/data", "en", "validation", True)
+        return [{"body": demo_parts("prose")[0][i : i + 400], "id": i} for i in range(0, 20_000, 400)]
+
+
+def test_hub_datasets(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets)
+    calibration = {"text": "org/data:en:validation", "tokens": 512, "window": WINDOW}
+    with pytest.raises(UsageError, match=r"no text in column 'text'; the columns are \['body', 'id'\]"):
+        upcycle.convert(str(pico("llama")), tmp_path / "out", **{**SPLIT, "calibration": calibration})
+    with pytest.raises(EnvironmentFault, match="org/gone cannot be read"):
+        upcycle.convert(str(pico("llama")), tmp_path / "out", **{**SPLIT, "calibration": "org/gone"})
+    calibration["column"] = "body"
+    result = upcycle.convert(str(pico("llama")), tmp_path / "out", **{**SPLIT, "calibration": calibration})
+    assert len(result.layers) == 3
 
 
 def test_a_blueprint_repeats_a_calibrated_conversion_without_its_text(pico: Pico, tmp_path: Path) -> None:

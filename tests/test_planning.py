@@ -80,6 +80,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(pico: Pico, tmp_path: Path, m
         ({"experts": 4, "top_k": 2}, "runs 2 copies"),
         ({"method": "random_split", "experts": 7, "top_k": 7, "pad": True, "dtype": "bfloat16"}, "rounds in bfloat16"),
         ({"method": "random_split", "experts": 7, "top_k": 7, "pad": True}, "16 zero neurons per layer"),
+        ({"calibration": "demo"}, "calibration text is not used"),
         ({"experts": 8, "max_shard_size": "10KB"}, "a layer is never divided"),
         ({"method": "random_split", "experts": 8, "top_k": 8}, "not a multiple of 8"),
     ],

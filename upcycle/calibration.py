@@ -7,7 +7,6 @@ which says what the layer should have put out (the order of GPTQ and SparseGPT).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch.nn.functional import linear
 
 from upcycle.activations import HELD_OUT_EVERY, Activations, Inputs
 from upcycle.blueprint import LayerBlueprint, save_blueprint
-from upcycle.calibration_text import calibration_windows
 from upcycle.capture import captured
 from upcycle.errors import CheckpointError
 from upcycle.feed_forward import FeedForward
 from upcycle.layers import LayerRunner
 from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES
 from upcycle.progress import Progress
-from upcycle.provenance import BLUEPRINT_FILE
+from upcycle.provenance import BLUEPRINT_FILE, hash_tokens
 from upcycle.refit import Routing, fit_down, fit_scale
 from upcycle.runtime import available_memory
 from upcycle.token_files import TokenFile, write_together
@@ -42,21 +40,21 @@ class Calibration:
     Args:
         job: the conversion; its recipe names the text.
         checkpoint: the dense model.
+        windows: the calibration tokens, ids ``[N, W]``.
         folder: where token files are kept while it lasts, and the finished blueprints in ``layer_blueprints``.
         progress: where to report.
-
-    Raises:
-        UsageError: the text cannot be read, or is shorter than one window.
     """
 
-    def __init__(self, job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, checkpoint: DenseCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress
+    ) -> None:
         self._job, self._checkpoint, self._progress = job, checkpoint, progress
         self._tokens_folder = folder / CALIBRATION_FOLDER
         self._blueprints = folder / LAYER_BLUEPRINTS
         self._tokens_folder.mkdir(exist_ok=True)
         self._blueprints.mkdir(exist_ok=True)
-        self.windows = calibration_windows(job, checkpoint, progress)
-        count, self._window = self.windows.shape
+        self.windows = windows
+        count, self._window = windows.shape
         # At least eight batches, so that some can be held out; at most what keeps matrix products busy.
         per_batch = max(1, min(CALIBRATION_BATCH_TOKENS // self._window, count // HELD_OUT_EVERY))
         self._batch = per_batch * self._window
@@ -92,13 +90,12 @@ class Calibration:
     @property
     def record(self) -> dict[str, Any]:
         """What ``upcycle.json`` says about the text: how much, and the SHA-256 of the token ids."""
-        ids = self.windows.contiguous().numpy()
         return {
             "text": self._job.recipe.calibration.texts,
             "tokens": self.windows.numel(),
             "window": self._window,
             "mode": self._job.calibration_mode,
-            "token_ids_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            "token_ids_sha256": hash_tokens(self.windows),
         }
 
     def _stream(self, name: str, index: int) -> TokenFile:
@@ -109,8 +106,8 @@ class Calibration:
         undecided = [layer for layer in self._job.shape.moe_layers if not self._file(layer).exists()]
         last = undecided[0] if undecided else max(self._job.shape.moe_layers) + 1
         for index in range(last, 0, -1):
-            has_moe = self._stream("moe", index).exists or not self._differs(index)
-            if self._stream("dense", index).exists and has_moe:
+            needed = ("dense", "moe") if self._differs(index) else ("dense",)
+            if all(self._stream(name, index).holds(self.windows.numel()) for name in needed):
                 return index
         return last if not undecided else 0
 
@@ -230,13 +227,15 @@ def decide_layer(
     return replace(blueprint, down=stored), {**report, **fit.as_dict()}
 
 
-def calibrate(job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> dict[str, Any]:
+def calibrate(
+    job: Job, checkpoint: DenseCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress
+) -> dict[str, Any]:
     """Decide every MoE layer of ``job``, leaving one file per layer in ``folder/layer_blueprints``.
 
     Returns:
         What was read, for ``upcycle.json``.
     """
-    calibration = Calibration(job, checkpoint, folder, progress)
+    calibration = Calibration(job, checkpoint, windows, folder, progress)
     if not (folder / BLUEPRINT_FILE).exists():  # else an earlier run was stopped after everything was decided
         calibration.run()
     return calibration.record

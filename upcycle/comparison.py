@@ -7,6 +7,7 @@ does not beat it is not worth its router) and **oracle routing** (the limit of e
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -113,6 +114,10 @@ def compare(
     Raises:
         UsageError: an unknown name, a fraction that leaves nothing to choose, or texts that are too short.
     """
+    active = list(dict.fromkeys(active))
+    for fraction in active:
+        if not 0 < fraction < 1:
+            raise UsageError(f"active is a fraction between 0 and 1, got {fraction:g}", hint="--active 0.75,0.5,0.25")
     checkpoint = DenseCheckpoint.open(source, None)
     options = _Options(checkpoint, source, pieces, layers, seed, calibration, calibration_tokens, window)
     texts = _texts(checkpoint, calibration, calibration_tokens, min(window, _longest(checkpoint)), text, tokens)
@@ -123,7 +128,8 @@ def compare(
         walk = Walk(checkpoint, "keep", texts, Path(folder), progress)
 
         def run(wanted: list[Candidate | None]) -> list[float]:
-            fresh = [c for c in wanted if c is not None and c.label not in {d.label for d in done}]
+            known = {candidate.label for candidate in done}
+            fresh = list({c.label: c for c in wanted if c is not None and c.label not in known}.values())
             nats = walk.run(fresh)
             done.extend(fresh)
             return nats
@@ -131,11 +137,6 @@ def compare(
         def candidate(fraction: float, method: str, router: str, refit: str, baseline: str | None = None) -> Any:
             return options.candidate(fraction, method, router, refit, skipped, baseline)
 
-        for fraction in active:
-            if not 0 < fraction < 1:
-                raise UsageError(
-                    f"active is a fraction between 0 and 1, got {fraction:g}", hint="--active 0.75,0.5,0.25"
-                )
         first = "ridge" if "ridge" in router_names else router_names[0]
         all_routers, refits = (router_names, ("down", "none")) if grid == "full" else ([first], ("down",))
         dense = run([candidate(a, m, r, f) for a in active for m in method_names for r in all_routers for f in refits])
@@ -217,12 +218,13 @@ class _Options:
     def command(self, candidate: Candidate) -> str:
         """The command that carries a candidate out."""
         recipe = candidate.job.recipe
-        words: list[Any] = ["upcycle convert", self._source, "OUT", "--method", recipe.method]
-        words += [f"--param {key}={value}" for key, value in recipe.parameters.items()]
-        words += ["--active", f"{candidate.active:g}", "--pieces", recipe.pieces, "--layers", recipe.layers]
-        words += ["--shared-unheld route", "--router", recipe.router.name, "--refit", recipe.refit, "--scale sum"]
+        layers = recipe.layers if isinstance(recipe.layers, str) else ",".join(map(str, recipe.layers))
+        words = ["upcycle", "convert", self._source, "OUT", "--method", recipe.method]
+        words += [word for key, value in recipe.parameters.items() for word in ("--param", f"{key}={value}")]
+        words += ["--active", f"{candidate.active:g}", "--pieces", str(recipe.pieces), "--layers", layers]
+        words += ["--shared-unheld", "route", "--router", recipe.router.name, "--refit", recipe.refit, "--scale", "sum"]
         words += ["--calibration", ",".join(recipe.calibration.texts)]
-        return " ".join(map(str, words))
+        return shlex.join(words)
 
 
 def _longest(checkpoint: DenseCheckpoint) -> int:
@@ -273,8 +275,9 @@ def _routers(names: Sequence[str]) -> list[str]:
 
 
 def _named(candidate: Candidate) -> tuple[str, str]:
-    _, method, router, *_ = candidate.label.split(" ")
-    return method, router
+    recipe = candidate.job.recipe
+    parameters = ";".join(f"{key}={value}" for key, value in recipe.parameters.items())
+    return f"{recipe.method}:{parameters}" if parameters else recipe.method, recipe.router.name
 
 
 def _best(candidates: list[Candidate], dense: Sequence[float], active: float) -> Candidate:

@@ -113,16 +113,22 @@ def run_recipe(
     if recipe.verification.text in recipe.calibration.texts:
         progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
     saved = _saved_blueprints(job, blueprint) if blueprint else None
+    windows = None
     if job.calibrated and not saved:
+        from upcycle.calibration_text import calibration_windows
+
         check_memory(job)
+        windows = calibration_windows(job, checkpoint, progress)
     try:
-        with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint), overwrite, restart) as workspace:
+        with Workspace(
+            out, provenance.fingerprint(job, checkpoint, blueprint, windows), overwrite, restart
+        ) as workspace:
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
-            if job.calibrated and not saved:
+            if windows is not None:
                 from upcycle.calibration import calibrate
 
-                calibration = calibrate(job, checkpoint, workspace.folder, progress)
+                calibration = calibrate(job, checkpoint, windows, workspace.folder, progress)
             hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
             checkpoint.check_unchanged()
             layers = _write_companions(job, checkpoint, workspace.folder)

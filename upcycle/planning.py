@@ -194,6 +194,10 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"each token runs {shape.top_k} copies of the FFN: {shape.top_k}x its compute, the same output until trained"
         )
+    if job.recipe.calibration.texts and not job.calibrated:
+        warnings.append(
+            f"calibration text is not used: {job.method.name} with the {job.router_name} router looks at none"
+        )
     padding = (shape.experts + shape.shared) * shape.expert_size - job.dense.intermediate_size
     if job.method.kind == "partition" and padding > 0:
         warnings.append(f"{padding} zero neurons per layer fill up experts of {shape.expert_size}")

@@ -10,13 +10,16 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError
 from upcycle.job import Job
 from upcycle.planning import Plan
 from upcycle.tensor_files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "upcycle.json"
 VERIFICATION_FILE = "verification.json"
@@ -36,15 +39,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(job: Job, checkpoint: DenseCheckpoint, blueprint: Path | None) -> str:
-    """Identifies a job for resuming: the resolved recipe, the source's content and the code's version.
+def fingerprint(job: Job, checkpoint: DenseCheckpoint, blueprint: Path | None, windows: torch.Tensor | None) -> str:
+    """Identifies a job for resuming: the resolved recipe, the source's content, the calibration tokens and the code's version.
 
     How the result is checked does not change it.
     """
     recipe = job.recipe.model_dump(exclude={"verification"})
     given = hash_file(blueprint) if blueprint else None
-    parts = [recipe, checkpoint.fingerprint, checkpoint.modified, given, versions()["upcycle"], versions()["torch"]]
+    tokens = None if windows is None else hash_tokens(windows)
+    code = (versions()["upcycle"], versions()["torch"])
+    parts = [recipe, checkpoint.fingerprint, checkpoint.modified, given, tokens, *code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hash_tokens(windows: torch.Tensor) -> str:
+    """SHA-256 of token ids ``[N, W]`` as little-endian 64-bit integers."""
+    return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def hash_file(path: Path) -> str:

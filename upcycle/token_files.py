@@ -42,10 +42,9 @@ class TokenFile:
                 if rows < tokens:
                     return
 
-    @property
-    def exists(self) -> bool:
-        """Whether it was written to its end."""
-        return self.path.exists()
+    def holds(self, tokens: int) -> bool:
+        """Whether the file is there with that many vectors; a power cut can leave one that is shorter."""
+        return self.path.exists() and self.path.stat().st_size == 4 * self._width * tokens
 
     def remove(self) -> None:
         """Delete the file, if it exists."""

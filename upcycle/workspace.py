@@ -108,9 +108,8 @@ class Workspace:
     ) -> None:
         begun = (self.folder / name for name in (LAYER_BLUEPRINTS, "journal.jsonl"))
         if isinstance(error, UpcycleError) and not any(map(_holds_something, begun)):
-            shutil.rmtree(
-                self.folder, ignore_errors=True
-            )  # nothing to continue: a corrected command needs no --restart
+            # Nothing to continue: a corrected command needs no --restart.
+            shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
 

@@ -80,8 +80,8 @@ class Partition(Method):
 
     The shared experts come first and take the neurons that matter most. The dense FFN is the unweighted sum of all
     experts, hence the conventions for routers whose weights sum to 1: ``exact`` = E (expected output of a random choice,
-    equal to the dense FFN at K = E), ``sum`` = K (plain sum of the chosen experts, as in MoEfication), ``paper`` = E/K
-    (LLaMA-MoE, arXiv 2406.16554).
+    equal to the dense FFN at K = E), ``sum`` = K (plain sum of the chosen experts, as in MoEfication), ``paper`` = what
+    the method's paper does, E/K (LLaMA-MoE, arXiv 2406.16554) unless a subclass says otherwise.
     """
 
     kind: Kind = "partition"
