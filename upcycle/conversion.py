@@ -168,7 +168,7 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free + present < needed:
         raise EnvironmentFault(
-            f"the output needs {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB free",
+            f"the conversion needs {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free",
             hint="free some space or choose another disk",
         )
 

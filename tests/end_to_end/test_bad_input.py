@@ -283,7 +283,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     found, message = run(["convert", str(pico("llama")), str(tmp_path / "out")], capsys)
     assert found == ENVIRONMENT
-    assert "the output needs" in message
+    assert "the conversion needs" in message
 
 
 def test_a_disk_that_fills_up_ends_cleanly_and_resumes(
