@@ -29,8 +29,9 @@ benchmark: $(READY)     # against mergekit, plain copying and k-means-constraine
 	$(BIN)/python -P tests/benchmarks/large_split.py
 	$(BIN)/python -P tests/benchmarks/clustering.py
 
-quality: $(READY)       # the split recipes on SmolLM2-135M, every layer, against static pruning and CMoE; about an hour
+quality: $(READY)       # split recipes and every splitting method on SmolLM2-135M, all layers; about an hour
 	$(BIN)/python -P tests/benchmarks/split_quality.py
+	$(BIN)/python -P tests/benchmarks/compare_smollm2.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

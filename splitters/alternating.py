@@ -23,6 +23,7 @@ class AlternatingParameters(PluginParameters):
     """Parameters of :class:`Alternating`."""
 
     rounds: int = Field(2, ge=0, le=100, description="how often neurons and router are fitted to each other")
+    tokens: int = Field(16384, ge=1, description="the split looks at about this many tokens; router and refit at all")
     strength: float = Field(1e-3, gt=0, description="ridge of the inner router, relative to the inputs' mean square")
 
 
@@ -59,7 +60,7 @@ class Alternating(PlainSumPartition):
         activations: Activations | None,
     ) -> torch.Tensor:
         """Clusters of predicted profiles: the first guess."""
-        sums = _Sums(required(activations, self.name), ffn)
+        sums = _Sums(required(activations, self.name), ffn, self.parameters.tokens)
         return self._clusters(sums, neurons, experts, rng)
 
     def blueprint(
@@ -72,7 +73,7 @@ class Alternating(PlainSumPartition):
     ) -> LayerBlueprint:
         """See the class."""
         given = required(activations, self.name)
-        sums = _Sums(given, ffn)
+        sums = _Sums(given, ffn, self.parameters.tokens)
         pieces, size = shape.shared + shape.experts, shape.expert_size
         # Pieces 0..S-1 are the shared experts.
         piece = torch.zeros(ffn.intermediate_size, dtype=torch.long)
@@ -81,13 +82,14 @@ class Alternating(PlainSumPartition):
         piece[shared] = torch.arange(len(shared)) // size
         piece[routed] = shape.shared + self._clusters(sums, routed, shape.experts, rng)
         best, captured = piece, -1.0
-        prices: torch.Tensor | None = None
-        for _ in range(self.parameters.rounds + 1):
+        gain, prices = torch.empty(0), None
+        for rounds in range(self.parameters.rounds + 1):
+            if rounds:
+                piece, prices = balanced_assignment(-gain / gain.mean().clamp(min=1e-30), prices=prices)
             gain = self._gain(sums, given, piece, shape)
             now = gain.gather(1, piece[:, None]).sum().item()
             if now > captured:
                 best, captured = piece, now
-            piece, prices = balanced_assignment(-gain / gain.mean().clamp(min=1e-30), prices=prices)
         members = [(best == number).nonzero().flatten() for number in range(pieces)]
         specs = [ExpertSpec(filled(neurons, size)) for neurons in members]
         return LayerBlueprint(ffn.layer, tuple(specs[shape.shared :]), shape.top_k, scale, tuple(specs[: shape.shared]))
@@ -106,7 +108,7 @@ class Alternating(PlainSumPartition):
         moment -= moment.mean(1, keepdim=True)  # what all experts share changes no choice
         rows = solve_ridge(sums.gram, moment, self.parameters.strength).weights.T.float()
         gain = torch.zeros(len(piece), shape.experts)
-        for batch in activations.batches():
+        for batch in activations.some(self.parameters.tokens):
             chosen = of_largest(linear(batch.x, rows), shape.top_k)
             gain.addmm_(batch.hidden.square().T, chosen * batch.weight[:, None])
         gain *= sums.norms.square()[:, None].float()
@@ -115,15 +117,15 @@ class Alternating(PlainSumPartition):
 
 
 class _Sums:
-    """Of all tokens: ``gram`` ``[d, d]`` of the inputs, ``moment`` ``[d, F]`` of inputs and contributions, ``energy`` ``[F]``."""
+    """Over some batches: ``gram`` ``[d, d]`` of inputs, ``moment`` ``[d, F]`` of inputs and contributions, ``energy`` ``[F]``."""
 
-    def __init__(self, activations: Activations, ffn: FeedForward) -> None:
+    def __init__(self, activations: Activations, ffn: FeedForward, tokens: int) -> None:
         d, width = ffn.hidden_size, ffn.intermediate_size
         self.norms = ffn.down.double().norm(dim=0)
         self.gram = torch.zeros(d, d, dtype=torch.float64)
         self.moment = torch.zeros(d, width, dtype=torch.float64)
         self.energy = torch.zeros(width, dtype=torch.float64)
-        for batch in activations.batches():
+        for batch in activations.some(tokens):
             # Products of one batch in fp32, sums of batches in fp64.
             weighted = batch.x * batch.weight[:, None]
             self.gram += weighted.T @ batch.x

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,40 +18,17 @@ import torch
 
 from upcycle.sources import DEMO_FOLDER
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 32,
-    "intermediate_size": 96,  # divides into 8 routed, and into 8 routed + 4 shared experts
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-# name -> (model_type, what differs from COMMON)
-PICO: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16, "tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "mistral-window": ("mistral", {"sliding_window": 16}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3-bias": ("qwen3", {"head_dim": 16, "attention_bias": True}),
-}
+# Test folders are no packages: this makes ``from pico_models import ...`` work in all of them.
+_spec = importlib.util.spec_from_file_location("pico_models", Path(__file__).with_name("pico_models.py"))
+assert _spec
+assert _spec.loader
+_module = importlib.util.module_from_spec(_spec)
+sys.modules["pico_models"] = _module
+_spec.loader.exec_module(_module)
+COMMON, PICO = _module.COMMON, _module.PICO
 
 
-def make_dense(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def make_dense(folder: Path, model_type: str, dtype: str = "float32", **changes: Any) -> Path:
     """Save a dense model whose every weight is random, norms included, large enough that an error shows."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +37,9 @@ def make_dense(folder: Path, model_type: str, dtype: torch.dtype = torch.float32
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else torch.randn_like(parameter) * 0.2)
-    model.to(dtype).save_pretrained(folder)
+            if name.endswith("A_log"):  # the rate at which a linear attention forgets: large ones leave nothing to see
+                parameter.sub_(2)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_FOLDER / "model" / name, folder / name)
     return folder
@@ -76,6 +57,35 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def branches(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+    """``branches(3)``: as many "fine-tunes" of the pico Llama, every weight of which is another. ``branches(2, 0.0)``: copies."""
+    made: dict[tuple[str, int, float], Path] = {}
+
+    def get(count: int, change: float = 0.3, name: str = "llama") -> list[Path]:
+        for i in range(count):
+            if (name, i, change) not in made:
+                folder = tmp_path_factory.mktemp(f"{name}-branch-{i}") / "model"
+                made[name, i, change] = perturbed(pico(name), folder, i + 1, change)
+        return [made[name, i, change] for i in range(count)]
+
+    return get
+
+
+def perturbed(source: Path, folder: Path, seed: int, change: float) -> Path:
+    """A copy whose every number is multiplied by its own ``1 + change * N(0, 1)``."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    rng = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        factor = 1 + change * torch.randn(tensor.shape, generator=rng)
+        tensors[name] = (tensor.float() * factor).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture

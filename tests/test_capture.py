@@ -103,7 +103,7 @@ def test_captured(layer: tuple[FeedForward, LayerBlueprint, torch.Tensor], held_
         mine += w * sum(energy[e] for e in by_logit[:2])
         oracle += w * sum(sorted(energy)[1:])
         total += w * sum(energy)
-    found = captured(Activations(ffn, inputs), blueprint, rows)
+    found = captured(Activations(ffn, inputs, T), blueprint, rows)
     assert found.captured == pytest.approx(mine / oracle, rel=1e-5)
     assert found.random == pytest.approx(2 / 3 * total / oracle, rel=1e-5)
     assert found.oracle_share == pytest.approx(oracle / total, rel=1e-5)

@@ -136,7 +136,7 @@ def test_fractions_that_make_no_split_are_refused(keys: dict[str, Any], message:
 
 
 def test_a_target_without_shared_experts_routes_them_where_that_is_allowed(pico: Pico) -> None:
-    keys = {"method": "random_split", "shared": 4, "experts": 8, "top_k": 2}
+    keys = {"method": "random_split", "shared": 4, "experts": 8, "top_k": 2, "target": "qwen3_moe"}
     job = job_of(parse_recipe({**keys, "source": str(pico("qwen3")), "shared_unheld": "route"}, "test"))
     assert (job.shape.shared, job.shape.experts, job.shape.top_k) == (0, 12, 6)
     with pytest.raises(UpcycleError, match="cannot hold shared experts"):

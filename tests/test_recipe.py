@@ -64,6 +64,7 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     [
         ("all", (0, 1, 2, 3, 4)),
         ("every-other", (1, 3)),
+        ("last-half", (3, 4)),
         ("except-first:2", (2, 3, 4)),
         ("except-last:2", (0, 1, 2)),
         ([4, 0, 0], (0, 4)),

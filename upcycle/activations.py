@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
@@ -11,6 +12,10 @@ from torch.nn.functional import linear
 from upcycle.errors import CheckpointError
 from upcycle.feed_forward import FeedForward
 
+if TYPE_CHECKING:
+    from upcycle.samples import Samples
+
+_ROWS = 1024  # tokens whose activations are computed at once: few enough to stay near the processor
 HELD_OUT_EVERY = 8  # one batch in eight is kept from every fit and judges its strength
 
 
@@ -43,7 +48,9 @@ class Activations:
     Args:
         ffn: the layer.
         inputs: starts a new pass over the tokens, always in the same batches.
+        tokens: how many there are.
         importance: fp32 ``[C, F]``, mean ``|h * dL/dh|`` of each text cluster, where gradients were collected.
+        samples: which source's tokens they are, where a router is to tell several apart.
         cache_bytes: activations up to this size are kept; above it every pass computes them again, to the same bits.
     """
 
@@ -51,19 +58,23 @@ class Activations:
         self,
         ffn: FeedForward,
         inputs: Callable[[], Iterator[Inputs]],
+        tokens: int,
         importance: torch.Tensor | None = None,
         cache_bytes: int = 0,
+        samples: Samples | None = None,
     ) -> None:
         self.ffn = ffn
+        self.samples = samples
         self.importance = importance
-        self._inputs = inputs
+        self._inputs, self._tokens = inputs, tokens
         self._gate, self._up = ffn.gate.float(), ffn.up.float()
         self._act = activation_function(ffn.activation)
-        self._cache: list[Batch] | None = []
-        self._cache_bytes = cache_bytes
+        self._cache: dict[int, Batch] = {}
+        self._room = cache_bytes
+        self._count: int | None = None  # of batches, once it is known
 
     @classmethod
-    def of(cls, ffn: FeedForward, x: torch.Tensor, batch: int = 2048, **keys: torch.Tensor | None) -> Activations:
+    def of(cls, ffn: FeedForward, x: torch.Tensor, batch: int = 2048, **keys: Any) -> Activations:
         """From tokens ``[T, d]`` in memory, all of weight one."""
 
         def inputs() -> Iterator[Inputs]:
@@ -71,7 +82,11 @@ class Activations:
                 held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
                 yield Inputs(piece, torch.ones(len(piece)), held_out)
 
-        return cls(ffn, inputs, **keys)  # type: ignore[arg-type]
+        return cls(ffn, inputs, len(x), **keys)
+
+    def inputs(self) -> Iterator[Inputs]:
+        """One pass over what the FFN and its router read, without computing what is active."""
+        return self._inputs()
 
     def batches(self) -> Iterator[Batch]:
         """One pass over all tokens.
@@ -79,19 +94,57 @@ class Activations:
         Raises:
             CheckpointError: an activation is not finite; the message names the layer and the neuron.
         """
-        if self._cache:
-            yield from self._cache
-            return
-        kept: list[Batch] | None = []
-        held = 0
-        for given in self._inputs():
-            hidden = self._act(linear(given.x, self._gate)).mul_(linear(given.x, self._up))
-            self._check(hidden)
-            batch = Batch(given.x, hidden, given.weight, given.held_out)
-            held += hidden.nbytes + given.x.nbytes
-            kept = [*kept, batch] if kept is not None and held <= self._cache_bytes else None
+        yield from self._some(lambda number, held_out: True)
+
+    def some(self, tokens: int) -> Iterator[Batch]:
+        """Whole batches of at least ``tokens`` tokens, if there are so many, evenly spread: enough for an estimate."""
+        stride = max(1, self._tokens // tokens)
+        # Shifted by one after each that is held out, or a stride of two would never meet one.
+        yield from self._some(lambda number, held_out: (number + number // HELD_OUT_EVERY) % stride == 0)
+
+    def judged(self) -> Iterator[Batch]:
+        """The batches that a fit is judged by: those held out, or all if there are none."""
+        found = False
+        for batch in self._some(lambda number, held_out: held_out):
+            found = True
             yield batch
-        self._cache = kept or []
+        if not found:
+            yield from self.batches()
+
+    def drain(self) -> Iterator[tuple[Batch, bool]]:
+        """One pass that gives up what is kept in memory, as it goes; says of every batch whether all were kept."""
+        if len(self._cache) == self._count:
+            for number in range(self._count):
+                batch = self._cache.pop(number)
+                self._room += batch.hidden.nbytes + batch.x.nbytes
+                yield batch, True
+        else:
+            yield from ((batch, False) for batch in self.batches())
+
+    def _some(self, wanted: Callable[[int, bool], bool]) -> Iterator[Batch]:
+        """The batches of which ``wanted(number, held_out)`` is true; each is kept while there is room."""
+        if len(self._cache) == self._count:
+            numbered = ((number, self._cache[number]) for number in range(self._count))
+            yield from (batch for number, batch in numbered if wanted(number, batch.held_out))
+            return
+        number = -1
+        for number, given in enumerate(self._inputs()):
+            if not wanted(number, given.held_out):
+                continue
+            batch = self._cache.get(number) or self._batch(given)
+            size = batch.hidden.nbytes + batch.x.nbytes
+            if number not in self._cache and size <= self._room:
+                self._cache[number] = batch
+                self._room -= size
+            yield batch
+        self._count = number + 1
+
+    def _batch(self, given: Inputs) -> Batch:
+        hidden = torch.empty(len(given.x), len(self._gate))
+        for x, some in zip(given.x.split(_ROWS), hidden.split(_ROWS), strict=True):
+            torch.mul(self._act(linear(x, self._gate)), linear(x, self._up), out=some)
+        self._check(hidden)
+        return Batch(given.x, hidden, given.weight, given.held_out)
 
     def _check(self, hidden: torch.Tensor) -> None:
         low, high = hidden.aminmax()
@@ -102,6 +155,30 @@ class Activations:
             f"layer {self.ffn.layer}, neuron {neuron}: the activation is not finite on the calibration text",
             hint="convert in the dtype the model was trained in, or use --calibration-mode parallel",
         )
+
+
+class Slots:
+    """The tokens of an :class:`Activations` with other vectors in the place of ``hidden``: what is active in slots.
+
+    The first pass takes over what the activations kept in memory, so that no more is kept than before.
+    """
+
+    def __init__(self, activations: Activations, active: Callable[[Batch], torch.Tensor]) -> None:
+        self.layer = activations.ffn.layer
+        self._activations, self._active = activations, active
+        self._kept: list[Batch] = []
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass over all tokens; ``hidden`` is ``[t, slots]``."""
+        if self._kept:
+            yield from self._kept
+            return
+        kept = []
+        for batch, held in self._activations.drain():
+            active = replace(batch, hidden=self._active(batch))
+            kept += [active] if held else []
+            yield active
+        self._kept = kept
 
 
 def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,23 +18,47 @@ from upcycle.errors import CheckpointError
 from upcycle.tensor_files import CODES, ITEM_SIZE, SafetensorsFile
 
 ZERO_NEURON = -1
+DOWN_ONLY = (0.0, 0.0, 1.0)
 _BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert: int64 ``[m]`` neuron indices into the dense FFN; ``ZERO_NEURON`` stands for a neuron of zeros."""
+    """One expert: int64 ``[m]`` neuron indices into the dense FFN; ``ZERO_NEURON`` stands for a neuron of zeros.
+
+    ``fresh`` (bool ``[3, m]``: gate, up, down) marks the slots whose weights are drawn anew, by the layer's ``Draws``.
+    ``source`` says whose FFN it is, where several models are mixed: an index into the recipe's sources, or their number for
+    the recipe's ``source`` itself.
+    """
 
     neurons: torch.Tensor
+    fresh: torch.Tensor | None = None
+    source: int | None = None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a layer's random weights are drawn when they are built; ``seed`` makes every build the same.
+
+    Fresh slots take a normal with the mean and standard deviation of what they replace in their matrix (``statistics``),
+    or with mean 0 and the deviation ``std`` (``initializer``; ``None`` until the model's own is known). ``noise`` is
+    added to every routed expert's matrices, as a fraction of each one's standard deviation.
+    """
+
+    seed: int
+    rule: Literal["statistics", "initializer"] = "statistics"
+    std: float | None = None
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
 class LayerBlueprint:
     """One MoE layer before its weights exist.
 
-    ``scale`` multiplies the routed experts' down projection, for a router whose top-k weights sum to 1. ``router`` is
-    fp32 ``[E, d]``; it is ``None`` until a router initialiser has filled it in. ``down`` ``[d, (S + E) * m]`` replaces the
-    dense down projection where a refit changed it: one column per neuron of every expert, shared experts first.
+    ``scale`` multiplies the routed experts: their gate, up and down by its powers ``spread``, which is the down projection
+    alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser has
+    filled it in. ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column per
+    neuron of every expert, shared experts first. ``draws`` is there where weights are random.
     """
 
     layer: int
@@ -44,6 +68,8 @@ class LayerBlueprint:
     shared: tuple[ExpertSpec, ...] = ()
     router: torch.Tensor | None = field(default=None, compare=False)
     down: torch.Tensor | None = field(default=None, compare=False)
+    spread: tuple[float, float, float] = DOWN_ONLY
+    draws: Draws | None = None
 
     @property
     def intermediate_size(self) -> int:
@@ -57,8 +83,9 @@ class LayerBlueprint:
 
 
 def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
-    """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``, and
-    ``layers.L.down`` where there was a refit. ``report`` is what was measured on the way.
+    """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``,
+    ``layers.L.down`` where there was a refit, and bool ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where
+    weights are drawn anew. ``report`` is what was measured on the way.
     """
     from safetensors.torch import save
 
@@ -67,11 +94,20 @@ def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, A
     for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
         if experts:
             tensors[f"{prefix}.{kind}"] = torch.stack([e.neurons for e in experts]).to(torch.int32)
+        fresh = [e.fresh for e in experts if e.fresh is not None]
+        if fresh:
+            tensors[f"{prefix}.{kind}_fresh"] = torch.stack(fresh)
     if blueprint.router is not None:
         tensors[f"{prefix}.router"] = blueprint.router.float().contiguous()
     if blueprint.down is not None:
         tensors[f"{prefix}.down"] = blueprint.down.contiguous()
-    numbers = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
+    numbers: dict[str, Any] = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
+    if blueprint.spread != DOWN_ONLY:
+        numbers["spread"] = list(blueprint.spread)
+    if any(expert.source is not None for expert in blueprint.routed):
+        numbers["sources"] = [expert.source for expert in blueprint.routed]
+    if blueprint.draws is not None:
+        numbers["draws"] = asdict(blueprint.draws)
     header = {"layers": {str(blueprint.layer): numbers}}
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(save(tensors, metadata={"upcycle": json.dumps(header, sort_keys=True)}))
@@ -143,18 +179,30 @@ class BlueprintFile:
         numbers = self.header["layers"][str(layer)]
         found = {
             kind: self.tensors.read(f"layers.{layer}.{kind}")
-            for kind in ("routed", "shared", "router", "down")
+            for kind in ("routed", "shared", "router", "down", "routed_fresh", "shared_fresh")
             if f"layers.{layer}.{kind}" in self.tensors.specs
         }
         return LayerBlueprint(
             layer,
-            routed=tuple(ExpertSpec(row.long()) for row in found["routed"]),
-            shared=tuple(ExpertSpec(row.long()) for row in found.get("shared", ())),
+            routed=_specs(found["routed"], found.get("routed_fresh"), numbers.get("sources")),
+            shared=_specs(found.get("shared"), found.get("shared_fresh")),
             top_k=numbers["top_k"],
             scale=numbers["scale"],
             router=found.get("router"),
             down=found.get("down"),
+            spread=tuple(numbers.get("spread", DOWN_ONLY)),
+            draws=Draws(**numbers["draws"]) if "draws" in numbers else None,
         )
+
+
+def _specs(
+    neurons: torch.Tensor | None, fresh: torch.Tensor | None, sources: list[int | None] | None = None
+) -> tuple[ExpertSpec, ...]:
+    if neurons is None:
+        return ()
+    masks = [None] * len(neurons) if fresh is None else list(fresh)
+    whose = sources or [None] * len(neurons)
+    return tuple(ExpertSpec(row.long(), mask, i) for row, mask, i in zip(neurons, masks, whose, strict=True))
 
 
 def blueprint_recipe(path: Path) -> dict[str, Any]:

@@ -5,18 +5,31 @@ Nothing is built before it is asked for: a layer of eight 7B-sized copies would 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from upcycle.blueprint import ZERO_NEURON, LayerBlueprint
+from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.draws import redrawn
 from upcycle.feed_forward import FeedForward
 from upcycle.targets.base import Part
 
+Matrices = Callable[[int, str], torch.Tensor]
+MATRICES = ("gate", "up", "down")  # as the rows of ExpertSpec.fresh and the powers of LayerBlueprint.spread
+
 
 class ExpertTensors:
-    """The weights of one MoE layer, in the dtype of the dense FFN."""
+    """The weights of one MoE layer, in the dtype of the dense FFN.
 
-    def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint) -> None:
+    Args:
+        ffn: the dense layer.
+        blueprint: what is made of it.
+        matrices: reads gate, up or down of the FFN of a source by its index, where experts are of several.
+    """
+
+    def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint, matrices: Matrices | None = None) -> None:
         self._ffn = ffn
+        self._matrices = matrices
         self._blueprint = blueprint
         self._routed = [_Neurons(expert.neurons) for expert in blueprint.routed]
         shared = [expert.neurons for expert in blueprint.shared]
@@ -31,23 +44,61 @@ class ExpertTensors:
             return self._blueprint.router.to(dtype)
         if part.kind == "shared_switch":
             return torch.zeros(1, ffn.hidden_size, dtype=dtype)
+        if part.kind == "zeros":
+            return torch.zeros(part.size)
         if part.kind == "idle_down":
             return torch.zeros(ffn.hidden_size, part.size, dtype=dtype)
         where, _, matrix = part.kind.rpartition("_")
         if where == "idle":
-            neurons = _Neurons(torch.arange(part.size))
-        elif where == "shared":
-            assert self._shared is not None
-            neurons = self._shared
+            return _Neurons(torch.arange(part.size)).taken(getattr(ffn, matrix), matrix)
+        if where == "shared":
+            weight, factor = self._shared_weight(matrix), part.factor
         else:
-            neurons = self._routed[part.expert]
-        if matrix != "down":
-            return neurons.rows(ffn.gate if matrix == "gate" else ffn.up)
-        factor = part.factor * (1.0 if where == "shared" else self._blueprint.scale)
-        columns = self._refitted(where, part.expert)
-        if columns is None:
-            columns = neurons.columns(ffn.down)
-        return columns if factor == 1.0 else columns * factor
+            weight = self._routed_weight(matrix, part.expert)
+            factor = part.factor * self._blueprint.scale ** self._blueprint.spread[MATRICES.index(matrix)]
+        return weight if factor == 1.0 else weight * factor
+
+    def _routed_weight(self, matrix: str, expert: int) -> torch.Tensor:
+        """One routed expert before any factor."""
+        refitted = self._refitted("", expert) if matrix == "down" else None
+        if refitted is not None:
+            return refitted
+        spec = self._blueprint.routed[expert]
+        if spec.source is None:
+            dense: torch.Tensor = getattr(self._ffn, matrix)
+        else:
+            assert self._matrices is not None
+            dense = self._matrices(spec.source, matrix)
+        weight = self._routed[expert].taken(dense, matrix)
+        return self._drawn(weight, matrix, "routed", expert, spec)
+
+    def _shared_weight(self, matrix: str) -> torch.Tensor:
+        """All shared experts side by side."""
+        assert self._shared is not None
+        refitted = self._refitted("shared", 0) if matrix == "down" else None
+        if refitted is not None:
+            return refitted
+        weight, shared = self._shared.taken(getattr(self._ffn, matrix), matrix), self._blueprint.shared
+        if all(spec.fresh is None for spec in shared):
+            return weight
+        dim = 1 if matrix == "down" else 0
+        pieces = weight.chunk(len(shared), dim)
+        drawn = (
+            self._drawn(piece, matrix, "shared", i, spec)
+            for i, (piece, spec) in enumerate(zip(pieces, shared, strict=True))
+        )
+        return torch.cat(list(drawn), dim)
+
+    def _drawn(self, weight: torch.Tensor, matrix: str, where: str, expert: int, spec: ExpertSpec) -> torch.Tensor:
+        """``weight`` with what is random in it; the numbers depend on the layer's seed, the expert and the matrix alone."""
+        draws = self._blueprint.draws
+        noise = draws.noise if draws and where == "routed" else 0.0
+        if draws is None or (spec.fresh is None and not noise):
+            return weight
+        fresh = None if spec.fresh is None else spec.fresh[MATRICES.index(matrix)]
+        if matrix == "down":
+            return redrawn(weight.T, fresh, draws, noise, where, expert, matrix).T
+        return redrawn(weight, fresh, draws, noise, where, expert, matrix)
 
     def _refitted(self, where: str, expert: int) -> torch.Tensor | None:
         """The expert's columns of the refitted down projection, where there is one."""
@@ -66,6 +117,10 @@ class _Neurons:
         self._zero = neurons == ZERO_NEURON if bool((neurons == ZERO_NEURON).any()) else None
         is_run = self._zero is None and bool((neurons.diff() == 1).all())
         self._run = slice(int(neurons[0]), int(neurons[-1]) + 1) if is_run else None
+
+    def taken(self, weight: torch.Tensor, matrix: str) -> torch.Tensor:
+        """Its rows of gate or up, or its columns of down."""
+        return self.columns(weight) if matrix == "down" else self.rows(weight)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         if self._run is not None:

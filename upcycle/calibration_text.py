@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upcycle.recipe import CalibrationRecipe
 
 _CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
+_LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
 _HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
@@ -64,17 +65,38 @@ def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window:
     share = -(-(tokens // window) // len(texts))
     pieces = []
     for name, text in texts.items():
-        ids = encode(tokenizer, text)
-        available = ids[: len(ids) // window * window].view(-1, window)
-        if not len(available):
-            raise UsageError(
-                f"calibration text {name} has {len(ids)} tokens, fewer than one window of {window}",
-                hint=f"give a longer text, or --set calibration.window={max(8, len(ids))}",
-            )
-        chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
-        pieces.append(available[chosen])
+        piece = _from_long(tokenizer, text, share, window)
+        pieces.append(_from_whole(tokenizer, name, text, share, window) if piece is None else piece)
     rows = [row for group in zip_longest(*pieces) for row in group if row is not None]
     return torch.stack(rows[: max(1, tokens // window)])
+
+
+def _from_long(tokenizer: Any, text: str, share: int, window: int) -> torch.Tensor | None:
+    """Windows of a text far longer than what is wanted of it, without tokenising the rest; ``None`` if it is not.
+
+    Each begins at a line of its own where there is one.
+    """
+    length = _CHARACTERS_PER_TOKEN * window
+    if len(text) < max(_LONG, 2 * share * length):
+        return None
+    starts = torch.linspace(0, len(text) - 2 * length, share, dtype=torch.float64).long().tolist()
+    starts = [1 + max(text.find("\n", start, start + length), start - 1) for start in starts]
+    ids = tokenizer([text[start : start + length] for start in starts], add_special_tokens=False)["input_ids"]
+    if min(map(len, ids)) < window:
+        return None
+    return torch.tensor([row[:window] for row in ids])
+
+
+def _from_whole(tokenizer: Any, name: str, text: str, share: int, window: int) -> torch.Tensor:
+    ids = encode(tokenizer, text)
+    available = ids[: len(ids) // window * window].view(-1, window)
+    if not len(available):
+        raise UsageError(
+            f"calibration text {name} has {len(ids)} tokens, fewer than one window of {window}",
+            hint=f"give a longer text, or --set calibration.window={max(8, len(ids))}",
+        )
+    chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
+    return available[chosen]
 
 
 def text_names(texts: list[str]) -> list[str]:

@@ -77,7 +77,7 @@ def output_norms(batch: Batch, blueprint: LayerBlueprint, ffn: FeedForward) -> t
 
 def of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     """Multi-hot of the ``top_k`` largest in every row; same shape and dtype."""
-    return torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1).indices, 1.0)
+    return torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1, sorted=False).indices, 1.0)
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,13 @@ def captured(activations: Activations, blueprint: LayerBlueprint, rows: torch.Te
     """Measure router ``rows`` ``[E, d]`` on the held-out tokens (on all, if none are), weighted by ``batch.weight``."""
     expert_map = ExpertMap(blueprint, activations.ffn)
     rows = rows.float()
-    sums = torch.zeros(2, 3, dtype=torch.float64)  # seen and held-out tokens; router's, oracle's and all energy
-    tokens = [0, 0]
-    for batch in activations.batches():
+    sums = torch.zeros(3, dtype=torch.float64)  # router's, oracle's and all energy
+    for batch in activations.judged():
         energies = expert_map.energies(batch.hidden).double()
         chosen = linear(batch.x, rows).topk(blueprint.top_k, dim=1).indices
         by_choice = (energies.gather(1, chosen), energies.topk(blueprint.top_k, dim=1).values, energies)
-        sums[int(batch.held_out)] += torch.stack([batch.weight.double() @ part.sum(1) for part in by_choice])
-        tokens[int(batch.held_out)] += len(batch.x)
-    mine, oracle, total = sums[int(tokens[1] > 0)].tolist()
+        sums += torch.stack([batch.weight.double() @ part.sum(1) for part in by_choice])
+    mine, oracle, total = sums.tolist()
     if oracle == 0:
         return Capture(1.0, 1.0, 1.0)
     return Capture(mine / oracle, blueprint.top_k / len(blueprint.routed) * total / oracle, oracle / total)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.families.base import DenseConfig, Family
+from upcycle.families.origin import Origin
 from upcycle.families.refused import reason
 from upcycle.registry import FAMILIES, load
 from upcycle.sources import Source, locate
@@ -36,8 +39,10 @@ class TensorStore(Protocol):
     def location(self, name: str) -> str:
         """The file a tensor is in."""
 
-    def chunks(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
-        """Blocks of the first dimension."""
+    def chunks(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Blocks of the first dimension, of a multiple of some rows each; ``part`` (first, count) of it only."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor whole."""
@@ -70,12 +75,18 @@ class DenseCheckpoint:
         self.config: DenseConfig = self.family.config(self.raw_config)
         self.family.check(self.config, self.store.specs, str(source.path))
         self._opened = self.modified
+        self._longest_embedding: float | None = None
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> DenseCheckpoint:
         """Open what the user named: a folder, a ``.gguf`` file, a hub id or ``demo``."""
         return cls(locate(source, revision))
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is read: a folder or file per source."""
+        return [self.source.path]
 
     @property
     def modified(self) -> list[int]:
@@ -117,6 +128,22 @@ class DenseCheckpoint:
         """The same in blocks of its first dimension."""
         return (self._checked(name, block, dtype) for block in self.store.chunks(name, most_bytes))
 
+    def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
+        """A tensor of the converted model, block by block, from where it comes from."""
+        yield from self._blocks(origin, dtype, COPY_BLOCK_BYTES)
+
+    def _blocks(self, origin: Origin, dtype: str, most_bytes: int) -> Iterator[torch.Tensor]:
+        for block in self.store.chunks(origin.name, most_bytes, origin.rows, origin.head):
+            yield origin.apply(self._checked(origin.name, block, dtype))
+
+    def whole(self, origin: Origin, dtype: str = "keep") -> torch.Tensor:
+        """The same in one piece."""
+        if origin.rows is None:
+            return origin.apply(self.read(origin.name, dtype))
+        size = self.store.specs[origin.name].nbytes
+        (block,) = self.store.chunks(origin.name, max(size, 1), origin.rows, origin.head)
+        return origin.apply(self._checked(origin.name, block, dtype))
+
     def _checked(self, name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
         import torch
 
@@ -134,9 +161,32 @@ class DenseCheckpoint:
         """Read one dense FFN."""
         from upcycle.feed_forward import FeedForward
 
-        names = self.family.ffn_names(layer)
-        tensors = {part: self.read(name, dtype) for part, name in names.items()}
+        origins = self.family.ffn_origins(self.config, layer)
+        tensors = {part: self.whole(origin, dtype) for part, origin in origins.items()}
+        if "norm" not in tensors:
+            tensors["norm"] = self._stream_bound(layer, dtype)
         return FeedForward(layer=layer, activation=self.config.hidden_act, **tensors)
+
+    def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
+        """Reads a matrix of one source's FFN, where there are several."""
+        return None
+
+    def _stream_bound(self, layer: int, dtype: str) -> torch.Tensor:
+        """``[d]``, all the same ``b``: an FFN that reads the stream itself reads nothing longer than ``b sqrt(d)``.
+
+        Everything in such a stream was normed before it was added: the longest embedding, then for every norm its largest
+        weight, as a normed vector is no longer than ``sqrt(d)``.
+        """
+        import torch
+
+        (name,) = self.family.first_specs(self.config)
+        if self._longest_embedding is None:
+            rows = (block.float().norm(dim=1).max().item() for block in self.blocks(Origin(name), dtype))
+            self._longest_embedding = max(rows)
+        bound = self._longest_embedding * self.config.embedding_multiplier / math.sqrt(self.config.hidden_size)
+        for norm in self.family.norms_below(layer):
+            bound += self.whole(self.family.origin(self.config, norm), dtype).abs().max().item()
+        return torch.full((self.config.hidden_size,), bound)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

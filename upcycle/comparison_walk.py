@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
-from upcycle.activations import HELD_OUT_EVERY, Activations, Batch, contributions
+from upcycle.activations import HELD_OUT_EVERY, Activations, Batch, Slots, contributions
 from upcycle.calibration import activations_of, decide_layer, targets_of
 from upcycle.capture import ExpertMap, of_largest
-from upcycle.layers import LayerRunner
-from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES
+from upcycle.layers import LayerRunner, logits_of
+from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
 from upcycle.refit import Applied, Routing, fit_down
-from upcycle.runtime import available_memory, dense_reader, skeleton
+from upcycle.runtime import available_memory, dense_reader, reuse_freed_memory, skeleton
 from upcycle.token_files import TokenFile, write_together
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Walk:
 
     def run(self, candidates: Sequence[Candidate]) -> list[float]:
         """Walk all layers and measure; fills the candidates in and returns the dense model's nats per domain."""
+        reuse_freed_memory(REUSED_BYTES)
         layers = self._checkpoint.config.num_hidden_layers
         importance = {id(c): self._importance_of(c.job) for c in candidates if c.job.method.needs_gradients}
         self.dense_seconds = 0.0
@@ -131,14 +132,14 @@ class Walk:
                         self._progress.advance()
                 for name in ("dense", *map(str, range(len(candidates)))):
                     for what in self._ids:
-                        self._stream(name, what, index).remove()
+                        self._stream(name, what, index).release()
         dense, _ = self._measure("dense", layers)
         for number, candidate in enumerate(candidates):
             candidate.nats, candidate.kl = self._measure(f"{number}", layers)
             candidate.seconds += self.dense_seconds
         for name in ("dense", *map(str, range(len(candidates)))):
             for what in self._ids:
-                self._stream(name, what, layers).remove()
+                self._stream(name, what, layers).release()
         return dense
 
     def _stream(self, name: str, what: str, index: int) -> TokenFile:
@@ -172,11 +173,12 @@ class Walk:
 
         activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
         targets = targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
-        applied, down = self._decide(candidate, ffn, activations, targets)
-        self._continue(name, "calibration", index, applied, down, activations, residual)
+        applied, slots, down = self._decide(candidate, ffn, activations, targets)
+        self._continue(name, "calibration", index, slots, down, residual)
         candidate.seconds += time.monotonic() - started
         self._attention(index, source, "evaluation", inputs, residual)
-        self._continue(name, "evaluation", index, applied, down, activations_of(ffn, inputs, self._batch), residual)
+        slots = Slots(activations_of(ffn, inputs, self._batch), applied.active)
+        self._continue(name, "evaluation", index, slots, down, residual)
 
     def _attention(self, index: int, source: str, what: str, inputs: TokenFile, residual: TokenFile) -> None:
         states = self._stream(source, what, index).blocks(self._batch)
@@ -184,36 +186,34 @@ class Walk:
 
     def _decide(
         self, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
-    ) -> tuple[Applied, torch.Tensor]:
-        """What is active in the layer, and the factors-included down projection ``[d, slots]`` it meets."""
+    ) -> tuple[Applied, Slots, torch.Tensor]:
+        """What is active in the layer, on these tokens too, and the factors-included down projection ``[d, slots]``."""
         if candidate.baseline == "static":
             shape = candidate.job.shape
             kept = (shape.shared + shape.top_k) / (shape.shared + shape.experts) * ffn.intermediate_size
             static = StaticPruning(activations, round(kept))
-            return static, _stored(static, candidate, ffn, activations, targets)
+            return _fitted(static, candidate, ffn, activations, targets)
         if candidate.baseline == "oracle":
             from upcycle.conversion import decide
 
             oracle = OracleRouting(decide(candidate.job, ffn, activations), ffn)
             candidate.captured.append(1.0)
-            return oracle, _stored(oracle, candidate, ffn, activations, targets)
-        blueprint, report = decide_layer(candidate.job, ffn, activations, targets)
+            return _fitted(oracle, candidate, ffn, activations, targets)
+        blueprint, report, routing, slots = decide_layer(candidate.job, ffn, activations, targets)
         candidate.captured += [report["captured"]] if "captured" in report else []
-        routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
-        return routing, routing.stored(blueprint)
+        return routing, slots, routing.stored(blueprint)
 
     def _continue(
         self,
         name: str,
         what: str,
         index: int,
-        applied: Applied,
+        slots: Slots,
         down: torch.Tensor,
-        activations: Activations,
         residual: TokenFile,
     ) -> None:
-        pairs = zip(residual.blocks(self._batch), activations.batches(), strict=True)
-        outputs = (before + linear(applied.active(batch), down) for before, batch in pairs)
+        pairs = zip(residual.blocks(self._batch), slots.batches(), strict=True)
+        outputs = (before + linear(batch.hidden, down) for before, batch in pairs)
         self._stream(name, what, index + 1).write(outputs)
 
     def _measure(self, name: str, layers: int) -> tuple[list[float], float]:
@@ -222,7 +222,6 @@ class Walk:
             self._outside = skeleton(
                 self._checkpoint.raw_config, dense_reader(self._checkpoint, self._dtype)(None)
             ).eval()
-        norm, head = self._outside.model.norm, self._outside.lm_head
         ids, window = self._ids["evaluation"], self._window
         domains = torch.repeat_interleave(
             torch.arange(len(self._texts.evaluation)), torch.tensor([len(v) for v in self._texts.evaluation.values()])
@@ -234,25 +233,29 @@ class Walk:
         with torch.no_grad():
             for states, reference in zip(mine, dense, strict=True):
                 rows = ids[first : first + len(states) // window]
-                q = log_softmax(head(norm(states.view(len(rows), window, -1)))[:, :-1], -1)
+                q = self._log_softmax(states.view(len(rows), window, -1))
                 picked = cross_entropy(q.transpose(1, 2), rows[:, 1:], reduction="none")
                 losses[first : first + len(rows)] = picked.double().mean(1)
                 if name != "dense":
-                    p = log_softmax(head(norm(reference.view(len(rows), window, -1)))[:, :-1], -1)
+                    p = self._log_softmax(reference.view(len(rows), window, -1))
                     kl += kl_div(q, p, log_target=True, reduction="sum").item()
                 first += len(rows)
         nats = [losses[domains == domain].mean().item() for domain in range(len(self._texts.evaluation))]
         return nats, max(0.0, kl / (len(ids) * (window - 1)))
 
+    def _log_softmax(self, states: torch.Tensor) -> torch.Tensor:
+        return log_softmax(logits_of(self._outside, self._checkpoint, states)[:, :-1], -1)
 
-def _stored(
+
+def _fitted(
     applied: Applied, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
-) -> torch.Tensor:
-    """A baseline's down projection after the same refit as the candidates', rounded as theirs are."""
+) -> tuple[Applied, Slots, torch.Tensor]:
+    """A baseline with its down projection after the same refit as the candidates', rounded as theirs are."""
+    slots = Slots(activations, applied.active)
     if candidate.job.refit != "down":
-        return applied.down
-    down, _ = fit_down(applied, activations, targets())
-    return down.to(ffn.down.dtype).float()
+        return applied, slots, applied.down
+    down, _ = fit_down(applied.down, slots, targets())
+    return applied, slots, down.to(ffn.down.dtype).float()
 
 
 def ratio(nats: Sequence[float], dense: Sequence[float]) -> float:

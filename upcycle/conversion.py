@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import resource
 import shutil
@@ -19,8 +18,9 @@ from upcycle import provenance
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.companions import copy_companions
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
-from upcycle.job import Job, Unit, prepare
-from upcycle.planning import Plan, calibration_disk, check_memory, make_plan
+from upcycle.job import Job, Unit
+from upcycle.mixing import open_sources
+from upcycle.planning import Plan, calibration_disk, check_memory, job_for, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.text import read_text
@@ -102,19 +102,25 @@ def run_recipe(
     started = time.monotonic()
     out = Path(out).expanduser().absolute()
     check_output(out, overwrite)
-    checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
-    _check_apart(checkpoint.source.path.resolve(), out.resolve())
+    checkpoint = open_sources(recipe)
+    for path in checkpoint.paths:
+        _check_apart(path.resolve(), out.resolve())
     if recipe.verification.enabled and recipe.verification.text:
         read_text(recipe.verification.text)  # better refused now than after the conversion
-    job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+    job = job_for(recipe, checkpoint)
     made = make_plan(job)
     for warning in made.warnings:
         progress.note(warning)
     if recipe.verification.text in recipe.calibration.texts:
         progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
     saved = _saved_blueprints(job, blueprint) if blueprint else None
-    windows = None
-    if job.calibrated and not saved:
+    windows = samples = None
+    if job.sampled and not saved:
+        from upcycle.samples import read_samples
+
+        samples = read_samples(job, checkpoint)
+        windows = samples.windows
+    elif job.calibrated and not saved:
         from upcycle.calibration_text import calibration_windows
 
         check_memory(job)
@@ -128,10 +134,11 @@ def run_recipe(
             if windows is not None:
                 from upcycle.calibration import calibrate
 
-                calibration = calibrate(job, checkpoint, windows, workspace.folder, progress)
+                calibration = calibrate(job, checkpoint, windows, workspace.folder, progress, samples)
             hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
             checkpoint.check_unchanged()
             layers = _write_companions(job, checkpoint, workspace.folder)
+            _warn_of_degenerate_rows(layers, progress)
             provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration)
             verification = _verify(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()
@@ -151,6 +158,18 @@ def run_recipe(
         )
     seconds = time.monotonic() - started
     return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed)
+
+
+def _warn_of_degenerate_rows(layers: list[dict[str, Any]], progress: Progress) -> None:
+    from upcycle.routers.of_sources import DEGENERATE
+
+    worst = max(layers, key=lambda layer: layer.get("router_condition", 0.0), default={})
+    found = worst.get("router_condition", 0.0)
+    if found > DEGENERATE:
+        progress.note(
+            f"the sources' router rows are hard to tell apart: condition number {found:.3g} in layer {worst['layer']} "
+            f"(orthogonal rows have 1); use prompts that differ more, negative prompts, or domain_ridge"
+        )
 
 
 def _check_apart(source: Path, out: Path) -> None:
@@ -206,15 +225,16 @@ def _write_unit(
     dtype = job.recipe.dtype
     experts: ExpertTensors | None = None
     for entry in unit.entries:
-        if entry.built is None:
-            writer.write(entry, checkpoint.chunks(entry.name, dtype))
+        if entry.origin:
+            writer.write(entry, checkpoint.blocks(entry.origin, dtype))
             continue
         if experts is None:
             assert unit.layer is not None
             ffn = checkpoint.feed_forward(unit.layer, dtype)
             with _threads(threads):
                 blueprint = _blueprint(job, ffn, folder, saved)
-            experts = ExpertTensors(ffn, blueprint)
+            experts = ExpertTensors(ffn, blueprint, checkpoint.expert_matrices(unit.layer, dtype))
+        assert entry.built is not None
         writer.write(entry, map(experts.part, entry.built.parts))
 
 
@@ -244,7 +264,7 @@ def _blueprint(job: Job, ffn: FeedForward, folder: Path, saved: BlueprintFile | 
     if saved:
         blueprint = replace(saved.layer(ffn.layer), top_k=job.shape.top_k)
         if blueprint.down is None and job.recipe.refit != "scale":
-            blueprint = replace(blueprint, scale=job.scale)
+            blueprint = replace(blueprint, scale=job.scale, spread=job.method.spread)
     else:
         blueprint = decide(job, ffn)
     kept.parent.mkdir(exist_ok=True)
@@ -258,16 +278,18 @@ def decide(job: Job, ffn: FeedForward, activations: Activations | None = None) -
     """
     seed, shape = job.recipe.seed, job.shape
     blueprint = job.method.blueprint(ffn, shape, job.scale, generator(seed, ffn.layer, "method"), activations)
+    draws = blueprint.draws
+    if draws is not None and draws.rule == "initializer" and draws.std is None:
+        blueprint = replace(blueprint, draws=replace(draws, std=job.dense.initializer_range))
     rows = job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router"), activations)
-    return replace(blueprint, router=rows)
+    return replace(blueprint, router=job.method.tie(rows))
 
 
 def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
     """An independent stream of random numbers for every layer and purpose."""
-    import torch
+    from upcycle.draws import stream
 
-    digest = hashlib.sha256(f"{seed}/{layer}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    return stream(seed, layer, purpose)
 
 
 def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
@@ -299,7 +321,7 @@ def _join_blueprints(job: Job, folder: Path) -> list[dict[str, Any]]:
 
     kept, joined = folder / LAYER_BLUEPRINTS, folder / provenance.BLUEPRINT_FILE
     if kept.exists():  # else an earlier run was stopped after this point
-        recipe = job.recipe.model_dump(exclude={"source", "revision", "verification"})
+        recipe = job.recipe.model_dump(exclude={"source", "revision", "sources", "verification"})
         join_blueprints(sorted(kept.glob("*.safetensors")), joined, recipe)
         shutil.rmtree(kept)
     shutil.rmtree(folder / CALIBRATION_FOLDER, ignore_errors=True)

@@ -200,8 +200,9 @@ def _load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
     counts: dict[int, torch.Tensor] = {}
     hooks = []
     for index, layer in enumerate(model.model.layers):
-        router = getattr(layer.mlp, "gate", None)
-        if router is None or not hasattr(router, "top_k"):
+        named = (module for name, module in layer.named_modules() if name.endswith((".gate", ".router")))
+        router = next((module for module in named if hasattr(module, "top_k")), None)
+        if router is None:
             continue
         counts[index] = torch.zeros(router.num_experts, dtype=torch.int64)
 

@@ -12,7 +12,8 @@ class FeedForward:
     """A gated FFN, ``down(act(gate x) * up x)``.
 
     ``gate`` and ``up`` are ``[F, d]``, ``down`` is ``[d, F]``; ``norm`` ``[d]`` is the weight of the RMSNorm whose
-    output the FFN (and so a router) reads. ``activation`` is the configuration's ``hidden_act``.
+    output the FFN (and so a router) reads: no input is longer than ``sqrt(d)`` after division by it. Where there is no
+    such norm it bounds the stream in the same way. ``activation`` is the configuration's ``hidden_act``.
     """
 
     layer: int

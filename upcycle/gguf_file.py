@@ -133,9 +133,12 @@ class GgufFile:
                 values = _half_split(values, self.config[heads])
         return values
 
-    def chunks(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
+    def chunks(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
         """One block: quantized tensors are small."""
-        yield self.read(name)
+        whole = self.read(name)
+        yield whole[part[0] : part[0] + part[1]] if part else whole
 
 
 def _shortest(value: float) -> float:

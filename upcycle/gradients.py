@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from upcycle.errors import UsageError
-from upcycle.layers import LayerRunner
+from upcycle.layers import LayerRunner, logits_of
 from upcycle.progress import Progress
 from upcycle.token_files import TokenFile
 
@@ -71,11 +71,11 @@ def write_importance(
         found = {}
         for index in reversed(range(layers)):
             found[f"importance.{index}"] = _backward(runner, index, states, gradients, labels, clusters, batch, piece)
-            states[index + 1].remove()
-            gradients[index + 1].remove()
+            states[index + 1].release()
+            gradients[index + 1].release()
             progress.advance()
     for file in (states[0], gradients[0]):
-        file.remove()
+        file.release()
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(save(found))
     temporary.rename(path)
@@ -106,14 +106,13 @@ def _loss_gradients(
 
     model = skeleton(checkpoint.raw_config, dense_reader(checkpoint, job.recipe.dtype)(None))
     predicted = len(windows) * (windows.shape[1] - 1)
-    norm, head = model.model.norm, model.lm_head
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
     def rows() -> Iterator[torch.Tensor]:
         for states, ids in zip(final.blocks(batch), windows.split(batch // windows.shape[1]), strict=True):
             leaf = states.view(*ids.shape, -1).requires_grad_()
-            logits = head(norm(leaf))[:, :-1]
+            logits = logits_of(model, checkpoint, leaf)[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / predicted
             (found,) = torch.autograd.grad(loss, leaf)
             yield found.flatten(0, 1)
@@ -140,7 +139,7 @@ def _backward(
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
         seen: list[torch.Tensor] = []
-        hook = layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        hook = runner.down(index).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
 
         def rows() -> Iterator[torch.Tensor]:
             nonlocal sums
@@ -148,8 +147,7 @@ def _backward(
             for block, above in zip(states[index].blocks(batch), gradients[index + 1].blocks(batch), strict=True):
                 count = len(block) // window
                 leaf = block.view(count, window, -1).requires_grad_()
-                output = layer.forward(leaf, **runner.arguments(index, count))
-                output = output[0] if isinstance(output, tuple) else output
+                output = runner.forward(index, leaf)
                 hidden = seen.pop()
                 below, slope = torch.autograd.grad(output, (leaf, hidden), above.view_as(output))
                 effect = (hidden.detach() * slope).abs().double().view(count * window // piece, piece, -1).sum(1)

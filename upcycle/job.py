@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from upcycle.errors import UsageError
+from upcycle.errors import RefusalError, UsageError
 from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.families.origin import Origin
 from upcycle.methods.base import PREFERRED_MULTIPLE, Method
 from upcycle.recipe import Recipe, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
@@ -16,15 +17,19 @@ from upcycle.routers.base import Router
 from upcycle.targets.base import MoeShape, OutputTensor, Target, refuse_unheld
 from upcycle.tensor_files import SINGLE, TensorSpec
 
+if TYPE_CHECKING:
+    from upcycle.mixing import Mix
+
 _CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
 
 
 @dataclass(frozen=True)
 class OutputEntry:
-    """One tensor to be written: copied from the dense tensor of the same name, or built from parts."""
+    """One tensor to be written: copied from the dense checkpoint, or built from parts."""
 
     name: str
     spec: TensorSpec
+    origin: Origin | None = None
     built: OutputTensor | None = None
 
 
@@ -83,6 +88,11 @@ class Job:
         return bool(self.recipe.calibration.texts) and (self.method.kind != "copies" or self.router.calibrated)
 
     @property
+    def sampled(self) -> bool:
+        """Whether layers are decided on what the recipe's sources name: prompts or texts."""
+        return self.router.samples is not None
+
+    @property
     def calibration_mode(self) -> Literal["parallel", "sequential"]:
         """Where a layer's inputs come from. Converted layers that equal the dense ones feed the next what those would."""
         wanted = self.recipe.calibration.mode
@@ -95,8 +105,8 @@ class Job:
     @property
     def dtype(self) -> str:
         """The dtype of the experts, which is the one ``config.json`` names."""
-        names = self.family.ffn_names(self.shape.moe_layers[0])
-        return self.dense_specs[names["gate"]].dtype if self.recipe.dtype == "keep" else self.recipe.dtype
+        gate = self.family.ffn_origins(self.dense, self.shape.moe_layers[0])["gate"]
+        return self.dense_specs[gate.name].dtype if self.recipe.dtype == "keep" else self.recipe.dtype
 
     @property
     def promise(self) -> tuple[str, str]:
@@ -105,8 +115,8 @@ class Job:
         ``rounded``: exact but for a factor that the stored dtype cannot apply without rounding.
         """
         experts, top_k = self.shape.experts, self.shape.top_k
-        if not self.method.exact_when_all_active:
-            return "approximate", f"{self.method.name} lets experts overlap: they do not add up to the dense FFN"
+        if reason := self.method.inexact(self.shape, self.scale):
+            return "approximate", reason
         exact_scale = self.method.scale("exact", experts, top_k)
         if self.scale != exact_scale and (top_k == experts or self.method.exact_with_any_router):
             return "approximate", f"the routed experts are scaled by {self.scale:g}, equality needs {exact_scale:g}"
@@ -115,16 +125,31 @@ class Job:
                 return "approximate", f"{top_k} of {experts} experts run per token"
             if not self.router.equal_weights:
                 return "approximate", f"the {self.router_name} router does not weigh all experts equally"
-        if self.scale == 1 or is_power_of_two(self.scale) or self.dtype == "float32":
+        if not self.rounding_factors:
             return "exact", "the same function as the dense model"
         return (
             "rounded",
-            f"the factor {self.scale:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact",
+            f"the factor {self.rounding_factors[0]:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact",
         )
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What the routed experts' gate, up and down are multiplied by."""
+        return tuple(self.scale**power for power in self.method.spread)
+
+    @property
+    def rounding_factors(self) -> list[float]:
+        """Those of the factors that the stored dtype cannot apply without rounding."""
+        return [] if self.dtype == "float32" else [f for f in self.factors if not is_power_of_two(f)]
 
 
 def prepare(
-    recipe: Recipe, family: Family, dense: DenseConfig, specs: Mapping[str, TensorSpec], has_tokenizer: bool = True
+    recipe: Recipe,
+    family: Family,
+    dense: DenseConfig,
+    specs: Mapping[str, TensorSpec],
+    has_tokenizer: bool = True,
+    mix: Mix | None = None,
 ) -> Job:
     """Choose the parts a recipe names and work out every output tensor.
 
@@ -137,12 +162,14 @@ def prepare(
             f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
         )
-    recipe = _with_shared_held(_with_sizes(recipe, dense), family)
     method_class = load("method", recipe.method)
     method: Method = method_class(parse_parameters(method_class.Parameters, recipe.parameters, "parameters"))
+    method.join(mix)
+    recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
     size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
-    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers)
+    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers, method.normalized)
+    method.check(shape)
     target = _choose_target(recipe, family, dense, shape)
     router_name = recipe.router.name
     sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
@@ -155,22 +182,44 @@ def prepare(
         parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
     )
     router.check(recipe.experts, recipe.top_k)
+    members = method.members
+    router.check_sources(recipe, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
     refit = _refit(recipe, method, sparse)
     for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
         if wants and not texts:
             raise UsageError(f"{what} looks at activations and needs calibration text", hint=_CALIBRATION_HINT)
     scale = recipe.scale
     if scale == "auto":
-        scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else "exact"
+        scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
     factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k)
     if refit == "down" and factor != recipe.top_k:
         raise UsageError(
             f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
             hint="leave --scale out, or use --refit none",
         )
+    if family.uncalibrated and (router.walks or (texts and (method.kind != "copies" or router.calibrated))):
+        raise RefusalError(
+            f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
+            hint="leave the calibration text out, and choose a method and a router that need none",
+        )
     units = _units(recipe, family, dense, target, shape, specs)
     shards = _shards(units, parse_size(recipe.max_shard_size))
     return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+
+
+def _with_implied(recipe: Recipe, method: Method) -> Recipe:
+    """The recipe with the numbers that follow from the method's parameters.
+
+    Raises:
+        UsageError: the recipe names other ones, or fewer experts than are to run.
+    """
+    named = [getattr(recipe, key) if key in recipe.model_fields_set else None for key in ("experts", "top_k")]
+    experts, top_k = method.sizes(*named)
+    experts = recipe.experts if experts is None else experts
+    top_k = recipe.top_k if top_k is None else top_k
+    if top_k > experts:
+        raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
+    return recipe.model_copy(update={"experts": experts, "top_k": top_k})
 
 
 _ALWAYS_ON = 0.5  # of what runs, where a recipe names a fraction and no numbers
@@ -214,6 +263,8 @@ def _with_shared_held(recipe: Recipe, family: Family) -> Recipe:
     names = family.targets if recipe.target == "auto" else (recipe.target,)
     if recipe.shared_unheld == "refuse" or not recipe.shared or any(name not in TARGETS for name in names):
         return recipe
+    if load("method", recipe.method).kind == "copies":  # their routed experts are not like the shared ones
+        return recipe
     if any(Feature.SHARED_EXPERTS in load("target", name).holds for name in names):
         return recipe
     sizes = {"experts": recipe.experts + recipe.shared, "top_k": recipe.top_k + recipe.shared, "shared": 0}
@@ -234,35 +285,44 @@ def _choose_target(recipe: Recipe, family: Family, dense: DenseConfig, shape: Mo
     needed = set(dense.features)
     if shape.shared:
         needed.add(Feature.SHARED_EXPERTS)
-    if len(shape.moe_layers) < dense.num_hidden_layers:
-        needed.add(Feature.DENSE_LAYERS)
+    stays_dense = dense.num_hidden_layers - len(shape.moe_layers)
+    if stays_dense:
+        needed.add(Feature.DENSE_FIRST if min(shape.moe_layers) == stays_dense else Feature.DENSE_LAYERS)
     candidates: list[Target] = [load("target", name)() for name in family.targets]
+    weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
     if recipe.target == "auto":
-        chosen = next((target for target in candidates if needed <= target.holds), candidates[0])
+        chosen = next((target for target in weighing or candidates if needed <= target.holds), candidates[0])
     elif recipe.target not in TARGETS:
         raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
     else:
         chosen = load("target", recipe.target)()
-    refuse_unheld(chosen, family, needed, candidates)
+    refuse_unheld(chosen, family, dense, needed, weighing)
+    if not (shape.normalized or chosen.holds_unnormalized):
+        able = [target.name for target in weighing if needed <= target.holds]
+        raise RefusalError(
+            f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
+            hint=f"use --target {able[0]}" if able else "use --param gate=normalized",
+        )
     return chosen
 
 
 def _units(
     recipe: Recipe, family: Family, dense: DenseConfig, target: Target, shape: MoeShape, specs: Mapping[str, TensorSpec]
 ) -> list[Unit]:
-    def dtype(name: str) -> str:
-        return specs[name].dtype if recipe.dtype == "keep" else recipe.dtype
+    def dtype(origin: Origin) -> str:
+        return origin.dtype(specs[origin.name].dtype if recipe.dtype == "keep" else recipe.dtype)
 
     def copied(shapes: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
-        return [OutputEntry(name, TensorSpec(shape, dtype(name))) for name, shape in shapes.items()]
+        origins = {name: target.origin(family, dense, name) for name in shapes}
+        return [OutputEntry(name, TensorSpec(shapes[name], dtype(o)), o) for name, o in origins.items()]
 
     units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
     for layer in range(dense.num_hidden_layers):
         entries = copied(family.layer_specs(dense, layer))
         if layer in shape.moe_layers:
-            expert_dtype = dtype(family.ffn_names(layer)["gate"])
+            expert_dtype = dtype(family.ffn_origins(dense, layer)["gate"])
             entries += [
-                OutputEntry(tensor.name, TensorSpec(tensor.shape, expert_dtype), tensor)
+                OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.dtype or expert_dtype), built=tensor)
                 for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
             ]
         else:

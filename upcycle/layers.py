@@ -19,6 +19,9 @@ Ffn = Callable[[torch.Tensor], torch.Tensor]
 class LayerRunner:
     """A dense model of which one decoder layer at a time has weights.
 
+    Its states are the residual stream divided by the configuration's ``residual_multiplier``: what an FFN computes is
+    then added to them as it is, in every family.
+
     Args:
         checkpoint: the dense model.
         dtype: its weights are rounded to this dtype first, and computed with in fp32.
@@ -31,22 +34,43 @@ class LayerRunner:
         self.window = window
         self._read = dense_reader(checkpoint, dtype)
         family, config = checkpoint.family, checkpoint.config
-        outside = {**family.first_specs(config), **family.last_specs(config)}
+        self._unit = config.residual_multiplier
+        outside = family.stored_specs(config, None)
         nothing = {name: torch.empty(shape, device="meta") for name, shape in outside.items()}
         self.model: Any = skeleton(checkpoint.raw_config, nothing).eval()
         self.layers = self.model.model.layers
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Fp32 ``[T, d]`` for token ids ``[T]``; the table is read block by block and never whole in memory."""
-        (name,) = self._checkpoint.family.first_specs(self._checkpoint.config)
-        found = torch.empty(len(ids), self._checkpoint.config.hidden_size)
+        """Fp32 states ``[T, d]`` for token ids ``[T]``; the table is read block by block and never whole in memory."""
+        config = self._checkpoint.config
+        (name,) = self._checkpoint.family.first_specs(config)
+        found = torch.empty(len(ids), config.hidden_size)
         first = 0
         for block in self._checkpoint.chunks(name, self._dtype):
             inside = (ids >= first) & (ids < first + len(block))
             found[inside] = block[ids[inside] - first].float()
             first += len(block)
-        return found
+        factor = config.embedding_multiplier / self._unit
+        return found if factor == 1 else found * factor
+
+    def block(self, index: int) -> torch.nn.Module:
+        """The dense FFN of a layer."""
+        block: torch.nn.Module = self.layers[index].get_submodule(self._checkpoint.family.block)
+        return block
+
+    def down(self, index: int) -> torch.nn.Module:
+        """The FFN's down projection, whose input are the activations."""
+        name = self._checkpoint.family.ffn_origins(self._checkpoint.config, index)["down"].name
+        module: torch.nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
+        return module
+
+    def forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """The layer's output ``[N, window, d]`` for its input, by the stock code."""
+        stream = states if self._unit == 1 else states * self._unit
+        outcome = self.layers[index].forward(stream, **self.arguments(index, len(states)))
+        output: torch.Tensor = outcome[0] if isinstance(outcome, tuple) else outcome
+        return output if self._unit == 1 else output / self._unit
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
@@ -69,22 +93,22 @@ class LayerRunner:
 
     def _run(self, index: int, states: torch.Tensor, ffn: Ffn | None) -> tuple[torch.Tensor, torch.Tensor]:
         windows = states.view(-1, self.window, states.shape[-1])
-        layer, seen = self.layers[index], [states]
+        block, seen = self.block(index), [states]
 
         def capture(x: torch.Tensor) -> torch.Tensor:
             seen[0] = x
             assert ffn is not None
             return ffn(x)
 
-        stock = layer.mlp.forward
+        stock = block.forward
         if ffn is not None:
-            layer.mlp.forward = capture
+            block.forward = capture
         try:
             with torch.no_grad():
-                output = layer.forward(windows, **self.arguments(index, len(windows)))
+                output = self.forward(index, windows)
         finally:
-            layer.mlp.forward = stock
-        return _flat(output[0] if isinstance(output, tuple) else output), _flat(seen[0])
+            block.forward = stock
+        return _flat(output), _flat(seen[0])
 
     def arguments(self, index: int, windows: int) -> dict[str, Any]:
         """What the stock model hands to layer ``index`` beside the states: masks, positions and rotary embeddings.
@@ -98,10 +122,11 @@ class LayerRunner:
                 seen.append(arguments)
                 return states
 
-            normal = self.model.model.norm.forward
+            norm = getattr(self.model.model, self._checkpoint.family.final_norm)
+            normal = norm.forward
             for layer in self.layers:
                 layer.forward = nothing
-            self.model.model.norm.forward = lambda states: states
+            norm.forward = lambda states: states
             try:
                 shape = (windows, self.window, self._checkpoint.config.hidden_size)
                 with torch.no_grad():
@@ -109,9 +134,21 @@ class LayerRunner:
             finally:
                 for layer in self.layers:
                     del layer.forward
-                self.model.model.norm.forward = normal
+                norm.forward = normal
             self._arguments = {windows: seen}
         return self._arguments[windows][index]
+
+
+def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:
+    """Logits ``[N, T, V]`` for the states ``[N, T, d]`` of a :class:`LayerRunner` behind the last layer.
+
+    ``model`` is the dense model's :func:`~upcycle.runtime.skeleton`.
+    """
+    config = checkpoint.config
+    norm = getattr(model.model, checkpoint.family.final_norm)
+    stream = states if config.residual_multiplier == 1 else states * config.residual_multiplier
+    logits: torch.Tensor = model.lm_head(norm(stream))
+    return logits if config.logits_multiplier == 1 else logits * config.logits_multiplier
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint, family_of
 from upcycle.errors import EnvironmentFault
-from upcycle.families.base import DenseConfig
+from upcycle.families.base import DenseConfig, Family
 from upcycle.job import Job, prepare
 from upcycle.methods.base import PREFERRED_MULTIPLE
+from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, open_sources
 from upcycle.recipe import Recipe, parse_recipe, parse_size
-from upcycle.sources import is_local, locate
+from upcycle.source_checks import check_configs
+from upcycle.sources import locate
 from upcycle.tensor_files import TensorSpec, read_json
 from upcycle.writer import WAITING_BYTES
 
 CALIBRATION_BATCH_TOKENS = 4096
 MOST_CACHE_BYTES = 1 << 30  # activations kept between the passes over a layer
+REUSED_BYTES = 1 << 28  # freed memory that a calibration holds on to
 # Resident set of the interpreter with a CPU build of torch loaded; measured, see tests/benchmarks.
 _INTERPRETER_BYTES = 260_000_000
+_STOCK_CLASSES = 260_000_000  # transformers' modelling code and what it imports
 _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the conversion will cost, and what it promises. ``as_dict`` has the documented JSON keys."""
+    """Everything the conversion will cost, and what it promises. ``as_dict`` has the documented JSON keys.
 
+    ``sources`` is empty where there is one.
+    """
+
+    sources: list[dict[str, Any]]
     family: str
     target: str
     method: str
@@ -66,35 +74,51 @@ def plan(source: str | None = None, **keys: Any) -> Plan:
 
 
 def job_of(recipe: Recipe) -> Job:
-    """The job of a recipe, from a local checkpoint's headers or a hub repository's ``config.json``."""
-    if is_local(recipe.source):
-        checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
-        specs: Mapping[str, TensorSpec] = checkpoint.store.specs
-        return prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer)
-    found = locate(recipe.source, recipe.revision, config_only=True)
-    raw = read_json(found.path / "config.json")
-    family = family_of(raw, recipe.source)
-    dense = family.config(raw)
-    shapes = {**family.first_specs(dense), **family.last_specs(dense)}
-    for layer in range(dense.num_hidden_layers):
-        shapes |= family.layer_specs(dense, layer) | family.ffn_specs(dense, layer)
+    """The job of a recipe, from local checkpoints' headers or hub repositories' ``config.json``."""
+    if all_local(recipe):
+        return job_for(recipe, open_sources(recipe))
+    family, dense = _config(recipe.source, recipe.revision)
+    mix = None
+    if recipe.sources:
+        for source in recipe.sources:
+            _, other = _config(source.name, source.revision)
+            check_configs(dense, other, recipe.source, source.name, family.aliases)
+        same = [i for i, s in enumerate(recipe.sources) if (s.name, s.revision) == (recipe.source, recipe.revision)]
+        base = same[0] if same else len(recipe.sources)
+        mix = Mix(tuple(source.weight for source in recipe.sources), alike=False, base=base)
+    shapes = family.all_stored_specs(dense)
     dtype = dense.dtype if dense.dtype in ("float32", "float16") else "bfloat16"
-    return prepare(recipe, family, dense, {name: TensorSpec(shape, dtype) for name, shape in shapes.items()})
+    return prepare(recipe, family, dense, {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}, mix=mix)
+
+
+def job_for(recipe: Recipe, checkpoint: DenseCheckpoint) -> Job:
+    """The job of a recipe on an opened checkpoint, which is told what of several sources is averaged."""
+    specs = checkpoint.store.specs
+    job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix=mix_of(checkpoint))
+    if isinstance(checkpoint, MixedCheckpoint):
+        checkpoint.rest = job.method.rest
+    return job
+
+
+def _config(name: str, revision: str | None) -> tuple[Family, DenseConfig]:
+    raw = read_json(locate(name, revision, config_only=True).path / "config.json")
+    family = family_of(raw, name)
+    return family, family.config(raw)
 
 
 def make_plan(job: Job) -> Plan:
     """Work out the costs of a job."""
     dense, shape, specs = job.dense, job.shape, job.dense_specs
     entries = [entry for unit in job.units for entry in unit.entries]
-    used = {entry.name for entry in entries if entry.built is None}
-    for layer in shape.moe_layers:
-        used |= set(job.family.ffn_specs(dense, layer))
+    used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
     idle_per_layer = (shape.experts - shape.top_k) * 3 * shape.expert_size * dense.hidden_size
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
     promise, why = job.promise
+    sources = [{"name": s.name, "revision": s.revision, "weight": s.weight} for s in job.recipe.sources]
     return Plan(
+        sources=sources,
         family=job.family.name,
         target=job.target.name,
         method=job.method.name,
@@ -131,34 +155,41 @@ def _flops(dense: DenseConfig, parameters: int) -> int:
 def _peak_memory(job: Job) -> int:
     """The interpreter, one dense FFN as read, blocks waiting for the disk, and the largest piece built or copied at once."""
     d, size = job.dense.hidden_size, job.shape.expert_size
-    ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0])
+    ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0]).values()
     item = TensorSpec((1,), job.dtype).nbytes
-    read = sum(job.dense_specs[name].elements for name in ffn) * item
+    read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
+    if job.method.draws:
+        built += size * d * (item + 4 + 8)  # a copy, the normal numbers, and what they are measured by in fp64
     if job.recipe.dtype != "keep":
-        read += max(job.dense_specs[name].nbytes for name in ffn)
+        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
+        read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
+    if job.method.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
+        read += max(math.prod(shape) for shape in ffn) * item + 8 // item * COPY_BLOCK_BYTES
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
     writing = _INTERPRETER_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
-    return max(writing, _calibration_memory(job)) if job.calibrated else writing
+    return max(writing, _calibration_memory(job)) if job.calibrated or job.router.walks else writing
 
 
 def _calibration_memory(job: Job) -> int:
     """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit."""
     dense, layer = job.dense, job.shape.moe_layers[0]
-    shapes = {**job.family.layer_specs(dense, layer), **job.family.ffn_specs(dense, layer)}
-    weights = sum(job.dense_specs[name].elements for name in shapes)
+    weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
     d, width = dense.hidden_size, dense.intermediate_size
-    slots = (job.shape.experts + job.shape.shared) * job.shape.expert_size
+    slots = 0 if job.sampled else (job.shape.experts + job.shape.shared) * job.shape.expert_size
     batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, slots))
     kept = min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
-    fit = 6 * slots * (slots + d) if job.refit == "down" else 2 * slots * d  # fp64: train, held out, their sum, factors
-    return _INTERPRETER_BYTES + 4 * (2 * weights + batch + kept) + 8 * fit
+    # fp64: sums of train and held-out tokens, their total, and what a solution takes: a copy, its factor, products.
+    fit = 12 * slots * (slots + d) if job.refit == "down" else 2 * slots * d
+    return (
+        _INTERPRETER_BYTES + _STOCK_CLASSES + 4 * (2 * weights + batch + kept) + 8 * fit + min(REUSED_BYTES, 4 * kept)
+    )
 
 
 def calibration_disk(job: Job) -> int:
     """Bytes that a calibration keeps in the working folder: a few streams of states, and refitted projections twice."""
-    if not job.calibrated:
+    if not job.calibrated and not job.sampled:
         return 0
     dense, shape = job.dense, job.shape
     states = 8 * 4 * job.recipe.calibration.tokens * dense.hidden_size
@@ -190,10 +221,13 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
             f"only {active / dense_parameters:.0%} of the dense parameters are active per token: "
             "expect a drop in quality until the model is healed by continual pre-training"
         )
-    if job.method.kind == "copies" and shape.top_k > 1:
-        warnings.append(
-            f"each token runs {shape.top_k} copies of the FFN: {shape.top_k}x its compute, the same output until trained"
-        )
+    running = (shape.top_k + shape.shared) * shape.expert_size / job.dense.intermediate_size
+    if job.method.kind == "copies" and running > 1:
+        same = "" if job.promise[0] == "approximate" else ", the same output until trained"
+        what = f"{shape.top_k} copies" if running == shape.top_k else f"{running:.3g}x the neurons"
+        if len(set(job.method.members)) > 1:
+            what = f"{running:.3g} sources' worth"
+        warnings.append(f"each token runs {what} of the FFN: {running:.3g}x its compute{same}")
     if job.recipe.calibration.texts and not job.calibrated:
         warnings.append(
             f"calibration text is not used: {job.method.name} with the {job.router_name} router looks at none"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError
 from upcycle.job import Job
+from upcycle.mixing import sources_record
 from upcycle.planning import Plan
 from upcycle.tensor_files import read_json
 
@@ -94,6 +95,7 @@ def write(
             "family": job.family.name,
             "fingerprint": checkpoint.fingerprint,
         },
+        "sources": sources_record(checkpoint, job.recipe),
         "method": {"name": job.method.name, "title": job.method.title, "paper": job.method.paper},
         "router": {"name": job.router_name, "title": job.router.title, "paper": job.router.paper},
         "target": job.target.name,

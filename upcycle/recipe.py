@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -54,6 +54,19 @@ class CalibrationRecipe(_Strict):
         return [self.text] if isinstance(self.text, str) else self.text or []
 
 
+class SourceRecipe(_Strict):
+    """One of several sources."""
+
+    name: str = Field(description="local folder, hub id, or .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="weight in the average of what is not an expert")
+    positive_prompts: list[str] = Field(
+        default_factory=list, description="what its expert is for (hidden, cheap_embed)"
+    )
+    negative_prompts: list[str] = Field(default_factory=list, description="what its expert is not for")
+    text: str | None = Field(None, description="UTF-8 sample text of its domain (domain_ridge)")
+
+
 class VerificationRecipe(_Strict):
     """How the result is checked."""
 
@@ -65,8 +78,14 @@ class VerificationRecipe(_Strict):
 class Recipe(_Strict):
     """A conversion. The field order is the order in the written ``recipe.yaml``."""
 
-    source: str = Field(description="local folder, hub id, .gguf file, or demo")
+    source: str = Field(
+        description="local folder, hub id, .gguf file, or demo; of several sources the one whose config and tokenizer are taken"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    sources: list[SourceRecipe] = Field(
+        default_factory=list,
+        description="fine-tunes of one model, names or mappings: a mixing method makes experts of them; the first is the usual source",
+    )
     method: str = Field("sparse_upcycling", description="how experts are made (upcycle list methods)")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters")
     experts: int = Field(8, ge=1, description="routed experts per MoE layer")
@@ -84,7 +103,7 @@ class Recipe(_Strict):
         description="where the target holds no shared experts: refuse, or make them routed ones (K grows by S)",
     )
     layers: str | list[int] = Field(
-        "all", description="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4"
+        "all", description="all, every-other, last-half, except-first:N, except-last:N, or a list such as 0,2,4"
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="what calibrated parts look at")
@@ -106,6 +125,29 @@ class Recipe(_Strict):
     tokenizer: Literal["copy", "none"] = Field("copy", description="copy the tokenizer, or none to go without")
     seed: int = Field(0, ge=0, description="seed of every random choice")
     verification: VerificationRecipe = Field(default=VerificationRecipe(), description="the check at the end")
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _sources_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list):
+            return value
+        return [{"name": part} if isinstance(part, str) else part for part in value]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_of_several(cls, content: Any) -> Any:
+        """Without a ``source`` the first of ``sources`` is the one, at its revision."""
+        if not isinstance(content, dict) or content.get("source") or not content.get("sources"):
+            return content
+        named = cls._sources_by_name(content["sources"])
+        first = named[0] if isinstance(named, list) and named else None
+        if isinstance(first, SourceRecipe):
+            first = first.model_dump()
+        if not isinstance(first, dict) or not isinstance(first.get("name"), str):
+            return {**content, "source": "?"}  # the check of sources, which fails, says what is wrong
+        return {**content, "source": first["name"], "revision": first.get("revision")}
 
     @field_validator("router", mode="before")
     @classmethod
@@ -139,7 +181,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Recipe:
-        if self.top_k > self.experts:
+        # Where none are named, the method's parameters may say how many there are: prepare() looks again.
+        if self.top_k > self.experts and "experts" in self.model_fields_set:
             raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
         return self
 
@@ -178,6 +221,8 @@ def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
         return everything
     if layers == "every-other":
         return everything[1::2]
+    if layers == "last-half":
+        return everything[count - count // 2 :]
     word, _, number = layers.partition(":")
     if word in ("except-first", "except-last") and number.isdigit():
         n = int(number)
@@ -187,7 +232,7 @@ def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
         raise UsageError(f"layers: '{layers}' leaves none of the {count} layers", hint="--layers all")
     raise UsageError(
         f"layers: cannot read '{layers}'",
-        hint="all, every-other, except-first:N, except-last:N, or a list such as 0,2,4",
+        hint="all, every-other, last-half, except-first:N, except-last:N, or a list such as 0,2,4",
     )
 
 
@@ -250,7 +295,10 @@ def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str)
 
 
 def _explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = next(
+        (fault for fault in found if fault["type"] == "extra_forbidden"), found[0]
+    )  # a misspelt key is missing, too
     path = [str(part) for part in first["loc"]]
     key, known = ".".join(path), _keys_at(model, path[:-1])
     if first["type"] == "extra_forbidden":
@@ -270,7 +318,10 @@ def _explained(error: ValidationError, where: str, model: type[BaseModel] = Reci
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
+        if part.isdigit():  # one of a list, whose kind is known already
+            continue
         inner = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = next(iter(get_args(inner)), inner) if get_origin(inner) is list else inner
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         model = inner

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
-from upcycle.activations import Activations, Batch
+from upcycle.activations import Batch, Slots
 from upcycle.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.capture import of_largest
 from upcycle.errors import CheckpointError
@@ -44,7 +44,7 @@ class Refit:
 
 
 class Applied(Protocol):
-    """A layer that is to be fitted: what is active in it, and fp32 ``down`` ``[d, slots]``."""
+    """A layer's slots: what is active in them, and fp32 ``down`` ``[d, slots]``."""
 
     down: torch.Tensor
 
@@ -103,12 +103,12 @@ class Routing:
         return linear(shared, self.down[:, : self._always]), linear(routed, self.down[:, self._always :])
 
 
-def fit_down(routing: Applied, activations: Activations, targets: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Refit]:
+def fit_down(start: torch.Tensor, slots: Slots, targets: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Refit]:
     """Fit all down projections of a layer.
 
     Args:
-        routing: the layer.
-        activations: its calibration tokens.
+        start: the down projection to begin with, fp32 ``[d, slots]``.
+        slots: what is active on the calibration tokens.
         targets: fp32 ``[t, d]`` for every batch, in order.
 
     Returns:
@@ -117,23 +117,21 @@ def fit_down(routing: Applied, activations: Activations, targets: Iterable[torch
     Raises:
         CheckpointError: the targets or activations are not finite.
     """
-    d, slots = routing.down.shape
-    sums = RidgeSums(slots, d, torch.float32)
-    norms = _Norms()
-    for batch, target in zip(activations.batches(), targets, strict=True):
-        active = routing.active(batch)
-        error = target - linear(active, routing.down)
-        norms.add(target, error, batch)
-        sums.add(active, error, batch.weight, batch.held_out)
-    norms.check(activations)
+    d, width = start.shape
+    sums = RidgeSums(width, d, torch.float32)
+    for batch, target in zip(slots.batches(), targets, strict=True):
+        sums.add(batch.hidden, target, batch.weight, batch.held_out)
+    if not sums.finite:
+        raise _not_finite(slots.layer)
+    before = sums.loss(start.T.double())
+    sums.subtract(start.T.double())
     choice = sums.best(STRENGTHS)
     solution = sums.solve(choice.strength, condition=True)
-    before = norms.relative
     report = Refit(before, before * choice.held_out_loss, choice.strength, solution.condition)
-    return routing.down + solution.weights.T.float(), report
+    return start + solution.weights.T.float(), report
 
 
-def fit_scale(routing: Routing, activations: Activations, targets: Iterable[torch.Tensor]) -> tuple[float, Refit]:
+def fit_scale(routing: Routing, slots: Slots, targets: Iterable[torch.Tensor]) -> tuple[float, Refit]:
     """Fit one factor on the routed experts of a layer by least squares.
 
     Returns:
@@ -142,8 +140,8 @@ def fit_scale(routing: Routing, activations: Activations, targets: Iterable[torc
     """
     norms = _Norms()
     product = square = held_product = held_square = 0.0
-    for batch, target in zip(activations.batches(), targets, strict=True):
-        shared, routed = routing.parts(routing.active(batch))
+    for batch, target in zip(slots.batches(), targets, strict=True):
+        shared, routed = routing.parts(batch.hidden)
         error = target - shared - routed
         norms.add(target, error, batch)
         weight = batch.weight.double()
@@ -152,7 +150,7 @@ def fit_scale(routing: Routing, activations: Activations, targets: Iterable[torc
         if batch.held_out:
             held_product, held_square = held_product + along.item(), held_square + length.item()
         product, square = product + along.item(), square + length.item()
-    norms.check(activations)
+    norms.check(slots.layer)
     factor = product / square if square > 0 and product > 0 else 1.0
     if norms.held_target == 0:
         held_product, held_square = product, square
@@ -191,14 +189,18 @@ class _Norms:
         row = self._sums[1 if self.held_target > 0 else 0]
         return (row[1] / row[0]).item() if row[0] > 0 else 0.0
 
-    def check(self, activations: Activations) -> None:
+    def check(self, layer: int) -> None:
         """Refuse sums that are not finite.
 
         Raises:
             CheckpointError: names the layer.
         """
         if not bool(self._sums.isfinite().all()):
-            raise CheckpointError(
-                f"layer {activations.ffn.layer}: the calibration states are not finite",
-                hint="convert the checkpoint in the dtype it was trained in, or use --calibration-mode parallel",
-            )
+            raise _not_finite(layer)
+
+
+def _not_finite(layer: int) -> CheckpointError:
+    return CheckpointError(
+        f"layer {layer}: the calibration states are not finite",
+        hint="convert the checkpoint in the dtype it was trained in, or use --calibration-mode parallel",
+    )

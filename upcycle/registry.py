@@ -10,6 +10,11 @@ from upcycle.errors import UsageError
 
 METHODS = {
     "sparse_upcycling": "upcycle.methods.sparse_upcycling:SparseUpcycling",
+    "virtual_groups": "upcycle.methods.virtual_groups:VirtualGroups",
+    "drop_upcycling": "upcycle.methods.drop_upcycling:DropUpcycling",
+    "qwen_fine_grained": "upcycle.methods.qwen_fine_grained:QwenFineGrained",
+    "shared_plus_routed": "upcycle.methods.shared_plus_routed:SharedPlusRouted",
+    "branch_train_mix": "upcycle.methods.branch_train_mix:BranchTrainMix",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",
     "weight_kmeans": "upcycle.splitters.weight_kmeans:WeightKMeans",
@@ -29,17 +34,44 @@ ROUTERS = {
     "ridge": "upcycle.routers.ridge:RidgeRouter",
     "representative": "upcycle.routers.representative:RepresentativeRouter",
     "distilled": "upcycle.routers.distilled:DistilledRouter",
+    "orthogonal": "upcycle.routers.orthogonal:OrthogonalRouter",
+    "hidden": "upcycle.routers.hidden:HiddenRouter",
+    "cheap_embed": "upcycle.routers.cheap_embed:CheapEmbedRouter",
+    "domain_ridge": "upcycle.routers.domain_ridge:DomainRidgeRouter",
 }
 FAMILIES = {
     "llama": "upcycle.families.llama:Llama",
     "mistral": "upcycle.families.mistral:Mistral",
     "qwen2": "upcycle.families.qwen2:Qwen2",
     "qwen3": "upcycle.families.qwen3:Qwen3",
+    "qwen3_5_text": "upcycle.families.qwen3_5_text:Qwen35Text",
+    "granite": "upcycle.families.granite:Granite",
+    "olmo2": "upcycle.families.olmo2:Olmo2",
+    "phi3": "upcycle.families.phi3:Phi3",
+    "gemma": "upcycle.families.gemma:Gemma",
+    "cohere2": "upcycle.families.cohere2:Cohere2",
+    "ernie4_5": "upcycle.families.ernie4_5:Ernie45",
+    "hunyuan_v1_dense": "upcycle.families.hunyuan_v1_dense:HunyuanV1Dense",
+    "seed_oss": "upcycle.families.seed_oss:SeedOss",
+    "helium": "upcycle.families.helium:Helium",
+    "lfm2": "upcycle.families.lfm2:Lfm2",
 }
 TARGETS = {
     "mixtral": "upcycle.targets.mixtral:Mixtral",
     "qwen2_moe": "upcycle.targets.qwen2_moe:Qwen2Moe",
     "qwen3_moe": "upcycle.targets.qwen3_moe:Qwen3Moe",
+    "qwen3_5_moe_text": "upcycle.targets.qwen3_5_moe_text:Qwen35MoeText",
+    "granitemoe": "upcycle.targets.granitemoe:GraniteMoe",
+    "granitemoeshared": "upcycle.targets.granitemoeshared:GraniteMoeShared",
+    "flex_olmo": "upcycle.targets.flex_olmo:FlexOlmo",
+    "glm4_moe": "upcycle.targets.glm4_moe:Glm4Moe",
+    "dots1": "upcycle.targets.dots1:Dots1",
+    "solar_open": "upcycle.targets.solar_open:SolarOpen",
+    "mellum": "upcycle.targets.mellum:Mellum",
+    "cohere2_moe": "upcycle.targets.cohere2_moe:Cohere2Moe",
+    "ernie4_5_moe": "upcycle.targets.ernie4_5_moe:Ernie45Moe",
+    "hunyuan_v1_moe": "upcycle.targets.hunyuan_v1_moe:HunyuanV1Moe",
+    "lfm2_moe": "upcycle.targets.lfm2_moe:Lfm2Moe",
 }
 KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS}
 

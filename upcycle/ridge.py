@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
+from scipy.linalg.lapack import dpocon
 
 from upcycle.errors import CheckpointError
 
@@ -13,12 +16,12 @@ from upcycle.errors import CheckpointError
 # others, so that mean lies far above what most directions carry: hence the weak end.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED_STRENGTH = 1e-2  # where no token was held out to choose by
-_POWER_STEPS, _POWER_VECTORS = 5, 8
-_GRAM_BLOCK = 512
+_GRAM_BLOCK = 256
+_JUDGED_TARGETS = 64  # strengths are compared on so many combinations of the targets
 
 
 class RidgeSolution(NamedTuple):
-    """``weights`` fp64 ``[M, N]``; ``condition`` estimates (from below) that of the matrix that was solved with, if asked."""
+    """``weights`` fp64 ``[M, N]``; ``condition`` estimates that of the matrix that was solved with, in the 1-norm, if asked."""
 
     weights: torch.Tensor
     condition: float | None
@@ -66,17 +69,11 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float, condi
 
 
 def _condition(matrix: torch.Tensor, factor: torch.Tensor) -> float:
-    """Largest over smallest eigenvalue of a positive matrix ``[M, M]``, each by subspace iteration from a fixed start."""
-    # A few vectors at once find the extremes in a few steps.
-    start = torch.randn(len(matrix), _POWER_VECTORS, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
-    condition = 1.0
-    for step in (matrix.matmul, lambda vectors: torch.cholesky_solve(vectors, factor)):
-        vectors, growth = start, 0.0
-        for _ in range(_POWER_STEPS):
-            vectors = step(torch.linalg.qr(vectors).Q)
-            growth = torch.linalg.matrix_norm(vectors, 2).item()
-        condition *= growth
-    return max(1.0, condition)
+    """LAPACK's estimate of the 1-norm condition number of a positive matrix ``[M, M]`` with a lower Cholesky factor."""
+    reciprocal, _ = dpocon(
+        factor.T.numpy(), matrix.abs().sum(0).max().item()
+    )  # the transpose is Fortran's lower as upper
+    return max(1.0, 1.0 / reciprocal) if reciprocal else math.inf
 
 
 class _Sums:
@@ -97,6 +94,12 @@ class _Sums:
         self.moment += features.T @ targets
         self.square += targets.square().sum(dtype=torch.float64).item()
 
+    def projected(self, mix: torch.Tensor) -> _Sums:
+        """These sums with the targets ``Y mix``; the Gram matrix is shared."""
+        few = _Sums(0, 0)
+        few._gram, few.moment = self.gram, self.moment @ mix
+        return few
+
     @property
     def gram(self) -> torch.Tensor:
         """Fp64 ``[M, M]``, symmetric."""
@@ -110,8 +113,17 @@ class _Sums:
         """``||Y - X W||^2 / ||Y||^2``; zero targets count as fitted."""
         if self.square == 0:
             return 0.0
-        explained = 2 * (weights * self.moment).sum() - (weights * (self.gram @ weights)).sum()
-        return max(0.0, 1.0 - explained.item() / self.square)
+        return max(0.0, 1.0 - self.explained(weights, self.gram @ weights) / self.square)
+
+    def subtract(self, weights: torch.Tensor) -> None:
+        """Put ``Y - X W`` in the place of ``Y``."""
+        products = self.gram @ weights
+        self.square = max(0.0, self.square - self.explained(weights, products))
+        self.moment -= products
+
+    def explained(self, weights: torch.Tensor, products: torch.Tensor) -> float:
+        """``||Y||^2 - ||Y - X W||^2``, with ``products = G W``."""
+        return (weights * (2 * self.moment - products)).sum().item()
 
 
 class RidgeSums:
@@ -137,6 +149,21 @@ class RidgeSums:
             features, targets = features * root, targets * root
         sums.add(features, targets)
 
+    @property
+    def finite(self) -> bool:
+        """Whether all targets were, and all features that met them."""
+        return all(
+            math.isfinite(sums.square) and bool(sums.moment.isfinite().all())
+            for sums in (self._train, self._held_out)
+            if sums
+        )
+
+    def subtract(self, weights: torch.Tensor) -> None:
+        """Put what fp64 ``weights`` ``[M, N]`` leave of the targets in their place, as if it had been added."""
+        for sums in (self._train, self._held_out):
+            if sums:
+                sums.subtract(weights)
+
     def solve(self, strength: float, everything: bool = True, condition: bool = False) -> RidgeSolution:
         """Fit all tokens, or without ``everything`` those that were not held out."""
         gram, moment = self._train.gram, self._train.moment
@@ -151,17 +178,38 @@ class RidgeSums:
     def best(self, strengths: Sequence[float] = STRENGTHS) -> Choice:
         """Choose the strength with the least held-out loss of a fit to the others; among equals the strongest.
 
-        The loss falls and then rises as the ridge weakens: the search begins at the strongest and ends where it rises.
+        The loss falls and then rises as the ridge weakens: the search begins in the middle and goes on where it falls.
         Without held-out tokens there is nothing to choose by, and it is ``UNJUDGED_STRENGTH``.
         """
-        if self._held_out is None:
-            strengths = (UNJUDGED_STRENGTH,)
-        best: Choice | None = None
-        for strength in sorted(strengths, reverse=True):
-            loss = self.loss(self.solve(strength, everything=False).weights)
-            if best is not None and loss > best.held_out_loss:
-                break
-            if best is None or loss < best.held_out_loss:
-                best = Choice(strength, loss)
-        assert best is not None
-        return best
+        ordered = sorted(strengths, reverse=True) if self._held_out is not None else [UNJUDGED_STRENGTH]
+
+        few = self._projected(_JUDGED_TARGETS)
+        judge = few._held_out or few._train
+
+        @cache
+        def loss(number: int) -> float:
+            """Up to a constant: the targets' own square, of which combinations have another share each."""
+            weights = few.solve(ordered[number], everything=False).weights
+            return -judge.explained(weights, judge.gram @ weights)
+
+        best = len(ordered) // 2
+        while best > 0 and loss(best - 1) <= loss(best):
+            best -= 1
+        while best + 1 < len(ordered) and loss(best + 1) < loss(best):
+            best += 1
+        return Choice(ordered[best], self.loss(self.solve(ordered[best], everything=False).weights))
+
+    def _projected(self, targets: int) -> RidgeSums:
+        """The same regression of that many random combinations of the targets; itself, if it has no more.
+
+        Squared errors keep their expected size (Johnson and Lindenstrauss), and every solution costs that much less.
+        """
+        count = self._shape[1]
+        if count <= targets:
+            return self
+        rng = torch.Generator().manual_seed(0)
+        mix = torch.randn(count, targets, generator=rng, dtype=torch.float64) / targets**0.5
+        few = RidgeSums(0, 0)
+        few._train = self._train.projected(mix)
+        few._held_out = self._held_out and self._held_out.projected(mix)
+        return few

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import ctypes
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +28,35 @@ _NOT_IN_LAYERS = None
 for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf, torch.sqrt, torch.rsqrt):
     _function(torch.ones(1))
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def reuse_freed_memory(largest: int) -> None:
+    """Let freed blocks up to ``largest`` bytes be used again, instead of asking the system for zeroed pages every time.
+
+    Passes over tokens allocate the same tens of megabytes over and over; touching new pages costs them a sixth of their
+    time. As much freed memory stays with the process. Does nothing where the C library is not glibc, nor where address
+    space is rationed.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, largest)
+    mallopt(_M_TRIM_THRESHOLD, 4 * largest)
+
 
 class StockModel:
     """A stock causal language model in fp32, in memory or (with ``read``) streamed: a layer is read before it runs and
     dropped after it, so that a model larger than memory can run.
     """
 
-    def __init__(self, model: Any, read: Reader | None = None) -> None:
+    def __init__(self, model: Any, read: Reader | None = None, blocks: Sequence[str] = ("mlp",)) -> None:
         self.model = use_eager_experts(model.eval())
         self.layers = model.model.layers
+        self._blocks = blocks
         self._read = read
         if read:
             for index, layer in enumerate(self.layers):
@@ -42,7 +64,9 @@ class StockModel:
                 layer.register_forward_hook(lambda *_, index=index: self.drop(index))
 
     @classmethod
-    def from_reader(cls, config: Mapping[str, Any], read: Reader, streamed: bool) -> StockModel:
+    def from_reader(
+        cls, config: Mapping[str, Any], read: Reader, streamed: bool, blocks: Sequence[str] = ("mlp",)
+    ) -> StockModel:
         """Build the stock class of ``config`` around weights that come from ``read``.
 
         ``read(None)`` gives everything outside the decoder layers, ``read(i)`` layer ``i``, under the names of the stock
@@ -53,10 +77,10 @@ class StockModel:
         """
         model = skeleton(config, read(_NOT_IN_LAYERS))
         if streamed:
-            return cls(model, read)
+            return cls(model, read, blocks)
         for index, layer in enumerate(model.model.layers):
             fill(layer, index, read)
-        return cls(model)
+        return cls(model, None, blocks)
 
     def load(self, index: int) -> None:
         """Read one layer into memory, when it is streamed."""
@@ -68,11 +92,11 @@ class StockModel:
         if self._read:
             self.layers[index].to("meta")
 
-    def block(self, index: int) -> torch.nn.Module:
-        """The FFN or MoE block of a layer, in memory until it is dropped."""
+    def blocks(self, index: int) -> list[torch.nn.Module]:
+        """The modules of a layer that add up to its FFN or MoE block, in memory until it is dropped."""
         self.load(index)
-        block: torch.nn.Module = self.layers[index].mlp
-        return block
+        found = [getattr(self.layers[index], name, None) for name in self._blocks]
+        return [block for block in found if block is not None]
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Fp32 ``[N, T, V]`` for token ids ``[N, T]``."""
@@ -94,7 +118,7 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(settings)
+    _compute_buffers(model, settings)
     problems = model.load_state_dict(outside, strict=False, assign=True)
     missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
     if settings.tie_word_embeddings:
@@ -103,6 +127,14 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     if missing or problems.unexpected_keys:
         raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
     return model
+
+
+def _compute_buffers(model: Any, settings: Any) -> None:
+    for name, module in model.model.named_children():
+        if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):
+            setattr(model.model, name, type(module)(settings))
+        elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
 
 
 def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
@@ -121,7 +153,8 @@ def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
 
 def dense_model(checkpoint: DenseCheckpoint, dtype: str, streamed: bool) -> StockModel:
     """The dense model with its weights rounded to the dtype they are converted in, computed in fp32."""
-    return StockModel.from_reader(checkpoint.raw_config, dense_reader(checkpoint, dtype), streamed)
+    read, block = dense_reader(checkpoint, dtype), checkpoint.family.block
+    return StockModel.from_reader(checkpoint.raw_config, read, streamed, (block,))
 
 
 def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
@@ -129,11 +162,7 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
     family, config = checkpoint.family, checkpoint.config
 
     def read(layer: int | None) -> State:
-        if layer is None:
-            names = {**family.first_specs(config), **family.last_specs(config)}
-        else:
-            names = {**family.layer_specs(config, layer), **family.ffn_specs(config, layer)}
-        return {name: checkpoint.read(name, dtype).float() for name in names}
+        return {name: checkpoint.read(name, dtype).float() for name in family.stored_specs(config, layer)}
 
     return read
 
@@ -141,7 +170,7 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
 def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:
     """The converted model: loaded as every user would, or streamed with its experts fused as stock modules hold them."""
     if not streamed:
-        return StockModel(load_stock(folder))
+        return StockModel(load_stock(folder), None, job.target.blocks)
     store = SafetensorsFolder(folder)
     units = {unit.layer: unit for unit in job.units if unit.layer is not None}
     outside = [entry.name for unit in job.units if unit.layer is None for entry in unit.entries]
@@ -150,17 +179,17 @@ def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:
         if layer is None:
             return {name: store.read(name).float() for name in outside}
         entries = units[layer].entries
-        state = {entry.name: store.read(entry.name).float() for entry in entries if entry.built is None}
+        state = {entry.name: store.read(entry.name).float() for entry in entries if entry.origin}
         if layer in job.shape.moe_layers:
-            where = {part: entry.name for entry in entries if entry.built for part in entry.built.parts[:1]}
+            where = {entry.built.parts: entry.name for entry in entries if entry.built}
             for tensor in job.target.moe_tensors(job.dense, job.shape, layer, "fused"):
-                whole = job.recipe.layout == "fused" or len(tensor.parts) == 1
-                names = [where[tensor.parts[0]]] if whole else [where[part] for part in tensor.parts]
+                whole = tensor.parts in where
+                names = [where[tensor.parts]] if whole else [where[part,] for part in tensor.parts]
                 pieces = [store.read(name).float() for name in names]
                 state[tensor.name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view(tensor.shape)
         return state
 
-    return StockModel.from_reader(read_json(folder / "config.json"), read, streamed=True)
+    return StockModel.from_reader(read_json(folder / "config.json"), read, True, job.target.blocks)
 
 
 def load_stock(folder: Path) -> Any:
@@ -184,9 +213,8 @@ def load_stock(folder: Path) -> Any:
 
 def use_eager_experts(model: Any) -> Any:
     """Run experts one after another: the default kernel (grouped_mm) refuses widths that are not 16 bytes wide."""
-    if hasattr(model, "set_experts_implementation") and any(
-        hasattr(layer.mlp, "experts") for layer in model.model.layers
-    ):
+    has_experts = any(name.endswith(".experts") for name, _ in model.named_modules())
+    if has_experts and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
 

@@ -110,19 +110,29 @@ class SafetensorsFile:
         if self._start + position != self.size:
             raise self._damaged(f"it has {self.size} bytes, its header describes {self._start + position}")
 
-    def chunks(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
-        """Yield the tensor as consecutive blocks of its first dimension, at most ``most_bytes`` each."""
+    def chunks(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Yield the tensor as consecutive blocks of its first dimension, at most ``most_bytes`` each.
+
+        Args:
+            name: the tensor.
+            most_bytes: size of a block; a block of ``multiple`` rows is never divided.
+            part: first row and number of rows to read; default: all of them.
+            multiple: blocks (but the last) have a multiple of this many rows.
+        """
         import torch
 
         spec, start = self._offsets[name]
         dtype = getattr(torch, spec.dtype)
         rows = spec.shape[0] if spec.shape else 1
         row_bytes = spec.nbytes // rows if rows else 0
-        step = max(1, most_bytes // row_bytes) if row_bytes else max(rows, 1)
+        from_row, count = part or (0, rows)
+        step = max(1, most_bytes // row_bytes // multiple) * multiple if row_bytes else max(count, 1)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + start)
-            for first in range(0, max(rows, 1), step):
-                shape = (min(step, rows - first), *spec.shape[1:]) if spec.shape else ()
+            file.seek(self._start + start + from_row * row_bytes)
+            for first in range(0, max(count, 1), step):
+                shape = (min(step, count - first), *spec.shape[1:]) if spec.shape else ()
                 block = torch.empty(shape, dtype=dtype)
                 if block.numel():
                     self._fill(file, block.view(-1).view(torch.uint8).numpy())
@@ -214,9 +224,11 @@ class SafetensorsFolder:
         """The file a tensor is in, for messages."""
         return str(self._where[name].path)
 
-    def chunks(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
-        """Yield a tensor as blocks of its first dimension."""
-        return self._where[name].chunks(name, most_bytes)
+    def chunks(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Yield a tensor, or some of its rows, as blocks of its first dimension."""
+        return self._where[name].chunks(name, most_bytes, part, multiple)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor whole."""

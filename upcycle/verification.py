@@ -13,10 +13,13 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from upcycle import provenance
+from upcycle.activations import activation_function
 from upcycle.calibration_text import text_names
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.job import Job, is_power_of_two, prepare
+from upcycle.job import Job
+from upcycle.mixing import MixedCheckpoint, open_sources
+from upcycle.planning import job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
 from upcycle.runtime import StockModel, available_memory, converted_model, dense_model
@@ -38,7 +41,8 @@ class Verification:
     """What was promised, what was measured, and the verdict. ``as_dict`` has the documented JSON keys.
 
     Errors are relative: ``||moe - dense|| / ||dense||`` over all tokens. ``all_experts_error`` is the largest error of any
-    layer with every expert active, measured where fewer are used. ``layer_errors`` are those of each block on the
+    layer with every expert active, measured where fewer are used, against ``all_experts_reference``: the dense FFN, or where
+    several models are mixed the mean of theirs. ``layer_errors`` are those of each block on the
     dense model's own FFN inputs. ``kl`` is the mean KL(dense || moe) of next-token distributions in nats.
     """
 
@@ -54,6 +58,7 @@ class Verification:
     perplexity: float
     layer_errors: list[float]
     all_experts_error: float | None
+    all_experts_reference: str
     tokens: int
     text: str
     streamed: bool
@@ -93,9 +98,11 @@ def verify(
         content |= {"source": source, "revision": None}
     elif record["source"]["revision"]:
         content["revision"] = record["source"]["revision"]
+    for listed, opened in zip(content.get("sources") or [], record.get("sources") or [], strict=False):
+        listed["revision"] = opened["revision"]
     recipe = parse_recipe(content, str(folder / provenance.RECIPE_FILE))
     try:
-        checkpoint = DenseCheckpoint.open(recipe.source, recipe.revision)
+        checkpoint = open_sources(recipe)
     except UsageError as error:
         raise UsageError(f"the dense model is needed: {error.message}", hint="say where it is with --source") from None
     if checkpoint.fingerprint != record["source"]["fingerprint"]:
@@ -103,7 +110,7 @@ def verify(
             f"{recipe.source} is not the checkpoint {folder} was converted from",
             hint="name the right one with --source",
         )
-    job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+    job = job_for(recipe, checkpoint)
     return verify_job(job, checkpoint, folder, text or recipe.verification.text, tokens, progress)
 
 
@@ -122,7 +129,7 @@ def verify_job(
         progress.advance()
         moe = converted_model(job, folder, streamed)
         progress.advance()
-    layers = _LayerErrors(job, moe)
+    layers = _LayerErrors(job, moe, checkpoint)
     totals = _Totals()
     # Streaming reads every weight once per batch: larger batches cost memory, and save that.
     step = max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * job.dense.vocab_size))
@@ -165,20 +172,24 @@ def _token_windows(job: Job, checkpoint: DenseCheckpoint, text: str | None, toke
 class _LayerErrors:
     """Squared errors and norms of every block on the dense model's FFN inputs."""
 
-    def __init__(self, job: Job, moe: StockModel) -> None:
+    def __init__(self, job: Job, moe: StockModel, checkpoint: DenseCheckpoint) -> None:
         self._job = job
+        mixes = isinstance(checkpoint, MixedCheckpoint) and not (job.method.exact_when_all_active or job.method.draws)
+        self._mixed = checkpoint if isinstance(checkpoint, MixedCheckpoint) and mixes else None
         self._moe = moe
         count = job.dense.num_hidden_layers
-        self._squares = torch.zeros(3, count, dtype=torch.float64)  # error, error with all experts, norm
+        self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
         # A refit changes the experts, and overlapping ones never added up: there is nothing to compare.
-        comparable = job.method.exact_when_all_active and job.refit == "none"
+        comparable = (job.method.exact_when_all_active or mixes) and job.refit == "none"
         self.all_experts_measured = job.promise[0] == "approximate" and comparable
 
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs."""
         hooks = [
-            layer.mlp.register_forward_hook(lambda _, args, output, i=i: self._compare(i, args[0], output))
+            layer.get_submodule(self._job.family.block).register_forward_hook(
+                lambda _, args, output, i=i: self._compare(i, args[0], output)
+            )
             for i, layer in enumerate(dense.layers)
         ]
         try:
@@ -189,14 +200,31 @@ class _LayerErrors:
 
     def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
         with torch.no_grad():
-            block = self._moe.block(index)
-            actual = block(x)
+            blocks = self._moe.blocks(index)
+            actual: torch.Tensor = sum(block(x) for block in blocks)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
-                everyone = _all_experts(block, x, self._job)
-                self._squares[1, index] += (everyone - expected).double().square().sum()
+                everyone = _all_experts(blocks, x, self._job)
+                reference = self._mean_of_sources(index, x) if self._mixed else expected
+                self._squares[1, index] += (everyone - reference).double().square().sum()
+                self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
             self._moe.drop(index)
+
+    def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What the layer is where the router weighs all experts equally: computed from the sources, one in memory."""
+        assert self._mixed is not None
+        members, total = self._job.method.members, torch.zeros_like(x)
+        for source in members:
+            ffn = self._mixed.members[source].feed_forward(index, self._job.recipe.dtype)
+            hidden = activation_function(ffn.activation)(linear(x, ffn.gate.float())) * linear(x, ffn.up.float())
+            total += linear(hidden, ffn.down.float())
+        return total / len(members)
+
+    @property
+    def reference(self) -> str:
+        """What a layer with all experts on is compared with."""
+        return "the mean of the sources' FFNs" if self._mixed else "the dense FFN"
 
     @property
     def relative(self) -> list[float]:
@@ -206,11 +234,15 @@ class _LayerErrors:
     @property
     def all_experts(self) -> float | None:
         """Largest relative error of any layer with all experts active."""
-        return (self._squares[1] / self._squares[2]).sqrt().max().item() if self.all_experts_measured else None
+        if not self.all_experts_measured:
+            return None
+        measured = list(self._job.shape.moe_layers)
+        return (self._squares[1] / self._squares[3])[measured].sqrt().max().item()
 
 
-def _all_experts(block: Module, x: torch.Tensor, job: Job) -> torch.Tensor:
+def _all_experts(blocks: list[Module], x: torch.Tensor, job: Job) -> torch.Tensor:
     """The block with every expert active at equal weight and the scale that makes that the dense FFN."""
+    block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts
     factor = job.method.scale("exact", count, count) / (job.scale * count)
     total = torch.zeros_like(x)
@@ -218,8 +250,12 @@ def _all_experts(block: Module, x: torch.Tensor, job: Job) -> torch.Tensor:
         gate, up = linear(x, gate_up).chunk(2, dim=-1)
         total += linear(experts.act_fn(gate) * up, down)  # type: ignore[union-attr,operator]
     total *= factor
-    if hasattr(block, "shared_expert"):
-        total += block.shared_expert(x) * torch.sigmoid(block.shared_expert_gate(x))  # type: ignore[operator]
+    shared = getattr(block, target.shared, None) if target.shared else None
+    if shared is not None:
+        switch = torch.sigmoid(block.get_submodule(target.shared_switch)(x)) if target.shared_switch else 1
+        total += shared(x) * switch
+    for other in blocks[1:]:
+        total += other(x)
     return total
 
 
@@ -254,14 +290,15 @@ def _judge(job: Job, layers: _LayerErrors, totals: _Totals, label: str, streamed
     # Layers' rounding errors are independent: they add up like a random walk.
     tolerance = {"exact": EXACT_TOLERANCE, "rounded": roundoff * math.sqrt(job.dense.num_hidden_layers)}.get(promise)
     everyone = layers.all_experts
-    exact_factor = is_power_of_two(job.scale) or job.dtype == "float32"
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"
     explanation = reason
+    if everyone is not None and job.method.members:
+        explanation += f"; with all experts at equal weight a layer is {layers.reference} (within {everyone:.1e})"
     if tolerance is not None and not error <= tolerance:
         verdict, explanation = "broken", f"relative logit error {error:.1e}, promised below {tolerance:.1e}"
-    elif everyone is not None and not everyone <= (EXACT_TOLERANCE if exact_factor else roundoff):
+    elif everyone is not None and not everyone <= (roundoff if job.rounding_factors else EXACT_TOLERANCE):
         verdict = "broken"
-        explanation = f"with all experts active a layer is off by {everyone:.1e}, and it must equal the dense FFN"
+        explanation = f"with all experts active a layer is off by {everyone:.1e}, and it must equal {layers.reference}"
     elif not math.isfinite(error):
         verdict, explanation = "broken", "the logits are not finite"
     return Verification(
@@ -277,6 +314,7 @@ def _judge(job: Job, layers: _LayerErrors, totals: _Totals, label: str, streamed
         perplexity=math.exp(totals.loss / totals.predictions),
         layer_errors=layers.relative,
         all_experts_error=everyone,
+        all_experts_reference=layers.reference,
         tokens=totals.tokens,
         text=label,
         streamed=streamed,

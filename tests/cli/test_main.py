@@ -150,6 +150,8 @@ def test_list_shows_every_plugin_with_its_paper() -> None:
     text = run("list", "methods").stdout
     assert all(method["name"] in text for method in result["methods"])
     assert "[default: 0.02]" in run("list", "routers").stdout  # brackets are text, not markup
+    assert "lfm2_moe" in run("list", "families").stdout
+    assert run("list", "methods", "--markdown").exit_code != 0
 
 
 def test_env_prints_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

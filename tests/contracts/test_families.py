@@ -8,23 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from pico_models import PICO
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import upcycle
 from upcycle.checkpoint import DenseCheckpoint, family_of
+from upcycle.errors import RefusalError
+from upcycle.layers import LayerRunner, logits_of
 from upcycle.registry import FAMILIES, load
+from upcycle.runtime import dense_reader, skeleton
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_the_stock_class(name: str) -> None:
     stock, family = AutoConfig.for_model(name), load("family", name)()
     read = family.config({"model_type": name})
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range",
-                "attention_dropout", "tie_word_embeddings"):  # fmt: skip
-        assert getattr(read, key) == getattr(stock, key), key
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "hidden_act",
+                "rms_norm_eps", "max_position_embeddings", "initializer_range", "attention_dropout",
+                "tie_word_embeddings"):  # fmt: skip
+        own = family.aliases.get(key, key)
+        default = {"attention_dropout": 0.0, "hidden_act": "silu"}.get(key)  # what a class without the key does
+        assert getattr(read, key) == getattr(stock, own, default), key
     assert read.head_dim == getattr(stock, "head_dim", None) or stock.hidden_size // stock.num_attention_heads
     assert dict(read.rope_parameters) == stock.rope_parameters
     assert {key: getattr(stock, key) for key in read.token_ids} == dict(read.token_ids)
+    for own, value in (
+        ("embedding_multiplier", read.embedding_multiplier),
+        ("attention_multiplier", read.attention_multiplier),
+        ("residual_multiplier", read.residual_multiplier),
+        ("logits_scaling", 1 / read.logits_multiplier),
+        ("logit_scale", read.logits_multiplier),
+        *read.extra.items(),
+    ):
+        assert getattr(stock, own, value) == value, own
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_are_those_of_the_stock_class(name: str) -> None:
+    sizes = {"num_hidden_layers": 4} | (
+        {"head_dim": 128} if name == "hunyuan_v1_dense" else {}
+    )  # it runs with none other
+    stock, family = AutoConfig.for_model(name, **sizes), load("family", name)()
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(stock).state_dict()
+    read = family.config({"model_type": name, **sizes})
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if stock.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    assert family.all_stored_specs(read) == shapes
 
 
 RAW: list[dict[str, Any]] = [
@@ -38,15 +70,33 @@ RAW: list[dict[str, Any]] = [
 @pytest.mark.parametrize("raw", RAW)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rope_is_read_as_the_stock_class_reads_it(name: str, raw: dict[str, Any]) -> None:
+    if name == "phi3" and "rope_scaling" in raw:
+        pytest.skip("the stock class knows longrope only")
     stock = AutoConfig.for_model(name, **json.loads(json.dumps(raw)))
     read = load("family", name)().config({"model_type": name, **raw})
     # The stock class keeps the old spelling of rope_type beside the new one.
     assert dict(read.rope_parameters) == {key: value for key, value in stock.rope_parameters.items() if key != "type"}
 
 
+def test_a_rotary_factor_that_the_stock_class_would_ignore_is_refused() -> None:
+    with pytest.raises(RefusalError, match=r"'partial_rotary_factor' is 0\.5"):
+        load("family", "llama")().config({"model_type": "llama", "partial_rotary_factor": 0.5})
+
+
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-rope", "mistral", "mistral-window", "qwen2", "qwen2-windows", "qwen3", "qwen3-bias"]
+    ("name", "changes", "message"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("helium", {"head_dim": 64}, "'head_dim' 64"),
+        ("llama", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ],
 )
+def test_a_key_that_no_target_can_express_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusalError, match=message):
+        load("family", name)().config({"model_type": name, **changes})
+
+
+@pytest.mark.parametrize("name", PICO)
 def test_a_stock_checkpoint_is_accepted_whole(name: str, pico: Callable[[str], Path]) -> None:
     checkpoint = DenseCheckpoint.open(str(pico(name)))
     stock = AutoConfig.from_pretrained(pico(name))
@@ -57,6 +107,44 @@ def test_a_stock_checkpoint_is_accepted_whole(name: str, pico: Callable[[str], P
         for kind in kinds or [None] * stock.num_hidden_layers
     ]
     assert list(checkpoint.config.windows) == windows
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_layers_run_alone_as_they_do_in_the_stock_model(name: str, pico: Callable[[str], Path]) -> None:
+    checkpoint = DenseCheckpoint.open(str(pico(name)))
+    runner = LayerRunner(checkpoint, "keep", 48)
+    ids = torch.randint(4096, (2, 48), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(pico(name), dtype=torch.float32)
+        expected, states = stock(ids).logits, runner.embed(ids.flatten())
+        for index in range(checkpoint.config.num_hidden_layers):
+            with runner.loaded(index):
+                output = runner.whole(index, states)
+                x, residual = runner.around(index, states)
+                if not checkpoint.family.uncalibrated:
+                    torch.testing.assert_close(residual + runner.block(index)(x), output)
+                norm = checkpoint.feed_forward(index).norm.float()
+                assert ((x / norm).norm(dim=1) <= x.shape[1] ** 0.5 * (1 + 1e-5)).all()  # what routers rely on
+                states = output
+        model = skeleton(checkpoint.raw_config, dense_reader(checkpoint, "keep")(None))
+        actual = logits_of(model, checkpoint, states.view(2, 48, -1))
+    assert torch.linalg.norm(actual - expected) < 1e-6 * torch.linalg.norm(expected)
+
+
+def test_a_family_that_cannot_be_calibrated_says_so(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    keys = {"method": "cmoe", "experts": 4, "top_k": 2, "calibration": {"text": "demo", "tokens": 512, "window": 64}}
+    with pytest.raises(RefusalError, match="olmo2 model cannot be calibrated: it norms the FFN's output"):
+        upcycle.convert(str(pico("olmo2")), tmp_path / "out", **keys)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma", "phi3", "lfm2", "cohere2"])
+def test_other_families_are_calibrated(name: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
+    keys = {"method": "importance", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}
+    calibration = {"text": "demo", "tokens": 1024, "window": 64}
+    result = upcycle.convert(str(pico(name)), tmp_path / "out", **keys, calibration=calibration)
+    assert result.verification is not None
+    assert result.verification.verdict == "approximate"
+    assert result.verification.layer_errors[0] < 1
 
 
 def test_every_listed_target_exists() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import linear, silu
 
 from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON, LayerBlueprint
+from upcycle.blueprint import ZERO_NEURON, BlueprintFile, LayerBlueprint, save_blueprint
 from upcycle.build import ExpertTensors
 from upcycle.conversion import generator
 from upcycle.errors import UsageError
@@ -20,6 +23,10 @@ from upcycle.targets.base import MoeShape, Part
 
 D, F, E, S = 16, 96, 8, 4
 NEEDS = {"coactivation_graph": "pymetis"}
+# Parameters with which a method that draws neurons anew keeps the dense function, and how many shared experts methods of
+# copies are asked for. All make E = 8 experts.
+EXACT = {"drop_upcycling": {"ratio": 0.0}, "qwen_fine_grained": {"reset": 0.0}}
+SHARED = {"shared_plus_routed": (S,)}
 NAMES = [
     pytest.param(
         name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "torch")) is None, reason=f"{name} needs more")
@@ -34,9 +41,9 @@ def ffn(dtype: torch.dtype = torch.float64, width: int = F) -> FeedForward:
     return FeedForward(3, gate, up, down, torch.ones(D, dtype=dtype), "silu")
 
 
-def made(name: str) -> Method:
+def made(name: str, **parameters: Any) -> Method:
     cls = load("method", name)
-    return cls(cls.Parameters())
+    return cls(cls.Parameters(**parameters))
 
 
 def activations(dense: FeedForward, tokens: int = 200) -> Activations:
@@ -52,14 +59,14 @@ def blueprint(method: Method, dense: FeedForward, shape: MoeShape, scale: float 
 
 
 def shapes(method: Method, width: int = F, pad: bool = False) -> list[MoeShape]:
-    shared = (0,) if method.kind == "copies" else (0, S)
+    shared = SHARED.get(method.name, (0,)) if method.kind == "copies" else (0, S)
     return [MoeShape(E, E, s, method.expert_size(width, E, s, pad), (3,)) for s in shared]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_experts_at_equal_weight_are_the_dense_ffn(name: str) -> None:
-    method, dense = made(name), ffn()
-    assert method.exact_when_all_active
+    method, dense = made(name, **EXACT.get(name, {})), ffn()
+    assert method.exact_when_all_active or name == "qwen_fine_grained"  # exact by coincidence: 8 quarters are 2 copies
     x = torch.randn(5, D, dtype=torch.float64)
     expected = linear(silu(linear(x, dense.gate)) * linear(x, dense.up), dense.down)
     for shape in shapes(method):
@@ -88,8 +95,33 @@ def test_neurons_are_used_as_declared(name: str) -> None:
         assert {len(neurons) for neurons in everyone} == {shape.expert_size}
         if method.kind == "partition":
             assert torch.equal(torch.cat(everyone).sort().values, torch.arange(F))
-        else:
-            assert all(torch.equal(neurons.sort().values, torch.arange(F)) for neurons in everyone)
+        else:  # every neuron that is routed at all is in equally many routed experts, and the others are shared
+            shared = torch.cat([torch.arange(0), *(expert.neurons for expert in found.shared)])
+            routed = torch.cat([expert.neurons for expert in found.routed]).bincount(minlength=F)
+            assert set(routed.tolist()) <= {0, E * shape.expert_size // (F - len(shared))}
+            assert torch.equal((routed == 0).nonzero().flatten(), shared.sort().values)
+
+
+@pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).kind == "copies"])
+def test_random_weights_are_the_same_in_any_order_and_from_the_saved_blueprint(name: str, tmp_path: Path) -> None:
+    drawn = {"noise": 0.1} if name == "sparse_upcycling" else {}
+    method, dense = made(name, **drawn), ffn(torch.bfloat16)
+    (shape,) = shapes(method)
+    found = blueprint(method, dense, shape, scale=3.0)
+    if found.draws is not None and found.draws.rule == "initializer":
+        found = replace(found, draws=replace(found.draws, std=0.02))
+    save_blueprint(tmp_path / "b.safetensors", found)
+    saved = BlueprintFile(tmp_path / "b.safetensors").layer(3)
+    assert (saved.draws, saved.spread) == (found.draws, found.spread)
+    parts = [Part(kind, e) for e in range(E) for kind in ("gate", "up", "down")]  # type: ignore[arg-type]
+    if shape.shared:
+        parts += [Part("shared_gate"), Part("shared_up"), Part("shared_down", factor=2.0)]
+    first, second = ExpertTensors(dense, found), ExpertTensors(dense, saved)
+    forward = [first.part(part) for part in parts]
+    backward = [second.part(part) for part in reversed(parts)]
+    assert all(map(torch.equal, forward, reversed(backward)))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in forward)
+    assert method.draws == (found.draws is not None)
 
 
 @pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).kind == "partition"])
@@ -119,6 +151,8 @@ def test_same_seed_same_blueprint_and_inputs_untouched(name: str) -> None:
         first, second = (blueprint(method, dense, shape, seed=5) for _ in range(2))
         for a, b in zip(first.routed + first.shared, second.routed + second.shared, strict=True):
             assert torch.equal(a.neurons, b.neurons)
+            assert (a.fresh is None and b.fresh is None) or torch.equal(a.fresh, b.fresh)
+        assert first.draws == second.draws
     assert all(map(torch.equal, before, (dense.gate, dense.up, dense.down, dense.norm)))
 
 

@@ -15,8 +15,10 @@ from upcycle.registry import ROUTERS, load
 from upcycle.routers.cool import CoolParameters, CoolRouter
 from upcycle.routers.random_rows import RandomParameters, RandomRouter
 from upcycle.routers.zero import ZeroRouter
+from upcycle.samples import Samples
 
 D, E = 64, 8
+OF_SOURCES = [name for name in ROUTERS if load("router", name).samples]
 
 
 def given() -> tuple[LayerBlueprint, FeedForward]:
@@ -46,7 +48,9 @@ def tokens(ffn: FeedForward, seed: int) -> Activations:
     x = torch.randn(1024, D, generator=rng) * 0.2
     x.scatter_add_(1, torch.rand(1024, E, generator=rng).topk(2, dim=1).indices, torch.full((1024, 2), 3.0))
     x[:, E] += 2
-    return Activations.of(ffn, x, batch=64)
+    labels = x[:, :E].argmax(dim=1)
+    share = 1 / labels.bincount(minlength=E)[labels]
+    return Activations.of(ffn, x, batch=64, samples=Samples(labels[None], labels, share))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -79,7 +83,7 @@ def test_calibrated_rows_capture_more_than_random_choices(name: str) -> None:
     rows = router.rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
     found = captured(tokens(ffn, seed=3), blueprint, rows)
     assert found.random < 0.5
-    if router.calibrated or name == "centroid":  # a centroid of weights reads the layer if not the text
+    if router.calibrated or name in ("centroid", *OF_SOURCES):  # a centroid of weights reads the layer if not the text
         assert found.captured > 0.8
     weights = torch.softmax(next(tokens(ffn, seed=3).batches()).x @ rows.T, dim=-1)
     if hasattr(router.parameters, "tolerance"):
@@ -93,6 +97,9 @@ def test_calibrated_routers_ask_for_a_text(name: str) -> None:
     router = cls(cls.Parameters())
     if router.calibrated:
         with pytest.raises(UsageError, match=f"the {name} router needs calibration text"):
+            router.rows(*telling(), generator(0, 0, "router"))
+    elif name in OF_SOURCES:
+        with pytest.raises(UsageError, match=f"the {name} router needs {router.samples} of every source"):
             router.rows(*telling(), generator(0, 0, "router"))
     else:
         assert router.rows(*telling(), generator(0, 0, "router")).shape == (E, D)

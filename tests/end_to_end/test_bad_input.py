@@ -107,7 +107,9 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "size is no number": (config(hidden_size="big"), [], FAIL, ["'hidden_size' must be a positive integer, got 'big'"]),
     "no heads": (config(num_attention_heads=0), [], FAIL, ["'num_attention_heads' must be a positive integer, got 0"]),
     "unknown parameter": (lambda f: None, ["--router-param", "sdt=1"], USAGE, ["unknown key 'sdt'", "did you mean 'std'"]),
-    "parameter for none": (lambda f: None, ["--param", "x=1"], USAGE, ["unknown key 'x'", "takes no parameters"]),
+    "parameter for none": (
+        lambda f: None, ["-m", "random_split", "--param", "x=1"], USAGE, ["unknown key 'x'", "takes no parameters"],
+    ),
     "assignment without =": (lambda f: None, ["--param", "x"], USAGE, ["--param takes NAME=VALUE"]),
     "zero router": (
         lambda f: None, ["--method", "random_split", "--top-k", "4", "--router", "zero"], USAGE, ["cannot be trained"],
@@ -139,18 +141,24 @@ def test_bad_input(name: str, dense: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("changes", "message", "hint"),
+    ("changes", "arguments", "message", "hint"),
     [
         (
             {"attention_bias": True},
+            ["--target", "mixtral"],
             "biases on the q, k and v projections, a bias on the attention output",
             "granitemoe",
         ),
-        ({"mlp_bias": True}, "cannot hold biases in the FFN", "no stock architecture has biases in SwiGLU experts"),
+        ({"mlp_bias": True}, [], "cannot hold biases in the FFN", "no stock architecture has biases in SwiGLU experts"),
     ],
 )
 def test_llama_with_biases(
-    changes: dict[str, bool], message: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, bool],
+    arguments: list[str],
+    message: str,
+    hint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -162,7 +170,8 @@ def test_llama_with_biases(
         "vocab_size": 64,
     }
     LlamaForCausalLM(LlamaConfig(**tiny, **changes)).save_pretrained(tmp_path / "dense")
-    found, text = run(["convert", str(tmp_path / "dense"), str(tmp_path / "out"), "--tokenizer", "none"], capsys)
+    command = ["convert", str(tmp_path / "dense"), str(tmp_path / "out"), "--tokenizer", "none"]
+    found, text = run([*command, *arguments], capsys)
     assert found == USAGE
     assert message in text
     assert hint in text

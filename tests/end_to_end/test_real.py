@@ -83,7 +83,7 @@ def test_the_gguf_file_itself_converts(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("Ünïcode and code: x += 1")["input_ids"]) == "Ünïcode and code: x += 1"
 
 
-def test_a_calibrated_split_loads_cleanly_and_still_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> None:
+def test_a_calibrated_split_loads_cleanly_and_is_not_far_from_dense(smollm2: Path, tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"method": "alternating", "active": 0.75, "pieces": 96, "layers": "except-first:1"}
     calibration = {"text": "demo", "tokens": 4096, "window": 256}
     result = upcycle.convert(str(smollm2), tmp_path / "out", calibration=calibration, **recipe)
@@ -91,5 +91,32 @@ def test_a_calibrated_split_loads_cleanly_and_still_knows_the_capital_of_france(
     assert result.verification is not None
     # A random split at half of its experts multiplies the perplexity by three thousand.
     assert result.verification.perplexity < 1.5 * result.verification.perplexity_dense
-    written = generated(tmp_path / "out")
-    assert "Paris" in AutoTokenizer.from_pretrained(smollm2).decode(written[0])
+    generated(tmp_path / "out")  # loads without a stray key; which fact survives 4,096 tokens of calibration is chance
+
+
+@pytest.mark.parametrize(("placement", "verdict"), [("down", "exact"), ("paper", "approximate")])
+def test_virtual_groups(placement: str, verdict: str, smollm2: Path, tmp_path: Path) -> None:
+    parameters = {"expansion": 2, "granularity": 4, "scale_placement": placement}
+    result = upcycle.convert(str(smollm2), tmp_path / "out", method="virtual_groups", parameters=parameters, top_k=4)
+    checked = result.verification
+    assert checked is not None
+    assert checked.verdict == verdict
+    if verdict == "exact":
+        assert checked.relative_logit_error < 1e-5
+        assert generated(tmp_path / "out") == generated(smollm2)
+    else:
+        # SiLU is not homogeneous: the equal split over gate, up and down changes the function, and the report says how much.
+        assert checked.relative_logit_error > 1e-3
+        assert "paper" in checked.explanation
+
+
+def test_a_mix_of_four_identical_sources_is_exact(smollm2: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / f"copy{i}" for i in range(4)]
+    for copy in copies:
+        copy.symlink_to(smollm2)
+    result = upcycle.convert(None, tmp_path / "out", method="branch_train_mix", sources=list(map(str, copies)))
+    checked = result.verification
+    assert checked is not None
+    assert checked.verdict == "exact"
+    assert checked.relative_logit_error < 1e-5
+    assert generated(tmp_path / "out") == generated(smollm2)

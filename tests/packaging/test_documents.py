@@ -72,6 +72,12 @@ def test_plugin_tables(heading: str, names: dict[str, str]) -> None:
     assert [row[0] for row in rows(heading)] == list(names)
 
 
+@pytest.mark.parametrize("kind", ["families", "targets"])
+def test_generated_tables(kind: str) -> None:
+    printed = CliRunner().invoke(cli, ["list", kind, "--markdown"]).output
+    assert printed in README
+
+
 def test_papers_in_the_readme_are_those_of_the_code() -> None:
     for row, method in zip(rows("### Methods"), entries("methods"), strict=True):
         assert (method["paper"] or "") in row[2]
@@ -98,6 +104,9 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
         "calibration": {"text": "demo", "tokens": 512, "window": 64},
     }
     calibrated = upcycle.convert(dense, tmp_path / "split", **split, verification={"tokens": 64}).as_dict()
+    told = [{"name": dense, "positive_prompts": [prompt]} for prompt in ("def f():", "She said")]
+    mixing = {"method": "branch_train_mix", "sources": told, "router": "hidden", "verification": {"enabled": False}}
+    mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     compared = upcycle.compare(
         dense,
         methods=["random_split"],
@@ -114,13 +123,14 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
         "convert": converted,
         "verify": converted["verification"],
         "convert layers": calibrated["layers"][0],
+        "convert layers of a mix": mixed["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],
     }
-    documented = {row[0]: set(re.findall(r"\w+", row[1])) for row in rows("## JSON")}
+    documented = {row[0].replace("`", ""): set(re.findall(r"\w+", row[1])) for row in rows("## JSON")}
     assert documented == {name: set(data) for name, data in actual.items()}
     json.dumps(actual)
 

@@ -25,7 +25,7 @@ def weighted(tokens: int = T, batch: int = 20) -> Activations:
     rng = torch.Generator().manual_seed(2)
     x, weight = torch.randn(tokens, D, generator=rng), torch.rand(tokens, generator=rng) + 0.5
     return Activations(
-        layer(), lambda: (Inputs(a, b, False) for a, b in zip(x.split(batch), weight.split(batch), strict=True))
+        layer(), lambda: (Inputs(a, b, False) for a, b in zip(x.split(batch), weight.split(batch), strict=True)), tokens
     )
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
-from upcycle.cli.output import Bars, count, duration, print_facts, print_json, size
+from upcycle.cli.output import Bars, count, duration, note, print_facts, print_json, size
 
 
 @click.command("convert")
-@click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", required=False)
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @recipe_options
 @click.option(
     "--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe"
@@ -25,8 +25,8 @@ from upcycle.cli.output import Bars, count, duration, print_facts, print_json, s
 @quiet_option
 @common_options
 def command(
-    source: str,
-    out: Path,
+    source: str | None,
+    out: Path | None,
     blueprint: Path | None,
     no_verify: bool,
     overwrite: bool,
@@ -39,20 +39,28 @@ def command(
 ) -> None:
     """Convert SOURCE into a Mixture-of-Experts checkpoint in the folder OUT, and verify it.
 
-    SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml. Flags win over the recipe, and the resolved
-    recipe is written into OUT. A conversion that was stopped continues when the same command is given again.
+    SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml (mergekit-moe's are understood); with --sources
+    it may be left out. Flags win over the recipe, and the resolved recipe is written into OUT. A conversion that was
+    stopped continues when the same command is given again.
 
     \b
     upcycle convert demo OUT --experts 4 --top-k 2
     upcycle convert ./llama OUT --method random_split --experts 8 --top-k 4
+    upcycle convert OUT --method branch_train_mix --sources ./math,./code,./law
     upcycle convert recipe.yaml OUT --set router.parameters.std=0.01
     """
+    if out is None:
+        if source is None or not flags["sources"]:
+            missing = "'OUT'" if source else "'SOURCE'"
+            raise click.MissingParameter(param_type="argument", param_hint=missing)
+        out = Path(source)
+        source = None
     base = None
     if blueprint:
         from upcycle.blueprint import blueprint_recipe
 
         base = blueprint_recipe(blueprint)
-    recipe = build_recipe(source, flags, base)
+    recipe = build_recipe(source, flags, base, None if quiet else note)
     if no_verify:
         recipe = recipe.model_copy(update={"verification": recipe.verification.model_copy(update={"enabled": False})})
     if dry_run:
@@ -114,6 +122,8 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
     facts = []
     if captured := spread("captured", ".0%"):
         facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
+    if own := spread("own_expert", ".0%"):
+        facts.append(("router", f"{own} of the sources' own tokens choose their own expert"))
     if before := spread("error_before", ".2f"):
         facts.append(
             ("refit", f"layers' relative error {before} before, {spread('error_after', '.2f')} after (held-out tokens)")

@@ -9,8 +9,10 @@ from typing import Any, TypeVar, get_args
 import click
 import yaml
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from upcycle.errors import UsageError
+from upcycle.mergekit import is_mergekit, translate
 from upcycle.recipe import (
     CalibrationRecipe,
     Recipe,
@@ -47,6 +49,7 @@ _FLAGS = {
     ("--tokenizer",): "tokenizer",
     ("--seed",): "seed",
     ("--revision",): "revision",
+    ("--sources",): "sources",
     ("--verify-text",): "verification.text",
     ("--verify-tokens",): "verification.tokens",
 }
@@ -78,7 +81,7 @@ def recipe_options(function: F) -> F:
         field = _field(key)
         choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
         text = field.description
-        if field.default is not None and field.default is not False:
+        if field.default not in (None, False, PydanticUndefined):
             text += f"  [default: {field.default}]"
         settings: dict[str, Any] = {"help": text, "default": None}
         if field.annotation is bool:
@@ -102,8 +105,14 @@ def quiet_option(function: F) -> F:
     return click.option("--quiet", "-q", is_flag=True, help="no progress bars and no warnings")(function)
 
 
-def build_recipe(source: str | None, flags: dict[str, Any], base: dict[str, Any] | None = None) -> Recipe:
-    """Default < recipe file < flags. ``source`` is a source or the path of a ``.yaml`` recipe.
+def build_recipe(
+    source: str | None,
+    flags: dict[str, Any],
+    base: dict[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Recipe:
+    """Default < recipe file < flags. ``source`` is a source or the path of a ``.yaml`` recipe, ours or mergekit-moe's; ``say``
+    is told what the latter maps to.
 
     Raises:
         UsageError: the result is not a valid recipe; the message names the key.
@@ -111,7 +120,12 @@ def build_recipe(source: str | None, flags: dict[str, Any], base: dict[str, Any]
     content: dict[str, Any] = dict(base or {})
     where = "recipe"
     if source and source.endswith((".yaml", ".yml")):
-        content |= read_recipe(Path(source))
+        found = read_recipe(Path(source))
+        if is_mergekit(found):
+            found, notes = translate(found, source)
+            for note in notes if say else []:
+                say(note)  # type: ignore[misc]
+        content |= found
         where = source
     elif source:
         content["source"] = source

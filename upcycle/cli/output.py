@@ -82,6 +82,13 @@ def warn(message: str) -> None:
     console.print(message, markup=False)
 
 
+def note(message: str) -> None:
+    """One line on stderr that is no warning."""
+    console = stderr()
+    console.print("note: ", style="cyan", end="")
+    console.print(message, markup=False)
+
+
 def count(number: float) -> str:
     """``1.23 B``, ``134.5 M``, ``3.37 M``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from upcycle.cli.options import build_recipe, common_options, recipe_options
-from upcycle.cli.output import count, print_facts, print_json, print_table, size, warn
+from upcycle.cli.output import count, note, print_facts, print_json, print_table, size, warn
 
 
 @click.command("plan")
@@ -19,7 +19,7 @@ def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> Non
 
     SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml. Of a hub id only config.json is downloaded.
     """
-    show_plan(build_recipe(source, flags), as_json)
+    show_plan(build_recipe(source, flags, None, note), as_json)
 
 
 def show_plan(recipe: Any, as_json: bool) -> None:

@@ -57,5 +57,7 @@ def verification_facts(result: Any) -> list[tuple[str, str]]:
         ("layers", f"relative error {min(result.layer_errors):.1e} to {max(result.layer_errors):.1e}"),
     ]
     if result.all_experts_error is not None:
-        facts.append(("all experts on", f"equal to the dense FFN within {result.all_experts_error:.1e}"))
+        facts.append(
+            ("all experts on", f"equal to {result.all_experts_reference} within {result.all_experts_error:.1e}")
+        )
     return facts

@@ -4,76 +4,25 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, ClassVar
 
 from upcycle.errors import CheckpointError, RefusalError
+from upcycle.families.config import DenseConfig, Feature, rope_parameters
+from upcycle.families.origin import Origin, is_rotated
 from upcycle.tensor_files import TensorSpec
 
-
-class Feature(Enum):
-    """Something a dense model or a blueprint needs and a target may be unable to hold."""
-
-    PLAIN_QUERIES = "queries and keys without norms"
-    QUERY_NORMS = "per-head query and key norms"
-    QKV_BIAS = "biases on the q, k and v projections"
-    OUTPUT_BIAS = "a bias on the attention output projection"
-    MLP_BIAS = "biases in the FFN"
-    WINDOW = "a sliding window on every layer"
-    MIXED_WINDOWS = "sliding windows on some layers only"
-    SHARED_EXPERTS = "shared experts"
-    DENSE_LAYERS = "dense layers between MoE layers"
-
-
-@dataclass(frozen=True)
-class DenseConfig:
-    """A dense model's ``config.json``, read out with the defaults of its stock transformers class."""
-
-    family: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    hidden_act: str
-    rms_norm_eps: float
-    max_position_embeddings: int
-    initializer_range: float
-    attention_dropout: float
-    tie_word_embeddings: bool
-    rope_parameters: Mapping[str, Any]
-    token_ids: Mapping[str, Any]
-    dtype: str | None
-    windows: tuple[int | None, ...]  # sliding window of every layer; None attends to everything
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    query_norms: bool = False
-
-    @property
-    def features(self) -> frozenset[Feature]:
-        """What a target must hold to reproduce this model's attention and FFN."""
-        kinds = set(self.windows)
-        present = {
-            Feature.PLAIN_QUERIES: not self.query_norms,
-            Feature.QUERY_NORMS: self.query_norms,
-            Feature.QKV_BIAS: self.qkv_bias,
-            Feature.OUTPUT_BIAS: self.output_bias,
-            Feature.MLP_BIAS: self.mlp_bias,
-            Feature.WINDOW: len(kinds) == 1 and None not in kinds,
-            Feature.MIXED_WINDOWS: len(kinds) > 1,
-        }
-        return frozenset(feature for feature, is_present in present.items() if is_present)
+__all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
 
 
 class Family(ABC):
     """A dense architecture. Subclasses state the stock defaults of their configuration class and override what differs.
 
     ``defaults`` holds the value that transformers' class takes when ``config.json`` lacks the key: a wrong default is
-    a silent error, so a contract test compares every one with the class itself.
+    a silent error, so a contract test compares every one with the class itself. ``aliases`` gives the family's own
+    spelling of a key.
+
+    Two sets of names: what the checkpoint holds (:meth:`stored_specs`), and what targets write (the other ``_specs``),
+    which are Llama's, with the rows of rotated projections in halves. :meth:`origin` leads from the second to the first.
     """
 
     name: ClassVar[str]
@@ -81,6 +30,14 @@ class Family(ABC):
     targets: ClassVar[tuple[str, ...]]  # preferred first
     elsewhere: ClassVar[Mapping[Feature, str]] = {}  # feature -> which target could hold it, for refusals
     defaults: ClassVar[Mapping[str, Any]]
+    aliases: ClassVar[Mapping[str, str]] = {}
+    token_defaults: ClassVar[Mapping[str, Any]] = {}
+    rope_theta: ClassVar[float] = 10000.0
+    partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
+    rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
+    block: ClassVar[str] = "mlp"  # what a decoder layer of the stock class calls its FFN
+    final_norm: ClassVar[str] = "norm"
+    uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
 
     def config(self, raw: Mapping[str, Any]) -> DenseConfig:
         """Read out ``config.json``.
@@ -90,11 +47,18 @@ class Family(ABC):
             CheckpointError: a size is not a positive integer.
         """
         _refuse_unheld(raw)
-        values = {**self.defaults, **{key: raw[key] for key in self.defaults if raw.get(key) is not None}}
+        values = self.values(raw)
         for key in _SIZES:
             if not isinstance(values[key], int) or values[key] < 1:
                 raise CheckpointError(f"config.json: '{key}' must be a positive integer, got {values[key]!r}")
         heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        rope = rope_parameters(raw, self.rope_theta, self.partial_rotary_factor)
+        if self.partial_rotary_factor is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise RefusalError(
+                f"config.json: 'partial_rotary_factor' is {rope['partial_rotary_factor']}, and a {self.name} model rotates "
+                "whole heads",
+                hint="remove the key, or correct 'model_type'",
+            )
         return DenseConfig(
             family=self.name,
             hidden_size=hidden,
@@ -110,25 +74,31 @@ class Family(ABC):
             initializer_range=values["initializer_range"],
             attention_dropout=values["attention_dropout"],
             tie_word_embeddings=values["tie_word_embeddings"],
-            rope_parameters=rope_parameters(raw),
+            rope_parameters=rope,
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
             windows=self.windows(raw, values["num_hidden_layers"]),
-            **self.attention(raw),
+            **self.details(raw, values),
         )
 
-    token_defaults: ClassVar[Mapping[str, Any]] = {}
+    def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of ``defaults``, from ``config.json`` where it has them."""
+        spelt = {key: self.aliases.get(key, key) for key in self.defaults}
+        return {**self.defaults, **{key: raw[own] for key, own in spelt.items() if raw.get(own) is not None}}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         """Sliding window of every layer."""
         return (None,) * layers
 
-    def attention(self, raw: Mapping[str, Any]) -> dict[str, bool]:
-        """Which biases and norms the layers have, as keyword arguments of DenseConfig."""
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Which biases, norms, multipliers and special features there are, as keyword arguments of DenseConfig."""
         return {}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """Names of the tensors of one dense FFN: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, its input ``norm`` ``[d]``."""
+        """Names of the tensors of one dense FFN: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, its input ``norm`` ``[d]``.
+
+        Without a norm before the FFN there is no ``norm``.
+        """
         prefix = f"model.layers.{layer}"
         names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
         return {**names, "norm": f"{prefix}.post_attention_layernorm.weight"}
@@ -171,15 +141,39 @@ class Family(ABC):
         head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, config.hidden_size)}
         return {"model.norm.weight": (config.hidden_size,), **head}
 
+    def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what the checkpoint holds of one layer, or (None) outside the layers."""
+        if layer is None:
+            return {**self.first_specs(config), **self.last_specs(config)}
+        return {**self.layer_specs(config, layer), **self.ffn_specs(config, layer)}
+
+    def all_stored_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of everything the checkpoint holds."""
+        specs = self.stored_specs(config, None)
+        for layer in range(config.num_hidden_layers):
+            specs |= self.stored_specs(config, layer)
+        return specs
+
+    def origin(self, config: DenseConfig, name: str) -> Origin:
+        """Where the tensor that targets know as ``name`` comes from."""
+        origin = Origin(name)
+        return origin.ordered("halves", config.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+
+    def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
+        """Where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies."""
+        return {part: self.origin(config, name) for part, name in self.ffn_names(layer).items()}
+
+    def norms_below(self, layer: int) -> list[str]:
+        """Where the FFN reads the stream itself: the norms of everything that was added to it. Bounds its length."""
+        return []
+
     def check(self, config: DenseConfig, specs: Mapping[str, TensorSpec], where: str) -> None:
         """Compare a checkpoint's tensors with what its configuration promises.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape; names it.
         """
-        expected = {**self.first_specs(config), **self.last_specs(config)}
-        for layer in range(config.num_hidden_layers):
-            expected |= self.layer_specs(config, layer) | self.ffn_specs(config, layer)
+        expected = self.all_stored_specs(config)
         for name, shape in expected.items():
             if name not in specs:
                 raise CheckpointError(
@@ -216,21 +210,3 @@ def _refuse_unheld(raw: Mapping[str, Any]) -> None:
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole rope description, from today's ``rope_parameters`` or the older ``rope_theta`` + ``rope_scaling``.
-
-    All four families default to theta 10,000; some MoE classes do not, so it is always written out.
-    """
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise RefusalError("config.json: 'rope_parameters' differ per layer type, and no target here can hold that")
-    rope.setdefault("rope_theta", float(raw.get("rope_theta") or 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1.0):
-        raise RefusalError(
-            "config.json: 'partial_rotary_factor' is below 1; glm4_moe could hold that, this version does not write it"
-        )
-    return rope

@@ -13,9 +13,8 @@ class Llama(Family):
 
     name = "llama"
     title = "Llama"
-    targets = ("mixtral", "qwen2_moe")
+    targets = ("mixtral", "qwen2_moe", "granitemoe", "granitemoeshared", "glm4_moe", "solar_open", "ernie4_5_moe")
     elsewhere = {
-        Feature.OUTPUT_BIAS: "granitemoe",
         Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts",
     }
     defaults = {
@@ -35,7 +34,7 @@ class Llama(Family):
     }
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
-    def attention(self, raw: Mapping[str, Any]) -> dict[str, bool]:
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """``attention_bias`` puts a bias on all four projections."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias"))}

@@ -13,7 +13,7 @@ class Qwen2(Family):
 
     name = "qwen2"
     title = "Qwen2, Qwen2.5"
-    targets = ("qwen2_moe",)
+    targets = ("qwen2_moe", "glm4_moe", "solar_open")
     defaults = {
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -30,7 +30,7 @@ class Qwen2(Family):
         "head_dim": None,
     }
 
-    def attention(self, raw: Mapping[str, Any]) -> dict[str, bool]:
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Not configurable in this family."""
         return {"qkv_bias": True}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families.base import Family, Feature
+from upcycle.families.base import Family
 from upcycle.families.qwen2 import upper_layer_windows
 
 
@@ -14,8 +14,7 @@ class Qwen3(Family):
 
     name = "qwen3"
     title = "Qwen3"
-    targets = ("qwen3_moe",)
-    elsewhere = {Feature.SHARED_EXPERTS: "dots1 or glm4_moe", Feature.MIXED_WINDOWS: "mellum"}
+    targets = ("qwen3_moe", "mellum", "dots1", "glm4_moe")
     defaults = {
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -32,7 +31,7 @@ class Qwen3(Family):
         "tie_word_embeddings": False,
     }
 
-    def attention(self, raw: Mapping[str, Any]) -> dict[str, bool]:
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Norms always, biases by flag."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "query_norms": True}

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from upcycle.registry import TARGETS
+
 _NO_ROPE_BLOCK = (
     "its block has LayerNorms with biases and an FFN that is not gated, and no stock MoE architecture has that block"
 )
 _PARALLEL = "its attention and FFN run in parallel, and no stock MoE architecture converted here has that block"
-_MOE = "it is a Mixture-of-Experts already"
+_SANDWICH = "it norms the FFN's output too (sandwich norms), and no stock MoE block does"
+_MOES = (
+    *(
+        "deepseek_v2",
+        "deepseek_v3",
+        "exaone_moe",
+        "gpt_oss",
+        "granitemoehybrid",
+        "jamba",
+        "jetmoe",
+        "llama4",
+        "llama4_text",
+    ),
+    *("minimax", "minimax_m2", "olmoe", "phimoe", "qwen3_5_moe", "qwen3_next"),
+    *TARGETS,
+)
 
 REASONS = {
     "gpt2": _NO_ROPE_BLOCK,
@@ -21,21 +38,21 @@ REASONS = {
     "falcon": _PARALLEL,
     "phi": _PARALLEL,
     "gemma2": "it soft-caps its logits and norms the FFN's output too (sandwich norms), and no stock MoE block does both",
-    "gemma3": "it norms the FFN's output too (sandwich norms), and no stock MoE block does",
-    "gemma3_text": "it norms the FFN's output too (sandwich norms), and no stock MoE block does",
+    "gemma3": _SANDWICH,
+    "gemma3_text": _SANDWICH,
     "smollm3": "some of its layers have no rotary position embedding (NoPE), and no stock MoE architecture can skip it",
     "olmo": "its norms have no weights, and no stock MoE architecture with normalised routing has them",
     "olmo3": "it mixes sliding windows with post-norms, and no stock MoE architecture has both",
     "exaone4": "it norms after each block, and its MoE relative norms before",
     "nemotron": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
-    "mixtral": _MOE,
-    "qwen2_moe": _MOE,
-    "qwen3_moe": _MOE,
-    "olmoe": _MOE,
-    "deepseek_v2": _MOE,
-    "deepseek_v3": _MOE,
-    "granitemoe": _MOE,
-    "gpt_oss": _MOE,
+    "arcee": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
+    "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
+    "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
+    "cohere": "it has rotary embeddings on every layer of its parallel block, and its MoE relative only where there is a window",
+    "glm": "its FFN is fused behind a partial rotation in pairs, and its MoE relative rotates halves",
+    "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
+    "qwen3_5": "it is multimodal; save its text model alone (model_type qwen3_5_text)",
+    **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),
 }
 
 

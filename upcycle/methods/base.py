@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from upcycle.activations import Activations, contributions
-from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.blueprint import DOWN_ONLY, ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.targets.base import MoeShape
+
+if TYPE_CHECKING:
+    from upcycle.mixing import Mix
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
@@ -31,7 +34,10 @@ class Method(ABC):
 
     ``exact_when_all_active`` promises that with top-k = all experts and equal router weights the layer equals the dense
     FFN; ``exact_with_any_router`` that it does with any router whose top-k weights sum to 1. ``calibrated`` methods must be
-    given activations, those with ``needs_gradients`` also ``activations.importance``.
+    given activations, those with ``needs_gradients`` also ``activations.importance``. ``normalized`` says that the chosen
+    experts' weights are to sum to 1, ``spread`` to which powers of the scale gate, up and down are multiplied,
+    ``default_scale`` which convention is taken where none is asked for, ``draws`` that weights are drawn at random.
+    Methods with ``takes_sources`` mix several models; ``mix`` says what they are given, once :meth:`join` was called.
     """
 
     name: ClassVar[str]
@@ -39,13 +45,66 @@ class Method(ABC):
     paper: ClassVar[str | None]
     kind: Kind
     exact_when_all_active: bool = True
-    exact_with_any_router: ClassVar[bool] = False
+    exact_with_any_router: bool = False
+    normalized: bool = True
+    spread: tuple[float, float, float] = DOWN_ONLY
+    draws: bool = False
+    default_scale: ClassVar[Scale] = "exact"
     calibrated: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+    takes_sources: ClassVar[bool] = False
+    mix: Mix | None = None
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
     def __init__(self, parameters: PluginParameters) -> None:
         self.parameters = parameters
+
+    def join(self, mix: Mix | None) -> None:
+        """Be told of the sources, before anything else is asked.
+
+        Raises:
+            UsageError: one source where several are mixed, or the reverse.
+        """
+        if mix is not None:
+            raise UsageError(
+                f"{self.name} converts one source, and there are {mix.count} sources",
+                hint="--method branch_train_mix, or name one source",
+            )
+
+    @property
+    def members(self) -> list[int]:
+        """Whose FFN is an expert, as indices of sources (their number for the base); empty for a single model."""
+        return []
+
+    @property
+    def rest(self) -> tuple[float, ...] | None:
+        """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
+        return None
+
+    def sizes(self, experts: int | None, top_k: int | None) -> tuple[int | None, int | None]:
+        """Routed experts and top-k, given those that the recipe names; ``None`` leaves a number to the recipe's default.
+
+        Raises:
+            UsageError: the recipe's numbers contradict the method's parameters.
+        """
+        return experts, top_k
+
+    def check(self, shape: MoeShape) -> None:  # noqa: B027 - most need no check
+        """Refuse shapes that make no sense; most methods refuse none that ``expert_size`` allows."""
+
+    def inexact(self, shape: MoeShape, scale: float) -> str | None:
+        """Why the layer differs from the dense FFN however it is routed; ``None`` where the router and the scale decide."""
+        if self.exact_when_all_active:
+            return None
+        return f"{self.name} lets experts overlap: they do not add up to the dense FFN"
+
+    def tie(self, rows: torch.Tensor) -> torch.Tensor:
+        """The router's rows ``[E, d]`` with what the method demands of them: nothing, unless experts form groups.
+
+        Raises:
+            UsageError: these rows cannot serve.
+        """
+        return rows
 
     @abstractmethod
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
@@ -147,8 +206,8 @@ def filled(neurons: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([neurons, neurons.new_full((size - len(neurons),), ZERO_NEURON)])
 
 
-def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-    """Neurons per expert when ``F`` is cut into ``experts + shared`` equal pieces.
+def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool, what: str = "") -> int:
+    """Neurons per expert when ``F`` is cut into ``experts + shared`` equal pieces, which an error calls ``what``.
 
     Raises:
         UsageError: ``F`` does not divide and ``pad`` is off, or some expert would get no neuron.
@@ -159,7 +218,8 @@ def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool) -> 
         padded = -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE * pieces
         divisors = [n for n in range(2, 65) if intermediate_size % n == 0]
         raise UsageError(
-            f"{intermediate_size} neurons do not divide into {experts} routed + {shared} shared = {pieces} equal experts",
+            f"{intermediate_size} neurons do not divide into "
+            + (what or f"{experts} routed + {shared} shared = {pieces} equal experts"),
             hint=f"--pad fills up to {padded} with zero neurons (exact), or choose a total of {_some(divisors)}",
         )
     if pad:

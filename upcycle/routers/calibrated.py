@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -14,6 +16,9 @@ from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 from upcycle.routers.cool import cooled
+
+if TYPE_CHECKING:
+    from upcycle.recipe import Recipe
 
 
 class CalibratedParameters(PluginParameters):
@@ -28,6 +33,18 @@ class CalibratedRouter(Router):
     calibrated = True
     Parameters = CalibratedParameters
     parameters: CalibratedParameters
+
+    def check_sources(self, recipe: Recipe, members: Sequence[int], copies: bool) -> None:
+        """Refuse experts of several models.
+
+        Raises:
+            UsageError: there are several.
+        """
+        if members:
+            raise UsageError(
+                f"the {self.name} router looks at which neurons of one FFN an expert has, and here are several models",
+                hint="--router domain_ridge, hidden, cheap_embed, orthogonal, cool or random",
+            )
 
     @abstractmethod
     def directions(

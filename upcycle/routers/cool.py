@@ -28,7 +28,9 @@ class CoolRouter(Router):
 
     The bound holds for every possible token. The router reads ``x = w * u`` with ``w`` the norm's weight and
     ``||u|| <= sqrt(d)``, so two logits differ by at most ``sqrt(d) * ||w * (r_i - r_j)||``, and two softmax weights by a
-    factor of at most its exponential.
+    factor of at most its exponential. Sigmoid scores differ by less: ``sigmoid(a) / sigmoid(b) <= exp(a - b)`` for
+    ``a >= b``. A LayerNorm's output is as bounded as an RMSNorm's, and where nothing is normed before the FFN, ``w`` bounds
+    the stream (:class:`~upcycle.feed_forward.FeedForward`).
     """
 
     name = "cool"

@@ -108,11 +108,11 @@ def _mini_batches(
 
 def _captured_mass(activations: Activations, spread: torch.Tensor, rows: torch.Tensor, top_k: int) -> float:
     """The chosen experts' share of the oracle's mass on held-out tokens (on all, if none are), weighted."""
-    sums = torch.zeros(2, 2, dtype=torch.float64)
-    for batch in activations.batches():
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in activations.judged():
         mass = _mass(batch, spread)
         chosen = mass.gather(1, (batch.x @ rows.T).topk(top_k, dim=1).indices)
         both = torch.stack([part.sum(1).double() for part in (chosen, mass.topk(top_k, dim=1).values)])
-        sums[int(batch.held_out)] += both @ batch.weight.double()
-    mine, oracle = sums[int(bool(sums[1].any()))].tolist()
+        sums += both @ batch.weight.double()
+    mine, oracle = sums.tolist()
     return mine / oracle if oracle else 1.0

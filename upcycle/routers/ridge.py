@@ -26,6 +26,7 @@ class RidgeParameters(CalibratedParameters):
         description="what the rows predict: an expert's contribution (root of its energy), its energy, the norm of its "
         "output (D2DMoE), 1 for the k experts of largest energy (DUME), or for the k nearest the output (FactorLLM)",
     )
+    tokens: int = Field(32768, ge=1, description="the rows are fitted to about this many tokens, if there are so many")
 
 
 class RidgeRouter(CalibratedRouter):
@@ -68,7 +69,7 @@ class RidgeRouter(CalibratedRouter):
             raise self.needs_text()
         expert_map = ExpertMap(blueprint, ffn)
         sums = RidgeSums(ffn.hidden_size, expert_map.experts)
-        for batch in activations.batches():
+        for batch in activations.some(self.parameters.tokens):
             target = targets(self.parameters.target, batch, blueprint, ffn, expert_map)
             sums.add(batch.x, centred(target), batch.weight, batch.held_out)
         return fitted_rows(sums)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from upcycle.errors import RefusalError
 from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.families.origin import Origin, is_rotated
 
 Layout = Literal["per-expert", "fused"]
 PartKind = Literal[
@@ -23,6 +24,7 @@ PartKind = Literal[
     "idle_gate",  # a shared expert that must exist but adds nothing: the first neurons, with a zero down projection
     "idle_up",
     "idle_down",
+    "zeros",  # fp32: a bias on the choice of experts
 ]
 
 
@@ -38,32 +40,49 @@ class Part:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor on disk: its parts, laid one after another along the first dimension (or a new one), fill its shape."""
+    """One tensor on disk: its parts, laid one after another along the first dimension (or a new one), fill its shape.
+
+    ``dtype`` is given where the stock class keeps another one than the experts'.
+    """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
 class MoeShape:
-    """The numbers that fix every tensor shape of a converted model."""
+    """The numbers that fix every tensor shape of a converted model, and how its router weighs."""
 
     experts: int
     top_k: int
     shared: int
     expert_size: int  # intermediate size of one expert
     moe_layers: tuple[int, ...]
+    normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
 
 
 class Target(ABC):
-    """A stock MoE architecture of transformers."""
+    """A stock MoE architecture of transformers.
+
+    ``name`` is its ``model_type``. ``blocks`` are the modules of a decoder layer of the stock class whose outputs add up to
+    the FFN's, the one with the routed experts first; ``shared`` is the shared expert inside that, and ``shared_switch``
+    what its output is multiplied by the sigmoid of.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     architecture: ClassVar[str]
     holds: ClassVar[frozenset[Feature]]
     router_semantics: ClassVar[str]
+    holds_unnormalized: ClassVar[bool] = (
+        False  # whether the chosen experts' weights may be left as the softmax gives them
+    )
+    rotates_pairs: ClassVar[bool] = False  # as in a family
+    blocks: ClassVar[tuple[str, ...]] = ("mlp",)
+    shared: ClassVar[str | None] = None
+    shared_switch: ClassVar[str | None] = None
 
     @abstractmethod
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -72,6 +91,11 @@ class Target(ABC):
     @abstractmethod
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """Every tensor of one MoE block, experts in order."""
+
+    def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
+        """Where a tensor that is no expert's comes from, with its rows as this architecture rotates them."""
+        origin = family.origin(dense, name)
+        return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
         """A complete ``config.json``: nothing is left to a default that could differ from the dense model's.
@@ -104,6 +128,7 @@ class Target(ABC):
             "output_router_logits": False,
             "router_aux_loss_coef": 0.001,
             **dense.token_ids,
+            **dense.extra,
             **self.config(dense, shape),
         }
         if rope["rope_type"] != "default":
@@ -138,14 +163,46 @@ def expert_tensors(
     ]
 
 
-def refuse_unheld(target: Target, family: Family, needed: Iterable[Feature], others: Sequence[Target]) -> None:
-    """Refuse what ``target`` cannot hold, naming the feature and the target that could.
+def router_tensor(name: str, dense: DenseConfig, shape: MoeShape) -> OutputTensor:
+    """The router's rows ``[E, d]``."""
+    return OutputTensor(name, (shape.experts, dense.hidden_size), (Part("router"),))
+
+
+def shared_parts(shape: MoeShape, idle_size: int, factor: float = 1.0) -> tuple[Part, Part, Part]:
+    """Gate, up and down of the shared experts, or of one of ``idle_size`` neurons that adds nothing.
+
+    An idle expert has a zero down projection; unlike zero gate and up rows it can still learn.
+    """
+    if shape.shared:
+        return Part("shared_gate"), Part("shared_up"), Part("shared_down", factor=factor)
+    return Part("idle_gate", size=idle_size), Part("idle_up", size=idle_size), Part("idle_down", size=idle_size)
+
+
+def gated_tensors(prefix: str, parts: tuple[Part, Part, Part], dense: DenseConfig, size: int) -> list[OutputTensor]:
+    """A gated FFN of ``size`` neurons below ``prefix``, under the usual names."""
+    d, (gate, up, down) = dense.hidden_size, parts
+    return [
+        OutputTensor(f"{prefix}.gate_proj.weight", (size, d), (gate,)),
+        OutputTensor(f"{prefix}.up_proj.weight", (size, d), (up,)),
+        OutputTensor(f"{prefix}.down_proj.weight", (d, size), (down,)),
+    ]
+
+
+def refuse_unheld(
+    target: Target, family: Family, dense: DenseConfig, needed: Iterable[Feature], others: Sequence[Target]
+) -> None:
+    """Refuse what ``target`` cannot hold, naming the feature, the keys that ask for it, and the target that could.
 
     Raises:
-        RefusalError: at least one needed feature is not held.
+        RefusalError: at least one needed feature is not held, or the pair is not one of the tested ones.
     """
     lacking = [feature for feature in Feature if feature in set(needed) - target.holds]
     if not lacking:
+        if target.name not in family.targets:
+            raise RefusalError(
+                f"{family.name} to {target.name} is not a conversion this version was tested with",
+                hint=f"use --target {family.targets[0]}; targets of {family.name}: {', '.join(family.targets)}",
+            )
         return
     able = [other.name for other in others if set(needed) <= other.holds]
     notes = [f"{feature.value}: {family.elsewhere[feature]}" for feature in lacking if feature in family.elsewhere]
@@ -155,5 +212,6 @@ def refuse_unheld(target: Target, family: Family, needed: Iterable[Feature], oth
         hint = f"this version writes no target that can; elsewhere, {'; '.join(notes)}"
     else:
         hint = "this version writes no target that can"
-    what = ", ".join(feature.value for feature in lacking)
+    keys = {feature: ", ".join(f"{k} {v}" for k, v in dense.settings(feature).items()) for feature in lacking}
+    what = ", ".join(f"{feature.value} ({keys[feature]})" if keys[feature] else feature.value for feature in lacking)
     raise RefusalError(f"{target.name} cannot hold {what}, which this {family.name} conversion needs", hint=hint)

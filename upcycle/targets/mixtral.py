@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.families.base import DenseConfig, Feature
-from upcycle.targets.base import Layout, MoeShape, OutputTensor, Part, Target, expert_tensors
+from upcycle.targets.base import Layout, MoeShape, OutputTensor, Target, expert_tensors, router_tensor
 
 
 class Mixtral(Target):
@@ -30,5 +30,5 @@ class Mixtral(Target):
         """The router, then w1 (gate), w3 (up) and w2 (down) of each expert."""
         # The fused layout is the in-memory one, and there the block is called mlp.
         prefix = f"model.layers.{layer}." + ("mlp" if layout == "fused" else "block_sparse_moe")
-        router = OutputTensor(f"{prefix}.gate.weight", (shape.experts, dense.hidden_size), (Part("router"),))
+        router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         return [router, *expert_tensors(f"{prefix}.experts", ("w1", "w3", "w2"), dense, shape, layout)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.families.base import DenseConfig, Feature
-from upcycle.targets.base import Layout, MoeShape, OutputTensor, Part, Target, expert_tensors
+from upcycle.targets.base import Layout, MoeShape, OutputTensor, Target, expert_tensors, router_tensor
 
 
 class Qwen3Moe(Target):
@@ -15,8 +15,9 @@ class Qwen3Moe(Target):
     title = "Qwen3-MoE"
     architecture = "Qwen3MoeForCausalLM"
     holds = frozenset(
-        {Feature.QUERY_NORMS, Feature.QKV_BIAS, Feature.OUTPUT_BIAS, Feature.WINDOW, Feature.DENSE_LAYERS}
+        {Feature.QUERY_NORMS, Feature.ATTENTION_BIAS, Feature.WINDOW, Feature.DENSE_FIRST, Feature.DENSE_LAYERS}
     )
+    holds_unnormalized = True
     router_semantics = "top-k of softmax, normalised to sum 1 (norm_topk_prob)"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -25,7 +26,7 @@ class Qwen3Moe(Target):
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": shape.expert_size,
             "num_experts": shape.experts,
-            "norm_topk_prob": True,
+            "norm_topk_prob": shape.normalized,
             "attention_bias": dense.qkv_bias,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i in range(dense.num_hidden_layers) if i not in shape.moe_layers],
@@ -36,6 +37,6 @@ class Qwen3Moe(Target):
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, then the routed experts."""
         prefix = f"model.layers.{layer}.mlp"
-        router = OutputTensor(f"{prefix}.gate.weight", (shape.experts, dense.hidden_size), (Part("router"),))
+        router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         names = ("gate_proj", "up_proj", "down_proj")
         return [router, *expert_tensors(f"{prefix}.experts", names, dense, shape, layout)]

@@ -1,0 +1,41 @@
+"""``upcycle compare`` on SmolLM2-135M: every splitting method, router and refit, on three kinds of real text.
+
+Documentation, code and science (see ``domains.py``) are calibrated on; other documents of these kinds are measured on.
+Prints what the command prints, and leaves its table in ``docs/compare_smollm2.md`` (``--out`` for another file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from domains import texts
+from measure import UPCYCLE
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "compare_smollm2.md"
+
+
+def main() -> int:
+    """Run the command; its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--active", default="0.5", help="fractions, as the command takes them (default: 0.5)")
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens (default: 8192)")
+    parser.add_argument("--methods", default="all", help="as the command takes them (default: all)")
+    parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes")
+    arguments = parser.parse_args()
+    smollm2 = [sys.executable, "-P", Path(__file__).resolve().parents[1] / "smollm2.py"]
+    model = subprocess.run(smollm2, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
+    calibration, evaluation = texts()
+    command = [*UPCYCLE, "compare", model, "--active", arguments.active, "--methods", arguments.methods]
+    command += ["--calibration", ",".join(map(str, calibration)), "--calibration-tokens", arguments.tokens]
+    command += ["--text", ",".join(map(str, evaluation)), "--window", 512, "--out", arguments.out, "--quiet"]
+    return subprocess.run(list(map(str, command)), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Rows of attention heads in halves and in pairs: each order undoes the other, block by block too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from upcycle.families.origin import Origin, is_rotated
+from upcycle.tensor_files import SafetensorsFile
+
+
+def test_pairs_and_halves_by_hand() -> None:
+    rows = torch.arange(8)
+    assert Origin("q").ordered("pairs", 4).apply(rows).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    rows = torch.arange(6)
+    assert Origin("q").ordered("pairs", 6).apply(rows).tolist() == [0, 3, 1, 4, 2, 5]
+    assert Origin("q").ordered("halves", 6).apply(rows).tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_one_order_undoes_the_other() -> None:
+    weight = torch.randn(24, 5)
+    pairs = Origin("q").ordered("pairs", 12).apply(weight)
+    assert torch.equal(Origin("q").ordered("halves", 12).apply(pairs), weight)
+    assert Origin("q").ordered("halves", 12).ordered("pairs", 12) == Origin("q")
+
+
+def test_a_sum_is_kept_in_fp32() -> None:
+    norm = Origin("norm", add=1.0)
+    weight = torch.tensor([2.0**-10], dtype=torch.bfloat16)
+    assert norm.dtype("bfloat16") == "float32"
+    assert norm.apply(weight).item() == 1 + 2.0**-10
+    assert Origin("norm").dtype("bfloat16") == "bfloat16"
+
+
+@pytest.mark.parametrize("most_bytes", [1, 100, 1 << 20])
+def test_parts_are_read_in_blocks_of_whole_heads(most_bytes: int, tmp_path: Path) -> None:
+    whole = torch.randn(30, 3)
+    save_file({"a": whole}, tmp_path / "a.safetensors")
+    blocks = list(SafetensorsFile(tmp_path / "a.safetensors").chunks("a", most_bytes, (6, 18), 6))
+    assert torch.equal(torch.cat(blocks), whole[6:24])
+    assert all(len(block) % 6 == 0 for block in blocks)
+
+
+def test_which_tensors_are_rotated() -> None:
+    assert is_rotated("model.layers.0.self_attn.q_proj.weight")
+    assert is_rotated("model.layers.0.self_attn.k_proj.bias")
+    assert not is_rotated("model.layers.0.self_attn.v_proj.weight")
+    assert not is_rotated("lm_head.weight")

@@ -1,0 +1,112 @@
+"""Pico models: what tiny random checkpoints of every family are configured like. Tests import it as ``pico_models``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 96,  # divides into 8 routed, and into 8 routed + 4 shared experts
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# name -> (model_type, what differs from COMMON)
+PICO: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True}),
+    "llama-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-bias": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-windows": (
+        "qwen3",
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "qwen3.5": (
+        "qwen3_5_text",
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+        },
+    ),
+    "granite-plain": ("granite", {"attention_multiplier": 8**-0.5}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 16}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "phi3-partial": ("phi3", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    "phi4-mini": (  # as on the hub: older spellings, partial and longrope at once
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]},
+        },
+    ),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma-bfloat16": ("gemma", {"head_dim": 16, "dtype": "bfloat16"}),
+    "cohere2": (
+        "cohere2",
+        {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ernie4.5": ("ernie4_5", {"head_dim": 16}),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True}),
+    "hunyuan-alpha": (
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 9.0},
+        },
+    ),
+    "seed-oss": ("seed_oss", {"head_dim": 16}),
+    "seed-oss-bias": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
+    "helium": ("helium", {"head_dim": 8}),
+    "lfm2": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_auto_adjust_ff_dim": False},
+    ),
+}

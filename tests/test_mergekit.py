@@ -1,0 +1,139 @@
+"""Recipes of mergekit-moe: what they map to, what is said, and what has no counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from upcycle.cli.main import main
+from upcycle.errors import UsageError
+from upcycle.mergekit import is_mergekit, translate
+from upcycle.recipe import parse_recipe
+
+Branches = Callable[..., list[Path]]
+PROMPTS = {"positive_prompts": ["def main():"], "negative_prompts": ["Once upon a time"]}
+
+
+def test_the_documented_example_maps_to_a_recipe() -> None:
+    content = {
+        "base_model": "org/base@v1",
+        "gate_mode": "hidden",
+        "dtype": "bfloat16",
+        "experts_per_token": 1,
+        "experts": [
+            {"source_model": "org/code", **PROMPTS},
+            {"source_model": "org/prose@main", "positive_prompts": ["She said"]},
+        ],
+    }
+    assert is_mergekit(content)
+    found, notes = translate(content, "moe.yaml")
+    recipe = parse_recipe(found, "moe.yaml")
+    assert (recipe.source, recipe.revision, recipe.method) == ("org/base", "v1", "branch_train_mix")
+    assert [(s.name, s.revision) for s in recipe.sources] == [("org/code", None), ("org/prose", "main")]
+    assert recipe.sources[0].positive_prompts == ["def main():"]
+    assert recipe.sources[0].negative_prompts == ["Once upon a time"]
+    assert (recipe.parameters, recipe.top_k, recipe.dtype, recipe.router.name) == (
+        {"rest": "base"},
+        1,
+        "bfloat16",
+        "hidden",
+    )
+    assert "branch_train_mix with rest=base, router hidden, 2 experts, top-1" in notes[0]
+    assert "behind the norm before the FFN" in notes[1]
+    # mergekit's hidden is the last token's state, whatever its name suggests; hidden_avg is the mean.
+    for mode, tokens in (("hidden", "last"), ("hidden_last", "last"), ("hidden_avg", "mean")):
+        found, _ = translate({**content, "gate_mode": mode}, "moe.yaml")
+        assert parse_recipe(found, "moe.yaml").router.parameters == {"tokens": tokens}
+
+
+def test_our_own_recipes_are_not_mergekits() -> None:
+    assert not is_mergekit({"source": "demo", "experts": 4})
+    assert not is_mergekit({"sources": ["a", "b"], "method": "branch_train_mix"})
+
+
+@pytest.mark.parametrize(("mode", "name"), [("hidden", "hidden"), ("cheap_embed", "cheap_embed"), ("random", "random")])
+def test_gate_modes_end_to_end(
+    mode: str,
+    name: str,
+    branches: Branches,
+    pico: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sources, path = branches(2), tmp_path / "moe.yaml"
+    other = {"positive_prompts": ["She said"]}
+    experts = [{"source_model": str(source), **told} for source, told in zip(sources, (PROMPTS, other), strict=True)]
+    path.write_text(yaml.safe_dump({"base_model": str(pico("llama")), "gate_mode": mode, "experts": experts}))
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", str(path), str(tmp_path / "out"), "--no-verify"])
+    assert not caught.value.code
+    said = capsys.readouterr().err
+    assert f"note: {path} is a recipe of mergekit-moe" in said
+    made, base, two = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out", pico("llama"), sources[1])
+    )
+    attention, expert = "model.layers.0.self_attn.q_proj.weight", "model.layers.2.block_sparse_moe.experts.1.w2.weight"
+    assert torch.equal(made[attention], base[attention])
+    assert torch.equal(made[expert], two["model.layers.2.mlp.down_proj.weight"])
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["router"]["name"] == name
+
+
+def test_noise_is_mapped_and_drawn(branches: Branches, tmp_path: Path) -> None:
+    import upcycle
+
+    experts = [{"source_model": str(source), "noise_scale": 0.1} for source in branches(2)]
+    found, notes = translate({"base_model": str(branches(1)[0]), "gate_mode": "random", "experts": experts}, "moe.yaml")
+    assert "relative to each matrix's standard deviation" in notes[-1]
+    result = upcycle.convert(found.pop("source"), tmp_path / "out", **found, verification={"tokens": 64})
+    assert result.verification is not None
+    assert result.verification.all_experts_error is None
+    made = load_file(tmp_path / "out" / "model.safetensors")[
+        "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    ].double()
+    source = load_file(branches(2)[1] / "model.safetensors")["model.layers.0.mlp.gate_proj.weight"].double()
+    # 3072 normal numbers: the sample deviation is within four standard errors.
+    assert ((made - source).std() / source.std()).item() == pytest.approx(0.1, rel=4 / (2 * 3072) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"gate_mod": "hidden"}, "unknown key 'gate_mod'", "did you mean 'gate_mode'"),
+        ({"experts": [{"source_model": "a", "prompts": []}]}, "unknown key 'experts.0.prompts'", "positive_prompts"),
+        ({"experts": [{"positive_prompts": []}]}, "key 'experts.0.source_model' is missing", "add"),
+        ({"experts": []}, "key 'experts'", None),
+        ({"gate_mode": "mlp"}, "key 'gate_mode'", None),
+        (
+            {"gate_mode": "uniform_random"},
+            "'gate_mode' has no counterpart: there is no 'uniform_random'",
+            "cheap_embed",
+        ),
+        ({"shared_experts": [{"source_model": "a"}]}, "'shared_experts' has no counterpart", "leave it out"),
+        ({"architecture": "deepseek"}, "'architecture' has no counterpart", "mixtral"),
+        (
+            {"experts": [{"source_model": "a", "residual_scale": 0.5}]},
+            "'residual_scale' has no counterpart",
+            "leave it out",
+        ),
+        (
+            {"experts": [{"source_model": "a", "noise_scale": 0.5}, {"source_model": "b"}]},
+            "'noise_scale' has no",
+            "one value",
+        ),
+        ({"base_model": "org/a+org/lora"}, "'org/a\\+org/lora' adds an adapter", "merge the adapter"),
+        ({"dtype": "int8"}, "key 'dtype'", None),
+        ({"experts_per_token": 0}, "key 'experts_per_token'", None),
+    ],
+)
+def test_what_has_no_counterpart(changes: dict[str, Any], message: str, hint: str | None) -> None:
+    content = {"base_model": "base", "experts": [{"source_model": "a"}, {"source_model": "b"}], **changes}
+    with pytest.raises(UsageError, match=message) as caught:
+        translate(content, "moe.yaml")
+    assert caught.value.message.startswith("moe.yaml (mergekit-moe): ")
+    assert hint is None or hint in str(caught.value.hint)

@@ -1,0 +1,162 @@
+"""A dense model's configuration as the rest of the tool sees it, and what of it not every target can hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from upcycle.errors import RefusalError
+
+
+class Feature(Enum):
+    """Something a dense model or a blueprint needs and a target may be unable to hold."""
+
+    PLAIN_QUERIES = "queries and keys without norms"
+    QUERY_NORMS = "per-head query and key norms"
+    ROTATED_QUERY_NORMS = "per-head query and key norms after the rotation"
+    FULL_QUERY_NORMS = "query and key norms over all heads"
+    QKV_BIAS = "biases on the q, k and v projections"
+    OUTPUT_BIAS = "a bias on the attention output projection only"
+    ATTENTION_BIAS = "biases on the q, k and v projections, a bias on the attention output projection"
+    MLP_BIAS = "biases in the FFN"
+    WINDOW = "a sliding window on every layer"
+    MIXED_WINDOWS = "sliding windows on some layers only"
+    PARTIAL_ROTARY = "a rotary embedding of a part of each head"
+    MULTIPLIERS = "multipliers on embeddings, attention scores or residuals"
+    LOGIT_SCALE = "scaled logits"
+    POST_NORMS = "norms behind attention and FFN instead of before them"
+    PARALLEL_BLOCK = "attention and FFN side by side behind one LayerNorm"
+    CONVOLUTIONS = "short convolutions in place of some attention layers"
+    GATED_ATTENTION = "gated attention between linear attention layers"
+    SHARED_EXPERTS = "shared experts"
+    DENSE_FIRST = "dense layers before the MoE layers"
+    DENSE_LAYERS = "dense layers between MoE layers"
+
+
+_OTHER_QUERIES = {
+    Feature.ROTATED_QUERY_NORMS,
+    Feature.FULL_QUERY_NORMS,
+    Feature.CONVOLUTIONS,
+    Feature.GATED_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """A dense model's ``config.json``, read out with the defaults of its stock transformers class.
+
+    ``special`` are features of the block that only the family's own relatives have, and ``extra`` the configuration keys
+    that come with them. Embeddings, attention scores, what a block adds to the stream, and logits are multiplied by the
+    four multipliers (``attention_multiplier`` None: one over the square root of the head size).
+    """
+
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    hidden_act: str
+    rms_norm_eps: float
+    max_position_embeddings: int
+    initializer_range: float
+    attention_dropout: float
+    tie_word_embeddings: bool
+    rope_parameters: Mapping[str, Any]
+    token_ids: Mapping[str, Any]
+    dtype: str | None
+    windows: tuple[int | None, ...]  # sliding window of every layer; None attends to everything
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    query_norms: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    special: frozenset[Feature] = frozenset()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def attention_scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of the layers that have one."""
+        return next((window for window in self.windows if window is not None), None)
+
+    def settings(self, feature: Feature) -> dict[str, Any]:
+        """The configuration keys that bring a feature about, with their values: what a refusal names."""
+        biases = {"attention_bias": self.qkv_bias or self.output_bias}
+        multipliers = {
+            "embedding_multiplier": self.embedding_multiplier,
+            "attention_multiplier": self.attention_scale,
+            "residual_multiplier": self.residual_multiplier,
+        }
+        keys: dict[Feature, dict[str, Any]] = {
+            Feature.QKV_BIAS: biases,
+            Feature.OUTPUT_BIAS: biases,
+            Feature.ATTENTION_BIAS: biases,
+            Feature.MLP_BIAS: {"mlp_bias": self.mlp_bias},
+            Feature.WINDOW: {"sliding_window": self.window},
+            Feature.MIXED_WINDOWS: {"sliding_window": self.window},
+            Feature.PARTIAL_ROTARY: {"partial_rotary_factor": self.rope_parameters.get("partial_rotary_factor")},
+            Feature.MULTIPLIERS: multipliers,
+            Feature.LOGIT_SCALE: {"logits multiplier": self.logits_multiplier},
+        }
+        return keys.get(feature, {})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """``layer_types`` as most configuration classes want it."""
+        return ["full_attention" if window is None else "sliding_attention" for window in self.windows]
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What a target must hold to reproduce this model's attention and FFN."""
+        kinds = set(self.windows)
+        plain_scores = math.isclose(self.attention_scale, self.head_dim**-0.5, rel_tol=1e-9)
+        multiplied = self.embedding_multiplier != 1 or self.residual_multiplier != 1 or not plain_scores
+        present = {
+            Feature.PLAIN_QUERIES: not self.query_norms and not self.special & _OTHER_QUERIES,
+            Feature.QUERY_NORMS: self.query_norms,
+            Feature.QKV_BIAS: self.qkv_bias and not self.output_bias,
+            Feature.OUTPUT_BIAS: self.output_bias and not self.qkv_bias,
+            Feature.ATTENTION_BIAS: self.qkv_bias and self.output_bias,
+            Feature.MLP_BIAS: self.mlp_bias,
+            Feature.WINDOW: len(kinds) == 1 and None not in kinds,
+            Feature.MIXED_WINDOWS: len(kinds) > 1,
+            Feature.PARTIAL_ROTARY: self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0
+            and Feature.GATED_ATTENTION not in self.special,
+            Feature.MULTIPLIERS: multiplied,
+            Feature.LOGIT_SCALE: self.logits_multiplier != 1,
+        }
+        return self.special | {feature for feature, is_present in present.items() if is_present}
+
+
+def rope_parameters(raw: Mapping[str, Any], theta: float = 10000.0, partial: float | None = None) -> dict[str, Any]:
+    """The whole rope description, from today's ``rope_parameters`` or the older ``rope_theta`` + ``rope_scaling``.
+
+    Always written out: the defaults ``theta`` and ``partial`` (rotary factor) differ between configuration classes.
+
+    Raises:
+        RefusalError: layer types have different rotary embeddings.
+    """
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise RefusalError("config.json: 'rope_parameters' differ per layer type, and no target here can hold that")
+    rope.setdefault("rope_theta", float(raw.get("rope_theta") or theta))
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    factor = partial if factor is None else factor
+    if factor is not None:
+        rope["partial_rotary_factor"] = factor
+    return rope

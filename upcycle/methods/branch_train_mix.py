@@ -1,0 +1,171 @@
+"""Branch-Train-MiX: fine-tunes of one model become the experts, and everything else is their average."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from upcycle.activations import Activations
+from upcycle.blueprint import LayerBlueprint
+from upcycle.errors import UsageError
+from upcycle.feed_forward import FeedForward
+from upcycle.methods.base import Scale, piece_size
+from upcycle.methods.copies import Copies, CopiesParameters, seeded
+from upcycle.methods.virtual_groups import shards, tied_rows
+from upcycle.mixing import Mix
+from upcycle.targets.base import MoeShape
+
+
+class BranchTrainMixParameters(CopiesParameters):
+    """Parameters of :class:`BranchTrainMix`."""
+
+    rest: Literal["average", "base"] = Field(
+        "average", description="all but the experts: the weighted mean of the sources, or the recipe's source's own"
+    )
+    generalist: bool = Field(
+        False, description="one more expert: the FFN of the recipe's source, which joins the average"
+    )
+    chunks: int = Field(1, ge=1, description="experts that every source's FFN is cut into")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="normal noise on every expert's gate, up and down, as a fraction of each matrix's standard deviation",
+    )
+    tied: bool = Field(True, description="one router row for the chunks of a source: they are chosen together")
+
+
+class BranchTrainMix(Copies):
+    """Sukhbaatar et al., arXiv 2403.07816, "Branch-Train-MiX".
+
+    Expert i is source i's FFN. Everything else is the arithmetic mean of the sources, summed in fp64; ``weight`` of a
+    source counts there alone. The generalist, the model that the sources were branched from, is one expert more and has
+    weight 1 in the mean. With ``chunks=C`` every FFN is cut into C runs of neurons (the paper's splitting): expert
+    ``m * C + c`` is chunk c of source m, times C, as weights that sum to 1 average what belongs together. Two sources run
+    per token, so top-k is 2C unless the recipe says otherwise; more experts than there are chunks repeat all of them.
+
+    Nothing is preserved: attention is averaged and the experts differ. Sources that hold the same numbers are copies of one
+    model, and that is exact.
+
+    Deviations. The paper's chunks have router rows of their own; here those of a source share one (``tied=false`` for the
+    paper's), without which no token sees a whole FFN before training. Its other routers (Switch, soft, Sample-Top-1) are
+    trainers' settings: a native target runs the top k. ``rest=base`` and ``noise`` are not in the paper: they are mergekit's.
+    """
+
+    name = "branch_train_mix"
+    title = "Branch-Train-MiX"
+    paper = "https://arxiv.org/abs/2403.07816"
+    takes_sources = True
+    Parameters = BranchTrainMixParameters
+    parameters: BranchTrainMixParameters
+
+    def __init__(self, parameters: BranchTrainMixParameters) -> None:
+        super().__init__(parameters)
+        self.draws = parameters.noise > 0
+        self.exact_when_all_active = not self.draws
+
+    def join(self, mix: Mix | None) -> None:
+        """Take at least two sources."""
+        if mix is None or mix.count < 2:
+            raise UsageError(
+                f"{self.name} mixes several sources, and there is one",
+                hint="--sources A,B,C, or --method sparse_upcycling for copies of one model",
+            )
+        if self.parameters.generalist and mix.base < mix.count:
+            raise UsageError(
+                "generalist=true adds the recipe's source as an expert, and it is one of the sources already",
+                hint="set 'source' to the model that the sources were branched from, or leave generalist out",
+            )
+        self.mix = mix
+        self.exact_when_all_active = mix.alike and not self.draws
+
+    @property
+    def members(self) -> list[int]:
+        """Whose FFN every uncut expert is."""
+        if self.mix is None:
+            return []
+        return [*range(self.mix.count), *([self.mix.base] if self.parameters.generalist else [])]
+
+    @property
+    def rest(self) -> tuple[float, ...] | None:
+        """See the class."""
+        if self.mix is None or self.parameters.rest == "base":
+            return None
+        return (*self.mix.weights, float(self.parameters.generalist))
+
+    @property
+    def _group(self) -> int:
+        return self.parameters.chunks if self.parameters.tied else 1
+
+    def sizes(self, experts: int | None, top_k: int | None) -> tuple[int, int]:
+        """One expert per source and chunk, or a multiple of that; two sources per token."""
+        chunks, members = self.parameters.chunks, max(1, len(self.members))
+        count = members * chunks if experts is None else experts
+        if count % (members * chunks):
+            what = f"{members} models" + (f" in {chunks} chunks" if chunks > 1 else "")
+            raise UsageError(
+                f"{self.name} makes {members * chunks} experts of {what}, or a multiple of that, not {experts}",
+                hint=f"leave --experts out, or --experts {members * chunks}",
+            )
+        return count, 2 * chunks if top_k is None else top_k
+
+    def check(self, shape: MoeShape) -> None:
+        """Refuse a top-k that runs a part of a source."""
+        if shape.top_k % self._group:
+            raise UsageError(
+                f"top-k {shape.top_k} is not a multiple of chunks {self._group}: a source's FFN would run in part",
+                hint=f"--top-k {max(1, round(shape.top_k / self._group)) * self._group}, or --param tied=false",
+            )
+
+    def inexact(self, shape: MoeShape, scale: float) -> str | None:
+        """The sources differ, or their chunks are chosen one by one."""
+        if self.mix is not None and not self.mix.alike:
+            rest = (
+                "their average around them"
+                if self.parameters.rest == "average"
+                else "the source's own layers around them"
+            )
+            return f"experts of {len(self.members)} different models, {rest}; compared with the model 'source'"
+        if self.draws:
+            return f"every expert has noise of {self.parameters.noise:g} of its weights' standard deviation"
+        if self._group != self.parameters.chunks and shape.top_k < shape.experts:
+            return f"tied=false: {shape.top_k} of {shape.experts} chunks run, of whatever sources"
+        return super().inexact(shape, scale)
+
+    def tie(self, rows: torch.Tensor) -> torch.Tensor:
+        """One row for all chunks of a source."""
+        return rows if self._group == 1 else tied_rows(rows, self._group, self.name)
+
+    def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
+        """``F / C``, rounded up to a multiple of 8 when padding is allowed."""
+        if shared:
+            raise UsageError(f"{self.name} has no shared experts: every source is routed", hint="leave --shared out")
+        chunks = self.parameters.chunks
+        return (
+            intermediate_size
+            if chunks == 1
+            else piece_size(intermediate_size, chunks, 0, pad, f"{chunks} equal chunks")
+        )
+
+    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+        """``C``; with the softmax's own weights ``E C / T`` as in virtual groups."""
+        super().scale(convention, experts, top_k)
+        chunks = float(self.parameters.chunks)
+        return chunks if self.normalized or chunks == 1 else experts * chunks / top_k
+
+    def blueprint(
+        self,
+        ffn: FeedForward,
+        shape: MoeShape,
+        scale: float,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> LayerBlueprint:
+        """The chunks of every source, in order; again for copies."""
+        pieces = shards(torch.arange(ffn.intermediate_size), self.parameters.chunks, shape.expert_size)
+        # Without sources, which a conversion never leaves out, all are copies of the layer at hand.
+        one = tuple(replace(piece, source=source) for source in self.members for piece in pieces) or pieces
+        draws = seeded(rng, noise=self.parameters.noise) if self.draws else None
+        return LayerBlueprint(ffn.layer, one * (shape.experts // len(one)), shape.top_k, scale, draws=draws)
