@@ -100,11 +100,7 @@ def test_condition() -> None:
     gram = (x * weight[:, None]).double().T @ x.double()
     matrix = gram + 0.01 * gram.diagonal().mean() * torch.eye(M)
     condition = solve_ridge(gram, torch.zeros(M, N), 0.01, condition=True).condition
-    exact = torch.linalg.cond(matrix, 1).item()
-    assert 0.1 * exact < condition < 1.001 * exact  # LAPACK estimates from below, nearly always within a factor of ten
-    # Of a diagonal matrix the estimate is exact.
-    diagonal = torch.tensor([1.0, 4.0, 25.0]).double().diag()
-    assert solve_ridge(diagonal, torch.zeros(3, 1), 0.0, condition=True).condition == pytest.approx(25, rel=1e-12)
+    assert 0.9 * torch.linalg.cond(matrix) < condition < 1.001 * torch.linalg.cond(matrix)
 
 
 def test_sums_that_are_not_finite_are_explained() -> None:

@@ -8,7 +8,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from scipy.linalg.lapack import dpocon
 
 from upcycle.errors import CheckpointError
 
@@ -16,12 +15,13 @@ from upcycle.errors import CheckpointError
 # others, so that mean lies far above what most directions carry: hence the weak end.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED_STRENGTH = 1e-2  # where no token was held out to choose by
+_POWER_STEPS, _POWER_VECTORS = 5, 8
 _GRAM_BLOCK = 256
 _JUDGED_TARGETS = 64  # strengths are compared on so many combinations of the targets
 
 
 class RidgeSolution(NamedTuple):
-    """``weights`` fp64 ``[M, N]``; ``condition`` estimates that of the matrix that was solved with, in the 1-norm, if asked."""
+    """``weights`` fp64 ``[M, N]``; ``condition`` estimates (from below) that of the matrix that was solved with, if asked."""
 
     weights: torch.Tensor
     condition: float | None
@@ -60,7 +60,7 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float, condi
         factor, fault = torch.linalg.cholesky_ex(regular)
         weights = torch.cholesky_solve(moment, factor)
         if not fault and weights.isfinite().all():
-            return RidgeSolution(weights, _condition(regular, factor))
+            return RidgeSolution(weights, _condition(regular, factor) if condition else None)
         jitter = 10 * jitter or len(gram) * torch.finfo(torch.float64).eps
     raise CheckpointError(
         "a least-squares fit failed: the activations' squares on the calibration text are not finite",
@@ -69,11 +69,20 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float, condi
 
 
 def _condition(matrix: torch.Tensor, factor: torch.Tensor) -> float:
-    """LAPACK's estimate of the 1-norm condition number of a positive matrix ``[M, M]`` with a lower Cholesky factor."""
-    reciprocal, _ = dpocon(
-        factor.T.numpy(), matrix.abs().sum(0).max().item()
-    )  # the transpose is Fortran's lower as upper
-    return max(1.0, 1.0 / reciprocal) if reciprocal else math.inf
+    """Largest over smallest eigenvalue of a positive matrix ``[M, M]``, each by subspace iteration from a fixed start.
+
+    The same number in every run, which LAPACK's estimators do not promise, and no workspace of a second BLAS.
+    """
+    # A few vectors at once find the extremes in a few steps.
+    start = torch.randn(len(matrix), _POWER_VECTORS, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    condition = 1.0
+    for step in (matrix.matmul, lambda vectors: torch.cholesky_solve(vectors, factor)):
+        vectors, growth = start, 0.0
+        for _ in range(_POWER_STEPS):
+            vectors = step(torch.linalg.qr(vectors).Q)
+            growth = torch.linalg.matrix_norm(vectors, 2).item()
+        condition *= growth
+    return max(1.0, condition)
 
 
 class _Sums:
