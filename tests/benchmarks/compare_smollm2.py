@@ -31,7 +31,7 @@ def main() -> int:
     smollm2 = [sys.executable, "-P", Path(__file__).resolve().parents[1] / "smollm2.py"]
     model = subprocess.run(smollm2, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
     calibration, evaluation = texts()
-    command = [*UPCYCLE, "compare", model, "--active", arguments.active, "--methods", arguments.methods]
+    command = [UPCYCLE, "compare", model, "--active", arguments.active, "--methods", arguments.methods]
     command += ["--calibration", ",".join(map(str, calibration)), "--calibration-tokens", arguments.tokens]
     command += ["--text", ",".join(map(str, evaluation)), "--window", 512, "--out", arguments.out, "--quiet"]
     return subprocess.run(list(map(str, command)), check=False).returncode

@@ -161,7 +161,7 @@ def speed(model: Path) -> int:
         )
         cost = run(command)
     recipe = RECIPES / "split_50.yaml"
-    planned = [*UPCYCLE, "plan", recipe, "--source", model, "--calibration-tokens", str(SPEED_TOKENS), "--json"]
+    planned = [UPCYCLE, "plan", recipe, "--source", model, "--calibration-tokens", str(SPEED_TOKENS), "--json"]
     printed = subprocess.run(list(map(str, planned)), capture_output=True, text=True, check=True).stdout
     forecast = json.loads(printed)["peak_memory_bytes"]
     rows = [
