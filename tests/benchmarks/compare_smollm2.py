@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,10 +32,14 @@ def main() -> int:
     smollm2 = [sys.executable, "-P", Path(__file__).resolve().parents[1] / "smollm2.py"]
     model = subprocess.run(smollm2, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
     calibration, evaluation = texts()
-    command = [UPCYCLE, "compare", model, "--active", arguments.active, "--methods", arguments.methods]
-    command += ["--calibration", ",".join(map(str, calibration)), "--calibration-tokens", arguments.tokens]
-    command += ["--text", ",".join(map(str, evaluation)), "--window", 512, "--out", arguments.out, "--quiet"]
-    return subprocess.run(list(map(str, command)), check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:  # short names: the table quotes the commands it recommends
+        for path in (Path(model), *calibration, *evaluation):
+            Path(folder, path.name).symlink_to(path)
+        command = [UPCYCLE, "compare", Path(model).name, "--active", arguments.active, "--methods", arguments.methods]
+        command += ["--calibration", ",".join(path.name for path in calibration)]
+        command += ["--calibration-tokens", arguments.tokens, "--text", ",".join(path.name for path in evaluation)]
+        command += ["--window", 512, "--out", arguments.out.resolve(), "--quiet"]
+        return subprocess.run(list(map(str, command)), check=False, cwd=folder).returncode
 
 
 if __name__ == "__main__":
