@@ -103,6 +103,7 @@ def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -
         ({"methods": ["kmeans"]}, "unknown method 'kmeans'"),
         ({"routers": ["rigde"]}, "unknown router 'rigde'"),
         ({"text": ["nowhere.txt"]}, "no such text file"),
+        ({"methods": ["depth_stack"]}, "depth_stack makes no experts of a dense FFN"),
     ],
 )
 def test_bad_input(pico: Pico, changes: dict, message: str) -> None:

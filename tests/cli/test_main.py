@@ -203,3 +203,23 @@ def test_a_fault_of_ours_is_one_message_and_a_traceback_only_with_debug(
     assert "ZeroDivisionError: by nothing" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         main(["plan", "demo", "--debug"])
+
+
+def test_a_growth_step_says_what_it_did_and_what_comes_next(
+    pico: Pico, pico_moe: Callable[..., Path], tmp_path: Path
+) -> None:
+    deep, moe = str(tmp_path / "deep"), str(pico_moe("mixtral"))
+    quick = ("--tokenizer", "none", "--verify-tokens", "64")
+    planned = run("plan", moe, "--method", "expert_upcycling", *quick[:2]).output
+    assert "mixtral by expert_upcycling: 8 experts from 4, top-2" in planned
+    assert "per token" in planned
+    assert "x the source" in planned
+    done = run("convert", str(pico("llama")), deep, "--method", "depth_stack", "--param", "growth=2", *quick)
+    assert "6 layers from 3" in done.output
+    assert "each what it was made from, bit for bit" in done.output
+    assert " before " in done.output
+    assert "relative error" not in done.output  # of layers: there are none to compare
+    folded = "".join(done.output.split())  # a long path breaks the line
+    assert f"upcycleconvert{deep}MOE--experts8--top-k2" in folded
+    grown = run("convert", moe, str(tmp_path / "more"), "--method", "expert_upcycling", *quick)
+    assert f"upcycleevaluate{tmp_path / 'more'}--reference{moe}" in "".join(grown.output.split())
