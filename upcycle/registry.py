@@ -73,7 +73,11 @@ TARGETS = {
     "hunyuan_v1_moe": "upcycle.targets.hunyuan_v1_moe:HunyuanV1Moe",
     "lfm2_moe": "upcycle.targets.lfm2_moe:Lfm2Moe",
 }
-KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS}
+LOSSES = {
+    "switch_balance": "upcycle.trainers.switch_balance:SwitchBalance",
+    "router_z": "upcycle.trainers.router_z:RouterZ",
+}
+KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS, "loss": LOSSES}
 
 
 def load(kind: str, name: str) -> Any:
