@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ class RoutingRule:
     normalized: bool = True
     factor: float = 1.0
     epsilon: float = 0.0
-    bias: torch.Tensor | None = None  # [E], the model's own
+    bias: Callable[[], torch.Tensor | None] = lambda: (
+        None
+    )  # [E]; asked for anew, as casting a model replaces its buffers
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``[T, E]`` in at least fp32: the softmax, or the sigmoid of every logit."""
@@ -42,7 +45,8 @@ class RoutingRule:
     def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and experts ``[T, K]`` for logits that are not the model's own; largest first."""
         scores = self.scores(logits)
-        preferred = scores.detach() if self.bias is None else scores.detach() + self.bias.flatten()
+        bias = self.bias()
+        preferred = scores.detach() if bias is None else scores.detach() + bias.flatten()
         experts = preferred.topk(self.top_k, dim=-1).indices
         weights = scores.gather(1, experts)
         if self.normalized:
@@ -118,5 +122,5 @@ def _rule(target: Target, block: nn.Module, router: Any) -> RoutingRule:
         normalized=getattr(router, "norm_topk_prob", True) or getattr(router, "expert_selection_fn", "") == "softmax",
         factor=getattr(router, "routed_scaling_factor", 1.0),
         epsilon=1e-6 if target.name == "lfm2_moe" else 0.0,
-        bias=selection_bias(block, router),
+        bias=lambda: selection_bias(block, router),
     )
