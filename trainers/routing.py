@@ -63,6 +63,12 @@ class MoeLayer:
     router: nn.Module
     rule: RoutingRule
 
+    @property
+    def experts(self) -> nn.Module:
+        """The routed experts, fused as transformers 5 holds them."""
+        experts: nn.Module = self.block.get_submodule("experts")
+        return experts
+
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """Every MoE layer of a stock causal language model, in order.
