@@ -75,7 +75,17 @@ TARGETS = {
     "hunyuan_v1_moe": "upcycle.targets.hunyuan_v1_moe:HunyuanV1Moe",
     "lfm2_moe": "upcycle.targets.lfm2_moe:Lfm2Moe",
 }
-KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS}
+LOSSES = {
+    "switch_balance": "upcycle.trainers.switch_balance:SwitchBalance",
+    "device_balance": "upcycle.trainers.device_balance:DeviceBalance",
+    "skywork_balance": "upcycle.trainers.skywork_balance:SkyworkBalance",
+    "importance_cv2": "upcycle.trainers.importance_cv2:ImportanceCV2",
+    "load_cv2": "upcycle.trainers.load_cv2:LoadCV2",
+    "mutual_information": "upcycle.trainers.mutual_information:MutualInformation",
+    "router_z": "upcycle.trainers.router_z:RouterZ",
+    "hoyer": "upcycle.trainers.hoyer:Hoyer",
+}
+KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS, "loss": LOSSES}
 
 
 def load(kind: str, name: str) -> Any:

@@ -143,7 +143,7 @@ def test_verify_exits_3_when_broken(pico: Pico, tmp_path: Path, capsys: pytest.C
 
 def test_list_shows_every_plugin_with_its_paper() -> None:
     result = json.loads(run("list", "--json").stdout)
-    assert set(result) == {"methods", "routers", "families", "targets", "recipes"}
+    assert set(result) == {"methods", "routers", "families", "targets", "losses", "recipes"}
     ours = {method["name"] for method in result["methods"] if method["paper"] is None}
     assert ours == {"alternating"}
     assert all(method["paper"].startswith("https://") for method in result["methods"] if method["name"] not in ours)
@@ -151,6 +151,7 @@ def test_list_shows_every_plugin_with_its_paper() -> None:
     assert all(method["name"] in text for method in result["methods"])
     assert "[default: 0.02]" in run("list", "routers").stdout  # brackets are text, not markup
     assert "lfm2_moe" in run("list", "families").stdout
+    assert "switch_balance" in run("list", "losses").stdout
     assert run("list", "methods", "--markdown").exit_code != 0
 
 

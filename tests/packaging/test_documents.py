@@ -18,7 +18,7 @@ from upcycle import errors
 from upcycle.cli.list_plugins import entries
 from upcycle.cli.main import VERBS, cli
 from upcycle.recipe import Recipe, parse_recipe
-from upcycle.registry import FAMILIES, METHODS, ROUTERS, TARGETS
+from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -66,7 +66,13 @@ def test_recipe_keys() -> None:
 
 @pytest.mark.parametrize(
     ("heading", "names"),
-    [("### Methods", METHODS), ("### Routers", ROUTERS), ("### Families", FAMILIES), ("### Targets", TARGETS)],
+    [
+        ("### Methods", METHODS),
+        ("### Routers", ROUTERS),
+        ("### Losses", LOSSES),
+        ("### Families", FAMILIES),
+        ("### Targets", TARGETS),
+    ],
 )
 def test_plugin_tables(heading: str, names: dict[str, str]) -> None:
     assert [row[0] for row in rows(heading)] == list(names)

@@ -13,7 +13,7 @@ from upcycle.cli.output import print_json, print_table
 from upcycle.errors import UsageError
 
 RECIPES = Path(__file__).parent.parent / "configs" / "convert"
-KINDS = ("methods", "routers", "families", "targets", "recipes")
+KINDS = ("methods", "routers", "families", "targets", "losses", "recipes")
 
 
 @click.command("list")
@@ -21,7 +21,7 @@ KINDS = ("methods", "routers", "families", "targets", "recipes")
 @click.option("--markdown", "as_markdown", is_flag=True, help="families or targets as the README's table")
 @common_options
 def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
-    """List methods, routers, families, targets or recipes; all of them when KIND is left out."""
+    """List methods, routers, families, targets, losses or recipes; all of them when KIND is left out."""
     if as_markdown:
         if kind not in ("families", "targets"):
             raise UsageError("--markdown prints families or targets", hint="upcycle list families --markdown")
@@ -86,12 +86,12 @@ def entries(kind: str) -> list[dict[str, Any]]:
             {"name": path.stem, "what": _first_comment(path), "path": str(path)}
             for path in sorted(RECIPES.glob("*.yaml"))
         ]
-    singular = {"families": "family"}.get(kind, kind[:-1])
+    singular = {"families": "family", "losses": "loss"}.get(kind, kind[:-1])
     found = []
     for name in REGISTRY[singular]:
         plugin = load(singular, name)
         entry: dict[str, Any] = {"name": name, "title": plugin.title}
-        if singular in ("method", "router"):
+        if singular in ("method", "router", "loss"):
             entry["parameters"] = {
                 key: f"{field.description} [default: {field.default}]"
                 for key, field in plugin.Parameters.model_fields.items()

@@ -12,6 +12,7 @@ from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.families.origin import Origin, is_rotated
 
 Layout = Literal["per-expert", "fused"]
+Score = Literal["softmax", "sigmoid"]
 PartKind = Literal[
     "gate",
     "up",
@@ -67,8 +68,9 @@ class Target(ABC):
     """A stock MoE architecture of transformers.
 
     ``name`` is its ``model_type``. ``blocks`` are the modules of a decoder layer of the stock class whose outputs add up to
-    the FFN's, the one with the routed experts first; ``shared`` is the shared expert inside that, and ``shared_switch``
-    what its output is multiplied by the sigmoid of.
+    the FFN's, the one with the routed experts first; ``router`` is the module in that which returns the logits ``[T, E]``,
+    the weights ``[T, K]`` and the experts ``[T, K]``, ``score`` what it makes of logits, ``shared`` is the shared expert
+    beside it, and ``shared_switch`` what its output is multiplied by the sigmoid of.
     """
 
     name: ClassVar[str]
@@ -81,6 +83,8 @@ class Target(ABC):
     )
     rotates_pairs: ClassVar[bool] = False  # as in a family
     blocks: ClassVar[tuple[str, ...]] = ("mlp",)
+    router: ClassVar[str] = "gate"
+    score: ClassVar[Score] = "softmax"
     shared: ClassVar[str | None] = None
     shared_switch: ClassVar[str | None] = None
 

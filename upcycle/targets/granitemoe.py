@@ -21,6 +21,7 @@ class GraniteMoe(Target):
     holds = frozenset({Feature.PLAIN_QUERIES, Feature.ATTENTION_BIAS, Feature.MULTIPLIERS, Feature.LOGIT_SCALE})
     router_semantics = "softmax of the top-k logits"
     blocks: ClassVar[tuple[str, ...]] = ("block_sparse_moe",)
+    router = "router"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """``intermediate_size`` is one expert's."""

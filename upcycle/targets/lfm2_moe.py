@@ -21,6 +21,7 @@ class Lfm2Moe(Target):
     holds = frozenset({Feature.CONVOLUTIONS, Feature.DENSE_FIRST})
     router_semantics = "top-k of sigmoid, normalised to sum 1 (norm_topk_prob)"
     blocks = ("feed_forward",)
+    score = "sigmoid"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """The convolutions' keys come with the dense model."""

@@ -30,6 +30,7 @@ class SigmoidTarget(Target):
     """
 
     router_semantics = "top-k of sigmoid, normalised to sum 1 (norm_topk_prob); shared experts ungated"
+    score = "sigmoid"
     shared = "shared_experts"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:

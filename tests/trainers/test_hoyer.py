@@ -1,0 +1,85 @@
+"""Square Hoyer against its formula, and the activations of stock dense models it is computed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pico_models import COMMON, PICO
+from torch.nn.functional import linear
+
+from upcycle.errors import UsageError
+from upcycle.registry import FAMILIES
+from upcycle.trainers.activation_records import ActivationRecord, capture_activations, replace_activations
+from upcycle.trainers.losses import auxiliary_losses, make_losses
+
+T, F = 7, 6
+
+
+def hoyer(row: list[float]) -> float:
+    return sum(abs(a) for a in row) ** 2 / (sum(a * a for a in row) + 1e-15)
+
+
+def value(z: torch.Tensor, **parameters: Any) -> float:
+    loss = make_losses({"hoyer": {"coefficient": 1.0, **parameters}})[0]
+    return loss([ActivationRecord(0, z, z.relu())]).item()
+
+
+def test_formula() -> None:
+    z = torch.randn(T, F, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 8
+    expected = sum(hoyer([max(a, 0.0) for a in row]) for row in z.tolist()) / T
+    assert value(z) == pytest.approx(expected, rel=1e-13)
+    expected = sum(hoyer([max(a, -3.0) + 3.0 for a in row]) for row in z.tolist()) / T
+    assert value(z, of="preactivations", clamp=-3.0) == pytest.approx(expected, rel=1e-13)
+
+
+def test_it_counts_equal_neurons() -> None:
+    z = torch.tensor([[2.0, 2.0, -1.0, -1.0, 2.0, -5.0]], dtype=torch.float64)
+    assert value(z) == pytest.approx(3, rel=1e-14)
+    assert value(-z.abs()) == 0  # a token without any active neuron
+
+
+def dense(name: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model_type, changes = PICO[name]
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**COMMON, **changes}), dtype=torch.float32
+    )
+
+
+ONE_EACH = {family: name for name, (family, _) in reversed(PICO.items())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_records_are_the_gate_branch(family: str, ids: torch.Tensor) -> None:
+    model = dense(ONE_EACH[family])
+    if family == "lfm2":
+        with pytest.raises(UsageError, match="activation function in code"):
+            capture_activations(model)
+        return
+    seen: dict[str, torch.Tensor] = {}
+    block = model.model.layers[1].mlp
+    block.register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0].detach()))
+    with capture_activations(model) as recorder:
+        model(ids)
+        records = recorder.take()
+    assert [record.layer for record in records] == [0, 1, 2]
+    rows = block.gate_up_proj.weight[:96] if family == "phi3" else block.gate_proj.weight
+    torch.testing.assert_close(records[1].before, linear(seen["x"].flatten(0, 1), rows))
+    loss = auxiliary_losses(make_losses({"hoyer": {}}), {"activations": records}, torch.ones_like(ids).bool())["hoyer"]
+    assert torch.autograd.grad(loss, model.model.embed_tokens.weight)[0].abs().max() > 0
+
+
+def test_relu_can_replace_what_is_there(ids: torch.Tensor) -> None:
+    model = dense("llama")
+    replace_activations(model)
+    with capture_activations(model) as recorder:
+        model(ids)
+        records = recorder.take()
+    assert all(torch.equal(record.after, record.before.relu()) for record in records)
+    assert model.config.hidden_act == "relu"
+    with pytest.raises(UsageError, match="unknown activation function 'rule'"):
+        replace_activations(model, "rule")

@@ -1,0 +1,68 @@
+"""Load against Shazeer's formula, and its probability against drawing the noise many times."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from upcycle.trainers.losses import make_losses
+from upcycle.trainers.router_control import Noise
+from upcycle.trainers.router_records import RouterRecord
+from upcycle.trainers.routing import RoutingRule
+
+T, E, K = 7, 5, 2
+
+
+def loss(**parameters: Any) -> Any:
+    return make_losses({"load_cv2": {"coefficient": 1.0, **parameters}})[0]
+
+
+@pytest.fixture
+def noisy() -> RouterRecord:
+    rng = torch.Generator().manual_seed(4)
+    logits = torch.randn(T, E, dtype=torch.float64, generator=rng)
+    std = 0.3 + torch.rand(T, E, dtype=torch.float64, generator=rng)
+    noise = Noise(torch.randn(T, E, dtype=torch.float64, generator=rng) * std, std)
+    rule = RoutingRule("softmax", E, K)
+    return RouterRecord(0, logits, *rule.route(logits + noise.added), rule, noise)
+
+
+def chance(record: Any, t: int, i: int) -> float:
+    noisy = (record.logits + record.noise.added)[t].tolist()
+    threshold = sorted((noisy[j] for j in range(E) if j != i), reverse=True)[K - 1]
+    x = (record.logits[t, i].item() - threshold) / record.noise.std[t, i].item()
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_formula(unbiased: bool, noisy: Any) -> None:
+    load = [sum(chance(noisy, t, i) for t in range(T)) for i in range(E)]
+    variance = statistics.variance(load) if unbiased else statistics.pvariance(load)
+    expected = variance / statistics.mean(load) ** 2
+    assert loss(unbiased=unbiased)([noisy]).item() == pytest.approx(expected, rel=1e-11)
+
+
+def test_the_chance_is_how_often_the_expert_would_be_chosen(noisy: Any) -> None:
+    draws, t, i = 20_000, 3, 1
+    again = (noisy.logits + noisy.noise.added)[t].repeat(draws, 1)
+    fresh = torch.randn(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    again[:, i] = noisy.logits[t, i] + fresh * noisy.noise.std[t, i]
+    rate = (again.topk(K).indices == i).any(1).double().mean().item()
+    assert rate == pytest.approx(chance(noisy, t, i), abs=4 * 0.5 / draws**0.5)
+
+
+def test_without_noise_loads_are_counts(record: Any) -> None:
+    plain = record(torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), K)
+    counts = [sum(i in row for row in plain.experts.tolist()) for i in range(E)]
+    expected = statistics.variance(counts) / statistics.mean(counts) ** 2
+    assert loss()([plain]).item() == pytest.approx(expected, rel=1e-13)
+
+
+def test_all_experts_active_is_balanced(record: Any) -> None:
+    logits = torch.randn(T, 3, dtype=torch.float64)
+    noise = Noise(torch.randn_like(logits), torch.ones_like(logits))
+    assert loss()([record(logits, 3, noise=noise)]).item() == 0

@@ -1,0 +1,173 @@
+"""What goes wrong in MoE training without an error: dead experts, collapsed routers, experts that stay copies, loss spikes, NaN."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from upcycle.methods.base import PluginParameters
+
+Kind = Literal["dead expert", "router collapse", "identical experts", "loss spike"]
+
+
+class AlarmParameters(PluginParameters):
+    """When to raise which alarm."""
+
+    dead_steps: int = Field(100, ge=1, description="an expert without a token for so many steps in a row is dead")
+    collapse_entropy: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="a router whose load entropy, scaled to 0 (k experts do all) to 1 (uniform), is below",
+    )
+    collapse_steps: int = Field(20, ge=1, description="this for so many steps in a row has collapsed")
+    identical_after: int = Field(1000, ge=0, description="from this step on, experts should have parted")
+    identical_cosine: float = Field(
+        0.999, gt=0, le=1, description="they have not while their mean pairwise cosine is above this"
+    )
+    spike_window: int = Field(50, ge=5, description="losses that a spike is told from")
+    spike_deviations: float = Field(
+        6.0, gt=0, description="a loss is a spike this many standard deviations (from the median ones) above the median"
+    )
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing to tell the user: what, where, since when."""
+
+    kind: Kind
+    step: int
+    layer: int | None
+    message: str
+
+
+class Alarms:
+    """Watches the steps of a run. An alarm is given once, and again only after things had been well."""
+
+    def __init__(self, parameters: AlarmParameters) -> None:
+        self.parameters = parameters
+        self._idle: dict[int, list[int]] = {}  # steps in a row without a token, by layer and expert
+        self._low: dict[int, int] = {}  # steps in a row of low entropy, by layer
+        self._same: set[int] = set()
+        self._losses: deque[float] = deque(maxlen=parameters.spike_window)
+        self._spiking = False
+
+    def loads(self, step: int, counts: Mapping[int, torch.Tensor], top_k: int) -> list[Alarm]:
+        """Look at every layer's choices ``[E]`` of one step, over all ranks."""
+        found = []
+        for layer, count in counts.items():
+            found += self._dead(step, layer, count)
+            found += self._collapse(step, layer, count, top_k)
+        return found
+
+    def similarities(self, step: int, cosines: Mapping[int, float]) -> list[Alarm]:
+        """Look at every layer's mean pairwise cosine between experts (:func:`expert_similarity`)."""
+        own, found = self.parameters, []
+        for layer, cosine in cosines.items():
+            same = cosine > own.identical_cosine and step >= own.identical_after
+            if same and layer not in self._same:
+                found.append(
+                    Alarm(
+                        "identical experts",
+                        step,
+                        layer,
+                        f"after {step} steps the experts of layer {layer} are still copies (mean cosine {cosine:.4f}): "
+                        "raise the learning rate (back to half the dense run's peak), or add noise to the router",
+                    )
+                )
+            (self._same.add if same else self._same.discard)(layer)
+        return found
+
+    def loss(self, step: int, value: float) -> list[Alarm]:
+        """Look at one step's loss; a spike does not enter the losses that the next are told from."""
+        own = self.parameters
+        if len(self._losses) == own.spike_window:
+            median = statistics.median(self._losses)
+            spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._losses)  # of a normal's deviations
+            if value > median + own.spike_deviations * max(spread, 1e-3 * abs(median)):
+                already, self._spiking = self._spiking, True
+                text = f"loss {value:.4g} at step {step}, usually {median:.4g}"
+                return [] if already else [Alarm("loss spike", step, None, text)]
+        self._spiking = False
+        self._losses.append(value)
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep, as JSON."""
+        return {
+            "idle": {str(layer): list(steps) for layer, steps in self._idle.items()},
+            "low": {str(layer): steps for layer, steps in self._low.items()},
+            "same": sorted(self._same),
+            "losses": list(self._losses),
+            "spiking": self._spiking,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state`."""
+        self._idle = {int(layer): list(steps) for layer, steps in state["idle"].items()}
+        self._low = {int(layer): steps for layer, steps in state["low"].items()}
+        self._same, self._spiking = set(state["same"]), state["spiking"]
+        self._losses = deque(state["losses"], maxlen=self.parameters.spike_window)
+
+    def _dead(self, step: int, layer: int, count: torch.Tensor) -> list[Alarm]:
+        before = self._idle.get(layer, [0] * len(count))
+        self._idle[layer] = [0 if used else steps + 1 for steps, used in zip(before, (count > 0).tolist(), strict=True)]
+        dead = [expert for expert, steps in enumerate(self._idle[layer]) if steps == self.parameters.dead_steps]
+        if not dead:
+            return []
+        text = f"layer {layer}: no token for expert {', '.join(map(str, dead))} in {self.parameters.dead_steps} steps"
+        return [Alarm("dead expert", step, layer, f"{text}: raise the balance loss's coefficient")]
+
+    def _collapse(self, step: int, layer: int, count: torch.Tensor, top_k: int) -> list[Alarm]:
+        entropy = load_entropy(count, top_k)
+        low = self._low.get(layer, 0) + 1 if entropy < self.parameters.collapse_entropy else 0
+        self._low[layer] = low
+        if low != self.parameters.collapse_steps:
+            return []
+        text = f"layer {layer}: the router has collapsed onto few experts (load entropy {entropy:.2f} of 1)"
+        return [Alarm("router collapse", step, layer, f"{text}: raise the balance loss's coefficient, add router_z")]
+
+
+def load_entropy(count: torch.Tensor, top_k: int) -> float:
+    """The entropy of choices ``[E]`` between its least, ``log k`` (k experts take every token): 0, and ``log E``: 1."""
+    experts = len(count)
+    if experts == top_k or not count.any():
+        return 1.0
+    share = count.double() / count.sum()
+    entropy = float(-torch.special.xlogy(share, share).sum())
+    return (entropy - math.log(top_k)) / (math.log(experts) - math.log(top_k))
+
+
+def expert_similarity(experts: torch.Tensor) -> float:
+    """Mean cosine between different experts' weights ``[E, ...]``; 1 for copies (Skywork-MoE, arXiv 2406.06563, monitors it).
+
+    ``(|sum_i u_i|^2 - E) / (E (E - 1))`` of the normalised rows: no matrix of pairs. 0 for a single expert.
+    """
+    rows = experts.detach().flatten(1).float()
+    if len(rows) == 1:
+        return 0.0
+    units = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    count = len(rows)
+    return float((units.sum(0).square().sum() - units.square().sum()) / (count * (count - 1)))
+
+
+class NanPolicy:
+    """What to do about a step whose loss or gradient is not finite: skip it, and after ``most`` in a row stop."""
+
+    def __init__(self, most: int = 3) -> None:
+        self.most, self._in_a_row = most, 0
+
+    def decide(self, *values: float) -> Literal["go", "skip", "stop"]:
+        """``go`` where all values are finite; every rank must be given the same (reduced) ones."""
+        if all(map(math.isfinite, values)):
+            self._in_a_row = 0
+            return "go"
+        self._in_a_row += 1
+        return "skip" if self._in_a_row <= self.most else "stop"

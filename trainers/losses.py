@@ -1,0 +1,210 @@
+"""The protocol of an auxiliary loss, and how many of them are computed at once, globally over all ranks. E experts, L layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from pydantic import Field
+
+from upcycle.errors import UsageError
+from upcycle.methods.base import PluginParameters
+from upcycle.registry import load
+
+LayerRecord: TypeAlias = Any  # a RouterRecord or an ActivationRecord, as the loss `reads`
+
+
+class LossParameters(PluginParameters):
+    """What every auxiliary loss can be told."""
+
+    coefficient: float = Field(0.01, ge=0, description="what the loss is multiplied by")
+    layers: Literal["sum", "mean"] = Field(
+        "sum", description="whether layers are added up, as most papers do, or averaged"
+    )
+    ramp: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="the coefficient grows linearly from 0 over this fraction of the stage; 0: it does not",
+    )
+
+
+class Reduction:
+    """Adds tensors up over the data-parallel ranks, so that every rank computes the same global loss.
+
+    The gradient of a total is ``ranks`` times the local one: data-parallel training averages gradients, and the average of
+    those is the gradient of the loss of the whole batch, however unlike the ranks' shares of the tokens are.
+    """
+
+    def __init__(self, add: Callable[[torch.Tensor], torch.Tensor] | None = None, ranks: int = 1) -> None:
+        """``add`` returns the elementwise sum of a tensor over ``ranks`` ranks, on each of them."""
+        self.add, self.ranks = add, ranks
+
+    def total(self, local: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks; same shape and dtype."""
+        if self.add is None:
+            return local
+        return self.add(local.detach().clone()) + self.ranks * (local - local.detach())
+
+
+ALONE = Reduction()
+
+
+class Loss(ABC):
+    """One auxiliary loss, made of sums over tokens, which are what ranks exchange.
+
+    ``sums`` gives a vector that adds up over tokens, sequences and ranks; ``value`` makes one layer's loss of it. Layers
+    are never pooled: a dead one cannot hide behind others. ``reads`` says what is recorded for it.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str | None]
+    reads: ClassVar[Literal["router", "activations"]] = "router"
+    Parameters: ClassVar[type[LossParameters]] = LossParameters
+
+    def __init__(self, parameters: LossParameters) -> None:
+        self.parameters = parameters
+
+    @abstractmethod
+    def sums(self, record: LayerRecord, mask: torch.Tensor | None) -> torch.Tensor:
+        """``[n]`` in at least fp32, additive over tokens.
+
+        Args:
+            record: one layer's.
+            mask: bool ``[B, S]``, the tokens that count, T = B S of them in the record; ``None``: all.
+        """
+
+    @abstractmethod
+    def value(self, sums: torch.Tensor, record: LayerRecord) -> torch.Tensor:
+        """One layer's loss, a scalar without the coefficient, from the sums over all tokens."""
+
+    def coefficient(self, layer: int) -> float:
+        """What a layer's loss is multiplied by; the same for all layers, unless the method adapts it."""
+        return self.parameters.coefficient
+
+    def after_step(self) -> None:  # noqa: B027 - most adapt nothing
+        """Adapt to what was observed since the last optimizer step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep of the loss, as JSON."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Continue from :meth:`state`."""
+
+    def __call__(
+        self, records: Sequence[LayerRecord], mask: torch.Tensor | None = None, reduction: Reduction = ALONE
+    ) -> torch.Tensor:
+        """The loss with its coefficients, a scalar; see :func:`auxiliary_losses` for several."""
+        return auxiliary_losses([self], {self.reads: records}, mask, reduction)[self.name]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    loss: Loss
+    record: LayerRecord
+    sums: torch.Tensor
+
+
+def make_losses(named: Mapping[str, Mapping[str, Any]]) -> list[Loss]:
+    """Losses by name with their parameters, as a recipe gives them.
+
+    Raises:
+        UsageError: a name is unknown, or a parameter wrong.
+    """
+    from pydantic import ValidationError
+
+    made: list[Loss] = []
+    for name, parameters in named.items():
+        cls = load("loss", name)
+        try:
+            made.append(cls(cls.Parameters(**parameters)))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(["losses", name, *map(str, fault["loc"])])
+            known = ", ".join(cls.Parameters.model_fields)
+            raise UsageError(f"{key}: {fault['msg']}", hint=f"parameters of {name}: {known}") from None
+    return made
+
+
+def auxiliary_losses(
+    losses: Sequence[Loss],
+    records: Mapping[str, Sequence[LayerRecord]],
+    mask: torch.Tensor | None = None,
+    reduction: Reduction = ALONE,
+    progress: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Every loss with its coefficients, scalars by name, with one exchange between ranks for all losses and layers.
+
+    Args:
+        losses: what to compute.
+        records: layers' records by what losses read: ``{"router": [...], "activations": [...]}``.
+        mask: bool ``[B, S]``, the tokens that count; ``None``: all.
+        reduction: how ranks add up; by default there is one.
+        progress: the fraction of the stage that is done, for losses that ramp up.
+
+    Raises:
+        UsageError: a loss reads what was not recorded, or the mask is not of the records' tokens.
+    """
+    pieces = [_Piece(loss, record, loss.sums(record, mask)) for loss in losses for record in _recorded(loss, records)]
+    if not pieces:
+        return {}
+    totals = reduction.total(torch.cat([piece.sums for piece in pieces])).split([len(piece.sums) for piece in pieces])
+    found: dict[str, list[torch.Tensor]] = {}
+    for piece, total in zip(pieces, totals, strict=True):
+        value = piece.loss.value(total, piece.record) * piece.loss.coefficient(piece.record.layer)
+        found.setdefault(piece.loss.name, []).append(value)
+    return {loss.name: _together(loss, found[loss.name], progress) for loss in losses}
+
+
+def _recorded(loss: Loss, records: Mapping[str, Sequence[LayerRecord]]) -> Sequence[LayerRecord]:
+    read = records.get(loss.reads)
+    if not read:
+        raise UsageError(
+            f"loss {loss.name} reads {loss.reads} records, and there are none",
+            hint="a router loss needs an MoE model, an activation loss a dense FFN (or shared experts)",
+        )
+    return read
+
+
+def _together(loss: Loss, values: list[torch.Tensor], progress: float) -> torch.Tensor:
+    total = torch.stack(values).sum()
+    if loss.parameters.layers == "mean":
+        total = total / len(values)
+    ramp = loss.parameters.ramp
+    return total * min(1.0, progress / ramp) if ramp else total
+
+
+def counted(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The sum of ``[T, ...]`` over the tokens that count.
+
+    Raises:
+        UsageError: the mask has another number of tokens.
+    """
+    return values.sum(0) if mask is None else (values * _flat(mask, values)).sum(0)
+
+
+def counted_by_sequence(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The same for every sequence apart, ``[B, ...]``.
+
+    Raises:
+        UsageError: there is no mask to say what the sequences are, or it has another number of tokens.
+    """
+    if mask is None:
+        raise UsageError("a sequence-level loss needs a mask [B, S]", hint="give ones where every token counts")
+    return (values * _flat(mask, values)).view(*mask.shape, *values.shape[1:]).sum(1)
+
+
+def token_count(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """How many of the tokens of ``[T, ...]`` count, ``[1]`` in its dtype, to be concatenated with other sums."""
+    return counted(values.new_ones(len(values), 1), mask)
+
+
+def _flat(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    if mask.numel() != len(values):
+        raise UsageError(f"a mask of {mask.numel()} tokens for {len(values)} recorded ones")
+    return mask.reshape(-1, *[1] * (values.ndim - 1)).to(values.dtype)

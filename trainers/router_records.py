@@ -1,0 +1,75 @@
+"""What every router of a stock MoE model computed in one forward pass. T tokens, E experts, K top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.trainers.recorder import Recorder
+from upcycle.trainers.router_control import Noise, RouterControl
+from upcycle.trainers.routing import MoeLayer, RoutingRule, moe_layers
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """One router in one forward pass; gradients flow through all but ``experts`` and ``kept``.
+
+    ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
+    ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
+    the choice, ``kept`` (bool ``[T, K]``) which choices fitted into the experts' capacity, where there is one.
+    """
+
+    layer: int
+    logits: torch.Tensor
+    weights: torch.Tensor
+    experts: torch.Tensor
+    rule: RoutingRule
+    noise: Noise | None = None
+    kept: torch.Tensor | None = None
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """``[T, E]`` in at least fp32: the softmax or the sigmoids of the logits."""
+        return self.rule.scores(self.logits)
+
+    @cached_property
+    def probabilities(self) -> torch.Tensor:
+        """``[T, E]`` in at least fp32, rows summing to 1."""
+        return self.rule.probabilities(self.logits)
+
+    @cached_property
+    def chosen(self) -> torch.Tensor:
+        """``[T, E]`` in the dtype of the scores, without gradient: 1 where an expert was chosen, dropped or not."""
+        return torch.zeros_like(self.scores).scatter_(1, self.experts, 1.0)
+
+
+def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[RouterRecord]:
+    """Record every router of ``model`` from now on, and let ``control`` change what they decide.
+
+    Args:
+        model: a stock causal language model of one of the targets, not wrapped; call it through any wrapper.
+        control: noise, jitter, normalised logits or capacity; acts in training mode alone, in recomputed layers too.
+
+    Raises:
+        UsageError: ``model`` is of no target, or has no MoE layer.
+    """
+    layers = moe_layers(model)
+    recorder: Recorder[RouterRecord] = Recorder(model)
+    for layer in layers:
+        if control is not None:
+            control.attach(layer)
+        recorder.watch(layer.router, _reader(layer, control))
+    return recorder
+
+
+def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., RouterRecord]:
+    def read(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> RouterRecord:
+        noise, kept = (control.noise.get(layer.index), control.kept.get(layer.index)) if control else (None, None)
+        return RouterRecord(layer.index, *output, layer.rule, noise, kept)
+
+    return read
