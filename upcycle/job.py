@@ -282,23 +282,21 @@ def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "sca
 
 
 def _choose_target(recipe: Recipe, family: Family, dense: DenseConfig, shape: MoeShape) -> Target:
-    needed = set(dense.features)
-    if shape.shared:
-        needed.add(Feature.SHARED_EXPERTS)
+    needed = {Feature.SHARED_EXPERTS} if shape.shared else set()
     stays_dense = dense.num_hidden_layers - len(shape.moe_layers)
     if stays_dense:
         needed.add(Feature.DENSE_FIRST if min(shape.moe_layers) == stays_dense else Feature.DENSE_LAYERS)
     candidates: list[Target] = [load("target", name)() for name in family.targets]
     weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
     if recipe.target == "auto":
-        chosen = next((target for target in weighing or candidates if needed <= target.holds), candidates[0])
+        chosen = next((target for target in weighing or candidates if not target.lacks(dense, needed)), candidates[0])
     elif recipe.target not in TARGETS:
         raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
     else:
         chosen = load("target", recipe.target)()
     refuse_unheld(chosen, family, dense, needed, weighing)
     if not (shape.normalized or chosen.holds_unnormalized):
-        able = [target.name for target in weighing if needed <= target.holds]
+        able = [target.name for target in weighing if not target.lacks(dense, needed)]
         raise RefusalError(
             f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
             hint=f"use --target {able[0]}" if able else "use --param gate=normalized",
@@ -328,7 +326,7 @@ def _units(
         else:
             entries += copied(family.ffn_specs(dense, layer))
         units.append(Unit(f"layer {layer}", layer, tuple(entries)))
-    units.append(Unit("final norm", None, tuple(copied(family.last_specs(dense)))))
+    units.append(Unit("final norm", None, tuple(copied(family.last_specs(target.stored(dense))))))
     return units
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint, family_of
 from upcycle.errors import EnvironmentFault
-from upcycle.families.base import DenseConfig, Family
+from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.job import Job, prepare
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, open_sources
 from upcycle.recipe import Recipe, parse_recipe, parse_size
+from upcycle.registry import load
 from upcycle.source_checks import check_configs
 from upcycle.sources import locate
 from upcycle.tensor_files import TensorSpec, read_json
@@ -134,7 +135,7 @@ def make_plan(job: Job) -> Plan:
         bytes_output=sum(shard.nbytes for shard in job.shards),
         peak_memory_bytes=_peak_memory(job),
         flops_per_token_dense=_flops(dense, dense_total),
-        flops_per_token=_flops(dense, active),
+        flops_per_token=_flops(job.target.stored(dense), active),
         warnings=_warnings(job, dense_total, active),
         shards=[
             {"file": shard.file, "bytes": shard.nbytes, "units": [unit.name for unit in shard.units]}
@@ -243,6 +244,13 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
     largest, wanted = max(shard.nbytes for shard in job.shards), parse_size(job.recipe.max_shard_size)
     if largest > wanted:
         warnings.append(f"the largest file has {largest / 1e9:.1f} GB, above max_shard_size: a layer is never divided")
+    (embeddings,) = next(job.units).entries
+    if embeddings.origin and embeddings.origin.times != 1:
+        able = [name for name in job.family.targets if Feature.MULTIPLIERS in load("target", name).holds]
+        warnings.append(
+            f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
+            f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
+        )
     promise, why = job.promise
     if promise == "rounded":
         warnings.append(why)
