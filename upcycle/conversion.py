@@ -119,19 +119,17 @@ def run_recipe(
         from upcycle.samples import read_samples
 
         samples = read_samples(job, checkpoint)
-        windows = samples.windows
-    elif job.calibrated and not saved:
+    if job.calibrated and not saved:
         from upcycle.calibration_text import calibration_windows
 
         check_memory(job)
         windows = calibration_windows(job, checkpoint, progress)
+    read = [ids for ids in (samples.windows if samples else None, windows) if ids is not None]
     try:
-        with Workspace(
-            out, provenance.fingerprint(job, checkpoint, blueprint, windows), overwrite, restart
-        ) as workspace:
+        with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint, read), overwrite, restart) as workspace:
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
-            if windows is not None:
+            if read:
                 from upcycle.calibration import calibrate
 
                 calibration = calibrate(job, checkpoint, windows, workspace.folder, progress, samples)

@@ -85,7 +85,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether layers are decided on calibration text."""
-        return bool(self.recipe.calibration.texts) and (self.method.kind != "copies" or self.router.calibrated)
+        return bool(self.recipe.calibration.texts) and _looks_at_text(self.method, self.router)
 
     @property
     def sampled(self) -> bool:
@@ -197,7 +197,7 @@ def prepare(
             f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
             hint="leave --scale out, or use --refit none",
         )
-    if family.uncalibrated and (router.walks or (texts and (method.kind != "copies" or router.calibrated))):
+    if family.uncalibrated and (router.walks or (texts and _looks_at_text(method, router))):
         raise RefusalError(
             f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
             hint="leave the calibration text out, and choose a method and a router that need none",
@@ -205,6 +205,11 @@ def prepare(
     units = _units(recipe, family, dense, target, shape, specs)
     shards = _shards(units, parse_size(recipe.max_shard_size))
     return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+
+
+def _looks_at_text(method: Method, router: Router) -> bool:
+    """Whether a calibration text is read where there is one: every split is refitted on it, copies need a reason."""
+    return method.kind != "copies" or method.calibrated or router.calibrated
 
 
 def _with_implied(recipe: Recipe, method: Method) -> Recipe:

@@ -93,11 +93,11 @@ def job_of(recipe: Recipe) -> Job:
 
 
 def job_for(recipe: Recipe, checkpoint: DenseCheckpoint) -> Job:
-    """The job of a recipe on an opened checkpoint, which is told what of several sources is averaged."""
+    """The job of a recipe on an opened checkpoint, which is told how what is no expert is joined."""
     specs = checkpoint.store.specs
     job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix=mix_of(checkpoint))
     if isinstance(checkpoint, MixedCheckpoint):
-        checkpoint.rest = job.method.rest
+        checkpoint.rest, checkpoint.slerp = job.method.rest, job.method.slerp
     return job
 
 
@@ -174,26 +174,41 @@ def _peak_memory(job: Job) -> int:
 
 
 def _calibration_memory(job: Job) -> int:
-    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit."""
+    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit or
+    of a comparison of neurons.
+    """
     dense, layer = job.dense, job.shape.moe_layers[0]
     weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
     d, width = dense.hidden_size, dense.intermediate_size
-    slots = 0 if job.sampled else (job.shape.experts + job.shape.shared) * job.shape.expert_size
+    slots = 0 if job.method.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
     batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, slots))
-    kept = min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
+    kept = 0 if job.method.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
     # fp64: sums of train and held-out tokens, their total, and what a solution takes: a copy, its factor, products.
     fit = 12 * slots * (slots + d) if job.refit == "down" else 2 * slots * d
+    compared = 0
+    if job.method.calibrated and job.method.members:
+        # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.
+        compared = 2 * (3 * TensorSpec((1,), job.dtype).nbytes + 2 * 4) * width * d
+        compared += 4 * CALIBRATION_BATCH_TOKENS * (width + d) + (4 + 8) * width * width
     return (
-        _INTERPRETER_BYTES + _STOCK_CLASSES + 4 * (2 * weights + batch + kept) + 8 * fit + min(REUSED_BYTES, 4 * kept)
+        _INTERPRETER_BYTES
+        + _STOCK_CLASSES
+        + 4 * (2 * weights + batch + kept)
+        + 8 * fit
+        + compared
+        + min(REUSED_BYTES, 4 * kept)
     )
 
 
 def calibration_disk(job: Job) -> int:
-    """Bytes that a calibration keeps in the working folder: a few streams of states, and refitted projections twice."""
+    """Bytes that a calibration keeps in the working folder: a few streams of states (of every source, where their neurons
+    are compared), and refitted projections twice.
+    """
     if not job.calibrated and not job.sampled:
         return 0
     dense, shape = job.dense, job.shape
-    states = 8 * 4 * job.recipe.calibration.tokens * dense.hidden_size
+    walks = len(set(job.method.members)) if job.method.calibrated else 0
+    states = (8 + 4 * walks) * 4 * job.recipe.calibration.tokens * dense.hidden_size
     down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * TensorSpec((1,), job.dtype).nbytes
     return states + (2 * len(shape.moe_layers) * down if job.refit == "down" else 0)
 

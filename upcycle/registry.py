@@ -15,6 +15,7 @@ METHODS = {
     "qwen_fine_grained": "upcycle.methods.qwen_fine_grained:QwenFineGrained",
     "shared_plus_routed": "upcycle.methods.shared_plus_routed:SharedPlusRouted",
     "branch_train_mix": "upcycle.methods.branch_train_mix:BranchTrainMix",
+    "symphony": "upcycle.methods.symphony:Symphony",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",
     "weight_kmeans": "upcycle.splitters.weight_kmeans:WeightKMeans",

@@ -107,6 +107,8 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
     told = [{"name": dense, "positive_prompts": [prompt]} for prompt in ("def f():", "She said")]
     mixing = {"method": "branch_train_mix", "sources": told, "router": "hidden", "verification": {"enabled": False}}
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
+    aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
+    aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     compared = upcycle.compare(
         dense,
         methods=["random_split"],
@@ -124,6 +126,7 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
         "verify": converted["verification"],
         "convert layers": calibrated["layers"][0],
         "convert layers of a mix": mixed["layers"][0],
+        "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
         "evaluate": evaluated,

@@ -37,7 +37,8 @@ class Method(ABC):
     given activations, those with ``needs_gradients`` also ``activations.importance``. ``normalized`` says that the chosen
     experts' weights are to sum to 1, ``spread`` to which powers of the scale gate, up and down are multiplied,
     ``default_scale`` which convention is taken where none is asked for, ``draws`` that weights are drawn at random.
-    Methods with ``takes_sources`` mix several models; ``mix`` says what they are given, once :meth:`join` was called.
+    Methods with ``takes_sources`` mix several models; ``mix`` says what they are given, once :meth:`join` was called, and
+    ``slerp`` that in ``rest`` matrices of attention are interpolated on the sphere.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Method(ABC):
     needs_gradients: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = False
     mix: Mix | None = None
+    slerp: bool = False
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
     def __init__(self, parameters: PluginParameters) -> None:
