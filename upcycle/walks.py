@@ -31,8 +31,10 @@ class SourceWalks:
     ) -> None:
         self.windows, self.batch = windows, batch
         self._folder = folder
-        self._runners = {i: LayerRunner(member, dtype, windows.shape[1]) for i, member in members.items()}
-        self._width = next(iter(members.values())).config.hidden_size
+        first = next(iter(members.values()))
+        runner = LayerRunner(first, dtype, windows.shape[1])
+        self._runners = {i: runner.reading(member) for i, member in members.items()}
+        self._width = first.config.hidden_size
 
     def start(self) -> None:
         """Write every model's embeddings of the tokens, the states that layer 0 begins with."""
