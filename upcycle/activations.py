@@ -52,6 +52,10 @@ class Activations:
         importance: fp32 ``[C, F]``, mean ``|h * dL/dh|`` of each text cluster, where gradients were collected.
         samples: which source's tokens they are, where a router is to tell several apart.
         cache_bytes: activations up to this size are kept; above it every pass computes them again, to the same bits.
+        sources: the same layer of one of several mixed models, by its index, on that model's own states.
+
+    Attributes:
+        measured: what a method or router has found out about the layer, for the report.
     """
 
     def __init__(
@@ -62,9 +66,12 @@ class Activations:
         importance: torch.Tensor | None = None,
         cache_bytes: int = 0,
         samples: Samples | None = None,
+        sources: Callable[[int], Activations] | None = None,
     ) -> None:
         self.ffn = ffn
         self.samples = samples
+        self.sources = sources
+        self.measured: dict[str, float] = {}
         self.importance = importance
         self._inputs, self._tokens = inputs, tokens
         self._gate, self._up = ffn.gate.float(), ffn.up.float()

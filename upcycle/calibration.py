@@ -7,8 +7,9 @@ which says what the layer should have put out (the order of GPTQ and SparseGPT).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,12 +22,14 @@ from upcycle.capture import captured
 from upcycle.errors import CheckpointError
 from upcycle.feed_forward import FeedForward
 from upcycle.layers import LayerRunner
+from upcycle.mixing import MixedCheckpoint
 from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
 from upcycle.provenance import BLUEPRINT_FILE, hash_tokens
 from upcycle.refit import Routing, fit_down, fit_scale
 from upcycle.runtime import available_memory, reuse_freed_memory
-from upcycle.token_files import TokenFile, write_together
+from upcycle.token_files import TokenFile
+from upcycle.walks import SourceWalks, attend, feed
 from upcycle.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
 
 if TYPE_CHECKING:
@@ -41,17 +44,17 @@ class Calibration:
     Args:
         job: the conversion; its recipe names the text.
         checkpoint: the dense model.
-        windows: the calibration tokens, ids ``[N, W]``.
+        windows: the calibration tokens, ids ``[N, W]``. A method that mixes models has every one of them walk on these.
         folder: where token files are kept while it lasts, and the finished blueprints in ``layer_blueprints``.
         progress: where to report.
-        samples: where a router tells several sources apart: whose tokens the windows are.
+        samples: where a router tells several sources apart: the tokens that the dense model walks on, and whose they are.
     """
 
     def __init__(
         self,
         job: Job,
         checkpoint: DenseCheckpoint,
-        windows: torch.Tensor,
+        windows: torch.Tensor | None,
         folder: Path,
         progress: Progress,
         samples: Samples | None = None,
@@ -61,13 +64,18 @@ class Calibration:
         self._blueprints = folder / LAYER_BLUEPRINTS
         self._tokens_folder.mkdir(exist_ok=True)
         self._blueprints.mkdir(exist_ok=True)
-        self.windows = windows
         self._samples = samples
-        count, self._window = windows.shape
-        # At least eight batches, so that some can be held out; at most what keeps matrix products busy.
-        per_batch = max(1, min(CALIBRATION_BATCH_TOKENS // self._window, count // HELD_OUT_EVERY))
-        self._batch = per_batch * self._window
-        self._runner = LayerRunner(checkpoint, job.recipe.dtype, self._window)
+        self._sources: SourceWalks | None = None
+        if windows is not None and job.method.members:
+            assert isinstance(checkpoint, MixedCheckpoint)
+            members = {source: checkpoint.members[source] for source in job.method.members}
+            batch = _batch_of(windows)
+            self._sources = SourceWalks(members, job.recipe.dtype, windows, self._tokens_folder, batch)
+        self._walks = self._sources is None if samples is None else job.router.walks  # whether the dense model runs
+        seen = windows if samples is None else samples.windows
+        assert seen is not None
+        self.windows, self._batch = seen, _batch_of(seen)
+        self._runner = LayerRunner(checkpoint, job.recipe.dtype, seen.shape[1])
         self._sequential = job.calibration_mode == "sequential"
         self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
 
@@ -79,64 +87,73 @@ class Calibration:
         """
         layers = len(self._runner.layers)
         moe_layers = self._job.shape.moe_layers
-        if self._samples is not None and not self._job.router.walks:
-            self._from_embeddings(moe_layers)
-            return
         start = self._resume_at()
         importance = self._importance() if self._job.method.needs_gradients else {}
         with self._progress.phase("calibrating", layers):
             self._progress.advance(start)
             if start == 0:
-                self._stream("dense", 0).write(map(self._runner.embed, self.windows.flatten().split(self._batch)))
+                self._start()
             for index in range(start, max(moe_layers) + 1):
-                with self._runner.loaded(index), torch.no_grad():
-                    if index in moe_layers:
-                        self._moe_layer(index, importance.get(index))
-                    else:
-                        self._dense_layer(index)
-                for name in ("dense", "moe"):
-                    self._stream(name, index).release()
+                if self._sources:
+                    self._sources.step(index, index in moe_layers)
+                if self._walks:
+                    self._layer(index, importance)
+                elif index in moe_layers:
+                    self._of_sources(index, self._stream("dense", 0))
+                if self._sources:
+                    self._sources.release(index)
                 self._progress.advance()
             self._progress.advance(layers - max(moe_layers) - 1)
 
     @property
     def record(self) -> dict[str, Any]:
         """What ``upcycle.json`` says about the text: how much, and the SHA-256 of the token ids."""
-        return {
-            "text": self._samples_of if self._samples else self._job.recipe.calibration.texts,
-            "tokens": self.windows.numel(),
-            "window": self._window,
-            "mode": self._job.calibration_mode,
-            "token_ids_sha256": hash_tokens(self.windows),
-        }
+        texts = self._job.recipe.calibration.texts
+        said = {**_read(self._samples_of if self._samples else texts, self.windows), "mode": self._job.calibration_mode}
+        if self._samples and self._sources:
+            said["sources"] = _read(texts, self._sources.windows)
+        return said
 
     @property
     def _samples_of(self) -> list[str]:
         sources, what = self._job.recipe.sources, self._job.router.samples
         return [(source.text or "") if what == "text" else f"prompts of {source.name}" for source in sources]
 
-    def _from_embeddings(self, layers: Sequence[int]) -> None:
-        """Decide every layer on the tokens' embeddings: no layer runs."""
-        embedded = self._stream("dense", 0)
-        embedded.write(map(self._runner.embed, self.windows.flatten().split(self._batch)))
-        for index in layers:
-            if not self._file(index).exists():
-                self._of_sources(index, embedded)
-        embedded.release()
+    def _start(self) -> None:
+        """Write the tokens' embeddings, wherever they are to be read."""
+        if self._walks or self._samples:
+            self._stream("dense", 0).write(map(self._runner.embed, self.windows.flatten().split(self._batch)))
+        if self._sources:
+            self._sources.start()
 
     def _of_sources(self, index: int, inputs: TokenFile) -> None:
-        """Decide a layer whose router tells several sources apart; which neurons are active is nobody's question."""
+        """Decide a layer of several sources. ``inputs`` are those of a router that tells them apart, where there is one:
+        the FFN's, or embeddings, and then no layer of the dense model runs.
+        """
         from upcycle.conversion import decide
         from upcycle.routers.of_sources import condition, own_expert
 
         job, ffn = self._job, self._checkpoint.feed_forward(index, self._job.recipe.dtype)
-        activations = activations_of(ffn, inputs, self._batch, samples=self._samples)
+        sources = partial(self._of_source, index) if self._sources else None
+        if self._samples:
+            activations = activations_of(ffn, inputs, self._batch, samples=self._samples, sources=sources)
+        else:
+            activations = self._of_source(index, job.method.members[0], sources)
         blueprint = decide(job, ffn, activations)
-        assert blueprint.router is not None
-        report: dict[str, Any] = {"layer": index, "router_condition": condition(blueprint.router)}
-        if job.router.walks:
-            report["own_expert"] = own_expert(activations, blueprint, blueprint.router)
+        report: dict[str, Any] = {"layer": index, **activations.measured}
+        if self._samples:
+            assert blueprint.router is not None
+            report["router_condition"] = condition(blueprint.router)
+            if job.router.walks:
+                report["own_expert"] = own_expert(activations, blueprint, blueprint.router)
         save_blueprint(self._file(index), blueprint, report)
+
+    def _of_source(self, index: int, source: int, sources: Callable[[int], Activations] | None = None) -> Activations:
+        """What one source's FFN does on its own states."""
+        assert self._sources
+        assert isinstance(self._checkpoint, MixedCheckpoint)
+        ffn = self._checkpoint.member_ffn(source, index, self._job.recipe.dtype)
+        return activations_of(ffn, self._sources.inputs(source, index), self._sources.batch, sources=sources)
 
     def _stream(self, name: str, index: int) -> TokenFile:
         return TokenFile(self._tokens_folder / f"{name}.{index}", self._checkpoint.config.hidden_size)
@@ -146,10 +163,18 @@ class Calibration:
         undecided = [layer for layer in self._job.shape.moe_layers if not self._file(layer).exists()]
         last = undecided[0] if undecided else max(self._job.shape.moe_layers) + 1
         for index in range(last, 0, -1):
-            needed = ("dense", "moe") if self._differs(index) else ("dense",)
-            if all(self._stream(name, index).holds(self.windows.numel()) for name in needed):
+            if self._holds(index):
                 return index
         return last if not undecided else 0
+
+    def _holds(self, index: int) -> bool:
+        """Whether everything is there that layer ``index`` begins with."""
+        needed = [("dense", index)] if self._walks else [("dense", 0)] if self._samples else []
+        if self._differs(index):
+            needed.append(("moe", index))
+        tokens = self.windows.numel()
+        there = all(self._stream(name, layer).holds(tokens) for name, layer in needed)
+        return there and (self._sources is None or self._sources.holds(index))
 
     def _differs(self, index: int) -> bool:
         """Whether the converted model's stream is another than the dense model's at the input of layer ``index``."""
@@ -168,6 +193,15 @@ class Calibration:
             write_importance(path, self._runner, self._checkpoint, self.windows, clusters, self._job, self._progress)
         return read_importance(path)
 
+    def _layer(self, index: int, importance: Mapping[int, torch.Tensor]) -> None:
+        with self._runner.loaded(index), torch.no_grad():
+            if index in self._job.shape.moe_layers:
+                self._moe_layer(index, importance.get(index))
+            else:
+                self._dense_layer(index)
+        for name in ("dense", "moe"):
+            self._stream(name, index).release()
+
     def _dense_layer(self, index: int) -> None:
         for name in ("dense", "moe") if self._differs(index) else ("dense",):
             states = self._stream(name, index).blocks(self._batch)
@@ -175,14 +209,13 @@ class Calibration:
 
     def _moe_layer(self, index: int, importance: torch.Tensor | None) -> None:
         inputs, residual = self._stream("x", index), self._stream("residual", index)
-        self._run_attention(index, inputs, residual)
-        block = self._runner.block(index)
+        states = self._stream("moe" if self._differs(index) else "dense", index)
+        attend(self._runner, index, states, inputs, residual, self._batch)
         if self._differs(index):
-            states = self._stream("dense", index).blocks(self._batch)
-            self._stream("dense", index + 1).write(self._runner.whole(index, block) for block in states)
+            dense = self._stream("dense", index).blocks(self._batch)
+            self._stream("dense", index + 1).write(self._runner.whole(index, block) for block in dense)
         else:
-            pairs = zip(residual.blocks(self._batch), inputs.blocks(self._batch), strict=True)
-            self._stream("dense", index + 1).write(before + block(x) for before, x in pairs)
+            feed(self._runner, index, inputs, residual, self._stream("dense", index + 1), self._batch)
         if self._samples is not None:
             self._of_sources(index, inputs)
             inputs.release()
@@ -194,15 +227,10 @@ class Calibration:
         decision = decide_layer(self._job, ffn, activations, targets)
         if self._sequential:
             self._continue(index, decision, residual)
-        save_blueprint(self._file(index), decision.blueprint, {"layer": index, **decision.report})
+        report = {"layer": index, **activations.measured, **decision.report}
+        save_blueprint(self._file(index), decision.blueprint, report)
         inputs.release()
         residual.release()
-
-    def _run_attention(self, index: int, inputs: TokenFile, residual: TokenFile) -> None:
-        """Write what the FFN of a layer reads and what its output is added to."""
-        source = self._stream("moe" if self._differs(index) else "dense", index)
-        rows = (self._runner.around(index, states) for states in source.blocks(self._batch))
-        write_together([inputs, residual], rows)
 
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
         """Write the converted model's stream after this layer, computed with the weights as they will be stored."""
@@ -212,6 +240,17 @@ class Calibration:
         self._stream("moe", index + 1).write(outputs)
 
 
+def _batch_of(windows: torch.Tensor) -> int:
+    """Tokens at a time: at least eight batches, so that some can be held out; at most what keeps matrix products busy."""
+    count, window = windows.shape
+    return max(1, min(CALIBRATION_BATCH_TOKENS // window, count // HELD_OUT_EVERY)) * window
+
+
+def _read(texts: list[str], windows: torch.Tensor) -> dict[str, Any]:
+    tokens, window = windows.numel(), windows.shape[1]
+    return {"text": texts, "tokens": tokens, "window": window, "token_ids_sha256": hash_tokens(windows)}
+
+
 def activations_of(
     ffn: FeedForward,
     inputs: TokenFile,
@@ -219,6 +258,7 @@ def activations_of(
     importance: torch.Tensor | None = None,
     cache_bytes: int = 0,
     samples: Samples | None = None,
+    sources: Callable[[int], Activations] | None = None,
 ) -> Activations:
     """The activations of a layer whose FFN inputs are in a file, ``batch`` tokens at a time, every eighth batch held out."""
 
@@ -226,7 +266,7 @@ def activations_of(
         for number, x in enumerate(inputs.blocks(batch)):
             yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
 
-    return Activations(ffn, batches, inputs.tokens, importance, cache_bytes, samples)
+    return Activations(ffn, batches, inputs.tokens, importance, cache_bytes, samples, sources)
 
 
 def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[], Iterator[torch.Tensor]]:
@@ -287,7 +327,7 @@ def decide_layer(
 def calibrate(
     job: Job,
     checkpoint: DenseCheckpoint,
-    windows: torch.Tensor,
+    windows: torch.Tensor | None,
     folder: Path,
     progress: Progress,
     samples: Samples | None = None,

@@ -120,15 +120,14 @@ def run_recipe(
         progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
     windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
+    read = [ids for ids in (samples.windows if samples else None, windows) if ids is not None]
     try:
-        with Workspace(
-            out, provenance.fingerprint(job, checkpoint, blueprint, windows), overwrite, restart
-        ) as workspace:
+        with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint, read), overwrite, restart) as workspace:
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
             if isinstance(job, GrowthJob):
                 job, calibration = decide_growth(job, checkpoint, windows, workspace.folder, progress)
-            elif windows is not None:
+            elif read:
                 from upcycle.calibration import calibrate
 
                 assert isinstance(checkpoint, DenseCheckpoint)
@@ -159,20 +158,20 @@ def run_recipe(
 
 
 def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
-    """What is looked at: token ids ``[N, W]``, and whose they are where they are of several sources."""
+    """What is looked at: token ids ``[N, W]`` of the calibration text, and those that tell several sources apart."""
+    windows = samples = None
     if isinstance(job, Job) and job.sampled:
         from upcycle.samples import read_samples
 
         assert isinstance(checkpoint, DenseCheckpoint)
         samples = read_samples(job, checkpoint)
-        return samples.windows, samples
-    if not job.calibrated:
-        return None, None
-    from upcycle.calibration_text import calibration_windows
+    if job.calibrated:
+        from upcycle.calibration_text import calibration_windows
 
-    if isinstance(job, Job):
-        check_memory(job)
-    return calibration_windows(job, checkpoint, progress), None
+        if isinstance(job, Job):
+            check_memory(job)
+        windows = calibration_windows(job, checkpoint, progress)
+    return windows, samples
 
 
 def _warn_of_degenerate_rows(layers: list[dict[str, Any]], progress: Progress) -> None:

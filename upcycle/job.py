@@ -49,7 +49,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether layers are decided on calibration text."""
-        return bool(self.recipe.calibration.texts) and (self.method.kind != "copies" or self.router.calibrated)
+        return bool(self.recipe.calibration.texts) and _looks_at_text(self.method, self.router)
 
     @property
     def sampled(self) -> bool:
@@ -193,7 +193,7 @@ def prepare(
             f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
             hint="leave --scale out, or use --refit none",
         )
-    if family.uncalibrated and (router.walks or (texts and (method.kind != "copies" or router.calibrated))):
+    if family.uncalibrated and (router.walks or (texts and _looks_at_text(method, router))):
         raise RefusalError(
             f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
             hint="leave the calibration text out, and choose a method and a router that need none",
@@ -214,6 +214,11 @@ def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
             f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
         )
+
+
+def _looks_at_text(method: Method, router: Router) -> bool:
+    """Whether a calibration text is read where there is one: every split is refitted on it, copies need a reason."""
+    return method.kind != "copies" or method.calibrated or router.calibrated
 
 
 def _with_implied(recipe: Recipe, method: Method) -> Recipe:
@@ -291,23 +296,21 @@ def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "sca
 
 
 def _choose_target(recipe: Recipe, family: Family, dense: DenseConfig, shape: MoeShape) -> Target:
-    needed = set(dense.features)
-    if shape.shared:
-        needed.add(Feature.SHARED_EXPERTS)
+    needed = {Feature.SHARED_EXPERTS} if shape.shared else set()
     stays_dense = dense.num_hidden_layers - len(shape.moe_layers)
     if stays_dense:
         needed.add(Feature.DENSE_FIRST if min(shape.moe_layers) == stays_dense else Feature.DENSE_LAYERS)
     candidates: list[Target] = [load("target", name)() for name in family.targets]
     weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
     if recipe.target == "auto":
-        chosen = next((target for target in weighing or candidates if needed <= target.holds), candidates[0])
+        chosen = next((target for target in weighing or candidates if not target.lacks(dense, needed)), candidates[0])
     elif recipe.target not in TARGETS:
         raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
     else:
         chosen = load("target", recipe.target)()
     refuse_unheld(chosen, family, dense, needed, weighing)
     if not (shape.normalized or chosen.holds_unnormalized):
-        able = [target.name for target in weighing if needed <= target.holds]
+        able = [target.name for target in weighing if not target.lacks(dense, needed)]
         raise RefusalError(
             f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
             hint=f"use --target {able[0]}" if able else "use --param gate=normalized",
@@ -337,7 +340,7 @@ def _units(
         else:
             entries += copied(family.ffn_specs(dense, layer))
         units.append(Unit(f"layer {layer}", layer, tuple(entries)))
-    units.append(Unit("final norm", None, tuple(copied(family.last_specs(dense)))))
+    units.append(Unit("final norm", None, tuple(copied(family.last_specs(target.stored(dense))))))
     return units
 
 

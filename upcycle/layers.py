@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,12 @@ class LayerRunner:
         self.model: Any = skeleton(checkpoint.raw_config, nothing).eval()
         self.layers = self.model.model.layers
         self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def reading(self, checkpoint: DenseCheckpoint) -> LayerRunner:
+        """The same modules for another model of this shape: only one of both may have a layer loaded."""
+        other = copy(self)
+        other._checkpoint, other._read = checkpoint, dense_reader(checkpoint, self._dtype)
+        return other
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Fp32 states ``[T, d]`` for token ids ``[T]``; the table is read block by block and never whole in memory."""
@@ -135,7 +142,8 @@ class LayerRunner:
                 for layer in self.layers:
                     del layer.forward
                 norm.forward = normal
-            self._arguments = {windows: seen}
+            self._arguments.clear()
+            self._arguments[windows] = seen
         return self._arguments[windows][index]
 
 

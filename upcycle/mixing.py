@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint
 from upcycle.families.origin import Origin
 from upcycle.registry import load
+from upcycle.slerp import slerp_coefficients
 from upcycle.source_checks import check_sources
 from upcycle.sources import is_local
 
@@ -41,7 +42,8 @@ class Mix:
 
 class MixedCheckpoint(DenseCheckpoint):
     """Several checkpoints of one shape. Configuration, tokenizer and :meth:`read` are the base's, which is the recipe's
-    ``source``; matrices of experts are read from the source they belong to, and what is copied is an average.
+    ``source``; matrices of experts are read from the source they belong to, and what is copied is an average, or with
+    ``slerp``, for matrices of attention, an interpolation on the sphere.
 
     Args:
         base: the recipe's ``source``.
@@ -71,6 +73,7 @@ class MixedCheckpoint(DenseCheckpoint):
         check_sources(self.members, dtype, tokenizers)
         self.mix = Mix(tuple(weights), _alike(self.members), base_index)
         self.rest: tuple[float, ...] | None = None  # weights of what is no expert, one per member; None: the base's
+        self.slerp = False
         self._opened = self.modified
         together = "\n".join(member.fingerprint for member in self.members)
         self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
@@ -86,22 +89,42 @@ class MixedCheckpoint(DenseCheckpoint):
         return [time for member in self.members for time in member.modified] if self.members else super().modified
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
-        """A tensor of the converted model that is no expert's: the weighted mean of the members', or the base's.
+        """A tensor of the converted model that is no expert's: the members', joined, or the base's.
 
         Summed in fp64 and rounded once. Blocks shrink with the number of members, so that memory does not grow with it.
         """
         if self.rest is None:
             yield from super().blocks(origin, dtype)
             return
-        weighed = [(member, weight) for member, weight in zip(self.members, self.rest, strict=True) if weight]
+        factors = self._factors(origin)
+        for first, *others in self._side_by_side(origin):
+            total = first.double() * factors[0]
+            for block, factor in zip(others, factors[1:], strict=True):
+                total += block.double() * factor
+            yield self._checked(origin.name, total, origin.dtype(self.dtype_of(origin.name, dtype)))
+
+    def _side_by_side(self, origin: Origin) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The same block of every member that weighs anything."""
+        assert self.rest is not None
+        weighed = [member for member, weight in zip(self.members, self.rest, strict=True) if weight]
         most = max(1, COPY_BLOCK_BYTES // len(weighed))
-        total_weight = sum(self.rest)
-        streams = [member._blocks(origin, "keep", most) for member, _ in weighed]
-        for first in streams[0]:
-            mean = first.double() * (weighed[0][1] / total_weight)
-            for stream, (_, weight) in zip(streams[1:], weighed[1:], strict=True):
-                mean += next(stream).double() * (weight / total_weight)
-            yield self._checked(origin.name, mean, origin.dtype(self.dtype_of(origin.name, dtype)))
+        return zip(*(member._blocks(origin, "keep", most) for member in weighed), strict=True)
+
+    def _factors(self, origin: Origin) -> list[float]:
+        """What the tensors of those members are multiplied by before they are added up."""
+        assert self.rest is not None
+        weights = [weight for weight in self.rest if weight]
+        is_matrix = len(self.store.specs[origin.name].shape) > 1
+        in_a_layer = origin.name.startswith("model.layers.") and f".{self.family.block}." not in origin.name
+        if not (self.slerp and is_matrix and in_a_layer):
+            return [weight / sum(weights) for weight in weights]
+        import torch
+
+        gram = torch.zeros(len(weights), len(weights), dtype=torch.float64)
+        for blocks in self._side_by_side(origin):
+            flat = torch.stack([block.double().flatten() for block in blocks])
+            gram += flat @ flat.T
+        return slerp_coefficients(gram.tolist(), weights)
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """The base's FFN behind the norm that the mix has."""

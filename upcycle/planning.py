@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint, family_of
 from upcycle.errors import EnvironmentFault
-from upcycle.families.base import DenseConfig, Family
+from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.families.moe import moe_family
 from upcycle.growth import GrowthJob, prepare_growth
 from upcycle.job import Job, prepare
@@ -120,7 +120,7 @@ def grows(recipe: Recipe) -> bool:
 
 
 def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
-    """The job of a recipe on an opened checkpoint, which is told what of several sources is averaged."""
+    """The job of a recipe on an opened checkpoint, which is told how what is no expert is joined."""
     specs, mix = checkpoint.store.specs, mix_of(checkpoint)
     job: AnyJob
     if grows(recipe):
@@ -130,7 +130,7 @@ def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
         assert isinstance(checkpoint, DenseCheckpoint)
         job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix)
     if isinstance(checkpoint, MixedCheckpoint):
-        checkpoint.rest = job.method.rest
+        checkpoint.rest, checkpoint.slerp = job.method.rest, job.method.slerp
     return job
 
 
@@ -172,7 +172,7 @@ def _expert_plan(job: Job) -> Plan:
         bytes_output=sum(shard.nbytes for shard in job.shards),
         peak_memory_bytes=_peak_memory(job),
         flops_per_token_dense=_flops(dense, dense_total),
-        flops_per_token=_flops(dense, active),
+        flops_per_token=_flops(job.target.stored(dense), active),
         kind=job.method.kind,
         warnings=[*_warnings(job, dense_total, active), *_file_warnings(job)],
         shards=_files(job),
@@ -262,26 +262,41 @@ def _peak_memory(job: Job) -> int:
 
 
 def _calibration_memory(job: Job) -> int:
-    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit."""
+    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit or
+    of a comparison of neurons.
+    """
     dense, layer = job.dense, job.shape.moe_layers[0]
     weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
     d, width = dense.hidden_size, dense.intermediate_size
-    slots = 0 if job.sampled else (job.shape.experts + job.shape.shared) * job.shape.expert_size
+    slots = 0 if job.method.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
     batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, slots))
-    kept = min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
+    kept = 0 if job.method.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
     # fp64: sums of train and held-out tokens, their total, and what a solution takes: a copy, its factor, products.
     fit = 12 * slots * (slots + d) if job.refit == "down" else 2 * slots * d
+    compared = 0
+    if job.method.calibrated and job.method.members:
+        # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.
+        compared = 2 * (3 * TensorSpec((1,), job.dtype).nbytes + 2 * 4) * width * d
+        compared += 4 * CALIBRATION_BATCH_TOKENS * (width + d) + (4 + 8) * width * width
     return (
-        _INTERPRETER_BYTES + _STOCK_CLASSES + 4 * (2 * weights + batch + kept) + 8 * fit + min(REUSED_BYTES, 4 * kept)
+        _INTERPRETER_BYTES
+        + _STOCK_CLASSES
+        + 4 * (2 * weights + batch + kept)
+        + 8 * fit
+        + compared
+        + min(REUSED_BYTES, 4 * kept)
     )
 
 
 def calibration_disk(job: AnyJob) -> int:
-    """Bytes that a calibration keeps in the working folder: a few streams of states, and refitted projections twice."""
+    """Bytes that a calibration keeps in the working folder: a few streams of states (of every source, where their neurons
+    are compared), and refitted projections twice.
+    """
     if isinstance(job, GrowthJob) or not (job.calibrated or job.sampled):
         return 0
     dense, shape = job.dense, job.shape
-    states = 8 * 4 * job.recipe.calibration.tokens * dense.hidden_size
+    walks = len(set(job.method.members)) if job.method.calibrated else 0
+    states = (8 + 4 * walks) * 4 * job.recipe.calibration.tokens * dense.hidden_size
     down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * TensorSpec((1,), job.dtype).nbytes
     return states + (2 * len(shape.moe_layers) * down if job.refit == "down" else 0)
 
@@ -328,6 +343,13 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "
             'refuses them (load with experts_implementation="eager", or use --pad)'
+        )
+    (embeddings,) = next(job.units).entries
+    if embeddings.origin and embeddings.origin.times != 1:
+        able = [name for name in job.family.targets if Feature.MULTIPLIERS in load("target", name).holds]
+        warnings.append(
+            f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
+            f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
         )
     promise, why = job.promise
     if promise == "rounded":

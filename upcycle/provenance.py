@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,14 +40,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(job: AnyJob, checkpoint: Checkpoint, blueprint: Path | None, windows: torch.Tensor | None) -> str:
+def fingerprint(job: AnyJob, checkpoint: Checkpoint, blueprint: Path | None, read: Sequence[torch.Tensor]) -> str:
     """Identifies a job for resuming: the resolved recipe, the source's content, the calibration tokens and the code's version.
 
-    How the result is checked does not change it.
+    ``read`` are the token ids that decide layers. How the result is checked does not change it.
     """
     recipe = job.recipe.model_dump(exclude={"verification"})
     given = hash_file(blueprint) if blueprint else None
-    tokens = None if windows is None else hash_tokens(windows)
+    tokens = [hash_tokens(windows) for windows in read]
     code = (versions()["upcycle"], versions()["torch"])
     parts = [recipe, checkpoint.fingerprint, checkpoint.modified, given, tokens, *code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

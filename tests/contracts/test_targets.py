@@ -39,7 +39,7 @@ def cells() -> list[tuple[str, str]]:
         (name, target)
         for name, (family, _) in PICO.items()
         for target in load("family", family).targets
-        if dense_config(name).features <= load("target", target).holds
+        if not load("target", target)().lacks(dense_config(name))
     ]
 
 
@@ -215,6 +215,8 @@ TRAPS: list[tuple[str, str, dict[str, Any]]] = [
     ("granite-plain", "granitemoe", {"attention_multiplier": 1.0}),
     ("granite", "granitemoe", {"residual_multiplier": 1.0}),
     ("gemma", "granitemoe", {"embedding_multiplier": 1.0}),
+    ("gemma", "mixtral", {"hidden_act": "gelu"}),  # without the tanh
+    ("gemma", "qwen2_moe", {"rms_norm_eps": 1e-5}),
     (
         "llama-rope",
         "mixtral",

@@ -35,6 +35,13 @@ def test_a_sum_is_kept_in_fp32() -> None:
     assert Origin("norm").dtype("bfloat16") == "bfloat16"
 
 
+def test_a_product_of_half_precision_is_kept_in_fp32() -> None:
+    embeddings = Origin("embeddings", times=5.5)
+    weight = torch.tensor([1 + 2.0**-7], dtype=torch.bfloat16)
+    assert embeddings.dtype("bfloat16") == embeddings.dtype("float16") == "float32"
+    assert embeddings.apply(weight).item() == 5.5 * (1 + 2.0**-7)
+
+
 @pytest.mark.parametrize("most_bytes", [1, 100, 1 << 20])
 def test_parts_are_read_in_blocks_of_whole_heads(most_bytes: int, tmp_path: Path) -> None:
     whole = torch.randn(30, 3)

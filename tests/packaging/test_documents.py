@@ -115,6 +115,8 @@ def test_json_keys(pico: Callable[[str], Path], pico_moe: Callable[[str], Path],
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
+    aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
+    aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     compared = upcycle.compare(
         dense,
         methods=["random_split"],
@@ -133,6 +135,7 @@ def test_json_keys(pico: Callable[[str], Path], pico_moe: Callable[[str], Path],
         "convert layers": calibrated["layers"][0],
         "convert layers of a mix": mixed["layers"][0],
         "convert layers of a grown MoE": grown["layers"][0],
+        "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
         "evaluate": evaluated,

@@ -133,6 +133,9 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
         return f"{min(values):{form}} to {max(values):{form}}" if values else ""
 
     facts = []
+    if aligned := spread("similarity_aligned", ".2f"):
+        stored = spread("similarity_stored", ".2f")
+        facts.append(("neurons", f"similar to the anchor's by {stored} as stored, by {aligned} aligned"))
     if captured := spread("captured", ".0%"):
         facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
     if own := spread("own_expert", ".0%"):

@@ -11,11 +11,15 @@ from upcycle.families.origin import Origin
 
 
 class Gemma(Family):
-    """Norms are written as ``1 + w`` in fp32, where the sum does not round. A loader that casts them to bfloat16 rounds them."""
+    """Norms are written as ``1 + w`` in fp32, where the sum does not round. A loader that casts them to bfloat16 rounds them.
+
+    For targets without multipliers the embeddings are written multiplied, in fp32 too, and the tied head as they were. A
+    loader that casts them rounds the products, as the dense model does that runs in bfloat16.
+    """
 
     name = "gemma"
     title = "Gemma 1"
-    targets = ("granitemoe", "granitemoeshared")
+    targets = ("granitemoe", "granitemoeshared", "mixtral", "qwen2_moe")
     defaults = {
         "vocab_size": 256000,
         "hidden_size": 3072,

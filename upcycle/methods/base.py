@@ -33,7 +33,7 @@ class AnyMethod(ABC):
     """What every entry of ``upcycle list methods`` has: a name, a source, parameters of its own, and which sources it takes.
 
     ``calibrated`` ones must be given text. Those with ``takes_sources`` mix several models; ``mix`` says what they are given,
-    once :meth:`join` was called.
+    once :meth:`join` was called, and ``slerp`` that in ``rest`` matrices of attention are interpolated on the sphere.
     """
 
     name: ClassVar[str]
@@ -43,6 +43,7 @@ class AnyMethod(ABC):
     calibrated: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = False
     mix: Mix | None = None
+    slerp: bool = False
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
     def __init__(self, parameters: PluginParameters) -> None:

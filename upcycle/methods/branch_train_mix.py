@@ -155,6 +155,13 @@ class BranchTrainMix(Copies):
         chunks = float(self.parameters.chunks)
         return chunks if self.normalized or chunks == 1 else experts * chunks / top_k
 
+    def orders(self, ffn: FeedForward, activations: Activations | None) -> list[torch.Tensor]:
+        """Int64 ``[F]`` per member: its neurons in the order in which they are cut, which is here as they are stored.
+
+        Without sources, which a conversion never leaves out, one for the layer at hand.
+        """
+        return [torch.arange(ffn.intermediate_size)] * max(1, len(self.members))
+
     def blueprint(
         self,
         ffn: FeedForward,
@@ -164,8 +171,11 @@ class BranchTrainMix(Copies):
         activations: Activations | None = None,
     ) -> LayerBlueprint:
         """The chunks of every source, in order; again for copies."""
-        pieces = shards(torch.arange(ffn.intermediate_size), self.parameters.chunks, shape.expert_size)
-        # Without sources, which a conversion never leaves out, all are copies of the layer at hand.
-        one = tuple(replace(piece, source=source) for source in self.members for piece in pieces) or pieces
+        whose: list[int | None] = [*self.members] or [None]
+        one = tuple(
+            replace(piece, source=source)
+            for source, order in zip(whose, self.orders(ffn, activations), strict=True)
+            for piece in shards(order, self.parameters.chunks, shape.expert_size)
+        )
         draws = seeded(rng, noise=self.parameters.noise) if self.draws else None
         return LayerBlueprint(ffn.layer, one * (shape.experts // len(one)), shape.top_k, scale, draws=draws)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from upcycle.errors import RefusalError
@@ -98,8 +98,27 @@ class Target(ABC):
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
         """Where a tensor that is no expert's comes from, with its rows as this architecture rotates them."""
+        (embeddings,) = family.first_specs(dense)
+        if dense.tie_word_embeddings and name == "lm_head.weight":
+            return family.origin(dense, embeddings)
         origin = family.origin(dense, name)
+        if name == embeddings:
+            return replace(origin, times=dense.embedding_multiplier / self.stored(dense).embedding_multiplier)
         return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+
+    def stored(self, dense: DenseConfig) -> DenseConfig:
+        """A dense configuration as this architecture can say it.
+
+        Without multipliers, the embeddings are stored multiplied; a head that was tied to them has a tensor of its own then.
+        """
+        if Feature.MULTIPLIERS in self.holds or dense.embedding_multiplier == 1:
+            return dense
+        return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
+
+    def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
+        """What of a dense model, and of ``more`` that a conversion needs, this architecture cannot hold."""
+        needed = {*self.stored(dense).features, *more} - self.holds
+        return [feature for feature in Feature if feature in needed]
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
         """A complete ``config.json``: nothing is left to a default that could differ from the dense model's.
@@ -107,6 +126,7 @@ class Target(ABC):
         ``rope_theta`` and ``rope_scaling`` repeat ``rope_parameters`` for loaders that predate transformers 5: without
         them those fall back to a theta of their own and answer with garbage.
         """
+        dense = self.stored(dense)
         rope = dict(dense.rope_parameters)
         older = {key: value for key, value in rope.items() if key != "rope_theta"}
         config = {
@@ -193,14 +213,16 @@ def gated_tensors(prefix: str, parts: tuple[Part, Part, Part], dense: DenseConfi
 
 
 def refuse_unheld(
-    target: Target, family: Family, dense: DenseConfig, needed: Iterable[Feature], others: Sequence[Target]
+    target: Target, family: Family, dense: DenseConfig, more: Collection[Feature], others: Sequence[Target]
 ) -> None:
     """Refuse what ``target`` cannot hold, naming the feature, the keys that ask for it, and the target that could.
+
+    ``more`` is what the conversion needs beyond the dense model's features.
 
     Raises:
         RefusalError: at least one needed feature is not held, or the pair is not one of the tested ones.
     """
-    lacking = [feature for feature in Feature if feature in set(needed) - target.holds]
+    lacking = target.lacks(dense, more)
     if not lacking:
         if target.name not in family.targets:
             raise RefusalError(
@@ -208,7 +230,7 @@ def refuse_unheld(
                 hint=f"use --target {family.targets[0]}; targets of {family.name}: {', '.join(family.targets)}",
             )
         return
-    able = [other.name for other in others if set(needed) <= other.holds]
+    able = [other.name for other in others if not other.lacks(dense, more)]
     notes = [f"{feature.value}: {family.elsewhere[feature]}" for feature in lacking if feature in family.elsewhere]
     if able:
         hint = f"use --target {able[0]}"
