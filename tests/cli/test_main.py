@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,18 @@ def test_help_needs_no_torch(verb: str | None) -> None:
     assert "Usage: upcycle" in done.stdout
 
 
-def test_help_answers_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(5):  # the best of five: other work on the machine only ever adds time
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-P", "-m", "upcycle.cli.main", "convert", "--help"], capture_output=True, check=True
-        )
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
+def test_help_answers_at_once() -> None:
+    """It loads nothing that takes long: whatever reads or computes is imported when it is needed."""
+    code = """
+import sys
+from upcycle.cli.main import main
+try:
+    main(["convert", "--help"])
+except SystemExit:
+    print([name for name in ("torch", "numpy", "transformers", "safetensors", "huggingface_hub") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_every_recipe_key_has_a_flag_or_is_reached_by_one() -> None:
