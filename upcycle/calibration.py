@@ -112,8 +112,10 @@ class Calibration:
 
     @property
     def _samples_of(self) -> list[str]:
-        sources, what = self._job.recipe.sources, self._job.router.samples
-        return [(source.text or "") if what == "text" else f"prompts of {source.name}" for source in sources]
+        told = self._job.method.told(self._job.recipe.sources)
+        if self._job.router.samples == "text":
+            return [name for source in told for name in source.texts]
+        return [f"prompts of {source.name}" for source in told]
 
     def _from_embeddings(self, layers: Sequence[int]) -> None:
         """Decide every layer on the tokens' embeddings: no layer runs."""

@@ -143,6 +143,17 @@ class Job:
         return [] if self.dtype == "float32" else [f for f in self.factors if not is_power_of_two(f)]
 
 
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe names, with its parameters.
+
+    Raises:
+        UsageError: there is no such method, or a parameter is wrong.
+    """
+    cls = load("method", recipe.method)
+    method: Method = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
+    return method
+
+
 def prepare(
     recipe: Recipe,
     family: Family,
@@ -162,8 +173,7 @@ def prepare(
             f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
         )
-    method_class = load("method", recipe.method)
-    method: Method = method_class(parse_parameters(method_class.Parameters, recipe.parameters, "parameters"))
+    method = method_of(recipe)
     method.join(mix)
     recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
@@ -182,9 +192,14 @@ def prepare(
         parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
     )
     router.check(recipe.experts, recipe.top_k)
-    members = method.members
-    router.check_sources(recipe, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
+    members, told = method.members, recipe.model_copy(update={"sources": method.told(recipe.sources)})
+    router.check_sources(told, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
     refit = _refit(recipe, method, sparse)
+    if method.undecided and not texts:
+        raise UsageError(
+            f"method {method.name} keeps a merge that predicts your text better, and there is none",
+            hint=_CALIBRATION_HINT,
+        )
     for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
         if wants and not texts:
             raise UsageError(f"{what} looks at activations and needs calibration text", hint=_CALIBRATION_HINT)

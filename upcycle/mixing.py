@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint
+from upcycle.errors import UsageError
 from upcycle.families.origin import Origin
-from upcycle.source_checks import check_sources
+from upcycle.job import method_of
+from upcycle.merging import JoinedCheckpoint, MergedCheckpoint, MergedStore
 from upcycle.sources import is_local
 
 if TYPE_CHECKING:
     import torch
 
     from upcycle.feed_forward import FeedForward
+    from upcycle.methods.base import Merges
     from upcycle.recipe import Recipe
 
 
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
 class Mix:
     """What a mixing method is told of the sources.
 
-    ``weights`` are the recipe's, one per source. ``alike`` says that all sources and the base hold the same numbers, so
-    that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among them, or their number.
+    ``weights`` are the recipe's, one per source, or per merge of sources. ``alike`` says that all of them and the base hold
+    the same numbers, so that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among
+    them, or their number.
     """
 
     weights: tuple[float, ...]
@@ -34,20 +38,21 @@ class Mix:
 
     @property
     def count(self) -> int:
-        """How many sources there are."""
+        """How many models are mixed."""
         return len(self.weights)
 
 
-class MixedCheckpoint(DenseCheckpoint):
+class MixedCheckpoint(JoinedCheckpoint):
     """Several checkpoints of one shape. Configuration, tokenizer and :meth:`read` are the base's, which is the recipe's
-    ``source``; matrices of experts are read from the source they belong to, and what is copied is an average.
+    ``source``; matrices of experts are read from the member they belong to, and what is copied is an average.
 
     Args:
         base: the recipe's ``source``.
-        members: the recipe's ``sources``.
+        members: what is mixed: the recipe's ``sources``, or merges of some of them.
         weights: theirs.
-        dtype: the recipe's: where it is ``keep``, sources must agree on every tensor's.
+        dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
         tokenizers: whether to compare tokenizers.
+        sources: the recipe's, where they are not the members.
 
     Raises:
         UsageError: they do not belong together; names the sources, the key and both values.
@@ -60,47 +65,27 @@ class MixedCheckpoint(DenseCheckpoint):
         weights: Sequence[float],
         dtype: str = "keep",
         tokenizers: bool = True,
+        sources: Sequence[DenseCheckpoint] | None = None,
     ) -> None:
-        self.members: tuple[DenseCheckpoint, ...] = ()
-        super().__init__(base.source)
-        place = base.source.path.resolve()
-        where = [i for i, member in enumerate(members) if member.source.path.resolve() == place]
+        where = [i for i, member in enumerate(members) if _files(member) == _files(base)]
         base_index = where[0] if where else len(members)
-        self.members = (*members, members[where[0]] if where else base)
-        check_sources(self.members, dtype, tokenizers)
+        super().__init__((*members, members[where[0]] if where else base), dtype, tokenizers)
+        self.sources = tuple(members if sources is None else sources)
         self.mix = Mix(tuple(weights), _alike(self.members), base_index)
         self.rest: tuple[float, ...] | None = None  # weights of what is no expert, one per member; None: the base's
-        self._opened = self.modified
-        together = "\n".join(member.fingerprint for member in self.members)
-        self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
-
-    @property
-    def paths(self) -> list[Path]:
-        """A folder or file per source, and the base."""
-        return [member.source.path for member in self.members]
-
-    @property
-    def modified(self) -> list[int]:
-        """When each weight file of every source was last changed."""
-        return [time for member in self.members for time in member.modified] if self.members else super().modified
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """A tensor of the converted model that is no expert's: the weighted mean of the members', or the base's.
 
-        Summed in fp64 and rounded once. Blocks shrink with the number of members, so that memory does not grow with it.
+        Summed in fp64 and rounded once.
         """
         if self.rest is None:
             yield from super().blocks(origin, dtype)
             return
-        weighed = [(member, weight) for member, weight in zip(self.members, self.rest, strict=True) if weight]
-        most = max(1, COPY_BLOCK_BYTES // len(weighed))
-        total_weight = sum(self.rest)
-        streams = [member._blocks(origin, "keep", most) for member, _ in weighed]
-        for first in streams[0]:
-            mean = first.double() * (weighed[0][1] / total_weight)
-            for stream, (_, weight) in zip(streams[1:], weighed[1:], strict=True):
-                mean += next(stream).double() * (weight / total_weight)
-            yield self._checked(origin.name, mean, origin.dtype(self.dtype_of(origin.name, dtype)))
+        mean = MergedStore(self.members, self.rest, "float64")
+        wanted = origin.dtype(self.dtype_of(origin.name, dtype))
+        for block in mean.chunks(origin.name, COPY_BLOCK_BYTES, origin.rows, origin.head):
+            yield self._checked(origin.name, origin.apply(block), wanted)
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """The base's FFN behind the norm that the mix has."""
@@ -125,10 +110,6 @@ class MixedCheckpoint(DenseCheckpoint):
 
         return matrix
 
-    def member_ffn(self, source: int, layer: int, dtype: str) -> FeedForward:
-        """One source's FFN."""
-        return self.members[source].feed_forward(layer, dtype)
-
 
 def open_sources(recipe: Recipe) -> DenseCheckpoint:
     """The checkpoint of a recipe: one model, or several behind the same interface.
@@ -140,8 +121,47 @@ def open_sources(recipe: Recipe) -> DenseCheckpoint:
     if not recipe.sources:
         return base
     members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
+    return mix_sources(recipe, base, members, method_of(recipe).merges)
+
+
+def mix_sources(
+    recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint], merges: Merges | None
+) -> MixedCheckpoint:
+    """The sources side by side, or in their place the means of them that ``merges`` says.
+
+    Raises:
+        UsageError: they do not belong together, or the merges are of another number of sources.
+    """
+    weights = mixing_weights(recipe, merges)
+    compared = recipe.dtype, recipe.tokenizer == "copy"
+    if merges is None:
+        return MixedCheckpoint(base, sources, weights, *compared)
+    members = []
+    for row in merges:
+        used = [i for i, coefficient in enumerate(row) if coefficient]
+        merged = [sources[i] for i in used]
+        alone = len(used) == 1
+        members.append(merged[0] if alone else MergedCheckpoint(base, merged, [row[i] for i in used], *compared))
+    return MixedCheckpoint(base, members, weights, *compared, sources=sources)
+
+
+def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
+    """What every mixed model weighs in the average of what is no expert: a source its ``weight``, a merge the mean of its
+    sources'.
+
+    Raises:
+        UsageError: a merge has more or fewer coefficients than there are sources.
+    """
     weights = [source.weight for source in recipe.sources]
-    return MixedCheckpoint(base, members, weights, recipe.dtype, recipe.tokenizer == "copy")
+    if merges is None:
+        return weights
+    for row in merges:
+        if len(row) != len(weights):
+            raise UsageError(
+                f"parameters: 'coefficients' has a row of {len(row)} numbers, and there are {len(weights)} sources",
+                hint="a row for every expert, with a number for every source",
+            )
+    return [math.fsum(c * w for c, w in zip(row, weights, strict=True)) / math.fsum(row) for row in merges]
 
 
 def mix_of(checkpoint: DenseCheckpoint) -> Mix | None:
@@ -160,7 +180,7 @@ def sources_record(checkpoint: DenseCheckpoint, recipe: Recipe) -> list[dict[str
             "weight": source.weight,
             "fingerprint": member.fingerprint,
         }
-        for member, source in zip(checkpoint.members, recipe.sources, strict=False)
+        for member, source in zip(checkpoint.sources, recipe.sources, strict=True)
     ]
 
 
@@ -175,9 +195,13 @@ def _alike(members: Sequence[DenseCheckpoint]) -> bool:
     A fine-tune differs in its first block as a rule; only copies are read whole.
     """
     first = members[0]
-    others = {member.source.path.resolve(): member for member in members[1:]}
-    others.pop(first.source.path.resolve(), None)
+    others = {(*_files(member), member.fingerprint): member for member in members[1:]}
+    others.pop((*_files(first), first.fingerprint), None)
     return all(_same(first, other) for other in others.values())
+
+
+def _files(checkpoint: DenseCheckpoint) -> list[Path]:
+    return [path.resolve() for path in checkpoint.paths]
 
 
 def _same(one: DenseCheckpoint, other: DenseCheckpoint) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -16,10 +17,12 @@ from upcycle.targets.base import MoeShape
 
 if TYPE_CHECKING:
     from upcycle.mixing import Mix
+    from upcycle.recipe import SourceRecipe
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
+Merges = tuple[tuple[float, ...], ...]
 Kind = Literal["copies", "partition", "overlap"]
 
 
@@ -70,6 +73,20 @@ class Method(ABC):
                 f"{self.name} converts one source, and there are {mix.count} sources",
                 hint="--method branch_train_mix, or name one source",
             )
+
+    @property
+    def merges(self) -> Merges | None:
+        """What is mixed in place of the sources: a row per model, with the weight of every source in it; None: the sources."""
+        return None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether :attr:`merges` are still to be found, from the weights and the calibration text."""
+        return False
+
+    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
+        """What the recipe says of every model that is mixed."""
+        return list(sources)
 
     @property
     def members(self) -> list[int]:
