@@ -25,7 +25,7 @@ assert _spec.loader
 _module = importlib.util.module_from_spec(_spec)
 sys.modules["pico_models"] = _module
 _spec.loader.exec_module(_module)
-COMMON, PICO = _module.COMMON, _module.PICO
+COMMON, PICO, MOE_COMMON, PICO_MOE = _module.COMMON, _module.PICO, _module.MOE_COMMON, _module.PICO_MOE
 
 
 def make_dense(folder: Path, model_type: str, dtype: str = "float32", **changes: Any) -> Path:
@@ -57,6 +57,37 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def pico_moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``pico_moe("mixtral")`` is a folder with that stock MoE, one tensor per expert; ``fused=True``: as kept in memory."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def get(name: str, fused: bool = False) -> Path:
+        if (name, fused) not in made:
+            made[name, fused] = make_moe(tmp_path_factory.mktemp(name), *PICO_MOE[name], fused=fused)
+        return made[name, fused]
+
+    return get
+
+
+def make_moe(folder: Path, model_type: str, changes: dict[str, Any], fused: bool = False) -> Path:
+    """Save a MoE whose every weight is random, norms and the biases on the choice of experts included."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**MOE_COMMON, **changes}))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            near_one = "norm" in name and "bias" not in name
+            tensor.copy_(torch.rand_like(tensor) + 0.5 if near_one else torch.randn_like(tensor) * 0.2)
+            if name.endswith("A_log"):
+                tensor.sub_(2)
+    model.save_pretrained(folder, save_original_format=not fused)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_FOLDER / "model" / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

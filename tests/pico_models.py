@@ -110,3 +110,40 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
         {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_auto_adjust_ff_dim": False},
     ),
 }
+# Stock MoEs: name -> (model_type, what differs from MOE_COMMON and its key for four experts)
+MOE_COMMON: dict[str, Any] = COMMON | {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+_SIGMOID: dict[str, Any] = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
+_DELTA_NET = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    "qwen2_moe-softmax": ("qwen2_moe", {"num_experts": 4, "norm_topk_prob": False}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "norm_topk_prob": True}),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {"num_experts": 4, "layer_types": ["linear_attention", "full_attention"], **_DELTA_NET},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 4}),
+    "mellum": ("mellum", {"num_experts": 4}),
+    "cohere2_moe": ("cohere2_moe", {"num_experts": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4}),
+    "granitemoeshared": ("granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 24}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
+    "lfm2_moe": ("lfm2_moe", {"num_experts": 4, "layer_types": ["conv", "full_attention"], "num_dense_layers": 0}),
+    "glm4_moe": ("glm4_moe", {**_SIGMOID, "first_k_dense_replace": 1}),
+    "glm4_moe-sigmoid": ("glm4_moe", {**_SIGMOID, "first_k_dense_replace": 0, "norm_topk_prob": False}),
+    "dots1": ("dots1", {**_SIGMOID, "routed_scaling_factor": 1.5, "n_shared_experts": 1, "first_k_dense_replace": 0}),
+    "solar_open": ("solar_open", _SIGMOID),
+}

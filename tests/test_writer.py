@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from upcycle.errors import CheckpointError
-from upcycle.job import OutputEntry, Shard, Unit
+from upcycle.outputs import OutputEntry, Shard, Unit
 from upcycle.tensor_files import TensorSpec
 from upcycle.writer import Journal, ShardWriter, write_index
 

@@ -16,8 +16,8 @@ from upcycle.progress import Progress
 from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text
 
 if TYPE_CHECKING:
-    from upcycle.checkpoint import DenseCheckpoint
-    from upcycle.job import Job
+    from upcycle.checkpoint import Checkpoint
+    from upcycle.planning import AnyJob
     from upcycle.recipe import CalibrationRecipe
 
 _CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
@@ -25,7 +25,7 @@ _LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
 _HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
-def calibration_windows(job: Job, checkpoint: DenseCheckpoint, progress: Progress) -> torch.Tensor:
+def calibration_windows(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
     """The calibration tokens of a conversion: ids ``[N, W]``.
 
     Raises:
@@ -34,7 +34,7 @@ def calibration_windows(job: Job, checkpoint: DenseCheckpoint, progress: Progres
     wanted = job.recipe.calibration
     if job.recipe.tokenizer == "none":
         raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
-    window = min(wanted.window, job.dense.max_position_embeddings, wanted.tokens)
+    window = min(wanted.window, job.context, wanted.tokens)
     windows = mixed_windows(read_texts(wanted), load_tokenizer(checkpoint.source.path), wanted.tokens, window)
     if windows.numel() < 0.9 * wanted.tokens:
         progress.note(

@@ -1,4 +1,4 @@
-"""The dense checkpoint: a local folder, a hub id, a ``.gguf`` file or the embedded demo, behind one interface."""
+"""Checkpoints: a local folder, a hub id, a ``.gguf`` file or the embedded demo, behind one interface."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.families.base import DenseConfig, Family
+from upcycle.families.moe import MOES
 from upcycle.families.origin import Origin
 from upcycle.families.refused import reason
 from upcycle.registry import FAMILIES, load
@@ -18,6 +19,7 @@ from upcycle.tensor_files import SafetensorsFolder, TensorSpec, read_json
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from upcycle.feed_forward import FeedForward
 
@@ -48,12 +50,11 @@ class TensorStore(Protocol):
         """One tensor whole."""
 
 
-class DenseCheckpoint:
-    """A dense model's configuration and its tensors, none of which is read before it is asked for.
+class Checkpoint:
+    """A model's ``config.json`` and its tensors, none of which is read before it is asked for.
 
     Raises:
-        CheckpointError: the folder or file is damaged or disagrees with its configuration.
-        RefusalError: the family is not supported; the message says what is missing.
+        CheckpointError: the folder or file is damaged.
     """
 
     def __init__(self, source: Source) -> None:
@@ -64,22 +65,20 @@ class DenseCheckpoint:
 
             gguf = GgufFile(source.path)
             self.raw_config: dict[str, Any] = gguf.config
-            self.store = gguf
             config_bytes = b""
         else:
             self.raw_config = read_json(source.path / "config.json")
             config_bytes = (source.path / "config.json").read_bytes()
-        self.family: Family = family_of(self.raw_config, str(source.path))
-        if not source.path.is_file():
-            self.store = SafetensorsFolder(source.path)
-        self.config: DenseConfig = self.family.config(self.raw_config)
-        self.family.check(self.config, self.store.specs, str(source.path))
+        self._identify()
+        self.store = gguf if source.path.is_file() else SafetensorsFolder(source.path)
         self._opened = self.modified
-        self._longest_embedding: float | None = None
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
 
+    def _identify(self) -> None:
+        """Find out from the configuration what the model is, or refuse it, before the weights are looked at."""
+
     @classmethod
-    def open(cls, source: str, revision: str | None = None) -> DenseCheckpoint:
+    def open(cls, source: str, revision: str | None = None) -> Self:
         """Open what the user named: a folder, a ``.gguf`` file, a hub id or ``demo``."""
         return cls(locate(source, revision))
 
@@ -154,6 +153,24 @@ class DenseCheckpoint:
             raise CheckpointError(f"tensor '{name}' overflows float16", hint="use --dtype bfloat16")
         return cast
 
+
+class DenseCheckpoint(Checkpoint):
+    """A dense model: its family and read-out configuration too.
+
+    Raises:
+        CheckpointError: the folder or file is damaged or disagrees with its configuration.
+        RefusalError: the family is not supported; the message says what is missing.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.config: DenseConfig = self.family.config(self.raw_config)
+        self.family.check(self.config, self.store.specs, str(source.path))
+        self._longest_embedding: float | None = None
+
+    def _identify(self) -> None:
+        self.family: Family = family_of(self.raw_config, str(self.source.path))
+
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """Read one dense FFN."""
         from upcycle.feed_forward import FeedForward
@@ -203,7 +220,9 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     if model_type not in FAMILIES:
         raise RefusalError(
             f"cannot convert a '{model_type}' model: {reason(model_type)}",
-            hint=f"dense families: {', '.join(FAMILIES)}",
+            hint="--method expert_upcycling gives it more experts"
+            if model_type in MOES
+            else f"dense families: {', '.join(FAMILIES)}",
         )
     family: Family = load("family", model_type)()
     return family

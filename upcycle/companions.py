@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoint import Checkpoint
 from upcycle.tensor_files import read_json
 
 _TOKENIZER = (
@@ -22,7 +22,7 @@ _TOKENIZER = (
 _ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def copy_companions(checkpoint: DenseCheckpoint, folder: Path, tokenizer: bool) -> None:
+def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> None:
     """Copy them into ``folder``; references to code in the source repository (``auto_map``) are dropped."""
     source = checkpoint.source.path
     if source.is_file():

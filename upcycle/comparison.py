@@ -257,11 +257,14 @@ def _texts(
 def _methods(names: Sequence[str]) -> list[str]:
     if list(names) != ["all"]:
         for name in names:
-            load("method", name.partition(":")[0])
+            if load("method", name.partition(":")[0]).kind == "growth":
+                raise UsageError(
+                    f"{name} makes no experts of a dense FFN: there is nothing to compare", hint="--methods all"
+                )
         return list(names)
     found = []
     for name in METHODS:
-        if load("method", name).kind != "copies":
+        if load("method", name).kind not in ("copies", "growth"):
             found += [f"{name}:{variant}" for variant in _VARIANTS.get(name, [])] or [name]
     return found
 

@@ -1,4 +1,4 @@
-"""Converts: reads the dense checkpoint layer by layer, writes the MoE one, checks it, and puts it in place."""
+"""Converts: reads the source layer by layer, writes the result, checks it, and puts it in place."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import provenance
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.companions import copy_companions
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
-from upcycle.job import Job, Unit
+from upcycle.growth import GrowthJob, decide_growth, growth_reports
+from upcycle.job import Job
 from upcycle.mixing import open_sources
-from upcycle.planning import Plan, calibration_disk, check_memory, job_for, make_plan
+from upcycle.outputs import Unit
+from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.text import read_text
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from upcycle.activations import Activations
     from upcycle.blueprint import BlueprintFile, LayerBlueprint
     from upcycle.feed_forward import FeedForward
+    from upcycle.samples import Samples
     from upcycle.verification import Verification
 
 
@@ -102,6 +105,8 @@ def run_recipe(
     started = time.monotonic()
     out = Path(out).expanduser().absolute()
     check_output(out, overwrite)
+    if blueprint and grows(recipe):
+        raise UsageError(f"{recipe.method} makes no blueprints and reads none", hint="leave --blueprint out")
     checkpoint = open_sources(recipe)
     for path in checkpoint.paths:
         _check_apart(path.resolve(), out.resolve())
@@ -113,27 +118,20 @@ def run_recipe(
         progress.note(warning)
     if recipe.verification.text in recipe.calibration.texts:
         progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
-    saved = _saved_blueprints(job, blueprint) if blueprint else None
-    windows = samples = None
-    if job.sampled and not saved:
-        from upcycle.samples import read_samples
-
-        samples = read_samples(job, checkpoint)
-        windows = samples.windows
-    elif job.calibrated and not saved:
-        from upcycle.calibration_text import calibration_windows
-
-        check_memory(job)
-        windows = calibration_windows(job, checkpoint, progress)
+    saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
+    windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
     try:
         with Workspace(
             out, provenance.fingerprint(job, checkpoint, blueprint, windows), overwrite, restart
         ) as workspace:
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
-            if windows is not None:
+            if isinstance(job, GrowthJob):
+                job, calibration = decide_growth(job, checkpoint, windows, workspace.folder, progress)
+            elif windows is not None:
                 from upcycle.calibration import calibrate
 
+                assert isinstance(checkpoint, DenseCheckpoint)
                 calibration = calibrate(job, checkpoint, windows, workspace.folder, progress, samples)
             hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
             checkpoint.check_unchanged()
@@ -158,6 +156,23 @@ def run_recipe(
         )
     seconds = time.monotonic() - started
     return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed)
+
+
+def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
+    """What is looked at: token ids ``[N, W]``, and whose they are where they are of several sources."""
+    if isinstance(job, Job) and job.sampled:
+        from upcycle.samples import read_samples
+
+        assert isinstance(checkpoint, DenseCheckpoint)
+        samples = read_samples(job, checkpoint)
+        return samples.windows, samples
+    if not job.calibrated:
+        return None, None
+    from upcycle.calibration_text import calibration_windows
+
+    if isinstance(job, Job):
+        check_memory(job)
+    return calibration_windows(job, checkpoint, progress), None
 
 
 def _warn_of_degenerate_rows(layers: list[dict[str, Any]], progress: Progress) -> None:
@@ -193,7 +208,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 
 def _write_weights(
-    job: Job, checkpoint: DenseCheckpoint, folder: Path, saved: BlueprintFile | None, progress: Progress
+    job: AnyJob, checkpoint: Checkpoint, folder: Path, saved: BlueprintFile | None, progress: Progress
 ) -> dict[str, str]:
     """Write every shard; returns file name -> SHA-256."""
     journal = Journal(folder)
@@ -212,8 +227,8 @@ def _write_weights(
 
 
 def _write_unit(
-    job: Job,
-    checkpoint: DenseCheckpoint,
+    job: AnyJob,
+    checkpoint: Checkpoint,
     folder: Path,
     writer: ShardWriter,
     unit: Unit,
@@ -230,6 +245,8 @@ def _write_unit(
             continue
         if experts is None:
             assert unit.layer is not None
+            assert isinstance(job, Job)
+            assert isinstance(checkpoint, DenseCheckpoint)
             ffn = checkpoint.feed_forward(unit.layer, dtype)
             with _threads(threads):
                 blueprint = _blueprint(job, ffn, folder, saved)
@@ -307,13 +324,12 @@ def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
     return saved
 
 
-def _write_companions(job: Job, checkpoint: DenseCheckpoint, folder: Path) -> list[dict[str, Any]]:
-    """Everything but weights and provenance; returns what the calibration measured of every layer."""
-    config = job.target.full_config(job.dense, job.shape, job.dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / provenance.RECIPE_FILE).write_text(job.recipe.dump(), encoding="utf-8")
+def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
+    """Everything but weights and provenance; returns what was measured and decided of every layer."""
+    (folder / "config.json").write_text(json.dumps(job.config, indent=2) + "\n", encoding="utf-8")
+    (folder / provenance.RECIPE_FILE).write_text(job.recipe_text, encoding="utf-8")
     copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
-    return _join_blueprints(job, folder)
+    return growth_reports(folder) if isinstance(job, GrowthJob) else _join_blueprints(job, folder)
 
 
 def _join_blueprints(job: Job, folder: Path) -> list[dict[str, Any]]:
@@ -328,7 +344,7 @@ def _join_blueprints(job: Job, folder: Path) -> list[dict[str, Any]]:
     return BlueprintFile(joined).reports
 
 
-def _verify(job: Job, checkpoint: DenseCheckpoint, folder: Path, progress: Progress) -> Verification | None:
+def _verify(job: AnyJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> Verification | None:
     wanted = job.recipe.verification
     if not wanted.enabled:
         return None

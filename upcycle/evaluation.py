@@ -97,7 +97,7 @@ def evaluate(
         progress.advance()
         runner = _Runner(str(model), window, stride)
         progress.advance()
-    with _load_counts(runner.model) as counts:
+    with load_counts(runner.model) as counts:
         measured = {name: runner.loss(ids, progress, name) for name, ids in encoded.items()}
     layers = [_layer_load(layer, count) for layer, count in counts.items()]
     compared: dict[str, float] = {}
@@ -195,7 +195,7 @@ def _load(name: str) -> Any:
 
 
 @contextmanager
-def _load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
+def load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
     """Count what every router chooses: layer -> int64 ``[E]``. A stock router returns (logits, weights, indices)."""
     counts: dict[int, torch.Tensor] = {}
     hooks = []

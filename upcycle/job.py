@@ -5,59 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.errors import RefusalError, UsageError
 from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.families.origin import Origin
-from upcycle.methods.base import PREFERRED_MULTIPLE, Method
+from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
+from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
 from upcycle.recipe import Recipe, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
 from upcycle.routers.base import Router
-from upcycle.targets.base import MoeShape, OutputTensor, Target, refuse_unheld
-from upcycle.tensor_files import SINGLE, TensorSpec
+from upcycle.targets.base import MoeShape, Target, refuse_unheld
+from upcycle.tensor_files import TensorSpec
 
 if TYPE_CHECKING:
     from upcycle.mixing import Mix
 
-_CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
-
-
-@dataclass(frozen=True)
-class OutputEntry:
-    """One tensor to be written: copied from the dense checkpoint, or built from parts."""
-
-    name: str
-    spec: TensorSpec
-    origin: Origin | None = None
-    built: OutputTensor | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is converted in one go and recorded when finished: the embeddings, one layer, or the final norm and head."""
-
-    name: str
-    layer: int | None
-    entries: tuple[OutputEntry, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(entry.spec.nbytes for entry in self.entries)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One weight file and the units in it."""
-
-    file: str
-    units: tuple[Unit, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(unit.nbytes for unit in self.units)
+CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
 
 
 @dataclass(frozen=True)
@@ -133,6 +97,42 @@ class Job:
         )
 
     @property
+    def family_name(self) -> str:
+        """The dense architecture."""
+        return self.family.name
+
+    @property
+    def context(self) -> int:
+        """The longest input in tokens."""
+        return self.dense.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the dense model and the result."""
+        return self.dense.vocab_size
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The result's ``config.json``."""
+        return self.target.full_config(self.dense, self.shape, self.dtype)
+
+    @property
+    def recipe_text(self) -> str:
+        """The resolved recipe."""
+        return self.recipe.dump()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What only this kind of conversion has to say in ``upcycle.json``."""
+        return {
+            "router": {"name": self.router_name, "title": self.router.title, "paper": self.router.paper},
+            "target": self.target.name,
+            "scale": self.scale,
+            "refit": self.refit,
+            "moe_layers": list(self.shape.moe_layers),
+        }
+
+    @property
     def factors(self) -> tuple[float, ...]:
         """What the routed experts' gate, up and down are multiplied by."""
         return tuple(self.scale**power for power in self.method.spread)
@@ -143,14 +143,14 @@ class Job:
         return [] if self.dtype == "float32" else [f for f in self.factors if not is_power_of_two(f)]
 
 
-def method_of(recipe: Recipe) -> Method:
+def method_of(recipe: Recipe) -> AnyMethod:
     """The method that a recipe names, with its parameters.
 
     Raises:
         UsageError: there is no such method, or a parameter is wrong.
     """
     cls = load("method", recipe.method)
-    method: Method = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
+    method: AnyMethod = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
     return method
 
 
@@ -168,12 +168,9 @@ def prepare(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: no target, or not the wanted one, can hold the result.
     """
-    if recipe.tokenizer == "copy" and not has_tokenizer:
-        raise UsageError(
-            f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
-            hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
-        )
+    check_tokenizer(recipe, has_tokenizer)
     method = method_of(recipe)
+    assert isinstance(method, Method)
     method.join(mix)
     recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
@@ -198,11 +195,11 @@ def prepare(
     if method.undecided and not texts:
         raise UsageError(
             f"method {method.name} keeps a merge that predicts your text better, and there is none",
-            hint=_CALIBRATION_HINT,
+            hint=CALIBRATION_HINT,
         )
     for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
         if wants and not texts:
-            raise UsageError(f"{what} looks at activations and needs calibration text", hint=_CALIBRATION_HINT)
+            raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
     scale = recipe.scale
     if scale == "auto":
         scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
@@ -218,8 +215,21 @@ def prepare(
             hint="leave the calibration text out, and choose a method and a router that need none",
         )
     units = _units(recipe, family, dense, target, shape, specs)
-    shards = _shards(units, parse_size(recipe.max_shard_size))
+    shards = shards_of(units, parse_size(recipe.max_shard_size))
     return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+
+
+def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
+    """Refuse to copy a tokenizer that is not there.
+
+    Raises:
+        UsageError: there is none beside the weights.
+    """
+    if recipe.tokenizer == "copy" and not has_tokenizer:
+        raise UsageError(
+            f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
+            hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
+        )
 
 
 def _with_implied(recipe: Recipe, method: Method) -> Recipe:
@@ -290,7 +300,7 @@ def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "sca
     """What is fitted. Copies, and splits with all experts on, are exact already: a refit leaves them alone."""
     texts = recipe.calibration.texts
     if recipe.refit in ("down", "scale") and not texts:
-        raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=_CALIBRATION_HINT)
+        raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=CALIBRATION_HINT)
     if method.kind == "copies" or not sparse or not texts:
         return "none"
     return "down" if recipe.refit == "auto" else recipe.refit
@@ -345,20 +355,6 @@ def _units(
         units.append(Unit(f"layer {layer}", layer, tuple(entries)))
     units.append(Unit("final norm", None, tuple(copied(family.last_specs(dense)))))
     return units
-
-
-def _shards(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
-    groups: list[list[Unit]] = [[]]
-    for unit in units:
-        if groups[-1] and sum(u.nbytes for u in groups[-1]) + unit.nbytes > most_bytes:
-            groups.append([])
-        groups[-1].append(unit)
-    if len(groups) == 1:
-        return (Shard(SINGLE, tuple(units)),)
-    count = len(groups)
-    return tuple(
-        Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
-    )
 
 
 def is_power_of_two(value: float) -> bool:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint
+from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint
 from upcycle.errors import UsageError
 from upcycle.families.origin import Origin
 from upcycle.job import method_of
 from upcycle.merging import JoinedCheckpoint, MergedCheckpoint, MergedStore
+from upcycle.registry import load
 from upcycle.sources import is_local
 
 if TYPE_CHECKING:
@@ -111,12 +112,16 @@ class MixedCheckpoint(JoinedCheckpoint):
         return matrix
 
 
-def open_sources(recipe: Recipe) -> DenseCheckpoint:
+def open_sources(recipe: Recipe) -> Checkpoint:
     """The checkpoint of a recipe: one model, or several behind the same interface.
 
     Raises:
         UpcycleError: one cannot be opened, or they do not belong together.
     """
+    if takes_moe(recipe.method):
+        from upcycle.moe_checkpoint import MoeCheckpoint
+
+        return MoeCheckpoint.open(recipe.source, recipe.revision)
     base = DenseCheckpoint.open(recipe.source, recipe.revision)
     if not recipe.sources:
         return base
@@ -164,12 +169,21 @@ def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
     return [math.fsum(c * w for c, w in zip(row, weights, strict=True)) / math.fsum(row) for row in merges]
 
 
-def mix_of(checkpoint: DenseCheckpoint) -> Mix | None:
+def takes_moe(method: str) -> bool:
+    """Whether a method's source is a Mixture-of-Experts already.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return getattr(load("method", method), "takes", "dense") == "moe"
+
+
+def mix_of(checkpoint: Checkpoint) -> Mix | None:
     """What there is to mix; ``None`` for a single model."""
     return checkpoint.mix if isinstance(checkpoint, MixedCheckpoint) else None
 
 
-def sources_record(checkpoint: DenseCheckpoint, recipe: Recipe) -> list[dict[str, Any]]:
+def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any]]:
     """What ``upcycle.json`` says of several sources; empty for one."""
     if not isinstance(checkpoint, MixedCheckpoint):
         return []

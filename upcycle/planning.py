@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-from upcycle.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint, family_of
+from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint, family_of
 from upcycle.errors import EnvironmentFault
 from upcycle.families.base import DenseConfig, Family
+from upcycle.families.moe import moe_family
+from upcycle.growth import GrowthJob, prepare_growth
 from upcycle.job import Job, prepare
 from upcycle.methods.base import PREFERRED_MULTIPLE
-from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, open_sources
+from upcycle.methods.growth import Described
+from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, open_sources, takes_moe
 from upcycle.recipe import Recipe, parse_recipe, parse_size
+from upcycle.registry import load
 from upcycle.source_checks import check_configs
 from upcycle.sources import locate
 from upcycle.tensor_files import TensorSpec, read_json
@@ -27,11 +32,15 @@ _STOCK_CLASSES = 260_000_000  # transformers' modelling code and what it imports
 _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
 
 
+AnyJob: TypeAlias = Job | GrowthJob
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything the conversion will cost, and what it promises. ``as_dict`` has the documented JSON keys.
 
-    ``sources`` is empty where there is one.
+    ``sources`` is empty where there is one. ``kind`` is the method's; of a growth step ``summary`` says what becomes of what,
+    and what is called dense is its source, a MoE or not.
     """
 
     sources: list[dict[str, Any]]
@@ -51,6 +60,8 @@ class Plan:
     peak_memory_bytes: int
     flops_per_token_dense: int
     flops_per_token: int
+    kind: str = "copies"
+    summary: str = ""
     warnings: list[str] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
 
@@ -73,41 +84,68 @@ def plan(source: str | None = None, **keys: Any) -> Plan:
     return make_plan(job_of(parse_recipe(content, "recipe")))
 
 
-def job_of(recipe: Recipe) -> Job:
+def job_of(recipe: Recipe) -> AnyJob:
     """The job of a recipe, from local checkpoints' headers or hub repositories' ``config.json``."""
     if all_local(recipe):
         return job_for(recipe, open_sources(recipe))
-    family, dense = _config(recipe.source, recipe.revision)
+    if takes_moe(recipe.method):
+        from upcycle.moe_checkpoint import stock_shapes
+
+        raw = read_json(locate(recipe.source, recipe.revision, config_only=True).path / "config.json")
+        moe_family(raw, recipe.source)
+        return prepare_growth(recipe, Described(raw, _specs(stock_shapes(raw), raw.get("dtype")), recipe.source))
+    raw, family, dense = _config(recipe.source, recipe.revision)
     mix = None
     if recipe.sources:
         for source in recipe.sources:
-            _, other = _config(source.name, source.revision)
+            _, _, other = _config(source.name, source.revision)
             check_configs(dense, other, recipe.source, source.name, family.aliases)
         same = [i for i, s in enumerate(recipe.sources) if (s.name, s.revision) == (recipe.source, recipe.revision)]
         base = same[0] if same else len(recipe.sources)
         mix = Mix(tuple(source.weight for source in recipe.sources), alike=False, base=base)
-    shapes = family.all_stored_specs(dense)
-    dtype = dense.dtype if dense.dtype in ("float32", "float16") else "bfloat16"
-    return prepare(recipe, family, dense, {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}, mix=mix)
+    specs = _specs(family.all_stored_specs(dense), dense.dtype)
+    if grows(recipe):
+        return prepare_growth(recipe, Described(raw, specs, recipe.source), mix=mix)
+    return prepare(recipe, family, dense, specs, mix=mix)
 
 
-def job_for(recipe: Recipe, checkpoint: DenseCheckpoint) -> Job:
+def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, TensorSpec]:
+    stored = dtype if dtype in ("float32", "float16") else "bfloat16"
+    return {name: TensorSpec(shape, stored) for name, shape in shapes.items()}
+
+
+def grows(recipe: Recipe) -> bool:
+    """Whether the recipe's method is a growth step."""
+    return bool(load("method", recipe.method).kind == "growth")
+
+
+def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
     """The job of a recipe on an opened checkpoint, which is told what of several sources is averaged."""
-    specs = checkpoint.store.specs
-    job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix=mix_of(checkpoint))
+    specs, mix = checkpoint.store.specs, mix_of(checkpoint)
+    job: AnyJob
+    if grows(recipe):
+        described = Described(checkpoint.raw_config, specs, checkpoint.source.name)
+        job = prepare_growth(recipe, described, checkpoint.has_tokenizer, mix)
+    else:
+        assert isinstance(checkpoint, DenseCheckpoint)
+        job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix)
     if isinstance(checkpoint, MixedCheckpoint):
         checkpoint.rest = job.method.rest
     return job
 
 
-def _config(name: str, revision: str | None) -> tuple[Family, DenseConfig]:
+def _config(name: str, revision: str | None) -> tuple[dict[str, Any], Family, DenseConfig]:
     raw = read_json(locate(name, revision, config_only=True).path / "config.json")
     family = family_of(raw, name)
-    return family, family.config(raw)
+    return raw, family, family.config(raw)
 
 
-def make_plan(job: Job) -> Plan:
+def make_plan(job: AnyJob) -> Plan:
     """Work out the costs of a job."""
+    return _growth_plan(job) if isinstance(job, GrowthJob) else _expert_plan(job)
+
+
+def _expert_plan(job: Job) -> Plan:
     dense, shape, specs = job.dense, job.shape, job.dense_specs
     entries = [entry for unit in job.units for entry in unit.entries]
     used = job.family.all_stored_specs(dense)
@@ -135,12 +173,63 @@ def make_plan(job: Job) -> Plan:
         peak_memory_bytes=_peak_memory(job),
         flops_per_token_dense=_flops(dense, dense_total),
         flops_per_token=_flops(dense, active),
-        warnings=_warnings(job, dense_total, active),
-        shards=[
-            {"file": shard.file, "bytes": shard.nbytes, "units": [unit.name for unit in shard.units]}
-            for shard in job.shards
-        ],
+        kind=job.method.kind,
+        warnings=[*_warnings(job, dense_total, active), *_file_warnings(job)],
+        shards=_files(job),
     )
+
+
+def _growth_plan(job: GrowthJob) -> Plan:
+    grown, specs, recipe = job.grown, job.source.specs, job.recipe
+    entries = [entry for unit in job.units for entry in unit.entries]
+    stored = {entry.origin.name for entry in entries if entry.origin}
+    before, after = (sum(specs[name].elements for name in stored), sum(entry.spec.elements for entry in entries))
+    promise, why = grown.promise
+    warnings = list(grown.warnings)
+    if recipe.calibration.texts and not job.calibrated:
+        warnings.append(f"calibration text is not used: {job.method.name} looks at none with these parameters")
+    row = max(spec.nbytes // max(spec.shape[0], 1) for spec in specs.values() if spec.shape)
+    copying = min(max(COPY_BLOCK_BYTES, row) + WAITING_BYTES, sum(shard.nbytes for shard in job.shards))
+    looking = job.method.memory(job.source, recipe)
+    stock = _STOCK_CLASSES if job.method.takes == "moe" else 0  # a MoE's configuration is read with them
+    embedding = 0 if grown.tied else grown.vocab_size * grown.hidden_size
+    return Plan(
+        sources=[{"name": s.name, "revision": s.revision, "weight": s.weight} for s in recipe.sources],
+        family=job.family_name,
+        target=job.family_name,
+        method=job.method.name,
+        router="none",
+        calibration_tokens=recipe.calibration.tokens if job.calibrated else 0,
+        refit="none",
+        promise=promise,
+        promise_reason=why,
+        parameters_dense=before,
+        parameters_total=after,
+        parameters_active=after - grown.idle,
+        bytes_dense=sum(specs[name].nbytes for name in stored),
+        bytes_output=sum(shard.nbytes for shard in job.shards),
+        peak_memory_bytes=_INTERPRETER_BYTES + stock + max(copying, looking),
+        flops_per_token_dense=2 * (before - grown.source_idle - embedding),
+        flops_per_token=2 * (after - grown.idle - embedding),
+        kind=job.method.kind,
+        summary=grown.summary,
+        warnings=[*warnings, *_file_warnings(job)],
+        shards=_files(job),
+    )
+
+
+def _files(job: AnyJob) -> list[dict[str, Any]]:
+    return [
+        {"file": shard.file, "bytes": shard.nbytes, "units": [unit.name for unit in shard.units]}
+        for shard in job.shards
+    ]
+
+
+def _file_warnings(job: AnyJob) -> list[str]:
+    largest, wanted = max(shard.nbytes for shard in job.shards), parse_size(job.recipe.max_shard_size)
+    if largest <= wanted:
+        return []
+    return [f"the largest file has {largest / 1e9:.1f} GB, above max_shard_size: a layer is never divided"]
 
 
 def _flops(dense: DenseConfig, parameters: int) -> int:
@@ -187,9 +276,9 @@ def _calibration_memory(job: Job) -> int:
     )
 
 
-def calibration_disk(job: Job) -> int:
+def calibration_disk(job: AnyJob) -> int:
     """Bytes that a calibration keeps in the working folder: a few streams of states, and refitted projections twice."""
-    if not job.calibrated and not job.sampled:
+    if isinstance(job, GrowthJob) or not (job.calibrated or job.sampled):
         return 0
     dense, shape = job.dense, job.shape
     states = 8 * 4 * job.recipe.calibration.tokens * dense.hidden_size
@@ -240,9 +329,6 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
             f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "
             'refuses them (load with experts_implementation="eager", or use --pad)'
         )
-    largest, wanted = max(shard.nbytes for shard in job.shards), parse_size(job.recipe.max_shard_size)
-    if largest > wanted:
-        warnings.append(f"the largest file has {largest / 1e9:.1f} GB, above max_shard_size: a layer is never divided")
     promise, why = job.promise
     if promise == "rounded":
         warnings.append(why)

@@ -12,11 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
-from upcycle.job import Job
 from upcycle.mixing import sources_record
-from upcycle.planning import Plan
+from upcycle.planning import AnyJob, Plan
 from upcycle.tensor_files import read_json
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(job: Job, checkpoint: DenseCheckpoint, blueprint: Path | None, windows: torch.Tensor | None) -> str:
+def fingerprint(job: AnyJob, checkpoint: Checkpoint, blueprint: Path | None, windows: torch.Tensor | None) -> str:
     """Identifies a job for resuming: the resolved recipe, the source's content, the calibration tokens and the code's version.
 
     How the result is checked does not change it.
@@ -73,9 +72,9 @@ def _hash(file: Any) -> str:  # Python 3.10 has no file_digest
 
 def write(
     folder: Path,
-    job: Job,
+    job: AnyJob,
     plan: Plan,
-    checkpoint: DenseCheckpoint,
+    checkpoint: Checkpoint,
     shard_hashes: dict[str, str],
     calibration: dict[str, Any] | None,
 ) -> None:
@@ -92,17 +91,13 @@ def write(
         "source": {
             "name": checkpoint.source.name,
             "revision": checkpoint.source.revision,
-            "family": job.family.name,
+            "family": job.family_name,
             "fingerprint": checkpoint.fingerprint,
         },
         "sources": sources_record(checkpoint, job.recipe),
         "method": {"name": job.method.name, "title": job.method.title, "paper": job.method.paper},
-        "router": {"name": job.router_name, "title": job.router.title, "paper": job.router.paper},
-        "target": job.target.name,
-        "scale": job.scale,
-        "refit": job.refit,
+        **job.record,
         "calibration": calibration,
-        "moe_layers": list(job.shape.moe_layers),
         "plan": plan.as_dict(),
         "files": dict(sorted(hashes.items())),
     }

@@ -191,9 +191,9 @@ class Recipe(_Strict):
             raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
         return self
 
-    def dump(self) -> str:
-        """The resolved recipe as YAML, every key written out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+    def dump(self, keys: set[str] | None = None) -> str:
+        """The resolved recipe as YAML, every key (or those of ``keys``) written out."""
+        return yaml.safe_dump(self.model_dump(include=keys), sort_keys=False, allow_unicode=True)
 
 
 def parse_size(text: str) -> int:

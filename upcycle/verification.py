@@ -15,11 +15,12 @@ from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from upcycle import provenance
 from upcycle.activations import activation_function
 from upcycle.calibration_text import text_names
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.growth import GrowthJob
 from upcycle.job import Job
 from upcycle.mixing import MixedCheckpoint, open_sources
-from upcycle.planning import job_for
+from upcycle.planning import AnyJob, job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
 from upcycle.runtime import StockModel, available_memory, converted_model, dense_model
@@ -44,6 +45,9 @@ class Verification:
     layer with every expert active, measured where fewer are used, against ``all_experts_reference``: the dense FFN, or where
     several models are mixed the mean of theirs. ``layer_errors`` are those of each block on the
     dense model's own FFN inputs. ``kl`` is the mean KL(dense || moe) of next-token distributions in nats.
+
+    Of a growth step what is called dense is its source; ``compared_tensors`` of its result were found to be the source's
+    bit for bit (or what the step says it made of them), which is all of them, and there are no layer errors.
     """
 
     verdict: Literal["exact", "approximate", "broken"]
@@ -62,6 +66,7 @@ class Verification:
     tokens: int
     text: str
     streamed: bool
+    compared_tensors: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -115,25 +120,28 @@ def verify(
 
 
 def verify_job(
-    job: Job, checkpoint: DenseCheckpoint, folder: Path, text: str | None, tokens: int, progress: Progress = SILENT
+    job: AnyJob, checkpoint: Checkpoint, folder: Path, text: str | None, tokens: int, progress: Progress = SILENT
 ) -> Verification:
-    """Compare ``folder`` with the dense checkpoint it was made from."""
-    _check_keys(job, folder)
+    """Compare ``folder`` with the checkpoint it was made from."""
+    if isinstance(job, GrowthJob):
+        from upcycle.growth_verification import verify_growth
+
+        return verify_growth(job, checkpoint, folder, text, tokens, progress)
+    assert isinstance(checkpoint, DenseCheckpoint)
+    check_keys(job, folder)
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
     with progress.phase("loading text and both models", 3):
-        ids, label = _token_windows(job, checkpoint, text, tokens)
+        ids, label = token_windows(job, checkpoint, text, tokens)
         progress.advance()
         dense = dense_model(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
         moe = converted_model(job, folder, streamed)
         progress.advance()
     layers = _LayerErrors(job, moe, checkpoint)
-    totals = _Totals()
-    # Streaming reads every weight once per batch: larger batches cost memory, and save that.
-    step = max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * job.dense.vocab_size))
-    batches = ids.split(step)
+    totals = Totals()
+    batches = ids.split(batch_size(job, ids, streamed))
     with progress.phase("verifying", 2 * len(batches)):
         for batch in batches:
             with layers.measured_on(dense):
@@ -144,7 +152,17 @@ def verify_job(
     return _judge(job, layers, totals, label, streamed)
 
 
-def _check_keys(job: Job, folder: Path) -> None:
+def batch_size(job: AnyJob, ids: torch.Tensor, streamed: bool) -> int:
+    """Windows per batch. Streaming reads every weight once per batch: larger ones cost memory, and save that."""
+    return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * job.vocab_size))
+
+
+def check_keys(job: AnyJob, folder: Path) -> None:
+    """Compare the stored names, shapes and dtypes with the plan.
+
+    Raises:
+        CheckpointError: one differs.
+    """
     stored = SafetensorsFolder(folder).specs
     planned = {entry.name: entry.spec for unit in job.units for entry in unit.entries}
     if stored != planned:
@@ -152,11 +170,12 @@ def _check_keys(job: Job, folder: Path) -> None:
         raise CheckpointError(f"{folder}: tensor '{wrong[0]}' is not as planned ({len(wrong)} such tensors)")
 
 
-def _token_windows(job: Job, checkpoint: DenseCheckpoint, text: str | None, tokens: int) -> tuple[torch.Tensor, str]:
-    window = min(_WINDOW, job.dense.max_position_embeddings, tokens)
+def token_windows(job: AnyJob, checkpoint: Checkpoint, text: str | None, tokens: int) -> tuple[torch.Tensor, str]:
+    """Token ids ``[N, W]`` to measure on, and what they are from."""
+    window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)
-        ids = torch.randint(job.dense.vocab_size, (max(1, tokens // window), window), generator=rng)
+        ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
         return ids, "random token ids (no tokenizer)"
     tokenizer = load_tokenizer(checkpoint.source.path)
     if text:
@@ -259,7 +278,7 @@ def _all_experts(blocks: list[Module], x: torch.Tensor, job: Job) -> torch.Tenso
     return total
 
 
-class _Totals:
+class Totals:
     """Sums over tokens, in fp64."""
 
     def __init__(self) -> None:
@@ -282,10 +301,28 @@ class _Totals:
         self.loss += cross_entropy(q[:, :-1].flatten(0, 1), targets, reduction="sum").item()
         self.predictions += targets.numel()
 
+    @property
+    def relative_error(self) -> float:
+        """``||moe - dense|| / ||dense||``."""
+        return math.sqrt(self.error / self.norm)
 
-def _judge(job: Job, layers: _LayerErrors, totals: _Totals, label: str, streamed: bool) -> Verification:
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As :class:`Verification` names them."""
+        return {
+            "relative_logit_error": self.relative_error,
+            "max_logit_difference": self.largest,
+            "kl": max(0.0, self.kl / self.tokens),
+            "top1_agreement": self.agreeing / self.tokens,
+            "perplexity_dense": math.exp(self.loss_dense / self.predictions),
+            "perplexity": math.exp(self.loss / self.predictions),
+            "tokens": self.tokens,
+        }
+
+
+def _judge(job: Job, layers: _LayerErrors, totals: Totals, label: str, streamed: bool) -> Verification:
     promise, reason = job.promise
-    error = math.sqrt(totals.error / totals.norm)
+    error = totals.relative_error
     roundoff = _ROUNDOFF[job.dtype]
     # Layers' rounding errors are independent: they add up like a random walk.
     tolerance = {"exact": EXACT_TOLERANCE, "rounded": roundoff * math.sqrt(job.dense.num_hidden_layers)}.get(promise)
@@ -305,17 +342,11 @@ def _judge(job: Job, layers: _LayerErrors, totals: _Totals, label: str, streamed
         verdict=verdict,
         explanation=explanation,
         promise=promise,
-        relative_logit_error=error,
         tolerance=tolerance,
-        max_logit_difference=totals.largest,
-        kl=max(0.0, totals.kl / totals.tokens),
-        top1_agreement=totals.agreeing / totals.tokens,
-        perplexity_dense=math.exp(totals.loss_dense / totals.predictions),
-        perplexity=math.exp(totals.loss / totals.predictions),
         layer_errors=layers.relative,
         all_experts_error=everyone,
         all_experts_reference=layers.reference,
-        tokens=totals.tokens,
         text=label,
         streamed=streamed,
+        **totals.numbers,
     )

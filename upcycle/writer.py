@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from upcycle.errors import CheckpointError
-from upcycle.job import OutputEntry, Shard, Unit
+from upcycle.outputs import OutputEntry, Shard, Unit
 from upcycle.tensor_files import CODES, INDEX, ITEM_SIZE
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ NAMES = [
         name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "torch")) is None, reason=f"{name} needs more")
     )
     for name in METHODS
+    if load("method", name).kind != "growth"  # see test_growth.py
 ]
 
 

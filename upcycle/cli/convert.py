@@ -82,17 +82,22 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str
     from upcycle.cli.verify import verification_facts
 
     plan = result.plan
+    grown = plan.kind == "growth"
     ratio = plan.flops_per_token / plan.flops_per_token_dense
+    reference = "source" if grown else "dense"
+    same = plan.parameters_active == plan.parameters_total and grown
+    active = "" if same else f", {count(plan.parameters_active)} active"
     facts = [
         (
             "output",
             f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})",
         ),
+        *([("growth", plan.summary)] if grown else []),
         (
             "parameters",
-            f"{count(plan.parameters_total)} total, {count(plan.parameters_active)} active (dense {count(plan.parameters_dense)})",
+            f"{count(plan.parameters_total)} total{active} ({reference} {count(plan.parameters_dense)})",
         ),
-        ("FLOPs per token", f"{ratio:.2f}x dense"),
+        ("FLOPs per token", f"{ratio:.2f}x {reference}"),
         (
             "time, memory",
             f"{duration(result.seconds)}, peak {size(result.peak_memory_bytes)}"
@@ -109,7 +114,15 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str
     facts += calibration_facts(result.layers) + verification_facts(result.verification)
     if result.verification.verdict == "approximate" and plan.promise == "approximate":
         facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
-    return [*facts, ("next", f"upcycle evaluate {out} --reference {source}")]
+    return [*facts, ("next", _next_step(plan, out, source))]
+
+
+def _next_step(plan: Any, out: Path, source: str) -> str:
+    """What most would do with the result."""
+    from upcycle.registry import load
+
+    step = getattr(load("method", plan.method), "next_step", "upcycle evaluate {out} --reference {source}")
+    return str(step).format(out=out, source=source)
 
 
 def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -41,11 +41,27 @@ def show_plan(recipe: Any, as_json: bool) -> None:
         warn(warning)
 
 
+def _growth_facts(plan: Any) -> list[tuple[str, str]]:
+    """The same of a growth step."""
+    total = plan.parameters_total / plan.parameters_dense
+    facts = [
+        ("growth", f"{plan.family} by {plan.method}: {plan.summary}"),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} ({total:.2f}x the source)"),
+    ]
+    if plan.parameters_active != plan.parameters_total:
+        facts.append(("active", f"{count(plan.parameters_active)} per token"))
+    if plan.calibration_tokens:
+        facts.append(("calibration", f"on {plan.calibration_tokens:,} tokens, with the model in memory"))
+    return [*facts, *_costs(plan, "the source")]
+
+
 def plan_facts(plan: Any) -> list[tuple[str, str]]:
     """The plan as lines."""
-    ratio = plan.flops_per_token / plan.flops_per_token_dense
     total = plan.parameters_total / plan.parameters_dense
     active = plan.parameters_active / plan.parameters_dense
+    if plan.kind == "growth":
+        return _growth_facts(plan)
     fitted = {"down": "down projections refitted", "scale": "one scale per layer fitted", "none": "nothing refitted"}
     calibration = f"on {plan.calibration_tokens:,} tokens, {fitted[plan.refit]}" if plan.calibration_tokens else "none"
     return [
@@ -54,14 +70,20 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
         ("promise", f"{plan.promise}: {plan.promise_reason}"),
         ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
         ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
+        *_costs(plan, "dense"),
+    ]
+
+
+def _costs(plan: Any, reference: str) -> list[tuple[str, str]]:
+    """What it takes to run, to store and to make."""
+    ratio = plan.flops_per_token / plan.flops_per_token_dense
+    files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    return [
         (
             "FLOPs",
-            f"{count(plan.flops_per_token)} per token ({ratio:.2f}x dense; attention over the context not counted)",
+            f"{count(plan.flops_per_token)} per token ({ratio:.2f}x {reference}; attention over the context not counted)",
         ),
-        (
-            "on disk",
-            f"{size(plan.bytes_output)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)} (dense {size(plan.bytes_dense)})",
-        ),
+        ("on disk", f"{size(plan.bytes_output)} in {files} ({reference} {size(plan.bytes_dense)})"),
         (
             "peak memory",
             f"about {size(plan.peak_memory_bytes)} to convert; verification holds both models in fp32 if they fit",

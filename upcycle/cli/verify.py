@@ -42,6 +42,7 @@ def command(
 
 def verification_facts(result: Any) -> list[tuple[str, str]]:
     """The verdict and its numbers as lines."""
+    before, after = ("before", "after") if result.compared_tensors else ("dense", "MoE")
     style = VERDICT_STYLE[result.verdict]
     limit = f" (promised below {result.tolerance:.0e})" if result.tolerance else ""
     facts = [
@@ -52,10 +53,13 @@ def verification_facts(result: Any) -> list[tuple[str, str]]:
         ),
         (
             "perplexity",
-            f"dense {result.perplexity_dense:.3f}, MoE {result.perplexity:.3f} ({result.tokens:,} tokens, {result.text})",
+            f"{before} {result.perplexity_dense:.3f}, {after} {result.perplexity:.3f} ({result.tokens:,} tokens, {result.text})",
         ),
-        ("layers", f"relative error {min(result.layer_errors):.1e} to {max(result.layer_errors):.1e}"),
     ]
+    if result.compared_tensors:
+        facts.append(("tensors", f"{result.compared_tensors:,}, each what it was made from, bit for bit"))
+    if result.layer_errors:
+        facts.append(("layers", f"relative error {min(result.layer_errors):.1e} to {max(result.layer_errors):.1e}"))
     if result.all_experts_error is not None:
         facts.append(
             ("all experts on", f"equal to {result.all_experts_reference} within {result.all_experts_error:.1e}")

@@ -195,12 +195,21 @@ class Family(ABC):
             )
 
 
-def _refuse_unheld(raw: Mapping[str, Any]) -> None:
+def refuse_quantized(raw: Mapping[str, Any]) -> None:
+    """Refuse weights that are not numbers of their own.
+
+    Raises:
+        RefusalError: the configuration has a ``quantization_config``.
+    """
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "an unknown method")
         raise RefusalError(
             f"config.json: the weights are quantized ({method})", hint="convert the full-precision checkpoint instead"
         )
+
+
+def _refuse_unheld(raw: Mapping[str, Any]) -> None:
+    refuse_quantized(raw)
     if not all(raw.get("no_rope_layers") or [True]):
         raise RefusalError(
             "config.json: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), "

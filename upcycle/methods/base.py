@@ -1,4 +1,4 @@
-"""The protocol of a method: from a dense FFN to a blueprint."""
+"""The protocols of methods: what all have in common, and those that go from a dense FFN to a blueprint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
 Merges = tuple[tuple[float, ...], ...]
-Kind = Literal["copies", "partition", "overlap"]
+Kind = Literal["copies", "partition", "overlap", "growth"]
 
 
 class PluginParameters(BaseModel):
@@ -32,29 +32,18 @@ class PluginParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Method(ABC):
-    """Makes blueprints. Never reads or writes a file, never knows the target.
+class AnyMethod(ABC):
+    """What every entry of ``upcycle list methods`` has: a name, a source, parameters of its own, and which sources it takes.
 
-    ``exact_when_all_active`` promises that with top-k = all experts and equal router weights the layer equals the dense
-    FFN; ``exact_with_any_router`` that it does with any router whose top-k weights sum to 1. ``calibrated`` methods must be
-    given activations, those with ``needs_gradients`` also ``activations.importance``. ``normalized`` says that the chosen
-    experts' weights are to sum to 1, ``spread`` to which powers of the scale gate, up and down are multiplied,
-    ``default_scale`` which convention is taken where none is asked for, ``draws`` that weights are drawn at random.
-    Methods with ``takes_sources`` mix several models; ``mix`` says what they are given, once :meth:`join` was called.
+    ``calibrated`` ones must be given text. Those with ``takes_sources`` mix several models; ``mix`` says what they are given,
+    once :meth:`join` was called.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str | None]
     kind: Kind
-    exact_when_all_active: bool = True
-    exact_with_any_router: bool = False
-    normalized: bool = True
-    spread: tuple[float, float, float] = DOWN_ONLY
-    draws: bool = False
-    default_scale: ClassVar[Scale] = "exact"
     calibrated: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = False
     mix: Mix | None = None
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
@@ -84,19 +73,38 @@ class Method(ABC):
         """Whether :attr:`merges` are still to be found, from the weights and the calibration text."""
         return False
 
-    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
-        """What the recipe says of every model that is mixed."""
-        return list(sources)
+    @property
+    def rest(self) -> tuple[float, ...] | None:
+        """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
+        return None
+
+
+class Method(AnyMethod):
+    """Makes blueprints. Never reads or writes a file, never knows the target.
+
+    ``exact_when_all_active`` promises that with top-k = all experts and equal router weights the layer equals the dense
+    FFN; ``exact_with_any_router`` that it does with any router whose top-k weights sum to 1. ``calibrated`` methods must be
+    given activations, those with ``needs_gradients`` also ``activations.importance``. ``normalized`` says that the chosen
+    experts' weights are to sum to 1, ``spread`` to which powers of the scale gate, up and down are multiplied,
+    ``default_scale`` which convention is taken where none is asked for, ``draws`` that weights are drawn at random.
+    """
+
+    exact_when_all_active: bool = True
+    exact_with_any_router: bool = False
+    normalized: bool = True
+    spread: tuple[float, float, float] = DOWN_ONLY
+    draws: bool = False
+    default_scale: ClassVar[Scale] = "exact"
+    needs_gradients: ClassVar[bool] = False
 
     @property
     def members(self) -> list[int]:
         """Whose FFN is an expert, as indices of sources (their number for the base); empty for a single model."""
         return []
 
-    @property
-    def rest(self) -> tuple[float, ...] | None:
-        """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
-        return None
+    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
+        """What the recipe says of every model that is mixed, in order; of the generalist it says nothing."""
+        return list(sources)
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int | None, int | None]:
         """Routed experts and top-k, given those that the recipe names; ``None`` leaves a number to the recipe's default.
@@ -106,7 +114,7 @@ class Method(ABC):
         """
         return experts, top_k
 
-    def check(self, shape: MoeShape) -> None:  # noqa: B027 - most need no check
+    def check(self, shape: MoeShape) -> None:
         """Refuse shapes that make no sense; most methods refuse none that ``expert_size`` allows."""
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
