@@ -98,3 +98,17 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"not a model at all, just some bytes")
     with pytest.raises(CheckpointError, match="not a readable GGUF"):
         GgufFile(tmp_path / "m.gguf")
+
+
+def test_a_stack_of_its_layers_is_a_stock_model(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    path = write_gguf(pico("llama"), tmp_path / "model.gguf")
+    keys = {"method": "depth_stack", "parameters": {"growth": 2}, "tokenizer": "none"}
+    result = upcycle.convert(str(path), tmp_path / "out", **keys, verification={"tokens": 64}).verification
+    assert result is not None
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert result.compared_tensors == len(model.state_dict())
+    dense = DenseCheckpoint.open(str(path))
+    for layer in range(6):
+        stacked = model.state_dict()[f"model.layers.{layer}.self_attn.k_proj.weight"]
+        assert torch.equal(stacked, dense.read(f"model.layers.{layer % 3}.self_attn.k_proj.weight"))

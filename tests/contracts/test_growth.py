@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import upcycle
 from upcycle import growth_verification, provenance
+from upcycle.conversion import run_recipe
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.families.moe import MOES
 from upcycle.planning import job_of
-from upcycle.recipe import parse_recipe
+from upcycle.recipe import parse_recipe, read_recipe
 from upcycle.registry import FAMILIES, METHODS, load
 from upcycle.writer import ShardWriter
 
@@ -92,7 +93,8 @@ def test_same_inputs_give_the_same_bytes_as_planned(name: str, source: Callable[
     keys = {"method": name, **SOURCE[name][1], **QUICK, "max_shard_size": "60KB"}
     plan = upcycle.plan(source(name), **keys)
     results = [upcycle.convert(source(name), tmp_path / folder, **keys) for folder in ("one", "two")]
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    run_recipe(parse_recipe(read_recipe(tmp_path / "one" / "recipe.yaml"), "recipe"), tmp_path / "again")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
     assert results[0].plan == plan
     assert plan.kind == "growth"
     assert len(plan.shards) > 2

@@ -93,7 +93,7 @@ def test_exit_codes() -> None:
     assert documented == raised | {0, 130}
 
 
-def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
+def test_json_keys(pico: Callable[[str], Path], pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
     dense = str(pico("llama"))
     plan = upcycle.plan(dense).as_dict()
     converted = upcycle.convert(dense, tmp_path / "out", verification={"tokens": 64}).as_dict()
@@ -107,6 +107,8 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
     told = [{"name": dense, "positive_prompts": [prompt]} for prompt in ("def f():", "She said")]
     mixing = {"method": "branch_train_mix", "sources": told, "router": "hidden", "verification": {"enabled": False}}
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
+    growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
+    grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
     compared = upcycle.compare(
         dense,
         methods=["random_split"],
@@ -124,6 +126,7 @@ def test_json_keys(pico: Callable[[str], Path], tmp_path: Path) -> None:
         "verify": converted["verification"],
         "convert layers": calibrated["layers"][0],
         "convert layers of a mix": mixed["layers"][0],
+        "convert layers of a grown MoE": grown["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
         "evaluate": evaluated,

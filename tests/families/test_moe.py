@@ -1,0 +1,78 @@
+"""MoEs as sources: what is refused, and faults of a checkpoint, each by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from upcycle.errors import CheckpointError, RefusalError, UpcycleError
+from upcycle.families.moe import MOES, MoeModel, moe_family
+from upcycle.moe_checkpoint import MoeCheckpoint
+
+Models = Callable[..., Path]
+Weights = dict[str, torch.Tensor]
+EXPERT = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture
+def moe(pico_moe: Models, tmp_path: Path) -> Path:
+    """A private copy, to be damaged."""
+    return Path(shutil.copytree(pico_moe("qwen3_moe"), tmp_path / "moe"))
+
+
+def config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"model_type": "deepseek_v3"}, RefusalError, "cannot grow the experts of a 'deepseek_v3' model"),
+        ({"model_type": "llama"}, RefusalError, "is a dense 'llama' model"),
+        ({"quantization_config": {"quant_method": "fp8"}}, RefusalError, r"quantized \(fp8\)"),
+        ({"num_local_experts": 0, "num_experts": 0}, CheckpointError, "must be a positive integer, got 0"),
+        ({"num_hidden_layers": "many"}, CheckpointError, "transformers cannot read config.json"),
+        ({"num_local_experts": 8, "num_experts": 8}, CheckpointError, "and there are 8 such; config.json asks for"),
+        ({"moe_intermediate_size": 24}, CheckpointError, r"has shape \[16, 32\]"),
+        ({"num_hidden_layers": 3}, CheckpointError, "'model.layers.2.self_attn.q_proj.weight' is missing"),
+        ({"num_hidden_layers": 1}, CheckpointError, r"'model.layers.1.+' is not part of a qwen3_moe model"),
+    ],
+)
+def test_configurations(changes: dict[str, Any], kind: type[UpcycleError], message: str, moe: Path) -> None:
+    config(moe, **changes)
+    with pytest.raises(kind, match=message):
+        MoeCheckpoint.open(str(moe))
+
+
+def test_a_missing_expert_is_found(moe: Path) -> None:
+    tensors = load_file(moe / "model.safetensors")
+    del tensors[f"{EXPERT}.3.up_proj.weight"]
+    save_file(tensors, moe / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"there are 7 such; config.json asks for \[4, 32, 32\]"):
+        MoeCheckpoint.open(str(moe))
+
+
+def test_groups_of_experts_are_refused() -> None:
+    raw = {"model_type": "glm4_moe", "n_group": 2}
+    with pytest.raises(RefusalError, match="'n_group' is 2: the router chooses groups of experts first"):
+        MoeModel.read(raw, {}, "here")
+
+
+def test_a_dense_model_is_told_what_makes_a_moe_of_it() -> None:
+    with pytest.raises(RefusalError) as caught:
+        moe_family({"model_type": "qwen3"}, "here")
+    assert "--method sparse_upcycling" in (caught.value.hint or "")
+
+
+def test_unknown_moes_are_told_the_known_ones() -> None:
+    with pytest.raises(RefusalError) as caught:
+        moe_family({"model_type": "gpt_oss"}, "here")
+    assert all(name in (caught.value.hint or "") for name in MOES)
