@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from upcycle import provenance
 from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.companions import copy_companions
+from upcycle.decisions import decide_merges
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.growth import GrowthJob, decide_growth, growth_reports
 from upcycle.job import Job
-from upcycle.mixing import open_sources
+from upcycle.mixing import MixedCheckpoint, open_sources
 from upcycle.outputs import Unit
 from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What happened. ``as_dict`` has the documented JSON keys; ``layers`` holds what calibration measured of each layer."""
+    """What happened. ``as_dict`` has the documented JSON keys; ``layers`` holds what calibration measured of each layer,
+    ``merging`` what merges of sources were decided by.
+    """
 
     out: Path
     plan: Plan
@@ -50,6 +53,7 @@ class Conversion:
     seconds: float
     peak_memory_bytes: int
     resumed: bool
+    merging: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -120,10 +124,17 @@ def run_recipe(
         progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
     windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
+    merging = None
     try:
         with Workspace(
             out, provenance.fingerprint(job, checkpoint, blueprint, windows), overwrite, restart
         ) as workspace:
+            if job.method.undecided(recipe):
+                assert isinstance(checkpoint, MixedCheckpoint)
+                assert windows is not None
+                job, checkpoint, merging = decide_merges(job, recipe, checkpoint, windows, workspace.folder, progress)
+                made = make_plan(job)
+                windows, samples = _tokens(job, checkpoint, progress)
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
             if isinstance(job, GrowthJob):
@@ -137,7 +148,7 @@ def run_recipe(
             checkpoint.check_unchanged()
             layers = _write_companions(job, checkpoint, workspace.folder)
             _warn_of_degenerate_rows(layers, progress)
-            provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration)
+            provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
             verification = _verify(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()
             broken = verification is not None and verification.verdict == "broken"
@@ -155,18 +166,18 @@ def run_recipe(
             hint=f"the result is in {final}; please report this with the output of: upcycle env",
         )
     seconds = time.monotonic() - started
-    return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed)
+    return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed, merging)
 
 
 def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
     """What is looked at: token ids ``[N, W]``, and whose they are where they are of several sources."""
-    if isinstance(job, Job) and job.sampled:
+    if isinstance(job, Job) and job.sampled and not job.method.undecided(job.recipe):
         from upcycle.samples import read_samples
 
         assert isinstance(checkpoint, DenseCheckpoint)
         samples = read_samples(job, checkpoint)
         return samples.windows, samples
-    if not job.calibrated:
+    if not job.calibrated and not job.method.undecided(job.recipe):
         return None, None
     from upcycle.calibration_text import calibration_windows
 

@@ -46,7 +46,7 @@ class GrowthJob:
     @property
     def calibrated(self) -> bool:
         """Whether text is looked at."""
-        return self.method.text_for is not None
+        return self.method.text_for is not None or self.method.undecided(self.recipe)
 
     @property
     def promise(self) -> tuple[str, str]:
@@ -162,15 +162,9 @@ def decide_growth(
         temporary.rename(path)
     if windows is None:
         return decided_growth(job, folder), None
-    from upcycle.provenance import hash_tokens
+    from upcycle.provenance import text_record
 
-    about = {
-        "text": job.recipe.calibration.texts,
-        "tokens": windows.numel(),
-        "window": windows.shape[1],
-        "token_ids_sha256": hash_tokens(windows),
-    }
-    return decided_growth(job, folder), about
+    return decided_growth(job, folder), text_record(job.recipe, windows)
 
 
 def decided_growth(job: GrowthJob, folder: Path) -> GrowthJob:

@@ -192,9 +192,9 @@ def prepare(
     members, told = method.members, recipe.model_copy(update={"sources": method.told(recipe.sources)})
     router.check_sources(told, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
     refit = _refit(recipe, method, sparse)
-    if method.undecided and not texts:
+    if method.undecided(recipe) and not texts:
         raise UsageError(
-            f"method {method.name} keeps a merge that predicts your text better, and there is none",
+            f"method {method.name} keeps a merge that does not predict your text worse, and there is none",
             hint=CALIBRATION_HINT,
         )
     for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):

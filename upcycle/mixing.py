@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class MixedCheckpoint(JoinedCheckpoint):
         weights: theirs.
         dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
         tokenizers: whether to compare tokenizers.
-        sources: the recipe's, where they are not the members.
+        sources: the recipe's; default: the members.
 
     Raises:
         UsageError: they do not belong together; names the sources, the key and both values.
@@ -126,28 +126,32 @@ def open_sources(recipe: Recipe) -> Checkpoint:
     if not recipe.sources:
         return base
     members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
-    return mix_sources(recipe, base, members, method_of(recipe).merges)
+    return mix_sources(recipe, base, members)
 
 
-def mix_sources(
-    recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint], merges: Merges | None
-) -> MixedCheckpoint:
-    """The sources side by side, or in their place the means of them that ``merges`` says.
+def mix_sources(recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]) -> MixedCheckpoint:
+    """The opened sources side by side, or in their place the merges of them that the recipe's method makes.
 
     Raises:
         UsageError: they do not belong together, or the merges are of another number of sources.
     """
-    weights = mixing_weights(recipe, merges)
-    compared = recipe.dtype, recipe.tokenizer == "copy"
-    if merges is None:
-        return MixedCheckpoint(base, sources, weights, *compared)
-    members = []
-    for row in merges:
-        used = [i for i, coefficient in enumerate(row) if coefficient]
-        merged = [sources[i] for i in used]
-        alone = len(used) == 1
-        members.append(merged[0] if alone else MergedCheckpoint(base, merged, [row[i] for i in used], *compared))
-    return MixedCheckpoint(base, members, weights, *compared, sources=sources)
+    merges = method_of(recipe).merges
+    weights, members = mixing_weights(recipe, merges), list(sources)
+    if merges is not None:
+        members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
+    return MixedCheckpoint(base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources)
+
+
+def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
+    """The weighted mean of some sources, or the one that alone weighs anything.
+
+    Raises:
+        UsageError: they do not belong together.
+    """
+    used = {source: weight for source, weight in parts.items() if weight}
+    if len(used) == 1:
+        return next(iter(used))
+    return MergedCheckpoint(base, list(used), list(used.values()), recipe.dtype, recipe.tokenizer == "copy")
 
 
 def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:

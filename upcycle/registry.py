@@ -15,6 +15,8 @@ METHODS = {
     "qwen_fine_grained": "upcycle.methods.qwen_fine_grained:QwenFineGrained",
     "shared_plus_routed": "upcycle.methods.shared_plus_routed:SharedPlusRouted",
     "branch_train_mix": "upcycle.methods.branch_train_mix:BranchTrainMix",
+    "model_glue": "upcycle.methods.model_glue:ModelGlue",
+    "branch_train_merge": "upcycle.methods.branch_train_merge:BranchTrainMerge",
     "depth_stack": "upcycle.methods.depth_stack:DepthStack",
     "expert_upcycling": "upcycle.methods.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",

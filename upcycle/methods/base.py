@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,8 +16,10 @@ from upcycle.feed_forward import FeedForward
 from upcycle.targets.base import MoeShape
 
 if TYPE_CHECKING:
-    from upcycle.mixing import Mix
-    from upcycle.recipe import SourceRecipe
+    from upcycle.decisions import Measured
+    from upcycle.mixing import Mix, MixedCheckpoint
+    from upcycle.progress import Progress
+    from upcycle.recipe import Recipe, SourceRecipe
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
@@ -65,13 +67,31 @@ class AnyMethod(ABC):
 
     @property
     def merges(self) -> Merges | None:
-        """What is mixed in place of the sources: a row per model, with the weight of every source in it; None: the sources."""
+        """What is mixed in place of the sources: a row per model, with the part of every source in it; None: the sources."""
         return None
 
-    @property
-    def undecided(self) -> bool:
-        """Whether :attr:`merges` are still to be found, from the weights and the calibration text."""
+    def undecided(self, recipe: Recipe) -> bool:
+        """Whether its parameter ``coefficients`` is still to be found, from the weights and the calibration text."""
         return False
+
+    def decide(
+        self,
+        checkpoint: MixedCheckpoint,
+        recipe: Recipe,
+        windows: torch.Tensor,
+        measured: Measured,
+        progress: Progress,
+    ) -> tuple[list[Any], dict[str, Any]] | None:
+        """The coefficients, and as plain data what they were decided by; ``None``: nothing is to be decided.
+
+        Args:
+            checkpoint: the sources.
+            recipe: as it was given.
+            windows: the calibration tokens, ids ``[N, W]``.
+            measured: keeps what takes long to measure.
+            progress: where to report.
+        """
+        return None
 
     @property
     def rest(self) -> tuple[float, ...] | None:
