@@ -105,6 +105,34 @@ def branches(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return get
 
 
+@pytest.fixture(scope="session")
+def zoo(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+    """``zoo("abaa")``: "fine-tunes" of the pico Llama of the families a and b. A matrix's difference from its ancestor's is as
+    long as that is and the same in a family, and each has a fifth of that of its own; vectors differ by their own alone.
+    """
+    from safetensors.torch import load_file, save_file
+
+    made: dict[tuple[str, int], Path] = {}
+
+    def get(families: str) -> list[Path]:
+        places = [(family, families[:i].count(family)) for i, family in enumerate(families)]
+        for family, number in places:
+            if (family, number) in made:
+                continue
+            folder = tmp_path_factory.mktemp(f"zoo-{family}{number}") / "model"
+            shutil.copytree(pico("llama"), folder)
+            shared, own = (torch.Generator().manual_seed(seed) for seed in (ord(family), 1000 + ord(family) + number))
+            tensors = load_file(folder / "model.safetensors")
+            for name, tensor in tensors.items():
+                common = torch.randn(tensor.shape, generator=shared) if tensor.dim() > 1 else torch.zeros_like(tensor)
+                tensors[name] = tensor + tensor.std() * (common + 0.2 * torch.randn(tensor.shape, generator=own))
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            made[family, number] = folder
+        return [made[place] for place in places]
+
+    return get
+
+
 def perturbed(source: Path, folder: Path, seed: int, change: float) -> Path:
     """A copy whose every number is multiplied by its own ``1 + change * N(0, 1)``."""
     from safetensors.torch import load_file, save_file

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +234,31 @@ def test_killed_then_resumed_is_byte_equal(branches: Branches, tmp_path: Path) -
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
-def test_blocks_shrink_so_that_memory_does_not_grow(branches: Branches, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle import mixing
+def test_one_block_of_one_source_is_in_memory_whatever_their_number(
+    branches: Branches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upcycle import merging
     from upcycle.families.origin import Origin
     from upcycle.mixing import MixedCheckpoint, open_sources
+    from upcycle.tensor_files import SafetensorsFolder
 
-    monkeypatch.setattr(mixing, "COPY_BLOCK_BYTES", 32 * 4 * 64)
+    monkeypatch.setattr(merging, "SUM_BYTES", 8 * 32 * 64)
+    read, alive, most = SafetensorsFolder.chunks, weakref.WeakSet[Any](), []
+
+    def watched(self: SafetensorsFolder, *arguments: Any) -> Iterator[torch.Tensor]:
+        for block in read(self, *arguments):
+            alive.add(block)
+            most.append((len(alive), len(block)))
+            yield block
+
     for count in (2, 4):
         checkpoint = open_sources(parse_recipe({"sources": list(map(str, branches(count)))}, "test"))
         assert isinstance(checkpoint, MixedCheckpoint)
         checkpoint.rest = (*[1.0] * count, 0.0)
-        blocks = list(checkpoint.blocks(Origin("model.embed_tokens.weight")))
-        assert max(map(len, blocks)) * count <= 64
-        assert sum(map(len, blocks)) == 4096
+        with monkeypatch.context() as patched:
+            patched.setattr(SafetensorsFolder, "chunks", watched)
+            rows = sum(len(block) for block in checkpoint.blocks(Origin("model.embed_tokens.weight")))
+        assert rows == 4096
+        assert len(most) == count * 4096 // 64
+        assert set(most) == {(1, 64)}
+        most.clear()

@@ -116,8 +116,10 @@ class Calibration:
 
     @property
     def _samples_of(self) -> list[str]:
-        sources, what = self._job.recipe.sources, self._job.router.samples
-        return [(source.text or "") if what == "text" else f"prompts of {source.name}" for source in sources]
+        told = self._job.method.told(self._job.recipe.sources)
+        if self._job.router.samples == "text":
+            return [name for source in told for name in source.texts]
+        return [f"prompts of {source.name}" for source in told]
 
     def _start(self) -> None:
         """Write the tokens' embeddings, wherever they are to be read."""
@@ -152,7 +154,7 @@ class Calibration:
         """What one source's FFN does on its own states."""
         assert self._sources
         assert isinstance(self._checkpoint, MixedCheckpoint)
-        ffn = self._checkpoint.member_ffn(source, index, self._job.recipe.dtype)
+        ffn = self._checkpoint.members[source].feed_forward(index, self._job.recipe.dtype)
         return activations_of(ffn, self._sources.inputs(source, index), self._sources.batch, sources=sources)
 
     def _stream(self, name: str, index: int) -> TokenFile:

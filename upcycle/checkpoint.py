@@ -129,10 +129,7 @@ class Checkpoint:
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """A tensor of the converted model, block by block, from where it comes from."""
-        yield from self._blocks(origin, dtype, COPY_BLOCK_BYTES)
-
-    def _blocks(self, origin: Origin, dtype: str, most_bytes: int) -> Iterator[torch.Tensor]:
-        for block in self.store.chunks(origin.name, most_bytes, origin.rows, origin.head):
+        for block in self.store.chunks(origin.name, COPY_BLOCK_BYTES, origin.rows, origin.head):
             yield origin.apply(self._checked(origin.name, block, dtype))
 
     def whole(self, origin: Origin, dtype: str = "keep") -> torch.Tensor:

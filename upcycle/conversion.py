@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from upcycle import provenance
 from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.companions import copy_companions
+from upcycle.decisions import decide_merges
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.growth import GrowthJob, decide_growth, growth_reports
 from upcycle.job import Job
-from upcycle.mixing import open_sources
+from upcycle.mixing import MixedCheckpoint, open_sources
 from upcycle.outputs import Unit
 from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What happened. ``as_dict`` has the documented JSON keys; ``layers`` holds what calibration measured of each layer."""
+    """What happened. ``as_dict`` has the documented JSON keys; ``layers`` holds what calibration measured of each layer,
+    ``merging`` what merges of sources were decided by.
+    """
 
     out: Path
     plan: Plan
@@ -50,6 +53,7 @@ class Conversion:
     seconds: float
     peak_memory_bytes: int
     resumed: bool
+    merging: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -114,20 +118,24 @@ def run_recipe(
         read_text(recipe.verification.text)  # better refused now than after the conversion
     job = job_for(recipe, checkpoint)
     made = make_plan(job)
-    for warning in made.warnings:
-        progress.note(warning)
-    if recipe.verification.text in recipe.calibration.texts:
-        progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
+    _warn(made, recipe, progress)
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
     windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
-    read = [ids for ids in (samples.windows if samples else None, windows) if ids is not None]
+    merging = None
     try:
-        with Workspace(out, provenance.fingerprint(job, checkpoint, blueprint, read), overwrite, restart) as workspace:
+        identity = provenance.fingerprint(job, checkpoint, blueprint, _ids(windows, samples))
+        with Workspace(out, identity, overwrite, restart) as workspace:
+            if job.method.undecided(recipe):
+                assert isinstance(checkpoint, MixedCheckpoint)
+                assert windows is not None
+                job, checkpoint, merging = decide_merges(job, recipe, checkpoint, windows, workspace.folder, progress)
+                made = make_plan(job)
+                windows, samples = _tokens(job, checkpoint, progress)
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
             calibration = None
             if isinstance(job, GrowthJob):
                 job, calibration = decide_growth(job, checkpoint, windows, workspace.folder, progress)
-            elif read:
+            elif _ids(windows, samples):
                 from upcycle.calibration import calibrate
 
                 assert isinstance(checkpoint, DenseCheckpoint)
@@ -136,7 +144,7 @@ def run_recipe(
             checkpoint.check_unchanged()
             layers = _write_companions(job, checkpoint, workspace.folder)
             _warn_of_degenerate_rows(layers, progress)
-            provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration)
+            provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
             verification = _verify(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()
             broken = verification is not None and verification.verdict == "broken"
@@ -154,24 +162,37 @@ def run_recipe(
             hint=f"the result is in {final}; please report this with the output of: upcycle env",
         )
     seconds = time.monotonic() - started
-    return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed)
+    return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed, merging)
 
 
 def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
     """What is looked at: token ids ``[N, W]`` of the calibration text, and those that tell several sources apart."""
     windows = samples = None
-    if isinstance(job, Job) and job.sampled:
+    undecided = job.method.undecided(job.recipe)
+    if isinstance(job, Job) and job.sampled and not undecided:
         from upcycle.samples import read_samples
 
         assert isinstance(checkpoint, DenseCheckpoint)
         samples = read_samples(job, checkpoint)
-    if job.calibrated:
+    if job.calibrated or undecided:
         from upcycle.calibration_text import calibration_windows
 
         if isinstance(job, Job):
             check_memory(job)
         windows = calibration_windows(job, checkpoint, progress)
     return windows, samples
+
+
+def _warn(made: Plan, recipe: Recipe, progress: Progress) -> None:
+    for warning in made.warnings:
+        progress.note(warning)
+    if recipe.verification.text in recipe.calibration.texts:
+        progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
+
+
+def _ids(windows: torch.Tensor | None, samples: Samples | None) -> list[torch.Tensor]:
+    """All token ids that decide layers."""
+    return [ids for ids in (samples.windows if samples else None, windows) if ids is not None]
 
 
 def _warn_of_degenerate_rows(layers: list[dict[str, Any]], progress: Progress) -> None:

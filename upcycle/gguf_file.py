@@ -120,25 +120,27 @@ class GgufFile:
 
     def read(self, name: str) -> torch.Tensor:
         """Dequantize one tensor to fp32."""
-        import torch
-
-        tensor, spec = self._tensors[name], self.specs[name]
-        try:
-            values = torch.from_numpy(self._dequantize(tensor.data, tensor.tensor_type).copy()).view(spec.shape)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise CheckpointError(f"{self.path}: tensor '{name}' is {kind}, which gguf cannot dequantize") from None
-        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if name.endswith(f"{part}.weight"):
-                values = _half_split(values, self.config[heads])
-        return values
+        return self._rows(name, 0, self.specs[name].shape[0])
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:
         """One block: quantized tensors are small."""
-        whole = self.read(name)
-        yield whole[part[0] : part[0] + part[1]] if part else whole
+        yield self._rows(name, *part) if part else self.read(name)
+
+    def _rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        import torch
+
+        tensor, spec = self._tensors[name], self.specs[name]
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        rows = slice(None) if heads else slice(first, first + count)  # rows of a head are read together
+        try:
+            values = torch.from_numpy(self._dequantize(tensor.data[rows], tensor.tensor_type).copy())
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise CheckpointError(f"{self.path}: tensor '{name}' is {kind}, which gguf cannot dequantize") from None
+        values = values.view(-1, *spec.shape[1:])
+        return _half_split(values, self.config[heads])[first : first + count] if heads else values
 
 
 def _shortest(value: float) -> float:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from upcycle.errors import UsageError
 from upcycle.families.moe import ExpertRows
 from upcycle.families.origin import Origin
-from upcycle.job import CALIBRATION_HINT, check_tokenizer
+from upcycle.job import CALIBRATION_HINT, check_tokenizer, method_of
 from upcycle.methods.growth import Choice, Described, Grown, Growth, Piece
 from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
-from upcycle.recipe import Recipe, parse_parameters, parse_size
-from upcycle.registry import load
+from upcycle.recipe import Recipe, parse_size
 from upcycle.tensor_files import TensorSpec, read_json
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class GrowthJob:
     @property
     def calibrated(self) -> bool:
         """Whether text is looked at."""
-        return self.method.text_for is not None
+        return self.method.text_for is not None or self.method.undecided(self.recipe)
 
     @property
     def promise(self) -> tuple[str, str]:
@@ -100,8 +99,8 @@ def growth_method(recipe: Recipe, mix: Mix | None = None) -> Growth:
     Raises:
         UsageError: the recipe sets a key that means nothing here, or lacks the text that the step looks at.
     """
-    cls: type[Growth] = load("method", recipe.method)
-    method = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
+    method = method_of(recipe)
+    assert isinstance(method, Growth)
     method.join(mix)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):
@@ -163,15 +162,9 @@ def decide_growth(
         temporary.rename(path)
     if windows is None:
         return decided_growth(job, folder), None
-    from upcycle.provenance import hash_tokens
+    from upcycle.provenance import text_record
 
-    about = {
-        "text": job.recipe.calibration.texts,
-        "tokens": windows.numel(),
-        "window": windows.shape[1],
-        "token_ids_sha256": hash_tokens(windows),
-    }
-    return decided_growth(job, folder), about
+    return decided_growth(job, folder), text_record(job.recipe, windows)
 
 
 def decided_growth(job: GrowthJob, folder: Path) -> GrowthJob:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from upcycle.errors import RefusalError, UsageError
 from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.families.origin import Origin
-from upcycle.methods.base import PREFERRED_MULTIPLE, Method
+from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
 from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
 from upcycle.recipe import Recipe, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
@@ -143,6 +143,17 @@ class Job:
         return [] if self.dtype == "float32" else [f for f in self.factors if not is_power_of_two(f)]
 
 
+def method_of(recipe: Recipe) -> AnyMethod:
+    """The method that a recipe names, with its parameters.
+
+    Raises:
+        UsageError: there is no such method, or a parameter is wrong.
+    """
+    cls = load("method", recipe.method)
+    method: AnyMethod = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
+    return method
+
+
 def prepare(
     recipe: Recipe,
     family: Family,
@@ -158,8 +169,8 @@ def prepare(
         RefusalError: no target, or not the wanted one, can hold the result.
     """
     check_tokenizer(recipe, has_tokenizer)
-    method_class = load("method", recipe.method)
-    method: Method = method_class(parse_parameters(method_class.Parameters, recipe.parameters, "parameters"))
+    method = method_of(recipe)
+    assert isinstance(method, Method)
     method.join(mix)
     recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
@@ -178,9 +189,14 @@ def prepare(
         parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
     )
     router.check(recipe.experts, recipe.top_k)
-    members = method.members
-    router.check_sources(recipe, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
+    members, told = method.members, recipe.model_copy(update={"sources": method.told(recipe.sources)})
+    router.check_sources(told, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
     refit = _refit(recipe, method, sparse)
+    if method.undecided(recipe) and not texts:
+        raise UsageError(
+            f"method {method.name} keeps a merge that does not predict your text worse, and there is none",
+            hint=CALIBRATION_HINT,
+        )
     for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
         if wants and not texts:
             raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)

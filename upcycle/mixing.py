@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint
+from upcycle.errors import UsageError
 from upcycle.families.origin import Origin
+from upcycle.job import method_of
+from upcycle.merging import JoinedCheckpoint, MergedCheckpoint, MergedStore
 from upcycle.registry import load
 from upcycle.slerp import slerp_coefficients
-from upcycle.source_checks import check_sources
 from upcycle.sources import is_local
 
 if TYPE_CHECKING:
     import torch
 
     from upcycle.feed_forward import FeedForward
+    from upcycle.methods.base import Merges
     from upcycle.recipe import Recipe
 
 
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
 class Mix:
     """What a mixing method is told of the sources.
 
-    ``weights`` are the recipe's, one per source. ``alike`` says that all sources and the base hold the same numbers, so
-    that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among them, or their number.
+    ``weights`` are the recipe's, one per source, or per merge of sources. ``alike`` says that all of them and the base hold
+    the same numbers, so that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among
+    them, or their number.
     """
 
     weights: tuple[float, ...]
@@ -36,21 +40,22 @@ class Mix:
 
     @property
     def count(self) -> int:
-        """How many sources there are."""
+        """How many models are mixed."""
         return len(self.weights)
 
 
-class MixedCheckpoint(DenseCheckpoint):
+class MixedCheckpoint(JoinedCheckpoint):
     """Several checkpoints of one shape. Configuration, tokenizer and :meth:`read` are the base's, which is the recipe's
-    ``source``; matrices of experts are read from the source they belong to, and what is copied is an average, or with
+    ``source``; matrices of experts are read from the member they belong to, and what is copied is an average, or with
     ``slerp``, for matrices of attention, an interpolation on the sphere.
 
     Args:
         base: the recipe's ``source``.
-        members: the recipe's ``sources``.
+        members: what is mixed: the recipe's ``sources``, or merges of some of them.
         weights: theirs.
-        dtype: the recipe's: where it is ``keep``, sources must agree on every tensor's.
+        dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
         tokenizers: whether to compare tokenizers.
+        sources: the recipe's; default: the members.
 
     Raises:
         UsageError: they do not belong together; names the sources, the key and both values.
@@ -63,68 +68,49 @@ class MixedCheckpoint(DenseCheckpoint):
         weights: Sequence[float],
         dtype: str = "keep",
         tokenizers: bool = True,
+        sources: Sequence[DenseCheckpoint] | None = None,
     ) -> None:
-        self.members: tuple[DenseCheckpoint, ...] = ()
-        super().__init__(base.source)
-        place = base.source.path.resolve()
-        where = [i for i, member in enumerate(members) if member.source.path.resolve() == place]
+        where = [i for i, member in enumerate(members) if _files(member) == _files(base)]
         base_index = where[0] if where else len(members)
-        self.members = (*members, members[where[0]] if where else base)
-        check_sources(self.members, dtype, tokenizers)
+        super().__init__((*members, members[where[0]] if where else base), dtype, tokenizers)
+        self.sources = tuple(members if sources is None else sources)
         self.mix = Mix(tuple(weights), _alike(self.members), base_index)
         self.rest: tuple[float, ...] | None = None  # weights of what is no expert, one per member; None: the base's
         self.slerp = False
-        self._opened = self.modified
-        together = "\n".join(member.fingerprint for member in self.members)
-        self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
-
-    @property
-    def paths(self) -> list[Path]:
-        """A folder or file per source, and the base."""
-        return [member.source.path for member in self.members]
-
-    @property
-    def modified(self) -> list[int]:
-        """When each weight file of every source was last changed."""
-        return [time for member in self.members for time in member.modified] if self.members else super().modified
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """A tensor of the converted model that is no expert's: the members', joined, or the base's.
 
-        Summed in fp64 and rounded once. Blocks shrink with the number of members, so that memory does not grow with it.
+        Summed in fp64 and rounded once.
         """
         if self.rest is None:
             yield from super().blocks(origin, dtype)
             return
-        factors = self._factors(origin)
-        for first, *others in self._side_by_side(origin):
-            total = first.double() * factors[0]
-            for block, factor in zip(others, factors[1:], strict=True):
-                total += block.double() * factor
-            yield self._checked(origin.name, total, origin.dtype(self.dtype_of(origin.name, dtype)))
+        weights, total = self._weights(origin)
+        joined = MergedStore(self.members, weights, "float64", total)
+        wanted = origin.dtype(self.dtype_of(origin.name, dtype))
+        for block in joined.chunks(origin.name, COPY_BLOCK_BYTES, origin.rows, origin.head):
+            yield self._checked(origin.name, origin.apply(block), wanted)
 
-    def _side_by_side(self, origin: Origin) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The same block of every member that weighs anything."""
+    def _weights(self, origin: Origin) -> tuple[Sequence[float], float | None]:
+        """What the members' tensors are multiplied by before they are added up, and what the sum is divided by."""
         assert self.rest is not None
-        weighed = [member for member, weight in zip(self.members, self.rest, strict=True) if weight]
-        most = max(1, COPY_BLOCK_BYTES // len(weighed))
-        return zip(*(member._blocks(origin, "keep", most) for member in weighed), strict=True)
-
-    def _factors(self, origin: Origin) -> list[float]:
-        """What the tensors of those members are multiplied by before they are added up."""
-        assert self.rest is not None
-        weights = [weight for weight in self.rest if weight]
         is_matrix = len(self.store.specs[origin.name].shape) > 1
         in_a_layer = origin.name.startswith("model.layers.") and f".{self.family.block}." not in origin.name
         if not (self.slerp and is_matrix and in_a_layer):
-            return [weight / sum(weights) for weight in weights]
+            return self.rest, None
         import torch
 
-        gram = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-        for blocks in self._side_by_side(origin):
+        weighed = [i for i, weight in enumerate(self.rest) if weight]
+        most = max(1, COPY_BLOCK_BYTES // len(weighed))
+        gram = torch.zeros(len(weighed), len(weighed), dtype=torch.float64)
+        streams = (self.members[i].store.chunks(origin.name, most, origin.rows, origin.head) for i in weighed)
+        for blocks in zip(*streams, strict=True):
             flat = torch.stack([block.double().flatten() for block in blocks])
             gram += flat @ flat.T
-        return slerp_coefficients(gram.tolist(), weights)
+        found = slerp_coefficients(gram.tolist(), [self.rest[i] for i in weighed])
+        factors = dict(zip(weighed, found, strict=True))
+        return [factors.get(i, 0.0) for i in range(len(self.rest))], 1.0
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """The base's FFN behind the norm that the mix has."""
@@ -149,10 +135,6 @@ class MixedCheckpoint(DenseCheckpoint):
 
         return matrix
 
-    def member_ffn(self, source: int, layer: int, dtype: str) -> FeedForward:
-        """One source's FFN."""
-        return self.members[source].feed_forward(layer, dtype)
-
 
 def open_sources(recipe: Recipe) -> Checkpoint:
     """The checkpoint of a recipe: one model, or several behind the same interface.
@@ -168,8 +150,51 @@ def open_sources(recipe: Recipe) -> Checkpoint:
     if not recipe.sources:
         return base
     members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
+    return mix_sources(recipe, base, members)
+
+
+def mix_sources(recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]) -> MixedCheckpoint:
+    """The opened sources side by side, or in their place the merges of them that the recipe's method makes.
+
+    Raises:
+        UsageError: they do not belong together, or the merges are of another number of sources.
+    """
+    merges = method_of(recipe).merges
+    weights, members = mixing_weights(recipe, merges), list(sources)
+    if merges is not None:
+        members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
+    return MixedCheckpoint(base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources)
+
+
+def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
+    """The weighted mean of some sources, or the one that alone weighs anything.
+
+    Raises:
+        UsageError: they do not belong together.
+    """
+    used = {source: weight for source, weight in parts.items() if weight}
+    if len(used) == 1:
+        return next(iter(used))
+    return MergedCheckpoint(base, list(used), list(used.values()), recipe.dtype, recipe.tokenizer == "copy")
+
+
+def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
+    """What every mixed model weighs in the average of what is no expert: a source its ``weight``, a merge the mean of its
+    sources'.
+
+    Raises:
+        UsageError: a merge has more or fewer coefficients than there are sources.
+    """
     weights = [source.weight for source in recipe.sources]
-    return MixedCheckpoint(base, members, weights, recipe.dtype, recipe.tokenizer == "copy")
+    if merges is None:
+        return weights
+    for row in merges:
+        if len(row) != len(weights):
+            raise UsageError(
+                f"parameters: 'coefficients' has a row of {len(row)} numbers, and there are {len(weights)} sources",
+                hint="a row for every expert, with a number for every source",
+            )
+    return [math.fsum(c * w for c, w in zip(row, weights, strict=True)) / math.fsum(row) for row in merges]
 
 
 def takes_moe(method: str) -> bool:
@@ -197,7 +222,7 @@ def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any
             "weight": source.weight,
             "fingerprint": member.fingerprint,
         }
-        for member, source in zip(checkpoint.members, recipe.sources, strict=False)
+        for member, source in zip(checkpoint.sources, recipe.sources, strict=True)
     ]
 
 
@@ -212,9 +237,13 @@ def _alike(members: Sequence[DenseCheckpoint]) -> bool:
     A fine-tune differs in its first block as a rule; only copies are read whole.
     """
     first = members[0]
-    others = {member.source.path.resolve(): member for member in members[1:]}
-    others.pop(first.source.path.resolve(), None)
+    others = {(*_files(member), member.fingerprint): member for member in members[1:]}
+    others.pop((*_files(first), first.fingerprint), None)
     return all(_same(first, other) for other in others.values())
+
+
+def _files(checkpoint: DenseCheckpoint) -> list[Path]:
+    return [path.resolve() for path in checkpoint.paths]
 
 
 def _same(one: DenseCheckpoint, other: DenseCheckpoint) -> bool:

@@ -12,10 +12,11 @@ from upcycle.errors import EnvironmentFault
 from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.families.moe import moe_family
 from upcycle.growth import GrowthJob, prepare_growth
-from upcycle.job import Job, prepare
+from upcycle.job import Job, method_of, prepare
+from upcycle.merging import SUM_BYTES
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.growth import Described
-from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, open_sources, takes_moe
+from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, mixing_weights, open_sources, takes_moe
 from upcycle.recipe import Recipe, parse_recipe, parse_size
 from upcycle.registry import load
 from upcycle.source_checks import check_configs
@@ -102,7 +103,11 @@ def job_of(recipe: Recipe) -> AnyJob:
             check_configs(dense, other, recipe.source, source.name, family.aliases)
         same = [i for i, s in enumerate(recipe.sources) if (s.name, s.revision) == (recipe.source, recipe.revision)]
         base = same[0] if same else len(recipe.sources)
-        mix = Mix(tuple(source.weight for source in recipe.sources), alike=False, base=base)
+        merges = method_of(recipe).merges
+        if merges is not None:
+            alone = [i for i, row in enumerate(merges) if base < len(row) and row[base] and sum(map(bool, row)) == 1]
+            base = alone[0] if alone else len(merges)
+        mix = Mix(tuple(mixing_weights(recipe, merges)), alike=False, base=base)
     specs = _specs(family.all_stored_specs(dense), dense.dtype)
     if grows(recipe):
         return prepare_growth(recipe, Described(raw, specs, recipe.source), mix=mix)
@@ -154,6 +159,7 @@ def _expert_plan(job: Job) -> Plan:
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
     promise, why = job.promise
+    undecided = job.method.undecided(job.recipe)
     sources = [{"name": s.name, "revision": s.revision, "weight": s.weight} for s in job.recipe.sources]
     return Plan(
         sources=sources,
@@ -161,7 +167,7 @@ def _expert_plan(job: Job) -> Plan:
         target=job.target.name,
         method=job.method.name,
         router=job.router_name,
-        calibration_tokens=job.recipe.calibration.tokens if job.calibrated else 0,
+        calibration_tokens=job.recipe.calibration.tokens if job.calibrated or undecided else 0,
         refit=job.refit,
         promise=promise,
         promise_reason=why,
@@ -254,7 +260,7 @@ def _peak_memory(job: Job) -> int:
         stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.method.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
-        read += max(math.prod(shape) for shape in ffn) * item + 8 // item * COPY_BLOCK_BYTES
+        read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
     writing = _INTERPRETER_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
@@ -332,7 +338,12 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
         if len(set(job.method.members)) > 1:
             what = f"{running:.3g} sources' worth"
         warnings.append(f"each token runs {what} of the FFN: {running:.3g}x its compute{same}")
-    if job.recipe.calibration.texts and not job.calibrated:
+    if job.method.undecided(job.recipe):
+        warnings.append(
+            f"which sources are merged is decided from their weights and the text: {shape.experts} experts are the most there can "
+            "be; scoring holds one source or merge in fp32 if it fits"
+        )
+    elif job.recipe.calibration.texts and not job.calibrated:
         warnings.append(
             f"calibration text is not used: {job.method.name} with the {job.router_name} router looks at none"
         )

@@ -17,7 +17,9 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
 from upcycle.mixing import sources_record
 from upcycle.planning import AnyJob, Plan
+from upcycle.recipe import Recipe
 from upcycle.tensor_files import read_json
+from upcycle.workspace import MEASURED
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,16 @@ def hash_tokens(windows: torch.Tensor) -> str:
     return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
+def text_record(recipe: Recipe, windows: torch.Tensor) -> dict[str, Any]:
+    """What is said of the calibration text: its names, how much of it was read, and the SHA-256 of the token ids."""
+    return {
+        "text": recipe.calibration.texts,
+        "tokens": windows.numel(),
+        "window": windows.shape[1],
+        "token_ids_sha256": hash_tokens(windows),
+    }
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
@@ -78,6 +90,7 @@ def write(
     checkpoint: Checkpoint,
     shard_hashes: dict[str, str],
     calibration: dict[str, Any] | None,
+    merging: dict[str, Any] | None = None,
 ) -> None:
     """Write ``upcycle.json``; weight files were hashed while they were written, the small ones are hashed here."""
     hashes = dict(shard_hashes)
@@ -99,13 +112,14 @@ def write(
         "method": {"name": job.method.name, "title": job.method.title, "paper": job.method.paper},
         **job.record,
         "calibration": calibration,
+        "merging": merging,
         "plan": plan.as_dict(),
         "files": dict(sorted(hashes.items())),
     }
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-_UNHASHED = {FILE, VERIFICATION_FILE, "state.json", "journal.jsonl", ".lock"}
+_UNHASHED = {FILE, VERIFICATION_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -64,7 +64,12 @@ class SourceRecipe(_Strict):
         default_factory=list, description="what its expert is for (hidden, cheap_embed)"
     )
     negative_prompts: list[str] = Field(default_factory=list, description="what its expert is not for")
-    text: str | None = Field(None, description="UTF-8 sample text of its domain (domain_ridge)")
+    text: str | list[str] | None = Field(None, description="UTF-8 sample texts of its domain (domain_ridge)")
+
+    @property
+    def texts(self) -> list[str]:
+        """The sample texts as a list."""
+        return [self.text] if isinstance(self.text, str) else self.text or []
 
 
 class VerificationRecipe(_Strict):

@@ -16,6 +16,8 @@ METHODS = {
     "shared_plus_routed": "upcycle.methods.shared_plus_routed:SharedPlusRouted",
     "branch_train_mix": "upcycle.methods.branch_train_mix:BranchTrainMix",
     "symphony": "upcycle.methods.symphony:Symphony",
+    "model_glue": "upcycle.methods.model_glue:ModelGlue",
+    "branch_train_merge": "upcycle.methods.branch_train_merge:BranchTrainMerge",
     "depth_stack": "upcycle.methods.depth_stack:DepthStack",
     "expert_upcycling": "upcycle.methods.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",

@@ -37,7 +37,8 @@ def read_samples(job: Job, checkpoint: DenseCheckpoint) -> Samples:
         UsageError: a text cannot be read, or is shorter than one window; a prompt is longer than the model's context.
     """
     tokenizer = load_tokenizer(checkpoint.source.path)
-    sources = [job.recipe.sources[i] for i in job.method.members]
+    told = job.method.told(job.recipe.sources)
+    sources = [told[i] for i in job.method.members]
     if job.router.samples == "text":
         return _from_texts(job, tokenizer, sources)
     return from_prompts(tokenizer, sources, job.dense.max_position_embeddings, job.router.last_token)
@@ -82,11 +83,9 @@ def _from_texts(job: Job, tokenizer: Any, sources: list[SourceRecipe]) -> Sample
     """As many windows of each text, in turns, so that those held out are of every domain."""
     wanted = job.recipe.calibration
     window = min(wanted.window, job.dense.max_position_embeddings)
-    texts = [read_text(source.text or "") for source in sources]
+    texts = [{name: read_text(name) for name in source.texts} for source in sources]
     each = max(window, wanted.tokens // len(sources))
-    pieces = [
-        mixed_windows({s.text or "": text}, tokenizer, each, window) for s, text in zip(sources, texts, strict=True)
-    ]
+    pieces = [mixed_windows(named, tokenizer, each, window) for named in texts]
     return in_turns(pieces)
 
 

@@ -58,6 +58,21 @@ class TensorSpec:
         return self.elements * ITEM_SIZE[self.dtype]
 
 
+def row_blocks(
+    spec: TensorSpec, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of consecutive blocks of a tensor, or of the rows ``part``, in order.
+
+    Blocks but the last have a multiple of ``multiple`` rows, and no more than ``most_bytes`` unless one multiple has.
+    """
+    rows = spec.shape[0] if spec.shape else 1
+    row_bytes = spec.nbytes // rows if rows else 0
+    from_row, count = part or (0, rows)
+    step = max(1, most_bytes // row_bytes // multiple) * multiple if row_bytes else max(count, 1)
+    for first in range(0, max(count, 1), step):
+        yield from_row + first, min(step, count - first)
+
+
 class SafetensorsFile:
     """One safetensors file: its header is checked at once, tensors are read when asked for.
 
@@ -125,15 +140,11 @@ class SafetensorsFile:
 
         spec, start = self._offsets[name]
         dtype = getattr(torch, spec.dtype)
-        rows = spec.shape[0] if spec.shape else 1
-        row_bytes = spec.nbytes // rows if rows else 0
-        from_row, count = part or (0, rows)
-        step = max(1, most_bytes // row_bytes // multiple) * multiple if row_bytes else max(count, 1)
+        row_bytes = spec.nbytes // spec.shape[0] if spec.nbytes and spec.shape else 0
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + start + from_row * row_bytes)
-            for first in range(0, max(count, 1), step):
-                shape = (min(step, count - first), *spec.shape[1:]) if spec.shape else ()
-                block = torch.empty(shape, dtype=dtype)
+            for first, count in row_blocks(spec, most_bytes, part, multiple):
+                file.seek(self._start + start + first * row_bytes)
+                block = torch.empty((count, *spec.shape[1:]) if spec.shape else (), dtype=dtype)
                 if block.numel():
                     self._fill(file, block.view(-1).view(torch.uint8).numpy())
                 yield block

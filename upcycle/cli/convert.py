@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from upcycle.cli.merging import merging_facts
 from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
 from upcycle.cli.output import Bars, count, duration, note, print_facts, print_json, size
 
@@ -88,6 +89,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str
     same = plan.parameters_active == plan.parameters_total and grown
     active = "" if same else f", {count(plan.parameters_active)} active"
     facts = [
+        *merging_facts(result.merging),
         (
             "output",
             f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,11 +16,15 @@ from upcycle.feed_forward import FeedForward
 from upcycle.targets.base import MoeShape
 
 if TYPE_CHECKING:
-    from upcycle.mixing import Mix
+    from upcycle.decisions import Measured
+    from upcycle.mixing import Mix, MixedCheckpoint
+    from upcycle.progress import Progress
+    from upcycle.recipe import Recipe, SourceRecipe
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
+Merges = tuple[tuple[float, ...], ...]
 Kind = Literal["copies", "partition", "overlap", "growth"]
 
 
@@ -62,6 +67,34 @@ class AnyMethod(ABC):
             )
 
     @property
+    def merges(self) -> Merges | None:
+        """What is mixed in place of the sources: a row per model, with the part of every source in it; None: the sources."""
+        return None
+
+    def undecided(self, recipe: Recipe) -> bool:
+        """Whether its parameter ``coefficients`` is still to be found, from the weights and the calibration text."""
+        return False
+
+    def decide(
+        self,
+        checkpoint: MixedCheckpoint,
+        recipe: Recipe,
+        windows: torch.Tensor,
+        measured: Measured,
+        progress: Progress,
+    ) -> tuple[list[Any], dict[str, Any]] | None:
+        """The coefficients, and as plain data what they were decided by; ``None``: nothing is to be decided.
+
+        Args:
+            checkpoint: the sources.
+            recipe: as it was given.
+            windows: the calibration tokens, ids ``[N, W]``.
+            measured: keeps what takes long to measure.
+            progress: where to report.
+        """
+        return None
+
+    @property
     def rest(self) -> tuple[float, ...] | None:
         """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
         return None
@@ -89,6 +122,10 @@ class Method(AnyMethod):
     def members(self) -> list[int]:
         """Whose FFN is an expert, as indices of sources (their number for the base); empty for a single model."""
         return []
+
+    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
+        """What the recipe says of every model that is mixed, in order; of the generalist it says nothing."""
+        return list(sources)
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int | None, int | None]:
         """Routed experts and top-k, given those that the recipe names; ``None`` leaves a number to the recipe's default.
