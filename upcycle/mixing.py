@@ -93,7 +93,8 @@ class MixedCheckpoint(DenseCheckpoint):
             yield from super().blocks(origin, dtype)
             return
         weighed = [(member, weight) for member, weight in zip(self.members, self.rest, strict=True) if weight]
-        most = max(1, COPY_BLOCK_BYTES // len(weighed))
+        # Sums in fp64 are four times as large as a block in bfloat16, and there are three of them; in the cache they are fast.
+        most = max(1, COPY_BLOCK_BYTES // (4 * len(weighed)))
         total_weight = sum(self.rest)
         streams = [member._blocks(origin, "keep", most) for member, _ in weighed]
         for first in streams[0]:
