@@ -18,7 +18,7 @@ from upcycle.tensor_files import TensorSpec, row_blocks
 if TYPE_CHECKING:
     import torch
 
-SUM_BYTES = 1 << 21  # of the fp64 sum at hand: small enough to stay in the cache
+SUM_BYTES = 1 << 22  # of the fp64 sum at hand: small enough to stay in the cache
 
 
 class MergedStore:

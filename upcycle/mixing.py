@@ -12,7 +12,7 @@ from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint
 from upcycle.errors import UsageError
 from upcycle.families.origin import Origin
 from upcycle.job import method_of
-from upcycle.merging import JoinedCheckpoint, MergedCheckpoint, MergedStore
+from upcycle.merging import SUM_BYTES, JoinedCheckpoint, MergedCheckpoint, MergedStore
 from upcycle.registry import load
 from upcycle.slerp import slerp_coefficients
 from upcycle.sources import is_local
@@ -89,7 +89,7 @@ class MixedCheckpoint(JoinedCheckpoint):
         weights, total = self._weights(origin)
         joined = MergedStore(self.members, weights, "float64", total)
         wanted = origin.dtype(self.dtype_of(origin.name, dtype))
-        for block in joined.chunks(origin.name, COPY_BLOCK_BYTES, origin.rows, origin.head):
+        for block in joined.chunks(origin.name, SUM_BYTES, origin.rows, origin.head):
             yield self._checked(origin.name, origin.apply(block), wanted)
 
     def _weights(self, origin: Origin) -> tuple[Sequence[float], float | None]:

@@ -27,6 +27,7 @@ NAMES = [name for name in METHODS if load("method", name).kind == "growth"]
 QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
 # a source each, with recipe keys
 SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "branch_train_merge": ("qwen3-windows", {}),
     "depth_stack": ("qwen3-windows", {"parameters": {"growth": 2}}),
     "expert_upcycling": ("qwen3_moe", {"parameters": {"utility": "norm"}, "experts": 7}),
 }
@@ -43,6 +44,18 @@ def source(pico: Models, pico_moe: Models) -> Callable[..., str]:
     def get(method: str, name: str | None = None, fused: bool = False) -> str:
         name = name or SOURCE[method][0]
         return str(pico_moe(name, fused) if load("method", method).takes == "moe" else pico(name))
+
+    return get
+
+
+@pytest.fixture
+def keys_of(branches: Callable[..., list[Path]]) -> Callable[[str], dict[str, Any]]:
+    """A step's recipe keys, with sources where it takes several."""
+
+    def get(method: str) -> dict[str, Any]:
+        name, keys = SOURCE[method]
+        several = {"sources": list(map(str, branches(2, 0.3, name)))} if load("method", method).takes_sources else {}
+        return {"method": method, **keys, **several}
 
     return get
 
@@ -89,8 +102,10 @@ def test_every_tensor_is_the_one_it_is_declared_to_be(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_inputs_give_the_same_bytes_as_planned(name: str, source: Callable[..., str], tmp_path: Path) -> None:
-    keys = {"method": name, **SOURCE[name][1], **QUICK, "max_shard_size": "60KB"}
+def test_same_inputs_give_the_same_bytes_as_planned(
+    name: str, source: Callable[..., str], keys_of: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    keys = {**keys_of(name), **QUICK, "max_shard_size": "60KB"}
     plan = upcycle.plan(source(name), **keys)
     results = [upcycle.convert(source(name), tmp_path / folder, **keys) for folder in ("one", "two")]
     run_recipe(parse_recipe(read_recipe(tmp_path / "one" / "recipe.yaml"), "recipe"), tmp_path / "again")
@@ -105,9 +120,13 @@ def test_same_inputs_give_the_same_bytes_as_planned(name: str, source: Callable[
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_step_continues_byte_equal(
-    name: str, source: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    source: Callable[..., str],
+    keys_of: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keys = {"method": name, **SOURCE[name][1], **QUICK}
+    keys = {**keys_of(name), **QUICK}
     finish, finished = ShardWriter.finish, []
 
     def stop(writer: ShardWriter, unit: Any) -> None:
@@ -131,9 +150,11 @@ def test_a_stopped_step_continues_byte_equal(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_changed_tensor_is_found_by_name(name: str, source: Callable[..., str], tmp_path: Path) -> None:
+def test_a_changed_tensor_is_found_by_name(
+    name: str, source: Callable[..., str], keys_of: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    upcycle.convert(source(name), out, method=name, **SOURCE[name][1], **QUICK)
+    upcycle.convert(source(name), out, **keys_of(name), **QUICK)
     path = out / "model.safetensors"
     content = bytearray(path.read_bytes())
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -151,18 +172,24 @@ def test_a_changed_tensor_is_found_by_name(name: str, source: Callable[..., str]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("key", ["layers", "router", "shared", "scale", "target", "refit", "pad", "layout"])
-def test_keys_that_mean_nothing_are_refused(name: str, key: str, source: Callable[..., str], tmp_path: Path) -> None:
+def test_keys_that_mean_nothing_are_refused(
+    name: str, key: str, source: Callable[..., str], keys_of: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
     value = {"layers": "all", "router": "cool", "shared": 1, "scale": 1.0, "target": "mixtral", "refit": "none"}
     keys = {key: value.get(key, {"pad": True, "layout": "fused"}.get(key))}
     with pytest.raises(UsageError, match=f"does not read the key '{key}'") as caught:
-        upcycle.convert(source(name), tmp_path / "out", method=name, **keys)
+        upcycle.convert(source(name), tmp_path / "out", **keys_of(name), **keys)
     assert "seed" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blueprints_and_several_sources_are_refused(name: str, source: Callable[..., str], tmp_path: Path) -> None:
+def test_blueprints_are_refused(name: str, source: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="makes no blueprints"):
         upcycle.convert(source(name), tmp_path / "out", method=name, blueprint=_blueprint(source, tmp_path))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not load("method", name).takes_sources])
+def test_several_sources_are_refused(name: str, source: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"converts one source|does not read the key 'sources'"):
         upcycle.convert(None, tmp_path / "out", method=name, sources=[source(name), source(name)])
 

@@ -99,7 +99,9 @@ def test_exit_codes() -> None:
     assert documented == raised | {0, 130}
 
 
-def test_json_keys(pico: Callable[[str], Path], pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
+def test_json_keys(
+    pico: Callable[[str], Path], pico_moe: Callable[[str], Path], tmp_path: Path, zoo: Callable[[str], list[Path]]
+) -> None:
     dense = str(pico("llama"))
     plan = upcycle.plan(dense).as_dict()
     converted = upcycle.convert(dense, tmp_path / "out", verification={"tokens": 64}).as_dict()
@@ -117,6 +119,10 @@ def test_json_keys(pico: Callable[[str], Path], pico_moe: Callable[[str], Path],
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
+    text = {"text": "code", "tokens": 64, "window": 32}
+    merging = {"sources": list(map(str, zoo("ab"))), "calibration": text, "verification": {"enabled": False}}
+    glued = upcycle.convert(None, tmp_path / "glue", method="model_glue", **merging).as_dict()
+    merged = upcycle.convert(None, tmp_path / "merge", method="branch_train_merge", **merging).as_dict()
     compared = upcycle.compare(
         dense,
         methods=["random_split"],
@@ -134,6 +140,8 @@ def test_json_keys(pico: Callable[[str], Path], pico_moe: Callable[[str], Path],
         "verify": converted["verification"],
         "convert layers": calibrated["layers"][0],
         "convert layers of a mix": mixed["layers"][0],
+        "convert merging of a zoo": glued["merging"],
+        "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
