@@ -43,7 +43,8 @@ class Batch:
 
     def flat(self) -> Batch:
         """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""
-        return Batch(self.ids.view(1, -1), self.mask.view(1, -1), self.positions.view(1, -1), self.domains)
+        ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
+        return Batch(ids, mask, positions, self.domains)
 
 
 class TokenStream:
