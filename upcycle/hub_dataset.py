@@ -29,7 +29,6 @@ def hub_rows(name: str, revision: str | None = None, skip: int = 0) -> Iterator[
     """
     try:
         import datasets
-        import httpx
     except ImportError:
         raise EnvironmentFault(
             f"{name} is not a file, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
@@ -40,5 +39,5 @@ def hub_rows(name: str, revision: str | None = None, skip: int = 0) -> Iterator[
             repository, config or None, split=split or "train", streaming=True, revision=revision
         )
         yield from rows.skip(skip) if skip else rows
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise EnvironmentFault(f"the dataset {name} cannot be read: {str(error).splitlines()[0]}") from None
