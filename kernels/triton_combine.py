@@ -8,7 +8,7 @@ import triton.language as tl
 from upcycle.kernels.triton_common import offset, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "top_k"])
 def combine_kernel(
     values,
     scores,

@@ -14,7 +14,7 @@ from upcycle.kernels.triton_activations import activation, activation_slope
 from upcycle.kernels.triton_common import dot, offset, rounded, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "columns"])
 def down_backward_kernel(
     grad,
     weight,
@@ -70,7 +70,7 @@ def down_backward_kernel(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < width
     read = tl.where(inside, n, 0)
-    weight += offset(first, 1) * hidden
+    weight += offset(first, hidden)
     if HIDDEN_LAST:
         w_tile = weight + offset(read, stride_weight)[None, :] + k[:, None]
         step = tl.full((), BLOCK_K, tl.int64)

@@ -8,7 +8,7 @@ import triton.language as tl
 from upcycle.kernels.triton_common import dot, offset, rounded, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "columns"])
 def gemm_kernel(
     a,
     weight,
@@ -53,7 +53,7 @@ def gemm_kernel(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < hidden
     read = tl.where(inside, n, 0)
-    weight += offset(first, FACTOR) * hidden
+    weight += offset(offset(first, FACTOR), hidden)
     if HIDDEN_LAST:
         w_tile = weight + offset(k, stride_weight)[:, None] + read[None, :]
         step = offset(tl.full((), BLOCK_K, tl.int64), stride_weight)

@@ -13,10 +13,11 @@ from upcycle.kernels.triton_activations import activation
 from upcycle.kernels.triton_common import dot, offset, rounded, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "columns"])
 def up_kernel(
     x,
     weight,
+    bias,
     h,
     z,
     row_token,
@@ -34,6 +35,7 @@ def up_kernel(
     FORM: tl.constexpr,  # "plain": z = a; "interleaved": z = g0 u0 g1 u1 ...; "concatenated": z = g0 g1 ... u0 u1 ...
     HIDDEN_LAST: tl.constexpr,  # of weight: [rows, hidden] or [hidden, rows]
     ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
     SAVE_Z: tl.constexpr,
     EVEN: tl.constexpr,  # hidden is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
@@ -45,7 +47,7 @@ def up_kernel(
     """One tile ``[BLOCK_M rows, BLOCK_N neurons]`` of one expert.
 
     x ``[T, hidden]``; weight: experts one after another, each of ``2 I`` (or ``I``) times ``hidden``; h ``[R, >= I]``;
-    z ``[R, >= 2 I]``; offsets and width_offsets int64 ``[E + 1]``. Rows past the last expert and columns past an expert's
+    z ``[R, >= 2 I]``; bias in the order of weight's rows; offsets and width_offsets int64 ``[E + 1]``. Rows past the last expert and columns past an expert's
     width are neither read nor written.
     """
     tile, column = tile_of(tl.program_id(0), tiles, columns, GROUP)
@@ -68,7 +70,7 @@ def up_kernel(
     inside = n < wide
     # A column past the width reads column 0 instead: no mask in the loop, and nothing of it is stored.
     read = tl.where(inside, n, 0)
-    weight += offset(first, FACTOR) * hidden
+    weight += offset(offset(first, FACTOR), hidden)
     if HIDDEN_LAST:
         w_tile = weight + offset(read, stride_weight)[None, :] + k[:, None]
         step = tl.full((), BLOCK_K, tl.int64)
@@ -96,6 +98,11 @@ def up_kernel(
             total_up = dot(a, b, total_up, PRECISION)
         x_tile += BLOCK_K
         w_tile += step
+    if BIAS:
+        bias += offset(first, FACTOR)
+        total += tl.load(bias + read).to(tl.float32)[None, :]
+        if FORM == "concatenated":
+            total_up += tl.load(bias + width + read).to(tl.float32)[None, :]
     if SAVE_Z:
         z_tile = z + offset(rows, stride_z)[:, None] + n[None, :]
         stored = live[:, None] & inside[None, :]

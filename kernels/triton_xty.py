@@ -8,7 +8,7 @@ import triton.language as tl
 from upcycle.kernels.triton_common import dot, offset, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def xty_kernel(
     a,
     b,
@@ -57,7 +57,7 @@ def xty_kernel(
             rows = tl.load(row_token + rows, mask=live, other=0)
         right = tl.load(b + offset(rows, stride_b)[:, None] + n_read[None, :], mask=live[:, None], other=0.0)
         total = dot(left, right, total, PRECISION)
-    out += offset(first, FACTOR) * hidden
+    out += offset(offset(first, FACTOR), hidden)
     if HIDDEN_LAST:
         o_tile = out + offset(m, stride_out)[:, None] + n[None, :]
     else:
