@@ -60,18 +60,19 @@ class TileTable:
     entries: Mapping[tuple[str, int, str, int], Tile]
 
     def find(self, kind: str, size: int, family: str, rows: int) -> Tile:
-        """The tile for ``rows`` per expert.
+        """The tile of the smallest bucket that holds ``rows`` per expert, or of the largest there is.
 
         Raises:
             UsageError: the table has none, as one that was tuned for another GPU.
         """
-        tile = self.entries.get((kind, size, family, bucket(rows)))
-        if tile is None:
+        held = [key[3] for key in self.entries if key[:3] == (kind, size, family)]
+        if not held:
             raise UsageError(
-                f"no tile for {family}, {kind}, {size} bytes per element, {bucket(rows)} rows per expert",
+                f"no tile for {family}, {kind}, {size} bytes per element",
                 hint=f"unset {VARIABLE}, or tune again: upcycle tune-kernels",
             )
-        return tile
+        fitting = min((bucket for bucket in held if bucket >= rows), default=max(held))
+        return self.entries[kind, size, family, fitting]
 
     def __iter__(self) -> Iterator[tuple[str, int, str, int]]:
         return iter(self.entries)
@@ -93,11 +94,6 @@ class TileTable:
         partial = path.with_suffix(path.suffix + ".partial")
         partial.write_text(text + "\n")
         partial.replace(path)
-
-
-def bucket(rows: int) -> int:
-    """The smallest number of rows per tile that holds ``rows`` per expert, at most the largest there is."""
-    return next((size for size in BUCKETS if size >= rows), BUCKETS[-1])
 
 
 def kind_of(capability: tuple[int, int]) -> str:
@@ -150,7 +146,9 @@ def _tile(path: Path, key: tuple[str, int, str, int], numbers: Any) -> Tile:
     tile = Tile(*numbers)
     powers = all(number > 0 and number & (number - 1) == 0 for number in (tile.m, tile.n, tile.k))
     if not powers or tile.group < 1 or tile.warps not in _WARPS or not 1 <= tile.stages <= 8:
-        raise UsageError(f"{where}: {numbers} cannot be a tile", hint="m, n and k are powers of two, warps 1, 2, 4 or 8")
+        raise UsageError(
+            f"{where}: {numbers} cannot be a tile", hint="m, n and k are powers of two, warps 1, 2, 4 or 8"
+        )
     if family not in ("weight_gradient", "combine") and tile.m != rows:
         raise UsageError(f"{where}: m is {tile.m}, but the kernels share one list of tiles of {rows} rows")
     return tile

@@ -52,4 +52,6 @@ def combine_kernel(
         if WEIGHTED:
             value *= tl.load(scores + first + number, mask=has, other=0.0)[:, None]
         total += value
-    tl.store(out + offset(token, stride_out)[:, None] + n[None, :], rounded(total, out), mask=live[:, None] & inside[None, :])
+    tl.store(
+        out + offset(token, stride_out)[:, None] + n[None, :], rounded(total, out), mask=live[:, None] & inside[None, :]
+    )

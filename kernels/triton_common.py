@@ -47,3 +47,13 @@ def tile_of(program, tiles, columns, GROUP: tl.constexpr):
     size = tl.minimum(tiles - first, GROUP)
     inside = program % per_group
     return first + inside % size, inside // size
+
+
+@triton.jit
+def width_of(width_offsets, expert, ALIGNED: tl.constexpr):
+    """An expert's first neuron and its width; ``ALIGNED`` tells the compiler that all widths are multiples of 16."""
+    first = tl.load(width_offsets + expert)
+    width = (tl.load(width_offsets + expert + 1) - first).to(tl.int32)
+    if ALIGNED:
+        width = tl.multiple_of(width, 16)
+    return first, width

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from upcycle.kernels.triton_activations import activation, activation_slope
-from upcycle.kernels.triton_common import dot, offset, rounded, tile_of
+from upcycle.kernels.triton_common import dot, offset, rounded, tile_of, width_of
 
 
 @triton.jit(do_not_specialize=["tiles", "columns"])
@@ -40,6 +40,7 @@ def down_backward_kernel(
     HIDDEN_LAST: tl.constexpr,  # of weight: [neurons, hidden] or [hidden, neurons]
     ACTIVATION: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all widths are multiples of 16
     EVEN: tl.constexpr,  # hidden is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -56,8 +57,7 @@ def down_backward_kernel(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    first = tl.load(width_offsets + expert)
-    width = (tl.load(width_offsets + expert + 1) - first).to(tl.int32)
+    first, width = width_of(width_offsets, expert, ALIGNED)
     rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
     live = rows < tl.load(offsets + expert + 1)
     if column * BLOCK_N >= width:
@@ -69,7 +69,7 @@ def down_backward_kernel(
     g_tile = grad + offset(token, stride_grad)[:, None] + k[None, :]
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < width
-    read = tl.where(inside, n, 0)
+    read = n % width
     weight += offset(first, hidden)
     if HIDDEN_LAST:
         w_tile = weight + offset(read, stride_weight)[None, :] + k[:, None]

@@ -17,7 +17,7 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.kernels import triton_launch as launch
 from upcycle.kernels.experts import ExpertWeights, Gradients
 from upcycle.kernels.routing import Routing
-from upcycle.kernels.tiles import Tile, TileTable, default_table, kind_of
+from upcycle.kernels.tiles import Tile, TileTable, default_table
 from upcycle.kernels.triton_common import INTERPRET
 from upcycle.kernels.triton_metadata import RowTiles, row_tiles
 
@@ -152,7 +152,7 @@ class _Run:
     ) -> _Run:
         _check(x, weights, routing, scores)
         table = table or default_table()
-        kind = kind_of(torch.cuda.get_device_capability(x.device)) if x.device.type == "cuda" else "sm80"
+        kind = launch.kind_for(x.device)
         rows = -(-routing.slots // routing.num_experts)
         tiles = row_tiles(routing, table.find(kind, x.element_size(), "gemm", rows).m)
         # Three TF32 products have nearly the precision of fp32, and use tensor cores.
@@ -193,9 +193,7 @@ class _Run:
 
     def up(self, h: torch.Tensor, z: torch.Tensor | None) -> None:
         tile = self.tile(f"up/{launch.form_of(self.weights)}")
-        launch.up(
-            self.x, self.weights, self.width_offsets, self.routing, self.tiles, tile, h, z, self.precision
-        )
+        launch.up(self.x, self.weights, self.width_offsets, self.routing, self.tiles, tile, h, z, self.precision)
 
     def gemm(self, a: torch.Tensor, which: str, out: torch.Tensor) -> None:
         tile = self.tile("gemm")
@@ -209,7 +207,9 @@ class _Run:
     def weight_gradient(self, a: torch.Tensor, b: torch.Tensor, which: str, into: Gradients | None) -> torch.Tensor:
         like = self.weights.up if which == "up" else self.weights.down
         given = None if into is None else (into.up if which == "up" else into.down)
-        if given is not None and (given.shape != like.shape or not given.is_contiguous() or given.device != like.device):
+        if given is not None and (
+            given.shape != like.shape or not given.is_contiguous() or given.device != like.device
+        ):
             raise UsageError(f"gradients of {which} cannot be added to {_kind(given)}, strides {given.stride()}")
         out = torch.empty_like(like) if given is None else given
         launch.weight_gradient(

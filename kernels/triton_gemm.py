@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from upcycle.kernels.triton_common import dot, offset, rounded, tile_of
+from upcycle.kernels.triton_common import dot, offset, rounded, tile_of, width_of
 
 
-@triton.jit(do_not_specialize=["tiles", "columns"])
+@triton.jit(do_not_specialize=["tiles", "columns", "factor"])
 def gemm_kernel(
     a,
     weight,
@@ -21,10 +21,10 @@ def gemm_kernel(
     tiles,
     columns,
     hidden,
+    factor,  # rows of weight per neuron
     stride_a: tl.int64,
     stride_weight: tl.int64,
     stride_out: tl.int64,
-    FACTOR: tl.constexpr,  # rows of weight per neuron
     HIDDEN_LAST: tl.constexpr,  # of weight: [rows, hidden] or [hidden, rows]
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # every expert's rows of weight are a multiple of BLOCK_K
@@ -34,7 +34,7 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile ``[BLOCK_M rows, BLOCK_N of hidden]`` of ``out = a @ weight_e``, ``a`` ``[R, >= FACTOR I]``, out ``[R, hidden]``.
+    """One tile ``[BLOCK_M rows, BLOCK_N of hidden]`` of ``out = a @ weight_e``, ``a`` ``[R, >= factor I]``, out ``[R, hidden]``.
 
     ``bias`` ``[E, hidden]`` is added where ``BIAS``. offsets and width_offsets int64 ``[E + 1]``.
     """
@@ -42,18 +42,18 @@ def gemm_kernel(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    first = tl.load(width_offsets + expert)
-    depth = ((tl.load(width_offsets + expert + 1) - first) * FACTOR).to(tl.int32)
+    first, width = width_of(width_offsets, expert, False)
+    depth = width * factor
     rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
     live = rows < tl.load(offsets + expert + 1)
-    # Rows past the expert's last read its first one, columns past hidden column 0: what they compute is not stored.
+    # Rows past the expert's last read its first one, columns past hidden another one: what they compute is not stored.
     read_row = tl.where(live, rows, tl.load(tile_row + tile))
     k = tl.arange(0, BLOCK_K)
     a_tile = a + offset(read_row, stride_a)[:, None] + k[None, :]
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < hidden
-    read = tl.where(inside, n, 0)
-    weight += offset(offset(first, FACTOR), hidden)
+    read = n % hidden
+    weight += offset(offset(first, factor), hidden)
     if HIDDEN_LAST:
         w_tile = weight + offset(k, stride_weight)[:, None] + read[None, :]
         step = offset(tl.full((), BLOCK_K, tl.int64), stride_weight)

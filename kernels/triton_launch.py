@@ -11,7 +11,7 @@ import torch
 
 from upcycle.kernels.experts import ExpertWeights
 from upcycle.kernels.routing import Routing
-from upcycle.kernels.tiles import Tile
+from upcycle.kernels.tiles import Tile, kind_of
 from upcycle.kernels.triton_combine import combine_kernel
 from upcycle.kernels.triton_down_backward import down_backward_kernel
 from upcycle.kernels.triton_gemm import gemm_kernel
@@ -24,28 +24,48 @@ from upcycle.kernels.triton_xty import xty_kernel
 class Launch:
     """One launch that was written down."""
 
+    family: str
+    """As in the table of tiles."""
     kernel: Any
     arguments: dict[str, Any]
     tile: Tile
     grid: tuple[int, ...]
 
 
-_recorders: list[list[Launch]] = []
+@dataclass(frozen=True)
+class Record:
+    """Launches that were written down for one kind of GPU."""
+
+    kind: str
+    launches: list[Launch]
+
+
+_records: list[Record] = []
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """While it lasts nothing runs; the list is filled instead. Tensors may be on the meta device."""
-    _recorders.append([])
+def recorded(kind: str) -> Iterator[list[Launch]]:
+    """While it lasts nothing runs: launches are written down, as a GPU of this kind would get them.
+
+    Tensors may be on the meta device.
+    """
+    _records.append(Record(kind, []))
     try:
-        yield _recorders[-1]
+        yield _records[-1].launches
     finally:
-        _recorders.pop()
+        _records.pop()
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
-    if _recorders:
-        _recorders[-1].append(Launch(kernel, arguments, tile, grid))
+def kind_for(device: torch.device) -> str:
+    """Which tiles a device uses."""
+    if _records:
+        return _records[-1].kind
+    return kind_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm80"
+
+
+def _launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+    if _records:
+        _records[-1].launches.append(Launch(family, kernel, arguments, tile, grid))
     elif min(grid) > 0:
         # Fusing multiply and add is stated: its default changes between versions of Triton.
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
@@ -88,6 +108,7 @@ def up(
     hidden_last, stride = _strides(weights)[0]
     columns = _columns(max(weights.all_widths), tile.n)
     _launch(
+        f"up/{form_of(weights)}",
         up_kernel,
         (tiles.count * columns,),
         tile,
@@ -113,6 +134,7 @@ def up(
         ACTIVATION=weights.activation,
         BIAS=weights.up_bias is not None,
         SAVE_Z=z is not None,
+        ALIGNED=_even(weights, 1, 16),
         EVEN=weights.hidden % tile.k == 0,
         PRECISION=precision,
         BLOCK_M=tile.m,
@@ -139,6 +161,7 @@ def gemm(
     bias = weights.down_bias if which == "down" else None
     columns = _columns(weights.hidden, tile.n)
     _launch(
+        "gemm",
         gemm_kernel,
         (tiles.count * columns,),
         tile,
@@ -153,10 +176,10 @@ def gemm(
         tiles=tiles.count,
         columns=columns,
         hidden=weights.hidden,
+        factor=factor,
         stride_a=a.stride(0),
         stride_weight=stride,
         stride_out=out.stride(0),
-        FACTOR=factor,
         HIDDEN_LAST=hidden_last,
         BIAS=bias is not None,
         EVEN=_even(weights, factor, tile.k),
@@ -168,12 +191,11 @@ def gemm(
     )
 
 
-def combine(
-    values: torch.Tensor, scores: torch.Tensor | None, routing: Routing, tile: Tile, out: torch.Tensor
-) -> None:
+def combine(values: torch.Tensor, scores: torch.Tensor | None, routing: Routing, tile: Tile, out: torch.Tensor) -> None:
     """``out`` ``[T, H]``: every token's sum over its rows of ``values`` ``[S, H]``; see ``combine_kernel``."""
     fixed = routing.token_offsets is None
     _launch(
+        "combine",
         combine_kernel,
         (_columns(routing.tokens, tile.m), _columns(out.shape[1], tile.n)),
         tile,
@@ -212,6 +234,7 @@ def down_backward(
     columns = _columns(max(weights.all_widths), tile.n)
     partial = grad.new_empty(routing.slots, columns, dtype=torch.float32)
     _launch(
+        "down_backward",
         down_backward_kernel,
         (tiles.count * columns,),
         tile,
@@ -239,6 +262,7 @@ def down_backward(
         HIDDEN_LAST=hidden_last,
         ACTIVATION=weights.activation,
         WEIGHTED=scores is not None,
+        ALIGNED=_even(weights, 1, 16),
         EVEN=weights.hidden % tile.k == 0,
         PRECISION=precision,
         BLOCK_M=tile.m,
@@ -266,6 +290,7 @@ def weight_gradient(
     factor = weights.rows_per_neuron if which == "up" else 1
     columns = _columns(weights.hidden, tile.n)
     _launch(
+        "weight_gradient",
         xty_kernel,
         (columns * _columns(max(weights.all_widths) * factor, tile.m), weights.num_experts),
         tile,
@@ -277,13 +302,14 @@ def weight_gradient(
         width_offsets=width_offsets,
         columns=columns,
         hidden=weights.hidden,
+        factor=factor,
         stride_a=a.stride(0),
         stride_b=b.stride(0),
         stride_out=stride,
-        FACTOR=factor,
         HIDDEN_LAST=hidden_last,
         GATHER=True,
         ACCUMULATE=accumulate,
+        ALIGNED=_even(weights, 1, 16),
         PRECISION=precision,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,

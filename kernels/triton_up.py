@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from upcycle.kernels.triton_activations import activation
-from upcycle.kernels.triton_common import dot, offset, rounded, tile_of
+from upcycle.kernels.triton_common import dot, offset, rounded, tile_of, width_of
 
 
 @triton.jit(do_not_specialize=["tiles", "columns"])
@@ -37,6 +37,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     SAVE_Z: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all widths are multiples of 16
     EVEN: tl.constexpr,  # hidden is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,8 +55,7 @@ def up_kernel(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    first = tl.load(width_offsets + expert)
-    width = (tl.load(width_offsets + expert + 1) - first).to(tl.int32)
+    first, width = width_of(width_offsets, expert, ALIGNED)
     if column * BLOCK_N >= width:
         return
     rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
@@ -68,8 +68,8 @@ def up_kernel(
     wide = (width * 2) if FORM == "interleaved" else width
     n = column * WIDE + tl.arange(0, WIDE)
     inside = n < wide
-    # A column past the width reads column 0 instead: no mask in the loop, and nothing of it is stored.
-    read = tl.where(inside, n, 0)
+    # A column past the width reads another one instead: no mask in the loop, and nothing of it is stored.
+    read = n % wide
     weight += offset(offset(first, FACTOR), hidden)
     if HIDDEN_LAST:
         w_tile = weight + offset(read, stride_weight)[None, :] + k[:, None]

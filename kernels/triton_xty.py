@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from upcycle.kernels.triton_common import dot, offset, rounded
+from upcycle.kernels.triton_common import dot, offset, rounded, width_of
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["columns", "factor"])
 def xty_kernel(
     a,
     b,
@@ -18,13 +18,14 @@ def xty_kernel(
     width_offsets,
     columns,
     hidden,
+    factor,  # columns of a per neuron
     stride_a: tl.int64,
     stride_b: tl.int64,
     stride_out: tl.int64,
-    FACTOR: tl.constexpr,  # columns of a per neuron
     HIDDEN_LAST: tl.constexpr,  # of out: [columns of a, hidden] or [hidden, columns of a]
     GATHER: tl.constexpr,  # b has a row per token, not per row
     ACCUMULATE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all widths are multiples of 16
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -32,21 +33,21 @@ def xty_kernel(
 ):
     """One tile ``[BLOCK_M columns of a, BLOCK_N of hidden]`` of one expert.
 
-    a ``[R, >= FACTOR I]``; b ``[T, hidden]`` with ``GATHER``, else ``[R, hidden]``; out like the weight, to which the product is
+    a ``[R, >= factor I]``; b ``[T, hidden]`` with ``GATHER``, else ``[R, hidden]``; out like the weight, to which the product is
     added where ``ACCUMULATE``. Programs: column tiles of hidden, then tiles of a for the widest expert, times experts.
     """
     column = tl.program_id(0) % columns
     m = (tl.program_id(0) // columns) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert = tl.program_id(1)
-    first = tl.load(width_offsets + expert)
-    width = ((tl.load(width_offsets + expert + 1) - first) * FACTOR).to(tl.int32)
+    first, neurons = width_of(width_offsets, expert, ALIGNED)
+    width = neurons * factor
     if (tl.program_id(0) // columns) * BLOCK_M >= width:
         return
     start = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     m_inside, n_inside = m < width, n < hidden
-    m_read, n_read = tl.where(m_inside, m, 0), tl.where(n_inside, n, 0)
+    m_read, n_read = m % width, n % hidden  # what lies outside is not stored
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(start, end, BLOCK_K):
@@ -57,7 +58,7 @@ def xty_kernel(
             rows = tl.load(row_token + rows, mask=live, other=0)
         right = tl.load(b + offset(rows, stride_b)[:, None] + n_read[None, :], mask=live[:, None], other=0.0)
         total = dot(left, right, total, PRECISION)
-    out += offset(offset(first, FACTOR), hidden)
+    out += offset(offset(first, factor), hidden)
     if HIDDEN_LAST:
         o_tile = out + offset(m, stride_out)[:, None] + n[None, :]
     else:
