@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from upcycle.kernels.launches import Launch
 from upcycle.kernels.tiles import Tile
-from upcycle.kernels.triton_launch import Launch
 
 _POINTERS = {
     torch.bfloat16: "*bf16",

@@ -6,7 +6,7 @@ The committed table holds the first of these that passes the gate (``python -m u
 
 from __future__ import annotations
 
-from upcycle.kernels.tiles import Tile
+from upcycle.kernels.tiles import FAMILIES, KINDS, SIZES, Key, Tile, TileTable
 
 _Numbers = tuple[int, int, int, int, int, int]
 
@@ -62,3 +62,30 @@ def candidates(size: int, family: str) -> dict[int, list[Tile]]:
             "weight_gradient": _WEIGHT_GRADIENT,
         }.get(family, _UP)
     return {rows: [Tile(*numbers) for numbers in tiles] for rows, tiles in found.items()}
+
+
+def first_guess() -> TileTable:
+    """The first candidates everywhere, which need not pass."""
+    return TileTable(
+        {
+            (kind, size, family, rows): tiles[0]
+            for kind in KINDS
+            for size in SIZES
+            for family in FAMILIES
+            for rows, tiles in candidates(size, family).items()
+        }
+    )
+
+
+def choose(key: Key) -> Tile | None:
+    """The first candidate for a place that the gate lets pass in all layouts; ``None``: there is none."""
+    from upcycle.kernels.aot_compile import build
+    from upcycle.kernels.aot_gate import faults
+    from upcycle.kernels.aot_jobs import place_jobs
+
+    kind, size, family, rows = key
+    for tile in candidates(size, family)[rows]:
+        todo = dict.fromkeys(place_jobs(kind, size, rows, first_guess().replaced({key: tile}), family))
+        if not any(faults(build(job)) for job in todo):
+            return tile
+    return None

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from upcycle.errors import UsageError
 
@@ -50,14 +50,15 @@ class Tile:
         return [self.m, self.n, self.k, self.group, self.warps, self.stages]
 
 
-Rows = Mapping[int, Tile]
+Key: TypeAlias = tuple[str, int, str, int]
+"""Kind of GPU, bytes per element, family, bucket of rows per expert."""
 
 
 @dataclass(frozen=True)
 class TileTable:
     """Tiles by kind of GPU, bytes per element, family and bucket of rows per expert."""
 
-    entries: Mapping[tuple[str, int, str, int], Tile]
+    entries: Mapping[Key, Tile]
 
     def find(self, kind: str, size: int, family: str, rows: int) -> Tile:
         """The tile of the smallest bucket that holds ``rows`` per expert, or of the largest there is.
@@ -74,10 +75,10 @@ class TileTable:
         fitting = min((bucket for bucket in held if bucket >= rows), default=max(held))
         return self.entries[kind, size, family, fitting]
 
-    def __iter__(self) -> Iterator[tuple[str, int, str, int]]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self.entries)
 
-    def replaced(self, entries: Mapping[tuple[str, int, str, int], Tile]) -> TileTable:
+    def replaced(self, entries: Mapping[Key, Tile]) -> TileTable:
         """With other tiles in some places."""
         return TileTable({**self.entries, **entries})
 
@@ -136,7 +137,7 @@ def load_table(path: Path) -> TileTable:
     return TileTable({key: _tile(path, key, numbers) for key, numbers in listed})
 
 
-def _tile(path: Path, key: tuple[str, int, str, int], numbers: Any) -> Tile:
+def _tile(path: Path, key: Key, numbers: Any) -> Tile:
     where = f"{path}, {' '.join(map(str, key))}"
     kind, size, family, rows = key
     if kind not in KINDS or size not in SIZES or family not in FAMILIES or rows not in BUCKETS:

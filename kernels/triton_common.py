@@ -35,7 +35,7 @@ def rounded(value, pointer):
     if INTERPRET and pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        value = tl.where(value == value, nearest, value)
+        value = tl.where(value == value, nearest, value)  # noqa: PLR0124 - NaN stays
     return value.to(pointer.dtype.element_ty)
 
 

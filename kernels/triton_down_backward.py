@@ -18,6 +18,7 @@ from upcycle.kernels.triton_common import dot, offset, rounded, tile_of, width_o
 def down_backward_kernel(
     grad,
     weight,
+    bias,
     z,
     scores,
     dz,
@@ -40,6 +41,7 @@ def down_backward_kernel(
     HIDDEN_LAST: tl.constexpr,  # of weight: [neurons, hidden] or [hidden, neurons]
     ACTIVATION: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BIAS: tl.constexpr,  # of the down projection, [E, hidden]
     ALIGNED: tl.constexpr,  # all widths are multiples of 16
     EVEN: tl.constexpr,  # hidden is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
@@ -78,6 +80,7 @@ def down_backward_kernel(
         w_tile = weight + read[None, :] + offset(k, stride_weight)[:, None]
         step = offset(tl.full((), BLOCK_K, tl.int64), stride_weight)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    of_bias = tl.zeros((BLOCK_M,), tl.float32)
     for begin in range(0, hidden, BLOCK_K):
         if EVEN:
             a = tl.load(g_tile)
@@ -87,6 +90,9 @@ def down_backward_kernel(
             a = tl.load(g_tile, mask=there[None, :], other=0.0)
             b = tl.load(w_tile, mask=there[:, None], other=0.0)
         total = dot(a, b, total, PRECISION)
+        if BIAS and WEIGHTED:
+            added = tl.load(bias + offset(expert, hidden) + begin + k, mask=begin + k < hidden, other=0.0)
+            of_bias += tl.sum(a.to(tl.float32) * added.to(tl.float32)[None, :], 1)
         g_tile += BLOCK_K
         w_tile += step
     stored = live[:, None] & inside[None, :]
@@ -107,6 +113,8 @@ def down_backward_kernel(
         score = tl.load(scores + tl.load(row_slot + rows, mask=live, other=0), mask=live, other=0.0)
         # Columns past the width hold another neuron's product.
         share = tl.sum(tl.where(inside[None, :], total * h, 0.0), 1)
+        if BIAS:
+            share += tl.where(column == 0, of_bias, 0.0)
         tl.store(partial + offset(rows, columns) + column, share, mask=live)
         dh = total * score[:, None]
         h = h * score[:, None]

@@ -9,32 +9,20 @@ No GPU time of these kernels has been measured yet; what is verified without one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.kernels import triton_launch as launch
+from upcycle.kernels.devices import why_not
 from upcycle.kernels.experts import ExpertWeights, Gradients
+from upcycle.kernels.launches import kind_for
 from upcycle.kernels.routing import Routing
+from upcycle.kernels.row_tiles import RowTiles, row_tiles
 from upcycle.kernels.tiles import Tile, TileTable, default_table
-from upcycle.kernels.triton_common import INTERPRET
-from upcycle.kernels.triton_metadata import RowTiles, row_tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OLDEST = (8, 0)
-
-
-def why_not(device: torch.device) -> str | None:
-    """Why these kernels cannot run on a device; ``None``: they can."""
-    if bool(INTERPRET.value) or device.type == "meta":
-        return None
-    if device.type != "cuda":
-        return f"Triton kernels need a CUDA device, and this is {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return f"Triton kernels need sm_80 or newer, and {torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}"
-    return None
 
 
 def forward(
@@ -120,6 +108,10 @@ def backward(
         found = found._replace(down=run.weight_gradient(scaled_h, grad, "down", into))
     if needs.up is not None:
         found = found._replace(up=run.weight_gradient(dz, run.x, "up", into))
+    if needs.up_bias is not None:
+        found = found._replace(up_bias=run.bias_gradient(dz, "up"))
+    if needs.down_bias is not None:
+        found = found._replace(down_bias=run.bias_gradient(grad, "down"))
     if needs.x is not None:
         expanded = run.rows_like_x()
         run.gemm(dz, "up", expanded)
@@ -152,7 +144,7 @@ class _Run:
     ) -> _Run:
         _check(x, weights, routing, scores)
         table = table or default_table()
-        kind = launch.kind_for(x.device)
+        kind = kind_for(x.device)
         rows = -(-routing.slots // routing.num_experts)
         tiles = row_tiles(routing, table.find(kind, x.element_size(), "gemm", rows).m)
         # Three TF32 products have nearly the precision of fp32, and use tensor cores.
@@ -211,7 +203,7 @@ class _Run:
             given.shape != like.shape or not given.is_contiguous() or given.device != like.device
         ):
             raise UsageError(f"gradients of {which} cannot be added to {_kind(given)}, strides {given.stride()}")
-        out = torch.empty_like(like) if given is None else given
+        out = torch.empty_like(like, memory_format=torch.contiguous_format) if given is None else given
         launch.weight_gradient(
             a,
             b,
@@ -223,6 +215,15 @@ class _Run:
             out,
             given is not None,
             self.precision,
+        )
+        return out
+
+    def bias_gradient(self, values: torch.Tensor, which: str) -> torch.Tensor:
+        like = self.weights.up_bias if which == "up" else self.weights.down_bias
+        assert like is not None
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        launch.bias_gradient(
+            values, self.weights, which, self.width_offsets, self.routing, self.scores, self.tile("combine"), out
         )
         return out
 
@@ -248,8 +249,6 @@ def _check(x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: to
             f"router weights are {_kind(scores)}, not float32 {[routing.slots]} on {x.device}",
             hint="flatten them, and keep them in float32: weights.float().flatten()",
         )
-    if weights.up_bias is not None or weights.down_bias is not None:
-        raise UsageError("Triton kernels have no biases of experts", hint="UPCYCLE_KERNELS=cpu or reference")
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -262,8 +261,9 @@ def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _contiguous(weights: ExpertWeights) -> ExpertWeights:
-    from dataclasses import replace
-
-    if weights.up.is_contiguous() and weights.down.is_contiguous():
-        return weights
-    return replace(weights, up=weights.up.contiguous(), down=weights.down.contiguous())
+    tensors = {
+        name: tensor
+        for name in ("up", "down", "up_bias", "down_bias")
+        if (tensor := getattr(weights, name)) is not None and not tensor.is_contiguous()
+    }
+    return replace(weights, **{name: tensor.contiguous() for name, tensor in tensors.items()}) if tensors else weights

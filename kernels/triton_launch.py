@@ -1,74 +1,20 @@
-"""Starts kernels, or only writes down what would be started: the gate compiles exactly what a GPU would run."""
+"""One function per kernel: its grid, its strides and what is compiled in, from tensors. Outputs are the caller's."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from upcycle.kernels.experts import ExpertWeights
+from upcycle.kernels.launches import launch
 from upcycle.kernels.routing import Routing
-from upcycle.kernels.tiles import Tile, kind_of
+from upcycle.kernels.row_tiles import RowTiles
+from upcycle.kernels.tiles import Tile
+from upcycle.kernels.triton_bias import bias_gradient_kernel
 from upcycle.kernels.triton_combine import combine_kernel
 from upcycle.kernels.triton_down_backward import down_backward_kernel
 from upcycle.kernels.triton_gemm import gemm_kernel
-from upcycle.kernels.triton_metadata import RowTiles
 from upcycle.kernels.triton_up import up_kernel
 from upcycle.kernels.triton_xty import xty_kernel
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch that was written down."""
-
-    family: str
-    """As in the table of tiles."""
-    kernel: Any
-    arguments: dict[str, Any]
-    tile: Tile
-    grid: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Record:
-    """Launches that were written down for one kind of GPU."""
-
-    kind: str
-    launches: list[Launch]
-
-
-_records: list[Record] = []
-
-
-@contextmanager
-def recorded(kind: str) -> Iterator[list[Launch]]:
-    """While it lasts nothing runs: launches are written down, as a GPU of this kind would get them.
-
-    Tensors may be on the meta device.
-    """
-    _records.append(Record(kind, []))
-    try:
-        yield _records[-1].launches
-    finally:
-        _records.pop()
-
-
-def kind_for(device: torch.device) -> str:
-    """Which tiles a device uses."""
-    if _records:
-        return _records[-1].kind
-    return kind_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm80"
-
-
-def _launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
-    if _records:
-        _records[-1].launches.append(Launch(family, kernel, arguments, tile, grid))
-    elif min(grid) > 0:
-        # Fusing multiply and add is stated: its default changes between versions of Triton.
-        kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
 def form_of(weights: ExpertWeights) -> str:
@@ -107,7 +53,7 @@ def up(
     """Fill ``h`` ``[S, I]`` and, if given, ``z`` ``[S, 2 I]`` (I of the widest expert); see ``up_kernel``."""
     hidden_last, stride = _strides(weights)[0]
     columns = _columns(max(weights.all_widths), tile.n)
-    _launch(
+    launch(
         f"up/{form_of(weights)}",
         up_kernel,
         (tiles.count * columns,),
@@ -160,7 +106,7 @@ def gemm(
     factor = weights.rows_per_neuron if which == "up" else 1
     bias = weights.down_bias if which == "down" else None
     columns = _columns(weights.hidden, tile.n)
-    _launch(
+    launch(
         "gemm",
         gemm_kernel,
         (tiles.count * columns,),
@@ -194,7 +140,7 @@ def gemm(
 def combine(values: torch.Tensor, scores: torch.Tensor | None, routing: Routing, tile: Tile, out: torch.Tensor) -> None:
     """``out`` ``[T, H]``: every token's sum over its rows of ``values`` ``[S, H]``; see ``combine_kernel``."""
     fixed = routing.token_offsets is None
-    _launch(
+    launch(
         "combine",
         combine_kernel,
         (_columns(routing.tokens, tile.m), _columns(out.shape[1], tile.n)),
@@ -233,13 +179,14 @@ def down_backward(
     hidden_last, stride = _strides(weights)[1]
     columns = _columns(max(weights.all_widths), tile.n)
     partial = grad.new_empty(routing.slots, columns, dtype=torch.float32)
-    _launch(
+    launch(
         "down_backward",
         down_backward_kernel,
         (tiles.count * columns,),
         tile,
         grad=grad,
         weight=weights.down,
+        bias=weights.down if weights.down_bias is None else weights.down_bias,
         z=z,
         scores=partial if scores is None else scores,
         dz=dz,
@@ -262,6 +209,7 @@ def down_backward(
         HIDDEN_LAST=hidden_last,
         ACTIVATION=weights.activation,
         WEIGHTED=scores is not None,
+        BIAS=weights.down_bias is not None,
         ALIGNED=_even(weights, 1, 16),
         EVEN=weights.hidden % tile.k == 0,
         PRECISION=precision,
@@ -289,7 +237,7 @@ def weight_gradient(
     hidden_last, stride = _strides(weights)[0 if which == "up" else 1]
     factor = weights.rows_per_neuron if which == "up" else 1
     columns = _columns(weights.hidden, tile.n)
-    _launch(
+    launch(
         "weight_gradient",
         xty_kernel,
         (columns * _columns(max(weights.all_widths) * factor, tile.m), weights.num_experts),
@@ -314,4 +262,39 @@ def weight_gradient(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
+    )
+
+
+def bias_gradient(
+    values: torch.Tensor,
+    weights: ExpertWeights,
+    which: str,
+    width_offsets: torch.Tensor,
+    routing: Routing,
+    scores: torch.Tensor | None,
+    tile: Tile,
+    out: torch.Tensor,
+) -> None:
+    """``out`` like ``up_bias`` from dz in rows, or like ``down_bias`` from the output's gradient in tokens."""
+    of_down = which == "down"
+    size = weights.hidden if of_down else weights.rows_per_neuron * max(weights.all_widths)
+    launch(
+        "combine",
+        bias_gradient_kernel,
+        (_columns(size, tile.n), weights.num_experts),
+        tile,
+        values=values,
+        scores=values if scores is None or not of_down else scores,
+        out=out,
+        row_token=routing.row_token,
+        row_slot=routing.row_slot,
+        offsets=routing.offsets,
+        width_offsets=width_offsets,
+        hidden=weights.hidden,
+        factor=weights.rows_per_neuron,
+        stride_values=values.stride(0),
+        OF_DOWN=of_down,
+        WEIGHTED=of_down and scores is not None,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
     )

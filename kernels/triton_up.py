@@ -47,9 +47,9 @@ def up_kernel(
 ):
     """One tile ``[BLOCK_M rows, BLOCK_N neurons]`` of one expert.
 
-    x ``[T, hidden]``; weight: experts one after another, each of ``2 I`` (or ``I``) times ``hidden``; h ``[R, >= I]``;
-    z ``[R, >= 2 I]``; bias in the order of weight's rows; offsets and width_offsets int64 ``[E + 1]``. Rows past the last expert and columns past an expert's
-    width are neither read nor written.
+    x ``[T, hidden]``; weight: experts one after another, each of ``2 I`` (or ``I``) times ``hidden``; bias in the order of
+    weight's rows; h ``[R, >= I]``; z ``[R, >= 2 I]``; offsets and width_offsets int64 ``[E + 1]``. Rows past the last expert and
+    columns past an expert's width are neither read nor written.
     """
     tile, column = tile_of(tl.program_id(0), tiles, columns, GROUP)
     expert = tl.load(tile_expert + tile)

@@ -54,6 +54,7 @@ class Case:
     gated: bool = True
     weighted: bool = True
     dtype: torch.dtype = torch.float32
+    biases: bool = False
 
 
 CASES = {
@@ -82,13 +83,24 @@ CASES = {
     "plain relu2, ragged": Case(tokens=9, gated=False, activation="relu2", widths=(16, 48, 33)),
     "geglu": Case(tokens=9, activation="gelu"),
     "geglu tanh": Case(tokens=9, activation="gelu_pytorch_tanh", layout="stacked"),
+    "biases": Case(tokens=9, biases=True),
+    "biases, stacked": Case(tokens=9, biases=True, layout="stacked", hidden=37, choose=some_dropped),
+    "biases, plain": Case(tokens=9, biases=True, gated=False, weighted=False),
     "bf16": Case(dtype=torch.bfloat16),
     "bf16 stacked": Case(tokens=9, dtype=torch.bfloat16, layout="stacked"),
     "bf16 ragged": Case(tokens=9, widths=(16, 48, 33), dtype=torch.bfloat16),
     "fp16": Case(tokens=9, dtype=torch.float16),
 }
 # One of every mechanism, for `make test`.
-QUICK = ("one token", "dropped slots", "ragged, varying, primes", "stacked, primes", "plain relu", "bf16")
+QUICK = (
+    "one token",
+    "dropped slots",
+    "ragged, varying, primes",
+    "stacked, primes",
+    "plain relu",
+    "biases, stacked",
+    "bf16",
+)
 
 
 @dataclass
@@ -104,9 +116,11 @@ class Made:
     def gradients(self) -> Gradients:
         """All that there are."""
         x, weights, _, scores = self.arguments
-        return Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
+        return Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
 
-    def pairs(self, output: torch.Tensor, found: Gradients, exact: Answer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def pairs(
+        self, output: torch.Tensor, found: Gradients, exact: Answer
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the kernels found beside what is exact, by name; weights' gradients of all experts in one vector each."""
         assert found.x is not None
         pairs = {"output": (output, exact.output), "x": (found.x, exact.x)}
@@ -120,6 +134,14 @@ class Made:
             mine = [self.weights.pick(found.up, expert, which) for expert in experts]  # type: ignore[arg-type]
             pairs[which] = flat(mine), flat(getattr(exact, which))
         pairs["down"] = flat([self.weights.down_of(expert, found.down) for expert in experts]), flat(exact.down)
+        for name, wanted in exact.biases.items():
+            if name == "down":
+                assert found.down_bias is not None
+                pairs["down bias"] = found.down_bias.flatten(), flat(wanted)
+            else:
+                rows = [self.weights.up_bias_of(expert, found.up_bias) for expert in experts]
+                mine = [self.weights.half(part, name) for part in rows]  # type: ignore[arg-type]
+                pairs[f"{name} bias"] = flat(mine), flat(wanted)
         if exact.scores is not None:
             assert found.scores is not None
             pairs["scores"] = found.scores, exact.scores
@@ -138,6 +160,9 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Made:
     gate = [draw(width, hidden, scale=hidden**-0.5) for width in case.widths] if case.gated else None
     up = [draw(width, hidden, scale=hidden**-0.5) for width in case.widths]
     down = [draw(hidden, width, scale=width**-0.5) for width in case.widths]
+    names = ("gate", "up", "down") if case.gated else ("up", "down")
+    sizes = {"gate": case.widths, "up": case.widths, "down": (hidden,) * experts}
+    biases = {name: [draw(size) for size in sizes[name]] for name in names} if case.biases else {}
     chosen = case.choose(case.tokens, experts, case.k, rng)
     slots = [expert for row in chosen for expert in row]
     scores = torch.rand(len(slots), generator=rng).to(device) if case.weighted else None
@@ -148,16 +173,20 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Made:
     else:
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         routing = route(ids.to(device), experts, offsets.to(device))
-    weights = arranged(gate, up, down, case)
-    problem = Problem(x, gate, up, down, chosen, scores, grad, case.activation)
+    weights = arranged(gate, up, down, biases, case)
+    problem = Problem(x, gate, up, down, chosen, scores, grad, case.activation, biases)
     return Made(problem, weights, routing, (x, weights, routing, scores))
 
 
 def arranged(
-    gate: list[torch.Tensor] | None, up: list[torch.Tensor], down: list[torch.Tensor], case: Case
+    gate: list[torch.Tensor] | None,
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    biases: dict[str, list[torch.Tensor]],
+    case: Case,
 ) -> ExpertWeights:
     """In the layout of the case."""
-    kind = {"activation": case.activation, "gated": case.gated}
+    kind: dict[str, Any] = {"activation": case.activation, "gated": case.gated}
     if len(set(case.widths)) > 1:
         pairs = up if gate is None else [torch.stack(both, 1).flatten(0, 1) for both in zip(gate, up, strict=True)]
         rows = torch.cat([matrix.T for matrix in down])
@@ -169,6 +198,10 @@ def arranged(
         stacked_up = torch.stack(both, 2).flatten(1, 2) if interleaved else torch.cat(both, 1)
     if "transposed" in case.layout:
         stacked_up, stacked_down = stacked_up.mT.contiguous(), stacked_down.mT.contiguous()
+    if biases:
+        kind["up_bias"], kind["down_bias"] = torch.stack(biases["up"]), torch.stack(biases["down"])
+        if gate is not None:
+            kind["up_bias"] = torch.cat([torch.stack(biases["gate"]), kind["up_bias"]], 1)
     weights = ExpertWeights(
         stacked_up, stacked_down, interleaved=interleaved, transposed="transposed" in case.layout, **kind
     )

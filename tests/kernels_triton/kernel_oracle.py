@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -34,6 +34,8 @@ class Problem:
     """fp32 ``[S]``."""
     grad: torch.Tensor
     activation: str = "silu"
+    biases: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Of "gate", "up" and "down", if any."""
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Answer:
     up: list[torch.Tensor]
     down: list[torch.Tensor]
     scores: torch.Tensor | None
+    biases: dict[str, list[torch.Tensor]]
 
 
 def solve(problem: Problem) -> Answer:
@@ -57,14 +60,21 @@ def solve(problem: Problem) -> Answer:
     x, scores = leaf(problem.x), None if problem.scores is None else leaf(problem.scores)
     up, down = [leaf(tensor) for tensor in problem.up], [leaf(tensor) for tensor in problem.down]
     gate = None if problem.gate is None else [leaf(tensor) for tensor in problem.gate]
+    biases = {name: [leaf(tensor) for tensor in tensors] for name, tensors in problem.biases.items()}
     act, slot = ACTIVATIONS[problem.activation], 0
     outputs = []
+
+    def product(name: str, matrices: list[torch.Tensor], expert: int, value: torch.Tensor) -> torch.Tensor:
+        result = matrices[expert] @ value
+        return result + biases[name][expert] if name in biases else result
+
     for token, experts in enumerate(problem.chosen):
         total = x[token] * 0.0
         for expert in experts:
             if expert < len(up):
-                value = act(up[expert] @ x[token]) if gate is None else act(gate[expert] @ x[token]) * (up[expert] @ x[token])
-                part = down[expert] @ value
+                value = product("up", up, expert, x[token])
+                value = act(value) if gate is None else act(product("gate", gate, expert, x[token])) * value
+                part = product("down", down, expert, value)
                 total = total + (part if scores is None else scores[slot] * part)
             slot += 1
         outputs.append(total)
@@ -81,6 +91,7 @@ def solve(problem: Problem) -> Answer:
         [found(tensor) for tensor in up],
         [found(tensor) for tensor in down],
         None if scores is None else found(scores),
+        {name: [found(tensor) for tensor in tensors] for name, tensors in biases.items()},
     )
 
 

@@ -14,6 +14,7 @@ from upcycle.kernels.triton_experts import backward, forward
 
 # How many stored results lie between inputs and each result (h, values, output; z, s*h, dz, gradient, ...).
 ROUNDINGS = {"output": 3, "x": 4, "gate": 3, "up": 3, "down": 3, "scores": 2}
+ROUNDINGS |= {f"{name} bias": ROUNDINGS[name] for name in ("gate", "up", "down")}
 
 
 @pytest.mark.parametrize(
