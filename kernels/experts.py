@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ from upcycle.errors import UsageError
 from upcycle.kernels.routing import Routing
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
+Part: TypeAlias = Literal["all", "gate", "up"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -100,22 +101,22 @@ class ExpertWeights:
         """I of one expert."""
         return self.all_widths[expert]
 
-    def up_of(self, expert: int, which: Literal["all", "gate", "up"] = "all") -> torch.Tensor:
+    def up_of(self, expert: int, which: Part = "all") -> torch.Tensor:
         """A view of one expert's ``[2I, H]`` (``[I, H]`` without a gate), or of its gate or up rows, ``[I, H]``."""
         return self.pick(self.up, expert, which)
 
-    def pick(self, tensor: torch.Tensor, expert: int, which: Literal["all", "gate", "up"] = "all") -> torch.Tensor:
+    def pick(self, tensor: torch.Tensor, expert: int, which: Part = "all") -> torch.Tensor:
         """The same view of a tensor like ``up``, such as its gradient."""
         if self.packed:
             rows = self.rows_per_neuron
             view = tensor[rows * self.starts[expert] : rows * self.starts[expert + 1]]
         else:
             view = tensor[expert].T if self.transposed else tensor[expert]
-        return view if which == "all" else self.half(view, which)
+        return self.half(view, which)
 
-    def half(self, rows: torch.Tensor, which: Literal["gate", "up"]) -> torch.Tensor:
+    def half(self, rows: torch.Tensor, which: Part) -> torch.Tensor:
         """A view of the gate or up rows among ``[2I, ...]`` in the order of ``up``; without a gate all are up rows."""
-        if not self.gated:
+        if which == "all" or not self.gated:
             return rows
         second = which == "up"
         if self.interleaved:
