@@ -98,11 +98,15 @@ def job_of(launch: Launch, kind: str) -> Job:
 
 def build(job: Job) -> Build:
     """Compile and look inside."""
+    return build_kernel(getattr(import_module(job.module), job.kernel), job)
+
+
+def build_kernel(kernel: Any, job: Job) -> Build:
+    """The same for a kernel of anybody's, as ``triton.jit`` returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(job.module), job.kernel)
     names = list(kernel.arg_names)
     constants = {(names.index(name),): value for name, value in job.constants}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}

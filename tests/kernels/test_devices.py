@@ -26,9 +26,7 @@ def test_the_cpu(with_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("capability", "fits"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
-def test_old_gpus(
-    capability: tuple[int, int], fits: bool, with_triton: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_gpus(capability: tuple[int, int], fits: bool, with_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     reason = devices.why_not(CUDA)

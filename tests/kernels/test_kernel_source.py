@@ -63,7 +63,9 @@ def waits(tree: ast.AST) -> list[int]:
 
 def atomics(tree: ast.AST) -> list[int]:
     """Sums in whatever order programs come."""
-    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("atomic")]
+    return [
+        node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("atomic")
+    ]
 
 
 RULES: list[tuple[Callable[[ast.Module], list[int]], str]] = [

@@ -24,7 +24,10 @@ from upcycle.kernels.triton_experts import backward, forward
         (lambda x, w, r, s: (x[:-1], w, r, s), r"x has the shape \(4, 32\), not \(5, 32\)"),
         (lambda x, w, r, s: (x[0], w, r, s), r"x has the shape \(32,\)"),
         (lambda x, w, r, s: (x.half(), w, r, s), "x is torch.float16 on .*, the experts are torch.float32"),
-        (lambda x, w, r, s: (x, w, route(r.row_token.view(5, 2) % 3, 3), s), "routing is to 3 experts, and there are 4"),
+        (
+            lambda x, w, r, s: (x, w, route(r.row_token.view(5, 2) % 3, 3), s),
+            "routing is to 3 experts, and there are 4",
+        ),
         (lambda x, w, r, s: (x, w, r, s.bfloat16()), "router weights are bfloat16"),
         (lambda x, w, r, s: (x, w, r, s.view(5, 2)), r"router weights are float32 \[5, 2\] on .*, not float32 \[10\]"),
         (lambda x, w, r, s: (x.to("meta"), w, r, s), "x is torch.float32 on meta"),

@@ -18,9 +18,7 @@ few = settings(
     max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 # Ids up to EXPERTS: dropped slots are among them.
-ids = st.lists(
-    st.lists(st.integers(0, EXPERTS), min_size=2, max_size=2, unique=True), min_size=TOKENS, max_size=TOKENS
-)
+ids = st.lists(st.lists(st.integers(0, EXPERTS), min_size=2, max_size=2, unique=True), min_size=TOKENS, max_size=TOKENS)
 
 
 def layer(device: torch.device) -> tuple[torch.Tensor, ExpertWeights, torch.Tensor]:
@@ -49,9 +47,7 @@ def test_permuted_tokens(ids: list[list[int]], order: list[int], device: torch.d
 def test_permuted_experts(ids: list[list[int]], order: list[int], device: torch.device, table: TileTable) -> None:
     x, weights, scores = layer(device)
     up, down = weights.up.view(EXPERTS, -1, 32), weights.down.view(EXPERTS, -1, 32)
-    moved = ExpertWeights(
-        up[order].flatten(0, 1), down[order].flatten(0, 1), interleaved=True, widths=weights.widths
-    )
+    moved = ExpertWeights(up[order].flatten(0, 1), down[order].flatten(0, 1), interleaved=True, widths=weights.widths)
     places = torch.tensor([*(order.index(expert) for expert in range(EXPERTS)), EXPERTS], device=device)
     chosen = torch.tensor(ids, device=device)
     first = forward(x, weights, route(chosen, EXPERTS), scores.flatten(), False, table)[0]
