@@ -10,6 +10,7 @@ No GPU time of these kernels has been measured yet; what is verified without one
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -49,12 +50,13 @@ def forward(
         EnvironmentFault: the device cannot run Triton kernels.
     """
     run = _Run.of(x, weights, routing, scores, table)
-    h, z = run.hidden_rows(), run.z_rows() if keep else None
-    run.up(h, z)
-    values = run.rows_like_x()
-    run.gemm(h, "down", values)
-    output = run.combine(values, run.scores)
-    return output, h.new_empty(0) if z is None else z.view(-1)
+    with torch.cuda.device_of(x):
+        h, z = run.hidden_rows(), run.z_rows() if keep else None
+        run.up(h, z)
+        values = run.rows_like_x()
+        run.gemm(h, "down", values)
+        output = run.combine(values, run.scores)
+        return output, h.new_empty(0) if z is None else z.view(-1)
 
 
 def backward(
@@ -89,21 +91,23 @@ def backward(
     run = _Run.of(x, weights, routing, scores, table)
     if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
         raise UsageError(f"the gradient is {_kind(grad)}, the output {_kind(x)}")
-    grad, scaled_h = _rows_contiguous(grad), run.hidden_rows()
+    with torch.cuda.device_of(x):
+        return _gradients(run, _rows_contiguous(grad), z, needs, into)
+
+
+def _gradients(run: _Run, grad: torch.Tensor, z: torch.Tensor, needs: Gradients, into: Gradients | None) -> Gradients:
+    scaled_h = run.hidden_rows()
     if z.numel():
-        z = z.view(routing.slots, run.z_width)
+        z = z.view(run.routing.slots, run.z_width)
+        dz = torch.empty_like(z)
     else:
-        z = run.z_rows()
-        run.up(scaled_h, z)  # h is overwritten below
-    dz = torch.empty_like(z)
-    tile = run.tile("down_backward")
-    shares = launch.down_backward(
-        grad, run.weights, run.width_offsets, routing, run.scores, run.tiles, tile, z, dz, scaled_h, run.precision
-    )
+        z = dz = run.z_rows()  # every tile is read before it is overwritten
+        run.up(scaled_h, z)  # and so is this h
+    shares = run.down_backward(grad, z, dz, scaled_h)
     found = Gradients()
     if needs.scores is not None:
-        dropped = routing.slot_row < 0
-        found = found._replace(scores=shares[routing.slot_row.clamp(min=0)].sum(1).masked_fill(dropped, 0.0))
+        row = run.routing.slot_row
+        found = found._replace(scores=shares[row.clamp(min=0)].sum(1).masked_fill(row < 0, 0.0))
     if needs.down is not None:
         found = found._replace(down=run.weight_gradient(scaled_h, grad, "down", into))
     if needs.up is not None:
@@ -155,7 +159,7 @@ class _Run:
             _contiguous(weights),
             routing,
             scores,
-            weights.width_offsets(),
+            _on_device(weights.starts, x.device),
             tiles,
             table,
             kind,
@@ -190,6 +194,24 @@ class _Run:
     def gemm(self, a: torch.Tensor, which: str, out: torch.Tensor) -> None:
         tile = self.tile("gemm")
         launch.gemm(a, self.weights, which, self.width_offsets, self.routing, self.tiles, tile, out, self.precision)
+
+    def down_backward(
+        self, grad: torch.Tensor, z: torch.Tensor, dz: torch.Tensor, scaled_h: torch.Tensor
+    ) -> torch.Tensor:
+        tile = self.tile("down_backward")
+        return launch.down_backward(
+            grad,
+            self.weights,
+            self.width_offsets,
+            self.routing,
+            self.scores,
+            self.tiles,
+            tile,
+            z,
+            dz,
+            scaled_h,
+            self.precision,
+        )
 
     def combine(self, values: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         out = self.x.new_empty(self.routing.tokens, self.weights.hidden)
@@ -226,6 +248,12 @@ class _Run:
             values, self.weights, which, self.width_offsets, self.routing, self.scores, self.tile("combine"), out
         )
         return out
+
+
+@lru_cache(maxsize=256)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64. Copied once: a copy from the host waits for the device."""
+    return torch.tensor(numbers, device=device)
 
 
 def _check(x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: torch.Tensor | None) -> None:

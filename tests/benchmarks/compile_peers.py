@@ -41,6 +41,16 @@ PEERS = {
         {"_group_gemm_kernel": "grouped product", "_group_gemm_dw_kernel": "gradient of weights"},
     ),
 }
+INTRODUCTION = """# Other projects' kernels through the same compiler
+
+Printed by `python -P tests/benchmarks/compile_peers.py`: every configuration their autotuners may choose, compiled by Triton
+{triton} for bf16, hidden size {hidden}, width {width}. Nothing was run, and **no time follows from this**: an autotuner on a GPU may
+well avoid what spills. *Too large*: needs more shared memory than a block can have (99 KiB on sm_80's line, which sm_86 and sm_89
+share; 227 KiB on the others). ScatterMoE is not on PyPI. Ours: [kernels_static.md](kernels_static.md), where every configuration
+that is shipped is listed; none spills.
+
+| project | kernel | GPU | configurations | do not compile | spill | largest stack | too large | registers |
+|---|---|---|---|---|---|---|---|---|"""
 CONSTANTS = {"H_dim": HIDDEN, "I_dim": WIDTH, "NUM_GROUPS": EXPERTS, "BLOCK_M": 64}
 CONTIGUOUS = {"stride_ak", "stride_bk", "stride_on", "stride_gn"}  # 1 at run time, which Triton compiles in
 INDICES = ("idx", "start", "expert_ptr", "size")
@@ -122,18 +132,7 @@ def main() -> int:
     options = parser.parse_args()
     import triton
 
-    text = [
-        "# Other projects' kernels through the same compiler",
-        "",
-        "Printed by `python -P tests/benchmarks/compile_peers.py`: every configuration their autotuners may choose, compiled by Triton "
-        f"{triton.__version__} for bf16, hidden size {HIDDEN}, width {WIDTH}. Nothing was run, and **no time follows from this**: an "
-        "autotuner on a GPU may well avoid what spills. `too large`: needs more shared memory than a block can have (99 KiB on sm_80's "
-        "line, which sm_86 and sm_89 share; 227 KiB on the others). ScatterMoE is not on PyPI. Ours: `docs/kernels_static.md`, where "
-        "every configuration that is shipped is listed and none spills.",
-        "",
-        "| project | kernel | GPU | configurations | do not compile | spill | largest stack | too large | registers |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    text = INTRODUCTION.format(triton=triton.__version__, hidden=HIDDEN, width=WIDTH).splitlines()
     print("\n".join(text), flush=True)
     for project in options.project or PEERS:
         for line in lines(project, options.processes, options.kind or list(KINDS)):

@@ -36,8 +36,8 @@ def test_missing(place: tuple[str, int, str]) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "kind"),
-    [((8, 0), "sm80"), ((8, 6), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((10, 3), "sm100"), ((12, 0), "sm80")],
-)  # fmt: skip
+    [((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((10, 3), "sm100"), ((12, 0), "sm80")],
+)
 def test_kinds(capability: tuple[int, int], kind: str) -> None:
     assert kind_of(capability) == kind
 

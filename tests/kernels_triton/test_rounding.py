@@ -28,7 +28,7 @@ def dot_kernel(a, b, out, careful: tl.constexpr):  # type: ignore[no-untyped-def
     place = tl.arange(0, 16)
     at = place[:, None] * 16 + place[None, :]
     left, right = tl.load(a + at), tl.load(b + at)
-    if careful:
+    if careful:  # noqa: SIM108 - compiled code
         total = dot(left, right, tl.zeros((16, 16), tl.float32), "tf32x3")
     else:
         total = tl.dot(left, right)
