@@ -25,12 +25,14 @@ FAMILIES = (
     "weight_gradient",
     "combine",
 )
+ROWS_OF_THEIR_OWN = ("weight_gradient", "combine")
+"""Families whose ``m`` is not that of the list of row tiles, which all others share."""
 KINDS = ("sm80", "sm90", "sm100")
 SIZES = (2, 4)  # bytes per element
 BUCKETS = (16, 32, 64, 128)
 VARIABLE = "UPCYCLE_TILES"
 _FILE = Path(__file__).with_name("tiles.json")
-_WARPS = (1, 2, 4, 8)
+_WARPS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,7 @@ def _tile(path: Path, key: Key, numbers: Any) -> Tile:
     tile = Tile(*numbers)
     powers = all(number > 0 and number & (number - 1) == 0 for number in (tile.m, tile.n, tile.k))
     if not powers or tile.group < 1 or tile.warps not in _WARPS or not 1 <= tile.stages <= 8:
-        raise UsageError(
-            f"{where}: {numbers} cannot be a tile", hint="m, n and k are powers of two, warps 1, 2, 4 or 8"
-        )
-    if family not in ("weight_gradient", "combine") and tile.m != rows:
+        raise UsageError(f"{where}: {numbers} cannot be a tile", hint="m, n and k are powers of two, warps 1 to 16")
+    if family not in ROWS_OF_THEIR_OWN and tile.m != rows:
         raise UsageError(f"{where}: m is {tile.m}, but the kernels share one list of tiles of {rows} rows")
     return tile

@@ -21,7 +21,7 @@ from upcycle.kernels.experts import ExpertWeights, Gradients
 from upcycle.kernels.launches import kind_for
 from upcycle.kernels.routing import Routing
 from upcycle.kernels.row_tiles import RowTiles, row_tiles
-from upcycle.kernels.tiles import Tile, TileTable, default_table
+from upcycle.kernels.tiles import ROWS_OF_THEIR_OWN, VARIABLE, Tile, TileTable, default_table
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -176,7 +176,13 @@ class _Run:
 
     def tile(self, family: str) -> Tile:
         rows = -(-self.routing.slots // self.routing.num_experts)
-        return self.table.find(self.kind, self.x.element_size(), family, rows)
+        tile = self.table.find(self.kind, self.x.element_size(), family, rows)
+        if family not in ROWS_OF_THEIR_OWN and tile.m != self.tiles.block:
+            raise UsageError(
+                f"the table's tile of {family} has {tile.m} rows, the list of row tiles {self.tiles.block}",
+                hint=f"every family needs the same buckets; unset {VARIABLE}, or tune again: upcycle tune-kernels",
+            )
+        return tile
 
     def hidden_rows(self) -> torch.Tensor:
         return self.x.new_empty(self.routing.slots, self.widest)

@@ -37,6 +37,14 @@ def jitted(tree: ast.Module) -> Iterator[ast.FunctionDef]:
             yield node
 
 
+def factors(node: ast.AST) -> Iterator[str]:
+    """Names in an expression, not those that a function is called with."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    for child in ast.iter_child_nodes(node.func if isinstance(node, ast.Call) else node):
+        yield from factors(child)
+
+
 def narrow_products(tree: ast.Module) -> list[int]:
     """In kernels, products with strides and sizes of addresses are made by ``offset``, in 64 bits."""
     found = []
@@ -46,7 +54,7 @@ def narrow_products(tree: ast.Module) -> list[int]:
         for node in ast.walk(function):
             if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Mult):
                 sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
-                names = {each.id for side in sides for each in ast.walk(side) if isinstance(each, ast.Name)}
+                names = {name for side in sides for name in factors(side)}
                 if any(name.startswith("stride") for name in names) or names & WIDE:
                     found.append(node.lineno)
     return found

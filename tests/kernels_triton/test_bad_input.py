@@ -56,6 +56,13 @@ def test_a_table_without_the_tile(device: torch.device, table: TileTable) -> Non
         forward(*made.arguments, True, short)
 
 
+def test_a_table_whose_families_have_other_buckets(device: torch.device, table: TileTable) -> None:
+    made = make(Case(tokens=5), device)
+    wide = {key: replace(tile, m=32) if key[2] == "up/interleaved" else tile for key, tile in table.entries.items()}
+    with pytest.raises(UsageError, match="tile of up/interleaved has 32 rows, the list of row tiles 16"):
+        forward(*made.arguments, True, TileTable(wide))
+
+
 def test_guards_see_what_is_written_outside() -> None:
     with guarded() as guards:
         made = torch.zeros(3).new_empty(4)
