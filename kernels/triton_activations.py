@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A constant stands to the right of a tensor: on its left, the interpreter makes a constant of the product.
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -30,7 +31,7 @@ def activation(value, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         result = 0.5 * value * (1.0 + tl.erf(value * _SQRT_HALF))
     elif ACTIVATION == "gelu_pytorch_tanh":
-        result = 0.5 * value * (1.0 + _tanh(_SQRT_2_OVER_PI * (value + _CUBIC * value * value * value)))
+        result = 0.5 * value * (1.0 + _tanh((value + value * value * value * _CUBIC) * _SQRT_2_OVER_PI))
     elif ACTIVATION == "relu":
         result = tl.maximum(value, 0.0)
     else:
@@ -47,11 +48,11 @@ def activation_slope(value, ACTIVATION: tl.constexpr):
         share = tl.sigmoid(value)
         result = share * (1.0 + value * (1.0 - share))
     elif ACTIVATION == "gelu":
-        density = _INVERSE_SQRT_TAU * tl.exp(-0.5 * value * value)
+        density = tl.exp(-0.5 * value * value) * _INVERSE_SQRT_TAU
         result = 0.5 * (1.0 + tl.erf(value * _SQRT_HALF)) + value * density
     elif ACTIVATION == "gelu_pytorch_tanh":
-        slope = _tanh(_SQRT_2_OVER_PI * (value + _CUBIC * value * value * value))
-        inner = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * value * value)
+        slope = _tanh((value + value * value * value * _CUBIC) * _SQRT_2_OVER_PI)
+        inner = (1.0 + value * value * (3.0 * _CUBIC)) * _SQRT_2_OVER_PI
         result = 0.5 * (1.0 + slope) + 0.5 * value * (1.0 - slope * slope) * inner
     elif ACTIVATION == "relu":
         result = tl.where(value > 0, 1.0, 0.0)
