@@ -39,6 +39,7 @@ def test_saving_nothing_gives_the_same_bits(device: torch.device, table: TileTab
     made = make(Case(tokens=9, dtype=torch.bfloat16), device)
     output, z = forward(*made.arguments, True, table)
     lean, nothing = forward(*made.arguments, False, table)
+    assert z.numel() == made.routing.slots * 2 * 32  # with x, all that is kept
     assert nothing.numel() == 0
     assert torch.equal(lean, output)
     kept = backward(made.problem.grad, *made.arguments, z, made.gradients(), table=table)
