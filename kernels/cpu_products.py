@@ -55,7 +55,7 @@ class Products:
         """``left [n, i].T @ right [n, j]`` into ``out [i, j]``, which has the weights' dtype and may be strided."""
         if self._same:
             torch.mm(left.T, right, out=out)
-        elif out.stride(-1) != 1:
+        elif out.stride(0) < out.stride(1):  # columns are nearer to each other than rows: in this order, they are written
             self.outer(right, left, out.T)
         elif self._native:
             torch.mm(left.to(self.dtype).T, right.to(self.dtype), out=out)
