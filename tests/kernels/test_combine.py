@@ -10,7 +10,9 @@ from upcycle.kernels.combine import Combiner
 from upcycle.kernels.routing import route
 
 
-def looped(rows: torch.Tensor, scores: torch.Tensor | None, slots: list[list[int]], slot_row: list[int]) -> torch.Tensor:
+def looped(
+    rows: torch.Tensor, scores: torch.Tensor | None, slots: list[list[int]], slot_row: list[int]
+) -> torch.Tensor:
     outputs = []
     for of_token in slots:
         total = torch.zeros(rows.shape[1], dtype=torch.float64)
@@ -42,7 +44,9 @@ def test_sums(weighted: bool, dropped: bool, dynamic: bool) -> None:
     if scores is not None:
         scores[routing.slot_row < 0] = torch.nan
     found = Combiner(routing, kept)(rows[:kept], scores)
-    torch.testing.assert_close(found.double(), looped(rows, scores, slots, routing.slot_row.tolist()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), looped(rows, scores, slots, routing.slot_row.tolist()), rtol=1e-6, atol=1e-6
+    )
     assert found.dtype == torch.float32
     double = Combiner(routing, kept)(rows.double(), None if scores is None else scores.double())
     torch.testing.assert_close(double, looped(rows, scores, slots, routing.slot_row.tolist()), rtol=1e-13, atol=1e-13)

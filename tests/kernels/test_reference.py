@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from expert_cases import apart, make_weights, random_ids, tensors_of
-from torch.nn import functional as F
+from torch.nn import functional
 
 from upcycle.kernels import reference
 from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
@@ -18,7 +18,9 @@ def test_by_hand() -> None:
     down = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
     weights = ExpertWeights(up, down, "relu")
     x = torch.tensor([[3.0, 5.0], [-1.0, 4.0]])
-    found = reference.experts_output(x, weights, torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.5, 2.0], [10.0, 3.0]]))
+    found = reference.experts_output(
+        x, weights, torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.5, 2.0], [10.0, 3.0]])
+    )
     assert found.tolist() == [[0.5 * 15, 2 * 48], [0.0, 10 * 3 * -2]]
     once = reference.experts_output(x, weights, torch.tensor([[0, 1], [1, 0]]), capacity=1)
     assert once.tolist() == [[15.0, 48.0], [0.0, 0.0]]
@@ -28,11 +30,11 @@ def test_by_hand() -> None:
 def test_activations_are_torchs(name: str) -> None:
     z = torch.linspace(-6, 6, 101, dtype=torch.float64)
     torchs = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "relu": F.relu,
-        "relu2": lambda x: F.relu(x) ** 2,
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x) ** 2,
     }
     torch.testing.assert_close(reference.activation(name, z), torchs[name](z), rtol=1e-12, atol=1e-14)
 
