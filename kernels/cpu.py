@@ -1,7 +1,7 @@
 """The fast path on a CPU: rows gathered by expert, one matrix product per expert and matrix, into buffers that are reused.
 
 Only x and z are kept for the backward pass, which makes everything else again. In z, the gate's I columns stand before the up
-projection's, whatever the layout of the weights. T tokens, R rows, S slots, H hidden, I width.
+projection's, whatever the layout of the weights. T tokens, R rows, S slots, n rows of a group, H hidden, I width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from upcycle.kernels import memory
 from upcycle.kernels.activation import activate, activation_gradient
 from upcycle.kernels.cpu_pass import Group, Pass
 from upcycle.kernels.experts import ExpertWeights, Gradients, Part
@@ -21,28 +22,30 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :class:`upcycle.kernels.experts.Backend`."""
     run = Pass(x, weights, routing)
-    products, kept = run.products, x.new_empty(0)
-    if keep:
-        kept = x.new_empty(run.z_size)
+    products = run.products
+    kept = memory.empty(run.z_size if keep else 0, like=x)
     for group in run.groups:
-        inputs = run.gather(run.x, group, "inputs")
+        counts, size = group.counts, group.size
+        inputs = run.gather(run.x, group, "inputs").split(counts)
         direct = keep and kept.dtype == products.sum
         columns = group.width * weights.rows_per_neuron
-        z = kept[group.z].view(group.size, columns) if direct else run.buffer("z", group.size, columns)
-        for expert, members, _ in group.members:
-            for part, target in _parts(weights, z[members]):
-                products.linear(inputs[members], weights.up_of(expert, part), target)
-                if weights.up_bias is not None:
-                    target.add_(weights.half(weights.up_bias_of(expert), part))
+        z = kept[group.z].view(size, columns) if direct else run.buffer("z", size, columns)
+        for part, target in _parts(weights, z):
+            outs = target.split(counts)
+            products.linear(inputs, weights.matrices(part, group.experts, turned=True), outs)
+            if weights.up_bias is not None:
+                for expert, out in zip(group.experts, outs, strict=True):
+                    out.add_(weights.half(weights.up_bias_of(expert), part))
         if keep and not direct:
             kept[group.z].view_as(z).copy_(z)
-        h = activate(weights.activation, z[:, : group.width], run.buffer("h", group.size, group.width))
+        h = activate(weights.activation, z[:, : group.width], run.buffer("h", size, group.width))
         if weights.gated:
             h.mul_(z[:, group.width :])
-        for expert, members, rows in group.members:
-            products.linear(h[members], weights.down_of(expert), run.expanded[rows])
-            if weights.down_bias is not None:
-                run.expanded[rows].add_(weights.down_bias[expert])
+        outs = run.expanded[group.rows].split(counts)
+        products.linear(h.split(counts), weights.matrices("down", group.experts, turned=True), outs)
+        if weights.down_bias is not None:
+            for expert, out in zip(group.experts, outs, strict=True):
+                out.add_(weights.down_bias[expert])
     return run.combine(run.expanded, scores).to(x.dtype), kept
 
 
@@ -57,7 +60,7 @@ def backward(
 ) -> Gradients:
     """See :class:`upcycle.kernels.experts.Backend`. Experts without rows get zeros."""
     run = Pass(x, weights, routing)
-    made = Gradients(*(None if need is None else torch.empty_like(need) for need in needs))
+    made = Gradients(*(None if need is None else memory.on_large_pages(torch.empty_like(need)) for need in needs))
     grad = grad.to(run.products.sum)
     slots = routing.row_slot[: run.total]
     row_scores = None if scores is None else scores[slots].unsqueeze(1)
@@ -68,17 +71,10 @@ def backward(
         if weights.down_bias is not None:
             _through_down_bias(weights.down_bias, group, grads, scale, score_grads, made)
         h, dz = _through_activation(run, group, grads, z, scale, score_grads, made)
-        inputs = None if made.up is None else run.gather(run.x, group, "inputs")
-        for expert, members, rows in group.members:
-            if made.down is not None:
-                run.products.outer(grads[members], h[members], weights.down_of(expert, made.down))
-            for number, (part, columns) in enumerate(_parts(weights, dz[members])):
-                if made.x is not None:
-                    run.products.linear(columns, weights.up_of(expert, part).T, run.expanded[rows], add=number > 0)
-                if made.up is not None and inputs is not None:
-                    run.products.outer(columns, inputs[members], weights.pick(made.up, expert, part))
-                if made.up_bias is not None:
-                    weights.half(weights.up_bias_of(expert, made.up_bias), part).copy_(columns.sum(0))
+        if made.down is not None:
+            lefts, rights = grads.T.split(group.counts, 1), h.split(group.counts)
+            run.products.outer(lefts, rights, weights.matrices("down", group.experts, made.down))
+        _through_up(run, group, dz, made)
     for expert in run.idle:
         _zero(weights, expert, made)
     if made.scores is not None:
@@ -104,11 +100,9 @@ def _through_activation(
     z = z_flat[group.z].view(n, width * weights.rows_per_neuron)
     if z.dtype != run.products.sum:
         z = run.buffer("z", *z.shape).copy_(z)
-    dh, dz = run.buffer("dh", n, width), run.buffer("dz", *z.shape)
-    for expert, members, _ in group.members:
-        run.products.linear(grads[members], weights.down_of(expert).T, dh[members])
+    dh, dz, spare = run.buffer("dh", n, width), run.buffer("dz", *z.shape), run.buffer("spare", n, width)
+    run.products.linear(grads.split(group.counts), weights.matrices("down", group.experts), dh.split(group.counts))
     h = activate(weights.activation, z[:, :width], run.buffer("h", n, width))
-    spare = run.buffer("spare", n, width)
     if weights.gated:
         up, dup = z[:, width:], torch.mul(dh, h, out=dz[:, width:])
         if made.scores is not None:
@@ -128,6 +122,20 @@ def _through_activation(
     return h, dz
 
 
+def _through_up(run: Pass, group: Group, dz: torch.Tensor, made: Gradients) -> None:
+    weights, counts, experts = run.weights, group.counts, group.experts
+    inputs = () if made.up is None else run.gather(run.x, group, "inputs").split(counts)
+    for number, (part, columns) in enumerate(_parts(weights, dz)):
+        if made.up is not None:
+            run.products.outer(columns.T.split(counts, 1), inputs, weights.matrices(part, experts, made.up))
+        if made.x is not None:
+            outs = run.expanded[group.rows].split(counts)
+            run.products.linear(columns.split(counts), weights.matrices(part, experts), outs, add=number > 0)
+        if made.up_bias is not None:
+            for expert, rows in zip(experts, columns.split(counts), strict=True):
+                weights.half(weights.up_bias_of(expert, made.up_bias), part).copy_(rows.sum(0))
+
+
 def _through_down_bias(
     bias: torch.Tensor,
     group: Group,
@@ -136,12 +144,13 @@ def _through_down_bias(
     score_grads: torch.Tensor,
     made: Gradients,
 ) -> None:
-    for expert, members, rows in group.members:
+    scaled = grads if scale is None else grads * scale
+    targets = score_grads[group.rows].split(group.counts)
+    for number, expert in enumerate(group.experts):
         if made.down_bias is not None:
-            rows_grads = grads[members] if scale is None else grads[members] * scale[members]
-            made.down_bias[expert] = rows_grads.sum(0)
+            made.down_bias[expert] = scaled.split(group.counts)[number].sum(0)
         if made.scores is not None:
-            score_grads[rows] += grads[members] @ bias[expert].to(grads.dtype)
+            targets[number].add_(grads.split(group.counts)[number] @ bias[expert].to(grads.dtype))
 
 
 def _zero(weights: ExpertWeights, expert: int, made: Gradients) -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from upcycle.kernels import memory
 from upcycle.kernels.combine import Combiner
 from upcycle.kernels.cpu_products import Products
 from upcycle.kernels.experts import ExpertWeights
@@ -19,13 +20,14 @@ GROUP_ROWS = 256  # rows that are gathered at once, more only for a larger exper
 class Group:
     """Consecutive experts of one width, whose rows are computed together."""
 
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+    """How many rows each has."""
     rows: slice
-    """Among all rows."""
+    """Theirs among all rows."""
     z: slice
     """Among z's elements."""
     width: int
-    members: tuple[tuple[int, slice, slice], ...]
-    """Expert, its rows in the group, its rows among all."""
 
     @property
     def size(self) -> int:
@@ -45,7 +47,7 @@ class Pass:
         self.total: int = offsets[-1]
         self.groups, self.idle, self.z_size = grouped(offsets, weights)
         self.combine = Combiner(routing, self.total)
-        self.expanded = self.x.new_empty(self.total, weights.hidden)
+        self.expanded = memory.empty(self.total, weights.hidden, like=self.x)
         """``[R, H]``: what is to be summed to tokens."""
         self._buffers: dict[str, torch.Tensor] = {}
         self._most_rows = max((group.size for group in self.groups), default=0)
@@ -53,7 +55,7 @@ class Pass:
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """``[rows, columns]`` of the buffer of this name, with whatever it held."""
         if name not in self._buffers or len(self._buffers[name]) < rows * columns:
-            self._buffers[name] = self.x.new_empty(self._most_rows * columns)
+            self._buffers[name] = memory.empty(self._most_rows * columns, like=self.x)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:
@@ -66,25 +68,26 @@ def grouped(offsets: list[int], weights: ExpertWeights) -> tuple[list[Group], li
     """The groups, the experts without rows, and the elements of z."""
     groups: list[Group] = []
     idle: list[int] = []
-    pending: list[tuple[int, int, int]] = []
+    pending: list[int] = []
     z_end = 0
     for expert, (first, last) in enumerate(pairwise(offsets)):
         if first == last:
             idle.append(expert)
             continue
-        if pending and (weights.width(pending[0][0]) != weights.width(expert) or last - pending[0][1] > GROUP_ROWS):
-            groups.append(_group(pending, weights, z_end))
+        unlike = pending and weights.width(pending[0]) != weights.width(expert)
+        if pending and (unlike or last - offsets[pending[0]] > GROUP_ROWS):
+            groups.append(_group(pending, offsets, weights, z_end))
             z_end, pending = groups[-1].z.stop, []
-        pending.append((expert, first, last))
+        pending.append(expert)
     if pending:
-        groups.append(_group(pending, weights, z_end))
+        groups.append(_group(pending, offsets, weights, z_end))
         z_end = groups[-1].z.stop
     return groups, idle, z_end
 
 
-def _group(experts: list[tuple[int, int, int]], weights: ExpertWeights, z_start: int) -> Group:
-    (first_expert, start, _), (_, _, stop) = experts[0], experts[-1]
-    width = weights.width(first_expert)
-    members = tuple((expert, slice(a - start, b - start), slice(a, b)) for expert, a, b in experts)
+def _group(experts: list[int], offsets: list[int], weights: ExpertWeights, z_start: int) -> Group:
+    start, stop = offsets[experts[0]], offsets[experts[-1] + 1]
+    width = weights.width(experts[0])
+    counts = tuple(offsets[expert + 1] - offsets[expert] for expert in experts)
     z_stop = z_start + (stop - start) * width * weights.rows_per_neuron
-    return Group(slice(start, stop), slice(z_start, z_stop), width, members)
+    return Group(tuple(experts), counts, slice(start, stop), slice(z_start, z_stop), width)

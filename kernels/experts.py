@@ -12,7 +12,8 @@ Intermediates (pre-activations ``z`` and activations ``h``) are flat: expert e's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
@@ -46,6 +47,8 @@ class ExpertWeights:
     """``[E, H]``."""
     widths: tuple[int, ...] | None = None
     """I of every expert where packed; ``None``: stacked."""
+    checked: tuple[object, ...] = field(init=False, compare=False, repr=False)
+    """:meth:`state` when it was made."""
 
     def __post_init__(self) -> None:
         _check_kind(self)
@@ -57,6 +60,11 @@ class ExpertWeights:
         flat = (rows * sum(self.all_widths),) if self.packed else (experts, rows * self.width(0))
         _check_tensor("up_bias", self.up_bias, self.up, flat)
         _check_tensor("down_bias", self.down_bias, self.up, (experts, self.hidden))
+        object.__setattr__(self, "checked", self.state())
+
+    def state(self) -> tuple[object, ...]:
+        """What was checked, and may since have changed in place, as when a module is moved or cast."""
+        return self.up.shape, self.up.dtype, self.up.device, self.down.shape, self.down.dtype, self.down.device
 
     @property
     def packed(self) -> bool:
@@ -130,6 +138,39 @@ class ExpertWeights:
         if self.packed:
             return tensor[self.starts[expert] : self.starts[expert + 1]].T
         return tensor[expert].T if self.transposed else tensor[expert]
+
+    def matrices(
+        self,
+        which: Part | Literal["down"],
+        experts: Sequence[int],
+        like: torch.Tensor | None = None,
+        turned: bool = False,
+    ) -> list[torch.Tensor]:
+        """Views of many experts, as :meth:`up_of` and :meth:`down_of` give one; of ``up``, ``down``, or a tensor like it.
+
+        ``turned``: transposed.
+        """
+        tensor = like if like is not None else self.down if which == "down" else self.up
+        if 4 * len(experts) < self.num_experts or len(set(self.all_widths)) > 1:
+            if which == "down":
+                single = [self.down_of(expert, tensor) for expert in experts]
+            else:
+                single = [self.pick(tensor, expert, which) for expert in experts]
+            return [view.T for view in single] if turned else single
+        if self.packed:
+            tensor = tensor.view(self.num_experts, -1, self.hidden)
+        if self.transposed or (self.packed and which == "down"):
+            tensor = tensor.transpose(1, 2)
+        if self.gated and which in ("gate", "up"):
+            middle = tensor.shape[1] // 2
+            if self.interleaved:
+                tensor = tensor[:, int(which == "up") :: 2]
+            else:
+                tensor = tensor[:, middle:] if which == "up" else tensor[:, :middle]
+        views = (tensor.transpose(1, 2) if turned else tensor).unbind(
+            0
+        )  # one call for all: a view costs as much as a small product
+        return [views[expert] for expert in experts]
 
     def up_bias_of(self, expert: int, like: torch.Tensor | None = None) -> torch.Tensor:
         """A view of one expert's ``[2I]`` in ``up_bias``, which must be there, or in a tensor like it."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from upcycle.errors import UsageError
+from upcycle.kernels import cpu, cpu_decode
 from upcycle.kernels.dispatch import backend
 from upcycle.kernels.experts import ExpertWeights, Gradients
-from upcycle.kernels.routing import Routing, route
+from upcycle.kernels.routing import Routing, refuse_infinite, route
 
 _MADE = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -51,13 +52,19 @@ def experts_output(
             x, weights.up, weights.down, weights.up_bias, weights.down_bias, experts, scores, token_offsets, capacity,
             weights.activation, weights.gated, weights.interleaved, weights.transposed, weights.widths,
         )  # fmt: skip
+    inputs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
+    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    path = backend(x.device, x.dtype)
+    if path is cpu and not learns and cpu_decode.suits(weights, experts, token_offsets, capacity):
+        _check(x, weights, experts, scores, token_offsets)
+        return cpu_decode.forward(x, weights, experts, scores)
     routing = _routing(x, weights, experts, scores, token_offsets, capacity)
     flat = None if scores is None else scores.reshape(-1)
-    inputs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, flat)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+    if learns:
+        inputs = inputs._replace(scores=flat)
         made: torch.Tensor = _Experts.apply(weights, routing, *inputs)  # type: ignore[no-untyped-call]
         return made
-    return backend(x.device, x.dtype).forward(x, weights, routing, flat, False)[0]
+    return path.forward(x, weights, routing, flat, False)[0]
 
 
 def compiled_output(
@@ -268,13 +275,7 @@ def _routing(
     if len(x) != routing.tokens:
         raise UsageError(f"x has {len(x)} tokens, the routing {routing.tokens}")
     if scores is not None and scores.device.type == "cpu" and not bool(scores.isfinite().all()):
-        bad = ~scores.reshape(-1).isfinite() & (routing.slot_row >= 0)
-        if bool(bad.any()):
-            slot = int(bad.nonzero()[0])
-            raise UsageError(
-                f"the router weight of slot {slot} is {scores.reshape(-1)[slot].item()} ({int(bad.sum())} such)",
-                hint="look at the router's logits and at the hidden states before it",
-            )
+        refuse_infinite(scores.reshape(-1).masked_fill(routing.slot_row < 0, 0).tolist())
     return routing
 
 

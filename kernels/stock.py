@@ -6,6 +6,7 @@ import inspect
 import logging
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -48,11 +49,24 @@ def stock_experts(
             activation, self.has_gate, interleaved, self.is_transposed, None,
         )  # fmt: skip
     else:
-        weights = ExpertWeights(
-            up, self.down_proj, activation, self.has_gate, interleaved, self.is_transposed, up_bias, down_bias
-        )
+        weights = _known.get(self)
+        if weights is None or not _current(weights, up, self.down_proj, up_bias, down_bias):
+            weights = _known[self] = ExpertWeights(
+                up, self.down_proj, activation, self.has_gate, interleaved, self.is_transposed, up_bias, down_bias
+            )
         out = experts_output(x, weights, top_k_index, top_k_weights)
     return out.to(hidden_states.dtype)
+
+
+# What a module's weights were found to be, checked; looking at them again costs as much as a token's products.
+_known: WeakKeyDictionary[Any, ExpertWeights] = WeakKeyDictionary()
+
+
+def _current(weights: ExpertWeights, *tensors: torch.Tensor | None) -> bool:
+    """Whether these are the same tensors, of the dtype, device and shapes that they had."""
+    known = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    same = all(mine is theirs for mine, theirs in zip(known, tensors, strict=True))
+    return same and weights.checked == weights.state()
 
 
 def _activation(module: Any) -> str | None:
