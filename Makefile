@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check real benchmark quality clean
+.PHONY: demo test lint types check kernels real benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
 
 test: $(READY)          # every test that needs no download
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real"
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m "not slow" tests/kernels_triton
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,6 +21,10 @@ types: $(READY)
 	$(BIN)/mypy -p upcycle
 
 check: lint types test
+
+kernels: $(READY)       # every kernel in Triton's interpreter, and the gate that compiles all tiles for GPUs that are not there
+	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels_triton
+	$(BIN)/python -P -m upcycle.kernels.aot --check docs/kernels_static.md > /dev/null
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end

@@ -20,6 +20,7 @@ VERBS = {
     "compare": "compare",
     "list": "list_plugins",
     "demo": "demo",
+    "tune-kernels": "tune_kernels",
     "env": "env",
 }
 INTERRUPTED = 130

@@ -1,0 +1,174 @@
+"""The fast path on a CPU: rows gathered by expert, one matrix product per expert and matrix, into buffers that are reused.
+
+Only x and z are kept for the backward pass, which makes everything else again. In z, the gate's I columns stand before the up
+projection's, whatever the layout of the weights. T tokens, R rows, S slots, n rows of a group, H hidden, I width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from upcycle.kernels import memory
+from upcycle.kernels.activation import activate, activation_gradient
+from upcycle.kernels.cpu_pass import Group, Pass
+from upcycle.kernels.experts import ExpertWeights, Gradients, Part
+from upcycle.kernels.routing import Routing
+
+
+def forward(
+    x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: torch.Tensor | None, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :class:`upcycle.kernels.experts.Backend`."""
+    run = Pass(x, weights, routing)
+    products = run.products
+    kept = memory.empty(run.z_size if keep else 0, like=x)
+    for group in run.groups:
+        counts, size = group.counts, group.size
+        inputs = run.gather(run.x, group, "inputs").split(counts)
+        direct = keep and kept.dtype == products.sum
+        columns = group.width * weights.rows_per_neuron
+        z = kept[group.z].view(size, columns) if direct else run.buffer("z", size, columns)
+        for part, target in _parts(weights, z):
+            outs = target.split(counts)
+            products.linear(inputs, weights.matrices(part, group.experts, turned=True), outs)
+            if weights.up_bias is not None:
+                for expert, out in zip(group.experts, outs, strict=True):
+                    out.add_(weights.half(weights.up_bias_of(expert), part))
+        if keep and not direct:
+            kept[group.z].view_as(z).copy_(z)
+        h = activate(weights.activation, z[:, : group.width], run.buffer("h", size, group.width))
+        if weights.gated:
+            h.mul_(z[:, group.width :])
+        outs = run.expanded[group.rows].split(counts)
+        products.linear(h.split(counts), weights.matrices("down", group.experts, turned=True), outs)
+        if weights.down_bias is not None:
+            for expert, out in zip(group.experts, outs, strict=True):
+                out.add_(weights.down_bias[expert])
+    return run.combine(run.expanded, scores).to(x.dtype), kept
+
+
+def backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    routing: Routing,
+    scores: torch.Tensor | None,
+    z: torch.Tensor,
+    needs: Gradients,
+) -> Gradients:
+    """See :class:`upcycle.kernels.experts.Backend`. Experts without rows get zeros."""
+    run = Pass(x, weights, routing)
+    made = Gradients(*(None if need is None else memory.on_large_pages(torch.empty_like(need)) for need in needs))
+    grad = grad.to(run.products.sum)
+    slots = routing.row_slot[: run.total]
+    row_scores = None if scores is None else scores[slots].unsqueeze(1)
+    score_grads = run.x.new_zeros(run.total)
+    for group in run.groups:
+        scale = None if row_scores is None else row_scores[group.rows]
+        grads = run.gather(grad, group, "grads")
+        if weights.down_bias is not None:
+            _through_down_bias(weights.down_bias, group, grads, scale, score_grads, made)
+        h, dz = _through_activation(run, group, grads, z, scale, score_grads, made)
+        if made.down is not None:
+            lefts, rights = grads.T.split(group.counts, 1), h.split(group.counts)
+            run.products.outer(lefts, rights, weights.matrices("down", group.experts, made.down))
+        _through_up(run, group, dz, made)
+    for expert in run.idle:
+        _zero(weights, expert, made)
+    if made.scores is not None:
+        made.scores.zero_().index_copy_(0, slots.long(), score_grads)
+    return made if made.x is None else made._replace(x=run.combine(run.expanded, None).to(x.dtype))
+
+
+def _through_activation(
+    run: Pass,
+    group: Group,
+    grads: torch.Tensor,
+    z_flat: torch.Tensor,
+    scale: torch.Tensor | None,
+    score_grads: torch.Tensor,
+    made: Gradients,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scale * h [n, I]`` and the gradient of z; adds to ``score_grads [R]`` what h has to do with them.
+
+    The gradient of a score is the output's with the row it weighs, and so, since that row is linear in h, h's gradient
+    without the score with h: the row itself is not needed (SonicMoE, https://arxiv.org/abs/2512.14080).
+    """
+    weights, n, width = run.weights, group.size, group.width
+    z = z_flat[group.z].view(n, width * weights.rows_per_neuron)
+    if z.dtype != run.products.sum:
+        z = run.buffer("z", *z.shape).copy_(z)
+    dh, dz, spare = run.buffer("dh", n, width), run.buffer("dz", *z.shape), run.buffer("spare", n, width)
+    run.products.linear(grads.split(group.counts), weights.matrices("down", group.experts), dh.split(group.counts))
+    h = activate(weights.activation, z[:, :width], run.buffer("h", n, width))
+    if weights.gated:
+        up, dup = z[:, width:], torch.mul(dh, h, out=dz[:, width:])
+        if made.scores is not None:
+            score_grads[group.rows] += torch.mul(dup, up, out=spare).sum(1)
+        if scale is not None:
+            dup.mul_(scale)
+            up = torch.mul(up, scale, out=spare)
+        h.mul_(up)
+        dh.mul_(up)
+    else:
+        if made.scores is not None:
+            score_grads[group.rows] += torch.mul(dh, h, out=spare).sum(1)
+        if scale is not None:
+            h.mul_(scale)
+            dh.mul_(scale)
+    activation_gradient(weights.activation, dh, z[:, :width], dz[:, :width])
+    return h, dz
+
+
+def _through_up(run: Pass, group: Group, dz: torch.Tensor, made: Gradients) -> None:
+    weights, counts, experts = run.weights, group.counts, group.experts
+    inputs = () if made.up is None else run.gather(run.x, group, "inputs").split(counts)
+    for number, (part, columns) in enumerate(_parts(weights, dz)):
+        if made.up is not None:
+            run.products.outer(columns.T.split(counts, 1), inputs, weights.matrices(part, experts, made.up))
+        if made.x is not None:
+            outs = run.expanded[group.rows].split(counts)
+            run.products.linear(columns.split(counts), weights.matrices(part, experts), outs, add=number > 0)
+        if made.up_bias is not None:
+            for expert, rows in zip(experts, columns.split(counts), strict=True):
+                weights.half(weights.up_bias_of(expert, made.up_bias), part).copy_(rows.sum(0))
+
+
+def _through_down_bias(
+    bias: torch.Tensor,
+    group: Group,
+    grads: torch.Tensor,
+    scale: torch.Tensor | None,
+    score_grads: torch.Tensor,
+    made: Gradients,
+) -> None:
+    scaled = grads if scale is None else grads * scale
+    targets = score_grads[group.rows].split(group.counts)
+    for number, expert in enumerate(group.experts):
+        if made.down_bias is not None:
+            made.down_bias[expert] = scaled.split(group.counts)[number].sum(0)
+        if made.scores is not None:
+            targets[number].add_(grads.split(group.counts)[number] @ bias[expert].to(grads.dtype))
+
+
+def _zero(weights: ExpertWeights, expert: int, made: Gradients) -> None:
+    if made.up is not None:
+        weights.pick(made.up, expert).zero_()
+    if made.down is not None:
+        weights.down_of(expert, made.down).zero_()
+    if made.up_bias is not None:
+        weights.up_bias_of(expert, made.up_bias).zero_()
+    if made.down_bias is not None:
+        made.down_bias[expert].zero_()
+
+
+def _parts(weights: ExpertWeights, z: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
+    """The parts of z whose weights are in one piece: all, or gate and up where their rows alternate."""
+    if weights.gated and weights.interleaved:
+        gate, up = z.chunk(2, 1)
+        yield "gate", gate
+        yield "up", up
+    else:
+        yield "all", z

@@ -1,0 +1,102 @@
+"""Matrix products of one pass over experts on a CPU: summed in fp32 whatever the storage, with weights cast piece by piece.
+
+A *piece* is a range of a weight matrix's rows that stays in the cache between its cast and its use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+
+PIECE = 2**17  # elements of a cast piece: half a megabyte in fp32
+
+
+@lru_cache
+def fast_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions that multiply matrices of a 16-bit dtype."""
+    if dtype == torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return dtype == torch.float16 and bool(torch.cpu._is_amx_fp16_supported())
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What is summed in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Products:
+    """Products of matrices in the accumulator's dtype with weights that may be of another, many at a time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Of weights of this dtype; 16-bit ones are multiplied as they are where the CPU can."""
+        self.dtype, self.sum = dtype, accumulator(dtype)
+        self._same = dtype == self.sum
+        self._native = not self._same and fast_natively(dtype)
+        self._piece = torch.empty(0, dtype=self.sum)
+
+    def linear(
+        self,
+        rows: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor],
+        add: bool = False,
+    ) -> None:
+        """``rows [n, j] @ weight [j, i]`` into every ``out [n, i]``, or added to it; weights may be strided."""
+        if self._same and not add:
+            for left, right, out in zip(rows, weights, outs, strict=True):
+                torch.mm(left, right, out=out)
+            return
+        for left, right, out in zip(rows, weights, outs, strict=True):
+            if self._same:
+                out.addmm_(left, right)
+            elif (
+                self._native or len(left) == 1
+            ):  # one row reads every weight once: a cast would cost more than the product
+                made = left.to(self.dtype) @ right
+                _ = out.add_(made) if add else out.copy_(made)
+            else:
+                self._linear_by_pieces(left, right, out, add)
+
+    def outer(
+        self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
+    ) -> None:
+        """``left [i, n] @ right [n, j]`` into every ``out [i, j]``, which has the weights' dtype and may be strided."""
+        for left, right, out in zip(lefts, rights, outs, strict=True):
+            if self._same:
+                torch.mm(left, right, out=out)
+            elif self._native:
+                out.copy_(left.to(self.dtype) @ right.to(self.dtype))
+            elif out.stride(0) < out.stride(1):  # written in the order in which it lies in memory
+                self._outer_by_pieces(right.T, left.T, out.T)
+            else:
+                self._outer_by_pieces(left, right, out)
+
+    def _linear_by_pieces(self, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+        for part in _ranges(weight.shape[1], weight.shape[0]):
+            piece = weight[:, part]
+            if piece.stride(0) < piece.stride(1):
+                cast = self._buffer(*piece.T.shape).copy_(piece.T).T
+            else:
+                cast = self._buffer(*piece.shape).copy_(piece)
+            if add:
+                out[:, part].addmm_(rows, cast)
+            else:
+                torch.mm(rows, cast, out=out[:, part])
+
+    def _outer_by_pieces(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+        for part in _ranges(*out.shape):
+            target = out[part]
+            target.copy_(torch.mm(left[part], right, out=self._buffer(*target.shape)))
+
+    def _buffer(self, rows: int, columns: int) -> torch.Tensor:
+        if len(self._piece) < rows * columns:
+            self._piece = torch.empty(rows * columns, dtype=self.sum)
+        return self._piece[: rows * columns].view(rows, columns)
+
+
+def _ranges(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, PIECE // columns)
+    for first in range(0, rows, step):
+        yield slice(first, min(rows, first + step))

@@ -1,0 +1,102 @@
+"""Which path runs experts on a device: Triton, the CPU's, or the reference; said once. Here they meet transformers, too."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from functools import lru_cache
+from typing import cast
+
+import torch
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.kernels.experts import Backend
+
+TRITON, CPU, REFERENCE = "triton", "cpu", "reference"
+VARIABLE = "UPCYCLE_KERNELS"
+NAME = "upcycle"
+_MODULES = {
+    TRITON: "upcycle.kernels.triton_experts",
+    CPU: "upcycle.kernels.cpu",
+    REFERENCE: "upcycle.kernels.reference",
+}
+_OLDEST_GPU = (8, 0)
+_log = logging.getLogger("upcycle.kernels")
+
+
+def register() -> None:
+    """Let transformers run stock experts with ``experts_implementation="upcycle"``; again changes nothing."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from upcycle.kernels.stock import stock_experts
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
+
+
+def chosen(device: torch.device, dtype: torch.dtype) -> str:
+    """``triton``, ``cpu`` or ``reference`` for experts of a dtype on a device; the first answer of a kind is logged.
+
+    Raises:
+        UsageError: ``UPCYCLE_KERNELS`` names no path, or one that does not run on the device.
+        EnvironmentFault: it names Triton, which is not installed or does not know the GPU.
+    """
+    return _chosen(device.type, device.index, dtype, os.environ.get(VARIABLE, ""))
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The module of :func:`chosen`."""
+    return _module(chosen(device, dtype))
+
+
+@lru_cache
+def _module(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(_MODULES[name]))
+
+
+@lru_cache
+def _chosen(kind: str, index: int | None, dtype: torch.dtype, wanted: str) -> str:
+    path, reason = _choice(kind, index, dtype, wanted)
+    level = logging.WARNING if path == REFERENCE else logging.INFO
+    _log.log(level, "experts in %s on %s run on the %s path: %s", str(dtype).removeprefix("torch."), kind, path, reason)
+    return path
+
+
+def _choice(kind: str, index: int | None, dtype: torch.dtype, wanted: str) -> tuple[str, str]:
+    if wanted not in ("", TRITON, CPU, REFERENCE):
+        raise UsageError(f"{VARIABLE} is '{wanted}'", hint=f"set it to {TRITON}, {CPU} or {REFERENCE}, or unset it")
+    if wanted == REFERENCE:
+        return REFERENCE, f"{VARIABLE} asks for it"
+    if kind == "cpu":
+        if wanted == TRITON and not _interpreted():
+            raise UsageError(f"{VARIABLE} is '{TRITON}', and the tensors are on the CPU", hint=f"unset {VARIABLE}")
+        return (TRITON, "interpreted") if wanted == TRITON else (CPU, "the tensors are there")
+    if wanted == CPU:
+        raise UsageError(f"{VARIABLE} is '{CPU}', and the tensors are on {kind}", hint=f"unset {VARIABLE}")
+    obstacle = _obstacle(kind, index, dtype)
+    if obstacle is None:
+        return TRITON, "a GPU that it knows"
+    if wanted == TRITON:
+        raise EnvironmentFault(f"{VARIABLE} is '{TRITON}': {obstacle}", hint=f"unset {VARIABLE} for the slow reference")
+    return REFERENCE, f"{obstacle}; it is slow: take another experts_implementation"
+
+
+def _obstacle(kind: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run there."""
+    if kind != "cuda":
+        return f"there are no kernels for {kind}"
+    if dtype == torch.float64:
+        return "the Triton kernels sum in fp32"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(_MODULES[TRITON]) is None:
+        return "this installation has no Triton kernels"
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < _OLDEST_GPU:
+        return f"the GPU is an sm_{capability[0]}{capability[1]}, older than sm_80"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

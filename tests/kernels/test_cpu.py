@@ -1,0 +1,200 @@
+"""The CPU path against the reference in fp64: outputs, every gradient, every layout; and what must never be read."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tensors_of, with_grad
+
+from upcycle.kernels import cpu, reference
+from upcycle.kernels.cpu_pass import GROUP_ROWS, grouped
+from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
+from upcycle.kernels.routing import route
+
+TOKENS = 17
+
+
+def case(kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids among five experts and, where numbers per token differ, the tokens' offsets."""
+    ids = random_ids(TOKENS, 3, 5)
+    if kind == "idle":
+        ids[ids == 3] = 5  # expert 3 is idle, and some slots are dropped
+    elif kind == "one":
+        ids = torch.full((TOKENS, 1), 2)
+    elif kind == "all":
+        ids = torch.arange(5).expand(TOKENS, 5)
+    elif kind == "single":
+        ids = ids[:1]
+    elif kind == "dynamic":
+        numbers = torch.arange(TOKENS) % 4
+        bounds = torch.cat([torch.zeros(1, dtype=torch.long), numbers.cumsum(0)])
+        return ids.flatten()[: int(bounds[-1])], bounds
+    return ids, None
+
+
+def compare(
+    weights: ExpertWeights,
+    ids: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weighted: bool,
+    tolerance: float,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Everything against the reference in fp64 with the same numbers."""
+    draw = torch.Generator().manual_seed(3)
+    tokens = len(ids) if offsets is None else len(offsets) - 1
+    x = torch.randn(tokens, weights.hidden, generator=draw).to(dtype)
+    grad = torch.randn(tokens, weights.hidden, generator=draw).to(dtype)
+    total = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = torch.rand(ids.numel(), generator=draw).to(total) if weighted else None
+    exact = with_grad(in_double(weights))
+    leaves = [x.detach().clone().double().requires_grad_(), *tensors_of(exact)]
+    exact_scores = None
+    if scores is not None:
+        leaves.append(scores.clone().double().requires_grad_())
+        exact_scores = leaves[-1].view(ids.shape)
+    expected = reference.experts_output(leaves[0], exact, ids, exact_scores, offsets)
+    slopes = torch.autograd.grad(expected, leaves, grad.double(), materialize_grads=True)
+    routing = route(ids, weights.num_experts, offsets)
+    found, z = cpu.forward(x, weights, routing, scores, True)
+    assert found.dtype == x.dtype
+    assert apart(found, expected.detach()) < tolerance
+    without, nothing = cpu.forward(x, weights, routing, scores, False)
+    assert torch.equal(found, without)
+    assert nothing.numel() == 0
+    needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
+    made = cpu.backward(grad, x, weights, routing, scores, z, needs)
+    again = cpu.backward(grad, x, weights, routing, scores, z, needs)
+    for name, need, mine, other in zip(Gradients._fields, needs, made, again, strict=True):
+        if need is None:
+            assert mine is None
+            continue
+        slope = slopes[[n for n, value in zip(Gradients._fields, needs, strict=True) if value is not None].index(name)]
+        assert mine.dtype == need.dtype
+        assert apart(mine, slope) < tolerance, name
+        assert torch.equal(mine, other), f"{name}: the same bits every time"
+        if slope.norm() > 0:
+            cosine = torch.nn.functional.cosine_similarity(mine.double().flatten(), slope.flatten(), dim=0)
+            assert cosine > 0.9999, name
+
+
+def in_double(weights: ExpertWeights) -> ExpertWeights:
+    from dataclasses import replace
+
+    names = ("up", "down", "up_bias", "down_bias")
+    parts = {name: getattr(weights, name) for name in names}
+    return replace(weights, **{name: t if t is None else t.detach().double() for name, t in parts.items()})
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["plain", "idle", "one", "all", "single", "dynamic"])
+@pytest.mark.parametrize("layout", ["stacked", "transposed", "packed", "ragged"])
+def test_every_layout_and_routing(layout: str, kind: str) -> None:
+    for gated, bias, weighted in itertools.product([True, False], repeat=3):
+        compare(make_weights(layout, gated, bias), *case(kind), weighted, 1e-13)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str) -> None:
+    for gated in (True, False):
+        compare(make_weights("ragged", gated, True, activation), *case("idle"), True, 1e-13)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["stacked", "transposed", "packed"])
+@pytest.mark.parametrize("native", [True, False])
+def test_every_dtype(dtype: torch.dtype, layout: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit weights by way of fp32, and as on a CPU that has instructions for them, where factors are rounded twice more."""
+    monkeypatch.setattr("upcycle.kernels.cpu_products.fast_natively", lambda _: native)
+    hidden, width = 48, 40
+    weights = make_weights(layout, bias=True, dtype=dtype, hidden=hidden, width=width)
+    tolerance = rounding(dtype, hidden + width) * (3 if native and dtype != torch.float32 else 1)
+    for kind in ("idle", "single", "dynamic"):
+        compare(weights, *case(kind), True, tolerance, dtype)
+
+
+def test_pieces_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are cast in several pieces, of which the last is smaller."""
+    monkeypatch.setattr("upcycle.kernels.cpu_products.PIECE", 48 * 7)
+    for layout in ("stacked", "transposed", "packed"):
+        weights = make_weights(layout, dtype=torch.bfloat16, hidden=48, width=40)
+        compare(weights, *case("plain"), True, rounding(torch.bfloat16, 88), torch.bfloat16)
+
+
+def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are taken together up to so many rows and as long as they are equally wide; results are the same."""
+    weights = make_weights("ragged")
+    groups, idle, size = grouped([0, 3, 3, 5, 9, 12], weights)
+    assert idle == [1]
+    assert [(g.rows.start, g.rows.stop, g.width, [m[0] for m in g.members]) for g in groups] == [
+        (0, 3, 8, [0]),
+        (3, 5, 16, [2]),
+        (5, 12, 8, [3, 4]),
+    ]
+    assert [(g.z.start, g.z.stop) for g in groups] == [(0, 48), (48, 112), (112, 224)]
+    assert size == 224 == 2 * (3 * WIDTHS[0] + 2 * WIDTHS[2] + 7 * WIDTHS[3])
+    many = grouped([0, GROUP_ROWS - 1, GROUP_ROWS + 1, GROUP_ROWS + 2, 5 * GROUP_ROWS, 5 * GROUP_ROWS], make_weights())
+    assert [len(group.members) for group in many[0]] == [1, 2, 1]
+    x, routing = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
+    together = cpu.forward(x, make_weights(), routing, None, True)
+    monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ROWS", 1)
+    apart_ = cpu.forward(x, make_weights(), routing, None, True)
+    assert torch.equal(together[0], apart_[0])
+    assert torch.equal(together[1], apart_[1])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", ["stacked", "ragged"])
+def test_what_is_dropped_or_idle_is_not_read(layout: str) -> None:
+    weights = make_weights(layout, bias=True)
+    ids, _ = case("idle")
+    ids[4] = 5  # a token without an expert
+    x = torch.randn(TOKENS, 12, dtype=torch.float64)
+    x[4] = torch.nan
+    scores = torch.rand(ids.numel(), dtype=torch.float64)
+    scores[ids.flatten() == 5] = torch.nan
+    for tensor in (weights.up_of(3), weights.down_of(3), weights.up_bias_of(3), weights.down_bias[3]):
+        tensor.fill_(torch.nan)
+    routing = route(ids, 5)
+    out, z = cpu.forward(x, weights, routing, scores, True)
+    assert out.isfinite().all()
+    assert not out[4].any()
+    assert len(z) == int(routing.offsets.diff() @ torch.tensor(weights.all_widths)) * 2, "room for what is computed"
+    grad = torch.randn_like(x)
+    grad[4] = torch.nan
+    needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
+    made = cpu.backward(grad, x, weights, routing, scores, z, needs)
+    for name, tensor in made._asdict().items():
+        assert tensor.isfinite().all(), name
+    assert not made.x[4].any()
+    assert not made.scores[ids.flatten() == 5].any()
+    for tensor in (weights.pick(made.up, 3), weights.down_of(3, made.down), weights.up_bias_of(3, made.up_bias)):
+        assert not tensor.any(), "zeros for an idle expert"
+
+
+def test_only_what_is_asked_for() -> None:
+    weights, (ids, _) = make_weights("packed", bias=True), case("plain")
+    x, grad = torch.randn(2, TOKENS, 12, dtype=torch.float64)
+    scores, routing = torch.rand(ids.numel(), dtype=torch.float64), route(ids, 5)
+    _, z = cpu.forward(x, weights, routing, scores, True)
+    everything = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
+    full = cpu.backward(grad, x, weights, routing, scores, z, everything)
+    for name, value in everything._asdict().items():
+        one = cpu.backward(grad, x, weights, routing, scores, z, Gradients(**{name: value}))
+        assert torch.equal(getattr(one, name), getattr(full, name))
+        assert sum(tensor is not None for tensor in one) == 1
+
+
+def test_no_tokens() -> None:
+    weights, routing = make_weights(), route(torch.zeros(0, 2, dtype=torch.long), 5)
+    x = torch.zeros(0, 12, dtype=torch.float64)
+    out, z = cpu.forward(x, weights, routing, None, True)
+    assert out.shape == (0, 12)
+    made = cpu.backward(out, x, weights, routing, None, z, Gradients(x, weights.up, weights.down))
+    assert made.x.shape == (0, 12)
+    assert not made.up.any()
+    assert not made.down.any()
