@@ -37,7 +37,7 @@ from upcycle.trainers.demo_text import Document
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"prose": "science", "code": "library"}
 SAMPLE_CHARACTERS = 200_000  # of each kind, for the router
-EVALUATION_TOKENS = 16384  # of each kind
+EVALUATION_TOKENS, WINDOW = 8192, 512  # of each kind
 MIX, AVERAGE = "branch_train_mix", "branch_train_merge"
 
 
@@ -66,8 +66,8 @@ def fine_tuning_recipe(tokens: int) -> DemoRecipe:
     return DemoRecipe.model_validate({**content, "tokens": tokens, "peak_learning_rate": peak, "warmup_steps": 10})
 
 
-def fine_tuned(text: str, recipe: DemoRecipe, out: Path) -> Path:
-    """The demo model trained further on ``text`` by the loop that made it: all weights, in fp32, stored in bfloat16."""
+def fine_tuned(text: str, recipe: DemoRecipe, out: Path) -> None:
+    """Write the demo model trained further on ``text`` by the loop that made it: all weights, in fp32, stored in bfloat16."""
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
@@ -75,12 +75,11 @@ def fine_tuned(text: str, recipe: DemoRecipe, out: Path) -> Path:
     train(model, training_windows(documents, tokenizer, recipe, torch.Generator().manual_seed(recipe.seed)), recipe)
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return out
 
 
 def converted(out: Path, *arguments: str | Path) -> Path:
     """What ``upcycle convert`` writes."""
-    command = [UPCYCLE, "convert", *arguments, out, "--no-verify", "--quiet"]
+    command = [UPCYCLE, "convert", *arguments, out, "--no-verify", "--quiet", "--overwrite"]
     subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
     return out
 
@@ -97,16 +96,22 @@ def mixed(work: Path, models: dict[str, Path], router: str, top_k: int) -> Path:
 def results(work: Path, tokens: int) -> dict[str, Result]:
     """Every model's, by a short name, in the order of the table."""
     training, evaluation = texts(list(KINDS.values()))
-    recipe, models = fine_tuning_recipe(tokens), {}
+    recipe = fine_tuning_recipe(tokens)
+    models: dict[str, Path] = {}
     for kind, path in zip(KINDS, training, strict=True):
+        models[kind], sample = work / kind, work / f"{kind}.txt"
+        if sample.exists():  # written last
+            continue
         print(f"fine-tuning on {kind}", file=sys.stderr)
         text = path.read_text(encoding="utf-8")
-        models[kind] = fine_tuned(text, recipe, work / kind)
-        (work / f"{kind}.txt").write_text(text[:SAMPLE_CHARACTERS], encoding="utf-8")
+        fine_tuned(text, recipe, models[kind])
+        sample.write_text(text[:SAMPLE_CHARACTERS], encoding="utf-8")
     found: dict[str, Result] = {}
 
     def measure(name: str, label: str, model: str | Path) -> None:
-        by_text = upcycle.evaluate(model, text=list(map(str, evaluation)), tokens=EVALUATION_TOKENS).texts
+        by_text = upcycle.evaluate(
+            model, text=list(map(str, evaluation)), window=WINDOW, stride=WINDOW - 1, tokens=EVALUATION_TOKENS
+        ).texts
         found[name] = Result(label, dict(zip(KINDS, (text.perplexity for text in by_text), strict=True)))
         print(f"{name}: {found[name].perplexity}", file=sys.stderr)
 
@@ -138,9 +143,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=250_000, help="fine-tuning tokens per kind (default: 250,000)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "mixing_quality.md", help="where the table goes")
+    parser.add_argument(
+        "--work", type=Path, help="folder that keeps the fine-tuned models (default: they are not kept)"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = results(Path(folder), arguments.tokens)
+        work = arguments.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        found = results(work, arguments.tokens)
     text = table(found)
     print(text)
     arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -234,9 +234,16 @@ TRAPS: list[tuple[str, str, dict[str, Any]]] = [
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 500.0}
 # For every other family that goes there.
 TRAP_OF: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(["mixtral", "ernie4_5_moe", "hunyuan_v1_moe"], ROPE),
-    **dict.fromkeys(["qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "solar_open", "mellum"], {"norm_topk_prob": False}),
-    **dict.fromkeys(["granitemoe", "granitemoeshared"], {"attention_multiplier": 1.0}),
+    "mixtral": ROPE,
+    "ernie4_5_moe": ROPE,
+    "hunyuan_v1_moe": ROPE,
+    "qwen2_moe": {"norm_topk_prob": False},
+    "glm4_moe": {"norm_topk_prob": False},
+    "solar_open": {"norm_topk_prob": False},
+    "dots1": {"norm_topk_prob": False},
+    "mellum": {"norm_topk_prob": False},
+    "granitemoe": {"attention_multiplier": 1.0},
+    "granitemoeshared": {"attention_multiplier": 1.0},
     "qwen3_5_moe_text": {"rms_norm_eps": 1e-4},
 }
 SET = {(PICO[name][0], target) for name, target, _ in TRAPS}

@@ -151,7 +151,7 @@ def _lay_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
             set_key(content, key, value)
     for flag in _PARAMETERS:
         name = flag.removeprefix("--").replace("-", "_")
-        if flags[name] is not None:
+        if flags.get(name) is not None:
             set_key(content, f"parameters.{name}", flags[name])
     for group, prefix in (("param", "parameters."), ("router_param", "router.parameters."), ("set_", "")):
         for assignment in flags[group]:
