@@ -136,7 +136,7 @@ def test_symphony_aligns_the_shared_one_too(branches: Branches, tmp_path: Path) 
     ("roles", "keys", "message"),
     [
         ([{"shared": True}, {"shared": True}, {}], {}, "1 of 3 are not 'shared'"),
-        ([{}, {}, {"shared": True}], {"shared": 2}, "has 1 shared experts: those of sources that say"),
+        ([{}, {}, {"shared": True}], {"shared": 2}, "has 1 shared experts, not 2: a recipe's sources say"),
         ([{}, {}, {"scale": 0.0}], {}, "key 'sources.scale'"),
         ([{}, {}, {"noise": -1.0}], {}, "key 'sources.noise'"),
         ([{}, {}, {"shared": True}], {"method": "model_glue", "calibration": "demo"}, "has 'shared', and model_glue"),

@@ -178,8 +178,8 @@ class BranchTrainMix(Copies):
         """``F / C``, rounded up to a multiple of 8 when padding is allowed."""
         if shared != self.shared_experts:
             raise UsageError(
-                f"{self.name} has {self.shared_experts or 'no'} shared experts: those of sources that say 'shared: true'",
-                hint="leave --shared out, and name the sources in a recipe",
+                f"{self.name} has {self.shared_experts or 'no'} shared experts, not {shared}: a recipe's sources say 'shared: true'",
+                hint="leave --shared out, and say it of sources in a recipe",
             )
         chunks = self.parameters.chunks
         return (
