@@ -29,13 +29,15 @@ kernels: $(READY)       # every kernel in Triton's interpreter, and the gate tha
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end
 
-benchmark: $(READY)     # against mergekit, plain copying and k-means-constrained; about 20 minutes and 40 GB of disk
+benchmark: $(READY)     # against mergekit, plain copying and k-means-constrained; about 25 minutes and 40 GB of disk
 	$(BIN)/python -P tests/benchmarks/against_mergekit.py
+	$(BIN)/python -P tests/benchmarks/mixing.py
 	$(BIN)/python -P tests/benchmarks/large_split.py
 	$(BIN)/python -P tests/benchmarks/clustering.py
 	$(BIN)/python -P tests/benchmarks/packing.py
 
-quality: $(READY)       # split recipes and every splitting method on SmolLM2-135M, all layers; about an hour
+quality: $(READY)       # mixes of the demo model; split recipes and every splitting method on SmolLM2-135M; about an hour
+	$(BIN)/python -P tests/benchmarks/mixing_quality.py
 	$(BIN)/python -P tests/benchmarks/split_quality.py
 	$(BIN)/python -P tests/benchmarks/compare_smollm2.py
 

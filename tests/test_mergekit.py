@@ -84,21 +84,36 @@ def test_gate_modes_end_to_end(
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["router"]["name"] == name
 
 
-def test_noise_is_mapped_and_drawn(branches: Branches, tmp_path: Path) -> None:
+def test_noise_scales_and_shared_experts_are_those_of_the_recipe(branches: Branches, tmp_path: Path) -> None:
     import upcycle
 
-    experts = [{"source_model": str(source), "noise_scale": 0.1} for source in branches(2)]
-    found, notes = translate({"base_model": str(branches(1)[0]), "gate_mode": "random", "experts": experts}, "moe.yaml")
-    assert "relative to each matrix's standard deviation" in notes[-1]
+    one, two, three = map(str, branches(3))
+    experts = [{"source_model": one, "noise_scale": 0.1}, {"source_model": two, "residual_scale": 0.5}]
+    shared = [{"source_model": three, "residual_scale": 0.25, "positive_prompts": ["anything"]}]
+    content = {"base_model": one, "gate_mode": "uniform_random", "experts": experts, "shared_experts": shared}
+    found, notes = translate(content, "moe.yaml")
+    assert "router random, 2 experts, top-2, 1 shared" in notes[0]
+    assert any("always on at full weight, times residual_scale" in note for note in notes)
+    assert "as large as mergekit's" in notes[-1]
     result = upcycle.convert(found.pop("source"), tmp_path / "out", **found, verification={"tokens": 64})
-    assert result.verification is not None
-    assert result.verification.all_experts_error is None
-    made = load_file(tmp_path / "out" / "model.safetensors")[
-        "model.layers.0.block_sparse_moe.experts.1.w1.weight"
-    ].double()
-    source = load_file(branches(2)[1] / "model.safetensors")["model.layers.0.mlp.gate_proj.weight"].double()
+    assert result.plan.target == "qwen2_moe"
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    parents = [load_file(Path(name) / "model.safetensors") for name in (one, two, three)]
+    gate, down = "model.layers.0.mlp.experts.{}.gate_proj.weight", "model.layers.0.mlp.experts.{}.down_proj.weight"
+    dense = "model.layers.0.mlp.{}_proj.weight"
     # 3072 normal numbers: the sample deviation is within four standard errors.
-    assert ((made - source).std() / source.std()).item() == pytest.approx(0.1, rel=4 / (2 * 3072) ** 0.5)
+    noise = (made[gate.format(0)] - parents[0][dense.format("gate")]).double().std().item()
+    assert noise == pytest.approx(0.1, rel=4 / (2 * 3072) ** 0.5)
+    assert torch.equal(made[down.format(1)], parents[1][dense.format("down")] * 0.5)
+    # The shared expert's gate is zero, its sigmoid a half: twice the down projection makes that full weight.
+    assert torch.equal(
+        made["model.layers.0.mlp.shared_expert.down_proj.weight"], parents[2][dense.format("down")] * 0.5
+    )
+    assert not made["model.layers.0.mlp.shared_expert_gate.weight"].any()
+    rows = made["model.layers.0.mlp.gate.weight"].double()
+    assert rows.abs().max() <= 32**-0.5
+    # A uniform's variance is a third of its bound's square; 64 numbers: within four standard errors, sqrt(4/5 / n) of it.
+    assert rows.square().mean().item() == pytest.approx(1 / 32 / 3, rel=4 * (0.8 / rows.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -109,23 +124,9 @@ def test_noise_is_mapped_and_drawn(branches: Branches, tmp_path: Path) -> None:
         ({"experts": [{"positive_prompts": []}]}, "key 'experts.0.source_model' is missing", "add"),
         ({"experts": []}, "key 'experts'", None),
         ({"gate_mode": "mlp"}, "key 'gate_mode'", None),
-        (
-            {"gate_mode": "uniform_random"},
-            "'gate_mode' has no counterpart: there is no 'uniform_random'",
-            "cheap_embed",
-        ),
-        ({"shared_experts": [{"source_model": "a"}]}, "'shared_experts' has no counterpart", "leave it out"),
         ({"architecture": "deepseek"}, "'architecture' has no counterpart", "mixtral"),
-        (
-            {"experts": [{"source_model": "a", "residual_scale": 0.5}]},
-            "'residual_scale' has no counterpart",
-            "leave it out",
-        ),
-        (
-            {"experts": [{"source_model": "a", "noise_scale": 0.5}, {"source_model": "b"}]},
-            "'noise_scale' has no",
-            "one value",
-        ),
+        ({"experts": [{"source_model": "a", "residual_scale": 0}]}, "key 'experts.residual_scale'", None),
+        ({"shared_experts": [{"source_model": "a", "noise_scale": -1}]}, "key 'shared_experts.noise_scale'", None),
         ({"base_model": "org/a+org/lora"}, "'org/a\\+org/lora' adds an adapter", "merge the adapter"),
         ({"dtype": "int8"}, "key 'dtype'", None),
         ({"experts_per_token": 0}, "key 'experts_per_token'", None),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ from upcycle.tensor_files import CODES, ITEM_SIZE, SafetensorsFile
 ZERO_NEURON = -1
 DOWN_ONLY = (0.0, 0.0, 1.0)
 _BLOCK_BYTES = 1 << 24
+_OF_EXPERTS = {
+    "source": None,
+    "scale": 1.0,
+    "noise": 0.0,
+}  # what an ExpertSpec has beside tensors, and what is not written
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,20 @@ class ExpertSpec:
 
     ``fresh`` (bool ``[3, m]``: gate, up, down) marks the slots whose weights are drawn anew, by the layer's ``Draws``.
     ``source`` says whose FFN it is, where several models are mixed: an index into the recipe's sources, or their number for
-    the recipe's ``source`` itself.
+    the recipe's ``source`` itself. ``scale`` multiplies this expert's down projection, ``noise`` is the standard deviation of
+    normal noise on its gate, up and down.
     """
 
     neurons: torch.Tensor
     fresh: torch.Tensor | None = None
     source: int | None = None
+    scale: float = 1.0
+    noise: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is neurons of the dense FFN as they are."""
+        return self.fresh is None and self.source is None and self.scale == 1 and not self.noise
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,10 @@ def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, A
     numbers: dict[str, Any] = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
     if blueprint.spread != DOWN_ONLY:
         numbers["spread"] = list(blueprint.spread)
-    if any(expert.source is not None for expert in blueprint.routed):
-        numbers["sources"] = [expert.source for expert in blueprint.routed]
+    for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
+        for key, usual in _OF_EXPERTS.items():
+            if any(getattr(expert, key) != usual for expert in experts):
+                numbers[f"{kind}_{key}"] = [getattr(expert, key) for expert in experts]
     if blueprint.draws is not None:
         numbers["draws"] = asdict(blueprint.draws)
     header = {"layers": {str(blueprint.layer): numbers}}
@@ -184,8 +199,8 @@ class BlueprintFile:
         }
         return LayerBlueprint(
             layer,
-            routed=_specs(found["routed"], found.get("routed_fresh"), numbers.get("sources")),
-            shared=_specs(found.get("shared"), found.get("shared_fresh")),
+            routed=_specs("routed", found, numbers),
+            shared=_specs("shared", found, numbers),
             top_k=numbers["top_k"],
             scale=numbers["scale"],
             router=found.get("router"),
@@ -195,14 +210,15 @@ class BlueprintFile:
         )
 
 
-def _specs(
-    neurons: torch.Tensor | None, fresh: torch.Tensor | None, sources: list[int | None] | None = None
-) -> tuple[ExpertSpec, ...]:
-    if neurons is None:
+def _specs(kind: str, found: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> tuple[ExpertSpec, ...]:
+    if kind not in found:
         return ()
-    masks = [None] * len(neurons) if fresh is None else list(fresh)
-    whose = sources or [None] * len(neurons)
-    return tuple(ExpertSpec(row.long(), mask, i) for row, mask, i in zip(neurons, masks, whose, strict=True))
+    neurons, fresh = found[kind], found.get(f"{kind}_fresh")
+    specs = [ExpertSpec(row.long(), None if fresh is None else fresh[i]) for i, row in enumerate(neurons)]
+    for key in _OF_EXPERTS:
+        if values := numbers.get(f"{kind}_{key}"):
+            specs = [replace(spec, **{key: value}) for spec, value in zip(specs, values, strict=True)]
+    return tuple(specs)
 
 
 def blueprint_recipe(path: Path) -> dict[str, Any]:

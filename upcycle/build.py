@@ -48,57 +48,61 @@ class ExpertTensors:
             return torch.zeros(part.size)
         if part.kind == "idle_down":
             return torch.zeros(ffn.hidden_size, part.size, dtype=dtype)
+        return self._matrix(part)
+
+    def _matrix(self, part: Part) -> torch.Tensor:
+        ffn = self._ffn
         where, _, matrix = part.kind.rpartition("_")
         if where == "idle":
             return _Neurons(torch.arange(part.size)).taken(getattr(ffn, matrix), matrix)
         if where == "shared":
-            weight, factor = self._shared_weight(matrix), part.factor
-        else:
-            weight = self._routed_weight(matrix, part.expert)
-            factor = part.factor * self._blueprint.scale ** self._blueprint.spread[MATRICES.index(matrix)]
-        return weight if factor == 1.0 else weight * factor
+            return self._shared_weight(matrix, part.factor)
+        factor = part.factor * self._blueprint.scale ** self._blueprint.spread[MATRICES.index(matrix)]
+        return self._routed_weight(matrix, part.expert, factor)
 
-    def _routed_weight(self, matrix: str, expert: int) -> torch.Tensor:
-        """One routed expert before any factor."""
+    def _routed_weight(self, matrix: str, expert: int, factor: float) -> torch.Tensor:
+        """One routed expert."""
         refitted = self._refitted("", expert) if matrix == "down" else None
         if refitted is not None:
-            return refitted
-        spec = self._blueprint.routed[expert]
+            return _times(refitted, factor)
+        return self._expert(self._routed[expert], self._blueprint.routed[expert], matrix, "routed", expert, factor)
+
+    def _shared_weight(self, matrix: str, factor: float) -> torch.Tensor:
+        """All shared experts side by side."""
+        assert self._shared is not None
+        refitted = self._refitted("shared", 0) if matrix == "down" else None
+        if refitted is not None:
+            return _times(refitted, factor)
+        shared = self._blueprint.shared
+        if all(spec.plain for spec in shared):
+            return _times(self._shared.taken(getattr(self._ffn, matrix), matrix), factor)
+        pieces = (
+            self._expert(_Neurons(spec.neurons), spec, matrix, "shared", i, factor) for i, spec in enumerate(shared)
+        )
+        return torch.cat(list(pieces), dim=1 if matrix == "down" else 0)
+
+    def _expert(
+        self, neurons: _Neurons, spec: ExpertSpec, matrix: str, where: str, expert: int, factor: float
+    ) -> torch.Tensor:
+        """Its neurons of the model that it is of, with what is random in them, times all factors at once."""
         if spec.source is None:
             dense: torch.Tensor = getattr(self._ffn, matrix)
         else:
             assert self._matrices is not None
             dense = self._matrices(spec.source, matrix)
-        weight = self._routed[expert].taken(dense, matrix)
-        return self._drawn(weight, matrix, "routed", expert, spec)
-
-    def _shared_weight(self, matrix: str) -> torch.Tensor:
-        """All shared experts side by side."""
-        assert self._shared is not None
-        refitted = self._refitted("shared", 0) if matrix == "down" else None
-        if refitted is not None:
-            return refitted
-        weight, shared = self._shared.taken(getattr(self._ffn, matrix), matrix), self._blueprint.shared
-        if all(spec.fresh is None for spec in shared):
-            return weight
-        dim = 1 if matrix == "down" else 0
-        pieces = weight.chunk(len(shared), dim)
-        drawn = (
-            self._drawn(piece, matrix, "shared", i, spec)
-            for i, (piece, spec) in enumerate(zip(pieces, shared, strict=True))
-        )
-        return torch.cat(list(drawn), dim)
+        weight = self._drawn(neurons.taken(dense, matrix), matrix, where, expert, spec)
+        return _times(weight, factor * spec.scale if matrix == "down" else factor)
 
     def _drawn(self, weight: torch.Tensor, matrix: str, where: str, expert: int, spec: ExpertSpec) -> torch.Tensor:
         """``weight`` with what is random in it; the numbers depend on the layer's seed, the expert and the matrix alone."""
         draws = self._blueprint.draws
-        noise = draws.noise if draws and where == "routed" else 0.0
-        if draws is None or (spec.fresh is None and not noise):
+        relative = draws.noise if draws and where == "routed" else 0.0
+        if draws is None or (spec.fresh is None and not relative and not spec.noise):
             return weight
         fresh = None if spec.fresh is None else spec.fresh[MATRICES.index(matrix)]
         if matrix == "down":
-            return redrawn(weight.T, fresh, draws, noise, where, expert, matrix).T
-        return redrawn(weight, fresh, draws, noise, where, expert, matrix)
+            return redrawn(weight.T, fresh, draws, relative, spec.noise, where, expert, matrix).T
+        return redrawn(weight, fresh, draws, relative, spec.noise, where, expert, matrix)
 
     def _refitted(self, where: str, expert: int) -> torch.Tensor | None:
         """The expert's columns of the refitted down projection, where there is one."""
@@ -107,6 +111,10 @@ class ExpertTensors:
         shared, size = len(self._blueprint.shared), self._blueprint.intermediate_size
         first, count = (0, shared) if where == "shared" else (shared + expert, 1)
         return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
+
+
+def _times(weight: torch.Tensor, factor: float) -> torch.Tensor:
+    return weight if factor == 1.0 else weight * factor
 
 
 class _Neurons:

@@ -68,7 +68,7 @@ class Calibration:
         self._sources: SourceWalks | None = None
         if windows is not None and job.method.members:
             assert isinstance(checkpoint, MixedCheckpoint)
-            members = {source: checkpoint.members[source] for source in job.method.members}
+            members = {source: checkpoint.members[source] for source in job.method.members + job.method.shared_members}
             batch = _batch_of(windows)
             self._sources = SourceWalks(members, job.recipe.dtype, windows, self._tokens_folder, batch)
         self._walks = self._sources is None if samples is None else job.router.walks  # whether the dense model runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 
@@ -16,7 +17,7 @@ def stream(seed: int, *names: object) -> torch.Generator:
 
 
 def redrawn(
-    weight: torch.Tensor, fresh: torch.Tensor | None, draws: Draws, noise: float, *names: object
+    weight: torch.Tensor, fresh: torch.Tensor | None, draws: Draws, relative: float, noise: float, *names: object
 ) -> torch.Tensor:
     """``weight`` ``[m, d]`` with its ``fresh`` rows (bool ``[m]``) drawn anew and noise on all of it; a new tensor.
 
@@ -27,7 +28,8 @@ def redrawn(
         weight: one matrix of one expert, a neuron per row.
         fresh: which rows; ``None`` for none.
         draws: the layer's rule.
-        noise: standard deviation of the noise relative to that of ``weight`` before anything was drawn; 0 for none.
+        relative: standard deviation of the noise relative to that of ``weight`` before anything was drawn; 0 for none.
+        noise: more of it, in absolute terms: variances add up; 0 for none.
         names: of the expert and the matrix.
     """
     result = weight.clone()
@@ -38,10 +40,11 @@ def redrawn(
         assert std is not None
         normal = torch.randn(int(fresh.sum()), weight.shape[1], generator=stream(draws.seed, *names, "fresh"))
         result[fresh] = normal.mul_(std).add_(mean).to(weight.dtype)
-    if noise:
+    if relative or noise:
+        std = math.hypot(relative * _moments(weight)[1], noise) if noise else relative * _moments(weight)[1]
         normal = torch.randn(weight.shape, generator=stream(draws.seed, *names, "noise"))
         wide = torch.promote_types(weight.dtype, torch.float32)
-        result = (result.to(wide) + normal.mul_(noise * _moments(weight)[1])).to(weight.dtype)
+        result = (result.to(wide) + normal.mul_(std)).to(weight.dtype)
     return result
 
 

@@ -101,6 +101,7 @@ def growth_method(recipe: Recipe, mix: Mix | None = None) -> Growth:
     """
     method = method_of(recipe)
     assert isinstance(method, Growth)
+    method.check_roles(recipe.sources)
     method.join(mix)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):

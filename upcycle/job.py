@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.errors import RefusalError, UsageError
@@ -139,8 +139,9 @@ class Job:
 
     @property
     def rounding_factors(self) -> list[float]:
-        """Those of the factors that the stored dtype cannot apply without rounding."""
-        return [] if self.dtype == "float32" else [f for f in self.factors if not is_power_of_two(f)]
+        """Those of all factors on experts that the stored dtype cannot apply without rounding."""
+        own = map(self.method.told_scale, self.method.members + self.method.shared_members)
+        return [] if self.dtype == "float32" else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
 
 
 def method_of(recipe: Recipe) -> AnyMethod:
@@ -171,7 +172,8 @@ def prepare(
     check_tokenizer(recipe, has_tokenizer)
     method = method_of(recipe)
     assert isinstance(method, Method)
-    method.join(mix)
+    method.check_roles(recipe.sources)
+    method.join(mix and replace(mix, told=tuple(method.told(recipe.sources))))
     recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
     size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
@@ -247,9 +249,12 @@ def _with_implied(recipe: Recipe, method: Method) -> Recipe:
     experts, top_k = method.sizes(*named)
     experts = recipe.experts if experts is None else experts
     top_k = recipe.top_k if top_k is None else top_k
+    shared = method.shared_experts
+    if shared is None or recipe.shared:  # another number than the sources' is refused with the widths
+        shared = recipe.shared
     if top_k > experts:
         raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
-    return recipe.model_copy(update={"experts": experts, "top_k": top_k})
+    return recipe.model_copy(update={"experts": experts, "top_k": top_k, "shared": shared})
 
 
 _ALWAYS_ON = 0.5  # of what runs, where a recipe names a fraction and no numbers

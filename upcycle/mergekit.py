@@ -17,6 +17,7 @@ _ROUTERS: dict[str, dict[str, Any]] = {
     "hidden_avg": {"name": "hidden", "parameters": {"tokens": "mean"}},
     "cheap_embed": {"name": "cheap_embed"},
     "random": {"name": "random", "parameters": {"std": 1.0}},
+    "uniform_random": {"name": "random", "parameters": {"distribution": "linear"}},
 }
 _DIFFERS = {
     "hidden": "prompts' states are taken behind the norm before the FFN, where the router reads, not at the layer's input; padding "
@@ -25,7 +26,13 @@ _DIFFERS = {
     "subtracted",
     "random": "the random numbers are others (--seed)",
 }
-_TARGETS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen3": "qwen3_moe"}
+_TARGETS = {
+    "mixtral": "mixtral",
+    "qwen": "qwen2_moe",
+    "qwen moe": "qwen2_moe",
+    "qwen3": "qwen3_moe",
+    "qwen3 moe": "qwen3_moe",
+}
 
 
 class _Strict(BaseModel):
@@ -38,8 +45,8 @@ class MergekitExpert(_Strict):
     source_model: str = Field(description="folder or hub id, with @revision")
     positive_prompts: list[str] | None = Field(None, description="what the expert is for")
     negative_prompts: list[str] | None = Field(None, description="what it is not for")
-    noise_scale: float | None = Field(None, ge=0, description="noise on its weights")
-    residual_scale: float | None = Field(None, description="factor on its output")
+    noise_scale: float | None = Field(None, ge=0, allow_inf_nan=False, description="noise on its weights")
+    residual_scale: float | None = Field(None, gt=0, allow_inf_nan=False, description="factor on its output")
 
 
 class MergekitRecipe(_Strict):
@@ -70,43 +77,39 @@ def translate(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
         UsageError: an unknown key, or something that has no counterpart; names the key and what to do.
     """
     recipe: MergekitRecipe = parse_parameters(MergekitRecipe, dict(content), f"{where} (mergekit-moe)")
-    mode = recipe.gate_mode
-    if recipe.shared_experts:
-        raise _unmapped(
-            where, "shared_experts", "mixing has no shared experts", "leave it out, or list the model in experts"
-        )
-    if mode not in _ROUTERS:
-        raise _unmapped(where, "gate_mode", f"there is no '{mode}'", f"one of: {', '.join(_ROUTERS)}")
-    if recipe.architecture and recipe.architecture not in _TARGETS:
+    mode, shared = recipe.gate_mode, recipe.shared_experts or []
+    architecture = (recipe.architecture or "").lower()
+    if architecture and architecture not in _TARGETS:
         known = f"one of {', '.join(_TARGETS)}, or leave it out"
         raise _unmapped(where, "architecture", f"'{recipe.architecture}' needs code of its own to load", known)
-    if any(expert.residual_scale not in (None, 1) for expert in recipe.experts):
-        raise _unmapped(where, "residual_scale", "experts have no factors of their own", "leave it out")
-    noises = {expert.noise_scale or 0.0 for expert in recipe.experts}
-    if len(noises) > 1:
-        raise _unmapped(where, "noise_scale", "all experts have the same noise", "give all of them one value")
     base, revision = _model(recipe.base_model, where, "base_model")
     found = {
         "source": base,
         "revision": revision,
-        "sources": [_source(expert, where) for expert in recipe.experts],
+        "sources": [
+            *(_source(e, where) for e in recipe.experts),
+            *({**_source(e, where), "shared": True} for e in shared),
+        ],
         "method": "branch_train_mix",
         "parameters": {"rest": "base"},
         "top_k": recipe.experts_per_token,
         "router": _ROUTERS[mode],
         "dtype": recipe.dtype or "keep",
-        "target": _TARGETS.get(recipe.architecture or "", "auto"),
+        "target": _TARGETS.get(architecture, "auto"),
     }
     notes = [
         f"{where} is a recipe of mergekit-moe: method branch_train_mix with rest=base, router {_ROUTERS[mode]['name']}, "
-        f"{len(recipe.experts)} experts, top-{recipe.experts_per_token}",
+        f"{len(recipe.experts)} experts, top-{recipe.experts_per_token}"
+        + (f", {len(shared)} shared" if shared else ""),
         f"gate_mode {mode}: {_DIFFERS[_ROUTERS[mode]['name']]}",
     ]
-    if noise := noises.pop():
-        found["parameters"] = {"rest": "base", "noise": noise}
+    if shared:
         notes.append(
-            f"noise_scale {noise:g}: here relative to each matrix's standard deviation; mergekit adds it as it is"
+            "shared_experts: always on at full weight, times residual_scale; mergekit multiplies them by the sigmoid of a gate made "
+            "of their prompts, which are not used here"
         )
+    if any(expert.noise_scale for expert in (*recipe.experts, *shared)):
+        notes.append("noise_scale: as large as mergekit's, the random numbers are others (--seed)")
     return found, notes
 
 
@@ -117,6 +120,8 @@ def _source(expert: MergekitExpert, where: str) -> dict[str, Any]:
         "revision": revision,
         "positive_prompts": expert.positive_prompts or [],
         "negative_prompts": expert.negative_prompts or [],
+        "scale": 1.0 if expert.residual_scale is None else expert.residual_scale,
+        "noise": expert.noise_scale or 0.0,
     }
 
 

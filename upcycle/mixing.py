@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from upcycle.feed_forward import FeedForward
     from upcycle.methods.base import Merges
-    from upcycle.recipe import Recipe
+    from upcycle.recipe import Recipe, SourceRecipe
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class Mix:
 
     ``weights`` are the recipe's, one per source, or per merge of sources. ``alike`` says that all of them and the base hold
     the same numbers, so that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among
-    them, or their number.
+    them, or their number. ``told`` is what the recipe says of each of them, in the same order.
     """
 
     weights: tuple[float, ...]
     alike: bool
     base: int
+    told: tuple[SourceRecipe, ...] = ()
 
     @property
     def count(self) -> int:

@@ -301,7 +301,7 @@ def calibration_disk(job: AnyJob) -> int:
     if isinstance(job, GrowthJob) or not (job.calibrated or job.sampled):
         return 0
     dense, shape = job.dense, job.shape
-    walks = len(set(job.method.members)) if job.method.calibrated else 0
+    walks = len({*job.method.members, *job.method.shared_members}) if job.method.calibrated else 0
     states = (8 + 4 * walks) * 4 * job.recipe.calibration.tokens * dense.hidden_size
     down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * TensorSpec((1,), job.dtype).nbytes
     return states + (2 * len(shape.moe_layers) * down if job.refit == "down" else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -65,6 +65,20 @@ class SourceRecipe(_Strict):
     )
     negative_prompts: list[str] = Field(default_factory=list, description="what its expert is not for")
     text: str | list[str] | None = Field(None, description="UTF-8 sample texts of its domain (domain_ridge)")
+    shared: bool = Field(False, description="its expert is always on beside the routed ones, at full weight")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on what its expert adds")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard deviation of normal noise on its expert's gate, up and down",
+    )
+
+    @property
+    def role(self) -> str | None:
+        """The first key by which its expert is not simply its FFN, routed; ``None`` where there is none."""
+        usual = {"shared": False, "scale": 1.0, "noise": 0.0}
+        return next((key for key, value in usual.items() if getattr(self, key) != value), None)
 
     @property
     def texts(self) -> list[str]:
@@ -326,7 +340,8 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
         if part.isdigit():  # one of a list, whose kind is known already
             continue
         inner = model.model_fields[part].annotation if part in model.model_fields else None
-        inner = next(iter(get_args(inner)), inner) if get_origin(inner) is list else inner
+        while get_args(inner):  # a list of them, or none
+            inner = get_args(inner)[0]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         model = inner

@@ -233,17 +233,20 @@ class _LayerErrors:
     def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What the layer is where the router weighs all experts equally: computed from the sources, one in memory."""
         assert self._mixed is not None
-        members, total = self._job.method.members, torch.zeros_like(x)
-        for source in members:
+        method, total = self._job.method, torch.zeros_like(x)
+        parts = [(source, 1 / len(method.members)) for source in method.members]
+        for source, part in [*parts, *((source, 1.0) for source in method.shared_members)]:
             ffn = self._mixed.members[source].feed_forward(index, self._job.recipe.dtype)
             hidden = activation_function(ffn.activation)(linear(x, ffn.gate.float())) * linear(x, ffn.up.float())
-            total += linear(hidden, ffn.down.float())
-        return total / len(members)
+            total += linear(hidden, ffn.down.float()) * (part * method.told_scale(source))
+        return total
 
     @property
     def reference(self) -> str:
         """What a layer with all experts on is compared with."""
-        return "the mean of the sources' FFNs" if self._mixed else "the dense FFN"
+        if not self._mixed:
+            return "the dense FFN"
+        return "the mean of the sources' FFNs" + (" and the shared ones" if self._job.method.shared_members else "")
 
     @property
     def relative(self) -> list[float]:

@@ -1,7 +1,8 @@
 """Unlike kinds of real text, split by document into a part to calibrate on and a part to measure on.
 
 ``documentation``: Python's language reference (``pydoc_data.topics``); ``code``: the standard library's sources;
-``science``: SciPy's docstrings, mathematics and statistics in English. These three are calibrated on. ``news`` is only measured
+``science``: SciPy's docstrings, mathematics and statistics in English. These three are calibrated on. ``library`` is other code,
+scikit-learn's without its docstrings, which the demo model has not seen either (``mixing_quality.py``). ``news`` is only measured
 on, as text unlike all that was calibrated on: 300 news mails of the Australian Broadcasting Corporation (Lee, Pincombe and
 Welsh 2005), which the gensim 4.3.3 wheel carries. A document's name decides by its SHA-256 which part it is in: one in six is
 measured on.
@@ -29,6 +30,7 @@ _NEWS = "gensim/test/test_data/lee_background.cor"
 _SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "ensurepip", "encodings", "tkinter"}
 DOMAINS = ("documentation", "code", "science")
 FOREIGN = "news"
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def texts(domains: Sequence[str] = DOMAINS) -> tuple[list[Path], list[Path]]:
@@ -62,19 +64,35 @@ def _documents(domain: str) -> Iterator[tuple[str, str]]:
             if not _SKIPPED & set(name.parts):
                 yield str(name), path.read_text(encoding="utf-8", errors="ignore")
     elif domain == "science":
-        package = Path(str(find_spec("scipy").origin)).parent  # type: ignore[union-attr]
-        for path in sorted(package.rglob("*.py")):
-            name = path.relative_to(package)
-            if not _SKIPPED & set(name.parts):
-                yield str(name), _docstrings(path)
+        for name, path in _modules("scipy"):
+            yield name, _docstrings(path)
+    elif domain == "library":
+        for name, path in _modules("sklearn"):
+            yield name, _bare_code(path)
     else:
         yield from _news()
 
 
+def _modules(package: str) -> Iterator[tuple[str, Path]]:
+    folder = Path(str(find_spec(package).origin)).parent  # type: ignore[union-attr]
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder)
+        if not _SKIPPED & set(name.parts):
+            yield str(name), path
+
+
+def _bare_code(path: Path) -> str:
+    """A module without docstrings and comments."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def _docstrings(path: Path) -> str:
     """Every docstring of a module, in order; each once, since modules pass functions on."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, documented))
+    nodes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, _DOCUMENTED))
     return "\n\n".join(dict.fromkeys(filter(None, map(ast.get_docstring, nodes))))
 
 

@@ -11,6 +11,9 @@ Equality: two sources with prompts. Whatever the gate mode, all tensors but the 
 mean the same where ``cheap_embed`` is given one prompt per expert and a tokenizer without a token that begins a text, which
 mergekit counts and upcycle does not: there they must agree within one step of bfloat16. Elsewhere (``hidden``: mergekit
 reads the stream at a layer's input, upcycle what the router will read) their cosine is shown, and nothing asked of it.
+
+A third recipe has a shared expert and ``residual_scale``, which mergekit writes as Qwen2-MoE. There the shared expert's down
+projection must be twice mergekit's, bit for bit, because its gate is a sigmoid of zero here: always on, at full weight.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from smollm2 import cache_folder
 MANY, FEW, TOP_K = 8, 2, 2
 MOST_TIME, MOST_MEMORY, MOST_GROWTH = 0.6, 0.5, 1.2
 NOISE = 0.01
+SHARED_SCALE = 0.1
 PROMPTS = (["The parliament votes on the new law in spring."], ["def add(a, b):\n    return a + b"])
 NEGATIVE = (["import numpy as np"], ["A poem about the sea"])
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -121,7 +125,40 @@ def equality(models: list[Path], mergekit: Path, work: Path) -> int:
             rows.append(_router_row(f"{label}: ", routers(ours), routers(theirs), sources is headless))
         shutil.rmtree(ours)
         shutil.rmtree(theirs)
+    rows += shared_rows(models, mergekit, work)
     return report(f"{len(models)} sources of SmolLM2-135M's size, by gate mode", ("upcycle", TITLE), rows)
+
+
+def shared_rows(models: list[Path], mergekit: Path, work: Path) -> list[Row]:
+    """The sources as experts, one of them scaled, and again as the shared expert: what both tools write of it."""
+    import torch
+    from safetensors.torch import load_file
+
+    experts = [{"source_model": str(model)} for model in models]
+    experts[0]["residual_scale"] = SHARED_SCALE  # type: ignore[assignment]
+    shared = [{"source_model": str(models[-1]), "residual_scale": SHARED_SCALE}]
+    content = {"base_model": str(models[0]), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+    recipe, ours, theirs = work / "shared.yaml", work / "ours", work / "theirs"
+    recipe.write_text(json.dumps({**content, "shared_experts": shared, "architecture": "qwen"}), encoding="utf-8")
+    run([UPCYCLE, "convert", recipe, ours, "--no-verify", "--quiet"], _OFFLINE)
+    run([mergekit, recipe, theirs], _OFFLINE)
+    a, b = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    # The routers are random, the shared one's gate is zero here, and mergekit writes zeros as attention's missing biases.
+    names = [name for name in a if not name.endswith("gate.weight")]
+    differing = []
+    for name in names:
+        factor = 2 if name.endswith("shared_expert.down_proj.weight") else 1
+        if name not in b or not torch.equal(a[name], b[name] * factor):
+            differing.append(name)
+            print(f"differs: {name}", file=sys.stderr)
+    left = [name for name in b if name not in a and b[name].any()]
+    shutil.rmtree(ours)
+    shutil.rmtree(theirs)
+    label = "shared expert, residual_scale: "
+    return [
+        Row(f"{label}tensors that differ", "", "", f"{len(differing)} of {len(names)}", "none", not differing),
+        Row(f"{label}other than zero in mergekit's alone", "", "", f"{len(left)}", "none", not left),
+    ]
 
 
 def _router_row(label: str, ours: Any, theirs: Any, same: bool) -> Row:

@@ -75,6 +75,18 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
     assert made.router.parameters == {"std": 0.5}
 
 
+def test_a_parameter_with_a_flag_of_its_own(pico: Pico) -> None:
+    grouped = ("plan", str(pico("llama")), "--method", "virtual_groups", "--json")
+    for placement, promise in (("down", "exact"), ("up_down", "exact"), ("paper", "approximate")):
+        result = run(*grouped, "--scale-placement", placement)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["promise"] == promise
+    assert run(*grouped, "--scale-placement", "gate").exit_code == 2
+    # Other methods have no such parameter.
+    refused = run("plan", str(pico("llama")), "--scale-placement", "down")
+    assert "unknown key 'scale_placement'" in str(refused.exception)
+
+
 def test_source_flag_gives_a_recipe_its_source(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("experts: 4\n")
     assert run("plan", str(tmp_path / "r.yaml"), "--source", "demo").exit_code == 0

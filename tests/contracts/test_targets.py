@@ -231,6 +231,23 @@ TRAPS: list[tuple[str, str, dict[str, Any]]] = [
     ("cohere2", "cohere2_moe", {"rms_norm_eps": 1e-5}),
     ("cohere2", "cohere2_moe", {"logit_scale": 1.0}),
 ]
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 500.0}
+# For every other family that goes there.
+TRAP_OF: dict[str, dict[str, Any]] = {
+    "mixtral": ROPE,
+    "ernie4_5_moe": ROPE,
+    "hunyuan_v1_moe": ROPE,
+    "qwen2_moe": {"norm_topk_prob": False},
+    "glm4_moe": {"norm_topk_prob": False},
+    "solar_open": {"norm_topk_prob": False},
+    "dots1": {"norm_topk_prob": False},
+    "mellum": {"norm_topk_prob": False},
+    "granitemoe": {"attention_multiplier": 1.0},
+    "granitemoeshared": {"attention_multiplier": 1.0},
+    "qwen3_5_moe_text": {"rms_norm_eps": 1e-4},
+}
+SET = {(PICO[name][0], target) for name, target, _ in TRAPS}
+TRAPS += [(name, cell[1], TRAP_OF[cell[1]]) for cell, name in FIRST.items() if cell not in SET]
 
 
 @pytest.mark.parametrize(("name", "target", "changes"), TRAPS)

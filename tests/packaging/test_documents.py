@@ -84,6 +84,10 @@ def test_generated_tables(kind: str) -> None:
     assert printed in README
 
 
+def test_the_table_of_mixes_is_the_one_that_its_benchmark_left() -> None:
+    assert (ROOT / "docs" / "mixing_quality.md").read_text(encoding="utf-8") in README
+
+
 def test_papers_in_the_readme_are_those_of_the_code() -> None:
     for row, method in zip(rows("### Methods"), entries("methods"), strict=True):
         assert (method["paper"] or "") in row[2]

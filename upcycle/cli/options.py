@@ -53,6 +53,10 @@ _FLAGS = {
     ("--verify-text",): "verification.text",
     ("--verify-tokens",): "verification.tokens",
 }
+# Parameters of one method that have a flag; all others are --param NAME=VALUE.
+_PARAMETERS = {
+    "--scale-placement": (("down", "up_down", "paper"), "where virtual_groups puts its weight scale  [default: down]"),
+}
 _INNER: dict[str, type[BaseModel]] = {
     "router": RouterRecipe,
     "calibration": CalibrationRecipe,
@@ -77,6 +81,8 @@ def recipe_options(function: F) -> F:
     function = click.option("--source", "source_flag", metavar="SOURCE", help="the source, for a recipe without one")(
         function
     )
+    for flag, (values, text) in _PARAMETERS.items():
+        function = click.option(flag, type=click.Choice(values), default=None, help=text)(function)
     for flags, key in reversed(_FLAGS.items()):
         field = _field(key)
         choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
@@ -131,10 +137,22 @@ def build_recipe(
         content["source"] = source
     if flags["source_flag"]:
         content["source"] = flags["source_flag"]
+    _lay_flags(content, flags)
+    if isinstance(content.get("scale"), str):
+        content["scale"] = _number_if_possible(content["scale"])
+    return parse_recipe(content, where)
+
+
+def _lay_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Flags over what ``content`` says."""
     for key in _FLAGS.values():
         value = flags[key.replace(".", "__")]
         if value not in (None, False):
             set_key(content, key, value)
+    for flag in _PARAMETERS:
+        name = flag.removeprefix("--").replace("-", "_")
+        if flags.get(name) is not None:
+            set_key(content, f"parameters.{name}", flags[name])
     for group, prefix in (("param", "parameters."), ("router_param", "router.parameters."), ("set_", "")):
         for assignment in flags[group]:
             name, equals, value = assignment.partition("=")
@@ -145,9 +163,6 @@ def build_recipe(
                 set_key(content, prefix + name, yaml.safe_load(value))
             except yaml.YAMLError:
                 raise UsageError(f"cannot read the value in '{assignment}'", hint="quote it as YAML would") from None
-    if isinstance(content.get("scale"), str):
-        content["scale"] = _number_if_possible(content["scale"])
-    return parse_recipe(content, where)
 
 
 def _number_if_possible(value: str) -> str | float:

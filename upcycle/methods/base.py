@@ -38,7 +38,8 @@ class AnyMethod(ABC):
     """What every entry of ``upcycle list methods`` has: a name, a source, parameters of its own, and which sources it takes.
 
     ``calibrated`` ones must be given text. Those with ``takes_sources`` mix several models; ``mix`` says what they are given,
-    once :meth:`join` was called, and ``slerp`` that in ``rest`` matrices of attention are interpolated on the sphere.
+    once :meth:`join` was called, ``takes_roles`` that the recipe may ask for another expert of a source than its FFN, routed, and
+    ``slerp`` that in ``rest`` matrices of attention are interpolated on the sphere.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class AnyMethod(ABC):
     kind: Kind
     calibrated: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = False
+    takes_roles: ClassVar[bool] = False
     mix: Mix | None = None
     slerp: bool = False
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
@@ -65,6 +67,19 @@ class AnyMethod(ABC):
                 f"{self.name} converts one source, and there are {mix.count} sources",
                 hint="--method branch_train_mix, or name one source",
             )
+
+    def check_roles(self, sources: Sequence[SourceRecipe]) -> None:
+        """Refuse what the recipe says of a source's expert, unless the method ``takes_roles``.
+
+        Raises:
+            UsageError: names the source and the key.
+        """
+        for source in sources:
+            if source.role and not self.takes_roles:
+                raise UsageError(
+                    f"sources: {source.name} has '{source.role}', and {self.name} makes no expert of a single source",
+                    hint="leave it out, or --method branch_train_mix",
+                )
 
     @property
     def merges(self) -> Merges | None:
@@ -120,8 +135,22 @@ class Method(AnyMethod):
 
     @property
     def members(self) -> list[int]:
-        """Whose FFN is an expert, as indices of sources (their number for the base); empty for a single model."""
+        """Whose FFN is a routed expert, as indices of sources (their number for the base); empty for a single model."""
         return []
+
+    @property
+    def shared_members(self) -> list[int]:
+        """Whose FFN is a shared expert, likewise."""
+        return []
+
+    @property
+    def shared_experts(self) -> int | None:
+        """How many shared experts there are, where the sources decide that; ``None`` leaves it to the recipe."""
+        return None
+
+    def told_scale(self, member: int) -> float:
+        """What the recipe multiplies a member's expert by."""
+        return 1.0
 
     def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
         """What the recipe says of every model that is mixed, in order; of the generalist it says nothing."""

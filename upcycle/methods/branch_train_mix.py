@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -9,13 +10,14 @@ import torch
 from pydantic import Field
 
 from upcycle.activations import Activations
-from upcycle.blueprint import LayerBlueprint
+from upcycle.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import Scale, piece_size
 from upcycle.methods.copies import Copies, CopiesParameters, seeded
 from upcycle.methods.virtual_groups import shards, tied_rows
 from upcycle.mixing import Mix
+from upcycle.recipe import SourceRecipe
 from upcycle.targets.base import MoeShape
 
 
@@ -46,18 +48,23 @@ class BranchTrainMix(Copies):
     ``m * C + c`` is chunk c of source m, times C, as weights that sum to 1 average what belongs together. Two sources run
     per token, so top-k is 2C unless the recipe says otherwise; more experts than there are chunks repeat all of them.
 
+    A source may be ``shared``: its FFN is then always on, and added to the weighted sum of the routed ones. ``scale`` multiplies
+    what a source's expert adds, ``noise`` of a source is the absolute deviation of noise on its expert.
+
     Nothing is preserved: attention is averaged and the experts differ. Sources that hold the same numbers are copies of one
     model, and that is exact.
 
     Deviations. The paper's chunks have router rows of their own; here those of a source share one (``tied=false`` for the
     paper's), without which no token sees a whole FFN before training. Its other routers (Switch, soft, Sample-Top-1) are
-    trainers' settings: a native target runs the top k. ``rest=base`` and ``noise`` are not in the paper: they are mergekit's.
+    trainers' settings: a native target runs the top k. ``rest=base``, ``noise``, shared sources and their
+    scales are not in the paper: they are mergekit's.
     """
 
     name = "branch_train_mix"
     title = "Branch-Train-MiX"
     paper = "https://arxiv.org/abs/2403.07816"
     takes_sources = True
+    takes_roles = True
     Parameters = BranchTrainMixParameters
     parameters: BranchTrainMixParameters
 
@@ -79,14 +86,40 @@ class BranchTrainMix(Copies):
                 hint="set 'source' to the model that the sources were branched from, or leave generalist out",
             )
         self.mix = mix
-        self.exact_when_all_active = mix.alike and not self.draws
+        if len(self.members) < 2:
+            raise UsageError(
+                f"{self.name} routes between several sources, and {len(self.members)} of {mix.count} are not 'shared'",
+                hint="leave 'shared: true' out of some",
+            )
+        self.draws = self.parameters.noise > 0 or any(source.noise for source in mix.told)
+        self.exact_when_all_active = mix.alike and not self.draws and not any(source.role for source in mix.told)
 
     @property
     def members(self) -> list[int]:
-        """Whose FFN every uncut expert is."""
+        """Whose FFN every uncut routed expert is."""
         if self.mix is None:
             return []
-        return [*range(self.mix.count), *([self.mix.base] if self.parameters.generalist else [])]
+        routed = [source for source in range(self.mix.count) if source not in self.shared_members]
+        return [*routed, *([self.mix.base] if self.parameters.generalist else [])]
+
+    @property
+    def shared_members(self) -> list[int]:
+        """Those that the recipe calls shared."""
+        return [i for i, source in enumerate(self.mix.told) if source.shared] if self.mix else []
+
+    @property
+    def shared_experts(self) -> int:
+        """All chunks of every shared source."""
+        return len(self.shared_members) * self.parameters.chunks
+
+    def told_scale(self, member: int) -> float:
+        """The recipe's; the generalist has none."""
+        return self._said(member).scale
+
+    def _said(self, member: int | None) -> SourceRecipe:
+        """What the recipe says of a member: nothing of the generalist, nor without sources."""
+        told = self.mix.told if self.mix else ()
+        return told[member] if member is not None and member < len(told) else SourceRecipe(name="?")
 
     @property
     def rest(self) -> tuple[float, ...] | None:
@@ -128,6 +161,9 @@ class BranchTrainMix(Copies):
                 else "the source's own layers around them"
             )
             return f"experts of {len(self.members)} different models, {rest}; compared with the model 'source'"
+        roles = [f"{source.name} has '{source.role}'" for source in (self.mix.told if self.mix else ()) if source.role]
+        if roles:
+            return f"{roles[0]}: the layer is not the average of the sources' FFNs"
         if self.draws:
             return f"every expert has noise of {self.parameters.noise:g} of its weights' standard deviation"
         if self._group != self.parameters.chunks and shape.top_k < shape.experts:
@@ -140,8 +176,11 @@ class BranchTrainMix(Copies):
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
         """``F / C``, rounded up to a multiple of 8 when padding is allowed."""
-        if shared:
-            raise UsageError(f"{self.name} has no shared experts: every source is routed", hint="leave --shared out")
+        if shared != self.shared_experts:
+            raise UsageError(
+                f"{self.name} has {self.shared_experts or 'no'} shared experts, not {shared}: a recipe's sources say 'shared: true'",
+                hint="leave --shared out, and say it of sources in a recipe",
+            )
         chunks = self.parameters.chunks
         return (
             intermediate_size
@@ -156,11 +195,11 @@ class BranchTrainMix(Copies):
         return chunks if self.normalized or chunks == 1 else experts * chunks / top_k
 
     def orders(self, ffn: FeedForward, activations: Activations | None) -> list[torch.Tensor]:
-        """Int64 ``[F]`` per member: its neurons in the order in which they are cut, which is here as they are stored.
+        """Int64 ``[F]`` per member, shared ones last: its neurons in the order in which they are cut, here as they are stored.
 
         Without sources, which a conversion never leaves out, one for the layer at hand.
         """
-        return [torch.arange(ffn.intermediate_size)] * max(1, len(self.members))
+        return [torch.arange(ffn.intermediate_size)] * max(1, len(self.members) + len(self.shared_members))
 
     def blueprint(
         self,
@@ -171,11 +210,15 @@ class BranchTrainMix(Copies):
         activations: Activations | None = None,
     ) -> LayerBlueprint:
         """The chunks of every source, in order; again for copies."""
-        whose: list[int | None] = [*self.members] or [None]
-        one = tuple(
-            replace(piece, source=source)
-            for source, order in zip(whose, self.orders(ffn, activations), strict=True)
-            for piece in shards(order, self.parameters.chunks, shape.expert_size)
-        )
+        whose: list[int | None] = [*self.members, *self.shared_members] or [None]
+
+        def pieces(source: int | None, order: torch.Tensor) -> Iterator[ExpertSpec]:
+            said = self._said(source)
+            for piece in shards(order, self.parameters.chunks, shape.expert_size):
+                yield replace(piece, source=source, scale=said.scale, noise=said.noise)
+
+        every = [spec for pair in zip(whose, self.orders(ffn, activations), strict=True) for spec in pieces(*pair)]
+        cut = len(every) - shape.shared
         draws = seeded(rng, noise=self.parameters.noise) if self.draws else None
-        return LayerBlueprint(ffn.layer, one * (shape.experts // len(one)), shape.top_k, scale, draws=draws)
+        routed = tuple(every[:cut]) * (shape.experts // cut)
+        return LayerBlueprint(ffn.layer, routed, shape.top_k, scale, tuple(every[cut:]), draws=draws)

@@ -60,6 +60,7 @@ class ModelGlue(BranchTrainMix):
     name = "model_glue"
     title = "Model-GLUE"
     paper = "https://arxiv.org/abs/2410.05357"
+    takes_roles = False
     Parameters = ModelGlueParameters
     parameters: ModelGlueParameters
 

@@ -77,14 +77,15 @@ class Symphony(BranchTrainMix):
             return super().orders(ffn, activations)
         orders = []
         sums = torch.zeros(2, dtype=torch.float64)
-        for source in self.members:
+        models = [*self.members, *self.shared_members]
+        for source in models:
             order = everyone
             if source != anchor:
                 likeness = similarity(activations.sources(anchor), activations.sources(source))
                 order = matched(likeness)
                 sums += torch.stack([likeness[everyone, places].double().mean() for places in (everyone, order)])
             orders.append(order)
-        stored, aligned = (sums / (len(self.members) - 1)).tolist()
+        stored, aligned = (sums / (len(models) - 1)).tolist()
         activations.measured |= {"similarity_stored": stored, "similarity_aligned": aligned}
         return orders
 

@@ -1,6 +1,8 @@
-"""Random router: independent normal rows."""
+"""Random router: independent rows."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,10 +18,17 @@ class RandomParameters(PluginParameters):
     """Parameters of :class:`RandomRouter`."""
 
     std: float = Field(0.02, gt=0, description="standard deviation of the router's weights")
+    distribution: Literal["normal", "linear"] = Field(
+        "normal",
+        description="normal, or linear: uniform between -1/sqrt(d) and 1/sqrt(d), as torch.nn.Linear begins; no std",
+    )
 
 
 class RandomRouter(Router):
-    """Normal(0, std^2), as in sparse upcycling: identical experts diverge only because their router rows differ."""
+    """Normal(0, std^2), as in sparse upcycling: identical experts diverge only because their router rows differ.
+
+    ``distribution=linear`` is how a new ``torch.nn.Linear`` begins (mergekit's ``uniform_random``).
+    """
 
     name = "random"
     title = "Random rows"
@@ -35,4 +44,8 @@ class RandomRouter(Router):
         activations: Activations | None = None,
     ) -> torch.Tensor:
         """Fp32 ``[E, d]``."""
-        return torch.randn(len(blueprint.routed), ffn.hidden_size, generator=rng) * self.parameters.std
+        shape = len(blueprint.routed), ffn.hidden_size
+        if self.parameters.distribution == "linear":
+            bound = ffn.hidden_size**-0.5
+            return torch.empty(shape).uniform_(-bound, bound, generator=rng)
+        return torch.randn(shape, generator=rng) * self.parameters.std
