@@ -1,0 +1,227 @@
+"""The stream of training batches and the fixed validation batches. B rows of L positions on each rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from upcycle.errors import UsageError
+from upcycle.recipe import parse_size
+from upcycle.trainers.corpus import Corpus, open_corpus
+from upcycle.trainers.data_recipe import DataRecipe, DomainRecipe
+from upcycle.trainers.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows, HeldOut
+from upcycle.trainers.mixture import Mixture
+from upcycle.trainers.token_shards import Encoder, TokenCache
+from upcycle.trainers.validation_rows import held_out_hashes, validation_rows
+
+_VERSION = 1
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows.
+
+    Given to a model as ``model(input_ids=ids, position_ids=positions, use_cache=False)`` and no attention mask, documents do not
+    see each other; see :mod:`upcycle.trainers.packed_attention`.
+    """
+
+    ids: torch.Tensor  # int64 [B, L]
+    mask: (
+        torch.Tensor
+    )  # bool [B, L], tokens that count as targets: no padding, and not the first of a document or of its part
+    positions: torch.Tensor  # int64 [B, L], restarting at each document
+    domains: tuple[str, ...]  # of each row
+
+
+class TokenStream:
+    """One rank's view of the global stream: call after call, every rank takes its rows of the next ``world x B``.
+
+    The global order of rows is a function of recipe, tokenizer, length and seed. Where ranks, micro-batch and accumulation change
+    and their product does not, each optimizer step sees the rows it would have seen.
+    """
+
+    def __init__(
+        self,
+        domains: list[DomainRows],
+        mixture: Mixture,
+        facts: dict[str, Any],
+        micro_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self._domains = {domain.name: domain for domain in sorted(domains, key=lambda domain: domain.name)}
+        self._mixture, self._facts = mixture, facts
+        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        self._row = 0
+        self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
+        self.observe, self.refer_to = mixture.observe, mixture.refer_to
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each domain now, summing to 1."""
+        return dict(self._mixture.weights)
+
+    @property
+    def rows(self) -> int:
+        """Rows all ranks together have been given."""
+        return self._row
+
+    def next_batch(self) -> Batch:
+        """This rank's rows.
+
+        Raises:
+            UpcycleError: a file vanished or changed, or cannot be read.
+        """
+        names = list(self._domains)
+        drawn = self._mixture.draw(self._row, self._micro_batch * self._world)
+        mine = range(self._rank * self._micro_batch, (self._rank + 1) * self._micro_batch)
+        rows: dict[int, Row] = {}
+        for number, name in enumerate(names):
+            places = np.flatnonzero(drawn == number)
+            cursor, passed = self._cursors[name], 0
+            for nth, place in enumerate(places.tolist()):
+                if place in mine:
+                    cursor, passed = self._domains[name].skip(cursor, nth - passed), nth
+                    rows[place] = self._domains[name].row(cursor)
+            self._cursors[name] = self._domains[name].skip(cursor, len(places) - passed)
+        self._row += len(drawn)
+        return make_batch([rows[place] for place in mine], [names[drawn[place]] for place in mine])
+
+    def state(self) -> dict[str, Any]:
+        """The position of the global stream as JSON, the same on every rank."""
+        places = {
+            name: {
+                **asdict(cursor),
+                "digest": self._domains[name].digest(cursor),
+                "contents": self._domains[name].corpus.contents(),
+            }
+            for name, cursor in self._cursors.items()
+        }
+        return {
+            "version": _VERSION,
+            **self._facts,
+            "rows": self._row,
+            "mixture": self._mixture.state(),
+            "domains": places,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state` was, on any number of ranks.
+
+        Raises:
+            UsageError: the data, the tokenizer or a setting that decides the order is not what it was.
+        """
+        for key, now in {"version": _VERSION, **self._facts}.items():
+            if state.get(key) != now:
+                raise UsageError(f"data: {key} was {state.get(key)!r} when the checkpoint was saved, and is {now!r}")
+        places = state["domains"]
+        if set(places) != set(self._domains):
+            raise UsageError(f"data: the domains were {', '.join(places)}, and are {', '.join(self._domains)}")
+        for name, domain in self._domains.items():
+            _same_contents(name, places[name]["contents"], domain.corpus.contents())
+            cursor = Cursor(*(int(places[name][key]) for key in ("epoch", "block", "row")))
+            if domain.digest(cursor) != places[name]["digest"]:
+                raise UsageError(f"domain '{name}': its text is not what it was when the checkpoint was saved")
+            self._cursors[name] = cursor
+        self._row = int(state["rows"])
+        self._mixture.restore(state["mixture"])
+
+
+def open_stream(
+    data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world: int, seed: int
+) -> TokenStream:
+    """The training stream of ``data``, at its beginning.
+
+    Raises:
+        UpcycleError: a domain cannot be read or is empty.
+    """
+    encoder = Encoder(tokenizer, data.end_of_text)
+    cache = TokenCache(cache_folder(data), encoder)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    domains = []
+    for domain in data.domains:
+        own = _validation_corpus(data, domain)
+        held_out = HeldOut(0.0 if own else data.validation.fraction, held_out_hashes(own, cache))
+        domains.append(
+            DomainRows(
+                domain.name, _corpus(data, domain), cache, held_out,
+                length=length, packing=data.packing, padding=padding, seed=seed,
+            )
+        )  # fmt: skip
+    facts = {
+        "tokenizer": encoder.fingerprint,
+        "length": length,
+        "seed": seed,
+        "packing": data.packing,
+        "shuffle": parse_size(data.shuffle),
+        "validation": data.validation.fraction,
+    }
+    return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world)
+
+
+def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[Batch]]:
+    """Fixed batches of each domain's held-out documents, in the recipe's order; the same for every seed.
+
+    Raises:
+        UsageError: no document of a domain is held out.
+    """
+    cache = TokenCache(cache_folder(data), Encoder(tokenizer, data.end_of_text))
+    found = {}
+    for domain in data.domains:
+        own = _validation_corpus(data, domain)
+        fraction = 1.0 if own else data.validation.fraction
+        rows = validation_rows(
+            domain.name, own or _corpus(data, domain), cache, fraction, data.validation.tokens, length
+        )
+        size = data.validation.batch
+        found[domain.name] = [
+            make_batch(part, [domain.name] * len(part))
+            for part in (rows[at : at + size] for at in range(0, len(rows), size))
+        ]
+    return found
+
+
+def make_batch(rows: list[Row], domains: list[str]) -> Batch:
+    """Rows of ids, positions and targets, each ``[L]``, as a batch."""
+    ids, positions, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return Batch(ids, targets, positions, tuple(domains))
+
+
+def cache_folder(data: DataRecipe) -> Path:
+    """Where tokenised text is kept."""
+    if data.cache:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "upcycle" / "tokens"
+
+
+def _corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus:
+    size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
+    return open_corpus(domain.text, domain.column, domain.separator, domain.revision, size, domain.name)
+
+
+def _validation_corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus | None:
+    if domain.validation is None:
+        return None
+    size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
+    return open_corpus(domain.validation, domain.column, domain.separator, None, size, domain.name)
+
+
+def _same_contents(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for path in {**then, **now}:
+        if then.get(path) == now.get(path):
+            continue
+        what = "is gone" if path not in now else "was not there" if path not in then else "is not what it was"
+        raise UsageError(
+            f"domain '{domain}': {path} {what} when the checkpoint was saved" if path in now
+            else f"domain '{domain}': {path} is gone since the checkpoint was saved",
+            hint="put the data back as it was, or start a new run from the checkpoint's weights",
+        )  # fmt: skip

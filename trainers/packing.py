@@ -1,0 +1,101 @@
+"""Documents into rows of one length. N documents, F fragments, R rows of L positions."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which part of which document lies in which row; fragments are in the order of rows and within them."""
+
+    document: Int64  # [F]
+    start: Int64  # [F], the first token of the document that is in the fragment
+    length: Int64  # [F]
+    first: Int64  # [R + 1], the fragments of row r are first[r] to first[r + 1]
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+
+def pack(lengths: Int64, row: int, how: Literal["best_fit", "concatenate"]) -> Rows:
+    """Documents of ``lengths`` ``[N]``, in this order, into rows of ``row`` tokens; every token once.
+
+    - ``concatenate``: one behind the other, cut at every row's end; only the last row is not full.
+    - ``best_fit``: a document longer than a row gives full rows and a rest; rests, longest first, go whole into the fullest row
+      that has room (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830).
+    """
+    return _concatenated(lengths, row) if how == "concatenate" else _best_fit(lengths, row)
+
+
+def layout(lengths: Int64, row: int) -> tuple[Int64, NDArray[np.bool_]]:
+    """Positions ``[L]`` that restart at every fragment, and which of them are targets ``[L]``: not the first of a fragment.
+
+    What is left of the row is padding, with positions of its own and no targets.
+    """
+    used = int(lengths.sum())
+    all_lengths = np.append(lengths, row - used) if used < row else lengths
+    begins = np.cumsum(all_lengths) - all_lengths
+    positions = np.arange(row) - np.repeat(begins, all_lengths)
+    return positions, (positions > 0) & (np.arange(row) < used)
+
+
+def _concatenated(lengths: Int64, row: int) -> Rows:
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    # A fragment begins where a document or a row does.
+    cuts = np.unique(np.concatenate([ends - lengths, np.arange(0, total, row)]))
+    cuts = cuts[cuts < total]
+    document = np.searchsorted(ends, cuts, side="right")
+    length = np.diff(np.append(cuts, total))
+    first = np.append(np.searchsorted(cuts, np.arange(0, total, row)), len(cuts))
+    return Rows(document, cuts - (ends - lengths)[document], length, first)
+
+
+def _best_fit(lengths: Int64, row: int) -> Rows:
+    whole, rest = np.divmod(lengths, row)
+    full = np.repeat(np.arange(len(lengths)), whole)
+    full_start = (np.arange(len(full)) - np.repeat(np.cumsum(whole) - whole, whole)) * row
+    rests = np.flatnonzero(rest)
+    rests = rests[np.argsort(-rest[rests], kind="stable")]
+    place = _bins(rest[rests].tolist(), row)
+    order = np.argsort(place, kind="stable")
+    document = np.concatenate([full, rests[order]])
+    start = np.concatenate([full_start, (whole * row)[rests[order]]])
+    length = np.concatenate([np.full(len(full), row), rest[rests[order]]])
+    bins = np.bincount(place) if len(place) else np.empty(0, np.int64)
+    first = np.concatenate([np.arange(len(full) + 1), len(full) + np.cumsum(bins)])
+    return Rows(document, start, length, first)
+
+
+def _bins(lengths: list[int], row: int) -> Int64:
+    """The row of each fragment, ``[F]``; fragments come longest first."""
+    rooms: list[int] = []  # how much room there is in some row, each number once
+    rows_with: dict[int, list[int]] = {}
+    place = np.empty(len(lengths), np.int64)
+    count = 0
+    for number, length in enumerate(lengths):
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            chosen, room = count, row
+            count += 1
+        else:
+            room = rooms[at]
+            chosen = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms.pop(at)
+        place[number] = chosen
+        left = room - length
+        if left:
+            same = rows_with.setdefault(left, [])
+            if not same:
+                insort(rooms, left)
+            same.append(chosen)
+    return place

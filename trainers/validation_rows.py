@@ -1,0 +1,79 @@
+"""The held-out documents of a domain, packed once, in the order of the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upcycle.errors import UsageError
+from upcycle.trainers.corpus import Corpus
+from upcycle.trainers.domain_rows import HeldOut, read_row
+from upcycle.trainers.packing import pack
+from upcycle.trainers.token_shards import Hashes, Shard, TokenCache
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+_NOTHING = np.empty(0, np.uint64)
+
+
+def held_out_hashes(corpus: Corpus | None, cache: TokenCache) -> Hashes:
+    """Hashes ``[N]`` of every document of a corpus; none without one.
+
+    Raises:
+        UpcycleError: it cannot be read.
+    """
+    if corpus is None:
+        return _NOTHING
+    return np.concatenate([_NOTHING, *(shard.hashes for shard in _shards(corpus, cache))])
+
+
+def validation_rows(
+    domain: str, corpus: Corpus, cache: TokenCache, fraction: float, tokens: int, length: int
+) -> list[Row]:
+    """Rows of the first ``tokens`` held-out tokens of a domain; the last row may be padded.
+
+    Raises:
+        UsageError: no document is held out.
+    """
+    held_out = HeldOut(fraction, _NOTHING)
+    shards: list[Shard] = []
+    chosen, begins, lengths = [], [], []
+    have = documents = 0
+    for shard in _shards(corpus, cache):
+        of_shard = np.flatnonzero(held_out.chosen(shard.hashes)) if fraction < 1 else np.arange(len(shard.hashes))
+        wanted = np.cumsum(shard.lengths[of_shard]) - shard.lengths[of_shard] < tokens - have
+        of_shard = of_shard[wanted]
+        documents += len(shard.hashes)
+        have += int(shard.lengths[of_shard].sum())
+        chosen.append(np.full(len(of_shard), len(shards)))
+        begins.append((np.cumsum(shard.lengths) - shard.lengths)[of_shard])
+        lengths.append(shard.lengths[of_shard])
+        shards.append(shard)
+        if have >= tokens:
+            break
+    if not have:
+        raise UsageError(
+            f"domain '{domain}' has {documents} documents, and none falls into the held-out fraction {fraction:g}",
+            hint="a larger validation.fraction, a separator that divides its files, or files of its own: validation: [FILE]",
+        )
+    size = np.concatenate(lengths)
+    last = tokens - int(size[:-1].sum())  # the last document is cut where enough is enough
+    size[-1] = min(int(size[-1]), last)
+    rows = pack(size, length, "concatenate")
+    return [
+        read_row(shards, np.concatenate(chosen), np.concatenate(begins), rows, number, length, 0)
+        for number in range(len(rows))
+    ]
+
+
+def _shards(corpus: Corpus, cache: TokenCache) -> Iterator[Shard]:
+    for number in count():
+        if number == corpus.shards:
+            return
+        shard = cache.shard(corpus, number)
+        yield shard
+        if shard.last:
+            return
