@@ -94,9 +94,12 @@ def save(
 
 def _write_tensors(folder: Path, tensors: FullTensors, ranks: Ranks) -> dict[str, str]:
     """Every rank writes the tensors that are its; the SHA-256 of every file by its name."""
+    tensors.link_states()
     names = _entries(tensors)
     mine = _shares(names, ranks.world)[ranks.rank]
-    files = {kind: _Share(folder, _file(kind, ranks), [entry for entry in mine if _kind(entry) == kind]) for kind in _KINDS}
+    files = {
+        kind: _Share(folder, _file(kind, ranks), [entry for entry in mine if _kind(entry) == kind]) for kind in _KINDS
+    }
     for slot in tensors.slots:
         for name in _names(slot, tensors):
             # All ranks take part in putting every tensor together; one has it written.
@@ -139,7 +142,7 @@ def _file(kind: str, ranks: Ranks) -> str:
 def _names(slot: Slot, tensors: FullTensors) -> list[str]:
     """What is stored of a slot: ``name``, and ``key:name`` for states (and weights no stock class has)."""
     names = [slot.name if slot.exported else f"weight:{slot.name}"]
-    return names + ([f"{key}:{slot.name}" for key in tensors.keys] if slot.trained and tensors.has_states else [])
+    return names + ([f"{key}:{slot.name}" for key in tensors.keys] if slot.trained and tensors.steps_taken else [])
 
 
 def _value(tensors: FullTensors, slot: Slot, name: str) -> torch.Tensor:
@@ -236,4 +239,6 @@ def _explained(fault: OSError, folder: Path) -> EnvironmentFault:
             f"the disk is full: {folder} could not be written; earlier checkpoints are complete",
             hint="make room, or lower saving.keep; the same command then continues from the last one",
         )
-    return EnvironmentFault(f"cannot write {folder}: {fault.strerror or fault}", hint="choose an output you may write to")
+    return EnvironmentFault(
+        f"cannot write {folder}: {fault.strerror or fault}", hint="choose an output you may write to"
+    )

@@ -28,7 +28,7 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, A
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": accumulation(recipe, world),
-        "gradient_clipping": recipe.clip,
+        "gradient_clipping": recipe.clip if recipe.zero.stage else 0.0,  # without ZeRO the step clips
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -75,7 +75,7 @@ def compatible_registry() -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    kind = type(_CAN_RECORD_REGISTRY)
+    kind: Any = type(_CAN_RECORD_REGISTRY)
     if kind is dict or answers_by_name():
         yield False
         return
@@ -95,8 +95,9 @@ def answers_by_name() -> bool:
     """Whether the installed transformers' registry can be asked as DeepSpeed 0.19 asks it."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+    registry: Any = _CAN_RECORD_REGISTRY
     try:
-        return _CAN_RECORD_REGISTRY.get("no such class", None) is None
+        return registry.get("no such class", None) is None
     except (TypeError, AttributeError):
         return False
 

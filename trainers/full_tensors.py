@@ -96,15 +96,25 @@ class FullTensors:
                 own = type(inner).__module__.startswith("deepspeed")
                 device = flat.device if inner.defaults.get("fused") else "cpu"
                 state["step"] = steps if own else torch.tensor(float(steps), device=device)
-        link = getattr(outer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        self.link_states()
+
+    def link_states(self) -> None:
+        """Let every parameter find its part of the optimizer's flat states.
+
+        DeepSpeed 0.19 does this once, after the first parameter group has stepped, when the others have no states yet.
+        """
+        outer = self.engine.optimizer
+        if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
+            outer._hp_optimizer_states_linked = False
+            outer._lazy_init_hp_params_optimizer_state()
 
     @property
-    def has_states(self) -> bool:
-        """Whether the optimizer has taken a step since it was made."""
+    def steps_taken(self) -> int:
+        """How many steps the optimizer has states of; 0 when it has none."""
         outer = self.engine.optimizer
-        return bool(getattr(outer, "optimizer", outer).state)
+        state = getattr(outer, "optimizer", outer).state
+        counts = [int(own["step"]) if "step" in own else 1 for own in state.values() if own]
+        return max(counts, default=0)
 
     def _weights(self, part: torch.Tensor) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -157,7 +167,10 @@ def _slots(module: Any) -> Iterator[Slot]:
         router = load("target", module.config.model_type).router if module.config.model_type in TARGETS else "gate"
         for name, sources in expert_parallel.stock_names(prefix, router).items():
             # A router may be listed under the stock name, which is an alias of its own.
-            held = [parameters.get(source, parameters.get(name.replace(f".{router}.", f".{router}.gate."))) for source in sources]
+            held = [
+                parameters.get(source, parameters.get(name.replace(f".{router}.", f".{router}.gate.")))
+                for source in sources
+            ]
             yield Slot(name, tuple(part for part in held if part is not None), divided=".experts." in name)
         taken.update(name for name in parameters if name.startswith((f"{prefix}.router.", f"{prefix}.{router}.")))
         taken.update(name for name in parameters if name.startswith(f"{prefix}.experts."))

@@ -19,7 +19,7 @@ def make_optimizer(recipe: OptimizerRecipe, groups: Sequence[dict[str, Any]]) ->
     Raises:
         EnvironmentFault: DeepSpeed's cannot be built here.
     """
-    given = [{**group, PEAK: group["lr"]} for group in groups]
+    given = [{**part, PEAK: part["lr"]} for group in groups for part in _divided_apart(group)]
     if recipe.name == "sgd":
         return torch.optim.SGD(given, momentum=recipe.momentum)
     settings: dict[str, Any] = {"betas": recipe.betas, "eps": recipe.epsilon}
@@ -27,12 +27,23 @@ def make_optimizer(recipe: OptimizerRecipe, groups: Sequence[dict[str, Any]]) ->
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         try:
-            return DeepSpeedCPUAdam(given, adamw_mode=True, **settings)
+            optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(given, adamw_mode=True, **settings)
+            return optimizer
         except Exception as error:  # compilers fail in many ways
             raise EnvironmentFault(
                 f"DeepSpeed's cpu_adamw cannot be built here: {error}", hint="optimizer.name: adamw"
             ) from None
     return torch.optim.AdamW(given, fused=torch.cuda.is_available(), **settings)
+
+
+def _divided_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Experts that AutoEP divides among ranks in a group of their own, named and marked as DeepSpeed wants it."""
+    divided = [parameter for parameter in group["params"] if not getattr(parameter, "allreduce", True)]
+    if not divided:
+        return [group]
+    whole = [parameter for parameter in group["params"] if getattr(parameter, "allreduce", True)]
+    parts = [{**group, "params": divided, "moe": True, "name": divided[0].group_name}]
+    return [*([{**group, "params": whole}] if whole else []), *parts]
 
 
 def state_keys(recipe: OptimizerRecipe) -> tuple[str, ...]:

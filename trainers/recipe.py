@@ -31,7 +31,8 @@ class OptimizerRecipe(_Strict):
     """Which optimizer, with its numbers. Learning rates and weight decay are a stage's."""
 
     name: Literal["adamw", "cpu_adamw", "sgd"] = Field(
-        "adamw", description="adamw (torch), cpu_adamw (DeepSpeed's, for offloaded states; built when first used), or sgd"
+        "adamw",
+        description="adamw (torch), cpu_adamw (DeepSpeed's, for offloaded states; built when first used), or sgd",
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay of both moments")
     epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
@@ -63,7 +64,9 @@ class LogRecipe(_Strict):
     """What is reported."""
 
     every: int = Field(1, ge=1, description="steps between lines; log.jsonl has every step")
-    validation: int = Field(0, ge=0, description="steps between validations of every domain; 0: none but at stages' ends")
+    validation: int = Field(
+        0, ge=0, description="steps between validations of every domain; 0: none but at stages' ends"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="where numbers go beside log.jsonl"
     )
@@ -76,7 +79,9 @@ class DistillationRecipe(DistillationParameters):
     """Distillation and the parent it is from."""
 
     parent: str = Field("auto", description="the dense model's folder, or auto: what the model was converted from")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype the parent runs in [default: dtype]")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype the parent runs in [default: dtype]"
+    )
 
 
 class ScheduleRecipe(_Strict):
@@ -167,11 +172,15 @@ class TrainRecipe(_Strict):
     experts: str = Field(
         "auto", description="transformers' experts implementation: eager, batched_mm, grouped_mm, ..., or auto"
     )
-    activation_checkpointing: bool = Field(False, description="compute layers again in the backward pass to save memory")
+    activation_checkpointing: bool = Field(
+        False, description="compute layers again in the backward pass to save memory"
+    )
     saving: SavingRecipe = Field(default=SavingRecipe(), description="checkpoints")
     log: LogRecipe = Field(default=LogRecipe(), description="reports")
     alarms: AlarmParameters = Field(default=AlarmParameters(), description="when to warn")
-    bad_steps: int = Field(3, ge=0, description="steps in a row that are skipped for a loss or gradient that is not finite")
+    bad_steps: int = Field(
+        3, ge=0, description="steps in a row that are skipped for a loss or gradient that is not finite"
+    )
     timeout: float = Field(1800.0, gt=0, description="seconds that ranks wait for each other")
 
     @field_validator("stages", mode="before")
