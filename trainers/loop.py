@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-import shutil
 import signal
 import threading
 import time
@@ -25,20 +22,18 @@ from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.alarms import Alarm, Alarms, NanPolicy, expert_similarity
 from upcycle.trainers.balance import loads
 from upcycle.trainers.checkpoint_reader import SavedRun, check_same_run, latest, open_checkpoint
-from upcycle.trainers.checkpoint_writer import remove_unfinished, save
+from upcycle.trainers.checkpoint_writer import save
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks, joined
 from upcycle.trainers.flops import measured_peak
-from upcycle.trainers.model_loading import collect_small_files, save_config, tokenizer_of
+from upcycle.trainers.model_loading import save_config, tokenizer_of
 from upcycle.trainers.optimizers import set_rates
 from upcycle.trainers.recipe import TrainRecipe
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
+from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
 from upcycle.trainers.stage import Stage
 from upcycle.trainers.step import StepResult
 from upcycle.trainers.validation import on_device, validate
-from upcycle.workspace import cannot_write
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class _Run:
     def __init__(self, recipe: TrainRecipe, ranks: Ranks, say: Callable[[str], None], restart: bool) -> None:
         self.recipe, self.ranks, self.say = recipe, ranks, say
         self.folder = Path(recipe.output).expanduser()
-        self.small = self.folder / "checkpoints" / ".small"
+        self.small = small_files(self.folder)
         self.origin = locate(recipe.model).path
         self.tokenizer = tokenizer_of(self.origin)
         self.identity = _identity(recipe, self.origin)
@@ -103,8 +98,8 @@ class _Run:
 
     def run(self) -> TrainResult:
         begun = time.perf_counter()
-        with self._locked():
-            self._prepare_folder()
+        with locked(self.folder, self.ranks):
+            prepare_folder(self.recipe, self.folder, self.origin, self.ranks, self.restart)
             saved = latest(self.folder)
             if saved:
                 check_same_run(saved, self.identity)
@@ -179,11 +174,7 @@ class _Run:
                 return
 
     def _describe(self, stage: Stage, done: int) -> None:
-        trained = sum(
-            stage.tensors.shape(slot) != () and math.prod(stage.tensors.shape(slot))
-            for slot in stage.tensors.slots
-            if slot.trained
-        )
+        trained = sum(math.prod(stage.tensors.shape(slot)) for slot in stage.tensors.slots if slot.trained)
         more = f", from step {done + 1}" if done else ""
         self.say(
             f"stage {stage.stage.name}: {stage.steps} steps of {self.recipe.tokens_per_step:,} tokens, "
@@ -248,15 +239,7 @@ class _Run:
         norm = result.gradient_norm if result.applied else math.nan
         if self.policy.decide(result.loss, norm) != "stop":
             return
-        from safetensors.torch import save_file
-
-        path = self.folder / f"bad-batch-step-{self.step:08d}-rank-{self.ranks.rank}.safetensors"
-        tensors = {
-            f"{name}.{number}": getattr(batch, name).contiguous().cpu()
-            for number, batch in enumerate(batches)
-            for name in ("ids", "mask", "positions")
-        }
-        save_file(tensors, path)
+        path = save_batches(self.folder, self.step, self.ranks.rank, batches)
         kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "nothing was saved yet"
         raise UpcycleError(
             f"loss {result.loss} and gradient norm {result.gradient_norm} at step {self.step}, not finite "
@@ -321,49 +304,6 @@ class _Run:
                 error = fault
         self.ranks.together(error)
         return out
-
-    def _prepare_folder(self) -> None:
-        error: BaseException | None = None
-        if self.ranks.first:
-            try:
-                if self.restart:
-                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-                remove_unfinished(self.folder)
-                shutil.rmtree(self.small, ignore_errors=True)
-                collect_small_files(self.origin, self.small)
-                (self.folder / RECIPE_FILE).write_text(self.recipe.dump(), encoding="utf-8")
-            except OSError as fault:
-                error = cannot_write(self.folder, fault)
-            except UpcycleError as fault:
-                error = fault
-        self.ranks.together(error)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One run per folder.
-
-        Raises:
-            UpcycleError: another process trains into it, or it cannot be written.
-        """
-        error: BaseException | None = None
-        lock = -1
-        if self.ranks.first:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                error = UpcycleError(
-                    f"another run is writing {self.folder}", hint="wait for it, or choose another output"
-                )
-            except OSError as fault:
-                error = cannot_write(self.folder, fault)
-        try:
-            self.ranks.together(error)
-            yield
-        finally:
-            if lock >= 0:
-                os.close(lock)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from upcycle.trainers.alarms import AlarmParameters
 from upcycle.trainers.balance import BiasBalanceParameters
 from upcycle.trainers.data_recipe import DataRecipe
 from upcycle.trainers.distillation import DistillationParameters
+from upcycle.trainers.expert_targets import ExpertTargetParameters
 from upcycle.trainers.parameter_groups import GroupParameters
 from upcycle.trainers.router_control import ControlParameters
 from upcycle.trainers.schedules import PRESETS, Schedule, preset
@@ -75,7 +76,7 @@ class LogRecipe(_Strict):
     )
 
 
-class DistillationRecipe(DistillationParameters):
+class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
     """Distillation and the parent it is from."""
 
     parent: str = Field("auto", description="the dense model's folder, or auto: what the model was converted from")

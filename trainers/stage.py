@@ -73,6 +73,12 @@ class Stage:
             )
         if divided and "activations" in {loss.reads for loss in self.stepper.losses}:
             raise UsageError(f"stage '{stage.name}': its losses read a dense model", hint="set expert_parallel: 1")
+        own = stage.distillation
+        if own and (own.prior_approximate or own.output_norms) and (divided or recipe.zero.stage == 3):
+            raise UsageError(
+                f"stage '{stage.name}': prior_approximate and output_norms run every expert on every rank, which has not all of them",
+                hint="set expert_parallel: 1 and zero.stage below 3",
+            )
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage.train)

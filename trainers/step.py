@@ -19,6 +19,7 @@ from upcycle.trainers.balance import BiasBalance
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distillation import OutputRecord, capture_outputs, layer_outputs, logits_kl, matching
 from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.expert_targets import FfnRecord, capture_ffns, expert_target_losses
 from upcycle.trainers.losses import Loss, auxiliary_losses, make_losses
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe
 from upcycle.trainers.recorder import Recorder
@@ -52,6 +53,8 @@ class Parent:
         self.model, self.recipe = model.eval().requires_grad_(False), recipe
         matched = recipe.hidden > 0 or recipe.ffn > 0
         self.outputs: Recorder[OutputRecord] | None = capture_outputs(model) if matched else None
+        taught = recipe.prior_approximate > 0 or recipe.output_norms > 0
+        self.ffns: Recorder[FfnRecord] | None = capture_ffns(model) if taught else None
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -94,8 +97,8 @@ class Stepper:
 
     def detach(self) -> None:
         """Take every hook off again."""
-        parents = self.parent.outputs if self.parent else None
-        for recorder in (self.routers, self.activations, self.outputs, parents):
+        of_parent = (self.parent.outputs, self.parent.ffns) if self.parent else ()
+        for recorder in (self.routers, self.activations, self.outputs, *of_parent):
             if recorder is not None:
                 recorder.close()
         self.control.detach()
@@ -165,6 +168,10 @@ class Stepper:
         if self.outputs is not None and parent.outputs is not None:
             student, dense = layer_outputs(self.outputs.take()), layer_outputs(parent.outputs.take())
             found |= matching(parent.recipe, student, dense, batch.mask)
+        if parent.ffns is not None:
+            losses = expert_target_losses(parent.recipe, self.model, parent.ffns.take(), batch.mask)
+            share = batch.mask.sum() * weight
+            found |= {name: value * share for name, value in losses.items()}
         return found
 
     def _undivided(self, engine: Any) -> bool:
