@@ -4,13 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check real benchmark quality clean
+.PHONY: demo test lint types check slow real benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
 
 test: $(READY)          # every test that needs no download
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real"
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,6 +20,9 @@ types: $(READY)
 	$(BIN)/mypy -p upcycle
 
 check: lint types test
+
+slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
+	$(BIN)/python -P -m pytest -m slow
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end
