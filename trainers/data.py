@@ -41,6 +41,10 @@ class Batch:
     positions: torch.Tensor  # int64 [B, L], restarting at each document
     domains: tuple[str, ...]  # of each row
 
+    def flat(self) -> Batch:
+        """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""
+        return Batch(self.ids.view(1, -1), self.mask.view(1, -1), self.positions.view(1, -1), self.domains)
+
 
 class TokenStream:
     """One rank's view of the global stream: call after call, every rank takes its rows of the next ``world x B``.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from upcycle.recipe import parse_size
+from upcycle.trainers.packing import Packing
 
 
 class _Strict(BaseModel):
@@ -78,10 +79,11 @@ class DataRecipe(_Strict):
     dynamic: DynamicWeights | None = Field(
         None, description="update the weights from validation losses (left out: static)"
     )
-    packing: Literal["best_fit", "concatenate"] = Field(
-        "best_fit", description="best_fit cuts only documents longer than a row; concatenate cuts at every row's end"
+    packing: Packing = Field(
+        "best_fit",
+        description="best_fit cuts only documents longer than a row; concatenate cuts at every row's end; alone: one document a row",
     )
-    shuffle: str = Field("64MB", description="how much text is shuffled as a whole; read and tokenised ahead, on disk")
+    shuffle: str = Field("32MB", description="how much text is shuffled as a whole; read and tokenised ahead, on disk")
     validation: ValidationSplit = Field(default=ValidationSplit(), description="which documents are held out")
     end_of_text: bool = Field(True, description="close every document with the tokenizer's end-of-text token")
     cache: str | None = Field(

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.corpus import Corpus
 from upcycle.trainers.counter_rng import permutation
-from upcycle.trainers.packing import Rows, layout, pack
+from upcycle.trainers.packing import Packing, Rows, layout, pack
 from upcycle.trainers.token_shards import Hashes, Shard, TokenCache
 
 SHARDS_TOGETHER = 8  # are shuffled as a whole
@@ -62,7 +62,7 @@ class DomainRows:
         held_out: HeldOut,
         *,
         length: int,
-        packing: Literal["best_fit", "concatenate"],
+        packing: Packing,
         padding: int,
         seed: int,
     ) -> None:
@@ -118,7 +118,7 @@ class DomainRows:
     def _block(self, epoch: int, number: int) -> _Block | None:
         if (epoch, number) not in self._blocks:
             while len(self._blocks) > 1:  # a batch that passes into the next block still reads from the last
-                self._blocks.pop(min(self._blocks))
+                self._blocks.pop(next(iter(self._blocks)))
             self._blocks[epoch, number] = self._load(epoch, number)
             self._tokenise_ahead(epoch, number)
         return self._blocks[epoch, number]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+Packing: TypeAlias = Literal["best_fit", "concatenate", "alone"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,15 @@ class Rows:
         return len(self.first) - 1
 
 
-def pack(lengths: Int64, row: int, how: Literal["best_fit", "concatenate"]) -> Rows:
+def pack(lengths: Int64, row: int, how: Packing) -> Rows:
     """Documents of ``lengths`` ``[N]``, in this order, into rows of ``row`` tokens; every token once.
 
     - ``concatenate``: one behind the other, cut at every row's end; only the last row is not full.
     - ``best_fit``: a document longer than a row gives full rows and a rest; rests, longest first, go whole into the fullest row
       that has room (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830).
+    - ``alone``: the same, but no two in one row. Most of a row is padding where documents are short.
     """
-    return _concatenated(lengths, row) if how == "concatenate" else _best_fit(lengths, row)
+    return _concatenated(lengths, row) if how == "concatenate" else _whole(lengths, row, how)
 
 
 def layout(lengths: Int64, row: int) -> tuple[Int64, NDArray[np.bool_]]:
@@ -59,13 +61,16 @@ def _concatenated(lengths: Int64, row: int) -> Rows:
     return Rows(document, cuts - (ends - lengths)[document], length, first)
 
 
-def _best_fit(lengths: Int64, row: int) -> Rows:
+def _whole(lengths: Int64, row: int, how: Packing) -> Rows:
     whole, rest = np.divmod(lengths, row)
     full = np.repeat(np.arange(len(lengths)), whole)
     full_start = (np.arange(len(full)) - np.repeat(np.cumsum(whole) - whole, whole)) * row
     rests = np.flatnonzero(rest)
-    rests = rests[np.argsort(-rest[rests], kind="stable")]
-    place = _bins(rest[rests].tolist(), row)
+    if how == "alone":
+        place = np.arange(len(rests))
+    else:
+        rests = rests[np.argsort(-rest[rests], kind="stable")]
+        place = _best_fit(rest[rests].tolist(), row)
     order = np.argsort(place, kind="stable")
     document = np.concatenate([full, rests[order]])
     start = np.concatenate([full_start, (whole * row)[rests[order]]])
@@ -75,7 +80,7 @@ def _best_fit(lengths: Int64, row: int) -> Rows:
     return Rows(document, start, length, first)
 
 
-def _bins(lengths: list[int], row: int) -> Int64:
+def _best_fit(lengths: list[int], row: int) -> Int64:
     """The row of each fragment, ``[F]``; fragments come longest first."""
     rooms: list[int] = []  # how much room there is in some row, each number once
     rows_with: dict[int, list[int]] = {}

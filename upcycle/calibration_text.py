@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.errors import UsageError
+from upcycle.hub_dataset import hub_rows, is_dataset
 from upcycle.progress import Progress
 from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
 _LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
-_HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
 def calibration_windows(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
@@ -112,12 +111,12 @@ def _text(name: str, column: str, characters: int) -> str:
         return read_text(name)
     if path.is_file():
         return _joined(_json_lines(path, column), characters)
-    if path.suffix or path.is_absolute() or not _HUB_DATASET.fullmatch(name):
+    if not is_dataset(name):
         raise UsageError(
             f"no such calibration text: {name}",
             hint=f"a UTF-8 file, a .jsonl file, a hub dataset (org/name[:config[:split]]), demo, or one of: {', '.join(DEMO_TEXTS)}",
         )
-    return _joined(_hub_rows(name, column), characters)
+    return _joined((_column(row, column, name) for row in hub_rows(name)), characters)
 
 
 def _joined(rows: Iterable[str], characters: int) -> str:
@@ -140,22 +139,6 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
             except ValueError as error:
                 raise UsageError(f"{path}, line {number} is not JSON: {error}") from None
             yield _column(row, column, f"{path}, line {number}")
-
-
-def _hub_rows(name: str, column: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise EnvironmentFault(
-            f"{name} is not a file, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
-        ) from None
-    repository, config, split = [*name.split(":"), "", ""][:3]
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            yield _column(row, column, name)
-    except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"the dataset {name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _column(row: Any, column: str, where: str) -> str:

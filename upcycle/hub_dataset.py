@@ -39,5 +39,5 @@ def hub_rows(name: str, revision: str | None = None, skip: int = 0) -> Iterator[
             repository, config or None, split=split or "train", streaming=True, revision=revision
         )
         yield from rows.skip(skip) if skip else rows
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise EnvironmentFault(f"the dataset {name} cannot be read: {str(error).splitlines()[0]}") from None

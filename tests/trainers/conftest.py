@@ -65,3 +65,24 @@ def record() -> Callable[..., RouterRecord]:
         return RouterRecord(layer, logits, *rule.route(logits), rule, **extra)
 
     return make
+
+
+class Letters:
+    """A tokenizer whose tokens are the characters of a text."""
+
+    bos_token_id = None
+    eos_token_id: int | None = 1
+    pad_token_id = None
+
+    def __call__(self, texts: str | list[str], **_: Any) -> dict[str, Any]:
+        one = isinstance(texts, str)
+        ids = [[ord(letter) for letter in text] for text in ([texts] if one else texts)]
+        return {"input_ids": ids[0] if one else ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+@pytest.fixture
+def letters() -> Letters:
+    return Letters()

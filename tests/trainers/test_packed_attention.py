@@ -1,0 +1,76 @@
+"""Documents in one row do not see each other in stock models, or it is said why they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.registry import TARGETS
+from upcycle.trainers.data import Batch
+from upcycle.trainers.packed_attention import check_fits, packing_leak
+from upcycle.trainers.packing import layout
+
+PARTS = [5, 1, 9, 4]  # and padding
+
+
+def packed(rows: int) -> Batch:
+    positions, mask = layout(np.array(PARTS), sum(PARTS) + 3)
+    ids = torch.randint(4096, (rows, len(positions)), generator=torch.Generator().manual_seed(1))
+    positions = torch.from_numpy(positions).expand(rows, -1)
+    return Batch(ids, torch.from_numpy(mask).expand(rows, -1), positions, ("x",) * rows)
+
+
+def logits(model: Any, batch: Batch) -> torch.Tensor:
+    return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+
+
+def alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    parts = ids[:, : sum(PARTS)].split(PARTS, dim=1)
+    return torch.cat([model(input_ids=part, use_cache=False).logits for part in parts], 1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@torch.no_grad()
+def test_a_packed_document_is_the_document_alone_or_the_leak_is_named(target: str, stock: Callable[..., Any]) -> None:
+    model = stock(target).eval()
+    batch = packed(rows=2)
+    expected = alone(model, batch.ids)
+    error = (logits(model, batch)[:, : sum(PARTS)] - expected).norm() / expected.norm()
+    if packing_leak(model.config, rows=2) is None:
+        assert error < 1e-5
+    else:
+        assert error > 1e-3, "a leak that is none"
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
+@torch.no_grad()
+def test_what_would_break_it(target: str, stock: Callable[..., Any]) -> None:
+    model = stock(target).eval()
+    batch = packed(rows=1)
+    expected = alone(model, batch.ids)
+    with_cache = model(input_ids=batch.ids, position_ids=batch.positions, use_cache=True).logits
+    assert (with_cache[:, : sum(PARTS)] - expected).norm() / expected.norm() > 1e-3
+    flat = packed(rows=2).flat()
+    rows = logits(model, packed(rows=2))
+    assert torch.allclose(logits(model, flat).view_as(rows), rows, atol=1e-5 * rows.abs().max().item())
+
+
+def test_flash_attention_is_for_one_row() -> None:
+    config = SimpleNamespace(_attn_implementation="flash_attention_2", layer_types=None, model_type="mixtral")
+    assert packing_leak(config, 1) is None
+    assert "batch of one row, not of 4" in str(packing_leak(config, 4))
+
+
+def test_what_does_not_fit() -> None:
+    config = SimpleNamespace(max_position_embeddings=64, vocab_size=3)
+    check_fits(config, "abc", 64)
+    with pytest.raises(UsageError, match="rows of 65 tokens are longer than the model's context of 64"):
+        check_fits(config, "abc", 65)
+    with pytest.raises(UsageError, match="the tokenizer has 4 tokens, and the model embeds 3"):
+        check_fits(config, "abcd", 64)

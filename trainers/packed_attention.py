@@ -1,0 +1,53 @@
+"""Whether a model can train on packed rows: its context, its vocabulary, and what keeps documents in a row apart.
+
+Transformers 5 builds the mask of packed documents itself, from positions that restart, where a model is called with
+``position_ids``, without ``attention_mask`` and with ``use_cache=False`` (with a cache, even an empty one, it does not).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.errors import UsageError
+
+_RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
+
+
+def check_fits(config: Any, tokenizer: Any, length: int) -> None:
+    """Refuse rows that the model cannot read.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: the one that makes the rows.
+        length: positions in a row.
+
+    Raises:
+        UsageError: rows longer than the model's context, or a token it has no embedding for.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise UsageError(
+            f"rows of {length} tokens are longer than the model's context of {context}",
+            hint=f"length: {context} at most",
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, and the model embeds {config.vocab_size}",
+            hint="use the tokenizer the model came with",
+        )
+
+
+def packing_leak(config: Any, rows: int) -> str | None:
+    """Why documents in one row would see each other, or ``None`` where they do not.
+
+    Args:
+        config: the model's configuration, with the attention implementation it runs with.
+        rows: the micro-batch. Flash attention tells documents apart in a single row only; there :meth:`Batch.flat` helps.
+    """
+    kinds = sorted({_RECURRENT[kind] for kind in getattr(config, "layer_types", None) or () if kind in _RECURRENT})
+    if kinds:
+        return f"{' and '.join(kinds)} layers of {config.model_type} run on from one document into the next"
+    attention = getattr(config, "_attn_implementation", None) or ""
+    if "flash" in attention and rows > 1:
+        return f"{attention} tells documents apart by their positions in a batch of one row, not of {rows}"
+    return None
