@@ -77,17 +77,12 @@ def use_experts(model: Any, name: str) -> None:
         raise UsageError(f"experts: transformers has no '{name}': {error}", hint=suggestion(name, known)) from None
 
 
-def prepare(model: Any, *, length: int, checkpointing: bool, activation: str | None, where: str) -> None:
-    """Check that a model takes rows of ``length``, and set how it computes.
+def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: str) -> None:
+    """Set how a model computes.
 
     Raises:
-        UsageError: its context is shorter, or its activation function cannot be replaced.
+        UsageError: its activation function cannot be replaced.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and length > context:
-        raise UsageError(
-            f"length {length} is longer than the context of {where}, {context} tokens", hint=f"length: {context}"
-        )
     if activation:
         if model.config.model_type in TARGETS:
             raise UsageError(

@@ -21,6 +21,7 @@ from upcycle.trainers.flops import training_flops
 from upcycle.trainers.full_tensors import FullTensors
 from upcycle.trainers.model_loading import check_parent, load_model, parent_folder, prepare
 from upcycle.trainers.optimizers import make_optimizer, state_keys
+from upcycle.trainers.packed_attention import check_fits, packing_leak
 from upcycle.trainers.parameter_groups import groups, select
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 from upcycle.trainers.router_control import ControlParameters
@@ -57,13 +58,10 @@ class Stage:
         self.steps = recipe.steps_of(stage)
         self.rates, self.schedule = recipe.rate_and_schedule(stage)
         self.model = load_model(saved.folder if saved else origin, torch.float32, ranks.device, recipe.experts)
-        prepare(
-            self.model,
-            length=recipe.length,
-            checkpointing=recipe.activation_checkpointing,
-            activation=stage.activation,
-            where=recipe.model,
-        )
+        check_fits(self.model.config, tokenizer, recipe.length)
+        self.leak = packing_leak(self.model.config, recipe.micro_batch)
+        checkpointing = recipe.activation_checkpointing
+        prepare(self.model, checkpointing=checkpointing, activation=stage.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage, ranks, self._parent(origin, ranks), recipe.clip)
         divided = recipe.expert_parallel > 1
         if divided and stage.control != ControlParameters():

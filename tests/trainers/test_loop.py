@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_run_is_refused(pico_moe: Model, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 1024}, "length 1024 is longer than the context"),
+        ({"length": 1024}, "rows of 1024 tokens are longer than the model's context"),
         ({"global_batch": 6, "micro_batch": 2, "stage": {"train": ["nothing*"]}}, "matches no parameter"),
         ({"zero": {"settings": {"reduce_buckets": 3}}}, "unknown key 'reduce_buckets'"),
         ({"zero": {"settings": {"stage": 3}}}, "the recipe sets this itself"),
