@@ -151,13 +151,11 @@ def _value(tensors: FullTensors, slot: Slot, name: str) -> torch.Tensor:
 
 
 def _entries(tensors: FullTensors) -> list[OutputEntry]:
-    found = []
-    for slot in tensors.slots:
-        frozen = slot.parts[0].dtype
-        for name in _names(slot, tensors):
-            dtype = "float32" if slot.trained else str(frozen).removeprefix("torch.")
-            found.append(OutputEntry(name, TensorSpec(tensors.shape(slot), dtype)))
-    return found
+    return [
+        OutputEntry(name, TensorSpec(tensors.shape(slot), "float32"))
+        for slot in tensors.slots
+        for name in _names(slot, tensors)
+    ]
 
 
 def _shares(entries: Sequence[OutputEntry], world: int) -> list[list[OutputEntry]]:
@@ -205,7 +203,7 @@ class _Share:
     def write(self, name: str, value: torch.Tensor) -> None:
         if name in self._entries and self._fault is None:
             try:
-                self._writer.write(self._entries[name], [value.cpu()])
+                self._writer.write(self._entries[name], [value.float().cpu()])
             except OSError as fault:
                 self._fault = fault
 

@@ -71,8 +71,12 @@ class Ranks:
         distributed.all_gather_object(everyone, value)
         other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
         if other is not None:
+            first, theirs = everyone[0], everyone[other]
+            if isinstance(first, dict):
+                key = next(key for key in first if first[key] != theirs.get(key))
+                what, first, theirs = f"{what} ({key})", first[key], theirs.get(key)
             raise UsageError(
-                f"ranks disagree about {what}: rank 0 has {everyone[0]}, rank {other} has {everyone[other]}",
+                f"ranks disagree about {what}: rank 0 has {first}, rank {other} has {theirs}",
                 hint="give every rank the same recipe, files and versions",
             )
 
