@@ -84,7 +84,7 @@ class SavedRun:
 def _overwrite(part: torch.Tensor, value: torch.Tensor) -> None:
     """Give the model a weight that loading it did not know of."""
     if hasattr(part, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([part], modifier_rank=0), torch.no_grad():
             part.copy_(value)

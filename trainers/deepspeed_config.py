@@ -25,14 +25,15 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, A
     Raises:
         UsageError: the batch does not divide among the ranks, experts cannot be divided, or a key is unknown.
     """
+    stage = recipe.zero_stage(world)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": accumulation(recipe, world),
-        "gradient_clipping": recipe.clip if recipe.zero.stage else 0.0,  # without ZeRO the step clips
+        "gradient_clipping": recipe.clip if stage else 0.0,  # without ZeRO the step clips
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero(recipe.zero, model),
+        "zero_optimization": _zero(recipe.zero, stage, model),
     }
     if recipe.dtype == "bfloat16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -68,19 +69,19 @@ def leaf_classes(model: Any) -> list[str]:
     return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
-def _zero(zero: ZeroRecipe, model: Any) -> dict[str, Any]:
-    _check_settings(zero)
-    made: dict[str, Any] = {"stage": zero.stage, **zero.settings}
+def _zero(zero: ZeroRecipe, stage: int, model: Any) -> dict[str, Any]:
+    _check_settings(zero, stage)
+    made: dict[str, Any] = {"stage": stage, **zero.settings}
     if zero.offload_optimizer:
         made["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if zero.offload_weights:
         made["offload_param"] = {"device": "cpu", "pin_memory": True}
-    if zero.stage == 3 and (classes := leaf_classes(model)):
+    if stage == 3 and (classes := leaf_classes(model)):
         made["leaf_module"] = {"classes": classes, "names": [], "name_suffixes": []}
     return made
 
 
-def _check_settings(zero: ZeroRecipe) -> None:
+def _check_settings(zero: ZeroRecipe, stage: int) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -92,7 +93,7 @@ def _check_settings(zero: ZeroRecipe) -> None:
     if unknown:
         raise UsageError(f"zero.settings: unknown key '{unknown[0]}'", hint=suggestion(unknown[0], known))
     try:
-        DeepSpeedZeroConfig(stage=zero.stage, **zero.settings)
+        DeepSpeedZeroConfig(stage=stage, **zero.settings)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))

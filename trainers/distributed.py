@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,7 +185,9 @@ def import_deepspeed() -> Any:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It sets a handler that writes to stdout, where only results belong.
+    # It sets a handler that writes to stdout, where only results belong, and calls what torch has newer names for.
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", message=r"`torch\.", category=kind)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed

@@ -206,7 +206,7 @@ def _gathered(part: torch.Tensor) -> Iterator[None]:
     if not hasattr(part, "ds_id"):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([part]):
         yield

@@ -43,8 +43,9 @@ class OptimizerRecipe(_Strict):
 class ZeroRecipe(_Strict):
     """How DeepSpeed divides the optimizer's states, gradients and weights among ranks."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        1, description="0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too"
+    stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too (auto: 0 for one rank in float32, else 1)",
     )
     offload_optimizer: bool = Field(False, description="keep optimizer states in the host's memory")
     offload_weights: bool = Field(False, description="stage 3: keep weights in the host's memory")
@@ -209,6 +210,12 @@ class TrainRecipe(_Strict):
         if self.zero.offload_weights and self.zero.stage != 3:
             raise ValueError(f"zero.offload_weights needs stage 3, got {self.zero.stage}")
         return self
+
+    def zero_stage(self, world: int) -> int:
+        """ZeRO's stage on so many ranks."""
+        if self.zero.stage != "auto":
+            return self.zero.stage
+        return 0 if world == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
 
     @property
     def tokens_per_step(self) -> int:

@@ -41,9 +41,9 @@ def test_moe_blocks_are_leaves_under_zero_3(stock: Callable[..., Any]) -> None:
 
 
 def test_settings_reach_zero_and_bfloat16_keeps_fp32_sums(stock: Callable[..., Any]) -> None:
-    told = recipe(
-        dtype="bfloat16", zero={"stage": 3, "offload_optimizer": True, "offload_weights": True, "settings": {"reduce_bucket_size": 1000}}
-    )  # fmt: skip
+    settings = {"reduce_bucket_size": 1000}
+    zero = {"stage": 3, "offload_optimizer": True, "offload_weights": True, "settings": settings}
+    told = recipe(dtype="bfloat16", zero=zero)
     config = deepspeed_config(told, stock("mixtral"), 1)
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
@@ -58,6 +58,13 @@ def test_experts_are_divided_by_the_preset_of_the_target(stock: Callable[..., An
     assert config["expert_parallel"]["preset_model"] == "qwen3_moe"
     with pytest.raises(UsageError, match="biases on the choice of experts"):
         deepspeed_config(recipe(expert_parallel=2), stock("glm4_moe"), 2)
+
+
+def test_one_rank_divides_nothing_unless_it_must() -> None:
+    assert [recipe().zero_stage(world) for world in (1, 2)] == [0, 1]
+    assert recipe(dtype="bfloat16").zero_stage(1) == 1
+    assert recipe(zero={"offload_optimizer": True}).zero_stage(1) == 1
+    assert [recipe(zero={"stage": 2}).zero_stage(world) for world in (1, 2)] == [2, 2]
 
 
 def test_a_dense_model_has_no_experts(pico: Callable[[str], Path]) -> None:
