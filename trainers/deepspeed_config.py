@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS, suggestion
 from upcycle.trainers import expert_parallel
@@ -73,9 +75,9 @@ def _zero(zero: ZeroRecipe, stage: int, model: Any) -> dict[str, Any]:
     _check_settings(zero, stage)
     made: dict[str, Any] = {"stage": stage, **zero.settings}
     if zero.offload_optimizer:
-        made["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        made["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload_weights:
-        made["offload_param"] = {"device": "cpu", "pin_memory": True}
+        made["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3 and (classes := leaf_classes(model)):
         made["leaf_module"] = {"classes": classes, "names": [], "name_suffixes": []}
     return made

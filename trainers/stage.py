@@ -69,8 +69,6 @@ class Stage:
                 f"stage '{stage.name}': control changes what stock routers decide, and AutoEP replaces those",
                 hint="leave control out, or set expert_parallel: 1",
             )
-        if divided and "activations" in {loss.reads for loss in self.stepper.losses}:
-            raise UsageError(f"stage '{stage.name}': its losses read a dense model", hint="set expert_parallel: 1")
         own = stage.distillation
         if own and (own.prior_approximate or own.output_norms) and (divided or recipe.zero.stage == 3):
             raise UsageError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
 from upcycle.trainers.activation_records import ActivationRecord, capture_activations
 from upcycle.trainers.balance import BiasBalance
@@ -86,7 +87,14 @@ class Stepper:
             UsageError: the model has no routers, or no activations, for a loss of the stage.
         """
         reads = {loss.reads for loss in self.losses}
-        if self.model.config.model_type in TARGETS:
+        is_moe = self.model.config.model_type in TARGETS
+        if is_moe and "activations" in reads:
+            names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")
+            raise UsageError(
+                f"losses: {names} is a loss of dense FFNs, and this is a MoE",
+                hint="use it before the model is converted",
+            )
+        if is_moe:
             self.routers = capture(self.model, self.control)
         if "activations" in reads:
             self.activations = capture_activations(self.model)
