@@ -43,7 +43,8 @@ class Batch:
 
     def flat(self) -> Batch:
         """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""
-        return Batch(self.ids.view(1, -1), self.mask.view(1, -1), self.positions.view(1, -1), self.domains)
+        ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
+        return Batch(ids, mask, positions, self.domains)
 
 
 class TokenStream:
@@ -67,7 +68,6 @@ class TokenStream:
         self._micro_batch, self._rank, self._world = micro_batch, rank, world
         self._row = 0
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
-        self.observe, self.refer_to = mixture.observe, mixture.refer_to
 
     @property
     def weights(self) -> dict[str, float]:
@@ -79,6 +79,14 @@ class TokenStream:
         """Rows all ranks together have been given."""
         return self._row
 
+    def observe(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Tell dynamic weights each domain's validation loss, between batches and alike on all ranks; see :class:`Mixture`."""
+        return self._mixture.observe(losses)
+
+    def refer_to(self, losses: Mapping[str, float]) -> None:
+        """Tell dynamic weights the reference losses, where the recipe has none; see :class:`Mixture`."""
+        self._mixture.refer_to(losses)
+
     def next_batch(self) -> Batch:
         """This rank's rows.
 
@@ -87,18 +95,17 @@ class TokenStream:
         """
         names = list(self._domains)
         drawn = self._mixture.draw(self._row, self._micro_batch * self._world)
-        mine = range(self._rank * self._micro_batch, (self._rank + 1) * self._micro_batch)
+        before, mine, after = np.split(drawn, [self._rank * self._micro_batch, (self._rank + 1) * self._micro_batch])
         rows: dict[int, Row] = {}
         for number, name in enumerate(names):
-            places = np.flatnonzero(drawn == number)
-            cursor, passed = self._cursors[name], 0
-            for nth, place in enumerate(places.tolist()):
-                if place in mine:
-                    cursor, passed = self._domains[name].skip(cursor, nth - passed), nth
-                    rows[place] = self._domains[name].row(cursor)
-            self._cursors[name] = self._domains[name].skip(cursor, len(places) - passed)
+            domain = self._domains[name]
+            cursor = domain.skip(self._cursors[name], int((before == number).sum()))
+            for place in np.flatnonzero(mine == number).tolist():
+                rows[place] = domain.row(cursor)
+                cursor = domain.skip(cursor, 1)
+            self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
         self._row += len(drawn)
-        return make_batch([rows[place] for place in mine], [names[drawn[place]] for place in mine])
+        return make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
 
     def state(self) -> dict[str, Any]:
         """The position of the global stream as JSON, the same on every rank."""
@@ -124,17 +131,23 @@ class TokenStream:
         Raises:
             UsageError: the data, the tokenizer or a setting that decides the order is not what it was.
         """
-        for key, now in {"version": _VERSION, **self._facts}.items():
-            if state.get(key) != now:
-                raise UsageError(f"data: {key} was {state.get(key)!r} when the checkpoint was saved, and is {now!r}")
         places = state["domains"]
         if set(places) != set(self._domains):
             raise UsageError(f"data: the domains were {', '.join(places)}, and are {', '.join(self._domains)}")
+        for key, now in {"version": _VERSION, **self._facts}.items():
+            if state.get(key) != now:
+                raise UsageError(
+                    f"data: {key} was {state.get(key)!r} when the checkpoint was saved, and is {now!r}",
+                    hint="give it back its value, or start a new run from the checkpoint's weights",
+                )
         for name, domain in self._domains.items():
             _same_contents(name, places[name]["contents"], domain.corpus.contents())
             cursor = Cursor(*(int(places[name][key]) for key in ("epoch", "block", "row")))
             if domain.digest(cursor) != places[name]["digest"]:
-                raise UsageError(f"domain '{name}': its text is not what it was when the checkpoint was saved")
+                raise UsageError(
+                    f"domain '{name}': its documents are not what they were when the checkpoint was saved",
+                    hint="look at its column, separator and validation, and at who wrote to its text",
+                )
             self._cursors[name] = cursor
         self._row = int(state["rows"])
         self._mixture.restore(state["mixture"])
@@ -158,7 +171,7 @@ def open_stream(
         domains.append(
             DomainRows(
                 domain.name, _corpus(data, domain), cache, held_out,
-                length=length, packing=data.packing, padding=padding, seed=seed,
+                length=length, packing=data.packing, padding=padding, seed=seed, turn=rank,
             )
         )  # fmt: skip
     facts = {
@@ -168,6 +181,8 @@ def open_stream(
         "packing": data.packing,
         "shuffle": parse_size(data.shuffle),
         "validation": data.validation.fraction,
+        "weights": data.weights,
+        "dynamic": data.dynamic.model_dump() if data.dynamic else None,
     }
     return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world)
 
@@ -175,14 +190,18 @@ def open_stream(
 def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[Batch]]:
     """Fixed batches of each domain's held-out documents, in the recipe's order; the same for every seed.
 
+    A domain without files to validate on is left out where the fraction is 0.
+
     Raises:
-        UsageError: no document of a domain is held out.
+        UsageError: a fraction is to be held out, and no document falls into it.
     """
     cache = TokenCache(cache_folder(data), Encoder(tokenizer, data.end_of_text))
     found = {}
     for domain in data.domains:
         own = _validation_corpus(data, domain)
         fraction = 1.0 if own else data.validation.fraction
+        if not fraction:
+            continue
         rows = validation_rows(
             domain.name, own or _corpus(data, domain), cache, fraction, data.validation.tokens, length
         )
@@ -223,9 +242,8 @@ def _same_contents(domain: str, then: Mapping[str, str], now: Mapping[str, str])
     for path in {**then, **now}:
         if then.get(path) == now.get(path):
             continue
-        what = "is gone" if path not in now else "was not there" if path not in then else "is not what it was"
+        what = "is gone since" if path not in now else "is new since" if path not in then else "has changed since"
         raise UsageError(
-            f"domain '{domain}': {path} {what} when the checkpoint was saved" if path in now
-            else f"domain '{domain}': {path} is gone since the checkpoint was saved",
+            f"domain '{domain}': {path} {what} the checkpoint was saved",
             hint="put the data back as it was, or start a new run from the checkpoint's weights",
-        )  # fmt: skip
+        )

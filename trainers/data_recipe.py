@@ -129,6 +129,11 @@ class DataRecipe(_Strict):
             raise ValueError(f"domains: the weights sum to {sum(given):.6g}, not 1; in these ratios: {shares}")
         if self.dynamic and len(names) < 2:
             raise ValueError("dynamic weights need at least two domains")
+        unseen = [domain.name for domain in self.domains if domain.validation is None and not self.validation.fraction]
+        if self.dynamic and unseen:
+            raise ValueError(
+                f"dynamic weights follow validation losses, and '{unseen[0]}' has none: validation.fraction is 0"
+            )
         if self.dynamic and self.dynamic.reference is not None and set(self.dynamic.reference) != set(names):
             different = sorted(set(self.dynamic.reference) ^ set(names))
             raise ValueError(f"dynamic.reference must name each domain once; differs in {', '.join(different)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,6 +32,11 @@ class HeldOut:
         """Which documents are held out, ``[N]``."""
         limit = np.uint64(int(self.fraction * 2**64))
         return np.asarray((hashes < limit) | np.isin(hashes, self.hashes))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which documents they are."""
+        return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, order=True)
@@ -65,10 +71,12 @@ class DomainRows:
         packing: Packing,
         padding: int,
         seed: int,
+        turn: int = 0,
     ) -> None:
+        """``turn`` says with which shard of a block to begin tokenising: ranks begin with different ones."""
         self.name, self.corpus = name, corpus
         self._cache, self._held_out = cache, held_out
-        self._length, self._packing, self._padding, self._seed = length, packing, padding, seed
+        self._length, self._packing, self._padding, self._seed, self._turn = length, packing, padding, seed, turn
         self._blocks: dict[tuple[int, int], _Block | None] = {}
         self._ahead: threading.Thread | None = None
 
@@ -113,7 +121,8 @@ class DomainRows:
     def digest(self, cursor: Cursor) -> str:
         """What the position's block is made of: equal digests, equal rows."""
         block = self._block(cursor.epoch, cursor.block)
-        return "" if block is None else " ".join(shard.digest for shard in block.shards)
+        shards = block.shards if block else []
+        return " ".join([self._held_out.fingerprint, *(shard.digest for shard in shards)])
 
     def _block(self, epoch: int, number: int) -> _Block | None:
         if (epoch, number) not in self._blocks:
@@ -127,7 +136,10 @@ class DomainRows:
         places = range(number * SHARDS_TOGETHER, (number + 1) * SHARDS_TOGETHER)
         if self.corpus.shards is not None:
             order = permutation(self.corpus.shards, self._seed, self.name, epoch, "shards")
-            yield from (self._cache.shard(self.corpus, int(at)) for at in order[places.start : places.stop])
+            block = order[places.start : places.stop].tolist()
+            first = self._turn % max(1, len(block))
+            made = {at: self._cache.shard(self.corpus, at) for at in [*block[first:], *block[:first]]}
+            yield from (made[at] for at in block)
             return
         if number and self._cache.shard(self.corpus, places.start - 1).last:
             return

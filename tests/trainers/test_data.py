@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -117,10 +118,138 @@ def documents(batch: Batch, tokenizer: Any) -> list[str]:
     return [text for text in found if text.replace("<|endoftext|>", "").strip()]
 
 
-def test_a_file_that_is_gone_or_changed(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
-    stream = open_stream(recipe(), tokenizer, length=LENGTH, micro_batch=4, rank=0, world=1, seed=3)
+def opened(data: DataRecipe, tokenizer: Any, **options: Any) -> TokenStream:
+    options = {"length": LENGTH, "micro_batch": 4, "rank": 0, "world": 1, "seed": 3, **options}
+    return open_stream(data, tokenizer, **options)
+
+
+def test_files_of_their_own_to_validate_on(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    (tmp_path / "v.txt").write_text("#".join([*texts[:40], "something else"]))
+    domain = {"text": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "v.txt"), "separator": "#"}
+    data = recipe(domains={"a": domain}, validation={"fraction": 0})
+    held_out = {
+        text for batch in open_validation(data, tokenizer, length=256)["a"] for text in documents(batch, tokenizer)
+    }
+    assert len(held_out) >= 41
+    stream, trained = opened(data, tokenizer, length=256), set()
+    while stream.state()["domains"]["a"]["epoch"] < 2:
+        trained |= {text.replace("<|endoftext|>", "") for text in documents(stream.next_batch(), tokenizer)}
+    assert trained == set(texts[40:]), "all others, and none that is validated on, though it stands in the file"
+
+
+def test_no_validation_is_wanted(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
+    assert open_validation(recipe(validation={"fraction": 0}), tokenizer, length=LENGTH) == {}
+
+
+def test_validation_is_the_same_for_every_rank_and_seed(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
+    data = recipe(validation={"fraction": 0.3, "tokens": 300, "batch": 2})
+    first, second = (open_validation(data, tokenizer, length=LENGTH) for _ in range(2))
+    assert list(first) == ["a", "b"]
+    assert rows_of(first["a"]).equal(rows_of(second["a"]))
+    assert [len(batch.ids) for batch in first["a"]] == [2] * 5
+    assert {name for batch in first["b"] for name in batch.domains} == {"b"}
+
+
+def test_rows_come_in_the_domains_shares(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
+    counts = Counter(name for batch in take(opened(recipe(), tokenizer), 64) for name in batch.domains)
+    assert counts == {"a": 192, "b": 64}
+
+
+def test_dynamic_weights_survive_a_restart_on_other_ranks(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
+    data = recipe(dynamic={"form": "code"})
+    stream = opened(data, tokenizer)
+    stream.refer_to({"a": 2.0, "b": 3.0})
+    take(stream, 3)
+    share = 0.25 * math.exp(2) / (0.75 + 0.25 * math.exp(2))
+    assert stream.observe({"a": 2.0, "b": 5.0})["b"] == pytest.approx(0.9999 * share + 0.0001 / 2, rel=1e-12)
+    take(stream, 5)
+    state = json.loads(json.dumps(stream.state()))
+    others = [opened(data, tokenizer, micro_batch=2, rank=rank, world=2) for rank in range(2)]
+    for other in others:
+        other.restore(state)
+    assert others[0].weights == stream.weights
+    for each in (stream, *others):
+        each.observe({"a": 2.5, "b": 2.9})
+    expected = rows_of(take(stream, 10))
+    assert rows_of([batch for _ in range(10) for batch in [other.next_batch() for other in others]]).equal(expected)
+
+
+def test_a_hub_dataset_goes_on_from_its_place(
+    recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    real = datasets.load_dataset
+    files = str(tmp_path / "a.jsonl")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, revision, **o: real("json", data_files=files, **o))
+    data = recipe(domains={"a": "org/set"})
+    stream = opened(data, tokenizer)
+    take(stream, 30)
     state = stream.state()
-    write(tmp_path / "a.jsonl", "a", 151)
-    again = open_stream(recipe(), tokenizer, length=LENGTH, micro_batch=4, rank=0, world=1, seed=3)
-    with pytest.raises(UsageError, match=r"domain 'a': .*a\.jsonl is not what it was when the checkpoint was saved"):
+    assert state["domains"]["a"]["epoch"] > 0 or state["domains"]["a"]["block"] > 0
+    expected = rows_of(take(stream, 20))
+    elsewhere = recipe(domains={"a": "org/set"}, cache=str(tmp_path / "another cache"))
+    again = opened(elsewhere, tokenizer)
+    again.restore(state)
+    assert rows_of(take(again, 20)).equal(expected)
+    write(tmp_path / "a.jsonl", "other", 150)
+    changed = opened(recipe(domains={"a": "org/set"}, cache=str(tmp_path / "a third cache")), tokenizer)
+    with pytest.raises(UsageError, match="domain 'a': its documents are not what they were"):
+        changed.restore(state)
+
+
+def change_file(folder: Path) -> dict[str, Any]:
+    write(folder / "a.jsonl", "a", 151)
+    return {}
+
+
+def remove_file(folder: Path) -> dict[str, Any]:
+    (folder / "a1.jsonl").unlink()
+    return {}
+
+
+def add_file(folder: Path) -> dict[str, Any]:
+    write(folder / "a2.jsonl", "a", 3)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_file, r"domain 'a': .*a\.jsonl has changed since the checkpoint was saved"),
+        (remove_file, r"domain 'a': .*a1\.jsonl is gone since the checkpoint was saved"),
+        (add_file, r"domain 'a': .*a2\.jsonl is new since the checkpoint was saved"),
+        (
+            lambda _: {"packing": "concatenate"},
+            "data: packing was 'best_fit' when the checkpoint was saved, and is 'conc",
+        ),
+        (lambda _: {"validation": {"fraction": 0.2}}, "data: validation was 0.1"),
+        (lambda _: {"end_of_text": False}, "data: tokenizer was "),
+    ],
+)
+def test_what_is_not_the_run_that_was_saved(
+    recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
+    write(tmp_path / "a1.jsonl", "more", 5)
+    domains = {"a": str(tmp_path / "a*.jsonl")}
+    state = opened(recipe(domains=domains), tokenizer).state()
+    again = opened(recipe(domains=domains, **change(tmp_path)), tokenizer)
+    with pytest.raises(UsageError, match=message) as caught:
         again.restore(state)
+    assert caught.value.hint
+
+
+def test_other_domains(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
+    state = opened(recipe(), tokenizer).state()
+    with pytest.raises(UsageError, match="the domains were a, b, and are a, c"):
+        opened(recipe(domains={"a": str(tmp_path / "a.jsonl"), "c": str(tmp_path / "b.jsonl")}), tokenizer).restore(
+            state
+        )
+
+
+def test_the_embedded_texts(tokenizer: Any, tmp_path: Path) -> None:
+    data = parse_parameters(DataRecipe, {"domains": {"p": "prose", "c": "code"}, "cache": str(tmp_path)}, "data")
+    batch = opened(data, tokenizer, length=128).next_batch()
+    assert batch.ids.shape == batch.mask.shape == batch.positions.shape == (4, 128)
+    assert set(open_validation(data, tokenizer, length=128)) == {"p", "c"}

@@ -40,6 +40,7 @@ BOTH = {"x": {"text": "a", "weight": 0.5}, "y": {"text": "b", "weight": 0.5}}
         ({"domains": {**BOTH, "y": {"text": "b"}}}, "'y' has no weight, and others have"),
         ({"domains": [{"name": "x", "text": "a"}, {"name": "x", "text": "b"}]}, "'x' is there twice"),
         ({"domains": {"x": "a"}, "dynamic": {}}, "at least two domains"),
+        ({"domains": BOTH, "dynamic": {}, "validation": {"fraction": 0}}, "'x' has none: validation.fraction is 0"),
         ({"domains": BOTH, "dynamic": {"reference": {"x": 1.0, "z": 2.0}}}, "differs in y, z"),
         ({"domains": BOTH, "shuffle": "lots"}, "'lots' is not a size"),
         ({"domains": BOTH, "validation": {"fraction": 1.0}}, "less than 1"),
