@@ -93,9 +93,7 @@ class Stage:
             world=ranks.world,
             seed=recipe.seed,
         )
-        fraction = data.validation.fraction
-        held_out = fraction > 0 or any(domain.validation for domain in data.domains)
-        self.held_out = open_validation(data, tokenizer, length=recipe.length) if held_out else {}
+        self.held_out = open_validation(data, tokenizer, length=recipe.length)
         if saved:
             saved.restore(self.tensors, states=resumed)
 
