@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from upcycle.registry import TARGETS, load
+from upcycle.registry import load
 from upcycle.trainers import expert_parallel
 from upcycle.trainers.router_control import NOISE_WEIGHT
 
@@ -159,33 +159,32 @@ class FullTensors:
 
 
 def _slots(module: Any) -> Iterator[Slot]:
-    taken: set[str] = set()
     parameters = dict(module.named_parameters())
+    stock = {name: name for name in parameters}  # names of what is one tensor here and there; others are taken out
+    computed: set[str] = set()
     for prefix, block in module.named_modules():
         if not expert_parallel.is_parallel(block):
             continue
-        router = load("target", module.config.model_type).router if module.config.model_type in TARGETS else "gate"
+        router = load("target", module.config.model_type).router
         for name, sources in expert_parallel.stock_names(prefix, router).items():
-            # A router may be listed under the stock name, which is an alias of its own.
-            held = [
-                parameters.get(source, parameters.get(name.replace(f".{router}.", f".{router}.gate.")))
-                for source in sources
-            ]
-            yield Slot(name, tuple(part for part in held if part is not None), divided=".experts." in name)
-        taken.update(name for name in parameters if name.startswith((f"{prefix}.router.", f"{prefix}.{router}.")))
-        taken.update(name for name in parameters if name.startswith(f"{prefix}.experts."))
-        taken.update(f"{prefix}.{name}" for name, _ in block.named_buffers(recurse=False))
-    for name, parameter in parameters.items():
-        if name not in taken:
-            yield Slot(_stock_name(name), (parameter,))
-    stored = set(module.state_dict(keep_vars=True)) - set(parameters)
+            # The router may be listed under its stock name, which is an alias.
+            alias = name.replace(f"{prefix}.{router}.", f"{prefix}.{router}.gate.")
+            held = [source if source in parameters else alias for source in sources]
+            yield Slot(name, tuple(parameters[each] for each in held), divided=".experts." in name)
+            for each in held:
+                del stock[each]
+        stock |= {name: _shared(name) for name in stock if name.startswith(f"{prefix}.shared_experts")}
+        computed.update(f"{prefix}.{name}" for name, _ in block.named_buffers(recurse=False))
+    for name, stored in stock.items():
+        yield Slot(stored, (parameters[name],))
+    persistent = set(module.state_dict(keep_vars=True)) - set(parameters) - computed
     for name, buffer in module.named_buffers():
-        if name in stored and name not in taken:
+        if name in persistent:
             yield Slot(name, (buffer,))
 
 
-def _stock_name(name: str) -> str:
-    """AutoEP calls shared experts alike in every architecture; those it covers all have one, called ``shared_expert``."""
+def _shared(name: str) -> str:
+    """AutoEP calls shared experts alike in every architecture; those it divides all have one, called ``shared_expert``."""
     return name.replace(".shared_experts_gate.", ".shared_expert_gate.").replace(".shared_experts.", ".shared_expert.")
 
 

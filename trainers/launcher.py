@@ -55,7 +55,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     failed, since = 0, 0.0
-    while any(rank.poll() is None for rank in ranks):
+    while [rank for rank in ranks if rank.poll() is None]:  # all are asked, not only up to the first that runs
         codes = [rank.returncode for rank in ranks if rank.returncode]
         if codes and not failed:
             failed, since = codes[0], time.monotonic()

@@ -47,7 +47,7 @@ def restated(model: Any, parent: list[FfnRecord], mask: torch.Tensor, kind: str)
                 if not mask[b, s]:
                     continue
                 x, y = record.inputs[b, s], record.outputs[b, s]
-                logits = [float(row @ x) for row in rows]
+                logits = [float(row.detach() @ x) for row in rows]
                 outputs = []
                 for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
                     m = len(gate_up) // 2
