@@ -198,7 +198,8 @@ def main() -> None:
             )
             if not converted:
                 dense, converted = measured(locate("demo").path, told), measured(moe, told)
-            train(told, lambda line: print(line, flush=True))
+            if train(told, lambda line: print(line, flush=True)).stopped:
+                return
             curves.append(curve(name if len(options.seeds) == 1 else f"{name}, seed {seed}", run, converted))
     text = table(dense, converted, curves, options.seeds)
     print(text)
