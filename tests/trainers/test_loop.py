@@ -184,6 +184,28 @@ def test_distilling_the_parent_into_itself_has_nothing_to_do(pico: Model, tmp_pa
     assert line["loss/ffn"] < 1e-10
 
 
+def test_balance_by_bias_moves_the_bias_and_a_capacity_drops(pico_moe: Model, tmp_path: Path) -> None:
+    from upcycle.tensor_files import SafetensorsFolder
+
+    stage = {
+        "balance": {"rate": 0.01},
+        "control": {"capacity_factor": 0.5, "min_capacity": 1},
+        "steps": 3,
+        "losses": {},
+    }
+    recipe = recipe_for(pico_moe("glm4_moe-sigmoid"), tmp_path, stage=stage)
+    run(recipe)
+    assert all(line["dropped"] > 0.2 for line in steps(recipe))
+    saved = latest(Path(recipe.output))
+    assert saved
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    before, after = (SafetensorsFolder(folder).read(name) for folder in (pico_moe("glm4_moe-sigmoid"), saved.folder))
+    moved = ((after - before) / 0.01).round()
+    assert torch.allclose(after - before, 0.01 * moved, atol=1e-6)
+    assert 1 <= moved.abs().max() <= 3
+    assert saved.state["balance"]["0"] == pytest.approx(after.tolist())
+
+
 def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, bad_steps=1)
     original = Stepper._losses
