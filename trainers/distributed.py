@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,13 +191,28 @@ def import_deepspeed() -> Any:
         warnings.filterwarnings("ignore", message=r"`torch\.", category=kind)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
-        import deepspeed
+        with _compilers_silenced():
+            import deepspeed
     except ImportError:
         raise EnvironmentFault("training needs DeepSpeed", hint="pip install 'upcycle[train]'") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available() and not os.environ.get("UPCYCLE_SHARED_MEMORY"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _compilers_silenced() -> Iterator[None]:
+    """When it is imported, DeepSpeed tries what it could compile here, and compilers complain on stderr itself."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _first_line(error: BaseException) -> str:

@@ -90,8 +90,11 @@ def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: s
                 hint="replace them before it is converted",
             )
         replace_activations(model, activation)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    settings = {"use_reentrant": False}  # reentrant, it would hide routers from every loss
+    if checkpointing and hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    elif checkpointing:  # its name before transformers 5.23
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def parent_folder(named: str, model: Path) -> Path:

@@ -80,7 +80,7 @@ def save_batches(folder: Path, step: int, rank: int, batches: Sequence[Batch]) -
 
     path = folder / f"bad-batch-step-{step:08d}-rank-{rank}.safetensors"
     tensors = {
-        f"{name}.{number}": getattr(batch, name).contiguous().cpu()
+        f"{name}.{number}": getattr(batch, name).cpu().clone()
         for number, batch in enumerate(batches)
         for name in ("ids", "mask", "positions")
     }

@@ -37,6 +37,7 @@ def softmax(values: list[float]) -> list[float]:
     return [math.exp(value) / total for value in values]
 
 
+@torch.no_grad()
 def restated(model: Any, parent: list[FfnRecord], mask: torch.Tensor, kind: str) -> float:
     total = 0.0
     for layer, record in zip(moe_layers(model), parent, strict=True):
@@ -47,7 +48,7 @@ def restated(model: Any, parent: list[FfnRecord], mask: torch.Tensor, kind: str)
                 if not mask[b, s]:
                     continue
                 x, y = record.inputs[b, s], record.outputs[b, s]
-                logits = [float(row.detach() @ x) for row in rows]
+                logits = [float(row @ x) for row in rows]
                 outputs = []
                 for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
                     m = len(gate_up) // 2
