@@ -75,7 +75,7 @@ def data(folder: Path) -> dict[str, Any]:
             lines = [json.dumps({"text": document.text}) for document in documents if document.domain == domain]
             paths[side].write_text("\n".join(lines) + "\n")
         domains[domain] = {"text": str(paths["train"]), "validation": str(paths["held-out"]), "weight": 0.5}
-    return {"domains": domains, "validation": {"tokens": 16384}, "cache": str(folder / "cache")}
+    return {"domains": domains, "validation": {"tokens": 8192}, "cache": str(folder / "cache")}
 
 
 def measured(model: Path, recipe: TrainRecipe) -> float:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--pieces", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -191,8 +191,8 @@ def main() -> None:
                     "micro_batch": batch,
                     "seed": seed,
                     "stages": stages(name, steps, options.rate),
-                    "saving": {"every": 25, "keep": 1, "export": False},
-                    "log": {"every": 10, "validation": max(1, steps // 25)},
+                    "saving": {"every": 20, "keep": 1, "export": False},
+                    "log": {"every": 10, "validation": max(1, steps // 12)},
                 },
                 "healing",
             )
