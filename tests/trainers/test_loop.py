@@ -67,7 +67,14 @@ def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "settings", [{"zero": {"stage": 1}}, {"zero": {"stage": 0}}, {"zero": {"stage": 3}}, {"dtype": "bfloat16"}]
+    "settings",
+    [
+        {"zero": {"stage": 0}},
+        {"zero": {"stage": 1}},
+        pytest.param({"zero": {"stage": 3}}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"zero": {"stage": 2, "offload_optimizer": True}}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(pico_moe: Model, tmp_path: Path, settings: Any) -> None:
     noisy = {"control": {"noise": "learned", "jitter": 0.01}}
@@ -105,6 +112,7 @@ def _stopped_at(recipe: Any, step: int) -> None:
     assert "the same command continues" in said[-1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_under_another_zero_stage(pico_moe: Model, tmp_path: Path) -> None:
     whole = recipe_for(pico_moe("mixtral"), tmp_path / "whole")
     run(whole)
