@@ -57,7 +57,9 @@ class Stage:
         self.passes = accumulation(recipe, ranks.world)
         self.steps = recipe.steps_of(stage)
         self.rates, self.schedule = recipe.rate_and_schedule(stage)
-        self.model = load_model(saved.folder if saved else origin, torch.float32, ranks.device, recipe.experts)
+        # On the host: DeepSpeed takes to the device what each rank keeps. What fp32 weights a checkpoint has come later.
+        dtype = getattr(torch, recipe.dtype)
+        self.model = load_model(saved.folder if saved else origin, dtype, torch.device("cpu"), recipe.experts)
         check_fits(self.model.config, tokenizer, recipe.length)
         self.leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
@@ -149,5 +151,10 @@ class Stage:
 
         # DeepSpeed prints of its own accord; stdout is for results.
         with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
+            if config["zero_optimization"]["stage"] == 3 and self.recipe.expert_parallel == 1:
+                # Weight by weight, so that a model larger than a device is never on it as a whole.
+                deepspeed.zero.Init(
+                    module=self.model, config_dict_or_path=config, dtype=getattr(torch, self.recipe.dtype)
+                )
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
         return engine
