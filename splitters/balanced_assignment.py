@@ -31,7 +31,9 @@ _MISPLACED, _LOST = 1e-3, 0.1
 _UNDECIDED = 8.0  # points: the last temperature is that much of 1 / N
 
 
-def balanced_assignment(cost: torch.Tensor, *, prices: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def balanced_assignment(
+    cost: torch.Tensor, *, prices: torch.Tensor | None = None, rough: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The cheapest assignment in which two clusters differ by at most one point.
 
     Optimal for ``cost`` up to its own rounding: moves whose costs differ by less than the rounding of what a point pays on
@@ -40,6 +42,7 @@ def balanced_assignment(cost: torch.Tensor, *, prices: torch.Tensor | None = Non
     Args:
         cost: ``[N, E]``, finite, ``1 <= E <= N``.
         prices: ``[E]`` of a similar problem, to start from.
+        rough: leave the few points where they are that the smoothed prices misplace: the sizes are only nearly the same.
 
     Returns:
         labels int64 ``[N]``, and fp64 prices ``[E]``: every point has (up to rounding) the least ``cost + prices`` where
@@ -58,6 +61,8 @@ def balanced_assignment(cost: torch.Tensor, *, prices: torch.Tensor | None = Non
         scale = relative.mean(dtype=torch.float64).item()
         start = None if prices is None else prices.detach().cpu().double()
         start = _smooth_prices(relative.float(), start, scale) if scale > 0 else relative.new_zeros(clusters).double()
+        if rough:
+            return (relative + start).argmin(dim=1), start
         moves = _Moves(relative.double().numpy(), start.numpy(), torch.finfo(relative.dtype).eps)
     moves.balance()
     return torch.from_numpy(moves.labels), torch.from_numpy(moves.prices[:clusters].copy())

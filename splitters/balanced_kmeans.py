@@ -19,7 +19,9 @@ from upcycle.splitters.balanced_assignment import balanced_assignment, one_threa
 
 _BLOCK = 1 << 18  # numbers that are worked on at a time where a copy is needed: that many fit in the cache
 # That many points say well enough in which directions they differ.
-_RANGE_POINTS = 4096
+_RANGE_POINTS = 2048
+# A difference of squares that leaves this share of them has lost three bits to cancellation at most.
+_HARMLESS = 1 / 8
 # Below one point in that many, moved ones are worth gathering.
 _FEW = 6
 # The main directions are left earlier: the last refinements are made in all coordinates anyway.
@@ -47,7 +49,7 @@ def balanced_kmeans(
     n_init: int = 1,
     max_iter: int = 100,
     tolerance: float = 1e-4,
-    sketch: int | None = 64,
+    sketch: int | None = 32,
 ) -> torch.Tensor:
     """Labels int64 ``[N]`` of clusters whose sizes differ by at most one; see :func:`balanced_kmeans_result`."""
     return balanced_kmeans_result(
@@ -63,7 +65,7 @@ def balanced_kmeans_result(
     n_init: int = 1,
     max_iter: int = 100,
     tolerance: float = 1e-4,
-    sketch: int | None = 64,
+    sketch: int | None = 32,
 ) -> BalancedClusters:
     """Cluster ``points`` ``[N, D]`` into ``clusters`` of equal size (differing by at most one), distances in fp32.
 
@@ -96,12 +98,14 @@ def balanced_kmeans_result(
         small = _main_directions(points, directions, rng)
         with one_thread():
             starts = [_plus_plus(small, clusters, rng) for _ in range(n_init)]
-            found = _best(small, _sum_of_squares(small), starts, max_iter, _ROUGHER * tolerance)
+            found = _best(small, _sum_of_squares(small), starts, max_iter, _ROUGHER * tolerance, rough=True)
         found = _lloyd(points, squares, _means(points, squares, found.labels, clusters), max_iter, tolerance)
     else:
         starts = [_plus_plus(points, clusters, rng) for _ in range(n_init)]
         found = _best(points, squares, starts, max_iter, tolerance)
-    inertia = _inertia(points, found.labels, found.means.centroids)
+    inertia = found.means.within
+    if inertia < _HARMLESS * squares:
+        inertia = _inertia(points, found.labels, found.means.centroids)
     return BalancedClusters(found.labels, found.means.centroids, inertia, found.iterations)
 
 
@@ -122,18 +126,30 @@ class _Run:
     iterations: int
 
 
-def _best(points: torch.Tensor, squares: float, seeds: list[torch.Tensor], max_iter: int, tolerance: float) -> _Run:
+def _best(
+    points: torch.Tensor,
+    squares: float,
+    seeds: list[torch.Tensor],
+    max_iter: int,
+    tolerance: float,
+    rough: bool = False,
+) -> _Run:
     """The run that ends with the least inertia."""
     starts = (_Means(centroids) for centroids in seeds)
-    runs = (_lloyd(points, squares, start, max_iter, tolerance) for start in starts)
+    runs = (_lloyd(points, squares, start, max_iter, tolerance, rough) for start in starts)
     return max(runs, key=lambda run: run.means.between)
 
 
-def _lloyd(points: torch.Tensor, squares: float, start: _Means, max_iter: int, tolerance: float) -> _Run:
-    """Assign and average in turn until that gains nothing worth another pass; ``squares`` is the points' sum of squares."""
+def _lloyd(
+    points: torch.Tensor, squares: float, start: _Means, max_iter: int, tolerance: float, rough: bool = False
+) -> _Run:
+    """Assign and average in turn until that gains nothing worth another pass; ``squares`` is the points' sum of squares.
+
+    ``rough`` clusters have only nearly the same size: enough where others follow.
+    """
     means, prices = start, None
     for iteration in range(1, max_iter + 1):  # noqa: B007 - the last one is returned
-        labels, prices = balanced_assignment(_costs(points, means.centroids), prices=prices)
+        labels, prices = balanced_assignment(_costs(points, means.centroids), prices=prices, rough=rough)
         if math.isinf(means.within):
             prices = None  # single points lie much further apart than means, and so do their prices
         before, means = means, _means(points, squares, labels, len(means.centroids), means)
@@ -193,7 +209,7 @@ def _means(
     points: torch.Tensor, squares: float, labels: torch.Tensor, clusters: int, before: _Means | None = None
 ) -> _Means:
     """The clusters' means as one matrix product, which all threads share; of what moved only, if that is little."""
-    sizes = torch.bincount(labels, minlength=clusters)[:, None].double()
+    sizes = torch.bincount(labels, minlength=clusters)[:, None].clamp(min=1).double()  # a rough one may be empty
     sums = None
     if before is not None and before.labels is not None:
         moved = (labels != before.labels).nonzero()[:, 0]

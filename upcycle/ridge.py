@@ -124,11 +124,12 @@ class _Sums:
             return 0.0
         return max(0.0, 1.0 - self.explained(weights, self.gram @ weights) / self.square)
 
-    def subtract(self, weights: torch.Tensor) -> None:
-        """Put ``Y - X W`` in the place of ``Y``."""
+    def subtract(self, weights: torch.Tensor) -> float:
+        """Put ``Y - X W`` in the place of ``Y``; returns its square as a share of what it was, as :meth:`loss` does."""
         products = self.gram @ weights
-        self.square = max(0.0, self.square - self.explained(weights, products))
+        before, self.square = self.square, max(0.0, self.square - self.explained(weights, products))
         self.moment -= products
+        return self.square / before if before else 0.0
 
     def explained(self, weights: torch.Tensor, products: torch.Tensor) -> float:
         """``||Y||^2 - ||Y - X W||^2``, with ``products = G W``."""
@@ -167,11 +168,14 @@ class RidgeSums:
             if sums
         )
 
-    def subtract(self, weights: torch.Tensor) -> None:
-        """Put what fp64 ``weights`` ``[M, N]`` leave of the targets in their place, as if it had been added."""
-        for sums in (self._train, self._held_out):
-            if sums:
-                sums.subtract(weights)
+    def subtract(self, weights: torch.Tensor) -> float:
+        """Put what fp64 ``weights`` ``[M, N]`` leave of the targets in their place, as if it had been added.
+
+        Returns:
+            Their :meth:`loss`, which costs nothing here.
+        """
+        left = self._train.subtract(weights)
+        return left if self._held_out is None else self._held_out.subtract(weights)
 
     def solve(self, strength: float, everything: bool = True, condition: bool = False) -> RidgeSolution:
         """Fit all tokens, or without ``everything`` those that were not held out."""

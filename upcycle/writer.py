@@ -76,6 +76,7 @@ class ShardWriter:
         # One thread each, so that blocks keep their order.
         self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: deque[tuple[int, Future[Any], Future[None]]] = deque()
+        self._waiting_bytes = 0  # counted, not summed: thousands of small experts may wait
         self._last: Future[None] | None = None
         self.done: set[str] = set()
         self.sha256 = ""
@@ -130,11 +131,12 @@ class ShardWriter:
     def _enqueue(self, data: Any) -> None:
         # Hashing and writing release the interpreter lock: both go on while the caller makes the next blocks.
         size = memoryview(data).nbytes
-        while self._waiting and size + sum(waiting[0] for waiting in self._waiting) > WAITING_BYTES:
+        while self._waiting and size + self._waiting_bytes > WAITING_BYTES:
             self._wait_for_oldest()
         hashed = self._hashing.submit(self._hash.update, data)
         self._last = self._writing.submit(self._append, data, self._last)
         self._waiting.append((size, hashed, self._last))
+        self._waiting_bytes += size
 
     def _append(self, data: Any, previous: Future[None] | None) -> None:
         if previous:
@@ -145,7 +147,8 @@ class ShardWriter:
 
     def _wait_for_oldest(self) -> None:
         """Wait until the oldest block or record is written; whatever went wrong with it is raised here."""
-        _, hashed, written = self._waiting.popleft()
+        size, hashed, written = self._waiting.popleft()
+        self._waiting_bytes -= size
         hashed.result()
         written.result()
 

@@ -1,9 +1,9 @@
 """Balanced clustering of a layer's neurons: against k-means-constrained, at the largest size, and CMoE's assignment.
 
 (a) 11,008 rows of 4,096 into 16, by upcycle and by k-means-constrained 0.9.1, each in a process of its own, in turn, with
-the same seeds, one seeding and up to 300 iterations (both stop by themselves long before), and with one thread each unless
-told otherwise, so that a machine that does something else as well does not decide. Timed is the clustering alone, without
-imports and reading. The rows have length 1; before that, each is one of 32 random directions
+the same seeds, one seeding and up to 300 iterations (both stop by themselves long before), with all processors for each unless
+told otherwise. Timed is the clustering alone, without imports and reading. The rows have length 1; before that, each is one of
+32 random directions
 (the i-th chosen with a weight of i^-1/2, so that the natural clusters are twice as many and of very unequal size) plus
 noise: twice as long as the direction ("clear"), or six times ("faint", nearer to the rows of a weight matrix).
 For the faint rows an inertia within 1% says little, since all clusters together explain little; so the share of the
@@ -61,7 +61,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for the peer and 1 GB of data (default: the cache)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, each with its own seed (default: 3)")
     parser.add_argument("--peer-iterations", type=int, default=300, help="at most, of both sides (default: 300)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each side (default: 1)")
+    processors = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=processors, help="threads of each side (default: all)")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)  # what the measured processes do
     arguments = parser.parse_args()
     if arguments.child:
