@@ -31,6 +31,7 @@ benchmark: $(READY)     # against mergekit, plain copying and k-means-constraine
 	$(BIN)/python -P tests/benchmarks/against_mergekit.py
 	$(BIN)/python -P tests/benchmarks/large_split.py
 	$(BIN)/python -P tests/benchmarks/clustering.py
+	$(BIN)/python -P tests/benchmarks/packing.py
 
 quality: $(READY)       # split recipes and every splitting method on SmolLM2-135M, all layers; about an hour
 	$(BIN)/python -P tests/benchmarks/split_quality.py

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -238,11 +239,15 @@ def test_states_cut_short_by_a_crash_are_computed_again(
 class FakeDatasets:
     """What the datasets package answers, without a network."""
 
+    exceptions = SimpleNamespace(DatasetsError=LookupError)
+
     @staticmethod
-    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, Any]]:
+    def load_dataset(
+        name: str, config: str | None, *, split: str, streaming: bool, revision: str | None
+    ) -> list[dict[str, Any]]:
         if name == "org/gone":
             raise FileNotFoundError("Dataset 'org/gone' doesn't exist on the Hub")
-        assert (name, config, split, streaming) == ("org/data", "en", "validation", True)
+        assert (name, config, split, streaming, revision) == ("org/data", "en", "validation", True, None)
         return [{"body": demo_parts("prose")[0][i : i + 400], "id": i} for i in range(0, 20_000, 400)]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from upcycle.errors import UsageError
 from upcycle.recipe import parse_parameters
@@ -22,6 +24,16 @@ def test_short_forms() -> None:
     assert [domain.name for domain in two.domains] == ["x", "y"]
     assert two.weights == {"x": 0.5, "y": 0.5}
     assert parse(two.model_dump()) == two
+
+
+def test_the_recipe_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs/training_data.md").read_text()
+    content = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["data"]
+    data = parse(content)
+    assert set(content) == set(type(data).model_fields) - {"end_of_text"}
+    assert data.packing == DataRecipe.model_fields["packing"].default
+    assert data.shuffle == DataRecipe.model_fields["shuffle"].default
+    assert data.validation == DataRecipe.model_fields["validation"].default
 
 
 BOTH = {"x": {"text": "a", "weight": 0.5}, "y": {"text": "b", "weight": 0.5}}

@@ -19,8 +19,8 @@ from upcycle.trainers.packing import layout
 PARTS = [5, 1, 9, 4]  # and padding
 
 
-def packed(rows: int) -> Batch:
-    positions, mask = layout(np.array(PARTS), sum(PARTS) + 3)
+def packed(rows: int, parts: list[int] = PARTS) -> Batch:
+    positions, mask = layout(np.array(parts), sum(PARTS) + 3)
     ids = torch.randint(4096, (rows, len(positions)), generator=torch.Generator().manual_seed(1))
     positions = torch.from_numpy(positions).expand(rows, -1)
     return Batch(ids, torch.from_numpy(mask).expand(rows, -1), positions, ("x",) * rows)
@@ -46,6 +46,10 @@ def test_a_packed_document_is_the_document_alone_or_the_leak_is_named(target: st
         assert error < 1e-5
     else:
         assert error > 1e-3, "a leak that is none"
+        padded, size = packed(2, parts=[sum(PARTS)]), sum(PARTS)
+        expected = model(input_ids=padded.ids[:, :size], use_cache=False).logits
+        error = (logits(model, padded)[:, :size] - expected).norm() / expected.norm()
+        assert error < 1e-5, "packing: alone"
 
 
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
