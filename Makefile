@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check kernels real benchmark quality clean
+.PHONY: demo test lint types check kernels slow real benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -25,6 +25,9 @@ check: lint types test
 kernels: $(READY)       # every kernel in Triton's interpreter, and the gate that compiles all tiles for GPUs that are not there
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels_triton
 	$(BIN)/python -P -m upcycle.kernels.aot --check docs/kernels_static.md > /dev/null
+
+slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
+	$(BIN)/python -P -m pytest -m slow --ignore tests/kernels_triton tests
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end

@@ -25,6 +25,11 @@ assert _spec.loader
 _module = importlib.util.module_from_spec(_spec)
 sys.modules["pico_models"] = _module
 _spec.loader.exec_module(_module)
+_runs = importlib.util.spec_from_file_location("training_runs", Path(__file__).parent / "trainers" / "training_runs.py")
+assert _runs
+assert _runs.loader
+sys.modules["training_runs"] = importlib.util.module_from_spec(_runs)
+_runs.loader.exec_module(sys.modules["training_runs"])
 COMMON, PICO, MOE_COMMON, PICO_MOE = _module.COMMON, _module.PICO, _module.MOE_COMMON, _module.PICO_MOE
 
 

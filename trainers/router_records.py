@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle.trainers.expert_parallel import read_router
 from upcycle.trainers.recorder import Recorder
 from upcycle.trainers.router_control import Noise, RouterControl
 from upcycle.trainers.routing import MoeLayer, RoutingRule, moe_layers
@@ -68,7 +69,11 @@ def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[
 
 
 def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., RouterRecord]:
+    of_parallel = read_router(layer.block) if layer.parallel else None
+
     def read(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> RouterRecord:
+        if of_parallel:
+            output = of_parallel(output)
         noise, kept = (control.noise.get(layer.index), control.kept.get(layer.index)) if control else (None, None)
         return RouterRecord(layer.index, *output, layer.rule, noise, kept)
 

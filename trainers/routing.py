@@ -12,6 +12,7 @@ from torch import nn
 from upcycle.errors import UsageError
 from upcycle.registry import load
 from upcycle.targets.base import Score, Target
+from upcycle.trainers.expert_parallel import is_parallel
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,20 @@ class RoutingRule:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One MoE layer of a stock model: its index, the block with the experts, the router in it, and the router's rule."""
+    """One MoE layer of a stock model: its index, the block with the experts, the router in it, and the router's rule.
+
+    DeepSpeed's AutoEP replaces blocks by its own: ``parallel``. Their experts are divided among ranks.
+    """
 
     index: int
     block: nn.Module
     router: nn.Module
     rule: RoutingRule
+
+    @property
+    def parallel(self) -> bool:
+        """Whether this rank has only some of the experts."""
+        return is_parallel(self.block)
 
     @property
     def experts(self) -> nn.Module:
@@ -80,7 +89,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     for index, layer in enumerate(_decoder_layers(model)):
         block = getattr(layer, target.blocks[0], None)
         if block is not None and hasattr(block, "experts"):
-            router = getattr(block, target.router)
+            router = block.router if is_parallel(block) else getattr(block, target.router)
             found.append(MoeLayer(index, block, router, _rule(target, block, router)))
     if not found:
         raise UsageError(f"{target.name} model without a single MoE layer", hint="train what upcycle convert wrote")
@@ -121,9 +130,15 @@ def _rule(target: Target, block: nn.Module, router: Any) -> RoutingRule:
             hint="set n_group and topk_group to 1 in config.json, as upcycle convert writes them",
         )
     weight = next(router.parameters())
+    experts = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 keeps the weight itself elsewhere
+    if is_parallel(block):
+        return RoutingRule(
+            router.score_func, experts, router.top_k, router.route_norm, router.route_scale,
+            bias=lambda: selection_bias(block, router),
+        )  # fmt: skip
     return RoutingRule(
         score=getattr(router, "expert_selection_fn", target.score),
-        experts=weight.shape[0],
+        experts=experts,
         top_k=router.top_k,
         normalized=getattr(router, "norm_topk_prob", True) or getattr(router, "expert_selection_fn", "") == "softmax",
         factor=getattr(router, "routed_scaling_factor", 1.0),

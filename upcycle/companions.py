@@ -24,7 +24,11 @@ _ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> None:
     """Copy them into ``folder``; references to code in the source repository (``auto_map``) are dropped."""
-    source = checkpoint.source.path
+    copy_files(checkpoint.source.path, folder, tokenizer)
+
+
+def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
+    """The same from a folder or a ``.gguf`` file."""
     if source.is_file():
         if tokenizer:
             _tokenizer_from_gguf(source, folder)

@@ -95,7 +95,7 @@ def write(
     """Write ``upcycle.json``; weight files were hashed while they were written, the small ones are hashed here."""
     hashes = dict(shard_hashes)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in hashes and path.name not in _UNHASHED:
+        if path.is_file() and path.name not in hashes and path.name not in UNHASHED:
             hashes[path.name] = hash_file(path)
     content: dict[str, Any] = {
         "format": 1,
@@ -119,7 +119,7 @@ def write(
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-_UNHASHED = {FILE, VERIFICATION_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
+UNHASHED = {FILE, VERIFICATION_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise _explained(error, where) from None
+        raise explained(error, where) from None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -310,10 +310,11 @@ def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _explained(error, where, model) from None
+        raise explained(error, where, model) from None
 
 
-def _explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
+def explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
+    """What is wrong with a recipe of ``model``, as a message that names the key, and ``where`` it stands."""
     found = error.errors(include_url=False)
     first = next(
         (fault for fault in found if fault["type"] == "extra_forbidden"), found[0]
@@ -332,7 +333,8 @@ def _explained(error: ValidationError, where: str, model: type[BaseModel] = Reci
     key = ".".join(part for i, part in enumerate(path) if part in _keys_at(model, path[:i]))
     field = model.model_fields.get(path[0])
     described = f"{path[0]}: {field.description}" if field and field.description else None
-    return UsageError(f"{where}: key '{key}': {message}, got {first['input']!r}", hint=described)
+    got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"  # a mapping is quoted by its own keys
+    return UsageError(f"{where}: key '{key}': {message}{got}", hint=described)
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -340,7 +342,7 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
         if part.isdigit():  # one of a list, whose kind is known already
             continue
         inner = model.model_fields[part].annotation if part in model.model_fields else None
-        while get_args(inner):  # a list of them, or none
+        while get_args(inner) and get_origin(inner) is not dict:  # a list of them, or none
             inner = get_args(inner)[0]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []

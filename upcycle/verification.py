@@ -116,13 +116,20 @@ def verify(
             hint="name the right one with --source",
         )
     job = job_for(recipe, checkpoint)
-    return verify_job(job, checkpoint, folder, text or recipe.verification.text, tokens, progress)
+    text = text or recipe.verification.text
+    return verify_job(job, checkpoint, folder, text, tokens, progress, record.get("training"))
 
 
 def verify_job(
-    job: AnyJob, checkpoint: Checkpoint, folder: Path, text: str | None, tokens: int, progress: Progress = SILENT
+    job: AnyJob,
+    checkpoint: Checkpoint,
+    folder: Path,
+    text: str | None,
+    tokens: int,
+    progress: Progress = SILENT,
+    training: dict[str, Any] | None = None,
 ) -> Verification:
-    """Compare ``folder`` with the checkpoint it was made from."""
+    """Compare ``folder`` with the checkpoint it was made from; ``training`` says how it was trained since, if it was."""
     if isinstance(job, GrowthJob):
         from upcycle.growth_verification import verify_growth
 
@@ -149,6 +156,8 @@ def verify_job(
             progress.advance()
             totals.add(batch, expected, moe.logits(batch))
             progress.advance()
+    if training is not None:
+        return _trained(layers, totals, label, streamed, training)
     return _judge(job, layers, totals, label, streamed)
 
 
@@ -321,6 +330,26 @@ class Totals:
             "perplexity": math.exp(self.loss / self.predictions),
             "tokens": self.tokens,
         }
+
+
+def _trained(
+    layers: _LayerErrors, totals: Totals, label: str, streamed: bool, training: dict[str, Any]
+) -> Verification:
+    """A trained model is another function than its dense parent: what is promised is that it is whole, and finite."""
+    broken = not math.isfinite(totals.relative_error)
+    done = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens, since it was converted"
+    return Verification(
+        verdict="broken" if broken else "approximate",
+        explanation="the logits are not finite" if broken else done,
+        promise="trained",
+        tolerance=None,
+        layer_errors=layers.relative,
+        all_experts_error=None,
+        all_experts_reference=layers.reference,
+        text=label,
+        streamed=streamed,
+        **totals.numbers,
+    )
 
 
 def _judge(job: Job, layers: _LayerErrors, totals: Totals, label: str, streamed: bool) -> Verification:

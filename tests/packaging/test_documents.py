@@ -19,6 +19,7 @@ from upcycle.cli.list_plugins import entries
 from upcycle.cli.main import VERBS, cli
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
+from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -62,6 +63,21 @@ def test_every_verb_is_documented() -> None:
 def test_recipe_keys() -> None:
     documented = {row[0]: row[1] for row in rows("## Recipes")}
     assert documented == {name: field.description for name, field in Recipe.model_fields.items()}
+
+
+def test_training_recipe_keys() -> None:
+    section = README.split("\n### Training recipes\n", 1)[1]
+    tables = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)[:2]
+    for table, model in zip(tables, (TrainRecipe, StageRecipe), strict=True):
+        lines = [line.strip("|\n").split("|") for line in table.splitlines()[2:]]
+        documented = {name.strip().strip("`"): meaning.strip() for name, meaning in lines}
+        assert documented == {name: field.description for name, field in model.model_fields.items()}
+
+
+def test_every_training_recipe_is_documented() -> None:
+    documented = set(re.findall(r"`(\w+\.yaml)`", README.split("\n## Training\n", 1)[1].split("\n## Commands\n")[0]))
+    shipped = {path.name for path in (ROOT / "configs" / "train").glob("*.yaml")} - {"demo_model.yaml"}
+    assert documented == shipped
 
 
 @pytest.mark.parametrize(
@@ -137,6 +153,12 @@ def test_json_keys(
         tokens=128,
         window=64,
     ).as_dict()
+    from training_runs import recipe_for, run
+
+    trained, _ = run(recipe_for(tmp_path / "out", tmp_path / "training", stage={"steps": 1}))
+    from upcycle.trainers.export import export
+
+    exported = export(trained.output, tmp_path / "exported").as_dict()
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     actual = {
         "plan": plan,
@@ -150,6 +172,8 @@ def test_json_keys(
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
+        "train": trained.as_dict(),
+        "export": exported,
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],

@@ -18,6 +18,8 @@ VERBS = {
     "verify": "verify",
     "evaluate": "evaluate",
     "compare": "compare",
+    "train": "train",
+    "export": "export",
     "list": "list_plugins",
     "demo": "demo",
     "tune-kernels": "tune_kernels",

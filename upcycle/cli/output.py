@@ -89,6 +89,11 @@ def note(message: str) -> None:
     console.print(message, markup=False)
 
 
+def say(message: str) -> None:
+    """One plain line on stderr, as it happens."""
+    stderr().print(message, markup=False)
+
+
 def count(number: float) -> str:
     """``1.23 B``, ``134.5 M``, ``3.37 M``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

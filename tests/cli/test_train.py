@@ -1,0 +1,66 @@
+"""The verbs train and export: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from training_runs import recipe_for
+
+from upcycle.cli.main import cli, main
+from upcycle.cli.train import _without
+
+
+@pytest.fixture
+def recipe(pico_moe: Callable[[str], Path], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 2}).dump())
+    return path
+
+
+def test_train_then_export(recipe: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    trained = runner.invoke(
+        cli, ["train", str(recipe), "--json", "--set", "saving.keep=1", "--output", str(tmp_path / "o")]
+    )
+    assert trained.exit_code == 0, trained.output
+    result = json.loads(trained.stdout)
+    assert (result["step"], result["stopped"], result["model"]) == (2, False, None)
+    assert "heal 1/2  loss " in trained.stderr
+    exported = runner.invoke(cli, ["export", str(tmp_path / "o"), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert exported.exit_code == 0, exported.output
+    assert "bfloat16, per-expert" in exported.stdout
+    again = runner.invoke(cli, ["train", str(recipe), "-q", "--output", str(tmp_path / "o")])
+    assert again.exit_code == 0  # nothing is left to do
+    assert "2 steps" in again.stdout
+    assert not again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "none.yaml"], 2, "no such recipe: none.yaml"),
+        (["train", "RECIPE", "--set", "zero"], 2, "--set takes KEY=VALUE, got 'zero'"),
+        (["train", "RECIPE", "--set", "zero.stage=7"], 2, "key 'zero.stage'"),
+        (["train", "RECIPE", "--model", "nowhere"], 2, "no such file or folder: nowhere"),
+        (["train", "RECIPE", "--hostfile", "none"], 2, "no such host file: none"),
+        (["export", "nowhere", "out"], 1, "nowhere is no checkpoint of a training run"),
+    ],
+)
+def test_faults(
+    recipe: Path, arguments: list[str], code: int, message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    with pytest.raises(SystemExit) as ended:
+        main([str(recipe) if argument == "RECIPE" else argument for argument in arguments])
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_ranks_are_given_everything_but_how_they_are_started() -> None:
+    told = ["train", "r.yaml", "--nproc", "2", "--set", "a=b", "--hostfile=hosts", "--json"]
+    assert _without(told, ("--nproc", "--hostfile")) == ["train", "r.yaml", "--set", "a=b", "--json"]

@@ -1,0 +1,66 @@
+"""What is read of a model folder before training, and what a checkpoint carries of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.trainers.checkpoint_writer import CONVERSION
+from upcycle.trainers.model_loading import collect_small_files, load_model, parent_folder, save_config, stored_form
+
+CPU = torch.device("cpu")
+Model = Callable[..., Path]
+
+
+def test_the_stored_form_is_that_of_the_files(pico_moe: Model, pico: Model) -> None:
+    assert stored_form(pico_moe("mixtral")) == {"dtype": "float32", "others": {}, "layout": "per-expert"}
+    assert stored_form(pico_moe("mixtral", fused=True))["layout"] == "fused"
+    assert stored_form(pico("gemma-bfloat16"))["dtype"] == "bfloat16"
+
+
+def test_a_model_is_loaded_to_train(pico_moe: Model) -> None:
+    model = load_model(pico_moe("qwen3_moe"), torch.float32, CPU)
+    assert model.training
+    assert model.config.use_cache is False
+    assert model.config._experts_implementation == "grouped_mm"
+    assert load_model(pico_moe("qwen3_moe"), torch.float32, CPU, "eager").config._experts_implementation == "eager"
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, pico_moe: Model) -> None:
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_model(tmp_path, torch.float32, CPU)
+    with pytest.raises(UsageError, match="transformers has no 'quickest'"):
+        load_model(pico_moe("mixtral"), torch.float32, CPU, "quickest")
+
+
+def test_the_parent_is_what_was_converted(tmp_path: Path, pico: Model) -> None:
+    record = {"source": {"name": str(pico("llama")), "revision": None}}
+    (tmp_path / "upcycle.json").write_text(json.dumps(record))
+    assert parent_folder("auto", tmp_path) == pico("llama")
+    collect_small_files(_with_weights(tmp_path, pico("llama")), tmp_path / "small")
+    assert (tmp_path / "small" / CONVERSION / "upcycle.json").is_file()
+    assert parent_folder("auto", tmp_path / "small") == pico("llama")
+    assert parent_folder(str(pico("qwen2")), tmp_path) == pico("qwen2")
+    (tmp_path / "upcycle.json").write_text(json.dumps({"source": {"name": "/gone", "revision": None}}))
+    with pytest.raises(UsageError, match=r"distillation\.parent: no such file or folder: /gone"):
+        parent_folder("auto", tmp_path)
+
+
+def _with_weights(folder: Path, model: Path) -> Path:
+    (folder / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    return folder
+
+
+def test_the_configuration_is_written_whole(pico_moe: Model, tmp_path: Path) -> None:
+    model = load_model(pico_moe("glm4_moe"), torch.float32, CPU)
+    save_config(model, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["dtype"] == "float32"
+    assert written["use_cache"] is True
+    before = json.loads((pico_moe("glm4_moe") / "config.json").read_text())
+    assert {key: value for key, value in before.items() if written.get(key) != value and key != "dtype"} == {}

@@ -1,0 +1,337 @@
+"""The training run: stages one after another, steps, reports, checkpoints, and how it stops."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.provenance import versions
+from upcycle.sources import locate
+from upcycle.tensor_files import SafetensorsFolder
+from upcycle.trainers.alarms import Alarm, Alarms, NanPolicy, expert_similarity
+from upcycle.trainers.balance import loads
+from upcycle.trainers.checkpoint_reader import SavedRun, check_same_run, latest, open_checkpoint
+from upcycle.trainers.checkpoint_writer import save
+from upcycle.trainers.data import Batch
+from upcycle.trainers.distributed import Ranks, joined
+from upcycle.trainers.flops import measured_peak
+from upcycle.trainers.model_loading import save_config, tokenizer_of
+from upcycle.trainers.optimizers import set_rates
+from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.reports import Reports, StepReport, memory_in_use
+from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
+from upcycle.trainers.stage import Stage
+from upcycle.trainers.step import StepResult
+from upcycle.trainers.validation import on_device, validate
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: ``stopped`` by a signal, or at its end. ``validation`` has the last losses in nats per token."""
+
+    output: str
+    step: int
+    tokens: int
+    stopped: bool
+    loss: float
+    validation: dict[str, float]
+    checkpoint: str
+    model: str | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return dict(vars(self))
+
+
+def train(recipe: TrainRecipe, say: Callable[[str], None] = print, restart: bool = False) -> TrainResult:
+    """Train as one of the ranks that a launcher started, or alone.
+
+    The same call continues a run that was stopped, from its newest checkpoint.
+
+    Args:
+        recipe: the run.
+        say: prints a line; only the first rank says anything.
+        restart: throw the run's checkpoints away and begin anew.
+
+    Raises:
+        UpcycleError: with the reason; complete checkpoints stay.
+    """
+    with joined(recipe.timeout) as ranks:
+        return _Run(recipe, ranks, say if ranks.first else _silent, restart).run()
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+class _Run:
+    def __init__(self, recipe: TrainRecipe, ranks: Ranks, say: Callable[[str], None], restart: bool) -> None:
+        self.recipe, self.ranks, self.say = recipe, ranks, say
+        self.folder = Path(recipe.output).expanduser()
+        self.small = small_files(self.folder)
+        self.origin = locate(recipe.model).path
+        self.tokenizer = tokenizer_of(self.origin)
+        self.identity = _identity(recipe, self.origin)
+        ranks.agree("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
+        ranks.agree("versions", versions())
+        self.step = self.tokens = 0
+        self.loss = math.nan
+        self.validation: dict[str, float] = {}
+        self.alarms = Alarms(recipe.alarms)
+        self.policy = NanPolicy(recipe.bad_steps)
+        self.stop = False
+        self.restart = restart
+        self.reports: Reports | None = None
+        self.checkpoint: Path | None = None
+
+    def run(self) -> TrainResult:
+        begun = time.perf_counter()
+        with locked(self.folder, self.ranks):
+            prepare_folder(self.recipe, self.folder, self.origin, self.ranks, self.restart)
+            saved = latest(self.folder)
+            if saved:
+                check_same_run(saved, self.identity)
+                self._continue(saved)
+            peak = self.recipe.log.peak_tflops
+            dtype = getattr(torch, self.recipe.dtype)
+            self.peak = peak * 1e12 if peak else measured_peak(self.ranks.device, dtype)
+            if self.ranks.first:
+                self.reports = Reports(self.folder, list(self.recipe.log.trackers), self.say, self.step)
+            with self._signals():
+                self._stages(saved)
+            model = None if self.stop else self._export()
+            if self.reports:
+                self.reports.close()
+        assert self.checkpoint
+        return TrainResult(
+            output=str(self.folder),
+            step=self.step,
+            tokens=self.tokens,
+            stopped=self.stop,
+            loss=self.loss,
+            validation=self.validation,
+            checkpoint=str(self.checkpoint),
+            model=str(model) if model else None,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _stages(self, saved: SavedRun | None) -> None:
+        first = saved.state["stage"] if saved else 0
+        for index in range(first, len(self.recipe.stages)):
+            recipe = self.recipe.stages[index]
+            resumed = saved is not None and saved.state["stage"] == index
+            done = int(saved.state["stage_step"]) if saved and resumed else 0
+            if done == self.recipe.steps_of(recipe):
+                continue
+            stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer)
+            if saved and resumed:
+                stage.load_state(saved.state)
+            elif saved and recipe.data == self.recipe.stages[index - 1].data:
+                stage.stream.restore(saved.state["data"])
+            self._steps(index, stage, done)
+            saved = open_checkpoint(self.checkpoint) if self.checkpoint else None
+            stage.close()
+            if self.stop:
+                return
+
+    def _steps(self, index: int, stage: Stage, done: int) -> None:
+        name, steps = stage.stage.name, stage.steps
+        self._describe(stage, done)
+        if not done:
+            self._first_validation(stage)
+        before = time.perf_counter()
+        for number in range(done, steps):
+            torch.manual_seed(_seed(self.recipe.seed, self.step, self.ranks.rank))
+            rate = set_rates(stage.engine.optimizer, stage.schedule(number))
+            batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
+            result = stage.stepper.step(stage.engine, batches, number / steps)
+            self.step, self.tokens, self.loss = self.step + 1, self.tokens + self.recipe.tokens_per_step, result.loss
+            now = time.perf_counter()
+            self._report(name, stage, result, rate, now - before)
+            before = now
+            self._check_finite(result, batches)
+            self.stop = bool(self.ranks.largest(self.stop)[0])
+            last = number + 1 == steps
+            every = self.recipe.log.validation
+            if stage.held_out and (last or (every and (number + 1) % every == 0)):
+                self._validate(stage)
+            if last or self.stop or self.step % self.recipe.saving.every == 0:
+                self._save(index, stage, number + 1)
+            if self.stop:
+                self.say(f"stopped by a signal at step {self.step}; the same command continues")
+                return
+
+    def _describe(self, stage: Stage, done: int) -> None:
+        trained = sum(math.prod(stage.tensors.shape(slot)) for slot in stage.tensors.slots if slot.trained)
+        more = f", from step {done + 1}" if done else ""
+        if stage.leak:
+            self.say(f"warning: {stage.leak}")
+        self.say(
+            f"stage {stage.stage.name}: {stage.steps} steps of {self.recipe.tokens_per_step:,} tokens, "
+            f"{trained:,} weights train ({', '.join(stage.stage.train)}), {self.ranks.world} "
+            f"rank{'s' * (self.ranks.world > 1)} x {stage.passes} pass{'es' * (stage.passes > 1)}{more}"
+        )
+
+    def _report(self, name: str, stage: Stage, result: StepResult, rate: float, seconds: float) -> None:
+        if self.reports is None:
+            return
+        speed = self.recipe.tokens_per_step / seconds
+        report = StepReport(
+            step=self.step,
+            steps=sum(map(self.recipe.steps_of, self.recipe.stages)),
+            stage=name,
+            loss=result.loss,
+            parts=result.parts,
+            learning_rate=rate,
+            gradient_norm=result.gradient_norm,
+            applied=result.applied,
+            tokens=self.tokens,
+            tokens_per_second=speed,
+            utilisation=stage.flops.total * speed / (self.peak * self.ranks.world),
+            memory=memory_in_use(self.ranks.device),
+            loads=loads(result.counts),
+            dropped=result.dropped,
+        )
+        self.reports.step(report, self.step % self.recipe.log.every == 0)
+        found = self.alarms.loss(self.step, result.loss) if math.isfinite(result.loss) else []
+        self._raise(found + self.alarms.loads(self.step, result.counts, stage.top_k))
+
+    def _raise(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self.say(f"warning: {alarm.kind}: {alarm.message}")
+            if self.reports:
+                self.reports.record(
+                    {"kind": "alarm", "step": alarm.step, "alarm": alarm.kind, "message": alarm.message}
+                )
+
+    def _first_validation(self, stage: Stage) -> None:
+        """Where training starts: what dynamic weights refer to, unless the recipe says it."""
+        if stage.held_out and (self.recipe.log.validation or (stage.stage.data or self.recipe.data).dynamic):
+            self._validate(stage, observe=False)
+            stage.stream.refer_to(self.validation)
+
+    def _validate(self, stage: Stage, observe: bool = True) -> None:
+        self.validation = validate(stage.engine, stage.held_out, self.ranks)
+        text = "  ".join(f"{name} {nats:.4f}" for name, nats in self.validation.items())
+        self.say(f"validation at step {self.step}  {text}")
+        if self.reports:
+            content = {f"validation/{name}": nats for name, nats in self.validation.items()}
+            self.reports.record({"kind": "validation", "step": self.step, "tokens": self.tokens, **content})
+        if observe and all(map(math.isfinite, self.validation.values())):
+            stage.stream.observe(self.validation)
+
+    def _check_finite(self, result: StepResult, batches: list[Batch]) -> None:
+        """Skip steps that are not finite, and after some in a row stop.
+
+        Raises:
+            UpcycleError: too many; what every rank read is saved.
+        """
+        norm = result.gradient_norm if result.applied else math.nan
+        if self.policy.decide(result.loss, norm) != "stop":
+            return
+        path = save_batches(self.folder, self.step, self.ranks.rank, batches)
+        kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "nothing was saved yet"
+        raise UpcycleError(
+            f"loss {result.loss} and gradient norm {result.gradient_norm} at step {self.step}, not finite "
+            f"{self.recipe.bad_steps + 1} steps in a row; the batch is in {path}; {kept}",
+            hint="lower the learning rate or clip; the same command continues from the checkpoint",
+        )
+
+    def _save(self, index: int, stage: Stage, stage_step: int) -> None:
+        if self.ranks.first:
+            save_config(stage.model, self.small)
+        state = {
+            **stage.state(),
+            "stage": index,
+            "stage_step": stage_step,
+            "optimizer_steps": stage.tensors.steps_taken,
+            "tokens": self.tokens,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "validation": self.validation,
+            "alarms": self.alarms.state(),
+            "identity": self.identity,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": versions(),
+        }
+        self._watch_similarity(stage)
+        self.checkpoint = save(
+            self.folder, self.step, stage.tensors, state, self.small, self.ranks, self.recipe.saving.keep
+        )
+        self.say(f"saved {self.checkpoint}")
+
+    def _watch_similarity(self, stage: Stage) -> None:
+        if not stage.top_k or self.step < self.recipe.alarms.identical_after:
+            return
+        cosines = {}
+        for slot in stage.tensors.slots:
+            if slot.name.endswith(".experts.gate_up_proj"):
+                cosines[int(slot.name.split(".")[2])] = expert_similarity(stage.tensors.weights(slot))
+        self._raise(self.alarms.similarities(self.step, cosines))
+
+    def _continue(self, saved: SavedRun) -> None:
+        self.step, self.tokens = saved.step, int(saved.state["tokens"])
+        self.loss = saved.state["loss"] if saved.state["loss"] is not None else math.nan
+        self.validation, self.checkpoint = saved.state["validation"], saved.folder
+        self.alarms.load_state(saved.state["alarms"])
+        self.say(
+            f"continuing {saved.folder}, saved by {saved.state['world']} ranks"
+            if saved.state["world"] > 1
+            else f"continuing {saved.folder}"
+        )
+
+    def _export(self) -> Path | None:
+        if not self.recipe.saving.export:
+            return None
+        out = self.folder / "model"
+        error: BaseException | None = None
+        if self.ranks.first:
+            from upcycle.trainers.export import export
+
+            assert self.checkpoint
+            try:
+                export(self.checkpoint, out, overwrite=True)
+            except Exception as fault:
+                error = fault
+        self.ranks.together(error)
+        return out
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM, which clusters send before they take a node away, ends the run after its current step."""
+
+        def handler(_: int, __: FrameType | None) -> None:
+            self.stop = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
+    """What must be the same for a run to be continued; how it is divided among ranks need not be."""
+    told = recipe.model_dump(mode="json")
+    keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")
+    data = {**told["data"], "cache": None}
+    return {"model": SafetensorsFolder(origin).fingerprint, **{key: told[key] for key in keys}, "data": data}
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Noise of a step depends on nothing before it, so that a resumed run draws the same."""
+    return (seed * 1_000_003 + step) * 65_537 + rank

@@ -1,0 +1,183 @@
+"""Loads what is trained and what is distilled from, with stock transformers classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.companions import copy_files
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.registry import TARGETS, suggestion
+from upcycle.runtime import quiet_transformers
+from upcycle.sources import locate
+from upcycle.tensor_files import SafetensorsFolder, read_json
+from upcycle.text import load_tokenizer
+from upcycle.trainers.activation_records import replace_activations
+from upcycle.trainers.checkpoint_writer import CONVERSION
+
+_ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
+_CONVERSION_FILES = ("upcycle.json", "recipe.yaml")
+STORED_FILE = "stored.json"  # how the trained model's weights are to be stored when they are exported
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, experts: str = "auto") -> Any:
+    """A stock causal language model in training mode, without a cache.
+
+    Args:
+        folder: a transformers folder.
+        dtype: of all weights.
+        device: where they go.
+        experts: transformers' implementation of MoE experts, or ``auto``.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected or of another shape, or transformers does not know the model.
+        UsageError: there is no such experts implementation.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from None
+    model, report = loaded
+    problems = {kind: sorted(map(str, keys))[:3] for kind, keys in report.items() if keys}
+    if problems:
+        raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
+    model.config.use_cache = False
+    use_experts(model, experts)
+    return model.to(device).train()
+
+
+def use_experts(model: Any, name: str) -> None:
+    """Choose how a MoE model computes its experts; ``auto`` is a grouped product where their widths allow that.
+
+    Raises:
+        UsageError: transformers has no such implementation.
+    """
+    if model.config.model_type not in TARGETS:
+        return
+    if name == "auto":
+        weights = [parameter for key, parameter in model.named_parameters() if ".experts." in key]
+        size = min((parameter.element_size() for parameter in weights), default=4)
+        aligned = all(width * size % _ALIGNMENT == 0 for parameter in weights for width in parameter.shape[1:])
+        name = "grouped_mm" if aligned else "eager"
+    try:
+        model.set_experts_implementation(name)
+    except (ValueError, KeyError) as error:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+        raise UsageError(f"experts: transformers has no '{name}': {error}", hint=suggestion(name, known)) from None
+
+
+def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: str) -> None:
+    """Set how a model computes.
+
+    Raises:
+        UsageError: its activation function cannot be replaced.
+    """
+    if activation:
+        if model.config.model_type in TARGETS:
+            raise UsageError(
+                f"activation: {where} is a MoE; only a dense model's activation functions are replaced",
+                hint="replace them before it is converted",
+            )
+        replace_activations(model, activation)
+    settings = {"use_reentrant": False}  # reentrant, it would hide routers from every loss
+    if checkpointing and hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    elif checkpointing:  # its name before transformers 5.23
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def parent_folder(named: str, model: Path) -> Path:
+    """The dense parent to distil from: as named, or (``auto``) what ``model`` was converted from.
+
+    Raises:
+        UsageError: it is not known, or not where the conversion says.
+    """
+    if named != "auto":
+        return locate(named).path
+    for folder in (model, model / CONVERSION):
+        if (folder / "upcycle.json").is_file():
+            record = read_json(folder / "upcycle.json")["source"]
+            try:
+                return locate(record["name"], record["revision"]).path
+            except UsageError as error:
+                raise UsageError(
+                    f"distillation.parent: {error.message}", hint="name the dense model: distillation.parent"
+                ) from None
+    raise UsageError(
+        f"distillation.parent: {model} does not say what it was converted from",
+        hint="name the dense model: distillation.parent",
+    )
+
+
+def check_parent(parent: Any, student: Any, where: Path) -> None:
+    """Refuse a parent whose tokens are other ones.
+
+    Raises:
+        UsageError: its vocabulary or its embeddings have another size than the student's.
+    """
+    if parent.config.vocab_size != student.config.vocab_size:
+        raise UsageError(
+            f"distillation.parent: {where} has {parent.config.vocab_size} tokens, the student {student.config.vocab_size}",
+            hint="distil from the model that was converted",
+        )
+
+
+def collect_small_files(model: Path, folder: Path) -> None:
+    """Put into ``folder`` what every checkpoint of a run carries beside weights: tokenizer, licence, origin, stored form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_files(model, folder, tokenizer=True)
+    origin = model / CONVERSION if (model / CONVERSION).is_dir() else model
+    for name in _CONVERSION_FILES:
+        if (origin / name).is_file():
+            (folder / CONVERSION).mkdir(exist_ok=True)
+            (folder / CONVERSION / name).write_bytes((origin / name).read_bytes())
+    stored = read_json(model / STORED_FILE) if (model / STORED_FILE).is_file() else stored_form(model)
+    (folder / STORED_FILE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
+
+
+def stored_form(model: Path) -> dict[str, Any]:
+    """How a folder stores its weights: the most frequent dtype, other dtypes by name, and whether experts are fused."""
+    specs = SafetensorsFolder(model).specs
+    sizes: dict[str, int] = {}
+    for spec in specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.elements
+    usual = max(sizes, key=lambda dtype: sizes[dtype])
+    others = {name: spec.dtype for name, spec in specs.items() if spec.dtype != usual}
+    fused = any(name.endswith(".experts.gate_up_proj") for name in specs)
+    return {"dtype": usual, "others": others, "layout": "fused" if fused else "per-expert"}
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write ``config.json`` as stock transformers does, with the dtype of a checkpoint's weights."""
+    config = model.config.to_dict() | {"dtype": "float32", "use_cache": True}
+    config.pop("_name_or_path", None)
+    text = json.dumps(_plain(config), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return load_tokenizer(folder)

@@ -1,0 +1,276 @@
+"""The recipe of a training run: model, data, stages and how they are run, validated before anything is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from upcycle.errors import UsageError
+from upcycle.recipe import explained, read_recipe
+from upcycle.registry import LOSSES, suggestion
+from upcycle.trainers.alarms import AlarmParameters
+from upcycle.trainers.balance import BiasBalanceParameters
+from upcycle.trainers.data_recipe import DataRecipe
+from upcycle.trainers.distillation import DistillationParameters
+from upcycle.trainers.expert_targets import ExpertTargetParameters
+from upcycle.trainers.parameter_groups import GroupParameters
+from upcycle.trainers.router_control import ControlParameters
+from upcycle.trainers.schedules import PRESETS, Schedule, preset
+
+STAGE_DEFAULT = ("all",)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerRecipe(_Strict):
+    """Which optimizer, with its numbers. Learning rates and weight decay are a stage's."""
+
+    name: Literal["adamw", "cpu_adamw", "sgd"] = Field(
+        "adamw",
+        description="adamw (torch), cpu_adamw (DeepSpeed's, for offloaded states; built when first used), or sgd",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay of both moments")
+    epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
+
+
+class ZeroRecipe(_Strict):
+    """How DeepSpeed divides the optimizer's states, gradients and weights among ranks."""
+
+    stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too (auto: 0 for one rank in float32, else 1)",
+    )
+    offload_optimizer: bool = Field(False, description="keep optimizer states in the host's memory")
+    offload_weights: bool = Field(False, description="stage 3: keep weights in the host's memory")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="further keys of DeepSpeed's zero_optimization, such as reduce_bucket_size"
+    )
+
+
+class SavingRecipe(_Strict):
+    """When checkpoints are written and which stay."""
+
+    every: int = Field(500, ge=1, description="optimizer steps between checkpoints; one is always written at the end")
+    keep: int = Field(2, ge=1, description="how many of the newest stay")
+    export: bool = Field(True, description="write OUTPUT/model, a stock transformers folder, at the end")
+
+
+class LogRecipe(_Strict):
+    """What is reported."""
+
+    every: int = Field(1, ge=1, description="steps between lines; log.jsonl has every step")
+    validation: int = Field(
+        0, ge=0, description="steps between validations of every domain; 0: none but at stages' ends"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where numbers go beside log.jsonl"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="what one device can do, for its utilisation [default: measured on a matrix product]"
+    )
+
+
+class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
+    """Distillation and the parent it is from."""
+
+    parent: str = Field("auto", description="the dense model's folder, or auto: what the model was converted from")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype the parent runs in [default: dtype]"
+    )
+
+
+class ScheduleRecipe(_Strict):
+    """A learning-rate schedule without its length, which is the stage's."""
+
+    kind: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = Field("cosine", description="its form")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    floor: float = Field(0.1, ge=0, le=1, description="the last factor of cosine and wsd")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: the fraction of all steps that decays")
+    shape: Literal["linear", "sqrt"] = Field("linear", description="wsd: how it decays")
+    position: int = Field(0, ge=0, description="inverse_sqrt: optimizer steps the dense run has behind it")
+    timescale: int = Field(10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step of the whole run")
+
+
+class PresetRecipe(_Strict):
+    """A published way to reset the learning rate, instead of a schedule and a peak."""
+
+    name: str = Field(description=f"one of {', '.join(PRESETS)}")
+    dense_peak: float = Field(gt=0, description="peak learning rate of the dense run")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    position: int = Field(0, ge=0, description="sparse_upcycling: optimizer steps of the dense run")
+
+
+class StageRecipe(_Strict):
+    """One stage: what trains, how long, on what, and towards what."""
+
+    name: str = Field("train", pattern=r"^[\w.-]+$", description="what reports and folders call it")
+    train: list[str] = Field(
+        default=list(STAGE_DEFAULT),
+        min_length=1,
+        description="all, router, experts, rest, and patterns of parameter names with *",
+    )
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="positions to train on instead; rounded up to whole steps")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    rates: dict[Literal["router", "experts", "rest"], float] = Field(
+        default_factory=dict, description="factors on the learning rate by part"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors have none")
+    router_weight_decay: float | None = Field(None, ge=0, description="that of routers [default: weight_decay]")
+    schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="how the learning rate goes")
+    preset: PresetRecipe | None = Field(None, description="learning rate and schedule of a paper instead")
+    losses: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="auxiliary losses with their parameters (upcycle list losses)"
+    )
+    balance: BiasBalanceParameters | None = Field(None, description="balance by the bias on the choice of experts")
+    control: ControlParameters = Field(
+        default=ControlParameters(), description="noise, jitter, normalised logits and capacity while training"
+    )
+    distillation: DistillationRecipe | None = Field(None, description="distil from the dense parent")
+    activation: str | None = Field(
+        None, description="give the FFNs of a dense model another activation function first (D2DMoE: relu)"
+    )
+    data: DataRecipe | None = Field(None, description="data of this stage instead of the run's")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageRecipe:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(f"stage '{self.name}' needs either steps or tokens")
+        if (self.learning_rate is None) == (self.preset is None):
+            raise ValueError(f"stage '{self.name}' needs either learning_rate or preset")
+        unknown = [name for name in self.losses if name not in LOSSES]
+        if unknown:
+            raise ValueError(f"losses: unknown loss '{unknown[0]}'; {suggestion(unknown[0], LOSSES)}")
+        if self.preset and self.preset.name not in PRESETS:
+            raise ValueError(f"preset: unknown '{self.preset.name}'; {suggestion(self.preset.name, PRESETS)}")
+        return self
+
+
+class TrainRecipe(_Strict):
+    """A training run. The field order is the order in the written ``recipe.yaml``."""
+
+    model: str = Field(description="what upcycle convert wrote, or any folder with a stock causal language model")
+    output: str = Field(description="folder of the run: checkpoints, log.jsonl, and the trained model")
+    data: DataRecipe = Field(description="domains, their weights, and what is held out")
+    stages: list[StageRecipe] = Field(min_length=1, description="what is trained, one after another")
+    length: int = Field(512, ge=8, description="tokens per row")
+    global_batch: int = Field(8, ge=1, description="rows per optimizer step, all ranks together")
+    micro_batch: int = Field(1, ge=1, description="rows per rank and pass; the rest is accumulated")
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of computing; with bfloat16 the optimizer keeps fp32 weights"
+    )
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")
+    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="which optimizer")
+    zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how states are divided among ranks")
+    expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of a layer (DeepSpeed AutoEP)")
+    experts: str = Field(
+        "auto", description="transformers' experts implementation: eager, batched_mm, grouped_mm, ..., or auto"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute layers again in the backward pass to save memory"
+    )
+    saving: SavingRecipe = Field(default=SavingRecipe(), description="checkpoints")
+    log: LogRecipe = Field(default=LogRecipe(), description="reports")
+    alarms: AlarmParameters = Field(default=AlarmParameters(), description="when to warn")
+    bad_steps: int = Field(
+        3, ge=0, description="steps in a row that are skipped for a loss or gradient that is not finite"
+    )
+    timeout: float = Field(1800.0, gt=0, description="seconds that ranks wait for each other")
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _one_stage(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainRecipe:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stages: '{twice[0]}' is there twice; give each its own name")
+        for stage in self.stages:
+            schedule = stage.preset or stage.schedule
+            steps = stage.steps or math.ceil((stage.tokens or 1) / (self.global_batch * self.length))
+            if schedule.warmup >= steps and schedule.warmup:
+                raise ValueError(f"stage '{stage.name}': warmup {schedule.warmup} must be less than its {steps} steps")
+        if self.dtype == "bfloat16" and self.zero.stage == 0:
+            raise ValueError("zero.stage 0 keeps no fp32 weights beside bfloat16 ones; use 1, 2 or 3")
+        if self.zero.stage == 0 and self.expert_parallel > 1:
+            raise ValueError("zero.stage 0 cannot divide experts among ranks; use 1, 2 or 3")
+        if self.zero.offload_weights and self.zero.stage != 3:
+            raise ValueError(f"zero.offload_weights needs stage 3, got {self.zero.stage}")
+        return self
+
+    def zero_stage(self, world: int) -> int:
+        """ZeRO's stage on so many ranks."""
+        if self.zero.stage != "auto":
+            return self.zero.stage
+        return 0 if world == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions per optimizer step, all ranks together."""
+        return self.global_batch * self.length
+
+    def steps_of(self, stage: StageRecipe) -> int:
+        """Optimizer steps of a stage."""
+        return stage.steps or math.ceil((stage.tokens or 1) / self.tokens_per_step)
+
+    def rate_and_schedule(self, stage: StageRecipe) -> tuple[GroupParameters, Schedule]:
+        """Peak learning rates of a stage, and how they go."""
+        steps = self.steps_of(stage)
+        if stage.preset:
+            own = stage.preset
+            peak, schedule = preset(own.name, own.dense_peak, steps, own.warmup, own.position)
+        else:
+            assert stage.learning_rate
+            peak, schedule = stage.learning_rate, Schedule(steps=steps, **stage.schedule.model_dump())
+        rates = GroupParameters(
+            learning_rate=peak,
+            weight_decay=stage.weight_decay,
+            router_weight_decay=stage.router_weight_decay,
+            **stage.rates,
+        )
+        return rates, schedule
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
+    """Validate a mapping.
+
+    Raises:
+        UsageError: names the key path, the value and ``where`` it stands.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
+    try:
+        return TrainRecipe.model_validate(content)
+    except ValidationError as error:
+        raise explained(error, where, TrainRecipe) from None
+
+
+def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:
+    """Read a YAML recipe, with keys of ``overlaid`` (dotted paths) laid over it.
+
+    Raises:
+        UsageError: the file is missing, not YAML, or not such a recipe.
+    """
+    from upcycle.recipe import set_key
+
+    content = read_recipe(path)
+    for key, value in (overlaid or {}).items():
+        set_key(content, key, value)
+    return parse_train_recipe(content, str(path))

@@ -1,0 +1,160 @@
+"""One stage of a run made ready: model, parent, engine, data, and what a checkpoint must keep of it."""
+
+from __future__ import annotations
+
+import gc
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.registry import TARGETS
+from upcycle.trainers import expert_parallel
+from upcycle.trainers.checkpoint_reader import SavedRun
+from upcycle.trainers.data import TokenStream, open_stream, open_validation
+from upcycle.trainers.deepspeed_config import accumulation, deepspeed_config
+from upcycle.trainers.distributed import Ranks, import_deepspeed
+from upcycle.trainers.flops import training_flops
+from upcycle.trainers.full_tensors import FullTensors
+from upcycle.trainers.model_loading import check_parent, load_model, parent_folder, prepare
+from upcycle.trainers.optimizers import make_optimizer, state_keys
+from upcycle.trainers.packed_attention import check_fits, packing_leak
+from upcycle.trainers.parameter_groups import groups, select
+from upcycle.trainers.recipe import StageRecipe, TrainRecipe
+from upcycle.trainers.router_control import ControlParameters
+from upcycle.trainers.step import Parent, Stepper
+
+
+class Stage:
+    """A stage with its engine.
+
+    Args:
+        recipe: the run's.
+        stage: one of its stages.
+        origin: the folder the run starts from.
+        saved: checkpoint whose weights the stage starts from; with ``resumed`` its states too.
+        ranks: all of them.
+        tokenizer: the model's.
+
+    Raises:
+        UpcycleError: the stage does not fit the model, the data or the ranks.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        stage: StageRecipe,
+        origin: Path,
+        saved: SavedRun | None,
+        resumed: bool,
+        ranks: Ranks,
+        tokenizer: Any,
+    ) -> None:
+        self.recipe, self.stage = recipe, stage
+        self.passes = accumulation(recipe, ranks.world)
+        self.steps = recipe.steps_of(stage)
+        self.rates, self.schedule = recipe.rate_and_schedule(stage)
+        # On the host: DeepSpeed takes to the device what each rank keeps. What fp32 weights a checkpoint has come later.
+        dtype = getattr(torch, recipe.dtype)
+        self.model = load_model(saved.folder if saved else origin, dtype, torch.device("cpu"), recipe.experts)
+        check_fits(self.model.config, tokenizer, recipe.length)
+        self.leak = packing_leak(self.model.config, recipe.micro_batch)
+        checkpointing = recipe.activation_checkpointing
+        prepare(self.model, checkpointing=checkpointing, activation=stage.activation, where=recipe.model)
+        self.stepper = Stepper(self.model, stage, ranks, self._parent(origin, ranks), recipe.clip)
+        divided = recipe.expert_parallel > 1
+        if divided and stage.control != ControlParameters():
+            raise UsageError(
+                f"stage '{stage.name}': control changes what stock routers decide, and AutoEP replaces those",
+                hint="leave control out, or set expert_parallel: 1",
+            )
+        own = stage.distillation
+        if own and (own.prior_approximate or own.output_norms) and (divided or recipe.zero.stage == 3):
+            raise UsageError(
+                f"stage '{stage.name}': prior_approximate and output_norms run every expert on every rank, which has not all of them",
+                hint="set expert_parallel: 1 and zero.stage below 3",
+            )
+        if not divided:
+            self.stepper.attach()
+        self.trained = select(self.model, stage.train)
+        self.flops = training_flops(self.model, recipe.length)
+        self.engine = self._engine(ranks)
+        if divided:
+            self.stepper.attach()
+        self.tensors = FullTensors(self.engine, state_keys(recipe.optimizer))
+        data = stage.data or recipe.data
+        self.stream: TokenStream = open_stream(
+            data,
+            tokenizer,
+            length=recipe.length,
+            micro_batch=recipe.micro_batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            seed=recipe.seed,
+        )
+        self.held_out = open_validation(data, tokenizer, length=recipe.length)
+        if saved:
+            saved.restore(self.tensors, states=resumed)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token; 0 in a dense model."""
+        if self.model.config.model_type not in TARGETS:
+            return 0
+        from upcycle.trainers.routing import moe_layers
+
+        return moe_layers(self.model)[0].rule.top_k
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of losses, balance and data, as JSON."""
+        balance = self.stepper.balance
+        return {
+            "losses": {loss.name: loss.state() for loss in self.stepper.losses},
+            "balance": balance.state() if balance else None,
+            "data": self.stream.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state`."""
+        for loss in self.stepper.losses:
+            loss.load_state(state["losses"].get(loss.name, {}))
+        if self.stepper.balance and state["balance"]:
+            self.stepper.balance.load_state(state["balance"])
+        self.stream.restore(state["data"])
+
+    def close(self) -> None:
+        """Give the memory back before the next stage."""
+        self.stepper.detach()
+        self.engine.destroy()
+        del self.engine, self.tensors, self.model, self.stepper
+        gc.collect()
+
+    def _parent(self, origin: Path, ranks: Ranks) -> Parent | None:
+        own = self.stage.distillation
+        if own is None:
+            return None
+        folder = parent_folder(own.parent, origin)
+        dtype = self.recipe.dtype if own.dtype == "auto" else own.dtype
+        parent = load_model(folder, getattr(torch, dtype), ranks.device)
+        check_parent(parent, self.model, folder)
+        return Parent(parent, own)
+
+    def _engine(self, ranks: Ranks) -> Any:
+        deepspeed = import_deepspeed()
+        config = deepspeed_config(self.recipe, self.model, ranks.world)
+
+        def optimizer(_: Any) -> torch.optim.Optimizer:
+            return make_optimizer(self.recipe.optimizer, groups(self.model, self.rates))
+
+        # DeepSpeed prints of its own accord; stdout is for results.
+        with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
+            if config["zero_optimization"]["stage"] == 3 and self.recipe.expert_parallel == 1:
+                # Weight by weight, so that a model larger than a device is never on it as a whole.
+                deepspeed.zero.Init(
+                    module=self.model, config_dict_or_path=config, dtype=getattr(torch, self.recipe.dtype)
+                )
+            engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
+        return engine

@@ -1,0 +1,251 @@
+"""One optimizer step: the passes of a stage's global batch, everything that is added to the loss, and what was seen.
+
+B rows, L positions, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from upcycle.errors import UsageError
+from upcycle.registry import TARGETS
+from upcycle.trainers.activation_records import ActivationRecord, capture_activations
+from upcycle.trainers.balance import BiasBalance
+from upcycle.trainers.data import Batch
+from upcycle.trainers.distillation import OutputRecord, capture_outputs, layer_outputs, logits_kl, matching
+from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.expert_targets import FfnRecord, capture_ffns, expert_target_losses
+from upcycle.trainers.losses import Loss, auxiliary_losses, make_losses
+from upcycle.trainers.recipe import DistillationRecipe, StageRecipe
+from upcycle.trainers.recorder import Recorder
+from upcycle.trainers.router_control import RouterControl
+from upcycle.trainers.router_records import RouterRecord, capture
+from upcycle.trainers.routing import widened
+
+
+@dataclass
+class StepResult:
+    """What one step gave, over all ranks.
+
+    ``loss`` is the mean next-token loss in nats over the targets, ``parts`` every other loss with its coefficient,
+    ``counts`` how many tokens chose each expert ``[E]`` by layer, ``applied`` whether weights were changed.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    gradient_norm: float
+    applied: bool
+    targets: int
+    counts: dict[int, torch.Tensor] = field(default_factory=dict)
+    dropped: float = 0.0  # fraction of choices that found no room
+    by_domain: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+class Parent:
+    """The dense model that is distilled from, run beside the student on the same tokens."""
+
+    def __init__(self, model: Any, recipe: DistillationRecipe) -> None:
+        self.model, self.recipe = model.eval().requires_grad_(False), recipe
+        matched = recipe.hidden > 0 or recipe.ffn > 0
+        self.outputs: Recorder[OutputRecord] | None = capture_outputs(model) if matched else None
+        taught = recipe.prior_approximate > 0 or recipe.output_norms > 0
+        self.ffns: Recorder[FfnRecord] | None = capture_ffns(model) if taught else None
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """``[B, L, V]`` of a batch on the model's device."""
+        found: torch.Tensor = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+        return found
+
+
+class Stepper:
+    """Runs the steps of one stage.
+
+    Make it before the engine, as noise of routers adds parameters, but :meth:`attach` what reads routers after it where
+    experts are divided: DeepSpeed replaces the blocks.
+    """
+
+    def __init__(self, model: Any, stage: StageRecipe, ranks: Ranks, parent: Parent | None, clip: float) -> None:
+        self.model, self.stage, self.ranks, self.parent, self.clip = model, stage, ranks, parent, clip
+        self.losses: list[Loss] = make_losses(stage.losses)
+        self.control = RouterControl(stage.control)
+        self.balance: BiasBalance | None = None
+        self.routers: Recorder[RouterRecord] | None = None
+        self.activations: Recorder[ActivationRecord] | None = None
+        self.outputs: Recorder[OutputRecord] | None = None
+
+    def attach(self) -> None:
+        """Record what the stage's losses read.
+
+        Raises:
+            UsageError: the model has no routers, or no activations, for a loss of the stage.
+        """
+        reads = {loss.reads for loss in self.losses}
+        is_moe = self.model.config.model_type in TARGETS
+        if is_moe and "activations" in reads:
+            names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")
+            raise UsageError(
+                f"losses: {names} is a loss of dense FFNs, and this is a MoE",
+                hint="use it before the model is converted",
+            )
+        if is_moe:
+            self.routers = capture(self.model, self.control)
+        if "activations" in reads:
+            self.activations = capture_activations(self.model)
+        if self.parent is not None and self.parent.outputs is not None:
+            self.outputs = capture_outputs(self.model)
+        if self.stage.balance is not None:
+            self.balance = BiasBalance(self.model, self.stage.balance)
+
+    def detach(self) -> None:
+        """Take every hook off again."""
+        of_parent = (self.parent.outputs, self.parent.ffns) if self.parent else ()
+        for recorder in (self.routers, self.activations, self.outputs, *of_parent):
+            if recorder is not None:
+                recorder.close()
+        self.control.detach()
+
+    def step(self, engine: Any, batches: Sequence[Batch], progress: float) -> StepResult:
+        """Forward, backward and update.
+
+        Args:
+            engine: DeepSpeed's.
+            batches: this rank's, one per pass, on its device.
+            progress: the fraction of the stage that is done, for losses that ramp up.
+        """
+        mine = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        targets = max(1, int(self.ranks.sums(mine)[0]))
+        # DeepSpeed averages gradients over ranks and passes: this makes it the mean over all targets of the global batch.
+        weight = self.ranks.world * len(batches) / targets
+        seen = _Seen(len(batches))
+        norm = math.nan
+        for number, batch in enumerate(batches):
+            loss, parts, nats = self._losses(engine, batch, weight, progress)
+            seen.add(batch, nats, parts)
+            engine.backward(loss)
+            if number == len(batches) - 1:
+                norm = self._clip_undivided(engine)
+            engine.step()
+        if not self._undivided(engine):
+            norm = float(engine.get_global_grad_norm())
+        applied = bool(engine.was_step_applied()) and math.isfinite(norm)
+        if applied:
+            for each in self.losses:
+                each.after_step()
+            if self.balance is not None:
+                self.balance.after_step(self.ranks.reduction)
+        return seen.result(self.ranks, targets, norm, applied)
+
+    def _losses(
+        self, engine: Any, batch: Batch, weight: float, progress: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+        logits = engine(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+        mask = batch.mask[:, 1:]
+        nats = next_token_losses(logits, batch.ids) * mask
+        own = self.parent.recipe if self.parent else None
+        loss = nats.sum() * weight * (own.next_token if own else 1.0)
+        parts: dict[str, torch.Tensor] = {}
+        records = self.routers.take() if self.routers else []
+        if self.losses:
+            read: dict[str, list[Any]] = {
+                "router": records,
+                "activations": self.activations.take() if self.activations else [],
+            }
+            parts |= auxiliary_losses(self.losses, read, batch.mask, self.ranks.reduction, progress)
+        if self.parent is not None and own is not None:
+            parts |= self._distilled(self.parent, logits, batch, weight)
+        if self.balance is not None:
+            self.balance.observe(records, batch.mask)
+        total = loss
+        for part in parts.values():
+            total = total + part
+        return total, {name: part.detach() for name, part in parts.items()}, (nats.detach(), records)
+
+    def _distilled(self, parent: Parent, logits: torch.Tensor, batch: Batch, weight: float) -> dict[str, torch.Tensor]:
+        wanted, mask = parent.logits(batch), batch.mask[:, 1:]
+        found: dict[str, torch.Tensor] = {}
+        if parent.recipe.logits:
+            mean = logits_kl(logits[:, :-1], wanted[:, :-1], mask, parent.recipe.temperature)
+            found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
+        if self.outputs is not None and parent.outputs is not None:
+            student, dense = layer_outputs(self.outputs.take()), layer_outputs(parent.outputs.take())
+            found |= matching(parent.recipe, student, dense, batch.mask)
+        if parent.ffns is not None:
+            losses = expert_target_losses(parent.recipe, self.model, parent.ffns.take(), batch.mask)
+            share = batch.mask.sum() * weight
+            found |= {name: value * share for name, value in losses.items()}
+        return found
+
+    def _undivided(self, engine: Any) -> bool:
+        return not engine.zero_optimization_stage()
+
+    def _clip_undivided(self, engine: Any) -> float:
+        """Without ZeRO nobody measures the gradient, nor looks whether it is finite. The update is left out if it is not."""
+        if not self._undivided(engine):
+            return math.nan
+        held = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in held])
+        if not torch.isfinite(norm):
+            for parameter in held:
+                parameter.grad = None
+        elif self.clip:
+            torch.nn.utils.clip_grads_with_norm_(held, self.clip, norm)
+        return float(norm)
+
+
+def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """``-log p`` of every next token in nats, ``[B, L - 1]``, in at least fp32."""
+    wide = widened(logits[:, :-1])
+    return cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+
+class _Seen:
+    """Sums over a step's passes on this rank."""
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
+        self._nats: Any = 0.0
+        self._parts: dict[str, torch.Tensor] = {}
+        self._counts: dict[int, torch.Tensor] = {}
+        self._dropped: list[torch.Tensor] = []
+        self._domains: dict[str, list[Any]] = {}
+
+    def add(self, batch: Batch, seen: Any, parts: dict[str, torch.Tensor]) -> None:
+        nats, records = seen
+        self._nats = self._nats + nats.double().sum()
+        for name, part in parts.items():
+            self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
+        for record in records:
+            counts = record.chosen.detach().sum(0)
+            self._counts[record.layer] = self._counts.get(record.layer, torch.zeros_like(counts)) + counts
+            if record.kept is not None:
+                kept = record.kept
+                self._dropped.append(torch.stack([(~kept).sum(), torch.tensor(kept.numel(), device=kept.device)]))
+        for row, domain in enumerate(batch.domains):
+            own = self._domains.setdefault(domain, [0.0, 0])
+            own[0] = own[0] + nats[row].double().sum()
+            own[1] = own[1] + batch.mask[row, 1:].sum()
+
+    def result(self, ranks: Ranks, targets: int, norm: float, applied: bool) -> StepResult:
+        """One exchange for all numbers, one for all layers' counts."""
+        names = list(self._parts)
+        dropped = torch.stack(self._dropped).sum(0).tolist() if self._dropped else [0, 0]
+        total, gone, choices, *parts = ranks.sums(
+            float(self._nats), *map(float, dropped), *(float(self._parts[name]) for name in names)
+        )
+        # Auxiliary losses are the global ones on every rank already; what is distilled is each rank's share.
+        shares = {name: value / self._passes / ranks.world for name, value in zip(names, parts, strict=True)}
+        counts = self._counts
+        if counts and ranks.world > 1:
+            stacked = ranks.total(torch.stack(list(counts.values())))
+            counts = dict(zip(counts, stacked, strict=True))
+        by_domain = {name: (float(nats), int(count)) for name, (nats, count) in self._domains.items()}
+        return StepResult(
+            total / targets, shares, norm, applied, targets, counts, gone / choices if choices else 0.0, by_domain
+        )

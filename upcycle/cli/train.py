@@ -1,0 +1,134 @@
+"""``upcycle train``: continual pre-training of a converted model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from upcycle.cli.options import common_options, quiet_option
+from upcycle.cli.output import duration, print_facts, print_json, say
+from upcycle.errors import UsageError
+
+
+def _assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for assignment in values:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set takes KEY=VALUE, got '{assignment}'", hint="--set zero.stage=2")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"cannot read the value in '{assignment}'", hint="quote it as YAML would") from None
+    return found
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--model", help="the model, instead of the recipe's")
+@click.option("--output", help="the run's folder, instead of the recipe's")
+@click.option(
+    "--set",
+    "set_",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_assignments,
+    help="set any recipe key, e.g. zero.stage=2 (repeatable)",
+)
+@click.option("--nproc", type=click.IntRange(1), help="ranks on this machine (or, with --hostfile, on each)")
+@click.option("--hostfile", type=click.Path(path_type=Path), help="machines of the run, for DeepSpeed's launcher")
+@click.option("--restart", is_flag=True, help="throw the run's checkpoints away and begin anew")
+@quiet_option
+@common_options
+def command(
+    recipe: Path,
+    model: str | None,
+    output: str | None,
+    set_: dict[str, Any],
+    nproc: int | None,
+    hostfile: Path | None,
+    restart: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Train a model as RECIPE says, on one rank or many.
+
+    A run that was stopped continues from its newest checkpoint when the same command is given again, on any number of
+    ranks. SIGTERM saves and exits with 0. Started by torchrun, the command is one of its ranks.
+
+    \b
+    upcycle train configs/train/heal_split.yaml --model ./half --output ./healed
+    upcycle train recipe.yaml --nproc 8 --set zero.stage=2
+    upcycle train recipe.yaml --hostfile hosts --set expert_parallel=8
+    """
+    from upcycle.trainers.recipe import read_train_recipe
+
+    overlaid = {**({"model": model} if model else {}), **({"output": output} if output else {}), **set_}
+    told = read_train_recipe(recipe, overlaid)
+    if (nproc or hostfile) and not _is_rank():
+        from upcycle.trainers.launcher import launch, launch_hosts
+
+        arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
+        code = launch_hosts(arguments, hostfile, nproc) if hostfile else launch(arguments, nproc or 1)
+        if code:
+            sys.exit(code)
+        return
+    from upcycle.trainers.loop import train
+
+    result = train(told, (lambda _: None) if quiet else say, restart)
+    if not _speaks():
+        return
+    if as_json:
+        print_json(result.as_dict())
+        return
+    print_facts(_facts(result))
+
+
+def _is_rank() -> bool:
+    from upcycle.trainers.distributed import launched
+
+    return launched()
+
+
+def _speaks() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _without(arguments: list[str], options: tuple[str, ...]) -> list[str]:
+    """Arguments for each rank: what starts the ranks is left out."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in options:
+            skip = True
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(argument)
+    return kept
+
+
+def _facts(result: Any) -> list[tuple[str, str]]:
+    validation = ", ".join(f"{name} {nats:.4f}" for name, nats in result.validation.items())
+    facts = [
+        (
+            "trained",
+            f"{result.step:,} steps, {result.tokens:,} tokens" + (", stopped by a signal" if result.stopped else ""),
+        ),
+        ("loss", f"{result.loss:.4f}" + (f"; held out: {validation}" if validation else "")),
+        ("time", duration(result.seconds)),
+        ("checkpoint", result.checkpoint),
+    ]
+    if result.model:
+        facts += [("model", result.model), ("next", f"upcycle evaluate {result.model}")]
+    else:
+        facts.append(
+            ("next", "the same command continues" if result.stopped else f"upcycle export {result.checkpoint} OUT")
+        )
+    return facts
