@@ -55,10 +55,9 @@ def forward(
     if weights.gated:
         h.mul_(z[:, width:])
     if scores is not None:
-        used: list[float] = scores.reshape(-1).tolist()
-        used = [used[slot] for slot in slots]
-        refuse_infinite(used)
-        h.mul_(torch.tensor(used, dtype=h.dtype).unsqueeze(1))
+        factors: list[float] = scores.reshape(-1).tolist()
+        refuse_infinite([factors[slot] if ids[slot] < weights.num_experts else 0.0 for slot in range(len(ids))])
+        h.mul_(torch.tensor([factors[slot] for slot in slots], dtype=h.dtype).unsqueeze(1))
     rows = inputs.new_empty(len(slots), weights.hidden)
     products.linear(h.split(counts), weights.matrices("down", chosen, turned=True), rows.split(counts))
     if tokens == 1:
