@@ -1,7 +1,7 @@
 """Experts on the CPU: the ``upcycle`` path against transformers' ``eager``, ``grouped_mm`` and ``batched_mm``, on the same modules.
 
-One thread, CPU time of this process, contenders in turn, medians. A contender that takes ten times as long as the fastest gets
-two rounds instead of all; ``batched_mm`` is left out where the weights it copies for every row would take more than 4 GB. Routings
+One thread, CPU time of this process, contenders in turn, medians. A contender that takes ten times as long as the fastest is
+timed once; ``batched_mm`` is left out where the weights it copies for every row would take more than 4 GB. Routings
 are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get the missing ones as sentinels).
 Beside them always the dense FFN of the same FLOPs, K I wide. ``--only`` takes some of the parts.
 """
@@ -29,7 +29,7 @@ from upcycle.kernels.dispatch import register
 
 NAMES = ("eager", "grouped_mm", "batched_mm", "upcycle")
 MOST_COPIED = 4 * 2**30
-SLOW, FEW_ROUNDS = 10, 2
+SLOW = 10
 PARTS = ("fp32", "routings", "bf16", "decode", "split")
 
 
@@ -144,13 +144,13 @@ def route(shape: Shape, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of CPU time; everyone's first run, which warms it up, is not counted."""
+    """Milliseconds of CPU time; everyone's first run warms it up, and counts for those alone that are far behind."""
     first = {name: timed(function) for name, function in contenders.items()}
     slow = {name for name, taken in first.items() if taken > SLOW * min(first.values())}
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
+    taken: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in contenders}
+    for _ in range(rounds):
         for name, function in contenders.items():
-            if name not in slow or number < FEW_ROUNDS:
+            if name not in slow:
                 taken[name].append(timed(function))
     return {name: median(values) for name, values in taken.items()}
 
