@@ -304,9 +304,8 @@ def main() -> int:
             arguments.rounds
         )
     capability = torch.backends.cpu.get_cpu_capability()
-    return report(
-        f"experts on one thread ({capability}, torch {torch.__version__}), medians of {arguments.rounds}", rows
-    )
+    title = f"experts on one thread ({capability}, torch {torch.__version__}), medians of {arguments.rounds}"
+    return report(title, ("", "against"), rows)
 
 
 if __name__ == "__main__":
