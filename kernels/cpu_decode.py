@@ -1,4 +1,4 @@
-"""A few tokens on a CPU, as when text is generated: products of a matrix and a vector, with the least around them.
+"""A few tokens on a CPU, as when text is generated: products of a matrix and one or a few vectors, with the least around them.
 
 What takes time there is to read the chosen experts' weights, once, and everything that is no product. T tokens, K experts per
 token, S slots, H hidden, I width.
@@ -6,11 +6,14 @@ token, S slots, H hidden, I width.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch.nn import functional
 
 from upcycle.errors import UsageError
 from upcycle.kernels.activation import activate
-from upcycle.kernels.cpu_products import Products
+from upcycle.kernels.cpu_products import Products, accumulator
 from upcycle.kernels.experts import ExpertWeights
 from upcycle.kernels.routing import refuse_infinite
 
@@ -36,34 +39,85 @@ def forward(
     Raises:
         UsageError: an id is negative, a token has more experts than there are, or a score that is used is NaN or infinite.
     """
-    products, width, (tokens, top_k) = Products(x.dtype), weights.width(0), experts.shape
+    tokens, top_k = experts.shape
     ids: list[int] = experts.reshape(-1).tolist()
-    slots = sorted((slot for slot, expert in enumerate(ids) if expert < weights.num_experts), key=ids.__getitem__)
+    factors: list[float] = [1.0] * len(ids) if scores is None else scores.reshape(-1).tolist()
+    slots = [slot for slot, expert in enumerate(ids) if expert < weights.num_experts]
     _check(ids, slots, weights.num_experts, top_k)
+    if len(slots) < len(ids):
+        factors = [factor if ids[slot] < weights.num_experts else 0.0 for slot, factor in enumerate(factors)]
+    refuse_infinite(factors)
     if not slots:
         return torch.zeros_like(x)
-    found: dict[int, int] = {}
-    for slot in slots:
-        found[ids[slot]] = found.get(ids[slot], 0) + 1
-    counts, chosen = list(found.values()), list(found)
-    of_token = [slot // top_k for slot in slots]
-    inputs = x if x.dtype == products.sum else x.to(products.sum)
-    inputs = inputs.expand(len(slots), -1) if tokens == 1 else inputs[of_token]
-    z = inputs.new_empty(len(slots), width * weights.rows_per_neuron)
-    products.linear(inputs.split(counts), weights.matrices("all", chosen, turned=True), z.split(counts))
-    h = activate(weights.activation, z[:, :width], z.new_empty(len(slots), width))
+    if tokens == 1 and x.dtype == accumulator(x.dtype):
+        return _one(x, weights, [(ids[slot], factors[slot]) for slot in slots])
+    slots.sort(key=ids.__getitem__)
+    return _several(x, weights, ids, slots, None if scores is None else factors, top_k)
+
+
+def _one(x: torch.Tensor, weights: ExpertWeights, chosen: list[tuple[int, float]]) -> torch.Tensor:
+    """One token's experts, added in the order given, each multiplied by its factor."""
+    token, width, experts = x[0], weights.width(0), [expert for expert, _ in chosen]
+    z = x.new_empty(len(chosen), width * weights.rows_per_neuron)
+    for matrix, row in zip(weights.matrices("all", experts), z.unbind(0), strict=True):
+        torch.mv(matrix, token, out=row)
+    h = activate(weights.activation, z[:, :width], x.new_empty(len(chosen), width))
     if weights.gated:
         h.mul_(z[:, width:])
-    if scores is not None:
-        used: list[float] = scores.reshape(-1).tolist()
-        used = [used[slot] for slot in slots]
-        refuse_infinite(used)
-        h.mul_(torch.tensor(used, dtype=h.dtype).unsqueeze(1))
-    rows = inputs.new_empty(len(slots), weights.hidden)
-    products.linear(h.split(counts), weights.matrices("down", chosen, turned=True), rows.split(counts))
-    if tokens == 1:
-        return rows.sum(0, keepdim=True).to(x.dtype)
-    return _summed(rows, slots, tokens, top_k).to(x.dtype)
+    out = x.new_zeros(weights.hidden)
+    for matrix, row, (_, factor) in zip(weights.matrices("down", experts), h.unbind(0), chosen, strict=True):
+        out.addmv_(matrix, row, alpha=factor)
+    return out.unsqueeze(0)
+
+
+def _several(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    ids: list[int],
+    slots: list[int],
+    factors: list[float] | None,
+    top_k: int,
+) -> torch.Tensor:
+    """``slots`` are sorted by expert."""
+    products, width, rows = Products(x.dtype), weights.width(0), len(slots)
+    counts: dict[int, int] = {}
+    for slot in slots:
+        counts[ids[slot]] = counts.get(ids[slot], 0) + 1
+    of_token = torch.tensor([slot // top_k for slot in slots])
+    inputs = torch.index_select(x.to(products.sum), 0, of_token)
+    z = _products(products, inputs, weights, "all", counts, inputs.new_empty(rows, width * weights.rows_per_neuron))
+    h = activate(weights.activation, z[:, :width], z.new_empty(rows, width))
+    if weights.gated:
+        h.mul_(z[:, width:])
+    if factors is not None:
+        h.mul_(torch.tensor([factors[slot] for slot in slots], dtype=h.dtype).unsqueeze(1))
+    made = _products(products, h, weights, "down", counts, inputs.new_empty(rows, weights.hidden))
+    return _summed(made, slots, len(x), top_k).to(x.dtype)
+
+
+def _products(
+    products: Products,
+    rows: torch.Tensor,
+    weights: ExpertWeights,
+    which: Literal["all", "down"],
+    counts: dict[int, int],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Each expert's rows times its matrix: in one call where torch has it, into ``out`` otherwise."""
+    tensor = weights.down if which == "down" else weights.up
+    aligned = all(size * rows.element_size() % 16 == 0 for size in (rows.shape[1], out.shape[1]))
+    stacked = not weights.packed and tensor.data_ptr() % 16 == 0 and aligned
+    if stacked and tensor.dtype == torch.float32 == rows.dtype and hasattr(functional, "grouped_mm"):
+        ends, end = [], 0
+        for expert in range(weights.num_experts):
+            end += counts.get(expert, 0)
+            ends.append(end)
+        matrices = tensor if weights.transposed else tensor.transpose(1, 2)
+        made: torch.Tensor = functional.grouped_mm(rows, matrices, offs=torch.tensor(ends, dtype=torch.int32))
+        return made
+    sizes = list(counts.values())
+    products.linear(rows.split(sizes), weights.matrices(which, list(counts), turned=True), out.split(sizes))
+    return out
 
 
 def _summed(rows: torch.Tensor, slots: list[int], tokens: int, top_k: int) -> torch.Tensor:

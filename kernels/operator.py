@@ -45,6 +45,7 @@ def experts_output(
         UsageError: shapes, dtypes or devices do not fit together, an id is negative, a token has more experts than there
             are, or a score that is used is NaN or infinite (on a GPU, where nobody looks at it, it makes the output so).
     """
+    _check(x, weights, experts, scores, token_offsets)
     if scores is not None:
         scores = scores.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if torch.compiler.is_compiling():
@@ -56,7 +57,6 @@ def experts_output(
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     path = backend(x.device, x.dtype)
     if path is cpu and not learns and cpu_decode.suits(weights, experts, token_offsets, capacity):
-        _check(x, weights, experts, scores, token_offsets)
         return cpu_decode.forward(x, weights, experts, scores)
     routing = _routing(x, weights, experts, scores, token_offsets, capacity)
     flat = None if scores is None else scores.reshape(-1)
@@ -133,6 +133,7 @@ def _experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and z with room for as many elements as there can be, whatever the router says."""
     weights = _weights(up, down, up_bias, down_bias, activation, gated, interleaved, transposed, widths)
+    _check(x, weights, experts, scores, token_offsets)
     routing = _routing(x, weights, experts, scores, token_offsets, capacity)
     flat = None if scores is None else scores.reshape(-1)
     out, z = backend(x.device, x.dtype).forward(x, weights, routing, flat, keep)
@@ -270,7 +271,6 @@ def _routing(
     token_offsets: torch.Tensor | None,
     capacity: int | None,
 ) -> Routing:
-    _check(x, weights, experts, scores, token_offsets)
     routing = route(experts, weights.num_experts, token_offsets, capacity)
     if len(x) != routing.tokens:
         raise UsageError(f"x has {len(x)} tokens, the routing {routing.tokens}")
@@ -289,6 +289,8 @@ def _check(
     up = weights.up
     if x.ndim != 2 or x.shape[1] != weights.hidden:
         raise UsageError(f"x has the shape {tuple(x.shape)}, not [T, {weights.hidden}]")
+    if token_offsets is None and experts.ndim == 2 and len(x) != len(experts):
+        raise UsageError(f"x has {len(x)} tokens, the routing {len(experts)}")
     if x.dtype != up.dtype or x.device != up.device:
         raise UsageError(f"x is {x.dtype} on {x.device}, the experts are {up.dtype} on {up.device}")
     for name, tensor in (("expert ids", experts), ("scores", scores), ("token_offsets", token_offsets)):

@@ -60,6 +60,7 @@ def tensors_of(weights: ExpertWeights) -> list[torch.Tensor]:
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The root mean square of the difference, relative to that of what is expected."""
+    found, expected = found.detach(), expected.detach()
     scale = expected.double().norm()
     return float((found.double() - expected.double()).norm() / (scale if scale > 0 else 1))
 

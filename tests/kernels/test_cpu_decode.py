@@ -1,0 +1,67 @@
+"""A few tokens: the same as the way for many, and the same refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expert_cases import apart, make_weights, random_ids, rounding
+
+from upcycle.errors import UsageError
+from upcycle.kernels import cpu, cpu_decode
+from upcycle.kernels.routing import route
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layout", "gated"), [("stacked", True), ("packed", False), ("stacked", False)])
+def test_as_many_tokens_are_computed(layout: str, gated: bool, dtype: torch.dtype, tokens: int) -> None:
+    weights = make_weights(layout, gated, dtype=dtype, hidden=48, width=40)
+    for dropped in (False, True):
+        ids = random_ids(tokens, 3, 5, seed=tokens)
+        x, scores = torch.randn(tokens, 48).to(dtype), torch.rand(tokens, 3)
+        if dropped:
+            ids[ids == 2] = 5
+            ids[-1, 0] = 5
+            scores[ids == 5] = torch.nan
+            weights.up_of(2).fill_(torch.nan)
+        scores = scores.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for given in (scores, None):
+            assert cpu_decode.suits(weights, ids, None, None)
+            flat = None if given is None else given.flatten()
+            many, _ = cpu.forward(x, weights, route(ids, 5), flat, False)
+            found = cpu_decode.forward(x, weights, ids, given)
+            assert apart(found, many) < rounding(dtype, 88) * (3 if dtype == torch.bfloat16 else 1)
+            assert torch.equal(found, cpu_decode.forward(x, weights, ids, given))
+
+
+def test_all_dropped() -> None:
+    x = torch.full((2, 12), torch.nan, dtype=torch.float64)
+    scores = torch.full((2, 2), torch.nan, dtype=torch.float64)
+    assert not cpu_decode.forward(x, make_weights(), torch.full((2, 2), 7), scores).any()
+
+
+def test_what_it_leaves_to_the_other_way() -> None:
+    few, many = torch.zeros(2, 2, dtype=torch.long), torch.zeros(100, 2, dtype=torch.long)
+    assert cpu_decode.suits(make_weights(), few, None, None)
+    assert not cpu_decode.suits(make_weights(), many, None, None)
+    assert not cpu_decode.suits(make_weights(bias=True), few, None, None)
+    assert not cpu_decode.suits(make_weights("ragged"), few, None, None)
+    assert not cpu_decode.suits(make_weights(), few.flatten(), torch.tensor([0, 4]), None)
+    assert not cpu_decode.suits(make_weights(), few, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "score", "message"),
+    [
+        ([[0, -1]], 1.0, "an expert id is negative"),
+        ([[0, 1, 2, 3, 4, 0]], 1.0, "a token has more than 5 experts"),
+        ([[0, 1]], float("nan"), "router weight of slot 0 is nan"),
+    ],
+)
+def test_bad_input(ids: list, score: float, message: str) -> None:
+    experts = torch.tensor(ids)
+    with pytest.raises(UsageError, match=message):
+        cpu_decode.forward(
+            torch.zeros(1, 12, dtype=torch.float64), make_weights(), experts, torch.full(experts.shape, score)
+        )

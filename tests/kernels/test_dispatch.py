@@ -1,0 +1,116 @@
+"""Which path is taken, what is said of it, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.kernels import cpu, dispatch, reference
+
+HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("UPCYCLE_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._chosen.cache_clear()
+    yield
+    dispatch._chosen.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine that says it has one; ``capability`` and the modules that are ``missing`` can be changed."""
+    state: dict[str, Any] = {"capability": (9, 0), "missing": ()}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: state["capability"])
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in state["missing"] else importlib.machinery.ModuleSpec(name, None),
+    )
+    return state
+
+
+def test_the_cpus_is_the_default_there_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "upcycle.kernels"):
+        for _ in range(3):
+            assert dispatch.chosen(HOST, torch.float32) == "cpu"
+    assert [record.getMessage() for record in caplog.records] == [
+        "experts in float32 on cpu run on the cpu path: the tensors are there"
+    ]
+    assert dispatch.backend(HOST, torch.float32) is cpu
+
+
+def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("UPCYCLE_KERNELS", "reference")
+    assert dispatch.backend(HOST, torch.float32) is reference
+    assert dispatch.chosen(GPU, torch.float32) == "reference"
+    assert "UPCYCLE_KERNELS asks for it" in caplog.text
+    monkeypatch.setenv("UPCYCLE_KERNELS", "cpu")
+    assert dispatch.chosen(HOST, torch.float32) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "message"),
+    [("cuda", HOST, "UPCYCLE_KERNELS is 'cuda'"), ("triton", HOST, "tensors are on the CPU"), ("cpu", GPU, "on cuda")],
+)
+def test_what_cannot_be_had(value: str, device: torch.device, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPCYCLE_KERNELS", value)
+    with pytest.raises(UsageError, match=message) as caught:
+        dispatch.chosen(device, torch.float32)
+    assert caught.value.hint
+
+
+def test_a_gpu(gpu: dict[str, Any]) -> None:
+    assert dispatch.chosen(GPU, torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "reason"),
+    [
+        ({"capability": (7, 5)}, GPU, torch.float16, "the GPU is an sm_75, older than sm_80"),
+        ({"missing": ("triton",)}, GPU, torch.float16, "triton is not installed"),
+        ({"missing": ("upcycle.kernels.triton_experts",)}, GPU, torch.float16, "no Triton kernels"),
+        ({}, GPU, torch.float64, "the Triton kernels sum in fp32"),
+        ({}, torch.device("mps"), torch.float32, "there are no kernels for mps"),
+    ],
+)
+def test_without_triton_the_reference_runs_and_it_is_said_aloud(
+    changes: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
+    gpu: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu.update(changes)
+    assert dispatch.chosen(device, dtype) == "reference"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert reason in record.getMessage()
+    monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
+    with pytest.raises(EnvironmentFault, match=reason):
+        dispatch.chosen(device, dtype)
+
+
+def test_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
+    assert dispatch.chosen(HOST, torch.float32) == "triton"
+
+
+def test_register_twice() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    dispatch.register()
+    first = ALL_EXPERTS_FUNCTIONS["upcycle"]
+    dispatch.register()
+    assert ALL_EXPERTS_FUNCTIONS["upcycle"] is first

@@ -1,0 +1,235 @@
+"""The differentiable function and the compiler's operator: gradients, kept bytes, properties, and every bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from expert_cases import apart, make_weights, random_ids, rounding, tensors_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upcycle.errors import UsageError
+from upcycle.kernels import operator
+from upcycle.kernels.experts import ExpertWeights, pack
+from upcycle.kernels.operator import compiled_output, experts_output
+
+Run = Callable[..., torch.Tensor]
+
+
+def compiled(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    experts: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    token_offsets: torch.Tensor | None = None,
+    capacity: int | None = None,
+) -> torch.Tensor:
+    w = weights
+    return compiled_output(
+        x, w.up, w.down, w.up_bias, w.down_bias, experts, scores, token_offsets, capacity,
+        w.activation, w.gated, w.interleaved, w.transposed, w.widths,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [experts_output, compiled])
+@pytest.mark.parametrize(
+    ("layout", "gated", "bias"), [("stacked", True, False), ("ragged", True, True), ("packed", False, True)]
+)
+def test_gradcheck(run: Run, layout: str, gated: bool, bias: bool) -> None:
+    """With an idle expert, dropped slots and a token without any."""
+    weights = make_weights(layout, gated, bias, hidden=4, grad=True)
+    ids = random_ids(5, 2, 5)
+    ids[ids == 1] = 5
+    ids[2] = 5
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    names = [name for name in ("up", "down", "up_bias", "down_bias") if getattr(weights, name) is not None]
+
+    def function(x: torch.Tensor, scores: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        return run(x, replace(weights, **dict(zip(names, parts, strict=True))), ids, scores)
+
+    assert torch.autograd.gradcheck(function, (x, scores, *tensors_of(weights)), fast_mode=True)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_operator_is_the_function(dynamic: bool) -> None:
+    weights = make_weights("ragged", bias=True, grad=True)
+    ids, offsets = random_ids(6, 2, 6), None
+    if dynamic:
+        ids, offsets = ids.flatten(), torch.tensor([0, 0, 5, 6, 12])
+    x = torch.randn(4 if dynamic else 6, 12, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(ids.shape, dtype=torch.float64, requires_grad=True)
+    inputs = [x, scores, *tensors_of(weights)]
+    first, second = (run(x, weights, ids, scores, offsets, 2) for run in (experts_output, compiled))
+    assert torch.equal(first, second)
+    grad = torch.randn_like(first)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, grad) for out in (first, second)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "ragged"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck(layout: str, keep: bool) -> None:
+    """With sentinels, so that z has more room than is used."""
+    w = make_weights(layout, bias=True, dtype=torch.float32, grad=keep)
+    x = torch.randn(6, 12, requires_grad=keep)
+    scores = torch.rand(6, 2, requires_grad=keep)
+    rest = (w.activation, w.gated, w.interleaved, w.transposed, w.widths, keep)
+    arguments = (x, w.up, w.down, w.up_bias, w.down_bias, random_ids(6, 2, 6), scores, None, None, *rest)
+    torch.library.opcheck(operator._experts, arguments)
+    torch.library.opcheck(operator._experts, (*arguments[:3], None, None, *arguments[5:]))
+
+
+def test_compiles_whole() -> None:
+    weights = make_weights("stacked", dtype=torch.float32, grad=True)
+    x = torch.randn(6, 12, requires_grad=True)
+    ids, scores = random_ids(6, 2, 5), torch.rand(6, 2)
+
+    def layer(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        w = weights
+        rest = (w.activation, w.gated, w.interleaved, w.transposed, w.widths)
+        return compiled_output(x * 2, up, down, None, None, ids, scores, None, None, *rest).tanh()
+
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = (x, weights.up, weights.down)
+    found, expected = whole(*inputs), experts_output(x * 2, weights, ids, scores).tanh()
+    assert torch.equal(found, expected)
+    for one, other in zip(*(torch.autograd.grad(out.sum(), inputs) for out in (found, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_kept_bytes(dtype: torch.dtype, dropped: bool) -> None:
+    """x and z, b (T H + 2 R I), beside weights, scores and index vectors."""
+    tokens, top_k, hidden, width = 64, 3, 24, 40
+    weights = make_weights("stacked", dtype=dtype, hidden=hidden, width=width, grad=True)
+    ids = random_ids(tokens, top_k, 5)
+    if dropped:
+        ids[ids == 2] = 5
+    x = torch.randn(tokens, hidden).to(dtype).requires_grad_()
+    scores = torch.rand(tokens, top_k, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        experts_output(x, weights, ids, scores)
+    for tensor in (weights.up, weights.down, scores):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    rows = int((ids < 5).sum())
+    assert sum(kept.values()) == dtype.itemsize * (tokens * hidden + 2 * rows * width)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(65, 200), st.integers(1, 5))
+def test_permuted_tokens_are_permuted_outputs(seed: int, tokens: int, top_k: int) -> None:
+    """Every token's sum is made in its own slots' order, so that in fp32 only the products' rounding may differ."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = make_weights("stacked", dtype=torch.float32, hidden=16)
+    x, ids = torch.randn(tokens, 16, generator=draw), random_ids(tokens, top_k, 5, seed)
+    scores, order = torch.rand(tokens, top_k, generator=draw), torch.randperm(tokens, generator=draw)
+    plain = experts_output(x, weights, ids, scores)
+    assert torch.equal(experts_output(x[order], weights, ids[order], scores[order]), plain[order])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 100))
+def test_renumbered_experts_change_nothing(seed: int, tokens: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weights = make_weights("stacked")
+    order = torch.randperm(5, generator=draw)
+    other = replace(weights, up=weights.up[order], down=weights.down[order])
+    names = torch.empty_like(order).scatter_(0, order, torch.arange(5))
+    x, ids = torch.randn(tokens, 12, dtype=torch.float64, generator=draw), random_ids(tokens, 2, 5, seed)
+    scores = torch.rand(tokens, 2, generator=draw)
+    assert torch.equal(experts_output(x, other, names[ids], scores), experts_output(x, weights, ids, scores))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 100])
+@pytest.mark.parametrize("layout", ["stacked", "packed"])
+def test_all_slices_of_a_dense_ffn_are_the_ffn(layout: str, tokens: int) -> None:
+    hidden, width, experts = 24, 16, 4
+    gate, up = torch.randn(2, experts * width, hidden) / hidden**0.5
+    down = torch.randn(hidden, experts * width) / width**0.5
+    parts = [torch.cat(pair) for pair in zip(gate.chunk(experts), up.chunk(experts), strict=True)]
+    weights = ExpertWeights(torch.stack(parts), torch.stack(down.chunk(experts, 1)).contiguous())
+    x = torch.randn(tokens, hidden)
+    dense = (torch.nn.functional.silu(x.double() @ gate.T.double()) * (x.double() @ up.T.double())) @ down.T.double()
+    found = experts_output(
+        x, pack(weights) if layout == "packed" else weights, torch.arange(experts).expand(tokens, -1)
+    )
+    assert apart(found, dense) < rounding(torch.float32, hidden + experts * width)
+
+
+def test_twice_an_expert_at_half_the_weight() -> None:
+    weights = make_weights("stacked")
+    x = torch.randn(80, 12, dtype=torch.float64)
+    once = experts_output(x, weights, torch.full((80, 1), 3), torch.ones(80, 1))
+    twice = experts_output(x, weights, torch.full((80, 2), 3), torch.full((80, 2), 0.5))
+    assert torch.equal(once, twice)
+
+
+def test_no_weight_hides_an_expert_but_not_from_the_router() -> None:
+    weights = make_weights("stacked")
+    scores = torch.zeros(80, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(80, 12, dtype=torch.float64, requires_grad=True)
+    out = experts_output(x, weights, random_ids(80, 2, 5), scores)
+    assert not out.any()
+    slope, through = torch.autograd.grad(out.sum(), [scores, x])
+    assert slope.abs().min() > 0
+    assert not through.any()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(
+        experts_output(x, make_weights(), random_ids(3, 2, 5)).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+IDS = [[0, 1], [2, 3], [4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 11)}, r"x has the shape \(3, 11\), not \[T, 12\]"),
+        ({"x": torch.zeros(1, 3, 12)}, r"x has the shape \(1, 3, 12\)"),
+        ({"x": torch.zeros(3, 12, dtype=torch.bfloat16)}, "x is torch.bfloat16 on cpu, the experts are torch.float32"),
+        ({"x": torch.zeros(4, 12)}, "x has 4 tokens, the routing 3"),
+        ({"scores": torch.ones(3, 1)}, r"scores are torch.float32 of the shape \(3, 1\), not floating of \(3, 2\)"),
+        ({"scores": torch.ones(3, 2, dtype=torch.long)}, "scores are torch.int64"),
+        ({"scores": torch.tensor([[1, 1], [1, torch.nan], [1, 1]])}, "router weight of slot 3 is nan"),
+        ({"scores": torch.tensor([[1, 1], [1, 1], [1, torch.inf]])}, "router weight of slot 5 is inf"),
+        ({"scores": torch.ones(3, 2, device="meta")}, "scores are on meta, x is on cpu"),
+        ({"experts": torch.tensor([[0, 1], [2, -3], [4, 0]])}, "an expert id is negative"),
+        ({"experts": torch.tensor(IDS).float()}, "expert ids are torch.float32"),
+        ({"experts": torch.tensor(IDS).flatten()}, r"not \[T, K\]"),
+        ({"experts": torch.arange(5).repeat(3, 2)}, "a token has more than 5 experts"),
+        ({"experts": torch.tensor(IDS, device="meta")}, "expert ids are on meta"),
+    ],
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_bad_input(changes: dict, message: str, learns: bool) -> None:
+    weights = make_weights("stacked", dtype=torch.float32, grad=learns)
+    arguments = {"x": torch.zeros(3, 12), "experts": torch.tensor(IDS), "scores": None}
+    with pytest.raises(UsageError, match=message):
+        experts_output(weights=weights, **{**arguments, **changes})
+
+
+def test_strides_do_not_matter() -> None:
+    weights = make_weights("stacked", dtype=torch.float32, hidden=16, grad=True)
+    wide = torch.randn(16, 80)
+    ids, scores = random_ids(80, 4, 5)[:, ::2], torch.rand(2, 80).T
+    out = experts_output(wide.T, weights, ids, scores)
+    assert torch.equal(out, experts_output(wide.T.contiguous(), weights, ids.contiguous(), scores.contiguous()))
+    (slope,) = torch.autograd.grad(out, [weights.up], torch.randn(16, 80).T)
+    assert slope.isfinite().all()
