@@ -20,13 +20,18 @@ multiprocessor, bytes and floors are *estimates* from shapes and data sheets. Wh
 """
 
 
-def report(builds: Sequence[Build]) -> str:
-    """Markdown."""
+def compiler() -> str:
+    """Which one."""
     import triton
 
+    return f"Triton {triton.__version__}"
+
+
+def report(builds: Sequence[Build]) -> str:
+    """Markdown."""
     parts = [
         _INTRODUCTION,
-        f"## Shipped tiles\n\nTriton {triton.__version__}. Tile: rows x columns x depth (for `up` and `down_backward` columns are "
+        f"## Shipped tiles\n\n{compiler()}. Tile: rows x columns x depth (for `up` and `down_backward` columns are "
         "neurons; for `xty` rows are neurons and depth is rows). Blocks: per multiprocessor, *estimate*.\n",
         _table(
             [

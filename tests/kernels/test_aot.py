@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 from upcycle.kernels import static_report
+from upcycle.kernels.aot import stale
 from upcycle.kernels.aot_compile import Build, Job, build
 from upcycle.kernels.aot_gate import faults
 from upcycle.kernels.aot_jobs import jobs, place_jobs
@@ -97,3 +99,15 @@ def test_a_spill_is_seen() -> None:
     wide = TileTable({**table.entries, key: replace(table.entries[key], n=256, k=32, warps=4, stages=2)})
     job = next(job for job in place_jobs("sm80", 2, 128, wide, "up/plain"))
     assert "spill" in faults(build(job))[0]
+
+
+def test_a_saved_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.md"
+    text = f"{static_report.compiler()}. 64 registers"
+    path.write_text(text)
+    assert not stale(path, text)
+    assert stale(path, text.replace("64", "65"))
+    assert "--write" in capsys.readouterr().err
+    path.write_text("Triton 0.1. 99 registers")
+    assert not stale(path, text)
+    assert "another compiler" in capsys.readouterr().err
