@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from upcycle.trainers.distributed import Ranks, joined
 from upcycle.trainers.flops import measured_peak
 from upcycle.trainers.model_loading import save_config, tokenizer_of
 from upcycle.trainers.optimizers import set_rates
-from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
 from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
 from upcycle.trainers.stage import Stage
@@ -55,25 +55,31 @@ class TrainResult:
         return dict(vars(self))
 
 
-def train(recipe: TrainRecipe, say: Callable[[str], None] = print, restart: bool = False) -> TrainResult:
+def _silent(_: str) -> None:
+    pass
+
+
+def train(
+    recipe: TrainRecipe | Mapping[str, Any] | str | Path, say: Callable[[str], None] = _silent, restart: bool = False
+) -> TrainResult:
     """Train as one of the ranks that a launcher started, or alone.
 
     The same call continues a run that was stopped, from its newest checkpoint.
 
     Args:
-        recipe: the run.
-        say: prints a line; only the first rank says anything.
+        recipe: the run: a recipe, its keys, or its file.
+        say: is told a line as it happens, on the first rank alone.
         restart: throw the run's checkpoints away and begin anew.
 
     Raises:
         UpcycleError: with the reason; complete checkpoints stay.
     """
+    if isinstance(recipe, (str, Path)):
+        recipe = read_train_recipe(Path(recipe))
+    elif not isinstance(recipe, TrainRecipe):
+        recipe = parse_train_recipe(dict(recipe), "recipe")
     with joined(recipe.timeout) as ranks:
         return _Run(recipe, ranks, say if ranks.first else _silent, restart).run()
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 class _Run:

@@ -268,9 +268,33 @@ def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> Tra
     Raises:
         UsageError: the file is missing, not YAML, or not such a recipe.
     """
-    from upcycle.recipe import set_key
-
     content = read_recipe(path)
     for key, value in (overlaid or {}).items():
-        set_key(content, key, value)
+        _lay(content, key, value)
     return parse_train_recipe(content, str(path))
+
+
+def _lay(content: Any, path: str, value: Any) -> None:
+    """Lay ``value`` over the key at a dotted path; stages are named by their number, from 0, or their name."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        if isinstance(content, list):
+            content = content[_place(content, parent, path)]
+        else:
+            inner = content.get(parent)
+            content[parent] = inner if isinstance(inner, (dict, list)) else {}
+            content = content[parent]
+    if isinstance(content, list):
+        content[_place(content, last, path)] = value
+    else:
+        content[last] = value
+
+
+def _place(listed: list[Any], word: str, path: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in listed]
+    if word in names:
+        return names.index(word)
+    if word.isdigit() and int(word) < len(listed):
+        return int(word)
+    known = ", ".join(str(name or number) for number, name in enumerate(names))
+    raise UsageError(f"{path}: there is no '{word}'", hint=f"name one of {known}")

@@ -10,17 +10,21 @@ if TYPE_CHECKING:
     from upcycle.conversion import convert
     from upcycle.evaluation import evaluate
     from upcycle.planning import plan
+    from upcycle.trainers.export import export
+    from upcycle.trainers.loop import train
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["compare", "convert", "evaluate", "plan", "verify"]
+__all__ = ["compare", "convert", "evaluate", "export", "plan", "train", "verify"]
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
     "compare": "comparison",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "export": "trainers.export",
     "plan": "planning",
+    "train": "trainers.loop",
     "verify": "verification",
 }
 

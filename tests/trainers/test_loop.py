@@ -41,6 +41,17 @@ def test_a_run_learns_logs_and_keeps_its_newest_checkpoints(pico_moe: Model, tmp
     assert set(result.validation) == {"cats"}
 
 
+def test_a_run_from_python_with_keys_or_a_file(pico_moe: Model, tmp_path: Path) -> None:
+    import upcycle
+
+    recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
+    result = upcycle.train(recipe.model_dump(mode="json"))
+    assert result.step == 1
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    assert upcycle.train(tmp_path / "recipe.yaml").step == 1  # nothing is left to do
+    assert upcycle.export(result.output, tmp_path / "out").step == 1
+
+
 def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Path) -> None:
     from upcycle.runtime import load_stock
     from upcycle.text import load_tokenizer

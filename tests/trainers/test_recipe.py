@@ -79,6 +79,16 @@ def test_keys_are_laid_over_a_file(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(BASE))
     assert read_train_recipe(path, {"zero.stage": 3, "length": 64}).zero.stage == 3
+    laid = read_train_recipe(
+        path, {"stages.0.steps": 3, "stages.0.schedule.kind": "wsd", "stages.0.losses.router_z": {}}
+    )
+    assert (laid.stages[0].steps, laid.stages[0].schedule.kind) == (3, "wsd")
+    assert laid.stages[0].losses == {"router_z": {}}
+    path.write_text(yaml.safe_dump({**BASE, "stages": [{"name": "heal", "steps": 1, "learning_rate": 1}]}))
+    assert read_train_recipe(path, {"stages.heal.learning_rate": 0.5}).stages[0].learning_rate == 0.5
+    with pytest.raises(UsageError, match=r"stages\.other\.steps: there is no 'other'") as error:
+        read_train_recipe(path, {"stages.other.steps": 1})
+    assert error.value.hint == "name one of heal"
     with pytest.raises(UsageError, match="no such recipe"):
         read_train_recipe(tmp_path / "other.yaml")
 
