@@ -299,7 +299,12 @@ def main() -> int:
     parser.add_argument(
         "--skip", nargs="+", choices=NAMES[:3], default=[], help="contenders to leave out, such as batched_mm"
     )
+    parser.add_argument(
+        "--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of fp32 (default: all)"
+    )
     arguments = parser.parse_args()
+    for name in set(SHAPES) - set(arguments.shapes):
+        del SHAPES[name]
     SKIPPED.update(arguments.skip)
     torch.set_num_threads(1)
     register()
