@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 
-from upcycle.kernels import memory
 from upcycle.kernels.activation import activate, activation_gradient
 from upcycle.kernels.cpu_pass import Group, Pass
 from upcycle.kernels.experts import ExpertWeights, Gradients, Part
@@ -23,7 +22,7 @@ def forward(
     """See :class:`upcycle.kernels.experts.Backend`."""
     run = Pass(x, weights, routing)
     products = run.products
-    kept = memory.empty(run.z_size if keep else 0, like=x)
+    kept = x.new_empty(run.z_size if keep else 0)
     for group in run.groups:
         counts, size = group.counts, group.size
         inputs = run.gather(run.x, group, "inputs").split(counts)
@@ -60,7 +59,7 @@ def backward(
 ) -> Gradients:
     """See :class:`upcycle.kernels.experts.Backend`. Experts without rows get zeros."""
     run = Pass(x, weights, routing)
-    made = Gradients(*(None if need is None else memory.on_large_pages(torch.empty_like(need)) for need in needs))
+    made = Gradients(*(None if need is None else torch.empty_like(need) for need in needs))
     grad = grad.to(run.products.sum)
     slots = routing.row_slot[: run.total]
     row_scores = None if scores is None else scores[slots].unsqueeze(1)

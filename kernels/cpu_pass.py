@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import torch
 
-from upcycle.kernels import memory
 from upcycle.kernels.combine import Combiner
 from upcycle.kernels.cpu_products import Products
 from upcycle.kernels.experts import ExpertWeights
@@ -47,7 +46,7 @@ class Pass:
         self.total: int = offsets[-1]
         self.groups, self.idle, self.z_size = grouped(offsets, weights)
         self.combine = Combiner(routing, self.total)
-        self.expanded = memory.empty(self.total, weights.hidden, like=self.x)
+        self.expanded = self.x.new_empty(self.total, weights.hidden)
         """``[R, H]``: what is to be summed to tokens."""
         self._buffers: dict[str, torch.Tensor] = {}
         self._most_rows = max((group.size for group in self.groups), default=0)
@@ -55,7 +54,7 @@ class Pass:
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """``[rows, columns]`` of the buffer of this name, with whatever it held."""
         if name not in self._buffers or len(self._buffers[name]) < rows * columns:
-            self._buffers[name] = memory.empty(self._most_rows * columns, like=self.x)
+            self._buffers[name] = self.x.new_empty(self._most_rows * columns)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:

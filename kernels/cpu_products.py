@@ -74,16 +74,17 @@ class Products:
                 self._outer_by_pieces(left, right, out)
 
     def _linear_by_pieces(self, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+        whole = weight.numel() <= PIECE
         for part in _ranges(weight.shape[1], weight.shape[0]):
-            piece = weight[:, part]
+            piece, target = (weight, out) if whole else (weight[:, part], out[:, part])
             if piece.stride(0) < piece.stride(1):
-                cast = self._buffer(*piece.T.shape).copy_(piece.T).T
+                cast = self._buffer(piece.shape[1], piece.shape[0]).copy_(piece.T).T
             else:
                 cast = self._buffer(*piece.shape).copy_(piece)
             if add:
-                out[:, part].addmm_(rows, cast)
+                target.addmm_(rows, cast)
             else:
-                torch.mm(rows, cast, out=out[:, part])
+                torch.mm(rows, cast, out=target)
 
     def _outer_by_pieces(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
         for part in _ranges(*out.shape):

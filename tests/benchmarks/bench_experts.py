@@ -30,6 +30,7 @@ from upcycle.kernels.dispatch import register
 NAMES = ("eager", "grouped_mm", "batched_mm", "upcycle")
 MOST_COPIED = 4 * 2**30
 SLOW = 10
+SKIPPED: set[str] = set()
 PARTS = ("fp32", "routings", "bf16", "decode", "split")
 
 
@@ -87,7 +88,7 @@ class Layer:
         """What is timed, by name."""
         shape, size = self.shape, self.x.element_size()
         copied = shape.tokens * shape.top_k * 3 * shape.width * shape.hidden * size
-        names = [name for name in NAMES if name != "batched_mm" or copied <= MOST_COPIED]
+        names = [name for name in NAMES if name not in SKIPPED and (name != "batched_mm" or copied <= MOST_COPIED)]
         found = {name: lambda name=name: self.run(lambda: self.experts(name), backward) for name in names}
         return {**found, "dense": lambda: self.run(self.dense, backward)}
 
@@ -295,7 +296,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+    parser.add_argument(
+        "--skip", nargs="+", choices=NAMES[:3], default=[], help="contenders to leave out, such as batched_mm"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of fp32 (default: all)"
+    )
     arguments = parser.parse_args()
+    for name in set(SHAPES) - set(arguments.shapes):
+        del SHAPES[name]
+    SKIPPED.update(arguments.skip)
     torch.set_num_threads(1)
     register()
     rows: list[Row] = []
