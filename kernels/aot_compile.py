@@ -22,8 +22,8 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")  # Ampere, Hopper, Blackwell
-_ASYNC = ("LDGSTS", "UTMALDG")
+_TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # Ampere, Hopper, Blackwell
+_ASYNC = ("cp.async.ca", "cp.async.cg", "cp.async.bulk")
 
 
 @dataclass(frozen=True)
@@ -113,26 +113,24 @@ def build_kernel(kernel: Any, job: Job) -> Build:
     source = ASTSource(kernel, dict(job.signature), constants, attributes)
     options = {"num_warps": job.tile.warps, "num_stages": job.tile.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", int(job.kind[2:]), 32), options=options)
-    registers, stack, opcodes = inspect(compiled.asm["cubin"])
+    registers, stack, opcodes = inspect(compiled.asm["cubin"], compiled.asm["ptx"])
     tensor_core = {name: opcodes[name] for name in _TENSOR_CORE if opcodes[name]}
     copies = sum(opcodes[name] for name in _ASYNC)
     return Build(job, registers, stack, compiled.metadata.shared, tensor_core, copies)
 
 
-def inspect(cubin: bytes) -> tuple[int, int, Counter[str]]:
-    """Registers per thread, bytes of stack, and how often every instruction occurs in a cubin."""
+def inspect(cubin: bytes, ptx: str) -> tuple[int, int, Counter[str]]:
+    """Registers per thread and bytes of stack as the assembler used them, and how often PTX names an instruction."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        usage = _output(tool, "-res-usage", file.name)
-        code = _output(tool, "-sass", file.name)
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    return int(found[1]), int(found[2]), Counter(opcodes)
+    names = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|cp\.async\.c[ag]|cp\.async\.bulk)\b", ptx)
+    return int(found[1]), int(found[2]), Counter(names)
 
 
 def _output(*command: str) -> str:

@@ -14,9 +14,9 @@ _INTRODUCTION = """# Kernels without a GPU: what can be known
 Printed by `python -m upcycle.kernels.aot`, which compiles every shipped tile for sm_80, sm_90 and sm_100 and fails when one
 spills, needs too much shared memory, or lacks tensor-core instructions or asynchronous copies.
 
-**No GPU time of these kernels has been measured yet.** Registers, shared memory and instructions are the compiler's; blocks per
-multiprocessor, bytes and floors are *estimates* from shapes and data sheets. Who has a GPU: `pytest -m gpu`,
-`python -m upcycle.kernels.bench`, `upcycle tune-kernels`.
+**No GPU time of these kernels has been measured yet.** Registers, stack and shared memory are the assembler's, instructions are
+counted in PTX; blocks per multiprocessor, bytes and floors are *estimates* from shapes and data sheets. Who has a GPU:
+`pytest -m gpu`, `python -m upcycle.kernels.bench`, `upcycle tune-kernels`.
 """
 
 

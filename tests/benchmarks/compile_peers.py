@@ -1,7 +1,7 @@
 """Other projects' Triton kernels of experts through our compiler and our questions: registers, spills, shared memory.
 
     pip install liger-kernel deepspeed
-    python -P tests/benchmarks/compile_peers.py --write docs/kernels_static_peers.md
+    python -P tests/benchmarks/compile_peers.py --write peers.md
 
 Every configuration that a project's autotuner may choose is compiled for bf16, hidden size 2048, width 768. Nothing runs: this says
 which of them could be launched and which spill, not how fast they are. ScatterMoE is not on PyPI.
@@ -46,7 +46,7 @@ INTRODUCTION = """# Other projects' kernels through the same compiler
 Printed by `python -P tests/benchmarks/compile_peers.py`: every configuration their autotuners may choose, compiled by Triton
 {triton} for bf16, hidden size {hidden}, width {width}. Nothing was run, and **no time follows from this**: an autotuner on a GPU may
 well avoid what spills. *Too large*: needs more shared memory than a block can have (99 KiB on sm_80's line, which sm_86 and sm_89
-share; 227 KiB on the others). ScatterMoE is not on PyPI. Ours: [kernels_static.md](kernels_static.md), where every configuration
+share; 227 KiB on the others). ScatterMoE is not on PyPI. Ours: docs/kernels_static.md, where every configuration
 that is shipped is listed; none spills.
 
 | project | kernel | GPU | configurations | do not compile | spill | largest stack | too large | registers |

@@ -24,7 +24,7 @@ def shipped() -> list[Job]:
 
 
 def good(job: Job) -> Build:
-    return Build(job, 128, 0, 64 * 1024, {"HMMA": 8, "HGMMA": 8, "UTCHMMA": 8}, 12)
+    return Build(job, 128, 0, 64 * 1024, {"mma.sync": 8, "wgmma.mma_async": 8, "tcgen05.mma": 8}, 12)
 
 
 def find(shipped: list[Job], name: str, kind: str = "sm90", rows: int = 64) -> Job:
@@ -60,9 +60,9 @@ def test_what_may_not_be_shipped(shipped: list[Job]) -> None:
     assert "spill" in faults(replace(good(job), stack=8))[0]
     assert "228 KiB" in faults(replace(good(job), shared=228 * 1024))[0]
     assert "100 KiB" in faults(replace(good(find(shipped, "up interleaved", "sm80")), shared=100 * 1024))[0]
-    assert "HGMMA" in faults(replace(good(job), tensor_core={"HMMA": 8}))[0]
-    assert "UTCHMMA" in faults(replace(good(find(shipped, "up interleaved", "sm100")), tensor_core={"HMMA": 8}))[0]
-    assert faults(replace(good(find(shipped, "up interleaved", rows=16)), tensor_core={"HMMA": 8})) == []
+    assert "wgmma" in faults(replace(good(job), tensor_core={"mma.sync": 8}))[0]
+    assert "tcgen05" in faults(replace(good(find(shipped, "up interleaved", "sm100")), tensor_core={"mma.sync": 8}))[0]
+    assert faults(replace(good(find(shipped, "up interleaved", rows=16)), tensor_core={"mma.sync": 8})) == []
     assert "tensor-core" in faults(replace(good(job), tensor_core={}))[0]
     assert "asynchronous" in faults(replace(good(job), async_copies=0))[0]
     sums = next(job for job in shipped if job.name == "combine")
