@@ -157,16 +157,14 @@ class _Run:
         self._describe(stage, done)
         if not done:
             self._first_validation(stage)
-        before = time.perf_counter()
         for number in range(done, steps):
+            begun = time.perf_counter()
             torch.manual_seed(_seed(self.recipe.seed, self.step, self.ranks.rank))
             rate = set_rates(stage.engine.optimizer, stage.schedule(number))
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
             result = stage.stepper.step(stage.engine, batches, number / steps)
             self.step, self.tokens, self.loss = self.step + 1, self.tokens + self.recipe.tokens_per_step, result.loss
-            now = time.perf_counter()
-            self._report(name, stage, result, rate, now - before)
-            before = now
+            self._report(name, stage, result, rate, time.perf_counter() - begun)
             self._check_finite(result, batches)
             self.stop = bool(self.ranks.largest(self.stop)[0])
             last = number + 1 == steps
