@@ -18,6 +18,7 @@ VERBS = {
     "verify": "verify",
     "evaluate": "evaluate",
     "compare": "compare",
+    "report": "report",
     "list": "list_plugins",
     "demo": "demo",
     "env": "env",
