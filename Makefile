@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check real benchmark quality clean
+.PHONY: demo test lint types check real browser benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -23,6 +23,9 @@ check: lint types test
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end
+
+browser: $(READY)       # the report in headless Chromium (apt-get install chromium)
+	$(BIN)/python -P -m pytest -m browser tests/report
 
 benchmark: $(READY)     # against mergekit, plain copying and k-means-constrained; about 20 minutes and 40 GB of disk
 	$(BIN)/python -P tests/benchmarks/against_mergekit.py

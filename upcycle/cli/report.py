@@ -23,7 +23,10 @@ from upcycle.cli.output import Bars, print_facts, print_json, size
     "--compare", type=click.Path(path_type=Path), metavar="FILE", help="what upcycle compare --out FILE.json wrote"
 )
 @click.option(
-    "--training", type=click.Path(path_type=Path), metavar="RUN", help="a training run, where it does not lie around OUT"
+    "--training",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="a training run, where it does not lie around OUT",
 )
 @click.option("--no-run", is_flag=True, help="read files alone: no perplexity, routing or experts")
 @quiet_option
@@ -61,9 +64,11 @@ def command(
         print_json(report.data)
         return
     summary = report.data["summary"]
-    absent = [f"{name} ({part['missing']})" for name, part in report.data.items() if _is_missing(part)]
+    absent = [f"{name}: {part['missing']}" for name, part in report.data.items() if _is_missing(part)]
     facts = [("verdict", summary["verdict"])]
-    facts += [({"good": "ok", "mind": "mind", "bad": "stop"}[part["level"]], part["text"]) for part in summary["findings"]]
+    facts += [
+        ({"good": "ok", "mind": "mind", "bad": "stop"}[part["level"]], part["text"]) for part in summary["findings"]
+    ]
     facts += [("left out", text) for text in absent]
     facts.append(("report", f"{report.html} ({size(report.html.stat().st_size)}), numbers in {report.json}"))
     from rich.markup import escape

@@ -111,6 +111,7 @@ def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]
     measured = measure(models, domains, progress)
     compared = models.reference is not None
     quality = {
+        "names": subject.sides,
         **quality_data(measured.totals, compared),
         "no_reference": models.no_reference,
         "samples": write_samples(models, tokenizer, wanted.prompts),

@@ -10,7 +10,8 @@ QUANTITIES = ("parameters", "active_parameters", "flops_per_token", "bytes")
 
 
 def cost_data(subject: Subject) -> dict[str, Any]:
-    """``before`` and ``after`` map :data:`QUANTITIES` to numbers; ``before`` is None where no dense parent is recorded.
+    """``before`` and ``after`` map :data:`QUANTITIES` to numbers; ``before`` is None where no dense parent is recorded;
+    ``names`` say what the two are called.
 
     ``bytes`` after are those of the weight files as they are now. FLOPs are two per active parameter outside the
     embedding, attention scores left out.
@@ -22,7 +23,7 @@ def cost_data(subject: Subject) -> dict[str, Any]:
         return missing("the model is not complete")
     size = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))
     if subject.record is None:
-        return {"before": None, "after": {**_from_headers(subject), "bytes": size}}
+        return {"names": subject.sides, "before": None, "after": {**_from_headers(subject), "bytes": size}}
     plan = subject.record["plan"]
     before = (
         plan["parameters_dense"],
@@ -32,6 +33,7 @@ def cost_data(subject: Subject) -> dict[str, Any]:
     )
     after = (plan["parameters_total"], plan["parameters_active"], plan["flops_per_token"], size)
     return {
+        "names": subject.sides,
         "before": dict(zip(QUANTITIES, before, strict=True)),
         "after": dict(zip(QUANTITIES, after, strict=True)),
     }

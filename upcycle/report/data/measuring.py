@@ -15,13 +15,13 @@ from upcycle.report.data.models import Models
 from upcycle.report.data.routing import Choices
 from upcycle.report.data.subject import reason_of
 from upcycle.report.data.texts import Domain
+from upcycle.text import continuation
 from upcycle.trainers.router_records import capture
 from upcycle.trainers.routing import MoeLayer, moe_layers
 from upcycle.verification import Totals
 
 _BATCH_LOGIT_BYTES = 1 << 26
 SAMPLE_TOKENS = 256
-NEW_TOKENS = 48
 
 
 @dataclass
@@ -109,24 +109,3 @@ def write_samples(models: Models, tokenizer: Any, prompts: Sequence[str]) -> lis
         same = None if before is None else before == text
         samples.append({"prompt": prompt, "before": before, "after": text, "same": same})
     return samples
-
-
-def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
-    """What follows ``prompt``, greedily, at most 48 tokens.
-
-    Raises:
-        UsageError: the prompt is empty.
-    """
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
-    if not ids.numel():
-        raise UsageError("a prompt is empty", hint="--prompt 'Once upon a time'")
-    with torch.no_grad():
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    return text

@@ -32,9 +32,7 @@ class Choices:
         return torch.zeros(len(picks), self.counts[layer]).scatter_(1, picks, 1.0)
 
 
-def routing_data(
-    choices: Choices, rows: Mapping[int, torch.Tensor], decode: Callable[[int], str]
-) -> dict[str, Any]:
+def routing_data(choices: Choices, rows: Mapping[int, torch.Tensor], decode: Callable[[int], str]) -> dict[str, Any]:
     """Load, balance and specialisation of every layer, and matrices of at most four layers, evenly spaced.
 
     Args:
@@ -112,9 +110,7 @@ def _specialisation(choices: Choices, layer: int) -> float | None:
     return max(0.0, divergence / math.log(len(loads)))
 
 
-def _matrices(
-    choices: Choices, layer: int, rows: torch.Tensor, decode: Callable[[int], str]
-) -> dict[str, Any]:
+def _matrices(choices: Choices, layer: int, rows: torch.Tensor, decode: Callable[[int], str]) -> dict[str, Any]:
     loads = domain_loads(choices, layer)
     return {
         "layer": layer,

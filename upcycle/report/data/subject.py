@@ -56,6 +56,13 @@ class Subject:
         return MoeModel.read(self.config, self.specs, self.name)
 
     @property
+    def sides(self) -> tuple[str, str]:
+        """What the parent and the model are called beside each other."""
+        if self.record and self.record["plan"]["kind"] == "growth":
+            return "before", "after"
+        return ("dense", "MoE") if self.moe_layers else ("parent", "model")
+
+    @property
     def moe_layers(self) -> list[int]:
         """Layers with a router, ascending."""
         return self.moe.moe_layers if self.moe else []
@@ -96,7 +103,9 @@ def _log(folder: Path, training: Path | None) -> Path | None:
     if training:
         path = training / TRAINING_LOG if training.is_dir() else training
         if not path.is_file():
-            raise UsageError(f"no training log at {path}", hint=f"--training takes a run's folder or its {TRAINING_LOG}")
+            raise UsageError(
+                f"no training log at {path}", hint=f"--training takes a run's folder or its {TRAINING_LOG}"
+            )
         return path
     places = [folder, *([folder.parent] if folder.name == "model" else [])]
     return next((place / TRAINING_LOG for place in places if (place / TRAINING_LOG).is_file()), None)

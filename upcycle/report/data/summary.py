@@ -13,7 +13,9 @@ _OVERLOAD = 1.0  # MaxVio at which an expert has twice its share
 
 
 def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """``verdict`` is that of the verification (or ``unverified``, ``unfinished``); ``findings`` have a ``level`` and a ``text``."""
+    """``verdict`` is that of the verification (or ``unverified``, ``unfinished``); ``findings`` have a ``level``
+    and a ``text``, the worst first.
+    """
     verification = sections["exactness"].get("verification")
     verdict = verification["verdict"] if verification else "unverified"
     if subject.state == "unfinished":
@@ -31,7 +33,12 @@ def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any
         say("mind", f"training raised {len(alarms)} alarms; the last: {alarms[-1]['message']}")
     if skipped := training.get("skipped_steps"):
         say("mind", f"training skipped {skipped} steps whose loss or gradient was not finite")
-    return {"verdict": verdict, "explanation": verification["explanation"] if verification else "", "findings": findings}
+    findings.sort(key=lambda finding: ("bad", "mind", "good").index(finding["level"]))
+    return {
+        "verdict": verdict,
+        "explanation": verification["explanation"] if verification else "",
+        "findings": findings,
+    }
 
 
 def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any, say: Any) -> None:

@@ -41,5 +41,7 @@ class Bars:
             Markup(
                 '<figure class="plot"><figcaption><strong>{}</strong> {}</figcaption>'
                 '<div class="bars area" role="img" aria-label="{}">{}</div><div class="xlabel">{}</div></figure>'
-            ).format(self.title, self.reading, f"{self.title} {self.reading} {listed}. Axis: {self.unit}.", rows, self.unit)
+            ).format(
+                self.title, self.reading, f"{self.title} {self.reading} {listed}. Axis: {self.unit}.", rows, self.unit
+            )
         )

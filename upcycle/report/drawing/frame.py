@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+_NOTHING = Markup()
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -34,7 +36,7 @@ class Plot:
     y: Axis
     height: str = "200px"
     wide: bool = False
-    legend: Markup = Markup()
+    legend: Markup = _NOTHING
     square: bool = False
 
     def __html__(self) -> str:

@@ -40,11 +40,12 @@ def heatmap(
     low, high = scale
     image = Markup('<img alt="" src="{}">').format(png_uri(matrix, low, high))
     first, last = ends or (f"{low:g}", f"{high:g}")
+    empty = any(value is None for row in matrix for value in row) or len({len(row) for row in matrix}) > 1
     gradient = ", ".join(f"rgb{stop}" for stop in STOPS)
     legend = Markup(
         '<div class="scale"><span>{}</span><i style="background:linear-gradient(90deg, {})"></i><span>{}</span>'
-        '<span class="unit">{} (middle: {:g})</span></div>'
-    ).format(first, gradient, last, unit, (low + high) / 2)
+        '<span class="unit">{} (middle: {:g}{})</span></div>'
+    ).format(first, gradient, last, unit, (low + high) / 2, ", grey: none" if empty else "")
     height = f"{min(420, max(64, 15 * len(matrix)))}px" if wide else "auto"
     return Plot(
         title=title,

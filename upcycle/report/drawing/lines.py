@@ -61,10 +61,7 @@ def lines(
     x_low, x_high = min(p for p, _ in every), max(p for p, _ in every)
     if x_high == x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5
-    if logarithmic:
-        y_ticks = _decades(min(ys), max(ys))
-    else:
-        y_ticks = nice_ticks(min(ys), max(ys))
+    y_ticks = _decades(min(ys), max(ys)) if logarithmic else nice_ticks(min(ys), max(ys))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(value: float, low: float, high: float) -> float:

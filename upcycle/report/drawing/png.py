@@ -47,6 +47,11 @@ def png_uri(matrix: Sequence[Sequence[float | None]], low: float, high: float) -
     colours = b"".join(bytes(colour) for colour in palette())
     header = struct.pack(">IIBBBBB", width, len(matrix), 8, 3, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
-    for kind, content in ((b"IHDR", header), (b"PLTE", colours), (b"IDAT", zlib.compress(bytes(lines), 9)), (b"IEND", b"")):
+    for kind, content in (
+        (b"IHDR", header),
+        (b"PLTE", colours),
+        (b"IDAT", zlib.compress(bytes(lines), 9)),
+        (b"IEND", b""),
+    ):
         data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")

@@ -31,7 +31,9 @@ def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
         if found:
             series.append(Series(words, [x for x, _ in found], [y for _, y in found]))
     best = [row for row in data["results"] if row["recommended"]]
-    reading = "; ".join(f"{row['method']} with {row['router']} at {row['active']:.0%}: {row['ratio']:.3f}x" for row in best)
+    reading = "; ".join(
+        f"{row['method']} with {row['router']} at {row['active']:.0%}: {row['ratio']:.3f}x" for row in best
+    )
     plot = lines(
         series,
         title="Is routing worth it?",

@@ -90,7 +90,9 @@ def _similarity(layers: Sequence[Mapping[str, Any]]) -> Plot:
     if closest:
         most = max(closest, key=lambda layer: layer["router_closest"]["cosine"])
         first, second = most["router_closest"]["experts"]
-        reading += f" The closest pair: {first} and {second} of layer {most['layer']}, {most['router_closest']['cosine']:.2f}."
+        reading += (
+            f" The closest pair: {first} and {second} of layer {most['layer']}, {most['router_closest']['cosine']:.2f}."
+        )
     return _over_layers(
         layers,
         "router_cosine_mean",
@@ -171,4 +173,6 @@ def _extreme_pair(ratios: Sequence[Sequence[float | None]]) -> str:
     if not pairs:
         return "No two experts were chosen together."
     value, first, second = max(pairs)
-    return f"Orange pairs work together. The strongest: {second} and {first}, {value:.1f}x as often as their loads give."
+    return (
+        f"Orange pairs work together. The strongest: {second} and {first}, {value:.1f}x as often as their loads give."
+    )

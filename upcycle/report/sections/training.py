@@ -25,7 +25,9 @@ def training_view(data: Mapping[str, Any]) -> dict[str, Any]:
     plots = [_plot([("loss", curves["loss"])], "Does the loss fall?", "loss in nats per token", False)]
     if data["validation"]:
         found = list(data["validation"].items())
-        plots.append(_plot(found, "Does it hold on text that is not trained on?", "validation loss in nats per token", False))
+        plots.append(
+            _plot(found, "Does it hold on text that is not trained on?", "validation loss in nats per token", False)
+        )
     parts = [(name.partition("/")[2], curve) for name, curve in curves.items() if name.startswith("loss/")]
     if parts:
         plots.append(_plot(parts[:6], "What the auxiliary losses add.", "loss before its coefficient", True))
