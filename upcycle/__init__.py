@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from upcycle.conversion import convert
     from upcycle.evaluation import evaluate
     from upcycle.planning import plan
+    from upcycle.report.writing import write_report
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["compare", "convert", "evaluate", "plan", "verify"]
+__all__ = ["compare", "convert", "evaluate", "plan", "verify", "write_report"]
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
@@ -22,6 +23,7 @@ _FUNCTIONS = {
     "evaluate": "evaluation",
     "plan": "planning",
     "verify": "verification",
+    "write_report": "report.writing",
 }
 
 

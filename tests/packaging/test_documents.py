@@ -19,6 +19,7 @@ from upcycle.cli.list_plugins import entries
 from upcycle.cli.main import VERBS, cli
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
+from upcycle.report.data.collecting import Wanted
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -133,6 +134,7 @@ def test_json_keys(
         tokens=128,
         window=64,
     ).as_dict()
+    reported = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     actual = {
         "plan": plan,
@@ -146,6 +148,14 @@ def test_json_keys(
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
+        "report": reported,
+        "report summary": reported["summary"],
+        "report quality": reported["quality"],
+        "report quality domains": reported["quality"]["domains"][0],
+        "report routing": reported["routing"],
+        "report routing layers": reported["routing"]["layers"][0],
+        "report routing shown": reported["routing"]["shown"][0],
+        "report experts layers": reported["experts"]["layers"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],

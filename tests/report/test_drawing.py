@@ -79,7 +79,7 @@ def test_points_stand_where_their_numbers_say() -> None:
     (path,) = re.findall(r'class="line s0" d="([^"]*)"', str(plot.area))
     points = [tuple(map(float, point.split())) for point in path.removeprefix("M").split("L")]
     assert points == [(0, 1000), (500, 750), (1000, 0)]
-    assert ("0.2", 0.2) in [(text, pytest.approx(place)) for place, text in plot.y.ticks]
+    assert ("0.5", 0.5) in [(text, pytest.approx(place)) for place, text in plot.y.ticks]
     page = plot.__html__()
     assert 'role="img"' in page
     assert 'aria-label="T. R. Horizontal axis: step. Vertical axis: loss."' in page

@@ -87,7 +87,7 @@ def row_cosine(rows: torch.Tensor) -> torch.Tensor:
     """Cosines ``[E, E]`` of router rows in fp64; a row of zeros has 0 with all others."""
     wide = rows.detach().double()
     units = wide / wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    cosine = units @ units.T
+    cosine: torch.Tensor = units @ units.T
     cosine.fill_diagonal_(1.0)
     return cosine
 

@@ -39,7 +39,7 @@ def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[A
     context = (subject.config or {}).get("max_position_embeddings", WINDOW)
     seen = set(((subject.record or {}).get("calibration") or {}).get("text") or [])
     seen = set(DEMO_TEXTS) if "demo" in seen else seen
-    domains = []
+    domains: list[Domain] = []
     for name in texts or DEMO_TEXTS:
         content = demo_parts(name)[1] if name in DEMO_TEXTS and name in seen else read_text(name)
         ids = encode(tokenizer, content)

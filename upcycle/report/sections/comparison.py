@@ -22,14 +22,12 @@ def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
         )
         for row in data["results"]
     ]
-    chosen = {"recommended": lambda row: row["recommended"]}
-    for name, words in (("static", "static pruning"), ("oracle", "oracle routing")):
-        chosen[words] = lambda row, name=name: row["baseline"] == name  # type: ignore[misc]
     series = []
-    for words, wanted in chosen.items():
-        found = sorted((row["active"], row["ratio"]) for row in data["results"] if wanted(row))
-        if found:
-            series.append(Series(words, [x for x, _ in found], [y for _, y in found]))
+    for words, baseline in (("recommended", None), ("static pruning", "static"), ("oracle routing", "oracle")):
+        wanted = [row for row in data["results"] if (row["baseline"] == baseline if baseline else row["recommended"])]
+        points = sorted((row["active"], row["ratio"]) for row in wanted)
+        if points:
+            series.append(Series(words, [x for x, _ in points], [y for _, y in points]))
     best = [row for row in data["results"] if row["recommended"]]
     reading = "; ".join(
         f"{row['method']} with {row['router']} at {row['active']:.0%}: {row['ratio']:.3f}x" for row in best
