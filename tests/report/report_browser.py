@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -36,8 +37,8 @@ class Browser:
     def __enter__(self) -> Browser:
         assert CHROMIUM
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        read_end, self._write = os.pipe()
-        self._read, write_end = os.pipe()
+        read_end, self._write = map(_moved, os.pipe())
+        self._read, write_end = map(_moved, os.pipe())
         flags = [
             "--headless",
             "--no-sandbox",
@@ -47,10 +48,12 @@ class Browser:
             "--remote-debugging-pipe",
             f"--user-data-dir={self._profile.name}",
         ]
-        # A shell renumbers the pipes' ends: subprocess itself keeps numbers.
-        script = f'exec "$0" "$@" 3<&{read_end} 4>&{write_end}'
+        # subprocess keeps the pipes' numbers, and Chromium wants 3 and 4.
+        renumber = (
+            f"import os, sys; os.dup2({read_end}, 3); os.dup2({write_end}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        )
         self._process = subprocess.Popen(
-            ["sh", "-c", script, CHROMIUM, *flags],
+            [sys.executable, "-c", renumber, CHROMIUM, *flags],
             pass_fds=(read_end, write_end),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -137,6 +140,13 @@ class Browser:
             page.errors.append(content["exceptionDetails"]["text"])
         elif method == "Runtime.consoleAPICalled" and content["type"] in ("error", "warning", "assert"):
             page.errors.append(str(content["args"]))
+
+
+def _moved(descriptor: int) -> int:
+    """The same pipe's end under a number above 9, which 3 and 4 cannot overwrite."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return moved
 
 
 if __name__ == "__main__":

@@ -145,13 +145,10 @@ def test_a_pico_model_against_its_routers_own_outputs(
     tokenizer = load_tokenizer(out)
     windows = [windows_of([encode(tokenizer, read_text(name))], 128, 128) for name in ("prose", "code")]
     chosen: dict[int, list[torch.Tensor]] = {}
-    inputs: dict[int, torch.Tensor] = {}
     for i, layer in enumerate(model.model.layers):
         for name, module in layer.named_modules():
             if name.endswith((".gate", ".router")) and hasattr(module, "top_k"):
                 module.register_forward_hook(lambda _, __, output, i=i: chosen.setdefault(i, []).append(output[2]))
-            if name.endswith("experts") and hasattr(module, "down_proj"):
-                module.register_forward_pre_hook(lambda _, args, i=i: inputs.setdefault(i, args[0]))
     with torch.no_grad():
         logits = [model(batch).logits for batch in windows]
     assert [layer["layer"] for layer in data["routing"]["layers"]] == sorted(chosen)
