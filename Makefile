@@ -4,13 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check kernels slow real benchmark quality clean
+.PHONY: demo test lint types check kernels slow real browser benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
 
 test: $(READY)          # every test that needs no download
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not slow and not gpu"
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not slow and not gpu and not browser"
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m "not slow" tests/kernels_triton
 
 lint: $(READY)
@@ -31,6 +31,9 @@ slow: $(READY)          # runs of two ranks under every ZeRO stage and with divi
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end
+
+browser: $(READY)       # the report in headless Chromium (apt-get install chromium)
+	$(BIN)/python -P -m pytest -m browser tests/report
 
 benchmark: $(READY)     # against mergekit, plain copying and k-means-constrained; about 25 minutes and 40 GB of disk
 	$(BIN)/python -P tests/benchmarks/against_mergekit.py

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from upcycle.conversion import convert
     from upcycle.evaluation import evaluate
     from upcycle.planning import plan
+    from upcycle.report.writing import write_report
     from upcycle.trainers.export import export
     from upcycle.trainers.loop import train
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["compare", "convert", "evaluate", "export", "plan", "train", "verify"]
+__all__ = ["compare", "convert", "evaluate", "export", "plan", "train", "verify", "write_report"]
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
@@ -26,6 +27,7 @@ _FUNCTIONS = {
     "plan": "planning",
     "train": "trainers.loop",
     "verify": "verification",
+    "write_report": "report.writing",
 }
 
 

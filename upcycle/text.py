@@ -88,3 +88,26 @@ def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Ten
     if not pieces:
         raise UsageError(f"the text has fewer than {window} tokens", hint="give a longer --text")
     return torch.cat(pieces)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
+    """What a stock model writes after ``prompt``, greedily, at most ``tokens`` tokens.
+
+    Raises:
+        UsageError: the prompt is empty.
+    """
+    import torch
+
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
+    if not ids.numel():
+        raise UsageError("a prompt is empty", hint="--prompt 'Once upon a time'")
+    with torch.no_grad():
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return text

@@ -98,6 +98,18 @@ def verify(
     with progress.phase("checking files", 1):
         provenance.check_files(folder, record)
         progress.advance()
+    job, checkpoint = reopen(folder, record, source)
+    text = text or job.recipe.verification.text
+    return verify_job(job, checkpoint, folder, text, tokens, progress, record.get("training"))
+
+
+def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> tuple[AnyJob, Checkpoint]:
+    """The job that wrote ``folder`` and the checkpoint it was made from, found again by its recipe and its record.
+
+    Raises:
+        UsageError: the source is not there.
+        CheckpointError: it is not the one that was converted.
+    """
     content = read_recipe(folder / provenance.RECIPE_FILE)
     if source:
         content |= {"source": source, "revision": None}
@@ -115,9 +127,7 @@ def verify(
             f"{recipe.source} is not the checkpoint {folder} was converted from",
             hint="name the right one with --source",
         )
-    job = job_for(recipe, checkpoint)
-    text = text or recipe.verification.text
-    return verify_job(job, checkpoint, folder, text, tokens, progress, record.get("training"))
+    return job_for(recipe, checkpoint), checkpoint
 
 
 def verify_job(

@@ -185,6 +185,8 @@ def test_demo_converts_four_ways(tmp_path: Path) -> None:
     data = json.loads(result.stdout)
     assert [c["verification"]["verdict"] for c in data["conversions"]] == ["exact"] * 3 + ["approximate"]
     assert len(set(data["continuations"].values())) == 1
+    assert data["report"] == str(tmp_path / "demo" / "report.html")
+    assert "approximate" in Path(data["report"]).read_text(encoding="utf-8")
     (tmp_path / "mine" / "upcycled").mkdir(parents=True)
     (tmp_path / "mine" / "upcycled" / "thesis.txt").write_text("keep me")
     with pytest.raises(UsageError, match="is not empty"):

@@ -19,6 +19,7 @@ from upcycle.cli.list_plugins import entries
 from upcycle.cli.main import VERBS, cli
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
+from upcycle.report.data.collecting import Wanted
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +160,7 @@ def test_json_keys(
     from upcycle.trainers.export import export
 
     exported = export(trained.output, tmp_path / "exported").as_dict()
+    reported = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     actual = {
         "plan": plan,
@@ -174,6 +176,14 @@ def test_json_keys(
         "compare results": compared["results"][0],
         "train": trained.as_dict(),
         "export": exported,
+        "report": reported,
+        "report summary": reported["summary"],
+        "report quality": reported["quality"],
+        "report quality domains": reported["quality"]["domains"][0],
+        "report routing": reported["routing"],
+        "report routing layers": reported["routing"]["layers"][0],
+        "report routing shown": reported["routing"]["shown"][0],
+        "report experts layers": reported["experts"]["layers"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],

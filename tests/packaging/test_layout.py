@@ -72,6 +72,11 @@ def test_the_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
     data = {
         path.relative_to(ROOT / "upcycle").as_posix() for path in tracked("upcycle/demo/**") if path.suffix != ".py"
     }
+    data |= {
+        path.relative_to(ROOT / "upcycle").as_posix()
+        for kind in ("html", "css")
+        for path in tracked(f"upcycle/report/templates/*.{kind}")
+    }
     data |= {f"configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in tracked("configs/**.yaml")}
     assert {f"upcycle/{name}" for name in data} <= names
     assert wheel.stat().st_size < 10_000_000

@@ -38,9 +38,11 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
         # What an earlier demo left may be replaced, and nothing else.
         ours = (out / folder / "upcycle.json").exists()
         results.append(convert("demo", out / folder, overwrite=ours, progress=Bars(quiet=True), **keys))
+    report = _report(out)
     texts = {name: _continuation(folder) for name, folder in (("dense", None), ("4 copies, top-2", out / "upcycled"))}
     if as_json:
-        print_json({"conversions": [result.as_dict() for result in results], "prompt": PROMPT, "continuations": texts})
+        conversions = [result.as_dict() for result in results]
+        print_json({"conversions": conversions, "prompt": PROMPT, "continuations": texts, "report": report})
         return
     print_table(
         ["conversion", "target", "parameters", "active", "FLOPs", "logit error", "perplexity", "verdict"],
@@ -56,7 +58,21 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     same = len(set(texts.values())) == 1
     stdout().print(f"\nThe dense model and its copy of 4 experts write {'the same' if same else 'different text'}:\n")
     stdout().print(PROMPT + texts["dense"], markup=False, style="cyan")
+    if report:
+        stdout().print(f"\nreport on the last of them: {report}")
+    else:
+        stdout().print("\nno report without the extra: pip install 'upcycle[report]'", markup=False)
     stdout().print(f"\nnext: upcycle evaluate {out / 'split-sparse'} --reference demo")
+
+
+def _report(out: Path) -> str | None:
+    """Write the page about the sparse split; None where the extra is missing."""
+    from upcycle.report.data.collecting import Wanted
+    from upcycle.report.writing import can_draw, write_report
+
+    if not can_draw():
+        return None
+    return str(write_report(out / CONVERSIONS[-1][1], out / "report.html", Wanted(tokens=1024)).html)
 
 
 def _flags(keys: dict[str, Any]) -> str:
@@ -79,21 +95,9 @@ def _row(title: str, result: Any) -> list[str]:
 
 def _continuation(folder: Path | None) -> str:
     """Greedy text from stock transformers."""
-    import torch
-
     from upcycle.runtime import load_stock
     from upcycle.sources import locate
-    from upcycle.text import load_tokenizer
+    from upcycle.text import continuation, load_tokenizer
 
     path = folder or locate("demo").path
-    tokenizer, model = load_tokenizer(path), load_stock(path)
-    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    written = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=48,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+    return continuation(load_stock(path), load_tokenizer(path), PROMPT)

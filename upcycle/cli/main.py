@@ -20,6 +20,7 @@ VERBS = {
     "compare": "compare",
     "train": "train",
     "export": "export",
+    "report": "report",
     "list": "list_plugins",
     "demo": "demo",
     "tune-kernels": "tune_kernels",

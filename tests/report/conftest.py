@@ -1,0 +1,43 @@
+"""A pico conversion with everything a report can hold, and its report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import upcycle
+from upcycle.report.data.collecting import Wanted
+from upcycle.report.writing import Report, write_report
+
+# Test folders are no packages: this makes ``from report_parts import ...`` work.
+for _name in ("report_parts", "report_browser"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec
+    assert _spec.loader
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[_name] = _module
+    _spec.loader.exec_module(_module)
+HOSTILE, COMPARED = sys.modules["report_parts"].HOSTILE, sys.modules["report_parts"].COMPARED
+write_log = sys.modules["report_parts"].write_log
+
+
+@pytest.fixture(scope="session")
+def full_report(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Calibrated, verified, trained and compared, with hostile names wherever a user or a file can give one."""
+    folder = tmp_path_factory.mktemp("reports")
+    out = folder / "model"
+    calibration = {"text": "demo", "tokens": 512, "window": 64}
+    keys = {"method": "random_split", "experts": 6, "top_k": 3, "shared": 2, "layers": "except-first:1"}
+    upcycle.convert(str(pico("llama")), out, **keys, calibration=calibration, verification={"tokens": 64})
+    write_log(folder / "log.jsonl", 1000)
+    static = COMPARED | {"method": "static", "baseline": "static", "ratio": 1.5, "recommended": False}
+    results = [row | {"active": active} for row in (COMPARED, static) for active in (0.5, 0.75)]
+    (out / "compare.json").write_text(json.dumps({"source": HOSTILE, "dense": {"a": 3.0}, "results": results}))
+    hostile = folder / f"{HOSTILE.replace('/', '')}.txt"
+    hostile.write_text("Some <b>bold</b> prose & more of it. " * 60, encoding="utf-8")
+    return write_report(out, folder / "report.html", Wanted(["code", str(hostile)], 200, [HOSTILE, "def"]))

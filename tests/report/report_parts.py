@@ -1,0 +1,47 @@
+"""What the report's tests share: a hostile name, a comparison's row and a training log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HOSTILE = "<script>alert('x')</script>\"'&"
+COMPARED = {
+    "active": 0.5,
+    "method": HOSTILE,
+    "router": "ridge",
+    "refit": "down",
+    "kl": 0.1,
+    "ratio": 1.2,
+    "baseline": None,
+    "recommended": True,
+}
+
+
+def write_log(path: Path, steps: int) -> None:
+    """A training log as the loop writes it, its last line cut off."""
+    lines: list[dict[str, object]] = []
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "kind": "step",
+                "step": step,
+                "stage": HOSTILE,
+                "loss": 3 + 1 / step,
+                "loss/switch_balance": 1.5,
+                "learning_rate": 1e-4 * step / steps,
+                "gradient_norm": 1.0,
+                "applied": step != 2,
+                "tokens": 64 * step,
+                "tokens_per_second": 100.0,
+                "load_max_over_mean": [1.25, 1.5],
+                "dead_experts": [0, 2],
+                "dropped": 0.0,
+            }
+        )
+        if step % 100 == 0:
+            lines.append(
+                {"kind": "validation", "step": step, "tokens": 64 * step, "validation/prose": 4.0 - step / steps}
+            )
+    lines.append({"kind": "alarm", "step": steps, "alarm": "dead expert", "message": HOSTILE})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "step", "st', encoding="utf-8")

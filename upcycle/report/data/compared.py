@@ -1,0 +1,34 @@
+"""What ``upcycle compare --out FILE.json`` found about ways to split the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import CheckpointError
+from upcycle.report.data.subject import Subject, missing
+from upcycle.tensor_files import read_json
+
+COMPARISON_FILE = "compare.json"
+_NEEDED = {"source", "dense", "results"}
+
+
+def comparison_data(subject: Subject, path: Path | None) -> dict[str, Any]:
+    """The results as ``compare`` gives them.
+
+    Args:
+        subject: beside whose files ``compare.json`` is looked for.
+        path: another file.
+
+    Raises:
+        CheckpointError: the file is not one of these.
+    """
+    found = path or subject.folder / COMPARISON_FILE
+    if not found.is_file():
+        if path:
+            raise CheckpointError(f"no such file: {path}", hint="upcycle compare SOURCE --out compare.json")
+        return missing("no comparison of methods (upcycle compare SOURCE --out compare.json, then --compare FILE)")
+    content = read_json(found)
+    if not isinstance(content, dict) or not content.keys() >= _NEEDED:
+        raise CheckpointError(f"{found} is not a comparison", hint="upcycle compare SOURCE --out compare.json")
+    return content

@@ -1,0 +1,25 @@
+"""How equal the model was to its parent when it was converted, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle import provenance
+from upcycle.blueprint import BlueprintFile
+from upcycle.report.data.subject import Subject, missing
+from upcycle.tensor_files import read_json
+
+
+def exactness_data(subject: Subject) -> dict[str, Any]:
+    """The ``verification`` that was written at the conversion, and the ``calibration`` measurements of every layer.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if not subject.ours:
+        return missing("only what upcycle converted has a record of its verification")
+    path, blueprint = subject.folder / provenance.VERIFICATION_FILE, subject.folder / provenance.BLUEPRINT_FILE
+    if not path.is_file():
+        return missing(f"the model was not verified when it was converted (upcycle verify {subject.name} does it now)")
+    reports = BlueprintFile(blueprint).reports if blueprint.is_file() else []
+    return {"verification": read_json(path), "calibration": reports}

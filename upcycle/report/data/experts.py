@@ -1,0 +1,73 @@
+"""How alike the experts are to the dense FFN and to each other, in what they compute on real inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, normalize
+
+from upcycle.progress import SILENT, Progress
+from upcycle.report.data.measuring import Measured
+from upcycle.report.data.models import Models
+from upcycle.report.data.routing import MOST_SHOWN, rounded, spread
+
+_MOST_ELEMENTS = 1 << 25
+
+
+def experts_data(models: Models, measured: Measured, progress: Progress = SILENT) -> dict[str, Any]:
+    """Mean cosine of the outputs over a sample of each block's own inputs: every expert is given every token.
+
+    Returns:
+        ``layers``: ``to_dense`` (per expert, None without a dense parent) and the mean ``to_each_other`` of different
+        experts; ``shown``: the matrix ``cosine`` of at most four layers.
+    """
+    shown = set(spread(sorted(measured.inputs), MOST_SHOWN))
+    layers, matrices, sample = [], [], 0
+    with progress.phase("comparing experts", len(measured.layers)):
+        for layer in measured.layers:
+            experts = layer.experts
+            count = layer.rule.experts
+            x = measured.inputs[layer.index]
+            x = x[: max(1, _MOST_ELEMENTS // (count * x.shape[1]))]
+            sample = len(x)
+            outputs = expert_outputs(experts, x)
+            cosine = mean_cosine(outputs)
+            others = (cosine.sum() - cosine.trace()).item() / (count * (count - 1)) if count > 1 else 1.0
+            dense = _dense_output(models, layer.index, x)
+            to_dense = None if dense is None else (outputs * normalize(dense, dim=-1)).sum(-1).mean(1)
+            layers.append(
+                {
+                    "layer": layer.index,
+                    "to_dense": None if to_dense is None else rounded(to_dense),
+                    "to_each_other": others,
+                }
+            )
+            if layer.index in shown:
+                matrices.append({"layer": layer.index, "cosine": rounded(cosine)})
+            progress.advance()
+    return {"tokens": sample, "layers": layers, "shown": matrices}
+
+
+def expert_outputs(experts: Any, x: torch.Tensor) -> torch.Tensor:
+    """Unit vectors ``[E, S, d]``: what each routed expert makes of every input ``[S, d]``; zero stays zero."""
+    outputs = []
+    with torch.no_grad():
+        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+            gate, up = linear(x, gate_up).chunk(2, dim=-1)
+            outputs.append(normalize(linear(experts.act_fn(gate) * up, down), dim=-1))
+    return torch.stack(outputs)
+
+
+def mean_cosine(units: torch.Tensor) -> torch.Tensor:
+    """``[E, E]``: cosines of unit vectors ``[E, S, d]``, averaged over S."""
+    flat = units.flatten(1)
+    return flat @ flat.T / units.shape[1]
+
+
+def _dense_output(models: Models, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+    if models.reference is None or models.block is None or layer >= len(models.reference.layers):
+        return None
+    with torch.no_grad():
+        output: torch.Tensor = models.reference.layers[layer].get_submodule(models.block)(x[None])[0]
+    return output

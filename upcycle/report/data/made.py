@@ -1,0 +1,48 @@
+"""What was done: the recipe, the method with its paper, and the layers that came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle import provenance
+from upcycle.report.data.structure import layer_structure
+from upcycle.report.data.subject import Subject, missing
+from upcycle.workspace import LAYER_BLUEPRINTS
+
+
+def made_data(subject: Subject) -> dict[str, Any]:
+    """Recipe, method, router, calibration, warnings of the plan, and ``layers`` as :func:`layer_structure` gives them."""
+    if subject.config is None:
+        return _unfinished(subject)
+    layers = layer_structure(subject)
+    record = subject.record
+    common = {"architecture": subject.config.get("model_type"), "layers": layers}
+    if record is None:
+        return {**common, "note": "this model was not written by upcycle: how it was made is not known"}
+    recipe = subject.folder / provenance.RECIPE_FILE
+    return {
+        **common,
+        "method": record["method"],
+        "router": record.get("router"),
+        "source": record["source"]["name"],
+        "sources": [source["name"] for source in record.get("sources") or []],
+        "target": record.get("target", record["source"]["family"]),
+        "scale": record.get("scale"),
+        "refit": record.get("refit"),
+        "calibration": record.get("calibration"),
+        "summary": record["plan"].get("summary", ""),
+        "promise": record["plan"]["promise"],
+        "promise_reason": record["plan"]["promise_reason"],
+        "warnings": record["plan"]["warnings"],
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+    }
+
+
+def _unfinished(subject: Subject) -> dict[str, Any]:
+    decided = sorted((subject.folder / LAYER_BLUEPRINTS).glob("*.safetensors"))
+    journal = subject.folder / "journal.jsonl"
+    written = len(journal.read_text(encoding="utf-8").splitlines()) if journal.is_file() else 0
+    if subject.log and not decided and not written:
+        return missing("the training run has not exported a model yet")
+    done = f"{len(decided)} layers are decided and {written} units are written"
+    return missing(f"the conversion is not finished: {done}; the same command continues it")

@@ -1,0 +1,70 @@
+"""The model and its dense parent in memory, in fp32, as stock transformers run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
+from upcycle.growth_verification import stock_model
+from upcycle.report.data.subject import Subject, reason_of
+from upcycle.runtime import StockModel, available_memory, load_stock
+from upcycle.verification import reopen
+
+
+@dataclass(frozen=True)
+class Models:
+    """``reference`` is the dense parent (of a growth step: its source), ``block`` the name of the FFN in its layers.
+
+    ``no_reference`` says why there is none.
+    """
+
+    model: StockModel
+    reference: StockModel | None
+    block: str | None
+    no_reference: str | None
+
+
+def load_models(subject: Subject, source: str | None) -> Models:
+    """Load the model, and its parent where it is found and fits beside it.
+
+    Raises:
+        EnvironmentFault: the model does not fit in memory.
+        UpcycleError: transformers cannot load it.
+    """
+    needed = 4 * sum(spec.elements for spec in subject.specs.values())
+    _check_fits(needed, subject.name)
+    try:
+        model = StockModel(load_stock(subject.folder))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"transformers cannot load {subject.name}: {first}") from None
+    try:
+        reference, block = _reference(subject, source)
+    except UpcycleError as error:
+        return Models(model, None, None, reason_of(error))
+    return Models(model, reference, block, None)
+
+
+def _reference(subject: Subject, source: str | None) -> tuple[StockModel, str | None]:
+    if subject.record is None:
+        if source is None:
+            raise UsageError("its dense parent is not recorded", hint="name it with --source")
+        checkpoint: Any = DenseCheckpoint.open(source)
+        dtype = "keep"
+    else:
+        job, checkpoint = reopen(Path(subject.folder), dict(subject.record), source)
+        dtype = job.recipe.dtype
+    _check_fits(4 * sum(spec.elements for spec in checkpoint.store.specs.values()), checkpoint.source.name)
+    block = checkpoint.family.block if isinstance(checkpoint, DenseCheckpoint) else None
+    return stock_model(checkpoint, dtype, streamed=False), block
+
+
+def _check_fits(needed: int, name: str) -> None:
+    if needed > 0.9 * available_memory():
+        raise EnvironmentFault(
+            f"{name} needs about {needed / 1e9:.0f} GB in fp32, and {available_memory() / 1e9:.0f} GB are available",
+            hint="report on a machine with more memory, or give --no-run",
+        )

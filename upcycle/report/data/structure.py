@@ -1,0 +1,64 @@
+"""Which layers are dense, and how many shared and routed experts the others have."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from upcycle import provenance
+from upcycle.blueprint import BlueprintFile
+from upcycle.report.data.subject import Subject
+
+_SHARED_DOWN = re.compile(r"model\.layers\.(\d+)\..*shared.*(down_proj|output_linear)\.weight")
+_EXPERT_DOWN = re.compile(r".+experts(\.\d+)?\.(down_proj|w2)(\.weight)?|.+block_sparse_moe\.output_linear\.weight")
+
+
+def layer_structure(subject: Subject) -> list[dict[str, Any]]:
+    """One entry per layer: ``kind`` dense or moe, ``shared`` and ``routed`` experts, ``top_k``, ``neurons`` of one expert.
+
+    ``shared`` is what the conversion made; of a model from elsewhere the shared experts count as one of ``shared_neurons``.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+    """
+    config, moe = subject.config or {}, subject.moe
+    blueprint = subject.folder / provenance.BLUEPRINT_FILE
+    decided = BlueprintFile(blueprint) if subject.ours and blueprint.is_file() else None
+    layers = []
+    for layer in range(config.get("num_hidden_layers", 0)):
+        if moe is None or layer not in subject.moe_layers:
+            layers.append(_entry(layer, "dense", 0, 0, 0, config.get("intermediate_size", 0), 0))
+        elif decided and layer in decided.layers:
+            routed, shared, neurons = decided.shape(layer)
+            layers.append(_entry(layer, "moe", shared, routed, moe.top_k, neurons, shared * neurons))
+        else:
+            wide = _shared_neurons(subject, layer)
+            neurons = _expert_neurons(subject, layer)
+            layers.append(_entry(layer, "moe", int(wide > 0), moe.experts, moe.top_k, neurons, wide))
+    return layers
+
+
+def _entry(layer: int, kind: str, shared: int, routed: int, top_k: int, neurons: int, wide: int) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "kind": kind,
+        "shared": shared,
+        "routed": routed,
+        "top_k": top_k,
+        "neurons": neurons,
+        "shared_neurons": wide,
+    }
+
+
+def _shared_neurons(subject: Subject, layer: int) -> int:
+    found = (spec.shape[1] for name, spec in subject.specs.items() if _is(_SHARED_DOWN, name, layer))
+    return next(found, 0)
+
+
+def _expert_neurons(subject: Subject, layer: int) -> int:
+    found = (spec.shape[-1] for name, spec in subject.specs.items() if _is(_EXPERT_DOWN, name, layer))
+    return next(found, 0)
+
+
+def _is(pattern: re.Pattern[str], name: str, layer: int) -> bool:
+    return name.startswith(f"model.layers.{layer}.") and bool(pattern.fullmatch(name))

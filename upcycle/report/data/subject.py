@@ -1,0 +1,121 @@
+"""What a report is about: a finished conversion, one that failed or was stopped, a training run, or anybody's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from upcycle import provenance
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.families.moe import MOES, MoeModel
+from upcycle.sources import locate
+from upcycle.tensor_files import SafetensorsFolder, TensorSpec, read_json
+from upcycle.workspace import sibling
+
+TRAINING_LOG = "log.jsonl"
+State = Literal["finished", "failed", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``name`` is what the user said, ``folder`` where its files are; ``record`` is ``upcycle.json`` where this tool wrote it."""
+
+    name: str
+    folder: Path
+    state: State
+    record: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
+    log: Path | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether this tool wrote it."""
+        return self.record is not None
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors' shapes.
+
+        Raises:
+            CheckpointError: the folder is damaged or holds no safetensors.
+        """
+        return SafetensorsFolder(self.folder).specs
+
+    @cached_property
+    def moe(self) -> MoeModel | None:
+        """The configuration as that of a MoE; None where it is dense or its architecture is not known here.
+
+        Raises:
+            CheckpointError: the folder is damaged.
+        """
+        if not self.config or self.config.get("model_type") not in MOES:
+            return None
+        return MoeModel.read(self.config, self.specs, self.name)
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the parent and the model are called beside each other."""
+        if self.record and self.record["plan"]["kind"] == "growth":
+            return "before", "after"
+        return ("dense", "MoE") if self.moe_layers else ("parent", "model")
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Layers with a router, ascending."""
+        return self.moe.moe_layers if self.moe else []
+
+
+def find_subject(name: str, training: Path | None = None) -> Subject:
+    """Find what ``name`` means: a folder, ``OUT`` of a stopped or failed conversion, a training run, or a hub id.
+
+    Args:
+        name: as on the command line.
+        training: a training run's folder or log, where it does not lie around the model.
+
+    Raises:
+        UsageError: there is nothing of that name, or it holds no model.
+    """
+    given = Path(name).expanduser()
+    candidates = [given, sibling(given.absolute(), ".failed"), sibling(given.absolute(), ".partial")]
+    folder = next((path for path in candidates if path.is_dir()), None) or locate(name).path
+    if not folder.is_dir():
+        raise UsageError(f"{name} is a file; a report is about a folder", hint="convert it first, then report on OUT")
+    log = _log(folder, training)
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        folder = folder / "model"  # a training run, exported
+    if not (folder / "config.json").exists():
+        if log or folder.name.endswith(".partial"):
+            return Subject(name, folder, "unfinished", log=log)
+        raise UsageError(
+            f"{folder} holds no config.json", hint="name what upcycle convert or train wrote, or another model's folder"
+        )
+    record = read_json(folder / provenance.FILE) if (folder / provenance.FILE).is_file() else None
+    state: State = "failed" if folder.name.endswith(".failed") else "finished"
+    if folder.name.endswith(".partial"):
+        state = "unfinished"
+    return Subject(name, folder, state, record, read_json(folder / "config.json"), log)
+
+
+def _log(folder: Path, training: Path | None) -> Path | None:
+    if training:
+        path = training / TRAINING_LOG if training.is_dir() else training
+        if not path.is_file():
+            raise UsageError(
+                f"no training log at {path}", hint=f"--training takes a run's folder or its {TRAINING_LOG}"
+            )
+        return path
+    places = [folder, *([folder.parent] if folder.name == "model" else [])]
+    return next((place / TRAINING_LOG for place in places if (place / TRAINING_LOG).is_file()), None)
+
+
+def missing(reason: str) -> dict[str, Any]:
+    """What stands in place of a section that cannot be filled."""
+    return {"missing": reason}
+
+
+def reason_of(error: UpcycleError) -> str:
+    """Message and hint of a failure as one sentence."""
+    return f"{error.message} ({error.hint})" if error.hint else error.message

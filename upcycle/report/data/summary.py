@@ -1,0 +1,90 @@
+"""The verdict, and what a reader must know before all else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from upcycle.report.data.subject import Subject
+
+Level = Literal["good", "mind", "bad"]
+_SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, was lost
+_OVERLOAD = 1.0  # MaxVio at which an expert has twice its share
+
+
+def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """``verdict`` is that of the verification (or ``unverified``, ``unfinished``); ``findings`` have a ``level``
+    and a ``text``, the worst first.
+    """
+    verification = sections["exactness"].get("verification")
+    verdict = verification["verdict"] if verification else "unverified"
+    if subject.state == "unfinished":
+        verdict = "unfinished"
+    findings: list[dict[str, str]] = []
+
+    def say(level: Level, text: str) -> None:
+        findings.append({"level": level, "text": text})
+
+    _say_state(subject, sections, verification, say)
+    _say_quality(sections["quality"], say)
+    _say_routing(sections["routing"], say)
+    training = sections["training"]
+    if alarms := training.get("alarms"):
+        say("mind", f"training raised {len(alarms)} alarms; the last: {alarms[-1]['message']}")
+    if skipped := training.get("skipped_steps"):
+        say("mind", f"training skipped {skipped} steps whose loss or gradient was not finite")
+    findings.sort(key=lambda finding: ("bad", "mind", "good").index(finding["level"]))
+    return {
+        "verdict": verdict,
+        "explanation": verification["explanation"] if verification else "",
+        "findings": findings,
+    }
+
+
+def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any, say: Any) -> None:
+    if subject.state == "failed":
+        say("bad", "the conversion broke its promise and was set aside: do not use or publish it")
+    if subject.state == "unfinished":
+        say("bad", sections["made"].get("missing", "the conversion is not finished; the same command continues it"))
+    trained = sections["provenance"].get("trained")
+    if verification and trained:
+        say("mind", f"verified when it was converted; trained since for {trained['step']:,} steps, so it has changed")
+    elif verification:
+        level: Level = {"exact": "good", "approximate": "mind"}.get(verification["verdict"], "bad")  # type: ignore[assignment]
+        say(level, f"{verification['verdict']}: {verification['explanation']}")
+    elif subject.ours and subject.state == "finished":
+        say("mind", "not verified: nothing says yet how equal it is to its dense parent")
+    elif not subject.ours:
+        say("mind", "not written by upcycle: nothing is known of how it was made")
+    provenance = sections["provenance"]
+    if provenance.get("changed"):
+        say("bad", f"files have changed since they were written: {provenance['changed']}")
+    elif "files" in provenance:
+        say("good", f"all {len(provenance['files'])} files are as they were written (SHA-256)")
+
+
+def _say_quality(quality: Mapping[str, Any], say: Any) -> None:
+    ratio = quality.get("ratio")
+    if ratio is None:
+        return
+    text = f"perplexity is {ratio:.3f}x its parent's (geometric mean over {len(quality['domains'])} texts)"
+    if ratio <= _SAME:
+        say("good", text)
+    else:
+        much = "" if ratio <= _CLOSE else ": heal it by continual pre-training before use"
+        say("mind", text + much)
+
+
+def _say_routing(routing: Mapping[str, Any], say: Any) -> None:
+    layers = routing.get("layers")
+    if not layers:
+        return
+    dead = sum(len(layer["dead_experts"]) for layer in layers)
+    total = sum(layer["experts"] for layer in layers)
+    if dead:
+        say("mind", f"{dead:,} of {total:,} experts got none of the {routing['tokens']:,} tokens that were read")
+    else:
+        say("good", f"every one of the {total:,} experts got tokens")
+    worst = max(layers, key=lambda layer: layer["max_violation"])
+    text = f"the busiest expert of any layer has {1 + worst['max_violation']:.2f}x its share (layer {worst['layer']})"
+    say("mind" if worst["max_violation"] >= _OVERLOAD else "good", text)

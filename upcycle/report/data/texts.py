@@ -1,0 +1,53 @@
+"""What the models are measured on: windows of token ids, one domain after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.report.data.subject import Subject
+from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text, windows_of
+
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One text: token ids ``[N, W]``."""
+
+    name: str
+    windows: torch.Tensor
+
+
+def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[Any, list[Domain]]:
+    """The tokenizer and every text's windows.
+
+    Args:
+        subject: the model; of embedded texts it was calibrated on, only the last quarter is taken.
+        texts: UTF-8 files or names of embedded texts, all of those by default.
+        tokens: at most as many of each.
+
+    Raises:
+        UsageError: a text is missing, empty or too short.
+        EnvironmentFault: the tokenizer cannot be loaded.
+    """
+    tokenizer = load_tokenizer(subject.folder)
+    context = (subject.config or {}).get("max_position_embeddings", WINDOW)
+    seen = set(((subject.record or {}).get("calibration") or {}).get("text") or [])
+    seen = set(DEMO_TEXTS) if "demo" in seen else seen
+    domains: list[Domain] = []
+    for name in texts or DEMO_TEXTS:
+        content = demo_parts(name)[1] if name in DEMO_TEXTS and name in seen else read_text(name)
+        ids = encode(tokenizer, content)
+        window = max(2, min(WINDOW, context, tokens, len(ids)))
+        domains.append(Domain(_label(name, [d.name for d in domains]), windows_of([ids], tokens, window)))
+    return tokenizer, domains
+
+
+def _label(name: str, taken: list[str]) -> str:
+    stem = Path(name).stem
+    return stem if stem not in taken else name

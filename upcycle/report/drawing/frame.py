@@ -1,0 +1,105 @@
+"""A plot's frame: a title that says what to see, axes with labels, and the same in words.
+
+Everything but the marks is HTML, so that text keeps its size from a phone to a wide screen, and takes the page's colours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+_NOTHING = Markup()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """``ticks`` are pairs of a place from 0 (left, bottom) to 1 and what stands there."""
+
+    label: str
+    ticks: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """``area`` holds the marks; ``reading`` says what they show, for everybody and as the text alternative.
+
+    ``height`` is CSS. ``wide`` plots take a whole row of the page.
+    """
+
+    title: str
+    reading: str
+    area: Markup
+    x: Axis
+    y: Axis
+    height: str = "200px"
+    wide: bool = False
+    legend: Markup = _NOTHING
+    square: bool = False
+
+    def __html__(self) -> str:
+        return str(
+            Markup(
+                '<figure class="plot{kind}"><figcaption><strong>{title}</strong> {reading}</figcaption>'
+                '<div class="frame" role="img" aria-label="{alt}">'
+                '<div class="ylabel">{ylabel}</div><div class="yticks">{yticks}</div>'
+                '<div class="area" style="height:{height}">{area}</div>'
+                '<div class="xticks">{xticks}</div><div class="xlabel">{xlabel}</div></div>{legend}</figure>'
+            ).format(
+                kind=(" wide" if self.wide else "") + (" square" if self.square else ""),
+                title=self.title,
+                reading=self.reading,
+                alt=f"{self.title} {self.reading} Horizontal axis: {self.x.label}. Vertical axis: {self.y.label}.",
+                ylabel=self.y.label,
+                yticks=_ticks(self.y, "bottom"),
+                xticks=_ticks(self.x, "left"),
+                xlabel=self.x.label,
+                height=self.height,
+                area=self.area,
+                legend=self.legend,
+            )
+        )
+
+
+def _ticks(axis: Axis, side: str) -> Markup:
+    template = Markup('<span style="{}:{:.2f}%">{}</span>')
+    return Markup("").join(template.format(side, 100 * place, text) for place, text in axis.ticks)
+
+
+def cell_ticks(names: Sequence[str], most: int, downwards: bool = False) -> list[tuple[float, str]]:
+    """Ticks in the middle of evenly wide cells, at most about ``most`` of them."""
+    count = len(names)
+    step = max(1, math.ceil(count / most))
+    ticks = [((i + 0.5) / count, names[i]) for i in range(0, count, step)]
+    return [(1 - place, name) for place, name in ticks] if downwards else ticks
+
+
+def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from at or below ``low`` to at or above ``high``, a step of 1, 2 or 5 times a power of ten apart."""
+    if high <= low:
+        low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
+    raw = (high - low) / max(1, most - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A tick's number, short."""
+    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.6g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def names_legend(names: Sequence[str]) -> Markup:
+    """The series' names beside their strokes."""
+    if len(names) < 2:
+        return Markup("")
+    template = Markup(
+        '<span><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path class="line s{}" d="M1 4H27"/></svg>{}</span>'
+    )
+    items = Markup("").join(template.format(i, escape(name)) for i, name in enumerate(names))
+    return Markup('<div class="legend">{}</div>').format(items)

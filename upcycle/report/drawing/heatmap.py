@@ -1,0 +1,60 @@
+"""Heatmaps on one colour scale, as small images that are drawn large."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from upcycle.report.drawing.frame import Axis, Plot, cell_ticks
+from upcycle.report.drawing.png import STOPS, png_uri
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+def heatmap(
+    matrix: Matrix,
+    *,
+    title: str,
+    reading: str,
+    rows: tuple[str, Sequence[str]],
+    columns: tuple[str, Sequence[str]],
+    scale: tuple[float, float],
+    unit: str,
+    ends: tuple[str, str] | None = None,
+    wide: bool = False,
+) -> Plot:
+    """A matrix with its first row on top.
+
+    Args:
+        matrix: numbers; None where there is none.
+        title: what to see.
+        reading: what is to be seen in this one.
+        rows: the vertical axis' label and the rows' names.
+        columns: the same of the columns.
+        scale: the numbers of the first and the last colour; between them it is the same in every report.
+        unit: what the colours mean.
+        ends: how the scale's ends are labelled.
+        wide: takes a whole row of the page; else it is square.
+    """
+    low, high = scale
+    image = Markup('<img alt="" src="{}">').format(png_uri(matrix, low, high))
+    first, last = ends or (f"{low:g}", f"{high:g}")
+    empty = any(value is None for row in matrix for value in row) or len({len(row) for row in matrix}) > 1
+    gradient = ", ".join(f"rgb{stop}" for stop in STOPS)
+    legend = Markup(
+        '<div class="scale"><span>{}</span><i style="background:linear-gradient(90deg, {})"></i><span>{}</span>'
+        '<span class="unit">{} (middle: {:g}{})</span></div>'
+    ).format(first, gradient, last, unit, (low + high) / 2, ", grey: none" if empty else "")
+    height = f"{min(420, max(64, 15 * len(matrix)))}px" if wide else "auto"
+    return Plot(
+        title=title,
+        reading=reading,
+        area=image,
+        x=Axis(columns[0], cell_ticks(columns[1], 12 if wide else 8)),
+        y=Axis(rows[0], cell_ticks(rows[1], max(2, min(420, 15 * len(matrix)) // 15) if wide else 8, downwards=True)),
+        height=height,
+        wide=wide,
+        legend=legend,
+        square=not wide,
+    )

@@ -1,0 +1,86 @@
+"""How equal the model is to its parent, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.report.drawing.frame import Plot
+from upcycle.report.drawing.lines import Series, lines
+
+
+def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The verification's numbers as rows, and plots over layers."""
+    check = data["verification"]
+    limit = f"promised below {check['tolerance']:.0e}" if check["tolerance"] else "no limit was promised"
+    rows = [
+        ("verdict", f"{check['verdict']}: {check['explanation']}"),
+        ("relative error of the logits", f"{check['relative_logit_error']:.1e} ({limit})"),
+        ("largest difference of a logit", f"{check['max_logit_difference']:.1e}"),
+        ("KL of next-token distributions", f"{check['kl']:.1e} nats"),
+        ("same most likely token", f"{check['top1_agreement']:.1%}"),
+        ("perplexity", f"dense {check['perplexity_dense']:.3f}, now {check['perplexity']:.3f}"),
+        ("measured on", f"{check['tokens']:,} tokens, {check['text']}"),
+    ]
+    if check["all_experts_error"] is not None:
+        rows.append(
+            ("all experts on", f"{check['all_experts_reference']} within {check['all_experts_error']:.1e}, relative")
+        )
+    if check["compared_tensors"]:
+        rows.append(("tensors compared bit for bit", f"{check['compared_tensors']:,}"))
+    plots = [_errors(check["layer_errors"])] if any(check["layer_errors"]) else []
+    return {"rows": rows, "plots": plots + _calibration(data["calibration"])}
+
+
+def _errors(errors: list[float]) -> Plot:
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    equal = sum(error == 0 for error in errors)
+    same = f" {equal} layers are equal bit for bit and have no mark." if equal else ""
+    return lines(
+        [Series("error", range(len(errors)), errors)],
+        title="Which layers differ from the dense ones.",
+        reading=f"Lower is better; fp32 rounding is about 1e-7. The largest is layer {worst}, {errors[worst]:.1e}.{same}",
+        x="layer",
+        y="relative error of the block's output",
+        logarithmic=True,
+        whole=True,
+    )
+
+
+def _calibration(reports: list[dict[str, Any]]) -> list[Plot]:
+    plots = []
+    captured = [report for report in reports if report.get("captured") is not None]
+    if captured:
+        layers = [report["layer"] for report in captured]
+        low = min(report["captured"] for report in captured)
+        series = [Series("router", layers, [report["captured"] for report in captured])]
+        if all("random" in report for report in captured):
+            series.append(Series("random choice", layers, [report["random"] for report in captured]))
+        plots.append(
+            lines(
+                series,
+                title="How much of an oracle's choices the router catches.",
+                reading=f"1 is as good as knowing every expert's output. The lowest layer has {low:.0%}.",
+                x="layer",
+                y="share of what an oracle adds",
+                include=(0.0, 1.0),
+                whole=True,
+            )
+        )
+    fitted = [report for report in reports if report.get("error_before") is not None]
+    if fitted:
+        layers = [report["layer"] for report in fitted]
+        before = [report["error_before"] for report in fitted]
+        after = [report["error_after"] for report in fitted]
+        plots.append(
+            lines(
+                [Series("before", layers, before), Series("after", layers, after)],
+                title="What the refit repaired.",
+                reading=f"Mean error {sum(before) / len(before):.2f} before, {sum(after) / len(after):.2f} after, on held-out tokens.",
+                x="layer",
+                y="relative error",
+                include=(0.0,),
+                whole=True,
+            )
+        )
+    return plots

@@ -1,0 +1,64 @@
+"""How alike the experts are to the dense FFN and to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.report.drawing.heatmap import heatmap
+from upcycle.report.drawing.lines import Series, lines
+from upcycle.report.sections.routing import COSINE_SCALE
+
+
+def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plots over layers and the matrices of the shown ones."""
+    layers = data["layers"]
+    numbers = [layer["layer"] for layer in layers]
+    plots = []
+    if all(layer["to_dense"] is not None for layer in layers):
+        means = [_mean(layer["to_dense"]) for layer in layers]
+        plots.append(
+            lines(
+                [
+                    Series("mean", numbers, means),
+                    Series("most alike", numbers, [max(layer["to_dense"]) for layer in layers]),
+                    Series("least alike", numbers, [min(layer["to_dense"]) for layer in layers]),
+                ],
+                title="How alike is one expert's output to the dense FFN's?",
+                reading=f"Copies have 1; a slice alone points less its way. Mean over all layers: {_mean(means):.2f}.",
+                x="layer",
+                y="cosine of the outputs",
+                include=(0.0, 1.0),
+                whole=True,
+            )
+        )
+    others = [layer["to_each_other"] for layer in layers]
+    plots.append(
+        lines(
+            [Series("different experts", numbers, others)],
+            title="Do the experts compute different things?",
+            reading=f"1: all the same (copies before training); 0: nothing in common. Mean: {_mean(others):.2f}.",
+            x="layer",
+            y="mean cosine of two experts' outputs",
+            include=(0.0, 1.0),
+            whole=True,
+        )
+    )
+    for part in data["shown"]:
+        names = ("expert", [str(i) for i in range(len(part["cosine"]))])
+        plots.append(
+            heatmap(
+                part["cosine"],
+                title=f"Layer {part['layer']}: what experts compute.",
+                reading="Cosine of every two experts' outputs; off the diagonal, orange pairs are redundant.",
+                rows=names,
+                columns=names,
+                scale=COSINE_SCALE,
+                unit="cosine",
+            )
+        )
+    return {"plots": plots, "tokens": data["tokens"]}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,39 @@
+"""What was done, with a diagram of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.report.drawing.diagram import layers_diagram
+
+
+def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``facts`` are (name, text, link or None)."""
+    facts: list[tuple[str, str, str | None]] = []
+    for part in ("method", "router"):
+        if found := data.get(part):
+            facts.append((part, f"{found['title']} ({found['name']})", _link(found["paper"])))
+    if data.get("source"):
+        facts.append(("source", data["source"], None))
+    if data.get("sources"):
+        facts.append(("mixed sources", ", ".join(data["sources"]), None))
+    facts.append(("architecture", str(data["architecture"]), None))
+    if data.get("summary"):
+        facts.append(("growth", data["summary"], None))
+    for key, name in (("scale", "scale of routed experts"), ("refit", "refit")):
+        if data.get(key) is not None:
+            value = data[key]
+            facts.append((name, f"{value:g}" if isinstance(value, float) else str(value), None))
+    if calibration := data.get("calibration"):
+        texts = ", ".join(map(str, calibration.get("text") or []))
+        facts.append(("calibrated on", f"{calibration.get('tokens', 0):,} tokens of {texts}", None))
+    if data.get("promise"):
+        facts.append(("promise", f"{data['promise']}: {data['promise_reason']}", None))
+    return {"facts": facts, "diagram": layers_diagram(data["layers"]) if data["layers"] else None}
+
+
+def _link(paper: str | None) -> str | None:
+    """The first address of a paper's field, which may hold several; nothing that is no web address becomes a link."""
+    first = (paper or "").split(",")[0].strip()
+    return first if first.startswith(("https://", "http://")) else None

@@ -1,0 +1,37 @@
+"""Perplexity, KL and agreement per text, and what both models write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.report.drawing.bars import Bar, Bars
+
+
+def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each text, bars and samples."""
+    rows, bars = [], []
+    parent, model = data["names"]
+    for domain in data["domains"]:
+        before, after = domain["perplexity_dense"], domain["perplexity"]
+        compared = ["-", f"{after:.3f}", "-", "-", "-"]
+        if before is not None:
+            compared = [f"{before:.3f}", f"{after:.3f}", f"{after / before - 1:+.1%}"]
+            compared += [f"{domain['kl']:.1e}", f"{domain['top1_agreement']:.1%}"]
+            bars.append(Bar(f"{domain['text']}, {parent}", before, f"{before:.2f}", 0))
+        rows.append((domain["text"], *compared, f"{domain['tokens']:,}"))
+        bars.append(Bar(f"{domain['text']}, {model}", after, f"{after:.2f}", 1))
+    ratio = data["ratio"]
+    reading = "Lower is better."
+    if ratio is not None:
+        reading += f" It is {ratio:.3f}x the parent's as the geometric mean over the texts."
+    plot = Bars("How well it predicts each kind of text.", reading, bars, "perplexity")
+    columns = ["perplexity", parent, model, "change", "KL (nats)", "same top token", "tokens"]
+    return {
+        "columns": columns,
+        "rows": rows,
+        "plot": plot,
+        "names": data["names"],
+        "samples": data["samples"],
+        "no_reference": data["no_reference"],
+    }

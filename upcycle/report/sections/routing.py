@@ -1,0 +1,178 @@
+"""Who gets the tokens: load, balance, and what the experts are chosen for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upcycle.report.drawing.frame import Plot
+from upcycle.report.drawing.heatmap import heatmap
+from upcycle.report.drawing.lines import Series, lines
+
+LOAD_SCALE, COSINE_SCALE = (0.0, 2.0), (-1.0, 1.0)
+LOAD_ENDS = ("0", "2 or more")
+
+
+def routing_view(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plots over all layers, and for the shown layers their matrices and top tokens."""
+    layers = data["layers"]
+    dead = [(layer["layer"], layer["dead_experts"]) for layer in layers if layer["dead_experts"]]
+    plots = [_load(layers), _violation(layers), _entropy(layers), _similarity(layers)]
+    if len(data["domains"]) > 1:
+        plots.append(_specialisation(layers, data["domains"]))
+    shown = [
+        {"layer": part["layer"], "plots": _matrices(part, data["domains"]), "tokens": part["top_tokens"]}
+        for part in data["shown"]
+    ]
+    return {"tokens": data["tokens"], "texts": ", ".join(data["domains"]), "dead": dead, "plots": plots, "shown": shown}
+
+
+def _names(count: int) -> list[str]:
+    return [str(i) for i in range(count)]
+
+
+def _load(layers: Sequence[Mapping[str, Any]]) -> Plot:
+    worst = max(layers, key=lambda layer: layer["max_violation"])
+    expert = max(range(len(worst["load"])), key=worst["load"].__getitem__)
+    every = [load for layer in layers for load in layer["load"]]
+    idle = sum(load == 0 for load in every)
+    low = sum(load < 0.5 for load in every)
+    most = max(layer["experts"] for layer in layers)
+    return heatmap(
+        [layer["load"] for layer in layers],
+        title="Are the experts used evenly?",
+        reading=(
+            f"Orange experts get more than their share, blue ones less. The busiest is expert {expert} of layer "
+            f"{worst['layer']} with {worst['load'][expert]:.2f}x; {low / len(every):.0%} get less than half their share, "
+            f"{idle:,} get nothing."
+        ),
+        rows=("layer", [str(layer["layer"]) for layer in layers]),
+        columns=("expert", _names(most)),
+        scale=LOAD_SCALE,
+        unit="load / ideal load",
+        ends=LOAD_ENDS,
+        wide=True,
+    )
+
+
+def _over_layers(layers: Sequence[Mapping[str, Any]], key: str, **texts: Any) -> Plot:
+    series = [Series(key, [layer["layer"] for layer in layers], [layer[key] for layer in layers])]
+    return lines(series, x="layer", whole=True, **texts)
+
+
+def _violation(layers: Sequence[Mapping[str, Any]]) -> Plot:
+    worst = max(layers, key=lambda layer: layer["max_violation"])
+    return _over_layers(
+        layers,
+        "max_violation",
+        title="How overloaded is each layer's busiest expert?",
+        reading=f"0 is perfect balance, 1 twice the share. The worst is layer {worst['layer']}: {worst['max_violation']:.2f}.",
+        y="MaxVio (max / mean - 1)",
+        include=(0.0,),
+    )
+
+
+def _entropy(layers: Sequence[Mapping[str, Any]]) -> Plot:
+    worst = min(layers, key=lambda layer: layer["entropy"])
+    return _over_layers(
+        layers,
+        "entropy",
+        title="How evenly are tokens spread over experts?",
+        reading=f"1 is even, 0 means one expert. The lowest is layer {worst['layer']}: {worst['entropy']:.3f}.",
+        y="entropy of the load / log E",
+        include=(0.0, 1.0),
+    )
+
+
+def _similarity(layers: Sequence[Mapping[str, Any]]) -> Plot:
+    closest = [layer for layer in layers if layer["router_closest"]]
+    reading = "Near 1 a router cannot tell experts apart."
+    if closest:
+        most = max(closest, key=lambda layer: layer["router_closest"]["cosine"])
+        first, second = most["router_closest"]["experts"]
+        reading += (
+            f" The closest pair: {first} and {second} of layer {most['layer']}, {most['router_closest']['cosine']:.2f}."
+        )
+    return _over_layers(
+        layers,
+        "router_cosine_mean",
+        title="Can the routers tell their experts apart?",
+        reading=reading,
+        y="mean cosine of router rows",
+        include=(0.0, 1.0),
+    )
+
+
+def _specialisation(layers: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> Plot:
+    most = max(layers, key=lambda layer: layer["specialisation"])
+    return _over_layers(
+        layers,
+        "specialisation",
+        title="Do different texts go to different experts?",
+        reading=(
+            f"0: {' and '.join(domains)} use the experts alike; 1: they share none. The most specialised is layer "
+            f"{most['layer']}: {most['specialisation']:.3f}."
+        ),
+        y="Jensen-Shannon divergence / log D",
+        include=(0.0,),
+    )
+
+
+def _matrices(part: Mapping[str, Any], domains: Sequence[str]) -> list[Plot]:
+    layer, experts = part["layer"], _names(len(part["router_cosine"]))
+    plots = []
+    if len(domains) > 1:
+        plots.append(
+            heatmap(
+                part["domain_load"],
+                title=f"Layer {layer}: which text goes to which expert?",
+                reading=_extreme_domain(part["domain_load"], domains),
+                rows=("text", domains),
+                columns=("expert", experts),
+                scale=LOAD_SCALE,
+                unit="load / ideal load within the text",
+                ends=LOAD_ENDS,
+                wide=True,
+            )
+        )
+    both = ("expert", experts)
+    plots.append(
+        heatmap(
+            part["router_cosine"],
+            title=f"Layer {layer}: router rows.",
+            reading="Cosine of every two experts' rows; off the diagonal, orange pairs answer to the same inputs.",
+            rows=both,
+            columns=both,
+            scale=COSINE_SCALE,
+            unit="cosine",
+        )
+    )
+    if part["coselection"]:
+        plots.append(
+            heatmap(
+                part["coselection"],
+                title=f"Layer {layer}: experts chosen together.",
+                reading=_extreme_pair(part["coselection"]),
+                rows=both,
+                columns=both,
+                scale=LOAD_SCALE,
+                unit="joint choices / what loads alone give",
+                ends=LOAD_ENDS,
+            )
+        )
+    return plots
+
+
+def _extreme_domain(loads: Sequence[Sequence[float]], domains: Sequence[str]) -> str:
+    value, domain, expert = max((v, d, e) for d, row in enumerate(loads) for e, v in enumerate(row))
+    return f"The strongest: expert {expert} gets {value:.2f}x its share of {domains[domain]}."
+
+
+def _extreme_pair(ratios: Sequence[Sequence[float | None]]) -> str:
+    pairs = [(v, i, j) for i, row in enumerate(ratios) for j, v in enumerate(row[:i]) if v is not None]
+    if not pairs:
+        return "No two experts were chosen together."
+    value, first, second = max(pairs)
+    return (
+        f"Orange pairs work together. The strongest: {second} and {first}, {value:.1f}x as often as their loads give."
+    )

@@ -1,0 +1,75 @@
+"""Writes a report: an HTML file that needs nothing else, and its data as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.progress import SILENT, Progress
+from upcycle.report.data.collecting import Wanted, collect
+from upcycle.workspace import cannot_write
+
+MISSING_EXTRA = "pip install 'upcycle[report]'"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the report lies, and its data."""
+
+    html: Path
+    json: Path
+    data: dict[str, Any]
+
+
+def can_draw() -> bool:
+    """Whether the extra ``report`` is installed."""
+    return find_spec("jinja2") is not None
+
+
+def write_report(
+    name: str | Path, out: str | Path | None = None, wanted: Wanted | None = None, progress: Progress = SILENT
+) -> Report:
+    """Report on what ``name`` is: a conversion's OUT, a training run, or another model.
+
+    Args:
+        name: folder or hub id.
+        out: the HTML file; ``report.html`` in the folder by default, or here for a hub id. The JSON lies beside it.
+        wanted: what to measure.
+        progress: where to report.
+
+    Raises:
+        EnvironmentFault: the extra ``report`` is not installed, or the file cannot be written.
+        UpcycleError: there is nothing to report on.
+    """
+    if not can_draw():
+        raise EnvironmentFault("a report needs jinja2, which is not installed", hint=MISSING_EXTRA)
+    from upcycle.report.drawing.page import draw_page
+
+    html = Path(out).expanduser() if out else None
+    if html and (html.suffix not in (".html", ".htm") or not html.absolute().parent.is_dir()):
+        raise UsageError(f"cannot write a report to {html}", hint="--out names an .html file in a folder that exists")
+    subject, data = collect(str(name), wanted or Wanted(), progress)
+    if html is None:
+        local = Path(name).expanduser().absolute().parent == subject.folder.absolute().parent
+        html = (subject.folder if local or Path(name).expanduser().is_dir() else Path()) / "report.html"
+    with progress.phase("drawing", 1):
+        page = draw_page(data)
+        progress.advance()
+    found = html.with_suffix(".json")
+    _write(found, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    _write(html, page)
+    return Report(html, found, data)
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that is there is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
