@@ -6,14 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upcycle.card import write_card
     from upcycle.comparison import compare
     from upcycle.conversion import convert
     from upcycle.evaluation import evaluate
+    from upcycle.hub import push, save_to_hub
     from upcycle.planning import plan
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["compare", "convert", "evaluate", "plan", "verify"]
+__all__ = ["compare", "convert", "evaluate", "plan", "push", "save_to_hub", "verify", "write_card"]
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
@@ -21,7 +23,10 @@ _FUNCTIONS = {
     "convert": "conversion",
     "evaluate": "evaluation",
     "plan": "planning",
+    "push": "hub",
+    "save_to_hub": "hub",
     "verify": "verification",
+    "write_card": "card",
 }
 
 

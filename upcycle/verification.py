@@ -81,7 +81,7 @@ def verify(
     tokens: int = 1024,
     progress: Progress = SILENT,
 ) -> Verification:
-    """Verify a folder that :func:`upcycle.convert` wrote.
+    """Verify a folder that :func:`upcycle.convert` wrote, and keep the result in its ``verification.json``.
 
     Args:
         out: the converted model.
@@ -116,7 +116,14 @@ def verify(
             hint="name the right one with --source",
         )
     job = job_for(recipe, checkpoint)
-    return verify_job(job, checkpoint, folder, text or recipe.verification.text, tokens, progress)
+    result = verify_job(job, checkpoint, folder, text or recipe.verification.text, tokens, progress)
+    try:
+        provenance.write_verification(folder, result.as_dict())
+    except OSError as error:
+        progress.note(
+            f"{provenance.VERIFICATION_FILE} cannot be written ({error.strerror}): push will not know of this"
+        )
+    return result
 
 
 def verify_job(

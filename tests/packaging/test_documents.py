@@ -100,7 +100,11 @@ def test_exit_codes() -> None:
 
 
 def test_json_keys(
-    pico: Callable[[str], Path], pico_moe: Callable[[str], Path], tmp_path: Path, zoo: Callable[[str], list[Path]]
+    pico: Callable[[str], Path],
+    pico_moe: Callable[[str], Path],
+    tmp_path: Path,
+    zoo: Callable[[str], list[Path]],
+    hub: Any,
 ) -> None:
     dense = str(pico("llama"))
     plan = upcycle.plan(dense).as_dict()
@@ -134,6 +138,8 @@ def test_json_keys(
         window=64,
     ).as_dict()
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
+    pushed = upcycle.push(tmp_path / "out", "you/moe", dry_run=True).as_dict()
+    carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     actual = {
         "plan": plan,
         "convert": converted,
@@ -146,6 +152,9 @@ def test_json_keys(
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
+        "card": json.loads(carded.stdout),
+        "push": pushed,
+        "push files": pushed["files"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],
