@@ -107,7 +107,7 @@ def _verification(facts: Facts) -> str:
     if not measured:
         return "**Skipped.** Nobody has compared these weights with the dense model."
     lines = [
-        f"{_VERDICTS[measured['verdict']]} {plain(measured['explanation']).capitalize()}.",
+        f"{_VERDICTS[measured['verdict']]} Why: {plain(measured['explanation'])}.",
         "",
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
         f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",

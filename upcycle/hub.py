@@ -198,8 +198,7 @@ def _collected(repository: Repository, made: Push, collection: str) -> Push:
     try:
         return replace(made, collection=repository.collect(collection, made.private))
     except UpcycleError as error:
-        error.message = f"{made.url} is published, but: {error.message}"
-        raise
+        raise type(error)(f"{made.url} is published, but: {error.message}", hint=error.hint) from None
 
 
 def _notes(local: Publishable) -> Iterator[str]:
