@@ -162,6 +162,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HubServer().running() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)  # whatever the client asks, it asks here
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("time.sleep", server.slept.append)
         yield server
 

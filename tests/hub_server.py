@@ -276,7 +276,10 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repo(repo)
         files = found.commits[found.resolve(revision)][1]
         entries = []
-        for name, blob in sorted(files.items()):
+        wanted = {name: blob for name, blob in files.items() if name.startswith((folder or "/").lstrip("/"))}
+        if not wanted:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        for name, blob in sorted(wanted.items()):
             entry: dict[str, Any] = {"type": "file", "path": name, "size": len(blob.content), "oid": blob.git}
             if blob.lfs:
                 entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}

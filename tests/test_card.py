@@ -53,7 +53,7 @@ def test_metadata(split: Path) -> None:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
     }
-    assert data["tags"] == ["moe", "upcycled", "upcycle", "mixtral", "random_split"]
+    assert data["tags"] == ["moe", "upcycled", "upcycle", provenance.read(split)["plan"]["target"], "random_split"]
     (index,) = data["model-index"]
     assert index["name"] == "alice/half"
     measured = json.loads((split / "verification.json").read_text())

@@ -98,9 +98,8 @@ def test_pushing_again_sends_what_changed_and_removes_what_is_gone(hub: HubServe
     assert push(out, hub).commit is None
     repo = hub.repos[REPO]
     repo.add("main", repo.refs["main"], repo.commits[repo.refs["main"]][1] | {"notes.md": _blob(b"mine")}, "by hand")
-    gone, kept = weights(out)[-1], weights(out)[1]
+    gone = weights(out)[-1]
     gone.unlink()
-    kept.write_bytes(kept.read_bytes() + b"")
     record_again(out)
     before = len(hub.sent("PUT", "/lfs/"))
     result = push(out, hub)
@@ -279,7 +278,7 @@ def test_no_token_no_network_offline(hub: HubServer, out: Path, monkeypatch: pyt
         upcycle.push(out, REPO, endpoint="http://127.0.0.1:9")
     progress = Notes()
     assert upcycle.push(out, REPO, endpoint="http://127.0.0.1:9", dry_run=True, progress=progress).commit is None
-    assert "the hub was not asked what is there" in progress.notes[0]
+    assert any("the hub was not asked what is there" in note for note in progress.notes)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EnvironmentFault, match="HF_HUB_OFFLINE is set"):
         push(out, hub)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from upcycle import __version__
 from upcycle.card import make_card, own_section, write_text
@@ -177,7 +177,9 @@ def _publish(
     def complete(state: State) -> bool:
         return all(map(state.has, files)) and not set(gone) & set(state.files)
 
-    message, everything = f"Upload a model by upcycle {__version__}", [*operations, *deletions]
+    message = f"Upload a model by upcycle {__version__}"
+    everything: list[CommitOperationAdd | CommitOperationDelete] = [*operations, *deletions]
+    where: str | None
     if create_pr:
         commit, url, where = repository.propose(everything, there, message, made.revision)
         made = replace(made, commit=commit, url=url, pull_request=url)
@@ -299,7 +301,7 @@ def _quiet_client() -> Iterator[None]:
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.hub_errors import Hub, passing, patiently
@@ -225,6 +225,6 @@ def operation_of(file: Upload) -> CommitOperationAdd:
     content = str(file.content) if isinstance(file.content, Path) else file.content
     operation = CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=content)
     if operation.upload_info.size != file.size:
-        raise CheckpointError(f"{file.content} was changed since it was checked", hint="give the command again")
+        raise CheckpointError(f"{file.name} was changed since it was checked", hint="give the command again")
     operation.upload_info.sha256 = bytes.fromhex(file.sha256)
     return operation
