@@ -8,6 +8,7 @@ which the repository is no model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -298,11 +299,11 @@ def _status(file: Upload, there: State | None) -> str:
 @contextmanager
 def _quiet_client() -> Iterator[None]:
     """The client's warnings name URLs that are signed; what they say, we say."""
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as client
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    before = client.get_verbosity()
+    client.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        client.set_verbosity(before)
