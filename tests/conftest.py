@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,18 @@ import torch
 from upcycle.sources import DEMO_FOLDER
 
 # Test folders are no packages: this makes ``from pico_models import ...`` work in all of them.
-_spec = importlib.util.spec_from_file_location("pico_models", Path(__file__).with_name("pico_models.py"))
-assert _spec
-assert _spec.loader
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["pico_models"] = _module
-_spec.loader.exec_module(_module)
-_runs = importlib.util.spec_from_file_location("training_runs", Path(__file__).parent / "trainers" / "training_runs.py")
-assert _runs
-assert _runs.loader
-sys.modules["training_runs"] = importlib.util.module_from_spec(_runs)
-_runs.loader.exec_module(sys.modules["training_runs"])
+_HELPERS = {
+    "pico_models": "pico_models.py",
+    "hub_server": "hub_server.py",
+    "training_runs": "trainers/training_runs.py",
+}
+for _name, _file in _HELPERS.items():
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / _file)
+    assert _spec
+    assert _spec.loader
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
+_module = sys.modules["pico_models"]
 COMMON, PICO, MOE_COMMON, PICO_MOE = _module.COMMON, _module.PICO, _module.MOE_COMMON, _module.PICO_MOE
 
 
@@ -150,6 +151,48 @@ def perturbed(source: Path, folder: Path, seed: int, change: float) -> Path:
         tensors[name] = (tensor.float() * factor).to(tensor.dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A hub on the loopback whose user "alice" is logged in; waiting costs no time, and ``hub.slept`` says how long it was."""
+    from hub_server import TOKEN, HubServer
+    from huggingface_hub import constants
+
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HubServer().running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)  # whatever the client asks, it asks here
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("time.sleep", server.slept.append)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def converted(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``converted("moe", experts=2)`` is a pico Llama converted and verified, made once; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def get(name: str, **keys: Any) -> Path:
+        if name not in made:
+            import upcycle
+
+            made[name] = tmp_path_factory.mktemp("converted") / name
+            upcycle.convert(str(pico("llama")), made[name], **{"verification": {"tokens": 64}, **keys})
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def out(converted: Callable[..., Path], tmp_path: Path) -> Path:
+    """A private copy of a converted model, in two weight files and more."""
+    return Path(shutil.copytree(converted("moe", experts=2, max_shard_size="400KB"), tmp_path / "moe"))
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upcycle.card import write_card
     from upcycle.comparison import compare
     from upcycle.conversion import convert
     from upcycle.evaluation import evaluate
+    from upcycle.hub import push, save_to_hub
     from upcycle.planning import plan
     from upcycle.report.writing import write_report
     from upcycle.trainers.export import export
@@ -16,7 +18,19 @@ if TYPE_CHECKING:
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["compare", "convert", "evaluate", "export", "plan", "train", "verify", "write_report"]
+__all__ = [
+    "compare",
+    "convert",
+    "evaluate",
+    "export",
+    "plan",
+    "push",
+    "save_to_hub",
+    "train",
+    "verify",
+    "write_card",
+    "write_report",
+]
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
@@ -25,8 +39,11 @@ _FUNCTIONS = {
     "evaluate": "evaluation",
     "export": "trainers.export",
     "plan": "planning",
+    "push": "hub",
+    "save_to_hub": "hub",
     "train": "trainers.loop",
     "verify": "verification",
+    "write_card": "card",
     "write_report": "report.writing",
 }
 

@@ -371,7 +371,7 @@ def _verify(job: AnyJob, checkpoint: Checkpoint, folder: Path, progress: Progres
     from upcycle.verification import verify_job
 
     result = verify_job(job, checkpoint, folder, wanted.text, wanted.tokens, progress)
-    (folder / provenance.VERIFICATION_FILE).write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+    provenance.write_verification(folder, result.as_dict())
     return result
 
 

@@ -81,6 +81,10 @@ class GgufFile:
     def _value(self, key: str, default: Any = None) -> Any:
         return self._fields[key].contents() if key in self._fields else default
 
+    def metadata(self, key: str) -> Any:
+        """What the file says of itself under a key, or None."""
+        return self._value(key)
+
     def _name(self, name: str) -> str:
         stem, _, kind = name.rpartition(".")
         if stem.startswith("blk."):

@@ -12,6 +12,7 @@ from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint
 from upcycle.errors import UsageError
 from upcycle.families.origin import Origin
 from upcycle.job import method_of
+from upcycle.licenses import license_record
 from upcycle.merging import SUM_BYTES, JoinedCheckpoint, MergedCheckpoint, MergedStore
 from upcycle.registry import load
 from upcycle.slerp import slerp_coefficients
@@ -222,6 +223,7 @@ def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any
             "revision": member.source.revision,
             "weight": source.weight,
             "fingerprint": member.fingerprint,
+            "license": license_record(member),
         }
         for member, source in zip(checkpoint.sources, recipe.sources, strict=True)
     ]

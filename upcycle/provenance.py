@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
+from upcycle.licenses import license_record
 from upcycle.mixing import sources_record
 from upcycle.planning import AnyJob, Plan
 from upcycle.recipe import Recipe
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 FILE = "upcycle.json"
 VERIFICATION_FILE = "verification.json"
 RECIPE_FILE = "recipe.yaml"
+CARD_FILE = "README.md"
 BLUEPRINT_FILE = "blueprint.safetensors"
+_ABOUT = "upcycle_json_sha256"
 _PACKAGES = ("upcycle", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -70,6 +73,11 @@ def text_record(recipe: Recipe, windows: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def hash_bytes(content: bytes) -> str:
+    """SHA-256 of what a file holds."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
@@ -107,6 +115,7 @@ def write(
             "revision": checkpoint.source.revision,
             "family": job.family_name,
             "fingerprint": checkpoint.fingerprint,
+            "license": license_record(checkpoint),
         },
         "sources": sources_record(checkpoint, job.recipe),
         "method": {"name": job.method.name, "title": job.method.title, "paper": job.method.paper},
@@ -119,7 +128,7 @@ def write(
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-UNHASHED = {FILE, VERIFICATION_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
+UNHASHED = {FILE, VERIFICATION_FILE, CARD_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -129,8 +138,22 @@ def read(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder was not made by this tool.
     """
     if not (folder / FILE).is_file():
-        raise CheckpointError(f"{folder} has no {FILE}", hint="verify takes a folder that upcycle convert wrote")
+        raise CheckpointError(f"{folder} has no {FILE}", hint="name a folder that upcycle convert wrote")
     return read_json(folder / FILE)
+
+
+def write_verification(folder: Path, result: dict[str, Any]) -> None:
+    """Write ``verification.json``: the result, and which ``upcycle.json``, and so which files, it is about."""
+    content = result | {_ABOUT: hash_file(folder / FILE)}
+    (folder / VERIFICATION_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_verification(folder: Path) -> dict[str, Any] | None:
+    """The last verification of the files that ``upcycle.json`` lists, or None: there was none, or it is about other files."""
+    if not (folder / VERIFICATION_FILE).is_file():
+        return None
+    found = read_json(folder / VERIFICATION_FILE)
+    return found if found.pop(_ABOUT, None) == hash_file(folder / FILE) else None
 
 
 def check_files(folder: Path, record: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from upcycle.errors import EnvironmentFault, UsageError
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-# Everything but weights in other formats; nothing here is ever executed.
-_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*")
+# Everything but weights in other formats; nothing here is ever executed. The model card says the licence.
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
 
 
 @dataclass(frozen=True)

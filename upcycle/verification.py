@@ -81,7 +81,7 @@ def verify(
     tokens: int = 1024,
     progress: Progress = SILENT,
 ) -> Verification:
-    """Verify a folder that :func:`upcycle.convert` wrote.
+    """Verify a folder that :func:`upcycle.convert` wrote, and keep the result in its ``verification.json``.
 
     Args:
         out: the converted model.
@@ -100,7 +100,14 @@ def verify(
         progress.advance()
     job, checkpoint = reopen(folder, record, source)
     text = text or job.recipe.verification.text
-    return verify_job(job, checkpoint, folder, text, tokens, progress, record.get("training"))
+    result = verify_job(job, checkpoint, folder, text, tokens, progress, record.get("training"))
+    try:
+        provenance.write_verification(folder, result.as_dict())
+    except OSError as error:
+        progress.note(
+            f"{provenance.VERIFICATION_FILE} cannot be written ({error.strerror}): push will not know of this"
+        )
+    return result
 
 
 def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> tuple[AnyJob, Checkpoint]:

@@ -18,7 +18,9 @@ LAYER_BLUEPRINTS = "layer_blueprints"  # one file per decided layer, until all a
 CALIBRATION_FOLDER = "calibration"  # the calibration tokens' states
 MEASURED = "measured.jsonl"  # what merges were decided by
 _STATE = "state.json"
+_JOURNAL = "journal.jsonl"
 _LOCK = ".lock"
+UNFINISHED = (_STATE, _JOURNAL, MEASURED)  # what only a folder holds that is being worked on
 
 
 class Workspace:
@@ -87,7 +89,7 @@ class Workspace:
     def publish(self, failed: bool = False) -> Path:
         """Rename the finished folder to OUT, or to ``OUT.failed`` when verification found it broken."""
         destination = sibling(self.out, ".failed") if failed else self.out
-        for name in (_STATE, "journal.jsonl", MEASURED):
+        for name in UNFINISHED:
             (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             sync(path)
@@ -107,7 +109,7 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        begun = (self.folder / name for name in (LAYER_BLUEPRINTS, "journal.jsonl", MEASURED))
+        begun = (self.folder / name for name in (LAYER_BLUEPRINTS, _JOURNAL, MEASURED))
         if isinstance(error, UpcycleError) and not any(map(_holds_something, begun)):
             # Nothing to continue: a corrected command needs no --restart.
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -210,10 +210,12 @@ def _header(shard: Shard) -> bytes:
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
-    """Write ``model.safetensors.index.json`` when there is more than one shard."""
+    """Write ``model.safetensors.index.json``.
+
+    One shard has one, too: without it vLLM and SGLang take every ``*.safetensors`` of the folder for weights, and the
+    blueprint is one of them.
+    """
     every = list(shards)
-    if len(every) == 1:
-        return
     names = {entry.name: shard.file for shard in every for unit in shard.units for entry in unit.entries}
     index = {
         "metadata": {"total_size": sum(shard.nbytes for shard in every)},

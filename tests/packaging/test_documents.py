@@ -121,7 +121,11 @@ def test_exit_codes() -> None:
 
 
 def test_json_keys(
-    pico: Callable[[str], Path], pico_moe: Callable[[str], Path], tmp_path: Path, zoo: Callable[[str], list[Path]]
+    pico: Callable[[str], Path],
+    pico_moe: Callable[[str], Path],
+    tmp_path: Path,
+    zoo: Callable[[str], list[Path]],
+    hub: Any,
 ) -> None:
     dense = str(pico("llama"))
     plan = upcycle.plan(dense).as_dict()
@@ -162,6 +166,8 @@ def test_json_keys(
     exported = export(trained.output, tmp_path / "exported").as_dict()
     reported = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
+    pushed = upcycle.push(tmp_path / "out", "you/moe", dry_run=True).as_dict()
+    carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     actual = {
         "plan": plan,
         "convert": converted,
@@ -184,6 +190,9 @@ def test_json_keys(
         "report routing layers": reported["routing"]["layers"][0],
         "report routing shown": reported["routing"]["shown"][0],
         "report experts layers": reported["experts"]["layers"][0],
+        "card": json.loads(carded.stdout),
+        "push": pushed,
+        "push files": pushed["files"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],

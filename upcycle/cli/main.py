@@ -21,6 +21,8 @@ VERBS = {
     "train": "train",
     "export": "export",
     "report": "report",
+    "card": "card",
+    "push": "push",
     "list": "list_plugins",
     "demo": "demo",
     "tune-kernels": "tune_kernels",
@@ -52,6 +54,7 @@ def cli() -> None:
     upcycle plan SOURCE --experts 8                    what a conversion would cost
     upcycle convert SOURCE OUT --experts 8 --top-k 2   convert and verify
     upcycle verify OUT                                 prove it again
+    upcycle push OUT YOU/NAME                          publish it
 
     Exit codes: 0 ok, 1 failure, 2 usage or recipe, 3 verification failed, 4 environment, 130 interrupted.
     """

@@ -111,6 +111,16 @@ def quiet_option(function: F) -> F:
     return click.option("--quiet", "-q", is_flag=True, help="no progress bars and no warnings")(function)
 
 
+def card_options(function: F) -> F:
+    """What only the user knows of a model card."""
+    function = click.option(
+        "--base-model", metavar="REPO", help="hub id of the dense model, if a folder was converted"
+    )(function)
+    return click.option("--license", metavar="ID", help="the hub's name of the licence, if the sources' do not decide")(
+        function
+    )
+
+
 def build_recipe(
     source: str | None,
     flags: dict[str, Any],

@@ -1,0 +1,150 @@
+"""The model card, ``README.md``: made anew from ``upcycle.json``, ``recipe.yaml`` and ``verification.json`` whenever it is asked for.
+
+What the user writes between two lines of it is kept, and so is what only the user can know: a licence or a base model that no
+record names. Format: https://huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle import provenance
+from upcycle.card_facts import Facts, gather, public_name
+from upcycle.card_text import body
+from upcycle.errors import UsageError
+from upcycle.licenses import front_matter
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+BEGIN = "<!-- yours: what stands from here to the next such line is kept -->"
+END = "<!-- yours: end -->"
+
+
+def write_card(
+    out: str | Path, *, name: str | None = None, license: str | None = None, base_model: str | None = None
+) -> Path:
+    """Write ``README.md`` into a folder that :func:`upcycle.convert` wrote; the user's section of the one before is kept.
+
+    Args:
+        out: the converted model.
+        name: what the card calls it; default: the folder's name.
+        license: the hub's identifier of its licence, where the sources' does not decide.
+        base_model: the hub id of the dense model, where it was converted from a local folder.
+
+    Raises:
+        CheckpointError: the folder was not made by this tool.
+        UsageError: the sources' licences differ, or the card that is there is not ours.
+    """
+    folder = Path(out).expanduser()
+    text = make_card(folder, name or folder.absolute().name, license=license, base_model=base_model)
+    return write_text(folder / provenance.CARD_FILE, text)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file that is the old one or the new one, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    return partial.replace(path)
+
+
+def make_card(
+    folder: Path,
+    name: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    mark: str | None = None,
+    published: str = "",
+) -> str:
+    """The text of a card; see :func:`write_card`.
+
+    Args:
+        mark: why the model should not be published; it stands at the top.
+        published: the card that is on the hub; its section of the user's is taken where the local card has none.
+    """
+    path = folder / provenance.CARD_FILE
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    own = own_section(before, str(path))
+    if before and own is None:
+        raise UsageError(
+            f"{path} was not written by upcycle, and would be lost",
+            hint=f"move it away, run upcycle card {folder}, and put your text between the two marked lines of the new one",
+        )
+    if not (own or "").strip():
+        own = own_section(published, "the card on the hub") or own
+    kept = front_matter(before)
+    facts = gather(folder, name, license, base_model, kept, mark)
+    return _joined(facts, own or "", {"language": kept["language"]} if "language" in kept else {})
+
+
+def own_section(text: str, where: str) -> str | None:
+    """What stands between the two marked lines of a card, or None where there are no such lines.
+
+    Raises:
+        UsageError: one is missing, or there are several.
+    """
+    lines = text.splitlines()
+    begins = [i for i, line in enumerate(lines) if line.rstrip() == BEGIN]
+    ends = [i for i, line in enumerate(lines) if line.rstrip() == END]
+    if not begins and not ends:
+        return None
+    if len(begins) != 1 or len(ends) != 1 or ends[0] < begins[0]:
+        raise UsageError(
+            f"{where}: the user's section must begin with the line {BEGIN!r} and end with {END!r}, each once",
+            hint="repair these two lines, so that nothing of yours is lost",
+        )
+    return "\n".join(lines[begins[0] + 1 : ends[0]])
+
+
+def _joined(facts: Facts, own: str, kept: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCard
+
+    text = body(facts, f"{BEGIN}\n{own}\n{END}")
+    return str(ModelCard(f"---\n{_metadata(facts, kept).to_yaml()}\n---\n\n{text}\n"))
+
+
+def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    record, license, results = facts.record, facts.license, _results(facts)
+    tags = [*(["moe"] if facts.moe else []), "upcycled", "upcycle", record["plan"]["target"], record["method"]["name"]]
+    return ModelCardData(
+        base_model=facts.base_models[0] if len(facts.base_models) == 1 else facts.base_models or None,
+        # The hub knows adapter, finetune, merge and quantized. What is made of one model's weights is nearest to the second.
+        base_model_relation=("merge" if facts.mixed else "finetune") if facts.base_models else None,
+        datasets=facts.datasets or None,
+        eval_results=results or None,
+        model_name=facts.name if results else None,
+        library_name="transformers",
+        license=license.id if license else None,
+        license_name=license.name if license else None,
+        license_link=license.link if license else None,
+        pipeline_tag="text-generation",
+        tags=tags,
+        **kept,
+    )
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """What was measured, for the hub's ``model-index``."""
+    from huggingface_hub import EvalResult
+
+    measured = facts.verification
+    if not measured:
+        return []
+    text = public_name(measured["text"])
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=re.sub(r"[^\w.-]+", "-", text).strip("-").lower(),
+            dataset_name=text,
+            dataset_args={"tokens": measured["tokens"]},
+            metric_type="perplexity",
+            metric_name="Perplexity",
+            metric_value=measured["perplexity"],
+        )
+    ]

@@ -1,0 +1,124 @@
+"""What may be published of a folder: the files that were recorded when it was made, unchanged, and verified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import Any
+
+from upcycle import provenance
+from upcycle.errors import CheckpointError, UsageError, VerificationError
+from upcycle.progress import Progress
+from upcycle.provenance import CARD_FILE, FILE, VERIFICATION_FILE, check_files, hash_bytes
+from upcycle.workspace import UNFINISHED, sibling
+
+# Not recorded when the model was made, and ours all the same.
+REPORTS = ("report.html", "report.json")
+_WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to publish: small ones are held as they were when they were checked, weights stay where they are.
+
+    ``sha256`` is what their content was checked against: a file that is changed meanwhile cannot be uploaded under it.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    content: bytes | Path
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> Upload:
+        """One that is held in memory."""
+        return cls(name, len(content), hash_bytes(content), content)
+
+    def is_at(self, oid: str) -> bool:
+        """Whether that is what the hub has: the SHA-256 of a large file, git's SHA-1 of a small one."""
+        if oid == self.sha256:
+            return True
+        if isinstance(self.content, Path):
+            return False
+        return oid == sha1(b"blob %d\0" % self.size + self.content, usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True)
+class Publishable:
+    """A folder that may be published: ``mark`` says why it should not be, where that was overruled; ``skipped`` are files in
+    it that nobody recorded, and that stay here.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    files: list[Upload]
+    skipped: list[str]
+    mark: str | None
+
+
+def publishable(folder: Path, force: bool, progress: Progress) -> Publishable:
+    """Check a folder, hashing every file of it.
+
+    Raises:
+        UsageError: there is no such folder, it is unfinished, or it was never verified (unless ``force``).
+        VerificationError: it broke its promise (unless ``force``; a folder called ``.failed`` is refused in any case).
+        CheckpointError: this tool did not make it, or a file is missing or was changed since it was verified.
+    """
+    _check_finished(folder)
+    record = provenance.read(folder)
+    if not isinstance(record.get("files"), dict) or not any(name.endswith(_WEIGHTS) for name in record["files"]):
+        raise CheckpointError(f"{folder / FILE}: key 'files' lists no weights", hint="convert again")
+    mark = _verified(folder, force)
+    with progress.phase("checking files", 1):
+        check_files(folder, record)
+        progress.advance()
+    files = [_upload(folder, name, digest) for name, digest in record["files"].items() if name != CARD_FILE]
+    present = (FILE, VERIFICATION_FILE, *REPORTS)
+    files += [Upload.of(name, (folder / name).read_bytes()) for name in present if (folder / name).is_file()]
+    known = {file.name for file in files} | {CARD_FILE}
+    skipped = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in known)
+    return Publishable(folder, record, files, skipped, mark)
+
+
+def _check_finished(folder: Path) -> None:
+    if folder.name.endswith(".failed"):
+        raise VerificationError(
+            f"{folder} broke its promise, and is never published",
+            hint="convert again; upcycle verify says what is wrong",
+        )
+    partial = folder.name.endswith(".partial") or any((folder / name).exists() for name in UNFINISHED)
+    if partial or (not folder.exists() and sibling(folder, ".partial").is_dir()):
+        raise UsageError(f"{folder} is not finished", hint="give the conversion's command again: it continues")
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="name the folder that upcycle convert wrote")
+
+
+def _verified(folder: Path, force: bool) -> str | None:
+    """Why it should not be published, or None."""
+    verification = provenance.read_verification(folder)
+    if verification is None:
+        if not force:
+            raise UsageError(
+                f"{folder} was not verified since its files were written",
+                hint=f"upcycle verify {folder}; or --force publishes it, and its card will say so",
+            )
+        return "It was published without being verified."
+    if verification.get("verdict") not in ("exact", "approximate"):
+        why = verification.get("explanation", "no verdict")
+        if not force:
+            raise VerificationError(
+                f"{folder} is broken: {why}", hint="convert again; or --force publishes it, and its card will say so"
+            )
+        return f"Its verification failed: {why}."
+    return None
+
+
+def _upload(folder: Path, name: str, digest: str) -> Upload:
+    path = folder / name
+    if name.endswith(_WEIGHTS):
+        return Upload(name, path.stat().st_size, digest, path)
+    upload = Upload.of(name, path.read_bytes())
+    if upload.sha256 != digest:
+        raise CheckpointError(f"{path} was changed while it was read", hint="upcycle verify finds out what it is now")
+    return upload
