@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,9 @@ def test_a_failed_write_is_raised_and_nothing_after_it_is_recorded(
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_one_shard_has_no_index(tmp_path: Path) -> None:
+def test_one_shard_has_an_index_of_its_tensors(tmp_path: Path) -> None:
     write_index(tmp_path, [shard()])
-    assert not list(tmp_path.iterdir())
+    content = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = [entry.name for unit in shard().units for entry in unit.entries]
+    assert content["weight_map"] == dict.fromkeys(sorted(names), shard().file)
+    assert content["metadata"]["total_size"] == shard().nbytes

@@ -104,9 +104,7 @@ def verify(
     try:
         provenance.write_verification(folder, result.as_dict())
     except OSError as error:
-        progress.note(
-            f"{provenance.VERIFICATION_FILE} cannot be written ({error.strerror}): push will not know of this"
-        )
+        progress.note(f"{provenance.VERIFICATION_FILE} cannot be written, and push needs it: {error.strerror}")
     return result
 
 

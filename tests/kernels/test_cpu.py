@@ -130,7 +130,7 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = make_weights("ragged")
     groups, idle, size = grouped([0, 3, 3, 5, 9, 12], weights)
     assert idle == [1]
-    assert [(g.rows.start, g.rows.stop, g.width, [m[0] for m in g.members]) for g in groups] == [
+    assert [(g.rows.start, g.rows.stop, g.width, list(g.experts)) for g in groups] == [
         (0, 3, 8, [0]),
         (3, 5, 16, [2]),
         (5, 12, 8, [3, 4]),
@@ -138,7 +138,7 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g.z.start, g.z.stop) for g in groups] == [(0, 48), (48, 112), (112, 224)]
     assert size == 224 == 2 * (3 * WIDTHS[0] + 2 * WIDTHS[2] + 7 * WIDTHS[3])
     many = grouped([0, GROUP_ROWS - 1, GROUP_ROWS + 1, GROUP_ROWS + 2, 5 * GROUP_ROWS, 5 * GROUP_ROWS], make_weights())
-    assert [len(group.members) for group in many[0]] == [1, 2, 1]
+    assert [len(group.experts) for group in many[0]] == [1, 2, 1]
     x, routing = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
     together = cpu.forward(x, make_weights(), routing, None, True)
     monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ROWS", 1)

@@ -76,7 +76,7 @@ def test_training_recipe_keys() -> None:
 
 
 def test_every_training_recipe_is_documented() -> None:
-    documented = set(re.findall(r"`(\w+\.yaml)`", README.split("\n## Training\n", 1)[1].split("\n## Commands\n")[0]))
+    documented = set(re.findall(r"`(\w+\.yaml)`", README.split("\n## Training\n", 1)[1].split("\n## ")[0]))
     shipped = {path.name for path in (ROOT / "configs" / "train").glob("*.yaml")} - {"demo_model.yaml"}
     assert documented == shipped
 
