@@ -151,10 +151,5 @@ class Stage:
 
         # DeepSpeed prints of its own accord; stdout is for results.
         with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
-            if config["zero_optimization"]["stage"] == 3 and self.recipe.expert_parallel == 1:
-                # Weight by weight, so that a model larger than a device is never on it as a whole.
-                deepspeed.zero.Init(
-                    module=self.model, config_dict_or_path=config, dtype=getattr(torch, self.recipe.dtype)
-                )
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
         return engine
