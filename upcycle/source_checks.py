@@ -98,7 +98,7 @@ def _check_tokenizers(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
     """Tokens must have the same ids and text be cut in the same way; a source without a tokenizer follows the base's."""
     names = base.source.name, member.source.name
     paths = [source.path / "tokenizer.json" for source in (base.source, member.source)]
-    if not all(map(Path.is_file, paths)) or filecmp.cmp(*paths, shallow=False):
+    if not all(map(Path.is_file, paths)) or filecmp.cmp(paths[0], paths[1], shallow=False):
         return  # the same bytes, as most fine-tunes have them, need not be parsed
     ours, theirs = (read_json(path) for path in paths)
     one, two = _token_ids(ours), _token_ids(theirs)
