@@ -67,14 +67,19 @@ def compare(
     needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
     made = cpu.backward(grad, x, weights, routing, scores, z, needs)
     again = cpu.backward(grad, x, weights, routing, scores, z, needs)
-    for name, need, mine, other in zip(Gradients._fields, needs, made, again, strict=True):
+    lean = cpu.backward(grad, x, weights, routing, scores, z.new_empty(0), needs)
+    for name, need, mine, other, anew in zip(Gradients._fields, needs, made, again, lean, strict=True):
         if need is None:
             assert mine is None
             continue
+        assert anew is not None
         slope = slopes[[n for n, value in zip(Gradients._fields, needs, strict=True) if value is not None].index(name)]
         assert mine.dtype == need.dtype
         assert apart(mine, slope) < tolerance, name
         assert torch.equal(mine, other), f"{name}: the same bits every time"
+        if dtype == total:
+            assert torch.equal(mine, anew), f"{name}: the same without z"
+        assert apart(anew, slope) < tolerance, f"{name} without z"
         if slope.norm() > 0:
             cosine = torch.nn.functional.cosine_similarity(mine.double().flatten(), slope.flatten(), dim=0)
             assert cosine > 0.9999, name
