@@ -9,7 +9,7 @@ import torch
 from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tensors_of, with_grad
 
 from upcycle.kernels import cpu, reference
-from upcycle.kernels.cpu_pass import GROUP_ROWS, grouped
+from upcycle.kernels.cpu_pass import GROUP_ELEMENTS, GROUP_ROWS, grouped
 from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
 from upcycle.kernels.routing import route
 
@@ -142,11 +142,14 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert [(g.z.start, g.z.stop) for g in groups] == [(0, 48), (48, 112), (112, 224)]
     assert size == 224 == 2 * (3 * WIDTHS[0] + 2 * WIDTHS[2] + 7 * WIDTHS[3])
-    many = grouped([0, GROUP_ROWS - 1, GROUP_ROWS + 1, GROUP_ROWS + 2, 5 * GROUP_ROWS, 5 * GROUP_ROWS], make_weights())
-    assert [len(group.experts) for group in many[0]] == [1, 2, 1]
+    narrow, wide = make_weights(), make_weights(width=GROUP_ELEMENTS // GROUP_ROWS)
+    for these, most in ((narrow, GROUP_ELEMENTS // (2 * narrow.width(0))), (wide, GROUP_ROWS)):
+        many, _, _ = grouped([0, most - 1, most + 1, most + 2, 5 * most, 5 * most], these)
+        assert [len(group.experts) for group in many] == [1, 2, 1]
     x, routing = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
     together = cpu.forward(x, make_weights(), routing, None, True)
     monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ROWS", 1)
+    monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ELEMENTS", 0)
     apart_ = cpu.forward(x, make_weights(), routing, None, True)
     assert torch.equal(together[0], apart_[0])
     assert torch.equal(together[1], apart_[1])
