@@ -42,7 +42,9 @@ def test_the_commands_stand_before_line_40() -> None:
     assert "| " in top
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
 def test_every_command_line_parses(path: Path) -> None:
     """And means a verb and options that exist; paths are placeholders."""
     lines = [
