@@ -1,7 +1,7 @@
 """The fast path on a CPU: rows gathered by expert, one matrix product per expert and matrix, into buffers that are reused.
 
-Only x and z are kept for the backward pass, which makes everything else again. In z, the gate's I columns stand before the up
-projection's, whatever the layout of the weights. T tokens, R rows, S slots, n rows of a group, H hidden, I width.
+Only x and z, or only x, are kept for the backward pass, which makes everything else again. In z, the gate's I columns stand
+before the up projection's, whatever the layout of the weights. T tokens, R rows, S slots, n rows of a group, H hidden, I width.
 """
 
 from __future__ import annotations
@@ -25,16 +25,10 @@ def forward(
     kept = x.new_empty(run.z_size if keep else 0)
     for group in run.groups:
         counts, size = group.counts, group.size
-        inputs = run.gather(run.x, group, "inputs").split(counts)
         direct = keep and kept.dtype == products.sum
         columns = group.width * weights.rows_per_neuron
         z = kept[group.z].view(size, columns) if direct else run.buffer("z", size, columns)
-        for part, target in _parts(weights, z):
-            outs = target.split(counts)
-            products.linear(inputs, weights.matrices(part, group.experts, turned=True), outs)
-            if weights.up_bias is not None:
-                for expert, out in zip(group.experts, outs, strict=True):
-                    out.add_(weights.half(weights.up_bias_of(expert), part))
+        _pre_activations(run, group, z)
         if keep and not direct:
             kept[group.z].view_as(z).copy_(z)
         h = activate(weights.activation, z[:, : group.width], run.buffer("h", size, group.width))
@@ -81,6 +75,19 @@ def backward(
     return made if made.x is None else made._replace(x=run.combine(run.expanded, None).to(x.dtype))
 
 
+def _pre_activations(run: Pass, group: Group, z: torch.Tensor) -> torch.Tensor:
+    """Into ``z [n, I or 2 I]``."""
+    weights = run.weights
+    inputs = run.gather(run.x, group, "inputs").split(group.counts)
+    for part, target in _parts(weights, z):
+        outs = target.split(group.counts)
+        run.products.linear(inputs, weights.matrices(part, group.experts, turned=True), outs)
+        if weights.up_bias is not None:
+            for expert, out in zip(group.experts, outs, strict=True):
+                out.add_(weights.half(weights.up_bias_of(expert), part))
+    return z
+
+
 def _through_activation(
     run: Pass,
     group: Group,
@@ -96,9 +103,13 @@ def _through_activation(
     without the score with h: the row itself is not needed (SonicMoE, https://arxiv.org/abs/2512.14080).
     """
     weights, n, width = run.weights, group.size, group.width
-    z = z_flat[group.z].view(n, width * weights.rows_per_neuron)
-    if z.dtype != run.products.sum:
-        z = run.buffer("z", *z.shape).copy_(z)
+    columns = width * weights.rows_per_neuron
+    if not len(z_flat):
+        z = _pre_activations(run, group, run.buffer("z", n, columns))
+    elif z_flat.dtype == run.products.sum:
+        z = z_flat[group.z].view(n, columns)
+    else:
+        z = run.buffer("z", n, columns).copy_(z_flat[group.z].view(n, columns))
     dh, dz, spare = run.buffer("dh", n, width), run.buffer("dz", *z.shape), run.buffer("spare", n, width)
     run.products.linear(grads.split(group.counts), weights.matrices("down", group.experts), dh.split(group.counts))
     h = activate(weights.activation, z[:, :width], run.buffer("h", n, width))

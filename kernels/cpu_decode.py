@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from upcycle.errors import UsageError
 from upcycle.kernels.activation import activate
-from upcycle.kernels.cpu_products import Products, accumulator
+from upcycle.kernels.cpu_products import LARGE, Products, accumulator
 from upcycle.kernels.experts import ExpertWeights
 from upcycle.kernels.routing import refuse_infinite
 
@@ -107,7 +107,8 @@ def _products(
     tensor = weights.down if which == "down" else weights.up
     aligned = all(size * rows.element_size() % 16 == 0 for size in (rows.shape[1], out.shape[1]))
     stacked = not weights.packed and tensor.data_ptr() % 16 == 0 and aligned
-    if stacked and tensor.dtype == torch.float32 == rows.dtype and hasattr(functional, "grouped_mm"):
+    small = rows.shape[1] * out.shape[1] < LARGE  # else what Python adds is nothing, and few rows have a faster way
+    if small and stacked and tensor.dtype == torch.float32 == rows.dtype and hasattr(functional, "grouped_mm"):
         ends, end = [], 0
         for expert in range(weights.num_experts):
             end += counts.get(expert, 0)

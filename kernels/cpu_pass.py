@@ -12,7 +12,8 @@ from upcycle.kernels.cpu_products import Products
 from upcycle.kernels.experts import ExpertWeights
 from upcycle.kernels.routing import Routing
 
-GROUP_ROWS = 256  # rows that are gathered at once, more only for a larger expert
+GROUP_ROWS = 256  # as many rows are computed together, more only of a larger expert,
+GROUP_ELEMENTS = 2**20  # or of narrow experts: while z has at most so many elements (Python costs more than a full cache)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def grouped(offsets: list[int], weights: ExpertWeights) -> tuple[list[Group], li
             idle.append(expert)
             continue
         unlike = pending and weights.width(pending[0]) != weights.width(expert)
-        if pending and (unlike or last - offsets[pending[0]] > GROUP_ROWS):
+        most = max(GROUP_ROWS, GROUP_ELEMENTS // (weights.width(expert) * weights.rows_per_neuron))
+        if pending and (unlike or last - offsets[pending[0]] > most):
             groups.append(_group(pending, offsets, weights, z_end))
             z_end, pending = groups[-1].z.stop, []
         pending.append(expert)

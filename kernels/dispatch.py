@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from upcycle.kernels.experts import Backend
 
 TRITON, CPU, REFERENCE = "triton", "cpu", "reference"
 VARIABLE = "UPCYCLE_KERNELS"
-NAME = "upcycle"
+NAME, LEAN = "upcycle", "upcycle_lean"
 _MODULES = {
     TRITON: "upcycle.kernels.triton_experts",
     CPU: "upcycle.kernels.cpu",
@@ -27,12 +27,16 @@ _log = logging.getLogger("upcycle.kernels")
 
 
 def register() -> None:
-    """Let transformers run stock experts with ``experts_implementation="upcycle"``; again changes nothing."""
+    """Let transformers run stock experts with ``experts_implementation="upcycle"``; again changes nothing.
+
+    ``"upcycle_lean"`` keeps no pre-activation for the backward pass, which computes it again.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from upcycle.kernels.stock import stock_experts
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
+    ALL_EXPERTS_FUNCTIONS.register(LEAN, partial(stock_experts, save="none"))
 
 
 def chosen(device: torch.device, dtype: torch.dtype) -> str:

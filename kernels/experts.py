@@ -278,7 +278,7 @@ class Backend(Protocol):
         z: torch.Tensor,
         needs: Gradients,
     ) -> Gradients:
-        """Gradients of everything that is not ``None`` in ``needs`` (whose values are not read)."""
+        """Gradients of everything that is not ``None`` in ``needs`` (whose values are not read); of an empty z, it is made again."""
 
 
 def _alternating(weights: ExpertWeights, rows: torch.Tensor) -> torch.Tensor:

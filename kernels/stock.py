@@ -11,13 +11,17 @@ from weakref import WeakKeyDictionary
 import torch
 
 from upcycle.kernels.experts import ExpertWeights
-from upcycle.kernels.operator import compiled_output, experts_output
+from upcycle.kernels.operator import Saved, compiled_output, experts_output
 
 _log = logging.getLogger("upcycle.kernels")
 
 
 def stock_experts(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    save: Saved = "z",
 ) -> torch.Tensor:
     """``[T, H]`` like ``hidden_states``: the forward function of a stock experts module.
 
@@ -29,6 +33,7 @@ def stock_experts(
         hidden_states: ``[T, H]``.
         top_k_index: expert ids ``[T, K]``; ids of ``num_experts`` or more are another rank's.
         top_k_weights: router weights ``[T, K]``.
+        save: see :func:`upcycle.kernels.operator.experts_output`.
     """
     activation = _activation(self)
     obstacle = _obstacle(self, activation)
@@ -46,7 +51,7 @@ def stock_experts(
         scores = top_k_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         out = compiled_output(
             x, up, self.down_proj, up_bias, down_bias, top_k_index, scores, None, None,
-            activation, self.has_gate, interleaved, self.is_transposed, None,
+            activation, self.has_gate, interleaved, self.is_transposed, None, save,
         )  # fmt: skip
     else:
         weights = _known.get(self)
@@ -54,7 +59,7 @@ def stock_experts(
             weights = _known[self] = ExpertWeights(
                 up, self.down_proj, activation, self.has_gate, interleaved, self.is_transposed, up_bias, down_bias
             )
-        out = experts_output(x, weights, top_k_index, top_k_weights)
+        out = experts_output(x, weights, top_k_index, top_k_weights, save=save)
     return out.to(hidden_states.dtype)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from upcycle.companions import copy_files
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.kernels.dispatch import NAME, register
 from upcycle.registry import TARGETS, suggestion
 from upcycle.runtime import quiet_transformers
 from upcycle.sources import locate
@@ -51,19 +52,26 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, experts: 
     if problems:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
     model.config.use_cache = False
+    model.to(device).train()
     use_experts(model, experts)
-    return model.to(device).train()
+    return model
 
 
 def use_experts(model: Any, name: str) -> None:
-    """Choose how a MoE model computes its experts; ``auto`` is a grouped product where their widths allow that.
+    """Choose how a MoE model computes its experts.
+
+    ``auto`` is ``upcycle`` (:mod:`upcycle.kernels`) on CPUs, where it has been measured; elsewhere, a grouped product where
+    the experts' widths allow that.
 
     Raises:
         UsageError: transformers has no such implementation.
     """
     if model.config.model_type not in TARGETS:
         return
-    if name == "auto":
+    register()
+    if name == "auto" and model.device.type == "cpu":
+        name = NAME
+    elif name == "auto":
         weights = [parameter for key, parameter in model.named_parameters() if ".experts." in key]
         size = min((parameter.element_size() for parameter in weights), default=4)
         aligned = all(width * size % _ALIGNMENT == 0 for parameter in weights for width in parameter.shape[1:])

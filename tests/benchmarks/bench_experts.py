@@ -3,6 +3,7 @@
 One thread, CPU time of this process, contenders in turn, medians. A contender that takes ten times as long as the fastest is
 timed once; ``batched_mm`` is left out where the weights it copies for every row would take more than 4 GB. Routings
 are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get the missing ones as sentinels).
+For few tokens the last column is a limit: the time of reading the chosen experts' weights, and how far the best is above it.
 Beside them always the dense FFN of the same FLOPs, K I wide. ``--only`` takes some of the parts.
 """
 
@@ -102,6 +103,12 @@ class Layer:
         """The dense FFN's."""
         gate, up = functional.linear(self.x, self.gate_up).chunk(2, dim=-1)
         return functional.linear(functional.silu(gate) * up, self.down)
+
+    def read(self) -> None:
+        """Every weight of the chosen experts, once."""
+        for expert in self.ids.unique().tolist():
+            self.module.gate_up_proj.data[expert].sum()
+            self.module.down_proj.data[expert].sum()
 
     def run(self, function: Callable[[], torch.Tensor], backward: bool) -> None:
         """Once, as in a training step that starts without gradients, or without autograd."""
@@ -247,7 +254,7 @@ def bf16(rounds: int) -> list[Row]:
 
 
 def decode(rounds: int) -> list[Row]:
-    """One token, and eight."""
+    """One token, and eight; and how much faster than the best of three it is to only read the chosen experts' weights, once."""
     header()
     rows = []
     for tokens in (1, 8):
@@ -255,9 +262,12 @@ def decode(rounds: int) -> list[Row]:
         for name, shape in SHAPES.items():
             if name == "64, 8 tokens":
                 continue
-            few = Shape(tokens, shape.hidden, shape.width, shape.experts, shape.top_k)
-            found.append(medians(Layer(few).contenders(False), 3 * rounds))
-            print(line(f"{name}, {tokens} token{'s' * (tokens > 1)}", found[-1]), flush=True)
+            layer = Layer(Shape(tokens, shape.hidden, shape.width, shape.experts, shape.top_k))
+            timings = medians({**layer.contenders(False), "read": layer.read}, 3 * rounds)
+            read = timings.pop("read")
+            found.append(timings)
+            best = min(timings[other] for other in timings.keys() & set(NAMES[:3]))
+            print(line(f"{name} {layer.shape}", timings, f"read: {read:.2f} ms, {best / read:.2f}x"), flush=True)
         rows.append(_at_least(f"decode, {tokens} token(s), worst shape", ratios(found)[0], 1.3, "the best of three"))
     return rows
 

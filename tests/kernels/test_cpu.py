@@ -9,7 +9,7 @@ import torch
 from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tensors_of, with_grad
 
 from upcycle.kernels import cpu, reference
-from upcycle.kernels.cpu_pass import GROUP_ROWS, grouped
+from upcycle.kernels.cpu_pass import GROUP_ELEMENTS, GROUP_ROWS, grouped
 from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
 from upcycle.kernels.routing import route
 
@@ -67,14 +67,19 @@ def compare(
     needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
     made = cpu.backward(grad, x, weights, routing, scores, z, needs)
     again = cpu.backward(grad, x, weights, routing, scores, z, needs)
-    for name, need, mine, other in zip(Gradients._fields, needs, made, again, strict=True):
+    lean = cpu.backward(grad, x, weights, routing, scores, z.new_empty(0), needs)
+    for name, need, mine, other, anew in zip(Gradients._fields, needs, made, again, lean, strict=True):
         if need is None:
             assert mine is None
             continue
+        assert anew is not None
         slope = slopes[[n for n, value in zip(Gradients._fields, needs, strict=True) if value is not None].index(name)]
         assert mine.dtype == need.dtype
         assert apart(mine, slope) < tolerance, name
         assert torch.equal(mine, other), f"{name}: the same bits every time"
+        if dtype == total:
+            assert torch.equal(mine, anew), f"{name}: the same without z"
+        assert apart(anew, slope) < tolerance, f"{name} without z"
         if slope.norm() > 0:
             cosine = torch.nn.functional.cosine_similarity(mine.double().flatten(), slope.flatten(), dim=0)
             assert cosine > 0.9999, name
@@ -137,11 +142,14 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert [(g.z.start, g.z.stop) for g in groups] == [(0, 48), (48, 112), (112, 224)]
     assert size == 224 == 2 * (3 * WIDTHS[0] + 2 * WIDTHS[2] + 7 * WIDTHS[3])
-    many = grouped([0, GROUP_ROWS - 1, GROUP_ROWS + 1, GROUP_ROWS + 2, 5 * GROUP_ROWS, 5 * GROUP_ROWS], make_weights())
-    assert [len(group.experts) for group in many[0]] == [1, 2, 1]
+    narrow, wide = make_weights(), make_weights(width=GROUP_ELEMENTS // GROUP_ROWS)
+    for these, most in ((narrow, GROUP_ELEMENTS // (2 * narrow.width(0))), (wide, GROUP_ROWS)):
+        many, _, _ = grouped([0, most - 1, most + 1, most + 2, 5 * most, 5 * most], these)
+        assert [len(group.experts) for group in many] == [1, 2, 1]
     x, routing = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
     together = cpu.forward(x, make_weights(), routing, None, True)
     monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ROWS", 1)
+    monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ELEMENTS", 0)
     apart_ = cpu.forward(x, make_weights(), routing, None, True)
     assert torch.equal(together[0], apart_[0])
     assert torch.equal(together[1], apart_[1])

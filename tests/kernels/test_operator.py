@@ -26,11 +26,12 @@ def compiled(
     scores: torch.Tensor | None = None,
     token_offsets: torch.Tensor | None = None,
     capacity: int | None = None,
+    save: operator.Saved = "z",
 ) -> torch.Tensor:
     w = weights
     return compiled_output(
         x, w.up, w.down, w.up_bias, w.down_bias, experts, scores, token_offsets, capacity,
-        w.activation, w.gated, w.interleaved, w.transposed, w.widths,
+        w.activation, w.gated, w.interleaved, w.transposed, w.widths, save,
     )  # fmt: skip
 
 
@@ -68,6 +69,32 @@ def test_the_operator_is_the_function(dynamic: bool) -> None:
     grad = torch.randn_like(first)
     for one, other in zip(*(torch.autograd.grad(out, inputs, grad) for out in (first, second)), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("run", [experts_output, compiled])
+def test_nothing_but_x_is_kept(run: Run) -> None:
+    """With ``save="none"`` the gradients have the same bits, and z is not kept."""
+    weights = make_weights("ragged", bias=True, grad=True)
+    ids, scores = random_ids(6, 2, 6), torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+    inputs = [x, scores, *tensors_of(weights)]
+    grad = torch.randn(6, 12, dtype=torch.float64)
+    made, sizes = [], []
+    for save in ("z", "none"):
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = run(x, weights, ids, scores, save=save)
+        sizes.append(sum(kept.values()))
+        made.append(torch.autograd.grad(out, inputs, grad))
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+    widths = torch.tensor([*weights.all_widths, 0])
+    z = widths.max() * ids.numel() if run is compiled else widths[ids].sum()
+    assert sizes[0] - sizes[1] == 8 * 2 * int(z)
 
 
 @pytest.mark.parametrize("layout", ["stacked", "ragged"])

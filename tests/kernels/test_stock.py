@@ -41,7 +41,7 @@ def step(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.T
 CASES = [
     pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "compiled" and name != "mixtral" else [])
     for name in MODELS
-    for mode in ("plain", "compiled", "checkpointed")
+    for mode in ("plain", "lean", "compiled", "checkpointed")
 ]
 
 
@@ -51,7 +51,7 @@ def test_logits_and_gradients(name: str, mode: str, caplog: pytest.LogCaptureFix
     model = make(name)
     assert any(hasattr(module, "is_concatenated") for module in model.modules()), "stock experts with the interface"
     logits, gradients = step(model, ids)
-    model.set_experts_implementation("upcycle")
+    model.set_experts_implementation("upcycle_lean" if mode == "lean" else "upcycle")
     if mode == "checkpointed":
         model.gradient_checkpointing_enable()
     elif mode == "compiled":

@@ -17,6 +17,7 @@ import upcycle
 from upcycle import errors
 from upcycle.cli.list_plugins import entries
 from upcycle.cli.main import VERBS, cli
+from upcycle.cli.reference import reference
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
 from upcycle.report.data.collecting import Wanted
@@ -41,20 +42,42 @@ def test_the_commands_stand_before_line_40() -> None:
     assert "| " in top
 
 
-def test_every_command_line_in_the_readme_parses() -> None:
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_command_line_parses(path: Path) -> None:
+    """And means a verb and options that exist; paths are placeholders."""
     lines = [
-        line for block in re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+        line
+        for block in re.findall(r"```(?:sh|console)\n(.*?)```", path.read_text(), re.DOTALL)
+        for line in block.splitlines()
     ]
     commands = [
         shlex.split(line.removeprefix("$ "), comments=True)
         for line in lines
         if line.removeprefix("$ ").startswith("upcycle ")
     ]
-    assert len(commands) > 8
+    assert len(commands) > 8 or path.name != "README.md"
     for _, verb, *arguments in commands:
         command = cli.get_command(None, verb)  # type: ignore[arg-type]
         assert command is not None, verb
         command.make_context(verb, list(arguments))
+
+
+def test_the_reference_of_commands_is_theirs() -> None:
+    expected = (ROOT / "docs" / "commands.md").read_text()
+    assert reference() == expected, "python -m upcycle.cli.reference > docs/commands.md"
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    linked: set[Path] = set()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            found = (path.parent / target).resolve()
+            assert found.exists(), f"{path.name} links to {target}"
+            linked.add(found)
+    assert pages == {path.name for path in linked if path.parent == (ROOT / "docs").resolve() and path.suffix == ".md"}
 
 
 def test_every_verb_is_documented() -> None:

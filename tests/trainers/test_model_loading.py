@@ -27,7 +27,7 @@ def test_a_model_is_loaded_to_train(pico_moe: Model) -> None:
     model = load_model(pico_moe("qwen3_moe"), torch.float32, CPU)
     assert model.training
     assert model.config.use_cache is False
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "upcycle"
     assert load_model(pico_moe("qwen3_moe"), torch.float32, CPU, "eager").config._experts_implementation == "eager"
 
 
