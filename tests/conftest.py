@@ -21,7 +21,10 @@ from upcycle.sources import DEMO_FOLDER
 # Test folders are no packages: this makes ``from pico_models import ...`` work in all of them.
 _HELPERS = {
     "pico_models": "pico_models.py",
+    "hub_state": "hub_state.py",
+    "hub_answers": "hub_answers.py",
     "hub_server": "hub_server.py",
+    "publishing_cases": "publishing_cases.py",
     "training_runs": "trainers/training_runs.py",
 }
 for _name, _file in _HELPERS.items():
