@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 from functools import lru_cache, partial
@@ -12,6 +11,7 @@ from typing import cast
 import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.kernels.devices import interpreted, why_not
 from upcycle.kernels.experts import Backend
 
 TRITON, CPU, REFERENCE = "triton", "cpu", "reference"
@@ -22,7 +22,6 @@ _MODULES = {
     CPU: "upcycle.kernels.cpu",
     REFERENCE: "upcycle.kernels.reference",
 }
-_OLDEST_GPU = (8, 0)
 _log = logging.getLogger("upcycle.kernels")
 
 
@@ -73,34 +72,14 @@ def _choice(kind: str, index: int | None, dtype: torch.dtype, wanted: str) -> tu
     if wanted == REFERENCE:
         return REFERENCE, f"{VARIABLE} asks for it"
     if kind == "cpu":
-        if wanted == TRITON and not _interpreted():
+        if wanted == TRITON and not interpreted():
             raise UsageError(f"{VARIABLE} is '{TRITON}', and the tensors are on the CPU", hint=f"unset {VARIABLE}")
         return (TRITON, "interpreted") if wanted == TRITON else (CPU, "the tensors are there")
     if wanted == CPU:
         raise UsageError(f"{VARIABLE} is '{CPU}', and the tensors are on {kind}", hint=f"unset {VARIABLE}")
-    obstacle = _obstacle(kind, index, dtype)
+    obstacle = "the Triton kernels sum in fp32" if dtype == torch.float64 else why_not(torch.device(kind, index))
     if obstacle is None:
         return TRITON, "a GPU that it knows"
     if wanted == TRITON:
         raise EnvironmentFault(f"{VARIABLE} is '{TRITON}': {obstacle}", hint=f"unset {VARIABLE} for the slow reference")
     return REFERENCE, f"{obstacle}; it is slow: take another experts_implementation"
-
-
-def _obstacle(kind: str, index: int | None, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot run there."""
-    if kind != "cuda":
-        return f"there are no kernels for {kind}"
-    if dtype == torch.float64:
-        return "the Triton kernels sum in fp32"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if importlib.util.find_spec(_MODULES[TRITON]) is None:
-        return "this installation has no Triton kernels"
-    capability = torch.cuda.get_device_capability(index)
-    if torch.version.hip is None and capability < _OLDEST_GPU:
-        return f"the GPU is an sm_{capability[0]}{capability[1]}, older than sm_80"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.kernels import cpu, dispatch, reference
+from upcycle.kernels import cpu, devices, dispatch, reference
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -27,14 +26,11 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A machine that says it has one; ``capability`` and the modules that are ``missing`` can be changed."""
-    state: dict[str, Any] = {"capability": (9, 0), "missing": ()}
+    """A machine that says it has one; ``capability``, ``triton`` and ``hip`` can be changed."""
+    state: dict[str, Any] = {"capability": (9, 0), "triton": True, "hip": None}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: state["capability"])
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name in state["missing"] else importlib.machinery.ModuleSpec(name, None),
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    monkeypatch.setattr(devices, "find_spec", lambda name: state["triton"] or None)
     return state
 
 
@@ -75,11 +71,11 @@ def test_a_gpu(gpu: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "device", "dtype", "reason"),
     [
-        ({"capability": (7, 5)}, GPU, torch.float16, "the GPU is an sm_75, older than sm_80"),
-        ({"missing": ("triton",)}, GPU, torch.float16, "triton is not installed"),
-        ({"missing": ("upcycle.kernels.triton_experts",)}, GPU, torch.float16, "no Triton kernels"),
+        ({"capability": (7, 5)}, GPU, torch.float16, "need sm_80 or newer, and T4 is sm_75"),
+        ({"triton": False}, GPU, torch.float16, "Triton is not installed"),
+        ({"hip": "6.4"}, GPU, torch.float16, "verified for NVIDIA GPUs only"),
         ({}, GPU, torch.float64, "the Triton kernels sum in fp32"),
-        ({}, torch.device("mps"), torch.float32, "there are no kernels for mps"),
+        ({}, torch.device("mps"), torch.float32, "need a CUDA device, and this is mps"),
     ],
 )
 def test_without_triton_the_reference_runs_and_it_is_said_aloud(
@@ -92,6 +88,7 @@ def test_without_triton_the_reference_runs_and_it_is_said_aloud(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu.update(changes)
+    monkeypatch.setattr(torch.version, "hip", gpu["hip"])
     assert dispatch.chosen(device, dtype) == "reference"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from upcycle.trainers.demo_text import Document, documents, split
+import pytest
+
+from upcycle.trainers.demo_text import Document, split
+
+Sides = tuple[list[Document], list[Document]]
 
 
-def test_no_document_or_long_paragraph_of_validation_is_trained_on() -> None:
-    training, validation = split()
+@pytest.fixture(scope="module")
+def sides() -> Sides:
+    """All of the standard library: read once."""
+    return split()
+
+
+def test_no_document_or_long_paragraph_of_validation_is_trained_on(sides: Sides) -> None:
+    training, validation = sides
     assert not {d.name for d in training} & {d.name for d in validation}
     held_out = {part.strip() for d in validation for part in d.text.split("\n\n") if len(part.strip()) >= 80}
     assert len(held_out) > 100
@@ -14,15 +24,15 @@ def test_no_document_or_long_paragraph_of_validation_is_trained_on() -> None:
     assert not held_out & trained
 
 
-def test_docstrings_stay_with_their_module() -> None:
+def test_docstrings_stay_with_their_module(sides: Sides) -> None:
     side: dict[str, set[bool]] = {}
-    for document in documents():
+    for document in sides[0] + sides[1]:
         side.setdefault(document.name.removeprefix("docstrings:"), set()).add(document.validation)
     assert all(len(sides) == 1 for sides in side.values())
 
 
-def test_both_domains_are_on_both_sides_and_code_is_most_of_it() -> None:
-    training, validation = split()
+def test_both_domains_are_on_both_sides_and_code_is_most_of_it(sides: Sides) -> None:
+    training, validation = sides
 
     def size(found: list[Document], domain: str) -> int:
         return sum(len(document.text) for document in found if document.domain == domain)
