@@ -169,6 +169,9 @@ class TrainRecipe(_Strict):
     )
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")
     optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="which optimizer")
+    dense_states: str | None = Field(
+        None, description="a training run of the dense model whose optimizer states the copies begin with"
+    )
     zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how states are divided among ranks")
     expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of a layer (DeepSpeed AutoEP)")
     experts: str = Field(

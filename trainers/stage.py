@@ -25,6 +25,7 @@ from upcycle.trainers.packed_attention import check_fits, packing_leak
 from upcycle.trainers.parameter_groups import groups, select
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 from upcycle.trainers.router_control import ControlParameters
+from upcycle.trainers.state_reuse import DenseStates
 from upcycle.trainers.step import Parent, Stepper
 
 
@@ -98,6 +99,8 @@ class Stage:
         self.held_out = open_validation(data, tokenizer, length=recipe.length)
         if saved:
             saved.restore(self.tensors, states=resumed)
+        elif recipe.dense_states:
+            DenseStates(Path(recipe.dense_states).expanduser(), origin).give(self.tensors)
 
     @property
     def top_k(self) -> int:
