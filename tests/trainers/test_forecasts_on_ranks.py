@@ -51,7 +51,7 @@ def measured(recipe: TrainRecipe) -> list[dict[str, Any]]:
         )
     try:
         for each in ranks:
-            _, errors = each.communicate(timeout=240)
+            _, errors = each.communicate(timeout=600)
             assert each.returncode == 0, errors[-3000:]
     finally:
         for each in ranks:
