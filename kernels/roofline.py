@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from upcycle.device_facts import device
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -45,11 +47,7 @@ SHAPES = (
     Shape("64 experts of 128", 8192, 2048, 128, 64, 16),
     Shape("Qwen3-30B-A3B, decoding", 8, 2048, 768, 128, 8),
 )
-GPUS = (
-    Gpu("A100 SXM 80 GB", 312e12, 2.039e12),
-    Gpu("H100 SXM", 989e12, 3.35e12),
-    Gpu("B200", 2250e12, 8e12),
-)
+GPUS = tuple(Gpu(known.title, known.flops, known.bandwidth) for known in map(device, ("A100", "H100", "B200")))
 
 
 @dataclass(frozen=True)

@@ -74,3 +74,16 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - before))
     return best
+
+
+def measured_bandwidth() -> float:
+    """Bytes per second that copying moves on this machine, read and written: the best of a few, over a tenth of a second."""
+    left = torch.ones(1 << 24)
+    right = torch.empty_like(left)
+    best = 0.0
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 0.1 or not best:
+        before = time.perf_counter()
+        right.copy_(left)
+        best = max(best, 2 * left.numel() * left.element_size() / (time.perf_counter() - before))
+    return best

@@ -333,6 +333,9 @@ def _identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
     told = recipe.model_dump(mode="json")
     keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")
     data = {**told["data"], "cache": None}
+    for stage in told["stages"]:
+        if stage["distillation"]:
+            stage["distillation"]["cache"] = None
     return {"model": SafetensorsFolder(origin).fingerprint, **{key: told[key] for key in keys}, "data": data}
 
 

@@ -84,6 +84,22 @@ class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype the parent runs in [default: dtype]"
     )
+    cache: str | None = Field(
+        None, description="folder that keeps the parent's most probable tokens; it need not run for rows that are there"
+    )
+    top_p: float = Field(0.95, gt=0, le=1, description="cache: so much of the probability is kept")
+    most: int = Field(64, ge=1, description="cache: but so many tokens at most; all others count as one")
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> DistillationRecipe:
+        if self.cache is None:
+            return self
+        live = [name for name in ("hidden", "ffn", "prior_approximate", "output_norms") if getattr(self, name)]
+        if live:
+            raise ValueError(f"a cache holds next-token distributions alone; {live[0]} needs the running parent")
+        if self.temperature != 1:
+            raise ValueError(f"a cache holds probabilities at temperature 1, not {self.temperature:g}")
+        return self
 
 
 class ScheduleRecipe(_Strict):
@@ -169,6 +185,9 @@ class TrainRecipe(_Strict):
     )
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")
     optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="which optimizer")
+    dense_states: str | None = Field(
+        None, description="a training run of the dense model whose optimizer states the copies begin with"
+    )
     zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how states are divided among ranks")
     expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of a layer (DeepSpeed AutoEP)")
     experts: str = Field(

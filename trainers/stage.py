@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import UsageError
+from upcycle.errors import UpcycleError, UsageError
 from upcycle.registry import TARGETS
 from upcycle.trainers import expert_parallel
 from upcycle.trainers.checkpoint_reader import SavedRun
@@ -19,12 +19,14 @@ from upcycle.trainers.deepspeed_config import accumulation, deepspeed_config
 from upcycle.trainers.distributed import Ranks, import_deepspeed
 from upcycle.trainers.flops import training_flops
 from upcycle.trainers.full_tensors import FullTensors
+from upcycle.trainers.logit_cache import LogitCache, parent_identity, prepare_cache
 from upcycle.trainers.model_loading import check_parent, load_model, parent_folder, prepare
 from upcycle.trainers.optimizers import make_optimizer, state_keys
 from upcycle.trainers.packed_attention import check_fits, packing_leak
 from upcycle.trainers.parameter_groups import groups, select
-from upcycle.trainers.recipe import StageRecipe, TrainRecipe
+from upcycle.trainers.recipe import DistillationRecipe, StageRecipe, TrainRecipe
 from upcycle.trainers.router_control import ControlParameters
+from upcycle.trainers.state_reuse import DenseStates
 from upcycle.trainers.step import Parent, Stepper
 
 
@@ -98,6 +100,8 @@ class Stage:
         self.held_out = open_validation(data, tokenizer, length=recipe.length)
         if saved:
             saved.restore(self.tensors, states=resumed)
+        elif recipe.dense_states:
+            DenseStates(Path(recipe.dense_states).expanduser(), origin).give(self.tensors)
 
     @property
     def top_k(self) -> int:
@@ -138,9 +142,25 @@ class Stage:
             return None
         folder = parent_folder(own.parent, origin)
         dtype = self.recipe.dtype if own.dtype == "auto" else own.dtype
-        parent = load_model(folder, getattr(torch, dtype), ranks.device)
-        check_parent(parent, self.model, folder)
-        return Parent(parent, own)
+
+        def load() -> Any:
+            parent = load_model(folder, getattr(torch, dtype), ranks.device)
+            check_parent(parent, self.model, folder)
+            return parent
+
+        return Parent(load, own, self._cache(own, folder, dtype, ranks))
+
+    def _cache(self, own: DistillationRecipe, parent: Path, dtype: str, ranks: Ranks) -> LogitCache | None:
+        if own.cache is None:
+            return None
+        folder, error = Path(own.cache).expanduser(), None
+        if ranks.first:
+            try:
+                prepare_cache(folder, parent_identity(parent, dtype, own.top_p, own.most))
+            except UpcycleError as fault:
+                error = fault
+        ranks.together(error)
+        return LogitCache(folder, own.top_p, own.most)
 
     def _engine(self, ranks: Ranks) -> Any:
         deepspeed = import_deepspeed()

@@ -6,7 +6,7 @@ B rows, L positions, V vocabulary, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,12 @@ from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
 from upcycle.trainers.activation_records import ActivationRecord, capture_activations
 from upcycle.trainers.balance import BiasBalance
+from upcycle.trainers.cached_logits import TopLogits
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distillation import OutputRecord, capture_outputs, layer_outputs, logits_kl, matching
 from upcycle.trainers.distributed import Ranks
 from upcycle.trainers.expert_targets import FfnRecord, capture_ffns, expert_target_losses
+from upcycle.trainers.logit_cache import LogitCache
 from upcycle.trainers.losses import Loss, auxiliary_losses, make_losses
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe
 from upcycle.trainers.recorder import Recorder
@@ -48,20 +50,42 @@ class StepResult:
 
 
 class Parent:
-    """The dense model that is distilled from, run beside the student on the same tokens."""
+    """The dense model that is distilled from, run beside the student on the same tokens.
 
-    def __init__(self, model: Any, recipe: DistillationRecipe) -> None:
-        self.model, self.recipe = model.eval().requires_grad_(False), recipe
+    Args:
+        load: gives the model; called at once, or with a cache when a row is not in it.
+        recipe: what the student is told of it.
+        cache: its distributions on disk.
+    """
+
+    def __init__(self, load: Callable[[], Any], recipe: DistillationRecipe, cache: LogitCache | None = None) -> None:
+        self._load, self.recipe, self.cache = load, recipe, cache
+        self._model: Any = None
         matched = recipe.hidden > 0 or recipe.ffn > 0
-        self.outputs: Recorder[OutputRecord] | None = capture_outputs(model) if matched else None
+        self.outputs: Recorder[OutputRecord] | None = capture_outputs(self.model) if matched else None
         taught = recipe.prior_approximate > 0 or recipe.output_norms > 0
-        self.ffns: Recorder[FfnRecord] | None = capture_ffns(model) if taught else None
+        self.ffns: Recorder[FfnRecord] | None = capture_ffns(self.model) if taught else None
+        if cache is None:
+            self._model = self.model
+
+    @property
+    def model(self) -> Any:
+        """The model, without gradients."""
+        if self._model is None:
+            self._model = self._load().eval().requires_grad_(False)
+        return self._model
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
         """``[B, L, V]`` of a batch on the model's device."""
         found: torch.Tensor = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
         return found
+
+    def targets(self, batch: Batch) -> torch.Tensor | TopLogits:
+        """What the student's logits at all positions but the last are compared with: ``[B, L - 1, V]``, or cached ones."""
+        if self.cache is not None:
+            return self.cache.targets(batch, self.logits)
+        return self.logits(batch)[:, :-1]
 
 
 class Stepper:
@@ -168,10 +192,10 @@ class Stepper:
         return total, {name: part.detach() for name, part in parts.items()}, (nats.detach(), records)
 
     def _distilled(self, parent: Parent, logits: torch.Tensor, batch: Batch, weight: float) -> dict[str, torch.Tensor]:
-        wanted, mask = parent.logits(batch), batch.mask[:, 1:]
+        wanted, mask = parent.targets(batch), batch.mask[:, 1:]
         found: dict[str, torch.Tensor] = {}
         if parent.recipe.logits:
-            mean = logits_kl(logits[:, :-1], wanted[:, :-1], mask, parent.recipe.temperature)
+            mean = logits_kl(logits[:, :-1], wanted, mask, parent.recipe.temperature)
             found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
         if self.outputs is not None and parent.outputs is not None:
             student, dense = layer_outputs(self.outputs.take()), layer_outputs(parent.outputs.take())

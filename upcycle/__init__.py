@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from upcycle.report.writing import write_report
     from upcycle.trainers.export import export
     from upcycle.trainers.loop import train
+    from upcycle.trainers.planning import plan_training
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "export",
     "plan",
+    "plan_training",
     "push",
     "save_to_hub",
     "train",
@@ -39,6 +41,7 @@ _FUNCTIONS = {
     "evaluate": "evaluation",
     "export": "trainers.export",
     "plan": "planning",
+    "plan_training": "trainers.planning",
     "push": "hub",
     "save_to_hub": "hub",
     "train": "trainers.loop",

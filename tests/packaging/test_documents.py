@@ -187,12 +187,19 @@ def test_json_keys(
     from upcycle.trainers.export import export
 
     exported = export(trained.output, tmp_path / "exported").as_dict()
+    stage = {"steps": 1, "learning_rate": 0.001}
+    planned = upcycle.plan_training({"model": str(tmp_path / "out"), "stages": stage}, world="8xH100").as_dict()
     reported = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     pushed = upcycle.push(tmp_path / "out", "you/moe", dry_run=True).as_dict()
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     actual = {
         "plan": plan,
+        "plan train": {**planned, "command": ""},
+        "plan train options": planned["options"][0],
+        "plan train options memory": planned["options"][0]["memory"],
+        "plan train options communication": planned["options"][0]["communication"],
+        "plan train options speed": planned["options"][0]["speed"],
         "convert": converted,
         "verify": converted["verification"],
         "convert layers": calibrated["layers"][0],

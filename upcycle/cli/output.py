@@ -103,8 +103,8 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """``747 MB``, ``13.5 GB``."""
-    for unit, letters in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+    """``747 MB``, ``13.5 GB``, ``1.2 TB``."""
+    for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
         if number >= unit:
             return f"{number / unit:.3g} {letters}"
     return f"{number:.0f} B"

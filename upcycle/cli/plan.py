@@ -8,9 +8,21 @@ import click
 
 from upcycle.cli.options import build_recipe, common_options, recipe_options
 from upcycle.cli.output import count, note, print_facts, print_json, print_table, size, warn
+from upcycle.cli.plan_train import command as plan_train
 
 
-@click.command("plan")
+class _Plan(click.Command):
+    """``upcycle plan train RECIPE`` is a command of its own; whatever else stands there is a source."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["train"] and len(args) > 1:
+            return plan_train.make_context(f"{info_name} train", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("plan", cls=_Plan)
 @click.argument("source", required=False)
 @recipe_options
 @common_options
@@ -18,6 +30,8 @@ def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> Non
     """Say everything the conversion of SOURCE will cost, without reading a weight.
 
     SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml. Of a hub id only config.json is downloaded.
+
+    What a training run will need is another command's: upcycle plan train RECIPE --world 8xH100.
     """
     show_plan(build_recipe(source, flags, None, note), as_json)
 

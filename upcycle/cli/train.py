@@ -14,7 +14,12 @@ from upcycle.cli.output import duration, print_facts, print_json, say
 from upcycle.errors import UsageError
 
 
-def _assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
+def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
+    """Read ``--set KEY=VALUE``, values as YAML.
+
+    Raises:
+        UsageError: one is not of that form.
+    """
     found = {}
     for assignment in values:
         name, equals, value = assignment.partition("=")
@@ -36,7 +41,7 @@ def _assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
     "set_",
     multiple=True,
     metavar="KEY=VALUE",
-    callback=_assignments,
+    callback=assignments,
     help="set any recipe key, e.g. zero.stage=2 (repeatable)",
 )
 @click.option("--nproc", type=click.IntRange(1), help="ranks on this machine (or, with --hostfile, on each)")
