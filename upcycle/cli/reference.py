@@ -7,7 +7,9 @@ import inspect
 import click
 
 from upcycle.cli.main import VERBS, cli
+from upcycle.cli.plan_train import command as plan_train
 
+INNER = {"plan": {"train": plan_train}}
 TITLE = """# Commands
 
 Made from the commands themselves by `python -m upcycle.cli.reference > docs/commands.md`; `--help` says the same."""
@@ -20,7 +22,10 @@ def reference() -> str:
     for verb in VERBS:
         command = cli.get_command(context, verb)
         assert command is not None
-        sections += _command(command, click.Context(command, info_name=verb, parent=context))
+        own = click.Context(command, info_name=verb, parent=context)
+        sections += _command(command, own)
+        for name, inner in INNER.get(verb, {}).items():
+            sections += _command(inner, click.Context(inner, info_name=name, parent=own))
     return "\n\n".join(sections) + "\n"
 
 
@@ -30,11 +35,6 @@ def _command(command: click.Command, context: click.Context) -> list[str]:
     options = [each for each in command.get_params(context) if isinstance(each, click.Option) and not each.hidden]
     rows = [_option(option, context) for option in options]
     sections.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None
-            sections += _command(inner, click.Context(inner, info_name=name, parent=context))
     return sections
 
 
