@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from upcycle.cli.main import VERBS, cli
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
 from upcycle.report.data.collecting import Wanted
+from upcycle.task_scores import TaskScore, TaskScores
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,11 @@ def test_exit_codes() -> None:
     assert documented == raised | {0, 130}
 
 
+def keys_of(kind: Any) -> dict[str, None]:
+    """The keys of what an extra or a slow run would give."""
+    return {field.name: None for field in fields(kind)}
+
+
 def test_json_keys(
     pico: Callable[[str], Path],
     pico_moe: Callable[[str], Path],
@@ -196,6 +203,8 @@ def test_json_keys(
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
         "evaluate layers": evaluated["layers"][0],
+        "evaluate tasks": keys_of(TaskScores),
+        "evaluate tasks scores": keys_of(TaskScore),
     }
     documented = {row[0].replace("`", ""): set(re.findall(r"\w+", row[1])) for row in rows("## JSON")}
     assert documented == {name: set(data) for name, data in actual.items()}
