@@ -17,6 +17,7 @@ from upcycle.expert_load import LayerLoad, layer_load, load_counts
 from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
+from upcycle.speed import Speed, measure_speed
 from upcycle.task_scores import TaskScores, score_tasks
 from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text
 
@@ -47,6 +48,7 @@ class Evaluation:
     texts: list[TextResult]
     layers: list[LayerLoad]
     tasks: TaskScores | None = None
+    speed: Speed | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -65,17 +67,18 @@ def evaluate(
     task_folder: str | Path | None = None,
     limit: int | None = None,
     batch: int = 8,
+    speed: bool = False,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``.
+    """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
 
     Each window of ``window`` tokens is moved by ``stride`` (default: half a window) and only tokens not yet scored
-    count, so all but the first have at least ``window - stride`` tokens of context. What is measured of tasks is kept in
+    count, so all but the first have at least ``window - stride`` tokens of context. Scores and speed are kept in
     ``evaluation.json`` of a folder that :func:`upcycle.convert` or :func:`upcycle.export` wrote: report and card say it.
 
     Args:
         model: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
-        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none where there are tasks.
+        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none where tasks or speed are asked for.
         reference: another model, measured on the same (for texts: with the same tokenizer).
         window: tokens per window, at most the model's context.
         stride: tokens between windows.
@@ -84,6 +87,7 @@ def evaluate(
         task_folder: more tasks, which may not run code.
         limit: only the first questions of each task.
         batch: sequences per forward pass of a task.
+        speed: time reading and writing of both models, in turns, and measure their memory.
         progress: where to report.
 
     Raises:
@@ -93,17 +97,20 @@ def evaluate(
     if (task_folder or limit is not None) and not tasks:
         raise UsageError("--task-folder and --limit are about tasks", hint="name them: --tasks NAME,NAME")
     other = str(reference) if reference else None
-    scores = None
+    scores = timed = None
     if tasks:
-        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        asked = [tasks] if isinstance(tasks, str) else list(tasks)
         folder = Path(task_folder) if task_folder else None
-        scores = score_tasks(str(model), other, names, folder=folder, limit=limit, batch=batch, progress=progress)
+        scores = score_tasks(str(model), other, asked, folder=folder, limit=limit, batch=batch, progress=progress)
         _keep(str(model), {"tasks": scores.as_dict()}, progress)
-    texts: list[str] = [text] if isinstance(text, str) else list(text or ([] if scores else DEMO_TEXTS))
-    if not texts:
-        return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores)
-    found = _on_texts(str(model), other, texts, window, stride, tokens, progress)
-    return replace(found, tasks=scores)
+    if speed:
+        timed = measure_speed(str(model), other, progress=progress)
+        _keep(str(model), {"speed": timed.as_dict()}, progress)
+    names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
+    if not names:
+        return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores, timed)
+    found = _on_texts(str(model), other, names, window, stride, tokens, progress)
+    return replace(found, tasks=scores, speed=timed)
 
 
 def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:

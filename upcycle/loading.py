@@ -12,11 +12,13 @@ from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder
 
 
-def load_model(name: str) -> Any:
-    """A stock causal language model in fp32, in evaluation mode, its experts run one after another.
+def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True) -> Any:
+    """A stock causal language model in evaluation mode.
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``.
+        dtype: of its weights; ``auto``: as stored. A ``.gguf`` file is read in fp32.
+        eager_experts: run experts one after another, as ``verify`` does, and not with transformers' default kernel.
 
     Raises:
         UsageError: there is no such model, or transformers cannot load it.
@@ -30,17 +32,18 @@ def load_model(name: str) -> Any:
         from upcycle.runtime import dense_model
 
         return dense_model(DenseCheckpoint.open(name), "float32", streamed=False).model
-    needed = 4 * sum(spec.elements for spec in SafetensorsFolder(path).specs.values())
+    specs = SafetensorsFolder(path).specs.values()
+    needed = sum(spec.nbytes if dtype == "auto" else spec.elements * dtype.itemsize for spec in specs)
     if needed > 0.9 * available_memory():
         raise EnvironmentFault(
-            f"{name} needs about {needed / 1e9:.0f} GB in fp32, and {available_memory() / 1e9:.0f} GB are available",
+            f"{name} needs about {needed / 1e9:.0f} GB, and {available_memory() / 1e9:.0f} GB are available",
             hint="evaluate on a machine with more memory",
         )
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+                path, dtype=dtype, trust_remote_code=False, local_files_only=True
             )
         except (OSError, ValueError) as error:
             raise UsageError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from None
-    return use_eager_experts(model.eval())
+    return use_eager_experts(model.eval()) if eager_experts else model.eval()

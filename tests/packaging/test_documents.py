@@ -21,6 +21,7 @@ from upcycle.cli.main import VERBS, cli
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
 from upcycle.report.data.collecting import Wanted
+from upcycle.speed import ModelSpeed, Speed
 from upcycle.task_scores import TaskScore, TaskScores
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 
@@ -205,6 +206,8 @@ def test_json_keys(
         "evaluate layers": evaluated["layers"][0],
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
+        "evaluate speed": keys_of(Speed),
+        "evaluate speed model": keys_of(ModelSpeed),
     }
     documented = {row[0].replace("`", ""): set(re.findall(r"\w+", row[1])) for row in rows("## JSON")}
     assert documented == {name: set(data) for name, data in actual.items()}

@@ -10,6 +10,7 @@ import click
 from upcycle.cli.options import common_options, quiet_option
 from upcycle.cli.output import Bars, print_json, print_table
 from upcycle.score_table import score_rows
+from upcycle.speed_table import speed_rows
 
 
 @click.command("evaluate")
@@ -32,6 +33,7 @@ from upcycle.score_table import score_rows
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="only the first N questions of each task")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="sequences per pass of a task")
+@click.option("--speed", is_flag=True, help="time reading and writing, and measure memory, instead of reading texts")
 @quiet_option
 @common_options
 def command(
@@ -45,19 +47,21 @@ def command(
     task_folder: Path | None,
     limit: int | None,
     batch: int,
+    speed: bool,
     quiet: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts; or how well it does on tasks.
+    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts; or how well it does on tasks, or how fast it is.
 
-    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE. What is measured of tasks is kept in evaluation.json of
-    an OUT that upcycle wrote, and report and card say it.
+    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE. Scores and speed are kept in evaluation.json of an OUT that
+    upcycle wrote: the report says them, and the card the scores.
 
     \b
     upcycle evaluate ./moe --reference ./llama
     upcycle evaluate ./moe --reference ./llama --tasks arc_easy,hellaswag --limit 500
     upcycle evaluate ./moe --tasks my_task --task-folder ./tasks
+    upcycle evaluate ./moe --reference ./llama --speed
     """
     from upcycle.evaluation import evaluate
 
@@ -75,6 +79,7 @@ def command(
         task_folder=task_folder,
         limit=limit,
         batch=batch,
+        speed=speed,
         progress=Bars(quiet),
     )
     if as_json:
@@ -86,6 +91,9 @@ def command(
         _print_load(result.layers)
     if result.tasks:
         _print_tasks(result.tasks)
+    if result.speed:
+        columns, rows, about = speed_rows(result.speed.as_dict())
+        print_table(columns, rows, right=range(1, len(columns)), title=about)
 
 
 def _print_tasks(tasks: Any) -> None:

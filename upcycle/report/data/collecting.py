@@ -17,12 +17,13 @@ from upcycle.report.data.made import made_data
 from upcycle.report.data.origins import provenance_data
 from upcycle.report.data.subject import Subject, find_subject, missing, reason_of
 from upcycle.report.data.summary import summary_data
-from upcycle.report.data.tasks import tasks_data
+from upcycle.report.data.evaluated import speed_data, tasks_data
 from upcycle.report.data.training import training_data
 
 PROMPTS = ("def read_file(path):\n    ", "The most important thing about ")
 SECTIONS = (
-    *("made", "cost", "exactness", "quality", "tasks", "routing", "experts", "training", "comparison", "provenance"),
+    *("made", "cost", "speed", "exactness", "quality", "tasks", "routing", "experts", "training", "comparison"),
+    "provenance",
 )
 
 
@@ -68,6 +69,7 @@ _READERS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "cost": cost_data,
     "exactness": exactness_data,
     "tasks": tasks_data,
+    "speed": speed_data,
     "training": training_data,
     "provenance": provenance_data,
 }

@@ -16,6 +16,7 @@ from upcycle.report.sections.experts import experts_view
 from upcycle.report.sections.made import made_view
 from upcycle.report.sections.quality import quality_view
 from upcycle.report.sections.routing import routing_view
+from upcycle.report.sections.speed import speed_view
 from upcycle.report.sections.summary import summary_view
 from upcycle.report.sections.tasks import tasks_view
 from upcycle.report.sections.training import training_view
@@ -30,6 +31,7 @@ _SECTIONS: dict[str, tuple[str, _View]] = {
     "routing": ("Routing", routing_view),
     "experts": ("Experts", experts_view),
     "cost": ("Cost", cost_view),
+    "speed": ("Speed", speed_view),
     "made": ("What was done", made_view),
     "training": ("Training", training_view),
     "comparison": ("Other ways to split it", comparison_view),
