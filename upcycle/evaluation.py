@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         model: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
-        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none where tasks or speed are asked for.
+        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none beside tasks or speed.
         reference: another model, measured on the same (for texts: with the same tokenizer).
         window: tokens per window, at most the model's context.
         stride: tokens between windows.

@@ -37,7 +37,7 @@ def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True
     if needed > 0.9 * available_memory():
         raise EnvironmentFault(
             f"{name} needs about {needed / 1e9:.0f} GB, and {available_memory() / 1e9:.0f} GB are available",
-            hint="evaluate on a machine with more memory",
+            hint="use a machine with more memory",
         )
     with quiet_transformers():
         try:

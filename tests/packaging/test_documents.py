@@ -175,6 +175,9 @@ def test_json_keys(
     reported = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     pushed = upcycle.push(tmp_path / "out", "you/moe", dry_run=True).as_dict()
+    writing = [str(tmp_path / "out"), "--tokens", "2", "--json"]
+    generated = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def"]).stdout)
+    talked = json.loads(CliRunner().invoke(cli, ["chat", *writing], input="hello\n").stdout)
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     actual = {
         "plan": plan,
@@ -203,6 +206,9 @@ def test_json_keys(
         "push files": pushed["files"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
+        "generate": generated,
+        "generate tokens": generated["tokens"][0],
+        "chat, a line for each answer": talked,
         "evaluate layers": evaluated["layers"][0],
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),

@@ -12,12 +12,12 @@ from upcycle.errors import UpcycleError
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.compared import comparison_data
 from upcycle.report.data.cost import cost_data
+from upcycle.report.data.evaluated import speed_data, tasks_data
 from upcycle.report.data.exactness import exactness_data
 from upcycle.report.data.made import made_data
 from upcycle.report.data.origins import provenance_data
 from upcycle.report.data.subject import Subject, find_subject, missing, reason_of
 from upcycle.report.data.summary import summary_data
-from upcycle.report.data.evaluated import speed_data, tasks_data
 from upcycle.report.data.training import training_data
 
 PROMPTS = ("def read_file(path):\n    ", "The most important thing about ")
