@@ -62,7 +62,7 @@ def test_medians_of_rounds_in_turns(pico: Pico, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_timed_is_greedy_writing(converted: Callable[..., Path]) -> None:
     """The tokens that the timed loop feeds are those that ``generate`` writes."""
-    out = converted("moe", experts=2)
+    out = converted("timed", experts=2)
     timed = TimedModel(str(out), list(range(5, 21)), 6)
     fed: list[torch.Tensor] = []
     timed.model.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
@@ -88,7 +88,7 @@ def test_experts_that_the_default_kernel_refuses_run_one_by_one(converted: Calla
 
 
 def test_both_models_in_processes_of_their_own(converted: Callable[..., Path], pico: Pico, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(converted("moe", experts=2), tmp_path / "moe"))
+    out = Path(shutil.copytree(converted("timed", experts=2), tmp_path / "moe"))
     result = CliRunner().invoke(cli, ["evaluate", str(out), "--reference", str(pico("llama")), "--speed", "-q"])
     assert result.exit_code == 0, result.output
     assert "medians of 5 rounds in turns" in result.stdout

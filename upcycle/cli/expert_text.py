@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from upcycle.cli.output import stdout
+from upcycle.cli.output import stdout, write
 from upcycle.generation import Token
 
 # Of the 256 colours of a terminal: told apart beside each other, and black can be read on all of them.
 _COLOURS = (117, 214, 120, 226, 183, 209, 159, 190, 219, 180, 146, 230, 75, 203, 114, 178)
+# What a terminal would obey instead of showing it: a model may write anything.
+_OBEYED = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {0x09, 0x0A}, "\ufffd")
 
 
 class ExpertText:
@@ -22,20 +24,21 @@ class ExpertText:
 
     def show(self, token: Token) -> None:
         """Print one token."""
-        if not token.text:
+        text = token.text.translate(_OBEYED) if self._console.is_terminal else token.text
+        if not text:
             return
         if not token.experts:
-            self._print(Text(token.text))
+            write(text)
         elif self._coloured:
             expert = token.experts[0]
             self._used.add(expert)
-            self._print(Text(token.text, style=_style(expert) + (" italic" if token.prompt else "")))
+            self._print(Text(text, style=_style(expert) + (" italic" if token.prompt else "")))
         else:
-            self._print(Text(f"{token.text}<{token.experts[0]}>"))
+            write(f"{text}<{token.experts[0]}>")
 
     def end(self) -> None:
         """End the text's last line."""
-        self._print(Text("\n"))
+        write("\n")
 
     def legend(self, layer: int) -> None:
         """Which colour is which expert, of those that were seen; colours come again behind the sixteenth."""

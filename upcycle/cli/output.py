@@ -48,6 +48,12 @@ def print_json_line(data: Any) -> None:
     sys.stdout.flush()
 
 
+def write(text: str) -> None:
+    """Text on stdout as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_error(error: UpcycleError) -> None:
     """``error: ...``, an empty line, ``hint: ...``."""
     console = stderr()
