@@ -103,6 +103,18 @@ def test_faulty_tasks_are_explained(old: str, new: str, kind: type[UpcycleError]
 
 
 @harness
+def test_a_data_set_that_cannot_be_reached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'org/questions' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(EnvironmentFault, match="cannot be loaded: Couldn't reach 'org/questions'") as caught:
+        score_tasks("demo", None, ["continuations"], folder=folder)
+    assert caught.value.hint
+    assert "HF_HOME" in caught.value.hint
+
+
+@harness
 def test_groups_and_tags_of_a_folder(folder: Path) -> None:
     add(folder, "group: both\ntask: [continuations, passages]\naggregate_metric_list:\n  - metric: acc\n")
     scores = score_tasks("demo", None, ["both"], folder=folder, limit=3).scores

@@ -20,8 +20,11 @@ from upcycle import provenance
 from upcycle.cli.main import cli
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.evaluation import Evaluation
+from upcycle.progress import Progress
 from upcycle.report.data.collecting import Wanted
+from upcycle.score_table import score_rows
 from upcycle.sources import DEMO_FOLDER
+from upcycle.task_scores import TaskScores, _compared, _read
 from upcycle.text import load_tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
@@ -43,7 +46,7 @@ def scored(half: Path) -> Evaluation:
 
 
 def answers(folder: Path) -> list[list[float]]:
-    """The log likelihood of every choice, in fp64: the sum over its tokens, read one at a time."""
+    """The log likelihood of every choice, in fp64: the sum over its tokens."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), load_tokenizer(folder)
     model.set_experts_implementation("eager")
     found = []
@@ -52,12 +55,9 @@ def answers(folder: Path) -> list[list[float]]:
         for choice in question["choices"]:
             context = tokenizer(question["question"])["input_ids"]
             whole = tokenizer(question["question"] + choice)["input_ids"]
-            total = 0.0
-            for position in range(len(context), len(whole)):
-                with torch.no_grad():
-                    logits = model(torch.tensor([whole[:position]])).logits[0, -1]
-                total += logits.log_softmax(-1)[whole[position]].item()
-            row.append(total)
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            row.append(sum(logits[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
         found.append(row)
     return found
 
@@ -166,6 +166,36 @@ def test_a_dense_model_that_is_not_ours_gets_no_file(pico: Callable[[str], Path]
     assert result.tasks
     assert result.tasks.scores[0].reference is None
     assert not (pico("llama") / provenance.EVALUATION_FILE).exists()
+
+
+def test_numbers_that_are_none_are_left_out_and_said() -> None:
+    """A perplexity can be infinite, a standard error a word; neither is JSON."""
+    notes: list[str] = []
+
+    class Notes(Progress):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    result = {
+        "results": {
+            "all": {"alias": "all", "acc,none": 0.5, "acc_stderr,none": float("nan")},
+            "t": {"ppl,none": float("inf"), "acc,none": 0.25, "acc_stderr,none": "N/A", "em,strict": 1},
+        },
+        "higher_is_better": {"t": {"acc": True}},
+        "n-samples": {"t": {"original": 9, "effective": 4}, "u": {"original": 9, "effective": 3}},
+        "group_subtasks": {"all": ["t", "u"]},
+    }
+    scores = _read(result, Notes())
+    assert notes == ["t: ppl is inf, and is left out"]
+    assert [(s.task, s.metric, s.filter, s.samples, s.value, s.stderr, s.higher_is_better) for s in scores] == [
+        ("all", "acc", "none", 7, 0.5, None, None),
+        ("t", "acc", "none", 4, 0.25, None, True),
+        ("t", "em", "strict", 4, 1.0, None, None),
+    ]
+    both = TaskScores("h", "dense", None, [_compared(scores[0], scores[1]), _compared(scores[2], None)])
+    _, rows = score_rows(both.as_dict())
+    assert [row[3:] for row in rows] == [("0.2500", "0.5000", "+0.25"), ("-", "1.0000", "-")]
+    assert rows[1][1] == "em, strict"
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, pico: Callable[[str], Path]) -> None:

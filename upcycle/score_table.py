@@ -27,10 +27,12 @@ def score_rows(
             row.append(_with_error(score["reference"], score["reference_stderr"]))
         row.append(_with_error(score["value"], score["stderr"]))
         if tasks["reference"]:
-            row.append(f"{score['difference']:+.4g}")
+            row.append("-" if score["difference"] is None else f"{score['difference']:+.4g}")
         rows.append(tuple(row))
     return columns, rows
 
 
-def _with_error(value: float, stderr: float | None) -> str:
+def _with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4f}" if stderr is None else f"{value:.4f} \u00b1 {stderr:.4f}"

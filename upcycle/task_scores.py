@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -99,11 +100,13 @@ def score_tasks(
     compared = found[0]
     if reference:
         beside = {(score.task, score.metric, score.filter): score for score in found[1]}
-        compared = [_compared(score, beside[score.task, score.metric, score.filter]) for score in found[0]]
+        compared = [_compared(score, beside.get((score.task, score.metric, score.filter))) for score in found[0]]
     return TaskScores(f"lm-eval {version('lm-eval')}", reference, limit, compared)
 
 
-def _compared(score: TaskScore, other: TaskScore) -> TaskScore:
+def _compared(score: TaskScore, other: TaskScore | None) -> TaskScore:
+    if other is None:  # a number that the reference has not
+        return score
     return replace(score, reference=other.value, reference_stderr=other.stderr, difference=score.value - other.value)
 
 
@@ -131,12 +134,12 @@ def _scores_of(
         for task in tasks:
             title = getattr(task, "name", None) or task.task_name
             with explained(f"the task '{title}' failed", title):
-                scores += _read(ask(asked, task))
+                scores += _read(ask(asked, task), progress)
             progress.advance()
     return scores
 
 
-def _read(result: dict[str, Any]) -> list[TaskScore]:
+def _read(result: dict[str, Any], progress: Progress) -> list[TaskScore]:
     """The harness' numbers: keys are ``metric,filter``, values that cannot be computed are words."""
     scores = []
     for task, values in result["results"].items():
@@ -144,6 +147,9 @@ def _read(result: dict[str, Any]) -> list[TaskScore]:
         for key, value in values.items():
             metric, comma, named = key.partition(",")
             if not comma or metric.endswith(_STDERR) or not isinstance(value, (int, float)):
+                continue
+            if not math.isfinite(value):
+                progress.note(f"{task}: {metric} is {value}, and is left out")
                 continue
             stderr = values.get(f"{metric}{_STDERR},{named}")
             scores.append(
@@ -153,7 +159,7 @@ def _read(result: dict[str, Any]) -> list[TaskScore]:
                     filter=named,
                     samples=_samples(result, task),
                     value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None,
                     higher_is_better=better.get(metric),
                 )
             )
