@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import select
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,3 +155,37 @@ def test_interrupting_an_answer_keeps_what_was_written(moe: str, monkeypatch: py
     assert result.stdout == "half\nhalf whole\n"
     assert "stopped" in result.stderr
     assert load_tokenizer(DEMO_FOLDER / "model").decode(given[1]) == "hello\nhalf\nagain"
+
+
+def test_a_talk_on_a_terminal(moe: str) -> None:
+    """Ctrl-C stops an answer and not the talk, Ctrl-D ends it; the whole command, on a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-P", "-m", "upcycle.cli.main", "chat", moe, "--tokens", "400"]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    seen = ""
+
+    def until(wanted: str, count: int = 1) -> None:
+        nonlocal seen
+        while seen.count(wanted) < count:
+            ready, _, _ = select.select([ours], [], [], 120)
+            assert ready, seen
+            seen += os.read(ours, 4096).decode(errors="replace")
+
+    try:
+        until("> ")
+        os.write(ours, b"hello\n")
+        until("48;5;", 3)  # an answer has begun
+        process.send_signal(signal.SIGINT)
+        until("stopped")
+        until("> ", 2)
+        os.write(ours, b"\n")
+        until("> ", 3)
+        os.write(ours, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    assert "no chat template" in seen

@@ -49,7 +49,7 @@ def command(
             warn("--system has no place without a chat template, and is left out")
     shown = ExpertText(writer.experts)
     for line in _lines():
-        answer = ""
+        answer, interrupted = "", False
         ids, dropped = talk.say(line, room=tokens)
         if dropped:
             note(f"the context is full: the first {dropped} lines of the talk are forgotten")
@@ -61,12 +61,14 @@ def command(
                 if not as_json:
                     shown.show(token)
         except KeyboardInterrupt:
-            note("stopped")
+            interrupted = True
         talk.answered(answer)
         if as_json:
             print_json_line({"said": line, "answer": answer, "stopped": writer.stopped})
         else:
             shown.end()
+        if interrupted:
+            note("stopped")
     if writer.layer is not None and not as_json:
         shown.legend(writer.layer)
 
