@@ -1,9 +1,9 @@
 """Training-free quality of the shipped split recipes on SmolLM2-135M, all 30 layers, against what they must beat.
 
 For 75%, 50% and 25% of the neurons: ``configs/convert/split_NN.yaml``; static pruning to the same number of neurons with the
-same refit; and at 50% CMoE's own recipe (its split and router, no refit). All see the same calibration tokens (documentation,
-code and science in equal parts) and are measured on other documents of these kinds, and on news, a kind that none was
-calibrated on; it is not in the mean. ``--oracle`` adds the limit of all routing.
+same refit; and at 50% CMoE's own recipe (its split and router, no refit). What is compared sees the same calibration tokens, as
+many as the recipe asks for (documentation, code and science in equal parts), and is measured on other documents of these
+kinds, and on news, a kind that none was calibrated on; it is not in the mean. ``--oracle`` adds the limit of all routing.
 
 First, the time of calibrating, splitting and refitting on 65,536 tokens is compared with one forward pass of the same
 tokens, and its memory weighed (``--no-speed`` leaves that out, ``--no-quality`` the other).
@@ -99,25 +99,31 @@ def quality(model: Path, tokens: int | None, percents: list[int], oracle: bool) 
     _, (foreign,) = texts([FOREIGN])
     checkpoint = DenseCheckpoint.open(str(model), None)
     candidates = candidates_of(checkpoint, tokens, percents, oracle, calibration)
-    wanted = candidates[0].job.recipe.calibration
+    window = candidates[0].job.recipe.calibration.window
     tokenizer = load_tokenizer(checkpoint.source.path)
     measured = {
-        name: mixed_windows({name: path.read_text()}, tokenizer, EVALUATION_TOKENS, wanted.window)
+        name: mixed_windows({name: path.read_text()}, tokenizer, EVALUATION_TOKENS, window)
         for name, path in zip((*DOMAINS, FOREIGN), (*evaluation, foreign), strict=True)
     }
     contents = {str(path): path.read_text() for path in calibration}
-    given = Texts(mixed_windows(contents, tokenizer, wanted.tokens, wanted.window), measured)
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Walk(checkpoint, "keep", given, Path(folder), Lines()).run(candidates)
+    looked_at: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        looked_at.setdefault(candidate.job.recipe.calibration.tokens, []).append(candidate)
+    dense: list[float] = []
+    for count, group in looked_at.items():
+        given = Texts(mixed_windows(contents, tokenizer, count, window), measured)
+        with tempfile.TemporaryDirectory() as folder:
+            dense = Walk(checkpoint, "keep", given, Path(folder), Lines()).run(group)
     known = len(DOMAINS)
     ratios = {(round(100 * c.active), c.label): ratio(c.nats[:known], dense[:known]) for c in candidates}
-    print(f"SmolLM2-135M, {given.calibration.numel():,} calibration tokens; perplexity on {', '.join(measured)}:")
+    print(f"SmolLM2-135M; perplexity on {', '.join(measured)}:")
     print("dense: " + ", ".join(f"{math.exp(nats):.2f}" for nats in dense))
     for c in candidates:
         numbers = ", ".join(f"{math.exp(nats):.2f}" for nats in c.nats)
         captured = f", captured {sum(c.captured) / len(c.captured):.1%}" if c.captured and not c.baseline else ""
         mean = ratios[round(100 * c.active), c.label]
-        print(f"{c.active:.0%} {c.label}: {numbers} ({mean:.3f}x, KL {c.kl:.3f}{captured}, {c.seconds:.0f} s)")
+        about = f"{c.job.recipe.calibration.tokens:,} tokens, KL {c.kl:.3f}{captured}, {c.seconds:.0f} s"
+        print(f"{c.active:.0%} {c.label}: {numbers} ({mean:.3f}x, {about})")
     rows = []
     for percent in percents:
         most, ours, static = TARGETS[percent], ratios[percent, RECIPE], ratios[percent, STATIC]
