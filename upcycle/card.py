@@ -130,21 +130,28 @@ def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
 
 def _results(facts: Facts) -> list[EvalResult]:
     """What was measured, for the hub's ``model-index``."""
+    measured, tasks = facts.verification, facts.tasks
+    results = []
+    if measured:
+        text = public_name(measured["text"])
+        arguments = {"tokens": measured["tokens"]}
+        results.append(_result(text, arguments, "perplexity", "Perplexity", measured["perplexity"]))
+    for score in tasks["scores"] if tasks else []:
+        arguments = {"questions": score["samples"], "harness": tasks["harness"]} if tasks else {}
+        results.append(_result(score["task"], arguments, score["metric"], score["metric"], score["value"]))
+    return results
+
+
+def _result(dataset: str, arguments: dict[str, Any], kind: str, name: str, value: float) -> EvalResult:
     from huggingface_hub import EvalResult
 
-    measured = facts.verification
-    if not measured:
-        return []
-    text = public_name(measured["text"])
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Text generation",
-            dataset_type=re.sub(r"[^\w.-]+", "-", text).strip("-").lower(),
-            dataset_name=text,
-            dataset_args={"tokens": measured["tokens"]},
-            metric_type="perplexity",
-            metric_name="Perplexity",
-            metric_value=measured["perplexity"],
-        )
-    ]
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        dataset_type=re.sub(r"[^\w.-]+", "-", dataset).strip("-").lower(),
+        dataset_name=dataset,
+        dataset_args=arguments,
+        metric_type=kind,
+        metric_name=name,
+        metric_value=value,
+    )

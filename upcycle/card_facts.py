@@ -34,6 +34,7 @@ class Facts:
     keys: dict[str, Any]
     config: dict[str, Any]
     verification: dict[str, Any] | None
+    tasks: dict[str, Any] | None
     license: License | None
     base_models: list[str]
     datasets: list[str]
@@ -72,6 +73,7 @@ def gather(
         keys=read_recipe(folder / provenance.RECIPE_FILE),
         config=read_json(folder / "config.json"),
         verification=provenance.read_verification(folder),
+        tasks=(provenance.read_evaluation(folder) or {}).get("tasks"),
         license=_license(record, license, kept),
         base_models=_base_models(record, base_model, kept),
         datasets=_datasets(record),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.card_facts import Facts, public_name, sources_of
 from upcycle.markdown import code, fenced, plain, table
+from upcycle.score_table import score_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,7 @@ def body(facts: Facts, own: str) -> str:
     for title, text in (
         ("Method", _method(facts)),
         ("Before and after", _comparison(facts)),
+        *([("Tasks", _tasks(facts, facts.tasks))] if facts.tasks else []),
         ("Verification", _verification(facts)),
         ("How to load", _loading(facts)),
         ("How to make it again", _recipe(facts)),
@@ -100,6 +102,14 @@ def _comparison(facts: Facts) -> str:
         name = f"perplexity, {measured['tokens']:,} tokens of {code(public_name(measured['text']))}"
         rows.append((name, f"{measured['perplexity_dense']:.3f}", f"{measured['perplexity']:.3f}"))
     return table(["", "source" if facts.grown else "dense", "this model"], rows)
+
+
+def _tasks(facts: Facts, tasks: dict[str, Any]) -> str:
+    columns, rows = score_rows(tasks, ("source" if facts.grown else "dense", "this model"))
+    first = f", the first {tasks['limit']:,} questions of each task" if tasks["limit"] else ""
+    beside = f", beside {code(public_name(tasks['reference']))}" if tasks["reference"] else ""
+    escaped = [(code(task), *map(plain, rest)) for task, *rest in rows]
+    return f"Scored by {plain(tasks['harness'])} in fp32{first}{beside}:\n\n{table(columns, escaped)}"
 
 
 def _verification(facts: Facts) -> str:
@@ -191,7 +201,7 @@ def _limits(facts: Facts) -> Iterator[str]:
     if measured:
         yield (
             f"Perplexity was measured on {measured['tokens']:,} tokens of one kind of text: that is a check, no benchmark. "
-            "Tasks, safety and other languages were not measured."
+            f"{'Safety' if facts.tasks else 'Tasks, safety'} and other languages were not measured."
         )
     else:
         yield "Its quality was not measured."

@@ -1,22 +1,24 @@
-"""Perplexity of any model, and how evenly a MoE uses its experts."""
+"""What any model is like, beside another: perplexity and expert load, scores on tasks, speed and memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from upcycle.errors import EnvironmentFault, UsageError
+from upcycle import provenance
+from upcycle.errors import UsageError
+from upcycle.expert_load import LayerLoad, layer_load, load_counts
+from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
-from upcycle.runtime import available_memory, quiet_transformers, use_eager_experts
 from upcycle.sources import locate
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.speed import Speed, measure_speed
+from upcycle.task_scores import TaskScores, score_tasks
 from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text
 
 _BATCH_LOGIT_BYTES = 1 << 28
@@ -36,19 +38,8 @@ class TextResult:
 
 
 @dataclass(frozen=True)
-class LayerLoad:
-    """How one MoE layer spread the (token, expert) pairs: ``load`` sums to 1, ``entropy`` is relative to uniform."""
-
-    layer: int
-    load: list[float]
-    max_over_mean: float
-    entropy: float
-    dead_experts: list[int]
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """Results for one model. ``as_dict`` has the documented JSON keys."""
+    """Results for one model; what was not asked for is empty or None. ``as_dict`` has the documented JSON keys."""
 
     model: str
     reference: str | None
@@ -56,6 +47,8 @@ class Evaluation:
     stride: int
     texts: list[TextResult]
     layers: list[LayerLoad]
+    tasks: TaskScores | None = None
+    speed: Speed | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -70,41 +63,90 @@ def evaluate(
     window: int = 512,
     stride: int | None = None,
     tokens: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    task_folder: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+    speed: bool = False,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Measure perplexity in fp32 with strided windows, and the load of every expert.
+    """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
 
     Each window of ``window`` tokens is moved by ``stride`` (default: half a window) and only tokens not yet scored
-    count, so all but the first have at least ``window - stride`` tokens of context.
+    count, so all but the first have at least ``window - stride`` tokens of context. Scores and speed are kept in
+    ``evaluation.json`` of a folder that :func:`upcycle.convert` or :func:`upcycle.export` wrote: report and card say it.
 
     Args:
         model: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
-        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts.
-        reference: another model with the same tokenizer, measured on the same tokens.
+        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none beside tasks or speed.
+        reference: another model, measured on the same (for texts: with the same tokenizer).
         window: tokens per window, at most the model's context.
         stride: tokens between windows.
         tokens: at most this many tokens of each text.
+        tasks: names of lm-eval's tasks, groups or tags.
+        task_folder: more tasks, which may not run code.
+        limit: only the first questions of each task.
+        batch: sequences per forward pass of a task.
+        speed: time reading and writing of both models, in turns, and measure their memory.
         progress: where to report.
 
     Raises:
-        UsageError: a missing text or a stride that is not below the window.
-        EnvironmentFault: the model does not fit in memory.
+        UsageError: a missing text, a stride that is not below the window, an unknown or faulty task.
+        EnvironmentFault: a model does not fit in memory, or lm-eval or the data of a task is missing.
     """
-    names = [text] if isinstance(text, str) else list(text or DEMO_TEXTS)
+    if (task_folder or limit is not None) and not tasks:
+        raise UsageError("--task-folder and --limit are about tasks", hint="name them: --tasks NAME,NAME")
+    other = str(reference) if reference else None
+    scores = timed = None
+    if tasks:
+        asked = [tasks] if isinstance(tasks, str) else list(tasks)
+        folder = Path(task_folder) if task_folder else None
+        scores = score_tasks(str(model), other, asked, folder=folder, limit=limit, batch=batch, progress=progress)
+        _keep(str(model), {"tasks": scores.as_dict()}, progress)
+    if speed:
+        timed = measure_speed(str(model), other, progress=progress)
+        _keep(str(model), {"speed": timed.as_dict()}, progress)
+    names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
+    if not names:
+        return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores, timed)
+    found = _on_texts(str(model), other, names, window, stride, tokens, progress)
+    return replace(found, tasks=scores, speed=timed)
+
+
+def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:
+    """Write what was measured beside the model, where this tool wrote that."""
+    folder = Path(model).expanduser()
+    if not (folder / provenance.FILE).is_file():
+        return
+    try:
+        provenance.write_evaluation(folder, measured)
+    except OSError as error:
+        progress.note(f"{provenance.EVALUATION_FILE} cannot be written, and report and card need it: {error.strerror}")
+
+
+def _on_texts(
+    model: str,
+    reference: str | None,
+    names: Sequence[str],
+    window: int,
+    stride: int | None,
+    tokens: int | None,
+    progress: Progress,
+) -> Evaluation:
     with progress.phase("loading text and model", 2):
-        tokenizer = load_tokenizer(locate(str(model)).path)
+        tokenizer = load_tokenizer(locate(model).path)
         encoded = {name: encode(tokenizer, read_text(name))[:tokens] for name in names}
         progress.advance()
-        runner = _Runner(str(model), window, stride)
+        runner = _Runner(model, window, stride)
         progress.advance()
     with load_counts(runner.model) as counts:
         measured = {name: runner.loss(ids, progress, name) for name, ids in encoded.items()}
-    layers = [_layer_load(layer, count) for layer, count in counts.items()]
+    layers = [layer_load(layer, count) for layer, count in counts.items()]
     compared: dict[str, float] = {}
     if reference:
         del runner.model
-        other = _Runner(str(reference), runner.window, runner.stride)
-        _same_vocabulary(tokenizer, load_tokenizer(locate(str(reference)).path), str(model), str(reference))
+        other = _Runner(reference, runner.window, runner.stride)
+        _same_vocabulary(tokenizer, load_tokenizer(locate(reference).path), model, reference)
         compared = {name: other.loss(ids, progress, f"{name} (reference)")[0] for name, ids in encoded.items()}
     texts = [
         TextResult(
@@ -118,7 +160,7 @@ def evaluate(
         )
         for name, (loss, predicted) in measured.items()
     ]
-    return Evaluation(str(model), str(reference) if reference else None, runner.window, runner.stride, texts, layers)
+    return Evaluation(model, reference, runner.window, runner.stride, texts, layers)
 
 
 def _same_vocabulary(first: Any, second: Any, model: str, reference: str) -> None:
@@ -133,7 +175,7 @@ class _Runner:
     """A model in memory and its windows."""
 
     def __init__(self, name: str, window: int, stride: int | None) -> None:
-        self.model = _load(name)
+        self.model = load_model(name)
         self.window = min(window, self.model.config.max_position_embeddings)
         self.stride = stride or max(1, self.window // 2)
         if not 0 < self.stride < self.window:
@@ -167,63 +209,3 @@ def _equal_lengths(windows: list[torch.Tensor]) -> list[torch.Tensor]:
     full = [window for window in windows if len(window) == len(windows[0])]
     rest = [window[None] for window in windows[len(full) :]]
     return [torch.stack(full), *rest]
-
-
-def _load(name: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    path = locate(name).path
-    if path.is_file():
-        from upcycle.checkpoint import DenseCheckpoint
-        from upcycle.runtime import dense_model
-
-        return dense_model(DenseCheckpoint.open(name), "float32", streamed=False).model
-    needed = 4 * sum(spec.elements for spec in SafetensorsFolder(path).specs.values())
-    if needed > 0.9 * available_memory():
-        raise EnvironmentFault(
-            f"{name} needs about {needed / 1e9:.0f} GB in fp32, and {available_memory() / 1e9:.0f} GB are available",
-            hint="evaluate on a machine with more memory",
-        )
-    with quiet_transformers():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise UsageError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from None
-    return use_eager_experts(model.eval())
-
-
-@contextmanager
-def load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
-    """Count what every router chooses: layer -> int64 ``[E]``. A stock router returns (logits, weights, indices)."""
-    counts: dict[int, torch.Tensor] = {}
-    hooks = []
-    for index, layer in enumerate(model.model.layers):
-        named = (module for name, module in layer.named_modules() if name.endswith((".gate", ".router")))
-        router = next((module for module in named if hasattr(module, "top_k")), None)
-        if router is None:
-            continue
-        counts[index] = torch.zeros(router.num_experts, dtype=torch.int64)
-
-        def count(_: Any, __: Any, output: Any, index: int = index) -> None:
-            counts[index] += torch.bincount(output[2].flatten(), minlength=len(counts[index]))
-
-        hooks.append(router.register_forward_hook(count))
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _layer_load(layer: int, counts: torch.Tensor) -> LayerLoad:
-    load = counts.double() / counts.sum()
-    entropy = -torch.xlogy(load, load).sum().item()
-    return LayerLoad(
-        layer=layer,
-        load=load.tolist(),
-        max_over_mean=(load.max() * len(load)).item(),
-        entropy=entropy / math.log(len(load)) if len(load) > 1 else 1.0,
-        dead_experts=torch.nonzero(counts == 0).flatten().tolist(),
-    )

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from upcycle.errors import EnvironmentFault
-from upcycle.evaluation import load_counts
+from upcycle.expert_load import load_counts
 from upcycle.families.moe import MoeModel
 from upcycle.progress import Progress
 from upcycle.runtime import available_memory, load_stock, use_eager_experts

@@ -25,7 +25,7 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hub_errors import Hub, from_environment
 from upcycle.hub_repository import Repository, State, check_repo_name, check_revision, operation_of
 from upcycle.progress import SILENT, Progress
-from upcycle.provenance import CARD_FILE, FILE, VERIFICATION_FILE
+from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.publishing import REPORTS, Publishable, Upload, publishable
 
 _ATTRIBUTES = ".gitattributes"  # which files are large: every repository has it from the beginning
@@ -283,7 +283,7 @@ def _check_contents(there: State, repo: str, private: bool, overwrite: bool) -> 
 def _deletions(files: list[Upload], repository: Repository, there: State, overwrite: bool) -> list[PushedFile]:
     """What is there of the model before this one, and must not stay beside it; with ``overwrite`` everything else, too."""
     ours = repository.record(FILE, there).get("files")
-    candidates = {VERIFICATION_FILE, *REPORTS, *(ours if isinstance(ours, dict) else ())}
+    candidates = {VERIFICATION_FILE, EVALUATION_FILE, *REPORTS, *(ours if isinstance(ours, dict) else ())}
     if overwrite:
         candidates = set(there.files) - {_ATTRIBUTES}
     names = (candidates & set(there.files)) - {file.name for file in files}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FILE = "upcycle.json"
 VERIFICATION_FILE = "verification.json"
+EVALUATION_FILE = "evaluation.json"
 RECIPE_FILE = "recipe.yaml"
 CARD_FILE = "README.md"
 BLUEPRINT_FILE = "blueprint.safetensors"
@@ -128,7 +129,7 @@ def write(
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-UNHASHED = {FILE, VERIFICATION_FILE, CARD_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
+UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -144,15 +145,35 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write_verification(folder: Path, result: dict[str, Any]) -> None:
     """Write ``verification.json``: the result, and which ``upcycle.json``, and so which files, it is about."""
-    content = result | {_ABOUT: hash_file(folder / FILE)}
-    (folder / VERIFICATION_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_about(folder, VERIFICATION_FILE, result)
 
 
 def read_verification(folder: Path) -> dict[str, Any] | None:
     """The last verification of the files that ``upcycle.json`` lists, or None: there was none, or it is about other files."""
-    if not (folder / VERIFICATION_FILE).is_file():
+    return _read_about(folder, VERIFICATION_FILE)
+
+
+def write_evaluation(folder: Path, measured: dict[str, Any]) -> None:
+    """Put what was measured into ``evaluation.json``, beside what else was measured of the same files."""
+    _write_about(folder, EVALUATION_FILE, (read_evaluation(folder) or {}) | measured)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What was measured of the files that ``upcycle.json`` lists, or None."""
+    return _read_about(folder, EVALUATION_FILE)
+
+
+def _write_about(folder: Path, name: str, content: dict[str, Any]) -> None:
+    text = json.dumps(content | {_ABOUT: hash_file(folder / FILE)}, indent=2) + "\n"
+    partial = folder / (name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / name)
+
+
+def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
+    if not (folder / name).is_file():
         return None
-    found = read_json(folder / VERIFICATION_FILE)
+    found = read_json(folder / name)
     return found if found.pop(_ABOUT, None) == hash_file(folder / FILE) else None
 
 

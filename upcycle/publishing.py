@@ -10,7 +10,7 @@ from typing import Any
 from upcycle import provenance
 from upcycle.errors import CheckpointError, UsageError, VerificationError
 from upcycle.progress import Progress
-from upcycle.provenance import CARD_FILE, FILE, VERIFICATION_FILE, check_files, hash_bytes
+from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files, hash_bytes
 from upcycle.workspace import UNFINISHED, sibling
 
 # Not recorded when the model was made, and ours all the same.
@@ -74,7 +74,7 @@ def publishable(folder: Path, force: bool, progress: Progress) -> Publishable:
         check_files(folder, record)
         progress.advance()
     files = [_upload(folder, name, digest) for name, digest in record["files"].items() if name != CARD_FILE]
-    present = (FILE, VERIFICATION_FILE, *REPORTS)
+    present = (FILE, VERIFICATION_FILE, EVALUATION_FILE, *REPORTS)
     files += [Upload.of(name, (folder / name).read_bytes()) for name in present if (folder / name).is_file()]
     known = {file.name for file in files} | {CARD_FILE}
     skipped = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in known)

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from upcycle.cli.reference import reference
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
 from upcycle.report.data.collecting import Wanted
+from upcycle.speed import ModelSpeed, Speed
+from upcycle.task_scores import TaskScore, TaskScores
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +146,11 @@ def test_exit_codes() -> None:
     assert documented == raised | {0, 130}
 
 
+def keys_of(kind: Any) -> dict[str, None]:
+    """The keys of what an extra or a slow run would give."""
+    return {field.name: None for field in fields(kind)}
+
+
 def test_json_keys(
     pico: Callable[[str], Path],
     pico_moe: Callable[[str], Path],
@@ -192,6 +200,9 @@ def test_json_keys(
     reported = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
     evaluated = upcycle.evaluate(tmp_path / "out", text="prose", tokens=200).as_dict()
     pushed = upcycle.push(tmp_path / "out", "you/moe", dry_run=True).as_dict()
+    writing = [str(tmp_path / "out"), "--tokens", "2", "--json"]
+    generated = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def"]).stdout)
+    talked = json.loads(CliRunner().invoke(cli, ["chat", *writing], input="hello\n").stdout)
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     actual = {
         "plan": plan,
@@ -225,7 +236,14 @@ def test_json_keys(
         "push files": pushed["files"][0],
         "evaluate": evaluated,
         "evaluate texts": evaluated["texts"][0],
+        "generate": generated,
+        "generate tokens": generated["tokens"][0],
+        "chat, a line for each answer": talked,
         "evaluate layers": evaluated["layers"][0],
+        "evaluate tasks": keys_of(TaskScores),
+        "evaluate tasks scores": keys_of(TaskScore),
+        "evaluate speed": keys_of(Speed),
+        "evaluate speed model": keys_of(ModelSpeed),
     }
     documented = {row[0].replace("`", ""): set(re.findall(r"\w+", row[1])) for row in rows("## JSON")}
     assert documented == {name: set(data) for name, data in actual.items()}

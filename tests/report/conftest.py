@@ -23,7 +23,7 @@ for _name in ("report_parts", "report_browser"):
     sys.modules[_name] = _module
     _spec.loader.exec_module(_module)
 HOSTILE, COMPARED = sys.modules["report_parts"].HOSTILE, sys.modules["report_parts"].COMPARED
-write_log = sys.modules["report_parts"].write_log
+write_log, write_evaluated = sys.modules["report_parts"].write_log, sys.modules["report_parts"].write_evaluated
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,7 @@ def full_report(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     keys = {"method": "random_split", "experts": 6, "top_k": 3, "shared": 2, "layers": "except-first:1"}
     upcycle.convert(str(pico("llama")), out, **keys, calibration=calibration, verification={"tokens": 64})
     write_log(folder / "log.jsonl", 1000)
+    write_evaluated(out)
     static = COMPARED | {"method": "static", "baseline": "static", "ratio": 1.5, "recommended": False}
     results = [row | {"active": active} for row in (COMPARED, static) for active in (0.5, 0.75)]
     (out / "compare.json").write_text(json.dumps({"source": HOSTILE, "dense": {"a": 3.0}, "results": results}))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+
+from upcycle import provenance
+from upcycle.speed import ModelSpeed, Speed
+from upcycle.task_scores import TaskScore, TaskScores
 
 HOSTILE = "<script>alert('x')</script>\"'&"
 COMPARED = {
@@ -16,6 +21,16 @@ COMPARED = {
     "baseline": None,
     "recommended": True,
 }
+
+
+def write_evaluated(out: Path) -> None:
+    """What ``evaluate --tasks --speed`` keeps, of a task with a hostile name."""
+    score = TaskScore(HOSTILE, "acc", "none", 20, 0.5, 0.11, True, 0.6, 0.1, -0.1)
+    worse = TaskScore("passages", "word_perplexity", "none", 4, 300.0, None, False, 200.0, None, 100.0)
+    dense, moe = ModelSpeed(4000.0, 90.0, 500_000_000, None), ModelSpeed(2000.0, 60.0, 525_000_000, "grouped_mm")
+    timed = Speed("cpu", "float32", 1, 256, 32, 5, moe, HOSTILE, dense, 0.5, 2 / 3, 1.05)
+    scores = TaskScores("lm-eval 0.4.13", HOSTILE, None, [score, worse])
+    provenance.write_evaluation(out, {"tasks": asdict(scores), "speed": asdict(timed)})
 
 
 def write_log(path: Path, steps: int) -> None:

@@ -1,13 +1,16 @@
-"""``upcycle evaluate``: perplexity and expert load."""
+"""``upcycle evaluate``: perplexity and expert load, tasks, speed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from upcycle.cli.options import common_options, quiet_option
 from upcycle.cli.output import Bars, print_json, print_table
+from upcycle.score_table import score_rows
+from upcycle.speed_table import speed_rows
 
 
 @click.command("evaluate")
@@ -19,6 +22,18 @@ from upcycle.cli.output import Bars, print_json, print_table
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="tokens per window")
 @click.option("--stride", type=click.IntRange(1), help="tokens between windows  [default: half a window]")
 @click.option("--tokens", type=click.IntRange(2), help="at most this many tokens of each text")
+@click.option(
+    "--tasks", metavar="NAME[,NAME]", help="tasks, groups or tags of lm-eval to score instead of texts; * is any"
+)
+@click.option(
+    "--task-folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="tasks of your own: .yaml files without code, their data beside them",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="only the first N questions of each task")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="sequences per pass of a task")
+@click.option("--speed", is_flag=True, help="time reading and writing, and measure memory, instead of reading texts")
 @quiet_option
 @common_options
 def command(
@@ -28,25 +43,63 @@ def command(
     window: int,
     stride: int | None,
     tokens: int | None,
+    tasks: str | None,
+    task_folder: Path | None,
+    limit: int | None,
+    batch: int,
+    speed: bool,
     quiet: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts.
+    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts; or how well it does on tasks, or how fast it is.
 
-    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE.
+    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE. Scores and speed are kept in evaluation.json of an OUT that
+    upcycle wrote: the report says them, and the card the scores.
+
+    \b
+    upcycle evaluate ./moe --reference ./llama
+    upcycle evaluate ./moe --reference ./llama --tasks arc_easy,hellaswag --limit 500
+    upcycle evaluate ./moe --tasks my_task --task-folder ./tasks
+    upcycle evaluate ./moe --reference ./llama --speed
     """
     from upcycle.evaluation import evaluate
 
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise click.UsageError("--tasks names no task")
     result = evaluate(
-        model, text=text, reference=reference, window=window, stride=stride, tokens=tokens, progress=Bars(quiet)
+        model,
+        text=text,
+        reference=reference,
+        window=window,
+        stride=stride,
+        tokens=tokens,
+        tasks=names,
+        task_folder=task_folder,
+        limit=limit,
+        batch=batch,
+        speed=speed,
+        progress=Bars(quiet),
     )
     if as_json:
         print_json(result.as_dict())
         return
-    _print_texts(result)
+    if result.texts:
+        _print_texts(result)
     if result.layers:
         _print_load(result.layers)
+    if result.tasks:
+        _print_tasks(result.tasks)
+    if result.speed:
+        columns, rows, about = speed_rows(result.speed.as_dict())
+        print_table(columns, rows, right=range(1, len(columns)), title=about)
+
+
+def _print_tasks(tasks: Any) -> None:
+    first = f", the first {tasks.limit:,} questions of each task" if tasks.limit else ""
+    columns, rows = score_rows(tasks.as_dict())
+    print_table(columns, rows, right=range(2, len(columns)), title=f"{tasks.harness}{first}")
 
 
 def _print_texts(result: Any) -> None:

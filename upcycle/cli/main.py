@@ -20,6 +20,8 @@ VERBS = {
     "compare": "compare",
     "train": "train",
     "export": "export",
+    "generate": "generate",
+    "chat": "chat",
     "report": "report",
     "card": "card",
     "push": "push",

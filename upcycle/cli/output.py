@@ -42,6 +42,18 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
+def print_json_line(data: Any) -> None:
+    """One JSON document on one line of stdout, for results that come one by one."""
+    click.echo(json.dumps(data))
+    sys.stdout.flush()
+
+
+def write(text: str) -> None:
+    """Text on stdout as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_error(error: UpcycleError) -> None:
     """``error: ...``, an empty line, ``hint: ...``."""
     console = stderr()

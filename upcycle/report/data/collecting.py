@@ -12,6 +12,7 @@ from upcycle.errors import UpcycleError
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.compared import comparison_data
 from upcycle.report.data.cost import cost_data
+from upcycle.report.data.evaluated import speed_data, tasks_data
 from upcycle.report.data.exactness import exactness_data
 from upcycle.report.data.made import made_data
 from upcycle.report.data.origins import provenance_data
@@ -20,7 +21,10 @@ from upcycle.report.data.summary import summary_data
 from upcycle.report.data.training import training_data
 
 PROMPTS = ("def read_file(path):\n    ", "The most important thing about ")
-SECTIONS = ("made", "cost", "exactness", "quality", "routing", "experts", "training", "comparison", "provenance")
+SECTIONS = (
+    *("made", "cost", "speed", "exactness", "quality", "tasks", "routing", "experts", "training", "comparison"),
+    "provenance",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Sub
         CheckpointError: a comparison was named that is none.
     """
     subject = find_subject(name, wanted.training)
-    with progress.phase("reading files", 5):
+    with progress.phase("reading files", len(_READERS)):
         sections = {}
         for section, data in _READERS.items():
             sections[section] = _or_reason(lambda data=data: data(subject))  # type: ignore[misc]
@@ -64,6 +68,8 @@ _READERS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "made": made_data,
     "cost": cost_data,
     "exactness": exactness_data,
+    "tasks": tasks_data,
+    "speed": speed_data,
     "training": training_data,
     "provenance": provenance_data,
 }

@@ -16,7 +16,9 @@ from upcycle.report.sections.experts import experts_view
 from upcycle.report.sections.made import made_view
 from upcycle.report.sections.quality import quality_view
 from upcycle.report.sections.routing import routing_view
+from upcycle.report.sections.speed import speed_view
 from upcycle.report.sections.summary import summary_view
+from upcycle.report.sections.tasks import tasks_view
 from upcycle.report.sections.training import training_view
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -24,10 +26,12 @@ _View = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 # name -> heading and view; the order of the page
 _SECTIONS: dict[str, tuple[str, _View]] = {
     "quality": ("Quality", quality_view),
+    "tasks": ("Tasks", tasks_view),
     "exactness": ("Exactness", exactness_view),
     "routing": ("Routing", routing_view),
     "experts": ("Experts", experts_view),
     "cost": ("Cost", cost_view),
+    "speed": ("Speed", speed_view),
     "made": ("What was done", made_view),
     "training": ("Training", training_view),
     "comparison": ("Other ways to split it", comparison_view),

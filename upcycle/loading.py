@@ -1,0 +1,49 @@
+"""Any model that can be named, dense or MoE, in memory as stock transformers runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.runtime import available_memory, quiet_transformers, use_eager_experts
+from upcycle.sources import locate
+from upcycle.tensor_files import SafetensorsFolder
+
+
+def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True) -> Any:
+    """A stock causal language model in evaluation mode.
+
+    Args:
+        name: folder, hub id, ``.gguf`` file or ``demo``.
+        dtype: of its weights; ``auto``: as stored. A ``.gguf`` file is read in fp32.
+        eager_experts: run experts one after another, as ``verify`` does, and not with transformers' default kernel.
+
+    Raises:
+        UsageError: there is no such model, or transformers cannot load it.
+        EnvironmentFault: it does not fit in memory, or the hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = locate(name).path
+    if path.is_file():
+        from upcycle.checkpoint import DenseCheckpoint
+        from upcycle.runtime import dense_model
+
+        return dense_model(DenseCheckpoint.open(name), "float32", streamed=False).model
+    specs = SafetensorsFolder(path).specs.values()
+    needed = sum(spec.nbytes if dtype == "auto" else spec.elements * dtype.itemsize for spec in specs)
+    if needed > 0.9 * available_memory():
+        raise EnvironmentFault(
+            f"{name} needs about {needed / 1e9:.0f} GB, and {available_memory() / 1e9:.0f} GB are available",
+            hint="use a machine with more memory",
+        )
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from None
+    return use_eager_experts(model.eval()) if eager_experts else model.eval()

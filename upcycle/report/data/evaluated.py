@@ -1,0 +1,33 @@
+"""What ``upcycle evaluate`` measured and kept beside the model: scores on tasks, speed and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle import provenance
+from upcycle.report.data.subject import Subject, missing
+
+
+def tasks_data(subject: Subject) -> dict[str, Any]:
+    """What ``evaluation.json`` says of tasks: ``harness``, ``reference``, ``limit`` and ``scores``.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _kept(subject, "tasks", "no tasks were scored", "--tasks NAME")
+
+
+def speed_data(subject: Subject) -> dict[str, Any]:
+    """What ``evaluation.json`` says of speed and memory, as :class:`upcycle.speed.Speed` holds it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _kept(subject, "speed", "speed was not measured", "--speed")
+
+
+def _kept(subject: Subject, key: str, why: str, flag: str) -> dict[str, Any]:
+    measured = provenance.read_evaluation(subject.folder) if subject.ours else None
+    if not measured or key not in measured:
+        return missing(f"{why} (upcycle evaluate {subject.name} --reference DENSE {flag})")
+    return {"names": subject.sides, **measured[key]}

@@ -1,0 +1,94 @@
+"""A folder of evaluation tasks, checked before anything reads it: a task says what is asked and how it is scored, and runs no code.
+
+The harness' format (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md) lets a task name Python
+functions, metrics that are downloaded as code, and data sets that come with a script. Its own package may do so; a folder may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from upcycle.errors import UsageError
+
+_STANDARD = "tag:yaml.org,2002:"
+_CODE = _STANDARD + "python/"
+# Keys whose value would be run: a Python class, code that a model wrote, the script of a data set, templates of another package.
+_RUNS = ("class", "unsafe_code", "trust_remote_code", "use_prompt", "hf_evaluate")
+
+
+def check_task_folder(folder: Path, trusted: Path, metrics: Mapping[str, Any]) -> None:
+    """Read every task in ``folder``, and all that they include.
+
+    Args:
+        folder: where tasks are looked for, as deep as it goes.
+        trusted: the harness' own package, files of which may be included whatever they hold.
+        metrics: names of the harness' own metrics.
+
+    Raises:
+        UsageError: there is no such folder, it holds no task, or a file is damaged or asks for code to be run.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="--task-folder names a folder with .yaml tasks")
+    files = sorted(folder.rglob("*.yaml"))
+    if not files:
+        raise UsageError(f"{folder} holds no .yaml task", hint="--task-folder names a folder with .yaml tasks")
+    seen: set[Path] = set()
+    while files:
+        path = files.pop().resolve()
+        if path in seen or path.is_relative_to(trusted.resolve()):
+            continue
+        seen.add(path)
+        content = _read(path)
+        _check(content, path, metrics)
+        included = content.get("include", [])
+        files += [path.parent / name for name in (included if isinstance(included, list) else [included])]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            tag = getattr(event, "tag", None)
+            if tag and (not tag.startswith(_STANDARD) or tag.startswith(_CODE)):
+                line = event.start_mark.line + 1 if event.start_mark else 0
+                raise UsageError(
+                    f"{path}, line {line}: {tag} runs code, and tasks of a folder are not run as code",
+                    hint="say it with the harness' templates, metrics and filters, or use a task of the harness itself",
+                )
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is no task: it holds no keys")
+    return content
+
+
+def _check(content: Mapping[str, Any], path: Path, metrics: Mapping[str, Any]) -> None:
+    for key, value in _entries(content):
+        if key in _RUNS and value not in (None, False):
+            raise UsageError(
+                f"{path}: key '{key}' runs code, and tasks of a folder are not run as code",
+                hint="leave the key out, or use a task of the harness itself",
+            )
+        if key == "metric" and value not in metrics:
+            raise UsageError(
+                f"{path}: key 'metric_list': the harness has no metric '{value}' (others are downloaded as code)",
+                hint=f"one of: {', '.join(sorted(metrics))}",
+            )
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, however deep."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield str(key), value
+            yield from _entries(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _entries(value)
