@@ -13,7 +13,9 @@ from upcycle.kernels.experts import ExpertWeights
 from upcycle.kernels.routing import Routing
 
 GROUP_ROWS = 256  # as many rows are computed together, more only of a larger expert,
-GROUP_ELEMENTS = 2**20  # or of narrow experts: while z has at most so many elements (Python costs more than a full cache)
+GROUP_ELEMENTS = (
+    2**20
+)  # or of narrow experts: while z has at most so many elements (Python costs more than a full cache)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def _choice(kind: str, index: int | None, dtype: torch.dtype, wanted: str) -> tu
         return (TRITON, "interpreted") if wanted == TRITON else (CPU, "the tensors are there")
     if wanted == CPU:
         raise UsageError(f"{VARIABLE} is '{CPU}', and the tensors are on {kind}", hint=f"unset {VARIABLE}")
-    obstacle = "the Triton kernels sum in fp32" if dtype == torch.float64 else why_not(torch.device(kind, index))
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    obstacle = "the Triton kernels sum in fp32" if dtype == torch.float64 else why_not(device)
     if obstacle is None:
         return TRITON, "a GPU that it knows"
     if wanted == TRITON:

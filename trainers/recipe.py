@@ -191,7 +191,8 @@ class TrainRecipe(_Strict):
     zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how states are divided among ranks")
     expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of a layer (DeepSpeed AutoEP)")
     experts: str = Field(
-        "auto", description="transformers' experts implementation: upcycle, upcycle_lean, eager, grouped_mm, ..., or auto"
+        "auto",
+        description="transformers' experts implementation: upcycle, upcycle_lean, eager, grouped_mm, ..., or auto",
     )
     activation_checkpointing: bool = Field(
         False, description="compute layers again in the backward pass to save memory"
