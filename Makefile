@@ -4,14 +4,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types check kernels slow real browser benchmark quality clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
 
 test: $(READY)          # every test that needs no download
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not slow and not gpu and not browser"
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m "not slow" tests/kernels_triton
+
+long: $(READY)          # the tests that take longest: a model larger than memory, processes, whole conversions
+	$(BIN)/python -P -m pytest -n 2 -m long
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,7 +23,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy -p upcycle
 
-check: lint types test
+check: lint types test long
 
 kernels: $(READY)       # every kernel in Triton's interpreter, and the gate that compiles all tiles for GPUs that are not there
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels_triton

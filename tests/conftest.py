@@ -182,12 +182,13 @@ def converted(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     made: dict[str, Path] = {}
 
     def get(name: str, **keys: Any) -> Path:
-        if name not in made:
+        key = f"{name} {sorted(keys.items())}"
+        if key not in made:
             import upcycle
 
-            made[name] = tmp_path_factory.mktemp("converted") / name
-            upcycle.convert(str(pico("llama")), made[name], **{"verification": {"tokens": 64}, **keys})
-        return made[name]
+            made[key] = tmp_path_factory.mktemp("converted") / name
+            upcycle.convert(str(pico("llama")), made[key], **{"verification": {"tokens": 64}, **keys})
+        return made[key]
 
     return get
 

@@ -53,6 +53,7 @@ def test_numbers_are_those_of_the_checkpoint_that_convert_writes(pico: Pico, tmp
         assert best.perplexity[name] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.long
 def test_oracle_beats_routers_and_refit_beats_none(pico: Pico) -> None:
     sizes = {**SMALL, "pieces": 12, "calibration_tokens": 3072}
     found = upcycle.compare("demo", methods=["random_split"], routers=["ridge", "cool"], **sizes)

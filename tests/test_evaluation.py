@@ -77,6 +77,7 @@ def test_a_zero_router_leaves_dead_experts(pico: Pico, tmp_path: Path) -> None:
     assert result.layers[0].entropy == pytest.approx(0.5)
 
 
+@pytest.mark.long
 def test_the_demo_card_states_what_evaluate_prints() -> None:
     from upcycle.sources import DEMO_FOLDER
 

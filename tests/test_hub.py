@@ -31,6 +31,7 @@ def test_what_is_downloaded_is_what_was_pushed(hub: HubServer, out: Path, tmp_pa
     assert upcycle.verify(there, tokens=64).verdict == "exact"
 
 
+@pytest.mark.long
 def test_a_pushed_model_loads_in_stock_transformers(hub: HubServer, out: Path, tmp_path: Path) -> None:
     push(out, hub, private=True)
     code = (

@@ -87,6 +87,7 @@ def test_experts_that_the_default_kernel_refuses_run_one_by_one(converted: Calla
     assert TimedModel(str(out), [5, 6, 7], 2).about()["experts"] == "eager"
 
 
+@pytest.mark.long
 def test_both_models_in_processes_of_their_own(converted: Callable[..., Path], pico: Pico, tmp_path: Path) -> None:
     out = Path(shutil.copytree(converted("timed", experts=2), tmp_path / "moe"))
     result = CliRunner().invoke(cli, ["evaluate", str(out), "--reference", str(pico("llama")), "--speed", "-q"])

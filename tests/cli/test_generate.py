@@ -157,6 +157,7 @@ def test_interrupting_an_answer_keeps_what_was_written(moe: str, monkeypatch: py
     assert load_tokenizer(DEMO_FOLDER / "model").decode(given[1]) == "hello\nhalf\nagain"
 
 
+@pytest.mark.long
 def test_a_talk_on_a_terminal(moe: str) -> None:
     """Ctrl-C stops an answer and not the talk, Ctrl-D ends it; the whole command, on a pseudo-terminal."""
     ours, theirs = pty.openpty()

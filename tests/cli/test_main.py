@@ -178,6 +178,7 @@ def test_env_prints_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> 
     assert "/private" not in result.output
 
 
+@pytest.mark.long
 def test_demo_converts_four_ways(tmp_path: Path) -> None:
     upcycle.convert("demo", tmp_path / "demo" / "upcycled", experts=2, top_k=1, verification={"enabled": False})
     result = run("demo", str(tmp_path / "demo"), "--json", "-q")

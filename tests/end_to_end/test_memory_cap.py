@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from upcycle.sources import DEMO_FOLDER
 
-LAYERS, HIDDEN, WIDTH, VOCABULARY = 34, 384, 1024, 4096
+LAYERS, HIDDEN, WIDTH, VOCABULARY = 12, 768, 1024, 4096
 ROOM = 190_000_000  # bytes of address space beyond what the interpreter has mapped
 
 CHILD = """
@@ -83,6 +84,7 @@ def big_model(folder: Path) -> int:
     return total
 
 
+@pytest.mark.long
 def test_calibration_under_a_cap_that_the_model_does_not_fit_into(tmp_path: Path) -> None:
     total = big_model(tmp_path / "dense")
     assert total > 1.2 * ROOM
