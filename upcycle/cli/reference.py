@@ -32,7 +32,7 @@ def reference() -> str:
 def _command(command: click.Command, context: click.Context) -> list[str]:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     sections = [f"## {context.command_path}", f"`{usage}`", _text(command.help or "")]
-    options = [each for each in command.get_params(context) if isinstance(each, click.Option) and not each.hidden]
+    options = [each for each in command.params if isinstance(each, click.Option) and not each.hidden]  # without --help
     rows = [_option(option, context) for option in options]
     sections.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
     return sections
