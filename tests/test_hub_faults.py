@@ -89,6 +89,7 @@ def test_refusals_are_explained_and_leave_nothing(
     assert set(hub.repos[REPO].files()) == {".gitattributes"}
 
 
+@pytest.mark.long
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, out: Path, tmp_path: Path) -> None:
     hub.fail("POST", "/commit/", status=403, message=TOKEN, times=1)
     arguments = ["-m", "upcycle.cli.main", "push", str(out), REPO, "--debug"]

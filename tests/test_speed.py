@@ -107,6 +107,7 @@ def test_both_models_in_processes_of_their_own(converted: Callable[..., Path], p
     assert f"{timed['decode_ratio']:.2f}x" in page
 
 
+@pytest.mark.long
 def test_failures_of_the_processes_are_explained(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Path(shutil.copytree(pico("llama"), tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"nothing")

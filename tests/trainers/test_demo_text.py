@@ -15,6 +15,7 @@ def sides() -> Sides:
     return split()
 
 
+@pytest.mark.long
 def test_no_document_or_long_paragraph_of_validation_is_trained_on(sides: Sides) -> None:
     training, validation = sides
     assert not {d.name for d in training} & {d.name for d in validation}
@@ -24,6 +25,7 @@ def test_no_document_or_long_paragraph_of_validation_is_trained_on(sides: Sides)
     assert not held_out & trained
 
 
+@pytest.mark.long
 def test_docstrings_stay_with_their_module(sides: Sides) -> None:
     side: dict[str, set[bool]] = {}
     for document in sides[0] + sides[1]:
@@ -31,6 +33,7 @@ def test_docstrings_stay_with_their_module(sides: Sides) -> None:
     assert all(len(sides) == 1 for sides in side.values())
 
 
+@pytest.mark.long
 def test_both_domains_are_on_both_sides_and_code_is_most_of_it(sides: Sides) -> None:
     training, validation = sides
 

@@ -180,6 +180,7 @@ def test_ranks_that_disagree_and_ranks_that_are_missing(pico_moe: Model, tmp_pat
     assert "found no other" in text
 
 
+@pytest.mark.long
 def test_a_failing_rank_ends_the_run_with_its_exit_code(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, micro_batch=4)
     process = start(recipe, "--nproc", "2")
