@@ -6,7 +6,7 @@ T tokens, S slots, E experts, H hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -50,6 +50,8 @@ def experts_output(
             are, or a score that is used is NaN or infinite (on a GPU, where nobody looks at it, it makes the output so).
     """
     _check(x, weights, experts, scores, token_offsets)
+    if save not in get_args(Saved):
+        raise UsageError(f"save is '{save}'", hint=f"one of: {', '.join(get_args(Saved))}")
     if scores is not None:
         scores = scores.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if torch.compiler.is_compiling():

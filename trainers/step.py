@@ -66,7 +66,7 @@ class Parent:
         taught = recipe.prior_approximate > 0 or recipe.output_norms > 0
         self.ffns: Recorder[FfnRecord] | None = capture_ffns(self.model) if taught else None
         if cache is None:
-            self._model = self.model
+            _ = self.model  # what is needed anyway is missed before the first step
 
     @property
     def model(self) -> Any:

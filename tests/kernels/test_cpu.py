@@ -122,6 +122,19 @@ def test_every_dtype(dtype: torch.dtype, layout: str, native: bool, monkeypatch:
         compare(weights, *case(kind), True, tolerance, dtype)
 
 
+@pytest.mark.parametrize("layout", ["stacked", "transposed", "packed"])
+def test_few_rows_of_large_weights(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two to four rows of an expert are multiplied as columns where its matrix is large."""
+    monkeypatch.setattr("upcycle.kernels.cpu_products.LARGE", 1)
+    seen: list[torch.Size] = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **rest: (seen.append(b.shape), real(a, b, **rest))[1])
+    weights = make_weights(layout, dtype=torch.float64, width=40)
+    ids = torch.tensor([[0, 1], [0, 1], [2, 0], [2, 3]])
+    compare(weights, ids, None, True, 1e-13)
+    assert any(shape[1] in (2, 3) for shape in seen), "columns"
+
+
 def test_pieces_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are cast in several pieces, of which the last is smaller."""
     monkeypatch.setattr("upcycle.kernels.cpu_products.PIECE", 48 * 7)

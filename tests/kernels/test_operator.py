@@ -97,6 +97,14 @@ def test_nothing_but_x_is_kept(run: Run) -> None:
     assert sizes[0] - sizes[1] == 8 * 2 * int(z)
 
 
+def test_what_is_kept_has_a_name() -> None:
+    with pytest.raises(UsageError, match="save is 'everything'") as caught:
+        experts_output(
+            torch.randn(2, 12), make_weights("stacked", dtype=torch.float32), random_ids(2, 2, 5), save="everything"
+        )  # type: ignore[arg-type]
+    assert caught.value.hint == "one of: z, none"
+
+
 @pytest.mark.parametrize("layout", ["stacked", "ragged"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck(layout: str, keep: bool) -> None:
