@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import upcycle
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.task_folder import check_task_folder
 from upcycle.task_scores import score_tasks
@@ -41,6 +42,7 @@ def test_the_committed_tasks_pass(folder: Path) -> None:
         ("task: t\ndoc_to_text: !function utils.text\n", "line 2: !function runs code"),
         ("task: t\nx: !!python/object/apply:os.system ['true']\n", "python/object/apply:os.system runs code"),
         ("task: t\nclass: utils.Task\n", "key 'class' runs code"),
+        ("task: t\ndataset_path: pandas\n", "'pandas' reads pickles"),
         ("task: t\nunsafe_code: true\n", "key 'unsafe_code' runs code"),
         ("task: t\ndataset_kwargs: {trust_remote_code: true}\n", "key 'trust_remote_code' runs code"),
         ("task: t\nmetric_list:\n  - metric: ./mine.py\n", "has no metric './mine.py'"),
@@ -72,8 +74,11 @@ def test_what_is_included_is_read_too(folder: Path, tmp_path: Path) -> None:
 def test_there_must_be_tasks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no \.yaml task"):
         check(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_no_fault_of_ours(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
-        check(tmp_path / "none")
+        upcycle.evaluate("demo", tasks=["any"], task_folder=tmp_path / "none")
 
 
 @harness

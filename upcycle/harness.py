@@ -26,8 +26,11 @@ def guarded(folder: Path | None) -> Iterator[None]:
     Relative data files of tasks are looked for in ``folder``, whatever the working directory is.
 
     Raises:
+        UsageError: there is no such folder.
         EnvironmentFault: the extra ``tasks`` is not installed.
     """
+    if folder and not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="--task-folder names a folder with .yaml tasks")
     if find_spec("lm_eval") is None:
         raise EnvironmentFault("tasks need lm-eval, which is not installed", hint=MISSING_EXTRA)
     import evaluate as hub_metrics

@@ -29,10 +29,8 @@ def check_task_folder(folder: Path, trusted: Path, metrics: Mapping[str, Any]) -
         metrics: names of the harness' own metrics.
 
     Raises:
-        UsageError: there is no such folder, it holds no task, or a file is damaged or asks for code to be run.
+        UsageError: it holds no task, or a file is damaged or asks for code to be run.
     """
-    if not folder.is_dir():
-        raise UsageError(f"no such folder: {folder}", hint="--task-folder names a folder with .yaml tasks")
     files = sorted(folder.rglob("*.yaml"))
     if not files:
         raise UsageError(f"{folder} holds no .yaml task", hint="--task-folder names a folder with .yaml tasks")
@@ -75,6 +73,11 @@ def _check(content: Mapping[str, Any], path: Path, metrics: Mapping[str, Any]) -
             raise UsageError(
                 f"{path}: key '{key}' runs code, and tasks of a folder are not run as code",
                 hint="leave the key out, or use a task of the harness itself",
+            )
+        if key == "dataset_path" and value == "pandas":  # refused by datasets itself from version 5 on
+            raise UsageError(
+                f"{path}: key 'dataset_path': 'pandas' reads pickles, and those run code",
+                hint="give the data as json, csv, parquet or text",
             )
         if key == "metric" and value not in metrics:
             raise UsageError(
