@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from upcycle.cli.main import cli
+from upcycle.cli.main import cli, main
 from upcycle.conversation import Conversation
 from upcycle.errors import UsageError
 from upcycle.generation import Token, Writer
@@ -155,6 +155,23 @@ def test_interrupting_an_answer_keeps_what_was_written(moe: str, monkeypatch: py
     assert result.stdout == "half\nhalf whole\n"
     assert "stopped" in result.stderr
     assert load_tokenizer(DEMO_FOLDER / "model").decode(given[1]) == "hello\nhalf\nagain"
+
+
+def test_a_text_that_is_interrupted_does_not_go_on(
+    moe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*_: Any) -> Iterator[Token]:
+        yield Token(1, "half", [], [], False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write", write)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", moe, "--prompt", "word", "--no-experts"])
+    assert ended.value.code == 130
+    said = capsys.readouterr()
+    assert said.out == "half"
+    assert "interrupted" in said.err
+    assert "continues" not in said.err
 
 
 @pytest.mark.long

@@ -31,6 +31,7 @@ VERBS = {
     "env": "env",
 }
 INTERRUPTED = 130
+CONTINUED = ("convert", "train", "push")  # what a stopped one did is kept
 
 
 class _Verbs(click.Group):
@@ -71,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="upcycle", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        stderr().print("\ninterrupted; the same command continues where it stopped")
+        goes_on = arguments[:1] and arguments[0] in CONTINUED
+        stderr().print("\ninterrupted" + ("; the same command continues where it stopped" if goes_on else ""))
         code = INTERRUPTED
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
