@@ -11,7 +11,7 @@ import click
 
 from upcycle.cli.options import common_options
 from upcycle.cli.output import count, duration, note, print_facts, print_json, print_table, size, warn
-from upcycle.cli.train import assignments
+from upcycle.cli.train import set_option
 
 
 @click.command("plan train")
@@ -20,14 +20,7 @@ from upcycle.cli.train import assignments
     "--world", help="8xH100, 2x8xH100 (machines x devices), or a number of ranks on CPUs  [default: this machine]"
 )
 @click.option("--model", help="the model, instead of the recipe's")
-@click.option(
-    "--set",
-    "set_",
-    multiple=True,
-    metavar="KEY=VALUE",
-    callback=assignments,
-    help="set any recipe key, e.g. micro_batch=2 (repeatable)",
-)
+@set_option
 @click.option("--dense-tokens", type=click.FloatRange(min=1), help="tokens the dense model was trained on, e.g. 2e12")
 @click.option("--dense", help="the dense model, if the model does not say what it was converted from")
 @common_options

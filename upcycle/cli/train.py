@@ -32,11 +32,7 @@ def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-@click.command("train")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--model", help="the model, instead of the recipe's")
-@click.option("--output", help="the run's folder, instead of the recipe's")
-@click.option(
+set_option = click.option(
     "--set",
     "set_",
     multiple=True,
@@ -44,6 +40,13 @@ def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
     callback=assignments,
     help="set any recipe key, e.g. zero.stage=2 (repeatable)",
 )
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--model", help="the model, instead of the recipe's")
+@click.option("--output", help="the run's folder, instead of the recipe's")
+@set_option
 @click.option("--nproc", type=click.IntRange(1), help="ranks on this machine (or, with --hostfile, on each)")
 @click.option("--hostfile", type=click.Path(path_type=Path), help="machines of the run, for DeepSpeed's launcher")
 @click.option("--restart", is_flag=True, help="throw the run's checkpoints away and begin anew")
