@@ -34,7 +34,7 @@ def case(kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     return ids, None
 
 
-def compare(
+def check_against_reference(
     weights: ExpertWeights,
     ids: torch.Tensor,
     offsets: torch.Tensor | None,
@@ -98,14 +98,14 @@ def in_double(weights: ExpertWeights) -> ExpertWeights:
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed", "ragged"])
 def test_every_layout_and_routing(layout: str, kind: str) -> None:
     for gated, bias, weighted in itertools.product([True, False], repeat=3):
-        compare(make_weights(layout, gated, bias), *case(kind), weighted, 1e-13)
+        check_against_reference(make_weights(layout, gated, bias), *case(kind), weighted, 1e-13)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str) -> None:
     for gated in (True, False):
-        compare(make_weights("ragged", gated, True, activation), *case("idle"), True, 1e-13)
+        check_against_reference(make_weights("ragged", gated, True, activation), *case("idle"), True, 1e-13)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -119,7 +119,7 @@ def test_every_dtype(dtype: torch.dtype, layout: str, native: bool, monkeypatch:
     weights = make_weights(layout, bias=True, dtype=dtype, hidden=hidden, width=width)
     tolerance = rounding(dtype, hidden + width) * (3 if native and dtype != torch.float32 else 1)
     for kind in ("idle", "single", "dynamic"):
-        compare(weights, *case(kind), True, tolerance, dtype)
+        check_against_reference(weights, *case(kind), True, tolerance, dtype)
 
 
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed"])
@@ -131,7 +131,7 @@ def test_few_rows_of_large_weights(layout: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "mm", lambda a, b, **rest: (seen.append(b.shape), real(a, b, **rest))[1])
     weights = make_weights(layout, dtype=torch.float64, width=40)
     ids = torch.tensor([[0, 1], [0, 1], [2, 0], [2, 3]])
-    compare(weights, ids, None, True, 1e-13)
+    check_against_reference(weights, ids, None, True, 1e-13)
     assert any(shape[1] in (2, 3) for shape in seen), "columns"
 
 
@@ -140,7 +140,7 @@ def test_pieces_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upcycle.kernels.cpu_products.PIECE", 48 * 7)
     for layout in ("stacked", "transposed", "packed"):
         weights = make_weights(layout, dtype=torch.bfloat16, hidden=48, width=40)
-        compare(weights, *case("plain"), True, rounding(torch.bfloat16, 88), torch.bfloat16)
+        check_against_reference(weights, *case("plain"), True, rounding(torch.bfloat16, 88), torch.bfloat16)
 
 
 def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from expert_cases import apart, make_weights, random_ids, rounding
 
 from upcycle.errors import UsageError
-from upcycle.kernels import cpu, cpu_decode
+from upcycle.kernels import cpu, cpu_decode, cpu_products
 from upcycle.kernels.routing import route
 
 
@@ -15,7 +15,13 @@ from upcycle.kernels.routing import route
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("layout", "gated"), [("stacked", True), ("packed", False), ("stacked", False)])
-def test_as_many_tokens_are_computed(layout: str, gated: bool, dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_as_many_tokens_are_computed(
+    large: bool, layout: str, gated: bool, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:  # all matrices are
+        for module in (cpu_decode, cpu_products):
+            monkeypatch.setattr(module, "LARGE", 1)
     weights = make_weights(layout, gated, dtype=dtype, hidden=48, width=40)
     for dropped in (False, True):
         ids = random_ids(tokens, 3, 5, seed=tokens)
