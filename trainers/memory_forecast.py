@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from upcycle.kernels.dispatch import LEAN, NAME
 from upcycle.trainers.division import Division
 from upcycle.trainers.model_counts import LayerCounts, ModelCounts
 
@@ -148,6 +149,7 @@ def layer_bytes(division: Division, layer: LayerCounts) -> float:
     - two norms: in fp32 the normalised input and the output ``2 b T D`` each, in bfloat16 the fp32 input besides;
     - attention: its input is the norm's output; queries, keys and values as they are multiplied, the output, and one fp32
       number per head and token that is left out here: ``2 b T (queries + keys)``;
+    - norms on queries and keys: input and normalised input, ``2 b T (queries + keys)``, the input of bfloat16 in fp32;
     - a dense FFN or shared experts: gate, up, the activated gate and the product, ``4 b T F``;
     - routed experts: :func:`expert_bytes`, and the router's logits, probabilities and weights in fp32, ``12 T E``.
     """
@@ -155,6 +157,8 @@ def layer_bytes(division: Division, layer: LayerCounts) -> float:
     norm = 2 * item + (_FULL if item < _FULL else 0) + item
     found = 2.0 * norm * tokens * hidden
     found += 2 * item * tokens * (layer.queries + layer.keys)
+    if layer.normed:
+        found += (2 * item + (_FULL if item < _FULL else 0)) * tokens * (layer.queries + layer.keys)
     found += 4 * item * tokens * layer.shared
     if layer.experts:
         found += expert_bytes(division, layer) + 3 * _FULL * tokens * layer.experts
@@ -163,15 +167,16 @@ def layer_bytes(division: Division, layer: LayerCounts) -> float:
 
 def expert_bytes(division: Division, layer: LayerCounts) -> float:
     """Routed experts, by their implementation: ``b (3 R D + 4 R I)`` for ``eager``, ``b (2 R D + 4 R I)`` for
-    ``grouped_mm`` and ``batched_mm``, ``b (T D + 2 R I)`` for our kernels, which keep x and z. AutoEP sends rows away and
-    back: those that leave, those that arrive and are sorted, the results and what comes back, ``b (4 R D + 4 R I)``.
+    ``grouped_mm`` and ``batched_mm``. Our kernels keep x, which is the norm's output and counted there, and z, ``2 b R I``
+    (``upcycle_lean``: nothing). AutoEP sends rows away and back: those that leave, those that arrive and are sorted, the
+    results and what comes back, ``b (4 R D + 4 R I)``.
     """
-    tokens, rows = division.tokens, division.tokens * layer.top_k
+    rows = division.tokens * layer.top_k
     inside = rows * layer.width
     if division.expert_parallel > 1:
         return division.item * (4 * rows * division.counts.hidden + 4 * inside)
-    if division.counts.implementation == "upcycle":
-        return division.item * (tokens * division.counts.hidden + 2 * inside)
+    if division.counts.implementation in (NAME, LEAN):
+        return division.item * 2 * inside if division.counts.implementation == NAME else 0
     copies = 3 if division.counts.implementation == "eager" else 2
     return division.item * (copies * rows * division.counts.hidden + 4 * inside)
 

@@ -46,6 +46,7 @@ class LayerCounts:
     experts: int = 0
     top_k: int = 0
     width: int = 0  # F of one expert
+    normed: bool = False  # norms on queries and keys
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ class ModelCounts:
 
 
 def count_model(
-    raw: Mapping[str, Any], where: str, length: int, trained: Sequence[str] = ("all",), experts: str = "auto"
+    raw: Mapping[str, Any],
+    where: str,
+    length: int,
+    trained: Sequence[str] = ("all",),
+    experts: str = "auto",
+    device: str = "cuda",
 ) -> ModelCounts:
     """Count a model by building its stock class without memory for any weight.
 
@@ -92,14 +98,15 @@ def count_model(
         where: what an error calls it.
         length: tokens per row, for attention's operations.
         trained: what trains, as a stage says.
-        experts: transformers' implementation of experts, or ``auto``.
+        experts: transformers' implementation of experts, or ``auto``: what training takes on the devices.
+        device: their type.
 
     Raises:
         CheckpointError: transformers does not know the model.
         UsageError: a word of ``trained`` matches nothing, or there is no such implementation.
     """
     model = _empty(raw, where)
-    use_experts(model, experts)
+    use_experts(model, experts, device)
     select(model, trained)
     belongs = parts(model)
     blocks = {id(layer.block) for layer in moe_layers(model)} if model.config.model_type in TARGETS else set()
@@ -149,12 +156,13 @@ def _layers(model: Any) -> tuple[LayerCounts, ...]:
         held = [each for name in names if hasattr(layer, name) for each in getattr(layer, name).parameters()]
         always = sum(each.numel() for each in held if each.dim() > 1 and id(each) not in apart)
         shared = always // (3 * config.hidden_size)
+        normed = any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name, _ in layer.named_modules())
         if own is None:
-            found.append(LayerCounts(queries, keys, shared))
+            found.append(LayerCounts(queries, keys, shared, normed=normed))
             continue
         inside = sum(each.numel() for each in own.experts.parameters() if each.dim() > 2)
         width = inside // (3 * own.rule.experts * config.hidden_size)
-        found.append(LayerCounts(queries, keys, shared, own.rule.experts, own.rule.top_k, width))
+        found.append(LayerCounts(queries, keys, shared, own.rule.experts, own.rule.top_k, width, normed))
     return tuple(found)
 
 

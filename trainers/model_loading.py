@@ -57,11 +57,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, experts: 
     return model
 
 
-def use_experts(model: Any, name: str) -> None:
+def use_experts(model: Any, name: str, device: str | None = None) -> None:
     """Choose how a MoE model computes its experts.
 
     ``auto`` is ``upcycle`` (:mod:`upcycle.kernels`) on CPUs, where it has been measured; elsewhere, a grouped product where
     the experts' widths allow that.
+
+    Args:
+        model: any; dense ones stay as they are.
+        name: transformers' implementation of experts, or ``auto``.
+        device: type of the devices it will run on; its own by default.
 
     Raises:
         UsageError: transformers has no such implementation.
@@ -69,7 +74,7 @@ def use_experts(model: Any, name: str) -> None:
     if model.config.model_type not in TARGETS:
         return
     register()
-    if name == "auto" and model.device.type == "cpu":
+    if name == "auto" and (device or model.device.type) == "cpu":
         name = NAME
     elif name == "auto":
         weights = [parameter for key, parameter in model.named_parameters() if ".experts." in key]

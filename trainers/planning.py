@@ -111,7 +111,7 @@ def plan_training(
         recipe = parse_train_recipe({**_MISSING, **recipe}, "recipe")
     ranks = world if isinstance(world, World) else parse_world(world)
     folder, raw = _config(recipe.model)
-    stages = [(stage, *_counts(recipe, stage, folder, raw)) for stage in recipe.stages]
+    stages = [(stage, *_counts(recipe, stage, folder, raw, ranks.device.kind)) for stage in recipe.stages]
     counts = stages[0][1]
     accumulation(recipe, ranks.size)
     _check_own(recipe, counts, ranks.size)
@@ -151,9 +151,9 @@ def _config(model: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _counts(
-    recipe: TrainRecipe, stage: StageRecipe, folder: Path, raw: dict[str, Any]
+    recipe: TrainRecipe, stage: StageRecipe, folder: Path, raw: dict[str, Any], device: str
 ) -> tuple[ModelCounts, ModelCounts | None]:
-    own = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts)
+    own = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device)
     if stage.distillation is None:
         return own, None
     parent = parent_folder(stage.distillation.parent, folder)

@@ -26,6 +26,11 @@ class Device:
     per_node: int
     source: str
 
+    @property
+    def kind(self) -> str:
+        """torch's type of it."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
 
 # NVLink is sold by the sum of both directions; link is one. Networks are 200 Gb/s (HDR) or 400 Gb/s (NDR) for each device.
 _LISTED = (

@@ -42,6 +42,13 @@ def test_every_division_the_trainer_takes(pico_moe: Model) -> None:
     assert not plan.refused
 
 
+def test_experts_are_planned_as_they_are_trained(pico_moe: Model) -> None:
+    recipe = keys(pico_moe("mixtral"), dtype="float32")
+    assert plan_training(recipe, EIGHT).counts.implementation == "grouped_mm"
+    assert plan_training(recipe, "2").counts.implementation == "upcycle"
+    assert plan_training({**recipe, "experts": "upcycle_lean"}, EIGHT).counts.implementation == "upcycle_lean"
+
+
 def test_architectures_that_cannot_be_divided_say_why(pico_moe: Model, pico: Model) -> None:
     plan = plan_training(keys(pico_moe("glm4_moe")), EIGHT)
     assert {option.expert_parallel for option in plan.options} == {1}
