@@ -29,6 +29,8 @@ _STEPS_PER_STAGE = 6
 # it has lost its way when so many still are.
 _MISPLACED, _LOST = 1e-3, 0.1
 _UNDECIDED = 8.0  # points: the last temperature is that much of 1 / N
+# So many points per cluster tell the prices nearly as well as twice as many and more: those of all begin there.
+_ENOUGH = 128
 
 
 def balanced_assignment(
@@ -60,7 +62,10 @@ def balanced_assignment(
         relative = cost - cost.amin(dim=1, keepdim=True)
         scale = relative.mean(dtype=torch.float64).item()
         start = None if prices is None else prices.detach().cpu().double()
-        start = _smooth_prices(relative.float(), start, scale) if scale > 0 else relative.new_zeros(clusters).double()
+        if scale > 0:
+            start = _smooth_prices(relative.float(), start, scale, rough)
+        else:
+            start = relative.new_zeros(clusters).double()
         if rough:
             return (relative + start).argmin(dim=1), start
         moves = _Moves(relative.double().numpy(), start.numpy(), torch.finfo(relative.dtype).eps)
@@ -96,16 +101,24 @@ def _check(cost: torch.Tensor, prices: torch.Tensor | None) -> None:
         raise UsageError(f"prices must be {clusters} finite numbers, not {list(prices.shape)}")
 
 
-def _smooth_prices(cost: torch.Tensor, start: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _smooth_prices(cost: torch.Tensor, start: torch.Tensor | None, scale: float, rough: bool) -> torch.Tensor:
     """Prices ``[E]`` (fp64) at which a softmin of ``cost + prices`` (fp32 ``[N, E]``) fills all clusters alike.
 
     The temperature ends where only a few points per cluster are undecided: lower, and Newton's method has no curvature.
+    Of many points some are solved for first; for ``rough`` prices, those alone.
     """
     points, clusters = cost.shape
     last = scale * min(_WARM, max(_UNDECIDED / points, 1e-5))
+    warm = scale * _WARM
+    stride = points // (_ENOUGH * clusters)
+    if stride > 1:
+        start = _smooth_prices(cost[::stride].contiguous(), start, scale, rough)
+        if rough:
+            return start
+        warm = min(warm, _COOLING * last)
     nothing = torch.zeros(clusters, dtype=torch.float64)
     # What all prices have in common is free.
-    prices, temperature = (nothing, scale * _COLD) if start is None else (start - start.mean(), scale * _WARM)
+    prices, temperature = (nothing, scale * _COLD) if start is None else (start - start.mean(), warm)
     while True:
         most = _MISPLACED if temperature <= last else 8 * _MISPLACED
         prices, misplaced = _newton(cost / -temperature, prices / temperature, most)

@@ -24,6 +24,8 @@ _RANGE_POINTS = 2048
 _HARMLESS = 1 / 8
 # Below one point in that many, moved ones are worth gathering.
 _FEW = 6
+# From so many points per cluster on, adding them one by one is faster than a matrix product.
+_MANY = 128
 # The main directions are left earlier: the last refinements are made in all coordinates anyway.
 _ROUGHER = 10
 
@@ -219,12 +221,23 @@ def _means(
             had = torch.bincount(before.labels, minlength=clusters)[:, None]
             sums = before.centroids * had + change @ points[moved]
     if sums is None:
-        sums = torch.zeros(clusters, len(points)).scatter_(0, labels[None], 1.0) @ points
+        sums = _sums(points, labels, clusters)
     centroids = sums / sizes.float()
     exact = centroids.double()
     middle = (sizes * exact).sum(dim=0) / len(points)
     within = squares - (sizes * exact.square()).sum().item()
     return _Means(centroids, max(within, 0.0), (sizes * (exact - middle).square()).sum().item(), labels)
+
+
+def _sums(points: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
+    """``[E, D]``: the sum of every cluster's points."""
+    if len(points) < _MANY * clusters:
+        return torch.zeros(clusters, len(points)).scatter_(0, labels[None], 1.0) @ points
+    # A product with a few rows would read the points several times.
+    starts = torch.bincount(labels, minlength=clusters).cumsum(0)[:-1]
+    order, starts = labels.argsort(stable=True), torch.cat([starts.new_zeros(1), starts])
+    found: torch.Tensor = torch._embedding_bag_forward_only(points, order, starts, False, 0, False, None, False)[0]
+    return found
 
 
 def _sum_of_squares(points: torch.Tensor) -> float:
