@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from upcycle.errors import UsageError
+from upcycle.kernels import compiled
 from upcycle.kernels.activation import activate
 from upcycle.kernels.cpu_products import LARGE, Products, accumulator
 from upcycle.kernels.experts import ExpertWeights
@@ -26,7 +27,7 @@ def suits(
     """Whether :func:`forward` takes these: few slots, K of every token, of experts of one width and without biases."""
     plain = token_offsets is None and capacity is None and weights.up_bias is None and weights.down_bias is None
     alike = weights.widths is None or len(set(weights.widths)) == 1
-    split = weights.gated and weights.interleaved
+    split = weights.gated and weights.interleaved and not (compiled.takes(weights, experts) and compiled.few_rows())
     few = experts.ndim == 2 and 0 < experts.numel() <= MOST_SLOTS and experts.dtype in (torch.int32, torch.int64)
     return plain and alike and not split and few
 
@@ -39,6 +40,10 @@ def forward(
     Raises:
         UsageError: an id is negative, a token has more experts than there are, or a score that is used is NaN or infinite.
     """
+    if compiled.takes(weights, experts):
+        made = compiled.few_rows_output(x, weights, experts, scores)
+        if made is not None:
+            return made
     tokens, top_k = experts.shape
     ids: list[int] = experts.reshape(-1).tolist()
     factors: list[float] = [1.0] * len(ids) if scores is None else scores.reshape(-1).tolist()

@@ -10,6 +10,7 @@ import torch
 from upcycle.kernels.combine import Combiner
 from upcycle.kernels.cpu_products import Products
 from upcycle.kernels.experts import ExpertWeights
+from upcycle.kernels.huge_pages import advised
 from upcycle.kernels.routing import Routing
 
 GROUP_ROWS = 256  # as many rows are computed together, more only of a larger expert,
@@ -49,7 +50,7 @@ class Pass:
         self.total: int = offsets[-1]
         self.groups, self.idle, self.z_size = grouped(offsets, weights)
         self.combine = Combiner(routing, self.total)
-        self.expanded = self.x.new_empty(self.total, weights.hidden)
+        self.expanded = advised(self.x.new_empty(self.total, weights.hidden))
         """``[R, H]``: what is to be summed to tokens."""
         self._buffers: dict[str, torch.Tensor] = {}
         self._most_rows = max((group.size for group in self.groups), default=0)
@@ -57,7 +58,7 @@ class Pass:
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """``[rows, columns]`` of the buffer of this name, with whatever it held."""
         if name not in self._buffers or len(self._buffers[name]) < rows * columns:
-            self._buffers[name] = self.x.new_empty(self._most_rows * columns)
+            self._buffers[name] = advised(self.x.new_empty(self._most_rows * columns))
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:

@@ -62,10 +62,8 @@ def balanced_assignment(
         relative = cost - cost.amin(dim=1, keepdim=True)
         scale = relative.mean(dtype=torch.float64).item()
         start = None if prices is None else prices.detach().cpu().double()
-        if scale > 0:
-            start = _smooth_prices(relative.float(), start, scale, rough)
-        else:
-            start = relative.new_zeros(clusters).double()
+        known = scale > 0
+        start = _smooth_prices(relative.float(), start, scale, rough) if known else cost.new_zeros(clusters).double()
         if rough:
             return (relative + start).argmin(dim=1), start
         moves = _Moves(relative.double().numpy(), start.numpy(), torch.finfo(relative.dtype).eps)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upcycle.calibration_text import mixed_windows, read_texts
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
@@ -24,6 +26,7 @@ from upcycle.planning import Plan, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
+from upcycle.runtime import available_memory
 from upcycle.text import load_tokenizer, read_text
 
 _VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "variant=sharing_inter"]}
@@ -125,12 +128,11 @@ def compare(
     skipped: list[str] = []
     done: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="upcycle-compare-") as folder:
-        walk = Walk(checkpoint, "keep", texts, Path(folder), progress)
 
         def run(wanted: list[Candidate | None]) -> list[float]:
             known = {candidate.label for candidate in done}
             fresh = list({c.label: c for c in wanted if c is not None and c.label not in known}.values())
-            nats = walk.run(fresh)
+            nats = Walk(checkpoint, "keep", texts, Path(folder), progress, _workers(fresh)).run(fresh)
             done.extend(fresh)
             return nats
 
@@ -281,6 +283,12 @@ def _named(candidate: Candidate) -> tuple[str, str]:
     recipe = candidate.job.recipe
     parameters = ";".join(f"{key}={value}" for key, value in recipe.parameters.items())
     return f"{recipe.method}:{parameters}" if parameters else recipe.method, recipe.router.name
+
+
+def _workers(candidates: Sequence[Candidate]) -> int:
+    """As many at a time as there are threads, if half of what memory is free has room for that many conversions."""
+    largest = max((make_plan(candidate.job).peak_memory_bytes for candidate in candidates), default=1)
+    return max(1, min(torch.get_num_threads(), len(candidates), available_memory() // 2 // largest))
 
 
 def _best(candidates: list[Candidate], dense: Sequence[float], active: float) -> Candidate:

@@ -7,8 +7,16 @@ import torch
 from expert_cases import apart, make_weights, random_ids, rounding
 
 from upcycle.errors import UsageError
-from upcycle.kernels import cpu, cpu_decode, cpu_products
+from upcycle.kernels import compiled, cpu, cpu_decode, cpu_products
 from upcycle.kernels.routing import route
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"], autouse=True)
+def _with_and_without_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(compiled, "few_rows", lambda: None)
+    elif compiled.few_rows() is None:
+        pytest.skip("no C++ compiler")
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -52,6 +60,7 @@ def test_what_it_leaves_to_the_other_way() -> None:
     assert cpu_decode.suits(make_weights(), few, None, None)
     assert not cpu_decode.suits(make_weights(), many, None, None)
     assert not cpu_decode.suits(make_weights(bias=True), few, None, None)
+    assert not cpu_decode.suits(make_weights("transposed", dtype=torch.float32), few, None, None)
     assert not cpu_decode.suits(make_weights("ragged"), few, None, None)
     assert not cpu_decode.suits(make_weights(), few.flatten(), torch.tensor([0, 4]), None)
     assert not cpu_decode.suits(make_weights(), few, None, 1)
