@@ -3,7 +3,8 @@
 One thread, CPU time of this process, contenders in turn, medians. A contender that takes ten times as long as the fastest is
 timed once; ``batched_mm`` is left out where the weights it copies for every row would take more than 4 GB. Routings
 are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get the missing ones as sentinels).
-For few tokens the last column is a limit: the time of reading the chosen experts' weights, and how far the best is above it.
+The last column is a limit, and how far the best of three is above it: for few tokens the time of reading the chosen experts'
+weights, otherwise that of torch's matrix products alone, from and into memory that is there already.
 Beside them always the dense FFN of the same FLOPs, K I wide. ``--only`` takes some of the parts.
 """
 
@@ -110,6 +111,26 @@ class Layer:
             self.module.gate_up_proj.data[expert].sum()
             self.module.down_proj.data[expert].sum()
 
+    def products(self, backward: bool) -> Callable[[], object]:
+        """The products of every expert's rows with its weights, nothing between them: what all implementations compute."""
+        shape, tasks = self.shape, []
+        counts = torch.bincount(self.ids[self.ids < shape.experts], minlength=shape.experts).tolist()
+        for expert, count in enumerate(counts):
+            up, down = self.module.gate_up_proj.data[expert], self.module.down_proj.data[expert]
+            x, z = torch.randn(count, shape.hidden), torch.randn(count, 2 * shape.width)
+            h, y = torch.randn(count, shape.width), torch.randn(count, shape.hidden)
+            tasks += [(x, up.T, z), (h, down.T, y)]
+            if backward:
+                tasks += [(y, down, h), (y.T, h, torch.zeros_like(down))]
+                tasks += [(z, up, x), (z.T, x, torch.zeros_like(up))]
+
+        def multiply() -> None:
+            with torch.no_grad():
+                for left, right, out in tasks:
+                    torch.mm(left, right, out=out)
+
+        return multiply
+
     def run(self, function: Callable[[], torch.Tensor], backward: bool) -> None:
         """Once, as in a training step that starts without gradients, or without autograd."""
         with torch.set_grad_enabled(backward):
@@ -188,7 +209,7 @@ def header() -> None:
         "best / upcycle",
         "grouped_mm / upcycle",
         "upcycle / dense",
-        "kept",
+        "kept; limit",
     ]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|", flush=True)
 
@@ -206,14 +227,16 @@ def fp32(rounds: int) -> list[Row]:
     forward, training, worst_kept = [], [], 0.0
     for name, shape in SHAPES.items():
         layer = Layer(shape)
-        forward.append(medians(layer.contenders(False), rounds))
-        print(line(f"{name} {shape} forward", forward[-1]), flush=True)
-        training.append(medians(layer.contenders(True), rounds))
+        found, limit = limited(layer, False, rounds)
+        forward.append(found)
+        print(line(f"{name} {shape} forward", found, limit), flush=True)
+        found, limit = limited(layer, True, rounds)
+        training.append(found)
         kept = {impl: layer.kept_bytes(impl) for impl in ("eager", "grouped_mm", "upcycle")}
         formula = 4 * (shape.tokens * shape.hidden + 2 * shape.tokens * shape.top_k * shape.width)
         worst_kept = max(worst_kept, kept["upcycle"] / formula)
         text = " / ".join(f"{value / 2**20:.1f}" for value in kept.values()) + " MiB"
-        print(line(f"{name} {shape} forward and backward", training[-1], text), flush=True)
+        print(line(f"{name} {shape} forward and backward", found, f"{text}; {limit}"), flush=True)
     (least, _), (least_both, mean) = ratios(forward), ratios(training)
     return [
         _at_least("fp32 forward, worst shape", least, 1.0, "the best of three"),
@@ -221,6 +244,14 @@ def fp32(rounds: int) -> list[Row]:
         _at_least("fp32 forward and backward, geometric mean", mean, 1.15, "grouped_mm"),
         Row("kept for the backward pass", "", "", f"{worst_kept:.3f}x", "at most 1x b(TH + 2RI)", worst_kept <= 1),
     ]
+
+
+def limited(layer: Layer, backward: bool, rounds: int) -> tuple[dict[str, float], str]:
+    """Medians, and what the products alone take."""
+    timings = medians({**layer.contenders(backward), "products": layer.products(backward)}, rounds)
+    products = timings.pop("products")
+    best = min(timings[other] for other in timings.keys() & set(NAMES[:3]))
+    return timings, f"products: {products:.2f} ms, {best / products:.2f}x"
 
 
 def routings(rounds: int) -> list[Row]:
