@@ -1,0 +1,124 @@
+"""llama.cpp's server in a process of its own: the Python binding xllamacpp, or the program llama-server; both speak HTTP.
+
+Imports nothing of upcycle. Reads ``{"model", "context", "server", "prompts", "tokens", "texts"}``, answers ``{"version",
+"written", "tokenized"}``, or ``missing`` or ``refused`` with the reason. HTTP interface:
+https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any, NoReturn
+
+PATIENCE = 600  # seconds until the model must be loaded
+
+
+class Refused(Exception):  # noqa: N818 - it is an answer
+    """The model cannot be loaded."""
+
+
+def main() -> NoReturn:
+    """Answer one question."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    asked = json.load(sys.stdin)
+    answer: dict[str, Any]
+    try:
+        if asked["server"]:
+            address, version, running = start_program(asked)
+        else:
+            address, version, running = start_binding(asked)
+        answer = {
+            "version": version,
+            "written": [write(address, prompt, asked["tokens"]) for prompt in asked["prompts"]],
+            "tokenized": [tokenize(address, text) for text in asked["texts"]],
+        }
+        del running
+    except ImportError as error:
+        answer = {"missing": str(error)}
+    except Refused as error:
+        answer = {"refused": str(error)}
+    json.dump(answer, answers)
+    answers.flush()
+    os._exit(0)  # the server's threads have nothing left to do
+
+
+def start_binding(asked: dict[str, Any]) -> tuple[str, str, Any]:
+    """The server inside this process, with keys and values in fp32 and no approximation of attention."""
+    import xllamacpp
+    from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
+
+    wanted = CommonParams()
+    wanted.model.path = asked["model"]
+    wanted.n_ctx = asked["context"]
+    wanted.n_parallel = 1
+    wanted.n_gpu_layers = 0
+    wanted.cache_type_k = wanted.cache_type_v = ggml_type.GGML_TYPE_F32
+    wanted.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    wanted.warmup = False
+    try:
+        server = Server(wanted)
+    except RuntimeError as error:
+        raise Refused(str(error)) from None
+    return server.listening_address, "xllamacpp " + xllamacpp.__version__, server
+
+
+def start_program(asked: dict[str, Any]) -> tuple[str, str, Any]:
+    """The same of a program."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    flags = ["-m", asked["model"], "-c", asked["context"], "--host", "127.0.0.1", "--port", port, "-np", 1, "-ngl", 0]
+    flags += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-warmup"]
+    process = subprocess.Popen([asked["server"], *map(str, flags)])
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise Refused(f"llama-server ended with code {process.returncode}")
+        try:
+            with urllib.request.urlopen(address + "/health", timeout=5):
+                break
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    said = subprocess.run([asked["server"], "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    lines = said.stdout.decode(errors="replace").strip().splitlines()
+    return address, "llama-server " + (lines[0].replace("version: ", "") if lines else "of unknown version"), process
+
+
+def write(address: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Greedy tokens after a prompt of token ids, and the two most probable ones of every place."""
+    wanted = {"prompt": prompt, "n_predict": tokens, "temperature": -1, "logprobs": 2, "cache_prompt": False}
+    places = post(address + "/v1/completions", wanted)["choices"][0]["logprobs"]["content"]
+    rivals = []
+    for place in places:
+        first, second = place["top_logprobs"][:2]
+        rivals.append((first["id"], second["id"], first["logprob"] - second["logprob"]))
+    return {"tokens": [place["id"] for place in places], "rivals": rivals}
+
+
+def tokenize(address: str, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    found: list[int] = post(address + "/tokenize", {"content": text, "add_special": False, "parse_special": False})[
+        "tokens"
+    ]
+    return found
+
+
+def post(url: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Ask the server."""
+    request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        found: dict[str, Any] = json.load(response)
+    return found
+
+
+if __name__ == "__main__":
+    main()
