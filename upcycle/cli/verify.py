@@ -97,13 +97,14 @@ def _serving_facts(result: Any) -> list[tuple[str, str]]:
     style = {"same": "green", "different": "red", "not held": "red"}[result.verdict]
     facts = [("verdict", f"[{style}]{result.verdict}[/]: {escape(result.explanation)}")]
     if result.tokens:
+        within = "not finite" if result.gap_error is None else f"within {result.gap_error:.1e}"
         facts += [
             ("engine", f"{result.version} in {result.dtype}, beside transformers {result.transformers} in float32"),
             (
                 "tokens",
                 f"{result.equal_tokens} of {result.tokens} equal, {result.near_ties} near ties ({result.prompts} prompts)",
             ),
-            ("logits", f"the two best are as far apart as in transformers, within {result.gap_error:.1e}"),
+            ("logits", f"the two best are as far apart as in transformers: {within}"),
         ]
     if result.tokenizer:
         facts.append(("tokenizer", result.tokenizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.serving.comparing import Place, places, tolerance_of
 from upcycle.serving.engine import Answer, Asked, Engine, NotHeld
-from upcycle.serving.llama_cpp import LlamaCpp
-from upcycle.serving.vllm import Vllm
+from upcycle.serving.on_llama_cpp import LlamaCpp
+from upcycle.serving.on_vllm import Vllm
 from upcycle.tensor_files import read_json
 from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text, windows_of
 
@@ -35,7 +36,7 @@ class ServingCheck:
     ``same``: every token is transformers', but for near ties that rounding explains, and so are the distances between the two
     best logits. ``different``: one is not. ``not held``: the engine cannot load the model, and all numbers are zero.
     ``first_difference`` is the first token that is another, tie or not; ``gap_error`` the largest difference of the distance
-    between the two best logits, ``gap_allowed`` what rounding explains there.
+    between the two best logits (None: the engine computes NaN), ``gap_allowed`` what rounding explains there.
     """
 
     engine: str
@@ -49,7 +50,7 @@ class ServingCheck:
     equal_tokens: int
     near_ties: int
     first_difference: dict[str, Any] | None
-    gap_error: float
+    gap_error: float | None
     gap_allowed: float
     tokenizer: Literal["transformers'", "same", "different"] | None
 
@@ -130,7 +131,9 @@ def _compare(
     off = max(found, key=lambda place: place.gap_error / place.allowed)
     tokenized = _tokenized_alike(tokenizer, asked.texts, answer.tokenized)
     verdict, why = "same", f"{len(found) - len(others)} of {len(found)} greedy tokens are transformers'"
-    if wrong:
+    if math.isinf(off.gap_error):
+        verdict, why = "different", f"{engine.title} computes NaN"
+    elif wrong:
         verdict, why = "different", _explained(wrong, tokenizer)
     elif off.gap_error > off.allowed:
         verdict = "different"
@@ -155,7 +158,7 @@ def _compare(
         equal_tokens=len(found) - len(others),
         near_ties=sum(place.margin <= place.allowed for place in others),
         first_difference=asdict(others[0]) if others else None,
-        gap_error=off.gap_error,
+        gap_error=None if math.isinf(off.gap_error) else off.gap_error,
         gap_allowed=off.allowed,
         tokenizer=tokenized,
     )

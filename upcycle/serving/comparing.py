@@ -17,7 +17,8 @@ from upcycle.verification import EXACT_TOLERANCE
 class Place:
     """One token of one text. ``expected`` is transformers' most probable one there, ``margin`` how far its logit is above that of
     the engine's token ``found``, ``allowed`` the margin that rounding can explain, ``gap_error`` by how much the distance of the
-    engine's two best logits is another than transformers'.
+    engine's two best logits is another than transformers' (0 where it does not say, infinite where
+    it says NaN).
     """
 
     prompt: int
@@ -43,7 +44,7 @@ def places(model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Written
         centred = logits - logits.mean(-1, keepdim=True)
         spread = math.sqrt(2 * math.log(logits.shape[-1]))
         allowed = 2 * tolerance * spread * centred.square().mean(-1).sqrt()
-        for position, (token, (a, b, gap)) in enumerate(zip(text.tokens, text.rivals, strict=True)):
+        for position, (token, rivals) in enumerate(zip(text.tokens, text.rivals, strict=True)):
             z = logits[position]
             best = int(z.argmax())
             yield Place(
@@ -53,8 +54,15 @@ def places(model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Written
                 found=token,
                 margin=float(z[best] - z[token]),
                 allowed=float(allowed[position]),
-                gap_error=abs(gap - float(z[a] - z[b])),
+                gap_error=_gap_error(z, rivals),
             )
+
+
+def _gap_error(z: torch.Tensor, rivals: tuple[int, int, float] | None) -> float:
+    if rivals is None:
+        return 0.0
+    a, b, gap = rivals
+    return math.inf if math.isnan(gap) else abs(gap - float(z[a] - z[b]))
 
 
 def tolerance_of(model: Any, exact: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Written]) -> float:

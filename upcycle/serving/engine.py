@@ -1,7 +1,7 @@
 """What an inference engine is to this tool: a program that is given token ids and answers with those it writes greedily.
 
 Every engine runs in a process of its own, with a Python of its own if need be: engines pin other versions of torch and
-transformers than this tool does, and what they leave in memory or on a GPU ends with them. The worker scripts in this folder
+transformers than this tool does, and what they leave in memory or on a GPU ends with them. The scripts in ``workers/``
 import nothing of upcycle, and speak JSON.
 """
 
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 from upcycle.errors import EnvironmentFault, UpcycleError
 
 TAIL = 12
+WORKERS = Path(__file__).with_name("workers")
 
 
 class NotHeld(UpcycleError):  # noqa: N818 - it is an answer
@@ -41,10 +42,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Written:
-    """What an engine wrote after one prompt: token ids, and at each the two most probable ones and how far their logits are apart."""
+    """What an engine wrote after one prompt: token ids, and at each the two most probable ones and how far their logits are apart
+    (None where it does not say).
+    """
 
     tokens: list[int]
-    rivals: list[tuple[int, int, float]]
+    rivals: list[tuple[int, int, float] | None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def run_worker(
     with log.open("wb") as errors:
         try:
             process = subprocess.Popen(
-                [python, str(Path(__file__).with_name(script))],
+                [python, str(WORKERS / script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -143,7 +146,4 @@ def last_lines(log: Path) -> str:
 
 def read_written(answer: dict[str, Any]) -> list[Written]:
     """The texts of a worker's answer."""
-    return [
-        Written(one["tokens"], [(int(a), int(b), float(gap)) for a, b, gap in one["rivals"]])
-        for one in answer["written"]
-    ]
+    return [Written(one["tokens"], [tuple(two) if two else None for two in one["rivals"]]) for one in answer["written"]]

@@ -1,4 +1,4 @@
-"""vLLM in a process of its own. Imports nothing of upcycle: it may run in an environment that has none.
+"""vLLM in a process of its own.
 
 Reads ``{"model", "dtype", "context", "prompts", "tokens"}``, answers ``{"version", "dtype", "written"}``, or ``missing`` or
 ``refused`` with the reason. Python API: https://docs.vllm.ai/en/latest/api/vllm/.
@@ -6,28 +6,17 @@ Reads ``{"model", "dtype", "context", "prompts", "tokens"}``, answers ``{"versio
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from typing import Any
 
-
-def main() -> None:
-    """Answer one question."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    json.dump(answer(json.load(sys.stdin)), answers)
-    answers.close()
+from answering import Refused, serve
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Write greedily after every prompt."""
-    try:
-        import vllm
-        from vllm import LLM, SamplingParams
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        return {"missing": str(error)}
+    import vllm
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
     # On a CPU vLLM computes in fp32; its GPU kernels for experts would round fp32 to TF32, so that 16 bits say as much.
     dtype = "float32" if current_platform.is_cpu() else asked["dtype"]
     try:
@@ -40,7 +29,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
             distributed_executor_backend="uni",
         )
     except Exception as error:
-        return {"refused": first_line(error)}
+        raise Refused(first_line(error)) from None
     wanted = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=2, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], wanted, use_tqdm=False)
     return {
@@ -66,4 +55,4 @@ def first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from upcycle.errors import EnvironmentFault
 from upcycle.serving.engine import Answer, Asked, NotHeld, last_lines, read_written, run_worker
 from upcycle.tensor_files import SafetensorsFolder
@@ -34,6 +36,7 @@ class LlamaCpp:
         question = {
             "model": str(file),
             "context": max(asked.context + 1, 256),
+            "threads": torch.get_num_threads(),  # more than there are free cores would wait for each other
             "server": _found("llama-server"),
             "prompts": asked.prompts,
             "tokens": asked.tokens,

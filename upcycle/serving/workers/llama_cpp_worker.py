@@ -1,53 +1,38 @@
 """llama.cpp's server in a process of its own: the Python binding xllamacpp, or the program llama-server; both speak HTTP.
 
-Imports nothing of upcycle. Reads ``{"model", "context", "server", "prompts", "tokens", "texts"}``, answers ``{"version",
-"written", "tokenized"}``, or ``missing`` or ``refused`` with the reason. HTTP interface:
+Reads ``{"model", "context", "threads", "server", "prompts", "tokens", "texts"}``, answers
+``{"version", "written", "tokenized"}``, or ``missing`` or ``refused`` with the reason. HTTP interface:
 https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from typing import Any, NoReturn
+from typing import Any
+
+from answering import Refused, serve
 
 PATIENCE = 600  # seconds until the model must be loaded
 
 
-class Refused(Exception):  # noqa: N818 - it is an answer
-    """The model cannot be loaded."""
-
-
-def main() -> NoReturn:
-    """Answer one question."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    asked = json.load(sys.stdin)
-    answer: dict[str, Any]
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Write greedily after every prompt, and tokenize the texts."""
+    address, version, process = start_program(asked) if asked["server"] else start_binding(asked)
     try:
-        if asked["server"]:
-            address, version, running = start_program(asked)
-        else:
-            address, version, running = start_binding(asked)
-        answer = {
+        return {
             "version": version,
             "written": [write(address, prompt, asked["tokens"]) for prompt in asked["prompts"]],
             "tokenized": [tokenize(address, text) for text in asked["texts"]],
         }
-        del running
-    except ImportError as error:
-        answer = {"missing": str(error)}
-    except Refused as error:
-        answer = {"refused": str(error)}
-    json.dump(answer, answers)
-    answers.flush()
-    os._exit(0)  # the server's threads have nothing left to do
+    finally:
+        if asked["server"]:
+            process.kill()
 
 
 def start_binding(asked: dict[str, Any]) -> tuple[str, str, Any]:
@@ -60,6 +45,7 @@ def start_binding(asked: dict[str, Any]) -> tuple[str, str, Any]:
     wanted.n_ctx = asked["context"]
     wanted.n_parallel = 1
     wanted.n_gpu_layers = 0
+    wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = asked["threads"]
     wanted.cache_type_k = wanted.cache_type_v = ggml_type.GGML_TYPE_F32
     wanted.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     wanted.warmup = False
@@ -77,7 +63,7 @@ def start_program(asked: dict[str, Any]) -> tuple[str, str, Any]:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     flags = ["-m", asked["model"], "-c", asked["context"], "--host", "127.0.0.1", "--port", port, "-np", 1, "-ngl", 0]
-    flags += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-warmup"]
+    flags += ["-t", asked["threads"], "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-warmup"]
     process = subprocess.Popen([asked["server"], *map(str, flags)])
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
@@ -88,20 +74,30 @@ def start_program(asked: dict[str, Any]) -> tuple[str, str, Any]:
                 break
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
+    else:
+        raise Refused(f"llama-server did not answer within {PATIENCE} s")
     said = subprocess.run([asked["server"], "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     lines = said.stdout.decode(errors="replace").strip().splitlines()
     return address, "llama-server " + (lines[0].replace("version: ", "") if lines else "of unknown version"), process
 
 
 def write(address: str, prompt: list[int], tokens: int) -> dict[str, Any]:
-    """Greedy tokens after a prompt of token ids, and the two most probable ones of every place."""
-    wanted = {"prompt": prompt, "n_predict": tokens, "temperature": -1, "logprobs": 2, "cache_prompt": False}
-    places = post(address + "/v1/completions", wanted)["choices"][0]["logprobs"]["content"]
-    rivals = []
-    for place in places:
-        first, second = place["top_logprobs"][:2]
-        rivals.append((first["id"], second["id"], first["logprob"] - second["logprob"]))
-    return {"tokens": [place["id"] for place in places], "rivals": rivals}
+    """Greedy tokens after a prompt of token ids, and the two most probable ones of every place.
+
+    The server says no probabilities of a token that ends inside a character of several bytes: None stands there.
+    """
+    wanted = {"prompt": prompt, "n_predict": tokens, "temperature": -1, "n_probs": 2, "return_tokens": True}
+    said = post(address + "/completion", {**wanted, "cache_prompt": False})
+    places = said.get("completion_probabilities", [])
+    rivals: list[tuple[int, int, float] | None] = []
+    for token in said["tokens"]:
+        if places and places[0]["id"] == token:
+            first, second = places.pop(0)["top_logprobs"][:2]
+            logits = [math.nan if two["logprob"] is None else two["logprob"] for two in (first, second)]
+            rivals.append((first["id"], second["id"], logits[0] - logits[1]))
+        else:
+            rivals.append(None)
+    return {"tokens": said["tokens"], "rivals": rivals}
 
 
 def tokenize(address: str, text: str) -> list[int]:
@@ -121,4 +117,4 @@ def post(url: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)
