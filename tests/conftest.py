@@ -26,6 +26,7 @@ _HELPERS = {
     "hub_server": "hub_server.py",
     "publishing_cases": "publishing_cases.py",
     "training_runs": "trainers/training_runs.py",
+    "stand_ins": "serving/stand_ins.py",
 }
 for _name, _file in _HELPERS.items():
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / _file)

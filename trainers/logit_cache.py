@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from upcycle.provenance import hash_file
 from upcycle.tensor_files import read_json
 from upcycle.trainers.cached_logits import TopLogits
 from upcycle.trainers.data import Batch
+from upcycle.whole_files import write_whole
 from upcycle.workspace import cannot_write
 
 MANIFEST = "cache.json"
@@ -54,7 +54,7 @@ def prepare_cache(folder: Path, identity: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UsageError(f"distillation.cache: {folder} holds something else", hint="name an empty folder")
-        _write(manifest, lambda path: path.write_text(json.dumps(identity) + "\n", encoding="utf-8"))
+        write_whole(manifest, lambda path: path.write_text(json.dumps(identity) + "\n", encoding="utf-8"))
     except OSError as fault:
         raise cannot_write(folder, fault) from None
 
@@ -97,7 +97,7 @@ class LogitCache:
         made = TopLogits.of(run(row)[0, :-1], self.top_p, self.most)
         try:
             path.parent.mkdir(exist_ok=True)
-            _write(path, made.save)
+            write_whole(path, made.save)
         except OSError as fault:
             raise cannot_write(path, fault) from None
         self.written += 1
@@ -123,13 +123,3 @@ def joined(rows: Sequence[TopLogits]) -> TopLogits:
 def _one(batch: Batch, row: int) -> Batch:
     which = slice(row, row + 1)
     return Batch(batch.ids[which], batch.mask[which], batch.positions[which], batch.domains[which])
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Give a file its name when it is complete: ranks and runs may write the same."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

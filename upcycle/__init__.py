@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from upcycle.hub import push, save_to_hub
     from upcycle.planning import plan
     from upcycle.report.writing import write_report
+    from upcycle.serving.checking import verify_with
     from upcycle.trainers.export import export
     from upcycle.trainers.loop import train
     from upcycle.trainers.planning import plan_training
@@ -30,6 +31,7 @@ __all__ = [
     "save_to_hub",
     "train",
     "verify",
+    "verify_with",
     "write_card",
     "write_report",
 ]
@@ -46,6 +48,7 @@ _FUNCTIONS = {
     "save_to_hub": "hub",
     "train": "trainers.loop",
     "verify": "verification",
+    "verify_with": "serving.checking",
     "write_card": "card",
     "write_report": "report.writing",
 }

@@ -15,6 +15,7 @@ from upcycle.card_facts import Facts, gather, public_name
 from upcycle.card_text import body
 from upcycle.errors import UsageError
 from upcycle.licenses import front_matter
+from upcycle.whole_files import write_text_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -40,14 +41,7 @@ def write_card(
     """
     folder = Path(out).expanduser()
     text = make_card(folder, name or folder.absolute().name, license=license, base_model=base_model)
-    return write_text(folder / provenance.CARD_FILE, text)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file that is the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    return partial.replace(path)
+    return write_text_whole(folder / provenance.CARD_FILE, text)
 
 
 def make_card(

@@ -24,8 +24,8 @@ _HUB_DATASET = re.compile(r"([\w.-]+/[\w-][\w.-]*)(:[\w.-]*){0,2}")
 class Facts:
     """Everything a card says.
 
-    ``recipe`` is the text of ``recipe.yaml`` and ``keys`` its content, ``config`` that of ``config.json``; ``mark`` says why the
-    model was published although it should not have been.
+    ``recipe`` is the text of ``recipe.yaml`` and ``keys`` its content, ``config`` that of ``config.json``; ``serving`` holds what
+    ``verify --with`` found of each engine; ``mark`` says why the model was published although it should not have been.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Facts:
     config: dict[str, Any]
     verification: dict[str, Any] | None
     tasks: dict[str, Any] | None
+    serving: dict[str, Any]
     license: License | None
     base_models: list[str]
     datasets: list[str]
@@ -66,6 +67,7 @@ def gather(
         UsageError: the sources' licences differ and nobody has decided, or ``base_model`` is no hub id.
     """
     record = provenance.read(folder)
+    evaluation = provenance.read_evaluation(folder) or {}
     return Facts(
         name=name,
         record=record,
@@ -73,7 +75,8 @@ def gather(
         keys=read_recipe(folder / provenance.RECIPE_FILE),
         config=read_json(folder / "config.json"),
         verification=provenance.read_verification(folder),
-        tasks=(provenance.read_evaluation(folder) or {}).get("tasks"),
+        tasks=evaluation.get("tasks"),
+        serving=evaluation.get("serving", {}),
         license=_license(record, license, kept),
         base_models=_base_models(record, base_model, kept),
         datasets=_datasets(record),

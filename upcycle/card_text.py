@@ -150,14 +150,25 @@ def _loading(facts: Facts) -> str:
     quoted = shlex.quote(name)
     rows = [
         ("transformers", "as above", tested),
-        ("vLLM", code(f"vllm serve {quoted}"), "no"),
+        ("vLLM", code(f"vllm serve {quoted}"), _tested(facts, "vllm")),
         ("SGLang", code(f"python -m sglang.launch_server --model-path {quoted}"), "no"),
-        ("llama.cpp", code("python convert_hf_to_gguf.py FOLDER"), "no"),
+        ("llama.cpp", code("python convert_hf_to_gguf.py FOLDER"), _tested(facts, "llama.cpp")),
     ]
     note = "An engine that was not tested may still know this architecture: its documentation lists those it does."
     return "\n\n".join(
         [fenced(python, "python"), table(["engine", "how", "tested with this model"], rows, right=False), note]
     )
+
+
+def _tested(facts: Facts, engine: str) -> str:
+    """What ``upcycle verify --with`` found."""
+    found = facts.serving.get(engine)
+    if not found:
+        return "no"
+    if found["verdict"] == "not held":
+        return f"it cannot hold this model: {plain(found['explanation'])}"
+    answer = "yes" if found["verdict"] == "same" else "**do not use it**"
+    return f"{answer}, {plain(found['version'])} in {plain(found['dtype'])}: {plain(found['explanation'])}"
 
 
 def _recipe(facts: Facts) -> str:

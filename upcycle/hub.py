@@ -19,7 +19,7 @@ from urllib.parse import quote
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from upcycle import __version__
-from upcycle.card import make_card, own_section, write_text
+from upcycle.card import make_card, own_section
 from upcycle.card_facts import sources_of
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hub_errors import Hub, from_environment
@@ -27,6 +27,7 @@ from upcycle.hub_repository import Repository, State, check_repo_name, check_rev
 from upcycle.progress import SILENT, Progress
 from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.publishing import REPORTS, Publishable, Upload, publishable
+from upcycle.whole_files import write_text_whole
 
 _ATTRIBUTES = ".gitattributes"  # which files are large: every repository has it from the beginning
 
@@ -150,7 +151,7 @@ def push(
             repository.create_branch(revision)
         made = _publish(repository, made, files, there, create_pr, progress)
         with suppress(OSError):  # what is on the hub is what counts
-            write_text(local.folder / CARD_FILE, card)
+            write_text_whole(local.folder / CARD_FILE, card)
         if collection:
             made = _collected(repository, made, collection)
     return made

@@ -20,6 +20,7 @@ from upcycle.mixing import sources_record
 from upcycle.planning import AnyJob, Plan
 from upcycle.recipe import Recipe
 from upcycle.tensor_files import read_json
+from upcycle.whole_files import write_text_whole
 from upcycle.workspace import MEASURED
 
 if TYPE_CHECKING:
@@ -165,9 +166,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 def _write_about(folder: Path, name: str, content: dict[str, Any]) -> None:
     text = json.dumps(content | {_ABOUT: hash_file(folder / FILE)}, indent=2) + "\n"
-    partial = folder / (name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / name)
+    write_text_whole(folder / name, text)
 
 
 def _read_about(folder: Path, name: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.cli.output import size
+from upcycle.quantities import size
 
 _ROWS = (
     ("prefill, tokens/s", "prefill_tokens_per_second", "prefill_ratio"),

@@ -22,6 +22,7 @@ from upcycle.cli.reference import reference
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
 from upcycle.report.data.collecting import Wanted
+from upcycle.serving.checking import ServingCheck
 from upcycle.speed import ModelSpeed, Speed
 from upcycle.task_scores import TaskScore, TaskScores
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe
@@ -213,6 +214,7 @@ def test_json_keys(
         "plan train options speed": planned["options"][0]["speed"],
         "convert": converted,
         "verify": converted["verification"],
+        "verify with an engine": keys_of(ServingCheck),
         "convert layers": calibrated["layers"][0],
         "convert layers of a mix": mixed["layers"][0],
         "convert merging of a zoo": glued["merging"],

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import Bars, count, duration, print_facts, print_json, print_table, size, warn
+from upcycle.cli.output import Bars, print_facts, print_json, print_table, warn
 from upcycle.errors import UsageError
+from upcycle.quantities import count, duration, size
 
 
 def _list(_: Any, __: Any, value: str) -> list[str]:

@@ -9,7 +9,8 @@ import click
 
 from upcycle.cli.merging import merging_facts
 from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
-from upcycle.cli.output import Bars, count, duration, note, print_facts, print_json, size
+from upcycle.cli.output import Bars, note, print_facts, print_json
+from upcycle.quantities import count, duration, size
 
 
 @click.command("convert")

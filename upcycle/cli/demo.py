@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import VERDICT_STYLE, Bars, count, print_json, print_table, stderr, stdout
+from upcycle.cli.output import VERDICT_STYLE, Bars, print_json, print_table, stderr, stdout
+from upcycle.quantities import count
 
 # title, folder, recipe keys: a copy, a split that must be exact, with shared experts, and one that saves compute.
 CONVERSIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import Bars, print_facts, print_json, size
+from upcycle.cli.output import Bars, print_facts, print_json
+from upcycle.quantities import size
 
 
 @click.command("export")

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from upcycle.cli.options import build_recipe, common_options, recipe_options
-from upcycle.cli.output import count, note, print_facts, print_json, print_table, size, warn
+from upcycle.cli.output import note, print_facts, print_json, print_table, warn
 from upcycle.cli.plan_train import command as plan_train
+from upcycle.quantities import count, size
 
 
 class _Plan(click.Command):

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from upcycle.cli.options import common_options
-from upcycle.cli.output import count, duration, note, print_facts, print_json, print_table, size, warn
+from upcycle.cli.output import note, print_facts, print_json, print_table, warn
 from upcycle.cli.train import set_option
+from upcycle.quantities import count, duration, size
 
 
 @click.command("plan train")

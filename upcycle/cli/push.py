@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from upcycle.cli.options import card_options, common_options, quiet_option
-from upcycle.cli.output import Bars, print_facts, print_json, print_table, size, stdout
+from upcycle.cli.output import Bars, print_facts, print_json, print_table, stdout
+from upcycle.quantities import size
 
 
 @click.command("push")

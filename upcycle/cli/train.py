@@ -10,8 +10,9 @@ import click
 import yaml
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import duration, print_facts, print_json, say
+from upcycle.cli.output import print_facts, print_json, say
 from upcycle.errors import UsageError
+from upcycle.quantities import duration
 
 
 def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:

@@ -6,27 +6,58 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from upcycle.cli.options import common_options, quiet_option
 from upcycle.cli.output import VERDICT_STYLE, Bars, print_facts, print_json
-from upcycle.errors import VerificationError
+from upcycle.errors import RefusalError, UsageError, VerificationError
 
 
 @click.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", help="the dense model, when it is no longer where recipe.yaml says")
 @click.option("--text", metavar="FILE", help="UTF-8 text to measure on  [default: embedded validation texts]")
-@click.option("--tokens", type=click.IntRange(16), default=1024, show_default=True, help="tokens to measure on")
+@click.option(
+    "--tokens",
+    type=click.IntRange(16),
+    help="tokens to measure on  [default: 1024; with an engine: 128 that it writes]",
+)
+@click.option(
+    "--with", "engine", type=click.Choice(["llama.cpp", "vllm"]), help="compare with an inference engine's greedy text"
+)
+@click.option("--engine-python", metavar="PATH", help="the Python that has the engine  [default: this one]")
 @quiet_option
 @common_options
 def command(
-    out: Path, source: str | None, text: str | None, tokens: int, quiet: bool, as_json: bool, debug: bool
+    out: Path,
+    source: str | None,
+    text: str | None,
+    tokens: int | None,
+    engine: str | None,
+    engine_python: str | None,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
 ) -> None:
     """Compare the converted model in OUT with its dense parent, in fp32 on real text.
 
     Checks every file against its recorded hash, loads the model with stock transformers, and says exact, approximate or
     broken (exit code 3). Models larger than memory are streamed layer by layer.
+
+    With an engine, the dense model is not needed: what the engine writes is compared with what stock transformers writes from
+    the same files, token by token. Exit code 3: they differ; 2: the engine cannot hold the model.
     """
+    if engine is None:
+        if engine_python:
+            raise UsageError("--engine-python is for --with ENGINE", hint="add --with llama.cpp or --with vllm")
+        _verify(out, source, text, tokens or 1024, quiet, as_json)
+    else:
+        if source:
+            raise UsageError(f"--with {engine} needs no --source: it compares with transformers", hint="leave it out")
+        _verify_with(out, engine, text, tokens, engine_python, quiet, as_json)
+
+
+def _verify(out: Path, source: str | None, text: str | None, tokens: int, quiet: bool, as_json: bool) -> None:
     from upcycle.verification import verify
 
     result = verify(out, source=source, text=text, tokens=tokens, progress=Bars(quiet))
@@ -38,6 +69,46 @@ def command(
         raise VerificationError(
             f"{out} is broken: {result.explanation}", hint="convert it again; report it if that does not help"
         )
+
+
+def _verify_with(
+    out: Path, engine: str, text: str | None, tokens: int | None, python: str | None, quiet: bool, as_json: bool
+) -> None:
+    from upcycle.serving.checking import TOKENS, verify_with
+
+    result = verify_with(out, engine, text=text, tokens=tokens or TOKENS, python=python, progress=Bars(quiet))
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        print_facts(_serving_facts(result))
+    if result.verdict == "not held":
+        raise RefusalError(
+            f"{out}: {result.explanation}",
+            hint="upcycle convert --target writes it for another architecture (upcycle list targets)",
+        )
+    if result.verdict == "different":
+        raise VerificationError(
+            f"{engine} does not write what transformers writes: {result.explanation}",
+            hint=f"serve {out} with transformers, or convert to another --target and ask again",
+        )
+
+
+def _serving_facts(result: Any) -> list[tuple[str, str]]:
+    style = {"same": "green", "different": "red", "not held": "red"}[result.verdict]
+    facts = [("verdict", f"[{style}]{result.verdict}[/]: {escape(result.explanation)}")]
+    if result.tokens:
+        within = "not finite" if result.gap_error is None else f"within {result.gap_error:.1e}"
+        facts += [
+            ("engine", f"{result.version} in {result.dtype}, beside transformers {result.transformers} in float32"),
+            (
+                "tokens",
+                f"{result.equal_tokens} of {result.tokens} equal, {result.near_ties} near ties ({result.prompts} prompts)",
+            ),
+            ("logits", f"the two best are as far apart as in transformers: {within}"),
+        ]
+    if result.tokenizer:
+        facts.append(("tokenizer", result.tokenizer))
+    return facts
 
 
 def verification_facts(result: Any) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.cli.output import count, size
+from upcycle.quantities import count, size
 
 VERDICTS = {
     "exact": "the same function as its dense parent",

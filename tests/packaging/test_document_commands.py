@@ -1,0 +1,128 @@
+"""Every command in the README and in docs/ is run, in order, in one folder; those that cannot be are listed with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from stand_ins import make_llama_cpp, make_vllm
+
+from upcycle.cli.main import cli
+from upcycle.text import DEMO_TEXTS, read_text
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+# What is added to a command, so that it takes seconds: (a part of the command, flags).
+SHORTER = (
+    ("upcycle convert", "--overwrite"),
+    ("upcycle convert", "--verify-tokens 64"),
+    ("--calibration", "--calibration-tokens 1024"),
+    ("split_50.yaml", "--calibration-tokens 1024"),
+    ("upcycle compare", "--text check.txt --tokens 512 --out compare.json"),
+    ("upcycle train", "--set length=64 --set global_batch=2 --set micro_batch=1 --set stages.heal.steps=2"),
+    ("upcycle train", "--set stages.heal.tokens=null --set log.validation=0"),
+    ("upcycle report", "--tokens 64"),
+    ("--speed", "--text prose"),
+    ("upcycle chat", "--tokens 3"),
+    ("upcycle generate", "--tokens 3"),
+    ("--with", "--tokens 16"),
+)
+# A part of the line, and why it is not run here.
+NOT_RUN = {
+    "make demo": "make check does, in pieces: tests/cli/test_main.py runs upcycle demo",
+    "make test": "this is a test",
+    ". .venv/bin/activate": "the shell's",
+    "--hostfile": "needs several machines",
+    "--tasks arc_easy": "needs the hub's data sets",
+    "upcycle push": "needs the hub: tests/cli/test_push.py and tests/test_hub.py push to one on the loopback",
+    "pytest -m gpu": "needs a GPU",
+    "upcycle.kernels.bench": "needs a GPU",
+    "upcycle tune-kernels": "needs a GPU",
+    "UPCYCLE_TILES=": "needs what tune-kernels wrote",
+    **({} if find_spec("lm_eval") else {"--tasks": "needs the extra tasks"}),
+}
+
+
+def commands() -> list[str]:
+    """Every line that a reader would type: of blocks of ``sh`` all, of ``console`` those behind a ``$``."""
+    found = []
+    for page in PAGES:
+        for kind, block in re.findall(r"```(sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.splitlines()
+            found += [line.removeprefix("$ ") for line in lines if kind == "sh" or line.startswith("$ ")]
+    return found
+
+
+def reason(line: str) -> str | None:
+    """Why a line is not run, if it is not."""
+    return next((why for part, why in NOT_RUN.items() if part in line), None)
+
+
+def test_every_line_is_run_or_has_a_reason() -> None:
+    lines = commands()
+    assert sum(reason(line) is None for line in lines) > 40
+    for line in lines:
+        assert reason(line) or line.startswith("upcycle "), line
+    for part in NOT_RUN:
+        assert any(part in line for line in lines), f"'{part}' is in no document"
+    for part, _ in SHORTER:
+        assert any(part in line for line in lines), f"'{part}' is in no document"
+
+
+@pytest.fixture
+def reader(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pico: Callable[[str], Path],
+    branches: Callable[..., list[Path]],
+) -> Iterator[Path]:
+    """The folder of somebody who has what the documents speak of: models, texts, recipes, tasks and engines."""
+    for name in ("llama", "ancestor", "seed", "SmolLM2-135M-Instruct"):
+        shutil.copytree(pico("llama"), tmp_path / name)
+    for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):
+        shutil.copytree(made, tmp_path / name)
+    texts = [read_text(name) for name in DEMO_TEXTS]
+    for i, name in enumerate(("docs", "code", "news", "math", "law", "my", "check")):
+        content = texts[i % len(texts)]
+        (tmp_path / f"{name}.txt").write_text(content[2000 * i : 2000 * i + 30_000], encoding="utf-8")
+    rows = [json.dumps({"text": content[k : k + 800]}) for content in texts for k in range(0, 24_000, 800)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("method: sparse_upcycling\nexperts: 4\nrouter: random\n", encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    shutil.copytree(ROOT / "tests" / "tasks", tmp_path / "tasks")
+    task = (tmp_path / "tasks" / "continuations.yaml").read_text(encoding="utf-8")
+    (tmp_path / "tasks" / "my_task.yaml").write_text(task.replace("task: continuations", "task: my_task"))
+    from transformers import MixtralConfig
+
+    MixtralConfig(architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path / "mixtral")
+    monkeypatch.setenv("LLAMA_CPP", str(make_llama_cpp(tmp_path / "llama.cpp")))
+    python = tmp_path / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{make_vllm(tmp_path / "site")}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("reader")
+def test_the_commands_of_all_documents_run() -> None:
+    for line in commands():
+        if reason(line):
+            continue
+        _, *arguments = (word.replace("~/", "") for word in shlex.split(line, comments=True))
+        for part, flags in SHORTER:
+            if part in line:
+                arguments += shlex.split(flags)
+        result = CliRunner().invoke(cli, arguments, input="hello\n" if "chat" in line else None)
+        assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"

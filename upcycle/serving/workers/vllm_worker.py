@@ -1,0 +1,58 @@
+"""vLLM in a process of its own.
+
+Reads ``{"model", "dtype", "context", "prompts", "tokens"}``, answers ``{"version", "dtype", "written"}``, or ``missing`` or
+``refused`` with the reason. Python API: https://docs.vllm.ai/en/latest/api/vllm/.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from answering import Refused, serve
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Write greedily after every prompt."""
+    import vllm
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    # On a CPU vLLM computes in fp32; its GPU kernels for experts would round fp32 to TF32, so that 16 bits say as much.
+    dtype = "float32" if current_platform.is_cpu() else asked["dtype"]
+    try:
+        engine = LLM(
+            model=asked["model"],
+            dtype=dtype,
+            max_model_len=asked["context"] + 1,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            distributed_executor_backend="uni",
+        )
+    except Exception as error:
+        raise Refused(first_line(error)) from None
+    wanted = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=2, ignore_eos=True, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], wanted, use_tqdm=False)
+    return {
+        "version": vllm.__version__,
+        "dtype": dtype,
+        "written": [written(output.outputs[0]) for output in outputs],
+    }
+
+
+def written(completion: Any) -> dict[str, Any]:
+    """Tokens, and the two most probable ones of every place."""
+    rivals = []
+    for place in completion.logprobs:
+        (a, first), (b, second) = sorted(place.items(), key=lambda item: -item[1].logprob)[:2]
+        rivals.append((a, b, first.logprob - second.logprob))
+    return {"tokens": list(completion.token_ids), "rivals": rivals}
+
+
+def first_line(error: Exception) -> str:
+    """What a failure says, without its details."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+if __name__ == "__main__":
+    serve(answer)
