@@ -1,0 +1,144 @@
+"""Training runs side by side, by ``upcycle train`` as a user would start it: their recipes, their validation curves, a plot.
+
+Every run has one thread and a process of its own, a few at a time: so small a model does not use more. A run that is there is
+continued, or only read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from measure import UPCYCLE
+
+from upcycle.text import load_tokenizer
+from upcycle.trainers.data import open_validation
+from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.model_loading import load_model
+from upcycle.trainers.recipe import parse_train_recipe
+from upcycle.trainers.reports import read_log
+from upcycle.trainers.validation import validate
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation losses in nats per token by tokens trained on: ``points[tokens][domain]``."""
+
+    points: Mapping[int, Mapping[str, float]]
+
+    def losses(self, domain: str | None = None) -> list[tuple[int, float]]:
+        """One domain's, or the mean of all domains."""
+        found = sorted(self.points.items())
+        return [(tokens, fmean(by.values()) if domain is None else by[domain]) for tokens, by in found]
+
+    def tokens_to(self, loss: float) -> float | None:
+        """Tokens until the mean loss is first reached, between measurements linearly; ``None``: never."""
+        points = self.losses()
+        for (before, above), (after, below) in pairwise(points):
+            if below <= loss:
+                return before + (after - before) * max(0.0, above - loss) / max(1e-12, above - below)
+        return None
+
+
+def write_domains(folder: Path, texts: Mapping[str, Sequence[Iterable[str]]]) -> dict[str, Any]:
+    """Documents to train on and held-out ones of every domain as files: the ``data`` of a recipe, in equal parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    domains: dict[str, Any] = {}
+    for domain, sides in texts.items():
+        paths = []
+        for side, documents in zip(("train", "held-out"), sides, strict=True):
+            path = folder / f"{domain}-{side}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+            paths.append(str(path))
+        domains[domain] = {"text": paths[0], "validation": paths[1], "weight": 1 / len(texts)}
+    return {"domains": domains, "cache": str(folder / "tokens")}
+
+
+def trained(recipes: Mapping[str, Mapping[str, Any]], work: Path, jobs: int) -> dict[str, Curve]:
+    """Run every recipe to its end, ``jobs`` at a time, in ``work/NAME``, and read its curve.
+
+    Raises:
+        RuntimeError: a run failed; the message has the end of its output.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        curves = pool.map(lambda name: _run(name, recipes[name], work), recipes)
+        return dict(zip(recipes, curves, strict=True))
+
+
+def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
+    path, output = work / f"{name}.yaml", work / name
+    path.write_text(yaml.safe_dump({**recipe, "output": str(output)}, sort_keys=False), encoding="utf-8")
+    started = time.perf_counter()
+    command = [str(UPCYCLE), "train", str(path), "--quiet"]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    points: dict[int, dict[str, float]] = {}
+    for line in read_log(output / "log.jsonl"):
+        if line["kind"] == "validation":
+            losses = {key.partition("/")[2]: value for key, value in line.items() if key.startswith("validation/")}
+            points[line["tokens"]] = losses
+    curve = Curve(points)
+    print(
+        f"{name}: {curve.losses()[-1][1]:.4f} nats, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
+    )
+    return curve
+
+
+def plot(
+    path: Path,
+    title: str,
+    panels: Sequence[str | None],
+    curves: Mapping[str, Sequence[Curve]],
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Loss over tokens as SVG, a panel per domain (``None``: their mean); of several seeds the mean, and the range shaded."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "upcycle"
+    from matplotlib import pyplot
+
+    figure, row = pyplot.subplots(
+        1, len(panels), figsize=(1 + 4.2 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, domain in zip(row[0], panels, strict=True):
+        for color, (name, seeds) in zip(COLORS, curves.items(), strict=False):
+            found = [each.losses(domain) for each in seeds]
+            tokens = [at for at, _ in found[0]]
+            columns = list(zip(*([loss for _, loss in each] for each in found), strict=True))
+            axes.plot(tokens, [fmean(column) for column in columns], label=name, linewidth=1.3, color=color)
+            if len(seeds) > 1:
+                axes.fill_between(
+                    tokens, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.2, linewidth=0
+                )
+        for name, loss in (lines or {}).items():
+            axes.axhline(loss, color="black", linewidth=0.8, linestyle=":", label=name)
+        axes.set(xlabel="tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
+    row[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def validation_loss(model: Path, recipe: Mapping[str, Any]) -> dict[str, float]:
+    """A model's loss on every domain's held-out text, as a run of ``recipe`` measures it."""
+    told = parse_train_recipe({**recipe, "model": str(model), "output": "unused"}, "recipe")
+    batches = open_validation(told.data, load_tokenizer(model), length=told.length)
+    device = torch.device("cpu")
+    return validate(load_model(model, torch.float32, device), batches, Ranks(0, 1, device))
