@@ -65,7 +65,7 @@ def recipe(
     """A run, the same for all but for where it starts, its learning rate and the losses of routers."""
     return {
         "model": start,
-        "data": {**data, "validation": {"tokens": 8192}},
+        "data": {**data, "validation": {"tokens": 4096}},
         "length": LENGTH,
         "global_batch": BATCH,
         "micro_batch": BATCH,
@@ -114,10 +114,10 @@ def grid(ends: Mapping[str, Mapping[float, float]]) -> str:
 def main() -> int:
     """Train, print, write; 1 when the dense model ends ahead somewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--points", type=int, default=10, help="validations of a run")
+    parser.add_argument("--tokens", type=int, default=80_000)
+    parser.add_argument("--points", type=int, default=8, help="validations of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1.5e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
     parser.add_argument("--out", type=Path)

@@ -12,6 +12,7 @@ table says after how many tokens how much of it is closed, the mean of the seeds
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ DISTILLED = {"logits": 1.0, "ffn": 1.0, "next_token": 0.0}
 RUNS = ("CPT", "CPT + distillation", "router first, CPT")
 DOMAINS = ("prose", "code")
 LENGTH, BATCH = 256, 8
+SAMPLE = 200_000  # characters of each domain
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,36 @@ class Split:
 SPLITS = {"compared": Split("The split that compare recommends", 1e-4), "random": Split("A random split", 1e-3)}
 
 
-def convert(kind: str, out: Path) -> Path:
-    """``compared`` is the shipped recipe's, in fewer experts, which train faster; ``random`` cuts into 8, of which 4 run."""
+def convert(kind: str, out: Path, samples: Sequence[Path]) -> Path:
+    """``compared`` is the shipped recipe's, in fewer experts, which train faster; ``random`` cuts into 8, of which 4 run.
+
+    ``samples`` are calibrated on: the embedded texts, which the recipe names, are among those measured on here.
+    """
     if not (out / "config.json").exists():
         told: dict[str, Any] = {"source": "demo", "verification": {"enabled": False}}
         if kind == "compared":
-            told = {**read_recipe(ROOT / "configs" / "convert" / "split_50.yaml"), "pieces": 24, **told}
+            shipped = read_recipe(ROOT / "configs" / "convert" / "split_50.yaml")
+            calibration = {**shipped["calibration"], "text": [str(path) for path in samples]}
+            told = {**shipped, "pieces": 24, "calibration": calibration, **told}
         else:
             told |= {"method": "random_split", "experts": 8, "top_k": 4}
         upcycle.convert(out=out, **told)
     return out
+
+
+def sampled(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> list[Path]:
+    """Text to calibrate on, of the side that is trained on: whole documents from all over it, by domain."""
+    paths = []
+    for domain, (training, _) in texts.items():
+        wanted, taken = SAMPLE, []
+        for text in sorted(training, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
+            taken.append(text[:wanted])
+            wanted -= len(taken[-1])
+            if not wanted:
+                break
+        paths.append(folder / f"{domain}-sample.txt")
+        paths[-1].write_text("\n\n".join(taken), encoding="utf-8")
+    return paths
 
 
 def stages(run: str, steps: int, rate: float) -> list[dict[str, Any]]:
@@ -140,9 +162,10 @@ def main() -> None:
         for domain in DOMAINS
     }
     data = write_domains(work / "text", texts)
+    samples = sampled(work / "text", texts)
     told: dict[str, dict[str, Any]] = {}
     for kind in options.splits:
-        model, rate = convert(kind, work / kind), options.rate or SPLITS[kind].rate
+        model, rate = convert(kind, work / kind, samples), options.rate or SPLITS[kind].rate
         for run, seed in product(options.runs, options.seeds):
             common = recipe(data, seed, every)
             told[key(kind, run, seed, rate, steps)] = {

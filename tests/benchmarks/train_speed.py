@@ -40,14 +40,15 @@ def converted(layers: int, work: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import upcycle
+    from upcycle.runtime import quiet_transformers
 
     dense, out = work / f"dense-{layers}", work / f"moe-{layers}"
     if not out.exists():
-        AutoModelForCausalLM.from_pretrained(
-            dense_folder(), num_hidden_layers=layers, dtype=torch.bfloat16
-        ).save_pretrained(dense)
+        with quiet_transformers():
+            cut = AutoModelForCausalLM.from_pretrained(dense_folder(), num_hidden_layers=layers, dtype=torch.bfloat16)
+        cut.save_pretrained(dense)
         AutoTokenizer.from_pretrained(dense_folder()).save_pretrained(dense)
-        upcycle.convert(dense, out, experts=4, top_k=2, verification={"enabled": False})
+        upcycle.convert(str(dense), out, experts=4, top_k=2, verification={"enabled": False})
     return out
 
 
