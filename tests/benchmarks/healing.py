@@ -1,10 +1,11 @@
-"""Healing the demo model after it was split to 50% of its neurons: plain continual pre-training (CPT), with its dense parent,
-routers first. From the split that ``upcycle compare`` recommends, and from a random one.
+"""Healing the demo model after it was split to 50% of its neurons, from the split that ``upcycle compare`` recommends and from a
+random one: plain continual pre-training (CPT), with the dense parent's distribution beside the text's next token, with the
+parent's alone, routers first.
 
 All see the same rows of CPython's documentation and source in the same order, on the side of the split the demo model was
 trained on, and are measured on the other. The gap is that of the split's loss to the dense model's, mean of both domains; the
-table says after how many tokens how much of it is closed, the mean of the seeds. ``--only`` takes some of the splits or runs,
-``--rate`` another learning rate than the one chosen for all.
+table says after how many tokens how much of it is closed, the mean of the seeds. All runs from one split have one learning
+rate, the one that CPT was best with (``--rate`` for another, ``--runs`` and ``--splits`` for some of them).
 
     python -P tests/benchmarks/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
 """
@@ -34,8 +35,11 @@ from upcycle.trainers.demo_text import split
 ROOT = Path(__file__).resolve().parents[2]
 SHARES = (0.5, 0.8, 0.9)
 BALANCE = {"switch_balance": {"coefficient": 0.01}}
-DISTILLED = {"logits": 1.0, "ffn": 1.0, "next_token": 0.0}
-RUNS = ("CPT", "CPT + distillation", "router first, CPT")
+DISTILLED = {
+    "CPT + distillation": {"logits": 1.0, "ffn": 1.0, "next_token": 1.0},  # configs/train/heal_distill.yaml
+    "distillation alone": {"logits": 1.0, "ffn": 1.0, "next_token": 0.0},
+}
+RUNS = ("CPT", *DISTILLED, "router first, CPT")
 DOMAINS = ("prose", "code")
 LENGTH, BATCH = 256, 8
 SAMPLE = 200_000  # characters of each domain
@@ -90,8 +94,8 @@ def stages(run: str, steps: int, rate: float) -> list[dict[str, Any]]:
     everything = {"name": "all", "steps": steps, "learning_rate": rate, "schedule": schedule, "losses": BALANCE}
     if run == "CPT":
         return [everything]
-    if run == "CPT + distillation":
-        return [{**everything, "distillation": DISTILLED}]
+    if run in DISTILLED:
+        return [{**everything, "distillation": DISTILLED[run]}]
     first = steps // 10
     router = {"name": "router", "train": ["router"], "steps": first, "learning_rate": 3 * rate, "losses": BALANCE}
     schedule = {**schedule, "warmup": max(1, (steps - first) // 20)}
@@ -101,7 +105,7 @@ def stages(run: str, steps: int, rate: float) -> list[dict[str, Any]]:
 def recipe(data: Mapping[str, Any], seed: int, every: int) -> dict[str, Any]:
     """What all runs have in common; validated ``every`` so many steps."""
     return {
-        "data": {**data, "validation": {"tokens": 8192}},
+        "data": {**data, "validation": {"tokens": 4096}},
         "length": LENGTH,
         "global_batch": BATCH,
         "micro_batch": BATCH,
@@ -142,8 +146,8 @@ def table(dense: float, curves: Mapping[str, Sequence[Curve]]) -> str:
 def main() -> None:
     """Convert, train, and print the tables; with ``--out`` and ``--plot`` they are written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--points", type=int, default=15, help="validations of a run")
+    parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--points", type=int, default=12, help="validations of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
