@@ -155,7 +155,8 @@ def main() -> int:
     )
     print(text)
     if options.out:
-        options.out.write_text(text, encoding="utf-8")
+        head = "# Growing the demo model\n\n`python -P tests/benchmarks/growing.py` prints:\n\n"
+        options.out.write_text(head + text, encoding="utf-8")
     if options.plot:
         named = {ARMS[arm]: seeds for arm, seeds in curves.items()}
         plot(options.plot, "The demo model on new text: mean and range of the seeds", (*KINDS, None), named)

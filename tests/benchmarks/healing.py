@@ -90,7 +90,7 @@ def sampled(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> list[
 
 def stages(run: str, steps: int, rate: float) -> list[dict[str, Any]]:
     """The stages of a run; all runs are equally long."""
-    schedule = {"kind": "cosine", "warmup": max(1, steps // 20), "floor": 0.1}
+    schedule = {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1}
     everything = {"name": "all", "steps": steps, "learning_rate": rate, "schedule": schedule, "losses": BALANCE}
     if run == "CPT":
         return [everything]
@@ -98,7 +98,7 @@ def stages(run: str, steps: int, rate: float) -> list[dict[str, Any]]:
         return [{**everything, "distillation": DISTILLED[run]}]
     first = steps // 10
     router = {"name": "router", "train": ["router"], "steps": first, "learning_rate": 3 * rate, "losses": BALANCE}
-    schedule = {**schedule, "warmup": max(1, (steps - first) // 20)}
+    schedule = {**schedule, "warmup": max(1, (steps - first) // 10)}
     return [router, {**everything, "steps": steps - first, "schedule": schedule}]
 
 
@@ -190,7 +190,8 @@ def main() -> None:
     text = "\n".join(parts)
     print(text)
     if options.out:
-        options.out.write_text(text, encoding="utf-8")
+        head = f"# Healing the demo model\n\n`python -P tests/benchmarks/healing.py` prints, after {steps * LENGTH * BATCH:,} tokens each:\n\n"
+        options.out.write_text(head + text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -81,14 +81,17 @@ def trained(recipes: Mapping[str, Mapping[str, Any]], work: Path, jobs: int) -> 
 
 
 def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
-    path, output = work / f"{name}.yaml", work / name
-    path.write_text(yaml.safe_dump({**recipe, "output": str(output)}, sort_keys=False), encoding="utf-8")
+    path, output, finished = work / f"{name}.yaml", work / name, work / f"{name}.finished"
+    told = yaml.safe_dump({**recipe, "output": str(output)}, sort_keys=False)
     started = time.perf_counter()
-    command = [str(UPCYCLE), "train", str(path), "--quiet"]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    if not (finished.exists() and finished.read_text(encoding="utf-8") == told):
+        path.write_text(told, encoding="utf-8")
+        command = [str(UPCYCLE), "train", str(path), "--quiet"]
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        finished.write_text(told, encoding="utf-8")
     points: dict[int, dict[str, float]] = {}
     for line in read_log(output / "log.jsonl"):
         if line["kind"] == "validation":
