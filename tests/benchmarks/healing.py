@@ -190,7 +190,8 @@ def main() -> None:
     text = "\n".join(parts)
     print(text)
     if options.out:
-        head = f"# Healing the demo model\n\n`python -P tests/benchmarks/healing.py` prints, after {steps * LENGTH * BATCH:,} tokens each:\n\n"
+        head = "# Healing the demo model\n\n`python -P tests/benchmarks/healing.py` prints, "
+        head += f"of {steps * LENGTH * BATCH:,} tokens each:\n\n"
         options.out.write_text(head + text, encoding="utf-8")
 
 
