@@ -1,18 +1,17 @@
-"""Training runs side by side, by ``upcycle train`` as a user would start it: their recipes, their validation curves, a plot.
+"""Training runs side by side, their recipes as ``upcycle train`` takes them, their validation curves, a plot.
 
-Every run has one thread and a process of its own, a few at a time: so small a model does not use more. A run that is there is
+Every run has one thread, a few run at a time in a process each: so small a model does not use more. A run that is there is
 continued, or only read.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 import torch
 import yaml
-from measure import UPCYCLE
 
 from upcycle.text import load_tokenizer
 from upcycle.trainers.data import open_validation
 from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.loop import train
 from upcycle.trainers.model_loading import load_model
 from upcycle.trainers.recipe import parse_train_recipe
 from upcycle.trainers.reports import read_log
@@ -72,25 +71,21 @@ def trained(recipes: Mapping[str, Mapping[str, Any]], work: Path, jobs: int) -> 
     """Run every recipe to its end, ``jobs`` at a time, in ``work/NAME``, and read its curve.
 
     Raises:
-        RuntimeError: a run failed; the message has the end of its output.
+        UpcycleError: a run failed.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        curves = pool.map(lambda name: _run(name, recipes[name], work), recipes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        curves = pool.map(_run, recipes, recipes.values(), [work] * len(recipes))
         return dict(zip(recipes, curves, strict=True))
 
 
 def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
-    path, output, finished = work / f"{name}.yaml", work / name, work / f"{name}.finished"
+    output, finished = work / name, work / f"{name}.finished"
     told = yaml.safe_dump({**recipe, "output": str(output)}, sort_keys=False)
     started = time.perf_counter()
     if not (finished.exists() and finished.read_text(encoding="utf-8") == told):
-        path.write_text(told, encoding="utf-8")
-        command = [str(UPCYCLE), "train", str(path), "--quiet"]
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        train({**recipe, "output": str(output)})
         finished.write_text(told, encoding="utf-8")
     points: dict[int, dict[str, float]] = {}
     for line in read_log(output / "log.jsonl"):
