@@ -38,7 +38,7 @@ ARMS = {
     "scratch": "the same MoE from scratch",
 }
 # What a trained model bears; the peak that the demo model itself was trained with.
-RATES = {"dense": (3e-4, 1e-3), "upcycled": (3e-4, 1e-3), "scratch": (3e-3,)}
+RATES = {"dense": (1e-3,), "upcycled": (1e-3,), "scratch": (3e-3,)}
 LOSSES = {"switch_balance": {"coefficient": 0.01}, "router_z": {"coefficient": 0.001}}
 LENGTH, BATCH = 256, 4
 
@@ -78,7 +78,7 @@ def recipe(
             "schedule": {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1},
             "losses": {} if arm == "dense" else LOSSES,
         },
-        "saving": {"every": 50, "keep": 1, "export": False},
+        "saving": {"every": 25, "keep": 1, "export": False},
         "log": {"validation": max(1, steps // points)},
     }
 
@@ -113,8 +113,8 @@ def grid(ends: Mapping[str, Mapping[float, float]]) -> str:
 def main() -> int:
     """Train, print, write; 1 when the dense model ends ahead somewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=80_000)
-    parser.add_argument("--points", type=int, default=8, help="validations of a run")
+    parser.add_argument("--tokens", type=int, default=50_000)
+    parser.add_argument("--points", type=int, default=5, help="validations of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")

@@ -41,7 +41,7 @@ DISTILLED = {
 }
 RUNS = ("CPT", *DISTILLED, "router first, CPT")
 DOMAINS = ("prose", "code")
-LENGTH, BATCH = 256, 8
+LENGTH, BATCH = 256, 4
 SAMPLE = 200_000  # characters of each domain
 
 
@@ -110,7 +110,7 @@ def recipe(data: Mapping[str, Any], seed: int, every: int) -> dict[str, Any]:
         "global_batch": BATCH,
         "micro_batch": BATCH,
         "seed": seed,
-        "saving": {"every": 50, "keep": 1, "export": False},
+        "saving": {"every": 25, "keep": 1, "export": False},
         "log": {"validation": every},
     }
 
@@ -146,8 +146,8 @@ def table(dense: float, curves: Mapping[str, Sequence[Curve]]) -> str:
 def main() -> None:
     """Convert, train, and print the tables; with ``--out`` and ``--plot`` they are written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=150_000)
-    parser.add_argument("--points", type=int, default=12, help="validations of a run")
+    parser.add_argument("--tokens", type=int, default=80_000)
+    parser.add_argument("--points", type=int, default=10, help="validations of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))

@@ -6,11 +6,12 @@ continued, or only read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ from upcycle.trainers.recipe import parse_train_recipe
 from upcycle.trainers.reports import read_log
 from upcycle.trainers.validation import validate
 
+PIECE = 800  # characters of held-out text, about a row of 256 tokens
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
 
@@ -53,13 +55,19 @@ class Curve:
         return None
 
 
-def write_domains(folder: Path, texts: Mapping[str, Sequence[Iterable[str]]]) -> dict[str, Any]:
-    """Documents to train on and held-out ones of every domain as files: the ``data`` of a recipe, in equal parts."""
+def write_domains(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Any]:
+    """Documents to train on and held-out ones of every domain as files: the ``data`` of a recipe, in equal parts.
+
+    Held-out documents are cut into pieces, in an order that tells nothing of them: the few thousand tokens that are validated on
+    are from many documents.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     domains: dict[str, Any] = {}
-    for domain, sides in texts.items():
+    for domain, (training, held_out) in texts.items():
+        pieces = [text[at : at + PIECE] for text in held_out for at in range(0, len(text) - PIECE // 2, PIECE)]
+        pieces.sort(key=lambda piece: hashlib.sha256(piece.encode()).digest())
         paths = []
-        for side, documents in zip(("train", "held-out"), sides, strict=True):
+        for side, documents in (("train", training), ("held-out", pieces)):
             path = folder / f"{domain}-{side}.jsonl"
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
             paths.append(str(path))
