@@ -33,7 +33,8 @@ def make_optimizer(recipe: OptimizerRecipe, groups: Sequence[dict[str, Any]]) ->
             raise EnvironmentFault(
                 f"DeepSpeed's cpu_adamw cannot be built here: {error}", hint="optimizer.name: adamw"
             ) from None
-    return torch.optim.AdamW(given, fused=torch.cuda.is_available(), **settings)
+    # One pass over weights, gradients and moments instead of ten: on CPUs, too, a few times as fast.
+    return torch.optim.AdamW(given, fused=True, **settings)
 
 
 def _divided_apart(group: dict[str, Any]) -> list[dict[str, Any]]:

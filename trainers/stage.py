@@ -172,4 +172,7 @@ class Stage:
         # DeepSpeed prints of its own accord; stdout is for results.
         with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
+        if ranks.world == 1 and not engine.zero_optimization_stage():
+            # There is nobody to add gradients with. DeepSpeed would copy all of them together and back.
+            engine.enable_backward_allreduce = False
         return engine

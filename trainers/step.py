@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
@@ -29,6 +29,8 @@ from upcycle.trainers.recorder import Recorder
 from upcycle.trainers.router_control import RouterControl
 from upcycle.trainers.router_records import RouterRecord, capture
 from upcycle.trainers.routing import widened
+
+_NO_TARGET = -100
 
 
 @dataclass
@@ -225,8 +227,10 @@ class Stepper:
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """``-log p`` of every next token in nats, ``[B, L - 1]``, in at least fp32."""
-    wide = widened(logits[:, :-1])
-    return cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    # The last position has no target. Leaving it out instead would copy all logits, and their gradient back.
+    targets = pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
+    nats = cross_entropy(widened(logits).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_NO_TARGET)
+    return nats.view(ids.shape)[:, :-1]
 
 
 class _Seen:

@@ -41,15 +41,21 @@ def texts(domains: Sequence[str] = DOMAINS) -> tuple[list[Path], list[Path]]:
     for domain in domains:
         paths = [folder / f"{domain}.{part}.txt" for part in ("calibration", "evaluation")]
         if not all(path.exists() for path in paths):
-            parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
-            for name, text in _documents(domain):
-                key = hashlib.sha256(f"{domain}/{name}".encode()).hexdigest()
-                parts[int(key, 16) % 6 == 0].append((key, text))
-            for path, documents in zip(paths, parts, strict=True):
-                path.write_text("\n\n".join(text for _, text in sorted(documents)), encoding="utf-8")
+            for path, documents in zip(paths, parted(domain), strict=True):
+                path.write_text("\n\n".join(documents), encoding="utf-8")
         for part, path in zip(found, paths, strict=True):
             part.append(path)
     return found
+
+
+def parted(domain: str) -> tuple[list[str], list[str]]:
+    """A domain's documents to calibrate or train on, and those to measure on; in an order that tells nothing of them."""
+    parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for name, text in _documents(domain):
+        key = hashlib.sha256(f"{domain}/{name}".encode()).hexdigest()
+        parts[int(key, 16) % 6 == 0].append((key, text))
+    calibration, evaluation = ([text for _, text in sorted(part)] for part in parts)
+    return calibration, evaluation
 
 
 def _documents(domain: str) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,150 @@
+"""Training runs side by side, their recipes as ``upcycle train`` takes them, their validation curves, a plot.
+
+Every run has one thread, a few run at a time in a process each: so small a model does not use more. A run that is there is
+continued, or only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+
+from upcycle.text import load_tokenizer
+from upcycle.trainers.data import open_validation
+from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.loop import train
+from upcycle.trainers.model_loading import load_model
+from upcycle.trainers.recipe import parse_train_recipe
+from upcycle.trainers.reports import read_log
+from upcycle.trainers.validation import validate
+
+PIECE = 800  # characters of held-out text, about a row of 256 tokens
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation losses in nats per token by tokens trained on: ``points[tokens][domain]``."""
+
+    points: Mapping[int, Mapping[str, float]]
+
+    def losses(self, domain: str | None = None) -> list[tuple[int, float]]:
+        """One domain's, or the mean of all domains."""
+        found = sorted(self.points.items())
+        return [(tokens, fmean(by.values()) if domain is None else by[domain]) for tokens, by in found]
+
+    def tokens_to(self, loss: float) -> float | None:
+        """Tokens until the mean loss is first reached, between measurements linearly; ``None``: never."""
+        points = self.losses()
+        for (before, above), (after, below) in pairwise(points):
+            if below <= loss:
+                return before + (after - before) * max(0.0, above - loss) / max(1e-12, above - below)
+        return None
+
+
+def write_domains(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Any]:
+    """Documents to train on and held-out ones of every domain as files: the ``data`` of a recipe, in equal parts.
+
+    Held-out documents are cut into pieces, in an order that tells nothing of them: the few thousand tokens that are validated on
+    are from many documents.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    domains: dict[str, Any] = {}
+    for domain, (training, held_out) in texts.items():
+        pieces = [text[at : at + PIECE] for text in held_out for at in range(0, len(text) - PIECE // 2, PIECE)]
+        pieces.sort(key=lambda piece: hashlib.sha256(piece.encode()).digest())
+        paths = []
+        for side, documents in (("train", training), ("held-out", pieces)):
+            path = folder / f"{domain}-{side}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+            paths.append(str(path))
+        domains[domain] = {"text": paths[0], "validation": paths[1], "weight": 1 / len(texts)}
+    return {"domains": domains, "cache": str(folder / "tokens")}
+
+
+def trained(recipes: Mapping[str, Mapping[str, Any]], work: Path, jobs: int) -> dict[str, Curve]:
+    """Run every recipe to its end, ``jobs`` at a time, in ``work/NAME``, and read its curve.
+
+    Raises:
+        UpcycleError: a run failed.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        curves = pool.map(_run, recipes, recipes.values(), [work] * len(recipes))
+        return dict(zip(recipes, curves, strict=True))
+
+
+def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
+    output, finished = work / name, work / f"{name}.finished"
+    told = yaml.safe_dump({**recipe, "output": str(output)}, sort_keys=False)
+    started = time.perf_counter()
+    if not (finished.exists() and finished.read_text(encoding="utf-8") == told):
+        train({**recipe, "output": str(output)})
+        finished.write_text(told, encoding="utf-8")
+    points: dict[int, dict[str, float]] = {}
+    for line in read_log(output / "log.jsonl"):
+        if line["kind"] == "validation":
+            losses = {key.partition("/")[2]: value for key, value in line.items() if key.startswith("validation/")}
+            points[line["tokens"]] = losses
+    curve = Curve(points)
+    print(
+        f"{name}: {curve.losses()[-1][1]:.4f} nats, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
+    )
+    return curve
+
+
+def plot(
+    path: Path,
+    title: str,
+    panels: Sequence[str | None],
+    curves: Mapping[str, Sequence[Curve]],
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Loss over tokens as SVG, a panel per domain (``None``: their mean); of several seeds the mean, and the range shaded."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "upcycle"
+    from matplotlib import pyplot
+
+    figure, row = pyplot.subplots(
+        1, len(panels), figsize=(1 + 4.2 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, domain in zip(row[0], panels, strict=True):
+        for color, (name, seeds) in zip(COLORS, curves.items(), strict=False):
+            found = [each.losses(domain) for each in seeds]
+            tokens = [at for at, _ in found[0]]
+            columns = list(zip(*([loss for _, loss in each] for each in found), strict=True))
+            axes.plot(tokens, [fmean(column) for column in columns], label=name, linewidth=1.3, color=color)
+            if len(seeds) > 1:
+                axes.fill_between(
+                    tokens, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.2, linewidth=0
+                )
+        for name, loss in (lines or {}).items():
+            axes.axhline(loss, color="black", linewidth=0.8, linestyle=":", label=name)
+        axes.set(xlabel="tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
+    row[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def validation_loss(model: Path, recipe: Mapping[str, Any]) -> dict[str, float]:
+    """A model's loss on every domain's held-out text, as a run of ``recipe`` measures it."""
+    told = parse_train_recipe({**recipe, "model": str(model), "output": "unused"}, "recipe")
+    batches = open_validation(told.data, load_tokenizer(model), length=told.length)
+    device = torch.device("cpu")
+    return validate(load_model(model, torch.float32, device), batches, Ranks(0, 1, device))
