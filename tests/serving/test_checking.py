@@ -155,11 +155,10 @@ def test_wrong_arguments(out: Path) -> None:
 def test_a_worker_ends_with_whoever_asked() -> None:
     """Killed before it could say so, too."""
     worker = Path(upcycle.__file__).parent / "serving" / "workers"
+    asked = f"import sys, time; sys.path.insert(0, {str(worker)!r}); import answering; answering.serve(lambda _: time.sleep(600))"
     code = (
         "import subprocess, sys, time\n"
-        f"code = 'import sys, time; sys.path.insert(0, {str(worker)!r}); import answering; "
-        "answering.serve(lambda asked: time.sleep(600))'\n"
-        "p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, start_new_session=True)\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {asked!r}], stdin=subprocess.PIPE, start_new_session=True)\n"
         "p.stdin.write(b'{}'); p.stdin.close(); print(p.pid, flush=True); time.sleep(600)\n"
     )
     asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
