@@ -144,7 +144,7 @@ def _compare(
         why += f", and {len(others)} are as probable as far as rounding tells"
     if verdict == "same" and tokenized == "different":
         verdict, why = "different", "it tokenizes text in another way than the model's tokenizer"
-    if verdict == "different" and not math.isinf(off.gap_error) and (reason := engine.known_difference(config)):
+    if verdict == "different" and (reason := engine.known_difference(config)):
         why += f": {reason}"
     return ServingCheck(
         engine=engine.name,
