@@ -49,6 +49,7 @@ def loading(folder: Path, engine: str) -> str:
     return row
 
 
+@pytest.mark.long
 def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
     found = verify_with(out, "vllm", tokens=64)
     assert (found.verdict, found.tokens, found.equal_tokens, found.prompts) == ("same", 64, 64, 2)
@@ -60,6 +61,7 @@ def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
     assert loading(out, "llama.cpp").endswith("| no |")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("llama_cpp")
 def test_an_engine_that_writes_something_else(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 3, the first difference with what rounding explains, and the card warns. What another engine said is kept."""
