@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test long lint types check kernels slow real browser benchmark quality clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality serving clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -49,6 +49,9 @@ quality: $(READY)       # mixes of the demo model; split recipes and every split
 	$(BIN)/python -P tests/benchmarks/mixing_quality.py
 	$(BIN)/python -P tests/benchmarks/split_quality.py
 	$(BIN)/python -P tests/benchmarks/compare_smollm2.py
+
+serving: $(READY)       # llama.cpp, whose folder LLAMA_CPP names, beside transformers: a tiny model of every target
+	$(BIN)/python -P tests/benchmarks/serving_targets.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

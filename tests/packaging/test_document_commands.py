@@ -28,7 +28,7 @@ SHORTER = (
     ("split_50.yaml", "--calibration-tokens 1024"),
     ("upcycle compare", "--text check.txt --tokens 512 --out compare.json"),
     ("upcycle train", "--set length=64 --set global_batch=2 --set micro_batch=1 --set stages.heal.steps=2"),
-    ("upcycle train", "--set stages.heal.tokens=null --set log.validation=0"),
+    ("upcycle train", "--set stages.heal.tokens=null --set stages.heal.schedule.warmup=0 --set log.validation=0"),
     ("upcycle report", "--tokens 64"),
     ("--speed", "--text prose"),
     ("upcycle chat", "--tokens 3"),
@@ -114,7 +114,7 @@ def reader(
     yield tmp_path
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("reader")
 def test_the_commands_of_all_documents_run() -> None:
     for line in commands():

@@ -33,7 +33,6 @@ class Writer:
 _VLLM = """
 import os, signal
 from dataclasses import dataclass
-from writer import Writer
 
 __version__ = "0.0-stand-in"
 
@@ -67,6 +66,8 @@ class LLM:
         if wrong == "die":
             os.system("echo out of memory >&2")
             os.kill(os.getpid(), signal.SIGKILL)
+        from writer import Writer
+
         self.writer = Writer(model, dtype)
 
     def generate(self, prompts, sampling_params, use_tqdm):

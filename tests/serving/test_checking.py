@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -50,6 +49,7 @@ def loading(folder: Path, engine: str) -> str:
     return row
 
 
+@pytest.mark.long
 def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
     found = verify_with(out, "vllm", tokens=64)
     assert (found.verdict, found.tokens, found.equal_tokens, found.prompts) == ("same", 64, 64, 2)
@@ -61,6 +61,7 @@ def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
     assert loading(out, "llama.cpp").endswith("| no |")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("llama_cpp")
 def test_an_engine_that_writes_something_else(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 3, the first difference with what rounding explains, and the card warns. What another engine said is kept."""
@@ -155,11 +156,10 @@ def test_wrong_arguments(out: Path) -> None:
 def test_a_worker_ends_with_whoever_asked() -> None:
     """Killed before it could say so, too."""
     worker = Path(upcycle.__file__).parent / "serving" / "workers"
+    asked = f"import sys, time; sys.path.insert(0, {str(worker)!r}); import answering; answering.serve(lambda _: time.sleep(600))"
     code = (
         "import subprocess, sys, time\n"
-        f"code = 'import sys, time; sys.path.insert(0, {str(worker)!r}); import answering; "
-        "answering.serve(lambda asked: time.sleep(600))'\n"
-        "p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, start_new_session=True)\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {asked!r}], stdin=subprocess.PIPE, start_new_session=True)\n"
         "p.stdin.write(b'{}'); p.stdin.close(); print(p.pid, flush=True); time.sleep(600)\n"
     )
     asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
@@ -173,12 +173,13 @@ def test_a_worker_ends_with_whoever_asked() -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_why_llama_cpp_is_known_to_differ(converted: Callable[..., Path]) -> None:
+def test_why_llama_cpp_is_known_to_differ() -> None:
     """``norm_topk_prob`` is fixed in its graphs; with all experts on, the weights sum to 1 anyway."""
     engine = LlamaCpp()
     config = {"model_type": "qwen2_moe", "norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
-    assert "Qwen2-MoE" in (engine.known_difference(config) or "")
-    assert engine.known_difference(config | {"num_experts_per_tok": 8}) is None
-    assert engine.known_difference(config | {"norm_topk_prob": False}) is None
+    for changes, normalised in (({}, True), ({"num_experts_per_tok": 8}, False), ({"norm_topk_prob": False}, False)):
+        found = engine.known_difference(config | changes) or ""
+        assert "shared expert's switch" in found
+        assert ("norm_topk_prob" in found) == normalised
     assert "sum to 1" in (engine.known_difference(config | {"model_type": "qwen3_moe", "norm_topk_prob": False}) or "")
     assert engine.known_difference(config | {"model_type": "qwen3_moe"}) is None

@@ -49,10 +49,12 @@ def test_every_token_is_judged_by_the_logits_it_was_chosen_from() -> None:
 
 
 def test_noise_of_the_tolerated_size_stays_within_what_is_allowed() -> None:
-    """Noise of relative size ``tolerance`` moves the distance of no two logits by more; of ten times the size, of most rows."""
+    """Of noise of relative size ``tolerance`` even the two worst of 5,000 logits move by more in few rows at most: the largest of
+    V normal numbers is above sqrt(2 ln V) with a probability below 1 / sqrt(4 pi ln V), here 0.1. Ten times the size always does.
+    """
     torch.manual_seed(0)
     exact = torch.randn(40, 5000, dtype=torch.float64) * 3
-    for factor, within in ((1, 40), (10, 0)):
+    for factor, least, most in ((1, 36, 40), (10, 0, 0)):
         noise = torch.randn_like(exact)
         noise *= factor * 1e-3 * exact.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
         other = exact + noise
@@ -62,7 +64,7 @@ def test_noise_of_the_tolerated_size_stays_within_what_is_allowed() -> None:
         text = Written([int(row.argmax()) for row in other], rivals)
         model = Fixed(torch.cat([exact, exact[:1]]))
         found = list(places(model, [[0]], [text], 1e-3))
-        assert sum(place.gap_error <= place.allowed for place in found) == within
+        assert least <= sum(place.gap_error <= place.allowed for place in found) <= most
 
 
 def test_the_yardstick_of_sixteen_bits_is_the_models_own_error() -> None:

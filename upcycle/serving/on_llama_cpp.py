@@ -46,14 +46,19 @@ class LlamaCpp:
         return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
 
     def known_difference(self, config: dict[str, Any]) -> str | None:
-        """The graphs of llama.cpp fix what ``norm_topk_prob`` says: https://github.com/ggml-org/llama.cpp/tree/master/src/models."""
+        """What ``norm_topk_prob`` says is fixed in its graphs, and Qwen2-MoE's sigmoid is ``silu(x) / x``.
+
+        https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp
+        """
         kind, normalized = config.get("model_type"), config.get("norm_topk_prob")
-        experts = config.get("num_experts")
-        if kind == "qwen2_moe" and normalized and config.get("num_experts_per_tok") != experts:
-            return (
-                "llama.cpp leaves the weights of Qwen2-MoE's chosen experts as the softmax over all experts gives them, and does "
-                "not read norm_topk_prob, which this model sets"
+        if kind == "qwen2_moe":
+            why = (
+                "llama.cpp divides by the logit of the shared expert's switch, which is 0 in a Qwen2-MoE that was not trained since "
+                "it was converted"
             )
+            if normalized and config.get("num_experts_per_tok") != config.get("num_experts"):
+                why += ", and it does not make the weights of the chosen experts sum to 1 (norm_topk_prob)"
+            return why
         if kind in ("qwen3_moe", "mellum") and normalized is False:
             return "llama.cpp makes the weights of the chosen experts sum to 1, whatever norm_topk_prob says"
         return None
