@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from upcycle.trainers.recipe import parse_train_recipe
 from upcycle.trainers.reports import read_log
 from upcycle.trainers.validation import validate
 
+_PLACES = ("--work", "--out", "--plot", "--jobs")
 PIECE = 800  # characters of held-out text, about a row of 256 tokens
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
@@ -105,6 +107,16 @@ def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
         f"{name}: {curve.losses()[-1][1]:.4f} nats, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
     )
     return curve
+
+
+def command(benchmark: str, arguments: Sequence[str]) -> str:
+    """How a table is made again: the command that made it, without what only says where things are kept."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not (skip or argument in _PLACES):
+            kept.append(shlex.quote(argument))
+        skip = argument in _PLACES
+    return " ".join(["python -P", f"tests/benchmarks/{benchmark}", *kept])
 
 
 def plot(
