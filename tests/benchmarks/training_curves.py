@@ -97,16 +97,21 @@ def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
     if not (finished.exists() and finished.read_text(encoding="utf-8") == told):
         train({**recipe, "output": str(output)})
         finished.write_text(told, encoding="utf-8")
-    points: dict[int, dict[str, float]] = {}
-    for line in read_log(output / "log.jsonl"):
-        if line["kind"] == "validation":
-            losses = {key.partition("/")[2]: value for key, value in line.items() if key.startswith("validation/")}
-            points[line["tokens"]] = losses
-    curve = Curve(points)
+    curve = read_curve(output)
     print(
         f"{name}: {curve.losses()[-1][1]:.4f} nats, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
     )
     return curve
+
+
+def read_curve(run: Path) -> Curve:
+    """What a run of ``upcycle train`` has logged of its validations."""
+    points: dict[int, dict[str, float]] = {}
+    for line in read_log(run / "log.jsonl"):
+        if line["kind"] == "validation":
+            losses = {key.partition("/")[2]: value for key, value in line.items() if key.startswith("validation/")}
+            points[line["tokens"]] = losses
+    return Curve(points)
 
 
 def command(benchmark: str, arguments: Sequence[str]) -> str:
