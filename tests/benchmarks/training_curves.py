@@ -144,7 +144,7 @@ def plot(
     for axes, domain in zip(row[0], panels, strict=True):
         for color, (name, seeds) in zip(COLORS, curves.items(), strict=False):
             found = [each.losses(domain) for each in seeds]
-            tokens = [at for at, _ in found[0]]
+            tokens = [at / 1000 for at, _ in found[0]]
             columns = list(zip(*([loss for _, loss in each] for each in found), strict=True))
             axes.plot(tokens, [fmean(column) for column in columns], label=name, linewidth=1.3, color=color)
             if len(seeds) > 1:
@@ -153,7 +153,7 @@ def plot(
                 )
         for name, loss in (lines or {}).items():
             axes.axhline(loss, color="black", linewidth=0.8, linestyle=":", label=name)
-        axes.set(xlabel="tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
+        axes.set(xlabel="thousand tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
     row[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None})
