@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test long lint types check kernels slow real browser benchmark quality serving clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -52,6 +52,11 @@ quality: $(READY)       # mixes of the demo model; split recipes and every split
 
 serving: $(READY)       # llama.cpp, whose folder LLAMA_CPP names, beside transformers: a tiny model of every target
 	$(BIN)/python -P tests/benchmarks/serving_targets.py
+
+training: $(READY)      # the demo model healed and grown, their tables and curves in docs/; steps of training against Trainer
+	$(BIN)/python -P tests/benchmarks/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
+	$(BIN)/python -P tests/benchmarks/growing.py --out docs/growing_demo.md --plot docs/growing_demo.svg
+	$(BIN)/python -P tests/benchmarks/train_speed.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

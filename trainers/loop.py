@@ -26,6 +26,7 @@ from upcycle.trainers.checkpoint_writer import save
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks, joined
 from upcycle.trainers.flops import measured_peak
+from upcycle.trainers.host_memory import keep_freed_memory
 from upcycle.trainers.model_loading import save_config, tokenizer_of
 from upcycle.trainers.optimizers import set_rates
 from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
@@ -104,6 +105,8 @@ class _Run:
 
     def run(self) -> TrainResult:
         begun = time.perf_counter()
+        if self.ranks.device.type == "cpu":
+            keep_freed_memory()
         with locked(self.folder, self.ranks):
             prepare_folder(self.recipe, self.folder, self.origin, self.ranks, self.restart)
             saved = latest(self.folder)

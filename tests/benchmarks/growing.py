@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from domains import parted
-from training_curves import Curve, plot, trained, write_domains
+from training_curves import Curve, command, plot, trained, write_domains
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
@@ -116,6 +116,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--points", type=int, default=5, help="validations of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--no-scratch", action="store_true", help="only what starts from the demo model")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
     parser.add_argument("--out", type=Path)
@@ -125,6 +126,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     data = write_domains(work / "text", {kind: parted(domain) for kind, domain in KINDS.items()})
     steps = -(-options.tokens // (LENGTH * BATCH))
+    arms = [arm for arm in ARMS if arm != "scratch" or not options.no_scratch]
 
     def runs(wanted: Sequence[tuple[str, float, int]]) -> list[Curve]:
         told = {
@@ -135,15 +137,15 @@ def main() -> int:
         }
         return list(trained(told, work / "runs", options.jobs).values())
 
-    tried = [(arm, rate, options.seeds[0]) for arm, rates in RATES.items() for rate in rates]
+    tried = [(arm, rate, options.seeds[0]) for arm in arms for rate in RATES[arm]]
     found = dict(zip(tried, runs(tried), strict=True))
-    ends: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
+    ends: dict[str, dict[float, float]] = {arm: {} for arm in arms}
     for (arm, rate, _), curve in found.items():
         ends[arm][rate] = curve.losses()[-1][1]
     chosen = {arm: min(by_rate, key=lambda rate: by_rate[rate]) for arm, by_rate in ends.items()}
-    others = [(arm, chosen[arm], seed) for arm in ARMS for seed in options.seeds[1:]]
+    others = [(arm, chosen[arm], seed) for arm in arms for seed in options.seeds[1:]]
     found |= dict(zip(others, runs(others), strict=True))
-    curves = {arm: [found[arm, chosen[arm], seed] for seed in options.seeds] for arm in ARMS}
+    curves = {arm: [found[arm, chosen[arm], seed] for seed in options.seeds] for arm in arms}
     start = curves["dense"][0].losses()[0][1]
     seeds = ", ".join(map(str, options.seeds))
     text = (
@@ -153,7 +155,7 @@ def main() -> int:
     )
     print(text)
     if options.out:
-        head = "# Growing the demo model\n\n`python -P tests/benchmarks/growing.py` prints:\n\n"
+        head = f"# Growing the demo model\n\n`{command('growing.py', sys.argv[1:])}` prints:\n\n"
         options.out.write_text(head + text, encoding="utf-8")
     if options.plot:
         named = {ARMS[arm]: seeds for arm, seeds in curves.items()}

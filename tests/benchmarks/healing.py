@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from training_curves import Curve, plot, trained, validation_loss, write_domains
+from training_curves import Curve, command, plot, trained, validation_loss, write_domains
 
 import upcycle
 from upcycle.recipe import read_recipe
@@ -190,8 +190,8 @@ def main() -> None:
     text = "\n".join(parts)
     print(text)
     if options.out:
-        head = "# Healing the demo model\n\n`python -P tests/benchmarks/healing.py` prints, "
-        head += f"of {steps * LENGTH * BATCH:,} tokens each:\n\n"
+        made_by = command("healing.py", sys.argv[1:])
+        head = f"# Healing the demo model\n\n`{made_by}` prints, of {steps * LENGTH * BATCH:,} tokens each:\n\n"
         options.out.write_text(head + text, encoding="utf-8")
 
 

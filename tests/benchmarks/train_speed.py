@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,8 @@ class Turn:
 
     def __call__(self, *_: object, **__: object) -> None:
         seconds = time.process_time() - self.begun
-        print(json.dumps({"seconds": seconds, **self.parts}), file=sys.stderr, flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        print(json.dumps({"seconds": seconds, "peak": peak, **self.parts}), file=sys.stderr, flush=True)
         if sys.stdin.readline().strip() != "go":
             sys.exit(0)
         self.parts = dict.fromkeys(PARTS, 0.0)
@@ -277,7 +279,7 @@ def main() -> int:
 
 def compared(work: Path, options: argparse.Namespace) -> int:
     """Start the workers, and print what they found."""
-    from measure import Row, report
+    from measure import Row, mega, report
 
     converted(options.layers, work)
     shared = [f"--{name}={getattr(options, name)}" for name in ("layers", "rows", "length", "steps", "work")]
@@ -300,6 +302,8 @@ def compared(work: Path, options: argparse.Namespace) -> int:
         return Row(f"Trainer, {other.name}", *cells, f"{ratio:.2f}x", target, ratio >= least if least else None)
 
     rows = [row(other, LEAST if other is best else None) for other in others]
+    peaks = own.typical("peak"), best.typical("peak")
+    rows.append(Row(f"peak memory ({best.name})", *map(mega, peaks), f"{peaks[0] / peaks[1]:.2f}x", ""))
     parts = {part: median(step[part] / step["seconds"] for step in own.steps) for part in PARTS}
     rest = median(1 - sum(step[part] for part in PARTS) / step["seconds"] for step in own.steps)
     rows += [Row(f"  {part}", f"{share:.1%}", "", "", "") for part, share in parts.items()]
@@ -308,7 +312,8 @@ def compared(work: Path, options: argparse.Namespace) -> int:
     code = report(title, ("upcycle", "Trainer"), rows)
     command = [sys.executable, "-P", __file__, *shared, "--worker", "profile"]
     print("\none step of ours by operator:")
-    print(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    print("\n".join(line for line in done.stdout.splitlines() if "% " in line))
     return code
 
 

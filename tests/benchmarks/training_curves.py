@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from upcycle.trainers.recipe import parse_train_recipe
 from upcycle.trainers.reports import read_log
 from upcycle.trainers.validation import validate
 
+_PLACES = ("--work", "--out", "--plot", "--jobs")
 PIECE = 800  # characters of held-out text, about a row of 256 tokens
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
@@ -95,16 +97,31 @@ def _run(name: str, recipe: Mapping[str, Any], work: Path) -> Curve:
     if not (finished.exists() and finished.read_text(encoding="utf-8") == told):
         train({**recipe, "output": str(output)})
         finished.write_text(told, encoding="utf-8")
-    points: dict[int, dict[str, float]] = {}
-    for line in read_log(output / "log.jsonl"):
-        if line["kind"] == "validation":
-            losses = {key.partition("/")[2]: value for key, value in line.items() if key.startswith("validation/")}
-            points[line["tokens"]] = losses
-    curve = Curve(points)
+    curve = read_curve(output)
     print(
         f"{name}: {curve.losses()[-1][1]:.4f} nats, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
     )
     return curve
+
+
+def read_curve(run: Path) -> Curve:
+    """What a run of ``upcycle train`` has logged of its validations."""
+    points: dict[int, dict[str, float]] = {}
+    for line in read_log(run / "log.jsonl"):
+        if line["kind"] == "validation":
+            losses = {key.partition("/")[2]: value for key, value in line.items() if key.startswith("validation/")}
+            points[line["tokens"]] = losses
+    return Curve(points)
+
+
+def command(benchmark: str, arguments: Sequence[str]) -> str:
+    """How a table is made again: the command that made it, without what only says where things are kept."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not (skip or argument in _PLACES):
+            kept.append(shlex.quote(argument))
+        skip = argument in _PLACES
+    return " ".join(["python -P", f"tests/benchmarks/{benchmark}", *kept])
 
 
 def plot(
@@ -127,7 +144,7 @@ def plot(
     for axes, domain in zip(row[0], panels, strict=True):
         for color, (name, seeds) in zip(COLORS, curves.items(), strict=False):
             found = [each.losses(domain) for each in seeds]
-            tokens = [at for at, _ in found[0]]
+            tokens = [at / 1000 for at, _ in found[0]]
             columns = list(zip(*([loss for _, loss in each] for each in found), strict=True))
             axes.plot(tokens, [fmean(column) for column in columns], label=name, linewidth=1.3, color=color)
             if len(seeds) > 1:
@@ -136,7 +153,7 @@ def plot(
                 )
         for name, loss in (lines or {}).items():
             axes.axhline(loss, color="black", linewidth=0.8, linestyle=":", label=name)
-        axes.set(xlabel="tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
+        axes.set(xlabel="thousand tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
     row[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None})
