@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -158,18 +157,18 @@ def test_a_worker_ends_with_whoever_asked() -> None:
     worker = Path(upcycle.__file__).parent / "serving" / "workers"
     asked = f"import sys, time; sys.path.insert(0, {str(worker)!r}); import answering; answering.serve(lambda _: time.sleep(600))"
     code = (
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys, time\n"
+        "os.environ['UPCYCLE_PARENT'] = str(os.getpid())\n"
         f"p = subprocess.Popen([sys.executable, '-c', {asked!r}], stdin=subprocess.PIPE, start_new_session=True)\n"
         "p.stdin.write(b'{}'); p.stdin.close(); print(p.pid, flush=True); time.sleep(600)\n"
     )
     asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     assert asking.stdout
     child = psutil.Process(int(asking.stdout.readline()))
-    time.sleep(1)
     assert child.is_running()
     asking.kill()
     asking.wait()
-    psutil.wait_procs([child], timeout=20)
+    psutil.wait_procs([child], timeout=60)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 

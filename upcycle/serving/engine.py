@@ -106,7 +106,7 @@ def run_worker(
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=work,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "UPCYCLE_PARENT": str(os.getpid()), **environment},
                 start_new_session=True,  # so that what it starts can be ended with it
             )
         except OSError as error:
