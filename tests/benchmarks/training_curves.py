@@ -153,7 +153,9 @@ def plot(
                 )
         for name, loss in (lines or {}).items():
             axes.axhline(loss, color="black", linewidth=0.8, linestyle=":", label=name)
-        axes.set(xlabel="thousand tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains")
+        axes.set(
+            xlabel="thousand tokens", ylabel="validation loss, nats per token", title=domain or "mean of the domains"
+        )
     row[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None})
