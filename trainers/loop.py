@@ -105,8 +105,8 @@ class _Run:
 
     def run(self) -> TrainResult:
         begun = time.perf_counter()
-        if self.ranks.device.type == "cpu":
-            keep_freed_memory()
+        if self.recipe.keep_memory and not keep_freed_memory():
+            self.say("warning: keep_memory: this system's C library is not glibc; freed memory is given back as always")
         with locked(self.folder, self.ranks):
             prepare_folder(self.recipe, self.folder, self.origin, self.ranks, self.restart)
             saved = latest(self.folder)

@@ -197,6 +197,9 @@ class TrainRecipe(_Strict):
     activation_checkpointing: bool = Field(
         False, description="compute layers again in the backward pass to save memory"
     )
+    keep_memory: bool = Field(
+        False, description="on CPUs: what a step frees stays with the process; faster steps, up to twice the memory"
+    )
     saving: SavingRecipe = Field(default=SavingRecipe(), description="checkpoints")
     log: LogRecipe = Field(default=LogRecipe(), description="reports")
     alarms: AlarmParameters = Field(default=AlarmParameters(), description="when to warn")
