@@ -4,9 +4,9 @@ The model is SmolLM2-135M as a Mixtral of 4 copied experts, 2 per token, of the 
 three contenders do not fit into memory side by side). ``Trainer`` runs with ``experts_implementation`` ``eager`` and
 ``grouped_mm``; the better one counts (``batched_mm`` copies experts' weights for every token: 11 GB per layer of 512 tokens).
 All train every weight in fp32 with torch's fused AdamW, clipped at norm 1, on the same packed rows with the same position ids,
-without auxiliary losses; ours has ``keep_memory: true``, counts the experts' loads and logs every step; theirs logs nothing. Each is a process of
-its own with one thread; they take one step at a time in turns, and processor time is what is measured, so that it matters little
-what else runs. A step is the whole iteration, the next batch included; the table has medians.
+without auxiliary losses; ours has ``keep_memory: true``, counts the experts' loads and logs every step; theirs logs nothing. Each
+contender is a process of its own with one thread; they take one step at a time in turns, and processor time is what is measured,
+so that it matters little what else runs. A step is the whole iteration, the next batch included; the table has medians.
 
 The profile is ours: what forward, backward, clipping with the optimizer's step, and the loop around them take of an iteration; then
 the operators of one step by their own time. Passes when ours has 1.1 times the tokens per second, and the loop takes less than 3%.
