@@ -5,7 +5,7 @@ parent's alone, routers first.
 All see the same rows of CPython's documentation and source in the same order, on the side of the split the demo model was
 trained on, and are measured on the other. The gap is that of the split's loss to the dense model's, mean of both domains; the
 table says after how many tokens how much of it is closed, the mean of the seeds. All runs from one split have one learning
-rate, the one that CPT was best with (``--rate`` for another, ``--runs`` and ``--splits`` for some of them).
+rate, the same for all of its runs (``--rate`` for another, ``--runs`` and ``--splits`` for some of them).
 
     python -P tests/benchmarks/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
 """
@@ -47,7 +47,7 @@ SAMPLE = 200_000  # characters of each domain
 
 @dataclass(frozen=True)
 class Split:
-    """Where healing begins, and the learning rate found best for CPT from there (see ``docs/healing_demo.md``)."""
+    """Where healing begins, and the learning rate from there; that of the compared split has not been searched for."""
 
     title: str
     rate: float
