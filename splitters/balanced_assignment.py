@@ -103,7 +103,7 @@ def _smooth_prices(cost: torch.Tensor, start: torch.Tensor | None, scale: float,
     """Prices ``[E]`` (fp64) at which a softmin of ``cost + prices`` (fp32 ``[N, E]``) fills all clusters alike.
 
     The temperature ends where only a few points per cluster are undecided: lower, and Newton's method has no curvature.
-    Of many points some are solved for first; for ``rough`` prices, those alone.
+    Of many points some are solved for first; for ``rough`` prices, all of them at the last temperature only.
     """
     points, clusters = cost.shape
     last = scale * min(_WARM, max(_UNDECIDED / points, 1e-5))
@@ -111,9 +111,7 @@ def _smooth_prices(cost: torch.Tensor, start: torch.Tensor | None, scale: float,
     stride = points // (_ENOUGH * clusters)
     if stride > 1:
         start = _smooth_prices(cost[::stride].contiguous(), start, scale, rough)
-        if rough:
-            return start
-        warm = min(warm, _COOLING * last)
+        warm = last if rough else min(warm, _COOLING * last)
     nothing = torch.zeros(clusters, dtype=torch.float64)
     # What all prices have in common is free.
     prices, temperature = (nothing, scale * _COLD) if start is None else (start - start.mean(), warm)

@@ -86,7 +86,7 @@ def compare(
     routers: Sequence[str] = ("all",),
     active: Sequence[float] = (0.75, 0.5, 0.25),
     calibration: str | Sequence[str] = "demo",
-    calibration_tokens: int = 8192,
+    calibration_tokens: int = 6144,
     window: int = 256,
     text: Sequence[str] = (),
     tokens: int = 2048,

@@ -38,7 +38,7 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
 @click.option(
     "--calibration", default="demo", callback=_list, help="texts to calibrate on, a domain each  [default: demo]"
 )
-@click.option("--calibration-tokens", default=8192, help="calibration tokens  [default: 8192]")
+@click.option("--calibration-tokens", default=6144, help="calibration tokens  [default: 6144]")
 @click.option("--window", default=256, help="tokens per window  [default: 256]")
 @click.option(
     "--text", default="", callback=_list, help="texts to measure on  [default: the last quarters of the others]"
