@@ -17,6 +17,8 @@ import torch
 
 PAGE = 2 * 2**20
 LEAST = 2 * PAGE  # bytes of a tensor that surely has a whole huge page in it
+# Of larger ones the pages that lie free run out, and those that a virtual machine's host has taken back cost more than small ones.
+MOST = 64 * 2**20
 SHARE = 2  # one in so many of the huge pages that are free, at most
 MADV_HUGEPAGE = 14
 _ORDER = 9  # a huge page is 2^9 small ones
@@ -26,7 +28,7 @@ _FREE = Path("/proc/buddyinfo")
 def advised(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, new and on the CPU, its whole huge pages asked for as such."""
     size = tensor.numel() * tensor.element_size()
-    if size >= LEAST and tensor.device.type == "cpu":
+    if LEAST <= size <= MOST and tensor.device.type == "cpu":
         advise = _madvise()
         start = tensor.data_ptr()
         first, last = -(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE

@@ -24,7 +24,8 @@ def test_whole_pages_inside_large_tensors(monkeypatch: pytest.MonkeyPatch) -> No
     large, small = torch.empty(3 * 2**20), torch.empty(2**20 - 1)
     assert huge_pages.advised(large) is large
     assert huge_pages.advised(small) is small
-    assert huge_pages.advised(torch.empty(2**40, device="meta")).is_meta
+    assert huge_pages.advised(torch.empty(2**22, device="meta")).is_meta
+    huge_pages.advised(torch.empty(huge_pages.MOST + 1, dtype=torch.uint8))
     ((start, size),) = asked
     assert start % huge_pages.PAGE == size % huge_pages.PAGE == 0
     assert large.data_ptr() <= start < large.data_ptr() + huge_pages.PAGE
