@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.errors import UsageError
 
-# Stops a conversion behind a number of units, so that a signal finds it there however busy the machine is.
+# Stops a conversion behind a number of units, so that a signal finds it there however busy the machine is. Ctrl-C is given back to it:
+# a suite in the background of a script ignores SIGINT, and its children inherit that.
 STOPPING = """
-import os, sys, time
+import os, signal, sys, time
 from upcycle.cli.main import main
 from upcycle.writer import ShardWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)
 finish, left = ShardWriter.finish, [int(os.environ["STOP_BEHIND"])]
 def stopping(*arguments):
     finish(*arguments)
