@@ -19,8 +19,12 @@ _spec.loader.exec_module(_module)
 
 
 @pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that nobody has written holds NaN."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody has written holds NaN, and so does what an earlier pass left."""
+    from upcycle.kernels.cpu_pass import Pass
+
+    new = Pass._new
+    monkeypatch.setattr(Pass, "_new", lambda self, name, size: new(self, name, size).fill_(torch.nan))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
