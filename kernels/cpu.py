@@ -13,7 +13,7 @@ import torch
 from upcycle.kernels.activation import activate, activation_gradient
 from upcycle.kernels.cpu_pass import Group, Pass
 from upcycle.kernels.experts import ExpertWeights, Gradients, Part
-from upcycle.kernels.huge_pages import advised
+from upcycle.kernels.recycled import recycled, recycled_like
 from upcycle.kernels.routing import Routing
 
 
@@ -23,7 +23,7 @@ def forward(
     """See :class:`upcycle.kernels.experts.Backend`."""
     run = Pass(x, weights, routing)
     products = run.products
-    kept = advised(x.new_empty(run.z_size if keep else 0))
+    kept = recycled(x, run.z_size if keep else 0)
     for group in run.groups:
         counts, size = group.counts, group.size
         direct = keep and kept.dtype == products.sum
@@ -54,7 +54,7 @@ def backward(
 ) -> Gradients:
     """See :class:`upcycle.kernels.experts.Backend`. Experts without rows get zeros."""
     run = Pass(x, weights, routing)
-    made = Gradients(*(None if need is None else advised(torch.empty_like(need)) for need in needs))
+    made = Gradients(*(None if need is None else recycled_like(need) for need in needs))
     grad = grad.to(run.products.sum)
     slots = routing.row_slot[: run.total]
     row_scores = None if scores is None else scores[slots].unsqueeze(1)

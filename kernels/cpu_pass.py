@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,27 +10,13 @@ import torch
 from upcycle.kernels.combine import Combiner
 from upcycle.kernels.cpu_products import Products
 from upcycle.kernels.experts import ExpertWeights
-from upcycle.kernels.huge_pages import advised
+from upcycle.kernels.recycled import recycled
 from upcycle.kernels.routing import Routing
 
 GROUP_ROWS = 256  # as many rows are computed together, more only of a larger expert,
 GROUP_ELEMENTS = (
     2**20
 )  # or of narrow experts: while z has at most so many elements (Python costs more than a full cache)
-
-# Bytes of a buffer that is left for the next pass: memory that is given back and asked for again is cleared by Linux, page by page.
-KEPT = 8 * 2**20
-
-
-class Left(threading.local):
-    """The small buffers of this thread's last passes, by name and dtype; nobody's between two passes."""
-
-    def __init__(self) -> None:
-        """Empty in every thread."""
-        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-
-
-LEFT = Left()
 
 
 @dataclass(frozen=True)
@@ -67,24 +52,14 @@ class Pass:
         self.combine = Combiner(routing, self.total)
         self._most_rows = max((group.size for group in self.groups), default=0)
         self._buffers: dict[str, torch.Tensor] = {}
-        self.expanded = self._new("expanded", self.total * weights.hidden).view(self.total, weights.hidden)
+        self.expanded = recycled(self.x, self.total, weights.hidden)
         """``[R, H]``: what is to be summed to tokens."""
 
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """``[rows, columns]`` of the buffer of this name, with whatever it held."""
         if name not in self._buffers or len(self._buffers[name]) < rows * columns:
-            self._buffers[name] = self._new(name, self._most_rows * columns)
+            self._buffers[name] = recycled(self.x, self._most_rows * columns)
         return self._buffers[name][: rows * columns].view(rows, columns)
-
-    def _new(self, name: str, size: int) -> torch.Tensor:
-        """``[size]``, with whatever it held."""
-        if size * self.x.element_size() > KEPT:
-            return advised(self.x.new_empty(size))
-        key = (name, self.x.dtype)
-        if key not in LEFT.buffers or len(LEFT.buffers[key]) < size:
-            with torch.inference_mode(False):  # what is made in that mode cannot be written to in training
-                LEFT.buffers[key] = advised(torch.empty(size, dtype=self.x.dtype))
-        return LEFT.buffers[key][:size]
 
     def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:
         """The group's rows of ``[T, H]``, in the buffer of this name."""

@@ -20,11 +20,12 @@ _spec.loader.exec_module(_module)
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written holds NaN, and so does what an earlier pass left."""
-    from upcycle.kernels.cpu_pass import Pass
+    """Memory that nobody has written holds NaN, and so does what an ended tensor left."""
+    from upcycle.kernels import recycled
 
-    new = Pass._new
-    monkeypatch.setattr(Pass, "_new", lambda self, name, size: new(self, name, size).fill_(torch.nan))
+    empty = recycled.Recycler.empty
+    monkeypatch.setattr(recycled, "LEAST", 1)
+    monkeypatch.setattr(recycled.Recycler, "empty", lambda *told: empty(*told).fill_(torch.nan))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

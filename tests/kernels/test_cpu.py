@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import pytest
 import torch
 from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tensors_of, with_grad
 
-from upcycle.kernels import cpu, cpu_pass, reference
+from upcycle.kernels import cpu, recycled, reference
 from upcycle.kernels.cpu_pass import GROUP_ELEMENTS, GROUP_ROWS, grouped
 from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
 from upcycle.kernels.routing import route
@@ -211,41 +210,28 @@ def test_only_what_is_asked_for() -> None:
         assert sum(tensor is not None for tensor in one) == 1
 
 
-def test_small_buffers_are_left_for_the_next_pass_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_pass, "LEFT", cpu_pass.Left())
+def test_memory_of_ended_tensors_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recycler = recycled.Recycler()
+    monkeypatch.setattr(recycled, "RECYCLER", recycler)
+    monkeypatch.setattr(recycled, "LEAST", 1)
     weights, (ids, _) = make_weights("stacked"), case("plain")
     routing, x = route(ids, 5), torch.randn(TOKENS, 12, dtype=torch.float64)
     with torch.inference_mode():  # whose tensors could not be written to in training
         first, _ = cpu.forward(x, weights, routing, None, False)
-    left = {name: tensor.data_ptr() for (name, _), tensor in cpu_pass.LEFT.buffers.items()}
-    assert {"expanded", "h", "inputs", "z"} == set(left)
-    for tensor in cpu_pass.LEFT.buffers.values():
-        tensor.fill_(torch.nan)
+    assert recycler.waiting, "the buffers"
+    for piece in recycler._waiting:
+        torch.frombuffer(piece, dtype=torch.float64).fill_(torch.nan)
     needs = Gradients(x, weights.up, weights.down)
     out, z = cpu.forward(x, weights, routing, None, True)
     made = cpu.backward(torch.ones_like(out), x, weights, routing, None, z, needs)
     assert torch.equal(out, first)
-    assert {name: cpu_pass.LEFT.buffers[name, x.dtype].data_ptr() for name in left} == left
-    mine = {tensor.untyped_storage().data_ptr() for tensor in cpu_pass.LEFT.buffers.values()}
-    returned = (out, z, made.x, made.up, made.down)
-    assert not mine & {tensor.untyped_storage().data_ptr() for tensor in returned}, "what is returned is the caller's"
-    before = [tensor.clone() for tensor in returned]
-    cpu.forward(x + 1, weights, routing, None, True)
-    assert all(torch.equal(now, then) for now, then in zip(returned, before, strict=True))
-    elsewhere: list[int] = []
-    thread = threading.Thread(target=lambda: elsewhere.append(len(cpu_pass.LEFT.buffers)))
-    thread.start()
-    thread.join()
-    assert elsewhere == [0], "another thread has its own"
-
-
-def test_large_buffers_are_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_pass, "LEFT", cpu_pass.Left())
-    monkeypatch.setattr(cpu_pass, "KEPT", 17 * 3 * 12 * 8 - 1)
-    weights, (ids, _) = make_weights("stacked"), case("plain")
-    cpu.forward(torch.randn(TOKENS, 12, dtype=torch.float64), weights, route(ids, 5), None, False)
-    assert "expanded" not in {name for name, _ in cpu_pass.LEFT.buffers}
-    assert all(tensor.nbytes <= cpu_pass.KEPT for tensor in cpu_pass.LEFT.buffers.values())
+    before = [tensor.clone() for tensor in (out, z, made.x, made.up, made.down)]
+    cpu.backward(out, x + 1, weights, routing, None, cpu.forward(x + 1, weights, routing, None, True)[1], needs)
+    assert all(map(torch.equal, (out, z, made.x, made.up, made.down), before)), "what is returned is the caller's"
+    steady = recycler.waiting
+    for _ in range(3):
+        cpu.backward(out, x, weights, routing, None, z, needs)
+    assert recycler.waiting == steady
 
 
 def test_no_tokens() -> None:
