@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from upcycle.kernels.activation import activate, activation_gradient
+from upcycle.kernels.cpu_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu_pass import Group, Pass
 from upcycle.kernels.experts import ExpertWeights, Gradients, Part
 from upcycle.kernels.recycled import recycled, recycled_like
@@ -32,9 +32,7 @@ def forward(
         _pre_activations(run, group, z)
         if keep and not direct:
             kept[group.z].view_as(z).copy_(z)
-        h = activate(weights.activation, z[:, : group.width], run.buffer("h", size, group.width))
-        if weights.gated:
-            h.mul_(z[:, group.width :])
+        h = hidden(weights.activation, weights.gated, z, run.buffer("h", size, group.width))
         outs = run.expanded[group.rows].split(counts)
         products.linear(h.split(counts), weights.matrices("down", group.experts, turned=True), outs)
         if weights.down_bias is not None:
@@ -57,7 +55,7 @@ def backward(
     made = Gradients(*(None if need is None else recycled_like(need) for need in needs))
     grad = grad.to(run.products.sum)
     slots = routing.row_slot[: run.total]
-    row_scores = None if scores is None else scores[slots].unsqueeze(1)
+    row_scores = None if scores is None else scores[slots]
     score_grads = run.x.new_zeros(run.total)
     for group in run.groups:
         scale = None if row_scores is None else row_scores[group.rows]
@@ -111,25 +109,12 @@ def _through_activation(
         z = z_flat[group.z].view(n, columns)
     else:
         z = run.buffer("z", n, columns).copy_(z_flat[group.z].view(n, columns))
-    dh, dz, spare = run.buffer("dh", n, width), run.buffer("dz", *z.shape), run.buffer("spare", n, width)
+    dh, dz, h = run.buffer("dh", n, width), run.buffer("dz", *z.shape), run.buffer("h", n, width)
     run.products.linear(grads.split(group.counts), weights.matrices("down", group.experts), dh.split(group.counts))
-    h = activate(weights.activation, z[:, :width], run.buffer("h", n, width))
-    if weights.gated:
-        up, dup = z[:, width:], torch.mul(dh, h, out=dz[:, width:])
-        if made.scores is not None:
-            score_grads[group.rows] += torch.mul(dup, up, out=spare).sum(1)
-        if scale is not None:
-            dup.mul_(scale)
-            up = torch.mul(up, scale, out=spare)
-        h.mul_(up)
-        dh.mul_(up)
-    else:
-        if made.scores is not None:
-            score_grads[group.rows] += torch.mul(dh, h, out=spare).sum(1)
-        if scale is not None:
-            h.mul_(scale)
-            dh.mul_(scale)
-    activation_gradient(weights.activation, dh, z[:, :width], dz[:, :width])
+    products = None if made.scores is None else grads.new_empty(n)
+    hidden_and_gradient(weights.activation, weights.gated, z, dh, scale, h, dz, products)
+    if products is not None:
+        score_grads[group.rows] += products
     return h, dz
 
 
@@ -155,7 +140,7 @@ def _through_down_bias(
     score_grads: torch.Tensor,
     made: Gradients,
 ) -> None:
-    scaled = grads if scale is None else grads * scale
+    scaled = grads if scale is None else grads * scale.unsqueeze(1)
     targets = score_grads[group.rows].split(group.counts)
     for number, expert in enumerate(group.experts):
         if made.down_bias is not None:

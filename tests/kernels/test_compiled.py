@@ -13,7 +13,7 @@ import pytest
 import torch
 from expert_cases import apart, make_weights, random_ids, rounding
 
-from upcycle.kernels import compiled, cpu_decode, reference
+from upcycle.kernels import compiled, compiling, cpu_decode, reference
 from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, unpack
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -116,10 +116,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     caplog.set_level(logging.INFO, "upcycle.kernels")
-    monkeypatch.setattr(compiled, "ALWAYS", ("-O0", "-std=c++17", "-fPIC", "-shared"))  # takes a second, not six
-    compiled.few_rows.cache_clear()
+    monkeypatch.setattr(compiling, "ALWAYS", ("-O0", "-std=c++17", "-fPIC", "-shared"))  # takes a second, not six
+    compiling.function.cache_clear()
     yield tmp_path / "upcycle"
-    compiled.few_rows.cache_clear()
+    compiling.function.cache_clear()
 
 
 @needs_compiler
@@ -127,8 +127,8 @@ def test_it_is_compiled_once_and_kept_where_others_cannot_write(fresh: Path, mon
     assert compiled.few_rows() is not None
     (library,) = fresh.iterdir()
     assert stat.S_IMODE(fresh.stat().st_mode) == stat.S_IMODE(library.stat().st_mode) == 0o700
-    compiled.few_rows.cache_clear()
-    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    compiling.function.cache_clear()
+    monkeypatch.setattr(compiling, "_compile", lambda *_: pytest.fail("compiled again"))
     assert compiled.few_rows() is not None
 
 
@@ -140,7 +140,7 @@ def test_what_others_could_have_written_is_not_loaded(what: str, fresh: Path) ->
     library.unlink()  # what is loaded stays
     library.write_bytes(b"not a library")
     (fresh if what == "folder" else library).chmod(0o777)
-    compiled.few_rows.cache_clear()
+    compiling.function.cache_clear()
     assert compiled.few_rows() is not None
 
 
@@ -177,5 +177,5 @@ def test_a_compiler_that_fails_leaves_nothing(
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     assert compiled.few_rows() is None
-    assert "does not compile it: line 7: no" in caplog.text
+    assert "does not compile few_rows.cpp: line 7: no" in caplog.text
     assert not list(fresh.iterdir())

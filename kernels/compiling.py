@@ -1,0 +1,135 @@
+"""C++ of this package: compiled for this processor when it is first needed, and kept.
+
+It needs a C++ compiler (``CXX``, ``c++``, ``g++`` or ``clang++``); without one, torch's operations are used. What was compiled lies
+in ``$XDG_CACHE_HOME/upcycle`` or ``~/.cache/upcycle``, named after the source, the compiler and the processor, and is loaded from
+there only while nobody else may write to it. ``UPCYCLE_COMPILE=0`` keeps it from being compiled and used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+VARIABLE = "UPCYCLE_COMPILE"
+SECONDS = 120  # that a compiler gets
+ALWAYS = ("-O3", "-std=c++17", "-fPIC", "-shared")
+WISHES = (("-march=native", "-fopenmp"), ("-march=native",), ())  # the first that the compiler understands
+_log = logging.getLogger("upcycle.kernels")
+
+Function = Callable[..., int]
+
+
+class NotCompiledError(Exception):
+    """Why there is no compiled function."""
+
+
+@lru_cache
+def function(name: str, what: str, arguments: tuple[type, ...], *flags: str) -> Function | None:
+    """``upcycle_NAME`` of ``NAME.cpp``, which takes ``arguments`` and returns an ``int``; ``None`` where it cannot be had.
+
+    What happened is logged, once: ``what`` runs on it, or on torch's operations. ``flags`` are for the compiler, beside the
+    usual ones.
+    """
+    try:
+        library = _library(Path(__file__).with_name(f"{name}.cpp"), flags)
+        found: Function = getattr(ctypes.CDLL(str(library)), f"upcycle_{name}")
+    except (NotCompiledError, OSError) as error:
+        _log.info("%s on the CPU run on torch's operations: %s", what, error)
+        return None
+    found.argtypes, found.restype = arguments, ctypes.c_int  # type: ignore[attr-defined]
+    _log.info("%s on the CPU run on a kernel compiled for this processor: %s", what, library)
+    return found
+
+
+def _library(source: Path, flags: tuple[str, ...]) -> Path:
+    """The compiled library's file, made if there is none."""
+    if os.environ.get(VARIABLE, "1") == "0":
+        raise NotCompiledError(f"{VARIABLE} is 0")
+    compiler = _compiler()
+    name = f"{source.stem}-{_identity(compiler, source, flags)}.so"
+    folder = _folder()
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="upcycle-"))
+    library = folder / name
+    if not (library.exists() and _ours(library)):
+        _compile(compiler, (*ALWAYS, *flags), source, library)
+    return library
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found:
+            return [found]
+    raise NotCompiledError("there is no C++ compiler (c++, g++, clang++; CXX names another)")
+
+
+def _identity(compiler: list[str], source: Path, flags: tuple[str, ...]) -> str:
+    """Of everything that a compiled library depends on."""
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotCompiledError(f"{shlex.join(compiler)} does not run: {error}") from error
+    command = shlex.join([*compiler, *ALWAYS, *flags])
+    parts = [source.read_bytes(), version, command.encode(), platform.machine().encode(), _processor()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    """The instructions it has, where Linux tells; homes are shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
+
+
+def _folder() -> Path | None:
+    """Where compiled libraries are kept; ``None``: nowhere that only this user can write to."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "upcycle"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if _ours(folder) and os.access(folder, os.W_OK) else None
+
+
+def _ours(path: Path) -> bool:
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, library: Path) -> None:
+    """Into ``library``, at once or not at all: other processes may be at it, too."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    made, said = Path(name), ""
+    try:
+        for wishes in WISHES:
+            command = [*compiler, *flags, *wishes, str(source), "-o", name]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise NotCompiledError(f"{shlex.join(compiler)} does not run: {error}") from error
+            if done.returncode == 0:
+                made.chmod(0o700)
+                made.replace(library)
+                return
+            said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise NotCompiledError(f"{shlex.join(compiler)} does not compile {source.name}: {said}")
+    finally:
+        made.unlink(missing_ok=True)
