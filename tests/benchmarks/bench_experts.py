@@ -1,8 +1,8 @@
 """Experts on the CPU: the ``upcycle`` path against transformers' ``eager``, ``grouped_mm`` and ``batched_mm``, on the same modules.
 
-One thread, CPU time of this process, contenders in turn, medians. A contender that takes ten times as long as the fastest is
-timed once; ``batched_mm`` is left out where the weights it copies for every row would take more than 4 GB. Routings
-are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get the missing ones as sentinels).
+One thread, CPU time of this process, contenders in an order drawn anew every round, medians. A contender that takes half a second,
+and ten times as long as the fastest, is timed once; ``batched_mm`` is left out where the weights it copies for every row
+would take more than 4 GB. Routings are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get the missing ones as sentinels).
 The last column is a limit, and how far the best of three is above it: for few tokens the time of reading the chosen experts'
 weights, otherwise that of torch's matrix products alone, from and into memory that is there already.
 Beside them always the dense FFN of the same FLOPs, K I wide. ``--only`` takes some of the parts.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from upcycle.kernels.dispatch import register
 NAMES = ("eager", "grouped_mm", "batched_mm", "upcycle")
 MOST_COPIED = 4 * 2**30
 SLOW = 10
+LONG = 500  # milliseconds; what takes less may only have been loaded
 SKIPPED: set[str] = set()
 PARTS = ("fp32", "routings", "bf16", "decode", "split")
 
@@ -173,14 +175,15 @@ def route(shape: Shape, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of CPU time; everyone's first run warms it up, and counts for those alone that are far behind."""
+    """Milliseconds of CPU time; everyone's first run warms it up, and counts for those alone that are far behind, and long."""
     first = {name: timed(function) for name, function in contenders.items()}
-    slow = {name for name, taken in first.items() if taken > SLOW * min(first.values())}
+    slow = {name for name, taken in first.items() if taken > max(LONG, SLOW * min(first.values()))}
     taken: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in contenders}
+    order, draw = [name for name in contenders if name not in slow], random.Random(0)
     for _ in range(rounds):
-        for name, function in contenders.items():
-            if name not in slow:
-                taken[name].append(timed(function))
+        draw.shuffle(order)  # who comes before leaves memory and caches in one state or another
+        for name in order:
+            taken[name].append(timed(contenders[name]))
     return {name: median(values) for name, values in taken.items()}
 
 
