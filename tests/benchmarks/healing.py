@@ -47,13 +47,20 @@ SAMPLE = 200_000  # characters of each domain
 
 @dataclass(frozen=True)
 class Split:
-    """Where healing begins, and the learning rate from there; that of the compared split has not been searched for."""
+    """Where healing begins, the learning rate from there, and its factor for routers.
+
+    Routers that were taught by conversion are cooled: an optimizer's usual step is many times their weights.
+    """
 
     title: str
     rate: float
+    router: float
 
 
-SPLITS = {"compared": Split("The split that compare recommends", 1e-4), "random": Split("A random split", 1e-3)}
+SPLITS = {
+    "compared": Split("The split that compare recommends", 1e-4, 1e-3),
+    "random": Split("A random split", 1e-3, 1.0),
+}
 
 
 def convert(kind: str, out: Path, samples: Sequence[Path]) -> Path:
@@ -88,18 +95,20 @@ def sampled(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> list[
     return paths
 
 
-def stages(run: str, steps: int, rate: float) -> list[dict[str, Any]]:
+def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, Any]]:
     """The stages of a run; all runs are equally long."""
     schedule = {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1}
     everything = {"name": "all", "steps": steps, "learning_rate": rate, "schedule": schedule, "losses": BALANCE}
+    everything["rates"] = {"router": router}
     if run == "CPT":
         return [everything]
     if run in DISTILLED:
         return [{**everything, "distillation": DISTILLED[run]}]
     first = steps // 10
-    router = {"name": "router", "train": ["router"], "steps": first, "learning_rate": 3 * rate, "losses": BALANCE}
+    router_only = {"name": "router", "train": ["router"], "steps": first, "learning_rate": 3 * rate, "losses": BALANCE}
+    router_only["rates"] = {"router": router}
     schedule = {**schedule, "warmup": max(1, (steps - first) // 10)}
-    return [router, {**everything, "steps": steps - first, "schedule": schedule}]
+    return [router_only, {**everything, "steps": steps - first, "schedule": schedule}]
 
 
 def recipe(data: Mapping[str, Any], seed: int, every: int) -> dict[str, Any]:
@@ -152,6 +161,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--rate", type=float, help="learning rate of all runs (default: the split's own)")
+    parser.add_argument("--router", type=float, help="factor on the routers' rate (default: the split's own)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
     parser.add_argument("--out", type=Path)
@@ -175,7 +185,7 @@ def main() -> None:
             told[key(kind, run, seed, rate, steps)] = {
                 "model": str(model),
                 **common,
-                "stages": stages(run, steps, rate),
+                "stages": stages(run, steps, rate, options.router or SPLITS[kind].router),
             }
     curves = trained(told, work / "runs", options.jobs)
     loss = fmean(validation_loss(locate("demo").path, next(iter(told.values()))).values())
