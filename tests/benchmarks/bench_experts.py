@@ -2,7 +2,8 @@
 
 One thread, CPU time of this process, contenders in an order drawn anew every round, medians. A contender that takes half a second,
 and ten times as long as the fastest, is timed once; ``batched_mm`` is left out where the weights it copies for every row
-would take more than 4 GB. Routings are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get the missing ones as sentinels).
+would take more than 4 GB. Routings are random (balanced), by Zipf's law, or of 1 to K experts per token (dynamic; the others get
+the missing ones as sentinels).
 The last column is a limit, and how far the best of three is above it: for few tokens the time of reading the chosen experts'
 weights, otherwise that of torch's matrix products alone, from and into memory that is there already.
 Beside them always the dense FFN of the same FLOPs, K I wide. ``--only`` takes some of the parts.
