@@ -183,8 +183,8 @@ class _Run:
     def _describe(self, stage: Stage, done: int) -> None:
         trained = sum(math.prod(stage.tensors.shape(slot)) for slot in stage.tensors.slots if slot.trained)
         more = f", from step {done + 1}" if done else ""
-        if stage.leak:
-            self.say(f"warning: {stage.leak}")
+        for warning in stage.warnings:
+            self.say(f"warning: {warning}")
         self.say(
             f"stage {stage.stage.name}: {stage.steps} steps of {self.recipe.tokens_per_step:,} tokens, "
             f"{trained:,} weights train ({', '.join(stage.stage.train)}), {self.ranks.world} "

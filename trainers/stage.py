@@ -26,6 +26,7 @@ from upcycle.trainers.packed_attention import check_fits, packing_leak
 from upcycle.trainers.parameter_groups import groups, select
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe, TrainRecipe
 from upcycle.trainers.router_control import ControlParameters
+from upcycle.trainers.router_rates import router_warning
 from upcycle.trainers.state_reuse import DenseStates
 from upcycle.trainers.step import Parent, Stepper
 
@@ -63,7 +64,7 @@ class Stage:
         dtype = getattr(torch, recipe.dtype)
         self.model = load_model(saved.folder if saved else origin, dtype, torch.device("cpu"), recipe.experts)
         check_fits(self.model.config, tokenizer, recipe.length)
-        self.leak = packing_leak(self.model.config, recipe.micro_batch)
+        leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
         prepare(self.model, checkpointing=checkpointing, activation=stage.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage, ranks, self._parent(origin, ranks), recipe.clip)
@@ -82,6 +83,7 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage.train)
+        self.warnings = [text for text in (leak, router_warning(self.model, self.rates, origin)) if text]
         self.flops = training_flops(self.model, recipe.length)
         self.engine = self._engine(ranks)
         if divided:
