@@ -47,7 +47,7 @@ SAMPLE = 200_000  # characters of each domain
 
 @dataclass(frozen=True)
 class Split:
-    """Where healing begins, the learning rate from there, and its factor for routers.
+    """Where healing begins, the learning rate from there, its factor for routers, and how many tokens are trained on.
 
     Routers that were taught by conversion are cooled: an optimizer's usual step is many times their weights.
     """
@@ -55,11 +55,12 @@ class Split:
     title: str
     rate: float
     router: float
+    tokens: int
 
 
 SPLITS = {
-    "compared": Split("The split that compare recommends", 1e-4, 1e-3),
-    "random": Split("A random split", 1e-3, 1.0),
+    "compared": Split("The split that compare recommends", 1e-4, 1e-3, 500_000),
+    "random": Split("A random split", 1e-3, 1.0, 1_000_000),
 }
 
 
@@ -98,15 +99,28 @@ def sampled(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> list[
 def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, Any]]:
     """The stages of a run; all runs are equally long."""
     schedule = {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1}
-    everything = {"name": "all", "steps": steps, "learning_rate": rate, "schedule": schedule, "losses": BALANCE}
-    everything["rates"] = {"router": router}
+    everything: dict[str, Any] = {
+        "name": "all",
+        "steps": steps,
+        "learning_rate": rate,
+        "schedule": schedule,
+        "losses": BALANCE,
+    }
+    rates = {} if router == 1 else {"rates": {"router": router}}
+    everything |= rates
     if run == "CPT":
         return [everything]
     if run in DISTILLED:
         return [{**everything, "distillation": DISTILLED[run]}]
     first = steps // 10
-    router_only = {"name": "router", "train": ["router"], "steps": first, "learning_rate": 3 * rate, "losses": BALANCE}
-    router_only["rates"] = {"router": router}
+    router_only: dict[str, Any] = {
+        "name": "router",
+        "train": ["router"],
+        "steps": first,
+        "learning_rate": 3 * rate,
+        "losses": BALANCE,
+    }
+    router_only |= rates
     schedule = {**schedule, "warmup": max(1, (steps - first) // 10)}
     return [router_only, {**everything, "steps": steps - first, "schedule": schedule}]
 
@@ -155,8 +169,8 @@ def table(dense: float, curves: Mapping[str, Sequence[Curve]]) -> str:
 def main() -> None:
     """Convert, train, and print the tables; with ``--out`` and ``--plot`` they are written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=80_000)
-    parser.add_argument("--points", type=int, default=10, help="validations of a run")
+    parser.add_argument("--tokens", type=int, help="of every run (default: the split's own)")
+    parser.add_argument("--points", type=int, default=25, help="validations of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -168,8 +182,6 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="healing-"))
-    steps = -(-options.tokens // (LENGTH * BATCH))
-    every = max(1, steps // options.points)
     training, held_out = split()
     texts = {
         domain: [[each.text for each in side if each.domain == domain] for side in (training, held_out)]
@@ -178,22 +190,26 @@ def main() -> None:
     data = write_domains(work / "text", texts)
     samples = sampled(work / "text", texts)
     told: dict[str, dict[str, Any]] = {}
+    steps = {kind: -(-(options.tokens or SPLITS[kind].tokens) // (LENGTH * BATCH)) for kind in options.splits}
     for kind in options.splits:
         model, rate = convert(kind, work / kind, samples), options.rate or SPLITS[kind].rate
         for run, seed in product(options.runs, options.seeds):
-            common = recipe(data, seed, every)
-            told[key(kind, run, seed, rate, steps)] = {
+            common = recipe(data, seed, max(1, steps[kind] // options.points))
+            told[key(kind, run, seed, rate, steps[kind])] = {
                 "model": str(model),
                 **common,
-                "stages": stages(run, steps, rate, options.router or SPLITS[kind].router),
+                "stages": stages(run, steps[kind], rate, options.router or SPLITS[kind].router),
             }
     curves = trained(told, work / "runs", options.jobs)
     loss = fmean(validation_loss(locate("demo").path, next(iter(told.values()))).values())
     parts = []
     for kind in options.splits:
         rate = options.rate or SPLITS[kind].rate
-        own = {run: [curves[key(kind, run, seed, rate, steps)] for seed in options.seeds] for run in options.runs}
-        parts.append(f"## {SPLITS[kind].title}\n\nLearning rate {rate:g}. {table(loss, own)}")
+        own = {run: [curves[key(kind, run, seed, rate, steps[kind])] for seed in options.seeds] for run in options.runs}
+        router = options.router or SPLITS[kind].router
+        told_rate = f"Learning rate {rate:g}" + ("" if router == 1 else f", {router:g} of it for routers")
+        head = f"{steps[kind] * LENGTH * BATCH:,} tokens. {told_rate}."
+        parts.append(f"## {SPLITS[kind].title}\n\n{head} {table(loss, own)}")
         if options.plot:
             name = options.plot if kind == "compared" else options.plot.with_stem(f"{options.plot.stem}_{kind}")
             plot(name, f"Healing the demo model: {SPLITS[kind].title.lower()}", (*DOMAINS, None), own)
@@ -201,8 +217,7 @@ def main() -> None:
     print(text)
     if options.out:
         made_by = command("healing.py", sys.argv[1:])
-        head = f"# Healing the demo model\n\n`{made_by}` prints, of {steps * LENGTH * BATCH:,} tokens each:\n\n"
-        options.out.write_text(head + text, encoding="utf-8")
+        options.out.write_text(f"# Healing the demo model\n\n`{made_by}` prints:\n\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":
