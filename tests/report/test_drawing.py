@@ -69,6 +69,8 @@ def test_nice_ticks(low: float, high: float) -> None:
 
 def test_numbers_and_cells() -> None:
     assert [number(v) for v in (0, 0.5, 1500, 20000, 2e-6, 3e7)] == ["0", "0.5", "1,500", "20,000", "2e-6", "3e7"]
+    assert nice_ticks(0, 0)[0] == 0, "nothing lies on the floor"
+    assert nice_ticks(0, 0)[-1] == 1
     assert cell_ticks(["a", "b"], 8) == [(0.25, "a"), (0.75, "b")]
     assert cell_ticks(["a", "b"], 8, downwards=True) == [(0.75, "a"), (0.25, "b")]
     assert len(cell_ticks([str(i) for i in range(192)], 12)) == 12

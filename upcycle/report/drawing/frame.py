@@ -77,9 +77,12 @@ def cell_ticks(names: Sequence[str], most: int, downwards: bool = False) -> list
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``, a step of 1, 2 or 5 times a power of ten apart."""
+    """Round numbers from at or below ``low`` to at or above ``high``, a step of 1, 2 or 5 times a power of ten apart.
+
+    Around a single value there is a tenth of it; what is always 0, as dead experts had better be, lies on the floor.
+    """
     if high <= low:
-        low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
+        low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
     raw = (high - low) / max(1, most - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
