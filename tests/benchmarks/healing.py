@@ -106,8 +106,8 @@ def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, A
         "schedule": schedule,
         "losses": BALANCE,
     }
-    rates = {} if router == 1 else {"rates": {"router": router}}
-    everything |= rates
+    if router != 1:
+        everything["rates"] = {"router": router}
     if run == "CPT":
         return [everything]
     if run in DISTILLED:
@@ -120,7 +120,8 @@ def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, A
         "learning_rate": 3 * rate,
         "losses": BALANCE,
     }
-    router_only |= rates
+    if router != 1:
+        router_only["rates"] = {"router": router}
     schedule = {**schedule, "warmup": max(1, (steps - first) // 10)}
     return [router_only, {**everything, "steps": steps - first, "schedule": schedule}]
 
