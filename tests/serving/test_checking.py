@@ -119,6 +119,17 @@ def test_an_engine_that_is_not_there(engine: str, says: str, hint: str, out: Pat
     assert provenance.read_evaluation(out) is None
 
 
+def test_a_python_is_found_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    python = tmp_path / "engine" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{make_vllm(tmp_path / "site")}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert verify_with(out, "vllm", tokens=16, python="engine/bin/python").verdict == "same"
+    with pytest.raises(EnvironmentFault, match="nowhere/python cannot be run"):
+        verify_with(out, "vllm", tokens=16, python="./nowhere/python")
+
+
 @pytest.mark.usefixtures("vllm")
 def test_an_engine_that_dies(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN", "die")
