@@ -38,10 +38,12 @@ def step(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.T
     return found.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+QUICK = ("compiled", "mixtral")
+BACKENDS = {"compiled": "aot_eager", "inductor": "inductor"}
 CASES = [
-    pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "compiled" and name != "mixtral" else [])
+    pytest.param(name, mode, marks=[pytest.mark.slow] if mode in BACKENDS and (mode, name) != QUICK else [])
     for name in MODELS
-    for mode in ("plain", "lean", "compiled", "checkpointed")
+    for mode in ("plain", "lean", "checkpointed", *BACKENDS)
 ]
 
 
@@ -54,9 +56,9 @@ def test_logits_and_gradients(name: str, mode: str, caplog: pytest.LogCaptureFix
     model.set_experts_implementation("upcycle_lean" if mode == "lean" else "upcycle")
     if mode == "checkpointed":
         model.gradient_checkpointing_enable()
-    elif mode == "compiled":
+    elif mode in BACKENDS:
         torch._dynamo.reset()
-        model.model = torch.compile(model.model, backend="aot_eager")
+        model.model = torch.compile(model.model, backend=BACKENDS[mode])
     mine, slopes = step(model, ids)
     assert apart(mine, logits) < 1e-5
     slopes = {key.replace("_orig_mod.", ""): slope for key, slope in slopes.items()}
