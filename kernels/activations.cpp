@@ -7,22 +7,13 @@
 #include <cstring>
 #include <limits>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "vectors.hpp"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
 constexpr int64_t WORTH_A_THREAD = 1 << 15;  // elements: fewer are not worth waking another thread
 
-using Floats = float __attribute__((vector_size(4 * LANES)));
 using Integers = int32_t __attribute__((vector_size(4 * LANES)));
-using Unaligned = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // Where less than a vector is left, zeros stand for the rest, and only what is there is written.
 inline Floats load(const float* at, int64_t count) {

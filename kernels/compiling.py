@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 VARIABLE = "UPCYCLE_COMPILE"
+HEADER = Path(__file__).with_name("vectors.hpp")
 SECONDS = 120  # that a compiler gets
 ALWAYS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 WISHES = (("-march=native", "-fopenmp"), ("-march=native",), ())  # the first that the compiler understands
@@ -84,7 +85,8 @@ def _identity(compiler: list[str], source: Path, flags: tuple[str, ...]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise NotCompiledError(f"{shlex.join(compiler)} does not run: {error}") from error
     command = shlex.join([*compiler, *ALWAYS, *flags])
-    parts = [source.read_bytes(), version, command.encode(), platform.machine().encode(), _processor()]
+    sources = source.read_bytes() + HEADER.read_bytes()
+    parts = [sources, version, command.encode(), platform.machine().encode(), _processor()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -63,23 +63,24 @@ def hidden_and_gradient(
         return
     width = h.shape[1]
     factor = None if scale is None else scale.unsqueeze(1)
+    gate_slope = dz[:, :width]  # written last; until then there is room for what is needed on the way
     activate(activation, z[:, :width], h)
     if gated:
         up, dup = z[:, width:], torch.mul(dh, h, out=dz[:, width:])
         if products is not None:
-            products.copy_((dup * up).sum(1))
+            torch.sum(torch.mul(dup, up, out=gate_slope), 1, out=products)
         if factor is not None:
             dup.mul_(factor)
-            up = up * factor
+            up = torch.mul(up, factor, out=gate_slope)
         h.mul_(up)
         dh.mul_(up)
     else:
         if products is not None:
-            products.copy_((dh * h).sum(1))
+            torch.sum(torch.mul(dh, h, out=gate_slope), 1, out=products)
         if factor is not None:
             h.mul_(factor)
             dh.mul_(factor)
-    activation_gradient(activation, dh, z[:, :width], dz[:, :width])
+    activation_gradient(activation, dh, z[:, :width], gate_slope)
 
 
 def _run(

@@ -11,25 +11,17 @@
 #include <memory>
 #include <vector>
 
+#include "vectors.hpp"
+
 #ifdef __FMA__
 #include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
 #endif
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // products: fewer are not worth waking another thread
 
-using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
-using Unaligned = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 struct bfloat16 {

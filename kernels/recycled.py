@@ -38,11 +38,19 @@ class Recycler:
         size = _rounded(count * dtype.itemsize)
         if not LEAST <= size <= MOST or not hasattr(mmap, "MAP_ANONYMOUS"):
             return torch.empty(shape, dtype=dtype)
-        # Not shared: a process that is forked off gets a copy.
-        piece = self._take(size) or mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:  # not shared: a process that is forked off gets a copy
+            piece = self._take(size) or mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # there is no memory left but what waits
+            self.clear()
+            return torch.empty(shape, dtype=dtype)
         view = memoryview(piece)  # held by the tensor's storage, and by nobody else
         weakref.finalize(view, self._put, piece).atexit = False
         return torch.frombuffer(view, dtype=dtype, count=count).view(shape)
+
+    def clear(self) -> None:
+        """Give back everything that waits."""
+        with self._lock:
+            self._waiting.clear()
 
     def _take(self, size: int) -> mmap.mmap | None:
         with self._lock:

@@ -20,7 +20,7 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
     """Why the routers of a model converted to ``origin`` should train with less; ``None``: they may.
 
     The scale convention ``exact`` needs experts of nearly the same weight, so routers come cooled: they choose as they were taught to,
-    by very small weights. Adam's steps are as large as the learning rate, whatever a weight's size.
+    by very small weights. AdamW's steps are as large as the learning rate, whatever a weight's size.
 
     Args:
         model: with what trains chosen.
@@ -30,12 +30,12 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
     record = origin / provenance.FILE
     if not record.is_file():
         return None
-    router = str((read_json(record).get("router") or {}).get("name"))
+    router = (read_json(record).get("router") or {}).get("name")
     belongs = parts(model)
     learning = [
         p for name, p in model.named_parameters() if belongs[name] == "router" and p.ndim > 1 and p.requires_grad
     ]
-    if router in UNTAUGHT or not learning:
+    if router is None or router in UNTAUGHT or not learning:
         return None
     size = math.sqrt(sum(float(weight.detach().float().square().mean()) for weight in learning) / len(learning))
     step = rates.learning_rate * rates.router

@@ -83,7 +83,9 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage.train)
-        self.warnings = [text for text in (leak, router_warning(self.model, self.rates, origin)) if text]
+        # SGD's steps shrink with the gradient.
+        lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
+        self.warnings = [text for text in (leak, lost) if text]
         self.flops = training_flops(self.model, recipe.length)
         self.engine = self._engine(ranks)
         if divided:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from domains import parted
-from training_curves import Curve, command, plot, trained, write_domains
+from training_curves import Curve, plot, trained, write_domains, write_page
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
@@ -155,8 +155,7 @@ def main() -> int:
     )
     print(text)
     if options.out:
-        head = f"# Growing the demo model\n\n`{command('growing.py', sys.argv[1:])}` prints:\n\n"
-        options.out.write_text(head + text, encoding="utf-8")
+        write_page(options.out, "Growing the demo model", "growing.py", text)
     if options.plot:
         named = {ARMS[arm]: seeds for arm, seeds in curves.items()}
         plot(options.plot, "The demo model on new text: mean and range of the seeds", (*KINDS, None), named)

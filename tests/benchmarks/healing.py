@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from training_curves import Curve, command, plot, trained, validation_loss, write_domains
+from training_curves import Curve, plot, trained, validation_loss, write_domains, write_page
 
 import upcycle
 from upcycle.recipe import read_recipe
@@ -217,8 +217,7 @@ def main() -> None:
     text = "\n".join(parts)
     print(text)
     if options.out:
-        made_by = command("healing.py", sys.argv[1:])
-        options.out.write_text(f"# Healing the demo model\n\n`{made_by}` prints:\n\n{text}", encoding="utf-8")
+        write_page(options.out, "Healing the demo model", "healing.py", text)
 
 
 if __name__ == "__main__":

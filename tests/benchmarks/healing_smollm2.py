@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from domains import DOMAINS, parted, texts
 from healing import BALANCE, DISTILLED, ROOT
 from smollm2 import dense_folder
-from training_curves import command, read_curve, validation_loss, write_domains
+from training_curves import read_curve, validation_loss, write_domains, write_page
 
 import upcycle
 from upcycle.recipe import read_recipe
@@ -99,8 +99,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        made_by = command("healing_smollm2.py", sys.argv[1:])
-        options.out.write_text(f"# Healing SmolLM2-135M\n\n`{made_by}` prints:\n\n{text}", encoding="utf-8")
+        write_page(options.out, "Healing SmolLM2-135M", "healing_smollm2.py", text)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,12 @@ def command(benchmark: str, arguments: Sequence[str]) -> str:
     return " ".join(["python -P", f"tests/benchmarks/{benchmark}", *kept])
 
 
+def write_page(path: Path, title: str, benchmark: str, text: str) -> None:
+    """A benchmark's output as a page that says which command, this one, prints it."""
+    made_by = command(benchmark, sys.argv[1:])
+    path.write_text(f"# {title}\n\n`{made_by}` prints:\n\n{text}", encoding="utf-8")
+
+
 def plot(
     path: Path,
     title: str,

@@ -40,8 +40,20 @@ def test_small_and_huge_tensors_are_not_of_it(monkeypatch: pytest.MonkeyPatch) -
     recycler = Recycler()
     monkeypatch.setattr(recycled, "MOST", 2**19)
     for elements in (0, LEAST // 8, 2**18):
-        del (made := [recycler.empty((elements,), torch.float32)])[:]
-    assert made == []
+        assert recycler.empty((elements,), torch.float32).shape == (elements,)  # and ends here
+        assert recycler.waiting == 0
+
+
+def test_without_memory_what_waits_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    recycler = Recycler()
+    recycler.empty(SHAPE, torch.float32)
+    assert recycler.waiting
+
+    def nothing_left(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", nothing_left)
+    assert recycler.empty((3, *SHAPE), torch.float32).shape == (3, *SHAPE), "torch's own, or its own error"
     assert recycler.waiting == 0
 
 
@@ -49,11 +61,11 @@ def test_what_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     recycler = Recycler()
     monkeypatch.setattr(recycled, "MOST", 3 * 2**18)
     tensors = [recycler.empty(SHAPE, torch.float32) for _ in range(5)]
-    places = [tensor.data_ptr() for tensor in tensors]
+    newest = tensors[-1].data_ptr()
     while tensors:
         tensors.pop(0)
     assert recycler.waiting == 3 * 2**18
-    assert [recycler.empty(SHAPE, torch.float32).data_ptr() for _ in range(1)] == places[-1:], "the newest first"
+    assert recycler.empty(SHAPE, torch.float32).data_ptr() == newest, "its pages are the likeliest to be in the cache"
 
 
 def test_sizes_of_a_little_difference_share() -> None:

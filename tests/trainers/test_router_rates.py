@@ -14,8 +14,9 @@ from upcycle.trainers.parameter_groups import GroupParameters, parts, select
 from upcycle.trainers.router_rates import router_warning
 
 
-def taught(folder: Path, router: str) -> Path:
-    (folder / "upcycle.json").write_text(json.dumps({"format": 1, "router": {"name": router}}), encoding="utf-8")
+def taught(folder: Path, router: str | None) -> Path:
+    record = {"format": 1, "router": router and {"name": router}}
+    (folder / "upcycle.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 
@@ -46,6 +47,7 @@ def test_not_where_nothing_is_lost(cooled: Any, tmp_path: Path, stock: Callable[
     fast = GroupParameters(learning_rate=1e-3)
     assert router_warning(cooled, fast, tmp_path) is None, "no conversion"
     assert router_warning(cooled, fast, taught(tmp_path, "cool")) is None
+    assert router_warning(cooled, fast, taught(tmp_path, None)) is None, "a growth step has no router of its own"
     origin = taught(tmp_path, "centroid")
     assert router_warning(cooled, fast, origin)
     select(cooled, ["experts", "rest"])

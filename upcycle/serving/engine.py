@@ -97,9 +97,8 @@ def run_worker(
         EnvironmentFault: there is no such Python, the engine is not installed there, or its process died.
         NotHeld: the worker says that the model cannot be loaded.
     """
-    if (
-        os.sep in python
-    ):  # a path, which is from here, not from where the process runs; links of virtual environments are kept
+    # The process runs elsewhere, and a path is from here. Links are kept: a virtual environment's Python is one.
+    if os.sep in python:
         python = os.path.abspath(Path(python).expanduser())  # noqa: PTH100
     log = work / "engine.log"
     with log.open("wb") as errors:
