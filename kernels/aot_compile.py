@@ -50,7 +50,9 @@ class Job:
     def name(self) -> str:
         """Kernel and variant."""
         values = dict(self.constants)
-        parts = [self.kernel.removesuffix("_kernel"), values.get("FORM", "")]
+        # The gradient of h is the first projection's kernel without an activation.
+        of_h = values.get("ACTIVATION") == "none"
+        parts = ["down_backward"] if of_h else [self.kernel.removesuffix("_kernel"), values.get("FORM", "")]
         parts.append("" if values.get("HIDDEN_LAST", True) else "hidden first")
         parts.append("weighted" if self.kernel == "combine_kernel" and values["WEIGHTED"] else "")
         return " ".join(filter(None, parts))

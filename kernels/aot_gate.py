@@ -8,7 +8,7 @@ from upcycle.kernels.aot_compile import Build
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
 _OPCODE = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 _WIDE_TILE = 64  # rows that the instructions of Hopper and Blackwell need at least; smaller tiles use Ampere's
-_PRODUCTS = ("up_kernel", "gemm_kernel", "down_backward_kernel", "xty_kernel")
+_PRODUCTS = ("up_kernel", "gemm_kernel", "xty_kernel")
 
 
 def faults(result: Build) -> list[str]:

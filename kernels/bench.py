@@ -1,7 +1,8 @@
-"""Times the experts' kernels on a GPU: ``python -m upcycle.kernels.bench``. No number has been measured by the authors yet.
+"""Times the experts' kernels on a GPU: ``python -m upcycle.kernels.bench``.
 
 Beside them, on the same numbers: torch's ``grouped_mm`` with gathered rows, and one dense FFN of the same FLOPs. Median
-milliseconds of Triton's ``do_bench``, TFLOP/s, and peak memory above what inputs need; floors are those of ``roofline``.
+milliseconds of Triton's ``do_bench``, TFLOP/s, the milliseconds of a forward pass that is replayed as a CUDA graph (without the
+time in which the host starts kernels), and peak memory above what inputs need; floors are those of ``roofline``.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def dense(shape: Shape, device: torch.device, training: bool) -> Callable[[], ob
 
 
 def rows(shape: Shape, device: torch.device, skew: float, training: bool) -> list[list[str]]:
-    """One line per candidate: name, milliseconds, TFLOP/s, MiB."""
-    from triton.testing import do_bench
+    """One line per candidate: name, milliseconds, TFLOP/s, milliseconds of a replayed graph, MiB."""
+    from triton.testing import do_bench, do_bench_cudagraph
 
     arguments = layer(shape, device, skew)
     runs: list[Candidate] = [("upcycle", ours(*arguments, training)), ("dense", dense(shape, device, training))]
@@ -114,7 +115,9 @@ def rows(shape: Shape, device: torch.device, skew: float, training: bool) -> lis
         torch.cuda.synchronize()
         memory = torch.cuda.max_memory_allocated() - before
         milliseconds = do_bench(run, return_mode="median")
-        found.append([name, f"{milliseconds:.3f}", f"{flops / milliseconds / 1e9:.0f}", f"{memory / 2**20:.0f}"])
+        replayed = "-" if training else f"{do_bench_cudagraph(run, return_mode='median'):.3f}"
+        numbers = f"{milliseconds:.3f}", f"{flops / milliseconds / 1e9:.0f}", replayed, f"{memory / 2**20:.0f}"
+        found.append([name, *numbers])
     return found
 
 
@@ -125,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = gpu()
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, skew {options.skew}\n")
-    print("| shape | pass | | ms | TFLOP/s | MiB |\n|---|---|---|---|---|---|")
+    print("| shape | pass | | ms | TFLOP/s | replayed ms | MiB |\n|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         for training in (False, True):
             for row in rows(shape, device, options.skew, training):

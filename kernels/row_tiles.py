@@ -22,7 +22,10 @@ class RowTiles:
     @property
     def count(self) -> int:
         """N."""
-        return len(self.expert)
+        return self.expert.shape[0]
+
+
+_CELLS = 8192  # tiles times experts that a program compares
 
 
 def row_tiles(routing: Routing, block: int) -> RowTiles:
@@ -31,6 +34,8 @@ def row_tiles(routing: Routing, block: int) -> RowTiles:
     ``N = min(ceil(S / block) + E, S)``: every expert has at most one tile that is not full, and no tile is empty.
     """
     number = min(-(-routing.slots // block) + routing.num_experts, routing.slots)
+    if routing.offsets.device.type == "cuda":
+        return in_one_launch(routing, block, number)
     starts = routing.offsets[:-1]
     ends = ((routing.offsets.diff() + block - 1) // block).cumsum(0)
     tile = torch.arange(number, device=ends.device)
@@ -41,3 +46,24 @@ def row_tiles(routing: Routing, block: int) -> RowTiles:
     before = torch.cat([ends.new_zeros(1), ends])[held]
     row = starts[held] + (tile - before) * block
     return RowTiles(torch.where(used, expert, -1).int(), torch.where(used, row, 0).int(), block)
+
+
+def in_one_launch(routing: Routing, block: int, number: int) -> RowTiles:
+    """The same ``number`` of tiles from a Triton kernel."""
+    from upcycle.kernels.triton_row_tiles import row_tiles_kernel
+
+    made = torch.empty(2, number, dtype=torch.int32, device=routing.offsets.device)
+    experts = 1 << (routing.num_experts - 1).bit_length()
+    tiles = max(1, _CELLS // experts)
+    if number:
+        row_tiles_kernel[(-(-number // tiles),)](
+            routing.offsets,
+            made[0],
+            made[1],
+            routing.num_experts,
+            number,
+            BLOCK=block,
+            EXPERTS=experts,
+            TILES=tiles,
+        )
+    return RowTiles(made[0], made[1], block)

@@ -14,9 +14,8 @@ _INTRODUCTION = """# Kernels without a GPU: what can be known
 Printed by `python -m upcycle.kernels.aot`, which compiles every shipped tile for sm_80, sm_90 and sm_100 and fails when one
 spills, needs too much shared memory, or lacks tensor-core instructions or asynchronous copies.
 
-**No GPU time of these kernels has been measured yet.** Registers, stack and shared memory are the assembler's, instructions are
-counted in PTX; blocks per multiprocessor, bytes and floors are *estimates* from shapes and data sheets. Who has a GPU:
-`pytest -m gpu`, `python -m upcycle.kernels.bench`, `upcycle tune-kernels`.
+Registers, stack and shared memory are the assembler's, instructions are counted in PTX; blocks per multiprocessor, bytes and
+floors are *estimates* from shapes and data sheets. Times on a GPU: [kernels.md](kernels.md).
 """
 
 
@@ -31,8 +30,8 @@ def report(builds: Sequence[Build]) -> str:
     """Markdown."""
     parts = [
         _INTRODUCTION,
-        f"## Shipped tiles\n\n{compiler()}. Tile: rows x columns x depth (for `up` and `down_backward` columns are "
-        "neurons; for `xty` rows are neurons and depth is rows). Blocks: per multiprocessor, *estimate*.\n",
+        f"## Shipped tiles\n\n{compiler()}. Tile: rows x columns x depth (for `up`, `down_backward` and `activation_backward` columns "
+        "are neurons; for `xty` rows are neurons and depth is rows). Blocks: per multiprocessor, *estimate*.\n",
         _table(
             [
                 "GPU",

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,14 +68,22 @@ class TileTable:
         Raises:
             UsageError: the table has none, as one that was tuned for another GPU.
         """
-        held = [key[3] for key in self.entries if key[:3] == (kind, size, family)]
-        if not held:
+        held = self._buckets.get((kind, size, family))
+        if held is None:
             raise UsageError(
                 f"no tile for {family}, {kind}, {size} bytes per element",
                 hint=f"unset {VARIABLE}, or tune again: upcycle tune-kernels",
             )
         fitting = min((bucket for bucket in held if bucket >= rows), default=max(held))
         return self.entries[kind, size, family, fitting]
+
+    @cached_property
+    def _buckets(self) -> dict[tuple[str, int, str], list[int]]:
+        # Looked up for every launch: going through all entries took longer than starting a kernel.
+        found: dict[tuple[str, int, str], list[int]] = {}
+        for kind, size, family, rows in self.entries:
+            found.setdefault((kind, size, family), []).append(rows)
+        return found
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self.entries)

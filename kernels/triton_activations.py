@@ -1,6 +1,7 @@
 """The activations of experts and their derivatives in fp32, as device functions.
 
-``silu``, ``gelu`` (erf), ``gelu_pytorch_tanh``, ``relu`` and ``relu2`` (Primer, https://arxiv.org/abs/2109.08668).
+``silu``, ``gelu`` (erf), ``gelu_pytorch_tanh``, ``relu`` and ``relu2`` (Primer, https://arxiv.org/abs/2109.08668);
+``none`` is a product's own value.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def activation(value, ACTIVATION: tl.constexpr):
         result = 0.5 * value * (1.0 + _tanh((value + value * value * value * _CUBIC) * _SQRT_2_OVER_PI))
     elif ACTIVATION == "relu":
         result = tl.maximum(value, 0.0)
+    elif ACTIVATION == "none":
+        result = value
     else:
         tl.static_assert(ACTIVATION == "relu2")
         positive = tl.maximum(value, 0.0)

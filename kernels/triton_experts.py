@@ -4,7 +4,7 @@ Forward: gather, first projection and activation (:mod:`triton_up`), down projec
 (:mod:`triton_combine`). Backward keeps the input and ``z`` only, or only the input. Nothing waits for the device, nothing uses
 atomics: for the same shapes, table of tiles and kind of GPU, the same bits every time.
 
-No GPU time of these kernels has been measured yet; what is verified without one is in ``docs/kernels_static.md``.
+Times on a GPU are in ``docs/kernels.md``; what is verified without one is in ``docs/kernels_static.md``.
 """
 
 from __future__ import annotations
@@ -101,13 +101,10 @@ def _gradients(run: _Run, grad: torch.Tensor, z: torch.Tensor, needs: Gradients,
         z = z.view(run.routing.slots, run.z_width)
         dz = torch.empty_like(z)
     else:
-        z = dz = run.z_rows()  # every tile is read before it is overwritten
-        run.up(scaled_h, z)  # and so is this h
-    shares = run.down_backward(grad, z, dz, scaled_h)
-    found = Gradients()
-    if needs.scores is not None:
-        row = run.routing.slot_row
-        found = found._replace(scores=shares[row.clamp(min=0)].sum(1).masked_fill(row < 0, 0.0))
+        z = dz = run.z_rows()  # what is read of it is read before it is overwritten
+        run.up(scaled_h, z)
+    of_scores = run.down_backward(grad, z, dz, scaled_h)
+    found = Gradients(scores=None if needs.scores is None else of_scores)
     if needs.down is not None:
         found = found._replace(down=run.weight_gradient(scaled_h, grad, "down", into))
     if needs.up is not None:
@@ -203,21 +200,12 @@ class _Run:
 
     def down_backward(
         self, grad: torch.Tensor, z: torch.Tensor, dz: torch.Tensor, scaled_h: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
+        weights, starts, routing, tiles = self.weights, self.width_offsets, self.routing, self.tiles
         tile = self.tile("down_backward")
-        return launch.down_backward(
-            grad,
-            self.weights,
-            self.width_offsets,
-            self.routing,
-            self.scores,
-            self.tiles,
-            tile,
-            z,
-            dz,
-            scaled_h,
-            self.precision,
-        )
+        launch.down_backward(grad, weights, starts, routing, tiles, tile, scaled_h, self.precision)
+        tile = self.tile("combine")
+        return launch.activation_backward(grad, weights, starts, routing, self.scores, tiles, tile, scaled_h, z, dz)
 
     def combine(self, values: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         out = self.x.new_empty(self.routing.tokens, self.weights.hidden)

@@ -9,9 +9,9 @@ from upcycle.kernels.launches import launch
 from upcycle.kernels.routing import Routing
 from upcycle.kernels.row_tiles import RowTiles
 from upcycle.kernels.tiles import Tile
+from upcycle.kernels.triton_activation_backward import activation_backward_kernel
 from upcycle.kernels.triton_bias import bias_gradient_kernel
 from upcycle.kernels.triton_combine import combine_kernel
-from upcycle.kernels.triton_down_backward import down_backward_kernel
 from upcycle.kernels.triton_gemm import gemm_kernel
 from upcycle.kernels.triton_up import up_kernel
 from upcycle.kernels.triton_xty import xty_kernel
@@ -167,33 +167,25 @@ def down_backward(
     weights: ExpertWeights,
     width_offsets: torch.Tensor,
     routing: Routing,
-    scores: torch.Tensor | None,
     tiles: RowTiles,
     tile: Tile,
-    z: torch.Tensor,
-    dz: torch.Tensor,
-    scaled_h: torch.Tensor,
+    out: torch.Tensor,
     precision: str,
-) -> torch.Tensor:
-    """Fill ``dz`` ``[S, 2 I]`` and ``scaled_h`` ``[S, I]``; returns the shares ``[S, columns]`` of ds, fp32."""
+) -> None:
+    """``out`` ``[S, I]`` = the gradient ``[T, H]`` of every row's token times its expert's ``down``: the first projection's kernel."""
     hidden_last, stride = _strides(weights)[1]
     columns = _columns(max(weights.all_widths), tile.n)
-    partial = grad.new_empty(routing.slots, columns, dtype=torch.float32)
     launch(
         "down_backward",
-        down_backward_kernel,
+        up_kernel,
         (tiles.count * columns,),
         tile,
-        grad=grad,
+        x=grad,
         weight=weights.down,
-        bias=weights.down if weights.down_bias is None else weights.down_bias,
-        z=z,
-        scores=partial if scores is None else scores,
-        dz=dz,
-        scaled_h=scaled_h,
-        partial=partial,
+        bias=weights.down,
+        h=out,
+        z=out,
         row_token=routing.row_token,
-        row_slot=routing.row_slot,
         tile_expert=tiles.expert,
         tile_row=tiles.row,
         offsets=routing.offsets,
@@ -201,15 +193,15 @@ def down_backward(
         tiles=tiles.count,
         columns=columns,
         hidden=weights.hidden,
-        stride_grad=grad.stride(0),
+        stride_x=grad.stride(0),
         stride_weight=stride,
-        stride_z=z.stride(0),
-        stride_h=scaled_h.stride(0),
-        FORM=form_of(weights),
+        stride_h=out.stride(0),
+        stride_z=0,
+        FORM="plain",
         HIDDEN_LAST=hidden_last,
-        ACTIVATION=weights.activation,
-        WEIGHTED=scores is not None,
-        BIAS=weights.down_bias is not None,
+        ACTIVATION="none",
+        BIAS=False,
+        SAVE_Z=False,
         ALIGNED=_even(weights, 1, 16),
         EVEN=weights.hidden % tile.k == 0,
         PRECISION=precision,
@@ -218,7 +210,54 @@ def down_backward(
         BLOCK_K=tile.k,
         GROUP=tile.group,
     )
-    return partial
+
+
+def activation_backward(
+    grad: torch.Tensor,
+    weights: ExpertWeights,
+    width_offsets: torch.Tensor,
+    routing: Routing,
+    scores: torch.Tensor | None,
+    tiles: RowTiles,
+    tile: Tile,
+    h: torch.Tensor,
+    z: torch.Tensor,
+    dz: torch.Tensor,
+) -> torch.Tensor | None:
+    """Fill ``dz`` ``[S, 2 I]``, turn ``h`` from ``down_backward``'s result into ``s * h``; returns ds ``[S]``, if there are scores."""
+    found = None if scores is None else torch.zeros_like(scores)
+    launch(
+        "combine",
+        activation_backward_kernel,
+        (tiles.count * _columns(tiles.block, tile.m),),
+        tile,
+        grad=grad,
+        bias=weights.down if weights.down_bias is None else weights.down_bias,
+        h=h,
+        z=z,
+        dz=dz,
+        scores=h if scores is None else scores,
+        dscores=h if found is None else found,
+        row_token=routing.row_token,
+        row_slot=routing.row_slot,
+        tile_expert=tiles.expert,
+        tile_row=tiles.row,
+        offsets=routing.offsets,
+        width_offsets=width_offsets,
+        hidden=weights.hidden,
+        stride_grad=grad.stride(0),
+        stride_h=h.stride(0),
+        stride_z=z.stride(0),
+        FORM=form_of(weights),
+        ACTIVATION=weights.activation,
+        WEIGHTED=scores is not None,
+        BIAS=weights.down_bias is not None,
+        ALIGNED=_even(weights, 1, 16),
+        ROWS=tiles.block,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+    )
+    return found
 
 
 def weight_gradient(

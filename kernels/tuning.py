@@ -28,7 +28,7 @@ def tune(
     """The default table with the fastest tiles for one layer.
 
     Args:
-        weights: of the layer, on the GPU; their values do not matter.
+        weights: of the layer, on the GPU, with random values: zeros take less power, and so less time.
         tokens: batch sizes; each decides one bucket of rows per expert.
         top_k: experts per token, drawn evenly.
         kind: the part of the table to fill.
@@ -39,7 +39,7 @@ def tune(
     families = [name for name in FAMILIES if not name.startswith("up/") or name == f"up/{form_of(weights)}"]
     for number in tokens:
         rows = -(-number * top_k // weights.num_experts)
-        x = torch.zeros(number, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
+        x = torch.randn(number, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
         routing = _even_routing(number, weights.num_experts, top_k, x.device)
         for family in families:
             options = candidates(size, family)
@@ -61,13 +61,19 @@ def tune(
 def launches(
     x: torch.Tensor, weights: ExpertWeights, routing: Routing, kind: str, table: TileTable, family: str
 ) -> list[Launch]:
-    """What a training step launches of one family, written down with its buffers."""
-    scores = torch.ones(routing.slots, device=x.device)
+    """What a training step launches of one family, written down with its buffers, which hold random values."""
+    scores = torch.rand(routing.slots, device=x.device)
     needs = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
     with recorded(kind) as found:
         _, z = forward(x, weights, routing, scores, True, table)
         backward(x, x, weights, routing, scores, z, needs, table=table)
-    return [launch for launch in found if launch.family == family]
+    chosen = [launch for launch in found if launch.family == family]
+    given = {id(tensor) for tensor in (x, scores, weights.up, weights.down)}
+    for launch in chosen:
+        for value in launch.arguments.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and id(value) not in given:
+                value.normal_()
+    return chosen
 
 
 def _time(work: list[Launch], timer: Timer) -> float | None:

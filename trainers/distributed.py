@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -128,6 +129,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
     if mine and world == 1:
         store = getattr(distributed, "HashStore")()  # noqa: B009 - not exported by its stubs
         distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+        atexit.register(_leave)  # not sooner: DeepSpeed remembers the group, and the next run in this process uses it
     elif mine:
         missing = [name for name in _VARIABLES if name not in os.environ]
         if missing:
@@ -154,6 +156,11 @@ def joined(timeout: float) -> Iterator[Ranks]:
     finally:
         if mine and world > 1:
             distributed.destroy_process_group()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager

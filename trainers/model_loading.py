@@ -11,6 +11,7 @@ import torch
 
 from upcycle.companions import copy_files
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.kernels.devices import why_not
 from upcycle.kernels.dispatch import NAME, register
 from upcycle.registry import TARGETS, suggestion
 from upcycle.runtime import quiet_transformers
@@ -60,8 +61,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, experts: 
 def use_experts(model: Any, name: str, device: str | None = None) -> None:
     """Choose how a MoE model computes its experts.
 
-    ``auto`` is ``upcycle`` (:mod:`upcycle.kernels`) on CPUs, where it has been measured; elsewhere, a grouped product where
-    the experts' widths allow that.
+    ``auto`` is ``upcycle`` (:mod:`upcycle.kernels`) on CPUs and on GPUs that its Triton kernels run on; elsewhere, a grouped
+    product where the experts' widths allow that.
 
     Args:
         model: any; dense ones stay as they are.
@@ -74,7 +75,8 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     if model.config.model_type not in TARGETS:
         return
     register()
-    if name == "auto" and (device or model.device.type) == "cpu":
+    # Of a plan's devices only the type is known: its GPUs are such as the kernels run on.
+    if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
         name = NAME
     elif name == "auto":
         weights = [parameter for key, parameter in model.named_parameters() if ".experts." in key]
@@ -88,6 +90,10 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
 
         known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
         raise UsageError(f"experts: transformers has no '{name}': {error}", hint=suggestion(name, known)) from None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cpu" or why_not(device) is None
 
 
 def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: str) -> None:

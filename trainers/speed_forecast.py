@@ -18,7 +18,7 @@ from upcycle.trainers.world import World
 _MOVED = {
     "eager": ((9, 0, 8), (12, 0, 15)),
     "grouped_mm": ((13, 0, 8), (13, 0, 15)),
-    "upcycle": ((3, 1, 4), (5, 1, 10)),
+    "upcycle": ((3, 1, 4), (5, 1, 12)),
 }
 
 

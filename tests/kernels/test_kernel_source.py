@@ -99,4 +99,4 @@ def test_kernels(rule: Callable[[ast.Module], list[int]], path: Path) -> None:
 
 def test_there_are_kernels() -> None:
     names = {function.name for path in KERNELS for function in jitted(ast.parse(path.read_text()))}
-    assert {"up_kernel", "gemm_kernel", "combine_kernel", "down_backward_kernel", "xty_kernel"} <= names
+    assert {"up_kernel", "gemm_kernel", "combine_kernel", "activation_backward_kernel", "xty_kernel"} <= names

@@ -18,7 +18,7 @@ def test_flops_are_six_and_eighteen_per_weight() -> None:
 
 def test_bytes() -> None:
     forward = 3 * R * H + T * H + 4 * R * I + 3 * E * H * I
-    backward = 5 * R * H + T * H + 10 * R * I + 6 * E * H * I
+    backward = 5 * R * H + T * H + 12 * R * I + 6 * E * H * I
     assert total(SHAPE, False).bytes == 2 * forward
     assert total(SHAPE, True).bytes == 2 * (forward + backward)
 

@@ -108,6 +108,7 @@ def tolerance(dtype: torch.dtype, roundings: int, depth: int) -> float:
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     """The RMS error relative to the exact values' RMS; where those are zero, whether all are."""
+    exact = exact.detach().cpu()
     error = (found.detach().cpu().double() - exact).norm()
     scale = exact.norm()
     return float(error / scale) if scale else float(error)
@@ -115,6 +116,6 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def cosine(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Of two tensors as vectors; 1 where both are zero."""
-    found = found.detach().cpu().double().flatten()
+    found, exact = found.detach().cpu().double().flatten(), exact.detach().cpu()
     scale = float(found.norm() * exact.norm())
     return float(found @ exact.flatten()) / scale if scale else float(bool((found == 0).all() and (exact == 0).all()))

@@ -12,8 +12,8 @@ from upcycle.kernels.experts import Gradients
 from upcycle.kernels.tiles import TileTable
 from upcycle.kernels.triton_experts import backward, forward
 
-# How many stored results lie between inputs and each result (h, values, output; z, s*h, dz, gradient, ...).
-ROUNDINGS = {"output": 3, "x": 4, "gate": 3, "up": 3, "down": 3, "scores": 2}
+# How many stored results lie between inputs and each result (h, values, output; z, dA, s*h, dz, gradient, ...).
+ROUNDINGS = {"output": 3, "x": 5, "gate": 4, "up": 4, "down": 3, "scores": 3}
 ROUNDINGS |= {f"{name} bias": ROUNDINGS[name] for name in ("gate", "up", "down")}
 
 

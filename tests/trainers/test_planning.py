@@ -44,7 +44,8 @@ def test_every_division_the_trainer_takes(pico_moe: Model) -> None:
 
 def test_experts_are_planned_as_they_are_trained(pico_moe: Model) -> None:
     recipe = keys(pico_moe("mixtral"), dtype="float32")
-    assert plan_training(recipe, EIGHT).counts.implementation == "grouped_mm"
+    assert plan_training(recipe, EIGHT).counts.implementation == "upcycle"
+    assert plan_training({**recipe, "experts": "grouped_mm"}, EIGHT).counts.implementation == "grouped_mm"
     assert plan_training(recipe, "2").counts.implementation == "upcycle"
     assert plan_training({**recipe, "experts": "upcycle_lean"}, EIGHT).counts.implementation == "upcycle_lean"
 

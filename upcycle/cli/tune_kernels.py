@@ -62,7 +62,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
         if options["stacked"]
         else [(2 * experts * width, hidden), (experts * width, hidden)]
     )
-    up, down = (torch.zeros(shape, dtype=getattr(torch, options["dtype"]), device=device) for shape in shapes)
+    up, down = (torch.randn(shape, dtype=getattr(torch, options["dtype"]), device=device) for shape in shapes)
     weights = (
         ExpertWeights(up, down)
         if options["stacked"]
