@@ -53,9 +53,10 @@ quality: $(READY)       # mixes of the demo model; split recipes and every split
 serving: $(READY)       # llama.cpp, whose folder LLAMA_CPP names, beside transformers: a tiny model of every target
 	$(BIN)/python -P tests/benchmarks/serving_targets.py
 
-training: $(READY)      # the demo model healed and grown, their tables and curves in docs/; steps of training against Trainer
+training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed and grown; steps of training against Trainer
 	$(BIN)/python -P tests/benchmarks/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
 	$(BIN)/python -P tests/benchmarks/growing.py --out docs/growing_demo.md --plot docs/growing_demo.svg
+	$(BIN)/python -P tests/benchmarks/healing_smollm2.py --out docs/healing_smollm2.md
 	$(BIN)/python -P tests/benchmarks/train_speed.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt

@@ -69,7 +69,7 @@ def recipe(model: Path, output: Path, data: dict[str, Any], tokens: int, rate: f
 def main() -> None:
     """Convert, train, and print the table; with ``--out`` it is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4)")
     parser.add_argument("--router", type=float, default=1e-3, help="factor on the routers' rate (default: 1e-3)")
     parser.add_argument("--work", type=Path, help="keep the run here, and continue it")
