@@ -72,6 +72,7 @@ def shares(likelihoods: list[list[float]]) -> tuple[float, float]:
     return plain / len(QUESTIONS), normed / len(QUESTIONS)
 
 
+@pytest.mark.long
 @harness
 def test_scores_are_those_of_likelihoods_summed_by_hand(half: Path, scored: Evaluation) -> None:
     assert scored.tasks

@@ -79,7 +79,7 @@ def perplexity_of(folder: Path, text: Path) -> float:
     return math.exp(total / count)
 
 
-@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("search", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_clusters_are_merged_and_mixed(search: bool, zoo: Zoo, text: Path, tmp_path: Path) -> None:
     sources = zoo("abba")
     result = convert(tmp_path / "out", sources, text, parameters={"search": search}, **NO_CHECK)
@@ -187,6 +187,7 @@ upcycle.convert(None, **arguments)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["scoring", "writing"])
 def test_killed_then_resumed_is_byte_equal(
     where: str, zoo: Zoo, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -128,6 +128,7 @@ def test_an_empty_domain(opened: Opened, fraction: float) -> None:
         opened(Nothing(), HeldOut(fraction, np.empty(0, np.uint64))).skip(Cursor(), 0)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_corpus(opened: Opened) -> None:
     class Large(Numbers):
         def __init__(self, blocks: int) -> None:

@@ -57,6 +57,7 @@ def test_other_layouts_and_dtypes(pico_moe: Model, tmp_path: Path) -> None:
     assert all(torch.equal(one[key], two[key].bfloat16().float()) for key in two)
 
 
+@pytest.mark.long
 def test_a_converted_model_stays_verifiable(pico: Model, tmp_path: Path) -> None:
     upcycle.convert(str(pico("llama")), tmp_path / "moe", experts=4, top_k=2, verification={"enabled": False})
     recipe = recipe_for(tmp_path / "moe", tmp_path, saving={"export": True})
@@ -98,6 +99,7 @@ def test_what_is_no_checkpoint_is_refused(pico_moe: Model, tmp_path: Path) -> No
         export(pico_moe("mixtral"), tmp_path / "out")
 
 
+@pytest.mark.long
 def test_a_full_folder_is_not_overwritten(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
     run(recipe)

@@ -28,6 +28,7 @@ def in_the_heap(how: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's settings")
 def test_large_blocks_lie_in_the_heap() -> None:
     assert in_the_heap("kept") == "True"

@@ -40,6 +40,7 @@ def distilled(student: tuple[Path, Path], folder: Path, name: str, **keys: Any) 
     return recipe_for(student[1], folder, stage=stage, output=str(folder / name))
 
 
+@pytest.mark.long
 def test_a_whole_cache_gives_the_losses_of_the_running_parent(student: Any, tmp_path: Path) -> None:
     live = distilled(student, tmp_path, "live")
     everything = {"cache": str(tmp_path / "kept"), "top_p": 1.0, "most": 4096}
