@@ -167,6 +167,7 @@ def test_layers_see_what_the_stock_model_feeds_them(pico: Pico, tmp_path: Path, 
         assert error.item() >= 0.3 * report["error_after"]
 
 
+@pytest.mark.long
 def test_a_stopped_calibration_continues_to_the_same_bytes(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_stopped_calibration_is_not_continued_on_another_text(
         upcycle.convert(str(pico("llama")), tmp_path / "out", **recipe)
 
 
+@pytest.mark.long
 def test_states_cut_short_by_a_crash_are_computed_again(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

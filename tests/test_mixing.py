@@ -221,6 +221,7 @@ upcycle.convert(None, sys.argv[1], sources=sys.argv[2:], method="branch_train_mi
 """
 
 
+@pytest.mark.long
 def test_killed_then_resumed_is_byte_equal(branches: Branches, tmp_path: Path) -> None:
     sources = list(map(str, branches(3)))
     killed = subprocess.run(

@@ -60,6 +60,7 @@ def equal(one: Path, two: Path) -> bool:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("units", [1, 3])
 def test_killed_then_resumed_is_byte_equal(units: int, pico: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -74,6 +75,7 @@ def test_killed_then_resumed_is_byte_equal(units: int, pico: Callable[[str], Pat
     assert equal(out, tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_resuming_does_not_convert_finished_layers_again(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(pico: Callable[[str], Path],
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_a_second_process_is_turned_away(pico: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = start(pico("llama"), out, 1)

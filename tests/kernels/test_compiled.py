@@ -132,6 +132,7 @@ def test_it_is_compiled_once_and_kept_where_others_cannot_write(fresh: Path, mon
     assert compiled.few_rows() is not None
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("what", ["folder", "library"])
 def test_what_others_could_have_written_is_not_loaded(what: str, fresh: Path) -> None:

@@ -80,6 +80,7 @@ def test_given_weights(branches: Branches, tmp_path: Path) -> None:
     assert upcycle.convert(str(tmp_path / "out"), tmp_path / "moe", experts=2, verification={"tokens": 64}).verification
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parameters", [{}, {"prior": "cached", "decay": 0.5}, {"most": 2}])
 def test_weights_are_the_posteriors_on_a_text(
     parameters: dict[str, Any], text: dict[str, Any], branches: Branches, tmp_path: Path

@@ -152,6 +152,7 @@ def test_copies_of_one_model_and_a_generalist_are_exact(
     assert result.verification.verdict == "exact"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma", "granite"])
 def test_other_families(name: str, branches: Branches, tmp_path: Path) -> None:
     mixed = mix(tmp_path / "out", branches(2, 0.3, name))

@@ -129,6 +129,7 @@ def test_the_mix_is_that_of_merges_written_to_disk(zoo: Zoo, tmp_path: Path) -> 
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.long
 def test_a_real_zoo_is_verified_and_recorded(zoo: Zoo, text: Path, tmp_path: Path) -> None:
     sources = zoo("aba")
     result = convert(tmp_path / "out", sources, text)
@@ -146,6 +147,7 @@ def test_a_real_zoo_is_verified_and_recorded(zoo: Zoo, text: Path, tmp_path: Pat
     assert not (tmp_path / "out" / "measured.jsonl").exists()
 
 
+@pytest.mark.long
 def test_nothing_is_decided_again(zoo: Zoo, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = zoo("aba")
     result = convert(tmp_path / "out", sources, text)

@@ -193,6 +193,7 @@ def test_sources_that_are_the_same_are_exact(
         assert torch.equal(made[name], dense[name].to(made[name].dtype)), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen3-bias", "phi3", "gemma", "granite", "lfm2", "qwen3.5"])
 def test_other_families(name: str, branches: Branches, tmp_path: Path) -> None:
     mixed = mix(tmp_path / "out", branches(2, 0.3, name), parameters={"chunks": 2})
@@ -254,6 +255,7 @@ def test_the_generalist_is_aligned_too(branches: Branches, pico: Callable[[str],
         assert np.array_equal(made[MOE.format(2, e, "w2")], anchor[MLP.format(2, "down")])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("router", ["random", "hidden", "cheap_embed"])
 def test_a_stopped_calibration_continues_to_the_same_bytes(
     router: str, branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

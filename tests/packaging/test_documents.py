@@ -152,6 +152,7 @@ def keys_of(kind: Any) -> dict[str, None]:
     return {field.name: None for field in fields(kind)}
 
 
+@pytest.mark.long
 def test_json_keys(
     pico: Callable[[str], Path],
     pico_moe: Callable[[str], Path],
@@ -252,6 +253,7 @@ def test_json_keys(
     json.dumps(actual)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "convert").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
     content: dict[str, Any] = yaml.safe_load(path.read_text())

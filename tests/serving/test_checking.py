@@ -119,6 +119,7 @@ def test_an_engine_that_is_not_there(engine: str, says: str, hint: str, out: Pat
     assert provenance.read_evaluation(out) is None
 
 
+@pytest.mark.long
 def test_a_python_is_found_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     python = tmp_path / "engine" / "bin" / "python"
     python.parent.mkdir(parents=True)

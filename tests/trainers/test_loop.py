@@ -155,6 +155,7 @@ def test_stages_train_what_they_name(pico_moe: Model, tmp_path: Path) -> None:
     assert [line["stage"] for line in steps(recipe)] == ["router", "router", "experts", "experts"]
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_between_stages_goes_on_with_the_next(pico_moe: Model, tmp_path: Path) -> None:
     stages = [
         {"name": "one", "train": ["router"], "steps": 2, "learning_rate": 0.1},
