@@ -51,16 +51,39 @@ def up(
     precision: str,
 ) -> None:
     """Fill ``h`` ``[S, I]`` and, if given, ``z`` ``[S, 2 I]`` (I of the widest expert); see ``up_kernel``."""
-    hidden_last, stride = _strides(weights)[0]
+    bias, form = weights.up_bias, form_of(weights)
+    shared = weights, width_offsets, routing, tiles, tile
+    _rows_times(f"up/{form}", x, weights.up, bias, "up", form, weights.activation, *shared, h, z, precision)
+
+
+def _rows_times(
+    family: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    which: str,
+    form: str,
+    activation: str,
+    weights: ExpertWeights,
+    width_offsets: torch.Tensor,
+    routing: Routing,
+    tiles: RowTiles,
+    tile: Tile,
+    h: torch.Tensor,
+    z: torch.Tensor | None,
+    precision: str,
+) -> None:
+    """Rows of ``x`` ``[T, H]`` times their expert's ``weight``, which is ``up`` or ``down``; see ``up_kernel``."""
+    hidden_last, stride = _strides(weights)[0 if which == "up" else 1]
     columns = _columns(max(weights.all_widths), tile.n)
     launch(
-        f"up/{form_of(weights)}",
+        family,
         up_kernel,
         (tiles.count * columns,),
         tile,
         x=x,
-        weight=weights.up,
-        bias=weights.up if weights.up_bias is None else weights.up_bias,
+        weight=weight,
+        bias=weight if bias is None else bias,
         h=h,
         z=h if z is None else z,
         row_token=routing.row_token,
@@ -75,10 +98,10 @@ def up(
         stride_weight=stride,
         stride_h=h.stride(0),
         stride_z=0 if z is None else z.stride(0),
-        FORM=form_of(weights),
+        FORM=form,
         HIDDEN_LAST=hidden_last,
-        ACTIVATION=weights.activation,
-        BIAS=weights.up_bias is not None,
+        ACTIVATION=activation,
+        BIAS=bias is not None,
         SAVE_Z=z is not None,
         ALIGNED=_even(weights, 1, 16),
         EVEN=weights.hidden % tile.k == 0,
@@ -173,43 +196,8 @@ def down_backward(
     precision: str,
 ) -> None:
     """``out`` ``[S, I]`` = the gradient ``[T, H]`` of every row's token times its expert's ``down``: the first projection's kernel."""
-    hidden_last, stride = _strides(weights)[1]
-    columns = _columns(max(weights.all_widths), tile.n)
-    launch(
-        "down_backward",
-        up_kernel,
-        (tiles.count * columns,),
-        tile,
-        x=grad,
-        weight=weights.down,
-        bias=weights.down,
-        h=out,
-        z=out,
-        row_token=routing.row_token,
-        tile_expert=tiles.expert,
-        tile_row=tiles.row,
-        offsets=routing.offsets,
-        width_offsets=width_offsets,
-        tiles=tiles.count,
-        columns=columns,
-        hidden=weights.hidden,
-        stride_x=grad.stride(0),
-        stride_weight=stride,
-        stride_h=out.stride(0),
-        stride_z=0,
-        FORM="plain",
-        HIDDEN_LAST=hidden_last,
-        ACTIVATION="none",
-        BIAS=False,
-        SAVE_Z=False,
-        ALIGNED=_even(weights, 1, 16),
-        EVEN=weights.hidden % tile.k == 0,
-        PRECISION=precision,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        GROUP=tile.group,
-    )
+    shared = weights, width_offsets, routing, tiles, tile
+    _rows_times("down_backward", grad, weights.down, None, "down", "plain", "none", *shared, out, None, precision)
 
 
 def activation_backward(
@@ -226,10 +214,11 @@ def activation_backward(
 ) -> torch.Tensor | None:
     """Fill ``dz`` ``[S, 2 I]``, turn ``h`` from ``down_backward``'s result into ``s * h``; returns ds ``[S]``, if there are scores."""
     found = None if scores is None else torch.zeros_like(scores)
+    rows = min(tile.m, tiles.block)  # more would reach into the expert's next tile
     launch(
         "combine",
         activation_backward_kernel,
-        (tiles.count * _columns(tiles.block, tile.m),),
+        (tiles.count * _columns(tiles.block, rows),),
         tile,
         grad=grad,
         bias=weights.down if weights.down_bias is None else weights.down_bias,
@@ -254,7 +243,7 @@ def activation_backward(
         BIAS=weights.down_bias is not None,
         ALIGNED=_even(weights, 1, 16),
         ROWS=tiles.block,
-        BLOCK_M=tile.m,
+        BLOCK_M=rows,
         BLOCK_N=tile.n,
     )
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from guards import guarded
@@ -127,8 +129,6 @@ def test_inputs_that_are_not_contiguous(device: torch.device, table: TileTable) 
         found = backward(grad, x, weights, routing, scores, z, made.gradients(), table=table)  # type: ignore[arg-type]
         return [output, *(part for part in found if part is not None)]
 
-    from dataclasses import replace
-
     wide = torch.full((9, 2 * case.hidden), torch.nan, device=device)
     wide[:, : case.hidden] = x
     apart = torch.stack([scores, scores * torch.nan], 1)[:, 0]
@@ -153,3 +153,18 @@ def test_no_tokens(device: torch.device, table: TileTable) -> None:
     assert (found.up == 0).all()
     assert found.x is not None
     assert found.x.shape == (0, 32)
+
+
+def test_sums_of_more_rows_than_a_tile_has(device: torch.device, table: TileTable) -> None:
+    """A table may say so: what is computed in place must not reach into an expert's next tile."""
+    made = make(Case(tokens=40, k=1, choose=lambda *_: [[1]] * 40, dtype=torch.bfloat16), device)
+    wide = TileTable(
+        {key: replace(tile, m=256, n=32) if key[2] == "combine" else tile for key, tile in table.entries.items()}
+    )
+    results = []
+    for tiles in (table, wide):
+        _, z = forward(*made.arguments, True, tiles)
+        found = backward(made.problem.grad, *made.arguments, z, made.gradients(), table=tiles)
+        results.append([found.x, found.up, found.down])
+    for mine, wanted in zip(*results, strict=True):
+        assert torch.equal(mine, wanted)
