@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.trainers import model_loading
 from upcycle.trainers.checkpoint_writer import CONVERSION
 from upcycle.trainers.model_loading import collect_small_files, load_model, parent_folder, save_config, stored_form
 
@@ -29,6 +30,24 @@ def test_a_model_is_loaded_to_train(pico_moe: Model) -> None:
     assert model.config.use_cache is False
     assert model.config._experts_implementation == "upcycle"
     assert load_model(pico_moe("qwen3_moe"), torch.float32, CPU, "eager").config._experts_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "hidden", "wanted"),
+    [(None, 32, "upcycle"), ("it is sm_75", 32, "grouped_mm"), ("it is sm_75", 30, "eager")],
+)
+def test_what_a_gpu_gets(obstacle: str | None, hidden: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernels, else a grouped product where rows are aligned."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    monkeypatch.setattr(model_loading, "why_not", lambda device: obstacle)
+    config = MixtralConfig(
+        hidden_size=hidden, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
+    )
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    model_loading.use_experts(model, "auto")
+    assert model.config._experts_implementation == wanted
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, pico_moe: Model) -> None:
