@@ -26,6 +26,7 @@ from training_curves import read_curve, validation_loss, write_domains, write_pa
 import upcycle
 from upcycle.recipe import read_recipe
 from upcycle.trainers.loop import train
+from upcycle.trainers.reports import read_log
 
 LENGTH, BATCH = 512, 4
 PIECES = 48
@@ -79,14 +80,18 @@ def main() -> None:
     source = dense_folder()
     data = write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS})
     told = recipe(convert(source, work / "split"), work / "run", data, options.tokens, options.rate, options.router)
+    log = work / "run" / "log.jsonl"
+    before = max((line.get("tokens", 0) for line in read_log(log)), default=0) if log.exists() else 0
     started = time.perf_counter()
-    train(told)
+    if train(told).stopped:
+        sys.exit(f"stopped by a signal; --work {work} continues, and only then is there a table")
     seconds = time.perf_counter() - started
     points = read_curve(work / "run").points
     trained = max(points)
     dense, split, healed = validation_loss(source, told), points[0], points[trained]
+    added = trained - before  # a run that was stopped has trained on the others in another process
     lines = [
-        f"{trained:,} tokens in {seconds / 60:.0f} minutes, validations included ({trained / seconds * 3600:,.0f} an hour); "
+        f"{added:,} tokens in {seconds / 60:.0f} minutes, validations included ({added / seconds * 3600:,.0f} an hour); "
         f"perplexity on 8,192 held-out tokens of each:",
         "",
         "| domain | dense | split | healed | of the gap closed |",
