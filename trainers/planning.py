@@ -9,6 +9,7 @@ from typing import Any
 
 from upcycle.errors import UsageError
 from upcycle.recipe import read_recipe
+from upcycle.shipped_recipes import needed_recipe_file
 from upcycle.sources import is_local, locate
 from upcycle.tensor_files import SafetensorsFolder, read_json
 from upcycle.trainers import expert_parallel
@@ -138,7 +139,7 @@ def read_planned(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRec
     Raises:
         UsageError: the file is missing or no recipe.
     """
-    given = overlaid or {}
+    given, path = overlaid or {}, needed_recipe_file(str(path), "train")
     known = {key.partition(".")[0] for key in (*read_recipe(path), *given)}
     return read_train_recipe(path, {**{k: v for k, v in _MISSING.items() if k not in known}, **given})
 

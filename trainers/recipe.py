@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from upcycle.errors import UsageError
 from upcycle.recipe import explained, read_recipe
 from upcycle.registry import LOSSES, suggestion
+from upcycle.shipped_recipes import needed_recipe_file
 from upcycle.trainers.alarms import AlarmParameters
 from upcycle.trainers.balance import BiasBalanceParameters
 from upcycle.trainers.data_recipe import DataRecipe
@@ -286,11 +287,12 @@ def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
 
 
 def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:
-    """Read a YAML recipe, with keys of ``overlaid`` (dotted paths) laid over it.
+    """Read a YAML recipe, or one that comes with upcycle by its name, with keys of ``overlaid`` (dotted paths) laid over it.
 
     Raises:
         UsageError: the file is missing, not YAML, or not such a recipe.
     """
+    path = needed_recipe_file(str(path), "train")
     content = read_recipe(path)
     for key, value in (overlaid or {}).items():
         _lay(content, key, value)

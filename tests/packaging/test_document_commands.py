@@ -26,7 +26,7 @@ SHORTER = (
     ("upcycle convert", "--overwrite"),
     ("upcycle convert", "--verify-tokens 64"),
     ("--calibration", "--calibration-tokens 1024"),
-    ("split_50.yaml", "--calibration-tokens 1024"),
+    ("split_50", "--calibration-tokens 1024"),
     ("upcycle compare", "--text check.txt --tokens 512 --out compare.json"),
     ("--active 0.75,0.5,0.25", "--active 0.75,0.5"),  # small FFNs cannot be cut finely enough for less
     ("upcycle train", "--set length=64 --set global_batch=2 --set micro_batch=1 --set stages.heal.steps=2"),

@@ -41,14 +41,16 @@ def command(
 ) -> None:
     """Convert SOURCE into a Mixture-of-Experts checkpoint in the folder OUT, and verify it.
 
-    SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml (mergekit-moe's are understood); with --sources
-    it may be left out. Flags win over the recipe, and the resolved recipe is written into OUT. A conversion that was
-    stopped continues when the same command is given again.
+    SOURCE is a local folder, a hub id, a .gguf file, demo, or a recipe: a RECIPE.yaml (mergekit-moe's are understood) or the
+    name of one that comes with upcycle (upcycle list recipes), whose source --source names. With --sources it may be left out.
+    Flags win over the recipe, and the resolved recipe is written into OUT. A conversion that was stopped continues when the
+    same command is given again.
 
     \b
     upcycle convert demo OUT --experts 4 --top-k 2
     upcycle convert ./llama OUT --method random_split --experts 8 --top-k 4
     upcycle convert OUT --method branch_train_mix --sources ./math,./code,./law
+    upcycle convert split_50 OUT --source ./llama --calibration docs.txt
     upcycle convert recipe.yaml OUT --set router.parameters.std=0.01
     """
     if out is None:

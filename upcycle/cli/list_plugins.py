@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,8 +10,8 @@ from rich.markup import escape
 from upcycle.cli.options import common_options
 from upcycle.cli.output import print_json, print_table
 from upcycle.errors import UsageError
+from upcycle.shipped_recipes import VERBS, shipped, summary
 
-RECIPES = Path(__file__).parent.parent / "configs" / "convert"
 KINDS = ("methods", "routers", "families", "targets", "losses", "recipes")
 
 
@@ -83,8 +82,9 @@ def entries(kind: str) -> list[dict[str, Any]]:
 
     if kind == "recipes":
         return [
-            {"name": path.stem, "what": _first_comment(path), "path": str(path)}
-            for path in sorted(RECIPES.glob("*.yaml"))
+            {"name": name, "command": f"upcycle {verb} {name}", "what": summary(path), "path": str(path)}
+            for verb in VERBS
+            for name, path in shipped(verb).items()
         ]
     singular = {"families": "family", "losses": "loss"}.get(kind, kind[:-1])
     found = []
@@ -104,10 +104,6 @@ def entries(kind: str) -> list[dict[str, Any]]:
             entry["holds"] = sorted(feature.value for feature in plugin.holds)
         found.append(entry)
     return found
-
-
-def _first_comment(path: Path) -> str:
-    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -22,6 +21,8 @@ from upcycle.recipe import (
     read_recipe,
     set_key,
 )
+from upcycle.shipped_recipes import recipe_file, recipe_hint
+from upcycle.sources import is_local
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,9 +79,9 @@ def recipe_options(function: F) -> F:
     ]
     for flag, name, metavar, text in repeatable:
         function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
-    function = click.option("--source", "source_flag", metavar="SOURCE", help="the source, for a recipe without one")(
-        function
-    )
+    function = click.option(
+        "--source", "source_flag", metavar="SOURCE", help="the source of a recipe, instead of its own"
+    )(function)
     for flag, (values, text) in _PARAMETERS.items():
         function = click.option(flag, type=click.Choice(values), default=None, help=text)(function)
     for flags, key in reversed(_FLAGS.items()):
@@ -127,30 +128,56 @@ def build_recipe(
     base: dict[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Recipe:
-    """Default < recipe file < flags. ``source`` is a source or the path of a ``.yaml`` recipe, ours or mergekit-moe's; ``say``
-    is told what the latter maps to.
+    """Default < recipe file < flags. ``source`` is a source, the path of a ``.yaml`` recipe, ours or mergekit-moe's, or the name of
+    a recipe that comes with upcycle; ``say`` is told what mergekit's maps to.
 
     Raises:
-        UsageError: the result is not a valid recipe; the message names the key.
+        UsageError: two sources disagree, or the result is not a valid recipe; the message names the key.
     """
     content: dict[str, Any] = dict(base or {})
-    where = "recipe"
-    if source and source.endswith((".yaml", ".yml")):
-        found = read_recipe(Path(source))
+    where, told = "recipe", flags["source_flag"]
+    path = recipe_file(source, "convert") if source else None
+    if path:
+        found = read_recipe(path)
         if is_mergekit(found):
-            found, notes = translate(found, source)
+            found, notes = translate(found, str(path))
             for note in notes if say else []:
                 say(note)  # type: ignore[misc]
         content |= found
-        where = source
+        where = str(path)
     elif source:
+        _refuse_two(source, told)
+        if not is_local(source) and "/" not in source:  # no hub id either
+            raise UsageError(
+                f"no such file or folder: {source}",
+                hint="a source is a local folder, a .gguf file, a hub id (org/name), demo, or a recipe: "
+                + recipe_hint(source, "convert"),
+            )
         content["source"] = source
-    if flags["source_flag"]:
-        content["source"] = flags["source_flag"]
+    if told:
+        if content.get("source") not in (None, told):
+            content.pop("revision", None)  # it is of the recipe's own source
+        content["source"] = told
+    named = source if source and not path else told
     _lay_flags(content, flags)
+    if named:
+        _refuse_two(named, content["source"], "--set source")
     if isinstance(content.get("scale"), str):
         content["scale"] = _number_if_possible(content["scale"])
     return parse_recipe(content, where)
+
+
+def _refuse_two(one: str, other: str | None, flag: str = "--source") -> None:
+    """
+    Raises:
+        UsageError: two sources that disagree.
+    """
+    if other in (None, one):
+        return
+    raise UsageError(
+        f"two sources: '{one}' and {flag} '{other}'",
+        hint=f"leave one out; where '{one}' was to be a recipe, {recipe_hint(one, 'convert')}",
+    )
 
 
 def _lay_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:

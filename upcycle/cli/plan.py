@@ -30,7 +30,8 @@ class _Plan(click.Command):
 def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> None:
     """Say everything the conversion of SOURCE will cost, without reading a weight.
 
-    SOURCE is a local folder, a hub id, a .gguf file, demo, or a RECIPE.yaml. Of a hub id only config.json is downloaded.
+    SOURCE is a local folder, a hub id, a .gguf file, demo, a RECIPE.yaml, or the name of a recipe that comes with upcycle
+    (upcycle list recipes). Of a hub id only config.json is downloaded.
 
     What a training run will need is another command's: upcycle plan train RECIPE --world 8xH100.
     """

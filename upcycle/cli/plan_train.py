@@ -37,6 +37,8 @@ def command(
 ) -> None:
     """Estimate what training as RECIPE says needs: memory of a rank, bytes sent per step, and bounds on tokens per second.
 
+    RECIPE is a YAML file, or the name of a recipe that comes with upcycle (upcycle list recipes).
+
     Every ZeRO stage and division of experts that the trainer takes is a row of one table. Of tokens per second it has the bound if
     sending and computing overlap perfectly, and (apart) if they do not at all; by that, the recommended row is the fastest that
     fits. No weight is read. Devices: A100, A100-40GB, H100, H200, B200, L40S.

@@ -67,11 +67,13 @@ def command(
 ) -> None:
     """Train a model as RECIPE says, on one rank or many.
 
+    RECIPE is a YAML file, or the name of a recipe that comes with upcycle (upcycle list recipes).
+
     A run that was stopped continues from its newest checkpoint when the same command is given again, on any number of
     ranks. SIGTERM saves and exits with 0. Started by torchrun, the command is one of its ranks.
 
     \b
-    upcycle train configs/train/heal_split.yaml --model ./half --output ./healed
+    upcycle train heal_split --model ./half --output ./healed --set data=corpus.jsonl
     upcycle train recipe.yaml --nproc 8 --set zero.stage=2
     upcycle train recipe.yaml --hostfile hosts --set expert_parallel=8
     """
