@@ -8,6 +8,7 @@ import torch
 
 from upcycle.kernels.compiling import Function, function
 from upcycle.kernels.experts import ExpertWeights
+from upcycle.kernels.plain import is_plain
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -30,7 +31,7 @@ def takes(weights: ExpertWeights, experts: torch.Tensor) -> bool:
 def few_rows_output(
     x: torch.Tensor, weights: ExpertWeights, experts: torch.Tensor, scores: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """``[T, H]`` like ``x`` of experts that it :func:`takes`; ``None``: there is no kernel, or an id or a score is wrong.
+    """``[T, H]`` like ``x`` of experts that it :func:`takes`; ``None``: there is no kernel, an id is wrong, or a tensor is not plain.
 
     Args:
         x: ``[T, H]``.
@@ -44,6 +45,8 @@ def few_rows_output(
     x, experts = x.contiguous(), experts.to(torch.int64).contiguous()
     factors = None if scores is None else scores.contiguous()
     out = torch.empty_like(x)
+    if not is_plain(x, weights.up, weights.down, experts, factors, out):
+        return None
     refused = kernel(
         KINDS[x.dtype], x.data_ptr(), weights.up.data_ptr(), weights.down.data_ptr(), experts.data_ptr(),
         None if factors is None else factors.data_ptr(), out.data_ptr(),

@@ -11,6 +11,7 @@ import torch
 
 from upcycle.kernels.activation import activate, activation_gradient
 from upcycle.kernels.compiling import Function, function
+from upcycle.kernels.plain import is_plain
 
 KINDS = {"silu": 0, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}  # of activations.cpp
 ARGUMENTS = (
@@ -95,7 +96,7 @@ def _run(
 ) -> bool:
     """Whether it was computed: in fp32, in one piece, of an activation that is there."""
     tensors = (z, dh, scale, h, dz, products)
-    fits = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+    fits = is_plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
     run = kernel() if fits and activation in KINDS else None
     if run is None:
         return False

@@ -16,7 +16,6 @@ from upcycle.kernels import compiled
 from upcycle.kernels.activation import activate
 from upcycle.kernels.cpu_products import LARGE, Products, accumulator
 from upcycle.kernels.experts import ExpertWeights
-from upcycle.kernels.routing import refuse_infinite
 
 MOST_SLOTS = 64
 
@@ -38,7 +37,7 @@ def forward(
     """``[T, H]`` like ``x``; see :func:`upcycle.kernels.operator.experts_output`.
 
     Raises:
-        UsageError: an id is negative, a token has more experts than there are, or a score that is used is NaN or infinite.
+        UsageError: an id is negative, or a token has more experts than there are.
     """
     if compiled.takes(weights, experts):
         made = compiled.few_rows_output(x, weights, experts, scores)
@@ -51,7 +50,6 @@ def forward(
     _check(ids, slots, weights.num_experts, top_k)
     if len(slots) < len(ids):
         factors = [factor if ids[slot] < weights.num_experts else 0.0 for slot, factor in enumerate(factors)]
-    refuse_infinite(factors)
     if not slots:
         return torch.zeros_like(x)
     if tokens == 1 and x.dtype == accumulator(x.dtype):

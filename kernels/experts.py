@@ -13,6 +13,7 @@ Intermediates (pre-activations ``z`` and activations ``h``) are flat: expert e's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, TypeAlias
@@ -48,7 +49,7 @@ class ExpertWeights:
     widths: tuple[int, ...] | None = None
     """I of every expert where packed; ``None``: stacked."""
     checked: tuple[object, ...] = field(init=False, compare=False, repr=False)
-    """:meth:`state` when it was made."""
+    """:func:`state_of` its tensors when they were checked."""
 
     def __post_init__(self) -> None:
         _check_kind(self)
@@ -60,11 +61,28 @@ class ExpertWeights:
         flat = (rows * sum(self.all_widths),) if self.packed else (experts, rows * self.width(0))
         _check_tensor("up_bias", self.up_bias, self.up, flat)
         _check_tensor("down_bias", self.down_bias, self.up, (experts, self.hidden))
-        object.__setattr__(self, "checked", self.state())
+        object.__setattr__(self, "checked", state_of(*self.tensors))
 
-    def state(self) -> tuple[object, ...]:
-        """What was checked, and may since have changed in place, as when a module is moved or cast."""
-        return self.up.shape, self.up.dtype, self.up.device, self.down.shape, self.down.dtype, self.down.device
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """``up``, ``down``, ``up_bias``, ``down_bias``."""
+        return self.up, self.down, self.up_bias, self.down_bias
+
+    @property
+    def stacked_layout(self) -> tuple[str, bool, bool, bool]:
+        """The arguments between the matrices and the biases."""
+        return self.activation, self.gated, self.interleaved, self.transposed
+
+    def without_memory(self) -> ExpertWeights:
+        """The same with shapes in place of numbers: what may be kept while the weights come and go."""
+        return self.around(*(None if tensor is None else tensor.detach().to("meta") for tensor in self.tensors))
+
+    def around(self, *tensors: torch.Tensor | None) -> ExpertWeights:
+        """The same around other ``tensors``, in their order here, which the caller knows to fit: nothing is checked again."""
+        made = copy(self)
+        for name, tensor in zip(("up", "down", "up_bias", "down_bias"), tensors, strict=True):
+            object.__setattr__(made, name, tensor)
+        return made
 
     @property
     def packed(self) -> bool:
@@ -180,6 +198,11 @@ class ExpertWeights:
             rows = self.rows_per_neuron
             return tensor[rows * self.starts[expert] : rows * self.starts[expert + 1]]
         return tensor[expert]
+
+
+def state_of(*tensors: torch.Tensor | None) -> tuple[object, ...]:
+    """What is checked of weights, and may change when a module is moved, cast, or given others."""
+    return tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
 
 
 def pack(weights: ExpertWeights) -> ExpertWeights:

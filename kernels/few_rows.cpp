@@ -237,7 +237,6 @@ int run(const Layer& layer, const Weight* x, const Weight* up, const Weight* dow
   for (int64_t slot = 0; slot < slots; ++slot) {
     if (ids[slot] < 0) return 1;
     if (ids[slot] >= num_experts) continue;
-    if (scores && !std::isfinite(scores[slot])) return 2;
     work.order.push_back(slot);
   }
   std::stable_sort(work.order.begin(), work.order.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
@@ -276,7 +275,7 @@ int run(const Layer& layer, const Weight* x, const Weight* up, const Weight* dow
 
 // The output [T, H] of experts without biases, up [E, 2I or I, H] and down [E, H, I], for ids [T, K]; ids of E and more have no
 // expert. Scores [T, K] in fp32, or null: all 1. Kind: 0 for fp32, 1 for bfloat16 x, weights and output; all are contiguous.
-// Returns 0, 1 for a negative id, 2 for a score that is used and not finite; nothing was written then.
+// Returns 0, or 1 for a negative id; nothing was written then. A score that is not finite makes its token's output so.
 extern "C" int upcycle_few_rows(int kind, const void* x, const void* up, const void* down, const int64_t* ids,
                                 const float* scores, void* out, int64_t tokens, int64_t top_k, int64_t num_experts,
                                 int64_t hidden, int64_t width, int activation, int gated, int interleaved, int threads) {

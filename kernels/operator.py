@@ -14,7 +14,8 @@ from upcycle.errors import UsageError
 from upcycle.kernels import cpu, cpu_decode
 from upcycle.kernels.dispatch import backend
 from upcycle.kernels.experts import ExpertWeights, Gradients
-from upcycle.kernels.routing import Routing, refuse_infinite, route
+from upcycle.kernels.plain import without_numbers
+from upcycle.kernels.routing import Routing, route
 
 Saved = Literal["z", "none"]
 _MADE = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -46,15 +47,15 @@ def experts_output(
             FLOPs in all.
 
     Raises:
-        UsageError: shapes, dtypes or devices do not fit together, an id is negative, a token has more experts than there
-            are, or a score that is used is NaN or infinite (on a GPU, where nobody looks at it, it makes the output so).
+        UsageError: shapes, dtypes or devices do not fit together, an id is negative, or a token has more experts than there
+            are. A score that is NaN or infinite is no error: it makes its token's output so, as anywhere in torch.
     """
     _check(x, weights, experts, scores, token_offsets)
     if save not in get_args(Saved):
         raise UsageError(f"save is '{save}'", hint=f"one of: {', '.join(get_args(Saved))}")
     if scores is not None:
         scores = scores.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or without_numbers(x, weights.up):
         return compiled_output(
             x, weights.up, weights.down, weights.up_bias, weights.down_bias, experts, scores, token_offsets, capacity,
             weights.activation, weights.gated, weights.interleaved, weights.transposed, weights.widths, save,
@@ -108,7 +109,8 @@ class _Experts(torch.autograd.Function):
         x, scores = inputs[0], inputs[5]
         assert x is not None
         out, z = backend(x.device, x.dtype).forward(x, weights, routing, scores, keep)
-        ctx.weights, ctx.routing = weights, routing
+        # Tensors are autograd's to keep, which lets go of them after the backward pass, or moves them elsewhere meanwhile.
+        ctx.weights, ctx.routing = weights.without_memory(), routing
         ctx.save_for_backward(*inputs, z)
         return out
 
@@ -116,10 +118,11 @@ class _Experts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         *inputs, z = ctx.saved_tensors
-        x, scores = inputs[0], inputs[5]
+        x, up, down, up_bias, down_bias, scores = inputs
+        weights = ctx.weights.around(up, down, up_bias, down_bias)
         needs = Gradients(*(t if need else None for t, need in zip(inputs, ctx.needs_input_grad[3:], strict=True)))
         path = backend(x.device, x.dtype)
-        return None, None, None, *path.backward(grad.contiguous(), x, ctx.weights, ctx.routing, scores, z, needs)
+        return None, None, None, *path.backward(grad.contiguous(), x, weights, ctx.routing, scores, z, needs)
 
 
 @torch.library.custom_op("upcycle::experts", mutates_args=())
@@ -283,8 +286,6 @@ def _routing(
     routing = route(experts, weights.num_experts, token_offsets, capacity)
     if len(x) != routing.tokens:
         raise UsageError(f"x has {len(x)} tokens, the routing {routing.tokens}")
-    if scores is not None and scores.device.type == "cpu" and not bool(scores.isfinite().all()):
-        refuse_infinite(scores.reshape(-1).masked_fill(routing.slot_row < 0, 0).tolist())
     return routing
 
 

@@ -14,6 +14,8 @@ from math import prod
 
 import torch
 
+from upcycle.kernels.plain import is_plain
+
 LEAST = 2**17  # bytes: smaller pieces the C library keeps itself
 MOST = 512 * 2**20  # bytes that wait to be used again, in all; what is used longest ago goes first
 
@@ -76,8 +78,7 @@ RECYCLER = Recycler()
 
 def recycled(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     """Like ``tensor.new_empty(shape)``, on a CPU in memory that an ended tensor left, where there is some."""
-    plain = tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return RECYCLER.empty(shape, tensor.dtype) if plain else tensor.new_empty(shape)
+    return RECYCLER.empty(shape, tensor.dtype) if is_plain(tensor) else tensor.new_empty(shape)
 
 
 def recycled_like(tensor: torch.Tensor) -> torch.Tensor:

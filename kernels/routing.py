@@ -7,8 +7,6 @@ device: all sizes are known from shapes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,20 +103,6 @@ def drop_overflow(experts: torch.Tensor, num_experts: int, capacity: int) -> tor
     place = torch.arange(len(ids), device=ids.device) - first
     kept = torch.where(place < capacity, sorted_ids, num_experts)
     return torch.empty_like(ids).index_copy_(0, order, kept).view_as(experts)
-
-
-def refuse_infinite(scores: Sequence[float]) -> None:
-    """Look at the router weights of slots that are used.
-
-    Raises:
-        UsageError: one is NaN or infinite.
-    """
-    bad = [slot for slot, score in enumerate(scores) if not math.isfinite(score)]
-    if bad:
-        raise UsageError(
-            f"the router weight of slot {bad[0]} is {scores[bad[0]]} ({len(bad)} such of {len(scores)})",
-            hint="look at the router's logits and at the hidden states before it",
-        )
 
 
 def _check(experts: torch.Tensor, num_experts: int, token_offsets: torch.Tensor | None, capacity: int | None) -> None:

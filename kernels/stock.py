@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from upcycle.kernels.experts import ExpertWeights
+from upcycle.kernels.experts import ExpertWeights, state_of
 from upcycle.kernels.operator import Saved, compiled_output, experts_output
+from upcycle.kernels.plain import is_subclass, without_numbers
 
 _log = logging.getLogger("upcycle.kernels")
 
@@ -25,8 +26,9 @@ def stock_experts(
 ) -> torch.Tensor:
     """``[T, H]`` like ``hidden_states``: the forward function of a stock experts module.
 
-    A module whose experts are not an (up and gate) projection, an activation that has a kernel, and a down projection, runs
-    its own code instead, and that is logged as a warning.
+    A module whose experts are not an (up and gate) projection, an activation that has a kernel, and a down projection, or
+    whose weights are of a class of their own (divided among devices, quantised), runs its own code instead, and that is
+    logged as a warning. No weight is kept alive between two calls.
 
     Args:
         self: a module of a class under transformers' ``use_experts_implementation``.
@@ -37,41 +39,53 @@ def stock_experts(
     """
     activation = _activation(self)
     obstacle = _obstacle(self, activation)
+    tensors = None if obstacle else _tensors(self)
+    if tensors is not None:
+        obstacle = _foreign(*tensors)
     if obstacle is not None:
         _warn(type(self).__name__, obstacle)
         own: torch.Tensor = inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
         return own
     assert activation is not None
-    up = self.gate_up_proj if self.has_gate else self.up_proj
-    up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
-    down_bias = self.down_proj_bias if self.has_bias else None
+    assert tensors is not None
+    up, down, up_bias, down_bias = tensors
     interleaved = self.has_gate and not self.is_concatenated
     x = hidden_states.to(up.dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or without_numbers(x, up):
         scores = top_k_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         out = compiled_output(
-            x, up, self.down_proj, up_bias, down_bias, top_k_index, scores, None, None,
+            x, up, down, up_bias, down_bias, top_k_index, scores, None, None,
             activation, self.has_gate, interleaved, self.is_transposed, None, save,
         )  # fmt: skip
     else:
-        weights = _known.get(self)
-        if weights is None or not _current(weights, up, self.down_proj, up_bias, down_bias):
-            weights = _known[self] = ExpertWeights(
-                up, self.down_proj, activation, self.has_gate, interleaved, self.is_transposed, up_bias, down_bias
-            )
+        layout = (activation, self.has_gate, interleaved, self.is_transposed)
+        known = _known.get(self)
+        if known is not None and (known.checked, known.stacked_layout) == (state_of(*tensors), layout):
+            weights = known.around(*tensors)
+        else:
+            weights = ExpertWeights(up, down, *layout, up_bias, down_bias)
+            _known[self] = weights.without_memory()
         out = experts_output(x, weights, top_k_index, top_k_weights, save=save)
     return out.to(hidden_states.dtype)
 
 
-# What a module's weights were found to be, checked; looking at them again costs as much as a token's products.
+# What a module's weights were found to be, without their memory: checking them again costs as much as a token's products.
 _known: WeakKeyDictionary[Any, ExpertWeights] = WeakKeyDictionary()
 
 
-def _current(weights: ExpertWeights, *tensors: torch.Tensor | None) -> bool:
-    """Whether these are the same tensors, of the dtype, device and shapes that they had."""
-    known = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-    same = all(mine is theirs for mine, theirs in zip(known, tensors, strict=True))
-    return same and weights.checked == weights.state()
+def _tensors(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Up, down and their biases, each looked up once: a parametrised weight is computed whenever it is looked at."""
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
+    return up, module.down_proj, up_bias, module.down_proj_bias if module.has_bias else None
+
+
+def _foreign(*tensors: torch.Tensor | None) -> str | None:
+    """Of a class whose numbers are not simply in memory; a compiler sees through it, or refuses it, itself."""
+    if torch.compiler.is_compiling():
+        return None
+    found = next((tensor for tensor in tensors if is_subclass(tensor)), None)
+    return None if found is None else f"weights of the class {type(found).__name__}"
 
 
 def _activation(module: Any) -> str | None:

@@ -36,7 +36,7 @@ def test_medians_of_rounds_in_turns(pico: Pico, monkeypatch: pytest.MonkeyPatch)
 
         def start(self, prompt: list[int], generate: int) -> dict[str, Any]:
             assert len(prompt) == 16
-            return {"device": "cpu", "dtype": "float32", "threads": 1, "experts": None}
+            return {"device": "cpu", "instructions": "AVX2", "dtype": "float32", "threads": 1, "experts": None}
 
         def run(self) -> dict[str, float]:
             order.append(self.name)

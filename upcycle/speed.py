@@ -38,9 +38,13 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class Speed:
-    """Both models, and the ratios model / reference: of the speeds more is better, of the memory less."""
+    """Both models, and the ratios model / reference: of the speeds more is better, of the memory less.
+
+    ``instructions`` are those that torch ran on where the device is a CPU: ``AVX2``, ``AVX512``, ``DEFAULT``.
+    """
 
     device: str
+    instructions: str | None
     dtype: str
     threads: int
     prompt_tokens: int
@@ -95,7 +99,8 @@ def measure_speed(
             for turn in turns:
                 found[turn].append(workers[turn].run())
     timed = [_summary(runs, length, generate, said["experts"]) for runs, said in zip(found, about, strict=True)]
-    shared = Speed(about[0]["device"], about[0]["dtype"], about[0]["threads"], length, generate, rounds, timed[0])
+    where = (about[0][key] for key in ("device", "instructions", "dtype", "threads"))
+    shared = Speed(*where, length, generate, rounds, timed[0])
     if not reference:
         return shared
     first, second = timed

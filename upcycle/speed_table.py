@@ -34,9 +34,10 @@ def speed_rows(
     columns = ["", names[0], names[1], "ratio"] if reference else ["", names[1]]
     experts = f", experts by {model['experts']}" if model["experts"] else ""
     threads = f" with {speed['threads']} thread{'s' * (speed['threads'] != 1)}" if speed["device"] == "cpu" else ""
+    instructions = f" ({speed['instructions']})" if speed.get("instructions") else ""
     about = (
         f"{speed['prompt_tokens']} tokens read, {speed['generated_tokens']} written, one sequence, {speed['dtype']} on "
-        f"{speed['device']}{threads}{experts}; medians of {speed['rounds']} rounds in turns"
+        f"{speed['device']}{instructions}{threads}{experts}; medians of {speed['rounds']} rounds in turns"
     )
     return columns, rows, about
 

@@ -47,6 +47,7 @@ class TimedModel:
         return {
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "instructions": torch.backends.cpu.get_cpu_capability() if self.device == "cpu" else None,
             "threads": torch.get_num_threads(),
             "experts": self.model.config._experts_implementation if has_experts else None,
         }

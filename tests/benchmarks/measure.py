@@ -107,14 +107,22 @@ def spread_row(ours: list[Cost], theirs: list[Cost]) -> Row:
 
 
 def report(title: str, headings: tuple[str, str], rows: Sequence[Row]) -> int:
-    """Print the table; returns the exit code, 1 when a line failed."""
+    """Print the table, and what it was measured on; returns the exit code, 1 when a line failed."""
     lines = [("", *headings, "ratio", "target", "")]
     lines += [(row.what, row.ours, row.theirs, row.ratio, row.target, _VERDICT[row.passed]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(title)
+    print(machine())
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return int(any(row.passed is False for row in rows))
+
+
+def machine() -> str:
+    """``2 processors, AVX512, torch 2.14.1``: said after measuring, since torch is imported for it."""
+    import torch
+
+    return f"{os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def mega(count: float) -> str:

@@ -28,18 +28,34 @@ def test_values_and_derivatives(name: str) -> None:
     torch.testing.assert_close(found[away], (grad * differences)[away], rtol=1e-6, atol=1e-8)
 
 
+def _apart(found: torch.Tensor, expected: torch.Tensor, z: torch.Tensor) -> float:
+    """The largest difference, in units of what two ways of computing one value may differ by.
+
+    Vectorised and scalar code round exp, erf and tanh differently, each within a unit of its last place; those lie within 1, are
+    multiplied by at most 1 + |z| (in derivatives z times the density's slope), and some four operations round after them.
+    """
+    unit = torch.finfo(z.dtype).eps * (1 + z.abs()) * 4
+    return float(((found - expected).abs() / unit).max())
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_in_place_and_strided(name: str) -> None:
-    z, grad = torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    expected = activate(name, z[:, :8].contiguous(), torch.empty(5, 8, dtype=torch.float64))
-    slope = activation_gradient(name, grad.clone(), z[:, :8].contiguous(), torch.empty(5, 8, dtype=torch.float64))
+    """In one layout the same bits every time; in another, which torch may compute by other instructions, the same value."""
+    z, grad = 3 * torch.randn(5, 16, dtype=torch.float64), torch.rand(5, 8, dtype=torch.float64)
+    gate, plain = z[:, :8], z[:, :8].contiguous()
+    expected = activate(name, plain, torch.empty_like(plain))
+    slope = activation_gradient(name, grad.clone(), plain, torch.empty_like(plain))
+    assert torch.equal(activate(name, plain, torch.empty_like(plain)), expected)
     target = torch.zeros(5, 16, dtype=torch.float64)
-    activate(name, z[:, :8], target[:, 8:])
-    assert torch.equal(target[:, 8:], expected)
+    activate(name, gate, target[:, 8:])
+    assert _apart(target[:, 8:], expected, gate) <= 1
     assert not target[:, :8].any()
     own = grad.clone()
-    activation_gradient(name, own, z[:, :8], own)
-    assert torch.equal(own, slope)
+    activation_gradient(name, own, gate, own)
+    assert _apart(own, slope, gate) <= 1
     copy = z.clone()
     activate(name, copy[:, :8], copy[:, :8])
-    assert torch.equal(copy[:, :8], expected)
+    assert _apart(copy[:, :8], expected, gate) <= 1
+    again = z.clone()
+    activate(name, again[:, :8], again[:, :8])
+    assert torch.equal(again, copy)

@@ -95,10 +95,19 @@ def test_of_dropped_slots_nothing_is_read() -> None:
 
 
 @needs_compiler
-def test_wrong_ids_and_scores_are_left_to_who_can_explain_them() -> None:
+def test_wrong_ids_are_left_to_who_can_explain_them() -> None:
     weights, x = make_weights(dtype=torch.float32), torch.randn(1, 12)
     assert compiled.few_rows_output(x, weights, torch.tensor([[0, -1]]), None) is None
-    assert compiled.few_rows_output(x, weights, torch.tensor([[0, 1]]), torch.tensor([[1.0, torch.inf]])) is None
+
+
+@needs_compiler
+def test_memory_that_was_given_back_is_not_read() -> None:
+    """As of weights that are divided among ranks between two uses: their shape stays, their memory does not."""
+    weights, x = make_weights(dtype=torch.float32), torch.randn(1, 12)
+    ids = torch.tensor([[0, 1]])
+    assert compiled.few_rows_output(x, weights, ids, None) is not None
+    weights.up.untyped_storage().resize_(0)
+    assert compiled.few_rows_output(x, weights, ids, None) is None
 
 
 @needs_compiler

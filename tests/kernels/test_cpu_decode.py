@@ -67,16 +67,13 @@ def test_what_it_leaves_to_the_other_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "score", "message"),
+    ("ids", "message"),
     [
-        ([[0, -1]], 1.0, "an expert id is negative"),
-        ([[0, 1, 2, 3, 4, 0]], 1.0, "a token has more than 5 experts"),
-        ([[0, 1]], float("nan"), "router weight of slot 0 is nan"),
+        ([[0, -1]], "an expert id is negative"),
+        ([[0, 1, 2, 3, 4, 0]], "a token has more than 5 experts"),
     ],
 )
-def test_bad_input(ids: list, score: float, message: str) -> None:
+def test_bad_input(ids: list, message: str) -> None:
     experts = torch.tensor(ids)
     with pytest.raises(UsageError, match=message):
-        cpu_decode.forward(
-            torch.zeros(1, 12, dtype=torch.float64), make_weights(), experts, torch.full(experts.shape, score)
-        )
+        cpu_decode.forward(torch.zeros(1, 12, dtype=torch.float64), make_weights(), experts, torch.ones(experts.shape))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -191,6 +193,34 @@ def test_what_has_no_kernel(activation: str, norm: bool, reason: str, caplog: py
     x = torch.randn(3, 12)
     assert torch.equal(stock.stock_experts(module, x, random_ids(3, 2, 5), torch.rand(3, 2)), x + 1)
     assert reason in caplog.text
+
+
+def test_weights_of_a_class_of_their_own_are_left_to_the_modules_own_code(caplog: pytest.LogCaptureFixture) -> None:
+    class Elsewhere(torch.Tensor):
+        """Its numbers need not lie where its address says, as those of quantised or divided weights."""
+
+    stock._warn.cache_clear()
+    module = bare(False, True)
+    module.down_proj = torch.nn.Parameter(module.down_proj.data.as_subclass(Elsewhere))
+    x = torch.randn(3, 12)
+    assert torch.equal(stock.stock_experts(module, x, random_ids(3, 2, 5), torch.rand(3, 2)), x + 1)
+    assert "weights of the class Elsewhere" in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [3, 80])
+def test_no_weight_is_kept_alive(tokens: int) -> None:
+    """Offloading gives a module weights for one call and takes them back; adapters compute them anew for every call."""
+    module = bare(False, True)
+    first = stock.stock_experts(module, torch.ones(tokens, 12), random_ids(tokens, 2, 5), torch.ones(tokens, 2))
+    copies = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    kept = [weakref.ref(parameter.untyped_storage()) for parameter in module.parameters()]
+    first = first.detach()
+    for name, copy in copies.items():
+        setattr(module, name, torch.nn.Parameter(copy))
+    gc.collect()
+    assert [storage() for storage in kept] == [None] * len(kept)
+    again = stock.stock_experts(module, torch.ones(tokens, 12), random_ids(tokens, 2, 5), torch.ones(tokens, 2))
+    assert torch.equal(first, again.detach())
 
 
 def test_another_ranks_experts() -> None:
