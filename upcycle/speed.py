@@ -99,8 +99,10 @@ def measure_speed(
             for turn in turns:
                 found[turn].append(workers[turn].run())
     timed = [_summary(runs, length, generate, said["experts"]) for runs, said in zip(found, about, strict=True)]
-    where = (about[0][key] for key in ("device", "instructions", "dtype", "threads"))
-    shared = Speed(*where, length, generate, rounds, timed[0])
+    where = about[0]
+    shared = Speed(
+        where["device"], where["instructions"], where["dtype"], where["threads"], length, generate, rounds, timed[0]
+    )
     if not reference:
         return shared
     first, second = timed
