@@ -83,8 +83,13 @@ class TokenStream:
         """Tell dynamic weights each domain's validation loss, between batches and alike on all ranks; see :class:`Mixture`."""
         return self._mixture.observe(losses)
 
+    @property
+    def lacks_reference(self) -> bool:
+        """Whether dynamic weights have yet to be told what to compare losses with."""
+        return self._mixture.dynamic is not None and self._mixture.reference is None
+
     def refer_to(self, losses: Mapping[str, float]) -> None:
-        """Tell dynamic weights the reference losses, where the recipe has none; see :class:`Mixture`."""
+        """Tell dynamic weights the dense parent's losses, where the recipe has none; see :class:`Mixture`."""
         self._mixture.refer_to(losses)
 
     def next_batch(self) -> Batch:

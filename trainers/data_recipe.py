@@ -66,7 +66,11 @@ class DynamicWeights(_Strict):
     rate: float = Field(1.0, gt=0, allow_inf_nan=False, description="what the excess is multiplied by in the exponent")
     floor: float = Field(1e-4, ge=0, lt=1, description="code: the share of the uniform distribution")
     reference: dict[str, float] | None = Field(
-        None, description="reference loss in nats per token by domain (left out: given when training starts)"
+        None,
+        description="reference loss in nats per token by domain (left out: the dense parent's, measured on the held-out text)",
+    )
+    parent: str = Field(
+        "auto", description="the dense model whose losses are measured, or auto: what the model was converted from"
     )
 
 

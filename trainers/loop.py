@@ -30,6 +30,7 @@ from upcycle.trainers.host_memory import keep_freed_memory
 from upcycle.trainers.model_loading import save_config, tokenizer_of
 from upcycle.trainers.optimizers import set_rates
 from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
+from upcycle.trainers.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
 from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
 from upcycle.trainers.stage import Stage
@@ -90,6 +91,10 @@ class _Run:
         self.small = small_files(self.folder)
         self.origin = locate(recipe.model).path
         self.tokenizer = tokenizer_of(self.origin)
+        for stage in recipe.stages:
+            reference_parent(
+                stage.data or recipe.data, self.origin
+            )  # a parent that is missed is missed before the first step
         self.identity = _identity(recipe, self.origin)
         ranks.agree("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
         ranks.agree("versions", versions())
@@ -224,10 +229,20 @@ class _Run:
                 )
 
     def _first_validation(self, stage: Stage) -> None:
-        """Where training starts: what dynamic weights refer to, unless the recipe says it."""
-        if stage.held_out and (self.recipe.log.validation or (stage.stage.data or self.recipe.data).dynamic):
+        """Where training starts, and where dynamic weights want it to go: the dense parent's losses on the same text."""
+        parent = reference_parent(stage.stage.data or self.recipe.data, self.origin)
+        if parent and stage.stream.lacks_reference:
+            dtype = getattr(torch, self.recipe.dtype)
+            self._refer(stage, reference_losses(parent, stage.model, stage.held_out, dtype, self.ranks))
+        if stage.held_out and self.recipe.log.validation:
             self._validate(stage, observe=False)
-            stage.stream.refer_to(self.validation)
+
+    def _refer(self, stage: Stage, losses: dict[str, float]) -> None:
+        stage.stream.refer_to(losses)
+        self.say("reference, of the parent  " + "  ".join(f"{name} {nats:.4f}" for name, nats in losses.items()))
+        if self.reports:
+            content = {f"reference/{name}": nats for name, nats in losses.items()}
+            self.reports.record({"kind": "reference", "step": self.step, "tokens": self.tokens, **content})
 
     def _validate(self, stage: Stage, observe: bool = True) -> None:
         self.validation = validate(stage.engine, stage.held_out, self.ranks)

@@ -69,19 +69,19 @@ class Mixture:
             return dict(self.weights)
         if self.reference is None:
             raise UsageError(
-                "dynamic weights have no reference losses", hint="dynamic.reference: {domain: loss} in the data"
+                "dynamic weights have no reference losses", hint="dynamic.reference: {DOMAIN: NATS} in the data"
             )
         self._checked(losses, "validation")
         self.weights = updated_weights(self.weights, losses, self.reference, self.dynamic)
         return dict(self.weights)
 
     def refer_to(self, losses: Mapping[str, float]) -> None:
-        """Reference losses measured where training starts (the dense parent's), unless the recipe has some.
+        """The dense parent's losses on the same text, measured once: where there are reference losses already, they stay.
 
         Raises:
             UsageError: a domain's loss is missing or not finite.
         """
-        if self.dynamic and self.dynamic.reference is None:
+        if self.dynamic and self.reference is None:
             self.reference = self._checked(losses, "reference")
 
     def _checked(self, losses: Mapping[str, float], what: str) -> dict[str, float]:

@@ -116,27 +116,29 @@ def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: s
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def parent_folder(named: str, model: Path) -> Path:
-    """The dense parent to distil from: as named, or (``auto``) what ``model`` was converted from.
+def parent_folder(named: str, model: Path, key: str = "distillation.parent", instead: str | None = None) -> Path:
+    """The dense parent of a model: as named, or (``auto``) what ``model`` was converted from.
+
+    Args:
+        named: a source, or ``auto``.
+        model: the folder that is trained.
+        key: the recipe's key that names it, for errors.
+        instead: what else would do, for hints.
 
     Raises:
         UsageError: it is not known, or not where the conversion says.
     """
     if named != "auto":
         return locate(named).path
+    hint = f"name the dense model: {key}" + (f", or give {instead}" if instead else "")
     for folder in (model, model / CONVERSION):
         if (folder / "upcycle.json").is_file():
             record = read_json(folder / "upcycle.json")["source"]
             try:
                 return locate(record["name"], record["revision"]).path
             except UsageError as error:
-                raise UsageError(
-                    f"distillation.parent: {error.message}", hint="name the dense model: distillation.parent"
-                ) from None
-    raise UsageError(
-        f"distillation.parent: {model} does not say what it was converted from",
-        hint="name the dense model: distillation.parent",
-    )
+                raise UsageError(f"{key}: {error.message}", hint=hint) from None
+    raise UsageError(f"{key}: {model} does not say what it was converted from", hint=hint)
 
 
 def check_parent(parent: Any, student: Any, where: Path) -> None:

@@ -223,6 +223,10 @@ class TrainRecipe(_Strict):
         if twice:
             raise ValueError(f"stages: '{twice[0]}' is there twice; give each its own name")
         for stage in self.stages:
+            if (stage.data or self.data).dynamic and not self.log.validation:
+                raise ValueError(
+                    f"stage '{stage.name}': dynamic weights follow validations, and log.validation is 0: they would stay"
+                )
             schedule = stage.preset or stage.schedule
             steps = stage.steps or math.ceil((stage.tokens or 1) / (self.global_batch * self.length))
             if schedule.warmup >= steps and schedule.warmup:
