@@ -19,8 +19,8 @@ import upcycle
 from upcycle.blueprint import BlueprintFile
 from upcycle.calibration import Calibration
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
-from upcycle.runtime import load_stock
-from upcycle.text import demo_parts, encode, load_tokenizer
+from upcycle.stock import load_model, load_tokenizer
+from upcycle.text import demo_parts, encode
 
 E, S, K, WINDOW, TOKENS = 8, 4, 2, 64, 1024
 SPLIT: dict[str, Any] = {
@@ -49,7 +49,7 @@ class Seen:
     """FFN inputs, layer outputs and what FFN outputs are added to, of a stock model."""
 
     def __init__(self, folder: Path, ids: torch.Tensor) -> None:
-        model = load_stock(folder)
+        model = load_model(folder)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         self.x: list[torch.Tensor] = []
@@ -300,7 +300,7 @@ def test_importance_is_what_autograd_says_of_the_whole_model(pico: Pico, tmp_pat
     write_importance(tmp_path / "importance.safetensors", runner, checkpoint, ids, 1, job, SILENT)
     found = read_importance(tmp_path / "importance.safetensors")
 
-    model = load_stock(dense).double()
+    model = load_model(dense).double()
     hidden: list[torch.Tensor] = []
 
     def keep(_: Any, args: tuple[torch.Tensor]) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from upcycle import calibration_text
 from upcycle.calibration_text import mixed_windows
-from upcycle.text import demo_parts, load_tokenizer
+from upcycle.stock import load_tokenizer
+from upcycle.text import demo_parts
 
 WINDOW = 32
 

@@ -18,8 +18,8 @@ from upcycle.cli.main import cli
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.job import pieces_of
-from upcycle.runtime import load_stock
-from upcycle.text import demo_parts, load_tokenizer
+from upcycle.stock import load_model, load_tokenizer
+from upcycle.text import demo_parts
 
 Pico = Callable[[str], Path]
 SMALL = {"active": [0.5], "pieces": 8, "calibration_tokens": 1024, "tokens": 256, "window": 64}
@@ -40,7 +40,7 @@ def test_numbers_are_those_of_the_checkpoint_that_convert_writes(pico: Pico, tmp
     result = CliRunner().invoke(cli, [*arguments, *flags])
     assert result.exit_code == 0, result.output
 
-    model = load_stock(tmp_path / "out")
+    model = load_model(tmp_path / "out")
     model.set_experts_implementation("eager")
     for name in ("code", "prose"):
         content = demo_parts(name)[0]

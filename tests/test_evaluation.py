@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import UsageError
-from upcycle.text import encode, load_tokenizer, read_text
+from upcycle.stock import load_tokenizer
+from upcycle.text import encode, read_text
 
 Pico = Callable[[str], Path]
 

@@ -15,7 +15,7 @@ from upcycle.errors import UsageError
 from upcycle.generation import Pieces, Writer
 from upcycle.registry import TARGETS
 from upcycle.sources import DEMO_FOLDER
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 
 Pico = Callable[[str], Path]
 PROMPT = "def read(path):"

@@ -16,10 +16,10 @@ import upcycle
 from upcycle import provenance, speed
 from upcycle.cli.main import cli
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.parsing import read_json
 from upcycle.report.data.collecting import Wanted
 from upcycle.speed import measure_speed
 from upcycle.speed_worker import TimedModel
-from upcycle.tensor_files import read_json
 
 Pico = Callable[[str], Path]
 

@@ -24,8 +24,8 @@ from upcycle.progress import Progress
 from upcycle.report.data.collecting import Wanted
 from upcycle.score_table import score_rows
 from upcycle.sources import DEMO_FOLDER
+from upcycle.stock import load_tokenizer
 from upcycle.task_scores import TaskScores, _compared, _read
-from upcycle.text import load_tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
 QUESTIONS = [json.loads(line) for line in (TASKS / "continuations.jsonl").read_text().splitlines()]

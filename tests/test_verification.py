@@ -14,7 +14,8 @@ import upcycle
 from upcycle import provenance, verification
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.sources import DEMO_FOLDER
-from upcycle.text import encode, load_tokenizer
+from upcycle.stock import load_tokenizer
+from upcycle.text import encode
 
 Pico = Callable[[str], Path]
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from upcycle import provenance
 from upcycle.errors import CheckpointError
 from upcycle.outputs import OutputEntry, Unit, shards_of
+from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_size
-from upcycle.runtime import quiet_transformers
-from upcycle.tensor_files import SafetensorsFolder, TensorSpec, read_json
+from upcycle.stock import clean_config, empty_model
+from upcycle.tensor_files import SafetensorsFolder, TensorSpec
 from upcycle.trainers.checkpoint_reader import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoint_writer import CONVERSION, OPTIMIZER, STATE_FILE
 from upcycle.trainers.model_loading import STORED_FILE
@@ -119,7 +120,7 @@ class _Converter:
         self._store = SafetensorsFolder(folder)
         self._dtype, self._others = dtype, others
         self._per_expert = layout == "per-expert"
-        self._model = _skeleton(read_json(folder / "config.json"))
+        self._model = empty_model(read_json(folder / "config.json"), str(folder))
         self._by_layer: dict[int | None, list[str]] = {}
         for name in self._store.specs:
             match = _LAYER.match(name)
@@ -167,15 +168,6 @@ def _aligned(entries: tuple[OutputEntry, ...]) -> tuple[OutputEntry, ...]:
     return tuple(sorted(entries, key=lambda entry: -ITEM_SIZE[entry.spec.dtype]))
 
 
-def _skeleton(config: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = AutoConfig.for_model(**{key: value for key, value in config.items() if "dtype" not in key})
-    with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(settings)
-
-
 def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, str]) -> None:
     for path in _plain_files(saved.folder):
         shutil.copyfile(path, folder / path.name)
@@ -208,7 +200,7 @@ def _config(saved: SavedRun, dtype: str) -> dict[str, Any]:
     config = read_json(saved.folder / "config.json")
     if "model_type" not in config:
         raise CheckpointError(f"{saved.folder / 'config.json'} names no model_type")
-    return config | {"dtype": dtype}
+    return clean_config(config) | {"dtype": dtype}
 
 
 def _plain_files(folder: Path) -> Iterator[Path]:

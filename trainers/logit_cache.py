@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.parsing import read_json
 from upcycle.provenance import hash_file
-from upcycle.tensor_files import read_json
 from upcycle.trainers.cached_logits import TopLogits
 from upcycle.trainers.data import Batch
 from upcycle.whole_files import write_whole

@@ -9,11 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from upcycle.errors import CheckpointError
 from upcycle.registry import FAMILIES, TARGETS, load
-from upcycle.runtime import quiet_transformers
+from upcycle.stock import empty_model
 from upcycle.trainers.flops import TrainingFlops, training_flops
 from upcycle.trainers.model_loading import use_experts
 from upcycle.trainers.parameter_groups import Part, parts, select
@@ -105,7 +102,7 @@ def count_model(
         CheckpointError: transformers does not know the model.
         UsageError: a word of ``trained`` matches nothing, or there is no such implementation.
     """
-    model = _empty(raw, where)
+    model = empty_model(raw, where)
     use_experts(model, experts, device)
     select(model, trained)
     belongs = parts(model)
@@ -130,17 +127,6 @@ def count_model(
         flops=training_flops(model, length),
         implementation=getattr(model.config, "_experts_implementation", None) or "eager",
     )
-
-
-def _empty(raw: Mapping[str, Any], where: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        settings: Any = AutoConfig.for_model(**{key: value for key, value in raw.items() if "dtype" not in key})
-        with torch.device("meta"), quiet_transformers():
-            return AutoModelForCausalLM.from_config(settings)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers knows no causal language model like {where}: {error}") from None
 
 
 def _layers(model: Any) -> tuple[LayerCounts, ...]:

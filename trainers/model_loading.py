@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+from upcycle import stock
 from upcycle.companions import copy_files
-from upcycle.errors import CheckpointError, UsageError
+from upcycle.errors import UsageError
 from upcycle.kernels.devices import why_not
 from upcycle.kernels.dispatch import NAME, register
+from upcycle.parsing import read_json
 from upcycle.registry import TARGETS, suggestion
-from upcycle.runtime import quiet_transformers
 from upcycle.sources import locate
-from upcycle.tensor_files import SafetensorsFolder, read_json
-from upcycle.text import load_tokenizer
+from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.activation_records import replace_activations
 from upcycle.trainers.checkpoint_writer import CONVERSION
 
@@ -39,19 +39,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, experts: 
         CheckpointError: a weight is missing, unexpected or of another shape, or transformers does not know the model.
         UsageError: there is no such experts implementation.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from None
-    model, report = loaded
-    problems = {kind: sorted(map(str, keys))[:3] for kind, keys in report.items() if keys}
-    if problems:
-        raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
+    model = stock.load_model(folder, dtype)
     model.config.use_cache = False
     model.to(device).train()
     use_experts(model, experts)
@@ -181,9 +169,8 @@ def stored_form(model: Path) -> dict[str, Any]:
 
 def save_config(model: Any, folder: Path) -> None:
     """Write ``config.json`` as stock transformers does, with the dtype of a checkpoint's weights."""
-    config = model.config.to_dict() | {"dtype": "float32", "use_cache": True}
-    config.pop("_name_or_path", None)
-    text = json.dumps(_plain(config), indent=2, sort_keys=True)
+    config = stock.clean_config(_plain(model.config.to_dict())) | {"dtype": "float32", "use_cache": True}
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -201,4 +188,4 @@ def tokenizer_of(folder: Path) -> Any:
     Raises:
         UsageError: there is none.
     """
-    return load_tokenizer(folder)
+    return stock.load_tokenizer(folder)

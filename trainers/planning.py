@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UsageError
+from upcycle.parsing import read_json
 from upcycle.recipe import read_recipe
 from upcycle.shipped_recipes import needed_recipe_file
 from upcycle.sources import is_local, locate
-from upcycle.tensor_files import SafetensorsFolder, read_json
+from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers import expert_parallel
 from upcycle.trainers.communication_forecast import CommunicationForecast, forecast_communication
 from upcycle.trainers.deepspeed_config import accumulation

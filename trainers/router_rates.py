@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from upcycle import provenance
-from upcycle.tensor_files import read_json
+from upcycle.parsing import read_json
 from upcycle.trainers.parameter_groups import GroupParameters, parts
 
 UNTAUGHT = ("random", "zero", "cool")  # routers that have nothing to lose

@@ -13,7 +13,8 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.hub_dataset import hub_rows, is_dataset
 from upcycle.progress import Progress
-from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text
+from upcycle.stock import load_tokenizer
+from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from upcycle import provenance
 from upcycle.calibration_text import text_names
 from upcycle.errors import UsageError
 from upcycle.licenses import License, common_license
+from upcycle.parsing import read_json
 from upcycle.recipe import read_recipe
-from upcycle.tensor_files import read_json
 from upcycle.text import DEMO_TEXTS
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")

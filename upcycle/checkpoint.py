@@ -13,9 +13,10 @@ from upcycle.families.base import DenseConfig, Family
 from upcycle.families.moe import MOES
 from upcycle.families.origin import Origin
 from upcycle.families.refused import reason
+from upcycle.parsing import read_json
 from upcycle.registry import FAMILIES, load
 from upcycle.sources import Source, locate
-from upcycle.tensor_files import SafetensorsFolder, TensorSpec, read_json
+from upcycle.tensor_files import SafetensorsFolder, TensorSpec
 
 if TYPE_CHECKING:
     import torch

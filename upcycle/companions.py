@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from upcycle.checkpoint import Checkpoint
-from upcycle.tensor_files import read_json
+from upcycle.stock import CLEANERS, clean_file, load_tokenizer
 
 _TOKENIZER = (
     "tokenizer*.json",
@@ -23,7 +23,7 @@ _ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> None:
-    """Copy them into ``folder``; references to code in the source repository (``auto_map``) are dropped."""
+    """Copy them into ``folder``; what names code, other repositories or files is left out of settings."""
     copy_files(checkpoint.source.path, folder, tokenizer)
 
 
@@ -31,19 +31,13 @@ def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
     """The same from a folder or a ``.gguf`` file."""
     if source.is_file():
         if tokenizer:
-            _tokenizer_from_gguf(source, folder)
+            load_tokenizer(source).save_pretrained(folder)
         return
     for pattern in _ALWAYS + (_TOKENIZER if tokenizer else ()):
         for path in sorted(source.glob(pattern)):
-            if path.is_file():
+            if path.is_file() and path.name in CLEANERS:
+                content = clean_file(path)
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (folder / path.name).write_text(text, encoding="utf-8")
+            elif path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    settings = folder / "tokenizer_config.json"
-    if settings.exists() and "auto_map" in (content := read_json(settings)):
-        del content["auto_map"]
-        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _tokenizer_from_gguf(path: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

@@ -27,7 +27,8 @@ from upcycle.progress import SILENT, Progress
 from upcycle.recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
 from upcycle.runtime import available_memory
-from upcycle.text import load_tokenizer, read_text
+from upcycle.stock import load_tokenizer
+from upcycle.text import read_text
 
 _VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "variant=sharing_inter"]}
 

@@ -18,8 +18,9 @@ from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
 from upcycle.speed import Speed, measure_speed
+from upcycle.stock import load_tokenizer
 from upcycle.task_scores import TaskScores, score_tasks
-from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text
+from upcycle.text import DEMO_TEXTS, encode, read_text
 
 _BATCH_LOGIT_BYTES = 1 << 28
 

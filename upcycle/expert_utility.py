@@ -13,7 +13,8 @@ from upcycle.errors import EnvironmentFault
 from upcycle.expert_load import load_counts
 from upcycle.families.moe import MoeModel
 from upcycle.progress import Progress
-from upcycle.runtime import available_memory, load_stock, use_eager_experts
+from upcycle.runtime import available_memory, use_eager_experts
+from upcycle.stock import load_model
 
 if TYPE_CHECKING:
     from upcycle.moe_checkpoint import MoeCheckpoint
@@ -38,7 +39,7 @@ def expert_utility(
         return _norms(checkpoint, progress)
     assert windows is not None
     _check_memory(checkpoint.model, windows.shape[1], gradients=utility != "load")
-    model: Any = use_eager_experts(load_stock(checkpoint.source.path).eval().requires_grad_(False))
+    model: Any = use_eager_experts(load_model(checkpoint.source.path).eval().requires_grad_(False))
     return _load(model, windows, progress) if utility == "load" else _from_gradients(model, windows, utility, progress)
 
 

@@ -12,7 +12,7 @@ from upcycle.errors import UsageError
 from upcycle.loading import load_model
 from upcycle.registry import TARGETS
 from upcycle.sources import locate
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 
 
 @dataclass(frozen=True)

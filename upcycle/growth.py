@@ -14,8 +14,9 @@ from upcycle.families.origin import Origin
 from upcycle.job import CALIBRATION_HINT, check_tokenizer, method_of
 from upcycle.methods.growth import Choice, Described, Grown, Growth, Piece
 from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
+from upcycle.parsing import read_json
 from upcycle.recipe import Recipe, parse_size
-from upcycle.tensor_files import TensorSpec, read_json
+from upcycle.tensor_files import TensorSpec
 
 if TYPE_CHECKING:
     import torch

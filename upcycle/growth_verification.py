@@ -13,8 +13,9 @@ from upcycle.errors import CheckpointError
 from upcycle.growth import GrowthJob, decided_growth
 from upcycle.moe_checkpoint import MoeCheckpoint
 from upcycle.progress import Progress
-from upcycle.runtime import StockModel, available_memory, dense_model, load_stock
+from upcycle.runtime import StockModel, available_memory, dense_model
 from upcycle.sources import Source
+from upcycle.stock import load_model
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.verification import EXACT_TOLERANCE, Totals, Verification, batch_size, check_keys, token_windows
 
@@ -112,6 +113,6 @@ def stock_model(checkpoint: Checkpoint, dtype: str, streamed: bool) -> StockMode
 def _result(kind: type[Checkpoint], folder: Path, streamed: bool) -> StockModel:
     """The result: loaded as every user would, or streamed."""
     if not streamed:
-        return StockModel(load_stock(folder))
+        return StockModel(load_model(folder))
     cls = MoeCheckpoint if issubclass(kind, MoeCheckpoint) else DenseCheckpoint
     return stock_model(cls(Source(str(folder), folder)), "keep", streamed)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.runtime import available_memory, quiet_transformers, use_eager_experts
+from upcycle import stock
+from upcycle.errors import EnvironmentFault
+from upcycle.runtime import available_memory, use_eager_experts
 from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder
 
@@ -21,11 +22,10 @@ def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True
         eager_experts: run experts one after another, as ``verify`` does, and not with transformers' default kernel.
 
     Raises:
-        UsageError: there is no such model, or transformers cannot load it.
+        UsageError: there is no such model.
+        CheckpointError: transformers cannot load it.
         EnvironmentFault: it does not fit in memory, or the hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
-
     path = locate(name).path
     if path.is_file():
         from upcycle.checkpoint import DenseCheckpoint
@@ -39,11 +39,5 @@ def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True
             f"{name} needs about {needed / 1e9:.0f} GB, and {available_memory() / 1e9:.0f} GB are available",
             hint="use a machine with more memory",
         )
-    with quiet_transformers():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise UsageError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from None
-    return use_eager_experts(model.eval()) if eager_experts else model.eval()
+    model = stock.load_model(path, dtype, surplus=True).eval()
+    return use_eager_experts(model) if eager_experts else model

@@ -9,6 +9,7 @@ from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint
 from upcycle.families.moe import ExpertRows, MoeModel, moe_family
 from upcycle.families.origin import Origin
 from upcycle.sources import Source
+from upcycle.stock import build_config, empty_model
 
 if TYPE_CHECKING:
     import torch
@@ -71,14 +72,8 @@ class MoeCheckpoint(Checkpoint):
 
 def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a configuration's stock class, the head only where it is not tied."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from upcycle.runtime import quiet_transformers
-
-    settings: Any = AutoConfig.for_model(**{key: value for key, value in raw.items() if "dtype" not in key})
-    with torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(settings)
+    settings = build_config(raw, "config.json")
+    model = empty_model(settings, "config.json")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if settings.tie_word_embeddings:
         del shapes["lm_head.weight"]

@@ -17,11 +17,12 @@ from upcycle.merging import SUM_BYTES
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.growth import Described
 from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, mixing_weights, open_sources, takes_moe
+from upcycle.parsing import read_json
 from upcycle.recipe import Recipe, parse_recipe, parse_size
 from upcycle.registry import load
 from upcycle.source_checks import check_configs
 from upcycle.sources import locate
-from upcycle.tensor_files import TensorSpec, read_json
+from upcycle.tensor_files import TensorSpec
 from upcycle.writer import WAITING_BYTES
 
 CALIBRATION_BATCH_TOKENS = 4096

@@ -17,9 +17,9 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
 from upcycle.licenses import license_record
 from upcycle.mixing import sources_record
+from upcycle.parsing import read_json
 from upcycle.planning import AnyJob, Plan
 from upcycle.recipe import Recipe
-from upcycle.tensor_files import read_json
 from upcycle.whole_files import write_text_whole
 from upcycle.workspace import MEASURED
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.tensor_files import SafetensorsFolder, read_json
+from upcycle.parsing import read_json
+from upcycle.stock import build_config, empty_model, load_model
+from upcycle.tensor_files import SafetensorsFolder
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint
@@ -111,12 +112,8 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    settings = AutoConfig.for_model(config["model_type"], **values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    settings = build_config(config, "config.json")
+    model = empty_model(settings, "config.json", torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
     _compute_buffers(model, settings)
     problems = model.load_state_dict(outside, strict=False, assign=True)
@@ -170,7 +167,7 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
 def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:
     """The converted model: loaded as every user would, or streamed with its experts fused as stock modules hold them."""
     if not streamed:
-        return StockModel(load_stock(folder), None, job.target.blocks)
+        return StockModel(load_model(folder, torch.float32), None, job.target.blocks)
     store = SafetensorsFolder(folder)
     units = {unit.layer: unit for unit in job.units if unit.layer is not None}
     outside = [entry.name for unit in job.units if unit.layer is None for entry in unit.entries]
@@ -192,47 +189,12 @@ def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:
     return StockModel.from_reader(read_json(folder / "config.json"), read, True, job.target.blocks)
 
 
-def load_stock(folder: Path) -> Any:
-    """Load a folder with ``AutoModelForCausalLM`` in fp32, as any user would, and refuse the least disagreement.
-
-    Raises:
-        CheckpointError: a key is missing, unexpected or mismatched.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, local_files_only=True
-        )
-    model, report = loaded
-    problems = {kind: keys for kind, keys in report.items() if keys}
-    if problems:
-        raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
-    return model
-
-
 def use_eager_experts(model: Any) -> Any:
     """Run experts one after another: the default kernel (grouped_mm) refuses widths that are not 16 bytes wide."""
     has_experts = any(name.endswith(".experts") for name, _ in model.named_modules())
     if has_experts and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the terminal."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def available_memory() -> int:

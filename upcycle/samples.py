@@ -10,7 +10,8 @@ import torch
 from upcycle.calibration_text import mixed_windows
 from upcycle.errors import UsageError
 from upcycle.recipe import SourceRecipe
-from upcycle.text import load_tokenizer, read_text
+from upcycle.stock import load_tokenizer
+from upcycle.text import read_text
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint

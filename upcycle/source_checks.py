@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UsageError
 from upcycle.families.config import DenseConfig
-from upcycle.tensor_files import read_json
+from upcycle.parsing import read_json
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint

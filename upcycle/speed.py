@@ -13,10 +13,11 @@ from typing import Any
 
 from upcycle import errors
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
-from upcycle.tensor_files import read_json
-from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text
+from upcycle.stock import load_tokenizer
+from upcycle.text import DEMO_TEXTS, encode, read_text
 
 PROMPT, GENERATE, ROUNDS = 256, 32, 5
 _SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # nothing is imported from where the command was given

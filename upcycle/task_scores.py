@@ -14,7 +14,7 @@ from upcycle.harness import explained, guarded, load_tasks
 from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 
 _RESAMPLES = 1000  # for standard errors that have no closed form
 _STDERR = "_stderr"

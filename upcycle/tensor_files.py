@@ -8,7 +8,6 @@ length, a JSON header and the tensors' bytes (https://github.com/huggingface/saf
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.errors import CheckpointError
+from upcycle.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,10 @@ class SafetensorsFile:
         self._start = 8 + length
         self.header_sha256 = hashlib.sha256(head + header).hexdigest()
         try:
-            entries = json.loads(header)
+            entries = parse_json(header, "it", most_bytes=_LONGEST_HEADER)
+        except CheckpointError as error:
+            raise self._damaged(f"its header is not valid ({error.message})") from None
+        try:
             self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
             self._offsets = {name: self._checked(name, entry) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -244,20 +247,3 @@ class SafetensorsFolder:
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor whole."""
         return self._where[name].read(name)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.errors import UsageError
+from upcycle.parsing import whole_characters
 from upcycle.sources import DEMO_FOLDER
 
 if TYPE_CHECKING:
@@ -41,31 +42,11 @@ def demo_parts(name: str) -> tuple[str, str]:
     return content[:cut], content[cut:]
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The stock tokenizer of a folder or ``.gguf`` file.
-
-    Raises:
-        EnvironmentFault: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise EnvironmentFault(
-            f"the tokenizer in {path} cannot be loaded: {first_line}",
-            hint="pip install sentencepiece tiktoken, or add tokenizer.json",
-        ) from None
-
-
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids ``[T]`` without special tokens."""
+    """Token ids ``[T]`` without special tokens; halves of characters, which no tokenizer takes, are read as U+FFFD."""
     import torch
 
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -24,8 +24,9 @@ from upcycle.planning import AnyJob, job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
 from upcycle.runtime import StockModel, available_memory, converted_model, dense_model
+from upcycle.stock import load_tokenizer
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text, windows_of
+from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -21,7 +21,7 @@ from statistics import median
 import numpy as np
 
 from upcycle.sources import DEMO_FOLDER
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 from upcycle.trainers.corpus import LocalCorpus
 from upcycle.trainers.counter_rng import permutation
 from upcycle.trainers.data import open_stream

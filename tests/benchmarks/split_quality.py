@@ -33,7 +33,7 @@ from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
 from upcycle.job import prepare
 from upcycle.progress import Progress
 from upcycle.recipe import parse_recipe
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "convert"
 TARGETS = {75: 1.10, 50: 1.28, 25: math.inf}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 from upcycle.trainers.data import open_validation
 from upcycle.trainers.distributed import Ranks
 from upcycle.trainers.loop import train

@@ -23,7 +23,7 @@ from upcycle.conversation import Conversation
 from upcycle.errors import UsageError
 from upcycle.generation import Token, Writer
 from upcycle.sources import DEMO_FOLDER
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 
 Pico = Callable[[str], Path]
 TEMPLATE = (

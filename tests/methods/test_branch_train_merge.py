@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.text import encode, load_tokenizer
+from upcycle.stock import load_tokenizer
+from upcycle.text import encode
 
 Branches = Callable[..., list[Path]]
 MERGE: dict[str, Any] = {"method": "branch_train_merge", "verification": {"tokens": 64}}

@@ -24,7 +24,8 @@ from upcycle import glue
 from upcycle.conversion import run_recipe
 from upcycle.errors import UsageError
 from upcycle.recipe import parse_recipe, read_recipe
-from upcycle.text import encode, load_tokenizer
+from upcycle.stock import load_tokenizer
+from upcycle.text import encode
 
 Zoo = Callable[[str], list[Path]]
 NO_CHECK: dict[str, Any] = {"verification": {"enabled": False}}

@@ -25,7 +25,8 @@ from upcycle.cli.convert import calibration_facts
 from upcycle.errors import RefusalError, UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.symphony import matched, similarity
-from upcycle.text import encode, load_tokenizer, read_text
+from upcycle.stock import load_tokenizer
+from upcycle.text import encode, read_text
 
 Branches = Callable[..., list[Path]]
 TOKENS, WINDOW = 512, 64

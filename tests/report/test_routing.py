@@ -136,7 +136,8 @@ def test_a_pico_model_against_its_routers_own_outputs(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from upcycle.text import encode, load_tokenizer, read_text, windows_of
+    from upcycle.stock import load_tokenizer
+    from upcycle.text import encode, read_text, windows_of
 
     out = tmp_path / "out"
     upcycle.convert(str(pico(dense)), out, **keys, verification={"enabled": False})

@@ -15,7 +15,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.recipe import parse_parameters
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 from upcycle.trainers.data import Batch, TokenStream, open_stream, open_validation
 from upcycle.trainers.data_recipe import DataRecipe
 

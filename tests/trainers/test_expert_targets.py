@@ -109,9 +109,9 @@ def test_gradient_reaches_routers_alone_and_is_that_of_finite_differences(
 
 
 def test_what_the_parents_ffns_did_is_recorded(pico: Callable[[str], Path], ids: torch.Tensor) -> None:
-    from upcycle.runtime import load_stock
+    from upcycle.stock import load_model
 
-    dense = load_stock(pico("llama"))
+    dense = load_model(pico("llama"))
     with capture_ffns(dense) as recorder, torch.no_grad():
         dense(ids)
         records = recorder.take()

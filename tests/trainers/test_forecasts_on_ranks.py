@@ -15,7 +15,7 @@ from training_runs import recipe_for
 
 pytest.importorskip("deepspeed")
 
-from upcycle.tensor_files import read_json
+from upcycle.parsing import read_json
 from upcycle.trainers.communication_forecast import forecast_communication
 from upcycle.trainers.division import Division
 from upcycle.trainers.launcher import _free_port

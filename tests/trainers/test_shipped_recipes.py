@@ -60,6 +60,6 @@ def test_it_trains(path: Path, pico: Callable[[str], Path], half: Path, tmp_path
         lines = [line for line in found if line["stage"] == stage.name]
         assert {key for key in lines[0] if key.startswith("loss/")} == named
     if path.stem in DENSE:
-        from upcycle.runtime import load_stock
+        from upcycle.stock import load_model
 
-        assert load_stock(Path(str(result.model))).config.hidden_act == "relu"
+        assert load_model(Path(str(result.model))).config.hidden_act == "relu"

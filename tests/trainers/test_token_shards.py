@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.text import load_tokenizer
+from upcycle.stock import load_tokenizer
 from upcycle.trainers import token_shards
 from upcycle.trainers.corpus import Corpus
 from upcycle.trainers.token_shards import Encoder, TokenCache, document_hash

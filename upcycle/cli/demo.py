@@ -96,9 +96,9 @@ def _row(title: str, result: Any) -> list[str]:
 
 def _continuation(folder: Path | None) -> str:
     """Greedy text from stock transformers."""
-    from upcycle.runtime import load_stock
     from upcycle.sources import locate
-    from upcycle.text import continuation, load_tokenizer
+    from upcycle.stock import load_model, load_tokenizer
+    from upcycle.text import continuation
 
     path = folder or locate("demo").path
-    return continuation(load_stock(path), load_tokenizer(path), PROMPT)
+    return continuation(load_model(path), load_tokenizer(path), PROMPT)

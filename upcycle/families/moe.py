@@ -12,6 +12,7 @@ from upcycle.errors import CheckpointError, RefusalError
 from upcycle.families.base import refuse_quantized
 from upcycle.families.origin import Origin
 from upcycle.registry import FAMILIES
+from upcycle.stock import build_config
 from upcycle.tensor_files import TensorSpec
 
 Role = Literal["expert", "experts", "router", "bias", "other"]
@@ -105,13 +106,9 @@ class MoeModel:
             CheckpointError: a value is not what the stock class takes.
         """
         family = moe_family(raw, where)
-        from transformers import AutoConfig
-
-        try:
-            stock: Any = AutoConfig.for_model(**{key: value for key, value in raw.items() if "dtype" not in key})
-            experts, top_k = getattr(stock, family.experts_key), getattr(stock, family.top_k_key)
-        except Exception as error:  # the stock classes raise errors of many kinds
-            raise CheckpointError(f"{where}: transformers cannot read config.json: {error}") from None
+        stock = build_config(raw, where)
+        experts: Any = getattr(stock, family.experts_key, None)
+        top_k: Any = getattr(stock, family.top_k_key, None)
         for key, value in ((family.experts_key, experts), (family.top_k_key, top_k)):
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"{where}: config.json: '{key}' must be a positive integer, got {value!r}")

@@ -15,13 +15,14 @@ import torch
 from upcycle import provenance
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.loading import load_model
+from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
 from upcycle.serving.comparing import Place, places, tolerance_of
 from upcycle.serving.engine import Answer, Asked, Engine, NotHeld
 from upcycle.serving.on_llama_cpp import LlamaCpp
 from upcycle.serving.on_vllm import Vllm
-from upcycle.tensor_files import read_json
-from upcycle.text import DEMO_TEXTS, encode, load_tokenizer, read_text, windows_of
+from upcycle.stock import load_tokenizer
+from upcycle.text import DEMO_TEXTS, encode, read_text, windows_of
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (LlamaCpp(), Vllm())}
 PROMPT, WRITTEN, TOKENS = 16, 32, 128

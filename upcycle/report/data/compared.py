@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import CheckpointError
+from upcycle.parsing import read_json
 from upcycle.report.data.subject import Subject, missing
-from upcycle.tensor_files import read_json
 
 COMPARISON_FILE = "compare.json"
 _NEEDED = {"source", "dense", "results"}

@@ -6,8 +6,8 @@ from typing import Any
 
 from upcycle import provenance
 from upcycle.blueprint import BlueprintFile
+from upcycle.parsing import read_json
 from upcycle.report.data.subject import Subject, missing
-from upcycle.tensor_files import read_json
 
 
 def exactness_data(subject: Subject) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.growth_verification import stock_model
 from upcycle.report.data.subject import Subject, reason_of
-from upcycle.runtime import StockModel, available_memory, load_stock
+from upcycle.runtime import StockModel, available_memory
+from upcycle.stock import load_model
 from upcycle.verification import reopen
 
 
@@ -37,7 +38,7 @@ def load_models(subject: Subject, source: str | None) -> Models:
     needed = 4 * sum(spec.elements for spec in subject.specs.values())
     _check_fits(needed, subject.name)
     try:
-        model = StockModel(load_stock(subject.folder))
+        model = StockModel(load_model(subject.folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"transformers cannot load {subject.name}: {first}") from None

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from upcycle import provenance
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.families.moe import MOES, MoeModel
+from upcycle.parsing import read_json
 from upcycle.sources import locate
-from upcycle.tensor_files import SafetensorsFolder, TensorSpec, read_json
+from upcycle.tensor_files import SafetensorsFolder, TensorSpec
 from upcycle.workspace import sibling
 
 TRAINING_LOG = "log.jsonl"

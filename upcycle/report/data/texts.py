@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from upcycle.report.data.subject import Subject
-from upcycle.text import DEMO_TEXTS, demo_parts, encode, load_tokenizer, read_text, windows_of
+from upcycle.stock import load_tokenizer
+from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
 
 WINDOW = 256
 
