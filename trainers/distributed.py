@@ -108,9 +108,9 @@ def _described(error: BaseException | None) -> tuple[type[UpcycleError], str, st
     return UpcycleError, f"{type(error).__name__}: {error}", None
 
 
-def launched() -> bool:
-    """Whether this process was started as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "RANK" in os.environ
+def first_rank() -> bool:
+    """Whether this process is the rank that speaks for all, or alone."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -121,7 +121,8 @@ def joined(timeout: float) -> Iterator[Ranks]:
         EnvironmentFault: DeepSpeed is not installed, the launcher's variables are incomplete, or a rank is unreachable.
     """
     deepspeed = import_deepspeed()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world = _number("WORLD_SIZE", 1)
+    rank = _number("RANK", 0) if world > 1 else 0
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
@@ -156,6 +157,13 @@ def joined(timeout: float) -> Iterator[Ranks]:
     finally:
         if mine and world > 1:
             distributed.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise EnvironmentFault(f"{name}={text} in the environment is no number", hint=f"unset {name}, or use --nproc")
+    return int(text)
 
 
 def _leave() -> None:

@@ -1,107 +1,150 @@
-"""Starts the ranks of a run on this machine, or on those of a host file through DeepSpeed's launcher."""
+"""Starts ranks on this machine, hands signals on to them, and waits; with :mod:`upcycle.trainers.hosts` on several."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Protocol
 
-from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.trainers.signals import INTERRUPTED, LAUNCHER, TOGETHER, give_back, take
 
+COMMAND = "UPCYCLE_COMMAND"  # in a rank's environment: the command that started all of them
 _MODULE = "upcycle.cli.main"
-_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # nothing is imported from where the command was given
-_GRACE = 600.0  # seconds that ranks have to save after a signal
+_GRACE = 600.0  # seconds that the others have to save, once one has stopped
 _AFTER_FAILURE = 15.0  # seconds that the others have to say why, once one has failed
+_LAST_WORDS = 1.0  # seconds between asking the others to end and ending them
+
+
+class Started(Protocol):
+    """A process that was started: a rank, or the ranks of another machine."""
+
+    def code(self) -> int | None:
+        """Its exit code as a shell gives it, or ``None`` while it runs."""
+
+    def send(self, number: int) -> None:
+        """Have it told of a signal."""
+
+    def kill(self) -> None:
+        """End it and all it started, and wait for that."""
+
+
+class Local:
+    """A process here, in a session of its own: a terminal's Ctrl-C reaches it once, by :meth:`send`."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], control: bool = False) -> None:
+        """``control``: its standard input is a pipe, for :attr:`process`."""
+        self.process = subprocess.Popen(
+            command,
+            env={**environment, LAUNCHER: str(os.getpid())},
+            stdin=subprocess.PIPE if control else subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def code(self) -> int | None:
+        """See :class:`Started`."""
+        found = self.process.poll()
+        return 128 - found if found is not None and found < 0 else found
+
+    def send(self, number: int) -> None:
+        """See :class:`Started`."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """See :class:`Started`."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def python(module: str) -> list[str]:
+    """The command that runs a module of this installation: nothing is imported from where it is started."""
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    start = f"import runpy, sys; sys.path.pop(0); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", start]
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks here; returns the exit code of the first rank that failed, or 0.
+    """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks here; returns their exit code, see :func:`wait`."""
+    place = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return wait(start_ranks(arguments, range(nproc), {**os.environ, **place}))
 
-    SIGTERM and SIGINT are handed on. When a rank fails, the others are ended.
-    """
-    environment = {**os.environ, "WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    threads = str(max(1, (os.cpu_count() or nproc) // nproc))
-    environment.setdefault("OMP_NUM_THREADS", threads)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *_SAFE_PATH, "-m", _MODULE, *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(nproc)
+
+def start_ranks(arguments: Sequence[str], ranks: range, environment: Mapping[str, str]) -> list[Started]:
+    """Start ranks here; ``environment`` says how many there are in all, and where they meet."""
+    shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ranks))), **environment}
+    return [
+        Local([*python(_MODULE), *arguments], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank - ranks.start)})
+        for rank in ranks
     ]
+
+
+def wait(started: Sequence[Started]) -> int:
+    """Wait for all; returns 0, or the exit code of the first that failed, 130 where a signal ended them.
+
+    Signals that stop a run are handed on, and a second one kills all. When one fails, the others are ended.
+    """
+    try:
+        with _handing_on(started):
+            return _wait(started)
+    except _AtOnce:
+        return INTERRUPTED
+    finally:
+        for each in started:
+            if each.code() is None:
+                each.kill()
+
+
+class _AtOnce(Exception):  # noqa: N818 - nothing went wrong
+    """A second signal came."""
+
+
+@contextmanager
+def _handing_on(started: Sequence[Started]) -> Iterator[None]:
+    first: list[float] = []
 
     def hand_on(number: int, _: FrameType | None) -> None:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
+        if first and time.monotonic() - first[0] >= TOGETHER:
+            raise _AtOnce
+        if not first:
+            first.append(time.monotonic())
+            for each in started:
+                each.send(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = take(hand_on)
     try:
-        return _wait(ranks)
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
+        give_back(before)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(started: Sequence[Started]) -> int:
     failed, since = 0, 0.0
-    while [rank for rank in ranks if rank.poll() is None]:  # all are asked, not only up to the first that runs
-        codes = [rank.returncode for rank in ranks if rank.returncode]
+    while [each for each in started if each.code() is None]:  # all are asked, not only up to the first that runs
+        codes = [code for code in (each.code() for each in started) if code]
         if codes and not failed:
             failed, since = codes[0], time.monotonic()
-        if failed and time.monotonic() - since > _AFTER_FAILURE:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.terminate()
-            time.sleep(1)
+        if failed and time.monotonic() - since > (_GRACE if failed == INTERRUPTED else _AFTER_FAILURE):
+            for each in started:
+                each.send(signal.SIGTERM)
+            time.sleep(_LAST_WORDS)
             break
         time.sleep(0.05)
-    codes = [rank.returncode for rank in ranks if rank.returncode]
-    code = failed or next(iter(codes), 0)
-    return code if code >= 0 else 128 - code
+    return failed or next((code for code in (each.code() for each in started) if code), 0)
 
 
-def launch_hosts(arguments: Sequence[str], hostfile: Path, nproc: int | None) -> int:
-    """Run ``upcycle ARGUMENTS`` on the machines of a host file (``NAME slots=N`` a line); returns DeepSpeed's exit code.
-
-    Raises:
-        UsageError: there is no such file, or nothing in it.
-        EnvironmentFault: DeepSpeed is not installed.
-    """
-    if not hostfile.is_file():
-        raise UsageError(f"no such host file: {hostfile}", hint="one line per machine: NAME slots=RANKS")
-    lines = [line.split("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
-    wrong = next((line for line in lines if line and "slots=" not in line), None)
-    if wrong or not any(lines):
-        raise UsageError(f"{hostfile}: cannot read '{wrong or ''}'", hint="one line per machine: NAME slots=RANKS")
-    return subprocess.run(hosts_command(arguments, hostfile, nproc), check=False).returncode
-
-
-def hosts_command(arguments: Sequence[str], hostfile: Path, nproc: int | None) -> list[str]:
-    """What :func:`launch_hosts` runs.
-
-    Raises:
-        EnvironmentFault: DeepSpeed is not installed.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("deepspeed") is None:
-        raise EnvironmentFault("training needs DeepSpeed", hint="pip install 'upcycle[train]'")
-    count = ["--num_gpus", str(nproc)] if nproc else []
-    return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *count),
-        *("--no_local_rank", "--module", _MODULE, *arguments),
-    ]
+def told_command(arguments: Sequence[str]) -> str:
+    """The ``upcycle`` command of these arguments as one gives it again: whatever threw checkpoints away is left out."""
+    return shlex.join(["upcycle", *(argument for argument in arguments if argument != "--restart")])
 
 
 def _free_port() -> int:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from upcycle.trainers.balance import loads
 from upcycle.trainers.checkpoint_reader import SavedRun, check_same_run, latest, open_checkpoint
 from upcycle.trainers.checkpoint_writer import save
 from upcycle.trainers.data import Batch
-from upcycle.trainers.distributed import Ranks, joined
+from upcycle.trainers.distributed import Ranks, first_rank, joined
 from upcycle.trainers.flops import measured_peak
 from upcycle.trainers.host_memory import keep_freed_memory
 from upcycle.trainers.model_loading import save_config, tokenizer_of
@@ -33,6 +30,7 @@ from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_
 from upcycle.trainers.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
 from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
+from upcycle.trainers.signals import StopSignals
 from upcycle.trainers.stage import Stage
 from upcycle.trainers.step import StepResult
 from upcycle.trainers.validation import on_device, validate
@@ -73,19 +71,26 @@ def train(
         say: is told a line as it happens, on the first rank alone.
         restart: throw the run's checkpoints away and begin anew.
 
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it after its current step, which is saved (``stopped`` in the result).
+
     Raises:
         UpcycleError: with the reason; complete checkpoints stay.
+        KeyboardInterrupt: one of these signals came while no step ran; nothing is lost.
     """
     if isinstance(recipe, (str, Path)):
         recipe = read_train_recipe(Path(recipe))
     elif not isinstance(recipe, TrainRecipe):
         recipe = parse_train_recipe(dict(recipe), "recipe")
-    with joined(recipe.timeout) as ranks:
-        return _Run(recipe, ranks, say if ranks.first else _silent, restart).run()
+    speaks = say if first_rank() else _silent
+    with StopSignals(speaks) as signals, joined(recipe.timeout) as ranks:
+        return _Run(recipe, ranks, speaks, restart, signals).run()
 
 
 class _Run:
-    def __init__(self, recipe: TrainRecipe, ranks: Ranks, say: Callable[[str], None], restart: bool) -> None:
+    def __init__(
+        self, recipe: TrainRecipe, ranks: Ranks, say: Callable[[str], None], restart: bool, signals: StopSignals
+    ) -> None:
+        self.signals = signals
         self.recipe, self.ranks, self.say = recipe, ranks, say
         self.folder = Path(recipe.output).expanduser()
         self.small = small_files(self.folder)
@@ -123,8 +128,7 @@ class _Run:
             self.peak = peak * 1e12 if peak else measured_peak(self.ranks.device, dtype)
             if self.ranks.first:
                 self.reports = Reports(self.folder, list(self.recipe.log.trackers), self.say, self.step)
-            with self._signals():
-                self._stages(saved)
+            self._stages(saved)
             model = None if self.stop else self._export()
             if self.reports:
                 self.reports.close()
@@ -154,7 +158,9 @@ class _Run:
                 stage.load_state(saved.state)
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
                 stage.stream.restore(saved.state["data"])
-            self._steps(index, stage, done)
+            self.ranks.barrier()  # from here on all ranks finish their step
+            with self.signals.steps():
+                self._steps(index, stage, done)
             saved = open_checkpoint(self.checkpoint) if self.checkpoint else None
             stage.close()
             if self.stop:
@@ -174,7 +180,8 @@ class _Run:
             self.step, self.tokens, self.loss = self.step + 1, self.tokens + self.recipe.tokens_per_step, result.loss
             self._report(name, stage, result, rate, time.perf_counter() - begun)
             self._check_finite(result, batches)
-            self.stop = bool(self.ranks.largest(self.stop)[0])
+            received = int(self.ranks.largest(self.signals.received or 0)[0])
+            self.stop = bool(received)
             last = number + 1 == steps
             every = self.recipe.log.validation
             if stage.held_out and (last or (every and (number + 1) % every == 0)):
@@ -182,7 +189,8 @@ class _Run:
             if last or self.stop or self.step % self.recipe.saving.every == 0:
                 self._save(index, stage, number + 1)
             if self.stop:
-                self.say(f"stopped by a signal at step {self.step}; the same command continues")
+                name = signal.Signals(received).name
+                self.say(f"stopped by {name} at step {self.step}, which is saved; the same command continues")
                 return
 
     def _describe(self, stage: Stage, done: int) -> None:
@@ -328,22 +336,6 @@ class _Run:
                 error = fault
         self.ranks.together(error)
         return out
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM, which clusters send before they take a node away, ends the run after its current step."""
-
-        def handler(_: int, __: FrameType | None) -> None:
-            self.stop = True
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGTERM, handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import torch
 from training_runs import losses, recipe_for, run, steps
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers import checkpoint_writer
+from upcycle.trainers import checkpoint_writer, stage
 from upcycle.trainers.checkpoint_reader import latest
 from upcycle.trainers.checkpoint_writer import finished
+from upcycle.trainers.signals import STOPPING, Stopped
 from upcycle.trainers.step import Stepper
 
 Model = Callable[[str], Path]
@@ -104,13 +105,13 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(pico_moe: Model, t
     assert first.state["files"] == second.state["files"]  # SHA-256 of all weights and optimizer states
 
 
-def _stopped_at(recipe: Any, step: int) -> None:
-    """Run, and send SIGTERM while a step runs."""
+def _stopped_at(recipe: Any, step: int, number: int = signal.SIGTERM) -> None:
+    """Run, and send a signal while a step runs."""
     original = Stepper.step
 
     def stepping(self: Stepper, engine: Any, batches: Any, progress: float) -> Any:
         if round(progress * 6) == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, engine, batches, progress)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +120,52 @@ def _stopped_at(recipe: Any, step: int) -> None:
     assert result.stopped
     assert result.step == step
     assert result.checkpoint.endswith(f"step-{step:08d}")
-    assert "the same command continues" in said[-1]
+    name = signal.Signals(number).name
+    assert said[-1] == f"stopped by {name} at step {step}, which is saved; the same command continues"
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_every_signal_that_stops_a_run_saves_its_step(pico_moe: Model, tmp_path: Path, number: int) -> None:
+    before = [signal.getsignal(each) for each in STOPPING]
+    recipe = recipe_for(pico_moe("mixtral"), tmp_path, saving={"every": 100})
+    _stopped_at(recipe, 2, number)
+    assert [path.name for path in finished(tmp_path / "run")] == ["step-00000002"]
+    assert [signal.getsignal(each) for each in STOPPING] == before
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(pico_moe: Model, tmp_path: Path) -> None:
+    recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
+
+    def loading(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "load_model", loading)
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            run(recipe)
+    assert run(recipe)[0].step == 1
+
+
+def test_the_command_says_130_and_how_to_continue(
+    pico_moe: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from upcycle.cli.main import main
+
+    recipe = recipe_for(pico_moe("mixtral"), tmp_path)
+    (tmp_path / "r.yaml").write_text(recipe.dump())
+    original = Stepper.step
+
+    def stepping(self: Stepper, engine: Any, batches: Any, progress: float) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(self, engine, batches, progress)
+
+    words = ["train", str(tmp_path / "r.yaml"), "--restart", "--set", "clip=2"]
+    monkeypatch.setattr("sys.argv", ["upcycle", *words])
+    monkeypatch.setattr(Stepper, "step", stepping)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 130
+    assert f"upcycle train {tmp_path / 'r.yaml'} --set clip=2   continues" in capsys.readouterr().out
 
 
 @pytest.mark.slow

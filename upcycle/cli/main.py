@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 import click
@@ -11,6 +12,7 @@ import click
 from upcycle import __version__
 from upcycle.cli.output import print_error, stderr
 from upcycle.errors import UpcycleError, UsageError
+from upcycle.trainers.signals import INTERRUPTED, interrupting
 
 VERBS = {
     "convert": "convert",
@@ -30,7 +32,6 @@ VERBS = {
     "tune-kernels": "tune_kernels",
     "env": "env",
 }
-INTERRUPTED = 130
 CONTINUED = ("convert", "train", "push")  # what a stopped one did is kept
 
 
@@ -70,10 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in arguments or bool(os.environ.get("UPCYCLE_DEBUG"))
     try:
-        code = cli.main(arguments, prog_name="upcycle", standalone_mode=False)
+        # What trains may be sent any of several signals, by clusters and by its launcher, from the first moment on.
+        with interrupting() if arguments[:1] == ["train"] else nullcontext():
+            code = cli.main(arguments, prog_name="upcycle", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         goes_on = arguments[:1] and arguments[0] in CONTINUED
-        stderr().print("\ninterrupted" + ("; the same command continues where it stopped" if goes_on else ""))
+        if os.environ.get("RANK", "0") == "0":
+            stderr().print("\ninterrupted" + ("; the same command continues where it stopped" if goes_on else ""))
         code = INTERRUPTED
     except click.ClickException as error:
         context = getattr(error, "ctx", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import click
 import yaml
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import print_facts, print_json, say
+from upcycle.cli.output import print_facts, print_json, say, warn
 from upcycle.errors import UsageError
 from upcycle.quantities import duration
+from upcycle.trainers.signals import INTERRUPTED
 
 
 def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
@@ -49,7 +51,9 @@ set_option = click.option(
 @click.option("--output", help="the run's folder, instead of the recipe's")
 @set_option
 @click.option("--nproc", type=click.IntRange(1), help="ranks on this machine (or, with --hostfile, on each)")
-@click.option("--hostfile", type=click.Path(path_type=Path), help="machines of the run, for DeepSpeed's launcher")
+@click.option(
+    "--hostfile", type=click.Path(path_type=Path), help="machines of the run (NAME slots=RANKS a line), reached by ssh"
+)
 @click.option("--restart", is_flag=True, help="throw the run's checkpoints away and begin anew")
 @quiet_option
 @common_options
@@ -70,7 +74,8 @@ def command(
     RECIPE is a YAML file, or the name of a recipe that comes with upcycle (upcycle list recipes).
 
     A run that was stopped continues from its newest checkpoint when the same command is given again, on any number of
-    ranks. SIGTERM saves and exits with 0. Started by torchrun, the command is one of its ranks.
+    ranks. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step, save, and exit with 130; a second one ends it at once.
+    Started by torchrun, the command is one of its ranks.
 
     \b
     upcycle train heal_split --model ./half --output ./healed --set data=corpus.jsonl
@@ -81,35 +86,49 @@ def command(
 
     overlaid = {**({"model": model} if model else {}), **({"output": output} if output else {}), **set_}
     told = read_train_recipe(recipe, overlaid)
-    if (nproc or hostfile) and not _is_rank():
-        from upcycle.trainers.launcher import launch, launch_hosts
+    arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
+    if (nproc or hostfile) and _starts_ranks(nproc, hostfile):
+        from upcycle.trainers.launcher import COMMAND, launch, told_command
 
-        arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
-        code = launch_hosts(arguments, hostfile, nproc) if hostfile else launch(arguments, nproc or 1)
+        os.environ[COMMAND] = told_command(sys.argv[1:])
+        if hostfile:
+            from upcycle.trainers.hosts import launch_hosts
+
+            code = launch_hosts(arguments, hostfile, nproc)
+        else:
+            code = launch(arguments, nproc or 1)
         if code:
             sys.exit(code)
         return
+    from upcycle.trainers.distributed import first_rank
     from upcycle.trainers.loop import train
 
     result = train(told, (lambda _: None) if quiet else say, restart)
-    if not _speaks():
-        return
-    if as_json:
-        print_json(result.as_dict())
-        return
-    print_facts(_facts(result))
+    if first_rank():
+        if as_json:
+            print_json(result.as_dict())
+        else:
+            print_facts(_facts(result))
+    if result.stopped:
+        sys.exit(INTERRUPTED)
 
 
-def _is_rank() -> bool:
-    from upcycle.trainers.distributed import launched
+def _starts_ranks(nproc: int | None, hostfile: Path | None) -> bool:
+    """Whether this command is to start ranks: not where it was started as one of several.
 
-    return launched()
-
-
-def _speaks() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
+    Raises:
+        UsageError: it was.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        if "RANK" in os.environ:
+            warn("RANK and WORLD_SIZE=1 in the environment are not used: ranks are started as the options say")
+        return True
+    option = f"--nproc {nproc}" if hostfile is None else f"--hostfile {hostfile}"
+    raise UsageError(
+        f"{option} starts ranks, but WORLD_SIZE={world} and RANK={os.environ.get('RANK')} say that this process is one of several",
+        hint=f"leave {option} out where torchrun or a cluster starts the ranks, or unset RANK and WORLD_SIZE",
+    )
 
 
 def _without(arguments: list[str], options: tuple[str, ...]) -> list[str]:
@@ -140,6 +159,14 @@ def _facts(result: Any) -> list[tuple[str, str]]:
         facts += [("model", result.model), ("next", f"upcycle evaluate {result.model}")]
     else:
         facts.append(
-            ("next", "the same command continues" if result.stopped else f"upcycle export {result.checkpoint} OUT")
+            ("next", f"{_again()}   continues" if result.stopped else f"upcycle export {result.checkpoint} OUT")
         )
     return facts
+
+
+def _again() -> str:
+    """The command that continues this run."""
+    from upcycle.trainers.launcher import COMMAND, told_command
+
+    own = os.environ.get(COMMAND) or told_command(sys.argv[1:])
+    return f"torchrun ... {own}" if "TORCHELASTIC_RUN_ID" in os.environ and COMMAND not in os.environ else own

@@ -1,0 +1,148 @@
+"""Signals that end a run. The first lets the step finish and saves it; a second ends the process at once.
+
+Light on purpose: it is imported before anything else, so that a signal means the same from the first moment on.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# Ctrl-C; what clusters send before they take a node away; a terminal or an ssh connection that closes; Slurm's --signal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+INTERRUPTED = 130  # the exit code of a command that was stopped, whichever signal it was
+TOGETHER = (
+    0.5  # seconds in which signals are one event: a terminal, a launcher and a cluster may all pass the same one on
+)
+LAUNCHER = "UPCYCLE_LAUNCHER"  # in a rank's environment: the process whose end ends the rank
+
+_END = 0  # no signal has this number
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came while there was no step to finish: nothing is lost by ending at once."""
+
+
+class StopSignals:
+    """While it is entered, takes all of :data:`STOPPING`.
+
+    Within :meth:`steps` the first signal is only noted in ``received``, for the loop to see after its step; elsewhere it
+    raises :class:`Stopped`. A rank whose launcher has gone is told so by a SIGTERM of its own.
+
+    Args:
+        say: is told what will happen, from a thread.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._say, self._stepping = say, False
+        self._first: float | None = None
+        self._before: dict[int, Any] = {}
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread of a process may take signals
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # C code is told of a signal at once, Python code in the main thread only between two operations: a second signal
+        # must end a rank that waits for others inside one.
+        self._before_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = take(self._handle)
+        self._thread = threading.Thread(target=self._watch, args=(_launcher(),), daemon=True, name="signals")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is None:
+            return
+        give_back(self._before)
+        signal.set_wakeup_fd(self._before_descriptor)
+        os.write(self._write, bytes([_END]))
+        self._thread.join()
+        self._thread = None
+        os.close(self._read)
+        os.close(self._write)
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Where a signal waits for the step's end."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            return
+        self.received = signal.Signals(number)
+        if not self._stepping:
+            raise Stopped(self.received.name)
+
+    def _watch(self, launcher: int | None) -> None:
+        while True:
+            ready, _, _ = select.select([self._read], [], [], 1.0 if launcher else None)
+            if launcher and os.getppid() != launcher:
+                launcher = None
+                os.kill(os.getpid(), signal.SIGTERM)
+            for number in os.read(self._read, 64) if ready else b"":
+                if number == _END:
+                    return
+                if number in STOPPING:
+                    self._note(signal.Signals(number))
+
+    def _note(self, received: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            if self._stepping:
+                self._say(f"{received.name}: the step is finished and saved first; once more ends it at once")
+        elif now - self._first >= TOGETHER:
+            os._exit(INTERRUPTED)
+
+
+def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Have ``handler`` called for :data:`STOPPING`; returns what :func:`give_back` takes.
+
+    A SIGHUP that is ignored stays so: that is what ``nohup`` asks for.
+    """
+    numbers = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def give_back(before: dict[int, Any]) -> None:
+    """Undo :func:`take`."""
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Every one of :data:`STOPPING` raises :class:`Stopped`, as Ctrl-C does."""
+
+    def handler(number: int, _: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = take(handler)
+    try:
+        yield
+    finally:
+        give_back(before)
+
+
+def _launcher() -> int | None:
+    """The process whose end ends this rank: that of ``--nproc`` and ``--hostfile``, or torchrun's."""
+    if LAUNCHER in os.environ:
+        return int(os.environ[LAUNCHER])
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
