@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
@@ -221,10 +221,56 @@ def _specs(kind: str, found: Mapping[str, torch.Tensor], numbers: Mapping[str, A
     return tuple(specs)
 
 
+# What a blueprint says of how layers were decided and are built. Everything else is the user's: whether and on what the result
+# is verified, the models and the tokenizer it is made from.
+_BROUGHT = {
+    "method",
+    "parameters",
+    "experts",
+    "top_k",
+    "shared",
+    "active",
+    "pieces",
+    "shared_unheld",
+    "layers",
+    "router",
+    "calibration",
+    "refit",
+    "scale",
+    "pad",
+    "target",
+    "layout",
+    "dtype",
+    "max_shard_size",
+    "seed",
+}
+
+
 def blueprint_recipe(path: Path) -> dict[str, Any]:
-    """The recipe a saved blueprint was made by, without its source.
+    """What a saved blueprint may say of a recipe: how its layers were decided, and nothing that is the user's to say.
+
+    Its calibration texts are names of what was read elsewhere, without their folders: none of them is opened.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a blueprint.
     """
-    return BlueprintFile(path).recipe
+    try:
+        recipe = dict(BlueprintFile(path).recipe)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path} holds no recipe", hint="name the blueprint.safetensors that lies beside a conversion"
+        ) from None
+    found = {key: value for key, value in recipe.items() if key in _BROUGHT}
+    texts = found.get("calibration")
+    if isinstance(texts, dict) and texts.get("text"):
+        named = texts["text"] if isinstance(texts["text"], list) else [texts["text"]]
+        found["calibration"] = {
+            **texts,
+            "text": [PurePath(str(name)).name if _is_path(name) else name for name in named],
+        }
+    return found
+
+
+def _is_path(name: Any) -> bool:
+    """Whether a calibration text is named by a path, and not as an embedded text or a dataset of the hub."""
+    return not isinstance(name, str) or name.startswith(("/", ".", "~")) or "\\" in name or bool(PurePath(name).suffix)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.card_facts import Facts, public_name, sources_of
 from upcycle.markdown import code, fenced, plain, table
 from upcycle.score_table import score_rows
+from upcycle.verdict import said, span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +101,7 @@ def _comparison(facts: Facts) -> str:
     ]
     if measured:
         name = f"perplexity, {measured['tokens']:,} tokens of {code(public_name(measured['text']))}"
-        rows.append((name, f"{measured['perplexity_dense']:.3f}", f"{measured['perplexity']:.3f}"))
+        rows.append((name, said(measured["perplexity_dense"], ".3f"), said(measured["perplexity"], ".3f")))
     return table(["", "source" if facts.grown else "dense", "this model"], rows)
 
 
@@ -122,14 +123,13 @@ def _verification(facts: Facts) -> str:
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
         f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",
         "",
-        f"- relative error of the logits: {measured['relative_logit_error']:.1e}"
+        f"- relative error of the logits: {said(measured['relative_logit_error'], '.1e')}"
         + (f" (promised below {measured['tolerance']:.0e})" if measured["tolerance"] else ""),
-        f"- KL divergence of the next-token distributions: {measured['kl']:.1e} nats",
+        f"- KL divergence of the next-token distributions: {said(measured['kl'], '.1e')} nats",
         f"- same most likely token: {measured['top1_agreement']:.1%}",
     ]
     if measured["layer_errors"]:
-        low, high = min(measured["layer_errors"]), max(measured["layer_errors"])
-        lines.append(f"- relative error of single layers: {low:.1e} to {high:.1e}")
+        lines.append(f"- relative error of single layers: {span(measured['layer_errors'])}")
     if measured["compared_tensors"]:
         lines.append(f"- tensors equal to what they were made from, bit for bit: {measured['compared_tensors']:,}")
     if measured["all_experts_error"] is not None:

@@ -28,6 +28,9 @@ COPY_BLOCK_BYTES = 1 << 24
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 class TensorStore(Protocol):
     """Where tensors come from; shapes and dtypes are known without reading one."""
 
@@ -72,8 +75,23 @@ class Checkpoint:
             config_bytes = (source.path / "config.json").read_bytes()
         self._identify()
         self.store = gguf if source.path.is_file() else SafetensorsFolder(source.path)
+        if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
+            self.raw_config = untied(self.raw_config)
         self._opened = self.modified
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
+
+    def _has_another_head(self) -> bool:
+        """Whether a head is stored that is not the embedding: stock transformers runs that one, whatever config.json says of
+        tying.
+        """
+        import torch
+
+        if not {EMBEDDING, HEAD} <= set(self.store.specs):
+            return False
+        if self.store.specs[EMBEDDING].shape != self.store.specs[HEAD].shape:
+            return True
+        pairs = zip(*(self.store.chunks(name, COPY_BLOCK_BYTES) for name in (EMBEDDING, HEAD)), strict=False)
+        return not all(one.shape == two.shape and torch.equal(one.double(), two.double()) for one, two in pairs)
 
     def _identify(self) -> None:
         """Find out from the configuration what the model is, or refuse it, before the weights are looked at."""
@@ -202,6 +220,11 @@ class DenseCheckpoint(Checkpoint):
         for norm in self.family.norms_below(layer):
             bound += self.whole(self.family.origin(self.config, norm), dtype).abs().max().item()
         return torch.full((self.config.hidden_size,), bound)
+
+
+def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` that says what its weights are: a head of their own. LFM2 has an older name for the key."""
+    return {key: value for key, value in raw_config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

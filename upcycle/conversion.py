@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from upcycle.blueprint import BlueprintFile, LayerBlueprint
     from upcycle.feed_forward import FeedForward
     from upcycle.samples import Samples
-    from upcycle.verification import Verification
+    from upcycle.verdict import Verification
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from upcycle.speed import Speed, measure_speed
 from upcycle.stock import load_tokenizer
 from upcycle.task_scores import TaskScores, score_tasks
 from upcycle.text import DEMO_TEXTS, encode, read_text
+from upcycle.verdict import finite, perplexity_of
 
 _BATCH_LOGIT_BYTES = 1 << 28
 
@@ -53,7 +53,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
-        return asdict(self)
+        content: dict[str, Any] = finite(asdict(self))
+        return content
 
 
 def evaluate(
@@ -155,9 +156,9 @@ def _on_texts(
             tokens=len(encoded[name]),
             predicted=predicted,
             nats_per_token=loss,
-            perplexity=math.exp(loss),
+            perplexity=perplexity_of(loss),
             reference_nats_per_token=compared.get(name),
-            reference_perplexity=math.exp(compared[name]) if name in compared else None,
+            reference_perplexity=perplexity_of(compared[name]) if name in compared else None,
         )
         for name, (loss, predicted) in measured.items()
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,8 @@ from upcycle.runtime import StockModel, available_memory, dense_model
 from upcycle.sources import Source
 from upcycle.stock import load_model
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.verification import EXACT_TOLERANCE, Totals, Verification, batch_size, check_keys, token_windows
+from upcycle.verdict import EXACT_TOLERANCE, Totals, Verification
+from upcycle.verification import batch_size, check_keys, token_windows
 
 
 def verify_growth(
@@ -52,8 +52,9 @@ def verify_growth(
     promise, explanation = job.promise
     tolerance = EXACT_TOLERANCE if promise == "exact" else None
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"
-    if not math.isfinite(totals.relative_error):
-        verdict, explanation = "broken", "the logits are not finite"
+    explanation += totals.remark
+    if totals.fault:
+        verdict, explanation = "broken", totals.fault
     elif tolerance is not None and totals.relative_error > tolerance:
         verdict = "broken"
         explanation = f"relative logit error {totals.relative_error:.1e}, promised below {tolerance:.1e}"

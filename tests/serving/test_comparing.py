@@ -11,7 +11,7 @@ import torch
 
 from upcycle.serving.comparing import places, tolerance_of
 from upcycle.serving.engine import Written
-from upcycle.verification import EXACT_TOLERANCE
+from upcycle.verdict import EXACT_TOLERANCE
 
 
 class Fixed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,15 @@ def _print_tasks(tasks: Any) -> None:
 
 
 def _print_texts(result: Any) -> None:
+    from upcycle.verdict import said
+
     columns = ["text", "tokens", "nats/token", "perplexity"]
     rows = []
     for text in result.texts:
-        row = [text.text, f"{text.predicted:,}", f"{text.nats_per_token:.4f}", f"{text.perplexity:.3f}"]
+        row = [text.text, f"{text.predicted:,}", f"{text.nats_per_token:.4f}", said(text.perplexity, ".3f")]
         if result.reference:
-            change = text.perplexity / text.reference_perplexity - 1
-            row += [f"{text.reference_perplexity:.3f}", f"{change:+.1%}"]
+            change = math.expm1(min(text.nats_per_token - text.reference_nats_per_token, 700.0))
+            row += [said(text.reference_perplexity, ".3f"), f"{change:+.1%}"]
         rows.append(row)
     if result.reference:
         columns += ["reference", "change"]

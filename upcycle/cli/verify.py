@@ -113,6 +113,8 @@ def _serving_facts(result: Any) -> list[tuple[str, str]]:
 
 def verification_facts(result: Any) -> list[tuple[str, str]]:
     """The verdict and its numbers as lines."""
+    from upcycle.verdict import said, span
+
     before, after = ("before", "after") if result.compared_tensors else ("dense", "MoE")
     style = VERDICT_STYLE[result.verdict]
     limit = f" (promised below {result.tolerance:.0e})" if result.tolerance else ""
@@ -120,17 +122,19 @@ def verification_facts(result: Any) -> list[tuple[str, str]]:
         ("verdict", f"[{style}]{result.verdict}[/]: {result.explanation}"),
         (
             "logit error",
-            f"{result.relative_logit_error:.1e} relative{limit}, KL {result.kl:.1e} nats, top-1 agreement {result.top1_agreement:.1%}",
+            f"{said(result.relative_logit_error, '.1e')} relative{limit}, KL {said(result.kl, '.1e')} nats, "
+            f"top-1 agreement {result.top1_agreement:.1%}",
         ),
         (
             "perplexity",
-            f"{before} {result.perplexity_dense:.3f}, {after} {result.perplexity:.3f} ({result.tokens:,} tokens, {result.text})",
+            f"{before} {said(result.perplexity_dense, '.3f')}, {after} {said(result.perplexity, '.3f')} "
+            f"({result.tokens:,} tokens, {result.text})",
         ),
     ]
     if result.compared_tensors:
         facts.append(("tensors", f"{result.compared_tensors:,}, each what it was made from, bit for bit"))
     if result.layer_errors:
-        facts.append(("layers", f"relative error {min(result.layer_errors):.1e} to {max(result.layer_errors):.1e}"))
+        facts.append(("layers", f"relative error {span(result.layer_errors)}"))
     if result.all_experts_error is not None:
         facts.append(
             ("all experts on", f"equal to {result.all_experts_reference} within {result.all_experts_error:.1e}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from upcycle.serving.engine import Written
-from upcycle.verification import EXACT_TOLERANCE
+from upcycle.verdict import EXACT_TOLERANCE
 
 
 @dataclass(frozen=True)

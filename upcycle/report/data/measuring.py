@@ -18,7 +18,7 @@ from upcycle.report.data.texts import Domain
 from upcycle.text import continuation
 from upcycle.trainers.router_records import capture
 from upcycle.trainers.routing import MoeLayer, moe_layers
-from upcycle.verification import Totals
+from upcycle.verdict import Totals
 
 _BATCH_LOGIT_BYTES = 1 << 26
 SAMPLE_TOKENS = 256

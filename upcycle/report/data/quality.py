@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.verification import Totals
+from upcycle.verdict import Totals, finite, perplexity_of
 
 _ONLY_BESIDE = ("relative_logit_error", "kl", "top1_agreement", "perplexity_dense")
 
@@ -21,5 +20,6 @@ def quality_data(totals: Mapping[str, Totals], compared: bool) -> dict[str, Any]
         shown = {key: numbers[key] if compared else None for key in _ONLY_BESIDE}
         domains.append({"text": name, "tokens": numbers["tokens"], "perplexity": numbers["perplexity"], **shown})
     logs = [(total.loss - total.loss_dense) / total.predictions for total in totals.values()]
-    ratio = math.exp(sum(logs) / len(logs)) if compared else None
-    return {"ratio": ratio, "domains": domains}
+    ratio = perplexity_of(sum(logs) / len(logs)) if compared else None
+    content: dict[str, Any] = finite({"ratio": ratio, "domains": domains})
+    return content

@@ -7,6 +7,7 @@ from typing import Any
 
 from upcycle.report.drawing.frame import Plot
 from upcycle.report.drawing.lines import Series, lines
+from upcycle.verdict import said
 
 
 def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -15,11 +16,11 @@ def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
     limit = f"promised below {check['tolerance']:.0e}" if check["tolerance"] else "no limit was promised"
     rows = [
         ("verdict", f"{check['verdict']}: {check['explanation']}"),
-        ("relative error of the logits", f"{check['relative_logit_error']:.1e} ({limit})"),
-        ("largest difference of a logit", f"{check['max_logit_difference']:.1e}"),
-        ("KL of next-token distributions", f"{check['kl']:.1e} nats"),
+        ("relative error of the logits", f"{said(check['relative_logit_error'], '.1e')} ({limit})"),
+        ("largest difference of a logit", said(check["max_logit_difference"], ".1e")),
+        ("KL of next-token distributions", f"{said(check['kl'], '.1e')} nats"),
         ("same most likely token", f"{check['top1_agreement']:.1%}"),
-        ("perplexity", f"dense {check['perplexity_dense']:.3f}, now {check['perplexity']:.3f}"),
+        ("perplexity", f"dense {said(check['perplexity_dense'], '.3f')}, now {said(check['perplexity'], '.3f')}"),
         ("measured on", f"{check['tokens']:,} tokens, {check['text']}"),
     ]
     if check["all_experts_error"] is not None:
@@ -32,10 +33,16 @@ def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "plots": plots + _calibration(data["calibration"])}
 
 
-def _errors(errors: list[float]) -> Plot:
+def _errors(measured: list[float | None]) -> Plot:
+    errors = [0.0 if error is None else error for error in measured]
+    unknown = [str(layer) for layer, error in enumerate(measured) if error is None]
     worst = max(range(len(errors)), key=errors.__getitem__)
-    equal = sum(error == 0 for error in errors)
+    equal = sum(error == 0 for error in measured)
     same = f" {equal} layers are equal bit for bit and have no mark." if equal else ""
+    if unknown:
+        same += (
+            f" Layer {', '.join(unknown)}: the dense block adds nothing, and this one does, so that there is no ratio."
+        )
     return lines(
         [Series("error", range(len(errors)), errors)],
         title="Which layers differ from the dense ones.",

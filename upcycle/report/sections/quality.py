@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.report.drawing.bars import Bar, Bars
+from upcycle.verdict import said
 
 
 def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -14,13 +15,16 @@ def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
     parent, model = data["names"]
     for domain in data["domains"]:
         before, after = domain["perplexity_dense"], domain["perplexity"]
-        compared = ["-", f"{after:.3f}", "-", "-", "-"]
+        compared = ["-", said(after, ".3f"), "-", "-", "-"]
+        if domain["top1_agreement"] is not None:  # a parent ran beside it
+            change = None if after is None or before is None else after / before - 1
+            compared = [said(before, ".3f"), said(after, ".3f"), said(change, "+.1%")]
+            compared += [said(domain["kl"], ".1e"), f"{domain['top1_agreement']:.1%}"]
         if before is not None:
-            compared = [f"{before:.3f}", f"{after:.3f}", f"{after / before - 1:+.1%}"]
-            compared += [f"{domain['kl']:.1e}", f"{domain['top1_agreement']:.1%}"]
             bars.append(Bar(f"{domain['text']}, {parent}", before, f"{before:.2f}", 0))
         rows.append((domain["text"], *compared, f"{domain['tokens']:,}"))
-        bars.append(Bar(f"{domain['text']}, {model}", after, f"{after:.2f}", 1))
+        if after is not None:
+            bars.append(Bar(f"{domain['text']}, {model}", after, f"{after:.2f}", 1))
     ratio = data["ratio"]
     reading = "Lower is better."
     if ratio is not None:

@@ -1,0 +1,154 @@
+"""What a verification measures and says: sums over tokens, the numbers made of them, and how they are written down.
+
+Nothing here divides zero by zero, and nothing that is written is NaN or infinite: JSON has neither.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+EXACT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was promised, what was measured, and the verdict. ``as_dict`` has the documented JSON keys.
+
+    Errors are relative: ``||moe - dense|| / ||dense||`` over all tokens; 0 where both are zero, and infinite (in JSON null)
+    where the dense side alone is. ``all_experts_error`` is the largest error of any
+    layer with every expert active, measured where fewer are used, against ``all_experts_reference``: the dense FFN, or where
+    several models are mixed the mean of theirs. ``layer_errors`` are those of each block on the
+    dense model's own FFN inputs. ``kl`` is the mean KL(dense || moe) of next-token distributions in nats, ``loss`` the mean
+    cross entropy of the next token in nats, of which ``perplexity`` is the exponential: infinite (null) from 710 nats on.
+
+    Of a growth step what is called dense is its source; ``compared_tensors`` of its result were found to be the source's
+    bit for bit (or what the step says it made of them), which is all of them, and there are no layer errors.
+    """
+
+    verdict: Literal["exact", "approximate", "broken"]
+    explanation: str
+    promise: str
+    relative_logit_error: float
+    tolerance: float | None
+    max_logit_difference: float
+    kl: float
+    top1_agreement: float
+    perplexity_dense: float
+    perplexity: float
+    loss_dense: float
+    loss: float
+    layer_errors: list[float]
+    all_experts_error: float | None
+    all_experts_reference: str
+    tokens: int
+    text: str
+    streamed: bool
+    compared_tensors: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``: what is not finite is null."""
+        content: dict[str, Any] = finite(asdict(self))
+        return content
+
+
+def finite(value: Any) -> Any:
+    """The same value, with None in the place of every number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def said(value: float | None, form: str) -> str:
+    """A number as text; one that is not there or not finite is said to be so."""
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def span(values: list[float] | list[float | None]) -> str:
+    """From the smallest to the largest of some errors, as text; those that are not finite are counted."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    inside = f"{min(known):.1e} to {max(known):.1e}" if known else ""
+    unknown = f"{len(values) - len(known)} not finite" if len(known) < len(values) else ""
+    return ", ".join(part for part in (inside, unknown) if part)
+
+
+def relative(error: float, norm: float) -> float:
+    """The root of ``error / norm``, which are sums of squares: 0 where both are 0, infinite where ``norm`` alone is."""
+    if norm == 0:
+        return error if error == 0 or math.isnan(error) else math.inf
+    return math.sqrt(error / norm)
+
+
+def perplexity_of(loss: float) -> float:
+    """``exp(loss)``, infinite where that is more than a number holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+class Totals:
+    """Sums over tokens, in fp64."""
+
+    def __init__(self) -> None:
+        self.error = self.norm = self.kl = self.loss_dense = self.loss = 0.0
+        self.largest = 0.0
+        self.agreeing = self.tokens = self.predictions = 0
+
+    def add(self, ids: torch.Tensor, dense: torch.Tensor, moe: torch.Tensor) -> None:
+        """Compare two sets of logits ``[N, T, V]``."""
+        difference = moe - dense
+        self.error += difference.double().square().sum().item()
+        self.norm += dense.double().square().sum().item()
+        largest = difference.abs().max().item()
+        if math.isnan(largest) or largest > self.largest:  # once it is NaN, nothing is larger
+            self.largest = largest
+        self.agreeing += int((moe.argmax(-1) == dense.argmax(-1)).sum())
+        self.tokens += ids.numel()
+        p, q = log_softmax(dense, -1), log_softmax(moe, -1)
+        self.kl += kl_div(q, p, log_target=True, reduction="sum").item()
+        targets = ids[:, 1:].flatten()
+        self.loss_dense += cross_entropy(p[:, :-1].flatten(0, 1), targets, reduction="sum").item()
+        self.loss += cross_entropy(q[:, :-1].flatten(0, 1), targets, reduction="sum").item()
+        self.predictions += targets.numel()
+
+    @property
+    def relative_error(self) -> float:
+        """``||moe - dense|| / ||dense||``."""
+        return relative(self.error, self.norm)
+
+    @property
+    def fault(self) -> str | None:
+        """What forbids any other verdict than broken: numbers that are not finite, and whose they are."""
+        if not math.isfinite(self.norm):
+            return "the logits of the dense side are not finite in fp32: there is nothing to compare with"
+        if not math.isfinite(self.error):
+            return "the logits are not finite"
+        return None
+
+    @property
+    def remark(self) -> str:
+        """What a reader of the numbers has to know of them; empty as a rule."""
+        return "" if self.norm else "; every logit of the dense side is zero"
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As :class:`Verification` names them."""
+        loss_dense, loss = (total / max(1, self.predictions) for total in (self.loss_dense, self.loss))
+        return {
+            "relative_logit_error": self.relative_error,
+            "max_logit_difference": self.largest,
+            "kl": 0.0 if self.kl < 0 else self.kl / self.tokens,
+            "top1_agreement": self.agreeing / self.tokens,
+            "perplexity_dense": perplexity_of(loss_dense),
+            "perplexity": perplexity_of(loss),
+            "loss_dense": loss_dense,
+            "loss": loss,
+            "tokens": self.tokens,
+        }
