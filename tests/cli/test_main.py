@@ -219,8 +219,12 @@ def test_a_fault_of_ours_is_one_message_and_a_traceback_only_with_debug(
         main(["plan", "demo"])
     assert caught.value.code == 1
     assert "ZeroDivisionError: by nothing" in capsys.readouterr().err
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as caught:
         main(["plan", "demo", "--debug"])
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert "in fail\n" in text
+    assert text.index("Traceback") < text.index("error: ZeroDivisionError: by nothing")
 
 
 def test_a_growth_step_says_what_it_did_and_what_comes_next(

@@ -9,7 +9,7 @@ import click
 
 from upcycle.cli.merging import merging_facts
 from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
-from upcycle.cli.output import Bars, note, print_facts, print_json
+from upcycle.cli.output import Bars, Cell, note, print_facts, print_json
 from upcycle.quantities import count, duration, size
 
 
@@ -81,7 +81,7 @@ def command(
     print_facts(conversion_facts(result, out, recipe.source))
 
 
-def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str]]:
+def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cell]]:
     """The final table."""
     from upcycle.cli.verify import verification_facts
 
@@ -91,7 +91,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str
     reference = "source" if grown else "dense"
     same = plan.parameters_active == plan.parameters_total and grown
     active = "" if same else f", {count(plan.parameters_active)} active"
-    facts = [
+    facts: list[tuple[str, Cell]] = [
         *merging_facts(result.merging),
         (
             "output",
@@ -116,7 +116,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, str
             ("verification", "skipped"),
             ("next", f"upcycle verify {out}"),
         ]
-    facts += calibration_facts(result.layers) + verification_facts(result.verification)
+    facts += [*calibration_facts(result.layers), *verification_facts(result.verification)]
     if result.verification.verdict == "approximate" and plan.promise == "approximate":
         facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
     return [*facts, ("next", _next_step(plan, out, source))]

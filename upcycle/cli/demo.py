@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import VERDICT_STYLE, Bars, print_json, print_table, stderr, stdout
+from upcycle.cli.output import VERDICT_STYLE, Bars, Cell, print_json, print_table, say, show, styled, write
 from upcycle.quantities import count
 
 # title, folder, recipe keys: a copy, a split that must be exact, with shared experts, and one that saves compute.
@@ -35,7 +35,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     results = []
     for title, folder, keys in CONVERSIONS:
         if not quiet:
-            stderr().print(f"[cyan]{title}[/]: upcycle convert demo {out / folder} {_flags(keys)}")
+            say(f"{title}: upcycle convert demo {out / folder} {_flags(keys)}")
         # What an earlier demo left may be replaced, and nothing else.
         ours = (out / folder / "upcycle.json").exists()
         results.append(convert("demo", out / folder, overwrite=ours, progress=Bars(quiet=True), **keys))
@@ -52,18 +52,23 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     )
     first, checked = results[0].plan, results[0].verification
     assert checked is not None
-    stdout().print(
-        f"\ndense: {count(first.parameters_dense)} parameters, perplexity {checked.perplexity_dense:.2f}; "
+    show()
+    show(
+        f"dense: {count(first.parameters_dense)} parameters, perplexity {checked.perplexity_dense:.2f}; "
         "FLOPs are relative to dense"
     )
     same = len(set(texts.values())) == 1
-    stdout().print(f"\nThe dense model and its copy of 4 experts write {'the same' if same else 'different text'}:\n")
-    stdout().print(PROMPT + texts["dense"], markup=False, style="cyan")
-    if report:
-        stdout().print(f"\nreport on the last of them: {report}")
-    else:
-        stdout().print("\nno report without the extra: pip install 'upcycle[report]'", markup=False)
-    stdout().print(f"\nnext: upcycle evaluate {out / 'split-sparse'} --reference demo")
+    show()
+    show(f"The dense model and its copy of 4 experts write {'the same' if same else 'different text'}:")
+    show()
+    write(PROMPT + texts["dense"] + "\n\n")
+    show(
+        f"report on the last of them: {report}"
+        if report
+        else "no report without the extra: pip install 'upcycle[report]'"
+    )
+    show()
+    show(f"next: upcycle evaluate {out / 'split-sparse'} --reference demo")
 
 
 def _report(out: Path) -> str | None:
@@ -80,7 +85,7 @@ def _flags(keys: dict[str, Any]) -> str:
     return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
 
 
-def _row(title: str, result: Any) -> list[str]:
+def _row(title: str, result: Any) -> list[Cell]:
     plan, checked = result.plan, result.verification
     return [
         title,
@@ -90,7 +95,7 @@ def _row(title: str, result: Any) -> list[str]:
         f"{plan.flops_per_token / plan.flops_per_token_dense:.2f}x",
         f"{checked.relative_logit_error:.1e}",
         f"{checked.perplexity:.2f}",
-        f"[{VERDICT_STYLE[checked.verdict]}]{checked.verdict}[/]",
+        styled(checked.verdict, VERDICT_STYLE[checked.verdict]),
     ]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from upcycle.cli.options import common_options
-from upcycle.cli.output import print_json, print_table
+from upcycle.cli.output import print_json, print_markdown, print_table
 from upcycle.errors import UsageError
 from upcycle.shipped_recipes import VERBS, shipped, summary
 
@@ -24,7 +23,7 @@ def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> 
     if as_markdown:
         if kind not in ("families", "targets"):
             raise UsageError("--markdown prints families or targets", hint="upcycle list families --markdown")
-        click.echo(markdown(kind))
+        print_markdown(markdown(kind))
         return
     listing = {name: entries(name) for name in ([kind] if kind else KINDS)}
     if as_json:
@@ -32,7 +31,7 @@ def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> 
         return
     for name, found in listing.items():
         columns = list(found[0])
-        rows = [[escape(_text(entry[column])) for column in columns] for entry in found]
+        rows = [[_text(entry[column]) for column in columns] for entry in found]
         print_table(columns, rows, title=f"{'' if kind else chr(10)}{name}")
         if name == "families":
             header, *lines = matrix()

@@ -10,7 +10,7 @@ from importlib import import_module
 import click
 
 from upcycle import __version__
-from upcycle.cli.output import print_error, stderr
+from upcycle.cli.output import flush_streams, prepare_streams, print_error, print_traceback, say
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.signals import INTERRUPTED, interrupting
 
@@ -67,40 +67,51 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
     # Progress is ours to show.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in arguments or bool(os.environ.get("UPCYCLE_DEBUG"))
+    code = _run(arguments, debug)
+    try:
+        flush_streams()
+    except UpcycleError as error:
+        print_error(error)
+        code = code or error.exit_code
+    sys.exit(code)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """The exit code; what went wrong has been said."""
     try:
         # What trains may be sent any of several signals, by clusters and by its launcher, from the first moment on.
         with interrupting() if arguments[:1] == ["train"] else nullcontext():
             code = cli.main(arguments, prog_name="upcycle", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         goes_on = arguments[:1] and arguments[0] in CONTINUED
         if os.environ.get("RANK", "0") == "0":
-            stderr().print("\ninterrupted" + ("; the same command continues where it stopped" if goes_on else ""))
-        code = INTERRUPTED
+            say("")  # behind the terminal's own ^C
+            say("interrupted" + ("; the same command continues where it stopped" if goes_on else ""))
+        return INTERRUPTED
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         print_error(UsageError(error.format_message(), hint=f"{context.command_path} --help" if context else None))
-        code = error.exit_code
+        return error.exit_code
     except UpcycleError as error:
         if debug:
-            raise
+            print_traceback(error)
         print_error(error)
-        code = error.exit_code
+        return error.exit_code
     except BrokenPipeError:
-        # The reader has gone (upcycle list | head); nothing to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0  # the reader has gone (upcycle generate | head): nothing to tell it
     except Exception as error:
         if debug:
-            raise
+            print_traceback(error)
         name = type(error).__name__
         print_error(
             UpcycleError(f"{name}: {error}", hint="this is a fault in upcycle: report it with --debug and upcycle env")
         )
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        return 1
 
 
 if __name__ == "__main__":

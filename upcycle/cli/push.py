@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.options import card_options, common_options, quiet_option
-from upcycle.cli.output import Bars, print_facts, print_json, print_table, stdout
+from upcycle.cli.output import Bars, print_facts, print_json, print_table, show
 from upcycle.quantities import size
 
 
@@ -44,9 +44,9 @@ def command(out: Path, repo: str, quiet: bool, as_json: bool, debug: bool, **opt
         return
     rows = [[file.name, size(file.size) if file.status != "deleted" else "", file.status] for file in result.files]
     print_table(["file", "size", ""], rows, right=[1])
-    stdout().print()
+    show()
     print_facts(_facts(result))
-    stdout().print(result.url, markup=False, soft_wrap=True)
+    show(result.url, wrap=False)
 
 
 def _facts(result: Any) -> list[tuple[str, str]]:

@@ -72,9 +72,7 @@ def command(
     ]
     facts += [("left out", text) for text in absent]
     facts.append(("report", f"{report.html} ({size(report.html.stat().st_size)}), numbers in {report.json}"))
-    from rich.markup import escape
-
-    print_facts([(name, escape(text)) for name, text in facts])
+    print_facts(facts)
 
 
 def _is_missing(part: object) -> bool:

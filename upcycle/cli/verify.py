@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import VERDICT_STYLE, Bars, print_facts, print_json
+from upcycle.cli.output import VERDICT_STYLE, Bars, Cell, print_facts, print_json, verdict
 from upcycle.errors import RefusalError, UsageError, VerificationError
 
 
@@ -93,9 +92,9 @@ def _verify_with(
         )
 
 
-def _serving_facts(result: Any) -> list[tuple[str, str]]:
+def _serving_facts(result: Any) -> list[tuple[str, Cell]]:
     style = {"same": "green", "different": "red", "not held": "red"}[result.verdict]
-    facts = [("verdict", f"[{style}]{result.verdict}[/]: {escape(result.explanation)}")]
+    facts: list[tuple[str, Cell]] = [("verdict", verdict(result.verdict, style, result.explanation))]
     if result.tokens:
         within = "not finite" if result.gap_error is None else f"within {result.gap_error:.1e}"
         facts += [
@@ -111,15 +110,15 @@ def _serving_facts(result: Any) -> list[tuple[str, str]]:
     return facts
 
 
-def verification_facts(result: Any) -> list[tuple[str, str]]:
+def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     """The verdict and its numbers as lines."""
     from upcycle.verdict import said, span
 
     before, after = ("before", "after") if result.compared_tensors else ("dense", "MoE")
     style = VERDICT_STYLE[result.verdict]
     limit = f" (promised below {result.tolerance:.0e})" if result.tolerance else ""
-    facts = [
-        ("verdict", f"[{style}]{result.verdict}[/]: {result.explanation}"),
+    facts: list[tuple[str, Cell]] = [
+        ("verdict", verdict(result.verdict, style, result.explanation)),
         (
             "logit error",
             f"{said(result.relative_logit_error, '.1e')} relative{limit}, KL {said(result.kl, '.1e')} nats, "
