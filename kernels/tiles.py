@@ -14,7 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from upcycle.errors import UsageError
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.parsing import read_json
 
 FAMILIES = (
     "up/plain",
@@ -134,7 +135,7 @@ def load_table(path: Path) -> TileTable:
         UsageError: there is no such file, or it does not hold tiles; the message names the place.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         listed = [
             ((kind, int(size), family, int(rows)), numbers)
             for kind, sizes in content.items()
@@ -142,7 +143,7 @@ def load_table(path: Path) -> TileTable:
             for family, buckets in families.items()
             for rows, numbers in buckets.items()
         ]
-    except (OSError, ValueError, AttributeError) as error:
+    except (CheckpointError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not a table of tiles: {error}", hint=f"unset {VARIABLE}") from None
     return TileTable({key: _tile(path, key, numbers) for key, numbers in listed})
 

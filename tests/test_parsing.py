@@ -1,9 +1,24 @@
-"""What JSON and YAML of other people may hold."""
+"""What JSON and YAML of other people may hold, and that they are read in one place only."""
+
+import re
+from pathlib import Path
 
 import pytest
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.parsing import DEEPEST, MOST_DIGITS, parse_json, parse_yaml, read_json, read_yaml, whole_characters
+from upcycle.parsing import (
+    DEEPEST,
+    MOST_DIGITS,
+    dump_yaml,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_lines,
+    read_yaml,
+    whole_characters,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 def nested(levels: int) -> str:
@@ -23,7 +38,8 @@ def nested(levels: int) -> str:
         ('{"a": [0, 1e999]}', "'a[1]' is no finite"),
         ('{"a": {"b": ["\\ud83d"]}}', "'a.b[0]' holds half a character"),
         ('{"\\uDC00": 1}', "a key holds half a character"),
-        ('{"a": 1', "line 1"),
+        ('{"a": 1', "is not JSON: Expecting ',' delimiter at column 8"),
+        ('{"a":\n1', "at line 2, column 2"),
         (b'{"a": "\xff"}', "byte 7 is 0xff"),
         (b"[" + b" " * (64 << 20) + b"]", "too large"),
     ],
@@ -63,13 +79,13 @@ ALIAS_BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: .inf", "'a' is no finite"),
         ("a: [1.0e+999]", "'a[0]' is no finite"),
         ("a: !!python/object/apply:os.system [true]", "line 1: tag:yaml.org,2002:python"),
-        ("a: !Evil {}", "line 1: !Evil asks for code"),
-        ("a: !!int seven", "not readable YAML"),
+        ("a: !Evil {}", "line 1: !Evil runs code"),
+        ("a: !!int seven", "is not YAML"),
         ("a: !!timestamp [1]", "a date that is no scalar"),
         ('a: "\\ud83d"', "'a' holds half a character"),
         ("? [1]\n: 2", "unhashable"),
         ("a: [", "line 1"),
-        ("a: \x00", "not readable YAML"),
+        ("a: \x00", "is not YAML"),
         ("a" * (1 << 20) + ": 1", "too large"),
     ],
 )
@@ -111,3 +127,31 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_halves_of_characters_are_replaced_one_by_one():
     assert whole_characters("plain 😀") == "plain 😀"
     assert whole_characters("\ud83da\ude00\ud83d\ude00") == "\ufffda\ufffd😀"
+
+
+def test_a_log_ends_at_the_line_that_was_cut_off(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a": NaN}\n{"a": "x\u2028y"}\n{"a":')
+    assert [str(line["a"]) for line in read_lines(tmp_path / "log.jsonl")] == ["1", "nan", "x\u2028y"]
+
+
+def test_what_is_written_as_yaml_can_be_read(tmp_path):
+    shared = {"name": "zero", "date": "2024-02-31", "text": "a: *b"}
+    content = {"one": shared, "two": shared, "list": [shared]}  # PyYAML would write references
+    assert parse_yaml(dump_yaml(content), "f") == content
+
+
+# Workers run in an engine's own Python and import nothing of upcycle; what they read is what upcycle wrote.
+OWN_READERS = ("upcycle/parsing.py", "upcycle/serving/workers/")
+
+
+def test_nothing_else_parses_json_or_yaml():
+    asks = re.compile(r"json\.loads?\(|from json import|yaml\.(?:safe_|full_|unsafe_)?(?:load|parse|scan|compose)")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("upcycle", "kernels", "trainers", "splitters")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if not str(path.relative_to(ROOT)).startswith(OWN_READERS)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if asks.search(line)
+    ]
+    assert not found

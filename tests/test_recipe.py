@@ -52,7 +52,7 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such recipe"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("experts: [1,")
-    with pytest.raises(UsageError, match="not readable YAML"):
+    with pytest.raises(UsageError, match="is not YAML"):
         read_recipe(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- 1\n")
     with pytest.raises(UsageError, match="mapping of keys, got list"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.parsing import read_json
 from upcycle.provenance import hash_file
 from upcycle.tensor_files import SafetensorsFile
 from upcycle.trainers.checkpoint_writer import STATE_FILE, finished
@@ -106,9 +107,9 @@ def open_checkpoint(folder: Path) -> SavedRun:
             hint="name a folder such as RUN/checkpoints/step-00000100",
         )
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path, nan=True)
         files = state["files"]
-    except (ValueError, KeyError) as error:
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error}", hint="use an older checkpoint of the run") from None
     for name in files:
         if not (folder / name).is_file():

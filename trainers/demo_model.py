@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from upcycle.parsing import read_yaml
 from upcycle.trainers.demo_text import Document, split
 
 END_OF_TEXT = "<|endoftext|>"
@@ -128,7 +128,7 @@ def train(model: LlamaForCausalLM, windows: torch.Tensor, recipe: DemoRecipe) ->
 
 def main(recipe_path: str, out: str) -> None:
     """Train, write OUT/model and OUT/text, and record the facts in OUT/training.json."""
-    recipe = DemoRecipe.model_validate(yaml.safe_load(Path(recipe_path).read_text()))
+    recipe = DemoRecipe.model_validate(read_yaml(Path(recipe_path)))
     torch.manual_seed(recipe.seed)
     rng = torch.Generator().manual_seed(recipe.seed)
     training, validation = split()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.parsing import parse_json
 from upcycle.text import DEMO_TEXTS, read_text
 
 Kind = Literal["demo", "text", "jsonl", "parquet"]
@@ -160,10 +160,7 @@ def _json(piece: Piece, column: str | None) -> Iterator[str]:
         if not line.strip():
             continue
         where = f"{at}{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{where} is not JSON: {error}") from None
+        row = parse_json(line, where, error=UsageError, nan=True, halves=True)
         if column is None:
             column = find_column(row if isinstance(row, dict) else {}, None, where)
         yield column_text(row, column, where)

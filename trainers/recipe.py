@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from upcycle.errors import UsageError
+from upcycle.parsing import dump_yaml
 from upcycle.recipe import explained, read_recipe
 from upcycle.registry import LOSSES, suggestion
 from upcycle.shipped_recipes import needed_recipe_file
@@ -273,7 +273,7 @@ class TrainRecipe(_Strict):
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every key written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def parse_train_recipe(content: Any, where: str) -> TrainRecipe:

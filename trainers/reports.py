@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from upcycle.errors import EnvironmentFault
+from upcycle.parsing import read_lines
 from upcycle.trainers.balance import Load
 
 LOG = "log.jsonl"
@@ -123,15 +124,7 @@ class Reports:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Complete lines of a log; one that was cut off by a kill is left out."""
-    found: list[dict[str, Any]] = []
-    if not path.exists():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+    return read_lines(path) if path.exists() else []
 
 
 def memory_in_use(device: torch.device) -> int:

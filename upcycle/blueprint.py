@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from upcycle.errors import CheckpointError
+from upcycle.parsing import parse_json
 from upcycle.tensor_files import CODES, ITEM_SIZE, SafetensorsFile
 
 ZERO_NEURON = -1
@@ -164,7 +165,7 @@ class BlueprintFile:
         self.path = path
         try:
             self.tensors = SafetensorsFile(path)
-            self.header: dict[str, Any] = json.loads(self.tensors.metadata["upcycle"])
+            self.header: dict[str, Any] = parse_json(self.tensors.metadata["upcycle"], "its header")
             self.layers = sorted(map(int, self.header["layers"]))
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing", hint="a blueprint is written beside every conversion") from None

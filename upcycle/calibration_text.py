@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.hub_dataset import hub_rows, is_dataset
+from upcycle.parsing import parse_json
 from upcycle.progress import Progress
 from upcycle.stock import load_tokenizer
 from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text
@@ -135,11 +135,8 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number} is not JSON: {error}") from None
-            yield _column(row, column, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            yield _column(parse_json(line, where, error=UsageError, nan=True, halves=True), column, where)
 
 
 def _column(row: Any, column: str, where: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.mixing import MixedCheckpoint, mix_sources
+from upcycle.parsing import read_lines
 from upcycle.planning import AnyJob, job_for
 from upcycle.progress import Progress
 from upcycle.recipe import Recipe
@@ -24,12 +25,7 @@ class Measured:
         self._path = path
         self._found: dict[str, Any] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    key, value = json.loads(line)
-                except ValueError:
-                    break  # the line that was being written when the run was killed
-                self._found[key] = value
+            self._found.update(read_lines(path))
             self._write("w", *self._found.items())
 
     def __call__(self, key: str, measure: Callable[[], Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.hub_errors import Hub, passing, patiently
+from upcycle.parsing import parse_json
 from upcycle.progress import Progress
 from upcycle.publishing import Upload
 
@@ -111,8 +111,8 @@ class Repository:
     def record(self, name: str, state: State) -> dict[str, Any]:
         """A JSON object of the repository; empty where there is none."""
         try:
-            found = json.loads(self.text(name, state) or "{}")
-        except ValueError:
+            found = parse_json(self.text(name, state) or "{}", name)
+        except CheckpointError:
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from upcycle.errors import UsageError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.gguf_file import GgufFile
+from upcycle.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import Checkpoint
@@ -61,8 +60,8 @@ def front_matter(text: str) -> dict[str, Any]:
     """The YAML at the head of a model card; empty where there is none that can be read."""
     match = _FRONT_MATTER.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        found = parse_yaml(match[1], "the model card") if match else None
+    except CheckpointError:
         return {}
     return found if isinstance(found, dict) else {}
 

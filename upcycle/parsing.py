@@ -69,8 +69,11 @@ def parse_json(
         found = json.loads(decoded, parse_constant=None if nan else _no_constant, parse_int=_integer)
     except RecursionError:
         raise error(f"{where} is nested deeper than {DEEPEST} levels") from None
-    except ValueError as fault:
-        raise error(f"{where} is not readable JSON: {fault}") from None
+    except json.JSONDecodeError as fault:
+        line = f"line {fault.lineno}, " if "\n" in decoded.strip() else ""
+        raise error(f"{where} is not JSON: {fault.msg} at {line}column {fault.colno}") from None
+    except ValueError as fault:  # of a number
+        raise error(f"{where} is not JSON: {fault}") from None
     # Nothing is deeper than it has opening brackets: most documents need no walk.
     if decoded.count("[") + decoded.count("{") > DEEPEST and _depth_exceeds(found, DEEPEST):
         raise error(f"{where} is nested deeper than {DEEPEST} levels")
@@ -112,14 +115,14 @@ def parse_yaml(text: str, where: str, *, error: ErrorKind = CheckpointError, mos
         _check_events(text, where, error)
         found = yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as fault:
-        raise error(f"{where} is not readable YAML: {' '.join(str(fault).split())}") from None
+        raise error(f"{where} is not YAML: {' '.join(str(fault).split())}") from None
     except (
         ValueError,
         RecursionError,
         TypeError,
         AttributeError,
     ) as fault:  # PyYAML's constructors raise them unwrapped
-        raise error(f"{where} is not readable YAML: {fault}") from None
+        raise error(f"{where} is not YAML: {fault}") from None
     if _HALF_ESCAPE.search(text):
         _without_halves(found, where, error, replace=False)
     if _BEYOND.search(text):
@@ -138,6 +141,23 @@ def read_yaml(path: Path, *, error: ErrorKind = CheckpointError) -> Any:
         return parse_yaml(content.decode("utf-8"), str(path), error=error)
     except UnicodeDecodeError as fault:
         raise error(f"{path} is not UTF-8 text: byte {fault.start} is {content[fault.start]:#04x}") from None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON documents of a log's lines, up to the first that is none: the one that a kill cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(parse_json(line, "a line", nan=True, halves=True))
+        except CheckpointError:
+            break
+    return found
+
+
+def dump_yaml(content: Any) -> str:
+    """Plain data as YAML that :func:`parse_yaml` reads: keys in their order, and what occurs twice is written twice."""
+    text: str = yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def whole_characters(text: str) -> str:
@@ -234,15 +254,18 @@ def _check_events(text: str, where: str, error: ErrorKind) -> None:
             )
         tag = getattr(event, "tag", None)
         if tag and (not tag.startswith(_STANDARD_TAG) or tag.startswith(_PYTHON_TAG)):
-            raise error(
-                f"{where}, line {line}: {tag} asks for code, and only plain data is read", hint="leave the tag out"
-            )
+            raise error(f"{where}, line {line}: {tag} runs code, and only plain data is read", hint="leave the tag out")
         if isinstance(event, yaml.ScalarEvent) and event.style is None and _LONG_NUMBER.search(event.value):
             raise error(f"{where}, line {line}: a number has more than {MOST_DIGITS} digits", hint="put text in quotes")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise error(f"{where}, line {line}: it is nested deeper than {DEEPEST} levels")
+
+
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _PlainLoader(yaml.SafeLoader):

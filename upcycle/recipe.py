@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from upcycle.errors import UsageError
+from upcycle.parsing import dump_yaml, read_yaml
 from upcycle.registry import suggestion
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -207,7 +207,7 @@ class Recipe(_Strict):
 
     def dump(self, keys: set[str] | None = None) -> str:
         """The resolved recipe as YAML, every key (or those of ``keys``) written out."""
-        return yaml.safe_dump(self.model_dump(include=keys), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(include=keys))
 
 
 def parse_size(text: str) -> int:
@@ -275,14 +275,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing or not YAML.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"no such recipe: {path}", hint="upcycle list recipes shows the ones that come with upcycle"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} is not readable YAML: {error}") from None
+    if not path.exists():
+        raise UsageError(f"no such recipe: {path}", hint="upcycle list recipes shows the ones that come with upcycle")
+    content = read_yaml(path, error=UsageError)
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys, got {type(content).__name__}")
     return content

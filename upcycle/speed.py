@@ -13,7 +13,7 @@ from typing import Any
 
 from upcycle import errors
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.parsing import read_json
+from upcycle.parsing import parse_json, read_json
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
 from upcycle.stock import load_tokenizer
@@ -170,7 +170,7 @@ class _Worker:
                 f"the process that ran {self.name} ended (code {self.process.wait()})",
                 hint="perhaps for lack of memory: both models must fit beside each other",
             )
-        found: dict[str, Any] = json.loads(line)
+        found: dict[str, Any] = parse_json(line, "the worker's answer", nan=True)
         if "error" in found:
             raise getattr(errors, found["error"])(found["message"], hint=found["hint"])
         return found

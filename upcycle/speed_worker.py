@@ -16,6 +16,7 @@ import torch
 
 from upcycle.errors import UpcycleError
 from upcycle.loading import load_model
+from upcycle.parsing import parse_json
 from upcycle.runtime import use_eager_experts
 
 
@@ -86,7 +87,7 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    asked = json.loads(sys.stdin.readline())
+    asked = parse_json(sys.stdin.readline(), "the question")
     try:
         model = TimedModel(asked["name"], asked["prompt"], asked["generate"])
         answer(model.about())

@@ -10,12 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from upcycle.errors import UsageError
+from upcycle.parsing import read_yaml
 
-_STANDARD = "tag:yaml.org,2002:"
-_CODE = _STANDARD + "python/"
 # Keys whose value would be run: a Python class, code that a model wrote, the script of a data set, templates of another package.
 _RUNS = ("class", "unsafe_code", "trust_remote_code", "use_prompt", "hf_evaluate")
 
@@ -47,21 +44,7 @@ def check_task_folder(folder: Path, trusted: Path, metrics: Mapping[str, Any]) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            tag = getattr(event, "tag", None)
-            if tag and (not tag.startswith(_STANDARD) or tag.startswith(_CODE)):
-                line = event.start_mark.line + 1 if event.start_mark else 0
-                raise UsageError(
-                    f"{path}, line {line}: {tag} runs code, and tasks of a folder are not run as code",
-                    hint="say it with the harness' templates, metrics and filters, or use a task of the harness itself",
-                )
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, error=UsageError)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no task: it holds no keys")
     return content

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
+from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
+from upcycle.parsing import read_json
 
 LAYER_BLUEPRINTS = "layer_blueprints"  # one file per decided layer, until all are joined
 CALIBRATION_FOLDER = "calibration"  # the calibration tokens' states
@@ -70,8 +71,8 @@ class Workspace:
     def _claim(self) -> None:
         state = self.folder / _STATE
         try:
-            found = json.loads(state.read_text(encoding="utf-8"))["fingerprint"] if state.exists() else None
-        except (ValueError, KeyError):
+            found = read_json(state)["fingerprint"] if state.exists() else None
+        except (CheckpointError, KeyError):
             found = "unreadable"
         if found == self._fingerprint:
             self.resumed = True

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from upcycle.errors import CheckpointError
 from upcycle.outputs import OutputEntry, Shard, Unit
+from upcycle.parsing import read_lines
 from upcycle.tensor_files import CODES, INDEX, ITEM_SIZE
 
 if TYPE_CHECKING:
@@ -34,12 +35,8 @@ class Journal:
         self.path = folder / "journal.jsonl"
         self.digests: dict[str, str] = {}
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self.digests[entry["unit"]] = entry["sha256"]
-                except (ValueError, KeyError):
-                    break  # the line that was being written when the run was killed
+            for entry in read_lines(self.path):
+                self.digests[entry["unit"]] = entry["sha256"]
             self._rewrite()
 
     def _rewrite(self) -> None:

@@ -82,7 +82,7 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "missing tensor": (weights(lambda t: t.pop("model.norm.weight")), [], FAIL, ["'model.norm.weight' is missing"]),
     "undeclared bias": (bias("self_attn.q_proj", 32), [], FAIL, ["q_proj.bias' is not part of a llama model"]),
     "no config": (lambda f: (f / "config.json").unlink(), [], FAIL, ["config.json is missing"]),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{") and None, [], FAIL, ["not readable JSON"]),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{") and None, [], FAIL, ["config.json is not JSON"]),
     "no model_type": (config(model_type=None), [], FAIL, ["has no 'model_type'"]),
     "gpt2": (config(model_type="gpt2"), [], USAGE, ["'gpt2' model", "LayerNorms with biases", "llama, mistral"]),
     "gemma2": (config(model_type="gemma2"), [], USAGE, ["'gemma2' model", "soft-caps"]),

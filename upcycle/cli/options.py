@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from upcycle.errors import UsageError
 from upcycle.mergekit import is_mergekit, translate
+from upcycle.parsing import parse_yaml
 from upcycle.recipe import (
     CalibrationRecipe,
     Recipe,
@@ -196,10 +196,21 @@ def _lay_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
             if not equals or not name:
                 flag = {"set_": "set", "router_param": "router-param"}.get(group, group)
                 raise UsageError(f"--{flag} takes NAME=VALUE, got '{assignment}'")
-            try:
-                set_key(content, prefix + name, yaml.safe_load(value))
-            except yaml.YAMLError:
-                raise UsageError(f"cannot read the value in '{assignment}'", hint="quote it as YAML would") from None
+            set_key(content, prefix + name, assigned(assignment, value))
+
+
+def assigned(assignment: str, value: str) -> Any:
+    """The value of ``NAME=VALUE``, read as YAML.
+
+    Raises:
+        UsageError: it is no YAML.
+    """
+    try:
+        return parse_yaml(value, "it", error=UsageError)
+    except UsageError as error:
+        raise UsageError(
+            f"cannot read the value in '{assignment}': {error.message}", hint="quote it as YAML would"
+        ) from None
 
 
 def _number_if_possible(value: str) -> str | float:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
-from upcycle.cli.options import common_options, quiet_option
+from upcycle.cli.options import assigned, common_options, quiet_option
 from upcycle.cli.output import print_facts, print_json, say, warn
 from upcycle.errors import UsageError
 from upcycle.quantities import duration
@@ -28,10 +27,7 @@ def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise UsageError(f"--set takes KEY=VALUE, got '{assignment}'", hint="--set zero.stage=2")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"cannot read the value in '{assignment}'", hint="quote it as YAML would") from None
+        found[name] = assigned(assignment, value)
     return found
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from upcycle.errors import EnvironmentFault, UpcycleError
+from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
+from upcycle.parsing import parse_json
 
 TAIL = 12
 WORKERS = Path(__file__).with_name("workers")
@@ -119,8 +120,8 @@ def run_worker(
         finally:
             _end(process)
     try:
-        answer: dict[str, Any] = json.loads(output)
-    except ValueError:
+        answer: dict[str, Any] = parse_json(output, "its answer", nan=True)
+    except CheckpointError:
         raise EnvironmentFault(
             f"{engine.title}'s process ended ({_ending(process.returncode)}) without an answer:\n{last_lines(log)}",
             hint="perhaps for lack of memory; its last words are above",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from upcycle.parsing import read_lines
 from upcycle.report.data.subject import Subject, missing
 
 MOST_POINTS = 400
@@ -47,15 +47,8 @@ def training_data(subject: Subject) -> dict[str, Any]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Complete lines; one that a kill cut off ends the log."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found
+    lines = read_lines(path)
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def _curve(lines: Sequence[dict[str, Any]], values: Sequence[Any]) -> dict[str, list[float]]:
