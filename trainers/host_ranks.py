@@ -32,8 +32,12 @@ def main() -> int:
     try:
         os.chdir(told["folder"])
     except OSError as error:
-        print(f"error: {os.uname().nodename} has no folder {told['folder']}: {error.strerror}", file=sys.stderr)
-        return 4
+        from upcycle.cli.output import print_error
+        from upcycle.errors import EnvironmentFault
+
+        fault = EnvironmentFault(f"{os.uname().nodename} has no folder {told['folder']}: {error.strerror}")
+        print_error(fault)
+        return fault.exit_code
     ranks = start_ranks(told["arguments"], range(*told["ranks"]), {**os.environ, **told["environment"]})
     threading.Thread(target=_obey, args=(sys.stdin, ranks), daemon=True).start()
     return wait(ranks)
