@@ -13,7 +13,7 @@ from training_runs import recipe_for, run, write_text
 
 import upcycle
 from upcycle.errors import UsageError
-from upcycle.runtime import load_stock
+from upcycle.stock import load_model as load_stock
 from upcycle.trainers.checkpoint_reader import latest
 from upcycle.trainers.data import open_validation
 from upcycle.trainers.model_loading import tokenizer_of
