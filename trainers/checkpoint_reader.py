@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import CheckpointError, UsageError
+from upcycle.errors import CheckpointError
 from upcycle.parsing import read_json
 from upcycle.provenance import hash_file
 from upcycle.tensor_files import SafetensorsFile
@@ -126,24 +126,3 @@ def latest(run: Path) -> SavedRun | None:
     """
     found = finished(run)
     return open_checkpoint(found[-1]) if found else None
-
-
-def check_same_run(saved: SavedRun, identity: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with another model or recipe.
-
-    Raises:
-        UsageError: says what differs.
-    """
-    then = saved.state["identity"]
-    different = [key for key in identity if then.get(key) != identity[key]]
-    if different:
-        key = different[0]
-        raise UsageError(
-            f"{saved.folder} is a checkpoint of another run: {key} was {_short(then.get(key))}, and is {_short(identity[key])}",
-            hint="give the run another output, or --restart to throw its checkpoints away",
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 100 else text[:97] + "..."
