@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError, UsageError
+from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoint_reader import SavedRun
 from upcycle.trainers.recipe import StageRecipe, TrainRecipe, parse_train_recipe
 
@@ -32,6 +34,17 @@ MAY_CHANGE = (
     "alarms, zero, micro_batch and the like"
 )
 _MISSING = "nothing"
+
+
+def identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
+    """What ranks compare before they train together, and the weights that a run is known by."""
+    told = recipe.model_dump(mode="json")
+    keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")
+    data = {**told["data"], "cache": None}
+    for stage in told["stages"]:
+        if stage["distillation"]:
+            stage["distillation"]["cache"] = None
+    return {"model": SafetensorsFolder(origin).fingerprint, **{key: told[key] for key in keys}, "data": data}
 
 
 @dataclass(frozen=True)
