@@ -12,11 +12,12 @@ from upcycle.errors import CheckpointError, RefusalError
 from upcycle.families.base import DenseConfig, Family
 from upcycle.families.moe import MOES
 from upcycle.families.origin import Origin
-from upcycle.families.refused import reason
-from upcycle.parsing import read_json
+from upcycle.families.refused import reason, text_model
+from upcycle.families.settings import model_type
+from upcycle.folder_contents import shown
 from upcycle.registry import FAMILIES, load
 from upcycle.sources import Source, locate
-from upcycle.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.tensor_files import CONFIG, SafetensorsFolder, TensorSpec, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +72,8 @@ class Checkpoint:
             self.raw_config: dict[str, Any] = gguf.config
             config_bytes = b""
         else:
-            self.raw_config = read_json(source.path / "config.json")
-            config_bytes = (source.path / "config.json").read_bytes()
+            self.raw_config = read_config(source.path)
+            config_bytes = (source.path / CONFIG).read_bytes()
         self._identify()
         self.store = gguf if source.path.is_file() else SafetensorsFolder(source.path)
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
@@ -183,8 +184,9 @@ class DenseCheckpoint(Checkpoint):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
-        self.config: DenseConfig = self.family.config(self.raw_config)
-        self.family.check(self.config, self.store.specs, str(source.path))
+        where = source.path if source.path.is_file() else source.path / CONFIG
+        self.config: DenseConfig = self.family.config(self.raw_config, str(where))
+        self.family.check(self.config, self.store.specs, str(source.path), self.raw_config)
         self._longest_embedding: float | None = None
 
     def _identify(self) -> None:
@@ -238,15 +240,13 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     Raises:
         RefusalError: none; says why.
     """
-    model_type = raw_config.get("model_type")
-    if not model_type:
-        raise CheckpointError(f"{where}: config.json has no 'model_type'", hint="point at a Hugging Face checkpoint")
-    if model_type not in FAMILIES:
-        raise RefusalError(
-            f"cannot convert a '{model_type}' model: {reason(model_type)}",
-            hint="--method expert_upcycling gives it more experts"
-            if model_type in MOES
-            else f"dense families: {', '.join(FAMILIES)}",
-        )
-    family: Family = load("family", model_type)()
+    name = model_type(raw_config, where)
+    if name not in FAMILIES:
+        hint = f"dense families: {', '.join(FAMILIES)}"
+        if inner := text_model(raw_config):
+            hint = f"save its text model alone ({inner}), with a config.json of that and names that begin with model."
+        elif name in MOES:
+            hint = "--method expert_upcycling gives it more experts"
+        raise RefusalError(f"cannot convert a '{shown(name)}' model: {reason(name, inner)}", hint=hint)
+    family: Family = load("family", name)()
     return family

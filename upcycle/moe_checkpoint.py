@@ -10,6 +10,7 @@ from upcycle.families.moe import ExpertRows, MoeModel, moe_family
 from upcycle.families.origin import Origin
 from upcycle.sources import Source
 from upcycle.stock import build_config, empty_model
+from upcycle.tensor_names import refuse_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ class MoeCheckpoint(Checkpoint):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
+        refuse_quantized(self.store.specs, self.raw_config, source.name)
         self.model = MoeModel.read(self.raw_config, self.store.specs, source.name)
         self.model.check(stock_shapes(self.raw_config), source.name)
 

@@ -17,12 +17,12 @@ from upcycle.merging import SUM_BYTES
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.growth import Described
 from upcycle.mixing import Mix, MixedCheckpoint, all_local, mix_of, mixing_weights, open_sources, takes_moe
-from upcycle.parsing import read_json
 from upcycle.recipe import Recipe, parse_recipe, parse_size
 from upcycle.registry import load
 from upcycle.source_checks import check_configs
 from upcycle.sources import locate
-from upcycle.tensor_files import TensorSpec
+from upcycle.tensor_files import TensorSpec, read_config
+from upcycle.tensor_names import refuse_said_quantized
 from upcycle.writer import WAITING_BYTES
 
 CALIBRATION_BATCH_TOKENS = 4096
@@ -93,8 +93,9 @@ def job_of(recipe: Recipe) -> AnyJob:
     if takes_moe(recipe.method):
         from upcycle.moe_checkpoint import stock_shapes
 
-        raw = read_json(locate(recipe.source, recipe.revision, config_only=True).path / "config.json")
+        raw = read_config(locate(recipe.source, recipe.revision, config_only=True).path)
         moe_family(raw, recipe.source)
+        refuse_said_quantized(raw, recipe.source)
         return prepare_growth(recipe, Described(raw, _specs(stock_shapes(raw), raw.get("dtype")), recipe.source))
     raw, family, dense = _config(recipe.source, recipe.revision)
     mix = None
@@ -141,9 +142,10 @@ def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
 
 
 def _config(name: str, revision: str | None) -> tuple[dict[str, Any], Family, DenseConfig]:
-    raw = read_json(locate(name, revision, config_only=True).path / "config.json")
+    raw = read_config(locate(name, revision, config_only=True).path)
     family = family_of(raw, name)
-    return raw, family, family.config(raw)
+    refuse_said_quantized(raw, name)
+    return raw, family, family.config(raw, f"{name}: config.json")
 
 
 def make_plan(job: AnyJob) -> Plan:

@@ -51,6 +51,7 @@ FAMILIES = {
     "qwen3": "upcycle.families.qwen3:Qwen3",
     "qwen3_5_text": "upcycle.families.qwen3_5_text:Qwen35Text",
     "granite": "upcycle.families.granite:Granite",
+    "granitemoehybrid": "upcycle.families.granitemoehybrid:GraniteMoeHybrid",
     "olmo2": "upcycle.families.olmo2:Olmo2",
     "phi3": "upcycle.families.phi3:Phi3",
     "gemma": "upcycle.families.gemma:Gemma",

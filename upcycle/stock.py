@@ -322,7 +322,9 @@ def _temporary_folder() -> Iterator[Path]:
 
 def _names_code(key: object, config: bool = True) -> bool:
     # What is no text is a number, in a configuration that was never a file: of a label, say.
-    return isinstance(key, str) and (key in _CODE or key.startswith("_") or (config and key in _class_attributes()))
+    if not isinstance(key, str) or key == "__float__":  # how transformers writes an infinity
+        return False
+    return key in _CODE or key.startswith("_") or (config and key in _class_attributes())
 
 
 @cache

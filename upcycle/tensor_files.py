@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError
+from upcycle.folder_contents import no_config, no_weights, refuse_adapter, shown, something_else
 from upcycle.parsing import parse_json, read_json
+from upcycle.tensor_names import quantized_weights
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +35,21 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+# What safetensors knows beside them: packed or scaled numbers, and kinds that no weights are.
+_OTHER_DTYPES = (
+    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
+    *("U16", "U32", "U64", "C64"),
+)
 ITEM_SIZE = dict(DTYPES.values())
 CODES = {torch_name: code for code, (torch_name, _) in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 100_000_000  # as safetensors itself
+_MOST_DIMENSIONS = 64  # as torch
+_SAMPLES = 3  # pieces of every tensor that tell one version of a checkpoint from another
+_SAMPLE_BYTES = 256
+_COMPARED_BYTES = 1 << 24
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -87,19 +99,19 @@ class SafetensorsFile:
             head = file.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(_LONGEST_HEADER, self.size - 8):
-                raise self._damaged("its header is longer than the file")
+                raise something_else(path) or self._damaged("its header is longer than the file")
             header = file.read(length)
         self._start = 8 + length
         self.header_sha256 = hashlib.sha256(head + header).hexdigest()
         try:
             entries = parse_json(header, "it", most_bytes=_LONGEST_HEADER)
         except CheckpointError as error:
-            raise self._damaged(f"its header is not valid ({error.message})") from None
+            raise something_else(path) or self._damaged(f"its header is not valid ({shown(error.message)})") from None
         try:
             self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
             self._offsets = {name: self._checked(name, entry) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"its header is not valid ({error})") from None
+            raise self._damaged(f"its header is not valid ({shown(str(error))})") from None
         self.specs = {name: spec for name, (spec, _) in self._offsets.items()}
         self._check_coverage()
 
@@ -107,15 +119,19 @@ class SafetensorsFile:
         return CheckpointError(f"{self.path} is damaged: {why}", hint="download or copy this file again")
 
     def _checked(self, name: str, entry: dict) -> tuple[TensorSpec, int]:
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name}' has dtype {entry['dtype']}, which is not converted",
-                hint="dequantize the checkpoint to bfloat16 or float16 first",
-            )
-        spec = TensorSpec(tuple(int(n) for n in entry["shape"]), DTYPES[entry["dtype"]][0])
-        start, end = entry["data_offsets"]
-        if end - start != spec.nbytes or min(spec.shape, default=0) < 0:
-            raise self._damaged(f"tensor '{name}' claims {end - start} bytes for shape {list(spec.shape)}")
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(code, str) or code not in (*DTYPES, *_OTHER_DTYPES):
+            raise self._damaged(f"tensor '{shown(name)}' has dtype {shown(code)}")
+        if code in _OTHER_DTYPES:
+            raise quantized_weights({}, str(self.path), f"tensor '{shown(name)}' has dtype {shown(code)}")
+        if not (isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS and all(map(_is_size, shape))):
+            raise self._damaged(f"tensor '{shown(name)}' has the shape {shown(shape)}")
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
+            raise self._damaged(f"tensor '{shown(name)}' has the data_offsets {shown(offsets)}")
+        spec = TensorSpec(tuple(shape), DTYPES[code][0])
+        start, end = offsets
+        if end - start != spec.nbytes:
+            raise self._damaged(f"tensor '{shown(name)}' claims {end - start} bytes for shape {shown(shape)}")
         return spec, start
 
     def _check_coverage(self) -> None:
@@ -123,7 +139,7 @@ class SafetensorsFile:
         position = 0
         for name, (spec, start) in sorted(self._offsets.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
             if start != position:
-                raise self._damaged(f"tensor '{name}' starts at byte {start} of the data, expected {position}")
+                raise self._damaged(f"tensor '{shown(name)}' starts at byte {start} of the data, expected {position}")
             position += spec.nbytes
         if self._start + position != self.size:
             raise self._damaged(f"it has {self.size} bytes, its header describes {self._start + position}")
@@ -164,75 +180,97 @@ class SafetensorsFile:
         """Read one tensor whole."""
         return next(self.chunks(name, max(self._offsets[name][0].nbytes, 1)))
 
+    def sample(self) -> str:
+        """SHA-256 of the header and of a few bytes of every tensor, as the file holds them now.
+
+        Cheap, and another one where a file was replaced by another model's of the same shapes.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            digest.update(file.read(self._start))
+            for spec, start in self._offsets.values():
+                last = max(spec.nbytes - _SAMPLE_BYTES, 0)
+                for position in sorted({last * piece // (_SAMPLES - 1) for piece in range(_SAMPLES)}):
+                    file.seek(self._start + start + position)
+                    digest.update(file.read(min(_SAMPLE_BYTES, spec.nbytes)))
+        return digest.hexdigest()
+
 
 class SafetensorsFolder:
-    """All tensors of a folder: ``model.safetensors``, or shards named by an index.
+    """All tensors of a folder: ``model.safetensors``, or shards named by an index, as stock loaders choose between them.
+
+    Of an index only the names of the files count, as for stock loaders: which tensors there are is what the files say.
 
     Raises:
         CheckpointError: no safetensors, a shard that is missing, damaged or outside the folder, or an index that
-            disagrees with its shards.
+            leads to other weights than the ``model.safetensors`` beside it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where: dict[str, SafetensorsFile] = {}
-        self._map: dict[str, str] = {}
-        index = folder / INDEX
-        names = self._indexed_files(index) if index.is_file() else self._single_file()
-        self.files = [SafetensorsFile(folder / name) for name in names]
-        for file in self.files:
-            for name in file.specs:
-                if name in self._where:
-                    raise CheckpointError(f"tensor '{name}' is in both {self._where[name].path} and {file.path}")
-                self._where[name] = file
-        if index.is_file():
-            self._check_index(index)
+        refuse_adapter(folder)
+        index, single = folder / INDEX, folder / SINGLE
+        indexed = self._indexed_files(index) if index.is_file() else []
+        if single.is_file():
+            self.files = [SafetensorsFile(single)]
+            self._check_beside(indexed)
+        elif indexed:
+            self.files = [SafetensorsFile(folder / name) for name in self._present(index, indexed)]
+        else:
+            raise no_weights(folder)
+        self._where = _places(self.files)
         self.specs = {name: file.specs[name] for name, file in self._where.items()}
-
-    def _single_file(self) -> list[str]:
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
-        pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
-            path.name for path in self.folder.glob("*.pt*")
-        )
-        if pickles:
-            raise CheckpointError(
-                f"{self.folder} holds only pickle weights ({pickles[0]}); loading them can run code",
-                hint="save it as safetensors where you trust it: model.save_pretrained(folder)",
-            )
-        raise CheckpointError(
-            f"{self.folder} holds no {SINGLE} and no {INDEX}", hint="point at the folder that holds the weights"
-        )
 
     def _indexed_files(self, index: Path) -> list[str]:
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: key 'weight_map' must map tensor names to file names")
-        self._map = weight_map
-        names = sorted(set(self._map.values()))
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(name, str) for name in weight_map.values())
+        ):
+            raise CheckpointError(
+                f"{index}: key 'weight_map' must map tensor names to file names",
+                hint="download or copy the index again",
+            )
+        names = sorted(set(weight_map.values()))
         for name in names:
             # An index is data from a stranger: it may name files of this folder and nothing else.
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise CheckpointError(f"{index}: 'weight_map' points outside its folder: {name!r}")
-            if not (self.folder / name).is_file():
-                raise CheckpointError(
-                    f"{index} names the shard {name}, which is missing", hint="download the missing file"
-                )
+            if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+                raise CheckpointError(f"{index}: 'weight_map' points outside its folder: {shown(name)}")
         return names
 
-    def _check_index(self, index: Path) -> None:
-        for name, file in self._map.items():
-            if name not in self._where:
-                raise CheckpointError(f"{index} says tensor '{name}' is in {file}, which does not hold it")
-        missing = sorted(set(self._where) - set(self._map))
+    def _present(self, index: Path, names: list[str]) -> list[str]:
+        missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{index} does not list tensor '{missing[0]}', which its shards hold")
+            more = f" ({len(missing)} of {len(names)} are)" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{index} names the shard {shown(missing[0])}, which is missing{more}", hint="download the missing file"
+            )
+        return names
+
+    def _check_beside(self, indexed: list[str]) -> None:
+        """An index beside ``model.safetensors`` may lead nowhere or to the same tensors: stock loaders read the single file."""
+        others = [name for name in indexed if name != SINGLE and (self.folder / name).is_file()]
+        if not others:
+            return
+        places, single = _places([SafetensorsFile(self.folder / name) for name in others]), self.files[0]
+        unlike = places.keys() ^ single.specs.keys() or {n for n, file in places.items() if not _equal(n, single, file)}
+        if unlike:
+            raise CheckpointError(
+                f"{self.folder} holds {SINGLE} and other weights in shards ({shown(others[0])} and so on, by {INDEX}): "
+                f"they differ in tensor '{shown(min(unlike))}'; transformers reads {SINGLE}, other loaders the shards",
+                hint=f"remove what is out of date: either {SINGLE}, or {INDEX} with its shards",
+            )
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every file's name, size and header: cheap, and different for different checkpoints."""
         text = "\n".join(f"{file.path.name} {file.size} {file.header_sha256}" for file in self.files)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def sample(self) -> str:
+        """SHA-256 over every file's, as the folder holds them now."""
+        return hashlib.sha256("\n".join(file.sample() for file in self.files).encode()).hexdigest()
 
     def location(self, name: str) -> str:
         """The file a tensor is in, for messages."""
@@ -247,3 +285,43 @@ class SafetensorsFolder:
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor whole."""
         return self._where[name].read(name)
+
+
+def _is_size(value: object) -> bool:
+    """Whether a number of a header can be one: beyond 64 bits, products take time without bound."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _places(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    places: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.specs:
+            if name in places:
+                raise CheckpointError(f"tensor '{shown(name)}' is in both {places[name].path} and {file.path}")
+            places[name] = file
+    return places
+
+
+def _equal(name: str, one: SafetensorsFile, other: SafetensorsFile) -> bool:
+    """Whether two files hold the same bytes of a tensor; read block by block up to the first difference."""
+    import torch
+
+    if one.specs[name] != other.specs[name]:
+        return False
+    pairs = zip(one.chunks(name, _COMPARED_BYTES), other.chunks(name, _COMPARED_BYTES), strict=True)
+    return all(torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) for a, b in pairs)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's ``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object; says what the folder or the file is.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise no_config(folder)
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise something_else(path) or error from None

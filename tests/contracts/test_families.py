@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +13,32 @@ import pytest
 import torch
 from pico_models import PICO
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 import upcycle
 from upcycle.checkpoint import DenseCheckpoint, family_of
-from upcycle.errors import RefusalError
+from upcycle.errors import RefusalError, UpcycleError
+from upcycle.families.settings import ACTIVATIONS, COMMON, HARMLESS
 from upcycle.layers import LayerRunner, logits_of
 from upcycle.registry import FAMILIES, load
 from upcycle.runtime import dense_reader, skeleton
 
+# What a family with a condition on its configuration needs to be dense at all.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "layer_types": ["attention"] * 32,
+        "position_embedding_type": "rope",
+    }
+}
+_TRIED: tuple[Any, ...] = (None, True, 1, 7.5, -3, "x", [1], ["x"], {}, {"x": 1}, float("nan"), float("inf"), 10**400)
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_the_stock_class(name: str) -> None:
-    stock, family = AutoConfig.for_model(name), load("family", name)()
-    read = family.config({"model_type": name})
+    given = {"model_type": name, **CONDITIONS.get(name, {})}
+    stock, family = AutoConfig.for_model(**given), load("family", name)()
+    read = family.config(given)
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "hidden_act",
                 "rms_norm_eps", "max_position_embeddings", "initializer_range", "attention_dropout",
                 "tie_word_embeddings"):  # fmt: skip
@@ -49,6 +64,7 @@ def test_tensors_are_those_of_the_stock_class(name: str) -> None:
     sizes = {"num_hidden_layers": 4} | (
         {"head_dim": 128} if name == "hunyuan_v1_dense" else {}
     )  # it runs with none other
+    sizes |= {**CONDITIONS[name], "layer_types": ["attention"] * 4} if name in CONDITIONS else {}
     stock, family = AutoConfig.for_model(name, **sizes), load("family", name)()
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(stock).state_dict()
@@ -72,8 +88,9 @@ RAW: list[dict[str, Any]] = [
 def test_rope_is_read_as_the_stock_class_reads_it(name: str, raw: dict[str, Any]) -> None:
     if name == "phi3" and "rope_scaling" in raw:
         pytest.skip("the stock class knows longrope only")
-    stock = AutoConfig.for_model(name, **json.loads(json.dumps(raw)))
-    read = load("family", name)().config({"model_type": name, **raw})
+    given = {"model_type": name, **CONDITIONS.get(name, {}), **raw}
+    stock = AutoConfig.for_model(**json.loads(json.dumps(given)))
+    read = load("family", name)().config(given)
     # The stock class keeps the old spelling of rope_type beside the new one.
     assert dict(read.rope_parameters) == {key: value for key, value in stock.rope_parameters.items() if key != "type"}
 
@@ -155,3 +172,98 @@ def test_every_listed_target_exists() -> None:
 
 def test_family_is_chosen_by_model_type() -> None:
     assert family_of({"model_type": "qwen2"}, "here").name == "qwen2"
+
+
+def _fields(stock: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(stock)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_key_of_the_stock_class_is_read_or_known_to_be_harmless(name: str) -> None:
+    family = load("family", name)()
+    known = {*HARMLESS, *family.keys, *(family.aliases.get(key, key) for key in COMMON)}
+    assert _fields(AutoConfig.for_model(name)) - known == set()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_value_that_the_stock_class_does_not_take_is_refused_with_its_key(name: str) -> None:
+    family, given = load("family", name)(), {"model_type": name, **CONDITIONS.get(name, {})}
+    keys = {*HARMLESS, *family.keys, *(family.aliases.get(key, key) for key in COMMON)} - {"model_type"}
+    wrong = []
+    for key, value in itertools.product(sorted(keys), _TRIED):
+        try:
+            family.config({**given, key: value}, "here/config.json")
+        except UpcycleError as error:
+            if f"'{key}" not in error.message:
+                wrong.append(f"{key}={value!r} is refused without its name: {error.message}")
+            continue
+        try:
+            AutoConfig.for_model(**json.loads(json.dumps({**given, key: value})))
+        except Exception as error:  # the stock classes raise errors of many kinds
+            wrong.append(f"{key}={value!r} is accepted, and the stock class says {error}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": 7}, "'hidden_act' must be one of"),
+        ({"hidden_act": "x"}, "'hidden_act' must be one of"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "'rope_type' must be one of"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "need the key 'factor'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "'rope_parameters.factor' must be"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "vision-language"),
+        ({"rope_parameters": [1]}, "'rope_parameters' must be a mapping"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "has 1 numbers"),
+        ({"num_key_value_heads": 5}, "not a multiple of 'num_key_value_heads' 5"),
+        ({"pad_token_id": 32000}, "'pad_token_id' is 32000, 'vocab_size' 32000"),
+        ({"num_hidden_layers": 20_000_000}, "'num_hidden_layers' must be a positive integer up to"),
+        ({"dtype": "auto"}, "'dtype' must be"),
+        ({"is_causal": False}, "'is_causal' is False: it attends in both directions"),
+        ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "'per_layer_config'"),
+        ({"transformers_weights": "other.safetensors"}, "'transformers_weights'"),
+        ({"eos_token_id": "</s>"}, "'eos_token_id' must be a token id or a list"),
+    ],
+)
+def test_nonsense_is_refused_by_file_key_and_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcycleError, match=message) as caught:
+        load("family", "llama")().config({"model_type": "llama", **changes}, "here/config.json")
+    assert caught.value.message.startswith("here/config.json: ")
+    assert len(caught.value.message) < 500
+
+
+def test_activations_are_those_that_stock_transformers_has_without_weights() -> None:
+    assert set(ACT2FN) - {"prelu", "xielu"} == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi3"])
+@pytest.mark.parametrize("inside", [None, 64])
+@pytest.mark.parametrize("beside", [None, 32])
+def test_the_length_of_a_longrope_may_lie_beside_it(name: str, inside: int | None, beside: int | None) -> None:
+    head = 4096 // 32 if name != "phi3" else 3072 // 32
+    rope: dict[str, Any] = {"type": "longrope", "short_factor": [1.0] * (head // 2), "long_factor": [2.0] * (head // 2)}
+    rope |= {"original_max_position_embeddings": inside} if inside else {}
+    raw = {"model_type": name, "rope_scaling": rope, "rope_theta": 10000.0}
+    raw |= {"original_max_position_embeddings": beside} if beside else {}
+    stock = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    stock.standardize_rope_params()  # as its rotary embedding does when it is made
+    read = load("family", name)().config(raw)
+    assert dict(read.rope_parameters) == {key: value for key, value in stock.rope_parameters.items() if key != "type"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_local_experts": 8}, "Mixture-of-Experts already"),
+        ({"num_local_experts": None}, None),
+        ({"layer_types": ["mamba"] * 31 + ["attention"]}, "31 of its 32 layers are Mamba"),
+        ({"position_embedding_type": None}, "no rotary position embedding"),
+    ],
+)
+def test_granite_4_is_dense_without_experts_and_mamba(changes: dict[str, Any], message: str | None) -> None:
+    raw = {"model_type": "granitemoehybrid", **CONDITIONS["granitemoehybrid"], **changes}
+    if message is None:
+        load("family", "granitemoehybrid")().config(raw)
+        return
+    with pytest.raises(RefusalError, match=message):
+        load("family", "granitemoehybrid")().config(raw)

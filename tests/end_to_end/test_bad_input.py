@@ -64,6 +64,22 @@ def index(mapping: dict[str, str]) -> Damage:
     return lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": mapping})) and None
 
 
+def only_index(mapping: dict[str, str]) -> Damage:
+    def damage(folder: Path) -> None:
+        index(mapping)(folder)
+        (folder / SINGLE).unlink()
+
+    return damage
+
+
+def damages(*several: Damage) -> Damage:
+    def damage(folder: Path) -> None:
+        for each in several:
+            each(folder)
+
+    return damage
+
+
 def no_tokenizer(folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -74,7 +90,7 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "pickle only": (only_pickle, [], FAIL, ["only pickle weights", "pytorch_model.bin", "hint:"]),
     "truncated shard": (cut, [], FAIL, ["model.safetensors is damaged", "download"]),
     "flipped bit": (flip, [], FAIL, ["model.safetensors is damaged", "header is not valid"]),
-    "shard missing": (index({"a": "gone.safetensors"}), [], FAIL, ["gone.safetensors, which is missing"]),
+    "shard missing": (only_index({"a": "gone.safetensors"}), [], FAIL, ["gone.safetensors, which is missing"]),
     "index leaves its folder": (index({"a": "../x.safetensors"}), [], FAIL, ["points outside its folder"]),
     "NaN": (poison(float("nan")), [], FAIL, ["'model.layers.1.mlp.up_proj.weight' holds NaN or Inf"]),
     "Inf": (poison(float("inf")), [], FAIL, ["'model.layers.1.mlp.up_proj.weight' holds NaN or Inf"]),
@@ -89,7 +105,16 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "smollm3 (NoPE)": (config(model_type="smollm3"), [], USAGE, ["no rotary position embedding (NoPE)"]),
     "already a MoE": (config(model_type="mixtral"), [], USAGE, ["is a Mixture-of-Experts already"]),
     "NoPE layers": (config(no_rope_layers=[1, 0, 1]), [], USAGE, ["NoPE"]),
-    "quantized": (config(quantization_config={"quant_method": "gptq"}), [], USAGE, ["quantized (gptq)"]),
+    "quantized": (
+        damages(
+            config(quantization_config={"quant_method": "gptq"}),
+            weights(lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": t.pop("model.layers.0.mlp.up_proj.weight").int()})),
+        ), [], USAGE, ["quantized (gptq)", "up_proj.qweight"],
+    ),
+    "int8": (
+        weights(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].char()})), [], USAGE,
+        ["quantized", "'model.norm.weight' is int8"],
+    ),
     "tokenizer missing": (no_tokenizer, [], USAGE, ["has no tokenizer", "--tokenizer none"]),
     "K > E": (lambda f: None, ["--experts", "4", "--top-k", "5"], USAGE, ["top_k is 5", "only 4 experts"]),
     "E does not divide F": (

@@ -37,13 +37,15 @@ def config(folder: Path, **changes: Any) -> None:
     [
         ({"model_type": "deepseek_v3"}, RefusalError, "cannot grow the experts of a 'deepseek_v3' model"),
         ({"model_type": "llama"}, RefusalError, "is a dense 'llama' model"),
-        ({"quantization_config": {"quant_method": "fp8"}}, RefusalError, r"quantized \(fp8\)"),
         ({"num_local_experts": 0, "num_experts": 0}, CheckpointError, "must be a positive integer, got 0"),
-        ({"num_hidden_layers": "many"}, CheckpointError, "transformers cannot read config.json"),
+        ({"num_hidden_layers": "many"}, CheckpointError, "'num_hidden_layers' must be a positive integer"),
+        ({"num_hidden_layers": 10**9}, CheckpointError, "'num_hidden_layers' must be a positive integer"),
+        ({"rms_norm_eps": "x"}, CheckpointError, "transformers cannot read config.json"),
+        ({"model_type": ["qwen3_moe"]}, CheckpointError, "'model_type' must be text"),
         ({"num_local_experts": 8, "num_experts": 8}, CheckpointError, "and there are 8 such; config.json asks for"),
         ({"moe_intermediate_size": 24}, CheckpointError, r"has shape \[16, 32\]"),
-        ({"num_hidden_layers": 3}, CheckpointError, "'model.layers.2.self_attn.q_proj.weight' is missing"),
-        ({"num_hidden_layers": 1}, CheckpointError, r"'model.layers.1.+' is not part of a qwen3_moe model"),
+        ({"num_hidden_layers": 3}, CheckpointError, "'num_hidden_layers' is 3, the weights have 2 layers"),
+        ({"num_hidden_layers": 1}, CheckpointError, "'num_hidden_layers' is 1, the weights have 2 layers"),
     ],
 )
 def test_configurations(changes: dict[str, Any], kind: type[UpcycleError], message: str, moe: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.families.config import DenseConfig, Feature, rope_parameters
+from upcycle.families.config import DenseConfig, Feature
 from upcycle.families.origin import Origin, is_rotated
+from upcycle.families.rope import rope_parameters
+from upcycle.families.settings import Kind, checked
+from upcycle.folder_contents import shown
 from upcycle.tensor_files import TensorSpec
+from upcycle.tensor_names import refuse_quantized, unlike_family
 
 __all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
 
@@ -31,6 +37,8 @@ class Family(ABC):
     elsewhere: ClassVar[Mapping[Feature, str]] = {}  # feature -> which target could hold it, for refusals
     defaults: ClassVar[Mapping[str, Any]]
     aliases: ClassVar[Mapping[str, str]] = {}
+    keys: ClassVar[Mapping[str, Kind]] = {}  # the family's own keys, and common ones that are otherwise here
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # what layer_types can say
     token_defaults: ClassVar[Mapping[str, Any]] = {}
     rope_theta: ClassVar[float] = 10000.0
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
@@ -39,34 +47,27 @@ class Family(ABC):
     final_norm: ClassVar[str] = "norm"
     uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
 
-    def config(self, raw: Mapping[str, Any]) -> DenseConfig:
-        """Read out ``config.json``.
+    def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
+        """Read out ``config.json``; ``where`` names it in messages.
 
         Raises:
             RefusalError: the configuration asks for something no target can hold.
-            CheckpointError: a size is not a positive integer.
+            CheckpointError: a value is not what the key must be.
         """
-        _refuse_unheld(raw)
+        raw = checked(raw, self.keys, self.aliases, where)
+        self._refuse_unheld(raw, where)
         values = self.values(raw)
-        for key in _SIZES:
-            if not isinstance(values[key], int) or values[key] < 1:
-                raise CheckpointError(f"config.json: '{key}' must be a positive integer, got {values[key]!r}")
-        heads, hidden = values["num_attention_heads"], values["hidden_size"]
-        rope = rope_parameters(raw, self.rope_theta, self.partial_rotary_factor)
-        if self.partial_rotary_factor is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise RefusalError(
-                f"config.json: 'partial_rotary_factor' is {rope['partial_rotary_factor']}, and a {self.name} model rotates "
-                "whole heads",
-                hint="remove the key, or correct 'model_type'",
-            )
-        return DenseConfig(
+        heads, hidden, layers = (values[k] for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+        key_heads, head = values["num_key_value_heads"] or heads, values.get("head_dim") or hidden // heads
+        rope = self.rope(raw, values, where)
+        config = DenseConfig(
             family=self.name,
             hidden_size=hidden,
             intermediate_size=values["intermediate_size"],
-            num_hidden_layers=values["num_hidden_layers"],
+            num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=values["num_key_value_heads"] or heads,
-            head_dim=values.get("head_dim") or hidden // heads,
+            num_key_value_heads=key_heads,
+            head_dim=head,
             vocab_size=values["vocab_size"],
             hidden_act=values["hidden_act"],
             rms_norm_eps=values["rms_norm_eps"],
@@ -77,14 +78,76 @@ class Family(ABC):
             rope_parameters=rope,
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
-            windows=self.windows(raw, values["num_hidden_layers"]),
+            windows=self.windows(raw, layers),
             **self.details(raw, values),
         )
+        self._check_together(config, raw, where)
+        return config
+
+    def _refuse_unheld(self, raw: Mapping[str, Any], where: str) -> None:
+        if not all(raw.get("no_rope_layers") or [True]):
+            raise RefusalError(
+                f"{where}: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), "
+                "and no stock MoE architecture can skip it"
+            )
+
+    def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
+        """Values that are each as they must be, and cannot be together.
+
+        Raises:
+            CheckpointError: two disagree; names the keys and both values.
+        """
+        heads, key_heads, kinds = config.num_attention_heads, config.num_key_value_heads, raw.get("layer_types")
+        rope, length = (
+            config.rope_parameters,
+            int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1)),
+        )
+        pad = config.token_ids["pad_token_id"]
+        wrong = None
+        if heads % key_heads:
+            wrong = f"'num_attention_heads' {heads} is not a multiple of 'num_key_value_heads' {key_heads}"
+        elif config.head_dim < 1:
+            wrong = f"'hidden_size' {config.hidden_size} is less than 'num_attention_heads' {heads}"
+        elif config.head_dim > _LEAST_ODD_HEAD and config.head_dim % 2 and length == config.head_dim:
+            wrong = f"'head_dim' (or 'hidden_size' over 'num_attention_heads') is {config.head_dim}, and a rotation needs pairs"
+        elif kinds is not None and len(kinds) != config.num_hidden_layers:
+            wrong = f"'layer_types' has {len(kinds)} entries, 'num_hidden_layers' is {config.num_hidden_layers}"
+        elif kinds is not None and (odd := [kind for kind in kinds if kind not in self.layer_kinds]):
+            wrong = (
+                f"'layer_types' has the entry {shown(odd[0])}; those of {self.name} are {', '.join(self.layer_kinds)}"
+            )
+        elif pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+            wrong = f"'pad_token_id' is {shown(repr(pad))}, 'vocab_size' {config.vocab_size}"
+        for key in ("short_factor", "long_factor"):
+            if rope["rope_type"] == "longrope" and len(rope[key]) != length // 2:
+                wrong = (
+                    wrong
+                    or f"'rope_parameters.{key}' has {len(rope[key])} numbers, half a head's rotated part {length // 2}"
+                )
+        if wrong:
+            raise CheckpointError(f"{where}: {wrong}", hint="correct the key, or download config.json again")
+
+    def rope(self, raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The rotary embedding.
+
+        Raises:
+            RefusalError: the stock class would not rotate as the configuration says.
+        """
+        context = values["max_position_embeddings"]
+        rope = rope_parameters(raw, self.rope_theta, self.partial_rotary_factor, context, where)
+        if self.partial_rotary_factor is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise RefusalError(
+                f"{where}: 'partial_rotary_factor' is {rope['partial_rotary_factor']}, and a {self.name} model rotates "
+                "whole heads",
+                hint="remove the key, or correct 'model_type'",
+            )
+        return rope
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of ``defaults``, from ``config.json`` where it has them."""
-        spelt = {key: self.aliases.get(key, key) for key in self.defaults}
-        return {**self.defaults, **{key: raw[own] for key, own in spelt.items() if raw.get(own) is not None}}
+        """The keys of ``defaults`` and ``head_dim``, from ``config.json`` where it has them. Null stays null."""
+        defaults = {"head_dim": None, **self.defaults}
+        spelt = {key: self.aliases.get(key, key) for key in defaults}
+        return {**defaults, **{key: raw[own] for key, own in spelt.items() if own in raw}}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         """Sliding window of every layer."""
@@ -167,55 +230,58 @@ class Family(ABC):
         """Where the FFN reads the stream itself: the norms of everything that was added to it. Bounds its length."""
         return []
 
-    def check(self, config: DenseConfig, specs: Mapping[str, TensorSpec], where: str) -> None:
-        """Compare a checkpoint's tensors with what its configuration promises.
+    def check(
+        self,
+        config: DenseConfig,
+        specs: Mapping[str, TensorSpec],
+        where: str,
+        raw: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Compare a checkpoint's tensors with what its configuration, ``raw`` as it was read, promises.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape; names it.
         """
+        refuse_quantized(specs, raw, where)
+        check_layers(config.num_hidden_layers, specs, where)
         expected = self.all_stored_specs(config)
+        if other := unlike_family(specs, expected, where):
+            raise other
         for name, shape in expected.items():
             if name not in specs:
-                raise CheckpointError(
-                    f"{where}: tensor '{name}' is missing",
-                    hint="compare config.json with the weights: do they belong together?",
-                )
+                raise CheckpointError(f"{where}: tensor '{name}' is missing", hint=_TOGETHER)
             if specs[name].shape != shape:
                 raise CheckpointError(
-                    f"{where}: tensor '{name}' has shape {list(specs[name].shape)}, config.json says {list(shape)}",
-                    hint="compare config.json with the weights: do they belong together?",
+                    f"{where}: tensor '{name}' has shape {shown(list(specs[name].shape))}, config.json says {list(shape)}",
+                    hint=_TOGETHER,
                 )
         leftover = sorted(set(specs) - set(expected) - {"lm_head.weight"})
         leftover = [name for name in leftover if not name.endswith("rotary_emb.inv_freq")]
         if leftover:
             raise CheckpointError(
-                f"{where}: tensor '{leftover[0]}' is not part of a {self.name} model and would be lost"
+                f"{where}: tensor '{shown(leftover[0])}' is not part of a {self.name} model and would be lost"
                 + (f" ({len(leftover)} such tensors)" if len(leftover) > 1 else ""),
                 hint="biases must be declared in config.json (attention_bias, mlp_bias); adapters must be merged first",
             )
 
 
-def refuse_quantized(raw: Mapping[str, Any]) -> None:
-    """Refuse weights that are not numbers of their own.
+def check_layers(layers: int, specs: Mapping[str, TensorSpec], where: str) -> None:
+    """Compare how many layers ``config.json`` says there are with how many the weights have, before anything is counted up.
 
     Raises:
-        RefusalError: the configuration has a ``quantization_config``.
+        CheckpointError: another number.
     """
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
-        raise RefusalError(
-            f"config.json: the weights are quantized ({method})", hint="convert the full-precision checkpoint instead"
+    found = {int(match[1]) for match in map(_LAYER.match, specs) if match}
+    if found and layers != max(found) + 1:
+        raise CheckpointError(
+            f"{where}: config.json says 'num_hidden_layers' is {layers}, the weights have {max(found) + 1} layers",
+            hint=_TOGETHER,
         )
 
 
-def _refuse_unheld(raw: Mapping[str, Any]) -> None:
-    refuse_quantized(raw)
-    if not all(raw.get("no_rope_layers") or [True]):
-        raise RefusalError(
-            "config.json: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), "
-            "and no stock MoE architecture can skip it"
-        )
+_LEAST_ODD_HEAD = 4  # stock classes let smaller heads be odd
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_TOGETHER = "compare config.json with the weights: do they belong together?"
 
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.families.settings import DECIMAL, FLAG, NAMES, SIZE
 
 
 class Cohere2(Family):
@@ -29,6 +30,13 @@ class Cohere2(Family):
         "rms_norm_eps": 1e-05,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
+    }
+    keys = {
+        "attention_bias": FLAG,
+        "layer_types": NAMES.optional,
+        "logit_scale": DECIMAL,
+        "sliding_window": SIZE.optional,
+        "sliding_window_pattern": SIZE,
     }
     token_defaults = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from upcycle.errors import RefusalError
-
 
 class Feature(Enum):
     """Something a dense model or a blueprint needs and a target may be unable to hold."""
@@ -139,24 +137,3 @@ class DenseConfig:
             Feature.LOGIT_SCALE: self.logits_multiplier != 1,
         }
         return self.special | {feature for feature, is_present in present.items() if is_present}
-
-
-def rope_parameters(raw: Mapping[str, Any], theta: float = 10000.0, partial: float | None = None) -> dict[str, Any]:
-    """The whole rope description, from today's ``rope_parameters`` or the older ``rope_theta`` + ``rope_scaling``.
-
-    Always written out: the defaults ``theta`` and ``partial`` (rotary factor) differ between configuration classes.
-
-    Raises:
-        RefusalError: layer types have different rotary embeddings.
-    """
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise RefusalError("config.json: 'rope_parameters' differ per layer type, and no target here can hold that")
-    rope.setdefault("rope_theta", float(raw.get("rope_theta") or theta))
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    factor = partial if factor is None else factor
-    if factor is not None:
-        rope["partial_rotary_factor"] = factor
-    return rope

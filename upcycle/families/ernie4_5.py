@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family, Feature
+from upcycle.families.settings import FLAG
 
 
 class Ernie45(Family):
@@ -32,6 +33,7 @@ class Ernie45(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
     }
+    keys = {"use_bias": FLAG.optional}
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from upcycle.errors import RefusalError
 from upcycle.families.base import DenseConfig, Family
 from upcycle.families.origin import Origin
+from upcycle.families.settings import FLAG, SIZE
 
 
 class Gemma(Family):
@@ -35,6 +36,7 @@ class Gemma(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
     }
+    keys = {"attention_bias": FLAG, "head_dim": SIZE, "use_bidirectional_attention": FLAG.optional}
     token_defaults = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:

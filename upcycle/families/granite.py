@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family, Feature
+from upcycle.families.settings import FLAG, NUMBER, POSITIVE
+
+MULTIPLIERS = {
+    "attention_multiplier": NUMBER,
+    "embedding_multiplier": POSITIVE,
+    "logits_scaling": POSITIVE,
+    "residual_multiplier": POSITIVE,
+}
 
 
 class Granite(Family):
@@ -30,6 +38,7 @@ class Granite(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"attention_bias": FLAG, "mlp_bias": FLAG, **MULTIPLIERS}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

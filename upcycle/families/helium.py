@@ -7,6 +7,7 @@ from typing import Any
 
 from upcycle.errors import RefusalError
 from upcycle.families.base import Family, Feature
+from upcycle.families.settings import FLAG, SIZE
 
 
 class Helium(Family):
@@ -33,6 +34,7 @@ class Helium(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"attention_bias": FLAG, "mlp_bias": FLAG, "head_dim": SIZE}
     token_defaults = {"pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,5 +45,7 @@ class Helium(Family):
         """
         heads, head, width = (values[key] for key in ("num_attention_heads", "head_dim", "hidden_size"))
         if heads * (head or width // heads) != width:
-            raise RefusalError(f"config.json: {heads} heads of 'head_dim' {head} are not 'hidden_size' {width}")
+            raise RefusalError(
+                f"config.json: 'num_attention_heads' {heads} times 'head_dim' {head} is not 'hidden_size' {width}"
+            )
         return {"qkv_bias": bool(raw.get("attention_bias")), "mlp_bias": bool(raw.get("mlp_bias"))}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.families.settings import FLAG
 
 
 class HunyuanV1Dense(Family):
@@ -29,6 +30,7 @@ class HunyuanV1Dense(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"attention_bias": FLAG}
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.families.settings import COUNTS, FLAG, NAMES, POSITIVE, SIZE
 
 
 class Lfm2(Family):
@@ -32,6 +33,18 @@ class Lfm2(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
     }
+    keys = {
+        "block_auto_adjust_ff_dim": FLAG,
+        "block_ff_dim": SIZE,
+        "block_ffn_dim_multiplier": POSITIVE,
+        "block_multiple_of": SIZE,
+        "conv_L_cache": SIZE,
+        "conv_bias": FLAG,
+        "full_attn_idxs": COUNTS.optional,
+        "layer_types": NAMES.optional,
+        "tie_embedding": FLAG,
+    }
+    layer_kinds = ("full_attention", "conv")
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:

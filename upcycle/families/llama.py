@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family, Feature
+from upcycle.families.settings import FLAG
 
 
 class Llama(Family):
@@ -32,6 +33,7 @@ class Llama(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"attention_bias": FLAG, "mlp_bias": FLAG}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

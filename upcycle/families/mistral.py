@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family
+from upcycle.families.settings import SIZE
 
 
 class Mistral(Family):
@@ -29,6 +30,7 @@ class Mistral(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"sliding_window": SIZE.optional}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:

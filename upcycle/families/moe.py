@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.families.base import refuse_quantized
+from upcycle.families import settings
+from upcycle.families.base import check_layers
 from upcycle.families.origin import Origin
+from upcycle.families.settings import LAYERS, SIZE, check_value
 from upcycle.registry import FAMILIES
 from upcycle.stock import build_config
 from upcycle.tensor_files import TensorSpec
@@ -106,6 +108,8 @@ class MoeModel:
             CheckpointError: a value is not what the stock class takes.
         """
         family = moe_family(raw, where)
+        if "num_hidden_layers" in raw:
+            check_layers(raw["num_hidden_layers"], specs, where)
         stock = build_config(raw, where)
         experts: Any = getattr(stock, family.experts_key, None)
         top_k: Any = getattr(stock, family.top_k_key, None)
@@ -245,7 +249,7 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
     Raises:
         RefusalError: a dense model, a quantized one, or a MoE that is not known here.
     """
-    model_type = raw.get("model_type")
+    model_type = settings.model_type(raw, where)
     if model_type in FAMILIES:
         raise RefusalError(
             f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
@@ -256,7 +260,8 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
             f"cannot grow the experts of a '{model_type}' model: this version does not know how it stores them",
             hint=f"known ones: {', '.join(MOES)}",
         )
-    refuse_quantized(raw)
+    check_value("num_hidden_layers", raw.get("num_hidden_layers", 1), LAYERS, f"{where}: config.json")
+    check_value(MOES[model_type].experts_key, raw.get(MOES[model_type].experts_key, 1), SIZE, f"{where}: config.json")
     return MOES[model_type]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import DenseConfig, Family, Feature
+from upcycle.families.settings import FLAG
 
 
 class Olmo2(Family):
@@ -30,6 +31,7 @@ class Olmo2(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"attention_bias": FLAG}
     token_defaults = {"pad_token_id": 1, "eos_token_id": 50279}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

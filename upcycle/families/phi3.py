@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from upcycle.errors import CheckpointError
 from upcycle.families.base import DenseConfig, Family
 from upcycle.families.origin import Origin
+from upcycle.families.settings import PART, SIZE
+
+_LENGTH = "original_max_position_embeddings"
 
 
 class Phi3(Family):
@@ -33,12 +37,31 @@ class Phi3(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {"sliding_window": SIZE.optional, "partial_rotary_factor": PART, _LENGTH: SIZE}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """The length the rope was trained with."""
-        key = "original_max_position_embeddings"
-        return {"extra": {key: raw.get(key, 4096)}}
+        return {"extra": {_LENGTH: raw.get(_LENGTH, 4096)}}
+
+    def rope(self, raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """As the stock class reads it: older names of ``longrope``, and no other scaling.
+
+        Raises:
+            CheckpointError: another scaling.
+        """
+        settings = {_LENGTH: 4096, **raw}
+        for key in ("rope_scaling", "rope_parameters"):
+            described = settings.get(key) or {}
+            if (described.get("rope_type") or described.get("type")) in ("su", "yarn"):
+                settings[key] = {**described, "rope_type": "longrope"}
+        rope = super().rope(settings, values, where)
+        if rope["rope_type"] not in ("default", "longrope"):
+            raise CheckpointError(
+                f"{where}: 'rope_type' of a phi3 model must be default or longrope, got '{rope['rope_type']}'",
+                hint="correct 'rope_parameters' (or 'rope_scaling')",
+            )
+        return rope
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         """One for all layers."""

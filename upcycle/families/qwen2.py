@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family
+from upcycle.families.settings import COUNT, FLAG, NAMES, SIZE
+
+WINDOW_KEYS = {
+    "layer_types": NAMES.optional,
+    "max_window_layers": COUNT,
+    "sliding_window": SIZE.optional,
+    "use_sliding_window": FLAG,
+}
 
 
 class Qwen2(Family):
@@ -29,6 +37,7 @@ class Qwen2(Family):
         "tie_word_embeddings": False,
         "head_dim": None,
     }
+    keys = WINDOW_KEYS
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Not configurable in this family."""

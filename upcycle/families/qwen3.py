@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family
-from upcycle.families.qwen2 import upper_layer_windows
+from upcycle.families.qwen2 import WINDOW_KEYS, upper_layer_windows
+from upcycle.families.settings import FLAG, SIZE
 
 
 class Qwen3(Family):
@@ -30,6 +31,7 @@ class Qwen3(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {**WINDOW_KEYS, "attention_bias": FLAG, "head_dim": SIZE}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Norms always, biases by flag."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from upcycle.families.base import DenseConfig, Family, Feature
 from upcycle.families.origin import Origin
+from upcycle.families.settings import FLAG, NAMES, SIZE
 
 _LINEAR = {
     "linear_conv_kernel_dim": 4,
@@ -39,6 +40,14 @@ class Qwen35Text(Family):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
+    keys = {
+        **dict.fromkeys(_LINEAR, SIZE),
+        "attention_bias": FLAG,
+        "full_attention_interval": SIZE,
+        "head_dim": SIZE,
+        "layer_types": NAMES.optional,
+    }
+    layer_kinds = ("full_attention", "linear_attention")
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Which layers are linear, and their keys; ``attention_bias`` puts a bias on all four projections of the others."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.folder_contents import shown
 from upcycle.registry import TARGETS
 
 _NO_ROPE_BLOCK = (
@@ -15,7 +19,6 @@ _MOES = (
         "deepseek_v3",
         "exaone_moe",
         "gpt_oss",
-        "granitemoehybrid",
         "jamba",
         "jetmoe",
         "llama4",
@@ -24,6 +27,20 @@ _MOES = (
     *("minimax", "minimax_m2", "olmoe", "phimoe", "qwen3_5_moe", "qwen3_next"),
     *TARGETS,
 )
+
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "distilbert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "albert",
+    "modernbert",
+    "t5gemma",
+)
+_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper", "m2m_100", "led")
 
 REASONS = {
     "gpt2": _NO_ROPE_BLOCK,
@@ -52,10 +69,25 @@ REASONS = {
     "glm": "its FFN is fused behind a partial rotation in pairs, and its MoE relative rotates halves",
     "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
     "qwen3_5": "it is multimodal; save its text model alone (model_type qwen3_5_text)",
+    **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
+    **dict.fromkeys(_ENCODER_DECODERS, "it is an encoder-decoder, not a causal language model"),
     **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),
 }
 
 
-def reason(model_type: str) -> str:
-    """Why a family that is not registered is refused."""
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder_config")
+
+
+def text_model(raw: Mapping[str, Any]) -> str | None:
+    """What a multimodal configuration says that its text model is; None: it is not one."""
+    for key in _TEXT_CONFIGS:
+        if isinstance(raw.get(key), Mapping):
+            return f"'{shown(raw[key].get('model_type') or key)}'"
+    return "'text_config'" if isinstance(raw.get("vision_config"), Mapping) else None
+
+
+def reason(model_type: str, inner: str | None = None) -> str:
+    """Why a family that is not registered is refused; ``inner`` is the text model of a multimodal one."""
+    if inner:
+        return f"it is multimodal (vision or audio beside a text model, {inner})"
     return REASONS.get(model_type, "this version has no family for it")

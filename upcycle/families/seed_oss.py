@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families.base import Family, Feature
+from upcycle.families.settings import FLAG
 
 
 class SeedOss(Family):
@@ -33,6 +34,7 @@ class SeedOss(Family):
         "attention_dropout": 0.1,
         "tie_word_embeddings": False,
     }
+    keys = {"attention_bias": FLAG, "attention_out_bias": FLAG, "mlp_bias": FLAG}
     token_defaults = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
