@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upcycle.errors import CheckpointError, UsageError
+from upcycle.errors import CheckpointError
 from upcycle.parsing import read_json
 from upcycle.provenance import hash_file
 from upcycle.tensor_files import SafetensorsFile
@@ -51,18 +50,20 @@ class SavedRun:
                 for key in tensors.keys:
                     tensors.set_state(slot, key, self._read(files, f"{key}:{slot.name}", shape))
 
-    def check_files(self) -> None:
-        """Compare every weight file with the hash it had when it was written.
+    def check_files(self, part: int = 0, parts: int = 1) -> None:
+        """Compare every file with the hash it had when it was written, or one of ``parts`` shares of them.
 
         Raises:
             CheckpointError: one is missing or has changed.
         """
-        for name, expected in self.state["files"].items():
+        hashes = {**self.state["files"], **self.state.get("small_files", {})}
+        for name, expected in list(hashes.items())[part::parts]:
             path = self.folder / name
-            if Path(name).name != name or not path.is_file() or hash_file(path) != expected:
+            outside = Path(name).is_absolute() or ".." in Path(name).parts
+            if outside or not path.is_file() or hash_file(path) != expected:
                 raise CheckpointError(
                     f"{path} is missing, or not the file that was written (its SHA-256 differs)",
-                    hint="use an older checkpoint of the run",
+                    hint=f"use an older checkpoint of the run: once {self.folder} is moved away, the run continues from it",
                 )
 
     def _files(self) -> dict[str, SafetensorsFile]:
@@ -126,24 +127,3 @@ def latest(run: Path) -> SavedRun | None:
     """
     found = finished(run)
     return open_checkpoint(found[-1]) if found else None
-
-
-def check_same_run(saved: SavedRun, identity: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with another model or recipe.
-
-    Raises:
-        UsageError: says what differs.
-    """
-    then = saved.state["identity"]
-    different = [key for key in identity if then.get(key) != identity[key]]
-    if different:
-        key = different[0]
-        raise UsageError(
-            f"{saved.folder} is a checkpoint of another run: {key} was {_short(then.get(key))}, and is {_short(identity[key])}",
-            hint="give the run another output, or --restart to throw its checkpoints away",
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 100 else text[:97] + "..."

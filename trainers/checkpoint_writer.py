@@ -18,6 +18,7 @@ from torch import distributed
 
 from upcycle.errors import EnvironmentFault
 from upcycle.outputs import OutputEntry, Shard, Unit
+from upcycle.provenance import hash_file
 from upcycle.tensor_files import INDEX, TensorSpec
 from upcycle.trainers.distributed import Ranks
 from upcycle.trainers.full_tensors import FullTensors, Slot
@@ -71,13 +72,18 @@ def save(
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(small, folder)
     except OSError as fault:
-        error = _explained(fault, folder)
+        error = disk_fault(fault, folder)
     ranks.together(error)
     hashes = _write_tensors(folder, tensors, ranks)
     try:
         if ranks.first:
             _write_index(folder, tensors, ranks.world)
-            content = {"format": 1, **state, "step": step, "world": ranks.world, "files": hashes}
+            others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in hashes]
+            small_hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in others}
+            content = {
+                **{"format": 1, **state, "step": step, "world": ranks.world},
+                **{"files": hashes, "small_files": small_hashes},
+            }
             (folder / STATE_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
             for path in folder.iterdir():
                 sync(path)
@@ -87,7 +93,7 @@ def save(
             for old in finished(run)[:-keep]:
                 shutil.rmtree(old)
     except OSError as fault:
-        error = _explained(fault, folder)
+        error = disk_fault(fault, folder)
     ranks.together(error)
     return final
 
@@ -112,7 +118,7 @@ def _write_tensors(folder: Path, tensors: FullTensors, ranks: Ranks) -> dict[str
         try:
             hashes.update(share.close())
         except OSError as fault:
-            error = _explained(fault, folder)
+            error = disk_fault(fault, folder)
     if error is not None and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -231,8 +237,9 @@ def _write_index(folder: Path, tensors: FullTensors, world: int) -> None:
     (folder / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
-def _explained(fault: OSError, folder: Path) -> EnvironmentFault:
-    if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+def disk_fault(fault: OSError, folder: Path) -> EnvironmentFault:
+    """What it means that a run cannot write ``folder``, or a file in it."""
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return EnvironmentFault(
             f"the disk is full: {folder} could not be written; earlier checkpoints are complete",
             hint="make room, or lower saving.keep; the same command then continues from the last one",

@@ -130,8 +130,14 @@ class TokenStream:
             "domains": places,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
         """Continue where :meth:`state` was, on any number of ranks.
+
+        Files may have been mended meanwhile. The position stays: exactly, where the block in use holds the same documents, else
+        as the same number of rows of that block; what comes behind it is read as it is now.
+
+        Returns:
+            What is not what it was, in words.
 
         Raises:
             UsageError: the data, the tokenizer or a setting that decides the order is not what it was.
@@ -145,17 +151,22 @@ class TokenStream:
                     f"data: {key} was {state.get(key)!r} when the checkpoint was saved, and is {now!r}",
                     hint="give it back its value, or start a new run from the checkpoint's weights",
                 )
+        notes = []
         for name, domain in self._domains.items():
-            _same_contents(name, places[name]["contents"], domain.corpus.contents())
+            changed = _changed_files(name, places[name]["contents"], domain.corpus.contents())
             cursor = Cursor(*(int(places[name][key]) for key in ("epoch", "block", "row")))
-            if domain.digest(cursor) != places[name]["digest"]:
+            same = domain.digest(cursor) == places[name]["digest"]
+            if changed:
+                notes.append(_mended(name, changed, cursor, same))
+            elif not same:
                 raise UsageError(
                     f"domain '{name}': its documents are not what they were when the checkpoint was saved",
                     hint="look at its column, separator and validation, and at who wrote to its text",
                 )
-            self._cursors[name] = cursor
+            self._cursors[name] = cursor if same else domain.skip(Cursor(cursor.epoch, cursor.block), cursor.row)
         self._row = int(state["rows"])
         self._mixture.restore(state["mixture"])
+        return notes
 
 
 def open_stream(
@@ -243,12 +254,27 @@ def _validation_corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus | None:
     return open_corpus(domain.validation, domain.column, domain.separator, None, size, domain.name)
 
 
-def _same_contents(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files that have other contents now.
+
+    Raises:
+        UsageError: one is gone, or new: all that comes would be in another order.
+    """
     for path in {**then, **now}:
-        if then.get(path) == now.get(path):
-            continue
-        what = "is gone since" if path not in now else "is new since" if path not in then else "has changed since"
-        raise UsageError(
-            f"domain '{domain}': {path} {what} the checkpoint was saved",
-            hint="put the data back as it was, or start a new run from the checkpoint's weights",
-        )
+        if path not in then or path not in now:
+            raise UsageError(
+                f"domain '{domain}': {path} is {'gone' if path in then else 'new'} since the checkpoint was saved",
+                hint="have the same files (they may be mended), or start a new run from the checkpoint's weights",
+            )
+    return [path for path in now if then[path] != now[path]]
+
+
+def _mended(domain: str, changed: list[str], cursor: Cursor, same: bool) -> str:
+    where = f"epoch {cursor.epoch}, block {cursor.block}, row {cursor.row}"
+    kept = (
+        f"the block in use is the same, so it goes on exactly there ({where})"
+        if same
+        else f"it goes on at the same number of rows ({where}), but this block and those behind it hold the documents of now: in "
+        "this epoch some may come twice or not at all"
+    )
+    return f"domain '{domain}': {', '.join(changed)} changed since the checkpoint was saved; {kept}"

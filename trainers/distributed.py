@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -19,6 +19,7 @@ from torch import distributed
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.trainers.losses import Reduction
 
+T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -61,6 +62,14 @@ class Ranks:
         """Wait for all ranks."""
         if self.world > 1:
             distributed.barrier()
+
+    def told(self, value: T) -> T:
+        """The first rank's value, on all."""
+        if self.world == 1:
+            return value
+        found = [value]
+        distributed.broadcast_object_list(found, src=0)
+        return found[0]
 
     def agree(self, what: str, value: Any) -> None:
         """Make sure that all ranks were given the same.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle import provenance
 from upcycle.errors import CheckpointError
+from upcycle.links import copy_inside, inside
 from upcycle.outputs import OutputEntry, Unit, shards_of
 from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
@@ -81,6 +81,8 @@ def export(
     others = stored["others"] if layout == kept["layout"] else {}
     converter = _Converter(saved.folder, dtype, layout, others)
     saved.check_files()
+    for path in (*_plain_files(saved.folder), *(saved.folder / CONVERSION).glob("*")):
+        inside(path, saved.folder)
     shards = shards_of(converter.units(), parse_size(max_shard_size))
     fingerprint = json.dumps([saved.state["files"], dtype, layout, max_shard_size], sort_keys=True)
     with Workspace(Path(out).expanduser(), fingerprint, overwrite, restart=True) as workspace:
@@ -170,7 +172,7 @@ def _aligned(entries: tuple[OutputEntry, ...]) -> tuple[OutputEntry, ...]:
 
 def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, str]) -> None:
     for path in _plain_files(saved.folder):
-        shutil.copyfile(path, folder / path.name)
+        copy_inside(path, saved.folder, folder / path.name)
     origin = saved.folder / CONVERSION
     config = _config(saved, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -186,7 +188,7 @@ def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, st
         (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
         return
     for path in origin.iterdir():
-        shutil.copyfile(path, folder / path.name)
+        copy_inside(path, saved.folder, folder / path.name)
     record = read_json(origin / provenance.FILE)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in hashes and path.name not in provenance.UNHASHED:

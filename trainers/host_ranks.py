@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from upcycle.parsing import parse_json
 from upcycle.trainers import launcher
 from upcycle.trainers.hosts import KILL
 from upcycle.trainers.launcher import Started, start_ranks, wait
@@ -28,7 +28,7 @@ def main() -> int:
     line = sys.stdin.readline()
     if not line:
         return 1
-    told = json.loads(line)
+    told = parse_json(line, "the launcher's first line")
     try:
         os.chdir(told["folder"])
     except OSError as error:

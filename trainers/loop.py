@@ -18,8 +18,9 @@ from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.alarms import Alarm, Alarms, NanPolicy, expert_similarity
 from upcycle.trainers.balance import loads
-from upcycle.trainers.checkpoint_reader import SavedRun, check_same_run, latest, open_checkpoint
+from upcycle.trainers.checkpoint_reader import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoint_writer import save
+from upcycle.trainers.continuation import Change, accepted_changes, consequence, identity
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks, first_rank, joined
 from upcycle.trainers.flops import measured_peak
@@ -30,6 +31,7 @@ from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_
 from upcycle.trainers.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
 from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
+from upcycle.trainers.run_start import agreed_checkpoint, check_model, check_room, check_shared, explained_writes
 from upcycle.trainers.signals import StopSignals
 from upcycle.trainers.stage import Stage
 from upcycle.trainers.step import StepResult
@@ -100,12 +102,14 @@ class _Run:
             reference_parent(
                 stage.data or recipe.data, self.origin
             )  # a parent that is missed is missed before the first step
-        self.identity = _identity(recipe, self.origin)
+        self.identity = identity(recipe, self.origin)
         ranks.agree("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
         ranks.agree("versions", versions())
         self.step = self.tokens = 0
         self.loss = math.nan
         self.validation: dict[str, float] = {}
+        self.changes: list[Change] = []
+        self.history: list[dict[str, Any]] = []
         self.alarms = Alarms(recipe.alarms)
         self.policy = NanPolicy(recipe.bad_steps)
         self.stop = False
@@ -119,17 +123,21 @@ class _Run:
             self.say("warning: keep_memory: this system's C library is not glibc; freed memory is given back as always")
         with locked(self.folder, self.ranks):
             prepare_folder(self.recipe, self.folder, self.origin, self.ranks, self.restart)
-            saved = latest(self.folder)
+            check_shared(self.folder, self.ranks)
+            saved = agreed_checkpoint(self.folder, self.ranks)
             if saved:
-                check_same_run(saved, self.identity)
                 self._continue(saved)
+            else:
+                check_model(self.origin, self.ranks)
             peak = self.recipe.log.peak_tflops
             dtype = getattr(torch, self.recipe.dtype)
             self.peak = peak * 1e12 if peak else measured_peak(self.ranks.device, dtype)
             if self.ranks.first:
                 self.reports = Reports(self.folder, list(self.recipe.log.trackers), self.say, self.step)
-            self._stages(saved)
-            model = None if self.stop else self._export()
+            self._record(self.changes)
+            with explained_writes(self.folder):
+                self._stages(saved)
+                model = None if self.stop else self._export()
             if self.reports:
                 self.reports.close()
         assert self.checkpoint
@@ -155,9 +163,10 @@ class _Run:
                 continue
             stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer)
             if saved and resumed:
-                stage.load_state(saved.state)
+                self._warn(stage.load_state(saved.state))
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
-                stage.stream.restore(saved.state["data"])
+                self._warn(stage.stream.restore(saved.state["data"]))
+            self._check_room(index, stage, done)
             self.ranks.barrier()  # from here on all ranks finish their step
             with self.signals.steps():
                 self._steps(index, stage, done)
@@ -276,7 +285,8 @@ class _Run:
         raise UpcycleError(
             f"loss {result.loss} and gradient norm {result.gradient_norm} at step {self.step}, not finite "
             f"{self.recipe.bad_steps + 1} steps in a row; the batch is in {path}; {kept}",
-            hint="lower the learning rate or clip; the same command continues from the checkpoint",
+            hint="lower learning_rate or clip, raise bad_steps, or mend the data: the run then continues from the checkpoint "
+            "when it is given again with such changes",
         )
 
     def _save(self, index: int, stage: Stage, stage_step: int) -> None:
@@ -292,6 +302,7 @@ class _Run:
             "validation": self.validation,
             "alarms": self.alarms.state(),
             "identity": self.identity,
+            "changes": self.history,
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": versions(),
         }
@@ -310,16 +321,42 @@ class _Run:
                 cosines[int(slot.name.split(".")[2])] = expert_similarity(stage.tensors.weights(slot))
         self._raise(self.alarms.similarities(self.step, cosines))
 
+    def _check_room(self, index: int, stage: Stage, done: int) -> None:
+        saves = -(-(stage.steps - done) // self.recipe.saving.every)
+        exports = self.recipe.saving.export and index + 1 == len(self.recipe.stages)
+        size = sum(spec.nbytes for spec in SafetensorsFolder(self.origin).specs.values()) if exports else 0
+        warning = check_room(self.folder, stage.tensors, saves, self.recipe.saving.keep, size, self.ranks)
+        self._warn([warning] if warning else [])
+
+    def _warn(self, texts: list[str]) -> None:
+        for text in texts:
+            self.say(f"warning: {text}")
+            if self.reports:
+                self.reports.record({"kind": "warning", "step": self.step, "message": text})
+
+    def _record(self, changes: list[Change]) -> None:
+        """What is another from here on: in the log, and in every checkpoint to come."""
+        for change in changes:
+            self.say(f"changed: {change}")
+            made = {"step": self.step, "key": change.key, "was": change.was, "now": change.now}
+            self.history = [*self.history, made]
+            if self.reports:
+                self.reports.record({"kind": "change", **made})
+
     def _continue(self, saved: SavedRun) -> None:
+        self.changes = accepted_changes(saved, self.recipe, self.identity["model"])
         self.step, self.tokens = saved.step, int(saved.state["tokens"])
         self.loss = saved.state["loss"] if saved.state["loss"] is not None else math.nan
         self.validation, self.checkpoint = saved.state["validation"], saved.folder
+        self.history = saved.state.get("changes", [])
         self.alarms.load_state(saved.state["alarms"])
         self.say(
             f"continuing {saved.folder}, saved by {saved.state['world']} ranks"
             if saved.state["world"] > 1
             else f"continuing {saved.folder}"
         )
+        if text := consequence(saved, self.recipe):
+            self.say(text)
 
     def _export(self) -> Path | None:
         if not self.recipe.saving.export:
@@ -336,17 +373,6 @@ class _Run:
                 error = fault
         self.ranks.together(error)
         return out
-
-
-def _identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
-    """What must be the same for a run to be continued; how it is divided among ranks need not be."""
-    told = recipe.model_dump(mode="json")
-    keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")
-    data = {**told["data"], "cache": None}
-    for stage in told["stages"]:
-        if stage["distillation"]:
-            stage["distillation"]["cache"] = None
-    return {"model": SafetensorsFolder(origin).fingerprint, **{key: told[key] for key in keys}, "data": data}
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

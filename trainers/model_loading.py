@@ -14,6 +14,7 @@ from upcycle.companions import copy_files
 from upcycle.errors import UsageError
 from upcycle.kernels.devices import why_not
 from upcycle.kernels.dispatch import NAME, register
+from upcycle.links import copy_inside
 from upcycle.parsing import read_json
 from upcycle.registry import TARGETS, suggestion
 from upcycle.sources import locate
@@ -150,7 +151,7 @@ def collect_small_files(model: Path, folder: Path) -> None:
     for name in _CONVERSION_FILES:
         if (origin / name).is_file():
             (folder / CONVERSION).mkdir(exist_ok=True)
-            (folder / CONVERSION / name).write_bytes((origin / name).read_bytes())
+            copy_inside(origin / name, origin, folder / CONVERSION / name)
     stored = read_json(model / STORED_FILE) if (model / STORED_FILE).is_file() else stored_form(model)
     (folder / STORED_FILE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
 

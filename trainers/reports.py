@@ -17,6 +17,7 @@ import torch
 from upcycle.errors import EnvironmentFault
 from upcycle.parsing import read_lines
 from upcycle.trainers.balance import Load
+from upcycle.whole_files import write_text_whole
 
 LOG = "log.jsonl"
 
@@ -91,15 +92,15 @@ class Reports:
         first_step: the step the run goes on from; what log.jsonl has of later ones is dropped, as they are done again.
 
     Raises:
-        EnvironmentFault: a tracker is not installed.
+        EnvironmentFault: a tracker is not installed, or does not start: nobody is logged in, or its service is not reached.
     """
 
     def __init__(self, folder: Path, trackers: list[str], say: Callable[[str], None], first_step: int = 0) -> None:
         self.say = say
-        self._trackers = [_TRACKERS[name](folder) for name in trackers]
+        self._trackers = {name: _started(name, folder) for name in trackers}
         self._path = folder / LOG
         kept = [line for line in read_log(self._path) if line["step"] <= first_step] if first_step else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def step(self, report: StepReport, printed: bool) -> None:
         """Report a step."""
@@ -113,13 +114,20 @@ class Reports:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
         numbers = {key: value for key, value in plain.items() if isinstance(value, (int, float)) and key != "step"}
-        for tracker in self._trackers:
-            tracker.log(numbers, int(content["step"]))
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(numbers, int(content["step"]))
+            except Exception as error:  # whatever its service or library has: the run and log.jsonl go on without it
+                del self._trackers[name]
+                self.say(f"warning: {name} is told nothing more, as it failed: {_first_line(error)}")
 
     def close(self) -> None:
         """Finish the trackers."""
-        for tracker in self._trackers:
-            tracker.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self.say(f"warning: {name} did not end well: {_first_line(error)}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -181,4 +189,25 @@ def _installed(module: str, package: str) -> Any:
         ) from None
 
 
+def _started(name: str, folder: Path) -> Any:
+    try:
+        return _TRACKERS[name](folder)
+    except EnvironmentFault:
+        raise
+    except Exception as error:
+        raise EnvironmentFault(
+            f"log.trackers: {name} does not start: {_first_line(error)}",
+            hint=f"{_HELP[name]}, or leave it out of log.trackers",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+_HELP = {
+    "tensorboard": "look at the run's folder",
+    "wandb": "wandb login, or WANDB_MODE=offline to keep its files here",
+    "trackio": "see trackio's documentation",
+}
 _TRACKERS: dict[str, Callable[[Path], Any]] = {"tensorboard": _TensorBoard, "wandb": _Run, "trackio": _Trackio}

@@ -125,13 +125,13 @@ class Stage:
             "data": self.stream.state(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state`."""
+    def load_state(self, state: dict[str, Any]) -> list[str]:
+        """Continue from :meth:`state`; returns what of the data is not what it was, in words."""
         for loss in self.stepper.losses:
             loss.load_state(state["losses"].get(loss.name, {}))
         if self.stepper.balance and state["balance"]:
             self.stepper.balance.load_state(state["balance"])
-        self.stream.restore(state["data"])
+        return self.stream.restore(state["data"])
 
     def close(self) -> None:
         """Give the memory back before the next stage."""

@@ -48,6 +48,7 @@ class DenseStates:
 
     def __init__(self, run: Path, model: Path) -> None:
         self.saved = _checkpoint(run)
+        self.saved.check_files()
         self.model = model
         for name in (RECIPE_FILE, BLUEPRINT_FILE):
             if not (model / name).is_file():

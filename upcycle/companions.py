@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from upcycle.checkpoint import Checkpoint
+from upcycle.links import copy_inside, inside
 from upcycle.stock import CLEANERS, clean_file, load_tokenizer
 
 _TOKENIZER = (
@@ -28,16 +29,34 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> No
 
 
 def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
-    """The same from a folder or a ``.gguf`` file."""
+    """The same from a folder or a ``.gguf`` file.
+
+    Raises:
+        CheckpointError: one of them is a link that leaves the source.
+    """
     if source.is_file():
         if tokenizer:
             load_tokenizer(source).save_pretrained(folder)
         return
+    for path in _found(source, tokenizer):
+        if path.name in CLEANERS:
+            content = clean_file(inside(path, source))
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / path.name).write_text(text, encoding="utf-8")
+        else:
+            copy_inside(path, source, folder / path.name)
+
+
+def check_companions(source: Path, tokenizer: bool) -> None:
+    """Refuse what :func:`copy_files` would refuse, before anything is converted.
+
+    Raises:
+        CheckpointError: one of them is a link that leaves the source.
+    """
+    for path in _found(source, tokenizer) if source.is_dir() else ():
+        inside(path, source)
+
+
+def _found(source: Path, tokenizer: bool) -> Iterator[Path]:
     for pattern in _ALWAYS + (_TOKENIZER if tokenizer else ()):
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name in CLEANERS:
-                content = clean_file(path)
-                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (folder / path.name).write_text(text, encoding="utf-8")
-            elif path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        yield from (path for path in sorted(source.glob(pattern)) if path.is_file())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle import provenance
 from upcycle.checkpoint import Checkpoint, DenseCheckpoint
-from upcycle.companions import copy_companions
+from upcycle.companions import check_companions, copy_companions
 from upcycle.decisions import decide_merges
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.growth import GrowthJob, decide_growth, growth_reports
@@ -114,6 +114,7 @@ def run_recipe(
     checkpoint = open_sources(recipe)
     for path in checkpoint.paths:
         _check_apart(path.resolve(), out.resolve())
+    check_companions(checkpoint.source.path, recipe.tokenizer == "copy")
     if recipe.verification.enabled and recipe.verification.text:
         read_text(recipe.verification.text)  # better refused now than after the conversion
     job = job_for(recipe, checkpoint)

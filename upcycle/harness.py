@@ -10,27 +10,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.task_folder import check_task_folder
+from upcycle.task_folder import checked_tasks, write_tasks
 
 MISSING_EXTRA = "pip install 'upcycle[tasks]'"
 
 
 @contextmanager
-def guarded(folder: Path | None) -> Iterator[None]:
+def guarded() -> Iterator[None]:
     """While it lasts the harness runs templates of tasks in a sandbox, loads no metric from the hub and prints nothing.
 
-    Relative data files of tasks are looked for in ``folder``, whatever the working directory is.
-
     Raises:
-        UsageError: there is no such folder.
         EnvironmentFault: the extra ``tasks`` is not installed.
     """
-    if folder and not folder.is_dir():
-        raise UsageError(f"no such folder: {folder}", hint="--task-folder names a folder with .yaml tasks")
     if find_spec("lm_eval") is None:
         raise EnvironmentFault("tasks need lm-eval, which is not installed", hint=MISSING_EXTRA)
     import evaluate as hub_metrics
@@ -43,7 +39,7 @@ def guarded(folder: Path | None) -> Iterator[None]:
     sandbox = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)
     sandbox.filters.update(utils.env.filters)
     logger, sink = logging.getLogger("lm_eval"), io.StringIO()
-    level, before = logger.level, Path.cwd()
+    level = logger.level
     with ExitStack() as stack:
         stack.enter_context(patch.object(utils, "env", sandbox))
         stack.enter_context(patch.object(hub_metrics, "load", refuse))
@@ -56,62 +52,55 @@ def guarded(folder: Path | None) -> Iterator[None]:
         stack.enter_context(redirect_stderr(sink))
         stack.callback(logger.setLevel, level)
         logger.setLevel(logging.CRITICAL)
-        stack.callback(os.chdir, before)
-        os.chdir(folder or before)
         yield
 
 
-def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[Any]]:
-    """The harness' list of tasks, and the tasks and groups of these names with their data; for use within :func:`guarded`.
+def load_tasks(names: Sequence[str], folder: Path | None) -> list[tuple[Any, Any]]:
+    """The tasks and groups of these names with their data, each with the harness' list that it is from; within :func:`guarded`.
 
     Args:
         names: of tasks, groups or tags; ``*`` stands for anything.
-        folder: tasks beside the harness' own; a task of the same name replaces that.
+        folder: tasks of the user's own. A name is looked for there first, and among the harness' own tasks only where the folder
+            has none: the two never meet in one list, so that neither reaches into the other.
 
     Raises:
         UsageError: there is no such task, a file of ``folder`` cannot be used, or a task is faulty.
         EnvironmentFault: its data cannot be read or downloaded.
     """
-    import lm_eval
     from lm_eval.api.registry import get_metric, metric_registry
-
-    if folder:
-        get_metric("acc")  # fills the registry
-        check_task_folder(folder, Path(lm_eval.__file__).parent, metric_registry)
-    manager = _manager(names, folder)
-    found: list[str] = []
-    for name in names:
-        matching = manager.match_tasks([name])
-        if not matching:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-            where = f" in lm-eval or {folder}" if folder else " in lm-eval"
-            raise UsageError(
-                f"there is no task '{name}'{where}",
-                hint=f"did you mean {', '.join(near)}?"
-                if near
-                else "--task-folder DIR names a folder with tasks of yours",
-            )
-        found += [match for match in matching if match not in found]
-    loaded: list[Any] = []
-    for name in found:
-        with explained(f"the task '{name}' cannot be loaded", name):
-            tasks = manager.load([name])
-        groups = list(tasks.get("groups", {}).values())
-        loaded += [group for group in groups if group.name == name] or list(tasks["tasks"].values())
-    return manager, loaded
-
-
-def _manager(names: Sequence[str], folder: Path | None) -> Any:
-    """Lists tasks. Reading the harness' own thousands takes seconds: where ``folder`` has all that is needed, it is enough."""
     from lm_eval.tasks import TaskManager
 
-    if folder:
-        own = TaskManager(include_path=str(folder), include_defaults=False)
-        groups = [(own.task_index[group].cfg or {}).get("task") for group in own.all_groups]
-        members = [member for group in groups for member in (group if isinstance(group, list) else [group])]
-        if all(own.match_tasks([name]) for name in names) and all(member in own.all_tasks for member in members):
-            return own
-    return TaskManager(include_path=str(folder) if folder else None)
+    with TemporaryDirectory(prefix="upcycle-") as copies:
+        managers: list[Any] = []
+        if folder:
+            get_metric("acc")  # fills the registry
+            write_tasks(checked_tasks(folder, metric_registry), Path(copies))
+            managers.append(TaskManager(include_path=copies, include_defaults=False))
+        found: dict[str, Any] = {}
+        for name in names:
+            matching = managers[0].match_tasks([name]) if folder else []
+            manager = managers[0] if matching else None
+            if not matching:
+                if len(managers) == bool(folder):
+                    managers.append(TaskManager())  # reading its thousands of files takes seconds
+                manager = managers[-1]
+                matching = manager.match_tasks([name])
+            if not matching:
+                raise _unknown(name, [each for manager in managers for each in manager.all_tasks], folder)
+            found = dict.fromkeys(matching, manager) | found
+        loaded: list[tuple[Any, Any]] = []
+        for name, manager in found.items():
+            with explained(f"the task '{name}' cannot be loaded", name):
+                tasks = manager.load([name])
+            groups = [group for group in tasks.get("groups", {}).values() if group.name == name]
+            loaded += [(manager, task) for task in groups or tasks["tasks"].values()]
+    return loaded
+
+
+def _unknown(name: str, known: Sequence[str], folder: Path | None) -> UsageError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "--task-folder DIR names a folder with tasks of yours"
+    return UsageError(f"there is no task '{name}' in lm-eval{f' or {folder}' if folder else ''}", hint=hint)
 
 
 @contextmanager

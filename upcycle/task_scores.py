@@ -80,13 +80,15 @@ def score_tasks(
     """
     folder = folder.expanduser().absolute() if folder else None
     paths = [str(locate(name).path.absolute()) if name != "demo" else name for name in (model, reference) if name]
-    with progress.phase("loading tasks", 1), guarded(folder):
+    if folder and not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="--task-folder names a folder with .yaml tasks")
+    with progress.phase("loading tasks", 1), guarded():
         import lm_eval
 
-        manager, tasks = load_tasks(names, folder)
+        tasks = load_tasks(names, folder)
         progress.advance()
 
-    def ask(model: Any, task: Any) -> Any:
+    def ask(model: Any, manager: Any, task: Any) -> Any:
         return lm_eval.simple_evaluate(
             model=model,
             tasks=[task],
@@ -96,7 +98,7 @@ def score_tasks(
             bootstrap_iters=_RESAMPLES,
         )
 
-    found = [_scores_of(path, tasks, ask, folder, batch, progress) for path in paths]
+    found = [_scores_of(path, tasks, ask, batch, progress) for path in paths]
     compared = found[0]
     if reference:
         beside = {(score.task, score.metric, score.filter): score for score in found[1]}
@@ -112,9 +114,8 @@ def _compared(score: TaskScore, other: TaskScore | None) -> TaskScore:
 
 def _scores_of(
     name: str,
-    tasks: Sequence[Any],
-    ask: Callable[[Any, Any], dict[str, Any]],
-    folder: Path | None,
+    tasks: Sequence[tuple[Any, Any]],
+    ask: Callable[[Any, Any, Any], dict[str, Any]],
     batch: int,
     progress: Progress,
 ) -> list[TaskScore]:
@@ -127,14 +128,14 @@ def _scores_of(
             hint="set bos_token or eos_token in tokenizer_config.json",
         )
     scores: list[TaskScore] = []
-    with progress.phase(f"asking {Path(name).name}", len(tasks)), guarded(folder):
+    with progress.phase(f"asking {Path(name).name}", len(tasks)), guarded():
         from lm_eval.models.huggingface import HFLM
 
         asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        for task in tasks:
+        for manager, task in tasks:
             title = getattr(task, "name", None) or task.task_name
             with explained(f"the task '{title}' failed", title):
-                scores += _read(ask(asked, task), progress)
+                scores += _read(ask(asked, manager, task), progress)
             progress.advance()
     return scores
 

@@ -157,9 +157,14 @@ def test_an_exact_conversion_is_said_to_be_one(pico: Pico, tmp_path: Path) -> No
 def test_a_file_that_changed_is_told(pico: Pico, tmp_path: Path) -> None:
     out = convert(pico, tmp_path / "out")
     (out / "recipe.yaml").write_text((out / "recipe.yaml").read_text() + "# mine\n")
+    precious = tmp_path / "bashrc"
+    precious.write_text("precious")
+    for name in ("report.html", "report.json", "report.html.tmp"):  # in a folder of somebody else's
+        (out / name).symlink_to(precious)
     data = write_report(out, wanted=Wanted(run=False)).data
     assert "bad files have changed" in texts(data)
     assert data["quality"]["missing"] == "the model was not run (--no-run)"
+    assert precious.read_text() == "precious"
 
 
 def test_a_model_from_elsewhere(pico_moe: Callable[..., Path], tmp_path: Path) -> None:

@@ -80,6 +80,11 @@ def test_a_damaged_checkpoint_is_not_exported(pico_moe: Model, tmp_path: Path) -
     run(recipe)
     saved = latest(Path(recipe.output))
     assert saved
+    (tmp_path / "token").write_text("s3cret")
+    (saved.folder / "NOTICE").symlink_to(tmp_path / "token")  # in a run of somebody else's
+    with pytest.raises(CheckpointError, match="NOTICE is a link that leaves its folder"):
+        export(saved.folder, tmp_path / "out")
+    (saved.folder / "NOTICE").unlink()
     (file,) = saved.folder.glob("model-*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

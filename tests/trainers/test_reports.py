@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault
+from upcycle.trainers import reports
 from upcycle.trainers.balance import Load
 from upcycle.trainers.reports import Reports, StepReport, read_log
 
@@ -94,3 +95,29 @@ def test_a_missing_tracker_is_named(name: str, tmp_path: Path, monkeypatch: pyte
         Reports(tmp_path, [name], print)
     assert error.value.hint
     assert f"pip install {name}" in error.value.hint
+
+
+def test_a_tracker_that_does_not_start_or_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Service:
+        def __init__(self, folder: Path) -> None:
+            if not (tmp_path / "logged in").exists():
+                raise ValueError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+
+        def log(self, numbers: object, step: int) -> None:
+            raise ConnectionError("the service has gone")
+
+        def close(self) -> None:
+            raise AssertionError("it was dropped")
+
+    monkeypatch.setitem(reports._TRACKERS, "wandb", Service)
+    said: list[str] = []
+    with pytest.raises(EnvironmentFault, match=r"log.trackers: wandb does not start: api_key not configured") as error:
+        Reports(tmp_path, ["wandb"], said.append)
+    assert "wandb login, or WANDB_MODE=offline" in str(error.value.hint)
+    (tmp_path / "logged in").touch()
+    told = Reports(tmp_path, ["wandb"], said.append)
+    told.record({"kind": "step", "step": 1, "loss": 2.0})
+    told.record({"kind": "step", "step": 2, "loss": 1.0})
+    told.close()
+    assert said == ["warning: wandb is told nothing more, as it failed: the service has gone"]
+    assert len(read_log(tmp_path / "log.jsonl")) == 2

@@ -11,6 +11,7 @@ from typing import Any
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.collecting import Wanted, collect
+from upcycle.whole_files import write_text_whole
 from upcycle.workspace import cannot_write
 
 MISSING_EXTRA = "pip install 'upcycle[report]'"
@@ -67,9 +68,7 @@ def write_report(
 
 def _write(path: Path, text: str) -> None:
     """A file that is there is complete."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(path)
+        write_text_whole(path, text)
     except OSError as error:
         raise cannot_write(path, error) from None
