@@ -6,11 +6,15 @@ import hashlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upcycle.errors import UsageError
-from upcycle.trainers.documents import Piece, column_text, find_column, find_pieces
+from upcycle.trainers.columns import Broken, choose_column, text_of
+from upcycle.trainers.documents import Piece, Reading, find_pieces, first_row
+from upcycle.trainers.file_checks import FileCheck, check_file
+from upcycle.trainers.file_kinds import Format
 
 _WHOLE = 1 << 20  # bytes; of larger files samples are hashed
 _SAMPLES, _SAMPLE = 64, 1 << 14
@@ -21,6 +25,8 @@ class Corpus(ABC):
     """Documents in shards. ``shards`` is their number, or ``None`` where only the end of a stream will tell."""
 
     shards: int | None
+    column: str | None = None
+    """That holds the text, once it is known; ``None`` of plain text."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held while documents are read: a stream has one place
@@ -41,6 +47,19 @@ class Corpus(ABC):
     def contents(self) -> dict[str, str]:
         """Name -> fingerprint of everything that is read, for a checkpoint to know it again."""
 
+    def check(self, cache: Path) -> FileCheck:
+        """Look at every row before any is needed, once: what was found is kept in ``cache``. Streams are not looked at.
+
+        Raises:
+            UpcycleError: a row is broken, and such rows are not left out; or a file cannot be read.
+        """
+        return FileCheck()
+
+    @property
+    def weight(self) -> int:
+        """Bytes that :meth:`check` reads."""
+        return 0
+
     def full(self, documents: int) -> bool:
         """Whether a shard of that many documents is not the last one of a stream."""
         return True
@@ -49,18 +68,35 @@ class Corpus(ABC):
 class LocalCorpus(Corpus):
     """Files; shards of about ``size`` bytes, smaller files together in one."""
 
-    def __init__(self, texts: list[str], column: str | None, separator: str | None, size: int) -> None:
-        """Finds the files and reads a sample of each.
+    def __init__(self, texts: list[str], reading: Reading, size: int, named: Format | None = None) -> None:
+        """Finds the files, reads a sample of each, and decides once for all of them which column holds the text.
 
         Raises:
-            UsageError: no such file.
+            UsageError: no such file, one that is no text, or no column that all have.
         """
         super().__init__()
-        self._column, self._separator = column, separator
-        self._shards = _bundled(find_pieces(texts, size), size)
+        pieces = find_pieces(texts, size, named)
+        self._firsts = list({piece.path: piece for piece in reversed(pieces)}.values())[::-1]
+        rows = [(str(piece.path), first_row(piece)) for piece in self._firsts]
+        tables = [(where, row) for where, row in rows if row is not None]
+        self.column = choose_column(tables, reading.column) if tables else None
+        self._reading = replace(reading, column=self.column)
+        self._shards = _bundled(pieces, size)
         self.shards = len(self._shards)
-        paths = dict.fromkeys(piece.path for shard in self._shards for piece in shard)
-        self._prints = {path: file_fingerprint(path) for path in paths}
+        self._prints = {piece.path: file_fingerprint(piece.path) for piece in self._firsts}
+
+    @property
+    def weight(self) -> int:
+        """See :class:`Corpus`."""
+        return sum(piece.path.stat().st_size for piece in self._firsts if piece.kind not in ("parquet", "demo"))
+
+    def check(self, cache: Path) -> FileCheck:
+        """See :class:`Corpus`."""
+        found = FileCheck()
+        for piece in self._firsts:
+            key = repr((str(piece.path.resolve()), _changed(piece.path), self._prints[piece.path], self._reading))
+            found += check_file(piece.path, piece.kind, self._reading, cache, key)
+        return found
 
     def documents(self, shard: int) -> Iterator[str]:
         """See :class:`Corpus`. A file that is not what it was when it was found is not read."""
@@ -70,7 +106,7 @@ class LocalCorpus(Corpus):
                     f"the data file {piece.path} changed while it was in use",
                     hint="put back what it was, then continue",
                 )
-            yield from piece.documents(self._column, self._separator)
+            yield from piece.documents(self._reading)
 
     def key(self, shard: int) -> str:
         """Where and when, too: a sample alone does not see every change."""
@@ -78,7 +114,7 @@ class LocalCorpus(Corpus):
             (str(p.path.resolve()), _changed(p.path), self._prints[p.path], p.start, p.stop)
             for p in self._shards[shard]
         ]
-        return repr((self._column, self._separator, pieces))
+        return repr((self._reading, pieces))
 
     def contents(self) -> dict[str, str]:
         """See :class:`Corpus`."""
@@ -90,10 +126,10 @@ class HubCorpus(Corpus):
 
     shards = None
 
-    def __init__(self, name: str, column: str | None, revision: str | None, size: int) -> None:
+    def __init__(self, name: str, reading: Reading, revision: str | None, size: int) -> None:
         super().__init__()
-        self._name, self._column, self._revision = name, column, revision
-        self._found = column
+        self._name, self._reading, self._revision = name, reading, revision
+        self.column = reading.column
         self._per_shard = max(16, size // _BYTES_PER_DOCUMENT)
         self._rows: Iterator[Any] = iter(())
         self._next = -1  # the shard that ``_rows`` is at
@@ -110,14 +146,20 @@ class HubCorpus(Corpus):
             if row is None:
                 return
             where = f"{self._name}, row {shard * self._per_shard + number}"
-            if self._found is None:
-                self._found = find_column(row, None, where)
-            yield column_text(row, self._found, where)
+            if self.column is None:
+                self.column = choose_column([(where, row)], None)
+            text = text_of(row, self.column, where)
+            if not isinstance(text, Broken):
+                yield text
+            elif self._reading.broken == "stop":
+                raise UsageError(text.message, hint="column: NAME in the domain, or broken_lines: skip")
+            else:
+                yield ""  # keeps its place: a shard is found again by the number of documents before it
         self._next = shard + 1
 
     def key(self, shard: int) -> str:
         """See :class:`Corpus`."""
-        return repr((self._name, self._revision, self._column, self._per_shard, shard))
+        return repr((self._name, self._revision, self._reading, self._per_shard, shard))
 
     def contents(self) -> dict[str, str]:
         """See :class:`Corpus`."""
@@ -129,7 +171,14 @@ class HubCorpus(Corpus):
 
 
 def open_corpus(
-    texts: list[str], column: str | None, separator: str | None, revision: str | None, size: int, domain: str
+    texts: list[str],
+    column: str | None,
+    separator: str | None,
+    revision: str | None,
+    size: int,
+    domain: str,
+    broken: Literal["stop", "skip"] = "stop",
+    named: Format | None = None,
 ) -> Corpus:
     """Files, or the one hub dataset that ``texts`` names.
 
@@ -138,16 +187,17 @@ def open_corpus(
     """
     from upcycle.hub_dataset import is_dataset
 
+    reading = Reading(column, separator, broken)
     hub = [name for name in texts if is_dataset(name)]
     if not hub:
         if revision:
             raise UsageError(f"domain '{domain}': a revision is for hub datasets, and {texts[0]} is a file")
-        return LocalCorpus(texts, column, separator, size)
+        return LocalCorpus(texts, reading, size, named)
     if len(texts) > 1:
         raise UsageError(
             f"domain '{domain}': the hub dataset {hub[0]} is not alone", hint="one domain for each dataset"
         )
-    return HubCorpus(hub[0], column, revision, size)
+    return HubCorpus(hub[0], reading, revision, size)
 
 
 def file_fingerprint(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from upcycle.errors import UsageError
 from upcycle.recipe import parse_size
 from upcycle.trainers.corpus import Corpus, open_corpus
 from upcycle.trainers.data_recipe import DataRecipe, DomainRecipe
-from upcycle.trainers.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows, HeldOut
+from upcycle.trainers.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
 from upcycle.trainers.mixture import Mixture
 from upcycle.trainers.token_shards import Encoder, TokenCache
-from upcycle.trainers.validation_rows import held_out_hashes, validation_rows
+from upcycle.trainers.validation_rows import split, validation_rows
 
 _VERSION = 1
+_LONG_CHECK = 1 << 30  # bytes: some ten seconds
 
 Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
@@ -182,11 +183,11 @@ def open_stream(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     domains = []
     for domain in data.domains:
-        own = _validation_corpus(data, domain)
-        held_out = HeldOut(0.0 if own else data.validation.fraction, held_out_hashes(own, cache))
+        corpus = _corpus(data, domain)
+        held_out = split(domain.name, corpus, _validation_corpus(data, domain), cache, data.validation.fraction)
         domains.append(
             DomainRows(
-                domain.name, _corpus(data, domain), cache, held_out,
+                domain.name, corpus, cache, held_out,
                 length=length, packing=data.packing, padding=padding, seed=seed, turn=rank,
             )
         )  # fmt: skip
@@ -215,12 +216,11 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
     found = {}
     for domain in data.domains:
         own = _validation_corpus(data, domain)
-        fraction = 1.0 if own else data.validation.fraction
-        if not fraction:
+        if not own and not data.validation.fraction:
             continue
-        rows = validation_rows(
-            domain.name, own or _corpus(data, domain), cache, fraction, data.validation.tokens, length
-        )
+        corpus = own or _corpus(data, domain)
+        held_out = None if own else split(domain.name, corpus, None, cache, data.validation.fraction)
+        rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length)
         size = data.validation.batch
         found[domain.name] = [
             make_batch(part, [domain.name] * len(part))
@@ -242,16 +242,45 @@ def cache_folder(data: DataRecipe) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "upcycle" / "tokens"
 
 
+def check_data(data: DataRecipe, say: Callable[[str], None]) -> None:
+    """Look at every row of every file before anything else is done, and say what each domain's text is taken from.
+
+    The result is kept in the cache, so that other ranks and the next run need not look again.
+
+    Raises:
+        UpcycleError: a file cannot be read, is no text, or has a broken row that is not to be left out.
+    """
+    for domain in data.domains:
+        corpora = [corpus for corpus in (_corpus(data, domain), _validation_corpus(data, domain)) if corpus]
+        weight = sum(corpus.weight for corpus in corpora)
+        if weight > _LONG_CHECK:
+            say(f"domain {domain.name}: looking at every row of {weight / 1e9:.1f} GB, once")
+        checks = [corpus.check(cache_folder(data)) for corpus in corpora]
+        if corpora[0].column is not None and checks[0].documents:
+            say(f"domain {domain.name}: the text of {checks[0].documents:,} rows, from column '{corpora[0].column}'")
+        for found in checks:
+            if found.empty:
+                say(f"warning: domain {domain.name}: {found.empty:,} rows without text are left out")
+            if found.broken:
+                say(
+                    f"warning: domain {domain.name}: {found.broken:,} rows that cannot be read are left out, "
+                    f"such as {'; '.join(found.first)}"
+                )
+
+
 def _corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus:
-    size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
-    return open_corpus(domain.text, domain.column, domain.separator, domain.revision, size, domain.name)
+    return _open(data, domain, domain.text, domain.revision)
 
 
 def _validation_corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus | None:
-    if domain.validation is None:
-        return None
+    return None if domain.validation is None else _open(data, domain, domain.validation, None)
+
+
+def _open(data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: str | None) -> Corpus:
     size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
-    return open_corpus(domain.validation, domain.column, domain.separator, None, size, domain.name)
+    return open_corpus(
+        texts, domain.column, domain.separator, revision, size, domain.name, data.broken_lines, domain.format
+    )
 
 
 def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from upcycle.recipe import parse_size
+from upcycle.trainers.file_kinds import Format
 from upcycle.trainers.packing import Packing
 
 
@@ -25,13 +26,18 @@ class DomainRecipe(_Strict):
     name: str = Field(min_length=1, description="what reports and weights call it")
     text: list[str] = Field(
         min_length=1,
-        description="files or globs (.jsonl, .parquet, else UTF-8 text), demo, or one hub dataset org/name[:config[:split]]",
+        description="files or globs (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, else UTF-8 text), demo, or one hub dataset "
+        "org/name[:config[:split]]",
     )
     weight: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="its share of the rows; all sum to 1 (left out everywhere: equal)"
     )
     column: str | None = Field(
-        None, description="column that holds the text (left out: text, content, or the only one of strings)"
+        None,
+        description="column that holds the text in every file (left out: text, content, or the only one of strings)",
+    )
+    format: Format | None = Field(
+        None, description="read all its files as text, jsonl, json, csv, tsv or parquet (left out: by their endings)"
     )
     separator: str | None = Field(
         None, min_length=1, description="what divides a text file into documents (left out: a file is one document)"
@@ -90,6 +96,9 @@ class DataRecipe(_Strict):
     shuffle: str = Field("32MB", description="how much text is shuffled as a whole; read and tokenised ahead, on disk")
     validation: ValidationSplit = Field(default=ValidationSplit(), description="which documents are held out")
     end_of_text: bool = Field(True, description="close every document with the tokenizer's end-of-text token")
+    broken_lines: Literal["stop", "skip"] = Field(
+        "stop", description="rows that cannot be read: stop before the first step, or leave them out and say how many"
+    )
     cache: str | None = Field(
         None, description="folder of tokenised text (left out: upcycle/tokens in XDG_CACHE_HOME or ~/.cache)"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import glob
-from collections.abc import Iterator, Mapping
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +14,22 @@ from typing import Any, Literal
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.parsing import parse_json
 from upcycle.text import DEMO_TEXTS, read_text
+from upcycle.trainers.columns import Broken, text_of
+from upcycle.trainers.file_kinds import Format, Kind, kind_of
+from upcycle.trainers.parquet_files import open_parquet, parquet_columns, parquet_texts
 
-Kind = Literal["demo", "text", "jsonl", "parquet"]
-
-_COMPRESSED = frozenset([".gz", ".zst", ".bz2", ".xz", ".zip"])
-_USUAL_COLUMNS = ("text", "content")
 _DEMO_DOCUMENT = 2000  # characters; the embedded texts are joined documents, cut again at empty lines
-_PARQUET_ROWS = 256
-_STRINGS = frozenset(["string", "large_string", "string_view"])
+_LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
+_TABLES = {"csv": ",", "tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are taken from files; what is not needed for a kind is not looked at."""
+
+    column: str | None = None
+    separator: str | None = None
+    broken: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True)
@@ -31,23 +42,42 @@ class Piece:
     stop: int
     size: int  # bytes
 
-    def documents(self, column: str | None, separator: str | None) -> Iterator[str]:
-        """Its documents in order.
+    def documents(self, reading: Reading) -> Iterator[str]:
+        """Its documents in order; broken rows are left out where ``reading`` says so.
 
         Raises:
             EnvironmentFault: the file is gone or cannot be read.
-            UsageError: not UTF-8, not JSON, not Parquet, or no text in the column.
+            UsageError: a row is broken, or the file is not what its kind says.
+        """
+        for found in self.records(reading):
+            if isinstance(found, str):
+                yield found
+            elif reading.broken == "stop":
+                raise UsageError(
+                    found.message,
+                    hint="mend or remove it, or leave such rows out: broken_lines: skip in the data",
+                )
+
+    def records(self, reading: Reading) -> Iterator[str | Broken]:
+        """Its documents and its broken rows in order.
+
+        Raises:
+            EnvironmentFault: the file is gone or cannot be read.
+            UsageError: the file is not what its kind says.
         """
         try:
-            if self.kind == "parquet":
-                yield from _parquet(self, column)
-            elif self.kind == "jsonl":
-                yield from _json(self, column)
-            elif self.kind == "demo":
+            if self.kind == "demo":
                 yield from _demo(read_text(self.path.stem))
+            elif self.kind == "text":
+                yield from self._texts(reading.separator)
+            elif self.kind == "parquet":
+                assert reading.column is not None
+                for text in parquet_texts(self.path, reading.column, range(self.start, self.stop)):
+                    yield text or ""
             else:
-                text = b"".join(self._lines()).decode("utf-8")
-                yield from text.split(separator) if separator else [text]
+                assert reading.column is not None
+                for where, row in self.rows():
+                    yield row if isinstance(row, Broken) else text_of(row, reading.column, where)
         except FileNotFoundError:
             raise EnvironmentFault(f"the data file {self.path} is gone", hint="put it back, then continue") from None
         except UnicodeDecodeError as error:
@@ -57,6 +87,67 @@ class Piece:
         except OSError as error:
             raise EnvironmentFault(f"the data file {self.path} cannot be read: {error}") from None
 
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """Where each row of JSON or of a table is, and its content by column, or why it is broken."""
+        if self.kind == "jsonl":
+            yield from self._json_lines()
+        elif self.kind == "json":
+            yield from self._json_array()
+        else:
+            yield from self._table()
+
+    def _texts(self, separator: str | None) -> Iterator[str]:
+        text = b"".join(self._lines()).decode("utf-8")
+        if separator is None:
+            yield text
+            return
+        parts = separator.replace("\r\n", "\n").split("\n")
+        for at in range(1, len(parts)):  # what a cut at a line's end left of a separator
+            rest = "\n".join(parts[at:])
+            if self.start and rest and text.replace("\r\n", "\n").startswith(rest):
+                text = text.replace("\r\n", "\n").removeprefix(rest)
+                break
+        # Lines end with CR LF in files from Windows, and with LF in recipes.
+        yield from re.split("\r?\n".join(map(re.escape, parts)), text)
+
+    def _json_lines(self) -> Iterator[tuple[str, Any]]:
+        at = f"{self.path}, line " if self.start == 0 else f"{self.path}, after byte {self.start}, line "
+        for number, line in enumerate(self._lines(), start=1):
+            if line.strip():
+                where = f"{at}{number}"
+                try:
+                    yield where, parse_json(line, where, error=UsageError, nan=True)
+                except UsageError as error:
+                    yield where, Broken(error.message)
+
+    def _json_array(self) -> Iterator[tuple[str, Any]]:
+        if self.size > _LARGEST_ARRAY:
+            raise UsageError(
+                f"{self.path} is a JSON array of {self.size / 1e9:.1f} GB, which would have to be read whole",
+                hint=f"one row a line: jq -c '.[]' '{self.path.name}' > rows.jsonl",
+            )
+        content = b"".join(self._lines())
+        rows = parse_json(content, str(self.path), error=UsageError, most_bytes=_LARGEST_ARRAY, nan=True)
+        if not isinstance(rows, list):
+            raise UsageError(f"{self.path} is no JSON array of rows")
+        for number, row in enumerate(rows, start=1):
+            yield f"{self.path}, row {number}", row
+
+    def _table(self) -> Iterator[tuple[str, Any]]:
+        csv.field_size_limit(sys.maxsize)  # for the process; a document may be long
+        with self.path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=_TABLES[self.kind], strict=True)
+            try:
+                header = next(reader, [])
+                for cells in reader:
+                    where = f"{self.path}, line {reader.line_num}"
+                    if len(cells) == len(header):
+                        yield where, dict(zip(header, cells, strict=True))
+                    elif cells:
+                        yield where, Broken(f"{where}: {len(cells)} columns, and the first line names {len(header)}")
+            except csv.Error as error:
+                raise UsageError(f"{self.path}, line {reader.line_num} is no row of a table: {error}") from None
+
     def _lines(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:
             at = self.start
@@ -64,11 +155,11 @@ class Piece:
                 file.seek(at - 1)
                 at += len(file.readline()) - 1  # a line that began before is another piece's
             while at < self.stop and (line := file.readline()):
+                yield line.removeprefix(b"\xef\xbb\xbf") if at == 0 else line
                 at += len(line)
-                yield line
 
 
-def find_pieces(texts: list[str], size: int) -> list[Piece]:
+def find_pieces(texts: list[str], size: int, named: Format | None = None) -> list[Piece]:
     """Every file that ``texts`` name, in the order of their paths, in pieces of about ``size`` bytes.
 
     Raises:
@@ -76,51 +167,33 @@ def find_pieces(texts: list[str], size: int) -> list[Piece]:
     """
     pieces = []
     for path in _paths(texts):
-        if path in DEMO_TEXTS.values():
-            pieces.append(Piece(path, "demo", 0, 1, path.stat().st_size))
-        elif path.suffix in _COMPRESSED:
-            raise UsageError(f"{path} is compressed", hint="unpack it, or write Parquet, which is compressed inside")
-        elif path.suffix == ".parquet":
+        kind, total = kind_of(path, named), path.stat().st_size
+        if kind == "parquet":
             pieces += _row_groups(path, size)
-        else:
-            total = path.stat().st_size
-            kind: Kind = "jsonl" if path.suffix == ".jsonl" else "text"
+        elif kind in ("text", "jsonl"):
             starts = range(0, total, size)
             pieces += [Piece(path, kind, at, min(at + size, total), min(size, total - at)) for at in starts]
+        elif total:
+            pieces.append(Piece(path, kind, 0, total, total))
     return pieces
 
 
-def find_column(row: Mapping[str, Any], column: str | None, where: str) -> str:
-    """The column that holds the text: the named one, ``text``, ``content``, or the only one of strings.
+def first_row(piece: Piece) -> Any:
+    """The columns of the file that the piece begins: the first row that can be read, or ``None`` where text has no columns.
 
     Raises:
-        UsageError: there is none; the message lists the columns.
+        UsageError: no row can be read.
     """
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    wanted = [column] if column else [name for name in _USUAL_COLUMNS if name in row][:1] or texts
-    if len(wanted) != 1 or wanted[0] not in row:
-        missing = f"no column '{column}'" if column else "no column 'text' or 'content', and not one of strings alone"
-        raise UsageError(
-            f"{where}: {missing}; the columns are {', '.join(sorted(row))}", hint="column: NAME in the domain"
-        )
-    return wanted[0]
-
-
-def column_text(row: Any, column: str, where: str) -> str:
-    """A row's text; a null is an empty one.
-
-    Raises:
-        UsageError: the row has no such column, or something else in it.
-    """
-    value = row.get(column, 0) if isinstance(row, Mapping) else 0
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        columns = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
-        raise UsageError(
-            f"{where}: no text in column '{column}'; there are {columns}", hint="column: NAME in the domain"
-        )
-    return value
+    if piece.kind in ("demo", "text"):
+        return None
+    if piece.kind == "parquet":
+        return parquet_columns(piece.path)
+    said = Broken(f"{piece.path} has no row")
+    for _, row in piece.rows():
+        if not isinstance(row, Broken):
+            return row
+        said = row
+    raise UsageError(said.message)
 
 
 def _paths(texts: list[str]) -> list[Path]:
@@ -154,21 +227,9 @@ def _demo(text: str) -> Iterator[str]:
     yield "\n\n".join(parts)
 
 
-def _json(piece: Piece, column: str | None) -> Iterator[str]:
-    at = f"{piece.path}, line " if piece.start == 0 else f"{piece.path}, after byte {piece.start}, line "
-    for number, line in enumerate(piece._lines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{at}{number}"
-        row = parse_json(line, where, error=UsageError, nan=True, halves=True)
-        if column is None:
-            column = find_column(row if isinstance(row, dict) else {}, None, where)
-        yield column_text(row, column, where)
-
-
 def _row_groups(path: Path, size: int) -> list[Piece]:
     pieces: list[Piece] = []
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             weight = file.metadata.row_group(group).total_byte_size
             if pieces and pieces[-1].size + weight <= size:
@@ -177,29 +238,3 @@ def _row_groups(path: Path, size: int) -> list[Piece]:
             else:
                 pieces.append(Piece(path, "parquet", group, group + 1, weight))
     return pieces
-
-
-def _parquet(piece: Piece, column: str | None) -> Iterator[str]:
-    with _open_parquet(piece.path) as file:
-        types = {field.name: str(field.type) for field in file.schema_arrow}
-        name = find_column({n: "" if t in _STRINGS else None for n, t in types.items()}, column, str(piece.path))
-        if types[name] not in _STRINGS:
-            raise UsageError(
-                f"{piece.path}: column '{name}' holds {types[name]}, not text; the columns are {', '.join(sorted(types))}",
-                hint="column: NAME in the domain",
-            )
-        groups = list(range(piece.start, min(piece.stop, file.num_row_groups)))
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups, columns=[name]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
-
-
-def _open_parquet(path: Path) -> Any:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise EnvironmentFault(f"{path} needs the pyarrow package", hint="pip install 'upcycle[train]'") from None
-    try:
-        return parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None

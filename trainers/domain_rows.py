@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,20 +23,22 @@ SHARDS_TOGETHER = 8  # are shuffled as a whole
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The documents that are not trained on: a fraction of all by their hash, and some by name."""
+    """The documents that are not trained on: a fraction of all by their hash, some by name, and never those that are ``kept``."""
 
     fraction: float
     hashes: Hashes
+    kept: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def chosen(self, hashes: Hashes) -> NDArray[np.bool_]:
         """Which documents are held out, ``[N]``."""
         limit = np.uint64(int(self.fraction * 2**64))
-        return np.asarray((hashes < limit) | np.isin(hashes, self.hashes))
+        return np.asarray(((hashes < limit) | np.isin(hashes, self.hashes)) & ~np.isin(hashes, self.kept))
 
     @property
     def fingerprint(self) -> str:
         """Of which documents they are."""
-        return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}"
+        kept = f"/{np.sort(self.kept).tolist()}" if len(self.kept) else ""
+        return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}{kept}"
 
 
 @dataclass(frozen=True, order=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.provenance import versions
 from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder
@@ -21,11 +21,12 @@ from upcycle.trainers.balance import loads
 from upcycle.trainers.checkpoint_reader import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoint_writer import save
 from upcycle.trainers.continuation import Change, accepted_changes, consequence, identity
-from upcycle.trainers.data import Batch
+from upcycle.trainers.data import Batch, check_data
+from upcycle.trainers.data_recipe import DataRecipe
 from upcycle.trainers.distributed import Ranks, first_rank, joined
 from upcycle.trainers.flops import measured_peak
 from upcycle.trainers.host_memory import keep_freed_memory
-from upcycle.trainers.model_loading import save_config, tokenizer_of
+from upcycle.trainers.model_loading import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.optimizers import set_rates
 from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.reference_losses import reference_losses, reference_parent
@@ -98,10 +99,7 @@ class _Run:
         self.small = small_files(self.folder)
         self.origin = locate(recipe.model).path
         self.tokenizer = tokenizer_of(self.origin)
-        for stage in recipe.stages:
-            reference_parent(
-                stage.data or recipe.data, self.origin
-            )  # a parent that is missed is missed before the first step
+        self._check_inputs()
         self.identity = identity(recipe, self.origin)
         ranks.agree("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
         ranks.agree("versions", versions())
@@ -116,6 +114,23 @@ class _Run:
         self.restart = restart
         self.reports: Reports | None = None
         self.checkpoint: Path | None = None
+
+    def _check_inputs(self) -> None:
+        """What is missing or broken, in a later stage, too, is found before the first step."""
+        looked_at: list[DataRecipe] = []
+        for stage in self.recipe.stages:
+            data = stage.data or self.recipe.data
+            if data not in looked_at:
+                check_data(data, self.say)
+                looked_at.append(data)
+            parents = {reference_parent(data, self.origin)}
+            if stage.distillation:
+                parents.add(parent_folder(stage.distillation.parent, self.origin))
+            for folder in filter(None, parents):
+                try:
+                    check_parent_tokens(tokenizer_of(folder), self.tokenizer, folder)
+                except EnvironmentFault as error:
+                    self.say(f"warning: {error.message}; its tokens cannot be compared with the student's")
 
     def run(self) -> TrainResult:
         begun = time.perf_counter()

@@ -130,16 +130,51 @@ def parent_folder(named: str, model: Path, key: str = "distillation.parent", ins
     raise UsageError(f"{key}: {model} does not say what it was converted from", hint=hint)
 
 
-def check_parent(parent: Any, student: Any, where: Path) -> None:
-    """Refuse a parent whose tokens are other ones.
+def check_parent(parent: Any, student: Any, where: Path, length: int) -> None:
+    """Refuse a parent that cannot read what the student reads.
+
+    Args:
+        parent: the model to distil from.
+        student: the model that is trained.
+        where: the parent's folder.
+        length: tokens in a row.
 
     Raises:
-        UsageError: its vocabulary or its embeddings have another size than the student's.
+        UsageError: it has another number of tokens, or a shorter context than a row.
     """
     if parent.config.vocab_size != student.config.vocab_size:
         raise UsageError(
             f"distillation.parent: {where} has {parent.config.vocab_size} tokens, the student {student.config.vocab_size}",
             hint="distil from the model that was converted",
+        )
+    context = getattr(parent.config, "max_position_embeddings", None)
+    if context and context < length:
+        raise UsageError(
+            f"distillation.parent: {where} reads {context} tokens at a time, and a row has {length}",
+            hint=f"length: {context}, or a parent with a longer context",
+        )
+
+
+def check_parent_tokens(parent: Any, student: Any, where: Path) -> None:
+    """Refuse a parent to whose tokenizer the student's ids mean other tokens: it would teach noise.
+
+    Args:
+        parent: its tokenizer.
+        student: the student's tokenizer.
+        where: the parent's folder.
+
+    Raises:
+        UsageError: a token of the student's has another id there, or none.
+    """
+    theirs, ours = parent.get_vocab(), student.get_vocab()
+    others = [token for token, index in ours.items() if theirs.get(token) != index]
+    if others:
+        examples = ", ".join(
+            f"{token!r} is {ours[token]} and there {theirs.get(token, 'unknown')}" for token in others[:3]
+        )
+        raise UsageError(
+            f"distillation.parent: {where} has other ids for {len(others):,} of the student's {len(ours):,} tokens ({examples})",
+            hint="distil from the model that was converted, or from one with the same tokenizer",
         )
 
 

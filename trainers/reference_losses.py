@@ -43,7 +43,9 @@ def reference_losses(
         UpcycleError: the parent cannot be loaded, or has other tokens.
     """
     parent = load_model(folder, dtype, ranks.device).requires_grad_(False)
-    check_parent(parent, student, folder)
+    check_parent(
+        parent, student, folder, max((batch.ids.shape[1] for part in held_out.values() for batch in part), default=0)
+    )
     losses = validate(parent, held_out, ranks)
     del parent
     gc.collect()

@@ -149,7 +149,7 @@ class Stage:
 
         def load() -> Any:
             parent = load_model(folder, getattr(torch, dtype), ranks.device)
-            check_parent(parent, self.model, folder)
+            check_parent(parent, self.model, folder, self.recipe.length)
             return parent
 
         return Parent(load, own, self._cache(own, folder, dtype, ranks))

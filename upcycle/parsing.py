@@ -77,7 +77,9 @@ def parse_json(
     # Nothing is deeper than it has opening brackets: most documents need no walk.
     if decoded.count("[") + decoded.count("{") > DEEPEST and _depth_exceeds(found, DEEPEST):
         raise error(f"{where} is nested deeper than {DEEPEST} levels")
-    if _HALF_ESCAPE.search(decoded) or _HALF.search(decoded):
+    # UTF-8 that was decoded holds no half characters; looking for them takes longer than parsing.
+    escaped = "\\ud" in decoded or "\\uD" in decoded
+    if (escaped and _HALF_ESCAPE.search(decoded)) or (isinstance(text, str) and _HALF.search(decoded)):
         found = _without_halves(found, where, error, halves)
     if not nan and _BEYOND.search(decoded):
         _refuse_infinite(found, where, error)

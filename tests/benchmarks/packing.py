@@ -27,6 +27,7 @@ from upcycle.trainers.counter_rng import permutation
 from upcycle.trainers.data import open_stream
 from upcycle.trainers.data_recipe import DataRecipe
 from upcycle.trainers.demo_text import documents
+from upcycle.trainers.documents import Reading
 from upcycle.trainers.packing import Packing, pack
 from upcycle.trainers.token_shards import Encoder, Int64, TokenCache
 
@@ -75,7 +76,7 @@ def write_texts(folder: Path) -> dict[str, str]:
 
 def tokenised(path: str, cache: TokenCache) -> Int64:
     """Lengths of all documents, shuffled as they would be."""
-    corpus = LocalCorpus([path], None, None, 1 << 30)
+    corpus = LocalCorpus([path], Reading(), 1 << 30)
     lengths = np.concatenate([cache.shard(corpus, shard).lengths for shard in range(corpus.shards or 0)])
     return lengths[permutation(len(lengths), 0)]
 

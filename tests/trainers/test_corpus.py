@@ -9,6 +9,7 @@ import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.trainers.corpus import HubCorpus, LocalCorpus, file_fingerprint, open_corpus
+from upcycle.trainers.documents import Reading
 
 DOCUMENTS = [f"document {number}" for number in range(50)]
 
@@ -17,7 +18,7 @@ def test_small_files_share_a_shard_and_large_ones_take_several(tmp_path: Path) -
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text(f"{number}" * 30 + "\n")
     (tmp_path / "7.txt").write_text(("x" * 49 + "\n") * 6)
-    corpus = LocalCorpus([str(tmp_path / "*.txt")], None, None, 100)
+    corpus = LocalCorpus([str(tmp_path / "*.txt")], Reading(), 100)
     found = [list(corpus.documents(shard)) for shard in range(corpus.shards or 0)]
     assert [len(shard) for shard in found] == [3, 3, 1, 1, 1]
     assert "".join(text for shard in found for text in shard) == "".join(
@@ -29,7 +30,7 @@ def test_small_files_share_a_shard_and_large_ones_take_several(tmp_path: Path) -
 def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    corpus = LocalCorpus([str(path)], None, None, 100)
+    corpus = LocalCorpus([str(path)], Reading(), 100)
     path.write_text("two")
     with pytest.raises(UsageError, match=r"a\.txt changed while it was in use"):
         list(corpus.documents(0))
@@ -87,7 +88,7 @@ def test_a_hub_dataset_is_streamed_in_shards(hub: list[int]) -> None:
     assert hub == [1], "read on, not opened again"
     assert [text for shard in shards for text in shard] == DOCUMENTS
     assert [corpus.full(len(shard)) for shard in shards] == [True, True, True, False]
-    again = HubCorpus("org/set", "body", None, 16 * 4096)
+    again = HubCorpus("org/set", Reading("body"), None, 16 * 4096)
     assert list(again.documents(2)) == DOCUMENTS[32:48], "skipped to"
 
 
@@ -105,5 +106,5 @@ def test_what_is_refused(hub: list[int], texts: list[str], revision: str | None,
 
 
 def test_a_hub_dataset_without_the_column(hub: list[int]) -> None:
-    with pytest.raises(UsageError, match=r"org/set, row 0: no text in column 'text'; there are body, id"):
-        list(HubCorpus("org/set", "text", None, 1000).documents(0))
+    with pytest.raises(UsageError, match=r"org/set, row 0: no column 'text'; the columns are body, id"):
+        list(HubCorpus("org/set", Reading("text"), None, 1000).documents(0))

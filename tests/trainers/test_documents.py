@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.trainers.documents import find_column, find_pieces
+from upcycle.trainers import file_checks
+from upcycle.trainers.columns import choose_column
+from upcycle.trainers.corpus import LocalCorpus
+from upcycle.trainers.documents import Reading, find_pieces
+from upcycle.trainers.file_kinds import Format
 
 pyarrow = pytest.importorskip("pyarrow")
 
 
-def read(texts: list[str], size: int, column: str | None = None, separator: str | None = None) -> list[str]:
-    return [text for piece in find_pieces(texts, size) for text in piece.documents(column, separator)]
+def read(texts: list[str], size: int, named: Format | None = None, **reading: Any) -> list[str]:
+    corpus = LocalCorpus(texts, Reading(**reading), size, named)
+    return [text for shard in range(corpus.shards or 0) for text in corpus.documents(shard)]
 
 
 def parquet(path: Path, columns: dict[str, list[Any]], group: int = 3) -> str:
@@ -79,7 +85,7 @@ def test_the_embedded_texts_are_documents() -> None:
     ],
 )
 def test_the_column_is_named_or_found(row: dict[str, Any], column: str | None, expected: str) -> None:
-    assert find_column(row, column, "x") == expected
+    assert choose_column([("x", row), ("y", row)], column) == expected
 
 
 def bad_json(folder: Path) -> str:
@@ -120,10 +126,10 @@ def compressed(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (bad_json, r"x\.jsonl, line 3 is not JSON"),
-        (no_column, r"x\.jsonl, line 1: no column 'text' or 'content', .*; the columns are body, url"),
-        (number_in_column, r"line 2: no text in column 'text'"),
-        (a_list, r"line 1: no column 'text'"),
+        (bad_json, r"x\.jsonl, line 3 is not readable JSON"),
+        (no_column, r"x\.jsonl: no column 'text' or 'content' in every file, .*; the columns are body, url"),
+        (number_in_column, r"line 2: column 'text' holds int, not text"),
+        (a_list, r"x\.jsonl: a row is list, not columns by name"),
         (not_utf8, r"x\.txt is not UTF-8 text: .* byte 3"),
         (not_parquet, r"x\.parquet is not a Parquet file"),
         (compressed, r"x\.jsonl\.gz is compressed"),
@@ -155,7 +161,167 @@ def test_nulls_are_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
 def test_a_file_that_vanishes(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "a"}\n')
-    (piece,) = find_pieces([str(tmp_path / name)], 1000)
+    (piece,) = find_pieces([str(tmp_path / name)], 1000, "jsonl" if name == "x.jsonl" else "text")
     (tmp_path / name).unlink()
     with pytest.raises(EnvironmentFault, match="is gone"):
-        list(piece.documents(None, None))
+        list(piece.documents(Reading("text")))
+
+
+ROWS = [{"id": number, "text": f"See {number}, Größe\n{'x' * (number % 5)}"} for number in range(40)]
+TEXTS = [row["text"] for row in ROWS]
+
+
+def lines_of(rows: list[Any]) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def table(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", "text"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "b.ndjson", "c.JSONL", "d.json", "e.json", "f.csv", "g.TSV", "h.parquet", "i.PARQUET"]
+)
+@pytest.mark.parametrize("size", [200, 10**6])
+def test_rows_are_rows_whatever_the_ending(tmp_path: Path, name: str, size: int) -> None:
+    path = tmp_path / name
+    if name.lower().endswith("parquet"):
+        column = pyarrow.array(TEXTS).dictionary_encode() if name == "i.PARQUET" else TEXTS
+        parquet(path, {"id": list(range(40)), "text": column})
+    elif name.lower().endswith(("csv", "tsv")):
+        table(path, "," if name == "f.csv" else "\t")
+    else:
+        path.write_text(json.dumps(ROWS, indent=1) if name == "e.json" else lines_of(ROWS))
+    assert read([str(path)], size) == TEXTS
+
+
+def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", lines_of(ROWS)), ("b.txt", "one"), ("c.csv", "text\none\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read([str(tmp_path / "a.jsonl")], 10**6) == TEXTS
+    assert read([str(tmp_path / "b.txt"), str(tmp_path / "c.csv")], 10**6) == ["one", "one"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("size", [4, 7, 10**6])
+def test_a_separator_matches_either_end_of_line_and_across_cuts(tmp_path: Path, size: int, end: str) -> None:
+    (tmp_path / "a.txt").write_bytes(f"{end}---{end}".join(["one", "two", "three"]).encode())
+    found = [text.strip() for text in read([str(tmp_path / "a.txt")], size, separator="\n---\n")]
+    assert [text for text in found if text] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", lines_of(ROWS).encode(), "named as text, and holds a JSON row on every line"),
+        ("a", json.dumps(ROWS).encode(), "named as text, and holds a JSON array"),
+        (
+            "a.json",
+            b'{"one": "object",\n "of": "columns"}',
+            "neither a JSON array of rows nor a JSON row on every line",
+        ),
+        ("a.txt", "text".encode("utf-16"), "text in UTF-16"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16"),
+        ("a.bin", b"abc\0def", "holds zero bytes near byte 3"),
+        ("a.JSONL.GZ", b"\x1f\x8b", "is compressed"),
+        ("a.pkl", b"x", "is a pickle, not text"),
+        ("a.jsonl", b"\n \n", "has no row"),
+        ("a.csv", b"id,title\n1,x\n", "no column 'text' or 'content'"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', "column 'messages' holds conversations"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b"}', "pairs of 'prompt' and 'response'"),
+        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "a chosen and a rejected answer"),
+    ],
+)
+def test_what_is_not_what_it_is_called(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read([str(tmp_path / name)], 10**6)
+    assert str(tmp_path / name) in caught.value.message
+
+
+def test_a_format_says_what_files_are(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text(lines_of(ROWS))
+    assert read([str(path)], 10**6, "jsonl") == TEXTS
+    assert read([str(path)], 10**6, "text") == [lines_of(ROWS)]
+
+
+def test_the_column_is_decided_once_for_all_files(tmp_path: Path) -> None:
+    """Guessed anew for every piece, an author would be trained on where his first row has no body."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text(lines_of([{"body": f"text {number}"} for number in range(50)]))
+    second.write_text(lines_of([{"author": f"name {number}"} for number in range(50)]))
+    with pytest.raises(
+        UsageError, match=r"a\.jsonl: no column .*the columns are body; in .*b\.jsonl the columns are author"
+    ):
+        read([str(first), str(second)], 100)
+    first.write_text(lines_of([{"body": "one"}, *[{"author": "name"}] * 50]))
+    with pytest.raises(UsageError, match=r"line 2: no column 'body'; the columns are author"):
+        read([str(first)], 100)
+
+
+FAULTS = {
+    "cut": (b'{"text": "cut off her', "is not readable JSON"),
+    "deep": (b'{"text": "x", "meta": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested deeper than"),
+    "half": (b'{"text": "cut \\ud83d here"}', "half a character"),
+    "latin": (b'{"text": "na\xefve"}', "is not UTF-8 text"),
+    "number": (b'{"text": 7}', "column 'text' holds int, not text"),
+    "none": (b'{"title": "x"}', "no column 'text'; the columns are title"),
+    "list": (b"[1, 2]", "a row is list"),
+    "digits": (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "5000 digits"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_row_far_inside_is_found_before_any_is_needed(tmp_path: Path, fault: str) -> None:
+    line, message = FAULTS[fault]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([*lines_of(ROWS).encode().split(b"\n"), line, b'{"text": null}', b'{"text": "end"}']))
+    corpus = LocalCorpus([str(path)], Reading(), 300)
+    for _ in range(2):  # a fault is not kept: it is looked for again
+        with pytest.raises(UsageError, match=message) as caught:
+            corpus.check(tmp_path / "cache")
+        assert f"{path}, line 41" in caught.value.message
+    skipping = LocalCorpus([str(path)], Reading(broken="skip"), 300)
+    for _ in range(2):
+        found = skipping.check(tmp_path / "cache")
+        assert (found.documents, found.empty, found.broken) == (41, 1, 1)
+        assert f"{path}, line 41" in found.first[0]
+    assert read([str(path)], 300, broken="skip") == [*TEXTS, "", "end"]
+
+
+def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines_of(ROWS))
+    corpus = LocalCorpus([str(path)], Reading(), 300)
+    first = corpus.check(tmp_path / "cache")
+    monkeypatch.setattr(file_checks, "_look", lambda *_: pytest.fail("looked at again"))
+    assert corpus.check(tmp_path / "cache") == first
+    assert first.documents == 40
+
+
+def test_a_broken_row_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,one\n2\n3,three\n")
+    with pytest.raises(UsageError, match=r"line 3: 1 columns, and the first line names 2"):
+        read([str(path)], 10**6)
+    assert read([str(path)], 10**6, broken="skip") == ["one", "three"]
+    path.write_text('id,text\n1,"never closed\n')
+    with pytest.raises(UsageError, match="is no row of a table"):
+        read([str(path)], 10**6)
+
+
+def test_a_text_file_is_looked_at_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for content, message in (
+        (b"x" * (3 << 20) + b"\xff", f"near byte {3 << 20}"),
+        (b"x" * (1 << 20) + b"\0", "zero bytes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            LocalCorpus([str(path)], Reading(), 10**6).check(tmp_path / "cache")
+    path.write_bytes(("é" * (1 << 20)).encode())  # a character lies across two blocks
+    assert LocalCorpus([str(path)], Reading(), 10**6).check(tmp_path / "cache").documents == 1

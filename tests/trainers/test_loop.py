@@ -19,6 +19,7 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.trainers import checkpoint_writer, stage
 from upcycle.trainers.checkpoint_reader import latest
 from upcycle.trainers.checkpoint_writer import finished
+from upcycle.trainers.data_recipe import DataRecipe
 from upcycle.trainers.signals import STOPPING, Stopped
 from upcycle.trainers.step import Stepper
 
@@ -348,6 +349,17 @@ def test_what_does_not_fit_is_refused(pico_moe: Model, tmp_path: Path, changes: 
     with pytest.raises(UsageError, match=message):
         run(recipe_for(pico_moe("mixtral"), tmp_path, **changes))
     assert not finished(tmp_path / "run")
+
+
+def test_a_broken_row_of_a_later_stage_is_found_before_the_run_has_a_folder(pico_moe: Model, tmp_path: Path) -> None:
+    recipe = recipe_for(pico_moe("mixtral"), tmp_path)
+    later = tmp_path / "later.jsonl"
+    later.write_text("".join(f'{{"text": "row {number}"}}\n' for number in range(2000)) + '{"text": "cut')
+    second = recipe.stages[0].model_copy(update={"name": "second", "data": DataRecipe(domains={"a": str(later)})})
+    two = recipe.model_copy(update={"stages": [recipe.stages[0], second]})
+    with pytest.raises(UsageError, match=r"later\.jsonl, line 2001 is not readable JSON"):
+        run(two)
+    assert not Path(recipe.output).exists()
 
 
 def test_a_tracker_that_is_not_installed_is_named(pico_moe: Model, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.trainers import model_loading
 from upcycle.trainers.checkpoint_writer import CONVERSION
-from upcycle.trainers.model_loading import collect_small_files, load_model, parent_folder, save_config, stored_form
+from upcycle.trainers.model_loading import (
+    check_parent,
+    check_parent_tokens,
+    collect_small_files,
+    load_model,
+    parent_folder,
+    save_config,
+    stored_form,
+    tokenizer_of,
+)
 
 CPU = torch.device("cpu")
 Model = Callable[..., Path]
@@ -83,3 +93,29 @@ def test_the_configuration_is_written_whole(pico_moe: Model, tmp_path: Path) -> 
     assert written["use_cache"] is True
     before = json.loads((pico_moe("glm4_moe") / "config.json").read_text())
     assert {key: value for key, value in before.items() if written.get(key) != value and key != "dtype"} == {}
+
+
+def test_a_parent_whose_ids_mean_other_tokens(pico: Model) -> None:
+    tokenizer = tokenizer_of(pico("llama"))
+    check_parent_tokens(tokenizer, tokenizer, pico("llama"))
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<more>"])
+    check_parent_tokens(more, tokenizer, pico("llama"))  # what the student has not, it never reads
+    with pytest.raises(UsageError, match=r"other ids for 1 of the student's .*'<more>' is \d+ and there unknown"):
+        check_parent_tokens(tokenizer, more, pico("llama"))
+
+    class Exchanged:
+        def get_vocab(self) -> dict[str, int]:
+            first, second, *_ = vocabulary = dict(tokenizer.get_vocab())
+            return {**vocabulary, first: vocabulary[second], second: vocabulary[first]}
+
+    with pytest.raises(UsageError, match="other ids for 2 of the student's"):
+        check_parent_tokens(Exchanged(), tokenizer, pico("llama"))
+
+
+def test_a_parent_that_reads_less_than_a_row(pico: Model) -> None:
+    model = load_model(pico("llama"), torch.float32, CPU)
+    context = model.config.max_position_embeddings
+    check_parent(model, model, pico("llama"), context)
+    with pytest.raises(UsageError, match=f"reads {context} tokens at a time, and a row has {context + 1}"):
+        check_parent(model, model, pico("llama"), context + 1)

@@ -10,8 +10,10 @@ import pytest
 
 from upcycle.errors import UsageError
 from upcycle.trainers.corpus import LocalCorpus
+from upcycle.trainers.documents import Reading
+from upcycle.trainers.domain_rows import HeldOut
 from upcycle.trainers.token_shards import Encoder, TokenCache, document_hash
-from upcycle.trainers.validation_rows import held_out_hashes, validation_rows
+from upcycle.trainers.validation_rows import held_out_hashes, split, validation_rows
 
 TEXTS = [f"document {number} " + chr(200 + number) * (number % 9) for number in range(80)]
 
@@ -19,7 +21,7 @@ TEXTS = [f"document {number} " + chr(200 + number) * (number % 9) for number in 
 @pytest.fixture
 def corpus(tmp_path: Path) -> LocalCorpus:
     (tmp_path / "a.txt").write_text("#".join(text + "\n" for text in TEXTS))
-    return LocalCorpus([str(tmp_path / "a.txt")], None, "\n#", 10**6)
+    return LocalCorpus([str(tmp_path / "a.txt")], Reading(separator="\n#"), 10**6)
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def cache(tmp_path: Path, letters: Any) -> TokenCache:
 
 @pytest.mark.parametrize("tokens", [16, 100, 10**6])
 def test_held_out_documents_in_order(corpus: LocalCorpus, cache: TokenCache, tokens: int) -> None:
-    rows = validation_rows("x", corpus, cache, 0.25, tokens, 32)
+    rows = validation_rows("x", corpus, cache, HeldOut(0.25, np.empty(0, np.uint64)), tokens, 32)
     documents = list(corpus.documents(0))
     held_out = [text for text in documents if document_hash(text) < 2**62]
     assert 5 < len(held_out) < 40
@@ -41,17 +43,35 @@ def test_held_out_documents_in_order(corpus: LocalCorpus, cache: TokenCache, tok
 
 
 def test_all_of_a_corpus_of_its_own(corpus: LocalCorpus, cache: TokenCache) -> None:
-    rows = validation_rows("x", corpus, cache, 1.0, 10**6, 32)
+    rows = validation_rows("x", corpus, cache, None, 10**6, 32)
     assert sum(int((positions == 0).sum()) for _, positions, _ in rows) >= len(TEXTS)
     assert len(held_out_hashes(corpus, cache)) == len(TEXTS)
     assert len(held_out_hashes(None, cache)) == 0
 
 
-def test_too_few_documents(tmp_path: Path, cache: TokenCache) -> None:
+def test_one_document_cannot_be_on_both_sides(tmp_path: Path, cache: TokenCache) -> None:
     (tmp_path / "book.txt").write_text("one long book")
-    book = LocalCorpus([str(tmp_path / "book.txt")], None, None, 10**6)
-    with pytest.raises(
-        UsageError, match=r"domain 'x' has 1 documents, and none falls into the held-out fraction 0\.02"
-    ) as caught:
-        validation_rows("x", book, cache, 0.02, 1000, 32)
+    book = LocalCorpus([str(tmp_path / "book.txt")], Reading(), 10**6)
+    with pytest.raises(UsageError, match=r"domain 'x' is one document") as caught:
+        split("x", book, None, cache, 0.02)
     assert "separator" in str(caught.value.hint)
+    assert not split("x", book, None, cache, 0.0).chosen(held_out_hashes(book, cache)).any()
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 80])
+def test_something_is_held_out_and_something_trained_on(
+    tmp_path: Path, cache: TokenCache, fraction: float, count: int
+) -> None:
+    (tmp_path / "a.txt").write_text("#".join(text + "\n" for text in TEXTS[:count]))
+    corpus = LocalCorpus([str(tmp_path / "a.txt")], Reading(separator="\n#"), 10**6)
+    hashes = held_out_hashes(corpus, cache)
+    found = split("x", corpus, None, cache, fraction)
+    chosen = found.chosen(hashes)
+    assert chosen.any()
+    assert not chosen.all()
+    plain = HeldOut(fraction, np.empty(0, np.uint64))
+    if 0 < plain.chosen(hashes).sum() < count:
+        assert (chosen == plain.chosen(hashes)).all()
+        assert found.fingerprint == plain.fingerprint
+    assert validation_rows("x", corpus, cache, found, 10**6, 32)

@@ -1,0 +1,125 @@
+"""Every row of a data file looked at before the first step: a broken one far inside would end a run after hours."""
+
+from __future__ import annotations
+
+import codecs
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
+from upcycle.parsing import read_json
+from upcycle.trainers.documents import Piece, Reading
+from upcycle.trainers.file_kinds import Kind
+
+_VERSION = "1"
+_SHOWN = 3  # broken rows that are named
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What was found: rows with text, rows without, and rows that cannot be read, the first of which are named."""
+
+    documents: int = 0
+    empty: int = 0
+    broken: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def __add__(self, other: FileCheck) -> FileCheck:
+        first = (self.first + other.first)[:_SHOWN]
+        return FileCheck(self.documents + other.documents, self.empty + other.empty, self.broken + other.broken, first)
+
+
+def check_file(path: Path, kind: Kind, reading: Reading, cache: Path, key: str) -> FileCheck:
+    """Look at a file once: the result is kept under ``key``, and whoever comes meanwhile waits for it.
+
+    Of Parquet files the columns were looked at already, and of embedded texts nothing can be wrong.
+
+    Raises:
+        UsageError: a row is broken and ``reading`` does not leave such rows out, or the file is not UTF-8 text.
+        EnvironmentFault: it cannot be read, or the cache not written.
+    """
+    if kind in ("parquet", "demo"):
+        return FileCheck()
+    stem = cache / "checked" / hashlib.sha256(f"{_VERSION} {key}".encode()).hexdigest()[:32]
+    with _alone(stem.with_suffix(".lock"), cache):
+        kept = stem.with_suffix(".json")
+        try:
+            return FileCheck(**read_json(kept))
+        except (CheckpointError, TypeError):
+            found = _look(path, kind, reading)
+        with suppress(OSError):  # what cannot be kept is found again
+            unfinished = stem.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(asdict(found)), encoding="utf-8")
+            unfinished.replace(kept)
+        return found
+
+
+def _look(path: Path, kind: Kind, reading: Reading) -> FileCheck:
+    try:
+        size = path.stat().st_size
+        if kind == "text":
+            _check_utf8(path)
+            return FileCheck(documents=1)
+    except OSError as error:
+        raise EnvironmentFault(f"the data file {path} cannot be read: {error.strerror or error}") from None
+    documents = empty = broken = 0
+    first: list[str] = []
+    for row in Piece(path, kind, 0, size, size).records(reading):
+        if isinstance(row, str):
+            documents += bool(row.strip())
+            empty += not row.strip()
+            continue
+        if reading.broken == "stop":
+            raise UsageError(
+                row.message,
+                hint="mend or remove it, or leave such rows out: broken_lines: skip in the data",
+            )
+        broken += 1
+        if len(first) < _SHOWN:
+            first.append(row.message)
+    return FileCheck(documents, empty, broken, first)
+
+
+def _check_utf8(path: Path) -> None:
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(_BLOCK)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at = read + error.start - (len(error.object) - len(block))
+                raise UsageError(
+                    f"{path} is not UTF-8 text: {error.reason} near byte {at}",
+                    hint="iconv turns other encodings into UTF-8",
+                ) from None
+            if b"\0" in block:
+                raise UsageError(f"{path} holds zero bytes near byte {read + block.index(0)}: it is not text")
+            if not block:
+                return
+            read += len(block)
+
+
+@contextmanager
+def _alone(lock: Path, cache: Path) -> Iterator[None]:
+    """Hold a lock file: ranks and runs that want the same wait for one another."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"nothing can be kept in {cache}: {error.strerror or error}",
+            hint="cache: FOLDER in the data, on a disk with room",
+        ) from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
