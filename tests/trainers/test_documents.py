@@ -126,7 +126,7 @@ def compressed(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (bad_json, r"x\.jsonl, line 3 is not readable JSON"),
+        (bad_json, r"x\.jsonl, line 3 is not JSON"),
         (no_column, r"x\.jsonl: no column 'text' or 'content' in every file, .*; the columns are body, url"),
         (number_in_column, r"line 2: column 'text' holds int, not text"),
         (a_list, r"x\.jsonl: a row is list, not columns by name"),
@@ -264,7 +264,7 @@ def test_the_column_is_decided_once_for_all_files(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "cut": (b'{"text": "cut off her', "is not readable JSON"),
+    "cut": (b'{"text": "cut off her', "is not JSON"),
     "deep": (b'{"text": "x", "meta": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested deeper than"),
     "half": (b'{"text": "cut \\ud83d here"}', "half a character"),
     "latin": (b'{"text": "na\xefve"}', "is not UTF-8 text"),

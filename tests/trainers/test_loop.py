@@ -357,7 +357,7 @@ def test_a_broken_row_of_a_later_stage_is_found_before_the_run_has_a_folder(pico
     later.write_text("".join(f'{{"text": "row {number}"}}\n' for number in range(2000)) + '{"text": "cut')
     second = recipe.stages[0].model_copy(update={"name": "second", "data": DataRecipe(domains={"a": str(later)})})
     two = recipe.model_copy(update={"stages": [recipe.stages[0], second]})
-    with pytest.raises(UsageError, match=r"later\.jsonl, line 2001 is not readable JSON"):
+    with pytest.raises(UsageError, match=r"later\.jsonl, line 2001 is not JSON"):
         run(two)
     assert not Path(recipe.output).exists()
 
