@@ -82,9 +82,10 @@ def forecast_communication(division: Division) -> CommunicationForecast:
     - stage 2: gradients are added up in every pass, as nobody keeps what others own: ``A b P``, and ``b P`` gathered. DeepSpeed
       adds up whole buckets where a reduction to their owners would do (``use_multi_rank_bucket_allreduce``);
     - stage 3: weights are gathered for every pass, and once more for its backward part unless ``max_reuse_distance`` lets them
-      stay; small ones once a step. Gradients are scattered in every pass, ``A b P``;
+      stay; small ones once a step; and three times where passes survey (``upcycle.trainers.survey``), as DeepSpeed then
+      keeps none. Gradients are scattered in every pass, ``A b P``;
     - divided experts: the same among the ``N / e`` ranks that hold the same ones, and four exchanges per layer and pass of
-      ``b K T D`` (to experts and back, forward and backward), two more where layers are computed again.
+      ``b K T D`` (to experts and back, forward and backward), two more where layers are computed again, and for a survey.
     """
     found: list[Traffic] = []
     for divided in (False, True):
@@ -93,7 +94,7 @@ def forecast_communication(division: Division) -> CommunicationForecast:
             stride = division.expert_parallel if divided else 1
             found += _states(division, weights, division.holders(weights[0]), stride)
     if division.expert_parallel > 1:
-        rounds = 6 if division.recipe.activation_checkpointing else 4
+        rounds = 4 + 2 * (division.recipe.activation_checkpointing + division.survey.student)
         rows = sum(layer.top_k for layer in division.counts.moe_layers) * division.tokens
         payload = division.passes * rounds * division.item * rows * division.counts.hidden
         found.append(Traffic("all_to_all", payload, division.expert_parallel))
@@ -120,10 +121,12 @@ def _gathered(division: Division, weights: list[Weight]) -> float:
     behind, total = 0.0, 0.0
     wanted = {weight.name for weight in weights}
     reach = division.setting("max_reuse_distance")
-    again = 3 if division.recipe.activation_checkpointing else 2
+    survey = division.survey.student
+    again = 2 + division.recipe.activation_checkpointing + survey
+    stays = not survey  # a forward pass alone makes DeepSpeed forget what is used next
     for weight in reversed(division.counts.weights):
         elements = division.local([weight])
         if not division.persistent(weight) and weight.name in wanted:
-            total += elements * (1 if 2 * behind < reach else again)
+            total += elements * (1 if stays and 2 * behind < reach else again)
         behind += elements
     return total

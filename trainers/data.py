@@ -39,8 +39,13 @@ class Batch:
     mask: (
         torch.Tensor
     )  # bool [B, L], tokens that count as targets: no padding, and not the first of a document or of its part
-    positions: torch.Tensor  # int64 [B, L], restarting at each document
+    positions: torch.Tensor  # int64 [B, L], 0 where a document or its part begins, and nowhere else
     domains: tuple[str, ...]  # of each row
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Bool ``[B, L]``: all tokens of documents, whether or not they are targets; what is left is padding."""
+        return self.mask | (self.positions == 0)
 
     def flat(self) -> Batch:
         """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""

@@ -96,10 +96,7 @@ def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tens
         mask: bool ``[...]``; ``None``: all positions.
     """
     p = widened(parent.detach())
-    error, size = (widened(student) - p).square().sum(-1), p.square().sum(-1)
-    if mask is not None:
-        error, size = error * mask, size * mask
-    return error.sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+    return _size(widened(student) - p, mask) / _positive(_size(p, mask))
 
 
 def mean_over(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -114,8 +111,17 @@ def matching(
     student: Sequence[LayerOutput],
     parent: Sequence[LayerOutput],
     mask: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The weighted losses ``hidden`` and ``ffn``, means over layers; those of weight 0 are left out.
+
+    Args:
+        parameters: the weights.
+        student: its layers' outputs.
+        parent: the dense model's.
+        mask: bool ``[B, S]``, the positions that count; ``None``: all.
+        sizes: what :func:`parent_sizes` gives for all tokens of which these are a part: then the losses are their share of the
+            relative error of all, and add up to it. ``None``: these are all.
 
     Raises:
         UsageError: the two models have not as many layers.
@@ -125,13 +131,44 @@ def matching(
             f"the parent has {len(parent)} layers and the student {len(student)}",
             hint="match layers only with the model that was converted",
         )
+    sizes = parent_sizes(parameters, parent, mask) if sizes is None else sizes
     found = {}
-    for what, weight in (("hidden", parameters.hidden), ("ffn", parameters.ffn)):
-        if weight:
-            pairs = zip(student, parent, strict=True)
-            errors = [relative_error(getattr(mine, what), getattr(theirs, what), mask) for mine, theirs in pairs]
-            found[what] = weight * torch.stack(errors).mean()
+    for (what, weight), of_layers in zip(_matched(parameters), sizes, strict=True):
+        pairs = zip(student, parent, strict=True)
+        errors = [
+            _size(widened(getattr(mine, what)) - widened(getattr(theirs, what).detach()), mask)
+            for mine, theirs in pairs
+        ]
+        together = torch.stack(errors)
+        found[what] = weight * (together / _positive(of_layers.to(together))).mean()
     return found
+
+
+@torch.no_grad()
+def parent_sizes(
+    parameters: DistillationParameters, parent: Sequence[LayerOutput], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``sum |p|^2`` of what is matched, ``[n, layers]`` in at least fp32: the denominators of :func:`matching`, additive."""
+    return torch.stack(
+        [
+            torch.stack([_size(widened(getattr(layer, what)), mask) for layer in parent])
+            for what, _ in _matched(parameters)
+        ]
+    )
+
+
+def _matched(parameters: DistillationParameters) -> list[tuple[str, float]]:
+    both = (("hidden", parameters.hidden), ("ffn", parameters.ffn))
+    return [(what, weight) for what, weight in both if weight]
+
+
+def _size(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    squares = values.square().sum(-1)
+    return squares.sum() if mask is None else (squares * mask).sum()
+
+
+def _positive(size: torch.Tensor) -> torch.Tensor:
+    return size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 def capture_outputs(model: Any) -> Recorder[OutputRecord]:

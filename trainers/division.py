@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from upcycle.trainers.model_counts import ModelCounts, Weight
-from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.recipe import StageRecipe, TrainRecipe
+from upcycle.trainers.survey import Survey, needed
 
 # DeepSpeed's own values of what recipes leave out (deepspeed/runtime/zero/config.py), in elements.
 _DEFAULTS = {
@@ -24,13 +25,17 @@ ELEMENTS = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Division:
-    """One way to divide a run: ZeRO's stage and the ranks that share experts, of so many ranks."""
+    """One way to divide a run: ZeRO's stage and the ranks that share experts, of so many ranks.
+
+    ``training`` is the stage of the recipe that is asked about; ``None``: its first.
+    """
 
     recipe: TrainRecipe
     counts: ModelCounts
     world: int
     stage: int
     expert_parallel: int = 1
+    training: StageRecipe | None = None
 
     @property
     def item(self) -> int:
@@ -41,6 +46,12 @@ class Division:
     def passes(self) -> int:
         """Passes of a rank per optimizer step."""
         return self.recipe.global_batch // (self.recipe.micro_batch * self.world)
+
+    @property
+    def survey(self) -> Survey:
+        """Which models run forward once more in every pass, for losses of the whole batch."""
+        stage = self.training or self.recipe.stages[0]
+        return needed(stage.losses, stage.distillation, self.passes, stage.losses_over)
 
     @property
     def tokens(self) -> int:

@@ -54,3 +54,7 @@ class Hoyer(Loss):
     def value(self, sums: torch.Tensor, record: ActivationRecord) -> torch.Tensor:
         """One layer's."""
         return sums[0] / sums[1].clamp(min=1)
+
+    def mean_over(self, mask: torch.Tensor) -> torch.Tensor:
+        """Tokens."""
+        return mask.sum().view(1)

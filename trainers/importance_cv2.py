@@ -29,7 +29,7 @@ class ImportanceCV2Parameters(CV2Parameters):
 class ImportanceCV2(Loss):
     """``Var / Mean^2`` over experts of ``sum_t G_ti`` (Shazeer et al. 2017, section 4; LLaMA-MoE, arXiv 2406.16554).
 
-    0 where all experts have had the same weight in total. The default coefficient is LLaMA-MoE's.
+    0 where all experts have had the same weight in total, before any choice is dropped. The default coefficient is LLaMA-MoE's.
     """
 
     name = "importance_cv2"
@@ -42,7 +42,7 @@ class ImportanceCV2(Loss):
         """``[E]``: the importance."""
         if self.parameters.of == "probabilities":
             return counted(record.probabilities, mask)
-        weights = record.weights.to(record.scores.dtype)
+        weights = record.undropped.to(record.scores.dtype)
         return counted(torch.zeros_like(record.chosen).scatter(1, record.experts, weights), mask)
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:

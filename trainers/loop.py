@@ -277,7 +277,7 @@ class _Run:
             self.reports.record({"kind": "reference", "step": self.step, "tokens": self.tokens, **content})
 
     def _validate(self, stage: Stage, observe: bool = True) -> None:
-        self.validation = validate(stage.engine, stage.held_out, self.ranks)
+        self.validation = validate(stage.engine, stage.held_out, self.ranks, stage.stepper.control)
         text = "  ".join(f"{name} {nats:.4f}" for name, nats in self.validation.items())
         self.say(f"validation at step {self.step}  {text}")
         if self.reports:

@@ -1,4 +1,4 @@
-"""The protocol of an auxiliary loss, and how many of them are computed at once, globally over all ranks. E experts, L layers."""
+"""The protocol of an auxiliary loss, and how many of them are computed at once, of a whole global batch. E experts, L layers."""
 
 from __future__ import annotations
 
@@ -49,8 +49,49 @@ class Reduction:
             return local
         return self.add(local.detach().clone()) + self.ranks * (local - local.detach())
 
+    def totals(self, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
+        """The sums of every piece over all tokens that its loss is of, in one exchange."""
+        sizes = [len(piece.sums) for piece in pieces]
+        divided: tuple[torch.Tensor, ...] = self.total(torch.cat([piece.sums for piece in pieces])).split(sizes)
+        return divided
+
 
 ALONE = Reduction()
+
+
+class WholeBatch(Reduction):
+    """Sums over all passes and ranks of a step that are known beforehand: every pass has the whole batch's loss.
+
+    The gradient of a total is ``parts`` times the pass's own: gradients are averaged over passes and ranks, and the average
+    of those is the gradient of the loss of the whole batch.
+    """
+
+    def __init__(self, sums: torch.Tensor, parts: int) -> None:
+        """``sums`` ``[n]`` of all pieces one behind the other, over ``parts`` = passes x ranks."""
+        super().__init__()
+        self.sums, self.parts = sums, parts
+
+    def total(self, local: torch.Tensor) -> torch.Tensor:
+        """What was known, with the gradient of ``local``."""
+        return self.sums.to(local.dtype) + self.parts * (local - local.detach())
+
+
+class Means(Reduction):
+    """For losses that are means: how many they are means over follows from the masks, so that nothing need run beforehand.
+
+    A pass has its share of the mean, times ``parts``; the average of those over passes and ranks is the whole batch's.
+    """
+
+    def __init__(self, counts: Mapping[str, torch.Tensor], parts: int) -> None:
+        """``counts``: what every loss's :meth:`Loss.mean_over` adds up to over ``parts`` = passes x ranks, ``[1]`` by name."""
+        super().__init__()
+        self.counts, self.parts = counts, parts
+
+    def totals(self, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
+        """Each piece's sums times ``parts``, over the whole batch's count."""
+        return [
+            torch.cat([self.parts * piece.sums[:-1], self.counts[piece.loss.name].to(piece.sums)]) for piece in pieces
+        ]
 
 
 class Loss(ABC):
@@ -82,6 +123,13 @@ class Loss(ABC):
     def value(self, sums: torch.Tensor, record: LayerRecord) -> torch.Tensor:
         """One layer's loss, a scalar without the coefficient, from the sums over all tokens."""
 
+    def mean_over(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """How many tokens (or sequences) of ``mask`` the loss is a mean over, ``[1]``; ``None``: it is no mean.
+
+        A mean's ``value`` is linear in all ``sums`` but the last, which is this number.
+        """
+        return None
+
     def coefficient(self, layer: int) -> float:
         """What a layer's loss is multiplied by; the same for all layers, unless the method adapts it."""
         return self.parameters.coefficient
@@ -104,7 +152,9 @@ class Loss(ABC):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
+    """One loss of one layer in one pass, with its sums ``[n]``."""
+
     loss: Loss
     record: LayerRecord
     sums: torch.Tensor
@@ -144,21 +194,31 @@ def auxiliary_losses(
         losses: what to compute.
         records: layers' records by what losses read: ``{"router": [...], "activations": [...]}``.
         mask: bool ``[B, S]``, the tokens that count; ``None``: all.
-        reduction: how ranks add up; by default there is one.
+        reduction: how ranks, and passes, add up; by default there is one.
         progress: the fraction of the stage that is done, for losses that ramp up.
 
     Raises:
         UsageError: a loss reads what was not recorded, or the mask is not of the records' tokens.
     """
-    pieces = [_Piece(loss, record, loss.sums(record, mask)) for loss in losses for record in _recorded(loss, records)]
+    found: dict[str, list[torch.Tensor]] = {}
+    pieces = pieces_of(losses, records, mask)
     if not pieces:
         return {}
-    totals = reduction.total(torch.cat([piece.sums for piece in pieces])).split([len(piece.sums) for piece in pieces])
-    found: dict[str, list[torch.Tensor]] = {}
-    for piece, total in zip(pieces, totals, strict=True):
+    for piece, total in zip(pieces, reduction.totals(pieces), strict=True):
         value = piece.loss.value(total, piece.record) * piece.loss.coefficient(piece.record.layer)
         found.setdefault(piece.loss.name, []).append(value)
     return {loss.name: _together(loss, found[loss.name], progress) for loss in losses}
+
+
+def pieces_of(
+    losses: Sequence[Loss], records: Mapping[str, Sequence[LayerRecord]], mask: torch.Tensor | None = None
+) -> list[Piece]:
+    """The sums of one pass, loss by loss and layer by layer.
+
+    Raises:
+        UsageError: as :func:`auxiliary_losses`.
+    """
+    return [Piece(loss, record, loss.sums(record, mask)) for loss in losses for record in _recorded(loss, records)]
 
 
 def _recorded(loss: Loss, records: Mapping[str, Sequence[LayerRecord]]) -> Sequence[LayerRecord]:

@@ -40,12 +40,14 @@ def pack(lengths: Int64, row: int, how: Packing) -> Rows:
 def layout(lengths: Int64, row: int) -> tuple[Int64, NDArray[np.bool_]]:
     """Positions ``[L]`` that restart at every fragment, and which of them are targets ``[L]``: not the first of a fragment.
 
-    What is left of the row is padding, with positions of its own and no targets.
+    What is left of the row is padding, with no targets, and with positions from 1: a 0 is always a fragment's beginning, so that
+    a fragment of one token and a single token of padding can be told apart.
     """
     used = int(lengths.sum())
     all_lengths = np.append(lengths, row - used) if used < row else lengths
     begins = np.cumsum(all_lengths) - all_lengths
     positions = np.arange(row) - np.repeat(begins, all_lengths)
+    positions[used:] += 1
     return positions, (positions > 0) & (np.arange(row) < used)
 
 

@@ -228,7 +228,7 @@ def _option(
 ) -> Option:
     found = []
     for stage, counts, parent in stages:
-        division = Division(recipe, counts, world.size, zero, size)
+        division = Division(recipe, counts, world.size, zero, size, stage)
         communication = forecast_communication(division)
         memory = forecast_memory(division, parent, stage)
         found.append((memory, communication, forecast_speed(division, world, communication, parent)))

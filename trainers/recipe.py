@@ -146,9 +146,14 @@ class StageRecipe(_Strict):
     losses: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="auxiliary losses with their parameters (upcycle list losses)"
     )
+    losses_over: Literal["batch", "pass"] = Field(
+        "batch",
+        description="losses are of the whole global batch, however it is divided, or each pass has its own, which costs less",
+    )
     balance: BiasBalanceParameters | None = Field(None, description="balance by the bias on the choice of experts")
     control: ControlParameters = Field(
-        default=ControlParameters(), description="noise, jitter, normalised logits and capacity while training"
+        default=ControlParameters(),
+        description="noise, jitter, normalised logits, second experts by chance, and capacity",
     )
     distillation: DistillationRecipe | None = Field(None, description="distil from the dense parent")
     activation: str | None = Field(

@@ -13,7 +13,7 @@ from torch import nn
 from upcycle.trainers.expert_parallel import read_router
 from upcycle.trainers.recorder import Recorder
 from upcycle.trainers.router_control import Noise, RouterControl
-from upcycle.trainers.routing import MoeLayer, RoutingRule, moe_layers
+from upcycle.trainers.routing import MoeLayer, RoutingRule, moe_layers, widened
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class RouterRecord:
 
     ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
     ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
-    the choice, ``kept`` (bool ``[T, K]``) which choices fitted into the experts' capacity, where there is one.
+    the choice, ``kept`` (bool ``[T, K]``) which choices were dispatched, where capacity or chance may hold some back, and
+    ``skipped`` (likewise) those that chance held back.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class RouterRecord:
     rule: RoutingRule
     noise: Noise | None = None
     kept: torch.Tensor | None = None
+    skipped: torch.Tensor | None = None
 
     @cached_property
     def scores(self) -> torch.Tensor:
@@ -48,13 +50,33 @@ class RouterRecord:
         """``[T, E]`` in the dtype of the scores, without gradient: 1 where an expert was chosen, dropped or not."""
         return torch.zeros_like(self.scores).scatter_(1, self.experts, 1.0)
 
+    @cached_property
+    def undropped(self) -> torch.Tensor:
+        """``[T, K]``: the weights as the router gave them, before any choice was dropped; with gradient."""
+        if self.kept is None:
+            return self.weights
+        noisy = self.logits if self.noise is None else widened(self.logits) + self.noise.added
+        return self.rule.weigh(self.rule.scores(noisy), self.experts)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """``[T, 1]``: every token's expert of largest weight, dropped or not."""
+        return self.experts.gather(1, self.undropped.argmax(1, keepdim=True))
+
+    @cached_property
+    def dropped(self) -> torch.Tensor:
+        """Bool ``[T, K]``: which choices found no room; those that chance held back asked for none."""
+        if self.kept is None:
+            return torch.zeros_like(self.experts, dtype=torch.bool)
+        return ~self.kept if self.skipped is None else ~self.kept & ~self.skipped
+
 
 def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[RouterRecord]:
     """Record every router of ``model`` from now on, and let ``control`` change what they decide.
 
     Args:
         model: a stock causal language model of one of the targets, not wrapped; call it through any wrapper.
-        control: noise, jitter, normalised logits or capacity; acts in training mode alone, in recomputed layers too.
+        control: noise, jitter, normalised logits or capacity; acts in recomputed layers, too.
 
     Raises:
         UsageError: ``model`` is of no target, or has no MoE layer.
@@ -74,7 +96,7 @@ def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., Rou
     def read(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> RouterRecord:
         if of_parallel:
             output = of_parallel(output)
-        noise, kept = (control.noise.get(layer.index), control.kept.get(layer.index)) if control else (None, None)
-        return RouterRecord(layer.index, *output, layer.rule, noise, kept)
+        did = control.did(layer.index) if control else (None, None, None)
+        return RouterRecord(layer.index, *output, layer.rule, *did)
 
     return read

@@ -36,3 +36,7 @@ class RouterZ(Loss):
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
         """One layer's."""
         return sums[0] / sums[1].clamp(min=1)
+
+    def mean_over(self, mask: torch.Tensor) -> torch.Tensor:
+        """Tokens."""
+        return mask.sum().view(1)

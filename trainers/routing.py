@@ -49,10 +49,14 @@ class RoutingRule:
         bias = self.bias()
         preferred = scores.detach() if bias is None else scores.detach() + bias.flatten()
         experts = preferred.topk(self.top_k, dim=-1).indices
+        return self.weigh(scores, experts), experts
+
+    def weigh(self, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Weights ``[T, K]`` of chosen experts, from all scores ``[T, E]``."""
         weights = scores.gather(1, experts)
         if self.normalized:
             weights = weights / (weights.sum(-1, keepdim=True) + self.epsilon)
-        return self.factor * weights, experts
+        return self.factor * weights
 
 
 @dataclass(frozen=True)

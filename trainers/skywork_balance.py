@@ -55,8 +55,7 @@ class SkyworkBalance(Loss):
                 "losses.skywork_balance.adaptive: coefficients follow the drop rate, and without a capacity nothing is dropped",
                 hint="set capacity_factor, or adaptive: false",
             )
-        kept = torch.ones_like(record.experts) if record.kept is None else record.kept
-        dropped = (1 - kept.to(probabilities.dtype)).sum(1, keepdim=True)
+        dropped = record.dropped.to(probabilities.dtype).sum(1, keepdim=True)
         tokens = token_count(probabilities, mask)
         choices = tokens * record.experts.shape[1]
         return torch.cat([counted(probabilities, mask), tokens, counted(dropped, mask), choices])

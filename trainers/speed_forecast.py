@@ -73,11 +73,11 @@ def forecast_speed(
 
 def flops_per_token(division: Division, parent: ModelCounts | None) -> float:
     """Forward, gradients of activations and of what trains (``upcycle.trainers.flops``), forward again where layers are computed
-    again, and the parent's forward pass.
+    again, the parent's forward pass, and either forward pass once more where losses need it (``upcycle.trainers.survey``).
     """
-    own = division.counts.flops
-    again = own.forward if division.recipe.activation_checkpointing else 0.0
-    return own.total + again + (parent.flops.forward if parent else 0.0)
+    own, survey = division.counts.flops, division.survey
+    again = own.forward * (division.recipe.activation_checkpointing + survey.student)
+    return own.total + again + (parent.flops.forward * (1 + survey.parent) if parent else 0.0)
 
 
 def moved_bytes(division: Division) -> float:
@@ -85,12 +85,12 @@ def moved_bytes(division: Division) -> float:
 
     Every weight of the rank is read forward and backward and its gradient written in every pass (all experts are met where
     R is well above E). Layers of experts move what their implementation does (:data:`_MOVED`). Everything else that is kept
-    for the backward pass is written once and read once. The optimizer reads gradients and reads and writes its states and
-    masters, and writes weights.
+    for the backward pass is written once and read once. A pass that only surveys reads the weights once. The optimizer reads
+    gradients and reads and writes its states and masters, and writes weights.
     """
     item, counts = division.item, division.counts
     local = division.local(counts.weights)
-    per_pass = 2.0 * item * local + item * division.local(division.trained)
+    per_pass = (2.0 + division.survey.student) * item * local + item * division.local(division.trained)
     for layer in counts.layers:
         rest = layer_bytes(division, layer)
         if layer.experts:

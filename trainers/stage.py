@@ -85,7 +85,7 @@ class Stage:
         self.trained = select(self.model, stage.train)
         # SGD's steps shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
-        self.warnings = [text for text in (leak, lost) if text]
+        self.warnings = [text for text in (leak, lost, self.stepper.control.unexported) if text]
         self.flops = training_flops(self.model, recipe.length)
         self.engine = self._engine(ranks)
         if divided:

@@ -1,5 +1,8 @@
 """One optimizer step: the passes of a stage's global batch, everything that is added to the loss, and what was seen.
 
+Whatever is added is of the global batch: the same tokens have the same loss and gradient in however many passes, on
+however many ranks (:mod:`upcycle.trainers.survey` says how).
+
 B rows, L positions, V vocabulary, E experts.
 """
 
@@ -19,16 +22,33 @@ from upcycle.trainers.activation_records import ActivationRecord, capture_activa
 from upcycle.trainers.balance import BiasBalance
 from upcycle.trainers.cached_logits import TopLogits
 from upcycle.trainers.data import Batch
-from upcycle.trainers.distillation import OutputRecord, capture_outputs, layer_outputs, logits_kl, matching
+from upcycle.trainers.distillation import (
+    OutputRecord,
+    capture_outputs,
+    layer_outputs,
+    logits_kl,
+    matching,
+    parent_sizes,
+)
 from upcycle.trainers.distributed import Ranks
 from upcycle.trainers.expert_targets import FfnRecord, capture_ffns, expert_target_losses
 from upcycle.trainers.logit_cache import LogitCache
-from upcycle.trainers.losses import Loss, auxiliary_losses, make_losses
+from upcycle.trainers.losses import (
+    Loss,
+    Means,
+    Reduction,
+    WholeBatch,
+    auxiliary_losses,
+    counted,
+    make_losses,
+    pieces_of,
+)
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe
 from upcycle.trainers.recorder import Recorder
 from upcycle.trainers.router_control import RouterControl
 from upcycle.trainers.router_records import RouterRecord, capture
 from upcycle.trainers.routing import widened
+from upcycle.trainers.survey import Survey, needed
 
 _NO_TARGET = -100
 
@@ -49,6 +69,18 @@ class StepResult:
     counts: dict[int, torch.Tensor] = field(default_factory=dict)
     dropped: float = 0.0  # fraction of choices that found no room
     by_domain: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """How a pass's sums become those of all tokens that losses are of.
+
+    ``parts`` is how many passes and ranks those tokens are divided among, ``sizes`` the parent's outputs' (known beforehand).
+    """
+
+    reduction: Reduction
+    parts: int
+    sizes: torch.Tensor | None = None
 
 
 class Parent:
@@ -78,10 +110,15 @@ class Parent:
         return self._model
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """``[B, L, V]`` of a batch on the model's device."""
-        found: torch.Tensor = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+    def logits(self, batch: Batch, last: int = 0) -> torch.Tensor:
+        """``[B, L, V]`` of a batch on the model's device, or of its ``last`` positions alone."""
+        found: torch.Tensor = _run(self.model, batch, last).logits
         return found
+
+    def sizes(self, batch: Batch) -> torch.Tensor:
+        """What the outputs of a batch that has just run are compared in proportion to; see :func:`parent_sizes`."""
+        assert self.outputs is not None
+        return parent_sizes(self.recipe, layer_outputs(self.outputs.take()), batch.mask)
 
     def targets(self, batch: Batch) -> torch.Tensor | TopLogits:
         """What the student's logits at all positions but the last are compared with: ``[B, L - 1, V]``, or cached ones."""
@@ -105,6 +142,7 @@ class Stepper:
         self.routers: Recorder[RouterRecord] | None = None
         self.activations: Recorder[ActivationRecord] | None = None
         self.outputs: Recorder[OutputRecord] | None = None
+        self._known = _Totals(ranks.reduction, ranks.world)  # of the step that is being taken
 
     def attach(self) -> None:
         """Record what the stage's losses read.
@@ -149,6 +187,7 @@ class Stepper:
         targets = max(1, int(self.ranks.sums(mine)[0]))
         # DeepSpeed averages gradients over ranks and passes: this makes it the mean over all targets of the global batch.
         weight = self.ranks.world * len(batches) / targets
+        self._known = self._totals(engine, batches)
         seen = _Seen(len(batches))
         norm = math.nan
         for number, batch in enumerate(batches):
@@ -168,26 +207,70 @@ class Stepper:
                 self.balance.after_step(self.ranks.reduction)
         return seen.result(self.ranks, targets, norm, applied)
 
+    def _totals(self, engine: Any, batches: Sequence[Batch]) -> _Totals:
+        """What losses that are no sums over tokens need to know of all passes and ranks before the first backward pass."""
+        world, passes, own = self.ranks.world, len(batches), self.parent.recipe if self.parent else None
+        if passes == 1 or self.stage.losses_over == "pass":
+            return _Totals(self.ranks.reduction, world)
+        wanted = needed(self.losses, own, passes, self.stage.losses_over)
+        sums, sizes = self._surveyed(engine, batches, wanted)
+        parts = world * passes
+        if sums is not None:
+            return _Totals(WholeBatch(self.ranks.total(sums), parts), parts, sizes)
+        counts: dict[str, torch.Tensor] = {}
+        for loss in self.losses:
+            found = [loss.mean_over(batch.real) for batch in batches]
+            counts[loss.name] = self.ranks.total(
+                torch.stack([each.double() for each in found if each is not None]).sum(0)
+            )
+        return _Totals(Means(counts, parts), parts, sizes)
+
+    @torch.no_grad()
+    def _surveyed(
+        self, engine: Any, batches: Sequence[Batch], wanted: Survey
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Sums of all losses and layers over this rank's passes, and the parent's sizes over all ranks'; in fp64."""
+        sums: list[torch.Tensor] = []
+        sizes: list[torch.Tensor] = []
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # the passes themselves draw the same noise again
+            for batch in batches:
+                if wanted.student:
+                    self.control.rows(batch.real)
+                    _run(engine, batch, last=1)
+                    pieces = pieces_of(self.losses, self._read(self._routers()), batch.real)
+                    sums.append(torch.cat([piece.sums.double() for piece in pieces]))
+                if wanted.parent and self.parent is not None:
+                    self.parent.logits(batch, last=1)
+                    sizes.append(self.parent.sizes(batch).double())
+        return (
+            torch.stack(sums).sum(0) if sums else None,
+            self.ranks.total(torch.stack(sizes).sum(0)) if sizes else None,
+        )
+
+    def _routers(self) -> list[RouterRecord]:
+        return self.routers.take() if self.routers else []
+
+    def _read(self, records: list[RouterRecord]) -> dict[str, list[Any]]:
+        return {"router": records, "activations": self.activations.take() if self.activations else []}
+
     def _losses(
         self, engine: Any, batch: Batch, weight: float, progress: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
-        logits = engine(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+        self.control.rows(batch.real)
+        logits = _run(engine, batch).logits
         mask = batch.mask[:, 1:]
         nats = next_token_losses(logits, batch.ids) * mask
         own = self.parent.recipe if self.parent else None
         loss = nats.sum() * weight * (own.next_token if own else 1.0)
         parts: dict[str, torch.Tensor] = {}
-        records = self.routers.take() if self.routers else []
+        records = self._routers()
         if self.losses:
-            read: dict[str, list[Any]] = {
-                "router": records,
-                "activations": self.activations.take() if self.activations else [],
-            }
-            parts |= auxiliary_losses(self.losses, read, batch.mask, self.ranks.reduction, progress)
+            parts |= auxiliary_losses(self.losses, self._read(records), batch.real, self._known.reduction, progress)
         if self.parent is not None and own is not None:
             parts |= self._distilled(self.parent, logits, batch, weight)
         if self.balance is not None:
-            self.balance.observe(records, batch.mask)
+            self.balance.observe(records, batch.real)
         total = loss
         for part in parts.values():
             total = total + part
@@ -201,7 +284,11 @@ class Stepper:
             found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
         if self.outputs is not None and parent.outputs is not None:
             student, dense = layer_outputs(self.outputs.take()), layer_outputs(parent.outputs.take())
-            found |= matching(parent.recipe, student, dense, batch.mask)
+            sizes = self._known.sizes
+            if sizes is None:
+                sizes = self.ranks.total(parent_sizes(parent.recipe, dense, batch.mask))
+            shares = matching(parent.recipe, student, dense, batch.mask, sizes)
+            found |= {name: self._known.parts * share for name, share in shares.items()}
         if parent.ffns is not None:
             losses = expert_target_losses(parent.recipe, self.model, parent.ffns.take(), batch.mask)
             share = batch.mask.sum() * weight
@@ -223,6 +310,12 @@ class Stepper:
         elif self.clip:
             torch.nn.utils.clip_grads_with_norm_(held, self.clip, norm)
         return float(norm)
+
+
+def _run(model: Any, batch: Batch, last: int = 0) -> Any:
+    """The model's output for a batch; its logits at the ``last`` positions alone, or at all."""
+    some = {"logits_to_keep": last} if last else {}
+    return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **some)
 
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -250,11 +343,11 @@ class _Seen:
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
         for record in records:
-            counts = record.chosen.detach().sum(0)
+            counts = counted(record.chosen.detach(), batch.real)
             self._counts[record.layer] = self._counts.get(record.layer, torch.zeros_like(counts)) + counts
             if record.kept is not None:
-                kept = record.kept
-                self._dropped.append(torch.stack([(~kept).sum(), torch.tensor(kept.numel(), device=kept.device)]))
+                dropped = counted(record.dropped, batch.real).sum()
+                self._dropped.append(torch.stack([dropped, batch.real.sum() * record.experts.shape[1]]))
         for row, domain in enumerate(batch.domains):
             own = self._domains.setdefault(domain, [0.0, 0])
             own[0] = own[0] + nats[row].double().sum()

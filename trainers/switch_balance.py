@@ -29,7 +29,8 @@ class SwitchBalance(Loss):
     The same number under other names: GShard's (arXiv 2006.16668) with first choices, CuMo's ``E^2 mean_i`` likewise, and
     DeepSeekMoE's expert-level balance (arXiv 2401.06066, eq. 12-14), whose ``N' / (K' T)`` is the same normalisation. For
     sigmoid routers the probabilities are the sigmoids over their sum, as in DeepSeek-V3. BTX's load (arXiv 2403.07816)
-    is the mean weight after top-k, and carries gradient. First choices are those of largest weight.
+    is the mean weight after top-k, and carries gradient. First choices are those of largest weight. All loads are of what routers
+    chose, before any choice is dropped for want of room.
     """
 
     name = "switch_balance"
@@ -55,14 +56,17 @@ class SwitchBalance(Loss):
         load, probability = shares(sums)
         return len(load) * (load * probability).sum()
 
+    def mean_over(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Sequences with a token, where the loss is of each."""
+        return mask.any(1).sum().view(1) if self.parameters.scope == "sequence" else None
+
     def _load(self, record: RouterRecord) -> torch.Tensor:
         """``[T, E]``: what each token adds to the load of each expert; rows sum to 1, unnormalised weights apart."""
         if self.parameters.fraction == "choices":
             return record.chosen / record.experts.shape[1]
         if self.parameters.fraction == "first":
-            first = record.experts.gather(1, record.weights.argmax(1, keepdim=True))
-            return torch.zeros_like(record.chosen).scatter_(1, first, 1.0)
-        weights = record.weights.to(record.scores.dtype)
+            return torch.zeros_like(record.chosen).scatter_(1, record.first, 1.0)
+        weights = record.undropped.to(record.scores.dtype)
         return torch.zeros_like(record.chosen).scatter(1, record.experts, weights)
 
 

@@ -9,11 +9,14 @@ import torch
 
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.router_control import RouterControl
 from upcycle.trainers.step import next_token_losses
 
 
-def validate(engine: Any, held_out: Mapping[str, Sequence[Batch]], ranks: Ranks) -> dict[str, float]:
-    """Mean nats per target of every domain.
+def validate(
+    engine: Any, held_out: Mapping[str, Sequence[Batch]], ranks: Ranks, control: RouterControl | None = None
+) -> dict[str, float]:
+    """Mean nats per target of every domain, of the function that is trained: with what its ``control`` does in evaluation.
 
     Ranks take batches in turn, and each runs as many as the others: with divided weights a forward pass needs all of them.
     """
@@ -26,6 +29,8 @@ def validate(engine: Any, held_out: Mapping[str, Sequence[Batch]], ranks: Ranks)
                 place = turn * ranks.world + ranks.rank
                 counts = place < len(batches)
                 batch = on_device(batches[place if counts else 0], ranks.device)
+                if control is not None:
+                    control.rows(batch.real)
                 logits = engine(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
                 if counts:
                     mask = batch.mask[:, 1:]

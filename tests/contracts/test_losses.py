@@ -9,7 +9,7 @@ import torch
 
 from upcycle.registry import LOSSES, load
 from upcycle.trainers.activation_records import ActivationRecord
-from upcycle.trainers.losses import Loss, Reduction, auxiliary_losses
+from upcycle.trainers.losses import Loss, Means, Reduction, WholeBatch, auxiliary_losses
 from upcycle.trainers.router_control import Noise
 from upcycle.trainers.router_records import RouterRecord
 from upcycle.trainers.routing import RoutingRule, widened
@@ -44,7 +44,8 @@ def recorded(loss: Loss, z: torch.Tensor, rows: torch.Tensor = ALL, score: Any =
     rule = RoutingRule(score, E, K)
     std = 0.5 + 0.1 * widened(z).square()
     noise = Noise(DRAWN[rows].to(std.dtype) * std, std)
-    return RouterRecord(0, z, *rule.route(z + noise.added), rule, noise, KEPT[rows])
+    weights, experts = rule.route(z + noise.added)
+    return RouterRecord(0, z, weights * KEPT[rows], experts, rule, noise, KEPT[rows])  # as a block uses them
 
 
 @pytest.fixture
@@ -92,6 +93,30 @@ def test_masked_tokens_might_as_well_not_be_there(name: str, z: torch.Tensor) ->
     assert not got[~mask.flatten()].any()
 
 
+LOADS = [
+    *((name, {}) for name in sorted(set(LOSSES) - {"hoyer"})),
+    ("switch_balance", {"fraction": "first"}),
+    ("switch_balance", {"fraction": "weights"}),
+    ("importance_cv2", {"of": "probabilities"}),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters"), LOADS)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_loads_are_of_choices_before_dropping(
+    name: str, parameters: dict[str, Any], score: str, z: torch.Tensor
+) -> None:
+    """A choice that found no room was chosen all the same: with and without a capacity a loss and its gradient are the same."""
+    loss = made(name, **parameters)
+    dropped, other = recorded(loss, z, score=score), recorded(loss, z, score=score)
+    whole = RouterRecord(0, z, *other.rule.route(z + other.noise.added), other.rule, other.noise)
+    assert not torch.equal(dropped.weights, whole.weights)
+    actual, expected = loss([dropped]), loss([whole])
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
+    got, wanted = (torch.autograd.grad(value, z)[0] for value in (actual, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_two_unequal_ranks_compute_the_loss_of_the_whole(name: str, z: torch.Tensor) -> None:
     loss, mask = made(name), torch.arange(T).view(B, S) != 3
@@ -106,6 +131,42 @@ def test_two_unequal_ranks_compute_the_loss_of_the_whole(name: str, z: torch.Ten
         value = auxiliary_losses([loss], {loss.reads: [recorded(loss, part, rows)]}, own, reduction)[name]
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
         got.append(torch.autograd.grad(value, part)[0] / 2)  # ranks' gradients are averaged
+    torch.testing.assert_close(torch.cat(got), wanted, rtol=1e-10, atol=1e-14)
+
+
+MEANS: list[tuple[str, dict[str, Any]]] = [("router_z", {}), ("hoyer", {}), ("switch_balance", {"scope": "sequence"})]
+DIVIDED = [*((*each, "whole") for each in [*LOADS, *MEANS[1:]]), *((*each, "means") for each in MEANS)]
+
+
+def test_which_losses_are_means() -> None:
+    mask = torch.arange(T).view(B, S) < 2 * S - 1
+    for name in LOSSES:
+        count = made(name).mean_over(mask)
+        assert (None if count is None else count.tolist()) == (None if (name, {}) not in MEANS else [2 * S - 1])
+    assert made("switch_balance", scope="sequence").mean_over(mask).tolist() == [2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "parameters", "divided"), DIVIDED)
+def test_unequal_passes_average_to_the_loss_of_the_whole(
+    name: str, parameters: dict[str, Any], divided: str, z: torch.Tensor
+) -> None:
+    loss, mask = made(name, **parameters), torch.arange(T).view(B, S) != 3
+    expected = loss([recorded(loss, z)], mask)
+    wanted = torch.autograd.grad(expected, z)[0]
+    first = torch.arange(T) < S
+    shares = [(z.detach()[rows].requires_grad_(), mask[rows.view(B, S)[:, 0]], rows) for rows in (first, ~first)]
+    known: Reduction = WholeBatch(
+        torch.stack([loss.sums(recorded(loss, part, rows), own).detach() for part, own, rows in shares]).sum(0), 2
+    )
+    if divided == "means":
+        counts = [loss.mean_over(own) for _, own, _ in shares]
+        known = Means({name: sum(count for count in counts if count is not None)}, 2)  # type: ignore[dict-item]
+    values, got = [], []
+    for part, own, rows in shares:
+        value = auxiliary_losses([loss], {loss.reads: [recorded(loss, part, rows)]}, own, known)[name]
+        values.append(value)
+        got.append(torch.autograd.grad(value, part)[0] / 2)  # passes' gradients are averaged
+    torch.testing.assert_close(torch.stack(values).mean(), expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(torch.cat(got), wanted, rtol=1e-10, atol=1e-14)
 
 

@@ -56,9 +56,9 @@ def one_rank(model: Path, folder: Path, **changes: Any) -> TrainRecipe:
 
 
 def two_ranks(recipe: TrainRecipe, folder: Path, **changes: Any) -> TrainRecipe:
-    """The same run, each of whose micro-batches is divided among two ranks."""
+    """The same run with ``--nproc 2`` and nothing else: as large micro-batches, half as many passes."""
     folder.mkdir(exist_ok=True)
-    content = {**recipe.model_dump(mode="json"), **changes, "output": str(folder / "run"), "micro_batch": 1}
+    content = {**recipe.model_dump(mode="json"), **changes, "output": str(folder / "run")}
     return TrainRecipe.model_validate(content)
 
 
@@ -74,13 +74,15 @@ def same_weights(one: Path, two: Path) -> float:
 
 
 def test_two_ranks_give_the_curve_of_one(pico_moe: Model, tmp_path: Path) -> None:
-    alone = one_rank(pico_moe("mixtral"), tmp_path / "one", stage={"steps": 3})
+    balances = {"switch_balance": {"coefficient": 0.1}, "mutual_information": {"coefficient": 0.1}, "router_z": {}}
+    alone = one_rank(pico_moe("mixtral"), tmp_path / "one", stage={"steps": 3, "losses": balances})
     both = two_ranks(alone, tmp_path / "two", zero={"stage": 2})
     on_ranks(both, 2)
     assert losses(both) == pytest.approx(losses(alone), rel=1e-4)
-    for name in ("loss/switch_balance", "loss/router_z", "gradient_norm", "load_max_over_mean"):
+    auxiliary = ("loss/switch_balance", "loss/mutual_information", "loss/router_z")
+    for name, near in (*((name, 1e-6) for name in auxiliary), ("gradient_norm", 1e-4), ("load_max_over_mean", 1e-4)):
         wanted = [line[name] for line in steps(alone)]
-        assert [line[name] for line in steps(both)] == [pytest.approx(value, rel=1e-4) for value in wanted]
+        assert [line[name] for line in steps(both)] == [pytest.approx(value, rel=near) for value in wanted]
     saved = latest(Path(both.output))
     assert saved
     assert saved.state["world"] == 2

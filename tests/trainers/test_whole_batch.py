@@ -1,0 +1,240 @@
+"""The same tokens in one pass or many, on one rank or many: one loss and one gradient, those of the whole batch.
+
+Ranks are threads here, each with a copy of the model; what DeepSpeed does with gradients is written out.
+"""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from training_runs import recipe_for
+
+from upcycle.trainers.communication_forecast import forecast_communication
+from upcycle.trainers.data import Batch
+from upcycle.trainers.distributed import Ranks
+from upcycle.trainers.division import Division
+from upcycle.trainers.losses import make_losses
+from upcycle.trainers.model_counts import ModelCounts, count_model
+from upcycle.trainers.packing import layout
+from upcycle.trainers.recipe import StageRecipe
+from upcycle.trainers.router_control import ControlParameters, RouterControl
+from upcycle.trainers.router_records import capture
+from upcycle.trainers.speed_forecast import flops_per_token
+from upcycle.trainers.step import Parent, Stepper, StepResult
+from upcycle.trainers.survey import Survey, needed
+
+ROWS, LENGTH = 4, 10
+FRAGMENTS = ([6, 3], [4], [10], [1, 1, 7])  # of each row; the rest is padding
+BALANCES = {
+    "switch_balance": {"coefficient": 0.3},
+    "device_balance": {"coefficient": 0.4},
+    "skywork_balance": {"coefficient": 50.0},
+    "importance_cv2": {"coefficient": 0.2},
+    "load_cv2": {"coefficient": 0.1},
+    "mutual_information": {"coefficient": 2.0},
+    "router_z": {"coefficient": 0.05, "layers": "mean"},
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "balances": {"losses": BALANCES},
+    "first choices under a capacity": {
+        "losses": {"switch_balance": {"fraction": "first"}, "skywork_balance": {"adaptive": True}},
+        "control": {"capacity_factor": 0.6, "min_capacity": 1},
+    },
+    "mean weights under a capacity": {
+        "losses": {"switch_balance": {"fraction": "weights"}, "importance_cv2": {}},
+        "control": {"capacity_factor": 0.6, "min_capacity": 1, "drop": "probability", "renormalize": True},
+    },
+    "means": {
+        "losses": {"switch_balance": {"scope": "sequence", "coefficient": 0.3}, "router_z": {"coefficient": 0.1}}
+    },
+    "matching": {"losses": {}, "distillation": {"logits": 1.0, "hidden": 0.7, "ffn": 0.9}},
+}
+# Stock routers compute their softmax in fp32 whatever the model's dtype; everything else is fp64.
+NEAR = 1e-6
+
+
+class Together:
+    """What threads add up."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier, self.given = Barrier(world, timeout=60), [torch.empty(0)] * world
+
+    def total(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        self.given[rank] = tensor.clone()
+        self.barrier.wait()
+        tensor.copy_(torch.stack(self.given).sum(0))
+        self.barrier.wait()
+        return tensor
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    together: Any = None
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.together.total(self.rank, tensor)
+        return total
+
+
+class Engine:
+    """What a step asks of DeepSpeed's, with gradients averaged over passes."""
+
+    def __init__(self, module: Any, passes: int) -> None:
+        self.module, self.passes, self.calls = module, passes, 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.calls += 1
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self.passes).backward()
+
+    def step(self) -> None: ...
+
+    def zero_optimization_stage(self) -> int:
+        return 1
+
+    def get_global_grad_norm(self) -> float:
+        return 1.0
+
+    def was_step_applied(self) -> bool:
+        return True
+
+
+def rows(first: int, last: int) -> Batch:
+    ids = torch.randint(4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    made = [tuple(map(torch.from_numpy, layout(torch.tensor(each).numpy(), LENGTH))) for each in FRAGMENTS]
+    positions, mask = (torch.stack(part) for part in zip(*made, strict=True))
+    own = slice(first, last)
+    return Batch(ids[own], mask[own], positions[own], ("x",) * (last - first))
+
+
+def step(
+    model: Any, parent: Any, stage: dict[str, Any], world: int, passes: int
+) -> tuple[StepResult, list[torch.Tensor], int]:
+    """A step's result and the averaged gradient, with forward passes of one rank."""
+    recipe = StageRecipe.model_validate({"steps": 1, "learning_rate": 1.0, **stage})
+    together, size = Together(world), ROWS // world // passes
+
+    def rank(number: int) -> tuple[StepResult, list[torch.Tensor], int]:
+        own = copy.deepcopy(model).train()
+        taught = Parent(lambda: copy.deepcopy(parent), recipe.distillation) if recipe.distillation else None
+        stepper = Stepper(own, recipe, ThreadRanks(number, world, torch.device("cpu"), together), taught, 0.0)
+        stepper.attach()
+        engine = Engine(own, passes)
+        # As the stream gives them: all ranks' rows of a pass lie together.
+        starts = [(number_of_pass * world + number) * size for number_of_pass in range(passes)]
+        result = stepper.step(engine, [rows(start, start + size) for start in starts], 1.0)
+        return result, [p.grad for p in own.parameters() if p.grad is not None], engine.calls
+
+    with ThreadPoolExecutor(world) as pool:
+        found = list(pool.map(rank, range(world)))
+    gradients = [torch.stack(each).mean(0) for each in zip(*(gradient for _, gradient, _ in found), strict=True)]
+    return found[0][0], gradients, found[0][2]
+
+
+@pytest.fixture(scope="module")
+def model(stock: Any) -> Any:
+    return stock("qwen3_moe", experts=6, top_k=2).double()
+
+
+@pytest.fixture(scope="module")
+def parent(stock: Any) -> Any:
+    other = stock("qwen3_moe", experts=4, top_k=2).double()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    return other
+
+
+def far(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest difference between gradients, relative to each one's largest number."""
+    pairs = zip(actual, wanted, strict=True)
+    return max(float((a - w).abs().max() / w.abs().max().clamp(min=1e-12)) for a, w in pairs)
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_every_division_has_the_loss_and_gradient_of_the_whole(model: Any, parent: Any, stage: dict[str, Any]) -> None:
+    whole, wanted, _ = step(model, parent, stage, 1, 1)
+    assert len(wanted) > 10
+    for world, passes in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1)):
+        found, gradient, _ = step(model, parent, stage, world, passes)
+        assert found.loss == pytest.approx(whole.loss, rel=NEAR)
+        assert found.parts == {name: pytest.approx(value, rel=NEAR, abs=NEAR) for name, value in whole.parts.items()}
+        assert found.dropped == whole.dropped
+        assert {layer: count.tolist() for layer, count in found.counts.items()} == {
+            layer: count.tolist() for layer, count in whole.counts.items()
+        }
+        assert far(gradient, wanted) < NEAR, (world, passes)
+
+
+def test_the_whole_is_the_papers_formula_over_all_tokens(model: Any, parent: Any) -> None:
+    """``tests/trainers/test_*`` hold every loss against its paper; here it is of the tokens that are there, and padding none."""
+    own, batch = copy.deepcopy(model).train(), rows(0, ROWS)
+    with capture(own, RouterControl(ControlParameters())) as recorder:
+        own(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+        records = recorder.take()
+    assert int(batch.real.sum()) == sum(map(sum, FRAGMENTS))
+    result, _, _ = step(model, parent, STAGES["balances"], 1, 4)
+    for loss in make_losses(BALANCES):
+        kept = [
+            type(each)(
+                each.layer,
+                *(part[batch.real.flatten()] for part in (each.logits, each.weights, each.experts)),
+                each.rule,
+            )
+            for each in records
+        ]
+        assert result.parts[loss.name] == pytest.approx(loss(kept).item(), rel=NEAR, abs=NEAR)
+    load = result.parts["switch_balance"] / 0.3
+    by_hand = 0.0
+    for record in records:
+        p = record.logits.softmax(-1)[batch.real.flatten()]
+        counts = torch.bincount(record.experts[batch.real.flatten()].flatten(), minlength=6) / (2 * len(p))
+        by_hand += 6 * (counts * p.mean(0)).sum().item()
+    assert load == pytest.approx(by_hand, rel=NEAR)
+
+
+def test_a_loss_of_every_pass_is_another_one_and_costs_no_pass(model: Any, parent: Any) -> None:
+    stage = STAGES["balances"]
+    whole, _, twice = step(model, parent, stage, 1, 4)
+    apart, _, once = step(model, parent, {**stage, "losses_over": "pass"}, 1, 4)
+    assert (twice, once) == (8, 4)
+    assert step(model, parent, STAGES["means"], 1, 4)[2] == 4
+    for name in ("switch_balance", "mutual_information", "importance_cv2"):
+        assert abs(apart.parts[name] / whole.parts[name] - 1) > 1e-3
+    assert (
+        apart.parts["router_z"] != whole.parts["router_z"]
+    )  # the mean of passes' means: passes have unlike numbers of tokens
+
+
+def test_what_is_surveyed() -> None:
+    assert needed({"switch_balance": {}}, None, 2, "batch") == Survey(student=True)
+    assert needed({"switch_balance": {}}, None, 1, "batch") == Survey()
+    assert needed({"switch_balance": {}}, None, 2, "pass") == Survey()
+    assert needed({"switch_balance": {"scope": "sequence"}, "router_z": {}, "hoyer": {}}, None, 2, "batch") == Survey()
+    own = StageRecipe.model_validate({"steps": 1, "learning_rate": 1, "distillation": {"ffn": 1}}).distillation
+    assert needed({}, own, 2, "batch") == Survey(parent=True)
+
+
+@pytest.mark.parametrize(("losses", "factor"), [({"switch_balance": {}}, 1), ({"router_z": {}}, 0)])
+def test_a_plan_counts_the_survey(pico_moe: Any, tmp_path: Any, losses: dict[str, Any], factor: int) -> None:
+    from upcycle.tensor_files import read_json
+
+    folder = pico_moe("mixtral")
+    zero = {"settings": {"param_persistence_threshold": 0}}
+    recipe = recipe_for(folder, tmp_path, micro_batch=1, stage={"losses": losses}, zero=zero)
+    counts: ModelCounts = count_model(read_json(folder / "config.json"), str(folder), recipe.length)
+    several, alone = Division(recipe, counts, 2, 3), Division(recipe, counts, 4, 3)
+    assert (several.passes, alone.passes) == (2, 1)
+    assert flops_per_token(several, None) - flops_per_token(alone, None) == factor * counts.flops.forward
+    first, second = (
+        {each.kind: each.payload for each in forecast_communication(own).traffic} for own in (several, alone)
+    )
+    assert first["all_gather"] == 2 * (1 + 2 * factor) * second["all_gather"]  # as test_forecasts_on_ranks measures
