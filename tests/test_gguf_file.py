@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.checkpoint import DenseCheckpoint
-from upcycle.errors import CheckpointError, RefusalError
+from upcycle.errors import CheckpointError, RefusalError, VerificationError
 from upcycle.gguf_file import GgufFile
 
 HF_TO_GGUF = {
@@ -112,3 +112,19 @@ def test_a_stack_of_its_layers_is_a_stock_model(pico: Callable[[str], Path], tmp
     for layer in range(6):
         stacked = model.state_dict()[f"model.layers.{layer}.self_attn.k_proj.weight"]
         assert torch.equal(stacked, dense.read(f"model.layers.{layer % 3}.self_attn.k_proj.weight"))
+
+
+def test_what_is_misread_of_it_is_found(
+    pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is transformers' own GGUF loader: a mistake of this tool's is not in both."""
+    right = GgufFile.read
+    wrong = "model.layers.1.self_attn.o_proj.weight"
+    monkeypatch.setattr(
+        GgufFile,
+        "chunks",
+        lambda self, name, *_: iter([right(self, name) * (1.01 if name == wrong else 1)]),
+    )
+    keys = {"experts": 2, "tokenizer": "none", "verification": {"tokens": 32}}
+    with pytest.raises(VerificationError, match="relative logit error"):
+        upcycle.convert(str(write_gguf(pico("llama"), tmp_path / "m.gguf")), tmp_path / "out", **keys)

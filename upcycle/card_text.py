@@ -130,6 +130,11 @@ def _verification(facts: Facts) -> str:
     ]
     if measured["layer_errors"]:
         lines.append(f"- relative error of single layers: {span(measured['layer_errors'])}")
+    if (far := measured.get("far_error")) is not None:
+        lines.append(
+            f"- relative error of the logits behind position {measured['positions_needed']:,}, where windows and scaled positions "
+            f"show: {said(far, '.1e')}"
+        )
     if measured["compared_tensors"]:
         lines.append(f"- tensors equal to what they were made from, bit for bit: {measured['compared_tensors']:,}")
     if measured["all_experts_error"] is not None:

@@ -7,17 +7,15 @@ from typing import Literal
 
 import torch
 
-from upcycle.checkpoint import Checkpoint, DenseCheckpoint
+from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
 from upcycle.growth import GrowthJob, decided_growth
-from upcycle.moe_checkpoint import MoeCheckpoint
+from upcycle.measuring import batch_size, load_sides, measure
 from upcycle.progress import Progress
-from upcycle.runtime import StockModel, available_memory, dense_model
-from upcycle.sources import Source
-from upcycle.stock import load_model
+from upcycle.runtime import available_memory, folder_model
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.verdict import EXACT_TOLERANCE, Totals, Verification
-from upcycle.verification import batch_size, check_keys, token_windows
+from upcycle.verdict import EXACT_TOLERANCE, Verification, said
+from upcycle.verification import check_keys, token_windows
 
 
 def verify_growth(
@@ -37,39 +35,32 @@ def verify_growth(
     with progress.phase("loading text and both models", 3):
         ids, label = token_windows(job, checkpoint, text, tokens)
         progress.advance()
-        before = stock_model(checkpoint, job.recipe.dtype, streamed)
+        sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
-        after = _result(type(checkpoint), folder, streamed)
+        after = folder_model(folder, streamed)
         progress.advance()
-    totals = Totals()
-    batches = ids.split(batch_size(job, ids, streamed))
-    with progress.phase("verifying", 2 * len(batches)):
-        for batch in batches:
-            expected = before.logits(batch)
-            progress.advance()
-            totals.add(batch, expected, after.logits(batch))
-            progress.advance()
+    measured = measure(sides, after, ids, batch_size(job.vocab_size, ids, streamed), elements, progress)
     promise, explanation = job.promise
     tolerance = EXACT_TOLERANCE if promise == "exact" else None
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"
-    explanation += totals.remark
-    if totals.fault:
-        verdict, explanation = "broken", totals.fault
-    elif tolerance is not None and totals.relative_error > tolerance:
+    explanation += measured.remarks
+    if measured.totals.fault:
+        verdict, explanation = "broken", measured.totals.fault
+    elif tolerance is not None and not measured.worst <= tolerance:
         verdict = "broken"
-        explanation = f"relative logit error {totals.relative_error:.1e}, promised below {tolerance:.1e}"
+        explanation = f"relative logit error {said(measured.worst, '.1e')}, promised below {tolerance:.1e}"
     return Verification(
         verdict=verdict,
         explanation=explanation,
         promise=promise,
-        tolerance=tolerance,
+        tolerance=measured.allowed(tolerance),
         layer_errors=[],
         all_experts_error=None,
         all_experts_reference="",
         text=label,
         streamed=streamed,
         compared_tensors=compared,
-        **totals.numbers,
+        **measured.numbers,
     )
 
 
@@ -101,19 +92,3 @@ def _compare_tensors(job: GrowthJob, checkpoint: Checkpoint, folder: Path, progr
 def _bits(block: torch.Tensor) -> torch.Tensor:
     """As bytes: minus zero is not zero."""
     return block.contiguous().view(-1).view(torch.uint8)
-
-
-def stock_model(checkpoint: Checkpoint, dtype: str, streamed: bool) -> StockModel:
-    """The stock model of a source, its weights rounded to ``dtype``, computed in fp32."""
-    if isinstance(checkpoint, MoeCheckpoint):
-        return StockModel.from_reader(checkpoint.raw_config, checkpoint.stock_state, streamed)
-    assert isinstance(checkpoint, DenseCheckpoint)
-    return dense_model(checkpoint, dtype, streamed)
-
-
-def _result(kind: type[Checkpoint], folder: Path, streamed: bool) -> StockModel:
-    """The result: loaded as every user would, or streamed."""
-    if not streamed:
-        return StockModel(load_model(folder))
-    cls = MoeCheckpoint if issubclass(kind, MoeCheckpoint) else DenseCheckpoint
-    return stock_model(cls(Source(str(folder), folder)), "keep", streamed)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from upcycle.activations import activation_function
 from upcycle.mixing import MixedCheckpoint
+from upcycle.stock_layers import layers_of
 from upcycle.verdict import relative
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint
     from upcycle.job import Job
     from upcycle.runtime import StockModel
+    from upcycle.stock_layers import Layers
 
 
 class LayerErrors:
@@ -30,6 +31,7 @@ class LayerErrors:
         mixes = isinstance(checkpoint, MixedCheckpoint) and not (job.method.exact_when_all_active or job.method.draws)
         self._mixed = checkpoint if isinstance(checkpoint, MixedCheckpoint) and mixes else None
         self._moe = moe
+        self._sources: dict[int, Layers] = {}
         count = job.dense.num_hidden_layers
         self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
         # A refit changes the experts, and overlapping ones never added up: there is nothing to compare.
@@ -70,9 +72,13 @@ class LayerErrors:
         method, total = self._job.method, torch.zeros_like(x)
         parts = [(source, 1 / len(method.members)) for source in method.members]
         for source, part in [*parts, *((source, 1.0) for source in method.shared_members)]:
-            ffn = self._mixed.members[source].feed_forward(index, self._job.recipe.dtype)
-            hidden = activation_function(ffn.activation)(linear(x, ffn.gate.float())) * linear(x, ffn.up.float())
-            total += linear(hidden, ffn.down.float()) * (part * method.told_scale(source))
+            if source not in self._sources:
+                self._sources[source] = layers_of(self._mixed.members[source], self._job.recipe.dtype, outside=False)
+            layers = self._sources[source]
+            layers.load(index)
+            block = layers.model.model.layers[index].get_submodule(self._job.family.block)
+            total += block(x) * (part * method.told_scale(source))
+            layers.drop(index)
         return total
 
     @property

@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 
 from upcycle.errors import CheckpointError
 from upcycle.progress import Progress
-from upcycle.runtime import available_memory, dense_model
+from upcycle.runtime import available_memory, source_model
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import DenseCheckpoint
@@ -29,7 +29,7 @@ def log_likelihoods(checkpoint: DenseCheckpoint, windows: torch.Tensor, dtype: s
     """
     elements = sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    model = dense_model(checkpoint, dtype, streamed)
+    model = source_model(checkpoint, dtype, streamed)
     # Streaming reads every weight once per batch: larger batches cost memory, and save that.
     step = max(1, _LOGIT_BYTES * (8 if streamed else 1) // (8 * windows.shape[1] * checkpoint.config.vocab_size))
     batches, found = windows.split(step), []

@@ -28,10 +28,7 @@ def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True
     """
     path = locate(name).path
     if path.is_file():
-        from upcycle.checkpoint import DenseCheckpoint
-        from upcycle.runtime import dense_model
-
-        return dense_model(DenseCheckpoint.open(name), "float32", streamed=False).model
+        return stock.load_model(path, torch.float32).eval()
     specs = SafetensorsFolder(path).specs.values()
     needed = sum(spec.nbytes if dtype == "auto" else spec.elements * dtype.itemsize for spec in specs)
     if needed > 0.9 * available_memory():

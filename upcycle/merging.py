@@ -41,9 +41,9 @@ class MergedStore:
         dtype: str = "keep",
         total: float | None = None,
     ) -> None:
-        self._parts = [(member, weight) for member, weight in zip(members, weights, strict=True) if weight]
+        self.parts = [(member, weight) for member, weight in zip(members, weights, strict=True) if weight]
         self._total = math.fsum(weights) if total is None else total
-        first, _ = self._parts[0]
+        first, _ = self.parts[0]
         shapes = first.family.all_stored_specs(first.config)
         self.specs = {name: TensorSpec(shape, self._dtype(name, dtype)) for name, shape in shapes.items()}
 
@@ -52,18 +52,18 @@ class MergedStore:
             return dtype
         import torch
 
-        stored = (getattr(torch, member.store.specs[name].dtype) for member, _ in self._parts)
+        stored = (getattr(torch, member.store.specs[name].dtype) for member, _ in self.parts)
         return str(reduce(torch.promote_types, stored)).removeprefix("torch.")
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the members' and their weights."""
-        text = "\n".join(f"{member.fingerprint} {weight!r}" for member, weight in self._parts)
+        text = "\n".join(f"{member.fingerprint} {weight!r}" for member, weight in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def location(self, name: str) -> str:
         """The files that a tensor is the mean of."""
-        return " + ".join(member.store.location(name) for member, _ in self._parts)
+        return " + ".join(member.store.location(name) for member, _ in self.parts)
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
@@ -96,7 +96,7 @@ class MergedStore:
     def _mean(self, name: str, first: int, count: int) -> torch.Tensor:
         """Fp64. Divided once: the sum of equally many fp32 numbers is exact, and so is the mean of equal ones."""
         total: torch.Tensor | None = None
-        for member, weight in self._parts:
+        for member, weight in self.parts:
             block = member.whole(Origin(name, (first, count)), "float64")
             total = block.mul_(weight) if total is None else total.add_(block, alpha=weight)
         assert total is not None
@@ -156,6 +156,7 @@ class MergedCheckpoint(JoinedCheckpoint):
         tokenizers: bool = True,
     ) -> None:
         super().__init__((*members, base), dtype, tokenizers)
-        self.store = MergedStore(members, weights)
+        self.store = merged = MergedStore(members, weights)
+        self.parts = merged.parts  # members with a weight, and theirs
         self.source = replace(base.source, name=" + ".join(member.source.name for member in members))
         self.fingerprint = hashlib.sha256((self.fingerprint + self.store.fingerprint).encode()).hexdigest()

@@ -15,8 +15,6 @@ from upcycle.tensor_names import refuse_quantized
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.runtime import State
-
 
 class MoeCheckpoint(Checkpoint):
     """A stock MoE, its experts stored one by one or fused.
@@ -59,17 +57,6 @@ class MoeCheckpoint(Checkpoint):
         drawn = torch.randn(fresh.shape, generator=stream(origin.seed, origin.name, "noise"))
         taken[origin.kept :] = (fresh.float() + origin.noise * std * drawn).to(taken.dtype)
         return taken
-
-    def stock_state(self, layer: int | None) -> State:
-        """Fp32 weights of a layer, or (None) outside the layers, under the names of the stock modules."""
-        import torch
-
-        state = {}
-        for name, stored in self.model.stock_parts(layer).items():
-            pieces = [self.read(part).float() for part in stored]
-            single = self.model.role(stored[0]) == "expert"
-            state[name] = torch.cat(pieces).view(self.model.experts, -1, pieces[0].shape[1]) if single else pieces[0]
-        return state
 
 
 def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.parsing import read_json
 from upcycle.stock import build_config, empty_model, load_model
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
 
 if TYPE_CHECKING:
-    from upcycle.checkpoint import DenseCheckpoint
-    from upcycle.job import Job
+    from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 
 State = dict[str, torch.Tensor]
 Reader = Callable[[int | None], State]
-_NOT_IN_LAYERS = None
 
 # torch's CPU build takes cos, sin and other functions from MKL, which picks its code path when each is first called. If that
 # first call comes from two threads at once, one of them can get a path that is accurate to 1e-4 only (seen once in 40 cold
@@ -50,48 +47,29 @@ def reuse_freed_memory(largest: int) -> None:
 
 
 class StockModel:
-    """A stock causal language model in fp32, in memory or (with ``read``) streamed: a layer is read before it runs and
+    """A stock causal language model in fp32, in memory or (with ``layers``) streamed: a layer is read before it runs and
     dropped after it, so that a model larger than memory can run.
     """
 
-    def __init__(self, model: Any, read: Reader | None = None, blocks: Sequence[str] = ("mlp",)) -> None:
+    def __init__(self, model: Any, layers: Layers | None = None, blocks: Sequence[str] = ("mlp",)) -> None:
         self.model = use_eager_experts(model.eval())
         self.layers = model.model.layers
         self._blocks = blocks
-        self._read = read
-        if read:
+        self._streamed = layers
+        if layers:
             for index, layer in enumerate(self.layers):
                 layer.register_forward_pre_hook(lambda *_, index=index: self.load(index))
                 layer.register_forward_hook(lambda *_, index=index: self.drop(index))
 
-    @classmethod
-    def from_reader(
-        cls, config: Mapping[str, Any], read: Reader, streamed: bool, blocks: Sequence[str] = ("mlp",)
-    ) -> StockModel:
-        """Build the stock class of ``config`` around weights that come from ``read``.
-
-        ``read(None)`` gives everything outside the decoder layers, ``read(i)`` layer ``i``, under the names of the stock
-        modules.
-
-        Raises:
-            CheckpointError: a weight is missing, unexpected, or of another shape.
-        """
-        model = skeleton(config, read(_NOT_IN_LAYERS))
-        if streamed:
-            return cls(model, read, blocks)
-        for index, layer in enumerate(model.model.layers):
-            fill(layer, index, read)
-        return cls(model, None, blocks)
-
     def load(self, index: int) -> None:
         """Read one layer into memory, when it is streamed."""
-        if self._read:
-            fill(self.layers[index], index, self._read)
+        if self._streamed:
+            self._streamed.load(index)
 
     def drop(self, index: int) -> None:
         """Give a streamed layer's memory back."""
-        if self._read:
-            self.layers[index].to("meta")
+        if self._streamed:
+            self._streamed.drop(index)
 
     def blocks(self, index: int) -> list[torch.nn.Module]:
         """The modules of a layer that add up to its FFN or MoE block, in memory until it is dropped."""
@@ -99,10 +77,10 @@ class StockModel:
         found = [getattr(self.layers[index], name, None) for name in self._blocks]
         return [block for block in found if block is not None]
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Fp32 ``[N, T, V]`` for token ids ``[N, T]``."""
+    def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
+        """Fp32 ``[N, T, V]`` for token ids ``[N, T]``, or of the ``last`` positions alone."""
         with torch.no_grad():
-            result: torch.Tensor = self.model(ids, use_cache=False).logits
+            result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
         return result
 
 
@@ -115,7 +93,7 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     settings = build_config(config, "config.json")
     model = empty_model(settings, "config.json", torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
-    _compute_buffers(model, settings)
+    compute_buffers(model, settings)
     problems = model.load_state_dict(outside, strict=False, assign=True)
     missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
     if settings.tie_word_embeddings:
@@ -124,14 +102,6 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     if missing or problems.unexpected_keys:
         raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
     return model
-
-
-def _compute_buffers(model: Any, settings: Any) -> None:
-    for name, module in model.model.named_children():
-        if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):
-            setattr(model.model, name, type(module)(settings))
-        elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
-            module.embed_scale = torch.tensor(module.scalar_embed_scale)
 
 
 def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
@@ -148,10 +118,19 @@ def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
         raise CheckpointError(f"layer {index} does not fit its stock class: {error}") from None
 
 
-def dense_model(checkpoint: DenseCheckpoint, dtype: str, streamed: bool) -> StockModel:
-    """The dense model with its weights rounded to the dtype they are converted in, computed in fp32."""
-    read, block = dense_reader(checkpoint, dtype), checkpoint.family.block
-    return StockModel.from_reader(checkpoint.raw_config, read, streamed, (block,))
+def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> StockModel:
+    """A source as stock transformers loads it from its own files, in fp32, whole or streamed.
+
+    Args:
+        checkpoint: dense or MoE; of a mix its base.
+        dtype: round its weights to this one, as a recipe's ``dtype`` means it; None: as they are stored.
+        streamed: keep one layer at a time in memory. A ``.gguf`` file is in memory all the same.
+    """
+    block = getattr(getattr(checkpoint, "family", None), "block", "mlp")
+    if not streamed:
+        return StockModel(whole_model(checkpoint, dtype), None, (block,))
+    layers = layers_of(checkpoint, dtype)
+    return StockModel(layers.model, layers, (block,))
 
 
 def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
@@ -164,29 +143,12 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
     return read
 
 
-def converted_model(job: Job, folder: Path, streamed: bool) -> StockModel:
-    """The converted model: loaded as every user would, or streamed with its experts fused as stock modules hold them."""
+def folder_model(folder: Path, streamed: bool, blocks: Sequence[str] = ("mlp",)) -> StockModel:
+    """A folder that this tool wrote: loaded as every user would, or streamed by the same code of transformers."""
     if not streamed:
-        return StockModel(load_model(folder, torch.float32), None, job.target.blocks)
-    store = SafetensorsFolder(folder)
-    units = {unit.layer: unit for unit in job.units if unit.layer is not None}
-    outside = [entry.name for unit in job.units if unit.layer is None for entry in unit.entries]
-
-    def read(layer: int | None) -> State:
-        if layer is None:
-            return {name: store.read(name).float() for name in outside}
-        entries = units[layer].entries
-        state = {entry.name: store.read(entry.name).float() for entry in entries if entry.origin}
-        if layer in job.shape.moe_layers:
-            where = {entry.built.parts: entry.name for entry in entries if entry.built}
-            for tensor in job.target.moe_tensors(job.dense, job.shape, layer, "fused"):
-                whole = tensor.parts in where
-                names = [where[tensor.parts]] if whole else [where[part,] for part in tensor.parts]
-                pieces = [store.read(name).float() for name in names]
-                state[tensor.name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view(tensor.shape)
-        return state
-
-    return StockModel.from_reader(read_json(folder / "config.json"), read, True, job.target.blocks)
+        return StockModel(load_model(folder, torch.float32), None, blocks)
+    layers = FolderLayers(folder)
+    return StockModel(layers.model, layers, blocks)
 
 
 def use_eager_experts(model: Any) -> Any:

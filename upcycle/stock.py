@@ -205,10 +205,10 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
 
 
 def load_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
-    """A folder's stock causal language model, on the CPU, as ``AutoModelForCausalLM`` loads it.
+    """The stock causal language model of a folder or ``.gguf`` file, on the CPU, as ``AutoModelForCausalLM`` loads it.
 
     Args:
-        folder: a transformers folder with safetensors weights.
+        folder: a transformers folder with safetensors weights, or a ``.gguf`` file.
         dtype: of all weights; ``auto``: as stored.
         surplus: whether there may be weights that the model does not have, as transformers permits.
 
@@ -218,14 +218,10 @@ def load_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool
     """
     from transformers import AutoModelForCausalLM
 
+    named = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            clean,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
+            clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
         )
     model, report = loaded
     report = {kind: keys for kind, keys in report.items() if keys and not (surplus and kind == "unexpected_keys")}

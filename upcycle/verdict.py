@@ -26,6 +26,12 @@ class Verification:
     dense model's own FFN inputs. ``kl`` is the mean KL(dense || moe) of next-token distributions in nats, ``loss`` the mean
     cross entropy of the next token in nats, of which ``perplexity`` is the exponential: infinite (null) from 710 nats on.
 
+    The dense side is ``reference``, its weights as they are stored. Where the conversion's dtype changes them, ``rounding_error``
+    is what that alone does to the logits, ``tolerance`` includes it, and what is promised is equality with the rounded model,
+    which layers are compared with, too. ``positions`` is the longest text that was read; beyond ``positions_needed`` (0: nowhere)
+    a model with windows or scaled positions computes otherwise than one without, and ``far_error`` is the relative error of the
+    logits there (None: not looked at).
+
     Of a growth step what is called dense is its source; ``compared_tensors`` of its result were found to be the source's
     bit for bit (or what the step says it made of them), which is all of them, and there are no layer errors.
     """
@@ -49,6 +55,11 @@ class Verification:
     text: str
     streamed: bool
     compared_tensors: int = 0
+    reference: str = ""
+    rounding_error: float | None = None
+    positions: int = 0
+    positions_needed: int = 0
+    far_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``: what is not finite is null."""

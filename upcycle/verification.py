@@ -15,18 +15,18 @@ from upcycle.errors import CheckpointError, UsageError
 from upcycle.growth import GrowthJob
 from upcycle.job import Job
 from upcycle.layer_errors import LayerErrors
+from upcycle.measuring import Measured, batch_size, load_sides, measure
 from upcycle.mixing import open_sources
 from upcycle.planning import AnyJob, job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
-from upcycle.runtime import available_memory, converted_model, dense_model
+from upcycle.runtime import available_memory, folder_model
 from upcycle.stock import load_tokenizer
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
-from upcycle.verdict import EXACT_TOLERANCE, Totals, Verification, said
+from upcycle.verdict import EXACT_TOLERANCE, Verification, said
 
 _WINDOW = 256
-_LOGIT_BYTES = 1 << 26
 # Unit roundoff: the largest relative error of storing one number.
 _ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
@@ -115,28 +115,16 @@ def verify_job(
     with progress.phase("loading text and both models", 3):
         ids, label = token_windows(job, checkpoint, text, tokens)
         progress.advance()
-        dense = dense_model(checkpoint, job.recipe.dtype, streamed)
+        sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
-        moe = converted_model(job, folder, streamed)
+        moe = folder_model(folder, streamed, job.target.blocks)
         progress.advance()
     layers = LayerErrors(job, moe, checkpoint)
-    totals = Totals()
-    batches = ids.split(batch_size(job, ids, streamed))
-    with progress.phase("verifying", 2 * len(batches)):
-        for batch in batches:
-            with layers.measured_on(dense):
-                expected = dense.logits(batch)
-            progress.advance()
-            totals.add(batch, expected, moe.logits(batch))
-            progress.advance()
+    batch = batch_size(job.vocab_size, ids, streamed)
+    measured = measure(sides, moe, ids, batch, elements, progress, layers.measured_on)
     if training is not None:
-        return _trained(layers, totals, label, streamed, training)
-    return _judge(job, layers, totals, label, streamed)
-
-
-def batch_size(job: AnyJob, ids: torch.Tensor, streamed: bool) -> int:
-    """Windows per batch. Streaming reads every weight once per batch: larger ones cost memory, and save that."""
-    return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * job.vocab_size))
+        return _trained(layers, measured, label, streamed, training)
+    return _judge(job, layers, measured, label, streamed)
 
 
 def check_keys(job: AnyJob, folder: Path) -> None:
@@ -170,12 +158,14 @@ def token_windows(job: AnyJob, checkpoint: Checkpoint, text: str | None, tokens:
     return windows_of([encode(tokenizer, content) for content in contents], tokens, window), label
 
 
-def _trained(layers: LayerErrors, totals: Totals, label: str, streamed: bool, training: dict[str, Any]) -> Verification:
+def _trained(
+    layers: LayerErrors, measured: Measured, label: str, streamed: bool, training: dict[str, Any]
+) -> Verification:
     """A trained model is another function than its dense parent: what is promised is that it is whole, and finite."""
     done = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens, since it was converted"
     return Verification(
-        verdict="broken" if totals.fault else "approximate",
-        explanation=totals.fault or done + totals.remark + layers.remark,
+        verdict="broken" if measured.totals.fault else "approximate",
+        explanation=measured.totals.fault or done + measured.remarks + layers.remark,
         promise="trained",
         tolerance=None,
         layer_errors=layers.relative,
@@ -183,13 +173,13 @@ def _trained(layers: LayerErrors, totals: Totals, label: str, streamed: bool, tr
         all_experts_reference=layers.reference,
         text=label,
         streamed=streamed,
-        **totals.numbers,
+        **measured.numbers,
     )
 
 
-def _judge(job: Job, layers: LayerErrors, totals: Totals, label: str, streamed: bool) -> Verification:
+def _judge(job: Job, layers: LayerErrors, measured: Measured, label: str, streamed: bool) -> Verification:
     promise, reason = job.promise
-    error = totals.relative_error
+    error = measured.worst
     roundoff = _ROUNDOFF[job.dtype]
     # Layers' rounding errors are independent: they add up like a random walk.
     tolerance = {"exact": EXACT_TOLERANCE, "rounded": roundoff * math.sqrt(job.dense.num_hidden_layers)}.get(promise)
@@ -198,11 +188,13 @@ def _judge(job: Job, layers: LayerErrors, totals: Totals, label: str, streamed: 
     explanation = reason
     if everyone is not None and job.method.members:
         explanation += f"; with all experts at equal weight a layer is {layers.reference} (within {everyone:.1e})"
-    explanation += totals.remark + layers.remark
-    if totals.fault:
-        verdict, explanation = "broken", totals.fault
+    explanation += measured.remarks + layers.remark
+    if measured.totals.fault:
+        verdict, explanation = "broken", measured.totals.fault
     elif tolerance is not None and not error <= tolerance:
-        verdict, explanation = "broken", f"relative logit error {said(error, '.1e')}, promised below {tolerance:.1e}"
+        behind = f" behind position {measured.reach.border:,}" if error == measured.far else ""
+        verdict = "broken"
+        explanation = f"relative logit error {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
     elif everyone is not None and not everyone <= (roundoff if job.rounding_factors else EXACT_TOLERANCE):
         verdict = "broken"
         explanation = (
@@ -212,11 +204,11 @@ def _judge(job: Job, layers: LayerErrors, totals: Totals, label: str, streamed: 
         verdict=verdict,
         explanation=explanation,
         promise=promise,
-        tolerance=tolerance,
+        tolerance=measured.allowed(tolerance),
         layer_errors=layers.relative,
         all_experts_error=everyone,
         all_experts_reference=layers.reference,
         text=label,
         streamed=streamed,
-        **totals.numbers,
+        **measured.numbers,
     )

@@ -130,6 +130,14 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
             f"({result.tokens:,} tokens, {result.text})",
         ),
     ]
+    if result.far_error is not None:
+        facts.append(
+            (
+                "long text",
+                f"{said(result.far_error, '.1e')} relative behind position {result.positions_needed:,}, where windows and scaled "
+                "positions show",
+            )
+        )
     if result.compared_tensors:
         facts.append(("tensors", f"{result.compared_tensors:,}, each what it was made from, bit for bit"))
     if result.layer_errors:

@@ -8,9 +8,8 @@ from typing import Any
 
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.growth_verification import stock_model
 from upcycle.report.data.subject import Subject, reason_of
-from upcycle.runtime import StockModel, available_memory
+from upcycle.runtime import StockModel, available_memory, source_model
 from upcycle.stock import load_model
 from upcycle.verification import reopen
 
@@ -54,13 +53,11 @@ def _reference(subject: Subject, source: str | None) -> tuple[StockModel, str | 
         if source is None:
             raise UsageError("its dense parent is not recorded", hint="name it with --source")
         checkpoint: Any = DenseCheckpoint.open(source)
-        dtype = "keep"
     else:
-        job, checkpoint = reopen(Path(subject.folder), dict(subject.record), source)
-        dtype = job.recipe.dtype
+        _, checkpoint = reopen(Path(subject.folder), dict(subject.record), source)
     _check_fits(4 * sum(spec.elements for spec in checkpoint.store.specs.values()), checkpoint.source.name)
     block = checkpoint.family.block if isinstance(checkpoint, DenseCheckpoint) else None
-    return stock_model(checkpoint, dtype, streamed=False), block
+    return source_model(checkpoint, None, streamed=False), block
 
 
 def _check_fits(needed: int, name: str) -> None:
