@@ -72,19 +72,19 @@ def accepted_changes(saved: SavedRun, recipe: TrainRecipe, model: str) -> list[C
     """
     then = saved.state["identity"].get("model")
     refused = [] if then == model else [Change("model", then, model)]
-    accepted = []
+    accepted: list[Change] = []
     before, after = _known(saved), recipe.model_dump(mode="json")
     stages = before.pop("stages"), after.pop("stages")
     for change in _differences(before, after):
         (accepted if _matches(change.key, (*_RUN, *_DATA)) else refused).append(change)
     at, done = int(saved.state["stage"]), int(saved.state["stage_step"])
     for number in range(max(map(len, stages))):
-        own, new = (listed[number] if number < len(listed) else None for listed in stages)
+        own, new = (listed[number] if number < len(listed) else {} for listed in stages)
         name = (new or own)["name"]
-        if number > at or own is None:
-            accepted += [] if own == new else [Change(f"stages.{name}", own and own["name"], new and new["name"])]
-        elif new is None:
-            refused.append(Change(f"stages.{name}", own["name"], None))
+        if number > at or not own:
+            accepted += [] if own == new else [Change(f"stages.{name}", own.get("name"), new.get("name"))]
+        elif not new:
+            refused.append(Change(f"stages.{name}", name, None))
         else:
             for change in _differences(own, new):
                 told = Change(f"stages.{name}.{change.key}", change.was, change.now)

@@ -19,6 +19,7 @@ from upcycle.trainers.deepspeed_config import accumulation, deepspeed_config
 from upcycle.trainers.distributed import Ranks, import_deepspeed
 from upcycle.trainers.flops import training_flops
 from upcycle.trainers.full_tensors import FullTensors
+from upcycle.trainers.leaf_inputs import give_inputs_gradients
 from upcycle.trainers.logit_cache import LogitCache, parent_identity, prepare_cache
 from upcycle.trainers.model_loading import check_parent, load_model, parent_folder, prepare
 from upcycle.trainers.optimizers import make_optimizer, state_keys
@@ -27,6 +28,7 @@ from upcycle.trainers.parameter_groups import groups, select
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe, TrainRecipe
 from upcycle.trainers.router_control import ControlParameters
 from upcycle.trainers.router_rates import router_warning
+from upcycle.trainers.routing import moe_layers
 from upcycle.trainers.state_reuse import DenseStates
 from upcycle.trainers.step import Parent, Stepper
 
@@ -87,6 +89,8 @@ class Stage:
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
         self.warnings = [text for text in (leak, lost, self.stepper.control.unexported) if text]
         self.flops = training_flops(self.model, recipe.length)
+        if recipe.zero_stage(ranks.world) == 3 and self.model.config.model_type in TARGETS:
+            give_inputs_gradients(moe_layers(self.model))
         self.engine = self._engine(ranks)
         if divided:
             self.stepper.attach()
@@ -112,8 +116,6 @@ class Stage:
         """Experts per token; 0 in a dense model."""
         if self.model.config.model_type not in TARGETS:
             return 0
-        from upcycle.trainers.routing import moe_layers
-
         return moe_layers(self.model)[0].rule.top_k
 
     def state(self) -> dict[str, Any]:

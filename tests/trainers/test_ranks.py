@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import losses, recipe_for, run, steps
+from training_runs import COMMAND, finish, losses, on_ranks, recipe_for, run, start, steps, two_ranks
 
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoint_reader import latest
@@ -24,42 +23,12 @@ from upcycle.trainers.export import export
 from upcycle.trainers.recipe import TrainRecipe
 
 Model = Callable[[str], Path]
-COMMAND = [sys.executable, "-P", "-m", "upcycle.cli.main", "train"]
-
-
-def start(recipe: TrainRecipe, *arguments: str) -> subprocess.Popen[str]:
-    path = Path(recipe.output).with_suffix(".yaml")
-    path.write_text(recipe.dump())
-    return subprocess.Popen(
-        [*COMMAND, str(path), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == code, errors[-3000:]
-    return output
-
-
-def on_ranks(recipe: TrainRecipe, ranks: int) -> str:
-    return finish(start(recipe, "--nproc", str(ranks)))
 
 
 def one_rank(model: Path, folder: Path, **changes: Any) -> TrainRecipe:
     recipe = recipe_for(model, folder, **changes)
     run(recipe)
     return recipe
-
-
-def two_ranks(recipe: TrainRecipe, folder: Path, **changes: Any) -> TrainRecipe:
-    """The same run with ``--nproc 2`` and nothing else: as large micro-batches, half as many passes."""
-    folder.mkdir(exist_ok=True)
-    content = {**recipe.model_dump(mode="json"), **changes, "output": str(folder / "run")}
-    return TrainRecipe.model_validate(content)
 
 
 def same_weights(one: Path, two: Path) -> float:

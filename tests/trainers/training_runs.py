@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from upcycle.trainers.loop import TrainResult, train
 from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe
 from upcycle.trainers.reports import read_log
 
+COMMAND = [sys.executable, "-P", "-m", "upcycle.cli.main", "train"]
 WORDS = (
     "the",
     "cat",
@@ -92,3 +96,35 @@ def steps(recipe: TrainRecipe) -> list[dict[str, Any]]:
 def losses(recipe: TrainRecipe) -> list[float]:
     """The loss of every step."""
     return [line["loss"] for line in steps(recipe)]
+
+
+def two_ranks(recipe: TrainRecipe, folder: Path, **changes: Any) -> TrainRecipe:
+    """The same run with ``--nproc 2`` and nothing else: as large micro-batches, half as many passes."""
+    folder.mkdir(exist_ok=True)
+    content = {**recipe.model_dump(mode="json"), **changes, "output": str(folder / "run")}
+    return TrainRecipe.model_validate(content)
+
+
+def start(recipe: TrainRecipe, *arguments: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    path = Path(recipe.output).with_suffix(".yaml")
+    path.write_text(recipe.dump())
+    return subprocess.Popen(
+        [*COMMAND, str(path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for it, and its output."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors[-3000:]
+    return output
+
+
+def on_ranks(recipe: TrainRecipe, ranks: int) -> str:
+    """The run as so many processes."""
+    return finish(start(recipe, "--nproc", str(ranks)))
