@@ -198,6 +198,7 @@ class _Run:
         for number in range(done, steps):
             begun = time.perf_counter()
             torch.manual_seed(_seed(self.recipe.seed, self.step, self.ranks.rank))
+            stage.stepper.seed = _seed(self.recipe.seed, self.step, 0)
             rate = set_rates(stage.engine.optimizer, stage.schedule(number))
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
             result = stage.stepper.step(stage.engine, batches, number / steps)

@@ -5,9 +5,9 @@ T tokens, D hidden, E experts, K top-k. An exported model has none of it: it rou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from torch.nn.functional import linear, softplus
 from upcycle.errors import UsageError
 from upcycle.methods.base import PluginParameters
 from upcycle.trainers.capacity import within_capacity
+from upcycle.trainers.counter_rng import random_words
 from upcycle.trainers.routing import MoeLayer, RoutingRule, widened
 
 NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
@@ -106,15 +107,20 @@ class RouterControl:
         self.kept: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
         self.skipped: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
         self._real: torch.Tensor | None = None
+        self._keys: Sequence[object] = ()
         self.unexported: str | None = None  # what the exported model will do otherwise
         self._handles: list[Any] = []
 
-    def rows(self, real: torch.Tensor | None) -> None:
-        """Say what the coming passes' rows are: bool ``[B, S]``, false where there is padding, which takes no room.
+    def rows(self, real: torch.Tensor | None, keys: Sequence[object] = ()) -> None:
+        """Say what the coming passes' rows are.
 
-        ``None``: all tokens of a pass are one group, and none is padding.
+        Args:
+            real: bool ``[B, S]``, false where there is padding, which takes no room. ``None``: all tokens of a pass are one
+                group, and none is padding.
+            keys: of each row, what its random numbers are a function of, so that they do not depend on which rank and pass
+                it falls to; layers computed again draw the same. Left out: torch's generator is drawn from.
         """
-        self._real = real
+        self._real, self._keys = real, keys
 
     def did(self, layer: int) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None]:
         """What was added to a layer's logits in the last pass, which choices were dispatched, and which chance held back."""
@@ -143,7 +149,7 @@ class RouterControl:
             rows = next(layer.router.parameters())
             layer.router.register_parameter(NOISE_WEIGHT, nn.Parameter(torch.zeros_like(rows)))
         if options.jitter:
-            self._handles.append(layer.router.register_forward_pre_hook(self._jitter))
+            self._handles.append(layer.router.register_forward_pre_hook(self._jitter(layer)))
         if any(
             (
                 options.noise != "none",
@@ -161,12 +167,30 @@ class RouterControl:
             handle.remove()
         self._handles.clear()
 
-    def _jitter(self, router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not router.training:
-            return inputs
-        hidden, *others = inputs
+    def _jitter(self, layer: MoeLayer) -> Callable[..., Any]:
         epsilon = self.parameters.jitter
-        return (hidden * torch.empty_like(hidden).uniform_(1 - epsilon, 1 + epsilon), *others)
+
+        def hook(router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            if not router.training:
+                return inputs
+            hidden, *others = inputs
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            factors = self._drawn(
+                layer, "jitter", flat, lambda x, rng: x.uniform_(1 - epsilon, 1 + epsilon, generator=rng)
+            )
+            return (hidden * factors.view_as(hidden), *others)
+
+        return hook
+
+    def _drawn(self, layer: MoeLayer, what: str, like: torch.Tensor, fill: Fill) -> torch.Tensor:
+        """Random numbers like ``[T, n]``, each row's a function of its key where rows have one."""
+        values = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if not self._keys:
+            return fill(values, None)
+        rng = torch.Generator(values.device)
+        for key, part in zip(self._keys, values.view(len(self._keys), -1, values.shape[1]), strict=True):
+            fill(part, rng.manual_seed(int(random_words(1, key, layer.index, what)[0] >> 1)))
+        return values
 
     def _hook(self, layer: MoeLayer) -> Callable[..., Any]:
         def hook(router: nn.Module, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
@@ -185,12 +209,15 @@ class RouterControl:
             routed = logits = normalized_logits(routed, options.normalize_logits)
         if noisy:
             std = self._std(layer.router, hidden.reshape(-1, hidden.shape[-1]), routed)
-            noise = Noise(torch.randn_like(routed) * std, std)
+            noise = Noise(self._drawn(layer, "noise", std, _normal) * std, std)
             self.noise[layer.index], routed = noise, routed + noise.added
         if options.normalize_logits or noisy:
             weights, experts = rule.route(routed)
         if training and options.second == "sampled" and rule.top_k > 1:
-            weights, experts = _sampled(rule, rule.scores(routed), weights, experts)
+            scores = rule.scores(routed)
+            weights, experts = _sampled(
+                rule, scores, weights, experts, self._drawn(layer, "second", scores, _exponential)
+            )
         return logits, self._dispatched(layer, weights, experts, training).to(dtype), experts
 
     def _dispatched(
@@ -201,7 +228,7 @@ class RouterControl:
         factor = options.capacity_factor if training else options.evaluation_capacity_factor
         asked = kept = None
         if training and options.second == "random":
-            kept = asked = _by_chance(weights.detach())
+            kept = asked = _by_chance(weights.detach(), self._drawn(layer, "second", weights, _uniform))
             self.skipped[layer.index] = ~asked
         if factor:
             real = self._real
@@ -230,20 +257,35 @@ def normalized_logits(logits: torch.Tensor, spread: float) -> torch.Tensor:
     return spread * centred / (centred.square().mean(-1, keepdim=True).sqrt() + _NORM_EPSILON)
 
 
-def _by_chance(weights: torch.Tensor) -> torch.Tensor:
+Fill: TypeAlias = Callable[[torch.Tensor, torch.Generator | None], torch.Tensor]  # in place; the tensor is returned
+
+
+def _normal(x: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+    return x.normal_(generator=rng)
+
+
+def _uniform(x: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+    return x.uniform_(generator=rng)
+
+
+def _exponential(x: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+    return x.exponential_(generator=rng)
+
+
+def _by_chance(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Bool ``[T, K]``: a token's first choice, and every other with probability ``min(1, 2 g)``, g its share of the weights."""
     shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    drawn = torch.rand_like(shares) < 2 * shares
+    drawn = uniform < 2 * shares
     return drawn.scatter_(1, weights.argmax(1, keepdim=True), True)
 
 
 def _sampled(
-    rule: RoutingRule, scores: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+    rule: RoutingRule, scores: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, exponential: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every token's first expert, and K - 1 others drawn in proportion to their scores ``[T, E]``, none twice."""
     first = experts.gather(1, weights.argmax(1, keepdim=True))
     tiny = torch.finfo(scores.dtype).tiny
-    gumbel = -torch.empty_like(scores).exponential_().clamp(min=tiny).log()
+    gumbel = -exponential.clamp(min=tiny).log()
     preferred = scores.detach().clamp(min=tiny).log() + gumbel
     others = preferred.scatter_(1, first, -torch.inf).topk(rule.top_k - 1, dim=1).indices
     experts = torch.cat([first, others], 1)

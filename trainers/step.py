@@ -142,7 +142,8 @@ class Stepper:
         self.routers: Recorder[RouterRecord] | None = None
         self.activations: Recorder[ActivationRecord] | None = None
         self.outputs: Recorder[OutputRecord] | None = None
-        self._known = _Totals(ranks.reduction, ranks.world)  # of the step that is being taken
+        self.seed = 0  # of the step that is being taken; the same on every rank
+        self._known = _Totals(ranks.reduction, ranks.world)  # likewise
 
     def attach(self) -> None:
         """Record what the stage's losses read.
@@ -191,6 +192,7 @@ class Stepper:
         seen = _Seen(len(batches))
         norm = math.nan
         for number, batch in enumerate(batches):
+            self._announce(batch, number)
             loss, parts, nats = self._losses(engine, batch, weight, progress)
             seen.add(batch, nats, parts)
             engine.backward(loss)
@@ -233,10 +235,10 @@ class Stepper:
         sums: list[torch.Tensor] = []
         sizes: list[torch.Tensor] = []
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # the passes themselves draw the same noise again
-            for batch in batches:
+        with torch.random.fork_rng(devices=devices):  # what models draw themselves, they draw again
+            for number, batch in enumerate(batches):
                 if wanted.student:
-                    self.control.rows(batch.real)
+                    self._announce(batch, number)
                     _run(engine, batch, last=1)
                     pieces = pieces_of(self.losses, self._read(self._routers()), batch.real)
                     sums.append(torch.cat([piece.sums.double() for piece in pieces]))
@@ -248,6 +250,12 @@ class Stepper:
             self.ranks.total(torch.stack(sizes).sum(0)) if sizes else None,
         )
 
+    def _announce(self, batch: Batch, number: int) -> None:
+        """Tell routers what the rows of a pass are, and their places in the global batch, which noise is drawn by."""
+        size = len(batch.ids)
+        first = (number * self.ranks.world + self.ranks.rank) * size
+        self.control.rows(batch.real, [(self.seed, first + row) for row in range(size)])
+
     def _routers(self) -> list[RouterRecord]:
         return self.routers.take() if self.routers else []
 
@@ -257,7 +265,6 @@ class Stepper:
     def _losses(
         self, engine: Any, batch: Batch, weight: float, progress: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
-        self.control.rows(batch.real)
         logits = _run(engine, batch).logits
         mask = batch.mask[:, 1:]
         nats = next_token_losses(logits, batch.ids) * mask

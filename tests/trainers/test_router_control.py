@@ -198,7 +198,7 @@ def test_the_second_expert_is_dispatched_by_chance(record: Any) -> None:
     logits = torch.tensor([[2.0, 1.5, 0.0, -1.0], [3.0, 0.0, 1.0, 0.5]])
     weights = record(logits, 2).weights.repeat(DRAWS, 1)
     torch.manual_seed(3)
-    asked = _by_chance(weights).view(DRAWS, 2, 2).double().mean(0)
+    asked = _by_chance(weights, torch.rand_like(weights)).view(DRAWS, 2, 2).double().mean(0)
     for row, rates in zip(logits.tolist(), asked.tolist(), strict=True):
         first, second = sorted((math.exp(z) for z in row), reverse=True)[:2]
         assert rates[0] == 1.0
@@ -209,13 +209,36 @@ def test_the_second_expert_is_drawn_in_proportion_to_its_score(record: Any) -> N
     logits = torch.tensor([[2.0, 1.5, 0.0, -1.0]])
     made = record(logits.repeat(DRAWS, 1), 2)
     torch.manual_seed(4)
-    weights, experts = _sampled(made.rule, made.scores, made.weights, made.experts)
+    drawn = torch.empty_like(made.scores).exponential_()
+    weights, experts = _sampled(made.rule, made.scores, made.weights, made.experts, drawn)
     assert (experts[:, 0] == 0).all()
     chances = [0.0, *(math.exp(z) for z in (1.5, 0.0, -1.0))]
     rates = torch.bincount(experts[:, 1], minlength=4).double() / DRAWS
     assert rates.tolist() == pytest.approx([chance / sum(chances) for chance in chances], abs=FAR)
     chosen = made.scores.gather(1, experts)
     torch.testing.assert_close(weights, chosen / chosen.sum(1, keepdim=True))
+
+
+def test_random_numbers_of_a_row_are_a_function_of_its_key(stock: Any, ids: torch.Tensor) -> None:
+    """Whichever pass it falls to; no two rows, layers or uses draw the same."""
+    model = stock("mixtral").train()
+    control = RouterControl(ControlParameters(noise="fixed", noise_std=1.0, jitter=0.1))
+    real = torch.ones(ids.shape, dtype=torch.bool)
+
+    def noise(rows: list[int]) -> list[torch.Tensor]:
+        control.rows(real[rows], [("step", row) for row in rows])
+        model(ids[rows], use_cache=False)
+        return [each.added for each in control.noise.values()]
+
+    with capture(model, control):
+        both, second = noise([0, 1]), noise([1])
+    control.detach()
+    length = ids.shape[1]
+    for whole, alone in zip(both, second, strict=True):
+        assert torch.equal(whole[length:], alone)
+        assert not torch.equal(whole[:length], alone)
+    assert not torch.equal(both[0], both[1])
+    assert torch.cat(both).std().item() == pytest.approx(1.0, abs=5 / (2 * sum(map(torch.numel, both))) ** 0.5)
 
 
 def test_choices_held_back_by_chance_ask_for_no_room_and_are_not_dropped(stock: Any, ids: torch.Tensor) -> None:

@@ -50,6 +50,11 @@ STAGES: dict[str, dict[str, Any]] = {
         "losses": {"switch_balance": {"fraction": "weights"}, "importance_cv2": {}},
         "control": {"capacity_factor": 0.6, "min_capacity": 1, "drop": "probability", "renormalize": True},
     },
+    "noise, jitter and chance": {
+        "losses": {"load_cv2": {"coefficient": 0.1}, "switch_balance": {}, "skywork_balance": {"adaptive": True}},
+        "control": {"noise": "learned", "jitter": 0.05, "second": "random", "capacity_factor": 0.6, "min_capacity": 1},
+    },
+    "drawn experts": {"losses": {"switch_balance": {}}, "control": {"second": "sampled"}},
     "means": {
         "losses": {"switch_balance": {"scope": "sequence", "coefficient": 0.3}, "router_z": {"coefficient": 0.1}}
     },
