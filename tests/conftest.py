@@ -21,6 +21,7 @@ from upcycle.sources import DEMO_FOLDER
 # Test folders are no packages: this makes ``from pico_models import ...`` work in all of them.
 _HELPERS = {
     "pico_models": "pico_models.py",
+    "kill_points": "kill_points.py",
     "hub_state": "hub_state.py",
     "hub_answers": "hub_answers.py",
     "hub_server": "hub_server.py",

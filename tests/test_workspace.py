@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kill_points import Killed, killed_at
 
-from upcycle.errors import UpcycleError, UsageError
-from upcycle.workspace import Workspace
+from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
+from upcycle.hashing import hash_file
+from upcycle.workspace import Workspace, settle
+
+FILES = {"config.json": "{}", "model.safetensors": "weights", "recipe.yaml": "source: a"}
 
 
 def fill(folder: Path, text: str) -> None:
-    (folder / "model").write_text(text)
+    """A result as upcycle writes one."""
+    for name, content in FILES.items():
+        (folder / name).write_text(content + text)
+    record = {"versions": {"upcycle": "1"}, "files": {name: hash_file(folder / name) for name in FILES}}
+    (folder / "upcycle.json").write_text(json.dumps(record))
 
 
-def test_out_appears_when_published(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with Workspace(out, "job") as workspace:
+def result(out: Path, text: str) -> Path:
+    out.mkdir(parents=True)
+    fill(out, text)
+    return out
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() if path.is_file() else "folder" for path in sorted(folder.iterdir())}
+
+
+def make(out: Path, text: str = "new", **options: object) -> Path:
+    """A whole job."""
+    with Workspace(out, "job", **options) as workspace:  # type: ignore[arg-type]
+        if not workspace.finished:
+            (workspace.folder / "journal.jsonl").write_text("unit")
+            fill(workspace.folder, text)
+        return workspace.publish()
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> dict[str, str]:
+    return content(result(tmp_path / "reference" / "new", "new"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody cuts the power of a test."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_out_appears_when_published(place: Path, new: dict[str, str]) -> None:
+    with Workspace(place / "out", "job") as workspace:
         fill(workspace.folder, "new")
-        assert not out.exists()
+        assert not (place / "out").exists()
         workspace.publish()
-    assert [path.name for path in out.iterdir()] == ["model"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content(place / "out") == new
+    assert names(place) == ["out"]
 
 
 def test_the_same_job_is_continued_another_is_refused(tmp_path: Path) -> None:
@@ -30,40 +82,150 @@ def test_the_same_job_is_continued_another_is_refused(tmp_path: Path) -> None:
         fill(workspace.folder, "half")
     with Workspace(out, "job") as workspace:
         assert workspace.resumed
-        assert (workspace.folder / "model").read_text() == "half"
+        assert not workspace.finished
+        assert (workspace.folder / "config.json").read_text() == "{}half"
     with pytest.raises(UsageError, match="unfinished conversion of another recipe"), Workspace(out, "other"):
         pass
     with Workspace(out, "other", restart=True) as workspace:
         assert not workspace.resumed
-        assert not (workspace.folder / "model").exists()
+        assert not (workspace.folder / "config.json").exists()
 
 
-def test_overwrite_keeps_the_old_until_the_new_is_complete(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    fill(out, "old")
-    with pytest.raises(UsageError, match="is not empty"), Workspace(out, "job"):
+def test_what_is_quickly_done_again_throws_away_its_own_kind_alone(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", "job") as workspace:
+        fill(workspace.folder, "half")
+    exporting = {"kind": "export", "disposable": True}
+    with (
+        pytest.raises(UsageError, match="unfinished conversion") as told,
+        Workspace(tmp_path / "out", "e", **exporting),
+    ):  # type: ignore[arg-type]
         pass
+    assert "--restart" not in str(told.value.hint)  # export has none
+    with Workspace(tmp_path / "other", "one", **exporting) as workspace:  # type: ignore[arg-type]
+        fill(workspace.folder, "half")
+    with Workspace(tmp_path / "other", "two", **exporting) as workspace:  # type: ignore[arg-type]
+        assert not workspace.resumed
+
+
+def test_overwrite_keeps_the_old_until_the_new_is_complete(place: Path, new: dict[str, str]) -> None:
+    out = result(place / "out", "old")
+    old = content(out)
+    with pytest.raises(UsageError, match="holds a model that upcycle wrote") as told, Workspace(out, "job"):
+        pass
+    assert "--overwrite" in str(told.value.hint)
     with pytest.raises(RuntimeError), Workspace(out, "job", overwrite=True) as workspace:
         fill(workspace.folder, "new")
         raise RuntimeError("stopped half-way")
-    assert (out / "model").read_text() == "old"
-    with Workspace(out, "job", overwrite=True) as workspace:
-        fill(workspace.folder, "new")
-        workspace.publish()
-    assert (out / "model").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content(out) == old
+    make(out, overwrite=True)
+    assert content(out) == new
+    assert names(place) == ["out"]
 
 
-def test_a_broken_result_goes_beside_out(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def foreign(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("a fine-tune")
+
+
+def its_record_is_of_another_tool(folder: Path) -> None:
+    (folder / "upcycle.json").write_text('{"name": "a web shop for furniture"}')
+
+
+def its_record_is_a_link(folder: Path) -> None:
+    result(folder.parent / "elsewhere", "mine")
+    (folder / "upcycle.json").symlink_to(folder.parent / "elsewhere" / "upcycle.json")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("fills", [foreign, its_record_is_of_another_tool, its_record_is_a_link])
+def test_what_upcycle_did_not_write_is_never_replaced(
+    place: Path, fills: Callable[[Path], None], overwrite: bool
+) -> None:
+    out = place / "out"
     out.mkdir()
-    fill(out, "old")
+    fills(out)
+    before = content(out)
+    with pytest.raises(UsageError, match="upcycle did not write") as told, Workspace(out, "job", overwrite):
+        pass
+    assert "--overwrite" not in str(told.value.hint)
+    assert content(out) == before
+    assert "out.partial" not in names(place)
+
+
+@pytest.mark.parametrize("changed", ["notes.txt", "model.safetensors", "README.md"])
+def test_what_the_user_put_into_a_result_is_kept_when_it_is_replaced(
+    place: Path, new: dict[str, str], changed: str
+) -> None:
+    out = result(place / "out", "old")
+    (out / changed).write_text("of the user")
+    (place / "out.replaced").mkdir()  # a name that is taken
+    said: list[str] = []
+    make(out, overwrite=True, note=said.append)
+    assert content(out) == new
+    assert (place / "out.2.replaced" / changed).read_text() == "of the user"
+    assert "out.2.replaced" in said[0]
+    assert changed in said[0]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_out_that_somebody_fills_meanwhile_stays_and_nothing_is_done_twice(
+    place: Path, new: dict[str, str], overwrite: bool
+) -> None:
+    out = place / "out"
+    if overwrite:
+        result(out, "old")
+    with pytest.raises(UsageError, match="filled by somebody else meanwhile"), Workspace(out, "job", overwrite) as one:
+        fill(one.folder, "new")
+        if overwrite:  # even where it looks like ours: it is not what was to be replaced
+            shutil.rmtree(out)
+        result(out, "of another")
+        (out / "mine.txt").write_text("mine")
+        one.publish()
+    assert (out / "mine.txt").read_text() == "mine"
+    out.rename(place / "moved")
+    with Workspace(out, "job") as again:
+        assert again.finished
+        again.publish()
+    assert content(out) == new
+    assert names(place) == ["moved", "out"]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "file", "dangling"])
+def test_a_working_folder_that_is_not_ours_is_left_alone(place: Path, kind: str) -> None:
+    partial, mine = place / "out.partial", place / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("thesis")
+    if kind == "link":
+        partial.symlink_to(mine)
+    elif kind == "dangling":
+        partial.symlink_to(place / "nowhere")
+    elif kind == "folder":
+        mine.rename(partial)
+        mine = partial
+    else:
+        partial.write_text("thesis")
+    with pytest.raises(UsageError, match=r"link or a file|in the way"), Workspace(place / "out", "job", restart=True):
+        pass
+    assert (mine / "thesis.txt").read_text() == "thesis"
+    assert os.path.lexists(partial)
+    assert not (place / "nowhere").exists()
+
+
+def test_a_broken_result_goes_beside_out_and_past_what_is_not_ours(place: Path) -> None:
+    out = result(place / "out", "old")
+    old = content(out)
+    for taken in (False, True):
+        with Workspace(out, "job", overwrite=True) as workspace:
+            fill(workspace.folder, "broken")
+            assert workspace.publish(failed=True) == place / "out.failed"  # one of ours is replaced
+        assert (place / "out.failed" / "config.json").read_text() == "{}broken", taken
+    shutil.rmtree(place / "out.failed")
+    (place / "out.failed").mkdir()
+    (place / "out.failed" / "mine").write_text("mine")
     with Workspace(out, "job", overwrite=True) as workspace:
         fill(workspace.folder, "broken")
-        assert workspace.publish(failed=True) == tmp_path / "out.failed"
-    assert (out / "model").read_text() == "old"
-    assert (tmp_path / "out.failed" / "model").read_text() == "broken"
+        assert workspace.publish(failed=True) == place / "out.2.failed"
+    assert (place / "out.failed" / "mine").read_text() == "mine"
+    assert content(out) == old
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
@@ -79,3 +241,217 @@ def test_out_must_not_be_a_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a file"), Workspace(tmp_path / "out", "job"):
         pass
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["empty", "missing"])
+def test_a_link_is_followed_once_and_stays(place: Path, new: dict[str, str], target: str) -> None:
+    disk = place / "disk"
+    if target == "empty":
+        disk.mkdir()
+    (place / "out").symlink_to("disk")
+    make(place / "out")
+    assert (place / "out").is_symlink()
+    assert content(disk) == new
+    assert names(place) == ["disk", "out"]
+
+
+def test_a_link_that_leads_nowhere_is_refused(place: Path) -> None:
+    (place / "out").symlink_to(place / "not mounted" / "models")
+    (place / "circle").symlink_to("circle")
+    for name in ("out", "circle"):
+        with pytest.raises(UsageError, match="cannot be made"):
+            Workspace(place / name, "job")
+    assert names(place) == ["circle", "out"]
+
+
+@pytest.mark.parametrize("length", [255, 250, 247])
+@pytest.mark.parametrize("letter", ["n", "\u00e4"])
+def test_names_fit(place: Path, new: dict[str, str], length: int, letter: str) -> None:
+    out = result(place / (letter * (length // len(letter.encode()))), "old")
+    make(out, overwrite=True)
+    assert content(out) == new
+    with Workspace(out, "job", overwrite=True) as workspace:
+        fill(workspace.folder, "broken")
+        failed = workspace.publish(failed=True)
+    assert failed.name.endswith(".failed")
+    assert sorted(place.iterdir()) == sorted([out, failed])
+
+
+def test_a_name_that_cannot_be_is_refused_at_once(place: Path) -> None:
+    for name in ("n" * 256, "\u00e4" * 128, "/".join(["folder"] * 700)):
+        with pytest.raises(UsageError, match=r"too long|bytes"), Workspace(place / name, "job"):
+            pass
+    assert names(place) == []
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_in_the_way(place: Path, new: dict[str, str]) -> None:
+    with killed_at(place, 0) as changes, Workspace(place / "out", "count"):
+        count = len(changes)
+    shutil.rmtree(place / "out.partial")
+    for at in range(1, count + 1):
+        with (
+            killed_at(place, at, OSError(errno.ENOSPC, "No space left on device")),
+            pytest.raises(EnvironmentFault, match="disk is full"),
+            Workspace(place / "out", "one"),
+        ):
+            pass
+    (place / "out.partial" / "state.json").write_text("")  # and what file systems make of that after a power cut
+    make(place / "out")
+    assert content(place / "out") == new
+
+
+def refuse_renames(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Folders cannot be renamed (a mount point, a layer of an overlay), and files not to another folder."""
+    for name in ("rename", "replace"):
+        real = getattr(os, name)
+
+        def refusing(old: object, new: object, *_: object, real: Callable[..., None] = real, **__: object) -> None:
+            if Path(str(old)).is_dir() or Path(str(old)).parent != Path(str(new)).parent:
+                raise OSError(number, os.strerror(number), str(old))
+            real(old, new)
+
+        monkeypatch.setattr(os, name, refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EINVAL])
+@pytest.mark.parametrize("before", ["nothing", "empty", "old"])
+def test_what_cannot_be_renamed_is_copied(
+    place: Path, new: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int, before: str
+) -> None:
+    out = place / "out"
+    if before == "old":
+        result(out, "old")
+    elif before == "empty":
+        out.mkdir()
+    refuse_renames(monkeypatch, number)
+    make(out, overwrite=before == "old")
+    assert content(out) == new
+    assert names(place) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_cannot_promise_to_keep_are_used(
+    place: Path, new: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    make(place / "out")
+    assert content(place / "out") == new
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "i/o")])
+def test_what_fails_at_the_last_moment_is_not_done_again(
+    place: Path, new: dict[str, str], monkeypatch: pytest.MonkeyPatch, error: BaseException, inside: bool
+) -> None:
+    out = place / "out"
+    if inside:
+        out.mkdir()
+        monkeypatch.chdir(out)
+    with Workspace(out, "job") as workspace:
+        fill(workspace.folder, "new")
+    for name in ("rename", "replace"):
+        real = getattr(os, name)
+
+        def failing(old: object, new_: object, real: Callable[..., None] = real) -> None:
+            if "state.json" not in str(new_):
+                raise error
+            real(old, new_)
+
+        monkeypatch.setattr(os, name, failing)
+    with (
+        pytest.raises((KeyboardInterrupt, EnvironmentFault)),
+        Workspace(out, "job") as workspace,
+    ):
+        workspace.publish()
+    monkeypatch.undo()
+    if inside:
+        monkeypatch.chdir(out)
+    with Workspace(out, "job") as workspace:
+        assert workspace.finished
+        workspace.publish()
+    assert content(out) == new
+
+
+# How OUT was before, and how it is put in place.
+BEFORE = ["nothing", "old", "mine"]
+
+
+@pytest.mark.parametrize("way", ["renamed", "inside", "refused"])
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_kill_at_any_change_of_the_disk_loses_nothing(
+    place: Path, new: dict[str, str], monkeypatch: pytest.MonkeyPatch, before: str, way: str
+) -> None:
+    out = place / "out"
+
+    def fresh() -> None:
+        shutil.rmtree(place)
+        place.mkdir()
+        if before != "nothing":
+            result(out, "old")
+        elif way == "inside":
+            out.mkdir()
+        if before == "mine":
+            (out / "notes.txt").write_text("mine")
+
+    if way == "inside":
+        monkeypatch.setattr("upcycle.ownership.is_mount", lambda path: path == out)
+    if way == "refused":
+        refuse_renames(monkeypatch, errno.EXDEV)
+    options = {"overwrite": before != "nothing"}
+    fresh()
+    with killed_at(place, 0) as changes:
+        make(out, **options)
+    assert content(out).items() >= new.items()
+    for at in range(1, len(changes) + 1):
+        fresh()
+        with killed_at(place, at) as done, pytest.raises(Killed):
+            make(out, **options)
+        seen = content(out) if out.exists() else {}
+        if "{}new" in seen.values() and "state.json" not in seen:
+            assert seen.items() >= new.items(), done[-1]  # what looks finished is
+        olds = [path for path in place.rglob("config.json") if path.read_text() == "{}old"]
+        assert olds or before == "nothing" or content(out).items() >= new.items(), done[-1]
+        make(out, **options)
+        found = content(out)
+        kept = [path for path in place.rglob("notes.txt") if path.read_text() == "mine"]
+        assert len(kept) == (before == "mine"), done[-1]
+        if before == "mine":
+            found.pop("upcycle.replaced", None)
+        assert found == new, done[-1]
+        assert names(place) == (["out", "out.replaced"] if before == "mine" and way != "inside" else ["out"]), done[-1]
+
+
+@pytest.mark.parametrize("way", ["renamed", "refused"])
+def test_another_job_finds_out_as_a_killed_one_should_have_left_it(
+    place: Path, new: dict[str, str], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    out = place / "out"
+    old = content(result(place.parent / "reference" / "old", "old"))
+    if way == "refused":
+        refuse_renames(monkeypatch, errno.EXDEV)
+    result(out, "old")
+    with killed_at(place, 0) as changes:
+        make(out, overwrite=True)
+    for at in range(1, len(changes) + 1):
+        shutil.rmtree(place)
+        result(out, "old")
+        with killed_at(place, at) as done, pytest.raises(Killed):
+            make(out, overwrite=True)
+        last = done[-1]
+        with pytest.raises(UsageError), Workspace(out, "other"):
+            pass
+        settle(out)
+        state = {name: text for name, text in content(out).items() if name != ".lock"}
+        assert state in (old, new) or way == "refused", last
+
+
+def test_settling_needs_nobody_else_at_work(place: Path) -> None:
+    with Workspace(place / "out", "job") as workspace:
+        fill(workspace.folder, "new")
+        with pytest.raises(UsageError, match="unfinished"):
+            raise UsageError("unfinished")
+        settle(place / "out")  # nothing there
+    assert not (place / "out").exists()

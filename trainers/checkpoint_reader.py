@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError
+from upcycle.hashing import hash_file
 from upcycle.parsing import read_json
-from upcycle.provenance import hash_file
 from upcycle.tensor_files import SafetensorsFile
 from upcycle.trainers.checkpoint_writer import STATE_FILE, finished
 from upcycle.trainers.full_tensors import FullTensors

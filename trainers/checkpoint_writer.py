@@ -17,18 +17,20 @@ import torch
 from torch import distributed
 
 from upcycle.errors import EnvironmentFault
+from upcycle.hashing import hash_file
+from upcycle.names import sibling
 from upcycle.outputs import OutputEntry, Shard, Unit
-from upcycle.provenance import hash_file
 from upcycle.tensor_files import INDEX, TensorSpec
 from upcycle.trainers.distributed import Ranks
 from upcycle.trainers.full_tensors import FullTensors, Slot
-from upcycle.workspace import sibling, sync
+from upcycle.whole_files import sync
 from upcycle.writer import Journal, ShardWriter
 
 STATE_FILE = "trainer.json"
 OPTIMIZER = "optimizer"
 CONVERSION = "conversion"
 _PARTIAL = ".partial"
+_REPLACED = "replaced."
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -43,7 +45,21 @@ def finished(run: Path) -> list[Path]:
 
 def remove_unfinished(run: Path) -> None:
     """Throw away what a killed run was writing."""
-    for path in (run / "checkpoints").glob(f"*{_PARTIAL}"):
+    for path in (run / "checkpoints").glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(path)
+
+
+def put_aside(run: Path) -> None:
+    """Take the checkpoints of a run that is begun anew out of the way; they are removed when its first one is complete."""
+    found = finished(run)
+    if found:
+        _remove_replaced(run)  # by the ones that are replaced now
+    for path in found:
+        path.rename(path.with_name(_REPLACED + path.name))
+
+
+def _remove_replaced(run: Path) -> None:
+    for path in (run / "checkpoints").glob(f"{_REPLACED}step-*"):
         shutil.rmtree(path)
 
 
@@ -92,6 +108,7 @@ def save(
             sync(final.parent)
             for old in finished(run)[:-keep]:
                 shutil.rmtree(old)
+            _remove_replaced(run)
     except OSError as fault:
         error = disk_fault(fault, folder)
     ranks.together(error)

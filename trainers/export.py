@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import provenance
 from upcycle.errors import CheckpointError
+from upcycle.hashing import hash_file
 from upcycle.links import copy_inside, inside
-from upcycle.outputs import OutputEntry, Unit, shards_of
+from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
+from upcycle.ownership import CHECKPOINTS, TRAINED, check_apart, check_output
 from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_size
@@ -21,7 +25,7 @@ from upcycle.tensor_files import SafetensorsFolder, TensorSpec
 from upcycle.trainers.checkpoint_reader import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoint_writer import CONVERSION, OPTIMIZER, STATE_FILE
 from upcycle.trainers.model_loading import STORED_FILE
-from upcycle.workspace import Workspace
+from upcycle.workspace import Workspace, explained, sweep
 from upcycle.writer import Journal, ShardWriter, write_index
 
 if TYPE_CHECKING:
@@ -65,14 +69,17 @@ def export(
         dtype: of the weights; ``keep``: as the model that training began with was stored.
         layout: ``per-expert``, ``fused``, or ``keep`` likewise.
         max_shard_size: largest weight file.
-        overwrite: replace a non-empty ``out`` once the new one is complete.
+        overwrite: replace an ``out`` that upcycle wrote, once the new one is complete.
         progress: where to report.
 
     Raises:
         CheckpointError: no checkpoint, or a file of it is damaged.
         UsageError: ``out`` is not empty.
     """
+    out = Path(out).expanduser().absolute()
+    check_output(out, overwrite)
     saved = _opened(Path(checkpoint).expanduser())
+    _check_apart(out, saved.folder)
     stored = read_json(saved.folder / STORED_FILE)
     kept = {"dtype": stored["dtype"], "layout": stored["layout"]}
     dtype = kept["dtype"] if dtype == "keep" else dtype
@@ -85,24 +92,45 @@ def export(
         inside(path, saved.folder)
     shards = shards_of(converter.units(), parse_size(max_shard_size))
     fingerprint = json.dumps([saved.state["files"], dtype, layout, max_shard_size], sort_keys=True)
-    with Workspace(Path(out).expanduser(), fingerprint, overwrite, restart=True) as workspace:
-        hashes = {}
-        with progress.phase("exporting", sum(len(shard.units) for shard in shards)):
-            for shard in shards:
-                with ShardWriter(workspace.folder, shard, Journal(workspace.folder)) as writer:
-                    for unit in shard.units:
-                        if unit.name not in writer.done:
-                            tensors = converter.tensors(unit.layer)
-                            for entry in unit.entries:
-                                writer.write(entry, [tensors[entry.name]])
-                            writer.finish(unit)
-                        progress.advance()
-                hashes[shard.file] = writer.sha256
-        write_index(workspace.folder, shards)
-        _small_files(saved, workspace.folder, dtype, hashes)
+    fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
+    with (
+        explained(out),
+        Workspace(out, fingerprint, overwrite, kind="export", disposable=True, note=progress.note) as workspace,
+    ):
+        if not workspace.finished:
+            hashes = _write_weights(converter, shards, workspace.folder, progress)
+            sweep(workspace.folder)
+            _small_files(saved, workspace.folder, dtype, hashes)
         folder = workspace.publish()
     size = sum(shard.nbytes for shard in shards)
     return Exported(str(folder), dtype, layout, saved.step, int(saved.state["tokens"]), size)
+
+
+def _check_apart(out: Path, checkpoint: Path) -> None:
+    """Refuse an output that is the run, one of its checkpoints, or around or among them."""
+    check_apart(out, checkpoint, "the checkpoint", inside=True)
+    folder = Path(os.path.realpath(checkpoint)).parent
+    if folder.name == CHECKPOINTS:
+        check_apart(out, folder.parent, "the run")
+        check_apart(out, folder, "the run's checkpoints", inside=True)
+
+
+def _write_weights(converter: _Converter, shards: Sequence[Shard], folder: Path, progress: Progress) -> dict[str, str]:
+    """Write every shard; returns file name -> SHA-256."""
+    hashes = {}
+    with progress.phase("exporting", sum(len(shard.units) for shard in shards)):
+        for shard in shards:
+            with ShardWriter(folder, shard, Journal(folder)) as writer:
+                for unit in shard.units:
+                    if unit.name not in writer.done:
+                        tensors = converter.tensors(unit.layer)
+                        for entry in unit.entries:
+                            writer.write(entry, [tensors[entry.name]])
+                        writer.finish(unit)
+                    progress.advance()
+            hashes[shard.file] = writer.sha256
+    write_index(folder, shards)
+    return hashes
 
 
 def _opened(folder: Path) -> SavedRun:
@@ -184,16 +212,18 @@ def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, st
         "recipe": saved.state["recipe"],
         "versions": saved.state["versions"],
     }
-    if not (origin / provenance.FILE).is_file():
-        (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
-        return
-    for path in origin.iterdir():
-        copy_inside(path, saved.folder, folder / path.name)
-    record = read_json(origin / provenance.FILE)
+    converted = (origin / provenance.FILE).is_file()
+    if converted:
+        for path in origin.iterdir():
+            copy_inside(path, saved.folder, folder / path.name)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in hashes and path.name not in provenance.UNHASHED:
-            hashes[path.name] = provenance.hash_file(path)
-    record |= {"training": training, "files": dict(sorted(hashes.items()))}
+        if path.is_file() and path.name not in hashes and path.name not in (*provenance.UNHASHED, TRAINED):
+            hashes[path.name] = hash_file(path)
+    files = {"files": dict(sorted(hashes.items()))}
+    if not converted:
+        (folder / TRAINED).write_text(json.dumps({**training, **files}, indent=2) + "\n", encoding="utf-8")
+        return
+    record = {**read_json(origin / provenance.FILE), "training": training, **files}
     (folder / provenance.FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.hashing import hash_file
+from upcycle.ownership import cannot_write
 from upcycle.parsing import read_json
-from upcycle.provenance import hash_file
 from upcycle.trainers.cached_logits import TopLogits
 from upcycle.trainers.data import Batch
 from upcycle.whole_files import write_whole
-from upcycle.workspace import cannot_write
 
 MANIFEST = "cache.json"
 

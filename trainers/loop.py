@@ -31,8 +31,21 @@ from upcycle.trainers.optimizers import set_rates
 from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
-from upcycle.trainers.run_folder import locked, prepare_folder, save_batches, small_files
-from upcycle.trainers.run_start import agreed_checkpoint, check_model, check_room, check_shared, explained_writes
+from upcycle.trainers.run_folder import (
+    MODEL_FOLDER,
+    check_run_folder,
+    locked,
+    open_run,
+    save_batches,
+    small_files,
+)
+from upcycle.trainers.run_start import (
+    agreed_checkpoint,
+    check_model,
+    check_room,
+    check_shared,
+    explained_writes,
+)
 from upcycle.trainers.signals import StopSignals
 from upcycle.trainers.stage import Stage
 from upcycle.trainers.step import StepResult
@@ -111,7 +124,7 @@ class _Run:
         self.alarms = Alarms(recipe.alarms)
         self.policy = NanPolicy(recipe.bad_steps)
         self.stop = False
-        self.restart = restart
+        self.restart, self.begun = restart, False
         self.reports: Reports | None = None
         self.checkpoint: Path | None = None
 
@@ -136,10 +149,10 @@ class _Run:
         begun = time.perf_counter()
         if self.recipe.keep_memory and not keep_freed_memory():
             self.say("warning: keep_memory: this system's C library is not glibc; freed memory is given back as always")
+        check_run_folder(self.folder, self.origin, self.recipe.saving.export, self.ranks)
         with locked(self.folder, self.ranks):
-            prepare_folder(self.recipe, self.folder, self.origin, self.ranks, self.restart)
             check_shared(self.folder, self.ranks)
-            saved = agreed_checkpoint(self.folder, self.ranks)
+            saved = None if self.restart else agreed_checkpoint(self.folder, self.ranks)
             if saved:
                 self._continue(saved)
             else:
@@ -147,9 +160,6 @@ class _Run:
             peak = self.recipe.log.peak_tflops
             dtype = getattr(torch, self.recipe.dtype)
             self.peak = peak * 1e12 if peak else measured_peak(self.ranks.device, dtype)
-            if self.ranks.first:
-                self.reports = Reports(self.folder, list(self.recipe.log.trackers), self.say, self.step)
-            self._record(self.changes)
             with explained_writes(self.folder):
                 self._stages(saved)
                 model = None if self.stop else self._export()
@@ -168,6 +178,15 @@ class _Run:
             seconds=time.perf_counter() - begun,
         )
 
+    def _begin(self) -> None:
+        """The folder becomes this run's, once model, data and checkpoint were found to be right: a refusal changes nothing."""
+        if not self.begun:
+            self.begun = True
+            self.reports = open_run(
+                self.recipe, self.folder, self.origin, self.ranks, self.restart, self.say, self.step
+            )
+            self._record(self.changes)
+
     def _stages(self, saved: SavedRun | None) -> None:
         first = saved.state["stage"] if saved else 0
         for index in range(first, len(self.recipe.stages)):
@@ -176,12 +195,15 @@ class _Run:
             done = int(saved.state["stage_step"]) if saved and resumed else 0
             if done == self.recipe.steps_of(recipe):
                 continue
+            warnings: list[str] = []
             stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer)
             if saved and resumed:
-                self._warn(stage.load_state(saved.state))
+                warnings = stage.load_state(saved.state)
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
-                self._warn(stage.stream.restore(saved.state["data"]))
+                warnings = stage.stream.restore(saved.state["data"])
             self._check_room(index, stage, done)
+            self._begin()
+            self._warn(warnings)
             self.ranks.barrier()  # from here on all ranks finish their step
             with self.signals.steps():
                 self._steps(index, stage, done)
@@ -377,7 +399,7 @@ class _Run:
     def _export(self) -> Path | None:
         if not self.recipe.saving.export:
             return None
-        out = self.folder / "model"
+        out = self.folder / MODEL_FOLDER
         error: BaseException | None = None
         if self.ranks.first:
             from upcycle.trainers.export import export

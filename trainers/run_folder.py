@@ -2,22 +2,75 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from upcycle.errors import UpcycleError
-from upcycle.trainers.checkpoint_writer import remove_unfinished
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.locks import FolderLock
+from upcycle.ownership import (
+    CHECKPOINTS,
+    MADE_BY,
+    RUN,
+    cannot_write,
+    check_apart,
+    check_output,
+    is_run,
+    kind_of,
+    real_path,
+)
+from upcycle.trainers.checkpoint_writer import put_aside, remove_unfinished
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks
 from upcycle.trainers.model_loading import collect_small_files
 from upcycle.trainers.recipe import TrainRecipe
-from upcycle.workspace import cannot_write
+from upcycle.trainers.reports import LOG, Reports
+from upcycle.trainers.run_start import faults_together
+from upcycle.whole_files import write_text_whole
 
 RECIPE_FILE = "recipe.yaml"
+MODEL_FOLDER = "model"  # what a run exports at its end
+
+
+def check_run_folder(folder: Path, origin: Path, exports: bool, ranks: Ranks) -> None:
+    """Refuse a folder in which a run would write over something that is not a run of upcycle.
+
+    Args:
+        folder: the run's output.
+        origin: the model that is trained; the run may neither lie in it nor around it.
+        exports: whether the run will write its model into ``model``.
+        ranks: the first one looks.
+
+    Raises:
+        UsageError: it is the model's, holds another model, or files of somebody else that have the names of a run's.
+    """
+    with faults_together(ranks):
+        if ranks.first:
+            _check_run_folder(real_path(folder), origin, exports)
+
+
+def _check_run_folder(real: Path, origin: Path, exports: bool) -> None:
+    check_apart(real, origin, "the model that is trained,", inside=True)
+    if real.exists() and not real.is_dir():
+        raise UsageError(f"{real} is a file, and a run is a folder", hint="choose another output")
+    if not is_run(real):
+        if kind_of(real) in ("result", "working"):
+            raise UsageError(f"{real} holds a model, not a training run", hint="choose another output")
+        names = (RUN, RECIPE_FILE, LOG, CHECKPOINTS, MODEL_FOLDER)
+        if taken := next((name for name in names if _holds_something(real / name)), None):
+            raise UsageError(
+                f"{real / taken} was not written by a training run of upcycle, and would be written over",
+                hint="choose another output, or move it away",
+            )
+    elif exports:
+        check_output(real / MODEL_FOLDER, overwrite=True)
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 @contextmanager
@@ -29,22 +82,20 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         EnvironmentFault: it cannot be written.
     """
     error: BaseException | None = None
-    lock = -1
+    lock = FolderLock(folder, f"another run is writing {folder}")
     if ranks.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            error = UpcycleError(f"another run is writing {folder}", hint="wait for it, or choose another output")
+            lock.acquire()
+        except UpcycleError as fault:
+            error = fault
         except OSError as fault:
             error = cannot_write(folder, fault)
     try:
         ranks.together(error)
         yield
     finally:
-        if lock >= 0:
-            os.close(lock)
+        lock.release()
 
 
 def small_files(folder: Path) -> Path:
@@ -52,26 +103,46 @@ def small_files(folder: Path) -> Path:
     return folder / "checkpoints" / ".small"
 
 
-def prepare_folder(recipe: TrainRecipe, folder: Path, origin: Path, ranks: Ranks, restart: bool) -> None:
-    """Write the recipe and the small files; what a killed run was saving is removed, with ``restart`` all checkpoints.
+def open_run(
+    recipe: TrainRecipe,
+    folder: Path,
+    origin: Path,
+    ranks: Ranks,
+    restart: bool,
+    say: Callable[[str], None],
+    step: int,
+) -> Reports | None:
+    """Make the folder this run's, once nothing can be refused any more: its mark, its recipe, its log and the small files.
+
+    What a killed run was saving is removed. With ``restart`` the checkpoints are put aside until the first new one is complete.
+
+    Args:
+        recipe: of the run.
+        folder: its output.
+        origin: the model that training begins with.
+        ranks: the first one does it.
+        restart: whether it begins anew.
+        say: is told what the reports say.
+        step: the one that it goes on from.
+
+    Returns:
+        The first rank's reports.
 
     Raises:
-        UpcycleError: something cannot be read or written.
+        UpcycleError: a tracker is missing, or something cannot be read or written.
     """
-    error: BaseException | None = None
-    if ranks.first:
-        try:
+    reports: Reports | None = None
+    with faults_together(ranks):
+        if ranks.first:
+            reports = Reports(folder, list(recipe.log.trackers), say, step)  # a tracker is missed before all else
+            write_text_whole(folder / RUN, json.dumps(MADE_BY) + "\n")
             if restart:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                put_aside(folder)
             remove_unfinished(folder)
             shutil.rmtree(small_files(folder), ignore_errors=True)
             collect_small_files(origin, small_files(folder))
-            (folder / RECIPE_FILE).write_text(recipe.dump(), encoding="utf-8")
-        except OSError as fault:
-            error = cannot_write(folder, fault)
-        except UpcycleError as fault:
-            error = fault
-    ranks.together(error)
+            write_text_whole(folder / RECIPE_FILE, recipe.dump())
+    return reports
 
 
 def save_batches(folder: Path, step: int, rank: int, batches: Sequence[Batch]) -> Path:

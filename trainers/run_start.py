@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
+from upcycle.hashing import hash_file
 from upcycle.parsing import read_json
-from upcycle.provenance import hash_file
 from upcycle.quantities import size
 from upcycle.trainers.checkpoint_reader import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoint_writer import STATE_FILE, disk_fault, finished
@@ -38,10 +38,10 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     if ranks.world == 1:
         return
     path, word = folder / _SEEN, ranks.told(secrets.token_hex(8))
-    with _together(ranks):
+    with faults_together(ranks):
         if ranks.first:
             path.write_text(word, encoding="utf-8")
-    with _together(ranks):
+    with faults_together(ranks):
         if not _appears(lambda: path.read_text(encoding="utf-8") == word):
             raise EnvironmentFault(
                 f"on {socket.gethostname()}, {folder} is not the folder that the first rank writes to",
@@ -67,7 +67,7 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> SavedRun | None:
     folder = run / "checkpoints" / found
     state = ranks.told(_digest(folder / STATE_FILE) if ranks.first else None)
     saved: SavedRun | None = None
-    with _together(ranks):
+    with faults_together(ranks):
         if not _appears(lambda: _digest(folder / STATE_FILE) == state):
             raise EnvironmentFault(
                 f"on {socket.gethostname()}, {folder} is not the checkpoint that the first rank continues",
@@ -84,7 +84,7 @@ def check_model(model: Path, ranks: Ranks) -> None:
     Raises:
         CheckpointError: names the file that is damaged or missing.
     """
-    with _together(ranks):
+    with faults_together(ranks):
         record = read_json(model / _RECORD) if (model / _RECORD).is_file() else {}
         files = record.get("files") if isinstance(record, dict) else None
         weights = sorted(name for name in files or {} if name.endswith(".safetensors") and Path(name).name == name)
@@ -115,7 +115,7 @@ def check_room(run: Path, tensors: FullTensors, saves: int, keep: int, export: i
         EnvironmentFault: not one does.
     """
     warning: str | None = None
-    with _together(ranks):
+    with faults_together(ranks):
         if ranks.first:
             one, free = checkpoint_bytes(tensors), shutil.disk_usage(run).free
             # The oldest goes when the new one is complete.
@@ -160,7 +160,7 @@ def explained_writes(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
+def faults_together(ranks: Ranks) -> Iterator[None]:
     """What fails on one rank is raised on all."""
     error: BaseException | None = None
     try:

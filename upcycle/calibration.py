@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from upcycle.activations import HELD_OUT_EVERY, Activations, Inputs, Slots
 from upcycle.blueprint import LayerBlueprint, save_blueprint
+from upcycle.blueprint_join import joined, layer_file
 from upcycle.capture import captured
 from upcycle.errors import CheckpointError
 from upcycle.feed_forward import FeedForward
@@ -25,7 +26,7 @@ from upcycle.layers import LayerRunner
 from upcycle.mixing import MixedCheckpoint
 from upcycle.planning import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
-from upcycle.provenance import BLUEPRINT_FILE, hash_tokens
+from upcycle.provenance import hash_tokens
 from upcycle.refit import Routing, fit_down, fit_scale
 from upcycle.runtime import available_memory, reuse_freed_memory
 from upcycle.token_files import TokenFile
@@ -60,10 +61,8 @@ class Calibration:
         samples: Samples | None = None,
     ) -> None:
         self._job, self._checkpoint, self._progress = job, checkpoint, progress
+        self._folder = folder
         self._tokens_folder = folder / CALIBRATION_FOLDER
-        self._blueprints = folder / LAYER_BLUEPRINTS
-        self._tokens_folder.mkdir(exist_ok=True)
-        self._blueprints.mkdir(exist_ok=True)
         self._samples = samples
         self._sources: SourceWalks | None = None
         if windows is not None and job.method.members:
@@ -85,6 +84,8 @@ class Calibration:
         Raises:
             CheckpointError: activations or fits are not finite.
         """
+        self._tokens_folder.mkdir(exist_ok=True)
+        (self._folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
         layers = len(self._runner.layers)
         moe_layers = self._job.shape.moe_layers
         start = self._resume_at()
@@ -183,7 +184,7 @@ class Calibration:
         return self._sequential and index > min(self._job.shape.moe_layers)
 
     def _file(self, layer: int) -> Path:
-        return self._blueprints / f"{layer:05d}.safetensors"
+        return layer_file(self._folder, layer)
 
     def _importance(self) -> dict[int, torch.Tensor]:
         """Every layer's importance, from one pass forward and one backward through the dense model."""
@@ -341,6 +342,6 @@ def calibrate(
     """
     reuse_freed_memory(REUSED_BYTES)
     calibration = Calibration(job, checkpoint, windows, folder, progress, samples)
-    if not (folder / BLUEPRINT_FILE).exists():  # else an earlier run was stopped after everything was decided
+    if joined(job, folder) is None:  # else an earlier run was stopped after everything was decided
         calibration.run()
     return calibration.record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import resource
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import provenance
+from upcycle.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
 from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.companions import check_companions, copy_companions
 from upcycle.decisions import decide_merges
@@ -23,11 +23,12 @@ from upcycle.growth import GrowthJob, decide_growth, growth_reports
 from upcycle.job import Job
 from upcycle.mixing import MixedCheckpoint, open_sources
 from upcycle.outputs import Unit
+from upcycle.ownership import check_apart, check_output
 from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.text import read_text
-from upcycle.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS, Workspace, check_output
+from upcycle.workspace import Workspace, explained, sweep
 from upcycle.writer import Journal, ShardWriter, write_index
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def convert(
     Args:
         source: local folder, hub id, ``.gguf`` file or ``demo``.
         out: folder to write; it appears complete or not at all.
-        overwrite: replace a non-empty ``out`` once the new model is complete.
+        overwrite: replace an ``out`` that upcycle wrote, once the new model is complete.
         restart: throw an unfinished conversion of another recipe away.
         blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding anew.
         progress: where to report.
@@ -113,7 +114,7 @@ def run_recipe(
         raise UsageError(f"{recipe.method} makes no blueprints and reads none", hint="leave --blueprint out")
     checkpoint = open_sources(recipe)
     for path in checkpoint.paths:
-        _check_apart(path.resolve(), out.resolve())
+        check_apart(out, path, "the source")
     check_companions(checkpoint.source.path, recipe.tokenizer == "copy")
     if recipe.verification.enabled and recipe.verification.text:
         read_text(recipe.verification.text)  # better refused now than after the conversion
@@ -123,9 +124,13 @@ def run_recipe(
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
     windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
     merging = None
-    try:
-        identity = provenance.fingerprint(job, checkpoint, blueprint, _ids(windows, samples))
-        with Workspace(out, identity, overwrite, restart) as workspace:
+    identity = provenance.fingerprint(job, checkpoint, blueprint, _ids(windows, samples))
+    settings = recipe.verification.model_dump()
+    with (
+        explained(out),
+        Workspace(out, identity, overwrite, restart, settings=settings, note=progress.note) as workspace,
+    ):
+        if not workspace.finished:
             if job.method.undecided(recipe):
                 assert isinstance(checkpoint, MixedCheckpoint)
                 assert windows is not None
@@ -133,37 +138,46 @@ def run_recipe(
                 made = make_plan(job)
                 windows, samples = _tokens(job, checkpoint, progress)
             _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
-            calibration = None
-            if isinstance(job, GrowthJob):
-                job, calibration = decide_growth(job, checkpoint, windows, workspace.folder, progress)
-            elif _ids(windows, samples):
-                from upcycle.calibration import calibrate
-
-                assert isinstance(checkpoint, DenseCheckpoint)
-                calibration = calibrate(job, checkpoint, windows, workspace.folder, progress, samples)
+            job, calibration = _decided(job, checkpoint, windows, samples, workspace.folder, progress)
             hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
             checkpoint.check_unchanged()
-            layers = _write_companions(job, checkpoint, workspace.folder)
-            _warn_of_degenerate_rows(layers, progress)
+            _warn_of_degenerate_rows(_write_companions(job, checkpoint, workspace.folder), progress)
+            sweep(workspace.folder)
             provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
             verification = _verify(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()
-            broken = verification is not None and verification.verdict == "broken"
-            final = workspace.publish(failed=broken)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentFault(
-                f"the disk is full while writing {out}",
-                hint="free some space, then run the same command again to resume",
-            ) from None
-        raise
+        else:
+            verification = _verified(workspace.folder, recipe)
+            merging = provenance.read(workspace.folder)["merging"]
+        broken = verification is not None and verification.verdict == "broken"
+        final = workspace.publish(failed=broken)
     if broken and verification is not None:
         raise VerificationError(
             f"the conversion broke its promise: {verification.explanation}",
             hint=f"the result is in {final}; please report this with the output of: upcycle env",
         )
+    layers = growth_reports(final) if isinstance(job, GrowthJob) else blueprint_reports(final)
     seconds = time.monotonic() - started
     return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed, merging)
+
+
+def _decided(
+    job: AnyJob,
+    checkpoint: Checkpoint,
+    windows: torch.Tensor | None,
+    samples: Samples | None,
+    folder: Path,
+    progress: Progress,
+) -> tuple[AnyJob, dict[str, Any] | None]:
+    """Decide what text and weights are looked at for; the job with it, and what ``upcycle.json`` says of the text."""
+    if isinstance(job, GrowthJob):
+        return decide_growth(job, checkpoint, windows, folder, progress)
+    if not _ids(windows, samples):
+        return job, None
+    from upcycle.calibration import calibrate
+
+    assert isinstance(checkpoint, DenseCheckpoint)
+    return job, calibrate(job, checkpoint, windows, folder, progress, samples)
 
 
 def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
@@ -206,16 +220,6 @@ def _warn_of_degenerate_rows(layers: list[dict[str, Any]], progress: Progress) -
             f"the sources' router rows are hard to tell apart: condition number {found:.3g} in layer {worst['layer']} "
             f"(orthogonal rows have 1); use prompts that differ more, negative prompts, or domain_ridge"
         )
-
-
-def _check_apart(source: Path, out: Path) -> None:
-    """Refuse an OUT that is the source or holds it: ``--overwrite`` would delete the dense model.
-
-    Raises:
-        UsageError: they are not apart.
-    """
-    if out == source or out in source.parents:
-        raise UsageError(f"{out} is or holds the source {source}", hint="choose another folder for the output")
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -294,19 +298,15 @@ def _threads(count: int) -> Iterator[int]:
 
 def _blueprint(job: Job, ffn: FeedForward, folder: Path, saved: BlueprintFile | None) -> LayerBlueprint:
     """A layer's blueprint: given, decided by the calibration, or decided now; kept until all layers are done."""
-    from upcycle.blueprint import BlueprintFile, save_blueprint
-
-    kept = folder / LAYER_BLUEPRINTS / f"{ffn.layer:05d}.safetensors"
-    if kept.exists():
-        return BlueprintFile(kept).layer(ffn.layer)
+    if (found := decided_layer(job, folder, ffn.layer)) is not None:
+        return found
     if saved:
         blueprint = replace(saved.layer(ffn.layer), top_k=job.shape.top_k)
         if blueprint.down is None and job.recipe.refit != "scale":
             blueprint = replace(blueprint, scale=job.scale, spread=job.method.spread)
     else:
         blueprint = decide(job, ffn)
-    kept.parent.mkdir(exist_ok=True)
-    save_blueprint(kept, blueprint)
+    keep_layer(folder, blueprint)
     return blueprint
 
 
@@ -350,30 +350,30 @@ def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list
     (folder / "config.json").write_text(json.dumps(job.config, indent=2) + "\n", encoding="utf-8")
     (folder / provenance.RECIPE_FILE).write_text(job.recipe_text, encoding="utf-8")
     copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
-    return growth_reports(folder) if isinstance(job, GrowthJob) else _join_blueprints(job, folder)
-
-
-def _join_blueprints(job: Job, folder: Path) -> list[dict[str, Any]]:
-    from upcycle.blueprint import BlueprintFile, join_blueprints
-
-    kept, joined = folder / LAYER_BLUEPRINTS, folder / provenance.BLUEPRINT_FILE
-    if kept.exists():  # else an earlier run was stopped after this point
-        recipe = job.recipe.model_dump(exclude={"source", "revision", "sources", "verification"})
-        join_blueprints(sorted(kept.glob("*.safetensors")), joined, recipe)
-        shutil.rmtree(kept)
-    shutil.rmtree(folder / CALIBRATION_FOLDER, ignore_errors=True)
-    return BlueprintFile(joined).reports
+    return growth_reports(folder) if isinstance(job, GrowthJob) else join_layers(job, folder)
 
 
 def _verify(job: AnyJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> Verification | None:
     wanted = job.recipe.verification
     if not wanted.enabled:
         return None
+    if (before := _verified(folder, job.recipe)) is not None:
+        return before  # an earlier run was stopped after this point
     from upcycle.verification import verify_job
 
     result = verify_job(job, checkpoint, folder, wanted.text, wanted.tokens, progress)
     provenance.write_verification(folder, result.as_dict())
     return result
+
+
+def _verified(folder: Path, recipe: Recipe) -> Verification | None:
+    """What an earlier run found of these very files; the workspace has removed what was found under other settings."""
+    found = provenance.read_verification(folder) if recipe.verification.enabled else None
+    if found is None:
+        return None
+    from upcycle.verdict import Verification
+
+    return Verification(**found)
 
 
 def peak_memory() -> int:

@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
+from upcycle.hashing import hash_file
 from upcycle.licenses import license_record
+from upcycle.locks import LOCKS
 from upcycle.mixing import sources_record
+from upcycle.ownership import RECORD
 from upcycle.parsing import read_json
 from upcycle.planning import AnyJob, Plan
 from upcycle.recipe import Recipe
-from upcycle.whole_files import write_text_whole
-from upcycle.workspace import MEASURED
+from upcycle.whole_files import TEMPORARY, write_text_whole
+from upcycle.workspace import UNFINISHED
 
 if TYPE_CHECKING:
     import torch
 
-FILE = "upcycle.json"
+FILE = RECORD
 VERIFICATION_FILE = "verification.json"
 EVALUATION_FILE = "evaluation.json"
 RECIPE_FILE = "recipe.yaml"
@@ -75,24 +78,6 @@ def text_record(recipe: Recipe, windows: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def hash_bytes(content: bytes) -> str:
-    """SHA-256 of what a file holds."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
-
-
-def _hash(file: Any) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def write(
     folder: Path,
     job: AnyJob,
@@ -105,7 +90,12 @@ def write(
     """Write ``upcycle.json``; weight files were hashed while they were written, the small ones are hashed here."""
     hashes = dict(shard_hashes)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in hashes and path.name not in UNHASHED:
+        if (
+            path.is_file()
+            and path.name not in hashes
+            and path.name not in UNHASHED
+            and not path.name.endswith(TEMPORARY)
+        ):
             hashes[path.name] = hash_file(path)
     content: dict[str, Any] = {
         "format": 1,
@@ -130,7 +120,7 @@ def write(
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, "state.json", "journal.jsonl", MEASURED, ".lock"}
+UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, *UNFINISHED, *LOCKS}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from typing import Any
 
 from upcycle import provenance
 from upcycle.errors import CheckpointError, UsageError, VerificationError
+from upcycle.hashing import hash_bytes
+from upcycle.ownership import INSIDE, real_path, working_folder
 from upcycle.progress import Progress
-from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files, hash_bytes
-from upcycle.workspace import UNFINISHED, sibling
+from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files
+from upcycle.workspace import UNFINISHED, settle
 
 # Not recorded when the model was made, and ours all the same.
 REPORTS = ("report.html", "report.json")
@@ -87,8 +89,11 @@ def _check_finished(folder: Path) -> None:
             f"{folder} broke its promise, and is never published",
             hint="convert again; upcycle verify says what is wrong",
         )
-    partial = folder.name.endswith(".partial") or any((folder / name).exists() for name in UNFINISHED)
-    if partial or (not folder.exists() and sibling(folder, ".partial").is_dir()):
+    if folder.is_dir():
+        settle(folder)  # a conversion that was killed in its last second
+    unfinished = any((folder / name).exists() for name in (*UNFINISHED, INSIDE))
+    partial = folder.name.endswith((".partial", INSIDE)) or unfinished
+    if partial or (not folder.exists() and working_folder(real_path(folder)).is_dir()):
         raise UsageError(f"{folder} is not finished", hint="give the conversion's command again: it continues")
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}", hint="name the folder that upcycle convert wrote")

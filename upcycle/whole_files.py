@@ -1,27 +1,30 @@
-"""Files that are the old one or the new one, never half of it."""
+"""Files that are the old one or the new one, never half of it, and never another file that a link leads to."""
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 200  # bytes; with what is added a name may have 255
+from upcycle.names import sibling
+
+TEMPORARY = ".partial"
+# What file systems answer that cannot promise it: some network ones, and most for folders on Windows.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let ``write`` fill a file beside ``path``, and give it that name when it is complete: several processes may write the same.
+    """Let ``write`` fill a file beside ``path``, and give it that name when it is complete and on the disk.
 
-    The file beside it is new, under a name that nobody knows before: a link that waits there, in a folder that somebody else
-    made, is not written through. A link at ``path`` is replaced, not followed.
+    Several processes may write the same. A link called ``path`` is replaced, not followed.
     """
-    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
-    partial = path.with_name(f"{name}.{secrets.token_hex(4)}.partial")
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    partial = sibling(path, f".{os.getpid()}.{os.urandom(4).hex()}{TEMPORARY}")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # nobody has laid a link there
     try:
         write(partial)
+        sync(partial)
         return partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -30,3 +33,24 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
 def write_text_whole(path: Path, text: str) -> Path:
     """UTF-8 text with its line ends as they are."""
     return write_whole(path, lambda partial: partial.write_bytes(text.encode()))
+
+
+def sync(path: Path) -> None:
+    """Make sure a file's or folder's content survives a power cut, as far as its file system can promise that.
+
+    Raises:
+        OSError: it cannot be read, or did not get onto the disk.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if path.is_dir() and error.errno in _NO_SYNC:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

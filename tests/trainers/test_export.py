@@ -16,6 +16,7 @@ from upcycle.stock import load_model
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoint_reader import latest
 from upcycle.trainers.export import export
+from upcycle.workspace import Workspace
 
 Model = Callable[..., Path]
 
@@ -105,12 +106,44 @@ def test_what_is_no_checkpoint_is_refused(pico_moe: Model, tmp_path: Path) -> No
 
 
 @pytest.mark.long
-def test_a_full_folder_is_not_overwritten(pico_moe: Model, tmp_path: Path) -> None:
+def test_a_folder_is_overwritten_only_if_upcycle_wrote_it(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
     run(recipe)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="upcycle did not write"):
+            export(recipe.output, tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out" / "mine").read_text() == "keep"
+    (tmp_path / "out" / "mine").unlink()
+    export(recipe.output, tmp_path / "out")
     with pytest.raises(UsageError, match="is not empty"):
         export(recipe.output, tmp_path / "out")
+    export(recipe.output, tmp_path / "out", overwrite=True, layout="fused")
+    assert not (tmp_path / "out.replaced").exists()  # all of it was ours
+    (tmp_path / "out" / "mine").write_text("keep")
     export(recipe.output, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists()
+    assert (tmp_path / "out.replaced" / "mine").read_text() == "keep"
+
+
+def test_an_export_never_deletes_what_it_exports_nor_unfinished_work(pico_moe: Model, tmp_path: Path) -> None:
+    recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
+    run(recipe)
+    folder = tmp_path / "run"
+    before = sorted(folder.rglob("*"))
+    for out in (
+        folder,
+        folder / "checkpoints",
+        folder / "checkpoints" / "step-00000001",
+        tmp_path,
+        folder / "checkpoints" / "new",
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(UsageError):
+                export(folder, out, overwrite=overwrite)
+    assert sorted(folder.rglob("*")) == before
+    with Workspace(tmp_path / "moe", "a conversion") as workspace:
+        (workspace.folder / "journal.jsonl").write_text("hours")
+    with pytest.raises(UsageError, match="unfinished conversion"):
+        export(folder, tmp_path / "moe", overwrite=True)
+    assert (workspace.folder / "journal.jsonl").read_text() == "hours"

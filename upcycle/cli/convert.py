@@ -21,7 +21,7 @@ from upcycle.quantities import count, duration, size
     "--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe"
 )
 @click.option("--no-verify", is_flag=True, help="skip the comparison with the dense model")
-@click.option("--overwrite", is_flag=True, help="replace a non-empty OUT once the new model is complete")
+@click.option("--overwrite", is_flag=True, help="replace an OUT that upcycle wrote, once the new model is complete")
 @click.option("--restart", is_flag=True, help="throw an unfinished conversion of another recipe away")
 @click.option("--dry-run", is_flag=True, help="only say what it will cost, like upcycle plan")
 @quiet_option

@@ -29,7 +29,7 @@ from upcycle.quantities import size
     help="how experts are stored; keep: likewise",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="largest weight file")
-@click.option("--overwrite", is_flag=True, help="replace a non-empty OUT once the new model is complete")
+@click.option("--overwrite", is_flag=True, help="replace an OUT that upcycle wrote, once the new model is complete")
 @quiet_option
 @common_options
 def command(

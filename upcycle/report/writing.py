@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.ownership import cannot_write
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.collecting import Wanted, collect
 from upcycle.whole_files import write_text_whole
-from upcycle.workspace import cannot_write
 
 MISSING_EXTRA = "pip install 'upcycle[report]'"
 

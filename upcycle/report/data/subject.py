@@ -11,10 +11,11 @@ from typing import Any, Literal
 from upcycle import provenance
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.families.moe import MOES, MoeModel
+from upcycle.names import sibling
+from upcycle.ownership import real_path, working_folder
 from upcycle.parsing import read_json
 from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder, TensorSpec
-from upcycle.workspace import sibling
 
 TRAINING_LOG = "log.jsonl"
 State = Literal["finished", "failed", "unfinished"]
@@ -80,7 +81,7 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
         UsageError: there is nothing of that name, or it holds no model.
     """
     given = Path(name).expanduser()
-    candidates = [given, sibling(given.absolute(), ".failed"), sibling(given.absolute(), ".partial")]
+    candidates = [given, sibling(given.absolute(), ".failed"), working_folder(real_path(given))]
     folder = next((path for path in candidates if path.is_dir()), None) or locate(name).path
     if not folder.is_dir():
         raise UsageError(f"{name} is a file; a report is about a folder", hint="convert it first, then report on OUT")

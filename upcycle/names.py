@@ -1,0 +1,66 @@
+"""Names that stand beside another: how they are made, that they fit, and that nobody else has them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import count
+from pathlib import Path
+
+from upcycle.errors import UsageError
+
+_LONGEST = 255  # bytes of one name, where the system does not say
+_LONGEST_PATH = 4096
+_INSIDE = 96  # bytes of the longest name that is written into an output folder, and its separator
+
+
+def sibling(path: Path, suffix: str) -> Path:
+    """``path`` with ``suffix`` added to its name; a name that would be too long for its disk is cut, and told apart by a hash."""
+    name = path.name + suffix
+    most = _longest(path.parent, "PC_NAME_MAX", _LONGEST)
+    if len(os.fsencode(name)) <= most:
+        return path.with_name(name)
+    mark = "~" + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    kept = os.fsencode(path.name)[: most - len(mark) - len(os.fsencode(suffix))]
+    return path.with_name(kept.decode("utf-8", "ignore") + mark + suffix)
+
+
+def free_sibling(path: Path, suffix: str) -> Path:
+    """The first of ``NAME.suffix``, ``NAME.2.suffix``, ``NAME.3.suffix``, ... that is not taken, by a dangling link neither."""
+    for number in count(1):
+        found = sibling(path if number == 1 else path.with_name(f"{path.name}.{number}"), suffix)
+        if not os.path.lexists(found):
+            return found
+    raise AssertionError("count() does not end")
+
+
+def check_name(path: Path) -> None:
+    """Refuse an output whose name, or whose files' names, cannot be.
+
+    Raises:
+        UsageError: it is too long for its disk, or no name at all.
+    """
+    if not path.name or "\0" in str(path):
+        raise UsageError(f"{str(path)!r} is no name for an output", hint="name a folder that may be made")
+    most = _longest(path.parent, "PC_NAME_MAX", _LONGEST)
+    if (length := len(os.fsencode(path.name))) > most:
+        raise UsageError(
+            f"the output's name has {length} bytes, and this disk takes {most}: {path.name[:40]}...",
+            hint="choose a shorter name",
+        )
+    longest = _longest(path.parent, "PC_PATH_MAX", _LONGEST_PATH)
+    if (length := len(os.fsencode(path)) + _INSIDE) > longest:
+        raise UsageError(
+            f"the output's path is too long: with its files it has {length} bytes, and this system takes {longest}",
+            hint="choose a folder nearer to the root",
+        )
+
+
+def _longest(folder: Path, limit: str, otherwise: int) -> int:
+    """What the disk allows that ``folder`` is or will be on."""
+    while not os.path.exists(folder) and folder != folder.parent:  # noqa: PTH110 - Path.exists raises where it is too long
+        folder = folder.parent
+    try:
+        return int(os.pathconf(folder, limit))
+    except (AttributeError, OSError, ValueError):  # Windows, and file systems that do not know
+        return otherwise
