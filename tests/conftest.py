@@ -22,6 +22,7 @@ from upcycle.sources import DEMO_FOLDER
 _HELPERS = {
     "pico_models": "pico_models.py",
     "kill_points": "kill_points.py",
+    "folder_cases": "folder_cases.py",
     "hub_state": "hub_state.py",
     "hub_answers": "hub_answers.py",
     "hub_server": "hub_server.py",

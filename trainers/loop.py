@@ -31,21 +31,8 @@ from upcycle.trainers.optimizers import set_rates
 from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.reports import Reports, StepReport, memory_in_use
-from upcycle.trainers.run_folder import (
-    MODEL_FOLDER,
-    check_run_folder,
-    locked,
-    open_run,
-    save_batches,
-    small_files,
-)
-from upcycle.trainers.run_start import (
-    agreed_checkpoint,
-    check_model,
-    check_room,
-    check_shared,
-    explained_writes,
-)
+from upcycle.trainers.run_folder import check_run_folder, export_model, locked, open_run, save_batches, small_files
+from upcycle.trainers.run_start import agreed_checkpoint, check_model, check_room, check_shared, explained_writes
 from upcycle.trainers.signals import StopSignals
 from upcycle.trainers.stage import Stage
 from upcycle.trainers.step import StepResult
@@ -162,7 +149,9 @@ class _Run:
             self.peak = peak * 1e12 if peak else measured_peak(self.ranks.device, dtype)
             with explained_writes(self.folder):
                 self._stages(saved)
-                model = None if self.stop else self._export()
+                model = None
+                if self.recipe.saving.export and not self.stop:
+                    model = export_model(self.folder, self.checkpoint, self.ranks, self.say)
             if self.reports:
                 self.reports.close()
         assert self.checkpoint
@@ -201,7 +190,7 @@ class _Run:
                 warnings = stage.load_state(saved.state)
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
                 warnings = stage.stream.restore(saved.state["data"])
-            self._check_room(index, stage, done)
+            warnings = [*warnings, *self._check_room(index, stage, done)]
             self._begin()
             self._warn(warnings)
             self.ranks.barrier()  # from here on all ranks finish their step
@@ -359,12 +348,12 @@ class _Run:
                 cosines[int(slot.name.split(".")[2])] = expert_similarity(stage.tensors.weights(slot))
         self._raise(self.alarms.similarities(self.step, cosines))
 
-    def _check_room(self, index: int, stage: Stage, done: int) -> None:
+    def _check_room(self, index: int, stage: Stage, done: int) -> list[str]:
         saves = -(-(stage.steps - done) // self.recipe.saving.every)
         exports = self.recipe.saving.export and index + 1 == len(self.recipe.stages)
         size = sum(spec.nbytes for spec in SafetensorsFolder(self.origin).specs.values()) if exports else 0
         warning = check_room(self.folder, stage.tensors, saves, self.recipe.saving.keep, size, self.ranks)
-        self._warn([warning] if warning else [])
+        return [warning] if warning else []
 
     def _warn(self, texts: list[str]) -> None:
         for text in texts:
@@ -388,29 +377,10 @@ class _Run:
         self.validation, self.checkpoint = saved.state["validation"], saved.folder
         self.history = saved.state.get("changes", [])
         self.alarms.load_state(saved.state["alarms"])
-        self.say(
-            f"continuing {saved.folder}, saved by {saved.state['world']} ranks"
-            if saved.state["world"] > 1
-            else f"continuing {saved.folder}"
-        )
+        world = int(saved.state["world"])
+        self.say(f"continuing {saved.folder}" + (f", saved by {world} ranks" if world > 1 else ""))
         if text := consequence(saved, self.recipe):
             self.say(text)
-
-    def _export(self) -> Path | None:
-        if not self.recipe.saving.export:
-            return None
-        out = self.folder / MODEL_FOLDER
-        error: BaseException | None = None
-        if self.ranks.first:
-            from upcycle.trainers.export import export
-
-            assert self.checkpoint
-            try:
-                export(self.checkpoint, out, overwrite=True)
-            except Exception as fault:
-                error = fault
-        self.ranks.together(error)
-        return out
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

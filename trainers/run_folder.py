@@ -22,6 +22,7 @@ from upcycle.ownership import (
     kind_of,
     real_path,
 )
+from upcycle.progress import Progress
 from upcycle.trainers.checkpoint_writer import put_aside, remove_unfinished
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks
@@ -143,6 +144,30 @@ def open_run(
             collect_small_files(origin, small_files(folder))
             write_text_whole(folder / RECIPE_FILE, recipe.dump())
     return reports
+
+
+def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Callable[[str], None]) -> Path:
+    """What a run ends with: its last checkpoint as stock transformers store it, in ``model``.
+
+    Raises:
+        UpcycleError: it cannot be written; the checkpoint stays.
+    """
+    from upcycle.trainers.export import export
+
+    class Says(Progress):
+        def note(self, message: str) -> None:
+            say(message)
+
+    out = folder / MODEL_FOLDER
+    error: BaseException | None = None
+    if ranks.first:
+        assert checkpoint
+        try:
+            export(checkpoint, out, overwrite=True, progress=Says())
+        except Exception as fault:
+            error = fault
+    ranks.together(error)
+    return out
 
 
 def save_batches(folder: Path, step: int, rank: int, batches: Sequence[Batch]) -> Path:
