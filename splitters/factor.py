@@ -25,6 +25,6 @@ class Factor(ContiguousSplit):
     title = "FactorLLM split"
     paper = "https://arxiv.org/abs/2408.11855"
 
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """As in every partition, but for ``paper``, which is E."""
-        return super().scale("exact" if convention == "paper" else convention, experts, top_k)
+        return super().scale("exact" if convention == "paper" else convention, experts, top_k, shared)

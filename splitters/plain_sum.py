@@ -8,6 +8,6 @@ from upcycle.methods.base import Partition, Scale
 class PlainSumPartition(Partition):
     """A partition whose paper gives every chosen expert the weight one, so that its ``paper`` scale is ``sum`` = K."""
 
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """As in every partition, but for ``paper``."""
-        return super().scale("sum" if convention == "paper" else convention, experts, top_k)
+        return super().scale("sum" if convention == "paper" else convention, experts, top_k, shared)

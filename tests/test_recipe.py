@@ -63,6 +63,8 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     ("layers", "expected"),
     [
         ("all", (0, 1, 2, 3, 4)),
+        ("even", (0, 2, 4)),
+        ("odd", (1, 3)),
         ("every-other", (1, 3)),
         ("last-half", (3, 4)),
         ("except-first:2", (2, 3, 4)),
@@ -78,6 +80,13 @@ def test_layer_selection(layers: str | list[int], expected: tuple[int, ...]) -> 
 def test_layers_the_model_does_not_have(layers: str | list[int]) -> None:
     with pytest.raises(UsageError, match="layers: "):
         layer_selection(layers, 5)
+
+
+def test_words_that_leave_no_layer_of_a_small_model() -> None:
+    assert layer_selection("even", 1) == (0,)
+    for word in ("odd", "every-other", "last-half", "except-last:1"):
+        with pytest.raises(UsageError, match="leaves none of the 1 layers"):
+            layer_selection(word, 1)
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("700", 700)])

@@ -185,13 +185,13 @@ def _undividable(recipe: TrainRecipe) -> str:
         if stage.control != ControlParameters():
             return f"stage '{stage.name}' has control, which needs stock routers"
         if _needs_every_expert(stage):
-            return f"stage '{stage.name}' has prior_approximate or output_norms, which run every expert on every rank"
+            return f"stage '{stage.name}' has losses on what every expert would do, which run all of them on every rank"
     return ""
 
 
 def _needs_every_expert(stage: StageRecipe) -> bool:
     own = stage.distillation
-    return own is not None and bool(own.prior_approximate or own.output_norms)
+    return own is not None and bool(own.taught)
 
 
 def _refusal(recipe: TrainRecipe, counts: ModelCounts, world: int) -> str:

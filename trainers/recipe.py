@@ -95,7 +95,7 @@ class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
     def _cacheable(self) -> DistillationRecipe:
         if self.cache is None:
             return self
-        live = [name for name in ("hidden", "ffn", "prior_approximate", "output_norms") if getattr(self, name)]
+        live = [*(name for name in ("hidden", "ffn") if getattr(self, name)), *self.taught]
         if live:
             raise ValueError(f"a cache holds next-token distributions alone; {live[0]} needs the running parent")
         if self.temperature != 1:

@@ -70,6 +70,9 @@ class MoeLayer:
     block: nn.Module
     router: nn.Module
     rule: RoutingRule
+    beside: tuple[
+        nn.Module, ...
+    ] = ()  # blocks whose outputs are added to this one's: shared experts, in some architectures
 
     @property
     def parallel(self) -> bool:
@@ -94,7 +97,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         block = getattr(layer, target.blocks[0], None)
         if block is not None and hasattr(block, "experts"):
             router = block.router if is_parallel(block) else getattr(block, target.router)
-            found.append(MoeLayer(index, block, router, _rule(target, block, router)))
+            beside = (getattr(layer, name, None) for name in target.blocks[1:])
+            there = tuple(module for module in beside if module is not None)
+            found.append(MoeLayer(index, block, router, _rule(target, block, router), there))
     if not found:
         raise UsageError(f"{target.name} model without a single MoE layer", hint="train what upcycle convert wrote")
     return found

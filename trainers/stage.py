@@ -17,6 +17,7 @@ from upcycle.trainers.checkpoint_reader import SavedRun
 from upcycle.trainers.data import TokenStream, open_stream, open_validation
 from upcycle.trainers.deepspeed_config import accumulation, deepspeed_config
 from upcycle.trainers.distributed import Ranks, import_deepspeed
+from upcycle.trainers.expert_targets import recorded_scale
 from upcycle.trainers.flops import training_flops
 from upcycle.trainers.full_tensors import FullTensors
 from upcycle.trainers.leaf_inputs import give_inputs_gradients
@@ -77,9 +78,9 @@ class Stage:
                 hint="leave control out, or set expert_parallel: 1",
             )
         own = stage.distillation
-        if own and (own.prior_approximate or own.output_norms) and (divided or recipe.zero.stage == 3):
+        if own and own.taught and (divided or recipe.zero.stage == 3):
             raise UsageError(
-                f"stage '{stage.name}': prior_approximate and output_norms run every expert on every rank, which has not all of them",
+                f"stage '{stage.name}': {own.taught[0]} runs every expert on every rank, which has not all of them",
                 hint="set expert_parallel: 1 and zero.stage below 3",
             )
         if not divided:
@@ -146,6 +147,8 @@ class Stage:
         own = self.stage.distillation
         if own is None:
             return None
+        if own.taught and own.expert_scale is None:
+            own = own.model_copy(update={"expert_scale": recorded_scale(origin)})
         folder = parent_folder(own.parent, origin)
         dtype = self.recipe.dtype if own.dtype == "auto" else own.dtype
 

@@ -97,8 +97,7 @@ class Parent:
         self._model: Any = None
         matched = recipe.hidden > 0 or recipe.ffn > 0
         self.outputs: Recorder[OutputRecord] | None = capture_outputs(self.model) if matched else None
-        taught = recipe.prior_approximate > 0 or recipe.output_norms > 0
-        self.ffns: Recorder[FfnRecord] | None = capture_ffns(self.model) if taught else None
+        self.ffns: Recorder[FfnRecord] | None = capture_ffns(self.model) if recipe.taught else None
         if cache is None:
             _ = self.model  # what is needed anyway is missed before the first step
 

@@ -205,7 +205,7 @@ def prepare(
     scale = recipe.scale
     if scale == "auto":
         scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
-    factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k)
+    factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k, recipe.shared)
     if refit == "down" and factor != recipe.top_k:
         raise UsageError(
             f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",

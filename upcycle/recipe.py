@@ -122,7 +122,9 @@ class Recipe(_Strict):
         description="where the target holds no shared experts: refuse, or make them routed ones (K grows by S)",
     )
     layers: str | list[int] = Field(
-        "all", description="all, every-other, last-half, except-first:N, except-last:N, or a list such as 0,2,4"
+        "all",
+        description="all, even (0, 2, ...), odd or every-other (1, 3, ...), last-half, except-first:N, except-last:N, or a list "
+        "such as 0,2,4",
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="what calibrated parts look at")
@@ -236,22 +238,25 @@ def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
                 f"layers: the model has layers 0 to {count - 1}, got {wrong or 'an empty list'}", hint="--layers all"
             )
         return tuple(sorted(set(layers)))
-    if layers == "all":
-        return everything
-    if layers == "every-other":
-        return everything[1::2]
-    if layers == "last-half":
-        return everything[count - count // 2 :]
     word, _, number = layers.partition(":")
+    named = {
+        "all": everything,
+        "even": everything[::2],
+        "odd": everything[1::2],
+        "every-other": everything[1::2],
+        "last-half": everything[count - count // 2 :],
+    }
+    chosen = named.get(layers)
     if word in ("except-first", "except-last") and number.isdigit():
         n = int(number)
         chosen = everything[n:] if word == "except-first" else everything[: max(0, count - n)]
-        if chosen:
-            return chosen
+    if chosen:
+        return chosen
+    if chosen is not None:
         raise UsageError(f"layers: '{layers}' leaves none of the {count} layers", hint="--layers all")
     raise UsageError(
         f"layers: cannot read '{layers}'",
-        hint="all, every-other, last-half, except-first:N, except-last:N, or a list such as 0,2,4",
+        hint="all, even, odd, every-other, last-half, except-first:N, except-last:N, or a list such as 0,2,4",
     )
 
 

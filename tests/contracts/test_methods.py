@@ -18,6 +18,8 @@ from upcycle.conversion import generator
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import Method
+from upcycle.planning import job_of
+from upcycle.recipe import parse_recipe
 from upcycle.registry import METHODS, load
 from upcycle.targets.base import MoeShape, Part
 
@@ -190,3 +192,14 @@ def test_random_split_differs_between_layers_and_seeds() -> None:
 @pytest.mark.parametrize(("convention", "expected"), [("exact", 8.0), ("sum", 2.0), ("paper", 4.0)])
 def test_scale_conventions_of_a_partition(convention: str, expected: float) -> None:
     assert made("random_split").scale(convention, 8, 2) == expected  # type: ignore[arg-type]
+
+
+def test_the_papers_scale_counts_shared_experts() -> None:
+    """LLaMA-MoE's script converts to 7 routed experts, one of them chosen, and one that is always on, with a factor of 4.0."""
+    assert made("importance").scale("paper", 7, 1, 1) == 4.0
+    for experts, top_k, expected in ((16, 4, 4.0), (8, 2, 4.0), (16, 2, 8.0)):
+        assert made("importance").scale("paper", experts, top_k) == expected
+    job = job_of(parse_recipe({"source": "demo", "method": "random_split", "experts": 7, "shared": 1, "top_k": 1, "scale": "paper",
+                               "pad": True, "target": "qwen2_moe"}, "here"))  # fmt: skip
+    assert job.scale == 4.0
+    assert made("random_split").scale("exact", 7, 1, 1) == 7.0

@@ -129,7 +129,8 @@ def test_random_rows_have_the_wanted_std() -> None:
 
 
 def test_zero_router_is_refused_for_training() -> None:
-    with pytest.raises(UsageError, match="cannot be trained"):
+    with pytest.raises(UsageError, match="without noise on its logits the others never learn"):
         ZeroRouter(ZeroRouter.Parameters()).check(experts=8, top_k=4)
     ZeroRouter(ZeroRouter.Parameters()).check(experts=8, top_k=8)
     ZeroRouter(ZeroRouter.Parameters(inference_only=True)).check(experts=8, top_k=4)
+    ZeroRouter(ZeroRouter.Parameters(noisy=True)).check(experts=8, top_k=4)

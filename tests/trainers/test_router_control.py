@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -277,3 +278,20 @@ def test_what_acts_in_evaluation(stock: Any, ids: torch.Tensor, keys: dict[str, 
     control.detach()
     if "normalize_logits" in keys:
         torch.testing.assert_close(after, run(model.train(), ids, **keys)[1])
+
+
+@pytest.mark.parametrize("noise", ["none", "learned"])
+def test_zero_rows_choose_every_expert_alike_where_there_is_noise(noise: Any, stock: Callable[..., Any]) -> None:
+    """Shazeer et al. start so; without noise all tokens have the same two."""
+    layer = moe_layers(stock("mixtral"))[0]
+    rows: Any = layer.router.weight
+    rows.data.zero_()
+    RouterControl(ControlParameters(noise=noise)).attach(layer)
+    torch.manual_seed(0)
+    layer.router.train()
+    _, _, experts = layer.router(torch.randn(4000, 32))
+    shares = experts.flatten().bincount(minlength=4) / len(experts)
+    if noise == "none":
+        assert sorted(shares.tolist()) == [0.0, 0.0, 1.0, 1.0]
+    else:  # each is chosen with chance 1/2: 4000 tokens have a standard error of 0.008
+        assert (shares - 0.5).abs().max() < 0.04

@@ -1,65 +1,242 @@
-"""Every recipe in configs/train trains: a few steps on a pico model, small batches, otherwise as it is shipped."""
+"""Every recipe in configs/train trains, from the conversion that its own header names, and that conversion is its paper's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from click.testing import CliRunner
 from training_runs import run, steps, write_text
 
-import upcycle
+from upcycle.blueprint import BlueprintFile
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.cli.main import cli
+from upcycle.runtime import use_eager_experts
+from upcycle.shipped_recipes import shipped
+from upcycle.stock import load_model
 from upcycle.trainers.recipe import parse_train_recipe
+from upcycle.trainers.routing import moe_layers
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(path for path in (ROOT / "configs" / "train").glob("*.yaml") if path.stem != "demo_model")
-DENSE = {"d2dmoe_sparsify"}
+Pico = Callable[[str], Path]
+RECIPES = shipped("train")
 SMALL = {"length": 32, "global_batch": 4, "micro_batch": 2, "dtype": "float32", "zero": {}}
+D = 32  # of the pico models
 
 
-@pytest.fixture(scope="module")
-def half(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random split of the pico Llama, half of which runs."""
-    folder = tmp_path_factory.mktemp("half") / "moe"
-    settings: dict[str, Any] = {"method": "random_split", "experts": 4, "top_k": 2, "verification": {"enabled": False}}
-    upcycle.convert(str(pico("llama")), folder, **settings)
-    return folder
+def named_conversion(name: str) -> list[str] | None:
+    """The words of the command that a recipe's header says to convert by; ``None`` for a recipe that trains dense models."""
+    found = re.search(r"^# Convert first: upcycle (convert .*)$", RECIPES[name].read_text(), re.MULTILINE)
+    return shlex.split(found[1]) if found else None
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_it_trains(path: Path, pico: Callable[[str], Path], half: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(path.read_text()) | SMALL
+def converted(name: str, dense: Path, out: Path) -> Path:
+    """What a reader who types it gets."""
+    words = named_conversion(name)
+    assert words
+    verb, recipe, _, flag, _ = words
+    assert (verb, flag) == ("convert", "--source")
+    done = CliRunner().invoke(cli, ["convert", recipe, str(out), "--source", str(dense), "--no-verify", "-q"])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def trained(name: str, model: Path, folder: Path, **changes: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Two steps of every stage of a recipe, small, otherwise as it is shipped."""
+    content = yaml.safe_load(RECIPES[name].read_text()) | SMALL
     content["log"] = {**content.get("log", {}), "peak_tflops": 0.05}
-    content["saving"] = {"export": path.stem in DENSE}
+    content["saving"] = {"export": True}
     for stage in content["stages"]:
         stage.pop("tokens", None)
         stage["steps"] = 2
         for schedule in (stage.get("schedule"), stage.get("preset")):
             if schedule:
                 schedule["warmup"] = 0
-    model = pico("llama") if path.stem in DENSE else half
-    data = {"domains": {"cats": write_text(tmp_path / "text.jsonl")}, "cache": str(tmp_path / "cache")}
+    folder.mkdir(exist_ok=True)
+    data = {"domains": {"cats": write_text(folder / "text.jsonl")}, "cache": str(folder / "cache")}
     data["validation"] = {"fraction": 0.1, "tokens": 64}
-    content |= {"model": str(model), "output": str(tmp_path / "run"), "data": data}
-    recipe = parse_train_recipe(content, str(path))
-    result, _ = run(recipe)
-    found = steps(recipe)
+    content |= {"model": str(model), "output": str(folder / "run"), "data": data, **changes}
+    recipe = parse_train_recipe(content, name)
+    result, said = run(recipe)
+    assert not [line for line in said if "is lost at once" in line]
+    return recipe, result, steps(recipe)
+
+
+def moe_of(folder: Path) -> Any:
+    return use_eager_experts(load_model(folder, "float32"))
+
+
+def ffns(dense: Path) -> list[Any]:
+    checkpoint = DenseCheckpoint.open(str(dense))
+    return [checkpoint.feed_forward(layer, "float32") for layer in range(3)]
+
+
+def tokens(layer: int, ffn: Any) -> torch.Tensor:
+    """Inputs as an RMSNorm gives them, ``[6, D]``."""
+    x = torch.randn(6, D, generator=torch.Generator().manual_seed(layer))
+    return x / x.square().mean(-1, keepdim=True).sqrt() * ffn.norm
+
+
+def act(name: str, z: torch.Tensor) -> torch.Tensor:
+    return {"silu": lambda: z * z.sigmoid(), "relu": lambda: z.clamp(min=0)}[name]()
+
+
+def part(ffn: Any, neurons: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What some neurons of a dense FFN add, ``[6, D]``."""
+    hidden = act(ffn.activation, x @ ffn.gate[neurons].T) * (x @ ffn.up[neurons].T)
+    return hidden @ ffn.down[:, neurons].T
+
+
+def compare(model: Any, dense: Path, expected: Callable[..., torch.Tensor], tolerance: float) -> None:
+    """Every MoE layer against the paper's formula of it, ``expected(ffn, x, logits, layer)``."""
+    of_dense = ffns(dense)
+    for layer in moe_layers(model):
+        ffn = of_dense[layer.index]
+        x = tokens(layer.index, ffn)
+        with torch.no_grad():
+            block: Any = layer.block
+            found, logits = block(x[None]), layer.router(x)[0]
+            found = (found[0] if isinstance(found, tuple) else found)[0]
+        wanted = expected(ffn, x, logits, layer)
+        assert torch.linalg.norm(found - wanted) < tolerance * torch.linalg.norm(wanted)
+
+
+def summed(folder: Path, factor: float, top_k: int) -> Callable[..., torch.Tensor]:
+    """``factor`` times the sum of the chosen experts, each with weight one."""
+    blueprints = BlueprintFile(folder / "blueprint.safetensors")
+
+    def expected(ffn: Any, x: torch.Tensor, logits: torch.Tensor, layer: Any) -> torch.Tensor:
+        rows = []
+        for token, chosen in zip(x, logits.topk(top_k).indices.tolist(), strict=True):
+            routed = blueprints.layer(layer.index).routed
+            rows.append(factor * sum(part(ffn, routed[e].neurons, token[None])[0] for e in chosen))
+        return torch.stack(rows)
+
+    return expected
+
+
+# Weights of cool and taught routers are equal within one percent, and so is the sum.
+EQUAL = 0.011
+# fp32, a few hundred products.
+ROUNDING = 1e-5
+
+
+def test_every_recipe_names_its_conversion_or_is_for_dense_models() -> None:
+    dense = {name for name in RECIPES if named_conversion(name) is None}
+    assert dense == {"d2dmoe_sparsify"}
+    assert {words[1] for name in RECIPES if (words := named_conversion(name))} <= set(shipped("convert"))
+
+
+def test_d2dmoe_is_a_plain_sum_of_experts_before_and_after_its_routers_are_taught(pico: Pico, tmp_path: Path) -> None:
+    """Its stages one after another, each from what the one before wrote, as the headers say."""
+    _, result, lines = trained("d2dmoe_sparsify", pico("llama"), tmp_path / "sparsified")
+    assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/hoyer"}
+    dense = Path(str(result.model))
+    assert load_model(dense).config.hidden_act == "relu"
+    split = converted("d2dmoe_router", dense, tmp_path / "split")
+    compare(moe_of(split), dense, summed(split, 1.0, 8), EQUAL)
+    _, result, lines = trained("d2dmoe_router", split, tmp_path / "taught")
+    assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/output_norms"}
+    taught = moe_of(Path(str(result.model)))
+    compare(taught, dense, summed(split, 1.0, 8), EQUAL)
+    before, after = moe_of(split).state_dict(), taught.state_dict()
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)}
+
+
+def test_factorllm_is_a_sum_times_e_over_k_and_learns_by_its_own_losses(pico: Pico, tmp_path: Path) -> None:
+    split = converted("factorllm", pico("llama"), tmp_path / "split")
+    compare(moe_of(split), pico("llama"), summed(split, 4 / 2, 2), EQUAL)
+    routed = BlueprintFile(split / "blueprint.safetensors").layer(0).routed
+    assert [expert.neurons.tolist() for expert in routed] == torch.arange(96).view(4, 24).tolist()  # contiguous slices
+    _, _, lines = trained("factorllm", split, tmp_path / "run")
+    named = {key for key in lines[0] if key.startswith("loss/")}
+    assert named == {"loss/prior_approximate", "loss/prior_balance"}
+    # Before anything trained, the chosen 2 of 4 have about half of the probability: 0.01 * 3 layers * 0.5 / 4 experts, and more
+    # where the router prefers them, to twice that.
+    assert 0.01 * 3 * 0.5 / 4 <= lines[0]["loss/prior_balance"] <= 0.01 * 3 / 4
+
+
+def weighted_copies(normalized: bool, factor: float = 1.0) -> Callable[..., torch.Tensor]:
+    """Copies of the dense FFN: it is multiplied by what the chosen ones weigh together."""
+
+    def expected(ffn: Any, x: torch.Tensor, logits: torch.Tensor, layer: Any) -> torch.Tensor:
+        kept = logits.softmax(-1).topk(2).values.sum(-1, keepdim=True)
+        return factor * (1.0 if normalized else kept) * part(ffn, torch.arange(len(ffn.gate)), x)
+
+    return expected
+
+
+@pytest.mark.parametrize(("name", "layers"), [("moe_tuning", [0, 2]), ("cumo", [0, 1, 2])])
+def test_copies_of_4_with_top_2_where_the_paper_has_them(
+    name: str, layers: list[int], pico: Pico, tmp_path: Path
+) -> None:
+    moe = converted(name, pico("llama"), tmp_path / "moe")
+    model = moe_of(moe)
+    assert [layer.index for layer in moe_layers(model)] == layers
+    assert {(layer.rule.experts, layer.rule.top_k, layer.rule.normalized) for layer in moe_layers(model)} == {
+        (4, 2, True)
+    }
+    compare(model, pico("llama"), weighted_copies(True), ROUNDING)
+
+
+def test_nvidias_upcycling_spreads_its_scale_over_three_matrices_and_weighs_by_the_softmax_over_all(
+    pico: Pico, tmp_path: Path
+) -> None:
+    """E8G8T8: 64 experts of F / 8, E G^2 / T = 64, so that gate, up and down are each multiplied by 4."""
+    moe = converted("upcycle_cpt", pico("llama"), tmp_path / "moe")
+
+    def expected(ffn: Any, x: torch.Tensor, logits: torch.Tensor, layer: Any) -> torch.Tensor:
+        chances, rows = logits.double().softmax(-1), []
+        assert logits.shape == (6, 64)
+        for token, own in zip(x.double(), chances, strict=True):
+            total = torch.zeros(D, dtype=torch.float64)
+            for e in own.topk(8).indices.tolist():
+                shard = slice(12 * (e % 8), 12 * (e % 8) + 12)
+                gate, up, down = (
+                    4 * matrix.double() for matrix in (ffn.gate[shard], ffn.up[shard], ffn.down[:, shard])
+                )
+                total += own[e] * (down @ (act("silu", gate @ token) * (up @ token)))
+            rows.append(total)
+        return torch.stack(rows).float()
+
+    model = moe_of(moe)
+    compare(model, pico("llama"), expected, ROUNDING)
+    for layer in moe_layers(model):
+        rows: Any = layer.router.weight
+        groups = rows.view(8, 8, D)
+        assert torch.equal(groups, groups[:, :1].expand_as(groups))
+        assert len(groups[:, 0].unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("d2dmoe", "factorllm"))])
+def test_it_trains(name: str, pico: Pico, tmp_path: Path) -> None:
+    model = converted(name, pico("llama"), tmp_path / "moe")
+    recipe, result, found = trained(name, model, tmp_path / "run")
     assert len(found) == 2 * len(recipe.stages)
     assert all(line["applied"] and line["gradient_norm"] > 0 for line in found)
     assert math.isfinite(result.validation["cats"])
     for stage in recipe.stages:
-        named = {f"loss/{name}" for name in stage.losses}
-        taught = stage.distillation
-        named |= {"loss/kl"} if taught and taught.logits else set()
-        named |= {"loss/ffn"} if taught and taught.ffn else set()
-        named |= {"loss/prior_approximate"} if taught and taught.prior_approximate else set()
-        named |= {"loss/output_norms"} if taught and taught.output_norms else set()
         lines = [line for line in found if line["stage"] == stage.name]
-        assert {key for key in lines[0] if key.startswith("loss/")} == named
-    if path.stem in DENSE:
-        from upcycle.stock import load_model
+        assert {key for key in lines[0] if key.startswith("loss/")} == {f"loss/{loss}" for loss in named_losses(stage)}
+    if name == "moe_tuning":
+        assert unchanged(model, Path(str(result.model)), "mlp.experts", "mlp.gate.")
 
-        assert load_model(Path(str(result.model))).config.hidden_act == "relu"
+
+def named_losses(stage: Any) -> set[str]:
+    told = stage.distillation
+    terms: Mapping[str, str] = {"logits": "kl", "ffn": "ffn", "hidden": "hidden"}
+    return set(stage.losses) | {name for key, name in terms.items() if told and getattr(told, key)}
+
+
+def unchanged(before: Path, after: Path, *but: str) -> bool:
+    """Whether nothing else but some tensors was trained, and these were."""
+    old, new = moe_of(before).state_dict(), moe_of(after).state_dict()
+    changed = {key for key, value in old.items() if not torch.equal(value, new[key])}
+    return changed == {key for key in old if any(f"{name}" in key for name in but)}

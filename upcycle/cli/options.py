@@ -56,7 +56,11 @@ _FLAGS = {
 }
 # Parameters of one method that have a flag; all others are --param NAME=VALUE.
 _PARAMETERS = {
-    "--scale-placement": (("down", "up_down", "paper"), "where virtual_groups puts its weight scale  [default: down]"),
+    "--scale-placement": (
+        ("down", "up_down", "paper"),
+        "where virtual_groups puts its weight scale: down and up_down keep the function, its paper trains with paper, and "
+        "found down worse (upcycle convert upcycle_cpt)  [default: down]",
+    ),
 }
 _INNER: dict[str, type[BaseModel]] = {
     "router": RouterRecipe,

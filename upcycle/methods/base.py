@@ -190,7 +190,7 @@ class Method(AnyMethod):
         """
 
     @abstractmethod
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """Factor on the routed experts' down projection, for a router whose top-k weights sum to 1.
 
         Raises:
@@ -215,7 +215,9 @@ class Partition(Method):
     The shared experts come first and take the neurons that matter most. The dense FFN is the unweighted sum of all
     experts, hence the conventions for routers whose weights sum to 1: ``exact`` = E (expected output of a random choice,
     equal to the dense FFN at K = E), ``sum`` = K (plain sum of the chosen experts, as in MoEfication), ``paper`` = what
-    the method's paper does, E/K (LLaMA-MoE, arXiv 2406.16554) unless a subclass says otherwise.
+    the method's paper does, unless a subclass says otherwise that of LLaMA-MoE (arXiv 2406.16554): all experts over those
+    that run, shared ones counted in both. That is its E/K, and the 4.0 of its script for 7 routed experts, one of them chosen, and one
+    shared.
     """
 
     kind: Kind = "partition"
@@ -252,9 +254,10 @@ class Partition(Method):
         """``F / (E + S)``, rounded up to a multiple of 8 when padding is allowed."""
         return piece_size(intermediate_size, experts, shared, pad)
 
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """See the class."""
-        return {"exact": float(experts), "sum": float(top_k), "paper": experts / top_k}[convention]
+        paper = (experts + shared) / (top_k + shared)
+        return {"exact": float(experts), "sum": float(top_k), "paper": paper}[convention]
 
     def blueprint(
         self,

@@ -55,8 +55,9 @@ class BranchTrainMix(Copies):
     model, and that is exact.
 
     Deviations. The paper's chunks have router rows of their own; here those of a source share one (``tied=false`` for the
-    paper's), without which no token sees a whole FFN before training. Its other routers (Switch, soft, Sample-Top-1) are
-    trainers' settings: a native target runs the top k. ``rest=base``, ``noise``, shared sources and their
+    paper's), without which no token sees a whole FFN before training. Of its other routers, Switch's is ``--top-k 1``, trained
+    with a capacity factor of 1.5, and soft routing is a top-k of all experts; Sample-Top-1, which the paper anneals, is not
+    here, as no native target samples. ``rest=base``, ``noise``, shared sources and their
     scales are not in the paper: they are mergekit's.
     """
 
@@ -188,9 +189,9 @@ class BranchTrainMix(Copies):
             else piece_size(intermediate_size, chunks, 0, pad, f"{chunks} equal chunks")
         )
 
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """``C``; with the softmax's own weights ``E C / T`` as in virtual groups."""
-        super().scale(convention, experts, top_k)
+        super().scale(convention, experts, top_k, shared)
         chunks = float(self.parameters.chunks)
         return chunks if self.normalized or chunks == 1 else experts * chunks / top_k
 

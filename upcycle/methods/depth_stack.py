@@ -21,7 +21,9 @@ class DepthStack(DenseGrowth):
     paper's factor is 4, after a short training of the small model (10 billion tokens in its runs); its optimum lies
     between 2 and 4. The function is not kept, by design: the loss jumps, and falls faster than from scratch.
 
-    The paper starts the optimizer anew, which is up to the training that follows.
+    When to stack is not decided here: the paper's law is ``log10(d) = 0.88 log10(N) + 163.27 / log10(C) - 5.74``, with d the tokens
+    that the small model is trained on, N the parameters of the large one without embeddings, and C the FLOPs of all training. The
+    paper starts the optimizer anew, which is up to the training that follows.
     """
 
     name = "depth_stack"

@@ -82,9 +82,9 @@ class QwenFineGrained(Copies):
             )
         return intermediate_size // segments
 
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """``paper`` = 1; ``exact`` = F/h_E. See the class."""
-        super().scale(convention, experts, top_k)
+        super().scale(convention, experts, top_k, shared)
         if convention == "paper":
             return 1.0
         if self.parameters.expert_size:

@@ -28,7 +28,8 @@ class VirtualGroupsParameters(CopiesParameters):
     )
     scale_placement: Literal["down", "up_down", "paper"] = Field(
         "down",
-        description="where the weight scale goes: down, its root on up_down, or the paper's cube root on all three (not exact)",
+        description="where the weight scale goes: down and up_down (its root) keep the function, paper (its cube root on gate, up and "
+        "down) does not, and in long training its paper found it better than down",
     )
     partial: bool = Field(False, description="allow a top-k that splits a replica (not exact)")
 
@@ -41,11 +42,16 @@ class VirtualGroups(Copies):
     weighted sum is 1/G of the dense FFN, which the weight scale makes up for.
 
     - ``gate=normalized`` (top-k, then softmax): scale ``G``. Exact with any router, on ``down`` or on ``up_down``.
-    - ``gate=softmax`` (softmax, then top-k; the authors' choice for training): scale ``E G^2 / T``, right where all experts
-      weigh the same and approximate elsewhere.
+    - ``gate=softmax`` (softmax, then top-k): scale ``E G^2 / T``, right where all experts weigh the same and approximate elsewhere.
+      In the paper it trains better than top-k then softmax, throughout.
 
     ``scale_placement=paper`` is the authors' equal split: the cube root on gate, up and down. It is exact for squared ReLU;
-    for a gated FFN it is not, because ``silu(a z) != a silu(z)``: the error is reported.
+    for a gated FFN it is not, because ``silu(a z) != a silu(z)``: the error is reported. The paper found the scale on one matrix to
+    train worse than the split.
+
+    So the defaults (``normalized``, ``down``) are for a start that is the dense function, and not what the paper would train: that
+    is the recipe ``upcycle_cpt``. docs/virtual_groups_demo.md has both on the demo model, where after a short training the exact
+    start is ahead.
 
     Deviations: the default placement (above); a width that G does not divide is padded with zero neurons where allowed.
     Replicas whose logits tie (in bfloat16 that happens) can be split by the top-k of the modelling code, as in the paper.
@@ -110,9 +116,9 @@ class VirtualGroups(Copies):
         granularity = self.parameters.granularity
         return piece_size(intermediate_size, granularity, 0, pad, f"granularity = {granularity} equal shards")
 
-    def scale(self, convention: Scale, experts: int, top_k: int) -> float:
+    def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
         """``G``, or where weights are not renormalised ``E G^2 / T``; the paper's and the exact one are the same."""
-        super().scale(convention, experts, top_k)
+        super().scale(convention, experts, top_k, shared)
         granularity = float(self.parameters.granularity)
         return granularity if self.normalized else experts * granularity / top_k
 

@@ -17,12 +17,20 @@ class ZeroParameters(PluginParameters):
     """Parameters of :class:`ZeroRouter`."""
 
     inference_only: bool = Field(
-        False, description="allow top-k below the number of experts; such a model cannot train"
+        False, description="allow top-k below the number of experts, as nothing will be trained"
+    )
+    noisy: bool = Field(
+        False,
+        description="allow it for training with noise on the logits (a stage's control.noise), which is how Shazeer et al. begin",
     )
 
 
 class ZeroRouter(Router):
-    """Rows of zeros. With k < E all tokens tie and pick the same k experts; the others never learn, so that is refused."""
+    """Rows of zeros.
+
+    With k < E all tokens tie and pick the same k experts. Without noise on the logits the others never learn, so that is refused
+    unless asked for; with noise it is where Shazeer et al. (arXiv 1701.06538, appendix A) start from, so that loads begin equal.
+    """
 
     name = "zero"
     title = "Zero rows"
@@ -32,11 +40,12 @@ class ZeroRouter(Router):
     parameters: ZeroParameters
 
     def check(self, experts: int, top_k: int) -> None:
-        """Refuse k < E unless the user says that nothing will be trained."""
-        if top_k < experts and not self.parameters.inference_only:
+        """Refuse k < E unless the user says that nothing will be trained, or with noise."""
+        if top_k < experts and not (self.parameters.inference_only or self.parameters.noisy):
             raise UsageError(
-                f"a zero router with top-k {top_k} of {experts} sends every token to the same {top_k} experts; it cannot be trained",
-                hint="use --router cool, or --router-param inference_only=true if nothing will be trained",
+                f"a zero router with top-k {top_k} of {experts} sends every token to the same {top_k} experts; without noise on its "
+                "logits the others never learn",
+                hint="use --router cool; or --router-param noisy=true for training with control.noise, inference_only=true for none",
             )
 
     def rows(
