@@ -1,8 +1,9 @@
 """C++ of this package: compiled for this processor when it is first needed, and kept.
 
-It needs a C++ compiler (``CXX``, ``c++``, ``g++`` or ``clang++``); without one, torch's operations are used. What was compiled lies
-in ``$XDG_CACHE_HOME/upcycle`` or ``~/.cache/upcycle``, named after the source, the compiler and the processor, and is loaded from
-there only while nobody else may write to it. ``UPCYCLE_COMPILE=0`` keeps it from being compiled and used.
+It needs a C++ compiler (``CXX``, ``c++``, ``g++`` or ``clang++``); without one, torch's operations are used. What was compiled
+lies in this user's cache (:func:`upcycle.user_paths.cache_folder`), named after the source, the compiler and the processor, its hash
+beside it, and is loaded from there only while it has that hash and nobody else may write to it. ``UPCYCLE_COMPILE=0`` keeps it from
+being compiled and used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+
+from upcycle.user_paths import cache_folder, only_ours
+from upcycle.whole_files import write_text_whole
 
 VARIABLE = "UPCYCLE_COMPILE"
 HEADER = Path(__file__).with_name("vectors.hpp")
@@ -42,9 +46,9 @@ def function(name: str, what: str, arguments: tuple[type, ...], *flags: str) -> 
     usual ones.
     """
     try:
-        library = _library(Path(__file__).with_name(f"{name}.cpp"), flags)
-        found: Function = getattr(ctypes.CDLL(str(library)), f"upcycle_{name}")
-    except (NotCompiledError, OSError) as error:
+        library, loaded = _library(Path(__file__).with_name(f"{name}.cpp"), flags)
+        found: Function = getattr(loaded, f"upcycle_{name}")
+    except (NotCompiledError, OSError, AttributeError) as error:
         _log.info("%s on the CPU run on torch's operations: %s", what, error)
         return None
     found.argtypes, found.restype = arguments, ctypes.c_int  # type: ignore[attr-defined]
@@ -52,19 +56,37 @@ def function(name: str, what: str, arguments: tuple[type, ...], *flags: str) -> 
     return found
 
 
-def _library(source: Path, flags: tuple[str, ...]) -> Path:
-    """The compiled library's file, made if there is none."""
+def _library(source: Path, flags: tuple[str, ...]) -> tuple[Path, ctypes.CDLL]:
+    """The compiled library and its file, made if there is none that is whole."""
     if os.environ.get(VARIABLE, "1") == "0":
         raise NotCompiledError(f"{VARIABLE} is 0")
     compiler = _compiler()
     name = f"{source.stem}-{_identity(compiler, source, flags)}.so"
-    folder = _folder()
-    if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="upcycle-"))
+    folder = cache_folder()
+    if folder is None:  # what is loaded stays loaded without its file
+        with tempfile.TemporaryDirectory(prefix="upcycle-") as made:
+            library = Path(made) / name
+            _compile(compiler, (*ALWAYS, *flags), source, library)
+            return library, ctypes.CDLL(str(library))
     library = folder / name
-    if not (library.exists() and _ours(library)):
+    if not _whole(library):
         _compile(compiler, (*ALWAYS, *flags), source, library)
-    return library
+    return library, ctypes.CDLL(str(library))
+
+
+def _whole(library: Path) -> bool:
+    """Whether it is what the compiler wrote, and only this user's: a full disk or a crash may have cut it, and the machine code of
+    a cut file is a signal (SIGBUS) when it is run.
+    """
+    try:
+        said = _hash_file(library).read_text(encoding="ascii").strip()
+        return only_ours(library) and said == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
+def _hash_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
 def _compiler() -> list[str]:
@@ -99,22 +121,6 @@ def _processor() -> bytes:
     return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
 
 
-def _folder() -> Path | None:
-    """Where compiled libraries are kept; ``None``: nowhere that only this user can write to."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "upcycle"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if _ours(folder) and os.access(folder, os.W_OK) else None
-
-
-def _ours(path: Path) -> bool:
-    found = path.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
-
-
 def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, library: Path) -> None:
     """Into ``library``, at once or not at all: other processes may be at it, too."""
     handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
@@ -129,7 +135,9 @@ def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, library:
                 raise NotCompiledError(f"{shlex.join(compiler)} does not run: {error}") from error
             if done.returncode == 0:
                 made.chmod(0o700)
+                digest = hashlib.sha256(made.read_bytes()).hexdigest()
                 made.replace(library)
+                write_text_whole(_hash_file(library), digest + "\n")
                 return
             said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         raise NotCompiledError(f"{shlex.join(compiler)} does not compile {source.name}: {said}")

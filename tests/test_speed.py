@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,6 @@ def test_failures_of_the_processes_are_explained(pico: Pico, tmp_path: Path, mon
         measure_speed(str(broken), prompt=8, generate=2, rounds=1)
     with pytest.raises(UsageError, match="too short to write 9999"):
         measure_speed(str(pico("llama")), generate=9999)
-    monkeypatch.setattr(speed, "_SAFE_PATH", ["-c", "raise SystemExit(9)"])
+    monkeypatch.setattr(speed, "run_module", lambda _: [sys.executable, "-c", "raise SystemExit(9)"])
     with pytest.raises(EnvironmentFault, match=r"ended \(code 9\)"):
         measure_speed(str(pico("llama")), prompt=8, generate=2, rounds=1)

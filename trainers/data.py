@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upcycle.errors import UsageError
+from upcycle import user_paths
+from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.recipe import parse_size
 from upcycle.trainers.corpus import Corpus, open_corpus
 from upcycle.trainers.data_recipe import DataRecipe, DomainRecipe
@@ -20,6 +20,7 @@ from upcycle.trainers.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
 from upcycle.trainers.mixture import Mixture
 from upcycle.trainers.token_shards import Encoder, TokenCache
 from upcycle.trainers.validation_rows import split, validation_rows
+from upcycle.user_paths import user_path
 
 _VERSION = 1
 _LONG_CHECK = 1 << 30  # bytes: some ten seconds
@@ -241,10 +242,20 @@ def make_batch(rows: list[Row], domains: list[str]) -> Batch:
 
 
 def cache_folder(data: DataRecipe) -> Path:
-    """Where tokenised text is kept."""
+    """Where tokenised text is kept.
+
+    Raises:
+        EnvironmentFault: nowhere is said, and this user has no place for it.
+    """
     if data.cache:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "upcycle" / "tokens"
+        return user_path(data.cache)
+    own = user_paths.cache_folder()
+    if own is None:
+        raise EnvironmentFault(
+            "there is no folder that tokenised text can be kept in: neither ~/.cache nor the one for temporary files can be written",
+            hint="cache: FOLDER in the data, or set XDG_CACHE_HOME",
+        )
+    return own / "tokens"
 
 
 def check_data(data: DataRecipe, say: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from upcycle.text import DEMO_TEXTS, read_text
 from upcycle.trainers.columns import Broken, text_of
 from upcycle.trainers.file_kinds import Format, Kind, kind_of
 from upcycle.trainers.parquet_files import open_parquet, parquet_columns, parquet_texts
+from upcycle.user_paths import user_path
 
 _DEMO_DOCUMENT = 2000  # characters; the embedded texts are joined documents, cut again at empty lines
 _LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
@@ -202,7 +203,7 @@ def _paths(texts: list[str]) -> list[Path]:
         if name == "demo" or name in DEMO_TEXTS:
             found.update(DEMO_TEXTS.values() if name == "demo" else [DEMO_TEXTS[name]])
             continue
-        pattern = str(Path(name).expanduser())
+        pattern = str(user_path(name))
         matched = [Path(path) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207 - absolute patterns, too
         if Path(pattern).is_dir():
             raise UsageError(f"{name} is a folder", hint=f"name its files: {name}/*.jsonl")

@@ -25,6 +25,7 @@ from upcycle.tensor_files import SafetensorsFolder, TensorSpec
 from upcycle.trainers.checkpoint_reader import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoint_writer import CONVERSION, OPTIMIZER, STATE_FILE
 from upcycle.trainers.model_loading import STORED_FILE
+from upcycle.user_paths import user_path
 from upcycle.workspace import Workspace, explained, sweep
 from upcycle.writer import Journal, ShardWriter, write_index
 
@@ -76,9 +77,9 @@ def export(
         CheckpointError: no checkpoint, or a file of it is damaged.
         UsageError: ``out`` is not empty.
     """
-    out = Path(out).expanduser().absolute()
+    out = user_path(out).absolute()
     check_output(out, overwrite)
-    saved = _opened(Path(checkpoint).expanduser())
+    saved = _opened(user_path(checkpoint))
     _check_apart(out, saved.folder)
     stored = read_json(saved.folder / STORED_FILE)
     kept = {"dtype": stored["dtype"], "layout": stored["layout"]}

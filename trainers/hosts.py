@@ -19,8 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from upcycle.children import run_module
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.trainers.launcher import Local, Started, python, wait
+from upcycle.trainers.launcher import Local, Started, wait
 
 AGENT = "upcycle.trainers.host_ranks"
 KILL = "KILL"  # a line to the agent, beside the names of signals
@@ -112,7 +113,7 @@ class _Agent(Started):
 
     def __init__(self, host: Host, arguments: Sequence[str], first: int, place: dict[str, str]) -> None:
         self.host = host
-        command = python(AGENT)
+        command = run_module(AGENT)
         if not host.local:
             command = [*_ssh(host), shlex.join(["exec", *command])]
         self._local = Local(command, os.environ, control=True)

@@ -7,13 +7,13 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
+from upcycle.children import run_module, safe_environment
 from upcycle.trainers.signals import INTERRUPTED, LAUNCHER, TOGETHER, give_back, take
 
 COMMAND = "UPCYCLE_COMMAND"  # in a rank's environment: the command that started all of them
@@ -43,7 +43,7 @@ class Local:
         """``control``: its standard input is a pipe, for :attr:`process`."""
         self.process = subprocess.Popen(
             command,
-            env={**environment, LAUNCHER: str(os.getpid())},
+            env=safe_environment(environment) | {LAUNCHER: str(os.getpid())},
             stdin=subprocess.PIPE if control else subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -65,14 +65,6 @@ class Local:
         self.process.wait()
 
 
-def python(module: str) -> list[str]:
-    """The command that runs a module of this installation: nothing is imported from where it is started."""
-    if sys.version_info >= (3, 11):
-        return [sys.executable, "-P", "-m", module]
-    start = f"import runpy, sys; sys.path.pop(0); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    return [sys.executable, "-c", start]
-
-
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks here; returns their exit code, see :func:`wait`."""
     place = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -83,7 +75,7 @@ def start_ranks(arguments: Sequence[str], ranks: range, environment: Mapping[str
     """Start ranks here; ``environment`` says how many there are in all, and where they meet."""
     shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ranks))), **environment}
     return [
-        Local([*python(_MODULE), *arguments], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank - ranks.start)})
+        Local([*run_module(_MODULE), *arguments], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank - ranks.start)})
         for rank in ranks
     ]
 

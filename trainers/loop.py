@@ -37,6 +37,7 @@ from upcycle.trainers.signals import StopSignals
 from upcycle.trainers.stage import Stage
 from upcycle.trainers.step import StepResult
 from upcycle.trainers.validation import on_device, validate
+from upcycle.user_paths import user_path
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class _Run:
     ) -> None:
         self.signals = signals
         self.recipe, self.ranks, self.say = recipe, ranks, say
-        self.folder = Path(recipe.output).expanduser()
+        self.folder = user_path(recipe.output)
         self.small = small_files(self.folder)
         self.origin = locate(recipe.model).path
         self.tokenizer = tokenizer_of(self.origin)

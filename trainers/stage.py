@@ -32,6 +32,7 @@ from upcycle.trainers.router_rates import router_warning
 from upcycle.trainers.routing import moe_layers
 from upcycle.trainers.state_reuse import DenseStates
 from upcycle.trainers.step import Parent, Stepper
+from upcycle.user_paths import user_path
 
 
 class Stage:
@@ -110,7 +111,7 @@ class Stage:
         if saved:
             saved.restore(self.tensors, states=resumed)
         elif recipe.dense_states:
-            DenseStates(Path(recipe.dense_states).expanduser(), origin).give(self.tensors)
+            DenseStates(user_path(recipe.dense_states), origin).give(self.tensors)
 
     @property
     def top_k(self) -> int:
@@ -162,7 +163,7 @@ class Stage:
     def _cache(self, own: DistillationRecipe, parent: Path, dtype: str, ranks: Ranks) -> LogitCache | None:
         if own.cache is None:
             return None
-        folder, error = Path(own.cache).expanduser(), None
+        folder, error = user_path(own.cache), None
         if ranks.first:
             try:
                 prepare_cache(folder, parent_identity(parent, dtype, own.top_p, own.most))

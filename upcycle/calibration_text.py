@@ -15,6 +15,7 @@ from upcycle.parsing import parse_json
 from upcycle.progress import Progress
 from upcycle.stock import load_tokenizer
 from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text
+from upcycle.user_paths import user_path
 
 if TYPE_CHECKING:
     from upcycle.checkpoint import Checkpoint
@@ -105,7 +106,7 @@ def text_names(texts: list[str]) -> list[str]:
 
 
 def _text(name: str, column: str, characters: int) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name in DEMO_TEXTS:
         return demo_parts(name)[0]
     if path.is_file() and path.suffix != ".jsonl":

@@ -15,6 +15,7 @@ from upcycle.card_facts import Facts, gather, public_name
 from upcycle.card_text import body
 from upcycle.errors import UsageError
 from upcycle.licenses import front_matter
+from upcycle.user_paths import user_path
 from upcycle.whole_files import write_text_whole
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def write_card(
         CheckpointError: the folder was not made by this tool.
         UsageError: the sources' licences differ, or the card that is there is not ours.
     """
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     text = make_card(folder, name or folder.absolute().name, license=license, base_model=base_model)
     return write_text_whole(folder / provenance.CARD_FILE, text)
 

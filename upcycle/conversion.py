@@ -108,7 +108,7 @@ def run_recipe(
 ) -> Conversion:
     """Convert by a validated recipe; see :func:`convert`."""
     started = time.monotonic()
-    out = Path(out).expanduser().absolute()
+    out = user_path(out).absolute()
     check_output(out, overwrite)
     if blueprint and grows(recipe):
         raise UsageError(f"{recipe.method} makes no blueprints and reads none", hint="leave --blueprint out")

@@ -20,6 +20,7 @@ from upcycle.speed import Speed, measure_speed
 from upcycle.stock import load_tokenizer
 from upcycle.task_scores import TaskScores, score_tasks
 from upcycle.text import DEMO_TEXTS, encode, read_text
+from upcycle.user_paths import user_path
 from upcycle.verdict import finite, perplexity_of
 
 _BATCH_LOGIT_BYTES = 1 << 28
@@ -117,7 +118,7 @@ def evaluate(
 
 def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:
     """Write what was measured beside the model, where this tool wrote that."""
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if not (folder / provenance.FILE).is_file():
         return
     try:

@@ -27,6 +27,7 @@ from upcycle.hub_repository import Repository, State, check_repo_name, check_rev
 from upcycle.progress import SILENT, Progress
 from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.publishing import REPORTS, Publishable, Upload, publishable
+from upcycle.user_paths import user_path
 from upcycle.whole_files import write_text_whole
 
 _ATTRIBUTES = ".gitattributes"  # which files are large: every repository has it from the beginning
@@ -111,7 +112,7 @@ def push(
     check_repo_name(repo)
     if revision:
         check_revision(revision)
-    local = publishable(Path(out).expanduser(), force, progress)
+    local = publishable(user_path(out), force, progress)
     for note in _notes(local):
         progress.note(note)
     with _quiet_client():

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from upcycle.errors import EnvironmentFault
 from upcycle.text import DEMO_TEXTS
+from upcycle.user_paths import user_path
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
 def is_dataset(name: str) -> bool:
     """Whether a text is named like a hub dataset (``org/name[:config[:split]]``) and not like a file."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name == "demo" or name in DEMO_TEXTS or path.exists() or path.suffix or path.is_absolute():
         return False
     return bool(_NAME.fullmatch(name))

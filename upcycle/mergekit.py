@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from upcycle.errors import UsageError
 from upcycle.recipe import parse_parameters
+from upcycle.user_paths import user_path
 
 _ROUTERS: dict[str, dict[str, Any]] = {
     "hidden": {"name": "hidden", "parameters": {"tokens": "last"}},
@@ -127,7 +127,7 @@ def _source(expert: MergekitExpert, where: str) -> dict[str, Any]:
 
 def _model(name: str, where: str, key: str) -> tuple[str, str | None]:
     """A folder or hub id and its revision."""
-    if Path(name).expanduser().exists():
+    if user_path(name).exists():
         return name, None
     if "+" in name:
         raise _unmapped(

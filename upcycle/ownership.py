@@ -15,6 +15,7 @@ from upcycle.hashing import hash_file
 from upcycle.locks import LOCKS
 from upcycle.names import check_name, sibling
 from upcycle.parsing import read_json
+from upcycle.user_paths import user_path
 from upcycle.whole_files import TEMPORARY
 
 RECORD = "upcycle.json"
@@ -37,7 +38,7 @@ def real_path(out: str | Path) -> Path:
     Raises:
         UsageError: its name is too long, or it is a link in a circle, or to a place whose folder does not exist.
     """
-    path = Path(out).expanduser().absolute()
+    path = user_path(out).absolute()
     check_name(path)
     if not path.is_symlink():
         return Path(os.path.realpath(path))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from upcycle.errors import UsageError
 from upcycle.sources import is_local
+from upcycle.user_paths import user_path
 
 Verb = Literal["convert", "train"]
 CONFIGS = Path(__file__).parent / "configs"
@@ -38,7 +39,7 @@ def recipe_file(told: str, verb: Verb) -> Path | None:
         UsageError: there is no such YAML file, or it is the name of a recipe for the other verb.
     """
     if told.endswith(_SUFFIXES):
-        path = Path(told).expanduser()
+        path = user_path(told)
         return path if path.exists() else _shipped(path.stem, verb, told) if path.name == told else path
     return None if is_local(told) else _shipped(told, verb)
 
@@ -52,8 +53,8 @@ def needed_recipe_file(told: str, verb: Verb) -> Path:
     found = recipe_file(told, verb)
     if found is not None:
         return found
-    if Path(told).expanduser().is_file():
-        return Path(told).expanduser()
+    if user_path(told).is_file():
+        return user_path(told)
     raise UsageError(f"no such recipe: {told}", hint=recipe_hint(told, verb))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.user_paths import user_path
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -26,7 +27,7 @@ class Source:
 
 def is_local(name: str) -> bool:
     """Whether ``name`` needs no download."""
-    return name == "demo" or Path(name).expanduser().exists()
+    return name == "demo" or user_path(name).exists()
 
 
 def locate(name: str, revision: str | None = None, config_only: bool = False) -> Source:
@@ -38,7 +39,7 @@ def locate(name: str, revision: str | None = None, config_only: bool = False) ->
     """
     if name == "demo":
         return Source("demo", DEMO_FOLDER / "model")
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         if revision:
             raise UsageError(f"--revision only applies to a hub id, and {name} is local")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from upcycle import errors
+from upcycle.children import run_module, safe_environment
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.parsing import parse_json, read_json
 from upcycle.progress import SILENT, Progress
@@ -20,7 +20,6 @@ from upcycle.stock import load_tokenizer
 from upcycle.text import DEMO_TEXTS, encode, read_text
 
 PROMPT, GENERATE, ROUNDS = 256, 32, 5
-_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # nothing is imported from where the command was given
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ class _Worker:
     def __init__(self, name: str) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, *_SAFE_PATH, "-m", "upcycle.speed_worker"],
+            run_module("upcycle.speed_worker"),
+            env=safe_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

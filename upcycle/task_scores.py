@@ -15,6 +15,7 @@ from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
 from upcycle.stock import load_tokenizer
+from upcycle.user_paths import user_path
 
 _RESAMPLES = 1000  # for standard errors that have no closed form
 _STDERR = "_stderr"
@@ -78,7 +79,7 @@ def score_tasks(
         UsageError: an unknown or faulty task, or one that would run code.
         EnvironmentFault: the harness or the data of a task is missing, or a model does not fit in memory.
     """
-    folder = folder.expanduser().absolute() if folder else None
+    folder = user_path(folder).absolute() if folder else None
     paths = [str(locate(name).path.absolute()) if name != "demo" else name for name in (model, reference) if name]
     if folder and not folder.is_dir():
         raise UsageError(f"no such folder: {folder}", hint="--task-folder names a folder with .yaml tasks")

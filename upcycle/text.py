@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UsageError
 from upcycle.parsing import whole_characters
 from upcycle.sources import DEMO_FOLDER
+from upcycle.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ def read_text(name: str) -> str:
     Raises:
         UsageError: no such file, not UTF-8, or empty.
     """
-    path = DEMO_TEXTS.get(name, Path(name).expanduser())
+    path = DEMO_TEXTS.get(name, user_path(name))
     try:
         content = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):

@@ -24,6 +24,7 @@ from upcycle.runtime import available_memory, folder_model
 from upcycle.stock import load_tokenizer
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
+from upcycle.user_paths import user_path
 from upcycle.verdict import EXACT_TOLERANCE, Verification, said
 
 _WINDOW = 256
@@ -51,7 +52,7 @@ def verify(
     Raises:
         CheckpointError: a file is missing or has changed since it was written, or the source is not the one converted.
     """
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     record = provenance.read(folder)
     with progress.phase("checking files", 1):
         provenance.check_files(folder, record)

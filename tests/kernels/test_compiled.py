@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
 @needs_compiler
 def test_it_is_compiled_once_and_kept_where_others_cannot_write(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.few_rows() is not None
-    (library,) = fresh.iterdir()
+    (library,) = fresh.glob("*.so")
     assert stat.S_IMODE(fresh.stat().st_mode) == stat.S_IMODE(library.stat().st_mode) == 0o700
     compiling.function.cache_clear()
     monkeypatch.setattr(compiling, "_compile", lambda *_: pytest.fail("compiled again"))
@@ -146,12 +147,49 @@ def test_it_is_compiled_once_and_kept_where_others_cannot_write(fresh: Path, mon
 @pytest.mark.parametrize("what", ["folder", "library"])
 def test_what_others_could_have_written_is_not_loaded(what: str, fresh: Path) -> None:
     assert compiled.few_rows() is not None
-    (library,) = fresh.iterdir()
+    (library,) = fresh.glob("*.so")
     library.unlink()  # what is loaded stays
     library.write_bytes(b"not a library")
     (fresh if what == "folder" else library).chmod(0o777)
     compiling.function.cache_clear()
     assert compiled.few_rows() is not None
+
+
+@needs_compiler
+def test_a_cut_library_is_never_run_and_made_again(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compile_quickly(*arguments: object) -> None:
+        made.append(arguments)
+        compile_it(*arguments)  # type: ignore[arg-type]
+
+    compile_it = compiling._compile
+    assert compiled.few_rows() is not None
+    (library,) = fresh.glob("*.so")
+    whole, (digest,) = library.read_bytes(), fresh.glob("*.sha256")
+    monkeypatch.setattr(compiling, "_compile", compile_quickly)
+    # A copy is damaged and put in its place: what is loaded is the file that was there before.
+    for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        (fresh / "damaged").write_bytes(damaged)
+        (fresh / "damaged").chmod(0o700)
+        (fresh / "damaged").replace(library)
+        assert not compiling._whole(library)
+    digest.unlink()
+    compiling.function.cache_clear()
+    assert compiled.few_rows() is not None
+    assert len(made) == 1
+    assert compiling._whole(library)
+
+
+@needs_compiler
+def test_a_user_without_a_home_has_it_for_the_time_being(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(compiling, "cache_folder", lambda: None)
+    assert compiled.few_rows() is not None
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from importlib import import_module
 import click
 
 from upcycle import __version__
+from upcycle.children import VARIABLE
 from upcycle.cli.output import flush_streams, prepare_streams, print_error, print_traceback, say
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.signals import INTERRUPTED, interrupting
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
+    os.environ.setdefault(VARIABLE, "1")  # for what libraries start, such as compilers of kernels
     # Progress is ours to show.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in arguments or bool(os.environ.get("UPCYCLE_DEBUG"))

@@ -12,6 +12,7 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.ownership import cannot_write
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.collecting import Wanted, collect
+from upcycle.user_paths import user_path
 from upcycle.whole_files import write_text_whole
 
 MISSING_EXTRA = "pip install 'upcycle[report]'"
@@ -50,13 +51,13 @@ def write_report(
         raise EnvironmentFault("a report needs jinja2, which is not installed", hint=MISSING_EXTRA)
     from upcycle.report.drawing.page import draw_page
 
-    html = Path(out).expanduser() if out else None
+    html = user_path(out) if out else None
     if html and (html.suffix not in (".html", ".htm") or not html.absolute().parent.is_dir()):
         raise UsageError(f"cannot write a report to {html}", hint="--out names an .html file in a folder that exists")
     subject, data = collect(str(name), wanted or Wanted(), progress)
     if html is None:
-        local = Path(name).expanduser().absolute().parent == subject.folder.absolute().parent
-        html = (subject.folder if local or Path(name).expanduser().is_dir() else Path()) / "report.html"
+        local = user_path(name).absolute().parent == subject.folder.absolute().parent
+        html = (subject.folder if local or user_path(name).is_dir() else Path()) / "report.html"
     with progress.phase("drawing", 1):
         page = draw_page(data)
         progress.advance()

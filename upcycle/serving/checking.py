@@ -21,8 +21,9 @@ from upcycle.serving.comparing import Place, places, tolerance_of
 from upcycle.serving.engine import Answer, Asked, Engine, NotHeld
 from upcycle.serving.on_llama_cpp import LlamaCpp
 from upcycle.serving.on_vllm import Vllm
-from upcycle.stock import load_tokenizer
+from upcycle.stock import load_tokenizer, view
 from upcycle.text import DEMO_TEXTS, encode, read_text, windows_of
+from upcycle.user_paths import user_path
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (LlamaCpp(), Vllm())}
 PROMPT, WRITTEN, TOKENS = 16, 32, 128
@@ -86,7 +87,7 @@ def verify_with(
     """
     if engine not in ENGINES:
         raise UsageError(f"unknown engine '{engine}'", hint=f"one of: {', '.join(ENGINES)}")
-    folder, chosen = Path(out).expanduser(), ENGINES[engine]
+    folder, chosen = user_path(out), ENGINES[engine]
     record, config = provenance.read(folder), read_json(folder / "config.json")
     with progress.phase("checking files", 1):
         provenance.check_files(folder, record)
@@ -95,7 +96,10 @@ def verify_with(
     asked = _question(tokenizer, config, text, tokens)
     with progress.phase(f"running {chosen.title}, then transformers", 2), tempfile.TemporaryDirectory() as work:
         try:
-            answer = chosen.ask(folder, config, asked, Path(work), python or sys.executable)
+            with view(
+                folder, weights=True, tokenizer=True
+            ) as shown:  # what a stranger's folder says beside is not for engines, too
+                answer = chosen.ask(shown, config, asked, Path(work), python or sys.executable)
         except NotHeld as refusal:
             return _kept(folder, _not_held(chosen, refusal.message), progress)
         progress.advance()

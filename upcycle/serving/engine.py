@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from upcycle.children import engine_environment, run_script
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
 from upcycle.parsing import parse_json
+from upcycle.user_paths import user_path
 
 TAIL = 12
 WORKERS = Path(__file__).with_name("workers")
@@ -100,17 +102,17 @@ def run_worker(
     """
     # The process runs elsewhere, and a path is from here. Links are kept: a virtual environment's Python is one.
     if os.sep in python:
-        python = os.path.abspath(Path(python).expanduser())  # noqa: PTH100
+        python = os.path.abspath(user_path(python))  # noqa: PTH100
     log = work / "engine.log"
     with log.open("wb") as errors:
         try:
             process = subprocess.Popen(
-                [python, str(WORKERS / script)],
+                run_script(WORKERS / script, python),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=work,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "UPCYCLE_PARENT": str(os.getpid()), **environment},
+                env={**engine_environment(), "HF_HUB_OFFLINE": "1", "UPCYCLE_PARENT": str(os.getpid()), **environment},
                 start_new_session=True,  # so that what it starts can be ended with it
             )
         except OSError as error:

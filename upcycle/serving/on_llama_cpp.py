@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from upcycle.children import engine_environment, run_script
 from upcycle.errors import EnvironmentFault
 from upcycle.serving.engine import Answer, Asked, NotHeld, last_lines, read_written, run_worker
 from upcycle.tensor_files import SafetensorsFolder
+from upcycle.user_paths import user_path
 
 VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
@@ -81,8 +83,17 @@ def _convert(model: Path, file: Path, work: Path, python: str) -> None:
         )
     log = work / "converter.log"
     with log.open("wb") as output:
-        command = [python, converter, str(model.absolute()), "--outtype", "f32", "--outfile", str(file)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
+        command = [
+            *run_script(Path(converter), python),
+            str(model.absolute()),
+            "--outtype",
+            "f32",
+            "--outfile",
+            str(file),
+        ]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=engine_environment(), check=False
+        )
     if done.returncode == 0 and file.is_file():
         return
     said = last_lines(log)
@@ -105,7 +116,7 @@ def _found(program: str) -> str | None:
 
 def _folders() -> Iterator[Path]:
     if named := os.environ.get(VARIABLE):
-        root = Path(named).expanduser().absolute()
+        root = user_path(named).absolute()
         yield from (root, root / "bin", root / "build" / "bin")
     if server := shutil.which("llama-server"):
         yield from Path(server).resolve().parents[:3]

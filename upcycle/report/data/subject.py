@@ -16,6 +16,7 @@ from upcycle.ownership import real_path, working_folder
 from upcycle.parsing import read_json
 from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.user_paths import user_path
 
 TRAINING_LOG = "log.jsonl"
 State = Literal["finished", "failed", "unfinished"]
@@ -80,7 +81,7 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
     Raises:
         UsageError: there is nothing of that name, or it holds no model.
     """
-    given = Path(name).expanduser()
+    given = user_path(name)
     candidates = [given, sibling(given.absolute(), ".failed"), working_folder(real_path(given))]
     folder = next((path for path in candidates if path.is_dir()), None) or locate(name).path
     if not folder.is_dir():
