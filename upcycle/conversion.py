@@ -28,6 +28,7 @@ from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.text import read_text
+from upcycle.user_paths import user_path
 from upcycle.workspace import Workspace, explained, sweep
 from upcycle.writer import Journal, ShardWriter, write_index
 

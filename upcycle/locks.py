@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import CheckpointError, UpcycleError
+from upcycle.parsing import read_json
 
 LOCK = ".lock"
 PID_LOCK = ".lock.pid"
@@ -100,12 +101,12 @@ class FolderLock:
 
     def _refuse_or_remove(self, path: Path) -> None:
         try:
-            holder = json.loads(path.read_text(encoding="utf-8"))
+            holder = read_json(path)
             gone = holder["host"] == socket.gethostname() and not _runs(holder)
             who = f"process {int(holder['pid'])} on {holder['host']}"
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+            if not path.exists():
+                return
             gone, who = _age(path) > _BEING_WRITTEN, "it"
         if not gone:
             raise UpcycleError(self._busy, hint=f"if {who} runs no more, remove {path}")
