@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.checkpoint import DenseCheckpoint
-from upcycle.errors import CheckpointError, RefusalError, VerificationError
+from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError, VerificationError
 from upcycle.gguf_file import GgufFile
+from upcycle.tensor_files import SafetensorsFolder
 
 HF_TO_GGUF = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -24,7 +26,16 @@ HF_TO_GGUF = {
 }  # fmt: skip
 
 
-def write_gguf(dense: Path, path: Path, architecture: str = "llama", quantized: bool = False, **extra: float) -> Path:
+def write_gguf(
+    dense: Path,
+    path: Path,
+    architecture: str = "llama",
+    quantized: bool = False,
+    half: bool = False,
+    metadata: dict[str, Any] | None = None,
+    without: Sequence[str] = (),
+    **extra: float,
+) -> Path:
     """What llama.cpp's converter writes for a Llama: renamed tensors, rotary rows interleaved."""
     model = AutoModelForCausalLM.from_pretrained(dense)
     config = model.config
@@ -39,22 +50,28 @@ def write_gguf(dense: Path, path: Path, architecture: str = "llama", quantized: 
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
+    for key, value in (metadata or {}).items():
+        add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
     for name, stored in model.state_dict().items():
         tensor = stored
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name:
-                rows, columns = tensor.shape
-                tensor = tensor.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-        stem = name.removesuffix(".weight")
+                tensor = tensor.view(heads, 2, len(tensor) // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        stem, _, kind = name.rpartition(".")
         if stem.startswith("model.layers."):
             _, _, layer, part = stem.split(".", 3)
-            new = f"blk.{layer}.{HF_TO_GGUF[part]}.weight"
+            new = f"blk.{layer}.{HF_TO_GGUF[part]}.{kind}"
         else:
-            new = f"{HF_TO_GGUF[stem]}.weight"
+            new = f"{HF_TO_GGUF[stem]}.{kind}"
+        if new in without:
+            continue
         data = tensor.float().numpy()
         if quantized and data.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(new, gguf.quants.quantize(data, kind), raw_dtype=kind)
+            packed = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(new, gguf.quants.quantize(data, packed), raw_dtype=packed)
+        elif half and data.ndim == 2:
+            writer.add_tensor(new, data.astype(np.float16))
         else:
             writer.add_tensor(new, data)
     for name in extra:
@@ -76,7 +93,8 @@ def test_tensors_are_those_stock_transformers_reads(
     assert checkpoint.store.specs.keys() == stock.keys()
     for name, tensor in stock.items():
         assert torch.equal(checkpoint.read(name, "float32"), tensor), name
-        assert checkpoint.read(name).dtype == torch.bfloat16
+        assert checkpoint.read(name).dtype == torch.float32
+        assert torch.equal(checkpoint.read(name), tensor), name
 
 
 def test_converts_and_verifies(pico: Callable[[str], Path], tmp_path: Path) -> None:
@@ -128,3 +146,109 @@ def test_what_is_misread_of_it_is_found(
     keys = {"experts": 2, "tokenizer": "none", "verification": {"tokens": 32}}
     with pytest.raises(VerificationError, match="relative logit error"):
         upcycle.convert(str(write_gguf(pico("llama"), tmp_path / "m.gguf")), tmp_path / "out", **keys)
+
+
+def test_half_precision_is_kept(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every value, and said: matrices in float16, norms in float32, as the file has them."""
+    path = write_gguf(pico("llama"), tmp_path / "m.gguf", half=True)
+    result = upcycle.convert(str(path), tmp_path / "out", experts=4, tokenizer="none", verification={"tokens": 64})
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    stock = AutoModelForCausalLM.from_pretrained(pico("llama"), dtype=torch.float32).state_dict()
+    written = SafetensorsFolder(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"):
+        assert torch.equal(written.read(name), stock[name].half()), name
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(written.read(norm), stock[norm].float())
+
+
+def test_quantized_values_are_all_held_and_the_user_is_told(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    path = write_gguf(pico("llama"), tmp_path / "m.gguf", quantized=True)
+    kept = upcycle.plan(str(path), experts=4, tokenizer="none")
+    assert any("Q8_0" in warning and "float32" in warning for warning in kept.warnings)
+    chosen = upcycle.plan(str(path), experts=4, tokenizer="none", dtype="bfloat16")
+    assert not any("Q8_0" in warning for warning in chosen.warnings)
+    assert chosen.bytes_output < 0.6 * kept.bytes_output
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, "'llama.rope.scale_linear' = 4.0, which changes what the model computes"),
+        ({"llama.rope.scaling.type": "linear"}, "'llama.rope.scaling.type' = linear"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "scaled rotary frequencies"),
+        ({"llama.attention.sliding_window": 64}, "'llama.attention.sliding_window' = 64"),
+        ({"llama.expert_count": 8}, "'llama.expert_count' = 8"),
+        ({"llama.logit_scale": 0.5}, "'llama.logit_scale' = 0.5"),
+        ({"llama.attention.causal": False}, "'llama.attention.causal' = False"),
+        ({"llama.rope.dimension_count": 4}, "'llama.rope.dimension_count' = 4 where a head has 8"),
+        ({"llama.attention.value_length": 16}, "'llama.attention.value_length' = 16"),
+        ({"llama.some.new_key": 1}, "'llama.some.new_key' = 1, which is not known here"),
+        ({"llama.attention.head_count_kv": [2, 2, 1]}, r"'llama.attention.head_count_kv' is \[2, 2, 1\]"),
+        ({"llama.attention.layer_norm_rms_epsilon": "x"}, "'llama.attention.layer_norm_rms_epsilon' is x"),
+        ({"general.type": "adapter"}, "'general.type' is adapter"),
+        ({"split.count": 2}, "one part of a GGUF file that was split into 2"),
+    ],
+)
+def test_metadata_that_changes_the_function_is_refused_by_name(
+    metadata: dict[str, Any], message: str, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UpcycleError, match=message):
+        GgufFile(write_gguf(pico("llama"), tmp_path / "m.gguf", metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scale_linear": 1.0},
+        {"llama.rope.scaling.type": "none"},
+        {"llama.expert_count": 0},
+        {"general.name": "x", "general.type": "model", "tokenizer.ggml.pre": "x", "quantize.imatrix.file": "x"},
+        {"somebody.quantize_version": 2, "split.count": 0},
+    ],
+)
+def test_metadata_that_changes_nothing_is_read_over(
+    metadata: dict[str, Any], pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert DenseCheckpoint.open(
+        str(write_gguf(pico("llama"), tmp_path / "m.gguf", metadata=metadata))
+    ).config.hidden_size
+
+
+def test_biases_are_read(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    path = write_gguf(pico("llama-bias"), tmp_path / "m.gguf")
+    stock = AutoModelForCausalLM.from_pretrained(pico("llama-bias"), dtype=torch.float32).state_dict()
+    checkpoint = DenseCheckpoint.open(str(path))
+    assert checkpoint.config.qkv_bias
+    assert checkpoint.store.specs.keys() == stock.keys()
+    for name, tensor in stock.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+    some = write_gguf(pico("llama-bias"), tmp_path / "some.gguf", without=("blk.1.attn_output.bias",))
+    with pytest.raises(RefusalError, match="only some projections have biases"):
+        GgufFile(some)
+
+
+def test_a_file_without_a_tokenizer_or_a_tensor_says_so(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    path = write_gguf(pico("llama"), tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="has no tokenizer") as caught:
+        upcycle.plan(str(path), experts=4)
+    assert "tokenizer.ggml.tokens" in caught.value.message
+    for missing in ("blk.1.ffn_down.weight", "token_embd.weight"):
+        with pytest.raises(CheckpointError, match="is missing") as lacking:
+            DenseCheckpoint.open(str(write_gguf(pico("llama"), tmp_path / "part.gguf", without=(missing,))))
+        assert "config.json" not in f"{lacking.value.message} {lacking.value.hint}"
+
+
+def test_no_damage_to_a_header_ends_untyped(pico: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = write_gguf(pico("llama"), tmp_path / "m.gguf").read_bytes()
+    generator = np.random.default_rng(0)
+    path = tmp_path / "damaged.gguf"
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[generator.integers(4, 2500)] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            DenseCheckpoint.open(str(path))
+        except UpcycleError as error:
+            assert error.hint

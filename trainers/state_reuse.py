@@ -6,6 +6,7 @@ that is a copy of the dense FFN gets the moments of that FFN, and routers, which
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from copy import copy
 from functools import lru_cache
@@ -166,6 +167,9 @@ class _Store:
     @property
     def fingerprint(self) -> str:
         return self._states.dense.store.fingerprint
+
+    def sample(self) -> str:
+        return hashlib.sha256("\n".join(self._file(name).sample() for name in self.specs).encode()).hexdigest()
 
     def location(self, name: str) -> str:
         return str(self._file(name).path)

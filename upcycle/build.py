@@ -11,7 +11,9 @@ import torch
 
 from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.draws import redrawn
+from upcycle.errors import CheckpointError
 from upcycle.feed_forward import FeedForward
+from upcycle.outputs import OutputEntry
 from upcycle.targets.base import Part
 
 Matrices = Callable[[int, str], torch.Tensor]
@@ -111,6 +113,20 @@ class ExpertTensors:
         shared, size = len(self._blueprint.shared), self._blueprint.intermediate_size
         first, count = (0, shared) if where == "shared" else (shared + expert, 1)
         return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
+
+
+def finite(entry: OutputEntry, block: torch.Tensor) -> torch.Tensor:
+    """What was built, checked: a factor or a refit can carry finite weights beyond what their dtype holds.
+
+    Raises:
+        CheckpointError: it holds NaN or Inf; names the tensor.
+    """
+    if block.numel() and not all(bool(extreme.isfinite()) for extreme in block.aminmax()):
+        raise CheckpointError(
+            f"{entry.name}: scaled or fitted, its weights overflow {entry.spec.dtype}",
+            hint="--dtype float32" if entry.spec.dtype == "bfloat16" else "--dtype bfloat16 or float32",
+        )
+    return block
 
 
 def _times(weight: torch.Tensor, factor: float) -> torch.Tensor:

@@ -43,6 +43,9 @@ class TensorStore(Protocol):
     def fingerprint(self) -> str:
         """Different for different checkpoints."""
 
+    def sample(self) -> str:
+        """A hash of headers and of a few bytes of every tensor, as they are now."""
+
     def location(self, name: str) -> str:
         """The file a tensor is in."""
 
@@ -78,7 +81,7 @@ class Checkpoint:
         self.store = gguf if source.path.is_file() else SafetensorsFolder(source.path)
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
             self.raw_config = untied(self.raw_config)
-        self._opened = self.modified
+        self._opened = self.version
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
 
     def _has_another_head(self) -> bool:
@@ -114,13 +117,27 @@ class Checkpoint:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         return [file.stat().st_mtime_ns for file in files]
 
+    @property
+    def version(self) -> list[Any]:
+        """What tells one version of a source from another, even where it was replaced under the same time stamp and size:
+        times, and a hash of the configuration, of headers, and of a few bytes of every tensor, as they are now.
+        """
+        config = self.source.path / CONFIG
+        settings = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
+        return [self.modified, settings, self.store.sample()]
+
+    @property
+    def note(self) -> str | None:
+        """What to tell a user of how tensors are read where the recipe keeps dtypes."""
+        return getattr(self.store, "note", None)
+
     def check_unchanged(self) -> None:
         """Refuse to go on with a source that was replaced since it was opened.
 
         Raises:
-            CheckpointError: a weight file has another modification time.
+            CheckpointError: a weight file has another modification time, or other bytes under the same.
         """
-        if self.modified != self._opened:
+        if self.version != self._opened:
             raise CheckpointError(
                 f"{self.source.path} changed while it was read",
                 hint="start again with --restart once it stays as it is",
@@ -129,7 +146,9 @@ class Checkpoint:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the weights."""
-        return self.source.path.is_file() or any((self.source.path / name).is_file() for name in _TOKENIZER_FILES)
+        if self.source.path.is_file():
+            return bool(getattr(self.store, "has_tokenizer", False))
+        return any((self.source.path / name).is_file() for name in _TOKENIZER_FILES)
 
     def dtype_of(self, name: str, dtype: str = "keep") -> str:
         """The dtype a tensor is read in."""
@@ -163,15 +182,27 @@ class Checkpoint:
     def _checked(self, name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
         import torch
 
-        if not _is_finite(tensor):
+        wanted = getattr(torch, self.dtype_of(name, dtype))
+        if not tensor.numel():
+            return tensor.to(wanted)
+        # One pass without a temporary: aminmax passes NaN on, and Inf is an extreme.
+        extremes = torch.stack(tensor.aminmax())
+        if not extremes.isfinite().all():
+            what = "NaN" if extremes.isnan().any() else "Inf"
             raise CheckpointError(
-                f"{self.store.location(name)}: tensor '{name}' holds NaN or Inf",
+                f"{self.store.location(name)}: tensor '{name}' holds {what}",
                 hint="the checkpoint is damaged or its training diverged; download it again or use an earlier one",
             )
-        cast = tensor.to(getattr(torch, self.dtype_of(name, dtype)))
-        if cast.dtype == torch.float16 and not _is_finite(cast):
-            raise CheckpointError(f"tensor '{name}' overflows float16", hint="use --dtype bfloat16")
-        return cast
+        if not extremes.to(wanted).isfinite().all():
+            most = extremes.double().abs().max().item()
+            wider = "bfloat16 or float32" if wanted == torch.float16 else "float32"
+            raise CheckpointError(
+                f"{self.store.location(name)}: tensor '{name}' holds {most:.4g}, which overflows {dtype}",
+                hint=f"--dtype {wider}"
+                if wanted != torch.float32
+                else "the values are beyond what a model computes with",
+            )
+        return tensor.to(wanted)
 
 
 class DenseCheckpoint(Checkpoint):
@@ -197,7 +228,8 @@ class DenseCheckpoint(Checkpoint):
         from upcycle.feed_forward import FeedForward
 
         origins = self.family.ffn_origins(self.config, layer)
-        tensors = {part: self.whole(origin, dtype) for part, origin in origins.items()}
+        matrices = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
+        tensors = {part: self.whole(origin, dtype if part == "norm" else matrices) for part, origin in origins.items()}
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
         return FeedForward(layer=layer, activation=self.config.hidden_act, **tensors)
@@ -227,11 +259,6 @@ class DenseCheckpoint(Checkpoint):
 def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:
     """A ``config.json`` that says what its weights are: a head of their own. LFM2 has an older name for the key."""
     return {key: value for key, value in raw_config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """One pass without a temporary: aminmax passes NaN on, and Inf is an extreme."""
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def family_of(raw_config: Mapping[str, Any], where: str) -> Family:

@@ -261,7 +261,7 @@ def _write_unit(
     saved: BlueprintFile | None,
     threads: int,
 ) -> None:
-    from upcycle.build import ExpertTensors
+    from upcycle.build import ExpertTensors, finite
 
     dtype = job.recipe.dtype
     experts: ExpertTensors | None = None
@@ -278,7 +278,7 @@ def _write_unit(
                 blueprint = _blueprint(job, ffn, folder, saved)
             experts = ExpertTensors(ffn, blueprint, checkpoint.expert_matrices(unit.layer, dtype))
         assert entry.built is not None
-        writer.write(entry, map(experts.part, entry.built.parts))
+        writer.write(entry, (finite(entry, experts.part(part)) for part in entry.built.parts))
 
 
 @contextmanager

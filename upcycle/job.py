@@ -16,7 +16,7 @@ from upcycle.recipe import Recipe, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
 from upcycle.routers.base import Router
 from upcycle.targets.base import MoeShape, Target, refuse_unheld
-from upcycle.tensor_files import TensorSpec
+from upcycle.tensor_files import TensorSpec, widest
 
 if TYPE_CHECKING:
     from upcycle.mixing import Mix
@@ -40,6 +40,7 @@ class Job:
     refit: Literal["down", "scale", "none"]
     shards: tuple[Shard, ...]
     dense_specs: Mapping[str, TensorSpec]
+    note: str | None = None  # what the source says of how it is read
 
     @property
     def units(self) -> Iterator[Unit]:
@@ -69,8 +70,8 @@ class Job:
     @property
     def dtype(self) -> str:
         """The dtype of the experts, which is the one ``config.json`` names."""
-        gate = self.family.ffn_origins(self.dense, self.shape.moe_layers[0])["gate"]
-        return self.dense_specs[gate.name].dtype if self.recipe.dtype == "keep" else self.recipe.dtype
+        layers = self.shape.moe_layers if self.recipe.dtype == "keep" else self.shape.moe_layers[:1]
+        return widest(self.family.ffn_dtype(self.dense, self.dense_specs, i, self.recipe.dtype) for i in layers)
 
     @property
     def promise(self) -> tuple[str, str]:
@@ -141,7 +142,9 @@ class Job:
     def rounding_factors(self) -> list[float]:
         """Those of all factors on experts that the stored dtype cannot apply without rounding."""
         own = map(self.method.told_scale, self.method.members + self.method.shared_members)
-        return [] if self.dtype == "float32" else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
+        return (
+            [] if self.dtype in ("float32", "float64") else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
+        )
 
 
 def method_of(recipe: Recipe) -> AnyMethod:
@@ -228,8 +231,10 @@ def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
         UsageError: there is none beside the weights.
     """
     if recipe.tokenizer == "copy" and not has_tokenizer:
+        is_gguf, files = recipe.source.endswith(".gguf"), "tokenizer.json, tokenizer.model, vocab.json, tekken.json"
+        looked = "metadata keys tokenizer.ggml.model and tokenizer.ggml.tokens" if is_gguf else files
         raise UsageError(
-            f"{recipe.source} has no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json, tekken.json)",
+            f"{recipe.source} has no tokenizer (looked for {looked})",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
         )
 
@@ -353,7 +358,7 @@ def _units(
     for layer in range(dense.num_hidden_layers):
         entries = copied(family.layer_specs(dense, layer))
         if layer in shape.moe_layers:
-            expert_dtype = dtype(family.ffn_origins(dense, layer)["gate"])
+            expert_dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
             entries += [
                 OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.dtype or expert_dtype), built=tensor)
                 for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.families.origin import Origin
@@ -60,6 +60,10 @@ class MergedStore:
         """SHA-256 over the members' and their weights."""
         text = "\n".join(f"{member.fingerprint} {weight!r}" for member, weight in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def sample(self) -> str:
+        """The members', together."""
+        return hashlib.sha256("\n".join(member.store.sample() for member, _ in self._parts).encode()).hexdigest()
 
     def location(self, name: str) -> str:
         """The files that a tensor is the mean of."""
@@ -131,6 +135,11 @@ class JoinedCheckpoint(DenseCheckpoint):
     def modified(self) -> list[int]:
         """When each weight file of every source was last changed."""
         return [time for member in self.members for time in member.modified]
+
+    @property
+    def version(self) -> list[Any]:
+        """What tells one version of every source from another."""
+        return [member.version for member in self.members]
 
 
 class MergedCheckpoint(JoinedCheckpoint):

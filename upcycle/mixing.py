@@ -127,6 +127,7 @@ class MixedCheckpoint(JoinedCheckpoint):
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Reads gate, up or down of the FFN of a member; the last one read is kept, for experts that share it."""
         origins = self.family.ffn_origins(self.config, layer)
+        dtype = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
         kept: dict[tuple[int, str], torch.Tensor] = {}
 
         def matrix(source: int, part: str) -> torch.Tensor:

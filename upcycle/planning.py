@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 from upcycle.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint, family_of
@@ -136,6 +136,7 @@ def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
     else:
         assert isinstance(checkpoint, DenseCheckpoint)
         job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix)
+        job = replace(job, note=checkpoint.note if recipe.dtype == "keep" else None)
     if isinstance(checkpoint, MixedCheckpoint):
         checkpoint.rest, checkpoint.slerp = job.method.rest, job.method.slerp
     return job
@@ -327,7 +328,7 @@ def check_memory(job: Job) -> None:
 
 
 def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
-    warnings = []
+    warnings = [job.note] if job.note else []
     shape = job.shape
     if active < 0.99 * dense_parameters and shape.top_k < shape.experts:
         warnings.append(

@@ -59,7 +59,7 @@ def fingerprint(job: AnyJob, checkpoint: Checkpoint, blueprint: Path | None, rea
     given = hash_file(blueprint) if blueprint else None
     tokens = [hash_tokens(windows) for windows in read]
     code = (versions()["upcycle"], versions()["torch"])
-    parts = [recipe, checkpoint.fingerprint, checkpoint.modified, given, tokens, *code]
+    parts = [recipe, checkpoint.fingerprint, checkpoint.version, given, tokens, *code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -45,7 +45,7 @@ CODES = {torch_name: code for code, (torch_name, _) in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # as safetensors itself
 _MOST_DIMENSIONS = 64  # as torch
 _SAMPLES = 3  # pieces of every tensor that tell one version of a checkpoint from another
-_SAMPLE_BYTES = 256
+SAMPLE_BYTES = 256
 _COMPARED_BYTES = 1 << 24
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -68,6 +68,14 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.elements * ITEM_SIZE[self.dtype]
+
+
+def widest(dtypes: Iterable[str]) -> str:
+    """The narrowest floating dtype that holds every value of the given ones, as torch promotes them."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return "float64" if "float64" in found else "float32"
 
 
 def row_blocks(
@@ -189,10 +197,10 @@ class SafetensorsFile:
         with self.path.open("rb") as file:
             digest.update(file.read(self._start))
             for spec, start in self._offsets.values():
-                last = max(spec.nbytes - _SAMPLE_BYTES, 0)
+                last = max(spec.nbytes - SAMPLE_BYTES, 0)
                 for position in sorted({last * piece // (_SAMPLES - 1) for piece in range(_SAMPLES)}):
                     file.seek(self._start + start + position)
-                    digest.update(file.read(min(_SAMPLE_BYTES, spec.nbytes)))
+                    digest.update(file.read(min(SAMPLE_BYTES, spec.nbytes)))
         return digest.hexdigest()
 
 

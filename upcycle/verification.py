@@ -29,7 +29,12 @@ from upcycle.verdict import EXACT_TOLERANCE, Verification, said
 
 _WINDOW = 256
 # Unit roundoff: the largest relative error of storing one number.
-_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+_ROUNDOFF = {
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-11,
+    "float32": 2.0**-24,
+    "float64": 2.0**-24,
+}  # logits are computed in fp32
 
 
 def verify(

@@ -14,7 +14,7 @@ from upcycle.families.origin import Origin, is_rotated
 from upcycle.families.rope import rope_parameters
 from upcycle.families.settings import Kind, checked
 from upcycle.folder_contents import shown
-from upcycle.tensor_files import TensorSpec
+from upcycle.tensor_files import TensorSpec, widest
 from upcycle.tensor_names import refuse_quantized, unlike_family
 
 __all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
@@ -226,6 +226,13 @@ class Family(ABC):
         """Where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies."""
         return {part: self.origin(config, name) for part, name in self.ffn_names(layer).items()}
 
+    def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
+        """What a layer's experts are written in: ``dtype``, or the narrowest that holds gate, up and down where they are kept."""
+        if dtype != "keep":
+            return dtype
+        origins = self.ffn_origins(config, layer)
+        return widest(specs[origins[part].name].dtype for part in ("gate", "up", "down"))
+
     def norms_below(self, layer: int) -> list[str]:
         """Where the FFN reads the stream itself: the norms of everything that was added to it. Bounds its length."""
         return []
@@ -249,7 +256,9 @@ class Family(ABC):
             raise other
         for name, shape in expected.items():
             if name not in specs:
-                raise CheckpointError(f"{where}: tensor '{name}' is missing", hint=_TOGETHER)
+                raise CheckpointError(
+                    f"{where}: tensor '{name}' is missing", hint=_INCOMPLETE if where.endswith(".gguf") else _TOGETHER
+                )
             if specs[name].shape != shape:
                 raise CheckpointError(
                     f"{where}: tensor '{name}' has shape {shown(list(specs[name].shape))}, config.json says {list(shape)}",
@@ -281,6 +290,7 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], where: str) -> No
 
 _LEAST_ODD_HEAD = 4  # stock classes let smaller heads be odd
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_INCOMPLETE = "the file is incomplete: download it again"
 _TOGETHER = "compare config.json with the weights: do they belong together?"
 
 
