@@ -63,7 +63,7 @@ class MergedStore:
 
     def sample(self) -> str:
         """The members', together."""
-        return hashlib.sha256("\n".join(member.store.sample() for member, _ in self._parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(member.store.sample() for member, _ in self.parts).encode()).hexdigest()
 
     def location(self, name: str) -> str:
         """The files that a tensor is the mean of."""
