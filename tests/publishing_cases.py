@@ -11,6 +11,7 @@ from typing import Any
 from hub_server import HubServer
 
 import upcycle
+from upcycle.local_names import FILE as LOCAL_FILE
 from upcycle.progress import Progress
 
 REPO = "alice/moe"
@@ -37,7 +38,9 @@ def push(out: Path, hub: HubServer, repo: str = REPO, **options: Any) -> Any:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """What is for the public: not where things lie on this machine."""
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != LOCAL_FILE)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def weights(out: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from upcycle import provenance
 from upcycle.errors import CheckpointError
 from upcycle.hashing import hash_file
 from upcycle.links import copy_inside, inside
+from upcycle.local_names import without_paths
 from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
 from upcycle.ownership import CHECKPOINTS, TRAINED, check_apart, check_output
 from upcycle.parsing import read_json
@@ -210,7 +211,7 @@ def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, st
         "tokens": saved.state["tokens"],
         "loss": saved.state["loss"],
         "validation": saved.state["validation"],
-        "recipe": saved.state["recipe"],
+        "recipe": without_paths(saved.state["recipe"]),
         "versions": saved.state["versions"],
     }
     converted = (origin / provenance.FILE).is_file()

@@ -15,6 +15,8 @@ from upcycle.errors import UsageError
 from upcycle.kernels.devices import why_not
 from upcycle.kernels.dispatch import NAME, register
 from upcycle.links import copy_inside
+from upcycle.local_names import FILE as LOCAL_FILE
+from upcycle.local_names import here
 from upcycle.parsing import read_json
 from upcycle.registry import TARGETS, suggestion
 from upcycle.sources import locate
@@ -23,7 +25,7 @@ from upcycle.trainers.activation_records import replace_activations
 from upcycle.trainers.checkpoint_writer import CONVERSION
 
 _ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
-_CONVERSION_FILES = ("upcycle.json", "recipe.yaml")
+_CONVERSION_FILES = ("upcycle.json", "recipe.yaml", LOCAL_FILE)
 STORED_FILE = "stored.json"  # how the trained model's weights are to be stored when they are exported
 
 
@@ -124,7 +126,7 @@ def parent_folder(named: str, model: Path, key: str = "distillation.parent", ins
         if (folder / "upcycle.json").is_file():
             record = read_json(folder / "upcycle.json")["source"]
             try:
-                return locate(record["name"], record["revision"]).path
+                return locate(here(folder, record["name"]), record["revision"]).path
             except UsageError as error:
                 raise UsageError(f"{key}: {error.message}", hint=hint) from None
     raise UsageError(f"{key}: {model} does not say what it was converted from", hint=hint)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError
+from upcycle.local_names import LocalNames
 from upcycle.provenance import BLUEPRINT_FILE
 from upcycle.whole_files import write_whole
 from upcycle.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
@@ -72,7 +73,8 @@ def join_layers(job: Job, folder: Path) -> list[dict[str, Any]]:
         if lost := [path.name for path in parts if not path.exists()]:
             raise CheckpointError(f"{folder}: {lost[0]} of {LAYER_BLUEPRINTS} is missing", hint="--restart begins anew")
         recipe = job.recipe.model_dump(exclude={"source", "revision", "sources", "verification"})
-        write_whole(folder / BLUEPRINT_FILE, lambda partial: join_blueprints(parts, partial, recipe))
+        public = LocalNames.of(job.recipe.model_dump()).published(recipe)
+        write_whole(folder / BLUEPRINT_FILE, lambda partial: join_blueprints(parts, partial, public))
     shutil.rmtree(folder / LAYER_BLUEPRINTS, ignore_errors=True)
     shutil.rmtree(folder / CALIBRATION_FOLDER, ignore_errors=True)
     return blueprint_reports(folder)

@@ -21,9 +21,11 @@ from upcycle.decisions import decide_merges
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.growth import GrowthJob, decide_growth, growth_reports
 from upcycle.job import Job
+from upcycle.local_names import LocalNames
 from upcycle.mixing import MixedCheckpoint, open_sources
 from upcycle.outputs import Unit
 from upcycle.ownership import check_apart, check_output
+from upcycle.parsing import dump_yaml, parse_yaml
 from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
@@ -349,7 +351,11 @@ def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
 def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
     """Everything but weights and provenance; returns what was measured and decided of every layer."""
     (folder / "config.json").write_text(json.dumps(job.config, indent=2) + "\n", encoding="utf-8")
-    (folder / provenance.RECIPE_FILE).write_text(job.recipe_text, encoding="utf-8")
+    names = LocalNames.of(job.recipe.model_dump())
+    text = dump_yaml(names.published(parse_yaml(job.recipe_text, provenance.RECIPE_FILE)))
+    (folder / provenance.RECIPE_FILE).write_text(text, encoding="utf-8")
+    if names.paths:
+        names.remember(folder, text)
     copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
     return growth_reports(folder) if isinstance(job, GrowthJob) else join_layers(job, folder)
 

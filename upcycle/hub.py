@@ -9,21 +9,21 @@ which the repository is no model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from upcycle import __version__
 from upcycle.card import make_card, own_section
-from upcycle.card_facts import sources_of
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hub_errors import Hub, from_environment
 from upcycle.hub_repository import Repository, State, check_repo_name, check_revision, operation_of
+from upcycle.private_files import check_private
+from upcycle.private_text import without_password
 from upcycle.progress import SILENT, Progress
 from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.publishing import REPORTS, Publishable, Upload, publishable
@@ -46,7 +46,8 @@ class PushedFile:
 class Push:
     """What was published, or with ``dry_run`` would be. ``as_dict`` has the documented JSON keys.
 
-    ``bytes_to_send`` are those of files that are not there yet as they are; ``commit`` is None where nothing had changed.
+    ``bytes_to_send`` are those of files that are not there yet as they are; ``commit`` is None where nothing had changed;
+    ``searched`` files hold no keys, and nothing that tells of this machine.
     """
 
     repo: str
@@ -62,6 +63,7 @@ class Push:
     bytes_to_send: int
     mark: str | None
     dry_run: bool
+    searched: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for ``--json``."""
@@ -81,6 +83,7 @@ def push(
     overwrite: bool = False,
     license: str | None = None,
     base_model: str | None = None,
+    allow: Sequence[str] = (),
     endpoint: str | None = None,
     progress: Progress = SILENT,
 ) -> Push:
@@ -98,12 +101,13 @@ def push(
         force: publish what was not verified or is broken; the card says so.
         overwrite: delete what else the repository holds. It stays in its history.
         license, base_model: see :func:`upcycle.card.write_card`.
+        allow: texts that may be published although they tell of this machine: a folder, the user's or the machine's name.
         endpoint: another hub; default: ``HF_ENDPOINT``, or huggingface.co.
         progress: where to report.
 
     Raises:
-        UsageError: a name that is none, a folder that is unfinished or unverified, a repository that holds something else or is
-            public although a private one was asked for, or licences that differ.
+        UsageError: a name that is none, a folder that is unfinished or unverified or holds what is private, a repository that
+            holds something else or is public although a private one was asked for, or licences that differ.
         VerificationError: the conversion broke its promise.
         CheckpointError: the folder is not ours, or a file was changed since it was verified.
         EnvironmentFault: no token, no permission, no network, or a hub that does not answer.
@@ -112,7 +116,8 @@ def push(
     check_repo_name(repo)
     if revision:
         check_revision(revision)
-    local = publishable(user_path(out), force, progress)
+    owner = repo.partition("/")[0]
+    local = publishable(user_path(out), force, progress, allow, owner)
     for note in _notes(local):
         progress.note(note)
     with _quiet_client():
@@ -126,7 +131,9 @@ def push(
         card = make_card(
             local.folder, repo, license=license, base_model=base_model, mark=local.mark, published=published
         )
-        files = sorted([*local.files, Upload.of(CARD_FILE, card.encode())], key=lambda file: file.name)
+        readme = Upload.of(CARD_FILE, card.encode())
+        searched = local.searched + check_private([readme], allow, owner)
+        files = sorted([*local.files, readme], key=lambda file: file.name)
         gone = _deletions(files, repository, there, overwrite) if there else []
         made = Push(
             repo=repo,
@@ -142,6 +149,7 @@ def push(
             bytes_to_send=sum(file.size for file in files if not (there and there.has(file))),
             mark=local.mark,
             dry_run=dry_run,
+            searched=searched,
         )
         if dry_run:
             return made
@@ -210,15 +218,8 @@ def _notes(local: Publishable) -> Iterator[str]:
     """What somebody who publishes might not expect."""
     if local.skipped:
         yield f"not published, because upcycle did not record them: {', '.join(local.skipped)}"
-    named = [name for name in _names(local.record) if Path(name).is_absolute() or name.startswith("~")]
-    if named:
-        yield f"upcycle.json and recipe.yaml name folders of this machine, such as {named[0]}, and are published as they are"
     if local.mark:
         yield f"published all the same (--force): {local.mark}"
-
-
-def _names(record: dict[str, Any]) -> list[str]:
-    return [*(source["name"] for source in sources_of(record)), *((record.get("calibration") or {}).get("text") or [])]
 
 
 def _connect(repo: str, endpoint: str | None, dry_run: bool, progress: Progress) -> tuple[Repository, str]:
@@ -238,8 +239,9 @@ def _connect(repo: str, endpoint: str | None, dry_run: bool, progress: Progress)
     if not all("!" <= letter <= "~" for letter in token):
         raise EnvironmentFault("the token for the hub holds characters that none has", hint="hf auth login")
     api = HfApi(endpoint=endpoint, token=token or False, library_name="upcycle", library_version=__version__)
-    hub = Hub(api.endpoint, repo, token, from_environment(token))
-    return Repository(api, hub, progress), f"{api.endpoint}/{repo}"
+    shown = without_password(api.endpoint)
+    hub = Hub(shown, repo, token, from_environment(token))
+    return Repository(api, hub, progress), f"{shown}/{repo}"
 
 
 def _look(

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # the client
 )
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
+from upcycle.private_text import scrub, without_password
 from upcycle.progress import Progress
 
 T = TypeVar("T")
@@ -30,7 +31,6 @@ _httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])  # http
 _NO_CONNECTION = (_httpx.ConnectError, _httpx.ProxyError, _httpx.UnsupportedProtocol, _httpx.LocalProtocolError)
 _PASSING = (500, 502, 503, 504)
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # a query may sign whoever has it
-_SECRET = re.compile(r"\bhf_\w{8,}|Bearer\s+\S+")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Hub:
         message = " ".join(str(text).split())
         if self.token:
             message = message.replace(self.token, "***")
-        return _SECRET.sub("***", _QUERY.sub(r"\1", message))
+        return without_password(scrub(_QUERY.sub(r"\1", message)))
 
     @contextmanager
     def explained(self, doing: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.hub_errors import Hub, passing, patiently
 from upcycle.parsing import parse_json
+from upcycle.private_text import without_password
 from upcycle.progress import Progress
 from upcycle.publishing import Upload
 
@@ -185,7 +186,7 @@ class Repository:
                     f"the hub did not say whether it opened a pull request in {self.name} ({self._hub.scrub(error)})",
                     hint=f"look at {self._hub.endpoint}/{self.name}/discussions before you try again",
                 ) from None
-        return str(info.oid), str(info.pr_url), str(info.pr_revision)
+        return str(info.oid), without_password(str(info.pr_url)), str(info.pr_revision)
 
     def _commit(
         self, operations: Sequence[Any], parent: State, message: str, revision: str | None, create_pr: bool
@@ -213,7 +214,7 @@ class Repository:
             found = patiently(
                 lambda: self._api.add_collection_item(slug, self.name, "model", exists_ok=True), self._progress
             )
-        return str(found.url)
+        return without_password(str(found.url))
 
 
 def operation_of(file: Upload) -> CommitOperationAdd:

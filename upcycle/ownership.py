@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hashing import hash_file
+from upcycle.local_names import FILE as LOCAL_FILE
 from upcycle.locks import LOCKS
 from upcycle.names import check_name, sibling
 from upcycle.parsing import read_json
@@ -27,7 +28,11 @@ INSIDE = "upcycle.partial"  # the working folder of an output that cannot be ren
 REPLACED_INSIDE = "upcycle.replaced"
 MADE_BY = {"made_by": "upcycle"}
 # Files of a result that its record does not list, and that upcycle wrote or that systems leave behind.
-_UNLISTED = {RECORD, "verification.json", "evaluation.json", "report.html", "report.json", STATE, *LOCKS, ".DS_Store"}
+_UNLISTED = {
+    *(RECORD, "verification.json", "evaluation.json", "report.html", "report.json", STATE, ".DS_Store"),
+    *LOCKS,
+    LOCAL_FILE,
+}
 _CARD = "README.md"
 Kind = Literal["empty", "result", "run", "working", "foreign"]
 

@@ -137,6 +137,15 @@ def path_in_value(value: str) -> Finding | None:
     return Finding("a folder of a machine", value) if plain and value.strip("/~") and "\n" not in value else None
 
 
+def without_folders(text: str) -> str:
+    """A sentence with the last parts of the paths in it."""
+    return _WINDOWS.sub(lambda match: _last(match[0]), _PATH.sub(lambda match: _last(match[1]), text))
+
+
+def _last(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
 def _tells(path: str) -> bool:
     root = path.split("/")[1]
     return root in _OURS or (root not in _SYSTEM and Path("/", root).is_dir())

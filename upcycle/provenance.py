@@ -17,6 +17,8 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
 from upcycle.hashing import hash_file
 from upcycle.licenses import license_record
+from upcycle.local_names import FILE as LOCAL_FILE
+from upcycle.local_names import LocalNames, without_paths
 from upcycle.locks import LOCKS
 from upcycle.mixing import sources_record
 from upcycle.ownership import RECORD
@@ -117,10 +119,11 @@ def write(
         "plan": plan.as_dict(),
         "files": dict(sorted(hashes.items())),
     }
+    content = without_paths(LocalNames.of(job.recipe.model_dump()).published(content))
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, *UNFINISHED, *LOCKS}
+UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, LOCAL_FILE, *UNFINISHED, *LOCKS}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_about(folder: Path, name: str, content: dict[str, Any]) -> None:
-    text = json.dumps(content | {_ABOUT: hash_file(folder / FILE)}, indent=2) + "\n"
+    text = json.dumps(without_paths(content) | {_ABOUT: hash_file(folder / FILE)}, indent=2) + "\n"
     write_text_whole(folder / name, text)
 
 

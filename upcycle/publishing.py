@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from upcycle import provenance
 from upcycle.errors import CheckpointError, UsageError, VerificationError
 from upcycle.hashing import hash_bytes
+from upcycle.links import inside
+from upcycle.local_names import FILE as LOCAL_FILE
 from upcycle.ownership import INSIDE, real_path, working_folder
+from upcycle.private_files import check_private
 from upcycle.progress import Progress
 from upcycle.provenance import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files
 from upcycle.workspace import UNFINISHED, settle
@@ -49,7 +53,7 @@ class Upload:
 @dataclass(frozen=True)
 class Publishable:
     """A folder that may be published: ``mark`` says why it should not be, where that was overruled; ``skipped`` are files in
-    it that nobody recorded, and that stay here.
+    it that nobody recorded, and that stay here; ``searched`` is how many were looked through for what is private.
     """
 
     folder: Path
@@ -57,30 +61,45 @@ class Publishable:
     files: list[Upload]
     skipped: list[str]
     mark: str | None
+    searched: int = 0
 
 
-def publishable(folder: Path, force: bool, progress: Progress) -> Publishable:
-    """Check a folder, hashing every file of it.
+def publishable(
+    folder: Path, force: bool, progress: Progress, allowed: Sequence[str] = (), owner: str = ""
+) -> Publishable:
+    """Check a folder, hashing and searching every file of it: the one way from a folder to what is sent.
+
+    Args:
+        folder: what upcycle wrote.
+        force: also what is not verified.
+        progress: where to report.
+        allowed, owner: see :func:`upcycle.private_files.check_private`.
 
     Raises:
-        UsageError: there is no such folder, it is unfinished, or it was never verified (unless ``force``).
+        UsageError: there is no such folder, it is unfinished, it was never verified (unless ``force``), or a file holds what is
+            private.
         VerificationError: it broke its promise (unless ``force``; a folder called ``.failed`` is refused in any case).
-        CheckpointError: this tool did not make it, or a file is missing or was changed since it was verified.
+        CheckpointError: this tool did not make it, a file is missing or was changed since it was verified, or is a link that
+            leaves the folder.
     """
     _check_finished(folder)
     record = provenance.read(folder)
     if not isinstance(record.get("files"), dict) or not any(name.endswith(_WEIGHTS) for name in record["files"]):
         raise CheckpointError(f"{folder / FILE}: key 'files' lists no weights", hint="convert again")
     mark = _verified(folder, force)
+    never = {CARD_FILE, LOCAL_FILE}
+    present = (FILE, VERIFICATION_FILE, EVALUATION_FILE, *REPORTS)
+    for name in (*present, *record["files"], CARD_FILE):
+        inside(folder / name, folder)
     with progress.phase("checking files", 1):
         check_files(folder, record)
         progress.advance()
-    files = [_upload(folder, name, digest) for name, digest in record["files"].items() if name != CARD_FILE]
-    present = (FILE, VERIFICATION_FILE, EVALUATION_FILE, *REPORTS)
+    files = [_upload(folder, name, digest) for name, digest in record["files"].items() if name not in never]
     files += [Upload.of(name, (folder / name).read_bytes()) for name in present if (folder / name).is_file()]
-    known = {file.name for file in files} | {CARD_FILE}
+    checked = check_private(files, allowed, owner)
+    known = {file.name for file in files} | never
     skipped = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in known)
-    return Publishable(folder, record, files, skipped, mark)
+    return Publishable(folder, record, files, skipped, mark, checked)
 
 
 def _check_finished(folder: Path) -> None:

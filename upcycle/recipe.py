@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from upcycle.errors import UsageError
+from upcycle.local_names import here
 from upcycle.parsing import dump_yaml, read_yaml
 from upcycle.registry import suggestion
 
@@ -275,7 +276,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML recipe as a plain mapping; flags are laid over it before validation.
+    """Read a YAML recipe as a plain mapping; flags are laid over it before validation. One that lies in a model's folder gets
+    back the paths that its names stand for on this machine.
 
     Raises:
         UsageError: the file is missing or not YAML.
@@ -285,7 +287,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     content = read_yaml(path, error=UsageError)
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys, got {type(content).__name__}")
-    return content
+    found: dict[str, Any] = here(path.parent, content)
+    return found
 
 
 def set_key(content: dict[str, Any], path: str, value: Any) -> None:

@@ -22,14 +22,21 @@ from upcycle.quantities import size
 @click.option("--dry-run", is_flag=True, help="only show what would be uploaded")
 @click.option("--force", is_flag=True, help="publish what is broken or was not verified; its card will say so")
 @click.option("--overwrite", is_flag=True, help="replace what else the repository holds; it stays in its history")
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="TEXT",
+    help="publish this text, although it tells of this machine: a folder, a name (repeatable)",
+)
 @card_options
 @quiet_option
 @common_options
 def command(out: Path, repo: str, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Publish the converted model in OUT as REPO (owner/name) on the Hugging Face hub, with a model card.
 
-    Every file is checked against its recorded hash first. One commit makes all of them appear; given again after a cut, the
-    command does not send twice what has arrived. The token is that of HF_TOKEN or hf auth login.
+    Every file is checked against its recorded hash first, and searched for keys and for what tells of this machine. One commit
+    makes all of them appear; given again after a cut, the command does not send twice what has arrived. The token is that of
+    HF_TOKEN or hf auth login.
 
     \b
     upcycle push OUT you/name --dry-run
@@ -53,6 +60,7 @@ def _facts(result: Any) -> list[tuple[str, str]]:
     total, sent = size(result.bytes_total), size(result.bytes_to_send)
     where = f"{result.repo} ({'private' if result.private else 'public'})"
     facts = [("size", f"{total} in {sum(file.status != 'deleted' for file in result.files)} files")]
+    facts.append(("searched", f"no keys and no folders of this machine in {result.searched} files"))
     if result.dry_run:
         return [("dry run", f"nothing was sent to {where}"), *facts, ("to send", sent)]
     facts.append(("sent", sent if result.commit else "nothing: it is there already"))

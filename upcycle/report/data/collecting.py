@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle import __version__
+from upcycle import __version__, private_text
 from upcycle.errors import UpcycleError
+from upcycle.local_names import without_folders
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.compared import comparison_data
 from upcycle.report.data.cost import cost_data
@@ -61,7 +62,19 @@ def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Sub
     sections |= _measured(subject, wanted, progress)
     summary = summary_data(subject, sections)
     ordered = {section: sections[section] for section in SECTIONS}
-    return subject, {"out": subject.name, "upcycle": __version__, "summary": summary, **ordered}
+    return subject, _public({"out": subject.name, "upcycle": __version__, "summary": summary, **ordered})
+
+
+def _public(data: dict[str, Any]) -> dict[str, Any]:
+    """The data without the folders of this machine; what models wrote and read stays as it is."""
+    written = data["quality"].get("samples")
+    found: dict[str, Any] = without_folders({key: part for key, part in data.items() if key != "routing"})
+    if written is not None:
+        found["quality"]["samples"] = written
+    reason = data["routing"].get("missing")
+    return {key: found.get(key, data[key]) for key in data} | (
+        {"routing": missing(private_text.without_folders(reason))} if reason else {}
+    )
 
 
 _READERS: dict[str, Callable[[Subject], dict[str, Any]]] = {
