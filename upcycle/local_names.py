@@ -18,6 +18,7 @@ from upcycle import private_text
 from upcycle.errors import CheckpointError
 from upcycle.parsing import read_json
 from upcycle.private_text import path_in_value
+from upcycle.user_paths import user_path
 
 FILE = ".upcycle-local.json"
 # Names that mean something of their own: the embedded model and texts. (Others in the same record are not taken either.)
@@ -55,7 +56,7 @@ class LocalNames:
 
     def remember(self, folder: Path, recipe: str) -> None:
         """Keep them in ``folder``, beside the recipe (its text) that has the names."""
-        absolute = {name: str(Path(path).expanduser().absolute()) for name, path in self.paths.items()}
+        absolute = {name: str(user_path(path).absolute()) for name, path in self.paths.items()}
         content = {"about": _hash(recipe.encode()), "paths": absolute}
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -97,8 +98,8 @@ def is_path(text: str) -> bool:
     if path_in_value(text) or text.startswith(("./", "../")):
         return True
     try:
-        return "/" in text and Path(text).expanduser().exists()
-    except (OSError, RuntimeError):
+        return "/" in text and user_path(text).exists()
+    except OSError:
         return False
 
 
@@ -107,7 +108,7 @@ def file_name(path: str) -> str:
     if "\\" in path or re.match(r"[A-Za-z]:", path):
         return PureWindowsPath(path).name or "folder"
     name = Path(path).name
-    return (Path(path).expanduser().resolve().name if name in ("", ".", "..", "~") else name) or "folder"
+    return (user_path(path).resolve().name if name in ("", ".", "..", "~") else name) or "folder"
 
 
 def _strings(content: Any) -> Iterator[str]:
