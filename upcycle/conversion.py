@@ -21,6 +21,7 @@ from upcycle.decisions import decide_merges
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.growth import GrowthJob, decide_growth, growth_reports
 from upcycle.job import Job
+from upcycle.loadable import check_loadable
 from upcycle.local_names import LocalNames
 from upcycle.mixing import MixedCheckpoint, open_sources
 from upcycle.outputs import Unit
@@ -29,7 +30,6 @@ from upcycle.parsing import dump_yaml, parse_yaml
 from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
-from upcycle.text import read_text
 from upcycle.user_paths import user_path
 from upcycle.workspace import Workspace, explained, sweep
 from upcycle.writer import Journal, ShardWriter, write_index
@@ -119,9 +119,8 @@ def run_recipe(
     for path in checkpoint.paths:
         check_apart(out, path, "the source")
     check_companions(checkpoint.source.path, recipe.tokenizer == "copy")
-    if recipe.verification.enabled and recipe.verification.text:
-        read_text(recipe.verification.text)  # better refused now than after the conversion
     job = job_for(recipe, checkpoint)
+    judged = check_loadable(job, checkpoint)  # better refused now than after the conversion
     made = make_plan(job)
     _warn(made, recipe, progress)
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
@@ -147,7 +146,7 @@ def run_recipe(
             _warn_of_degenerate_rows(_write_companions(job, checkpoint, workspace.folder), progress)
             sweep(workspace.folder)
             provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
-            verification = _verify(job, checkpoint, workspace.folder, progress)
+            verification = _verify(job, checkpoint, workspace.folder, judged, progress)
             checkpoint.check_unchanged()
         else:
             verification = _verified(workspace.folder, recipe)
@@ -360,15 +359,20 @@ def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list
     return growth_reports(folder) if isinstance(job, GrowthJob) else join_layers(job, folder)
 
 
-def _verify(job: AnyJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> Verification | None:
-    wanted = job.recipe.verification
-    if not wanted.enabled:
+def _verify(
+    job: AnyJob,
+    checkpoint: Checkpoint,
+    folder: Path,
+    windows: tuple[torch.Tensor, str] | None,
+    progress: Progress,
+) -> Verification | None:
+    if windows is None:
         return None
     if (before := _verified(folder, job.recipe)) is not None:
         return before  # an earlier run was stopped after this point
     from upcycle.verification import verify_job
 
-    result = verify_job(job, checkpoint, folder, wanted.text, wanted.tokens, progress)
+    result = verify_job(job, checkpoint, folder, windows, progress)
     provenance.write_verification(folder, result.as_dict())
     return result
 

@@ -15,11 +15,11 @@ from upcycle.progress import Progress
 from upcycle.runtime import available_memory, folder_model
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.verdict import EXACT_TOLERANCE, Verification, said
-from upcycle.verification import check_keys, token_windows
+from upcycle.verification import check_keys
 
 
 def verify_growth(
-    job: GrowthJob, checkpoint: Checkpoint, folder: Path, text: str | None, tokens: int, progress: Progress
+    job: GrowthJob, checkpoint: Checkpoint, folder: Path, windows: tuple[torch.Tensor, str], progress: Progress
 ) -> Verification:
     """Compare ``folder`` with the source, tensor by tensor and then in what both compute, in fp32.
 
@@ -32,9 +32,8 @@ def verify_growth(
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    with progress.phase("loading text and both models", 3):
-        ids, label = token_windows(job, checkpoint, text, tokens)
-        progress.advance()
+    ids, label = windows
+    with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
         after = folder_model(folder, streamed)

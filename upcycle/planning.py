@@ -30,7 +30,7 @@ MOST_CACHE_BYTES = 1 << 30  # activations kept between the passes over a layer
 REUSED_BYTES = 1 << 28  # freed memory that a calibration holds on to
 # Resident set of the interpreter with a CPU build of torch loaded; measured, see tests/benchmarks.
 _INTERPRETER_BYTES = 260_000_000
-_STOCK_CLASSES = 260_000_000  # transformers' modelling code and what it imports
+_STOCK_CLASSES = 260_000_000  # transformers' modelling code and what it imports: every conversion asks it first
 _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
 
 
@@ -87,9 +87,24 @@ def plan(source: str | None = None, **keys: Any) -> Plan:
 
 
 def job_of(recipe: Recipe) -> AnyJob:
-    """The job of a recipe, from local checkpoints' headers or hub repositories' ``config.json``."""
+    """The job of a recipe, from local checkpoints' headers or hub repositories' ``config.json``.
+
+    Stock transformers is asked whether it takes the sources and the result, as before a conversion; of a repository of the hub
+    there is ``config.json`` alone to ask about.
+    """
+    from upcycle.loadable import check_config, check_loadable
+
     if all_local(recipe):
-        return job_for(recipe, open_sources(recipe))
+        checkpoint = open_sources(recipe)
+        job = job_for(recipe, checkpoint)
+        check_loadable(job, checkpoint)
+        return job
+    job = _job_from_configs(recipe)
+    check_config(job.config, "the result")
+    return job
+
+
+def _job_from_configs(recipe: Recipe) -> AnyJob:
     if takes_moe(recipe.method):
         from upcycle.moe_checkpoint import stock_shapes
 
@@ -143,6 +158,7 @@ def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
 
 
 def _config(name: str, revision: str | None) -> tuple[dict[str, Any], Family, DenseConfig]:
+
     raw = read_config(locate(name, revision, config_only=True).path)
     family = family_of(raw, name)
     refuse_said_quantized(raw, name)
@@ -201,7 +217,6 @@ def _growth_plan(job: GrowthJob) -> Plan:
     row = max(spec.nbytes // max(spec.shape[0], 1) for spec in specs.values() if spec.shape)
     copying = min(max(COPY_BLOCK_BYTES, row) + WAITING_BYTES, sum(shard.nbytes for shard in job.shards))
     looking = job.method.memory(job.source, recipe)
-    stock = _STOCK_CLASSES if job.method.takes == "moe" else 0  # a MoE's configuration is read with them
     embedding = 0 if grown.tied else grown.vocab_size * grown.hidden_size
     return Plan(
         sources=[{"name": s.name, "revision": s.revision, "weight": s.weight} for s in recipe.sources],
@@ -218,7 +233,7 @@ def _growth_plan(job: GrowthJob) -> Plan:
         parameters_active=after - grown.idle,
         bytes_dense=sum(specs[name].nbytes for name in stored),
         bytes_output=sum(shard.nbytes for shard in job.shards),
-        peak_memory_bytes=_INTERPRETER_BYTES + stock + max(copying, looking),
+        peak_memory_bytes=_INTERPRETER_BYTES + _STOCK_CLASSES + max(copying, looking),
         flops_per_token_dense=2 * (before - grown.source_idle - embedding),
         flops_per_token=2 * (after - grown.idle - embedding),
         kind=job.method.kind,
@@ -267,7 +282,7 @@ def _peak_memory(job: Job) -> int:
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
-    writing = _INTERPRETER_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
+    writing = _INTERPRETER_BYTES + _STOCK_CLASSES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
     return max(writing, _calibration_memory(job)) if job.calibrated or job.router.walks else writing
 
 

@@ -8,7 +8,7 @@ this tool's families and targets is asked.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -243,21 +243,43 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if not _LAYER.match(name)]
 
 
-def _by_layer(model: Any, stored: Any) -> dict[int | None, list[str]]:
+def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
     """Stored names by the layer that transformers puts them in."""
+    found: dict[int | None, list[str]] = {}
+    for name, renamed in _renamed(model, stored).items():
+        layer = _LAYER.match(renamed)
+        found.setdefault(int(layer[1]) if layer else None, []).append(name)
+    return found
+
+
+def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
+    """Weights of a stock model that transformers would find under none of the stored names, nor tied to another.
+
+    A rule of transformers that makes several weights of one tensor may give any: nothing is said then.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if any(
+        len(rule.target_patterns) > 1 for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")
+    ):
+        return []
+    found, tied = set(_renamed(model, stored).values()), model.all_tied_weights_keys
+    found |= {one for one, other in tied.items() if other in found} | {
+        other for one, other in tied.items() if one in found
+    }
+    return [name for name in model.state_dict() if name not in found]
+
+
+def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Stored names, and the weight that transformers makes of each, or a part of."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    own = model.state_dict()
-    found: dict[int | None, list[str]] = {}
-    for name in stored:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        layer = _LAYER.match(renamed)
-        found.setdefault(int(layer[1]) if layer else None, []).append(name)
-    return found
+    own, prefix = model.state_dict(), model.base_model_prefix
+    return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
 
 
 def compute_buffers(model: Any, settings: Any) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle import provenance
-from upcycle.calibration_text import text_names
 from upcycle.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.growth import GrowthJob
@@ -21,13 +18,14 @@ from upcycle.planning import AnyJob, job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import parse_recipe, read_recipe
 from upcycle.runtime import available_memory, folder_model
-from upcycle.stock import load_tokenizer
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
 from upcycle.user_paths import user_path
 from upcycle.verdict import EXACT_TOLERANCE, Verification, said
+from upcycle.verification_text import token_windows
 
-_WINDOW = 256
+if TYPE_CHECKING:
+    import torch
+
 # Unit roundoff: the largest relative error of storing one number.
 _ROUNDOFF = {
     "bfloat16": 2.0**-8,
@@ -64,7 +62,8 @@ def verify(
         progress.advance()
     job, checkpoint = reopen(folder, record, source)
     text = text or job.recipe.verification.text
-    result = verify_job(job, checkpoint, folder, text, tokens, progress, record.get("training"))
+    windows = token_windows(job, checkpoint, text, tokens)
+    result = verify_job(job, checkpoint, folder, windows, progress, record.get("training"))
     try:
         provenance.write_verification(folder, result.as_dict())
     except OSError as error:
@@ -103,24 +102,34 @@ def verify_job(
     job: AnyJob,
     checkpoint: Checkpoint,
     folder: Path,
-    text: str | None,
-    tokens: int,
+    windows: tuple[torch.Tensor, str],
     progress: Progress = SILENT,
     training: dict[str, Any] | None = None,
 ) -> Verification:
-    """Compare ``folder`` with the checkpoint it was made from; ``training`` says how it was trained since, if it was."""
+    """Compare ``folder`` with the checkpoint it was made from.
+
+    Args:
+        job: what was to be made.
+        checkpoint: the source.
+        folder: the result.
+        windows: token ids ``[N, W]`` to measure on, and what they are from.
+        progress: where to report.
+        training: how the result was trained since, if it was.
+
+    Raises:
+        CheckpointError: the folder is not what was planned, or stock transformers does not load it cleanly.
+    """
     if isinstance(job, GrowthJob):
         from upcycle.growth_verification import verify_growth
 
-        return verify_growth(job, checkpoint, folder, text, tokens, progress)
+        return verify_growth(job, checkpoint, folder, windows, progress)
     assert isinstance(checkpoint, DenseCheckpoint)
     check_keys(job, folder)
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    with progress.phase("loading text and both models", 3):
-        ids, label = token_windows(job, checkpoint, text, tokens)
-        progress.advance()
+    ids, label = windows
+    with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
         moe = folder_model(folder, streamed, job.target.blocks)
@@ -144,24 +153,6 @@ def check_keys(job: AnyJob, folder: Path) -> None:
     if stored != planned:
         wrong = sorted(name for name in set(stored) | set(planned) if stored.get(name) != planned.get(name))
         raise CheckpointError(f"{folder}: tensor '{wrong[0]}' is not as planned ({len(wrong)} such tensors)")
-
-
-def token_windows(job: AnyJob, checkpoint: Checkpoint, text: str | None, tokens: int) -> tuple[torch.Tensor, str]:
-    """Token ids ``[N, W]`` to measure on, and what they are from."""
-    window = min(_WINDOW, job.context, tokens)
-    if job.recipe.tokenizer == "none":
-        rng = torch.Generator().manual_seed(job.recipe.seed)
-        ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
-        return ids, "random token ids (no tokenizer)"
-    tokenizer = load_tokenizer(checkpoint.source.path)
-    if text:
-        contents, label = [read_text(text)], text
-    elif set(text_names(job.recipe.calibration.texts)) & set(DEMO_TEXTS):
-        contents = [demo_parts(name)[1] for name in DEMO_TEXTS]
-        label = "the quarter of the embedded texts that was not calibrated on"
-    else:
-        contents, label = [read_text(name) for name in DEMO_TEXTS], "embedded validation texts"
-    return windows_of([encode(tokenizer, content) for content in contents], tokens, window), label
 
 
 def _trained(
