@@ -127,7 +127,7 @@ class MoeModel:
             specs=specs,
             experts=experts,
             top_k=top_k,
-            normalized=not family.sigmoid or bool(getattr(stock, "norm_topk_prob", True)),
+            normalized=bool(getattr(stock, "norm_topk_prob", True)),
             layers=stock.num_hidden_layers,
             vocab_size=stock.vocab_size,
             hidden_size=stock.hidden_size,

@@ -129,11 +129,12 @@ class ExpertUpcycling(Growth):
         times, rest = divmod(experts, model.experts)
         if self.parameters.utility != "uniform" or rest:
             return "approximate", f"experts that are copied more often take more of the {top_k} slots"
-        if top_k != times * model.top_k:
-            same = f", as in the source with top-{top_k // times}" if top_k % times == 0 else ""
-            return "approximate", f"copies of one expert share the {top_k} slots{same}"
-        if not model.normalized:
+        same = _same_as(model, times, top_k)
+        if not same and model.family.sigmoid and not model.normalized:
             return "approximate", "weights that are not normalised add up to more with every copy"
+        if same != model.top_k:
+            as_if = f", as in the source with top-{same}" if same else ""
+            return "approximate", f"copies of one expert share the {top_k} slots{as_if}"
         if self.parameters.noise:
             return (
                 "approximate",
@@ -186,6 +187,20 @@ class ExpertUpcycling(Growth):
         best_first = np.argsort(-utility, kind="stable")
         added = np.repeat(best_first, self.parameters.most_copies)[: experts - len(utility)]
         return [*range(len(utility)), *added.tolist()]
+
+
+def _same_as(model: MoeModel, times: int, top_k: int) -> int:
+    """The source's top-k that ``times`` copies of every expert, without noise, are with ``top_k`` slots; 0: none.
+
+    Copies of one expert have the same score and are chosen together. Normalised, they have its weight between them however many
+    there are. Of a softmax over all experts each copy has a share, so that all of them are needed; sigmoids are not shared, and a
+    second copy adds the expert once more.
+    """
+    if model.normalized and top_k <= times:
+        return 1
+    if model.family.sigmoid and not model.normalized:
+        return int(top_k == 1)
+    return 0 if top_k % times else top_k // times
 
 
 def _config(model: MoeModel, experts: int, top_k: int) -> dict[str, Any]:
