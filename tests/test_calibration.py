@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy, linear, silu
+from torch.nn.functional import linear, silu
 
 import upcycle
 from upcycle.blueprint import BlueprintFile
@@ -282,39 +282,6 @@ def test_provenance_names_the_text_and_its_tokens(pico: Pico, tmp_path: Path) ->
     assert record["calibration"]["tokens"] == TOKENS
     assert record["calibration"]["mode"] == "sequential"
     assert len(record["calibration"]["token_ids_sha256"]) == 64
-
-
-def test_importance_is_what_autograd_says_of_the_whole_model(pico: Pico, tmp_path: Path) -> None:
-    from upcycle.checkpoint import DenseCheckpoint
-    from upcycle.gradients import read_importance, write_importance
-    from upcycle.layers import LayerRunner
-    from upcycle.planning import job_of
-    from upcycle.progress import SILENT
-    from upcycle.recipe import parse_recipe
-
-    dense = pico("llama")
-    job = job_of(parse_recipe({**SPLIT, "source": str(dense)}, "test"))
-    checkpoint = DenseCheckpoint.open(str(dense), None)
-    ids = windows(dense)
-    runner = LayerRunner(checkpoint, "keep", WINDOW)
-    write_importance(tmp_path / "importance.safetensors", runner, checkpoint, ids, 1, job, SILENT)
-    found = read_importance(tmp_path / "importance.safetensors")
-
-    model = load_model(dense).double()
-    hidden: list[torch.Tensor] = []
-
-    def keep(_: Any, args: tuple[torch.Tensor]) -> None:
-        args[0].retain_grad()
-        hidden.append(args[0])
-
-    for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_pre_hook(keep)
-    logits = model(ids).logits[:, :-1]
-    cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    for index, h in enumerate(hidden):
-        assert h.grad is not None
-        expected = (h * h.grad).abs().flatten(0, 1).mean(0)
-        assert torch.linalg.norm(found[index][0] - expected) <= 1e-4 * torch.linalg.norm(expected)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
