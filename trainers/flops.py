@@ -22,7 +22,7 @@ class TrainingFlops:
 
     @property
     def total(self) -> float:
-        """All of them. What activation checkpointing computes again is not counted: it is no progress."""
+        """All of them. What activation checkpointing or a survey computes again is not counted: it is no progress."""
         return self.forward + self.activations + self.weights
 
 

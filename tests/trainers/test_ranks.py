@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from training_runs import COMMAND, finish, losses, on_ranks, recipe_for, run, start, steps, two_ranks
 
 from upcycle.tensor_files import SafetensorsFolder
@@ -58,6 +59,22 @@ def test_two_ranks_give_the_curve_of_one(pico_moe: Model, tmp_path: Path) -> Non
     export(both.output, tmp_path / "a")
     export(alone.output, tmp_path / "b")
     assert same_weights(tmp_path / "a", tmp_path / "b") < 1e-3
+
+
+@pytest.mark.slow
+def test_the_shipped_heal_split_on_two_ranks(pico_moe: Model, tmp_path: Path) -> None:
+    """Four passes of one rank, two of each of two: nothing but ``--nproc 2`` is another."""
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs" / "train" / "heal_split.yaml").read_text())
+    (stage,) = shipped["stages"]
+    keys = {**shipped, "stages": [{**stage, "tokens": 24 * 16 * 64}], "length": 64, "saving": {"export": False}}
+    alone = one_rank(pico_moe("qwen2_moe"), tmp_path / "one", **keys)
+    both = two_ranks(alone, tmp_path / "two")
+    on_ranks(both, 2)
+    assert len(losses(alone)) == 24
+    assert losses(both) == pytest.approx(losses(alone), rel=1e-4)
+    balance = [[line["loss/switch_balance"] for line in steps(recipe)] for recipe in (both, alone)]
+    assert balance[0] == pytest.approx(balance[1], rel=1e-5)  # weights part by rounding from the second step on
+    assert balance[0][0] == pytest.approx(balance[1][0], rel=1e-6)
 
 
 @pytest.mark.slow
