@@ -11,11 +11,14 @@ from pathlib import Path
 
 _WRITER = """
 import os, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 class Writer:
     def __init__(self, folder, dtype):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        config = AutoConfig.from_pretrained(folder)
+        if os.environ.get("STAND_IN") == "no window":
+            config.sliding_window = None
+        self.model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=getattr(torch, dtype))
         self.model.set_experts_implementation("eager")
 
     @torch.no_grad()

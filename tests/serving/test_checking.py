@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -56,8 +58,31 @@ def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
     assert found.gap_error <= found.gap_allowed
     assert (found.version, found.dtype, found.tokenizer) == ("vLLM 0.0-stand-in", "float32", "transformers'")
     assert provenance.read_evaluation(out) == {"serving": {"vllm": json.loads(json.dumps(found.as_dict()))}}
-    assert "| yes, vLLM 0.0-stand-in in float32: 64 of 64 greedy tokens are transformers' |" in loading(out, "vLLM")
+    assert (
+        "| yes, vLLM 0.0-stand-in in float32: 64 of 64 greedy tokens are transformers', up to position 48 of 512 |"
+        in loading(out, "vLLM")
+    )
     assert loading(out, "llama.cpp").endswith("| no |")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("vllm")
+def test_an_engine_that_ignores_a_window(
+    pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window is longer than any prompt was and what is written after it: one prompt reaches past it."""
+    source, out = shutil.copytree(pico("mistral"), tmp_path / "dense"), tmp_path / "moe"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "sliding_window": 100}))
+    upcycle.convert(str(source), out, experts=2, verification={"enabled": False})
+    monkeypatch.setenv("STAND_IN", "no window")
+    found = verify_with(out, "vllm", tokens=32)
+    assert (found.verdict, found.positions, found.positions_needed) == ("different", 148, 100)
+    monkeypatch.setattr("upcycle.serving.checking.MOST_WORK", 0)
+    found = verify_with(out, "vllm", tokens=32)
+    assert (found.verdict, found.positions) == ("same", 48)
+    assert "up to position 48 of 512; from 100 on windows" in found.explanation
+    assert "nobody looked there" in loading(out, "vLLM")
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ class Fixed:
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
 
-    def __call__(self, ids: torch.Tensor, use_cache: bool) -> Any:
+    def __call__(self, ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> Any:
         assert not use_cache
         return SimpleNamespace(logits=self.rows[None, : ids.shape[1]])
 

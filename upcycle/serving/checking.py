@@ -17,11 +17,13 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.loading import load_model
 from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
+from upcycle.reach import MOST_WORK, Reach, reach_of
 from upcycle.serving.comparing import Place, places, tolerance_of
 from upcycle.serving.engine import Answer, Asked, Engine, NotHeld
 from upcycle.serving.on_llama_cpp import LlamaCpp
 from upcycle.serving.on_vllm import Vllm
-from upcycle.stock import load_tokenizer, view
+from upcycle.stock import build_config, load_tokenizer, view
+from upcycle.tensor_files import SafetensorsFolder
 from upcycle.text import DEMO_TEXTS, encode, read_text, windows_of
 from upcycle.user_paths import user_path
 
@@ -38,7 +40,9 @@ class ServingCheck:
     ``same``: every token is transformers', but for near ties that rounding explains, and so are the distances between the two
     best logits. ``different``: one is not. ``not held``: the engine cannot load the model, and all numbers are zero.
     ``first_difference`` is the first token that is another, tie or not; ``gap_error`` the largest difference of the distance
-    between the two best logits (None: the engine computes NaN), ``gap_allowed`` what rounding explains there.
+    between the two best logits (None: the engine computes NaN), ``gap_allowed`` what rounding explains there. ``positions`` is
+    how long the longest text was, and beyond ``positions_needed`` (0: nowhere) a model with windows or scaled positions computes
+    otherwise than one without.
     """
 
     engine: str
@@ -55,6 +59,8 @@ class ServingCheck:
     gap_error: float | None
     gap_allowed: float
     tokenizer: Literal["transformers'", "same", "different"] | None
+    positions: int = 0
+    positions_needed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -93,7 +99,8 @@ def verify_with(
         provenance.check_files(folder, record)
         progress.advance()
     tokenizer = _tokenizer(folder)
-    asked = _question(tokenizer, config, text, tokens)
+    reach = reach_of(build_config(config, str(folder)))
+    asked = _question(tokenizer, config, text, tokens, _long_prompt(folder, reach, config, tokens))
     with progress.phase(f"running {chosen.title}, then transformers", 2), tempfile.TemporaryDirectory() as work:
         try:
             with view(
@@ -103,7 +110,7 @@ def verify_with(
         except NotHeld as refusal:
             return _kept(folder, _not_held(chosen, refusal.message), progress)
         progress.advance()
-        found = _compare(folder, config, asked, answer, tokenizer, chosen)
+        found = _compare(folder, config, asked, answer, tokenizer, chosen, reach)
         progress.advance()
     return _kept(folder, found, progress)
 
@@ -112,18 +119,39 @@ def _tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
-def _question(tokenizer: Any, config: dict[str, Any], text: str | None, tokens: int) -> Asked:
+def _long_prompt(folder: Path, reach: Reach, config: dict[str, Any], tokens: int) -> int:
+    """How long one prompt must be, so that what is written after it lies behind every window; 0: none is, or it is too dear."""
+    parameters = sum(spec.elements for spec in SafetensorsFolder(folder).specs.values())
+    if not reach.border or reach.work(parameters) > MOST_WORK:
+        return 0
+    room = int(config.get("max_position_embeddings") or reach.length) - min(tokens, WRITTEN)
+    return max(0, min(reach.length, room))
+
+
+def _question(tokenizer: Any, config: dict[str, Any], text: str | None, tokens: int, long: int) -> Asked:
+    """Prompts of 16 tokens, and the first of ``long`` ones where that is more."""
     count, length = max(1, tokens // WRITTEN), min(tokens, WRITTEN)
     if tokenizer is None:
         rng = torch.Generator().manual_seed(0)
-        return Asked(torch.randint(config["vocab_size"], (count, PROMPT), generator=rng).tolist(), length, [])
+        prompts = torch.randint(config["vocab_size"], (count, PROMPT), generator=rng)
+        whole = torch.randint(config["vocab_size"], (max(long, 1),), generator=rng)
+        return Asked(_with_long(prompts, whole, long), length, [])
     contents = [read_text(name) for name in ([text] if text else DEMO_TEXTS)]
-    prompts = windows_of([encode(tokenizer, content) for content in contents], count * PROMPT, PROMPT)
-    return Asked(prompts.tolist(), length, [_TRAPS, *(content[:2000] for content in contents)])
+    encoded = [encode(tokenizer, content) for content in contents]
+    prompts = windows_of(encoded, count * PROMPT, PROMPT)
+    return Asked(_with_long(prompts, torch.cat(encoded), long), length, [_TRAPS, *(one[:2000] for one in contents)])
+
+
+def _with_long(prompts: torch.Tensor, ids: torch.Tensor, long: int) -> list[list[int]]:
+    """Some short prompts ``[N, 16]``, the first of which is made long, of ``ids``, repeated where they are too short."""
+    found: list[list[int]] = prompts.tolist()
+    if long > PROMPT:
+        found[0] = Reach(0, long).text(ids)[0].tolist()
+    return found
 
 
 def _compare(
-    folder: Path, config: dict[str, Any], asked: Asked, answer: Answer, tokenizer: Any, engine: Engine
+    folder: Path, config: dict[str, Any], asked: Asked, answer: Answer, tokenizer: Any, engine: Engine, reach: Reach
 ) -> ServingCheck:
     model = load_model(str(folder))
     rounded = None if answer.dtype == "float32" else load_model(str(folder), dtype=getattr(torch, answer.dtype))
@@ -151,6 +179,10 @@ def _compare(
         verdict, why = "different", "it tokenizes text in another way than the model's tokenizer"
     if verdict == "different" and (reason := engine.known_difference(config)):
         why += f": {reason}"
+    positions = max(len(one) + len(text.tokens) for one, text in zip(asked.prompts, answer.written, strict=True))
+    why += f", up to position {positions:,} of {model.config.max_position_embeddings:,}"
+    if positions <= reach.border:
+        why += f"; from {reach.border:,} on windows or scaled positions begin, and nobody looked there"
     return ServingCheck(
         engine=engine.name,
         version=answer.version,
@@ -166,6 +198,8 @@ def _compare(
         gap_error=None if math.isinf(off.gap_error) else off.gap_error,
         gap_allowed=off.allowed,
         tokenizer=tokenized,
+        positions=positions,
+        positions_needed=reach.border,
     )
 
 

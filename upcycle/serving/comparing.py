@@ -83,5 +83,6 @@ def tolerance_of(model: Any, exact: Any, prompts: Sequence[Sequence[int]], texts
 def _logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
     """Logits ``[T, V]`` from which each of the tokens was chosen."""
     ids = torch.tensor([[*prompt, *tokens]], device=model.device)
-    logits: torch.Tensor = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    last = len(tokens) + 1  # of a long prompt there would be gigabytes of logits
+    logits: torch.Tensor = model(ids, use_cache=False, logits_to_keep=last).logits[0, -last:-1]
     return logits
