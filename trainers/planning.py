@@ -184,9 +184,16 @@ def _undividable(recipe: TrainRecipe) -> str:
     for stage in recipe.stages:
         if stage.control != ControlParameters():
             return f"stage '{stage.name}' has control, which needs stock routers"
+        if not _trains_experts(stage):
+            return f"stage '{stage.name}' trains no expert, and DeepSpeed's AutoEP needs one that trains"
         if _needs_every_expert(stage):
             return f"stage '{stage.name}' has losses on what every expert would do, which run all of them on every rank"
     return ""
+
+
+def _trains_experts(stage: StageRecipe) -> bool:
+    """Whether a stage may train experts: patterns are not compared with the names of a model here."""
+    return any(word in ("all", "experts") or "*" in word for word in stage.train)
 
 
 def _needs_every_expert(stage: StageRecipe) -> bool:

@@ -87,6 +87,11 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage.train)
+        if divided and "experts" not in self.trained.values():
+            raise UsageError(
+                f"stage '{stage.name}': no expert trains, and DeepSpeed's AutoEP, which divides them, needs one that does",
+                hint="set expert_parallel: 1",
+            )
         # SGD's steps shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
         self.warnings = [text for text in (leak, lost, self.stepper.control.unexported) if text]

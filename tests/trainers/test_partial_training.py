@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import losses, on_ranks, recipe_for, run, two_ranks
+from training_runs import losses, on_ranks, recipe_for, run, start, two_ranks
 
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoint_reader import latest
@@ -43,21 +43,21 @@ def cells() -> list[Any]:
 def test_one_rank_trains_the_same_part_under_every_stage(
     pico_moe: Model, tmp_path: Path, name: str, zero: int, more: dict[str, Any]
 ) -> None:
-    stage = {"steps": 2, "train": TRAINED[name]}
-    alone = recipe_for(pico_moe("mixtral"), tmp_path / "a", stage=stage, saving={"every": 9})
+    stage = {"steps": 2, "train": TRAINED[name], "learning_rate": 0.1}
+    # Steps of SGD are as exact as the gradients are; Adam's roots enlarge rounding.
+    exact: dict[str, Any] = {"optimizer": {"name": "sgd"}, "saving": {"every": 9}}
+    alone = recipe_for(pico_moe("mixtral"), tmp_path / "a", stage=stage, **exact)
     run(alone)
-    other = recipe_for(
-        pico_moe("mixtral"), tmp_path / "b", stage=stage, saving={"every": 9}, zero={"stage": zero}, **more
-    )
+    other = recipe_for(pico_moe("mixtral"), tmp_path / "b", stage=stage, zero={"stage": zero}, **{**exact, **more})
     run(other.model_copy(update={"data": alone.data}))
     assert losses(other) == pytest.approx(losses(alone), rel=2e-2 if "dtype" in more else 1e-5)
     if "dtype" in more:
         return
-    start = SafetensorsFolder(pico_moe("mixtral", fused=True))  # type: ignore[call-arg]
+    before = SafetensorsFolder(pico_moe("mixtral", fused=True))  # type: ignore[call-arg]
     one, two = weights(alone), weights(other)
     for key in one.specs:
-        assert (one.read(key) - two.read(key)).abs().max() <= 1e-5, key
-        assert one.read(key).equal(start.read(key)) == two.read(key).equal(start.read(key)), key
+        assert (one.read(key) - two.read(key)).abs().max() <= 1e-6, key
+        assert one.read(key).equal(before.read(key)) == two.read(key).equal(before.read(key)), key
 
 
 @pytest.mark.slow
@@ -67,5 +67,9 @@ def test_two_ranks_train_a_part(pico_moe: Model, tmp_path: Path, name: str, zero
     alone = recipe_for(pico_moe("mixtral"), tmp_path / "one", stage={"steps": 2, "train": TRAINED[name], "losses": {}})
     run(alone)
     both = two_ranks(alone, tmp_path / "two", zero={"stage": zero}, expert_parallel=divided)
+    if divided > 1 and name == "router":
+        _, errors = start(both, "--nproc", "2").communicate(timeout=240)
+        assert "no expert trains, and DeepSpeed's AutoEP, which divides them, needs one that does" in errors
+        return
     on_ranks(both, 2)
     assert losses(both) == pytest.approx(losses(alone), rel=1e-4)
