@@ -107,9 +107,7 @@ class DataRecipe(_Strict):
     @classmethod
     def _one_domain(cls, content: Any) -> Any:
         """``data: demo`` or a list of files is one domain."""
-        if isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, str) for part in content)):
-            return {"domains": [{"name": "text", "text": content}]}
-        return content
+        return written_out(content)
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -157,3 +155,16 @@ class DataRecipe(_Strict):
         """Initial share of each domain, summing to 1."""
         total = sum(domain.weight or 1.0 for domain in self.domains)
         return {domain.name: (domain.weight or 1.0) / total for domain in self.domains}
+
+
+def written_out(content: Any) -> Any:
+    """The ``data`` key in its long form: what names files alone is one domain, and every domain by name a mapping."""
+    if isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, str) for part in content)):
+        return {"domains": {"text": {"text": content}}}
+    domains = content.get("domains") if isinstance(content, dict) else None
+    if not isinstance(domains, dict):
+        return content
+    return {
+        **content,
+        "domains": {name: part if isinstance(part, dict) else {"text": part} for name, part in domains.items()},
+    }

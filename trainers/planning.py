@@ -175,6 +175,8 @@ def _check_own(recipe: TrainRecipe, counts: ModelCounts, world: int) -> None:
         )
     expert_parallel.check(counts.model_type, counts.experts, size, world)
     reason = _undividable(recipe)
+    if recipe.zero_stage(world) < 3 and not all(map(_trains_experts, recipe.stages)):
+        reason = "a stage trains no expert, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that trains"
     if reason:
         raise UsageError(f"expert_parallel {size}: {reason}", hint="set expert_parallel: 1, or change that stage")
 
@@ -184,8 +186,6 @@ def _undividable(recipe: TrainRecipe) -> str:
     for stage in recipe.stages:
         if stage.control != ControlParameters():
             return f"stage '{stage.name}' has control, which needs stock routers"
-        if not _trains_experts(stage):
-            return f"stage '{stage.name}' trains no expert, and DeepSpeed's AutoEP needs one that trains"
         if _needs_every_expert(stage):
             return f"stage '{stage.name}' has losses on what every expert would do, which run all of them on every rank"
     return ""
@@ -221,7 +221,8 @@ def _pairs(recipe: TrainRecipe, counts: ModelCounts, world: int) -> Iterator[tup
         if stage == 3 and any(map(_needs_every_expert, recipe.stages)):
             continue
         yield stage, 1
-        if stage and counts.experts and not _refusal(recipe, counts, world):
+        divisible = stage == 3 or all(map(_trains_experts, recipe.stages))
+        if stage and counts.experts and divisible and not _refusal(recipe, counts, world):
             sizes = (size for size in range(2, counts.experts + 1) if not counts.experts % size and not world % size)
             yield from ((stage, size) for size in sizes)
 

@@ -15,7 +15,7 @@ from upcycle.registry import LOSSES, suggestion
 from upcycle.shipped_recipes import needed_recipe_file
 from upcycle.trainers.alarms import AlarmParameters
 from upcycle.trainers.balance import BiasBalanceParameters
-from upcycle.trainers.data_recipe import DataRecipe
+from upcycle.trainers.data_recipe import DataRecipe, written_out
 from upcycle.trainers.distillation import DistillationParameters
 from upcycle.trainers.expert_targets import ExpertTargetParameters
 from upcycle.trainers.parameter_groups import GroupParameters
@@ -23,6 +23,7 @@ from upcycle.trainers.router_control import ControlParameters
 from upcycle.trainers.schedules import PRESETS, Schedule, preset
 
 STAGE_DEFAULT = ("all",)
+STAGE_NAME = "train"  # of a stage without one
 
 
 class _Strict(BaseModel):
@@ -127,7 +128,7 @@ class PresetRecipe(_Strict):
 class StageRecipe(_Strict):
     """One stage: what trains, how long, on what, and towards what."""
 
-    name: str = Field("train", pattern=r"^[\w.-]+$", description="what reports and folders call it")
+    name: str = Field(STAGE_NAME, pattern=r"^[\w.-]+$", description="what reports and folders call it")
     train: list[str] = Field(
         default=list(STAGE_DEFAULT),
         min_length=1,
@@ -309,15 +310,34 @@ def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> Tra
 
 
 def _lay(content: Any, path: str, value: Any) -> None:
-    """Lay ``value`` over the key at a dotted path; stages are named by their number, from 0, or their name."""
+    """Lay ``value`` over the key at a dotted path.
+
+    Stages are named by their number, from 0, or their name (a stage without one is called ``train``); a lone stage may be left
+    out of the path (``stages.train=[router]`` is what trains, ``stages.train.steps`` the stage of that name).
+    What has a short form (``data: FILE``, a single stage, domains by name) is written out first, so that keys below it can be set
+    whatever form it has.
+    """
     *parents, last = path.split(".")
-    for parent in parents:
+    holder: Any = None
+    for place, parent in enumerate(parents):
+        holder, key = content, parent
         if isinstance(content, list):
-            content = content[_place(content, parent, path)]
+            key = _place(content, parent, path)
+            content = content[key]
         else:
-            inner = content.get(parent)
-            content[parent] = inner if isinstance(inner, (dict, list)) else {}
-            content = content[parent]
+            content = content.get(parent)
+        if parent == "stages" and place == 0 and isinstance(content, (dict, list)):
+            content = [content] if isinstance(content, dict) else content
+            word, more = path.split(".")[1], path.count(".") > 1
+            named = more and word == (content[0].get("name", STAGE_NAME) if content else None)
+            if len(content) == 1 and word in StageRecipe.model_fields and not named:
+                holder[key] = content
+                holder, key, content = content, 0, content[0]
+        elif parent == "data" and content is not None:
+            content = written_out(content)
+        elif not isinstance(content, (dict, list)):
+            content = {}
+        holder[key] = content
     if isinstance(content, list):
         content[_place(content, last, path)] = value
     else:
@@ -325,7 +345,8 @@ def _lay(content: Any, path: str, value: Any) -> None:
 
 
 def _place(listed: list[Any], word: str, path: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in listed]
+    unnamed = STAGE_NAME if path.startswith("stages.") else None
+    names = [item.get("name", unnamed) if isinstance(item, dict) else None for item in listed]
     if word in names:
         return names.index(word)
     if word.isdigit() and int(word) < len(listed):

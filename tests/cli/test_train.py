@@ -64,3 +64,28 @@ def test_faults(
 def test_ranks_are_given_everything_but_how_they_are_started() -> None:
     told = ["train", "r.yaml", "--nproc", "2", "--set", "a=b", "--hostfile=hosts", "--json"]
     assert _without(told, ("--nproc", "--hostfile")) == ["train", "r.yaml", "--set", "a=b", "--json"]
+
+
+@pytest.mark.parametrize("option", [["--nproc", "2"], ["--hostfile", "HOSTS"]])
+def test_ranks_are_not_started_by_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
+    from upcycle.cli import train
+    from upcycle.errors import UsageError
+    from upcycle.trainers import hosts, launcher
+
+    started: list[Any] = []
+    monkeypatch.setattr(launcher, "launch", lambda *a: started.append(a) or 0)
+    monkeypatch.setattr(hosts, "launch_hosts", lambda *a: started.append(a) or 0)
+    monkeypatch.setenv(launcher.COMMAND, "")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{model: m, output: o, data: demo, stages: {steps: 1, learning_rate: 1}}")
+    arguments = [str(recipe), *option]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE=2 and RANK=1 say that this process is one of several") as error:
+        train.command.main(arguments, standalone_mode=False)
+    assert option[0] in error.value.message
+    assert not started
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as some clusters say of a lone process
+    train.command.main(arguments, standalone_mode=False)
+    assert len(started) == 1

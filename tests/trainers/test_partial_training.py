@@ -67,9 +67,9 @@ def test_two_ranks_train_a_part(pico_moe: Model, tmp_path: Path, name: str, zero
     alone = recipe_for(pico_moe("mixtral"), tmp_path / "one", stage={"steps": 2, "train": TRAINED[name], "losses": {}})
     run(alone)
     both = two_ranks(alone, tmp_path / "two", zero={"stage": zero}, expert_parallel=divided)
-    if divided > 1 and name == "router":
+    if divided > 1 and name == "router" and zero < 3:
         _, errors = start(both, "--nproc", "2").communicate(timeout=240)
-        assert "no expert trains, and DeepSpeed's AutoEP, which divides them, needs one that does" in errors
+        assert "no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does" in errors
         return
     on_ranks(both, 2)
     assert losses(both) == pytest.approx(losses(alone), rel=1e-4)

@@ -115,3 +115,63 @@ def test_every_key_has_a_description() -> None:
                 look(inner, seen)
 
     look(TrainRecipe, set())
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value", "found"),
+    [
+        (
+            {"data": "a.jsonl"},
+            "data.validation.fraction",
+            0.0,
+            lambda r: (r.data.domains[0].text, r.data.validation.fraction),
+        ),
+        ({"data": ["a.jsonl"]}, "data.shuffle", "1MB", lambda r: r.data.shuffle),
+        ({"data": "a.jsonl"}, "data.domains.text.column", "body", lambda r: r.data.domains[0].column),
+        (
+            {"data": {"domains": {"a": "x", "b": "y"}}},
+            "data.domains.b.column",
+            "body",
+            lambda r: r.data.domains[1].column,
+        ),
+        ({"data": {"domains": {"a": "x"}}}, "data.domains.b", "y", lambda r: [d.name for d in r.data.domains]),
+        ({"stages": {"steps": 1, "learning_rate": 1}}, "stages.train.steps", 2, lambda r: r.stages[0].steps),
+        ({"stages": {"steps": 1, "learning_rate": 1}}, "stages.0.steps", 2, lambda r: r.stages[0].steps),
+        ({"stages": {"steps": 1, "learning_rate": 1}}, "stages.steps", 2, lambda r: r.stages[0].steps),
+        (
+            {"stages": [{"steps": 1, "learning_rate": 1}]},
+            "stages.train.schedule.warmup",
+            0,
+            lambda r: r.stages[0].steps,
+        ),
+        ({"stages": [{"steps": 1, "learning_rate": 1}]}, "stages.train.data.shuffle", "1MB", None),
+        ({"stages": [{"name": "a", "steps": 1, "learning_rate": 1}]}, "stages.a.steps", 2, lambda r: r.stages[0].steps),
+    ],
+)
+def test_any_key_can_be_set_whatever_form_the_recipe_has(
+    tmp_path: Path, content: dict[str, Any], key: str, value: Any, found: Any
+) -> None:
+    path = tmp_path / "r.yaml"
+    whole = {"model": "m", "output": "o", "data": "demo", "stages": {"steps": 1, "learning_rate": 1}, **content}
+    path.write_text(yaml.safe_dump(whole))
+    if found is None:
+        with pytest.raises(UsageError, match=r"data\.domains"):
+            read_train_recipe(path, {key: value})
+        return
+    recipe = read_train_recipe(path, {key: value})
+    expected = {
+        "data.validation.fraction": (["a.jsonl"], 0.0),
+        "data.domains.b": ["a", "b"],
+        "stages.train.schedule.warmup": 1,
+    }
+    assert found(recipe) == expected.get(key, value)
+
+
+def test_keys_set_one_after_another_and_a_stage_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "output": "o", "stages": {"steps": 1, "learning_rate": 1}}))
+    recipe = read_train_recipe(path, {"data": "x.jsonl", "data.validation.fraction": 0})
+    assert (recipe.data.domains[0].text, recipe.data.validation.fraction) == (["x.jsonl"], 0)
+    with pytest.raises(UsageError, match=r"stages\.heal\.steps: there is no 'heal'") as error:
+        read_train_recipe(path, {"data": "x", "stages.heal.steps": 2})
+    assert "name one of train" in str(error.value.hint)

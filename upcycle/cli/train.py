@@ -37,7 +37,7 @@ set_option = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     callback=assignments,
-    help="set any recipe key, e.g. zero.stage=2 (repeatable)",
+    help="set any recipe key, e.g. zero.stage=2, stages.train.steps=9 (a stage by its name or number; repeatable)",
 )
 
 
