@@ -200,3 +200,45 @@ def test_folders_of_this_machine_are_no_names(split: Path, pico: Callable[[str],
     assert str(pico("llama").parent) not in text
     names = {"/home/me/llama": "llama", "~/x": "x", "./x/y": "y", "a/b/c": "c", "org/name": "org/name", "demo": "demo"}
     assert {name: public_name(name) for name in names} == names
+
+
+def test_links_lead_to_papers_alone(split: Path) -> None:
+    """Whatever a record says: the rendered card has no link but to web addresses, and no bare address for a renderer to link."""
+    from markdown_it import MarkdownIt
+
+    paper = "https://arxiv.org/abs/2212.05055"
+    hostile = [
+        "javascript:alert(1)",
+        "data:text/html,x",
+        "https://a.example/>) [x](javascript:a",
+        "//evil.example",
+        "ftp://e.x",
+    ]
+    title = "see https://evil.example/a_b, www.evil.example, me@evil.example and HTTP://EVIL.example"
+    for address in (paper, f"{paper}, {hostile[0]}", *hostile):
+        change(split, router={"name": title, "title": title, "paper": address}, method=None)
+        change(split, method={"name": "m", "title": title, "paper": address})
+        text = card_of(split, name=title).content.split("\n---\n", 1)[1]
+        tokens = [token for block in MarkdownIt("commonmark").parse(text) for token in (block, *(block.children or []))]
+        found = {str(token.attrs["href"]) for token in tokens if token.type == "link_open"}
+        assert found == ({paper} if paper in address else set())
+        links = depth = 0
+        for token in tokens:  # GFM makes links of bare addresses in text, not in code nor in a link
+            depth += {"link_open": 1, "link_close": -1}.get(token.type, 0)
+            if token.type == "text" and not depth:
+                links += len(re.findall(r"(?i)https?://|www\.|ftp://|\w@\w", token.content))
+        assert links == 0
+
+
+def test_what_was_decided_stays_decided_where_the_source_has_a_licence(split: Path) -> None:
+    base = provenance.read(split)["source"]
+    change(split, source=base | {"license": {"id": "mit", "name": None, "link": None}})
+    assert card_of(split).data.license == "mit"
+    assert card_of(split, license="llama3.1").data.license == "llama3.1"
+    data = card_of(split).data
+    assert data.license == "llama3.1"
+    terms = {"license": "other", "license_name": "Ours", "license_link": "https://a.example/terms"}
+    card_of(split, **terms)
+    assert {key: card_of(split).data.to_dict()[key] for key in terms} == terms
+    with pytest.raises(UsageError, match="no licence that the hub knows"):
+        upcycle.write_card(split, license="whatever")

@@ -121,3 +121,25 @@ def test_force_marks_the_card(hub: HubServer, out: Path) -> None:
     push(out, hub, force=True)
     assert "published without being verified" in hub.repos[REPO].files()["README.md"].decode()
     assert "verification.json" not in hub.repos[REPO].files()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_licence_that_the_hub_does_not_know_is_refused_at_once(hub: HubServer, out: Path, dry_run: bool) -> None:
+    with pytest.raises(UsageError, match="no licence that the hub knows"):
+        push(out, hub, license="proprietary-v3", dry_run=dry_run)
+    assert not hub.requests
+
+
+def test_metadata_that_the_hub_refuses_is_found_before_anything_is_sent(
+    hub: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hub_server
+
+    errors = json.dumps({"errors": [{"message": '"base_model" is no model'}], "warnings": []}).encode()
+    answer = 400, {"Content-Type": "application/json"}, errors
+    refuses = ("POST", "/api/validate-yaml", lambda self, body: answer)
+    monkeypatch.setattr(hub_server, "ROUTES", [refuses, *hub_server.ROUTES])
+    with pytest.raises(UsageError, match='"base_model" is no model'):
+        push(out, hub)
+    assert not hub.repos
+    assert not hub.objects

@@ -11,7 +11,7 @@ import upcycle
 from upcycle import provenance
 from upcycle.checkpoint import DenseCheckpoint
 from upcycle.errors import UsageError
-from upcycle.licenses import License, common_license, license_of
+from upcycle.licenses import License, chosen_license, common_license, license_of
 
 MIT = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software"
 
@@ -65,3 +65,39 @@ def test_what_they_have_in_common() -> None:
             common_license({"a": mit, "b": second})
     with pytest.raises(UsageError, match=r"a: other \(x\), b: other \(y\)"):
         common_license({"a": other, "b": License("other", "y")})
+
+
+def test_only_licences_that_the_hub_knows_can_be_chosen() -> None:
+    assert chosen_license("Apache-2.0 ") == License("apache-2.0")
+    assert chosen_license(None) is None
+    assert chosen_license("other", "Mine", "https://a.example/terms") == License(
+        "other", "Mine", "https://a.example/terms"
+    )
+    assert chosen_license("other", "Mine", "LICENSE") == License("other", "Mine", "LICENSE")
+    for given, words in {
+        ("apache2",): "no licence that the hub knows",
+        ("",): "no licence that the hub knows",
+        ("mit\n- x: y",): "no licence that the hub knows",
+        ("other",): "says nothing",
+        ("other", "Mine"): "says nothing",
+        ("other", " ", "LICENSE"): "says nothing",
+        ("other", "Mine", "javascript:alert(1)"): "is no address",
+        ("other", "Mine", "../../terms"): "is no address",
+        ("mit", "Mine", "LICENSE"): "a name and a text of its own",
+        (None, "Mine"): "--license-name and --license-link describe a licence",
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            chosen_license(*given)
+    with pytest.raises(UsageError) as refused:
+        chosen_license("apache-2")
+    assert "did you mean apache-2.0" in (refused.value.hint or "")
+
+
+def test_what_the_hub_would_refuse_of_a_sources_licence_becomes_other() -> None:
+    found = License.of_card({"license": "My-Terms", "license_link": "javascript:alert(1)"})
+    assert found == License("other", "My-Terms")
+    assert License.of({"id": "tongyi-qianwen", "name": None, "link": "https://a.example/x"}) == License(
+        "other", "tongyi-qianwen", "https://a.example/x"
+    )
+    for hostile in ({"id": 7}, {"id": "mit", "more": 1}, [], "mit"):
+        assert License.of(hostile) in (None, License("mit"))  # type: ignore[arg-type]

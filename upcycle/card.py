@@ -14,7 +14,7 @@ from upcycle import provenance
 from upcycle.card_facts import Facts, gather, public_name
 from upcycle.card_text import body
 from upcycle.errors import UsageError
-from upcycle.licenses import front_matter
+from upcycle.licenses import License, chosen_license, front_matter
 from upcycle.user_paths import user_path
 from upcycle.whole_files import write_text_whole
 
@@ -26,22 +26,30 @@ END = "<!-- yours: end -->"
 
 
 def write_card(
-    out: str | Path, *, name: str | None = None, license: str | None = None, base_model: str | None = None
+    out: str | Path,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write ``README.md`` into a folder that :func:`upcycle.convert` wrote; the user's section of the one before is kept.
 
     Args:
         out: the converted model.
         name: what the card calls it; default: the folder's name.
-        license: the hub's identifier of its licence, where the sources' does not decide.
+        license: the hub's identifier of its licence, where the sources' does not decide; kept when the card is made anew.
+        license_name, license_link: what an ``other`` licence is called, and where it stands (an address, or a file of the model).
         base_model: the hub id of the dense model, where it was converted from a local folder.
 
     Raises:
         CheckpointError: the folder was not made by this tool.
-        UsageError: the sources' licences differ, or the card that is there is not ours.
+        UsageError: the sources' licences differ, the hub does not know the licence, or the card that is there is not ours.
     """
+    chosen = chosen_license(license, license_name, license_link)
     folder = user_path(out)
-    text = make_card(folder, name or folder.absolute().name, license=license, base_model=base_model)
+    text = make_card(folder, name or folder.absolute().name, license=chosen, base_model=base_model)
     return write_text_whole(folder / provenance.CARD_FILE, text)
 
 
@@ -49,7 +57,7 @@ def make_card(
     folder: Path,
     name: str,
     *,
-    license: str | None = None,
+    license: License | None = None,
     base_model: str | None = None,
     mark: str | None = None,
     published: str = "",

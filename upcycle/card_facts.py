@@ -58,7 +58,7 @@ class Facts:
 
 
 def gather(
-    folder: Path, name: str, license: str | None, base_model: str | None, kept: Mapping[str, Any], mark: str | None
+    folder: Path, name: str, license: License | None, base_model: str | None, kept: Mapping[str, Any], mark: str | None
 ) -> Facts:
     """Read the folder. ``kept`` is the metadata of the card that was there: it decides what no record does.
 
@@ -94,19 +94,11 @@ def public_name(name: str) -> str:
     return Path(name).name if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name else name
 
 
-def _license(record: Mapping[str, Any], chosen: str | None, kept: Mapping[str, Any]) -> License | None:
-    if chosen:
-        return License(chosen)
-    named = {source["name"]: License.of(source.get("license")) for source in sources_of(record)}
-    decided = (
-        License(kept["license"], kept.get("license_name"), kept.get("license_link")) if "license" in kept else None
-    )
-    try:
-        return common_license(named) or decided
-    except UsageError:
-        if decided:
-            return decided
-        raise
+def _license(record: Mapping[str, Any], chosen: License | None, kept: Mapping[str, Any]) -> License | None:
+    """What somebody decides now, or decided before; else what the sources have in common."""
+    if decided := chosen or License.of_card(kept):
+        return decided
+    return common_license({source["name"]: License.of(source.get("license")) for source in sources_of(record)})
 
 
 def _base_models(record: Mapping[str, Any], chosen: str | None, kept: Mapping[str, Any]) -> list[str]:

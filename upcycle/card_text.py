@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from upcycle.card_facts import Facts, public_name, sources_of
-from upcycle.markdown import code, fenced, plain, table
+from upcycle.markdown import code, fenced, links, plain, table
 from upcycle.score_table import score_rows
 from upcycle.verdict import said, span
 
@@ -86,7 +86,7 @@ def _method(facts: Facts) -> str:
 
 
 def _titled(plugin: dict[str, Any]) -> str:
-    paper = f", [{plain(plugin['paper'])}](<{plugin['paper']}>)" if plugin.get("paper") else ""
+    paper = f", {links(plugin['paper'])}" if plugin.get("paper") else ""
     return f"{plain(plugin['title'])} ({code(plugin['name'])}){paper}"
 
 

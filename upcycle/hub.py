@@ -22,6 +22,7 @@ from upcycle.card import make_card, own_section
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hub_errors import Hub, from_environment
 from upcycle.hub_repository import Repository, State, check_repo_name, check_revision, operation_of
+from upcycle.licenses import chosen_license
 from upcycle.private_files import check_private
 from upcycle.private_text import without_password
 from upcycle.progress import SILENT, Progress
@@ -82,6 +83,8 @@ def push(
     force: bool = False,
     overwrite: bool = False,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     base_model: str | None = None,
     allow: Sequence[str] = (),
     endpoint: str | None = None,
@@ -100,7 +103,7 @@ def push(
         dry_run: only say what would be done.
         force: publish what was not verified or is broken; the card says so.
         overwrite: delete what else the repository holds. It stays in its history.
-        license, base_model: see :func:`upcycle.card.write_card`.
+        license, license_name, license_link, base_model: see :func:`upcycle.card.write_card`.
         allow: texts that may be published although they tell of this machine: a folder, the user's or the machine's name.
         endpoint: another hub; default: ``HF_ENDPOINT``, or huggingface.co.
         progress: where to report.
@@ -114,6 +117,7 @@ def push(
         UpcycleError: the repository was changed meanwhile.
     """
     check_repo_name(repo)
+    chosen = chosen_license(license, license_name, license_link)
     if revision:
         check_revision(revision)
     owner = repo.partition("/")[0]
@@ -129,7 +133,7 @@ def push(
         if published and own_section(published, f"the card in {repo}") is None:
             progress.note(f"the card in {repo} has no marked section: it is replaced (and stays in the history)")
         card = make_card(
-            local.folder, repo, license=license, base_model=base_model, mark=local.mark, published=published
+            local.folder, repo, license=chosen, base_model=base_model, mark=local.mark, published=published
         )
         readme = Upload.of(CARD_FILE, card.encode())
         searched = local.searched + check_private([readme], allow, owner)
@@ -153,6 +157,7 @@ def push(
         )
         if dry_run:
             return made
+        repository.check_card(card)
         if there is None:
             repository.create(private)
             there = repository.look() or State("", private, {})

@@ -117,6 +117,31 @@ class Repository:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def check_card(self, text: str) -> None:
+        """Let the hub check a card's metadata, before anything is sent: its last request would refuse it after all uploads.
+
+        Raises:
+            UsageError: the hub would not take it.
+        """
+        from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+        content = {"content": text, "repoType": "model"}
+
+        def ask() -> Any:
+            answer = get_session().post(f"{self._api.endpoint}/api/validate-yaml", json=content)
+            if answer.status_code not in (400, 404, 405):  # the latter two: a hub that does not check
+                hf_raise_for_status(answer)
+            return answer
+
+        with self._hub.explained("check the card's metadata"):
+            answer = patiently(ask, self._progress)
+            if answer.status_code == 400:
+                said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
+                raise UsageError(
+                    f"the hub does not take the card's metadata: {self._hub.scrub(said)}",
+                    hint="upcycle card makes it anew; --license and --base-model say what it cannot know",
+                )
+
     def send(self, file: Upload, revision: str | None, create_pr: bool) -> CommitOperationAdd:
         """Send a large file ahead of the commit; the hub keeps it under its SHA-256.
 

@@ -6,13 +6,16 @@ Identifiers are the hub's (https://huggingface.co/docs/hub/repositories-licenses
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.gguf_file import GgufFile
+from upcycle.license_ids import LICENSE_IDS, OTHER
+from upcycle.markdown import is_web_address
 from upcycle.parsing import parse_yaml
 
 if TYPE_CHECKING:
@@ -50,10 +53,55 @@ class License:
     @classmethod
     def of(cls, found: Mapping[str, Any] | None) -> License | None:
         """The one that :meth:`as_dict` described."""
-        return cls(**found) if found else None
+        return _of_keys(found, "id", "name", "link") if isinstance(found, Mapping) else None
+
+    @classmethod
+    def of_card(cls, found: Mapping[str, Any]) -> License | None:
+        """The one in the metadata of a model card."""
+        return _of_keys(found, "license", "license_name", "license_link")
 
     def __str__(self) -> str:
         return f"{self.id} ({self.name})" if self.name else self.id
+
+
+def chosen_license(id: str | None, name: str | None = None, link: str | None = None) -> License | None:
+    """What somebody decided: an identifier of the hub's, or ``other`` with a name and a link.
+
+    Raises:
+        UsageError: the hub does not know it, or something is missing.
+    """
+    if id is None:
+        if name or link:
+            raise UsageError("--license-name and --license-link describe a licence", hint="--license other with both")
+        return None
+    known = id.strip().lower()
+    if known not in LICENSE_IDS:
+        hint = "--license other --license-name NAME --license-link https://... for one that it does not know"
+        raise UsageError(
+            f"--license {id!r} is no licence that the hub knows", hint=suggestion(known, LICENSE_IDS, hint)
+        )
+    if known != OTHER and (name or link):
+        raise UsageError(
+            f"--license {known} has a name and a text of its own", hint="leave --license-name and --license-link out"
+        )
+    if known == OTHER and not (name and name.strip() and link):
+        raise UsageError("--license other says nothing", hint="add --license-name NAME and --license-link https://...")
+    if link and not _is_link(link):
+        raise UsageError(
+            f"--license-link {link!r} is no address", hint="https://..., or the name of a file such as LICENSE"
+        )
+    return License(known, name.strip() if name else None, link)
+
+
+def suggestion(found: str, known: Iterable[str], otherwise: str) -> str:
+    """What was meant, or what else to do."""
+    near = get_close_matches(found, sorted(known), n=3)
+    return f"did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
+
+
+def _is_link(link: str) -> bool:
+    """An address of the web, or the name of a file beside the card."""
+    return bool(is_web_address(link) or re.fullmatch(r"[\w][\w. -]*", link))
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -84,7 +132,7 @@ def _of_folder(path: Path) -> License | None:
     card = path / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
-        if found := _of_keys(front_matter(text), "license", "license_name", "license_link"):
+        if found := License.of_card(front_matter(text)):
             return found
     for pattern in _FILES:
         for file in sorted(path.glob(pattern)):
@@ -114,8 +162,11 @@ def _of_keys(content: Mapping[str, Any], id_key: str, name_key: str, link_key: s
         return License("other", name=" and ".join(map(str, identifier)))
     if not isinstance(identifier, str) or not identifier.strip():
         return None
-    given = (value if isinstance(value, str) else None for value in (name, link))
-    return License(identifier.strip().lower(), *given)
+    name = name.strip() if isinstance(name, str) and name.strip() else None
+    link = link if isinstance(link, str) and _is_link(link) else None
+    known = identifier.strip().lower()
+    # The hub refuses a card with an identifier of somebody's own.
+    return License(known, name, link) if known in LICENSE_IDS else License(OTHER, name or identifier.strip(), link)
 
 
 def _of_text(file: Path) -> License:

@@ -15,16 +15,14 @@ from upcycle.cli.output import print_facts, print_json
 @click.option("--name", help="what it calls the model  [default: the folder's name]")
 @card_options
 @common_options
-def command(
-    out: Path, name: str | None, license: str | None, base_model: str | None, as_json: bool, debug: bool
-) -> None:
+def command(out: Path, as_json: bool, debug: bool, **options: str | None) -> None:
     """Write the model card README.md into OUT, from what was recorded and measured.
 
     What you write between its two marked lines is kept when it is made anew; all else is overwritten. push makes it, too.
     """
     from upcycle.card import write_card
 
-    path = write_card(out, name=name, license=license, base_model=base_model)
+    path = write_card(out, **options)
     if as_json:
         print_json({"card": str(path)})
     else:

@@ -121,6 +121,8 @@ def card_options(function: F) -> F:
     function = click.option(
         "--base-model", metavar="REPO", help="hub id of the dense model, if a folder was converted"
     )(function)
+    function = click.option("--license-link", metavar="URL", help="where an 'other' licence stands")(function)
+    function = click.option("--license-name", metavar="NAME", help="what an 'other' licence is called")(function)
     return click.option("--license", metavar="ID", help="the hub's name of the licence, if the sources' do not decide")(
         function
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from upcycle.markdown import is_web_address
 from upcycle.report.drawing.diagram import layers_diagram
 
 
@@ -36,4 +37,4 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
 def _link(paper: str | None) -> str | None:
     """The first address of a paper's field, which may hold several; nothing that is no web address becomes a link."""
     first = (paper or "").split(",")[0].strip()
-    return first if first.startswith(("https://", "http://")) else None
+    return first if is_web_address(first) else None
