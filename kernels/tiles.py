@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.parsing import read_json
+from upcycle.whole_files import write_text_whole
 
 FAMILIES = (
     "up/plain",
@@ -103,9 +104,7 @@ class TileTable:
         for tile in self.entries.values():
             spread = "[" + ",".join(f"\n     {number}" for number in tile.as_list()) + "\n    ]"
             text = text.replace(spread, json.dumps(tile.as_list()))
-        partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(text + "\n")
-        partial.replace(path)
+        write_text_whole(path, text + "\n")
 
 
 def kind_of(capability: tuple[int, int]) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import codecs
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
+from upcycle.locks import one_at_a_time
 from upcycle.parsing import read_json
 from upcycle.trainers.documents import Piece, Reading
 from upcycle.trainers.file_kinds import Kind
@@ -112,14 +111,11 @@ def _alone(lock: Path, cache: Path) -> Iterator[None]:
     """Hold a lock file: ranks and runs that want the same wait for one another."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        lock.touch()
     except OSError as error:
         raise EnvironmentFault(
             f"nothing can be kept in {cache}: {error.strerror or error}",
             hint="cache: FOLDER in the data, on a disk with room",
         ) from None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with one_at_a_time(lock):
         yield
-    finally:
-        os.close(held)

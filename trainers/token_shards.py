@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.locks import one_at_a_time
 from upcycle.trainers.corpus import Corpus
 
 _FORMAT = "1"
@@ -83,14 +83,10 @@ class TokenCache:
             return found
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(stem.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with one_at_a_time(stem.with_suffix(".lock")):
                 if not _read(stem):
                     with corpus.lock:
                         self._write(corpus, number, stem)
-            finally:
-                os.close(lock)
         except OSError as error:
             raise EnvironmentFault(
                 f"tokenised text cannot be kept in {self._folder}: {error.strerror or error}",
@@ -107,7 +103,7 @@ class TokenCache:
         lengths: list[int] = []
         hashes: list[int] = []
         digest, read = hashlib.sha256(), 0
-        temporary = stem.with_suffix(".tokens.tmp")
+        temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tokens.tmp")  # where nobody can wait, two may write it
         with temporary.open("wb") as file:
             for batch in _batches(corpus.documents(number)):
                 read += len(batch)
@@ -123,7 +119,7 @@ class TokenCache:
         digest.update(counts.data)
         index = {"lengths": counts, "hashes": np.array(hashes, np.uint64)}
         facts = {"digest": digest.hexdigest()[:16], "last": str(not corpus.full(read))}
-        unfinished = stem.with_suffix(".tmp")
+        unfinished = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
         save_file(index, unfinished, metadata=facts)
         unfinished.rename(stem.with_suffix(".safetensors"))
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import shlex
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from upcycle.progress import SILENT, Progress
 from upcycle.recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
 from upcycle.runtime import available_memory
+from upcycle.scratch import scratch
 from upcycle.stock import load_tokenizer
 from upcycle.text import read_text
 
@@ -128,12 +127,12 @@ def compare(
     method_names, router_names = _methods(methods), _routers(routers)
     skipped: list[str] = []
     done: list[Candidate] = []
-    with tempfile.TemporaryDirectory(prefix="upcycle-compare-") as folder:
+    with scratch("compare") as folder:
 
         def run(wanted: list[Candidate | None]) -> list[float]:
             known = {candidate.label for candidate in done}
             fresh = list({c.label: c for c in wanted if c is not None and c.label not in known}.values())
-            nats = Walk(checkpoint, "keep", texts, Path(folder), progress, _workers(fresh)).run(fresh)
+            nats = Walk(checkpoint, "keep", texts, folder, progress, _workers(fresh)).run(fresh)
             done.extend(fresh)
             return nats
 

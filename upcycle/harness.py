@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
+from upcycle.scratch import scratch
 from upcycle.task_folder import checked_tasks, write_tasks
 
 MISSING_EXTRA = "pip install 'upcycle[tasks]'"
@@ -70,12 +70,12 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> list[tuple[Any, Any
     from lm_eval.api.registry import get_metric, metric_registry
     from lm_eval.tasks import TaskManager
 
-    with TemporaryDirectory(prefix="upcycle-") as copies:
+    with scratch("tasks") as copies:
         managers: list[Any] = []
         if folder:
             get_metric("acc")  # fills the registry
-            write_tasks(checked_tasks(folder, metric_registry), Path(copies))
-            managers.append(TaskManager(include_path=copies, include_defaults=False))
+            write_tasks(checked_tasks(folder, metric_registry), copies)
+            managers.append(TaskManager(include_path=str(copies), include_defaults=False))
         found: dict[str, Any] = {}
         for name in names:
             matching = managers[0].match_tasks([name]) if folder else []

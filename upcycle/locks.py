@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,35 @@ class FolderLock:
         path.unlink(missing_ok=True)
 
 
-def _flock(descriptor: int) -> bool:
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file, which is made.
+
+    It spares double work, and must not be needed for more: on file systems without locks nobody waits.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _flock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, wait: bool = False) -> bool:
     """Lock an open file; False where the system or the file system has no locks.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process has it, and we do not wait.
     """
     try:
         import fcntl
     except ImportError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in _HELD:
             raise BlockingIOError from None

@@ -7,6 +7,7 @@ run ``run.json``, a working folder ``state.json``, each with what only this tool
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from upcycle.hashing import hash_file
 from upcycle.local_names import FILE as LOCAL_FILE
 from upcycle.locks import LOCKS
 from upcycle.names import check_name, sibling
-from upcycle.parsing import read_json
+from upcycle.parsing import parse_json, read_json
 from upcycle.user_paths import user_path
 from upcycle.whole_files import TEMPORARY
 
@@ -196,6 +197,41 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise UsageError(
             f"{out} is not empty: it holds {what}", hint="--overwrite replaces it once the new model is complete"
         )
+
+
+def check_file(path: Path, ours: Callable[[str], bool]) -> None:
+    """Refuse to write a file over one that upcycle did not write; a link is replaced, and so what it points at stays.
+
+    Args:
+        path: the file.
+        ours: whether a text is of the kind that will be written.
+
+    Raises:
+        UsageError: it is somebody else's, a folder, or its folder does not exist.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"no such folder: {path.parent}", hint="name a file in a folder that exists")
+    if not os.path.lexists(path):
+        return
+    try:
+        mine = path.is_file() and (not path.stat().st_size or ours(path.read_text(encoding="utf-8", errors="replace")))
+    except OSError:
+        mine = False
+    if not mine:
+        raise UsageError(f"{path} is there, and upcycle did not write it", hint="move it away, or choose another name")
+
+
+def holds_keys(*keys: str) -> Callable[[str], bool]:
+    """Whether a text is JSON with these keys."""
+
+    def told(text: str) -> bool:
+        try:
+            found = parse_json(text, "a file")
+        except UpcycleError:
+            return False
+        return isinstance(found, dict) and set(keys) <= set(found)
+
+    return told
 
 
 def check_apart(out: Path, kept: Path, what: str, inside: bool = False) -> None:

@@ -11,7 +11,9 @@ import click
 from upcycle.cli.options import common_options, quiet_option
 from upcycle.cli.output import Bars, print_facts, print_json, print_table, warn
 from upcycle.errors import UsageError
+from upcycle.ownership import cannot_write, check_file, holds_keys
 from upcycle.quantities import count, duration, size
+from upcycle.whole_files import write_text_whole
 
 
 def _list(_: Any, __: Any, value: str) -> list[str]:
@@ -68,20 +70,28 @@ def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bo
     """
     from upcycle.comparison import compare
 
-    if out and not out.parent.is_dir():
-        raise UsageError(f"no such folder: {out.parent}", hint="--out names a file in a folder that exists")
+    if out:
+        check_file(out, _is_table if out.suffix == ".md" else holds_keys("source", "dense", "results"))
     calibration = options.pop("calibration")
     found = compare(source, calibration=calibration, progress=Bars(quiet), **options)
     for note in found.skipped:
         warn(f"left out: {note}")
     if out:
-        out.write_text(markdown(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n")
+        text = markdown(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n"
+        try:
+            write_text_whole(out, text)
+        except OSError as error:
+            raise cannot_write(out, error) from None
     if as_json:
         print_json(found.as_dict())
         return
     right = range(4, 12)
     print_table(_columns(found), [_cells(row, found) for row in found.results], right=right)
     print_facts(_verdicts(found))
+
+
+def _is_table(text: str) -> bool:
+    return text.startswith("| active | method | router | refit |")
 
 
 def _columns(found: Any) -> list[str]:

@@ -10,6 +10,8 @@ import click
 from upcycle.cli.merging import merging_facts
 from upcycle.cli.options import build_recipe, common_options, quiet_option, recipe_options
 from upcycle.cli.output import Bars, Cell, note, print_facts, print_json
+from upcycle.errors import UsageError
+from upcycle.ownership import kind_of, real_path
 from upcycle.quantities import count, duration, size
 
 
@@ -59,6 +61,7 @@ def command(
             raise click.MissingParameter(param_type="argument", param_hint=missing)
         out = Path(source)
         source = None
+        _check_not_a_source(out, flags["sources"])
     base = None
     if blueprint:
         from upcycle.blueprint import blueprint_recipe
@@ -79,6 +82,20 @@ def command(
         print_json(result.as_dict())
         return
     print_facts(conversion_facts(result, out, recipe.source))
+
+
+def _check_not_a_source(out: Path, sources: Any) -> None:
+    """Refuse ``--sources a,b c``: a space for a comma makes the last source the output.
+
+    Raises:
+        UsageError: OUT is a model that upcycle did not write.
+    """
+    folder = real_path(out)
+    if (folder / "config.json").is_file() and kind_of(folder) == "foreign":
+        raise UsageError(
+            f"{out} is a model, and the only argument beside --sources is the folder for the output",
+            hint=f"if it is one of the sources, put a comma before it and name an OUT: --sources {sources},{out} OUT",
+        )
 
 
 def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cell]]:

@@ -9,6 +9,7 @@ import click
 
 from upcycle.cli.options import common_options, quiet_option
 from upcycle.cli.output import VERDICT_STYLE, Bars, Cell, print_json, print_table, say, show, styled, write
+from upcycle.ownership import check_output
 from upcycle.quantities import count
 
 # title, folder, recipe keys: a copy, a split that must be exact, with shared experts, and one that saves compute.
@@ -18,6 +19,7 @@ CONVERSIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("4 shared + 8 slices, all on", "split-shared", {"method": "random_split", "experts": 8, "top_k": 8, "shared": 4}),
     ("4 shared + 4 of 8 slices", "split-sparse", {"method": "random_split", "experts": 8, "top_k": 4, "shared": 4}),
 )
+REPORT = "report.html"
 PROMPT = "def read_file(path):\n    "
 
 
@@ -31,14 +33,18 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     The demo model is a Llama of 3.4 million parameters trained on Python's own documentation and library.
     """
     from upcycle.conversion import convert
+    from upcycle.report.writing import check_report
 
+    if out.is_dir():
+        check_report(out / REPORT)
+        for _, folder, _ in CONVERSIONS:
+            check_output(out / folder, overwrite=True)
     results = []
     for title, folder, keys in CONVERSIONS:
         if not quiet:
             say(f"{title}: upcycle convert demo {out / folder} {_flags(keys)}")
-        # What an earlier demo left may be replaced, and nothing else.
-        ours = (out / folder / "upcycle.json").exists()
-        results.append(convert("demo", out / folder, overwrite=ours, progress=Bars(quiet=True), **keys))
+        # What an earlier demo left is replaced; anything else is refused.
+        results.append(convert("demo", out / folder, overwrite=True, progress=Bars(quiet=True), **keys))
     report = _report(out)
     texts = {name: _continuation(folder) for name, folder in (("dense", None), ("4 copies, top-2", out / "upcycled"))}
     if as_json:
@@ -78,7 +84,7 @@ def _report(out: Path) -> str | None:
 
     if not can_draw():
         return None
-    return str(write_report(out / CONVERSIONS[-1][1], out / "report.html", Wanted(tokens=1024)).html)
+    return str(write_report(out / CONVERSIONS[-1][1], out / REPORT, Wanted(tokens=1024)).html)
 
 
 def _flags(keys: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
 from importlib import import_module
 
 import click
@@ -85,8 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     """The exit code; what went wrong has been said."""
     try:
-        # What trains may be sent any of several signals, by clusters and by its launcher, from the first moment on.
-        with interrupting() if arguments[:1] == ["train"] else nullcontext():
+        # Clusters, launchers and terminals send any of several signals: each of them ends a command as Ctrl-C does, from the
+        # first moment on, so that temporary files go and what can be continued says so.
+        with interrupting():
             code = cli.main(arguments, prog_name="upcycle", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):

@@ -10,6 +10,7 @@ import click
 from upcycle.cli.options import common_options, quiet_option
 from upcycle.cli.output import note, print_facts, print_json
 from upcycle.errors import UsageError
+from upcycle.ownership import check_file, holds_keys
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -22,6 +23,11 @@ def _numbers(_: Any, __: Any, value: str) -> list[int]:
     if not found or min(found) < 1:
         raise UsageError(f"--tokens takes numbers of at least 1, got '{value}'", hint="--tokens 1,64,8192")
     return found
+
+
+def _is_tiles(text: str) -> bool:
+    """Whether a file that is there is a table of tiles: keys are kinds of GPUs."""
+    return holds_keys()(text) and text.lstrip().startswith(('{\n "sm', '{\n "gfx'))
 
 
 @click.command("tune-kernels")
@@ -47,8 +53,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
 
     if options["top_k"] > options["experts"]:
         raise UsageError(f"--top-k {options['top_k']} of --experts {options['experts']}", hint="at most all of them")
-    if not out.parent.is_dir():
-        raise UsageError(f"no such folder: {out.parent}", hint="OUT names a file in a folder that exists")
+    check_file(out, _is_tiles)
     device = gpu()
     import torch
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.ownership import cannot_write
+from upcycle.ownership import cannot_write, check_file, holds_keys
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.collecting import Wanted, collect
 from upcycle.user_paths import user_path
 from upcycle.whole_files import write_text_whole
 
+_GENERATOR = '<meta name="generator" content="upcycle report">'
 MISSING_EXTRA = "pip install 'upcycle[report]'"
 
 
@@ -54,10 +55,13 @@ def write_report(
     html = user_path(out) if out else None
     if html and (html.suffix not in (".html", ".htm") or not html.absolute().parent.is_dir()):
         raise UsageError(f"cannot write a report to {html}", hint="--out names an .html file in a folder that exists")
+    if html is not None:
+        check_report(html)
     subject, data = collect(str(name), wanted or Wanted(), progress)
     if html is None:
         local = user_path(name).absolute().parent == subject.folder.absolute().parent
         html = (subject.folder if local or user_path(name).is_dir() else Path()) / "report.html"
+        check_report(html)
     with progress.phase("drawing", 1):
         page = draw_page(data)
         progress.advance()
@@ -65,6 +69,16 @@ def write_report(
     _write(found, json.dumps(data, indent=1, allow_nan=False) + "\n")
     _write(html, page)
     return Report(html, found, data)
+
+
+def check_report(html: Path) -> None:
+    """Refuse to write over a page, or data beside it, of somebody else.
+
+    Raises:
+        UsageError: there is one.
+    """
+    check_file(html, lambda text: _GENERATOR in text[:4096])
+    check_file(html.with_suffix(".json"), holds_keys("out", "upcycle", "summary", "provenance"))
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from upcycle.loading import load_model
 from upcycle.parsing import read_json
 from upcycle.progress import SILENT, Progress
 from upcycle.reach import MOST_WORK, Reach, reach_of
+from upcycle.scratch import scratch
 from upcycle.serving.comparing import Place, places, tolerance_of
 from upcycle.serving.engine import Answer, Asked, Engine, NotHeld
 from upcycle.serving.on_llama_cpp import LlamaCpp
@@ -101,12 +101,12 @@ def verify_with(
     tokenizer = _tokenizer(folder)
     reach = reach_of(build_config(config, str(folder)))
     asked = _question(tokenizer, config, text, tokens, _long_prompt(folder, reach, config, tokens))
-    with progress.phase(f"running {chosen.title}, then transformers", 2), tempfile.TemporaryDirectory() as work:
+    with progress.phase(f"running {chosen.title}, then transformers", 2), scratch("serving") as work:
         try:
             with view(
                 folder, weights=True, tokenizer=True
             ) as shown:  # what a stranger's folder says beside is not for engines, too
-                answer = chosen.ask(shown, config, asked, Path(work), python or sys.executable)
+                answer = chosen.ask(shown, config, asked, work, python or sys.executable)
         except NotHeld as refusal:
             return _kept(folder, _not_held(chosen, refusal.message), progress)
         progress.advance()
