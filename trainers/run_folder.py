@@ -30,7 +30,7 @@ from upcycle.trainers.model_loading import collect_small_files
 from upcycle.trainers.recipe import TrainRecipe
 from upcycle.trainers.reports import LOG, Reports
 from upcycle.trainers.run_start import faults_together
-from upcycle.whole_files import write_text_whole
+from upcycle.whole_files import TEMPORARY, write_text_whole
 
 RECIPE_FILE = "recipe.yaml"
 MODEL_FOLDER = "model"  # what a run exports at its end
@@ -140,6 +140,9 @@ def open_run(
             if restart:
                 put_aside(folder)
             remove_unfinished(folder)
+            for name in (RUN, RECIPE_FILE, LOG):
+                for half in folder.glob(f"{name}.*{TEMPORARY}"):
+                    half.unlink()
             shutil.rmtree(small_files(folder), ignore_errors=True)
             collect_small_files(origin, small_files(folder))
             write_text_whole(folder / RECIPE_FILE, recipe.dump())

@@ -211,7 +211,7 @@ def check_file(path: Path, ours: Callable[[str], bool]) -> None:
     """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}", hint="name a file in a folder that exists")
-    if not os.path.lexists(path):
+    if path.is_symlink() or not path.exists():
         return
     try:
         mine = path.is_file() and (not path.stat().st_size or ours(path.read_text(encoding="utf-8", errors="replace")))
