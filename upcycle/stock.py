@@ -218,8 +218,10 @@ def load_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool
     """
     from transformers import AutoModelForCausalLM
 
-    named = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
+    named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
+        if folder.is_file():
+            named["config"] = _gguf_config(clean, folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
         )
@@ -229,6 +231,18 @@ def load_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
     model.config.name_or_path = model.name_or_path = ""
     return model
+
+
+def _gguf_config(clean: Path, path: Path) -> Any:
+    """What transformers reads of a ``.gguf`` file, with what it does not look for there: biases, and how many tokens there are."""
+    from transformers import AutoConfig
+
+    from upcycle.gguf_file import GgufFile
+
+    ours = GgufFile(path).config
+    config: Any = AutoConfig.from_pretrained(clean, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
+    config.vocab_size, config.attention_bias = ours["vocab_size"], ours["attention_bias"]
+    return config
 
 
 def load_tokenizer(path: Path) -> Any:
