@@ -374,6 +374,11 @@ def _warnings(job: Job, dense_parameters: int, active: int) -> list[str]:
             f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "
             'refuses them (load with experts_implementation="eager", or use --pad)'
         )
+    if job.target.stored(job.dense).windows != job.dense.windows:
+        warnings.append(
+            f"the sliding window of {job.dense.window} is never reached within {job.dense.max_position_embeddings} positions and is "
+            f"left out: {job.target.name} has none"
+        )
     (embeddings,) = next(job.units).entries
     if embeddings.origin and embeddings.origin.times != 1:
         able = [name for name in job.family.targets if Feature.MULTIPLIERS in load("target", name).holds]

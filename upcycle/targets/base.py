@@ -64,6 +64,9 @@ class MoeShape:
     normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
 
 
+_WINDOWS = frozenset({Feature.WINDOW, Feature.MIXED_WINDOWS})
+
+
 class Target(ABC):
     """A stock MoE architecture of transformers.
 
@@ -110,7 +113,12 @@ class Target(ABC):
         """A dense configuration as this architecture can say it.
 
         Without multipliers, the embeddings are stored multiplied; a head that was tied to them has a tensor of its own then.
+        Without windows, one that is as long as the context is left out: it is never reached.
         """
+        if not dense.features & _WINDOWS <= self.holds:
+            context = dense.max_position_embeddings
+            reached = tuple(None if window is None or window >= context else window for window in dense.windows)
+            dense = replace(dense, windows=reached)
         if Feature.MULTIPLIERS in self.holds or dense.embedding_multiplier == 1:
             return dense
         return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
@@ -236,6 +244,9 @@ def refuse_unheld(
         hint = f"use --target {able[0]}"
     elif notes:
         hint = f"this version writes no target that can; elsewhere, {'; '.join(notes)}"
+    elif len(others) > 1:
+        short = (f"{other.name}: {', '.join(f.value for f in other.lacks(dense, more))}" for other in others)
+        hint = f"this version writes no target that can hold all of it; what each lacks: {'; '.join(short)}"
     else:
         hint = "this version writes no target that can"
     keys = {feature: ", ".join(f"{k} {v}" for k, v in dense.settings(feature).items()) for feature in lacking}
