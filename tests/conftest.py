@@ -58,6 +58,12 @@ def make_dense(folder: Path, model_type: str, dtype: str = "float32", **changes:
 
 
 @pytest.fixture(scope="session")
+def dense_maker() -> Callable[..., Path]:
+    """:func:`make_dense`, for models that are no pico ones."""
+    return make_dense
+
+
+@pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``pico("llama")`` is a folder with that model, made once."""
     made: dict[str, Path] = {}

@@ -94,6 +94,10 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3-partial": ("phi3", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    "phi3-idle-window": (  # as long as the context
+        "phi3",
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}, "sliding_window": 512},
+    ),
     "phi4-mini": (  # as on the hub: older spellings, partial and longrope at once
         "phi3",
         {

@@ -21,6 +21,7 @@ import upcycle
 from upcycle.cli.main import main
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.recipe import parse_recipe
+from upcycle.tensor_files import SafetensorsFolder
 
 Branches = Callable[..., list[Path]]
 MIX: dict[str, Any] = {"method": "branch_train_mix", "verification": {"enabled": False}}
@@ -263,3 +264,59 @@ def test_one_block_of_one_source_is_in_memory_whatever_their_number(
         assert len(most) == count * 4096 // 64
         assert set(most) == {(1, 64)}
         most.clear()
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "two more tokens": ("llama", {"vocab_size": 4098}),
+    "another rope": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "a tied head": ("llama", {"tie_word_embeddings": True}),
+    "other heads": ("llama", {"num_key_value_heads": 4}),
+    "a window": ("mistral", {"sliding_window": 16}),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_only_ffns_are_read_of_may_differ_elsewhere(
+    what: str, pico: Callable[[str], Path], branches: Branches, dense_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With rest=base an expert's model gives its FFNs: each is in the result as it was; an average refuses the same models."""
+    model_type, changes = OTHERS[what]
+    other, plain = dense_maker(tmp_path / "other", model_type, **changes), branches(1)[0]
+    keys = {"method": "branch_train_mix", "sources": [{"name": str(plain)}, {"name": str(other)}], "tokenizer": "none"}
+    only = {"rest": "base"}
+    made = upcycle.convert(
+        str(pico("llama")), tmp_path / "out", parameters=only, verification={"tokens": 64}, top_k=2, **keys
+    )
+    assert made.verification is not None
+    written = SafetensorsFolder(tmp_path / "out")
+    for expert, source in enumerate((plain, other)):
+        for name, part in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            stored = written.read(f"model.layers.2.block_sparse_moe.experts.{expert}.{name}.weight")
+            assert torch.equal(stored, SafetensorsFolder(source).read(f"model.layers.2.mlp.{part}_proj.weight"))
+    embeddings = "model.embed_tokens.weight"
+    assert torch.equal(written.read(embeddings), SafetensorsFolder(pico("llama")).read(embeddings))
+    with pytest.raises(UsageError, match=r"sources differ: config.json's '(?!windows|family|qkv_bias)"):
+        upcycle.plan(str(pico("llama")), top_k=2, **keys)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "key"),
+    [
+        ("llama", {"intermediate_size": 48}, "intermediate_size"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"num_hidden_layers": 2}, "num_hidden_layers"),
+        ("olmo2", {}, "model_type"),
+    ],
+)
+def test_ffns_that_do_not_fit_are_refused_by_their_key(
+    model_type: str,
+    changes: dict[str, Any],
+    key: str,
+    pico: Callable[[str], Path],
+    dense_maker: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    other = dense_maker(tmp_path / "other", model_type, **changes)
+    keys = {"parameters": {"rest": "base"}, "sources": [{"name": str(pico("llama"))}, {"name": str(other)}]}
+    with pytest.raises(UsageError, match=f"config.json's '{key}' is"):
+        upcycle.plan(str(pico("llama")), method="branch_train_mix", top_k=2, tokenizer="none", **keys)

@@ -114,15 +114,22 @@ class JoinedCheckpoint(DenseCheckpoint):
         members: the checkpoints, the base last.
         dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
         tokenizers: whether to compare tokenizers.
+        experts_only: whether nothing but FFNs is read of members that are not the base: nothing else is compared.
 
     Raises:
         UsageError: they do not belong together; names the sources, the key and both values.
     """
 
-    def __init__(self, members: Sequence[DenseCheckpoint], dtype: str = "keep", tokenizers: bool = True) -> None:
+    def __init__(
+        self,
+        members: Sequence[DenseCheckpoint],
+        dtype: str = "keep",
+        tokenizers: bool = True,
+        experts_only: bool = False,
+    ) -> None:
         self.members = tuple(members)
         super().__init__(self.members[-1].source)
-        check_sources(self.members, dtype, tokenizers)
+        check_sources(self.members, dtype, tokenizers, experts_only)
         together = "\n".join(member.fingerprint for member in self.members)
         self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
 

@@ -58,6 +58,7 @@ class MixedCheckpoint(JoinedCheckpoint):
         dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
         tokenizers: whether to compare tokenizers.
         sources: the recipe's; default: the members.
+        experts_only: whether nothing but FFNs is read of members that are not the base.
 
     Raises:
         UsageError: they do not belong together; names the sources, the key and both values.
@@ -71,10 +72,11 @@ class MixedCheckpoint(JoinedCheckpoint):
         dtype: str = "keep",
         tokenizers: bool = True,
         sources: Sequence[DenseCheckpoint] | None = None,
+        experts_only: bool = False,
     ) -> None:
         where = [i for i, member in enumerate(members) if _files(member) == _files(base)]
         base_index = where[0] if where else len(members)
-        super().__init__((*members, members[where[0]] if where else base), dtype, tokenizers)
+        super().__init__((*members, members[where[0]] if where else base), dtype, tokenizers, experts_only)
         self.sources = tuple(members if sources is None else sources)
         self.mix = Mix(tuple(weights), _alike(self.members), base_index)
         self.rest: tuple[float, ...] | None = None  # weights of what is no expert, one per member; None: the base's
@@ -126,14 +128,14 @@ class MixedCheckpoint(JoinedCheckpoint):
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Reads gate, up or down of the FFN of a member; the last one read is kept, for experts that share it."""
-        origins = self.family.ffn_origins(self.config, layer)
         dtype = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
         kept: dict[tuple[int, str], torch.Tensor] = {}
 
         def matrix(source: int, part: str) -> torch.Tensor:
             if (source, part) not in kept:
                 kept.clear()
-                kept[source, part] = self.members[source].whole(origins[part], dtype)
+                member = self.members[source]
+                kept[source, part] = member.whole(member.family.ffn_origins(member.config, layer)[part], dtype)
             return kept[source, part]
 
         return matrix
@@ -162,11 +164,14 @@ def mix_sources(recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCh
     Raises:
         UsageError: they do not belong together, or the merges are of another number of sources.
     """
-    merges = method_of(recipe).merges
+    method = method_of(recipe)
+    merges = method.merges
     weights, members = mixing_weights(recipe, merges), list(sources)
     if merges is not None:
         members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
-    return MixedCheckpoint(base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources)
+    return MixedCheckpoint(
+        base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources, method.experts_only
+    )
 
 
 def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
@@ -254,7 +259,7 @@ def _same(one: DenseCheckpoint, other: DenseCheckpoint) -> bool:
     import torch
 
     for name in one.family.all_stored_specs(one.config):
-        if one.store.specs[name] != other.store.specs[name]:
+        if one.store.specs[name] != other.store.specs.get(name):
             return False
         pairs = zip(one.chunks(name), other.chunks(name), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):

@@ -117,7 +117,7 @@ def _job_from_configs(recipe: Recipe) -> AnyJob:
     if recipe.sources:
         for source in recipe.sources:
             _, _, other = _config(source.name, source.revision)
-            check_configs(dense, other, recipe.source, source.name, family.aliases)
+            check_configs(dense, other, recipe.source, source.name, family.aliases, method_of(recipe).experts_only)
         same = [i for i, s in enumerate(recipe.sources) if (s.name, s.revision) == (recipe.source, recipe.revision)]
         base = same[0] if same else len(recipe.sources)
         merges = method_of(recipe).merges

@@ -17,12 +17,35 @@ if TYPE_CHECKING:
 
 # What does not change the function of the weights: training's own settings, and which ids begin and end a text.
 _MAY_DIFFER = {"initializer_range", "attention_dropout", "dtype", "max_position_embeddings", "token_ids"}
+# All that matters where only FFNs are read: their shapes, their activation, and what their output is added to.
+_OF_EXPERTS = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "hidden_act",
+    "mlp_bias",
+    "residual_multiplier",
+    "special",
+}
+# What DenseConfig makes of keys of other names. A family's aliases come first.
+_KEYS = {
+    "family": "model_type",
+    "logits_multiplier": "logits_scaling",
+    "output_bias": "attention_bias",
+    "qkv_bias": "attention_bias",
+    "query_norms": "model_type",
+    "special": "model_type",
+    "windows": "sliding_window",
+}
 _NAMED = 5  # tokens that an error shows
 _ONE_ANCESTOR = "mixing takes fine-tunes of one model; leave this source out"
+_FFNS_ONLY = f"{_ONE_ANCESTOR}, or with --method branch_train_mix take FFNs only: --param rest=base"
 
 
-def check_sources(members: Sequence[DenseCheckpoint], dtype: str, tokenizers: bool) -> None:
+def check_sources(members: Sequence[DenseCheckpoint], dtype: str, tokenizers: bool, experts_only: bool = False) -> None:
     """Compare every checkpoint with the last, which is the base: configuration, tokenizer, and dtypes where kept.
+
+    With ``experts_only`` nothing but FFNs is read of those that are not the base, and only what FFNs depend on is compared.
 
     Raises:
         UsageError: two differ; names both, the key, both values, and what to do.
@@ -31,7 +54,12 @@ def check_sources(members: Sequence[DenseCheckpoint], dtype: str, tokenizers: bo
     for member in members[:-1]:
         if member is base:
             continue
-        check_configs(base.config, member.config, base.source.name, member.source.name, base.family.aliases)
+        names = base.source.name, member.source.name
+        check_configs(base.config, member.config, *names, base.family.aliases, experts_only)
+        if experts_only:
+            if dtype == "keep":
+                _check_expert_dtypes(base, member)
+            continue
         if tokenizers:
             _check_tokenizers(base, member)
         _check_vocabulary(base, member)
@@ -40,33 +68,51 @@ def check_sources(members: Sequence[DenseCheckpoint], dtype: str, tokenizers: bo
 
 
 def check_configs(
-    base: DenseConfig, other: DenseConfig, base_name: str, other_name: str, aliases: Mapping[str, str]
+    base: DenseConfig,
+    other: DenseConfig,
+    base_name: str,
+    other_name: str,
+    aliases: Mapping[str, str],
+    experts_only: bool = False,
 ) -> None:
-    """Refuse configurations that differ in a shape, the rotation, a norm's epsilon, the head, the activation...
+    """Refuse configurations that differ in a shape, the rotation, a norm's epsilon, the head, the activation... or with
+    ``experts_only`` in what FFNs depend on.
 
     ``vocab_size`` is left to the comparison of tokenizers, which has more to say.
 
     Raises:
         UsageError: as above.
     """
+    hint = _ONE_ANCESTOR if experts_only else _FFNS_ONLY
     for field in fields(DenseConfig):
-        if field.name in _MAY_DIFFER or field.name == "vocab_size":
+        if field.name == "vocab_size" or (field.name not in _OF_EXPERTS if experts_only else field.name in _MAY_DIFFER):
             continue
         ours, theirs = getattr(base, field.name), getattr(other, field.name)
-        key = "model_type" if field.name == "family" else aliases.get(field.name, field.name)
+        if ours == theirs:
+            continue
+        key = aliases.get(field.name, _KEYS.get(field.name, field.name))
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            for inner in sorted({*ours, *theirs}):
-                if ours.get(inner) != theirs.get(inner):
-                    raise _unlike(f"{key}.{inner}", ours.get(inner), theirs.get(inner), base_name, other_name)
-        elif ours != theirs:
-            raise _unlike(key, ours, theirs, base_name, other_name)
+            inner = min(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+            key = inner if field.name == "extra" else f"{key}.{inner}"
+            ours, theirs = ours.get(inner), theirs.get(inner)
+        elif key == "model_type":
+            ours, theirs = (f"{config.family} ({_plain(value)})" for config, value in ((base, ours), (other, theirs)))
+            ours, theirs = (
+                text.removesuffix(f" ({config.family})") for text, config in ((ours, base), (theirs, other))
+            )
+        elif field.name == "windows":
+            ours, theirs = _windows(base), _windows(other)
+        raise UsageError(
+            f"sources differ: config.json's '{key}' is {_plain(ours)} in {base_name} and {_plain(theirs)} in {other_name}",
+            hint=hint
+            if other.intermediate_size == base.intermediate_size and other.hidden_size == base.hidden_size
+            else _ONE_ANCESTOR,
+        )
 
 
-def _unlike(key: str, ours: Any, theirs: Any, base_name: str, other_name: str) -> UsageError:
-    return UsageError(
-        f"sources differ: config.json's '{key}' is {_plain(ours)} in {base_name} and {_plain(theirs)} in {other_name}",
-        hint=_ONE_ANCESTOR,
-    )
+def _windows(config: DenseConfig) -> str:
+    kinds = sorted({str(window) for window in config.windows})
+    return kinds[0] if len(kinds) == 1 else f"{' and '.join(kinds)} by layer"
 
 
 def _plain(value: Any) -> Any:
@@ -94,6 +140,16 @@ def _check_dtypes(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
             )
 
 
+def _check_expert_dtypes(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
+    for layer in range(base.config.num_hidden_layers):
+        ours, theirs = (each.family.ffn_dtype(each.config, each.store.specs, layer) for each in (base, member))
+        if ours != theirs:
+            raise UsageError(
+                f"sources differ: the FFN of layer {layer} is {ours} in {base.source.name} and {theirs} in {member.source.name}",
+                hint=f"say which to write: --dtype {ours}",
+            )
+
+
 def _check_tokenizers(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
     """Tokens must have the same ids and text be cut in the same way; a source without a tokenizer follows the base's."""
     names = base.source.name, member.source.name
@@ -116,7 +172,7 @@ def _check_tokenizers(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
             raise UsageError(
                 f"sources differ: tokenizer.json's 'model.{key}' is not the same in {names[0]} and {names[1]}: they cut "
                 "text in other ways",
-                hint=_ONE_ANCESTOR,
+                hint=_FFNS_ONLY,
             )
 
 

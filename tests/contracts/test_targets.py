@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from upcycle import provenance, verification
 from upcycle.errors import RefusalError
 from upcycle.families.base import DenseConfig, Feature
 from upcycle.registry import FAMILIES, TARGETS, load
+from upcycle.targets.base import refuse_unheld
 from upcycle.tensor_files import SafetensorsFolder
 
 RANDOM_IDS = {"tokenizer": "none"}  # to verify on: tokenizing the embedded texts would take longer than all the rest
@@ -263,3 +265,17 @@ def test_a_wrong_key_is_found_by_verify(
     record["files"]["config.json"] = provenance.hash_file(out / "config.json")
     (out / provenance.FILE).write_text(json.dumps(record))
     assert upcycle.verify(out, tokens=64).verdict == "broken"
+
+
+def test_a_window_that_is_never_reached_is_left_out_where_there_is_none(pico: Callable[[str], Path]) -> None:
+    plan = upcycle.plan(str(pico("phi3-idle-window")), experts=2)
+    assert plan.target == "glm4_moe"
+    assert any("sliding window of 512 is never reached within 512 positions" in warning for warning in plan.warnings)
+    dense = replace(dense_config("phi3-idle-window"), windows=(511,) * 3)
+    family, target = load("family", "phi3")(), load("target", "glm4_moe")()
+    assert target.lacks(dense) == [Feature.WINDOW]
+    assert load("target", "mixtral")().stored(dense).windows == dense.windows
+    with pytest.raises(RefusalError, match="a sliding window on every layer") as caught:
+        refuse_unheld(target, family, dense, (), [load("target", name)() for name in family.targets])
+    assert "mixtral: a rotary embedding of a part of each head" in str(caught.value.hint)
+    assert "glm4_moe: a sliding window on every layer" in str(caught.value.hint)

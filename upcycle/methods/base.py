@@ -114,6 +114,11 @@ class AnyMethod(ABC):
         """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
         return None
 
+    @property
+    def experts_only(self) -> bool:
+        """Whether of sources that are not the base only FFNs are read: whatever else differs does not matter then."""
+        return False
+
 
 class Method(AnyMethod):
     """Makes blueprints. Never reads or writes a file, never knows the target.

@@ -123,6 +123,11 @@ class BranchTrainMix(Copies):
         return told[member] if member is not None and member < len(told) else SourceRecipe(name="?")
 
     @property
+    def experts_only(self) -> bool:
+        """With ``rest=base`` everything but the FFNs is the base's."""
+        return self.parameters.rest == "base" and not self.calibrated
+
+    @property
     def rest(self) -> tuple[float, ...] | None:
         """See the class."""
         if self.mix is None or self.parameters.rest == "base":
