@@ -10,7 +10,7 @@ from upcycle.errors import UsageError
 from upcycle.registry import TARGETS, suggestion
 from upcycle.trainers import expert_parallel
 from upcycle.trainers.recipe import TrainRecipe, ZeroRecipe
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.routing import is_moe, moe_layers
 
 # Keys of zero_optimization that the recipe sets elsewhere.
 _OURS = ("stage", "offload_optimizer", "offload_param", "leaf_module")
@@ -65,7 +65,7 @@ def accumulation(recipe: TrainRecipe, world: int) -> int:
 
 def leaf_classes(model: Any) -> list[str]:
     """Classes of MoE blocks, whose weights ZeRO-3 must fetch as a whole: their experts are not used by all ranks alike."""
-    if model.config.model_type not in TARGETS:
+    if not is_moe(model):
         return []
     kinds = {type(layer.block) for layer in moe_layers(model)}
     return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from upcycle.registry import TARGETS
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.routing import is_moe, moe_layers
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def training_flops(model: Any, length: int) -> TrainingFlops:
         length: tokens per row.
     """
     share: dict[int, float] = {}
-    if model.config.model_type in TARGETS:
+    if is_moe(model):
         for layer in moe_layers(model):
             share |= {id(parameter): layer.rule.top_k / layer.rule.experts for parameter in layer.experts.parameters()}
     embedding = model.get_input_embeddings().weight

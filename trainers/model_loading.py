@@ -23,6 +23,7 @@ from upcycle.sources import locate
 from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.activation_records import replace_activations
 from upcycle.trainers.checkpoint_writer import CONVERSION
+from upcycle.trainers.routing import is_moe
 
 _ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
 _CONVERSION_FILES = ("upcycle.json", "recipe.yaml", LOCAL_FILE)
@@ -63,9 +64,14 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     Raises:
         UsageError: transformers has no such implementation.
     """
-    if model.config.model_type not in TARGETS:
-        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     register()
+    known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if name not in known:
+        raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))
+    if model.config.model_type not in TARGETS and (name == "auto" or not is_moe(model)):
+        return  # dense, or experts that are computed as transformers does
     # Of a plan's devices only the type is known: its GPUs are such as the kernels run on.
     if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
         name = NAME
@@ -77,10 +83,9 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     try:
         model.set_experts_implementation(name)
     except (ValueError, KeyError) as error:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
-        raise UsageError(f"experts: transformers has no '{name}': {error}", hint=suggestion(name, known)) from None
+        raise UsageError(
+            f"experts: {model.config.model_type} cannot have '{name}': {error}", hint="experts: auto"
+        ) from None
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -94,7 +99,7 @@ def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: s
         UsageError: its activation function cannot be replaced.
     """
     if activation:
-        if model.config.model_type in TARGETS:
+        if is_moe(model):
             raise UsageError(
                 f"activation: {where} is a MoE; only a dense model's activation functions are replaced",
                 hint="replace them before it is converted",

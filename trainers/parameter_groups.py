@@ -13,8 +13,7 @@ from torch import nn
 
 from upcycle.errors import UsageError
 from upcycle.methods.base import PluginParameters
-from upcycle.registry import TARGETS
-from upcycle.trainers.routing import MoeLayer, moe_layers, selection_bias
+from upcycle.trainers.routing import MoeLayer, is_moe, moe_layers, selection_bias
 
 Part = Literal["router", "experts", "rest"]
 PARTS: tuple[Part, ...] = ("router", "experts", "rest")
@@ -114,4 +113,4 @@ def _selection_biases(model: nn.Module) -> set[int]:
 
 
 def _layers(model: Any) -> list[MoeLayer]:
-    return moe_layers(model) if model.config.model_type in TARGETS else []
+    return moe_layers(model) if is_moe(model) else []

@@ -319,6 +319,7 @@ def _lay(content: Any, path: str, value: Any) -> None:
     """
     *parents, last = path.split(".")
     holder: Any = None
+    key: Any = None
     for place, parent in enumerate(parents):
         holder, key = content, parent
         if isinstance(content, list):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from upcycle.errors import UsageError
-from upcycle.registry import load
+from upcycle.registry import TARGETS, load
 from upcycle.targets.base import Score, Target
 from upcycle.trainers.expert_parallel import is_parallel
+
+_SCORES: tuple[Score, ...] = ("softmax", "sigmoid")
+_ASKED = 64  # random tokens that an unknown router is asked about
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,29 @@ class MoeLayer:
         return experts
 
 
+def is_moe(model: Any) -> bool:
+    """Whether the routers of a model can be read: a target's, or any other's that give what transformers' give."""
+    return model.config.model_type in TARGETS or bool(_other_layers(model))
+
+
+def unread_warning(model: Any) -> str | None:
+    """What it means that a model has experts whose routers cannot be read; ``None`` where there is none."""
+    if is_moe(model) or not _blocks(model):
+        return None
+    return (
+        f"{model.config.model_type} has experts, but what its routers do is none of the rules known here (softmax or sigmoid, then "
+        "the top k, with or without a bias on the choice): it trains as it is, without balance, load, alarms and router rates"
+    )
+
+
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """Every MoE layer of a stock causal language model, in order.
 
     Raises:
-        UsageError: the architecture is none of the targets, has no MoE layer, or routes by groups.
+        UsageError: routers cannot be read, there is no MoE layer, or it routes by groups.
     """
+    if _model_type(model) not in TARGETS and (layers := _other_layers(model)):
+        return layers
     target, found = _target(model), []
     for index, layer in enumerate(_decoder_layers(model)):
         block = getattr(layer, target.blocks[0], None)
@@ -118,9 +140,81 @@ def selection_bias(block: nn.Module, router: nn.Module) -> torch.Tensor | None:
     return None
 
 
+def _blocks(model: nn.Module) -> list[tuple[int, nn.Module]]:
+    """Layer and module of everything that has fused experts ``[E, ...]`` as a child, whatever it is called."""
+    found: list[tuple[int, nn.Module]] = []
+    for name, module in model.named_modules():
+        experts = dict(module.named_children()).get("experts")
+        if experts is not None and any(weight.dim() > 2 for weight in experts.parameters(recurse=False)):
+            number = next((part for part in name.split(".") if part.isdigit()), str(len(found)))
+            found.append((int(number), module))
+    return found
+
+
+def _other_layers(model: nn.Module) -> list[MoeLayer]:
+    """The MoE layers of an architecture that is no target; none where a router's rule is not known.
+
+    A model's answer is kept: once ZeRO-3 has divided its weights, routers cannot be asked any more.
+    """
+    if model not in _READ:
+        found: list[MoeLayer] = []
+        for index, block in _blocks(model):
+            read = next((pair for pair in map(_asked, block.children()) if pair), None)
+            if read is None:
+                found = []
+                break
+            found.append(MoeLayer(index, block, *read))
+        _READ[model] = found
+    return _READ[model]
+
+
+_READ: WeakKeyDictionary[nn.Module, list[MoeLayer]] = WeakKeyDictionary()
+
+
+def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
+    """A module with the rule that explains what it gives for random inputs and weights, if it is a router of a known rule.
+
+    Transformers' routers give logits ``[T, E]``, weights and experts ``[T, K]``. Every rule is tried on these logits, and must
+    give the same weights of the same experts.
+    """
+    matrix = next((weight for weight in router.parameters() if weight.dim() == 2), None)
+    top_k = getattr(router, "top_k", None)
+    if matrix is None or not isinstance(top_k, int):
+        return None
+    experts = matrix.shape[0]
+    if matrix.is_meta:  # of a plan, which counts alone
+        return router, RoutingRule("softmax", experts, top_k)
+    draw = torch.Generator().manual_seed(0)
+    copy = deepcopy(router).float().cpu().eval()
+    with torch.no_grad():
+        for weight in copy.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=draw))
+        try:
+            logits, weights, chosen = copy(torch.randn(_ASKED, matrix.shape[1], generator=draw))
+        except (RuntimeError, TypeError, ValueError):  # no router, or one of another kind
+            return None
+    if logits.shape != (_ASKED, experts) or chosen.shape != (_ASKED, top_k):
+        return None
+    given = torch.zeros(_ASKED, experts).scatter(1, chosen, weights.float())
+    for score in _SCORES:
+        for normalized in (True, False):
+            rule = RoutingRule(score, experts, top_k, normalized, bias=lambda: selection_bias(copy, copy))
+            own_weights, own = rule.route(logits)
+            made = torch.zeros_like(given).scatter(1, own, own_weights)
+            factor = float(f"{float(given.sum() / made.sum()):.4g}")
+            if torch.allclose(given, factor * made, rtol=1e-3, atol=1e-6):
+                return router, replace(rule, factor=factor, bias=lambda: selection_bias(router, router))
+    return None
+
+
 def widened(x: torch.Tensor) -> torch.Tensor:
     """``x`` in fp32, or in fp64 if it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _model_type(model: Any) -> str:
+    return str(model.config.model_type)
 
 
 def _target(model: Any) -> Target:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.registry import TARGETS
 from upcycle.trainers import expert_parallel
 from upcycle.trainers.checkpoint_reader import SavedRun
 from upcycle.trainers.data import TokenStream, open_stream, open_validation
@@ -29,7 +28,7 @@ from upcycle.trainers.parameter_groups import groups, select
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe, TrainRecipe
 from upcycle.trainers.router_control import ControlParameters
 from upcycle.trainers.router_rates import router_warning
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.routing import is_moe, moe_layers, unread_warning
 from upcycle.trainers.state_reuse import DenseStates
 from upcycle.trainers.step import Parent, Stepper
 from upcycle.user_paths import user_path
@@ -94,9 +93,11 @@ class Stage:
             )
         # SGD's steps shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
-        self.warnings = [text for text in (leak, lost, self.stepper.control.unexported) if text]
+        self.warnings = [
+            text for text in (leak, lost, self.stepper.control.unexported, unread_warning(self.model)) if text
+        ]
         self.flops = training_flops(self.model, recipe.length)
-        if recipe.zero_stage(ranks.world) == 3 and self.model.config.model_type in TARGETS:
+        if recipe.zero_stage(ranks.world) == 3 and is_moe(self.model):
             give_inputs_gradients(moe_layers(self.model))
         self.engine = self._engine(ranks)
         if divided:
@@ -121,7 +122,7 @@ class Stage:
     @property
     def top_k(self) -> int:
         """Experts per token; 0 in a dense model."""
-        if self.model.config.model_type not in TARGETS:
+        if not is_moe(self.model):
             return 0
         return moe_layers(self.model)[0].rule.top_k
 

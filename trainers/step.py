@@ -17,7 +17,6 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from upcycle.errors import UsageError
-from upcycle.registry import TARGETS
 from upcycle.trainers.activation_records import ActivationRecord, capture_activations
 from upcycle.trainers.balance import BiasBalance
 from upcycle.trainers.cached_logits import TopLogits
@@ -45,9 +44,9 @@ from upcycle.trainers.losses import (
 )
 from upcycle.trainers.recipe import DistillationRecipe, StageRecipe
 from upcycle.trainers.recorder import Recorder
-from upcycle.trainers.router_control import RouterControl
+from upcycle.trainers.router_control import ControlParameters, RouterControl
 from upcycle.trainers.router_records import RouterRecord, capture
-from upcycle.trainers.routing import widened
+from upcycle.trainers.routing import is_moe, unread_warning, widened
 from upcycle.trainers.survey import Survey, needed
 
 _NO_TARGET = -100
@@ -152,14 +151,15 @@ class Stepper:
             UsageError: the model has no routers, or no activations, for a loss of the stage.
         """
         reads = {loss.reads for loss in self.losses}
-        is_moe = self.model.config.model_type in TARGETS
-        if is_moe and "activations" in reads:
+        routed = is_moe(self.model)
+        self._check_routed(routed)
+        if routed and "activations" in reads:
             names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")
             raise UsageError(
                 f"losses: {names} is a loss of dense FFNs, and this is a MoE",
                 hint="use it before the model is converted",
             )
-        if is_moe:
+        if routed:
             self.routers = capture(self.model, self.control)
         if "activations" in reads:
             self.activations = capture_activations(self.model)
@@ -167,6 +167,15 @@ class Stepper:
             self.outputs = capture_outputs(self.model)
         if self.stage.balance is not None:
             self.balance = BiasBalance(self.model, self.stage.balance)
+
+    def _check_routed(self, routed: bool) -> None:
+        """Refuse what reads or changes routers where there is none that can be read."""
+        asked = [f"losses.{loss.name}" for loss in self.losses if loss.reads == "router"]
+        asked += ["balance"] if self.stage.balance is not None else []
+        asked += ["control"] if self.stage.control != ControlParameters() else []
+        if asked and not routed:
+            reason = unread_warning(self.model) or f"{self.model.config.model_type} is a dense model, without routers"
+            raise UsageError(f"{asked[0]}: {reason}", hint=f"leave out {', '.join(asked)}")
 
     def detach(self) -> None:
         """Take every hook off again."""
