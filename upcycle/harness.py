@@ -29,6 +29,7 @@ def guarded() -> Iterator[None]:
     """
     if find_spec("lm_eval") is None:
         raise EnvironmentFault("tasks need lm-eval, which is not installed", hint=MISSING_EXTRA)
+    import datasets
     import evaluate as hub_metrics
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import evaluator, utils
@@ -43,6 +44,8 @@ def guarded() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(utils, "env", sandbox))
         stack.enter_context(patch.object(hub_metrics, "load", refuse))
+        # It would tell a server which data sets are opened, files of one's own included.
+        stack.enter_context(patch.object(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False))
         # What it finds out of the machine and of git is not used here, and git complains on the terminal.
         for name in ("add_env_info", "get_git_commit_hash"):
             stack.enter_context(patch.object(evaluator, name, lambda *_: None, create=True))
