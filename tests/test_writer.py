@@ -34,6 +34,9 @@ def write(folder: Path, stop_after: str | None = None) -> str:
                 writer.write(entry, TENSORS[entry.name].split(1))
             writer.finish(unit)
             if unit.name == stop_after:
+                while writer._waiting:  # or nothing of it might be on disk, and nothing would be continued
+                    writer._wait_for_oldest()
+                assert unit.name in Journal(folder).digests
                 raise KeyboardInterrupt
     return writer.sha256
 
@@ -119,6 +122,28 @@ def test_a_failed_write_is_raised_and_nothing_after_it_is_recorded(
         write(tmp_path)
     assert Journal(tmp_path).digests == {}
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_tensors_lie_at_multiples_of_eight_bytes_whatever_their_names(length: int, tmp_path: Path) -> None:
+    entry = OutputEntry("n" * length, TensorSpec((2,), "float32"))
+    whole = Shard("model.safetensors", (Unit("one", None, (entry,)),))
+    with ShardWriter(tmp_path, whole, Journal(tmp_path)) as writer:
+        writer.write(entry, [torch.ones(2)])
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    assert header % 8 == 0
+    assert len(content) == 8 + header + 8
+    assert torch.equal(load_file(tmp_path / "model.safetensors")[entry.name], torch.ones(2))
+
+
+def test_the_index_of_several_shards_has_every_tensor_and_all_bytes(tmp_path: Path) -> None:
+    units = shard().units
+    first, second = Shard("a.safetensors", units[:1]), Shard("b.safetensors", units[1:])
+    write_index(tmp_path, [first, second])
+    content = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert content["weight_map"] == {"a": "a.safetensors", "b": "a.safetensors", "c": "b.safetensors"}
+    assert content["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in TENSORS.values())
 
 
 def test_one_shard_has_an_index_of_its_tensors(tmp_path: Path) -> None:
