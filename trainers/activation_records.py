@@ -59,7 +59,11 @@ def _activations(model: Any) -> list[tuple[nn.Module, str]]:
     family, found = load("family", model.config.model_type), []
     for index, layer in enumerate(model.model.layers):
         block = getattr(layer, family.block)
-        names = [name for name in ("act_fn", "activation_fn") if isinstance(getattr(block, name, None), nn.Module)]
+        names = [
+            name
+            for name in ("act_fn", "activation_fn", "activation")
+            if isinstance(getattr(block, name, None), nn.Module)
+        ]
         if not names:
             raise UsageError(
                 f"layer {index} of this {family.name} model has its activation function in code: it can be neither read nor replaced",

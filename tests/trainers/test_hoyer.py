@@ -10,7 +10,7 @@ from pico_models import COMMON, PICO
 from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
-from upcycle.registry import FAMILIES
+from upcycle.registry import FAMILIES, load
 from upcycle.trainers.activation_records import ActivationRecord, capture_activations, replace_activations
 from upcycle.trainers.losses import auxiliary_losses, make_losses
 
@@ -61,13 +61,14 @@ def test_records_are_the_gate_branch(family: str, ids: torch.Tensor) -> None:
             capture_activations(model)
         return
     seen: dict[str, torch.Tensor] = {}
-    block = model.model.layers[1].mlp
+    block = getattr(model.model.layers[1], load("family", family).block)
     block.register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0].detach()))
     with capture_activations(model) as recorder:
         model(ids)
         records = recorder.take()
     assert [record.layer for record in records] == [0, 1, 2]
-    rows = block.gate_up_proj.weight[:96] if family == "phi3" else block.gate_proj.weight
+    fused = {"phi3": "gate_up_proj", "granitemoehybrid": "input_linear"}.get(family)
+    rows = getattr(block, fused).weight.chunk(2)[0] if fused else block.gate_proj.weight
     torch.testing.assert_close(records[1].before, linear(seen["x"].flatten(0, 1), rows))
     loss = auxiliary_losses(make_losses({"hoyer": {}}), {"activations": records}, torch.ones_like(ids).bool())["hoyer"]
     assert torch.autograd.grad(loss, model.model.embed_tokens.weight)[0].abs().max() > 0
