@@ -25,6 +25,7 @@ from upcycle.trainers.packing import layout
 from upcycle.trainers.recipe import StageRecipe
 from upcycle.trainers.router_control import ControlParameters, RouterControl
 from upcycle.trainers.router_records import capture
+from upcycle.trainers.routing import moe_layers, selection_bias
 from upcycle.trainers.speed_forecast import flops_per_token
 from upcycle.trainers.step import Parent, Stepper, StepResult
 from upcycle.trainers.survey import Survey, needed
@@ -122,12 +123,12 @@ def rows(first: int, last: int) -> Batch:
 
 def step(
     model: Any, parent: Any, stage: dict[str, Any], world: int, passes: int
-) -> tuple[StepResult, list[torch.Tensor], int]:
-    """A step's result and the averaged gradient, with forward passes of one rank."""
+) -> tuple[StepResult, list[torch.Tensor], Engine]:
+    """A step's result, the averaged gradient, and the first rank's engine."""
     recipe = StageRecipe.model_validate({"steps": 1, "learning_rate": 1.0, **stage})
     together, size = Together(world), ROWS // world // passes
 
-    def rank(number: int) -> tuple[StepResult, list[torch.Tensor], int]:
+    def rank(number: int) -> tuple[StepResult, list[torch.Tensor], Engine]:
         own = copy.deepcopy(model).train()
         taught = Parent(lambda: copy.deepcopy(parent), recipe.distillation) if recipe.distillation else None
         stepper = Stepper(own, recipe, ThreadRanks(number, world, torch.device("cpu"), together), taught, 0.0)
@@ -136,7 +137,7 @@ def step(
         # As the stream gives them: all ranks' rows of a pass lie together.
         starts = [(number_of_pass * world + number) * size for number_of_pass in range(passes)]
         result = stepper.step(engine, [rows(start, start + size) for start in starts], 1.0)
-        return result, [p.grad for p in own.parameters() if p.grad is not None], engine.calls
+        return result, [p.grad for p in own.parameters() if p.grad is not None], engine
 
     with ThreadPoolExecutor(world) as pool:
         found = list(pool.map(rank, range(world)))
@@ -187,6 +188,9 @@ def test_the_whole_is_the_papers_formula_over_all_tokens(model: Any, parent: Any
         records = recorder.take()
     assert int(batch.real.sum()) == sum(map(sum, FRAGMENTS))
     result, _, _ = step(model, parent, STAGES["balances"], 1, 4)
+    for record in records:
+        counts = torch.bincount(record.experts[batch.real.flatten()].flatten(), minlength=6)
+        assert result.counts[record.layer].tolist() == counts.tolist()
     for loss in make_losses(BALANCES):
         kept = [
             type(each)(
@@ -206,12 +210,27 @@ def test_the_whole_is_the_papers_formula_over_all_tokens(model: Any, parent: Any
     assert load == pytest.approx(by_hand, rel=NEAR)
 
 
+def test_the_bias_follows_the_load_of_all_tokens_that_are_there(stock: Any) -> None:
+    model = stock("glm4_moe", experts=6, top_k=2)
+    before = {layer.index: selection_bias(layer.block, layer.router) for layer in moe_layers(model)}
+    for world, passes in ((1, 1), (2, 2)):
+        result, _, engine = step(model, None, {"losses": {}, "balance": {"rate": 0.25}}, world, passes)
+        after = {layer.index: selection_bias(layer.block, layer.router) for layer in moe_layers(engine.module)}
+        assert set(result.counts) == set(before)
+        for layer, bias in before.items():
+            assert bias is not None
+            count = result.counts[layer]
+            assert int(count.sum()) == 2 * sum(map(sum, FRAGMENTS))
+            wanted = bias.flatten() + 0.25 * torch.sign(count.mean() - count)
+            torch.testing.assert_close(after[layer].flatten(), wanted)  # type: ignore[union-attr]
+
+
 def test_a_loss_of_every_pass_is_another_one_and_costs_no_pass(model: Any, parent: Any) -> None:
     stage = STAGES["balances"]
     whole, _, twice = step(model, parent, stage, 1, 4)
     apart, _, once = step(model, parent, {**stage, "losses_over": "pass"}, 1, 4)
-    assert (twice, once) == (8, 4)
-    assert step(model, parent, STAGES["means"], 1, 4)[2] == 4
+    assert (twice.calls, once.calls) == (8, 4)
+    assert step(model, parent, STAGES["means"], 1, 4)[2].calls == 4
     for name in ("switch_balance", "mutual_information", "importance_cv2"):
         assert abs(apart.parts[name] / whole.parts[name] - 1) > 1e-3
     assert (
