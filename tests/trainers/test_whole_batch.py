@@ -15,6 +15,7 @@ import pytest
 import torch
 from training_runs import recipe_for
 
+from upcycle.trainers.balance import BiasBalance
 from upcycle.trainers.communication_forecast import forecast_communication
 from upcycle.trainers.data import Batch
 from upcycle.trainers.distributed import Ranks
@@ -210,13 +211,23 @@ def test_the_whole_is_the_papers_formula_over_all_tokens(model: Any, parent: Any
     assert load == pytest.approx(by_hand, rel=NEAR)
 
 
-def test_the_bias_follows_the_load_of_all_tokens_that_are_there(stock: Any) -> None:
+def test_the_bias_follows_the_load_of_all_tokens_that_are_there(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    observe = BiasBalance.observe
+
+    def spy(self: BiasBalance, records: Any, mask: Any = None) -> None:
+        counted.append(len(records[0].chosen) if mask is None else int(mask.sum()))
+        observe(self, records, mask)
+
+    monkeypatch.setattr(BiasBalance, "observe", spy)
     model = stock("glm4_moe", experts=6, top_k=2)
     before = {layer.index: selection_bias(layer.block, layer.router) for layer in moe_layers(model)}
     for world, passes in ((1, 1), (2, 2)):
         result, _, engine = step(model, None, {"losses": {}, "balance": {"rate": 0.25}}, world, passes)
         after = {layer.index: selection_bias(layer.block, layer.router) for layer in moe_layers(engine.module)}
         assert set(result.counts) == set(before)
+        assert sum(counted) == sum(map(sum, FRAGMENTS))
+        counted.clear()
         for layer, bias in before.items():
             assert bias is not None
             count = result.counts[layer]
