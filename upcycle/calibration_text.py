@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.errors import UsageError
+from upcycle.held_out import Parts, by_document, by_position, sketch
 from upcycle.hub_dataset import hub_rows, is_dataset
 from upcycle.parsing import parse_json
 from upcycle.progress import Progress
 from upcycle.stock import load_tokenizer
-from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text
+from upcycle.text import DEMO_TEXTS, encode, read_text
 from upcycle.user_paths import user_path
 
 if TYPE_CHECKING:
@@ -45,14 +47,44 @@ def calibration_windows(job: AnyJob, checkpoint: Checkpoint, progress: Progress)
 
 
 def read_texts(wanted: CalibrationRecipe) -> dict[str, str]:
-    """Name -> content of every calibration text, of streams as much as is needed.
+    """Name -> what is calibrated on of every calibration text, of streams as much as is needed.
+
+    Raises:
+        UsageError: a text cannot be read, or has no such column.
+    """
+    return {name: parts.read for name, parts in read_parts(wanted).items()}
+
+
+def read_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
+    """Name -> every calibration text, divided into what is calibrated on and what is held out to measure on.
 
     Raises:
         UsageError: a text cannot be read, or has no such column.
     """
     names = text_names(wanted.texts)
     enough = _CHARACTERS_PER_TOKEN * (wanted.tokens // len(names) + wanted.window)
-    return {name: _text(name, wanted.column, enough) for name in names}
+    return dict(_parts(tuple(names), wanted.column, enough, tuple(map(_state, names))))
+
+
+def traces(wanted: CalibrationRecipe) -> dict[str, Any]:
+    """What ``upcycle.json`` keeps of the text itself: hashes of lines that were read, and how much was held out."""
+    parts = read_parts(wanted)
+    held_out = {name: one.how for name, one in parts.items()}
+    return {"held_out": held_out, "lines": sketch(one.read for one in parts.values())}
+
+
+def _state(name: str) -> tuple[int, int] | None:
+    """What changes when a file does."""
+    path = user_path(name)
+    found = path.stat() if path.is_file() else None
+    return (found.st_mtime_ns, found.st_size) if found else None
+
+
+@lru_cache(maxsize=1)  # a conversion asks three times, and a data set comes over the network
+def _parts(
+    names: tuple[str, ...], column: str, enough: int, states: tuple[object, ...]
+) -> tuple[tuple[str, Parts], ...]:
+    return tuple((name, _text(name, column, enough)) for name in names)
 
 
 def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window: int) -> torch.Tensor:
@@ -105,30 +137,20 @@ def text_names(texts: list[str]) -> list[str]:
     return list(chain.from_iterable(DEMO_TEXTS if name == "demo" else [name] for name in texts))
 
 
-def _text(name: str, column: str, characters: int) -> str:
+def _text(name: str, column: str, characters: int) -> Parts:
     path = user_path(name)
     if name in DEMO_TEXTS:
-        return demo_parts(name)[0]
+        return by_position(read_text(name))
     if path.is_file() and path.suffix != ".jsonl":
-        return read_text(name)
+        return by_position(read_text(name))
     if path.is_file():
-        return _joined(_json_lines(path, column), characters)
+        return by_document(_json_lines(path, column), characters)
     if not is_dataset(name):
         raise UsageError(
             f"no such calibration text: {name}",
             hint=f"a UTF-8 file, a .jsonl file, a hub dataset (org/name[:config[:split]]), demo, or one of: {', '.join(DEMO_TEXTS)}",
         )
-    return _joined((_column(row, column, name) for row in hub_rows(name)), characters)
-
-
-def _joined(rows: Iterable[str], characters: int) -> str:
-    taken, length = [], 0
-    for row in rows:
-        taken.append(row)
-        length += len(row)
-        if length >= characters:
-            break
-    return "\n\n".join(taken)
+    return by_document((_column(row, column, name) for row in hub_rows(name)), characters)
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:

@@ -244,6 +244,7 @@ def _texts(
     wanted = CalibrationRecipe(
         text=calibration if isinstance(calibration, str) else list(calibration), tokens=calibration_tokens
     )
+    # What is held out of a text for verification chooses no split either: it stays unseen.
     contents = read_texts(wanted)
     if text:
         measured = {name: read_text(name) for name in text}

@@ -120,9 +120,11 @@ def run_recipe(
         check_apart(out, path, "the source")
     check_companions(checkpoint.source.path, recipe.tokenizer == "copy")
     job = job_for(recipe, checkpoint)
-    judged = check_loadable(job, checkpoint)  # better refused now than after the conversion
+    judged = check_loadable(
+        job, checkpoint, decided=blueprint is not None
+    )  # better refused now than after the conversion
     made = make_plan(job)
-    _warn(made, recipe, progress)
+    _warn(made, judged, progress)
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
     windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
     merging = None
@@ -172,14 +174,18 @@ def _decided(
     progress: Progress,
 ) -> tuple[AnyJob, dict[str, Any] | None]:
     """Decide what text and weights are looked at for; the job with it, and what ``upcycle.json`` says of the text."""
+    from upcycle.calibration_text import traces
+
     if isinstance(job, GrowthJob):
-        return decide_growth(job, checkpoint, windows, folder, progress)
+        job, record = decide_growth(job, checkpoint, windows, folder, progress)
+        return job, record and {**record, **traces(job.recipe.calibration)}
     if not _ids(windows, samples):
         return job, None
     from upcycle.calibration import calibrate
 
     assert isinstance(checkpoint, DenseCheckpoint)
-    return job, calibrate(job, checkpoint, windows, folder, progress, samples)
+    record = calibrate(job, checkpoint, windows, folder, progress, samples)
+    return job, record if windows is None else {**record, **traces(job.recipe.calibration)}
 
 
 def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
@@ -200,11 +206,11 @@ def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[to
     return windows, samples
 
 
-def _warn(made: Plan, recipe: Recipe, progress: Progress) -> None:
+def _warn(made: Plan, judged: tuple[torch.Tensor, str] | None, progress: Progress) -> None:
     for warning in made.warnings:
         progress.note(warning)
-    if recipe.verification.text in recipe.calibration.texts:
-        progress.note(f"{recipe.verification.text} is calibrated on and verified on: the numbers will flatter")
+    if judged and "flatter" in judged[1]:
+        progress.note(f"verified on {judged[1]}")
 
 
 def _ids(windows: torch.Tensor | None, samples: Samples | None) -> list[torch.Tensor]:

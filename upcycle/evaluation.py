@@ -13,13 +13,14 @@ from torch.nn.functional import cross_entropy
 from upcycle import provenance
 from upcycle.errors import UsageError
 from upcycle.expert_load import LayerLoad, layer_load, load_counts
+from upcycle.held_out import unseen
 from upcycle.loading import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.sources import locate
 from upcycle.speed import Speed, measure_speed
 from upcycle.stock import load_tokenizer
 from upcycle.task_scores import TaskScores, score_tasks
-from upcycle.text import DEMO_TEXTS, encode, read_text
+from upcycle.text import DEMO_TEXTS, encode
 from upcycle.user_paths import user_path
 from upcycle.verdict import finite, perplexity_of
 
@@ -28,13 +29,17 @@ _BATCH_LOGIT_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class TextResult:
-    """One model on one text: ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens."""
+    """One model on one text: ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens.
+
+    ``remark`` says which part of the text this is, or how much of it the model was calibrated on; empty as a rule.
+    """
 
     text: str
     tokens: int
     predicted: int
     nats_per_token: float
     perplexity: float
+    remark: str = ""
     reference_nats_per_token: float | None = None
     reference_perplexity: float | None = None
 
@@ -138,7 +143,8 @@ def _on_texts(
 ) -> Evaluation:
     with progress.phase("loading text and model", 2):
         tokenizer = load_tokenizer(locate(model).path)
-        encoded = {name: encode(tokenizer, read_text(name))[:tokens] for name in names}
+        contents = {name: unseen(name, _calibration(model)) for name in names}
+        encoded = {name: encode(tokenizer, content)[:tokens] for name, (content, _) in contents.items()}
         progress.advance()
         runner = _Runner(model, window, stride)
         progress.advance()
@@ -158,12 +164,20 @@ def _on_texts(
             predicted=predicted,
             nats_per_token=loss,
             perplexity=perplexity_of(loss),
+            remark=contents[name][1],
             reference_nats_per_token=compared.get(name),
             reference_perplexity=perplexity_of(compared[name]) if name in compared else None,
         )
         for name, (loss, predicted) in measured.items()
     ]
     return Evaluation(model, reference, runner.window, runner.stride, texts, layers)
+
+
+def _calibration(model: str) -> dict[str, Any] | None:
+    """What is known of the text that a model was calibrated on."""
+    folder = user_path(model)
+    found = provenance.read(folder)["calibration"] if (folder / provenance.FILE).is_file() else None
+    return found if isinstance(found, dict) else None
 
 
 def _same_vocabulary(first: Any, second: Any, model: str, reference: str) -> None:

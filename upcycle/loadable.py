@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from upcycle.planning import AnyJob
 
 
-def check_loadable(job: AnyJob, checkpoint: Checkpoint) -> tuple[torch.Tensor, str] | None:
+def check_loadable(job: AnyJob, checkpoint: Checkpoint, decided: bool = False) -> tuple[torch.Tensor, str] | None:
     """Build source and result as stock models without weights, and load the tokenizer.
+
+    Args:
+        job: what is to be made.
+        checkpoint: its source.
+        decided: whether its layers are decided already, so that no calibration text is opened.
 
     Returns:
         What the result will be verified on: token ids ``[N, W]`` and what they are from; None where it will not be.
@@ -46,7 +51,11 @@ def check_loadable(job: AnyJob, checkpoint: Checkpoint) -> tuple[torch.Tensor, s
     if job.recipe.tokenizer == "copy":
         load_tokenizer(checkpoint.source.path)
     wanted = job.recipe.verification
-    return token_windows(job, checkpoint, wanted.text, wanted.tokens) if wanted.enabled else None
+    return (
+        token_windows(job, checkpoint, wanted.text, wanted.tokens, False if decided else None)
+        if wanted.enabled
+        else None
+    )
 
 
 def check_config(raw: Mapping[str, Any], where: str) -> Any:

@@ -35,11 +35,16 @@ def read_text(name: str) -> str:
     return content
 
 
+def divided(content: str) -> tuple[str, str]:
+    """A text in two parts, at the beginning of a line or a word: three quarters to calibrate on, a quarter to measure on."""
+    place = 3 * len(content) // 4
+    cut = content.find("\n", place) + 1 or content.find(" ", place) + 1 or place
+    return content[:cut], content[cut:]
+
+
 def demo_parts(name: str) -> tuple[str, str]:
     """An embedded text in two parts: three quarters to calibrate on, and a quarter to verify a calibrated model on."""
-    content = read_text(name)
-    cut = content.find("\n", 3 * len(content) // 4) + 1
-    return content[:cut], content[cut:]
+    return divided(read_text(name))
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:

@@ -62,7 +62,7 @@ def verify(
         progress.advance()
     job, checkpoint = reopen(folder, record, source)
     text = text or job.recipe.verification.text
-    windows = token_windows(job, checkpoint, text, tokens)
+    windows = token_windows(job, checkpoint, text, tokens, record.get("calibration") is not None)
     result = verify_job(job, checkpoint, folder, windows, progress, record.get("training"))
     try:
         provenance.write_verification(folder, result.as_dict())

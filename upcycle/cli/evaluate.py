@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from upcycle.cli.options import common_options, quiet_option
-from upcycle.cli.output import Bars, print_json, print_table
+from upcycle.cli.output import Bars, note, print_json, print_table
 from upcycle.score_table import score_rows
 from upcycle.speed_table import speed_rows
 
@@ -118,6 +118,9 @@ def _print_texts(result: Any) -> None:
         columns += ["reference", "change"]
     title = f"windows of {result.window} tokens, stride {result.stride}"
     print_table(columns, rows, right=range(1, len(columns)), title=title)
+    for text in result.texts:
+        if text.remark:
+            note(f"{text.text}: {text.remark}")
 
 
 def _print_load(layers: list[Any]) -> None:

@@ -132,6 +132,7 @@ def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]
     quality = {
         "names": subject.sides,
         **quality_data(measured.totals, compared),
+        "remarks": {domain.name: domain.remark for domain in domains if domain.remark},
         "no_reference": models.no_reference,
         "samples": write_samples(models, tokenizer, wanted.prompts),
     }

@@ -9,26 +9,28 @@ from typing import Any
 
 import torch
 
+from upcycle.held_out import unseen
 from upcycle.report.data.subject import Subject
 from upcycle.stock import load_tokenizer
-from upcycle.text import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
+from upcycle.text import DEMO_TEXTS, encode, windows_of
 
 WINDOW = 256
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One text: token ids ``[N, W]``."""
+    """One text: token ids ``[N, W]``, and what has to be said of it: which part it is, how much of it was calibrated on."""
 
     name: str
     windows: torch.Tensor
+    remark: str = ""
 
 
 def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[Any, list[Domain]]:
     """The tokenizer and every text's windows.
 
     Args:
-        subject: the model; of embedded texts it was calibrated on, only the last quarter is taken.
+        subject: the model; of texts it was calibrated on, only what was held out is taken.
         texts: UTF-8 files or names of embedded texts, all of those by default.
         tokens: at most as many of each.
 
@@ -38,14 +40,13 @@ def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[A
     """
     tokenizer = load_tokenizer(subject.folder)
     context = (subject.config or {}).get("max_position_embeddings", WINDOW)
-    seen = set(((subject.record or {}).get("calibration") or {}).get("text") or [])
-    seen = set(DEMO_TEXTS) if "demo" in seen else seen
+    calibration = (subject.record or {}).get("calibration")
     domains: list[Domain] = []
     for name in texts or DEMO_TEXTS:
-        content = demo_parts(name)[1] if name in DEMO_TEXTS and name in seen else read_text(name)
+        content, remark = unseen(name, calibration)
         ids = encode(tokenizer, content)
         window = max(2, min(WINDOW, context, tokens, len(ids)))
-        domains.append(Domain(_label(name, [d.name for d in domains]), windows_of([ids], tokens, window)))
+        domains.append(Domain(_label(name, [d.name for d in domains]), windows_of([ids], tokens, window), remark))
     return tokenizer, domains
 
 

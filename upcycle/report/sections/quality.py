@@ -29,6 +29,7 @@ def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
     reading = "Lower is better."
     if ratio is not None:
         reading += f" It is {ratio:.3f}x the parent's as the geometric mean over the texts."
+    reading += "".join(f" {name}: {remark}." for name, remark in data.get("remarks", {}).items())
     plot = Bars("How well it predicts each kind of text.", reading, bars, "perplexity")
     columns = ["perplexity", parent, model, "change", "KL (nats)", "same top token", "tokens"]
     return {
