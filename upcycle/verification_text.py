@@ -63,7 +63,11 @@ def token_windows(
     encoded = [encode(tokenizer, content) for content in contents]
     if own and not text:
         longest = max(map(len, encoded))
-        window = min(window, longest) if longest >= _LEAST else window
+        window = min(window, longest)
+        if longest < _LEAST:
+            window = min(_WINDOW, job.context, tokens)
+            encoded = [encode(tokenizer, read_text(name)) for name in DEMO_TEXTS]
+            label = "embedded validation texts (what was held out of the calibration text is too short)"
     ids = windows_of(encoded, tokens, window)
     if int(ids.max()) >= job.vocab_size:
         raise CheckpointError(
