@@ -83,6 +83,7 @@ def test_they_are_the_dense_parents_and_weights_follow_what_is_above_them(
     assert max(abs(student[name] - reference[name]) for name in student) > 1e-4  # else nothing would tell them apart
 
 
+@pytest.mark.long
 def test_a_stage_after_it_and_a_continued_run_keep_them(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,7 @@ def test_every_recipe_names_its_conversion_or_is_for_dense_models() -> None:
     assert {words[1] for name in RECIPES if (words := named_conversion(name))} <= set(shipped("convert"))
 
 
+@pytest.mark.long
 def test_d2dmoe_is_a_plain_sum_of_experts_before_and_after_its_routers_are_taught(pico: Pico, tmp_path: Path) -> None:
     """Its stages one after another, each from what the one before wrote, as the headers say."""
     _, result, lines = trained("d2dmoe_sparsify", pico("llama"), tmp_path / "sparsified")
