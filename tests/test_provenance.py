@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import upcycle
 from upcycle import provenance
+from upcycle.errors import CheckpointError
 from upcycle.tensor_files import INDEX, SINGLE
 
 
@@ -34,3 +37,34 @@ def test_a_single_weight_file_is_told_from_the_blueprint(pico: Callable[[str], P
     upcycle.convert(str(pico("llama")), out, experts=2, verification={"enabled": False})
     assert {path.name for path in out.glob("*.safetensors")} == {SINGLE, "blueprint.safetensors"}
     assert set(json.loads((out / INDEX).read_text())["weight_map"].values()) == {SINGLE}
+
+
+@pytest.fixture(scope="module")
+def converted(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "out"
+    upcycle.convert(str(pico("llama")), out, experts=2, verification={"enabled": False})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("files", 5, "'files' must be a mapping of file names"),
+        ("files", {"a": 1}, "'files' must be a mapping of file names"),
+        ("source", "me", "'source' must be a mapping"),
+        ("source", {"name": "x", "family": "llama"}, "key 'source.fingerprint' is missing"),
+        ("sources", [1], "'sources' must be a list of mappings"),
+        ("plan", [], "'plan' must be a mapping"),
+        ("versions", None, "'versions' must be a mapping"),
+        ("training", "yes", "'training' must be a mapping or null"),
+        ("method", {"name": "x"}, "key 'method.title' is missing"),
+    ],
+)
+def test_a_record_that_no_conversion_wrote_is_refused_by_its_key(
+    key: str, value: object, message: str, converted: Path, tmp_path: Path
+) -> None:
+    record = provenance.read(converted)
+    (tmp_path / provenance.FILE).write_text(json.dumps({**record, key: value}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        provenance.read(tmp_path)
+    assert str(tmp_path / provenance.FILE) in caught.value.message

@@ -25,6 +25,7 @@ from upcycle.ownership import RECORD
 from upcycle.parsing import read_json
 from upcycle.planning import AnyJob, Plan
 from upcycle.recipe import Recipe
+from upcycle.record_shape import check_record
 from upcycle.whole_files import TEMPORARY, write_text_whole
 from upcycle.workspace import UNFINISHED
 
@@ -130,11 +131,13 @@ def read(folder: Path) -> dict[str, Any]:
     """Read ``upcycle.json``.
 
     Raises:
-        CheckpointError: the folder was not made by this tool.
+        CheckpointError: the folder was not made by this tool, or the file is none that it wrote.
     """
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}", hint="name a folder that upcycle convert wrote")
-    return read_json(folder / FILE)
+    record = read_json(folder / FILE)
+    check_record(record, folder / FILE)
+    return record
 
 
 def write_verification(folder: Path, result: dict[str, Any]) -> None:

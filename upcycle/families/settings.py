@@ -161,6 +161,9 @@ def checked(raw: Mapping[str, Any], own: Mapping[str, Kind], aliases: Mapping[st
     return {key: value for key, value in raw.items() if key in kinds}
 
 
+_CORRECT = "correct the key, or download config.json again"
+
+
 def model_type(raw: Mapping[str, Any], where: str) -> str:
     """The architecture that a configuration names.
 
@@ -173,11 +176,11 @@ def model_type(raw: Mapping[str, Any], where: str) -> str:
     return str(raw["model_type"])
 
 
-def check_value(key: str, value: object, kind: Kind, where: str) -> None:
+def check_value(key: str, value: object, kind: Kind, where: str, hint: str = _CORRECT) -> None:
     """Raise a CheckpointError that names file and key where a value is not of its kind."""
     fits = kind.null if value is None else kind.fits(value)
     if not fits:
         raise CheckpointError(
             f"{where}: '{key}' must be {kind.what}, got {shown(repr(value))}",
-            hint="correct the key, or download config.json again",
+            hint=hint,
         )

@@ -95,7 +95,7 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
         raise UsageError(
             f"{folder} holds no config.json", hint="name what upcycle convert or train wrote, or another model's folder"
         )
-    record = read_json(folder / provenance.FILE) if (folder / provenance.FILE).is_file() else None
+    record = provenance.read(folder) if (folder / provenance.FILE).is_file() else None
     state: State = "failed" if folder.name.endswith(".failed") else "finished"
     if folder.name.endswith(".partial"):
         state = "unfinished"
