@@ -274,6 +274,16 @@ def test_a_tokenizer_of_its_own_code_is_refused_by_name(hostile: Path) -> None:
         load_tokenizer(hostile)
 
 
+def test_a_grown_model_keeps_none_of_it(pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
+    """A growth step copies the configuration of its source."""
+    import upcycle
+
+    source = poison(Path(shutil.copytree(pico_moe("mixtral"), tmp_path / "source")))
+    upcycle.convert(str(source), tmp_path / "out", method="expert_upcycling", experts=8, verification={"tokens": 64})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not set(written) & set(CONFIG) - {"harmless"}
+
+
 RECIPE = """
 model: {model}
 output: {output}

@@ -30,6 +30,7 @@ from upcycle.parsing import dump_yaml, parse_yaml
 from upcycle.planning import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe import Recipe, parse_recipe
+from upcycle.stock import clean_config
 from upcycle.user_paths import user_path
 from upcycle.workspace import Workspace, explained, sweep
 from upcycle.writer import Journal, ShardWriter, write_index
@@ -355,7 +356,7 @@ def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
 
 def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
     """Everything but weights and provenance; returns what was measured and decided of every layer."""
-    (folder / "config.json").write_text(json.dumps(job.config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(clean_config(job.config), indent=2) + "\n", encoding="utf-8")
     names = LocalNames.of(job.recipe.model_dump())
     text = dump_yaml(names.published(parse_yaml(job.recipe_text, provenance.RECIPE_FILE)))
     (folder / provenance.RECIPE_FILE).write_text(text, encoding="utf-8")
