@@ -151,7 +151,7 @@ def test_a_disk_without_room_is_said_before_the_first_step(
         run(recipe)
     assert error.value.exit_code == 4
     assert not finished(tmp_path / "run")
-    assert not (tmp_path / "run" / "log.jsonl").read_text()
+    assert not (tmp_path / "run" / "log.jsonl").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 2 * sizes[-1]))
     result, said = run(recipe)
     assert any("2 more checkpoints of" in line for line in said)
