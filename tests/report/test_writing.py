@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from report_parts import HOSTILE, write_log
+from safetensors.torch import load_file, save_file
 
 import upcycle
 from upcycle.cli.main import cli
@@ -167,6 +169,51 @@ def test_a_file_that_changed_is_told(pico: Pico, tmp_path: Path) -> None:
     assert precious.read_text() == "precious"
 
 
+def test_weights_that_are_not_finite_are_told(pico: Pico, tmp_path: Path) -> None:
+    out = convert(pico, tmp_path / "out")
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if "experts.0" in name or name.endswith("gate.weight"):
+            tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    report = write_report(out, wanted=FAST)
+    assert "bad what the model computes is not finite (code): do not use it" in texts(report.data)
+    assert report.data["cost"]["after"]["bytes"] == path.stat().st_size  # a blueprint is no weights
+    read(report)
+
+
+def test_text_that_it_was_calibrated_on_is_no_headline() -> None:
+    from upcycle.held_out import flattered
+    from upcycle.report.data.summary import _say_quality
+
+    for share, level in ((0.9, "mind"), (0.0, "good")):
+        quality = {"ratio": 1.0, "domains": [{"text": "a", "perplexity": 2.0}], "remarks": {"a": flattered(share)}}
+        found: list[tuple[str, str]] = []
+        _say_quality(quality, lambda *finding: found.append(finding))
+        assert [one for one, _ in found] == [level]
+        assert ("calibrated on" in found[0][1]) == (level == "mind")
+
+
+@pytest.mark.parametrize(("cosine", "told"), [(0.93, True), (0.85, False)])
+def test_router_rows_that_are_nearly_the_same_are_a_finding(
+    pico: Pico, tmp_path: Path, cosine: float, told: bool
+) -> None:
+    out = convert(pico, tmp_path / "out")
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if "layers.1." in name and name.endswith("gate.weight"))
+    rows = torch.eye(*tensors[name].shape, dtype=torch.float32)
+    rows[2] = cosine * rows[0] + (1 - cosine**2) ** 0.5 * rows[2]
+    tensors[name] = rows.to(tensors[name].dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    data = write_report(out, wanted=FAST).data
+    found = [text for text in texts(data).splitlines() if "router rows are nearly the same" in text]
+    assert bool(found) == told
+    if told:
+        assert "in 1 of 3 layers (cosine 0.93 of experts 0 and 2 in layer 1)" in found[0]
+
+
 def test_a_model_from_elsewhere(pico_moe: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pico_moe("dots1"), tmp_path / "dots"))
     report = write_report(folder, tmp_path / "r.html", FAST)
@@ -241,7 +288,7 @@ def test_damaged_weights_leave_the_rest(pico: Pico, tmp_path: Path) -> None:
     report = write_report(out, wanted=FAST)
     assert "bad files have changed" in texts(report.data)
     assert "model.safetensors" in report.data["quality"]["missing"]
-    assert report.data["provenance"]["source"]["name"] == str(pico("llama"))
+    assert report.data["provenance"]["source"]["name"] == pico("llama").name
     read(report)
 
 

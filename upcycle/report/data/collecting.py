@@ -20,6 +20,7 @@ from upcycle.report.data.origins import provenance_data
 from upcycle.report.data.subject import Subject, find_subject, missing, reason_of
 from upcycle.report.data.summary import summary_data
 from upcycle.report.data.training import training_data
+from upcycle.verdict import finite
 
 PROMPTS = ("def read_file(path):\n    ", "The most important thing about ")
 SECTIONS = (
@@ -140,5 +141,5 @@ def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]
         reason = "no layer has a router" if not subject.moe_layers else str(measured.no_routing)
         return {"quality": quality, "routing": missing(reason), "experts": missing(reason)}
     rows = {layer.index: next(layer.router.parameters()) for layer in measured.layers}
-    routing = routing_data(measured.choices, rows, lambda token: str(tokenizer.decode([token])))
-    return {"quality": quality, "routing": routing, "experts": experts_data(models, measured, progress)}
+    routing = finite(routing_data(measured.choices, rows, lambda token: str(tokenizer.decode([token]))))
+    return {"quality": quality, "routing": routing, "experts": finite(experts_data(models, measured, progress))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from upcycle.provenance import BLUEPRINT_FILE
 from upcycle.report.data.subject import Subject, missing
 
 QUANTITIES = ("parameters", "active_parameters", "flops_per_token", "bytes")
@@ -13,15 +14,16 @@ def cost_data(subject: Subject) -> dict[str, Any]:
     """``before`` and ``after`` map :data:`QUANTITIES` to numbers; ``before`` is None where no dense parent is recorded;
     ``names`` say what the two are called.
 
-    ``bytes`` after are those of the weight files as they are now. FLOPs are two per active parameter outside the
-    embedding, attention scores left out.
+    ``bytes`` after are those of the weight files as they are now, which the blueprint is none of. FLOPs are two per active
+    parameter outside the embedding, attention scores left out.
 
     Raises:
         CheckpointError: the folder is damaged.
     """
     if subject.config is None:
         return missing("the model is not complete")
-    size = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))
+    weights = (path for path in subject.folder.glob("*.safetensors") if path.name != BLUEPRINT_FILE)
+    size = sum(path.stat().st_size for path in weights)
     if subject.record is None:
         return {"names": subject.sides, "before": None, "after": {**_from_headers(subject), "bytes": size}}
     plan = subject.record["plan"]

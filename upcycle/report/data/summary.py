@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from upcycle.report.data.subject import Subject
 Level = Literal["good", "mind", "bad"]
 _SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, was lost
 _OVERLOAD = 1.0  # MaxVio at which an expert has twice its share
+_ALIKE = 0.9  # cosine of two router rows from which on they choose together: 26 degrees apart
 
 
 def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,11 +66,16 @@ def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any,
 
 
 def _say_quality(quality: Mapping[str, Any], say: Any) -> None:
+    if broken := [domain["text"] for domain in quality.get("domains", ()) if domain["perplexity"] is None]:
+        say("bad", f"what the model computes is not finite ({', '.join(broken)}): do not use it")
     ratio = quality.get("ratio")
     if ratio is None:
         return
     text = f"perplexity is {ratio:.3f}x its parent's (geometric mean over {len(quality['domains'])} texts)"
-    if ratio <= _SAME:
+    remarks = quality.get("remarks") or {}
+    if flattered := [f"{name}: {remark}" for name, remark in remarks.items() if "calibrated on" in remark]:
+        say("mind", f"{text}, on text that it was calibrated on ({'; '.join(flattered)})")
+    elif ratio <= _SAME:
         say("good", text)
     else:
         much = "" if ratio <= _CLOSE else ": heal it by continual pre-training before use"
@@ -85,6 +92,21 @@ def _say_routing(routing: Mapping[str, Any], say: Any) -> None:
         say("mind", f"{dead:,} of {total:,} experts got none of the {routing['tokens']:,} tokens that were read")
     else:
         say("good", f"every one of the {total:,} experts got tokens")
+    alike = [layer for layer in layers if layer["top_k"] < layer["experts"] and _closest(layer) >= _ALIKE]
+    if alike:
+        most = max(alike, key=_closest)
+        first, second = most["router_closest"]["experts"]
+        say(
+            "mind",
+            f"router rows are nearly the same in {len(alike)} of {len(layers)} layers (cosine {_closest(most):.2f} of experts "
+            f"{first} and {second} in layer {most['layer']}): such experts are chosen together",
+        )
     worst = max(layers, key=lambda layer: layer["max_violation"])
     text = f"the busiest expert of any layer has {1 + worst['max_violation']:.2f}x its share (layer {worst['layer']})"
     say("mind" if worst["max_violation"] >= _OVERLOAD else "good", text)
+
+
+def _closest(layer: Mapping[str, Any]) -> float:
+    """The greatest cosine of two router rows; 0 where that is no number."""
+    found = (layer["router_closest"] or {}).get("cosine")
+    return found if found is not None and math.isfinite(found) else 0.0

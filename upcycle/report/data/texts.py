@@ -52,4 +52,8 @@ def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[A
 
 def _label(name: str, taken: list[str]) -> str:
     stem = Path(name).stem
-    return stem if stem not in taken else name
+    number, label = 1, stem
+    while label in taken:
+        number += 1
+        label = f"{stem}-{number}"
+    return label

@@ -44,7 +44,7 @@ class Plot:
             Markup(
                 '<figure class="plot{kind}"><figcaption><strong>{title}</strong> {reading}</figcaption>'
                 '<div class="frame" role="img" aria-label="{alt}">'
-                '<div class="ylabel">{ylabel}</div><div class="yticks">{yticks}</div>'
+                '<div class="ylabel" title="{ylabel}">{ylabel}</div><div class="yticks">{yticks}</div>'
                 '<div class="area" style="height:{height}">{area}</div>'
                 '<div class="xticks">{xticks}</div><div class="xlabel">{xlabel}</div></div>{legend}</figure>'
             ).format(

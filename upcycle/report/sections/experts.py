@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle.report.drawing.heatmap import heatmap
@@ -21,8 +22,12 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
             lines(
                 [
                     Series("mean", numbers, means),
-                    Series("most alike", numbers, [max(layer["to_dense"]) for layer in layers]),
-                    Series("least alike", numbers, [min(layer["to_dense"]) for layer in layers]),
+                    Series(
+                        "most alike", numbers, [max(_known(layer["to_dense"]), default=math.nan) for layer in layers]
+                    ),
+                    Series(
+                        "least alike", numbers, [min(_known(layer["to_dense"]), default=math.nan) for layer in layers]
+                    ),
                 ],
                 title="How alike is one expert's output to the dense FFN's?",
                 reading=f"Copies have 1; a slice alone points less its way. Mean over all layers: {_mean(means):.2f}.",
@@ -35,7 +40,7 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
     others = [layer["to_each_other"] for layer in layers]
     plots.append(
         lines(
-            [Series("different experts", numbers, others)],
+            [Series("different experts", numbers, [math.nan if value is None else value for value in others])],
             title="Do the experts compute different things?",
             reading=f"1: all the same (copies before training); 0: nothing in common. Mean: {_mean(others):.2f}.",
             x="layer",
@@ -60,5 +65,11 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"plots": plots, "tokens": data["tokens"]}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _known(values: Sequence[float | None]) -> list[float]:
+    """Those that are numbers: of weights that are not finite, nothing can be said."""
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    found = _known(values)
+    return sum(found) / len(found) if found else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def _load(layers: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def _over_layers(layers: Sequence[Mapping[str, Any]], key: str, **texts: Any) -> Plot:
-    series = [Series(key, [layer["layer"] for layer in layers], [layer[key] for layer in layers])]
+    values = [math.nan if layer[key] is None else layer[key] for layer in layers]
+    series = [Series(key, [layer["layer"] for layer in layers], values)]
     return lines(series, x="layer", whole=True, **texts)
 
 
@@ -85,7 +87,7 @@ def _entropy(layers: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def _similarity(layers: Sequence[Mapping[str, Any]]) -> Plot:
-    closest = [layer for layer in layers if layer["router_closest"]]
+    closest = [layer for layer in layers if (layer["router_closest"] or {}).get("cosine") is not None]
     reading = "Near 1 a router cannot tell experts apart."
     if closest:
         most = max(closest, key=lambda layer: layer["router_closest"]["cosine"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.quantities import count, size
+from upcycle.verdict import said
 
 VERDICTS = {
     "exact": "the same function as its dense parent",
@@ -31,10 +32,12 @@ def summary_view(data: Mapping[str, Any]) -> dict[str, Any]:
         cards.append(("weight files", size(after["bytes"]), f"dense {size(before['bytes'])}" if before else "on disk"))
     quality = data["quality"]
     if quality.get("ratio"):
-        cards.append(("perplexity", f"{quality['ratio']:.3f}x", "its parent's, over all texts"))
+        seen = any("calibrated on" in remark for remark in (quality.get("remarks") or {}).values())
+        what = "its parent's, on text it was calibrated on" if seen else "its parent's, over all texts"
+        cards.append(("perplexity", f"{quality['ratio']:.3f}x", what))
     elif quality.get("domains"):
         first = quality["domains"][0]
-        cards.append(("perplexity", f"{first['perplexity']:.2f}", f"on {first['text']}"))
+        cards.append(("perplexity", said(first["perplexity"], ".2f"), f"on {first['text']}"))
     if layers := data["routing"].get("layers"):
         worst = max(layer["max_violation"] for layer in layers)
         cards.append(("worst MaxVio", f"{worst:.2f}", "0 is perfect balance"))
