@@ -82,15 +82,24 @@ def test_what_is_grown(pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
     [
         ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "tokenizer.json"),
         ({"tokenizer.json": "{broken"}, "tokenizer.json"),
+        (
+            {
+                "tokenizer.json": "{}",
+                "tokenizer_config.json": '{"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", null]}}',
+            },
+            "of its own code",
+        ),
     ],
 )
 def test_a_tokenizer_that_cannot_be_loaded(files: dict[str, str], hint: str, dense: Path, tmp_path: Path) -> None:
     for name, text in files.items():
         (dense / name).write_text(text)
     refused(tmp_path, EnvironmentFault, "tokenizer in .* cannot be loaded", source=str(dense))
+    with pytest.raises(EnvironmentFault) as caught:
+        upcycle.plan(str(dense), experts=2)
+    assert hint in (caught.value.hint or "")
     result = upcycle.convert(str(dense), tmp_path / "out", experts=2, tokenizer="none", verification={"enabled": False})
     assert result.out.is_dir()
-    assert hint
 
 
 def test_a_tokenizer_of_another_model(pico: Pico, tmp_path: Path) -> None:

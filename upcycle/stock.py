@@ -370,8 +370,8 @@ def _is_stock_tokenizer(name: Any) -> bool:
 def _tokenizer_hint(path: Path) -> str:
     settings = path / TOKENIZER
     named = parse_json(settings.read_bytes(), str(settings)) if settings.is_file() else {}
-    if isinstance(named, dict) and "auto_map" in named and not (path / "tokenizer.json").is_file():
-        return "it is a tokenizer of its own code, which is never run: add tokenizer.json, or convert with a tokenizer that has one"
+    if isinstance(named, dict) and "auto_map" in named:
+        return "it is a tokenizer of its own code, which is never run: add a whole tokenizer.json, or take one with it"
     return "pip install sentencepiece tiktoken, or add tokenizer.json"
 
 
