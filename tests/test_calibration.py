@@ -18,7 +18,9 @@ from torch.nn.functional import linear, silu
 import upcycle
 from upcycle.blueprint import BlueprintFile
 from upcycle.calibration import Calibration
+from upcycle.calibration_text import read_parts
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
+from upcycle.recipe import CalibrationRecipe
 from upcycle.stock import load_model, load_tokenizer
 from upcycle.text import demo_parts, encode
 
@@ -297,7 +299,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": "exact"}, UsageError, "plain sum"),
     ({"tokenizer": "none"}, UsageError, "leaves no tokenizer"),
     ({"calibration": "{short}"}, UsageError, "fewer than one window"),
-    ({"calibration": {"text": "{rows}", "column": "body"}}, UsageError, r"the columns are \['id', 'text'\]"),
+    ({"calibration": {"text": "{rows}", "column": "body"}}, UsageError, "the columns are id, text"),
     ({"calibration": "{broken}"}, UsageError, "line 2 is not JSON"),
     ({"method": "importance", "calibration": {"text": "demo", "tokens": 128, "window": 64}}, UsageError, "there are 4"),
 ]
@@ -319,12 +321,15 @@ def test_bad_input(pico: Pico, tmp_path: Path, changes: dict[str, Any], kind: ty
     assert not (tmp_path / "out.partial").exists()  # the corrected command must not ask for --restart
 
 
-def test_json_lines_are_read_by_column(pico: Pico, tmp_path: Path) -> None:
-    rows = [json.dumps({"body": demo_parts("prose")[0][i : i + 400]}) for i in range(0, 20_000, 400)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    calibration = {"text": [str(tmp_path / "rows.jsonl"), "code"], "column": "body", "tokens": 512, "window": WINDOW}
-    result = upcycle.convert(str(pico("llama")), tmp_path / "out", **{**SPLIT, "calibration": calibration})
-    assert len(result.layers) == 3
+@pytest.mark.parametrize("name", ["a.jsonl", "b.NDJSON", "c.json", "d.csv"])
+def test_rows_are_read_by_column_whatever_the_ending(tmp_path: Path, name: str) -> None:
+    texts = [f"text {number}, {chr(65 + number)}" for number in range(20)]
+    lines = [json.dumps({"body": text, "id": 1}) for text in texts]
+    whole = {"c.json": f"[{', '.join(lines)}]", "d.csv": "\n".join(["body,id", *(f'"{text}",1' for text in texts)])}
+    (tmp_path / name).write_text(whole.get(name, "\n".join(lines)))
+    wanted = CalibrationRecipe(text=[str(tmp_path / name)], column="body", tokens=512, window=WINDOW)
+    (parts,) = read_parts(wanted).values()
+    assert sorted([*parts.read.split("\n\n"), *parts.held_out.split("\n\n")]) == sorted(texts)
 
 
 def test_an_activation_that_is_not_finite_names_layer_and_neuron(dense: Path, tmp_path: Path) -> None:

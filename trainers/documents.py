@@ -117,7 +117,7 @@ class Piece:
             if line.strip():
                 where = f"{at}{number}"
                 try:
-                    yield where, parse_json(line, where, error=UsageError, nan=True)
+                    yield where, parse_json(line, where, error=UsageError, nan=True, halves=True)
                 except UsageError as error:
                     yield where, Broken(error.message)
 
@@ -128,7 +128,7 @@ class Piece:
                 hint=f"one row a line: jq -c '.[]' '{self.path.name}' > rows.jsonl",
             )
         content = b"".join(self._lines())
-        rows = parse_json(content, str(self.path), error=UsageError, most_bytes=_LARGEST_ARRAY, nan=True)
+        rows = parse_json(content, str(self.path), error=UsageError, most_bytes=_LARGEST_ARRAY, nan=True, halves=True)
         if not isinstance(rows, list):
             raise UsageError(f"{self.path} is no JSON array of rows")
         for number, row in enumerate(rows, start=1):

@@ -1,4 +1,4 @@
-"""The tokens a calibration looks at: files, ``.jsonl`` files, hub datasets or the embedded texts, mixed evenly."""
+"""The tokens a calibration looks at: files of text or of rows, hub datasets or the embedded texts, mixed evenly."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.held_out import Parts, by_document, by_position, sketch
 from upcycle.hub_dataset import hub_rows, is_dataset
-from upcycle.parsing import parse_json
 from upcycle.progress import Progress
 from upcycle.stock import load_tokenizer
 from upcycle.text import DEMO_TEXTS, encode, read_text
+from upcycle.trainers.columns import Broken
+from upcycle.trainers.documents import Reading, find_pieces
+from upcycle.trainers.file_kinds import kind_of
 from upcycle.user_paths import user_path
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from upcycle.recipe import CalibrationRecipe
 
 _CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
+_WHOLE = 1 << 62  # bytes: a file in one piece
 _LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
 
 
@@ -141,25 +144,26 @@ def _text(name: str, column: str, characters: int) -> Parts:
     path = user_path(name)
     if name in DEMO_TEXTS:
         return by_position(read_text(name))
-    if path.is_file() and path.suffix != ".jsonl":
-        return by_position(read_text(name))
     if path.is_file():
-        return by_document(_json_lines(path, column), characters)
+        kind = kind_of(path)
+        return by_position(read_text(name)) if kind == "text" else by_document(_rows(path, column), characters)
     if not is_dataset(name):
         raise UsageError(
             f"no such calibration text: {name}",
-            hint=f"a UTF-8 file, a .jsonl file, a hub dataset (org/name[:config[:split]]), demo, or one of: {', '.join(DEMO_TEXTS)}",
+            hint="a UTF-8 file, rows (.jsonl, .json, .csv, .parquet), a hub dataset (org/name[:config[:split]]), demo, "
+            f"or one of: {', '.join(DEMO_TEXTS)}",
         )
     return by_document((_column(row, column, name) for row in hub_rows(name)), characters)
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            yield _column(parse_json(line, where, error=UsageError, nan=True, halves=True), column, where)
+def _rows(path: Path, column: str) -> Iterator[str]:
+    """The texts of a file of rows, whatever its ending, as training reads them."""
+    for piece in find_pieces([str(path)], _WHOLE):
+        for row in piece.records(Reading(column)):
+            if isinstance(row, Broken):
+                raise UsageError(row.message, hint="--set calibration.column=NAME")
+            if row.strip():
+                yield row
 
 
 def _column(row: Any, column: str, where: str) -> str:

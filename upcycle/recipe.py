@@ -35,14 +35,15 @@ class CalibrationRecipe(_Strict):
     """The text that calibrated methods, routers and refits look at."""
 
     text: str | list[str] | None = Field(
-        None, description="calibration text: UTF-8 or .jsonl files, hub datasets, demo; several are mixed evenly"
+        None,
+        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo; several are mixed evenly",
     )
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
     mode: Literal["auto", "parallel", "sequential"] = Field(
         "auto", description="inputs from the dense model, or from the converted layers below (auto: for sparse splits)"
     )
-    column: str = Field("text", description="column of a dataset or .jsonl file that holds the text")
+    column: str = Field("text", description="column of a dataset or file of rows that holds the text")
 
     @field_validator("text", mode="before")
     @classmethod

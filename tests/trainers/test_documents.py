@@ -266,7 +266,6 @@ def test_the_column_is_decided_once_for_all_files(tmp_path: Path) -> None:
 FAULTS = {
     "cut": (b'{"text": "cut off her', "is not JSON"),
     "deep": (b'{"text": "x", "meta": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested deeper than"),
-    "half": (b'{"text": "cut \\ud83d here"}', "half a character"),
     "latin": (b'{"text": "na\xefve"}', "is not UTF-8 text"),
     "number": (b'{"text": 7}', "column 'text' holds int, not text"),
     "none": (b'{"title": "x"}', "no column 'text'; the columns are title"),
@@ -291,6 +290,13 @@ def test_a_broken_row_far_inside_is_found_before_any_is_needed(tmp_path: Path, f
         assert (found.documents, found.empty, found.broken) == (41, 1, 1)
         assert f"{path}, line 41" in found.first[0]
     assert read([str(path)], 300, broken="skip") == [*TEXTS, "", "end"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_is_read_as_the_sign_for_one_that_is_missing(tmp_path: Path, name: str) -> None:
+    row = '{"text": "cut \\ud83d here, whole \\ud83d\\ude00"}'
+    (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]")
+    assert read([str(tmp_path / name)], 100) == ["cut \ufffd here, whole \U0001f600"]
 
 
 def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
