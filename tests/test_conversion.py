@@ -108,7 +108,7 @@ def test_companions_are_copied_and_remote_code_is_not_referenced(dense: Path, tm
     files = contents(tmp_path / "out")
     assert files["LICENSE"] == b"do what you want"
     assert files["chat_template.jinja"] == b"{{ messages }}"
-    assert files["generation_config.json"] == b'{"temperature": 0.5}'
+    assert json.loads(files["generation_config.json"]) == {"temperature": 0.5}
     assert "modeling_evil.py" not in files
     assert b"auto_map" not in files["config.json"] + files["tokenizer_config.json"]
 
@@ -138,7 +138,7 @@ def test_sparse_split_is_approximate_with_numbers(pico: Pico, tmp_path: Path) ->
 
 def test_flags_can_keep_a_zero_router_for_inference(pico: Pico, tmp_path: Path) -> None:
     keys = {"method": "random_split", "top_k": 4, **QUICK}
-    with pytest.raises(UsageError, match="cannot be trained"):
+    with pytest.raises(UsageError, match="without noise on its logits the others never learn"):
         upcycle.convert(str(pico("llama")), tmp_path / "out", router="zero", **keys)
     router = {"name": "zero", "parameters": {"inference_only": True}}
     upcycle.convert(str(pico("llama")), tmp_path / "out", router=router, **keys)

@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     ),
     "assignment without =": (lambda f: None, ["--param", "x"], USAGE, ["--param takes NAME=VALUE"]),
     "zero router": (
-        lambda f: None, ["--method", "random_split", "--top-k", "4", "--router", "zero"], USAGE, ["cannot be trained"],
+        lambda f: None, ["--method", "random_split", "--top-k", "4", "--router", "zero"], USAGE, ["the others never learn"],
     ),
     "sum of copies": (lambda f: None, ["--scale", "sum"], USAGE, ["averaged, not summed"]),
     "shared copies": (lambda f: None, ["--shared", "1"], USAGE, ["no shared experts"]),
@@ -268,7 +268,8 @@ def test_out_that_is_not_empty(pico: Callable[[str], Path], tmp_path: Path, caps
     (tmp_path / "mine").write_text("keep me")
     found, message = run(["convert", str(pico("llama")), str(tmp_path)], capsys)
     assert found == USAGE
-    assert "--overwrite" in message
+    assert "upcycle did not write what is in it (mine)" in message
+    assert "--overwrite" not in message
     assert (tmp_path / "mine").read_text() == "keep me"
 
 
@@ -279,7 +280,7 @@ def test_an_out_that_would_replace_its_source(
     before = sorted(path.name for path in dense.iterdir())
     found, message = run(["convert", str(dense), str(tmp_path / out), "--overwrite"], capsys)
     assert found == USAGE
-    assert "is or holds the source" in message
+    assert "upcycle did not write what is in it" in message
     assert sorted(path.name for path in dense.iterdir()) == before
 
 
@@ -296,9 +297,12 @@ def test_read_only_out(
     pico: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.geteuid() == 0:  # permissions do not bind root; the system call's answer is what matters
+        make = Path.mkdir
 
-        def refuse(*_: Any, **__: Any) -> None:
-            raise PermissionError(13, "Permission denied")
+        def refuse(path: Path, *told: Any, **named: Any) -> None:
+            if tmp_path in path.parents:
+                raise PermissionError(13, "Permission denied")
+            make(path, *told, **named)
 
         monkeypatch.setattr(Path, "mkdir", refuse)
     else:
