@@ -79,7 +79,7 @@ def _whole(library: Path) -> bool:
     a cut file is a signal (SIGBUS) when it is run.
     """
     try:
-        said = _hash_file(library).read_text(encoding="ascii").strip()
+        said = _hash_file(library).read_text(encoding="utf-8").strip()
         return only_ours(library) and said == hashlib.sha256(library.read_bytes()).hexdigest()
     except (OSError, ValueError):
         return False
