@@ -71,7 +71,10 @@ def _check_run_folder(real: Path, origin: Path, exports: bool) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    """An empty file, such as the log that a run killed at its very start had opened, has nothing to lose."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return os.path.lexists(path) and (path.is_symlink() or path.stat().st_size > 0)
 
 
 @contextmanager

@@ -79,6 +79,16 @@ def _allowed() -> Any:
     return contextlib.nullcontext()
 
 
+def test_the_empty_log_of_a_run_killed_at_its_start_is_no_obstacle(tmp_path: Path) -> None:
+    log, origin = tmp_path / "run" / "log.jsonl", tmp_path / "model"
+    log.parent.mkdir()
+    log.touch()
+    check_run_folder(log.parent, origin, True, ALONE)
+    log.write_text("mine\n")
+    with pytest.raises(UsageError, match=r"log\.jsonl was not written by a training run"):
+        check_run_folder(log.parent, origin, True, ALONE)
+
+
 def test_what_a_refused_run_finds_is_what_it_leaves(pico_moe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1, "losses": {}})
     run(recipe)
