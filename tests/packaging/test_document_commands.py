@@ -88,7 +88,7 @@ def reader(
     branches: Callable[..., list[Path]],
 ) -> Iterator[Path]:
     """The folder of somebody who has what the documents speak of: models, texts, recipes, tasks and engines."""
-    for name in ("llama", "ancestor", "seed", "SmolLM2-135M-Instruct"):
+    for name in ("llama", "ancestor", "SmolLM2-135M-Instruct"):
         shutil.copytree(pico("llama"), tmp_path / name)
     for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):
         shutil.copytree(made, tmp_path / name)
