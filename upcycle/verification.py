@@ -62,7 +62,9 @@ def verify(
         progress.advance()
     job, checkpoint = reopen(folder, record, source)
     text = text or job.recipe.verification.text
-    windows = token_windows(job, checkpoint, text, tokens, record.get("calibration") is not None)
+    merged_by = (record.get("merging") or {}).get("text")  # text that decided which sources are merged was read, too
+    read = record.get("calibration") is not None or bool(merged_by)
+    windows = token_windows(job, checkpoint, text, tokens, read)
     result = verify_job(job, checkpoint, folder, windows, progress, record.get("training"))
     try:
         provenance.write_verification(folder, result.as_dict())

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.held_out import by_position
 from upcycle.stock import load_tokenizer
 from upcycle.text import encode
 
@@ -89,7 +90,9 @@ def test_weights_are_the_posteriors_on_a_text(
     folders, prior = branches(3), [0.2, 0.3, 0.5]
     sources = [{"name": str(folder), "weight": 2 * weight} for folder, weight in zip(folders, prior, strict=True)]
     result = upcycle.convert(None, tmp_path / "out", sources=sources, parameters=parameters, **MERGE, **text)
-    logs = np.stack([likelihoods(folder, Path(text["calibration"]["text"])) for folder in folders])
+    read_part = tmp_path / "read.txt"  # the last quarter is kept to verify on
+    read_part.write_text(by_position(Path(text["calibration"]["text"]).read_text()).read)
+    logs = np.stack([likelihoods(folder, read_part) for folder in folders])
     total, now = np.zeros(3), np.array(prior)
     for n in range(2):
         for t in range(WINDOW - 1):
@@ -112,7 +115,9 @@ def test_weights_are_the_posteriors_on_a_text(
     assert_mean(tmp_path / "out", folders, report["coefficients"])
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert written["parameters"]["coefficients"] == report["coefficients"]
-    assert json.loads((tmp_path / "out" / "upcycle.json").read_text())["merging"] == report
+    recorded = json.loads((tmp_path / "out" / "upcycle.json").read_text())["merging"]
+    named = {**report, "sources": ["model", "model-2", "model-3"], "text": {**report["text"], "text": ["sample.txt"]}}
+    assert recorded == named, "files and models by name: no folder of this machine is published"
     assert json.loads((tmp_path / "out" / "growth.json").read_text()) == {"coefficients": report["coefficients"]}
     assert upcycle.verify(tmp_path / "out", tokens=64) == result.verification
 

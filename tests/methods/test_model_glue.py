@@ -140,8 +140,11 @@ def test_a_real_zoo_is_verified_and_recorded(zoo: Zoo, text: Path, tmp_path: Pat
     assert checked.all_experts_error is not None
     assert checked.all_experts_error < 1e-6  # of fp32 sums
     record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
-    assert record["merging"] == result.merging
-    assert [source["name"] for source in record["sources"]] == list(map(str, sources))
+    assert result.merging is not None
+    names = ["model", "model-2", "model-3"]
+    told = {**result.merging, "sources": names, "text": {**result.merging["text"], "text": ["sample.txt"]}}
+    assert record["merging"] == told, "files and models by name: no folder of this machine is published"
+    assert [source["name"] for source in record["sources"]] == names
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert written["parameters"]["coefficients"] == record["merging"]["coefficients"]
     assert (written["experts"], written["top_k"]) == (2, 2)
