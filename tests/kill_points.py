@@ -27,6 +27,9 @@ class _Points:
     def __init__(self) -> None:
         self.root, self.at, self.error = "", 0, None
         self.changes: list[str] = []
+        self.opened: list[
+            tuple[Path, int] | None
+        ] = []  # of each change that opens a file: which, and what it held before
         self._installed = False
 
     def install(self) -> None:
@@ -45,8 +48,14 @@ class _Points:
         if not (relative or name.startswith(self.root)):
             return
         self.changes.append(f"{event} {name.removeprefix(self.root)}")
+        self.opened.append(self._before(name, arguments[2]) if event == "open" else None)
         if self.at and len(self.changes) >= self.at:
             raise self.error or Killed(self.changes[-1])
+
+    def _before(self, name: str, flags: int) -> tuple[Path, int]:
+        path = Path(name)
+        kept = path.is_file() and not flags & os.O_TRUNC
+        return path, path.stat().st_size if kept else 0
 
 
 POINTS = _Points()
@@ -56,9 +65,27 @@ POINTS = _Points()
 def killed_at(root: Path, at: int, error: BaseException | None = None) -> Iterator[list[str]]:
     """Count the changes below ``root``, or fail the ``at``-th and all after it; gives the list of them, as it grows."""
     POINTS.install()
-    POINTS.changes, POINTS.at, POINTS.error = [], at, error
+    POINTS.changes, POINTS.opened, POINTS.at, POINTS.error = [], [], at, error
     POINTS.root = str(root)
     try:
         yield POINTS.changes
     finally:
         POINTS.root = ""
+
+
+def cut_what_was_being_written(at: int) -> bool:
+    """Cut the file that the last change before the ``at``-th opened to half of what was written into it since.
+
+    That is how a kill between the two can leave it: Python writes what it holds back when it unwinds, a killed process does not.
+
+    Returns:
+        Whether something was cut.
+    """
+    last = POINTS.opened[at - 2] if at > 1 else None
+    if last is None:
+        return False
+    path, before = last
+    if path.is_symlink() or not path.is_file() or path.stat().st_size <= before:
+        return False
+    os.truncate(path, before + (path.stat().st_size - before) // 2)
+    return True

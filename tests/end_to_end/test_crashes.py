@@ -1,8 +1,10 @@
-"""A kill at any change of the disk, in every kind of work: the same command then ends with the same bytes and leaves nothing else."""
+"""A kill at any change of the disk, or in the middle of what is being written, in every kind of work: the same command then ends with
+the same bytes and leaves nothing else."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_points import Killed, killed_at
+from kill_points import Killed, cut_what_was_being_written, killed_at
 from training_runs import recipe_for, run
 
 import upcycle
@@ -93,11 +95,16 @@ def killed_everywhere(job: Job, tmp_path: Path, last: int | None = None, spread:
         job(out)
     count, whole = len(changes), files(out)
     assert count > 20
-    for at in points(count, last, spread):
+    steps = list(changes)
+    for at, cut in itertools.product(points(count, last, spread), (False, True)):
+        if cut and not (at > 1 and steps[at - 2].startswith("open ")):
+            continue
         shutil.rmtree(place)
         place.mkdir()
         with killed_at(place, at) as done, contextlib.suppress(Killed):
             job(out)
+        if cut and not cut_what_was_being_written(at):
+            continue  # the kill fell between no bytes
         if (out / "config.json").exists() and not (out / "state.json").exists():
             assert files(out) == whole, f"what looks finished is not: {at} {done[-1]}"
         if not out.exists() or files(out) != whole:  # else the last change was one that does not matter
