@@ -27,7 +27,7 @@ check: lint types test long
 
 kernels: $(READY)       # every kernel in Triton's interpreter, and the gate that compiles all tiles for GPUs that are not there
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels_triton
-	$(BIN)/python -P -m upcycle.kernels.aot --check docs/kernels_static.md > /dev/null
+	$(BIN)/python -P -m upcycle.kernels.gpu.compile_gate --check docs/kernels_static.md > /dev/null
 
 slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
 	$(BIN)/python -P -m pytest -m slow --ignore tests/kernels_triton tests

@@ -71,7 +71,7 @@ def test_everything_that_starts_python_does_it_so() -> None:
         "upcycle/serving/checking.py": {"sys.executable"},  # the engine's Python, which run_script starts
         "upcycle/cli/options.py": {'"-m"'},  # of --method
         "upcycle/serving/workers/llama_cpp_worker.py": {'"-m"'},  # of llama-server's --model
-        "kernels/aot.py": {"multiprocessing"},  # its processes have this one's sys.path
+        "kernels/gpu/compile_gate/__main__.py": {"multiprocessing"},  # its processes have this one's sys.path
         "trainers/host_ranks.py": {"os.chdir"},  # the ranks' folder; their commands are of children.py
     }
     found = {

@@ -6,7 +6,7 @@ import pytest
 
 from upcycle.device_facts import DEVICES, device, named_like
 from upcycle.errors import UsageError
-from upcycle.kernels.roofline import GPUS
+from upcycle.kernels.gpu.compile_gate.roofline import GPUS
 
 
 def test_a_device_is_found_in_any_case() -> None:

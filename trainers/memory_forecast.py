@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle.kernels.dispatch import LEAN, NAME
+from upcycle.kernels.entry.choose_backend import LEAN, NAME
 from upcycle.trainers.division import Division
 from upcycle.trainers.model_counts import LayerCounts, ModelCounts
 

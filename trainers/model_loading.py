@@ -12,8 +12,8 @@ import torch
 from upcycle import stock
 from upcycle.companions import copy_files
 from upcycle.errors import UsageError
-from upcycle.kernels.devices import why_not
-from upcycle.kernels.dispatch import NAME, register
+from upcycle.kernels.entry.choose_backend import NAME, register
+from upcycle.kernels.layout.devices import why_not
 from upcycle.links import copy_inside
 from upcycle.local_names import FILE as LOCAL_FILE
 from upcycle.local_names import here

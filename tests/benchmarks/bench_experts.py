@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import Row, report
 
-from upcycle.kernels.dispatch import register
+from upcycle.kernels.entry.choose_backend import register
 
 NAMES = ("eager", "grouped_mm", "batched_mm", "upcycle")
 MOST_COPIED = 4 * 2**30

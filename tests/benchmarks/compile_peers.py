@@ -18,9 +18,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from upcycle.kernels.aot_compile import Build, Job, build_kernel
-from upcycle.kernels.aot_gate import SHARED_LIMIT
-from upcycle.kernels.tiles import KINDS, Tile
+from upcycle.kernels.gpu.compile_gate.compile import Build, Job, build_kernel
+from upcycle.kernels.gpu.compile_gate.rules import SHARED_LIMIT
+from upcycle.kernels.gpu.tile_table import KINDS, Tile
 
 HIDDEN, WIDTH, EXPERTS = 2048, 768, 8
 LIGER, DEEPSPEED = "liger_kernel.ops.fused_moe_kernels", "deepspeed.ops.triton_ops.group_gemm_triton"

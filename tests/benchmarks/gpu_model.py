@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from upcycle.kernels.devices import gpu
-from upcycle.kernels.dispatch import register
+from upcycle.kernels.entry.choose_backend import register
+from upcycle.kernels.layout.devices import gpu
 
 ROWS, LENGTH, VOCABULARY = 4, 2048, 32_000
 

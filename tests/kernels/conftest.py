@@ -21,11 +21,11 @@ _spec.loader.exec_module(_module)
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory that nobody has written holds NaN, and so does what an ended tensor left."""
-    from upcycle.kernels import recycled
+    from upcycle.kernels.cpu import recycled_memory
 
-    empty = recycled.Recycler.empty
-    monkeypatch.setattr(recycled, "LEAST", 1)
-    monkeypatch.setattr(recycled.Recycler, "empty", lambda *told: empty(*told).fill_(torch.nan))
+    empty = recycled_memory.Recycler.empty
+    monkeypatch.setattr(recycled_memory, "LEAST", 1)
+    monkeypatch.setattr(recycled_memory.Recycler, "empty", lambda *told: empty(*told).fill_(torch.nan))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

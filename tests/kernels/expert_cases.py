@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from upcycle.kernels.experts import ExpertWeights, pack, unpack
+from upcycle.kernels.layout.expert_weights import ExpertWeights, pack, unpack
 
 WIDTHS = (8, 24, 16, 8, 8)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.kernels import reference
-from upcycle.kernels.activation import activate, activation_gradient
-from upcycle.kernels.experts import ACTIVATIONS
+from upcycle.kernels.cpu.activations import activate, activation_gradient
+from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.expert_weights import ACTIVATIONS
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from upcycle.kernels import static_report
-from upcycle.kernels.aot import stale
-from upcycle.kernels.aot_compile import Build, Job, build
-from upcycle.kernels.aot_gate import faults
-from upcycle.kernels.aot_jobs import jobs, place_jobs
-from upcycle.kernels.tiles import KINDS, TileTable, default_table
+from upcycle.kernels.gpu.compile_gate import static_report
+from upcycle.kernels.gpu.compile_gate.__main__ import stale
+from upcycle.kernels.gpu.compile_gate.compile import Build, Job, build
+from upcycle.kernels.gpu.compile_gate.jobs import jobs, place_jobs
+from upcycle.kernels.gpu.compile_gate.rules import faults
+from upcycle.kernels.gpu.tile_table import KINDS, TileTable, default_table
 
 
 @pytest.fixture(scope="module")

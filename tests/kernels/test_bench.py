@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from upcycle.errors import EnvironmentFault
-from upcycle.kernels import bench
-from upcycle.kernels.experts import Gradients
-from upcycle.kernels.reference import backward, forward
-from upcycle.kernels.roofline import Shape
+from upcycle.kernels.gpu.compile_gate.roofline import Shape
+from upcycle.kernels.gpu.timing import bench
+from upcycle.kernels.layout.expert_weights import Gradients
+from upcycle.kernels.layout.reference import backward, forward
 
 SHAPE = Shape("small", tokens=24, hidden=32, width=16, experts=4, top_k=2)
 

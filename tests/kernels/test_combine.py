@@ -6,8 +6,8 @@ import pytest
 import torch
 from expert_cases import random_ids
 
-from upcycle.kernels.combine import Combiner
-from upcycle.kernels.routing import route
+from upcycle.kernels.cpu.combine import Combiner
+from upcycle.kernels.layout.routing import route
 
 
 def looped(

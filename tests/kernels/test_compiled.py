@@ -14,8 +14,10 @@ import pytest
 import torch
 from expert_cases import apart, make_weights, random_ids, rounding
 
-from upcycle.kernels import compiled, compiling, cpu_decode, reference
-from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, unpack
+from upcycle.kernels.cpu import few_tokens
+from upcycle.kernels.cpu.native import compile, few_rows
+from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.expert_weights import ACTIVATIONS, ExpertWeights, unpack
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -28,8 +30,8 @@ def threads() -> Iterator[None]:
 
 
 def _run(x: torch.Tensor, weights: ExpertWeights, ids: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
-    assert compiled.takes(weights, ids)
-    found = compiled.few_rows_output(x, weights, ids, scores)
+    assert few_rows.takes(weights, ids)
+    found = few_rows.few_rows_output(x, weights, ids, scores)
     assert found is not None
     return found
 
@@ -98,7 +100,7 @@ def test_of_dropped_slots_nothing_is_read() -> None:
 @needs_compiler
 def test_wrong_ids_are_left_to_who_can_explain_them() -> None:
     weights, x = make_weights(dtype=torch.float32), torch.randn(1, 12)
-    assert compiled.few_rows_output(x, weights, torch.tensor([[0, -1]]), None) is None
+    assert few_rows.few_rows_output(x, weights, torch.tensor([[0, -1]]), None) is None
 
 
 @needs_compiler
@@ -106,9 +108,9 @@ def test_memory_that_was_given_back_is_not_read() -> None:
     """As of weights that are divided among ranks between two uses: their shape stays, their memory does not."""
     weights, x = make_weights(dtype=torch.float32), torch.randn(1, 12)
     ids = torch.tensor([[0, 1]])
-    assert compiled.few_rows_output(x, weights, ids, None) is not None
+    assert few_rows.few_rows_output(x, weights, ids, None) is not None
     weights.up.untyped_storage().resize_(0)
-    assert compiled.few_rows_output(x, weights, ids, None) is None
+    assert few_rows.few_rows_output(x, weights, ids, None) is None
 
 
 @needs_compiler
@@ -117,7 +119,7 @@ def test_strided_inputs() -> None:
     x, ids = torch.randn(12, 4).T, random_ids(6, 4, 5)[::2, ::2].int()
     ids, x = ids[:3], x[:3]
     assert torch.equal(_run(x, weights, ids, None), _run(x.contiguous(), weights, ids.contiguous().long(), None))
-    assert not compiled.takes(replace(weights, up=weights.up.transpose(1, 2).contiguous().transpose(1, 2)), ids)
+    assert not few_rows.takes(replace(weights, up=weights.up.transpose(1, 2).contiguous().transpose(1, 2)), ids)
 
 
 @pytest.fixture
@@ -126,33 +128,33 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     caplog.set_level(logging.INFO, "upcycle.kernels")
-    monkeypatch.setattr(compiling, "ALWAYS", ("-O0", "-std=c++17", "-fPIC", "-shared"))  # takes a second, not six
-    compiling.function.cache_clear()
+    monkeypatch.setattr(compile, "ALWAYS", ("-O0", "-std=c++17", "-fPIC", "-shared"))  # takes a second, not six
+    compile.function.cache_clear()
     yield tmp_path / "upcycle"
-    compiling.function.cache_clear()
+    compile.function.cache_clear()
 
 
 @needs_compiler
 def test_it_is_compiled_once_and_kept_where_others_cannot_write(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiled.few_rows() is not None
+    assert few_rows.few_rows() is not None
     (library,) = fresh.glob("*.so")
     assert stat.S_IMODE(fresh.stat().st_mode) == stat.S_IMODE(library.stat().st_mode) == 0o700
-    compiling.function.cache_clear()
-    monkeypatch.setattr(compiling, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert compiled.few_rows() is not None
+    compile.function.cache_clear()
+    monkeypatch.setattr(compile, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert few_rows.few_rows() is not None
 
 
 @pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("what", ["folder", "library"])
 def test_what_others_could_have_written_is_not_loaded(what: str, fresh: Path) -> None:
-    assert compiled.few_rows() is not None
+    assert few_rows.few_rows() is not None
     (library,) = fresh.glob("*.so")
     library.unlink()  # what is loaded stays
     library.write_bytes(b"not a library")
     (fresh if what == "folder" else library).chmod(0o777)
-    compiling.function.cache_clear()
-    assert compiled.few_rows() is not None
+    compile.function.cache_clear()
+    assert few_rows.few_rows() is not None
 
 
 @needs_compiler
@@ -163,22 +165,22 @@ def test_a_cut_library_is_never_run_and_made_again(fresh: Path, monkeypatch: pyt
         made.append(arguments)
         compile_it(*arguments)  # type: ignore[arg-type]
 
-    compile_it = compiling._compile
-    assert compiled.few_rows() is not None
+    compile_it = compile._compile
+    assert few_rows.few_rows() is not None
     (library,) = fresh.glob("*.so")
     whole, (digest,) = library.read_bytes(), fresh.glob("*.sha256")
-    monkeypatch.setattr(compiling, "_compile", compile_quickly)
+    monkeypatch.setattr(compile, "_compile", compile_quickly)
     # A copy is damaged and put in its place: what is loaded is the file that was there before.
     for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         (fresh / "damaged").write_bytes(damaged)
         (fresh / "damaged").chmod(0o700)
         (fresh / "damaged").replace(library)
-        assert not compiling._whole(library)
+        assert not compile._whole(library)
     digest.unlink()
-    compiling.function.cache_clear()
-    assert compiled.few_rows() is not None
+    compile.function.cache_clear()
+    assert few_rows.few_rows() is not None
     assert len(made) == 1
-    assert compiling._whole(library)
+    assert compile._whole(library)
 
 
 @needs_compiler
@@ -187,8 +189,8 @@ def test_a_user_without_a_home_has_it_for_the_time_being(
 ) -> None:
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(compiling, "cache_folder", lambda: None)
-    assert compiled.few_rows() is not None
+    monkeypatch.setattr(compile, "cache_folder", lambda: None)
+    assert few_rows.few_rows() is not None
     assert not list(temporary.iterdir())
 
 
@@ -211,7 +213,7 @@ def test_without_it_torch_multiplies_and_says_why(
     monkeypatch.setenv(variable, value)
     weights, x, ids = make_weights(dtype=torch.float32), torch.randn(2, 12), random_ids(2, 2, 5)
     exact = replace(weights, up=weights.up.double(), down=weights.down.double())
-    found = cpu_decode.forward(x, weights, ids, None)
+    found = few_tokens.forward(x, weights, ids, None)
     assert apart(found, reference.experts_output(x.double(), exact, ids)) < rounding(torch.float32, 20)
     assert reason in caplog.text
     assert not fresh.exists() or not list(fresh.iterdir())
@@ -224,6 +226,6 @@ def test_a_compiler_that_fails_leaves_nothing(
     script.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit 0\necho "line 7: no" >&2; exit 1\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    assert compiled.few_rows() is None
+    assert few_rows.few_rows() is None
     assert "does not compile few_rows.cpp: line 7: no" in caplog.text
     assert not list(fresh.iterdir())

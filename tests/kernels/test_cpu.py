@@ -8,10 +8,11 @@ import pytest
 import torch
 from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tensors_of, with_grad
 
-from upcycle.kernels import cpu, recycled, reference
-from upcycle.kernels.cpu_pass import GROUP_ELEMENTS, GROUP_ROWS, grouped
-from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
-from upcycle.kernels.routing import route
+from upcycle.kernels.cpu import backend, recycled_memory
+from upcycle.kernels.cpu.expert_groups import GROUP_ELEMENTS, GROUP_ROWS, grouped
+from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.expert_weights import ACTIVATIONS, ExpertWeights, Gradients
+from upcycle.kernels.layout.routing import route
 
 TOKENS = 17
 
@@ -58,16 +59,16 @@ def check_against_reference(
     expected = reference.experts_output(leaves[0], exact, ids, exact_scores, offsets)
     slopes = torch.autograd.grad(expected, leaves, grad.double(), materialize_grads=True)
     routing = route(ids, weights.num_experts, offsets)
-    found, z = cpu.forward(x, weights, routing, scores, True)
+    found, z = backend.forward(x, weights, routing, scores, True)
     assert found.dtype == x.dtype
     assert apart(found, expected.detach()) < tolerance
-    without, nothing = cpu.forward(x, weights, routing, scores, False)
+    without, nothing = backend.forward(x, weights, routing, scores, False)
     assert torch.equal(found, without)
     assert nothing.numel() == 0
     needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-    made = cpu.backward(grad, x, weights, routing, scores, z, needs)
-    again = cpu.backward(grad, x, weights, routing, scores, z, needs)
-    lean = cpu.backward(grad, x, weights, routing, scores, z.new_empty(0), needs)
+    made = backend.backward(grad, x, weights, routing, scores, z, needs)
+    again = backend.backward(grad, x, weights, routing, scores, z, needs)
+    lean = backend.backward(grad, x, weights, routing, scores, z.new_empty(0), needs)
     for name, need, mine, other, anew in zip(Gradients._fields, needs, made, again, lean, strict=True):
         if need is None:
             assert mine is None
@@ -114,7 +115,7 @@ def test_every_activation(activation: str) -> None:
 @pytest.mark.parametrize("native", [True, False])
 def test_every_dtype(dtype: torch.dtype, layout: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit weights by way of fp32, and as on a CPU that has instructions for them, where factors are rounded twice more."""
-    monkeypatch.setattr("upcycle.kernels.cpu_products.fast_natively", lambda _: native)
+    monkeypatch.setattr("upcycle.kernels.cpu.products.fast_natively", lambda _: native)
     hidden, width = 48, 40
     weights = make_weights(layout, bias=True, dtype=dtype, hidden=hidden, width=width)
     tolerance = rounding(dtype, hidden + width) * (3 if native and dtype != torch.float32 else 1)
@@ -125,7 +126,7 @@ def test_every_dtype(dtype: torch.dtype, layout: str, native: bool, monkeypatch:
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed"])
 def test_few_rows_of_large_weights(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two to four rows of an expert are multiplied as columns where its matrix is large."""
-    monkeypatch.setattr("upcycle.kernels.cpu_products.LARGE", 1)
+    monkeypatch.setattr("upcycle.kernels.cpu.products.LARGE", 1)
     seen: list[torch.Size] = []
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **rest: (seen.append(b.shape), real(a, b, **rest))[1])
@@ -137,7 +138,7 @@ def test_few_rows_of_large_weights(layout: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_pieces_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are cast in several pieces, of which the last is smaller."""
-    monkeypatch.setattr("upcycle.kernels.cpu_products.PIECE", 48 * 7)
+    monkeypatch.setattr("upcycle.kernels.cpu.products.PIECE", 48 * 7)
     for layout in ("stacked", "transposed", "packed"):
         weights = make_weights(layout, dtype=torch.bfloat16, hidden=48, width=40)
         check_against_reference(weights, *case("plain"), True, rounding(torch.bfloat16, 88), torch.bfloat16)
@@ -160,10 +161,10 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         many, _, _ = grouped([0, most - 1, most + 1, most + 2, 5 * most, 5 * most], these)
         assert [len(group.experts) for group in many] == [1, 2, 1]
     x, routing = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
-    together = cpu.forward(x, make_weights(), routing, None, True)
-    monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ROWS", 1)
-    monkeypatch.setattr("upcycle.kernels.cpu_pass.GROUP_ELEMENTS", 0)
-    apart_ = cpu.forward(x, make_weights(), routing, None, True)
+    together = backend.forward(x, make_weights(), routing, None, True)
+    monkeypatch.setattr("upcycle.kernels.cpu.expert_groups.GROUP_ROWS", 1)
+    monkeypatch.setattr("upcycle.kernels.cpu.expert_groups.GROUP_ELEMENTS", 0)
+    apart_ = backend.forward(x, make_weights(), routing, None, True)
     assert torch.equal(together[0], apart_[0])
     assert torch.equal(together[1], apart_[1])
 
@@ -181,14 +182,14 @@ def test_what_is_dropped_or_idle_is_not_read(layout: str) -> None:
     for tensor in (weights.up_of(3), weights.down_of(3), weights.up_bias_of(3), weights.down_bias[3]):
         tensor.fill_(torch.nan)
     routing = route(ids, 5)
-    out, z = cpu.forward(x, weights, routing, scores, True)
+    out, z = backend.forward(x, weights, routing, scores, True)
     assert out.isfinite().all()
     assert not out[4].any()
     assert len(z) == int(routing.offsets.diff() @ torch.tensor(weights.all_widths)) * 2, "room for what is computed"
     grad = torch.randn_like(x)
     grad[4] = torch.nan
     needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-    made = cpu.backward(grad, x, weights, routing, scores, z, needs)
+    made = backend.backward(grad, x, weights, routing, scores, z, needs)
     for name, tensor in made._asdict().items():
         assert tensor.isfinite().all(), name
     assert not made.x[4].any()
@@ -201,45 +202,45 @@ def test_only_what_is_asked_for() -> None:
     weights, (ids, _) = make_weights("packed", bias=True), case("plain")
     x, grad = torch.randn(2, TOKENS, 12, dtype=torch.float64)
     scores, routing = torch.rand(ids.numel(), dtype=torch.float64), route(ids, 5)
-    _, z = cpu.forward(x, weights, routing, scores, True)
+    _, z = backend.forward(x, weights, routing, scores, True)
     everything = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-    full = cpu.backward(grad, x, weights, routing, scores, z, everything)
+    full = backend.backward(grad, x, weights, routing, scores, z, everything)
     for name, value in everything._asdict().items():
-        one = cpu.backward(grad, x, weights, routing, scores, z, Gradients(**{name: value}))
+        one = backend.backward(grad, x, weights, routing, scores, z, Gradients(**{name: value}))
         assert torch.equal(getattr(one, name), getattr(full, name))
         assert sum(tensor is not None for tensor in one) == 1
 
 
 def test_memory_of_ended_tensors_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recycler = recycled.Recycler()
-    monkeypatch.setattr(recycled, "RECYCLER", recycler)
-    monkeypatch.setattr(recycled, "LEAST", 1)
+    recycler = recycled_memory.Recycler()
+    monkeypatch.setattr(recycled_memory, "RECYCLER", recycler)
+    monkeypatch.setattr(recycled_memory, "LEAST", 1)
     weights, (ids, _) = make_weights("stacked"), case("plain")
     routing, x = route(ids, 5), torch.randn(TOKENS, 12, dtype=torch.float64)
     with torch.inference_mode():  # whose tensors could not be written to in training
-        first, _ = cpu.forward(x, weights, routing, None, False)
+        first, _ = backend.forward(x, weights, routing, None, False)
     assert recycler.waiting, "the buffers"
     for piece in recycler._waiting:
         torch.frombuffer(piece, dtype=torch.float64).fill_(torch.nan)
     needs = Gradients(x, weights.up, weights.down)
-    out, z = cpu.forward(x, weights, routing, None, True)
-    made = cpu.backward(torch.ones_like(out), x, weights, routing, None, z, needs)
+    out, z = backend.forward(x, weights, routing, None, True)
+    made = backend.backward(torch.ones_like(out), x, weights, routing, None, z, needs)
     assert torch.equal(out, first)
     before = [tensor.clone() for tensor in (out, z, made.x, made.up, made.down)]
-    cpu.backward(out, x + 1, weights, routing, None, cpu.forward(x + 1, weights, routing, None, True)[1], needs)
+    backend.backward(out, x + 1, weights, routing, None, backend.forward(x + 1, weights, routing, None, True)[1], needs)
     assert all(map(torch.equal, (out, z, made.x, made.up, made.down), before)), "what is returned is the caller's"
     steady = recycler.waiting
     for _ in range(3):
-        cpu.backward(out, x, weights, routing, None, z, needs)
+        backend.backward(out, x, weights, routing, None, z, needs)
     assert recycler.waiting == steady
 
 
 def test_no_tokens() -> None:
     weights, routing = make_weights(), route(torch.zeros(0, 2, dtype=torch.long), 5)
     x = torch.zeros(0, 12, dtype=torch.float64)
-    out, z = cpu.forward(x, weights, routing, None, True)
+    out, z = backend.forward(x, weights, routing, None, True)
     assert out.shape == (0, 12)
-    made = cpu.backward(out, x, weights, routing, None, z, Gradients(x, weights.up, weights.down))
+    made = backend.backward(out, x, weights, routing, None, z, Gradients(x, weights.up, weights.down))
     assert made.x.shape == (0, 12)
     assert not made.up.any()
     assert not made.down.any()

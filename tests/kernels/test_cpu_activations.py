@@ -10,9 +10,9 @@ import torch
 from expert_cases import apart
 from torch.nn import functional
 
-from upcycle.kernels import compiling
-from upcycle.kernels.cpu_activations import KINDS, hidden, hidden_and_gradient, kernel
-from upcycle.kernels.experts import ACTIVATIONS
+from upcycle.kernels.cpu.fused_activations import KINDS, hidden, hidden_and_gradient, kernel
+from upcycle.kernels.cpu.native import compile
+from upcycle.kernels.layout.expert_weights import ACTIVATIONS
 
 EPS = torch.finfo(torch.float32).eps
 FUNCTIONS = {
@@ -30,10 +30,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setenv("UPCYCLE_COMPILE", "0")
     elif shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    compiling.function.cache_clear()
+    compile.function.cache_clear()
     assert (kernel() is not None) == (request.param == "compiled")
     yield request.param
-    compiling.function.cache_clear()
+    compile.function.cache_clear()
 
 
 @pytest.mark.parametrize("rows_width", [(1, 1), (3, 7), (5, 8), (2, 16), (4, 33), (17, 129), (300, 257)])

@@ -7,15 +7,16 @@ import torch
 from expert_cases import apart, make_weights, random_ids, rounding
 
 from upcycle.errors import UsageError
-from upcycle.kernels import compiled, cpu, cpu_decode, cpu_products
-from upcycle.kernels.routing import route
+from upcycle.kernels.cpu import backend, few_tokens, products
+from upcycle.kernels.cpu.native import few_rows
+from upcycle.kernels.layout.routing import route
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "compiled"], autouse=True)
 def _with_and_without_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr(compiled, "few_rows", lambda: None)
-    elif compiled.few_rows() is None:
+        monkeypatch.setattr(few_rows, "few_rows", lambda: None)
+    elif few_rows.few_rows() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -28,7 +29,7 @@ def test_as_many_tokens_are_computed(
     large: bool, layout: str, gated: bool, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:  # all matrices are
-        for module in (cpu_decode, cpu_products):
+        for module in (few_tokens, products):
             monkeypatch.setattr(module, "LARGE", 1)
     weights = make_weights(layout, gated, dtype=dtype, hidden=48, width=40)
     for dropped in (False, True):
@@ -41,29 +42,29 @@ def test_as_many_tokens_are_computed(
             weights.up_of(2).fill_(torch.nan)
         scores = scores.to(torch.float64 if dtype == torch.float64 else torch.float32)
         for given in (scores, None):
-            assert cpu_decode.suits(weights, ids, None, None)
+            assert few_tokens.suits(weights, ids, None, None)
             flat = None if given is None else given.flatten()
-            many, _ = cpu.forward(x, weights, route(ids, 5), flat, False)
-            found = cpu_decode.forward(x, weights, ids, given)
+            many, _ = backend.forward(x, weights, route(ids, 5), flat, False)
+            found = few_tokens.forward(x, weights, ids, given)
             assert apart(found, many) < rounding(dtype, 88) * (3 if dtype == torch.bfloat16 else 1)
-            assert torch.equal(found, cpu_decode.forward(x, weights, ids, given))
+            assert torch.equal(found, few_tokens.forward(x, weights, ids, given))
 
 
 def test_all_dropped() -> None:
     x = torch.full((2, 12), torch.nan, dtype=torch.float64)
     scores = torch.full((2, 2), torch.nan, dtype=torch.float64)
-    assert not cpu_decode.forward(x, make_weights(), torch.full((2, 2), 7), scores).any()
+    assert not few_tokens.forward(x, make_weights(), torch.full((2, 2), 7), scores).any()
 
 
 def test_what_it_leaves_to_the_other_way() -> None:
     few, many = torch.zeros(2, 2, dtype=torch.long), torch.zeros(100, 2, dtype=torch.long)
-    assert cpu_decode.suits(make_weights(), few, None, None)
-    assert not cpu_decode.suits(make_weights(), many, None, None)
-    assert not cpu_decode.suits(make_weights(bias=True), few, None, None)
-    assert not cpu_decode.suits(make_weights("transposed", dtype=torch.float32), few, None, None)
-    assert not cpu_decode.suits(make_weights("ragged"), few, None, None)
-    assert not cpu_decode.suits(make_weights(), few.flatten(), torch.tensor([0, 4]), None)
-    assert not cpu_decode.suits(make_weights(), few, None, 1)
+    assert few_tokens.suits(make_weights(), few, None, None)
+    assert not few_tokens.suits(make_weights(), many, None, None)
+    assert not few_tokens.suits(make_weights(bias=True), few, None, None)
+    assert not few_tokens.suits(make_weights("transposed", dtype=torch.float32), few, None, None)
+    assert not few_tokens.suits(make_weights("ragged"), few, None, None)
+    assert not few_tokens.suits(make_weights(), few.flatten(), torch.tensor([0, 4]), None)
+    assert not few_tokens.suits(make_weights(), few, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,4 +77,4 @@ def test_what_it_leaves_to_the_other_way() -> None:
 def test_bad_input(ids: list, message: str) -> None:
     experts = torch.tensor(ids)
     with pytest.raises(UsageError, match=message):
-        cpu_decode.forward(torch.zeros(1, 12, dtype=torch.float64), make_weights(), experts, torch.ones(experts.shape))
+        few_tokens.forward(torch.zeros(1, 12, dtype=torch.float64), make_weights(), experts, torch.ones(experts.shape))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle.errors import EnvironmentFault
-from upcycle.kernels import devices
+from upcycle.kernels.layout import devices
 
 CUDA = torch.device("cuda", 0)
 

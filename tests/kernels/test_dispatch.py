@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.kernels import cpu, devices, dispatch, reference
+from upcycle.kernels.cpu import backend
+from upcycle.kernels.entry import choose_backend
+from upcycle.kernels.layout import devices, reference
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -19,9 +21,9 @@ HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("UPCYCLE_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._chosen.cache_clear()
+    choose_backend._chosen.cache_clear()
     yield
-    dispatch._chosen.cache_clear()
+    choose_backend._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -37,20 +39,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_cpus_is_the_default_there_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "upcycle.kernels"):
         for _ in range(3):
-            assert dispatch.chosen(HOST, torch.float32) == "cpu"
+            assert choose_backend.chosen(HOST, torch.float32) == "cpu"
     assert [record.getMessage() for record in caplog.records] == [
         "experts in float32 on cpu run on the cpu path: the tensors are there"
     ]
-    assert dispatch.backend(HOST, torch.float32) is cpu
+    assert choose_backend.backend(HOST, torch.float32) is backend
 
 
 def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("UPCYCLE_KERNELS", "reference")
-    assert dispatch.backend(HOST, torch.float32) is reference
-    assert dispatch.chosen(GPU, torch.float32) == "reference"
+    assert choose_backend.backend(HOST, torch.float32) is reference
+    assert choose_backend.chosen(GPU, torch.float32) == "reference"
     assert "UPCYCLE_KERNELS asks for it" in caplog.text
     monkeypatch.setenv("UPCYCLE_KERNELS", "cpu")
-    assert dispatch.chosen(HOST, torch.float32) == "cpu"
+    assert choose_backend.chosen(HOST, torch.float32) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -60,12 +62,12 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 def test_what_cannot_be_had(value: str, device: torch.device, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPCYCLE_KERNELS", value)
     with pytest.raises(UsageError, match=message) as caught:
-        dispatch.chosen(device, torch.float32)
+        choose_backend.chosen(device, torch.float32)
     assert caught.value.hint
 
 
 def test_a_gpu(gpu: dict[str, Any]) -> None:
-    assert dispatch.chosen(GPU, torch.bfloat16) == "triton"
+    assert choose_backend.chosen(GPU, torch.bfloat16) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -89,25 +91,25 @@ def test_without_triton_the_reference_runs_and_it_is_said_aloud(
 ) -> None:
     gpu.update(changes)
     monkeypatch.setattr(torch.version, "hip", gpu["hip"])
-    assert dispatch.chosen(device, dtype) == "reference"
+    assert choose_backend.chosen(device, dtype) == "reference"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert reason in record.getMessage()
     monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
     with pytest.raises(EnvironmentFault, match=reason):
-        dispatch.chosen(device, dtype)
+        choose_backend.chosen(device, dtype)
 
 
 def test_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
-    assert dispatch.chosen(HOST, torch.float32) == "triton"
+    assert choose_backend.chosen(HOST, torch.float32) == "triton"
 
 
 def test_register_twice() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    dispatch.register()
+    choose_backend.register()
     first = ALL_EXPERTS_FUNCTIONS["upcycle"]
-    dispatch.register()
+    choose_backend.register()
     assert ALL_EXPERTS_FUNCTIONS["upcycle"] is first

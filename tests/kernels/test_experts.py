@@ -9,8 +9,8 @@ import torch
 from expert_cases import WIDTHS, make_weights
 
 from upcycle.errors import UsageError
-from upcycle.kernels.experts import ExpertWeights, intermediate_offsets, pack, unpack
-from upcycle.kernels.routing import route
+from upcycle.kernels.layout.expert_weights import ExpertWeights, intermediate_offsets, pack, unpack
+from upcycle.kernels.layout.routing import route
 
 
 @pytest.mark.parametrize("gated", [True, False])

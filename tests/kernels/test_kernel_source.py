@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "kernels"
-KERNELS = sorted(FOLDER.glob("triton_*.py"))
-GPU_PATH = [*KERNELS, FOLDER / "launches.py", FOLDER / "row_tiles.py"]
+FOLDER = Path(__file__).parents[2] / "kernels" / "gpu" / "triton_code"
+KERNELS = sorted(FOLDER.glob("*.py"))
+GPU_PATH = [*KERNELS, FOLDER.parent / "launch_log.py", FOLDER.parent / "row_tiles.py"]
 WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "unique", "masked_select", "synchronize", "is_nonzero"}
 WIDE = {"hidden", "top_k", "expert", "first"}  # factors of addresses, besides strides
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from upcycle.errors import UsageError
-from upcycle.kernels import operator, reference
-from upcycle.kernels.experts import ExpertWeights, pack
-from upcycle.kernels.operator import compiled_output, experts_output
+from upcycle.kernels.entry import operator
+from upcycle.kernels.entry.operator import compiled_output, experts_output
+from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.expert_weights import ExpertWeights, pack
 
 Run = Callable[..., torch.Tensor]
 

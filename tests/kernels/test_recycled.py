@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle.kernels import recycled
-from upcycle.kernels.recycled import LEAST, Recycler
+from upcycle.kernels.cpu import recycled_memory
+from upcycle.kernels.cpu.recycled_memory import LEAST, Recycler
 
 SHAPE = (64, 1024)
 
@@ -38,7 +38,7 @@ def test_an_ended_tensors_memory_is_the_next_ones() -> None:
 
 def test_small_and_huge_tensors_are_not_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     recycler = Recycler()
-    monkeypatch.setattr(recycled, "MOST", 2**19)
+    monkeypatch.setattr(recycled_memory, "MOST", 2**19)
     for elements in (0, LEAST // 8, 2**18):
         assert recycler.empty((elements,), torch.float32).shape == (elements,)  # and ends here
         assert recycler.waiting == 0
@@ -59,7 +59,7 @@ def test_without_memory_what_waits_is_given_back(monkeypatch: pytest.MonkeyPatch
 
 def test_what_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     recycler = Recycler()
-    monkeypatch.setattr(recycled, "MOST", 3 * 2**18)
+    monkeypatch.setattr(recycled_memory, "MOST", 3 * 2**18)
     tensors = [recycler.empty(SHAPE, torch.float32) for _ in range(5)]
     newest = tensors[-1].data_ptr()
     while tensors:
@@ -69,7 +69,7 @@ def test_what_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sizes_of_a_little_difference_share() -> None:
-    rounded = recycled._rounded
+    rounded = recycled_memory._rounded
     for size in (1, 4096, 2**18, 2**18 + 1, 3 * 2**20 + 17, 10**8):
         assert size <= rounded(size) < size + max(mmap.PAGESIZE, size / 8) + 1
         assert rounded(rounded(size)) == rounded(size)
@@ -77,17 +77,17 @@ def test_sizes_of_a_little_difference_share() -> None:
 
 
 def test_as_a_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(recycled, "RECYCLER", Recycler())
+    monkeypatch.setattr(recycled_memory, "RECYCLER", Recycler())
     parameter = torch.nn.Parameter(torch.ones(SHAPE))
-    gradient = recycled.recycled_like(parameter).fill_(2)
+    gradient = recycled_memory.recycled_like(parameter).fill_(2)
     parameter.grad = gradient
     torch.optim.SGD([parameter], lr=0.25).step()
     assert (parameter == 0.5).all()
     torch.save(gradient, tmp_path / "gradient.pt")
     assert torch.equal(torch.load(tmp_path / "gradient.pt", weights_only=True), gradient)
     turned = torch.ones(SHAPE).T
-    assert recycled.recycled_like(turned).stride() == turned.stride()
-    assert recycled.recycled(torch.ones(3, device="meta"), *SHAPE).is_meta
+    assert recycled_memory.recycled_like(turned).stride() == turned.stride()
+    assert recycled_memory.recycled(torch.ones(3, device="meta"), *SHAPE).is_meta
 
 
 def test_threads_and_cycles() -> None:
@@ -108,7 +108,7 @@ def test_threads_and_cycles() -> None:
         thread.join()
     gc.collect()
     assert not wrong
-    assert 0 < recycler.waiting <= recycled.MOST
+    assert 0 < recycler.waiting <= recycled_memory.MOST
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

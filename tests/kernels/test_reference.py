@@ -7,9 +7,9 @@ import torch
 from expert_cases import apart, make_weights, random_ids, tensors_of
 from torch.nn import functional
 
-from upcycle.kernels import reference
-from upcycle.kernels.experts import ACTIVATIONS, ExpertWeights, Gradients
-from upcycle.kernels.routing import route
+from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.expert_weights import ACTIVATIONS, ExpertWeights, Gradients
+from upcycle.kernels.layout.routing import route
 
 
 def test_by_hand() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from upcycle.kernels.roofline import GPUS, SHAPES, Cost, Shape, kernels, saved_bytes, total
+from upcycle.kernels.gpu.compile_gate.roofline import GPUS, SHAPES, Cost, Shape, kernels, saved_bytes, total
 
 SHAPE = Shape("odd", tokens=101, hidden=48, width=20, experts=7, top_k=3)
 R, H, I, E, T = 303, 48, 20, 7, 101  # noqa: E741

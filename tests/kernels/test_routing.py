@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upcycle.errors import UsageError
-from upcycle.kernels.routing import Routing, drop_overflow, route
+from upcycle.kernels.layout.routing import Routing, drop_overflow, route
 
 
 def check(routing: Routing, owners: list[int], ids: list[int], experts: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.kernels.routing import route
-from upcycle.kernels.row_tiles import row_tiles
+from upcycle.kernels.gpu.row_tiles import row_tiles
+from upcycle.kernels.layout.routing import route
 
 
 @pytest.mark.parametrize("block", [1, 4, 16])
@@ -46,7 +46,7 @@ def test_no_slots() -> None:
 
 def test_without_values() -> None:
     """Sizes come from shapes alone: on the meta device there is nothing else."""
-    from upcycle.kernels.routing import Routing
+    from upcycle.kernels.layout.routing import Routing
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

@@ -12,8 +12,8 @@ import torch
 from expert_cases import apart, random_ids
 from pico_models import MOE_COMMON, PICO_MOE
 
-from upcycle.kernels import stock
-from upcycle.kernels.dispatch import register
+from upcycle.kernels.entry import transformers_experts
+from upcycle.kernels.entry.choose_backend import register
 
 MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "glm4_moe")
 register()
@@ -120,7 +120,7 @@ def test_experts_without_a_gate() -> None:
 
 
 def test_a_gating_of_its_own_runs_its_own_code_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    stock._warn.cache_clear()
+    transformers_experts._warn.cache_clear()
     module = experts_of("gpt_oss", num_local_experts=4, layer_types=["full_attention"] * 2)
     found, expected = both(module, random_ids(40, 2, 4), torch.rand(40, 2))
     assert torch.equal(found, expected)
@@ -139,7 +139,7 @@ def test_flags_and_biases() -> None:
             module = bare(transposed, gated)
             x, ids, scores = torch.randn(80, 12), random_ids(80, 2, 5), torch.rand(80, 2)
             expected = batched_mm_experts_forward(module, x, ids, scores)
-            assert apart(stock.stock_experts(module, x, ids, scores).detach(), expected.detach()) < 1e-5
+            assert apart(transformers_experts.stock_experts(module, x, ids, scores).detach(), expected.detach()) < 1e-5
 
 
 def bare(transposed: bool, gated: bool, activation: str = "gelu_pytorch_tanh") -> Any:
@@ -174,12 +174,12 @@ def bare(transposed: bool, gated: bool, activation: str = "gelu_pytorch_tanh") -
 def test_interleaved() -> None:
     module = bare(False, True)
     x, ids, scores = torch.randn(80, 12), random_ids(80, 2, 5), torch.rand(80, 2)
-    expected = stock.stock_experts(module, x, ids, scores)
+    expected = transformers_experts.stock_experts(module, x, ids, scores)
     for key in ("gate_up_proj", "gate_up_proj_bias"):
         whole = getattr(module, key).data
         setattr(module, key, torch.nn.Parameter(torch.stack(whole.chunk(2, 1), 2).flatten(1, 2)))
     module.is_concatenated = False
-    assert apart(stock.stock_experts(module, x, ids, scores).detach(), expected.detach()) < 1e-6
+    assert apart(transformers_experts.stock_experts(module, x, ids, scores).detach(), expected.detach()) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -187,11 +187,11 @@ def test_interleaved() -> None:
     [("mish", False, "the activation Mish"), ("silu", True, "a norm after every expert")],
 )
 def test_what_has_no_kernel(activation: str, norm: bool, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    stock._warn.cache_clear()
+    transformers_experts._warn.cache_clear()
     module = bare(False, True, activation)
     module.has_post_expert_norm = norm
     x = torch.randn(3, 12)
-    assert torch.equal(stock.stock_experts(module, x, random_ids(3, 2, 5), torch.rand(3, 2)), x + 1)
+    assert torch.equal(transformers_experts.stock_experts(module, x, random_ids(3, 2, 5), torch.rand(3, 2)), x + 1)
     assert reason in caplog.text
 
 
@@ -199,11 +199,11 @@ def test_weights_of_a_class_of_their_own_are_left_to_the_modules_own_code(caplog
     class Elsewhere(torch.Tensor):
         """Its numbers need not lie where its address says, as those of quantised or divided weights."""
 
-    stock._warn.cache_clear()
+    transformers_experts._warn.cache_clear()
     module = bare(False, True)
     module.down_proj = torch.nn.Parameter(module.down_proj.data.as_subclass(Elsewhere))
     x = torch.randn(3, 12)
-    assert torch.equal(stock.stock_experts(module, x, random_ids(3, 2, 5), torch.rand(3, 2)), x + 1)
+    assert torch.equal(transformers_experts.stock_experts(module, x, random_ids(3, 2, 5), torch.rand(3, 2)), x + 1)
     assert "weights of the class Elsewhere" in caplog.text
 
 
@@ -211,7 +211,9 @@ def test_weights_of_a_class_of_their_own_are_left_to_the_modules_own_code(caplog
 def test_no_weight_is_kept_alive(tokens: int) -> None:
     """Offloading gives a module weights for one call and takes them back; adapters compute them anew for every call."""
     module = bare(False, True)
-    first = stock.stock_experts(module, torch.ones(tokens, 12), random_ids(tokens, 2, 5), torch.ones(tokens, 2))
+    first = transformers_experts.stock_experts(
+        module, torch.ones(tokens, 12), random_ids(tokens, 2, 5), torch.ones(tokens, 2)
+    )
     copies = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     kept = [weakref.ref(parameter.untyped_storage()) for parameter in module.parameters()]
     first = first.detach()
@@ -219,7 +221,9 @@ def test_no_weight_is_kept_alive(tokens: int) -> None:
         setattr(module, name, torch.nn.Parameter(copy))
     gc.collect()
     assert [storage() for storage in kept] == [None] * len(kept)
-    again = stock.stock_experts(module, torch.ones(tokens, 12), random_ids(tokens, 2, 5), torch.ones(tokens, 2))
+    again = transformers_experts.stock_experts(
+        module, torch.ones(tokens, 12), random_ids(tokens, 2, 5), torch.ones(tokens, 2)
+    )
     assert torch.equal(first, again.detach())
 
 
@@ -228,9 +232,9 @@ def test_another_ranks_experts() -> None:
     module = bare(False, True)
     x, ids, scores = torch.randn(80, 12), random_ids(80, 3, 8), torch.rand(80, 3)
     scores[ids >= 5] = torch.nan
-    found = stock.stock_experts(module, x, ids, scores)
+    found = transformers_experts.stock_experts(module, x, ids, scores)
     kept = torch.where(ids < 5, scores, torch.zeros(()))
-    expected = stock.stock_experts(module, x, ids.clamp(max=4), kept)
+    expected = transformers_experts.stock_experts(module, x, ids.clamp(max=4), kept)
     assert apart(found.detach(), expected.detach()) < 1e-6
     assert found.isfinite().all()
 
@@ -239,10 +243,10 @@ def test_a_module_that_is_cast_in_place_is_looked_at_again() -> None:
     module = bare(False, True)
     ids, scores = random_ids(80, 2, 5), torch.rand(80, 2)
     x = torch.randn(80, 12)
-    single = stock.stock_experts(module, x, ids, scores)
+    single = transformers_experts.stock_experts(module, x, ids, scores)
     module.double()
-    double = stock.stock_experts(module, x.double(), ids, scores)
+    double = transformers_experts.stock_experts(module, x.double(), ids, scores)
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     assert apart(single.detach(), double.detach()) < 1e-5
-    mixed = stock.stock_experts(module, x, ids, scores)
+    mixed = transformers_experts.stock_experts(module, x, ids, scores)
     assert mixed.dtype == torch.float32, "states of another dtype than the weights come back as they were"

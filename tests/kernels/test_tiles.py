@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from upcycle.errors import UsageError
-from upcycle.kernels import tiles
-from upcycle.kernels.candidates import candidates
-from upcycle.kernels.tiles import FAMILIES, KINDS, SIZES, Tile, TileTable, default_table, kind_of, load_table
+from upcycle.kernels.gpu import tile_table
+from upcycle.kernels.gpu.compile_gate.candidates import candidates
+from upcycle.kernels.gpu.tile_table import FAMILIES, KINDS, SIZES, Tile, TileTable, default_table, kind_of, load_table
 
 SMALL = Tile(16, 32, 64, 8, 4, 3)
 
@@ -112,6 +112,6 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_the_committed_file_is_as_save_writes_it(tmp_path: Path) -> None:
-    committed = Path(tiles.__file__).with_name("tiles.json")
+    committed = Path(tile_table.__file__).with_name("tiles.json")
     default_table().save(tmp_path / "again.json")
     assert committed.read_text() == (tmp_path / "again.json").read_text()

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from upcycle.kernels import tuning
-from upcycle.kernels.candidates import candidates
-from upcycle.kernels.experts import ExpertWeights
-from upcycle.kernels.launches import Launch
-from upcycle.kernels.tiles import default_table
+from upcycle.kernels.gpu.compile_gate.candidates import candidates
+from upcycle.kernels.gpu.launch_log import Launch
+from upcycle.kernels.gpu.tile_table import default_table
+from upcycle.kernels.gpu.timing import tune
+from upcycle.kernels.layout.expert_weights import ExpertWeights
 
 
 class OutOfResources(Exception):  # noqa: N818 - Triton's name
@@ -30,11 +30,11 @@ def layer() -> ExpertWeights:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     found: list[Launch] = []
-    monkeypatch.setattr(tuning, "start", found.append)
+    monkeypatch.setattr(tune, "start", found.append)
     return found
 
 
-def clock(started: list[Launch], seconds: Callable[[Launch], float]) -> tuning.Timer:
+def clock(started: list[Launch], seconds: Callable[[Launch], float]) -> tune.Timer:
     def timer(run: Callable[[], None]) -> float:
         started.clear()
         run()
@@ -46,7 +46,7 @@ def clock(started: list[Launch], seconds: Callable[[Launch], float]) -> tuning.T
 def test_the_fastest_is_taken(started: list[Launch]) -> None:
     lines: list[str] = []
     timer = clock(started, lambda launch: launch.tile.n * launch.tile.k / launch.tile.stages)
-    table = tuning.tune(layer(), [64], 2, "sm90", timer, lines.append)
+    table = tune.tune(layer(), [64], 2, "sm90", timer, lines.append)
     for family in ("up/interleaved", "gemm", "down_backward", "weight_gradient"):
         expected = min(candidates(2, family)[16], key=lambda tile: tile.n * tile.k / tile.stages)
         assert table.find("sm90", 2, family, 16) == expected
@@ -58,7 +58,7 @@ def test_the_fastest_is_taken(started: list[Launch]) -> None:
 
 def test_every_batch_decides_its_bucket(started: list[Launch]) -> None:
     lines: list[str] = []
-    tuning.tune(layer(), [4, 2048], 2, "sm90", clock(started, lambda launch: 1.0), lines.append)
+    tune.tune(layer(), [4, 2048], 2, "sm90", clock(started, lambda launch: 1.0), lines.append)
     assert [line.split(":")[0] for line in lines if line.startswith("gemm")] == [
         "gemm, 16 rows per expert",
         "gemm, 128 rows per expert",
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_left_out(started: list[Launch]) -> None:
         return 1.0
 
     lines: list[str] = []
-    table = tuning.tune(layer(), [1024], 2, "sm90", clock(started, seconds), lines.append)
+    table = tune.tune(layer(), [1024], 2, "sm90", clock(started, seconds), lines.append)
     assert table.find("sm90", 2, "gemm", 128) == default_table().find("sm90", 2, "gemm", 128)
     assert any("no candidate fits" in line for line in lines)
     assert table.find("sm90", 2, "up/interleaved", 128).stages == 3
@@ -83,4 +83,4 @@ def test_other_errors_are_not_hidden(started: list[Launch]) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        tuning.tune(layer(), [64], 2, "sm90", clock(started, seconds))
+        tune.tune(layer(), [64], 2, "sm90", clock(started, seconds))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle.kernels.tiles import BUCKETS, FAMILIES, KINDS, SIZES, Tile, TileTable, default_table
+from upcycle.kernels.gpu.tile_table import BUCKETS, FAMILIES, KINDS, SIZES, Tile, TileTable, default_table
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 # Test folders are no packages: this makes ``from kernel_oracle import ...`` work in this one.

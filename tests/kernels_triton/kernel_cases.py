@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from kernel_oracle import Answer, Problem
 
-from upcycle.kernels.experts import ExpertWeights, Gradients, pack
-from upcycle.kernels.routing import Routing, route
+from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, pack
+from upcycle.kernels.layout.routing import Routing, route
 
 
 def top_k(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[list[int]]:

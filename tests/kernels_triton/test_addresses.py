@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from kernel_cases import Case, make
 
-from upcycle.kernels.tiles import TileTable
-from upcycle.kernels.triton_common import offset
-from upcycle.kernels.triton_experts import backward, forward
+from upcycle.kernels.gpu.backend import backward, forward
+from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.gpu.triton_code.addressing import offset
 
 
 @triton.jit

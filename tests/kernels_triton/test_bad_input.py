@@ -10,10 +10,10 @@ from guards import guarded
 from kernel_cases import Case, make
 
 from upcycle.errors import UsageError
-from upcycle.kernels.experts import Gradients
-from upcycle.kernels.routing import route
-from upcycle.kernels.tiles import TileTable
-from upcycle.kernels.triton_experts import backward, forward
+from upcycle.kernels.gpu.backend import backward, forward
+from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.expert_weights import Gradients
+from upcycle.kernels.layout.routing import route
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from guards import guarded
 from kernel_cases import CASES, QUICK, Case, make
 from kernel_oracle import cosine, relative, solve, tolerance
 
-from upcycle.kernels.experts import Gradients
-from upcycle.kernels.tiles import TileTable
-from upcycle.kernels.triton_experts import backward, forward
+from upcycle.kernels.gpu.backend import backward, forward
+from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.expert_weights import Gradients
 
 # How many stored results lie between inputs and each result (h, values, output; z, dA, s*h, dz, gradient, ...).
 ROUNDINGS = {"output": 3, "x": 5, "gate": 4, "up": 4, "down": 3, "scores": 3}
@@ -142,7 +142,7 @@ def test_inputs_that_are_not_contiguous(device: torch.device, table: TileTable) 
 
 def test_no_tokens(device: torch.device, table: TileTable) -> None:
     made = make(Case(tokens=2), device)
-    from upcycle.kernels.routing import route
+    from upcycle.kernels.layout.routing import route
 
     routing = route(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
     x, scores = made.problem.x[:0], torch.empty(0, device=device)

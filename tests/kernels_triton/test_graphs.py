@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_cases import Case, make
 
-from upcycle.kernels.routing import route
-from upcycle.kernels.tiles import TileTable
-from upcycle.kernels.triton_experts import forward
+from upcycle.kernels.gpu.backend import forward
+from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.routing import route
 
 
 def test_a_replayed_pass_is_the_same(device: torch.device, table: TileTable) -> None:

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, make
 
-from upcycle.kernels.experts import ExpertWeights
-from upcycle.kernels.routing import route
-from upcycle.kernels.tiles import TileTable
-from upcycle.kernels.triton_experts import forward
+from upcycle.kernels.gpu.backend import forward
+from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.expert_weights import ExpertWeights
+from upcycle.kernels.layout.routing import route
 
 EXPERTS, TOKENS = 4, 7
 few = settings(

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from upcycle.kernels.devices import interpreted
-from upcycle.kernels.triton_common import dot, rounded
+from upcycle.kernels.gpu.triton_code.addressing import dot, rounded
+from upcycle.kernels.layout.devices import interpreted
 
 
 @triton.jit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.kernels.routing import Routing, route
-from upcycle.kernels.row_tiles import in_one_launch, row_tiles
+from upcycle.kernels.gpu.row_tiles import in_one_launch, row_tiles
+from upcycle.kernels.layout.routing import Routing, route
 
 
 @pytest.mark.parametrize(

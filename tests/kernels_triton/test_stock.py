@@ -8,14 +8,14 @@ import pytest
 import torch
 from kernel_oracle import cosine, relative
 
-from upcycle.kernels.tiles import VARIABLE, TileTable
+from upcycle.kernels.gpu.tile_table import VARIABLE, TileTable
 
 
 @pytest.mark.slow
 def test_mixtral(device: torch.device, table: TileTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from upcycle.kernels.dispatch import register
+    from upcycle.kernels.entry.choose_backend import register
 
     table.save(tmp_path / "tiles.json")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tiles.json"))

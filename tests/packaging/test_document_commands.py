@@ -47,7 +47,7 @@ NOT_RUN = {
     "--tasks arc_easy": "needs the hub's data sets",
     "upcycle push": "needs the hub: tests/cli/test_push.py and tests/test_hub.py push to one on the loopback",
     "pytest -m gpu": "needs a GPU",
-    "upcycle.kernels.bench": "needs a GPU",
+    "upcycle.kernels.gpu.timing.bench": "needs a GPU",
     "upcycle tune-kernels": "needs a GPU",
     "UPCYCLE_TILES=": "needs what tune-kernels wrote",
     **({} if find_spec("lm_eval") else {"--tasks": "needs the extra tasks"}),

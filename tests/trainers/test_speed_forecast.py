@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from upcycle.device_facts import DEVICES
-from upcycle.kernels.roofline import Shape, kernels
+from upcycle.kernels.gpu.compile_gate.roofline import Shape, kernels
 from upcycle.trainers.communication_forecast import forecast_communication
 from upcycle.trainers.division import Division
 from upcycle.trainers.flops import TrainingFlops

@@ -49,7 +49,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
     \b
     upcycle tune-kernels tiles.json --hidden 2048 --width 768 --experts 128 --top-k 8
     """
-    from upcycle.kernels.devices import gpu
+    from upcycle.kernels.layout.devices import gpu
 
     if options["top_k"] > options["experts"]:
         raise UsageError(f"--top-k {options['top_k']} of --experts {options['experts']}", hint="at most all of them")
@@ -57,9 +57,9 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
     device = gpu()
     import torch
 
-    from upcycle.kernels.experts import ExpertWeights
-    from upcycle.kernels.tiles import kind_of
-    from upcycle.kernels.tuning import tune
+    from upcycle.kernels.gpu.tile_table import kind_of
+    from upcycle.kernels.gpu.timing.tune import tune
+    from upcycle.kernels.layout.expert_weights import ExpertWeights
 
     experts, width, hidden = options["experts"], options["width"], options["hidden"]
     shapes = (

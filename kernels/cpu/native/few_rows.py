@@ -1,0 +1,56 @@
+"""The kernel for a few tokens on a CPU, ``few_rows.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from upcycle.kernels.cpu.native.compile import Function, function
+from upcycle.kernels.layout.expert_weights import ExpertWeights
+from upcycle.kernels.layout.plain_memory import is_plain
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+ARGUMENTS = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 4)
+
+
+def few_rows() -> Function | None:
+    """``upcycle_few_rows`` of the source file; ``None`` where it cannot be had."""
+    # A token has the same bits beside others only if the compiler joins no operations here and there.
+    return function("few_rows", "a few tokens", ARGUMENTS, "-ffp-contract=off")
+
+
+def takes(weights: ExpertWeights, experts: torch.Tensor) -> bool:
+    """Whether the kernel is for these experts: stacked as most models store them, in fp32 or bf16, of a processor's memory."""
+    layout = not weights.packed and not weights.transposed and weights.up_bias is None and weights.down_bias is None
+    stored = weights.up.dtype in KINDS and weights.up.is_contiguous() and weights.down.is_contiguous()
+    return layout and stored and experts.shape[-1] <= weights.num_experts
+
+
+def few_rows_output(
+    x: torch.Tensor, weights: ExpertWeights, experts: torch.Tensor, scores: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``[T, H]`` like ``x`` of experts that it :func:`takes`; ``None``: there is no kernel, an id is wrong, or a tensor is not plain.
+
+    Args:
+        x: ``[T, H]``.
+        weights: of its dtype.
+        experts: ids ``[T, K]``; E and more have no expert.
+        scores: fp32 ``[T, K]``; ``None``: all 1.
+    """
+    kernel = few_rows()
+    if kernel is None:
+        return None
+    x, experts = x.contiguous(), experts.to(torch.int64).contiguous()
+    factors = None if scores is None else scores.contiguous()
+    out = torch.empty_like(x)
+    if not is_plain(x, weights.up, weights.down, experts, factors, out):
+        return None
+    refused = kernel(
+        KINDS[x.dtype], x.data_ptr(), weights.up.data_ptr(), weights.down.data_ptr(), experts.data_ptr(),
+        None if factors is None else factors.data_ptr(), out.data_ptr(),
+        len(x), experts.shape[1], weights.num_experts, weights.hidden, weights.width(0),
+        ACTIVATIONS[weights.activation], weights.gated, weights.interleaved, torch.get_num_threads(),
+    )  # fmt: skip
+    return None if refused else out

@@ -1,0 +1,120 @@
+"""Stock experts of transformers run by our kernels: what ``experts_implementation="upcycle"`` calls."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from upcycle.kernels.entry.operator import Saved, compiled_output, experts_output
+from upcycle.kernels.layout.expert_weights import ExpertWeights, state_of
+from upcycle.kernels.layout.plain_memory import is_subclass, without_numbers
+
+_log = logging.getLogger("upcycle.kernels")
+
+
+def stock_experts(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    save: Saved = "z",
+) -> torch.Tensor:
+    """``[T, H]`` like ``hidden_states``: the forward function of a stock experts module.
+
+    A module whose experts are not an (up and gate) projection, an activation that has a kernel, and a down projection, or
+    whose weights are of a class of their own (divided among devices, quantised), runs its own code instead, and that is
+    logged as a warning. No weight is kept alive between two calls.
+
+    Args:
+        self: a module of a class under transformers' ``use_experts_implementation``.
+        hidden_states: ``[T, H]``.
+        top_k_index: expert ids ``[T, K]``; ids of ``num_experts`` or more are another rank's.
+        top_k_weights: router weights ``[T, K]``.
+        save: see :func:`upcycle.kernels.entry.operator.experts_output`.
+    """
+    activation = _activation(self)
+    obstacle = _obstacle(self, activation)
+    tensors = None if obstacle else _tensors(self)
+    if tensors is not None:
+        obstacle = _foreign(*tensors)
+    if obstacle is not None:
+        _warn(type(self).__name__, obstacle)
+        own: torch.Tensor = inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
+        return own
+    assert activation is not None
+    assert tensors is not None
+    up, down, up_bias, down_bias = tensors
+    interleaved = self.has_gate and not self.is_concatenated
+    x = hidden_states.to(up.dtype)
+    if torch.compiler.is_compiling() or without_numbers(x, up):
+        scores = top_k_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        out = compiled_output(
+            x, up, down, up_bias, down_bias, top_k_index, scores, None, None,
+            activation, self.has_gate, interleaved, self.is_transposed, None, save,
+        )  # fmt: skip
+    else:
+        layout = (activation, self.has_gate, interleaved, self.is_transposed)
+        known = _known.get(self)
+        if known is not None and (known.checked, known.stacked_layout) == (state_of(*tensors), layout):
+            weights = known.around(*tensors)
+        else:
+            weights = ExpertWeights(up, down, *layout, up_bias, down_bias)
+            _known[self] = weights.without_memory()
+        out = experts_output(x, weights, top_k_index, top_k_weights, save=save)
+    return out.to(hidden_states.dtype)
+
+
+# What a module's weights were found to be, without their memory: checking them again costs as much as a token's products.
+_known: WeakKeyDictionary[Any, ExpertWeights] = WeakKeyDictionary()
+
+
+def _tensors(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Up, down and their biases, each looked up once: a parametrised weight is computed whenever it is looked at."""
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
+    return up, module.down_proj, up_bias, module.down_proj_bias if module.has_bias else None
+
+
+def _foreign(*tensors: torch.Tensor | None) -> str | None:
+    """Of a class whose numbers are not simply in memory; a compiler sees through it, or refuses it, itself."""
+    if torch.compiler.is_compiling():
+        return None
+    found = next((tensor for tensor in tensors if is_subclass(tensor)), None)
+    return None if found is None else f"weights of the class {type(found).__name__}"
+
+
+def _activation(module: Any) -> str | None:
+    """The name of a module's activation among ours, ``None`` if it has another."""
+    return _activations().get(type(getattr(module, "act_fn", None)))
+
+
+@lru_cache
+def _activations() -> dict[type, str]:
+    from transformers.activations import ACT2FN
+
+    from upcycle.kernels.layout.expert_weights import ACTIVATIONS
+
+    return {torch.nn.SiLU: "silu", torch.nn.ReLU: "relu", **{type(ACT2FN[name]): name for name in ACTIVATIONS}}
+
+
+def _obstacle(module: Any, activation: str | None) -> str | None:
+    """Why a module cannot be run by kernels."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+        return "a gating of its own"
+    if getattr(module, "has_post_expert_norm", False):
+        return "a norm after every expert"
+    if activation is None:
+        return f"the activation {type(getattr(module, 'act_fn', None)).__name__}"
+    return None
+
+
+@lru_cache
+def _warn(module: str, obstacle: str) -> None:
+    _log.warning("%s has %s, for which there is no kernel: its own (eager) code runs instead", module, obstacle)

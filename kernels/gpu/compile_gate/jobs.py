@@ -1,0 +1,68 @@
+"""What the shipped tiles are compiled to: everything that training launches, written down with tensors that have no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from upcycle.kernels.gpu import backend
+from upcycle.kernels.gpu.compile_gate.compile import Job, job_of
+from upcycle.kernels.gpu.launch_log import recorded
+from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
+from upcycle.kernels.layout.routing import Routing
+
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+_HIDDEN, _WIDTH, _EXPERTS, _TOP_K = 2048, 768, 8, 2
+
+
+def jobs(table: TileTable) -> list[Job]:
+    """Everything that the table's tiles are compiled to, each once."""
+    found: dict[Job, None] = {}
+    for kind, size, rows in sorted({(kind, size, rows) for kind, size, _, rows in table}):
+        found.update(dict.fromkeys(place_jobs(kind, size, rows, table)))
+    return list(found)
+
+
+def place_jobs(kind: str, size: int, rows: int, table: TileTable, family: str = "") -> Iterator[Job]:
+    """The same for one place of the table, of all layouts that have kernels of their own; of one family, if it is named."""
+    for weights in _layouts(_DTYPES[size]):
+        yield from training_jobs(kind, weights, rows, table, family)
+
+
+def training_jobs(kind: str, weights: ExpertWeights, rows: int, table: TileTable, family: str = "") -> Iterator[Job]:
+    """What one forward and backward pass with so many rows per expert launches."""
+    routing = meta_routing(rows * weights.num_experts // _TOP_K, weights.num_experts, _TOP_K)
+    x = torch.empty(routing.tokens, weights.hidden, dtype=weights.up.dtype, device="meta")
+    scores = torch.empty(routing.slots, device="meta")
+    with recorded(kind) as launches:
+        _, z = backend.forward(x, weights, routing, scores, True, table)
+        everything = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
+        backend.backward(x, x, weights, routing, scores, z, everything, table=table)
+    for launch in launches:
+        if not family or launch.family == family:
+            yield job_of(launch, kind)
+
+
+def meta_routing(tokens: int, experts: int, top_k: int) -> Routing:
+    """Shapes of a routing without values."""
+
+    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    slots = tokens * top_k
+    return Routing(empty(slots), empty(slots), empty(slots), empty(experts + 1, torch.int64), None, tokens, top_k)
+
+
+def _layouts(dtype: torch.dtype) -> Iterator[ExpertWeights]:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    widths = (_WIDTH,) * _EXPERTS
+    rows = _WIDTH * _EXPERTS
+    yield ExpertWeights(empty(2 * rows, _HIDDEN), empty(rows, _HIDDEN), interleaved=True, widths=widths)
+    if dtype == torch.float32:
+        return
+    yield ExpertWeights(empty(_EXPERTS, 2 * _WIDTH, _HIDDEN), empty(_EXPERTS, _HIDDEN, _WIDTH))
+    yield ExpertWeights(empty(rows, _HIDDEN), empty(rows, _HIDDEN), activation="relu2", gated=False, widths=widths)

@@ -1,0 +1,72 @@
+"""Starts kernels, or only writes down what would be started: the gate compiles exactly what a GPU would run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from upcycle.kernels.gpu.tile_table import Tile, kind_of
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was written down."""
+
+    family: str
+    """As in the table of tiles."""
+    kernel: Any
+    arguments: dict[str, Any]
+    tile: Tile
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Launches that were written down for one kind of GPU."""
+
+    kind: str
+    launches: list[Launch]
+
+
+_records: list[Record] = []
+
+
+@contextmanager
+def recorded(kind: str) -> Iterator[list[Launch]]:
+    """While it lasts nothing runs: launches are written down, as a GPU of this kind would get them.
+
+    Tensors may be on the meta device.
+    """
+    _records.append(Record(kind, []))
+    try:
+        yield _records[-1].launches
+    finally:
+        _records.pop()
+
+
+def kind_for(device: torch.device) -> str:
+    """Which tiles a device uses."""
+    if _records:
+        return _records[-1].kind
+    return kind_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm80"
+
+
+def launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+    """Start a kernel, or write down that it would be."""
+    one = Launch(family, kernel, arguments, tile, grid)
+    if _records:
+        _records[-1].launches.append(one)
+    else:
+        start(one)
+
+
+def start(launch: Launch) -> None:
+    """Run it; nothing, where there is nothing to compute."""
+    if min(launch.grid) > 0:
+        # Fusing multiply and add is stated: its default changes between versions of Triton.
+        options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
+        launch.kernel[launch.grid](**launch.arguments, **options)
