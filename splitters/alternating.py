@@ -12,10 +12,10 @@ from upcycle.capture import of_largest
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters, filled
 from upcycle.ridge import solve_ridge
-from upcycle.splitters.balanced_assignment import balanced_assignment
-from upcycle.splitters.balanced_kmeans import balanced_kmeans
-from upcycle.splitters.plain_sum import PlainSumPartition
-from upcycle.splitters.profiles import draw_seed, required
+from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
+from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
+from upcycle.splitters.grouping.neuron_profiles import draw_seed, required
+from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 from upcycle.targets.base import MoeShape
 
 

@@ -11,9 +11,9 @@ from torch.nn.functional import linear, normalize
 from upcycle.activations import Activations, activation_function
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
-from upcycle.splitters.marker_assignment import marker_assignment
-from upcycle.splitters.plain_sum import PlainSumPartition
-from upcycle.splitters.profiles import required
+from upcycle.splitters.grouping.marker_assignment import marker_assignment
+from upcycle.splitters.grouping.neuron_profiles import required
+from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
 
 class CMoEParameters(PluginParameters):
@@ -30,7 +30,7 @@ class CMoE(PlainSumPartition):
     norm(Wu)^T)`` with tokens and weight rows scaled to length one, so that neither long tokens nor long rows decide. On
     every token the ``k_act`` largest ``|h|`` are marked. The shared neurons are those with the highest rate of marks; the
     others are clustered by their columns of marks (L1 distance, seeds = the highest rates, equal sizes) in
-    :func:`~upcycle.splitters.marker_assignment.marker_assignment`, which says how it differs. Every chosen expert has
+    :func:`~upcycle.splitters.grouping.marker_assignment.marker_assignment`, which says how it differs. Every chosen expert has
     weight one, so the ``paper`` scale is ``sum`` = K.
 
     Deviations: a token's marks are kept as neuron ids ``[T, k_act]`` and not as a ``[T, F]`` matrix of zeros and ones;

@@ -14,9 +14,9 @@ from upcycle.activations import Activations
 from upcycle.errors import EnvironmentFault
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
-from upcycle.splitters.greedy_assignment import greedy_assignment
-from upcycle.splitters.plain_sum import PlainSumPartition
-from upcycle.splitters.profiles import coactivation, draw_seed, required
+from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
+from upcycle.splitters.grouping.neuron_profiles import coactivation, draw_seed, required
+from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
 # So that the edge at the percentile itself is kept with weight one.
 _MARGIN = 0.99

@@ -11,9 +11,15 @@ from torch.nn.functional import normalize
 from upcycle.activations import Activations
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
-from upcycle.splitters.balanced_kmeans import balanced_kmeans
-from upcycle.splitters.plain_sum import PlainSumPartition
-from upcycle.splitters.profiles import coactivation, draw_seed, principal_profiles, required, sketched_profiles
+from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
+from upcycle.splitters.grouping.neuron_profiles import (
+    coactivation,
+    draw_seed,
+    principal_profiles,
+    required,
+    sketched_profiles,
+)
+from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
 
 class CoactivationKMeansParameters(PluginParameters):

@@ -6,9 +6,9 @@ import torch
 
 from upcycle.activations import Activations
 from upcycle.feed_forward import FeedForward
-from upcycle.splitters.balanced_kmeans import balanced_kmeans
-from upcycle.splitters.plain_sum import PlainSumPartition
-from upcycle.splitters.profiles import draw_seed
+from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
+from upcycle.splitters.grouping.neuron_profiles import draw_seed
+from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 from upcycle.splitters.weight_kmeans import unit_rows
 
 
@@ -21,7 +21,7 @@ class D2D(PlainSumPartition):
     Deviations: the model is not fine-tuned for sparsity first, nor are attention projections replaced; the number of
     active experts is fixed, because no stock architecture can run dynamic-k; the ridge router is linear, the paper's
     has a hidden layer and the absolute value at its end. The clustering is
-    :func:`~upcycle.splitters.balanced_kmeans.balanced_kmeans` where D2DMoE takes k_means_constrained's.
+    :func:`~upcycle.splitters.grouping.balanced_kmeans.balanced_kmeans` where D2DMoE takes k_means_constrained's.
     """
 
     name = "d2d"

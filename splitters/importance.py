@@ -13,8 +13,8 @@ from upcycle.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.errors import UsageError
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import Partition, PluginParameters, filled
-from upcycle.splitters.greedy_assignment import greedy_assignment
-from upcycle.splitters.profiles import required
+from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
+from upcycle.splitters.grouping.neuron_profiles import required
 from upcycle.targets.base import MoeShape
 
 

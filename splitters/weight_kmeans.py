@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from upcycle.activations import Activations
 from upcycle.feed_forward import FeedForward
 from upcycle.methods.base import Partition, PluginParameters
-from upcycle.splitters.balanced_kmeans import balanced_kmeans
-from upcycle.splitters.profiles import draw_seed
+from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
+from upcycle.splitters.grouping.neuron_profiles import draw_seed
 
 
 class WeightKMeansParameters(PluginParameters):
@@ -30,7 +30,7 @@ class WeightKMeans(Partition):
     Balanced k-means on rows ``[F, d]`` scaled to length one, over which projection ``matrix`` decides: LLaMA-MoE's shipped
     script takes up; MoEfication has one first matrix, which of a gated FFN is nearest to gate.
 
-    Deviations: the clustering is :func:`~upcycle.splitters.balanced_kmeans.balanced_kmeans` with a seed of its own for
+    Deviations: the clustering is :func:`~upcycle.splitters.grouping.balanced_kmeans.balanced_kmeans` with a seed of its own for
     every layer, where both papers take k_means_constrained's with seed 0; ``both`` is ours; clusters may differ by one
     neuron where the number of experts does not divide. LLaMA-MoE's documented cosine metric was never reachable from its
     command line, so rows of length one at Euclidean distance are what it ran. The ``paper`` scale is LLaMA-MoE's E/K;

@@ -193,7 +193,7 @@ def _cluster(path: str, out: str, clusters: str, seed: str, iterations: str) -> 
     import numpy as np
     import torch
 
-    from upcycle.splitters.balanced_kmeans import balanced_kmeans_result
+    from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans_result
 
     x = torch.from_numpy(np.load(path))
     balanced_kmeans_result(x[:256], 2)  # loads all code
@@ -221,7 +221,7 @@ def _assign_markers(out: str) -> None:
     import torch
     from scipy.optimize import linear_sum_assignment
 
-    from upcycle.splitters.marker_assignment import marker_assignment
+    from upcycle.splitters.grouping.marker_assignment import marker_assignment
 
     def marks(neurons: int) -> torch.Tensor:
         """Rates fall like 1 / rank; every token is of one of 40 topics, each neuron of one, liked 20 times as much."""

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from upcycle.errors import UsageError
-from upcycle.splitters import balanced_assignment as module
-from upcycle.splitters.balanced_assignment import balanced_assignment
+from upcycle.splitters.grouping import balanced_assignment as module
+from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
 
 Costs = NDArray[np.float64]
 FORBIDDEN = 1e7

@@ -8,8 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from upcycle.errors import UsageError
-from upcycle.splitters import balanced_kmeans as module
-from upcycle.splitters.balanced_kmeans import balanced_kmeans, balanced_kmeans_result
+from upcycle.splitters.grouping import balanced_kmeans as module
+from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans, balanced_kmeans_result
 
 
 def heaps(

@@ -17,7 +17,7 @@ from upcycle.errors import EnvironmentFault
 from upcycle.feed_forward import FeedForward
 from upcycle.splitters.coactivation_graph import CoactivationGraph, CoactivationGraphParameters, cut, rebalanced
 from upcycle.splitters.coactivation_kmeans import CoactivationKMeans, CoactivationKMeansParameters
-from upcycle.splitters.profiles import coactivation
+from upcycle.splitters.grouping.neuron_profiles import coactivation
 
 D, F, E = 8, 48, 4
 

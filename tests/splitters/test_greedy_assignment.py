@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.splitters.greedy_assignment import greedy_assignment
+from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
 
 
 def pair_by_pair(scores: torch.Tensor, room: list[int], extra: int) -> list[int]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from upcycle.errors import UsageError
-from upcycle.splitters.marker_assignment import marker_assignment
+from upcycle.splitters.grouping.marker_assignment import marker_assignment
 
 Numbers = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from upcycle.activations import Activations, Batch, Inputs
 from upcycle.feed_forward import FeedForward
-from upcycle.splitters.profiles import coactivation, principal_profiles, sketched_profiles
+from upcycle.splitters.grouping.neuron_profiles import coactivation, principal_profiles, sketched_profiles
 
 D, F, T = 6, 24, 50
 NEURONS = torch.tensor([0, 2, 3, 7, 8, 11, 15, 16, 20, 23])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from upcycle.errors import UsageError
-from upcycle.splitters.balanced_assignment import balanced_assignment
+from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.splitters.balanced_assignment import balanced_assignment, one_thread
+from upcycle.splitters.grouping.balanced_assignment import balanced_assignment, one_thread
 
 _BLOCK = 1 << 18  # numbers that are worked on at a time where a copy is needed: that many fit in the cache
 # That many points say well enough in which directions they differ.
