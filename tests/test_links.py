@@ -105,5 +105,5 @@ def test_nothing_else_copies_files() -> None:
     # What a run copies into its checkpoints lies in a folder that it made itself of files that were copied by that function.
     assert found == {
         "upcycle/links.py: shutil.copyfile(inside(path, folder), destination)",
-        "trainers/checkpoint_writer.py: shutil.copytree(small, folder)",
+        "trainers/checkpoints/write.py: shutil.copytree(small, folder)",
     }

@@ -13,7 +13,7 @@ from upcycle.cli.main import cli, main
 from upcycle.errors import UsageError
 from upcycle.recipe import read_recipe
 from upcycle.shipped_recipes import VERBS, needed_recipe_file, recipe_file, shipped, summary
-from upcycle.trainers.planning import read_planned
+from upcycle.trainers.forecast.plan_training import read_planned
 
 
 def run(*arguments: str) -> Any:

@@ -10,8 +10,8 @@ import pytest
 
 import upcycle
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.trainers import data
-from upcycle.trainers.data_recipe import DataRecipe
+from upcycle.trainers.data import batches
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.user_paths import cache_folder, user_path
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def test_a_cache_is_found_or_there_is_none(homeless: Path, monkeypatch: pytest.M
     (homeless / f"upcycle-{os.getuid()}").chmod(0o777)  # made by somebody else, or open to all
     assert cache_folder() is None
     with pytest.raises(EnvironmentFault, match="no folder that tokenised text can be kept in"):
-        data.cache_folder(DataRecipe(domains={"text": "demo"}))
+        batches.cache_folder(DataRecipe(domains={"text": "demo"}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(homeless / "cache"))
     assert cache_folder() == homeless / "cache" / "upcycle"
     (homeless / "file").write_text("")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from upcycle.parsing import parse_json
-from upcycle.trainers import launcher
-from upcycle.trainers.hosts import KILL
-from upcycle.trainers.launcher import Started, start_ranks, wait
+from upcycle.trainers.distributed import launcher
+from upcycle.trainers.distributed.hosts import KILL
+from upcycle.trainers.distributed.launcher import Started, start_ranks, wait
 
 
 def main() -> int:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from upcycle.planning import plan
     from upcycle.report.writing import write_report
     from upcycle.serving.checking import verify_with
-    from upcycle.trainers.export import export
-    from upcycle.trainers.loop import train
-    from upcycle.trainers.planning import plan_training
+    from upcycle.trainers.checkpoints.export import export
+    from upcycle.trainers.forecast.plan_training import plan_training
+    from upcycle.trainers.run.loop import train
     from upcycle.verification import verify
 
 __version__ = "0.1.0"
@@ -41,12 +41,12 @@ _FUNCTIONS = {
     "compare": "comparison",
     "convert": "conversion",
     "evaluate": "evaluation",
-    "export": "trainers.export",
+    "export": "trainers.checkpoints.export",
     "plan": "planning",
-    "plan_training": "trainers.planning",
+    "plan_training": "trainers.forecast.plan_training",
     "push": "hub",
     "save_to_hub": "hub",
-    "train": "trainers.loop",
+    "train": "trainers.run.loop",
     "verify": "verification",
     "verify_with": "serving.checking",
     "write_card": "card",

@@ -66,8 +66,8 @@ class Writer:
                 f"the experts of {self.model.config.model_type} cannot be read",
                 hint="--no-experts writes the text alone",
             )
-        from upcycle.trainers.router_records import capture
-        from upcycle.trainers.routing import moe_layers
+        from upcycle.trainers.routing.router_records import capture
+        from upcycle.trainers.routing.stock_routers import moe_layers
 
         rules = {found.index: found.rule for found in moe_layers(self.model)}
         if layer is not None and layer not in rules:

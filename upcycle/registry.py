@@ -80,14 +80,14 @@ TARGETS = {
     "lfm2_moe": "upcycle.targets.lfm2_moe:Lfm2Moe",
 }
 LOSSES = {
-    "switch_balance": "upcycle.trainers.switch_balance:SwitchBalance",
-    "device_balance": "upcycle.trainers.device_balance:DeviceBalance",
-    "skywork_balance": "upcycle.trainers.skywork_balance:SkyworkBalance",
-    "importance_cv2": "upcycle.trainers.importance_cv2:ImportanceCV2",
-    "load_cv2": "upcycle.trainers.load_cv2:LoadCV2",
-    "mutual_information": "upcycle.trainers.mutual_information:MutualInformation",
-    "router_z": "upcycle.trainers.router_z:RouterZ",
-    "hoyer": "upcycle.trainers.hoyer:Hoyer",
+    "switch_balance": "upcycle.trainers.losses.switch_balance:SwitchBalance",
+    "device_balance": "upcycle.trainers.losses.device_balance:DeviceBalance",
+    "skywork_balance": "upcycle.trainers.losses.skywork_balance:SkyworkBalance",
+    "importance_cv2": "upcycle.trainers.losses.importance_cv2:ImportanceCV2",
+    "load_cv2": "upcycle.trainers.losses.load_cv2:LoadCV2",
+    "mutual_information": "upcycle.trainers.losses.mutual_information:MutualInformation",
+    "router_z": "upcycle.trainers.losses.router_z:RouterZ",
+    "hoyer": "upcycle.trainers.losses.hoyer:Hoyer",
 }
 KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS, "loss": LOSSES}
 

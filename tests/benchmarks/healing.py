@@ -30,7 +30,7 @@ from training_curves import Curve, plot, trained, validation_loss, write_domains
 import upcycle
 from upcycle.recipe import read_recipe
 from upcycle.sources import locate
-from upcycle.trainers.demo_text import split
+from upcycle.trainers.demo.demo_text import split
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARES = (0.5, 0.8, 0.9)

@@ -25,8 +25,8 @@ from training_curves import read_curve, validation_loss, write_domains, write_pa
 
 import upcycle
 from upcycle.recipe import read_recipe
-from upcycle.trainers.loop import train
-from upcycle.trainers.reports import read_log
+from upcycle.trainers.run.loop import train
+from upcycle.trainers.run.step_reports import read_log
 
 LENGTH, BATCH = 512, 4
 PIECES = 48

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
 from upcycle.sources import DEMO_FOLDER
-from upcycle.trainers.demo_model import DemoRecipe, train, training_windows
-from upcycle.trainers.demo_text import Document
+from upcycle.trainers.demo.demo_model import DemoRecipe, train, training_windows
+from upcycle.trainers.demo.demo_text import Document
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"prose": "science", "code": "library"}

@@ -22,14 +22,14 @@ import numpy as np
 
 from upcycle.sources import DEMO_FOLDER
 from upcycle.stock import load_tokenizer
-from upcycle.trainers.corpus import LocalCorpus
-from upcycle.trainers.counter_rng import permutation
-from upcycle.trainers.data import open_stream
-from upcycle.trainers.data_recipe import DataRecipe
-from upcycle.trainers.demo_text import documents
+from upcycle.trainers.data.batches import open_stream
+from upcycle.trainers.data.corpus import LocalCorpus
+from upcycle.trainers.data.keyed_random import permutation
+from upcycle.trainers.data.packing import Packing, pack
+from upcycle.trainers.data.token_shards import Encoder, Int64, TokenCache
+from upcycle.trainers.demo.demo_text import documents
 from upcycle.trainers.documents import Reading
-from upcycle.trainers.packing import Packing, pack
-from upcycle.trainers.token_shards import Encoder, Int64, TokenCache
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 LEAST_FILLED = 0.98
 LENGTHS = (256, 512, 1024, 2048, 4096)

@@ -104,8 +104,8 @@ def ours(told: dict[str, Any], profiled: bool) -> None:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from upcycle.trainers.loop import train
-    from upcycle.trainers.step import Stepper
+    from upcycle.trainers.run.loop import train
+    from upcycle.trainers.run.step import Stepper
 
     turn = Turn()
     for part, owner, name in (
@@ -150,8 +150,8 @@ def theirs(told: dict[str, Any], experts: str, work: Path) -> None:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from upcycle.stock import load_tokenizer
-    from upcycle.trainers.data import open_stream
-    from upcycle.trainers.recipe import parse_train_recipe
+    from upcycle.trainers.data.batches import open_stream
+    from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 
     own = parse_train_recipe(told, "recipe")
     steps, model = own.steps_of(own.stages[0]), Path(own.model)

@@ -24,13 +24,13 @@ import torch
 import yaml
 
 from upcycle.stock import load_tokenizer
-from upcycle.trainers.data import open_validation
-from upcycle.trainers.distributed import Ranks
-from upcycle.trainers.loop import train
-from upcycle.trainers.model_loading import load_model
-from upcycle.trainers.recipe import parse_train_recipe
-from upcycle.trainers.reports import read_log
-from upcycle.trainers.validation import validate
+from upcycle.trainers.checkpoints.load_model import load_model
+from upcycle.trainers.data.batches import open_validation
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.recipe.training_recipe import parse_train_recipe
+from upcycle.trainers.run.loop import train
+from upcycle.trainers.run.step_reports import read_log
+from upcycle.trainers.run.validation import validate
 
 _PLACES = ("--work", "--out", "--plot", "--jobs")
 PIECE = 800  # characters of held-out text, about a row of 256 tokens

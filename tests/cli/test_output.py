@@ -160,7 +160,7 @@ def test_nothing_else_prints() -> None:
         "upcycle/speed_worker.py",
         "kernels/gpu/compile_gate/__main__.py",
         "kernels/gpu/timing/bench.py",
-        "trainers/demo_model.py",
+        "trainers/demo/demo_model.py",
     }
     found = []
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):

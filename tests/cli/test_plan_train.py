@@ -51,7 +51,7 @@ def test_json_and_ranks_on_this_machine(arguments: list[str]) -> None:
 
 
 def test_what_does_not_fit(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.trainers.planning.USABLE", 1e-9)
+    monkeypatch.setattr("upcycle.trainers.forecast.plan_training.USABLE", 1e-9)
     shown = CliRunner().invoke(cli, [*arguments, "--world", "8xH100"])
     assert shown.exit_code == 0, shown.output
     assert "nothing fits into 80 GB" in shown.stderr

@@ -70,7 +70,7 @@ def test_ranks_are_given_everything_but_how_they_are_started() -> None:
 def test_ranks_are_not_started_by_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
     from upcycle.cli import train
     from upcycle.errors import UsageError
-    from upcycle.trainers import hosts, launcher
+    from upcycle.trainers.distributed import hosts, launcher
 
     started: list[Any] = []
     monkeypatch.setattr(launcher, "launch", lambda *a: started.append(a) or 0)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from upcycle.registry import LOSSES, load
-from upcycle.trainers.activation_records import ActivationRecord
-from upcycle.trainers.losses import Loss, Means, Reduction, WholeBatch, auxiliary_losses
-from upcycle.trainers.router_control import Noise
-from upcycle.trainers.router_records import RouterRecord
-from upcycle.trainers.routing import RoutingRule, widened
+from upcycle.trainers.losses.base import Loss, Means, Reduction, WholeBatch, auxiliary_losses
+from upcycle.trainers.routing.neuron_records import ActivationRecord
+from upcycle.trainers.routing.router_control import Noise
+from upcycle.trainers.routing.router_records import RouterRecord
+from upcycle.trainers.routing.stock_routers import RoutingRule, widened
 
 B, S, E, K = 4, 5, 6, 2
 T = B * S

@@ -18,7 +18,7 @@ from upcycle.cli.main import cli
 PACKAGE = Path(upcycle.__file__).parent
 # Renaming, removing trees and locking are done here, and in files of upcycle's own making within a folder that these have opened.
 FOLDERS = {
-    "workspace.py", "placing.py", "blueprint_join.py", "scratch.py", "trainers/checkpoint_writer.py", "trainers/run_folder.py",
+    "workspace.py", "placing.py", "blueprint_join.py", "scratch.py", "trainers/checkpoints/write.py", "trainers/run/run_folder.py",
 }  # fmt: skip
 LOCKS = {"locks.py"}
 
@@ -95,8 +95,8 @@ def test_what_is_somebody_elses_is_refused_before_any_work(
 
     for place in (
         "upcycle.conversion._write_weights",
-        "upcycle.trainers.export._write_weights",
-        "upcycle.trainers.loop.Stage",
+        "upcycle.trainers.checkpoints.export._write_weights",
+        "upcycle.trainers.run.loop.Stage",
     ):
         monkeypatch.setattr(place, worked)
     for extra in ([], options):

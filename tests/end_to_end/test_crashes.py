@@ -16,7 +16,7 @@ from kill_points import Killed, cut_what_was_being_written, killed_at
 from training_runs import recipe_for, run
 
 import upcycle
-from upcycle.trainers.export import export
+from upcycle.trainers.checkpoints.export import export
 
 Job = Callable[[Path], object]
 CHECKED = {"verification": {"tokens": 64}}

@@ -25,7 +25,7 @@ from upcycle.report.data.collecting import Wanted
 from upcycle.serving.checking import ServingCheck
 from upcycle.speed import ModelSpeed, Speed
 from upcycle.task_scores import TaskScore, TaskScores
-from upcycle.trainers.recipe import StageRecipe, TrainRecipe
+from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -194,7 +194,7 @@ def test_json_keys(
     from training_runs import recipe_for, run
 
     trained, _ = run(recipe_for(tmp_path / "out", tmp_path / "training", stage={"steps": 1}))
-    from upcycle.trainers.export import export
+    from upcycle.trainers.checkpoints.export import export
 
     exported = export(trained.output, tmp_path / "exported").as_dict()
     stage = {"steps": 1, "learning_rate": 0.001}
@@ -265,7 +265,7 @@ def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path:
 
 
 def test_the_training_recipe_of_the_demo_is_valid() -> None:
-    from upcycle.trainers.demo_model import DemoRecipe
+    from upcycle.trainers.demo.demo_model import DemoRecipe
 
     recipe = DemoRecipe.model_validate(yaml.safe_load((ROOT / "configs" / "train" / "demo_model.yaml").read_text()))
     made = json.loads((ROOT / "upcycle" / "demo" / "training.json").read_text())

@@ -14,8 +14,8 @@ from upcycle.families.base import Feature
 from upcycle.registry import load
 from upcycle.runtime import use_eager_experts
 from upcycle.targets.base import MoeShape
-from upcycle.trainers.router_records import RouterRecord
-from upcycle.trainers.routing import RoutingRule
+from upcycle.trainers.routing.router_records import RouterRecord
+from upcycle.trainers.routing.stock_routers import RoutingRule
 
 Models = Callable[..., Any]
 

@@ -102,11 +102,11 @@ def watch_collectives(watch: Watch) -> None:
 
 
 def main(recipe: Path, out: Path) -> None:
-    from upcycle.trainers.distributed import import_deepspeed
+    from upcycle.trainers.distributed.ranks import import_deepspeed
 
     import_deepspeed()
-    from upcycle.trainers import step as stepping
-    from upcycle.trainers.loop import train
+    from upcycle.trainers.run import step as stepping
+    from upcycle.trainers.run.loop import train
 
     watch = Watch()
     watch_collectives(watch)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from upcycle.trainers.alarms import AlarmParameters, Alarms, NanPolicy, expert_similarity, load_entropy
+from upcycle.trainers.run.alarms import AlarmParameters, Alarms, NanPolicy, expert_similarity, load_entropy
 
 
 def counts(*numbers: int) -> dict[int, torch.Tensor]:

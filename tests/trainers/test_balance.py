@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.balance import BiasBalance, BiasBalanceParameters, loads
-from upcycle.trainers.losses import Reduction
-from upcycle.trainers.router_records import capture
-from upcycle.trainers.routing import moe_layers, selection_bias
+from upcycle.trainers.losses.base import Reduction
+from upcycle.trainers.routing.bias_balance import BiasBalance, BiasBalanceParameters, loads
+from upcycle.trainers.routing.router_records import capture
+from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
 
 BIASED = ["glm4_moe", "dots1", "solar_open", "ernie4_5_moe", "lfm2_moe"]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers.cached_logits import TopLogits
-from upcycle.trainers.distillation import logits_kl
+from upcycle.trainers.distillation.losses import logits_kl
+from upcycle.trainers.distillation.truncated_logits import TopLogits
 
 N, V = 6, 9
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.capacity import within_capacity
-from upcycle.trainers.routing import RoutingRule
+from upcycle.trainers.routing.capacity import within_capacity
+from upcycle.trainers.routing.stock_routers import RoutingRule
 
 G, S, E, K = 2, 10, 4, 2
 

@@ -8,7 +8,7 @@ import pytest
 
 from upcycle.outputs import OutputEntry
 from upcycle.tensor_files import TensorSpec
-from upcycle.trainers.checkpoint_writer import _shares, finished, remove_unfinished, step_folder
+from upcycle.trainers.checkpoints.write import _shares, finished, remove_unfinished, step_folder
 
 
 def entries(sizes: list[int]) -> list[OutputEntry]:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from upcycle.device_facts import DEVICES
-from upcycle.trainers.communication_forecast import Traffic, forecast_communication
-from upcycle.trainers.division import Division
-from upcycle.trainers.flops import TrainingFlops
-from upcycle.trainers.model_counts import LayerCounts, ModelCounts, Weight
-from upcycle.trainers.recipe import parse_train_recipe
-from upcycle.trainers.world import World
+from upcycle.trainers.forecast.communication import Traffic, forecast_communication
+from upcycle.trainers.forecast.flops import TrainingFlops
+from upcycle.trainers.forecast.model_counts import LayerCounts, ModelCounts, Weight
+from upcycle.trainers.forecast.ranks_planned import World
+from upcycle.trainers.forecast.zero_division import Division
+from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 
 D, F, E, K = 600, 700, 8, 2
 LARGE, SMALL, EXPERTS = 2_000_000, 500, 3 * E * F * D

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from training_runs import recipe_for, run, steps
 
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.continuation import accepted_changes
-from upcycle.trainers.recipe import StageRecipe, TrainRecipe
-from upcycle.trainers.reports import read_log
-from upcycle.trainers.step import Stepper
+from upcycle.trainers.checkpoints.read import latest
+from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe
+from upcycle.trainers.run.continuation import accepted_changes
+from upcycle.trainers.run.step import Stepper
+from upcycle.trainers.run.step_reports import read_log
 
 Model = Callable[[str], Path]
 
@@ -136,7 +136,7 @@ def named(model: type[BaseModel], path: str = "") -> Iterator[str]:
 
 def test_the_list_names_only_keys_that_there_are() -> None:
     """A key that was renamed must not fall out of the list in silence."""
-    from upcycle.trainers import continuation
+    from upcycle.trainers.run import continuation
 
     for pattern in continuation._RUN:
         assert pattern.partition(".")[0] in set(named(TrainRecipe)), pattern

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from upcycle.trainers.counter_rng import permutation, random_words, uniform
+from upcycle.trainers.data.keyed_random import permutation, random_words, uniform
 
 
 def philox(key: int, words: int) -> list[int]:

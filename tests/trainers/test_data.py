@@ -17,8 +17,8 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.recipe import parse_parameters
 from upcycle.stock import load_tokenizer
-from upcycle.trainers.data import Batch, TokenStream, open_stream, open_validation
-from upcycle.trainers.data_recipe import DataRecipe
+from upcycle.trainers.data.batches import Batch, TokenStream, open_stream, open_validation
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 LENGTH = 32
 

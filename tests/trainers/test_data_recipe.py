@@ -10,7 +10,7 @@ import yaml
 
 from upcycle.errors import UsageError
 from upcycle.recipe import parse_parameters
-from upcycle.trainers.data_recipe import DataRecipe
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 
 def parse(content: Any) -> DataRecipe:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from upcycle.trainers.demo_model import DemoRecipe, learning_rate, train, train_tokenizer, training_windows
-from upcycle.trainers.demo_text import Document
+from upcycle.trainers.demo.demo_model import DemoRecipe, learning_rate, train, train_tokenizer, training_windows
+from upcycle.trainers.demo.demo_text import Document
 
 RECIPE = DemoRecipe(
     seed=0, vocabulary_size=300, context=16, tokens=16 * 4 * 40, batch_windows=4, peak_learning_rate=1e-2, warmup_steps=5,

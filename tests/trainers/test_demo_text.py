@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from upcycle.trainers.demo_text import Document, split
+from upcycle.trainers.demo.demo_text import Document, split
 
 Sides = tuple[list[Document], list[Document]]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.losses import make_losses
+from upcycle.trainers.losses.base import make_losses
 
 T, E, K = 9, 6, 2
 

@@ -11,8 +11,7 @@ from pico_models import COMMON
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.cached_logits import TopLogits
-from upcycle.trainers.distillation import (
+from upcycle.trainers.distillation.losses import (
     DistillationParameters,
     LayerOutput,
     capture_outputs,
@@ -21,7 +20,8 @@ from upcycle.trainers.distillation import (
     matching,
     relative_error,
 )
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.distillation.truncated_logits import TopLogits
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 B, S, V = 2, 3, 7
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers import distributed
-from upcycle.trainers.distributed import Ranks, import_deepspeed, joined, lost_ranks
+from upcycle.trainers.distributed import ranks
+from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed, joined, lost_ranks
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], Rank
         def gather(found: list[Any], value: Any) -> None:
             found[:] = [theirs if theirs is not ... else value for theirs in everyone]
 
-        monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
+        monkeypatch.setattr(ranks.distributed, "all_gather_object", gather)
         return Ranks(1, 2, CPU)
 
     return make
@@ -73,7 +73,7 @@ def test_a_lost_rank_is_called_so(message: str) -> None:
 
 def test_incomplete_launch_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
-    monkeypatch.setattr(distributed.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks.distributed, "is_initialized", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.trainers import file_checks
 from upcycle.trainers.columns import choose_column
-from upcycle.trainers.corpus import LocalCorpus
+from upcycle.trainers.data import file_checks
+from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.documents import Reading, find_pieces
 from upcycle.trainers.file_kinds import Format
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UsageError
-from upcycle.trainers.corpus import Corpus
-from upcycle.trainers.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows, HeldOut
-from upcycle.trainers.token_shards import Encoder, TokenCache, document_hash
+from upcycle.trainers.data.corpus import Corpus
+from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows, HeldOut
+from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash
 
 SHARDS, PER_SHARD = 2 * SHARDS_TOGETHER + 3, 7
 LENGTH = 24

@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers import expert_parallel
+from upcycle.trainers.distributed import expert_parallel
 
 pytest.importorskip("deepspeed")
 

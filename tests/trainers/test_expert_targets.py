@@ -17,7 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.families.base import Feature
 from upcycle.registry import TARGETS, load
 from upcycle.stock import load_model
-from upcycle.trainers.expert_targets import (
+from upcycle.trainers.distillation.expert_targets import (
     ExpertTargetParameters,
     FfnRecord,
     capture_ffns,
@@ -25,7 +25,7 @@ from upcycle.trainers.expert_targets import (
     left_to_routed,
     recorded_scale,
 )
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 B, S, D, UNIT = 2, 5, 32, 0.05
 Pico = Callable[[str], Path]

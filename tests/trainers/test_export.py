@@ -14,8 +14,8 @@ import upcycle
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.stock import load_model
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.export import export
+from upcycle.trainers.checkpoints.export import export
+from upcycle.trainers.checkpoints.read import latest
 from upcycle.workspace import Workspace
 
 Model = Callable[..., Path]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from upcycle.trainers.flops import measured_peak, training_flops
+from upcycle.trainers.forecast.flops import measured_peak, training_flops
 
 LENGTH = 16
 

@@ -16,18 +16,18 @@ from training_runs import recipe_for
 pytest.importorskip("deepspeed")
 
 from upcycle.parsing import read_json
-from upcycle.trainers.communication_forecast import forecast_communication
-from upcycle.trainers.division import Division
-from upcycle.trainers.launcher import _free_port
-from upcycle.trainers.memory_forecast import (
+from upcycle.trainers.distributed.launcher import _free_port
+from upcycle.trainers.forecast.communication import forecast_communication
+from upcycle.trainers.forecast.memory import (
     bucket_bytes,
     gathered_bytes,
     gradient_bytes,
     optimizer_bytes,
     weight_bytes,
 )
-from upcycle.trainers.model_counts import count_model
-from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.forecast.model_counts import count_model
+from upcycle.trainers.forecast.zero_division import Division
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
 Model = Callable[[str], Path]
 WORLD = 2

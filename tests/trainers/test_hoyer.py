@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
 from upcycle.registry import FAMILIES, load
-from upcycle.trainers.activation_records import ActivationRecord, capture_activations, replace_activations
-from upcycle.trainers.losses import auxiliary_losses, make_losses
+from upcycle.trainers.losses.base import auxiliary_losses, make_losses
+from upcycle.trainers.routing.neuron_records import ActivationRecord, capture_activations, replace_activations
 
 T, F = 7, 6
 

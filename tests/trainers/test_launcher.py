@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.trainers import hosts, launcher
+from upcycle.trainers.distributed import hosts, launcher
 
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do case $1 in -o|-p) shift 2;; *) shift;; esac; done
@@ -173,7 +173,7 @@ def test_a_launcher_that_is_killed_takes_the_ranks_of_other_machines_with_it(
 
 
 def test_a_rank_notices_that_its_launcher_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle.trainers.signals import LAUNCHER, Stopped, StopSignals
+    from upcycle.trainers.distributed.signals import LAUNCHER, Stopped, StopSignals
 
     monkeypatch.setenv(LAUNCHER, str(os.getppid() + 1))  # whoever started this process, it was not that one
     with pytest.raises(Stopped, match="SIGTERM"), StopSignals(lambda _: None):
@@ -182,7 +182,7 @@ def test_a_rank_notices_that_its_launcher_has_gone(monkeypatch: pytest.MonkeyPat
 
 
 WAITS = (
-    "import sys, time; from upcycle.trainers.signals import StopSignals\n"
+    "import sys, time; from upcycle.trainers.distributed.signals import StopSignals\n"
     "with StopSignals(lambda text: print(text, flush=True)) as signals, signals.steps():\n"
     "    print('runs', flush=True)\n"
     "    for _ in range(600): time.sleep(0.1)\n"

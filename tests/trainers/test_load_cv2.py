@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.trainers.losses import make_losses
-from upcycle.trainers.router_control import Noise
-from upcycle.trainers.router_records import RouterRecord
-from upcycle.trainers.routing import RoutingRule
+from upcycle.trainers.losses.base import make_losses
+from upcycle.trainers.routing.router_control import Noise
+from upcycle.trainers.routing.router_records import RouterRecord
+from upcycle.trainers.routing.stock_routers import RoutingRule
 
 T, E, K = 7, 5, 2
 

@@ -16,11 +16,11 @@ pytest.importorskip("deepspeed")
 
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers import stage as stages
-from upcycle.trainers.cached_logits import TopLogits
-from upcycle.trainers.data import Batch
-from upcycle.trainers.logit_cache import LogitCache, joined, parent_identity, prepare_cache
-from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.distillation.logit_cache import LogitCache, joined, parent_identity, prepare_cache
+from upcycle.trainers.distillation.truncated_logits import TopLogits
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
+from upcycle.trainers.run import stage as stages
 
 Model = Callable[..., Path]
 

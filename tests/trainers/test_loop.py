@@ -16,12 +16,13 @@ import torch
 from training_runs import losses, recipe_for, run, steps
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers import checkpoint_writer, stage
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.checkpoint_writer import finished
-from upcycle.trainers.data_recipe import DataRecipe
-from upcycle.trainers.signals import STOPPING, Stopped
-from upcycle.trainers.step import Stepper
+from upcycle.trainers.checkpoints import write
+from upcycle.trainers.checkpoints.read import latest
+from upcycle.trainers.checkpoints.write import finished
+from upcycle.trainers.distributed.signals import STOPPING, Stopped
+from upcycle.trainers.recipe.data_recipe import DataRecipe
+from upcycle.trainers.run import stage
+from upcycle.trainers.run.step import Stepper
 
 Model = Callable[[str], Path]
 
@@ -56,7 +57,7 @@ def test_a_run_from_python_with_keys_or_a_file(pico_moe: Model, tmp_path: Path) 
 
 def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Path) -> None:
     from upcycle.stock import load_model, load_tokenizer
-    from upcycle.trainers.data import open_stream
+    from upcycle.trainers.data.batches import open_stream
 
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
     run(recipe)
@@ -301,7 +302,7 @@ def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(pico_moe: Mode
 
 def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path)
-    original = checkpoint_writer.ShardWriter._append
+    original = write.ShardWriter._append
 
     def full(self: Any, data: Any, previous: Any) -> None:
         if "step-00000004" in str(self._partial):
@@ -309,7 +310,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(pico_moe: Mod
         original(self, data, previous)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_writer.ShardWriter, "_append", full)
+        patch.setattr(write.ShardWriter, "_append", full)
         with pytest.raises(EnvironmentFault, match="disk is full") as error:
             run(recipe)
     assert error.value.exit_code == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.losses import Reduction, auxiliary_losses, make_losses
+from upcycle.trainers.losses.base import Reduction, auxiliary_losses, make_losses
 
 
 def two_ranks(parts: list[torch.Tensor]) -> Any:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from upcycle.runtime import use_eager_experts
-from upcycle.trainers.division import Division
-from upcycle.trainers.flops import TrainingFlops
-from upcycle.trainers.memory_forecast import (
+from upcycle.trainers.forecast.flops import TrainingFlops
+from upcycle.trainers.forecast.memory import (
     activation_bytes,
     bucket_bytes,
     expert_bytes,
@@ -23,8 +22,9 @@ from upcycle.trainers.memory_forecast import (
     optimizer_bytes,
     weight_bytes,
 )
-from upcycle.trainers.model_counts import LayerCounts, ModelCounts, Weight, count_model
-from upcycle.trainers.recipe import parse_train_recipe
+from upcycle.trainers.forecast.model_counts import LayerCounts, ModelCounts, Weight, count_model
+from upcycle.trainers.forecast.zero_division import Division
+from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 
 D, V, F = 1000, 50_000, 400
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UsageError
-from upcycle.trainers.data_recipe import DynamicWeights
-from upcycle.trainers.mixture import STRATUM, Mixture, updated_weights
+from upcycle.trainers.data.domain_mixture import STRATUM, Mixture, updated_weights
+from upcycle.trainers.recipe.data_recipe import DynamicWeights
 
 WEIGHTS = {"book": 0.2, "code": 0.3, "web": 0.5}
 REFERENCE = {"book": 1.9, "code": 0.7, "web": 1.7}

@@ -13,9 +13,9 @@ from upcycle.errors import CheckpointError, UsageError
 from upcycle.parsing import read_json
 from upcycle.registry import TARGETS
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.trainers.flops import training_flops
-from upcycle.trainers.model_counts import count_model
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.forecast.flops import training_flops
+from upcycle.trainers.forecast.model_counts import count_model
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 Model = Callable[[str], Path]
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers import model_loading
-from upcycle.trainers.checkpoint_writer import CONVERSION
-from upcycle.trainers.model_loading import (
+from upcycle.trainers.checkpoints import load_model as model_loading
+from upcycle.trainers.checkpoints.load_model import (
     check_parent,
     check_parent_tokens,
     collect_small_files,
@@ -23,6 +22,7 @@ from upcycle.trainers.model_loading import (
     stored_form,
     tokenizer_of,
 )
+from upcycle.trainers.checkpoints.write import CONVERSION
 
 CPU = torch.device("cpu")
 Model = Callable[..., Path]

@@ -12,9 +12,9 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.data import Batch
-from upcycle.trainers.packed_attention import check_fits, packing_leak
-from upcycle.trainers.packing import layout
+from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.packed_attention import check_fits, packing_leak
+from upcycle.trainers.data.packing import layout
 
 PARTS = [5, 1, 9, 4]  # and padding
 

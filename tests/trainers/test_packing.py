@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from upcycle.trainers.packing import Packing, Rows, layout, pack
+from upcycle.trainers.data.packing import Packing, Rows, layout, pack
 
 ROW = 16
 CASES = {

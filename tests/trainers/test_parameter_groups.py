@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.parameter_groups import GroupParameters, groups, parts, select
+from upcycle.trainers.optimizing.parameter_groups import GroupParameters, groups, parts, select
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -10,7 +10,7 @@ import pytest
 from training_runs import losses, on_ranks, recipe_for, run, start, two_ranks
 
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.trainers.checkpoint_reader import latest
+from upcycle.trainers.checkpoints.read import latest
 
 Model = Callable[[str], Path]
 TRAINED = {

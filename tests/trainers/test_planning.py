@@ -16,8 +16,8 @@ pytest.importorskip("deepspeed")
 
 from upcycle.device_facts import DEVICES
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers.planning import plan_training, read_planned
-from upcycle.trainers.world import World
+from upcycle.trainers.forecast.plan_training import plan_training, read_planned
+from upcycle.trainers.forecast.ranks_planned import World
 
 Model = Callable[..., Path]
 EIGHT = World(DEVICES["H100"], 1, 8)

@@ -18,10 +18,10 @@ import yaml
 from training_runs import COMMAND, finish, losses, on_ranks, recipe_for, run, start, steps, two_ranks
 
 from upcycle.tensor_files import SafetensorsFolder
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.checkpoint_writer import finished
-from upcycle.trainers.export import export
-from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.checkpoints.export import export
+from upcycle.trainers.checkpoints.read import latest
+from upcycle.trainers.checkpoints.write import finished
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
 Model = Callable[[str], Path]
 
@@ -158,7 +158,7 @@ def test_ranks_that_disagree_and_ranks_that_are_missing(pico_moe: Model, tmp_pat
             )
         return [(process.wait(), process.stderr.read() if process.stderr else "") for process in processes]
 
-    from upcycle.trainers.launcher import _free_port
+    from upcycle.trainers.distributed.launcher import _free_port
 
     for code, text in ranks([recipe, other], _free_port()):
         assert code == 2

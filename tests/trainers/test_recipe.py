@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from upcycle.errors import UsageError
-from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe, read_train_recipe
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path for path in (ROOT / "configs" / "train").glob("*.yaml") if path.stem != "demo_model")

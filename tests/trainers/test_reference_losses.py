@@ -14,11 +14,11 @@ from training_runs import recipe_for, run, write_text
 import upcycle
 from upcycle.errors import UsageError
 from upcycle.stock import load_model as load_stock
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.data import open_validation
-from upcycle.trainers.model_loading import tokenizer_of
-from upcycle.trainers.recipe import TrainRecipe
-from upcycle.trainers.reports import read_log
+from upcycle.trainers.checkpoints.load_model import tokenizer_of
+from upcycle.trainers.checkpoints.read import latest
+from upcycle.trainers.data.batches import open_validation
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
+from upcycle.trainers.run.step_reports import read_log
 
 Pico = Callable[[str], Path]
 
@@ -91,7 +91,7 @@ def test_a_stage_after_it_and_a_continued_run_keep_them(
     content = recipe.model_dump(mode="json")
     content["stages"] = [{**content["stages"][0], "name": name} for name in ("one", "two")]
     measured = []
-    from upcycle.trainers import loop
+    from upcycle.trainers.run import loop
 
     kept = loop.reference_losses
     monkeypatch.setattr(loop, "reference_losses", lambda *told: measured.append(kept(*told)) or measured[-1])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault
-from upcycle.trainers import reports
-from upcycle.trainers.balance import Load
-from upcycle.trainers.reports import Reports, StepReport, read_log
+from upcycle.trainers.routing.bias_balance import Load
+from upcycle.trainers.run import step_reports
+from upcycle.trainers.run.step_reports import Reports, StepReport, read_log
 
 
 def report(step: int = 3, **changes: Any) -> StepReport:
@@ -48,9 +48,9 @@ def test_the_line_has_everything() -> None:
 
 def test_the_log_has_every_layer_and_only_numbers_json_knows(tmp_path: Path) -> None:
     said: list[str] = []
-    reports = Reports(tmp_path, [], said.append)
-    reports.step(report(1), printed=True)
-    reports.step(report(2, loss=math.nan, gradient_norm=math.inf), printed=False)
+    step_reports = Reports(tmp_path, [], said.append)
+    step_reports.step(report(1), printed=True)
+    step_reports.step(report(2, loss=math.nan, gradient_norm=math.inf), printed=False)
     first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert len(said) == 1
     assert first["load_max_over_mean"] == [1.2, 1.7]
@@ -60,9 +60,9 @@ def test_the_log_has_every_layer_and_only_numbers_json_knows(tmp_path: Path) -> 
 
 
 def test_a_log_is_cut_where_a_run_continues(tmp_path: Path) -> None:
-    reports = Reports(tmp_path, [], print)
+    step_reports = Reports(tmp_path, [], print)
     for step in (1, 2, 3):
-        reports.step(report(step), printed=False)
+        step_reports.step(report(step), printed=False)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
     Reports(tmp_path, [], print, first_step=2)
@@ -77,9 +77,9 @@ def test_trackers_get_the_numbers(name: str, tmp_path: Path, monkeypatch: pytest
     fake.log = lambda numbers, step: calls.append((numbers, step))  # type: ignore[attr-defined]
     fake.finish = lambda: calls.append("finished")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, fake)
-    reports = Reports(tmp_path, [name], print)
-    reports.step(report(), printed=False)
-    reports.close()
+    step_reports = Reports(tmp_path, [name], print)
+    step_reports.step(report(), printed=False)
+    step_reports.close()
     assert calls[0] == {"project": tmp_path.name}
     numbers, step = calls[1]
     assert step == 3
@@ -109,7 +109,7 @@ def test_a_tracker_that_does_not_start_or_fails_later(tmp_path: Path, monkeypatc
         def close(self) -> None:
             raise AssertionError("it was dropped")
 
-    monkeypatch.setitem(reports._TRACKERS, "wandb", Service)
+    monkeypatch.setitem(step_reports._TRACKERS, "wandb", Service)
     said: list[str] = []
     with pytest.raises(EnvironmentFault, match=r"log.trackers: wandb does not start: api_key not configured") as error:
         Reports(tmp_path, ["wandb"], said.append)

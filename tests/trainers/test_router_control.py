@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.router_control import (
+from upcycle.trainers.routing.router_control import (
     NOISE_WEIGHT,
     ControlParameters,
     RouterControl,
@@ -20,8 +20,8 @@ from upcycle.trainers.router_control import (
     _sampled,
     normalized_logits,
 )
-from upcycle.trainers.router_records import RouterRecord, capture
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.routing.router_records import RouterRecord, capture
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 
 def run(

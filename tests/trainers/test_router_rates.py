@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.trainers.parameter_groups import GroupParameters, parts, select
-from upcycle.trainers.router_rates import router_warning
+from upcycle.trainers.optimizing.parameter_groups import GroupParameters, parts, select
+from upcycle.trainers.optimizing.router_rates import router_warning
 
 
 def taught(folder: Path, router: str | None) -> Path:

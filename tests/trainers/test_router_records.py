@@ -9,8 +9,8 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.router_records import capture
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.routing.router_records import capture
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.trainers.losses import make_losses
+from upcycle.trainers.losses.base import make_losses
 
 
 def test_formula(record: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.routing import moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
 
 BIASED = {"glm4_moe", "dots1", "solar_open", "ernie4_5_moe", "lfm2_moe"}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

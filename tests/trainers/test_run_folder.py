@@ -12,9 +12,9 @@ import torch
 from training_runs import recipe_for, run
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers.data import Batch
-from upcycle.trainers.distributed import Ranks
-from upcycle.trainers.run_folder import check_run_folder, locked, save_batches
+from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.run.run_folder import check_run_folder, locked, save_batches
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -117,7 +117,7 @@ def test_the_old_checkpoints_stay_until_the_first_new_one(
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1, "losses": {}})
     run(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("upcycle.trainers.loop.save", lambda *_: (_ for _ in ()).throw(UpcycleError("killed")))
+        patch.setattr("upcycle.trainers.run.loop.save", lambda *_: (_ for _ in ()).throw(UpcycleError("killed")))
         for _ in range(2):
             with pytest.raises(UpcycleError, match="killed"):
                 run(recipe, restart=True)

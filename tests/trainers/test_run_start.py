@@ -16,11 +16,11 @@ import torch
 from training_runs import recipe_for, run
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
-from upcycle.trainers import reports, run_start
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.checkpoint_writer import finished
-from upcycle.trainers.distributed import Ranks
-from upcycle.trainers.run_start import agreed_checkpoint, check_shared, checkpoint_bytes
+from upcycle.trainers.checkpoints.read import latest
+from upcycle.trainers.checkpoints.write import finished
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.run import run_start, step_reports
+from upcycle.trainers.run.run_start import agreed_checkpoint, check_shared, checkpoint_bytes
 
 Model = Callable[[str], Path]
 Usage = namedtuple("Usage", "total used free")
@@ -165,7 +165,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_and_not_its_checkpoints(
     pico_moe: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 4})
-    original = reports.Reports.record
+    original = step_reports.Reports.record
 
     def full(self: Any, content: Any) -> None:
         if content["step"] == 3:
@@ -173,7 +173,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_and_not_its_checkpoints(
         original(self, content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports.Reports, "record", full)
+        patch.setattr(step_reports.Reports, "record", full)
         with pytest.raises(EnvironmentFault, match=r"the disk is full: .* earlier checkpoints are complete"):
             run(recipe)
     assert [path.name for path in finished(tmp_path / "run")] == ["step-00000002"]

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from upcycle.errors import UsageError
-from upcycle.trainers.schedules import PRESETS, Schedule, preset
+from upcycle.trainers.recipe.schedules import PRESETS, Schedule, preset
 
 
 def factors(**keys: Any) -> list[float]:

@@ -21,8 +21,8 @@ from upcycle.cli.main import cli
 from upcycle.runtime import use_eager_experts
 from upcycle.shipped_recipes import shipped
 from upcycle.stock import load_model
-from upcycle.trainers.recipe import parse_train_recipe
-from upcycle.trainers.routing import moe_layers
+from upcycle.trainers.recipe.training_recipe import parse_train_recipe
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 Pico = Callable[[str], Path]
 RECIPES = shipped("train")

@@ -8,14 +8,14 @@ import pytest
 
 from upcycle.device_facts import DEVICES
 from upcycle.kernels.gpu.compile_gate.roofline import Shape, kernels
-from upcycle.trainers.communication_forecast import forecast_communication
-from upcycle.trainers.division import Division
-from upcycle.trainers.flops import TrainingFlops
-from upcycle.trainers.memory_forecast import expert_bytes, layer_bytes
-from upcycle.trainers.model_counts import LayerCounts, ModelCounts, Weight
-from upcycle.trainers.recipe import parse_train_recipe
-from upcycle.trainers.speed_forecast import SpeedForecast, experts_moved, flops_per_token, forecast_speed, moved_bytes
-from upcycle.trainers.world import World
+from upcycle.trainers.forecast.communication import forecast_communication
+from upcycle.trainers.forecast.flops import TrainingFlops
+from upcycle.trainers.forecast.memory import expert_bytes, layer_bytes
+from upcycle.trainers.forecast.model_counts import LayerCounts, ModelCounts, Weight
+from upcycle.trainers.forecast.ranks_planned import World
+from upcycle.trainers.forecast.speed import SpeedForecast, experts_moved, flops_per_token, forecast_speed, moved_bytes
+from upcycle.trainers.forecast.zero_division import Division
+from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 
 D, F, E, K, V = 600, 700, 8, 2, 5000
 WEIGHTS = (Weight("embed", V * D, "rest", True, "embed"), Weight("e", 3 * E * F * D, "experts", True, "mlp."))

@@ -15,11 +15,11 @@ pytest.importorskip("deepspeed")
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.tensor_files import SafetensorsFile
-from upcycle.trainers import loop
-from upcycle.trainers.checkpoint_reader import latest
-from upcycle.trainers.recipe import TrainRecipe
-from upcycle.trainers.stage import Stage
-from upcycle.trainers.state_reuse import DenseStates
+from upcycle.trainers.checkpoints.dense_states import DenseStates
+from upcycle.trainers.checkpoints.read import latest
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
+from upcycle.trainers.run import loop
+from upcycle.trainers.run.stage import Stage
 
 KEYS = ("exp_avg", "exp_avg_sq")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from upcycle.trainers.step import next_token_losses
+from upcycle.trainers.run.step import next_token_losses
 
 
 def test_next_token_losses_with_loops() -> None:
@@ -47,7 +47,7 @@ def test_the_last_position_has_no_loss_and_no_gradient() -> None:
 
 def test_the_gradients_norm_does_not_drift_with_size() -> None:
     """A constant tensor, whose norm is known; fp32 sums of it are off by percents, and infinite ones stay infinite."""
-    from upcycle.trainers.step import gradient_norm
+    from upcycle.trainers.run.step import gradient_norm
 
     elements = 30_000_001
     value = torch.full((elements,), 1e-3)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from training_runs import losses, recipe_for, run
 
-from upcycle.trainers.checkpoint_writer import finished
-from upcycle.trainers.recipe import TrainRecipe
+from upcycle.trainers.checkpoints.write import finished
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
 pytestmark = pytest.mark.slow
 Model = Callable[[str], Path]

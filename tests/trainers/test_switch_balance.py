@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
-from upcycle.trainers.losses import make_losses
+from upcycle.trainers.losses.base import make_losses
 
 T, E, K = 12, 5, 2
 
@@ -87,8 +87,8 @@ def test_sequence_level_needs_sequences_and_masks_their_tokens(logits: torch.Ten
 
 
 def test_gradient_reaches_the_router_of_a_stock_model(stock: Any, ids: torch.Tensor) -> None:
-    from upcycle.trainers.router_records import capture
-    from upcycle.trainers.routing import moe_layers
+    from upcycle.trainers.routing.router_records import capture
+    from upcycle.trainers.routing.stock_routers import moe_layers
 
     model, seen = stock("mixtral"), {}
     router = moe_layers(model)[-1].router  # the last one: no other layer's loss reaches it

@@ -12,9 +12,9 @@ import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.stock import load_tokenizer
-from upcycle.trainers import token_shards
-from upcycle.trainers.corpus import Corpus
-from upcycle.trainers.token_shards import Encoder, TokenCache, document_hash
+from upcycle.trainers.data import token_shards
+from upcycle.trainers.data.corpus import Corpus
+from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash
 
 DOCUMENTS = ["one", " \n", "two three", "", "four"]
 

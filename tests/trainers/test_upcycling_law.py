@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from upcycle.trainers.upcycling_law import advice, crossing, loss_from_scratch, loss_upcycled
+from upcycle.trainers.forecast.upcycling_law import advice, crossing, loss_from_scratch, loss_upcycled
 
 
 @pytest.mark.parametrize(

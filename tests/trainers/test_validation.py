@@ -10,13 +10,13 @@ import pytest
 import torch
 from training_runs import recipe_for, run
 
-from upcycle.trainers.data import Batch
-from upcycle.trainers.distributed import Ranks
-from upcycle.trainers.packing import layout
-from upcycle.trainers.router_control import ControlParameters, RouterControl
-from upcycle.trainers.router_records import capture
-from upcycle.trainers.step import next_token_losses
-from upcycle.trainers.validation import validate
+from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.packing import layout
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.routing.router_control import ControlParameters, RouterControl
+from upcycle.trainers.routing.router_records import capture
+from upcycle.trainers.run.step import next_token_losses
+from upcycle.trainers.run.validation import validate
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NORMALIZED = {"normalize_logits": 2.0, "accept_unexported": True}
@@ -62,7 +62,7 @@ def test_a_capacity_in_evaluation_is_the_rows_own(stock: Any) -> None:
 
 def test_a_run_validates_with_the_control_it_trains_with(pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    from upcycle.trainers import loop
+    from upcycle.trainers.run import loop
 
     given: list[Any] = []
 

@@ -15,21 +15,21 @@ import pytest
 import torch
 from training_runs import recipe_for
 
-from upcycle.trainers.balance import BiasBalance
-from upcycle.trainers.communication_forecast import forecast_communication
-from upcycle.trainers.data import Batch
-from upcycle.trainers.distributed import Ranks
-from upcycle.trainers.division import Division
-from upcycle.trainers.losses import make_losses
-from upcycle.trainers.model_counts import ModelCounts, count_model
-from upcycle.trainers.packing import layout
-from upcycle.trainers.recipe import StageRecipe
-from upcycle.trainers.router_control import ControlParameters, RouterControl
-from upcycle.trainers.router_records import capture
-from upcycle.trainers.routing import moe_layers, selection_bias
-from upcycle.trainers.speed_forecast import flops_per_token
-from upcycle.trainers.step import Parent, Stepper, StepResult
-from upcycle.trainers.survey import Survey, needed
+from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.packing import layout
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.forecast.communication import forecast_communication
+from upcycle.trainers.forecast.model_counts import ModelCounts, count_model
+from upcycle.trainers.forecast.speed import flops_per_token
+from upcycle.trainers.forecast.zero_division import Division
+from upcycle.trainers.losses.base import make_losses
+from upcycle.trainers.losses.survey import Survey, needed
+from upcycle.trainers.recipe.training_recipe import StageRecipe
+from upcycle.trainers.routing.bias_balance import BiasBalance
+from upcycle.trainers.routing.router_control import ControlParameters, RouterControl
+from upcycle.trainers.routing.router_records import capture
+from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
+from upcycle.trainers.run.step import Parent, Stepper, StepResult
 
 ROWS, LENGTH = 4, 10
 FRAGMENTS = ([6, 3], [4], [10], [1, 1, 7])  # of each row; the rest is padding

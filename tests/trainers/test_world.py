@@ -7,7 +7,7 @@ import torch
 
 from upcycle.device_facts import DEVICES
 from upcycle.errors import UsageError
-from upcycle.trainers.world import World, parse_world
+from upcycle.trainers.forecast.ranks_planned import World, parse_world
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from upcycle.trainers.loop import TrainResult, train
-from upcycle.trainers.recipe import TrainRecipe, parse_train_recipe
-from upcycle.trainers.reports import read_log
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe
+from upcycle.trainers.run.loop import TrainResult, train
+from upcycle.trainers.run.step_reports import read_log
 
 COMMAND = [sys.executable, "-P", "-m", "upcycle.cli.main", "train"]
 WORDS = (

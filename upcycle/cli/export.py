@@ -48,7 +48,7 @@ def command(
     CHECKPOINT is a folder of a run such as run/checkpoints/step-00000100, or the run's folder for its newest one. OUT is what
     verify and evaluate take; it does not depend on how many ranks trained it, nor how they divided it.
     """
-    from upcycle.trainers.export import export
+    from upcycle.trainers.checkpoints.export import export
 
     result = export(
         checkpoint,

@@ -12,7 +12,7 @@ from upcycle import __version__
 from upcycle.children import VARIABLE
 from upcycle.cli.output import flush_streams, prepare_streams, print_error, print_traceback, say
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.trainers.signals import INTERRUPTED, interrupting
+from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
 
 VERBS = {
     "convert": "convert",

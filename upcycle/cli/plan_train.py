@@ -47,7 +47,7 @@ def command(
     upcycle plan train recipe.yaml --world 8xH100
     upcycle plan train recipe.yaml --world 128x8xH200 --set global_batch=4096 --dense-tokens 2e12
     """
-    from upcycle.trainers.planning import plan_training, read_planned
+    from upcycle.trainers.forecast.plan_training import plan_training, read_planned
 
     told = read_planned(recipe, {**({"model": model} if model else {}), **set_})
     plan = plan_training(told, world, dense_tokens, dense)

@@ -13,7 +13,7 @@ from upcycle.cli.options import assigned, common_options, quiet_option
 from upcycle.cli.output import print_facts, print_json, say, warn
 from upcycle.errors import UsageError
 from upcycle.quantities import duration
-from upcycle.trainers.signals import INTERRUPTED
+from upcycle.trainers.distributed.signals import INTERRUPTED
 
 
 def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
@@ -78,17 +78,17 @@ def command(
     upcycle train recipe.yaml --nproc 8 --set zero.stage=2
     upcycle train recipe.yaml --hostfile hosts --set expert_parallel=8
     """
-    from upcycle.trainers.recipe import read_train_recipe
+    from upcycle.trainers.recipe.training_recipe import read_train_recipe
 
     overlaid = {**({"model": model} if model else {}), **({"output": output} if output else {}), **set_}
     told = read_train_recipe(recipe, overlaid)
     arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
     if (nproc or hostfile) and _starts_ranks(nproc, hostfile):
-        from upcycle.trainers.launcher import COMMAND, launch, told_command
+        from upcycle.trainers.distributed.launcher import COMMAND, launch, told_command
 
         os.environ[COMMAND] = told_command(sys.argv[1:])
         if hostfile:
-            from upcycle.trainers.hosts import launch_hosts
+            from upcycle.trainers.distributed.hosts import launch_hosts
 
             code = launch_hosts(arguments, hostfile, nproc)
         else:
@@ -96,8 +96,8 @@ def command(
         if code:
             sys.exit(code)
         return
-    from upcycle.trainers.distributed import first_rank
-    from upcycle.trainers.loop import train
+    from upcycle.trainers.distributed.ranks import first_rank
+    from upcycle.trainers.run.loop import train
 
     result = train(told, (lambda _: None) if quiet else say, restart)
     if first_rank():
@@ -162,7 +162,7 @@ def _facts(result: Any) -> list[tuple[str, str]]:
 
 def _again() -> str:
     """The command that continues this run."""
-    from upcycle.trainers.launcher import COMMAND, told_command
+    from upcycle.trainers.distributed.launcher import COMMAND, told_command
 
     own = os.environ.get(COMMAND) or told_command(sys.argv[1:])
     return f"torchrun ... {own}" if "TORCHELASTIC_RUN_ID" in os.environ and COMMAND not in os.environ else own

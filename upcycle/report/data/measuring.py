@@ -16,8 +16,8 @@ from upcycle.report.data.routing import Choices
 from upcycle.report.data.subject import reason_of
 from upcycle.report.data.texts import Domain
 from upcycle.text import continuation
-from upcycle.trainers.router_records import capture
-from upcycle.trainers.routing import MoeLayer, moe_layers
+from upcycle.trainers.routing.router_records import capture
+from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers
 from upcycle.verdict import Totals
 
 _BATCH_LOGIT_BYTES = 1 << 26

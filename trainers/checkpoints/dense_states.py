@@ -1,0 +1,208 @@
+"""Optimizer states of a dense training run as those of the MoE that its result was converted to.
+
+Sparse Upcycling (Komatsuzaki et al., arXiv 2212.05055, section 3) resumes the dense optimizer's states for vision models: an expert
+that is a copy of the dense FFN gets the moments of that FFN, and routers, which are new, begin with zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from copy import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.blueprint import BlueprintFile, LayerBlueprint
+from upcycle.build import ExpertTensors
+from upcycle.checkpoint import DenseCheckpoint
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.job import Job
+from upcycle.planning import job_for
+from upcycle.provenance import BLUEPRINT_FILE, RECIPE_FILE
+from upcycle.recipe import parse_recipe, read_recipe
+from upcycle.sources import Source
+from upcycle.targets.base import OutputTensor
+from upcycle.tensor_files import SafetensorsFile, TensorSpec
+from upcycle.trainers.checkpoints.load_model import stored_form
+from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
+from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot
+from upcycle.trainers.checkpoints.write import STATE_FILE
+
+_NEW = ("router", "shared_switch", "zeros")  # parts that no dense weight is in: their states begin with zeros
+_HINT = "leave dense_states out: the optimizer then begins anew"
+
+
+class DenseStates:
+    """What one kind of state, or the weights themselves, would be if they had been converted as the weights were.
+
+    Args:
+        run: a dense run's folder, or one of its checkpoints.
+        model: what upcycle convert wrote.
+
+    Raises:
+        UsageError: the model is no conversion with a blueprint, or one whose weights are not the dense ones.
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+
+    def __init__(self, run: Path, model: Path) -> None:
+        self.saved = _checkpoint(run)
+        self.saved.check_files()
+        self.model = model
+        for name in (RECIPE_FILE, BLUEPRINT_FILE):
+            if not (model / name).is_file():
+                raise UsageError(
+                    f"dense_states: {model} has no {name}, which says where its weights are from", hint=_HINT
+                )
+        recipe = parse_recipe(read_recipe(model / RECIPE_FILE), str(model / RECIPE_FILE))
+        if recipe.sources:
+            raise UsageError(f"dense_states: {model} is made of several models", hint=_HINT)
+        self.dense = DenseCheckpoint(Source(str(run), self.saved.folder))
+        job = job_for(recipe, self.dense)
+        if not isinstance(job, Job):
+            raise UsageError(f"dense_states: {recipe.method} makes no experts of a dense model", hint=_HINT)
+        self.job = job
+        self.blueprints = BlueprintFile(model / BLUEPRINT_FILE)
+        self.copied = {entry.name: entry.origin for unit in job.units for entry in unit.entries if entry.origin}
+        self.built: dict[str, tuple[int, OutputTensor]] = {}
+        for layer in job.shape.moe_layers:
+            _check_copies(self.blueprints.layer(layer), model)
+            for tensor in job.target.moe_tensors(job.dense, job.shape, layer, "fused"):
+                self.built[tensor.name] = (layer, tensor)
+        files = [SafetensorsFile(self.saved.folder / name) for name in self.saved.state["files"]]
+        self.files = {name: file for file in files for name in file.specs}
+
+    def give(self, tensors: FullTensors) -> None:
+        """Give an engine that has not stepped yet the states, after the weights were found to be the dense run's.
+
+        Raises:
+            UsageError: the MoE was not made of these weights, or not by copying them.
+            CheckpointError: the dense run has no such states.
+        """
+        steps = int(self.saved.state["optimizer_steps"])
+        trained = [slot for slot in tensors.slots if slot.trained and slot.exported]
+        for slot in trained:
+            self._check_weights(tensors, slot)
+        if not steps:
+            raise CheckpointError(f"{self.saved.folder} has no optimizer states", hint="name a later checkpoint")
+        tensors.create_states(steps)
+        for slot in trained:
+            for key in tensors.keys:
+                tensors.set_state(slot, key, self.converted(slot.name, key).view(tensors.shape(slot)))
+
+    def converted(self, name: str, key: str = "") -> torch.Tensor:
+        """A tensor of the MoE, fp32, made of the dense run's states ``key`` (or weights) as it was made of its weights.
+
+        Raises:
+            UsageError: the tensor is no part of the conversion, or one that was computed.
+            CheckpointError: the dense run has no such state.
+        """
+        if name in self.built:
+            layer, tensor = self.built[name]
+            experts = self._experts(layer, key)
+            pieces = []
+            for part in tensor.parts:
+                if part.kind.startswith("idle") or part.factor != 1:
+                    raise _changed(name, self.model)
+                piece = experts.part(part)
+                pieces.append(torch.zeros_like(piece) if part.kind in _NEW else piece)
+            return torch.cat([piece.float() for piece in pieces]).view(tensor.shape)
+        origin = self.copied.get(name)
+        if origin is None:
+            raise UsageError(f"dense_states: '{name}' is no tensor of the conversion {self.model}", hint=_HINT)
+        if origin.times != 1 or (origin.add and key):
+            raise _changed(name, self.model)
+        return self._of(key).whole(origin)
+
+    def is_new(self, name: str) -> bool:
+        """Whether nothing of the dense model is in a tensor."""
+        return name in self.built and all(part.kind in _NEW for part in self.built[name][1].parts)
+
+    def _check_weights(self, tensors: FullTensors, slot: Slot) -> None:
+        if self.is_new(slot.name):
+            return
+        own = tensors.weights(slot)
+        dtypes = (stored_form(self.model)["dtype"], str(tensors.engine.module.dtype).removeprefix("torch."))
+        wanted = self.converted(slot.name).view(own.shape)
+        for dtype in dtypes:
+            wanted = wanted.to(getattr(torch, dtype)).float()
+        if not torch.equal(own.cpu(), wanted):
+            raise UsageError(
+                f"dense_states: '{slot.name}' of {self.model} is not made of the weights in {self.saved.folder}",
+                hint="name the checkpoint whose export was converted, or leave dense_states out",
+            )
+
+    @lru_cache(maxsize=2)  # noqa: B019 - gate and up, then down of a layer; the object lives as long as it is needed
+    def _experts(self, layer: int, key: str) -> ExpertTensors:
+        return ExpertTensors(self._of(key).feed_forward(layer), self.blueprints.layer(layer))
+
+    def _of(self, key: str) -> DenseCheckpoint:
+        """The dense checkpoint, whose tensors are the states ``key`` of the weights that it has under the same names."""
+        found = copy(self.dense)
+        found.store = _Store(self, f"{key}:" if key else "")
+        return found
+
+
+class _Store:
+    """The tensors of a training checkpoint whose names begin so."""
+
+    def __init__(self, states: DenseStates, prefix: str) -> None:
+        self._states, self._files, self._prefix = states, states.files, prefix
+        self.specs: dict[str, TensorSpec] = {
+            name.removeprefix(prefix): file.specs[name]
+            for name, file in states.files.items()
+            if name.startswith(prefix) and (prefix or ":" not in name)
+        }
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if self._prefix + name not in self._files:
+            raise CheckpointError(
+                f"dense_states: {self._states.saved.folder} has no '{self._prefix}{name}'",
+                hint="the dense run must train everything with the same optimizer",
+            )
+        return self._files[self._prefix + name]
+
+    @property
+    def fingerprint(self) -> str:
+        return self._states.dense.store.fingerprint
+
+    def sample(self) -> str:
+        return hashlib.sha256("\n".join(self._file(name).sample() for name in self.specs).encode()).hexdigest()
+
+    def location(self, name: str) -> str:
+        return str(self._file(name).path)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file(name).read(self._prefix + name)
+
+    def chunks(self, name: str, most_bytes: int, part: Any = None, multiple: int = 1) -> Iterator[torch.Tensor]:
+        return self._file(name).chunks(self._prefix + name, most_bytes, part, multiple)
+
+
+def _checkpoint(run: Path) -> SavedRun:
+    if (run / STATE_FILE).is_file():
+        return open_checkpoint(run)
+    saved = latest(run)
+    if saved is None:
+        raise CheckpointError(
+            f"dense_states: {run} is no training run with a checkpoint", hint="name RUN or RUN/checkpoints/step-..."
+        )
+    return saved
+
+
+def _check_copies(blueprint: LayerBlueprint, model: Path) -> None:
+    """Refuse what is not plainly the dense weights: moments of a weight that was scaled, drawn or fitted are other ones."""
+    experts = (*blueprint.routed, *blueprint.shared)
+    if blueprint.scale != 1 or blueprint.draws is not None or blueprint.down is not None:
+        raise _changed(f"layer {blueprint.layer}", model)
+    if any(not spec.plain or spec.scale != 1 for spec in experts):
+        raise _changed(f"layer {blueprint.layer}", model)
+
+
+def _changed(what: str, model: Path) -> UsageError:
+    return UsageError(
+        f"dense_states: {what} of {model} is not a plain copy or permutation of dense weights (scaled, drawn anew or fitted)",
+        hint=_HINT,
+    )

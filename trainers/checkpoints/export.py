@@ -1,0 +1,248 @@
+"""From a checkpoint of a run to a stock transformers folder, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle import provenance
+from upcycle.errors import CheckpointError
+from upcycle.hashing import hash_file
+from upcycle.links import copy_inside, inside
+from upcycle.local_names import without_paths
+from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
+from upcycle.ownership import CHECKPOINTS, TRAINED, check_apart, check_output
+from upcycle.parsing import read_json
+from upcycle.progress import SILENT, Progress
+from upcycle.recipe import parse_size
+from upcycle.stock import clean_config, empty_model
+from upcycle.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.trainers.checkpoints.load_model import STORED_FILE
+from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
+from upcycle.trainers.checkpoints.write import CONVERSION, OPTIMIZER, STATE_FILE
+from upcycle.user_paths import user_path
+from upcycle.workspace import Workspace, explained, sweep
+from upcycle.writer import Journal, ShardWriter, write_index
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_NOT_COPIED = (STATE_FILE, STORED_FILE, "config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the folder, its dtype and layout, and how far the model was trained."""
+
+    out: str
+    dtype: str
+    layout: str
+    step: int
+    tokens: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return dict(vars(self))
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "keep",
+    layout: str = "keep",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Exported:
+    """Write the model of a checkpoint as stock transformers stores it.
+
+    Args:
+        checkpoint: a folder such as ``RUN/checkpoints/step-00000100``, or the run's, whose newest checkpoint is taken.
+        out: where to.
+        dtype: of the weights; ``keep``: as the model that training began with was stored.
+        layout: ``per-expert``, ``fused``, or ``keep`` likewise.
+        max_shard_size: largest weight file.
+        overwrite: replace an ``out`` that upcycle wrote, once the new one is complete.
+        progress: where to report.
+
+    Raises:
+        CheckpointError: no checkpoint, or a file of it is damaged.
+        UsageError: ``out`` is not empty.
+    """
+    out = user_path(out).absolute()
+    check_output(out, overwrite)
+    saved = _opened(user_path(checkpoint))
+    _check_apart(out, saved.folder)
+    stored = read_json(saved.folder / STORED_FILE)
+    kept = {"dtype": stored["dtype"], "layout": stored["layout"]}
+    dtype = kept["dtype"] if dtype == "keep" else dtype
+    layout = kept["layout"] if layout == "keep" else layout
+    # Tensors that are stored in a dtype of their own, such as biases on the choice of experts, stay so.
+    others = stored["others"] if layout == kept["layout"] else {}
+    converter = _Converter(saved.folder, dtype, layout, others)
+    saved.check_files()
+    for path in (*_plain_files(saved.folder), *(saved.folder / CONVERSION).glob("*")):
+        inside(path, saved.folder)
+    shards = shards_of(converter.units(), parse_size(max_shard_size))
+    fingerprint = json.dumps([saved.state["files"], dtype, layout, max_shard_size], sort_keys=True)
+    fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
+    with (
+        explained(out),
+        Workspace(out, fingerprint, overwrite, kind="export", disposable=True, note=progress.note) as workspace,
+    ):
+        if not workspace.finished:
+            hashes = _write_weights(converter, shards, workspace.folder, progress)
+            sweep(workspace.folder)
+            _small_files(saved, workspace.folder, dtype, hashes)
+        folder = workspace.publish()
+    size = sum(shard.nbytes for shard in shards)
+    return Exported(str(folder), dtype, layout, saved.step, int(saved.state["tokens"]), size)
+
+
+def _check_apart(out: Path, checkpoint: Path) -> None:
+    """Refuse an output that is the run, one of its checkpoints, or around or among them."""
+    check_apart(out, checkpoint, "the checkpoint", inside=True)
+    folder = Path(os.path.realpath(checkpoint)).parent
+    if folder.name == CHECKPOINTS:
+        check_apart(out, folder.parent, "the run")
+        check_apart(out, folder, "the run's checkpoints", inside=True)
+
+
+def _write_weights(converter: _Converter, shards: Sequence[Shard], folder: Path, progress: Progress) -> dict[str, str]:
+    """Write every shard; returns file name -> SHA-256."""
+    hashes = {}
+    with progress.phase("exporting", sum(len(shard.units) for shard in shards)):
+        for shard in shards:
+            with ShardWriter(folder, shard, Journal(folder)) as writer:
+                for unit in shard.units:
+                    if unit.name not in writer.done:
+                        tensors = converter.tensors(unit.layer)
+                        for entry in unit.entries:
+                            writer.write(entry, [tensors[entry.name]])
+                        writer.finish(unit)
+                    progress.advance()
+            hashes[shard.file] = writer.sha256
+    write_index(folder, shards)
+    return hashes
+
+
+def _opened(folder: Path) -> SavedRun:
+    from upcycle.trainers.checkpoints.write import finished
+
+    newest = finished(folder) if (folder / "checkpoints").is_dir() else []
+    return open_checkpoint(newest[-1] if newest else folder)
+
+
+class _Converter:
+    """Tensors of a checkpoint under their stored names, layer by layer.
+
+    Per expert, they are named and cut by transformers' own rules, those ``save_pretrained`` follows.
+    """
+
+    def __init__(self, folder: Path, dtype: str, layout: str, others: dict[str, str]) -> None:
+        self._store = SafetensorsFolder(folder)
+        self._dtype, self._others = dtype, others
+        self._per_expert = layout == "per-expert"
+        self._model = empty_model(read_json(folder / "config.json"), str(folder))
+        self._by_layer: dict[int | None, list[str]] = {}
+        for name in self._store.specs:
+            match = _LAYER.match(name)
+            self._by_layer.setdefault(int(match[1]) if match else None, []).append(name)
+
+    def units(self) -> list[Unit]:
+        """What is outside the layers, then every layer, with the names, shapes and dtypes they will be stored in."""
+        import torch
+
+        found = []
+        for layer in sorted(self._by_layer, key=lambda layer: -1 if layer is None else layer):
+            with torch.device("meta"):
+                state = {name: torch.empty(self._store.specs[name].shape) for name in self._by_layer[layer]}
+                named = self._named(state)
+            entries = tuple(
+                OutputEntry(name, TensorSpec(tuple(tensor.shape), self._others.get(name, self._dtype)))
+                for name, tensor in sorted(named.items(), key=lambda item: _natural(item[0]))
+            )
+            found.append(Unit("outside" if layer is None else f"layer {layer}", layer, _aligned(entries)))
+        return found
+
+    def tensors(self, layer: int | None) -> dict[str, torch.Tensor]:
+        """A unit's tensors by stored name."""
+        import torch
+
+        named = self._named({name: self._store.read(name) for name in self._by_layer[layer]})
+        return {
+            name: tensor.to(getattr(torch, self._others.get(name, self._dtype))).contiguous()
+            for name, tensor in named.items()
+        }
+
+    def _named(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self._per_expert:
+            return state
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, state)
+        return reverted
+
+
+def _aligned(entries: tuple[OutputEntry, ...]) -> tuple[OutputEntry, ...]:
+    """Wider dtypes first, so that every tensor is aligned to its size."""
+    from upcycle.tensor_files import ITEM_SIZE
+
+    return tuple(sorted(entries, key=lambda entry: -ITEM_SIZE[entry.spec.dtype]))
+
+
+def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, str]) -> None:
+    for path in _plain_files(saved.folder):
+        copy_inside(path, saved.folder, folder / path.name)
+    origin = saved.folder / CONVERSION
+    config = _config(saved, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    training = {
+        "step": saved.step,
+        "tokens": saved.state["tokens"],
+        "loss": saved.state["loss"],
+        "validation": saved.state["validation"],
+        "recipe": without_paths(saved.state["recipe"]),
+        "versions": saved.state["versions"],
+    }
+    converted = (origin / provenance.FILE).is_file()
+    if converted:
+        for path in origin.iterdir():
+            copy_inside(path, saved.folder, folder / path.name)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in hashes and path.name not in (*provenance.UNHASHED, TRAINED):
+            hashes[path.name] = hash_file(path)
+    files = {"files": dict(sorted(hashes.items()))}
+    if not converted:
+        (folder / TRAINED).write_text(json.dumps({**training, **files}, indent=2) + "\n", encoding="utf-8")
+        return
+    record = {**read_json(origin / provenance.FILE), "training": training, **files}
+    (folder / provenance.FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(saved: SavedRun, dtype: str) -> dict[str, Any]:
+    """``config.json`` as training ended, with the dtype that is written."""
+    config = read_json(saved.folder / "config.json")
+    if "model_type" not in config:
+        raise CheckpointError(f"{saved.folder / 'config.json'} names no model_type")
+    return clean_config(config) | {"dtype": dtype}
+
+
+def _plain_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        weights = path.name.endswith(".safetensors") and path.name.startswith(("model-", OPTIMIZER))
+        if path.is_file() and not weights and path.name not in _NOT_COPIED:
+            yield path
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,129 @@
+"""Reads a checkpoint of a run back: which one, whether it fits, and what the engine is given of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.errors import CheckpointError
+from upcycle.hashing import hash_file
+from upcycle.parsing import read_json
+from upcycle.tensor_files import SafetensorsFile
+from upcycle.trainers.checkpoints.whole_tensors import FullTensors
+from upcycle.trainers.checkpoints.write import STATE_FILE, finished
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A complete checkpoint: its folder and its ``trainer.json``."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.state["step"])
+
+    def restore(self, tensors: FullTensors, states: bool = True) -> None:
+        """Give an engine its fp32 weights and (with ``states``) the optimizer's; the model was loaded from the folder itself.
+
+        Raises:
+            CheckpointError: something is missing, or of another shape.
+        """
+        files = self._files()
+        steps = int(self.state["optimizer_steps"]) if states else 0
+        if steps:
+            tensors.create_states(steps)
+        for slot in tensors.slots:
+            shape = tensors.shape(slot)
+            if slot.exported:
+                tensors.set_weights(slot, self._read(files, slot.name, shape))
+            elif states:
+                value = self._read(files, f"weight:{slot.name}", shape)
+                tensors.set_weights(slot, value)
+                _overwrite(slot.parts[0], value)
+            if slot.trained and steps:
+                for key in tensors.keys:
+                    tensors.set_state(slot, key, self._read(files, f"{key}:{slot.name}", shape))
+
+    def check_files(self, part: int = 0, parts: int = 1) -> None:
+        """Compare every file with the hash it had when it was written, or one of ``parts`` shares of them.
+
+        Raises:
+            CheckpointError: one is missing or has changed.
+        """
+        hashes = {**self.state["files"], **self.state.get("small_files", {})}
+        for name, expected in list(hashes.items())[part::parts]:
+            path = self.folder / name
+            outside = Path(name).is_absolute() or ".." in Path(name).parts
+            if outside or not path.is_file() or hash_file(path) != expected:
+                raise CheckpointError(
+                    f"{path} is missing, or not the file that was written (its SHA-256 differs)",
+                    hint=f"use an older checkpoint of the run: once {self.folder} is moved away, the run continues from it",
+                )
+
+    def _files(self) -> dict[str, SafetensorsFile]:
+        files = [SafetensorsFile(self.folder / name) for name in self.state["files"]]
+        return {name: file for file in files for name in file.specs}
+
+    def _read(self, files: dict[str, SafetensorsFile], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in files:
+            raise CheckpointError(
+                f"{self.folder} has no '{name}'", hint="it was saved for other stages, losses or another optimizer"
+            )
+        if files[name].specs[name].shape != shape:
+            raise CheckpointError(
+                f"{self.folder}: '{name}' is {list(files[name].specs[name].shape)}, and the model's {list(shape)}",
+                hint="this is a checkpoint of another model",
+            )
+        return files[name].read(name)
+
+
+def _overwrite(part: torch.Tensor, value: torch.Tensor) -> None:
+    """Give the model a weight that loading it did not know of."""
+    if hasattr(part, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([part], modifier_rank=0), torch.no_grad():
+            part.copy_(value)
+    else:
+        with torch.no_grad():
+            part.copy_(value)
+
+
+def open_checkpoint(folder: Path) -> SavedRun:
+    """A checkpoint by its folder.
+
+    Raises:
+        CheckpointError: it is no complete checkpoint, or a file of it is damaged.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is no checkpoint of a training run: it has no {STATE_FILE}",
+            hint="name a folder such as RUN/checkpoints/step-00000100",
+        )
+    try:
+        state = read_json(path, nan=True)
+        files = state["files"]
+    except (CheckpointError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}", hint="use an older checkpoint of the run") from None
+    for name in files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing", hint="use an older checkpoint of the run")
+        SafetensorsFile(folder / name)  # its length is what its header says
+    return SavedRun(folder, state)
+
+
+def latest(run: Path) -> SavedRun | None:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    found = finished(run)
+    return open_checkpoint(found[-1]) if found else None

@@ -1,0 +1,211 @@
+"""Whole weights and optimizer states of a DeepSpeed engine, one at a time, under the stock model's names, and back.
+
+Whatever ZeRO stage and expert parallelism divide, a checkpoint then is the same: it can be continued under another division
+and on another number of ranks. E experts, F intermediate, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from upcycle.registry import load
+from upcycle.trainers.distributed import expert_parallel
+from upcycle.trainers.routing.router_control import NOISE_WEIGHT
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the stock model and the engine's tensors it is made of; ``divided``: each rank has some experts of it."""
+
+    name: str
+    parts: tuple[torch.Tensor, ...]
+    divided: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer has states of it."""
+        return all(isinstance(part, nn.Parameter) and part.requires_grad for part in self.parts)
+
+    @property
+    def exported(self) -> bool:
+        """Whether the stock class has it; noise of routers is part of training alone."""
+        return not self.name.endswith(f".{NOISE_WEIGHT}")
+
+
+class FullTensors:
+    """Reads and writes whole tensors of an engine; all ranks call every method in the same order."""
+
+    def __init__(self, engine: Any, keys: Sequence[str]) -> None:
+        """``keys`` are the optimizer's states of every parameter."""
+        self.engine, self.keys = engine, tuple(keys)
+        self.slots = list(_slots(engine.module))
+
+    def shape(self, slot: Slot) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        shapes = [tuple(getattr(part, "ds_shape", part.shape)) for part in slot.parts]
+        if not slot.divided:
+            return shapes[0]
+        experts, _, *rest = shapes[0]
+        return (experts * self._share(slot)[1], sum(shape[1] for shape in shapes), *rest)
+
+    @torch.no_grad()
+    def weights(self, slot: Slot) -> torch.Tensor:
+        """The whole tensor, on this rank's device; what trains in fp32, though the model computes in bfloat16."""
+        return self._joined(slot, [self._weights(part) for part in slot.parts])
+
+    @torch.no_grad()
+    def state(self, slot: Slot, key: str) -> torch.Tensor:
+        """One of the optimizer's states of it, fp32."""
+        return self._joined(slot, [self._state(part, key) for part in slot.parts])
+
+    @torch.no_grad()
+    def set_weights(self, slot: Slot, value: torch.Tensor) -> None:
+        """Give what trains its fp32 weights, the model's own being set already."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for part, piece in zip(slot.parts, self._pieces(slot, value), strict=True):
+            if _is_mapped(part):
+                safe_set_full_fp32_param(part, piece.to(part.device, torch.float32))
+
+    @torch.no_grad()
+    def set_state(self, slot: Slot, key: str, value: torch.Tensor) -> None:
+        """Give the optimizer a state of it, after :meth:`create_states`."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for part, piece in zip(slot.parts, self._pieces(slot, value), strict=True):
+            if _is_mapped(part):
+                safe_set_full_optimizer_state(part, piece.to(part.device, torch.float32), key)
+            else:
+                self.engine.optimizer.state[part][key].copy_(piece)
+
+    def create_states(self, steps: int) -> None:
+        """Make the states an optimizer would make at its first step, as of ``steps`` steps, to be overwritten."""
+        outer = self.engine.optimizer
+        inner = getattr(outer, "optimizer", outer)
+        for flat in _masters(outer):
+            state = inner.state[flat]
+            for key in self.keys:
+                state[key] = torch.zeros_like(flat)
+            if "exp_avg" in self.keys:
+                own = type(inner).__module__.startswith("deepspeed")
+                device = flat.device if inner.defaults.get("fused") else "cpu"
+                state["step"] = steps if own else torch.tensor(float(steps), device=device)
+        self.link_states()
+
+    def link_states(self) -> None:
+        """Let every parameter find its part of the optimizer's flat states.
+
+        DeepSpeed 0.19 does this once, after the first parameter group has stepped, when the others have no states yet.
+        """
+        outer = self.engine.optimizer
+        if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
+            outer._hp_optimizer_states_linked = False
+            outer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def steps_taken(self) -> int:
+        """How many steps the optimizer has states of; 0 when it has none."""
+        outer = self.engine.optimizer
+        state = getattr(outer, "optimizer", outer).state
+        counts = [int(own["step"]) if "step" in own else 1 for own in state.values() if own]
+        return max(counts, default=0)
+
+    def _weights(self, part: torch.Tensor) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if _is_mapped(part) and part.requires_grad:
+            full: torch.Tensor = safe_get_full_fp32_param(part)
+            return full.view(getattr(part, "ds_shape", part.shape))
+        with _gathered(part):
+            return part.detach().clone()
+
+    def _state(self, part: torch.Tensor, key: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not _is_mapped(part):
+            state: torch.Tensor = self.engine.optimizer.state[part][key]
+            return state
+        full: torch.Tensor = safe_get_full_optimizer_state(part, key)
+        return full.view(getattr(part, "ds_shape", part.shape))
+
+    def _joined(self, slot: Slot, parts: list[torch.Tensor]) -> torch.Tensor:
+        mine = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if not slot.divided:
+            return mine
+        group, world, _ = self._share(slot)
+        mine = mine.contiguous()
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        distributed.all_gather(everyone, mine, group=group)
+        return torch.cat(everyone)
+
+    def _pieces(self, slot: Slot, value: torch.Tensor) -> list[torch.Tensor]:
+        if not slot.divided:
+            return [value]
+        _, world, rank = self._share(slot)
+        return [piece.contiguous() for piece in value.chunk(world)[rank].chunk(len(slot.parts), dim=1)]
+
+    def _share(self, slot: Slot) -> tuple[Any, int, int]:
+        """The group of ranks that have a slot's experts, how many they are, and which this one is."""
+        from deepspeed.utils import groups
+
+        group = groups._get_expert_parallel_group(slot.parts[0].group_name)  # type: ignore[attr-defined]
+        return group, distributed.get_world_size(group), distributed.get_rank(group)
+
+
+def _slots(module: Any) -> Iterator[Slot]:
+    parameters = dict(module.named_parameters())
+    stock = {name: name for name in parameters}  # names of what is one tensor here and there; others are taken out
+    computed: set[str] = set()
+    for prefix, block in module.named_modules():
+        if not expert_parallel.is_parallel(block):
+            continue
+        router = load("target", module.config.model_type).router
+        for name, sources in expert_parallel.stock_names(prefix, router).items():
+            # The router may be listed under its stock name, which is an alias.
+            alias = name.replace(f"{prefix}.{router}.", f"{prefix}.{router}.gate.")
+            held = [source if source in parameters else alias for source in sources]
+            yield Slot(name, tuple(parameters[each] for each in held), divided=".experts." in name)
+            for each in held:
+                del stock[each]
+        stock |= {name: _shared(name) for name in stock if name.startswith(f"{prefix}.shared_experts")}
+        computed.update(f"{prefix}.{name}" for name, _ in block.named_buffers(recurse=False))
+    for name, stored in stock.items():
+        yield Slot(stored, (parameters[name],))
+    persistent = set(module.state_dict(keep_vars=True)) - set(parameters) - computed
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            yield Slot(name, (buffer,))
+
+
+def _shared(name: str) -> str:
+    """AutoEP calls shared experts alike in every architecture; those it divides all have one, called ``shared_expert``."""
+    return name.replace(".shared_experts_gate.", ".shared_expert_gate.").replace(".shared_experts.", ".shared_expert.")
+
+
+def _is_mapped(part: torch.Tensor) -> bool:
+    return hasattr(part, "ds_id") or hasattr(part, "_hp_mapping")
+
+
+def _masters(optimizer: Any) -> list[torch.Tensor]:
+    """The fp32 tensors the optimizer steps on: flat ones of ZeRO, or the parameters themselves."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextmanager
+def _gathered(part: torch.Tensor) -> Iterator[None]:
+    if not hasattr(part, "ds_id"):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([part]):
+        yield

@@ -1,0 +1,266 @@
+"""Writes a checkpoint of a run: every rank its share of whole tensors, all at once, and a name only when complete.
+
+``step-00000100`` is a folder that stock transformers load (fp32, experts fused as they are in memory), with the optimizer's
+states and ``trainer.json`` beside the weights. Whoever holds it can continue on any number of ranks, or export it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from upcycle.errors import EnvironmentFault
+from upcycle.hashing import hash_file
+from upcycle.names import sibling
+from upcycle.outputs import OutputEntry, Shard, Unit
+from upcycle.tensor_files import INDEX, TensorSpec
+from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.whole_files import sync
+from upcycle.writer import Journal, ShardWriter
+
+STATE_FILE = "trainer.json"
+OPTIMIZER = "optimizer"
+CONVERSION = "conversion"
+_PARTIAL = ".partial"
+_REPLACED = "replaced."
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def finished(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if not path.name.endswith(_PARTIAL))
+
+
+def remove_unfinished(run: Path) -> None:
+    """Throw away what a killed run was writing."""
+    for path in (run / "checkpoints").glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(path)
+
+
+def put_aside(run: Path) -> None:
+    """Take the checkpoints of a run that is begun anew out of the way; they are removed when its first one is complete."""
+    found = finished(run)
+    if found:
+        _remove_replaced(run)  # by the ones that are replaced now
+    for path in found:
+        path.rename(path.with_name(_REPLACED + path.name))
+
+
+def _remove_replaced(run: Path) -> None:
+    for path in (run / "checkpoints").glob(f"{_REPLACED}step-*"):
+        shutil.rmtree(path)
+
+
+def save(
+    run: Path, step: int, tensors: FullTensors, state: Mapping[str, Any], small: Path, ranks: Ranks, keep: int
+) -> Path:
+    """Write a checkpoint; all ranks call this together. What is older than the ``keep`` newest is removed after it is complete.
+
+    Args:
+        run: the run's folder.
+        step: optimizer steps of the whole run.
+        tensors: of the engine.
+        state: everything else, as JSON.
+        small: folder whose files go into every checkpoint: configuration, tokenizer, origin.
+        ranks: all of them.
+        keep: how many checkpoints stay.
+
+    Raises:
+        EnvironmentFault: the disk is full or cannot be written; checkpoints that were complete stay.
+    """
+    final = step_folder(run, step)
+    folder = sibling(final, _PARTIAL)
+    error: BaseException | None = None
+    try:
+        if ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(small, folder)
+    except OSError as fault:
+        error = disk_fault(fault, folder)
+    ranks.together(error)
+    hashes = _write_tensors(folder, tensors, ranks)
+    try:
+        if ranks.first:
+            _write_index(folder, tensors, ranks.world)
+            others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in hashes]
+            small_hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in others}
+            content = {
+                **{"format": 1, **state, "step": step, "world": ranks.world},
+                **{"files": hashes, "small_files": small_hashes},
+            }
+            (folder / STATE_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+            for path in folder.iterdir():
+                sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            folder.rename(final)
+            sync(final.parent)
+            for old in finished(run)[:-keep]:
+                shutil.rmtree(old)
+            _remove_replaced(run)
+    except OSError as fault:
+        error = disk_fault(fault, folder)
+    ranks.together(error)
+    return final
+
+
+def _write_tensors(folder: Path, tensors: FullTensors, ranks: Ranks) -> dict[str, str]:
+    """Every rank writes the tensors that are its; the SHA-256 of every file by its name."""
+    tensors.link_states()
+    names = _entries(tensors)
+    mine = _shares(names, ranks.world)[ranks.rank]
+    files = {
+        kind: _Share(folder, _file(kind, ranks), [entry for entry in mine if _kind(entry) == kind]) for kind in _KINDS
+    }
+    for slot in tensors.slots:
+        for name in _names(slot, tensors):
+            # All ranks take part in putting every tensor together; one has it written.
+            value = _value(tensors, slot, name)
+            for share in files.values():
+                share.write(name, value)
+    hashes: dict[str, str] = {}
+    error: BaseException | None = None
+    for share in files.values():
+        try:
+            hashes.update(share.close())
+        except OSError as fault:
+            error = disk_fault(fault, folder)
+    if error is not None and ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        ranks.together(error)
+    except EnvironmentFault:
+        if ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if ranks.world == 1:
+        return hashes
+    everyone: list[Any] = [None] * ranks.world
+    distributed.all_gather_object(everyone, hashes)
+    return {name: digest for theirs in everyone for name, digest in theirs.items()}
+
+
+_KINDS = ("model", OPTIMIZER)
+
+
+def _kind(entry: OutputEntry) -> str:
+    return OPTIMIZER if ":" in entry.name else "model"
+
+
+def _file(kind: str, ranks: Ranks) -> str:
+    return f"{kind}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+
+
+def _names(slot: Slot, tensors: FullTensors) -> list[str]:
+    """What is stored of a slot: ``name``, and ``key:name`` for states (and weights no stock class has)."""
+    names = [slot.name if slot.exported else f"weight:{slot.name}"]
+    return names + ([f"{key}:{slot.name}" for key in tensors.keys] if slot.trained and tensors.steps_taken else [])
+
+
+def _value(tensors: FullTensors, slot: Slot, name: str) -> torch.Tensor:
+    key, _, rest = name.partition(":")
+    return tensors.state(slot, key) if rest and key != "weight" else tensors.weights(slot)
+
+
+def _entries(tensors: FullTensors) -> list[OutputEntry]:
+    return [
+        OutputEntry(name, TensorSpec(tensors.shape(slot), "float32"))
+        for slot in tensors.slots
+        for name in _names(slot, tensors)
+    ]
+
+
+def _shares(entries: Sequence[OutputEntry], world: int) -> list[list[OutputEntry]]:
+    """Weights, and states, in order and in parts of about equal size; each rank has one part of both."""
+    shares: list[list[OutputEntry]] = [[] for _ in range(world)]
+    for kind in _KINDS:
+        own = [entry for entry in entries if _kind(entry) == kind]
+        total, before = sum(entry.spec.nbytes for entry in own), 0
+        for entry in own:
+            middle = before + entry.spec.nbytes / 2
+            shares[min(world - 1, int(middle * world / max(1, total)))].append(entry)
+            before += entry.spec.nbytes
+    return shares
+
+
+class _NoJournal(Journal):
+    """A checkpoint is begun anew, never continued."""
+
+    def __init__(self) -> None:
+        self.digests = {}
+
+    def forget(self, units: Any) -> None:
+        pass
+
+    def record(self, unit: str, digest: str) -> None:
+        pass
+
+
+class _Share:
+    """One rank's file of one kind. A fault is kept until it is closed: other ranks still wait for this one."""
+
+    def __init__(self, folder: Path, file: str, entries: list[OutputEntry]) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+        self._file = file
+        self._fault: OSError | None = None
+        if entries:
+            unit = Unit("all", None, tuple(entries))
+            self._writer = ShardWriter(folder, Shard(file, (unit,)), _NoJournal())
+            try:
+                self._writer.__enter__()
+            except OSError as fault:
+                self._fault = fault
+                self._entries = {}
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        if name in self._entries and self._fault is None:
+            try:
+                self._writer.write(self._entries[name], [value.float().cpu()])
+            except OSError as fault:
+                self._fault = fault
+
+    def close(self) -> dict[str, str]:
+        if not self._entries:
+            if self._fault:
+                raise self._fault
+            return {}
+        kind = type(self._fault) if self._fault else None
+        self._writer.__exit__(kind, self._fault, None)
+        if self._fault:
+            raise self._fault
+        return {self._file: self._writer.sha256}
+
+
+def _write_index(folder: Path, tensors: FullTensors, world: int) -> None:
+    weights: dict[str, str] = {}
+    size = 0
+    for rank, share in enumerate(_shares(_entries(tensors), world)):
+        for entry in share:
+            if _kind(entry) == "model":
+                weights[entry.name] = f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+                size += entry.spec.nbytes
+    index = {"metadata": {"total_size": size}, "weight_map": weights}
+    (folder / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
+
+
+def disk_fault(fault: OSError, folder: Path) -> EnvironmentFault:
+    """What it means that a run cannot write ``folder``, or a file in it."""
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return EnvironmentFault(
+            f"the disk is full: {folder} could not be written; earlier checkpoints are complete",
+            hint="make room, or lower saving.keep; the same command then continues from the last one",
+        )
+    return EnvironmentFault(
+        f"cannot write {folder}: {fault.strerror or fault}", hint="choose an output you may write to"
+    )

@@ -1,0 +1,325 @@
+"""The stream of training batches and the fixed validation batches. B rows of L positions on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from upcycle import user_paths
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.recipe import parse_size
+from upcycle.trainers.data.corpus import Corpus, open_corpus
+from upcycle.trainers.data.domain_mixture import Mixture
+from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
+from upcycle.trainers.data.token_shards import Encoder, TokenCache
+from upcycle.trainers.data.validation_rows import split, validation_rows
+from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe
+from upcycle.user_paths import user_path
+
+_VERSION = 1
+_LONG_CHECK = 1 << 30  # bytes: some ten seconds
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows.
+
+    Given to a model as ``model(input_ids=ids, position_ids=positions, use_cache=False)`` and no attention mask, documents do not
+    see each other; see :mod:`upcycle.trainers.data.packed_attention`.
+    """
+
+    ids: torch.Tensor  # int64 [B, L]
+    mask: (
+        torch.Tensor
+    )  # bool [B, L], tokens that count as targets: no padding, and not the first of a document or of its part
+    positions: torch.Tensor  # int64 [B, L], 0 where a document or its part begins, and nowhere else
+    domains: tuple[str, ...]  # of each row
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Bool ``[B, L]``: all tokens of documents, whether or not they are targets; what is left is padding."""
+        return self.mask | (self.positions == 0)
+
+    def flat(self) -> Batch:
+        """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""
+        ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
+        return Batch(ids, mask, positions, self.domains)
+
+
+class TokenStream:
+    """One rank's view of the global stream: call after call, every rank takes its rows of the next ``world x B``.
+
+    The global order of rows is a function of recipe, tokenizer, length and seed. Where ranks, micro-batch and accumulation change
+    and their product does not, each optimizer step sees the rows it would have seen.
+    """
+
+    def __init__(
+        self,
+        domains: list[DomainRows],
+        mixture: Mixture,
+        facts: dict[str, Any],
+        micro_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self._domains = {domain.name: domain for domain in sorted(domains, key=lambda domain: domain.name)}
+        self._mixture, self._facts = mixture, facts
+        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        self._row = 0
+        self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each domain now, summing to 1."""
+        return dict(self._mixture.weights)
+
+    @property
+    def rows(self) -> int:
+        """Rows all ranks together have been given."""
+        return self._row
+
+    def observe(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Tell dynamic weights each domain's validation loss, between batches and alike on all ranks; see :class:`Mixture`."""
+        return self._mixture.observe(losses)
+
+    @property
+    def lacks_reference(self) -> bool:
+        """Whether dynamic weights have yet to be told what to compare losses with."""
+        return self._mixture.dynamic is not None and self._mixture.reference is None
+
+    def refer_to(self, losses: Mapping[str, float]) -> None:
+        """Tell dynamic weights the dense parent's losses, where the recipe has none; see :class:`Mixture`."""
+        self._mixture.refer_to(losses)
+
+    def next_batch(self) -> Batch:
+        """This rank's rows.
+
+        Raises:
+            UpcycleError: a file vanished or changed, or cannot be read.
+        """
+        names = list(self._domains)
+        drawn = self._mixture.draw(self._row, self._micro_batch * self._world)
+        before, mine, after = np.split(drawn, [self._rank * self._micro_batch, (self._rank + 1) * self._micro_batch])
+        rows: dict[int, Row] = {}
+        for number, name in enumerate(names):
+            domain = self._domains[name]
+            cursor = domain.skip(self._cursors[name], int((before == number).sum()))
+            for place in np.flatnonzero(mine == number).tolist():
+                rows[place] = domain.row(cursor)
+                cursor = domain.skip(cursor, 1)
+            self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
+        self._row += len(drawn)
+        return make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+
+    def state(self) -> dict[str, Any]:
+        """The position of the global stream as JSON, the same on every rank."""
+        places = {
+            name: {
+                **asdict(cursor),
+                "digest": self._domains[name].digest(cursor),
+                "contents": self._domains[name].corpus.contents(),
+            }
+            for name, cursor in self._cursors.items()
+        }
+        return {
+            "version": _VERSION,
+            **self._facts,
+            "rows": self._row,
+            "mixture": self._mixture.state(),
+            "domains": places,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
+        """Continue where :meth:`state` was, on any number of ranks.
+
+        Files may have been mended meanwhile. The position stays: exactly, where the block in use holds the same documents, else
+        as the same number of rows of that block; what comes behind it is read as it is now.
+
+        Returns:
+            What is not what it was, in words.
+
+        Raises:
+            UsageError: the data, the tokenizer or a setting that decides the order is not what it was.
+        """
+        places = state["domains"]
+        if set(places) != set(self._domains):
+            raise UsageError(f"data: the domains were {', '.join(places)}, and are {', '.join(self._domains)}")
+        for key, now in {"version": _VERSION, **self._facts}.items():
+            if state.get(key) != now:
+                raise UsageError(
+                    f"data: {key} was {state.get(key)!r} when the checkpoint was saved, and is {now!r}",
+                    hint="give it back its value, or start a new run from the checkpoint's weights",
+                )
+        notes = []
+        for name, domain in self._domains.items():
+            changed = _changed_files(name, places[name]["contents"], domain.corpus.contents())
+            cursor = Cursor(*(int(places[name][key]) for key in ("epoch", "block", "row")))
+            same = domain.digest(cursor) == places[name]["digest"]
+            if changed:
+                notes.append(_mended(name, changed, cursor, same))
+            elif not same:
+                raise UsageError(
+                    f"domain '{name}': its documents are not what they were when the checkpoint was saved",
+                    hint="look at its column, separator and validation, and at who wrote to its text",
+                )
+            self._cursors[name] = cursor if same else domain.skip(Cursor(cursor.epoch, cursor.block), cursor.row)
+        self._row = int(state["rows"])
+        self._mixture.restore(state["mixture"])
+        return notes
+
+
+def open_stream(
+    data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world: int, seed: int
+) -> TokenStream:
+    """The training stream of ``data``, at its beginning.
+
+    Raises:
+        UpcycleError: a domain cannot be read or is empty.
+    """
+    encoder = Encoder(tokenizer, data.end_of_text)
+    cache = TokenCache(cache_folder(data), encoder)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    domains = []
+    for domain in data.domains:
+        corpus = _corpus(data, domain)
+        held_out = split(domain.name, corpus, _validation_corpus(data, domain), cache, data.validation.fraction)
+        domains.append(
+            DomainRows(
+                domain.name, corpus, cache, held_out,
+                length=length, packing=data.packing, padding=padding, seed=seed, turn=rank,
+            )
+        )  # fmt: skip
+    facts = {
+        "tokenizer": encoder.fingerprint,
+        "length": length,
+        "seed": seed,
+        "packing": data.packing,
+        "shuffle": parse_size(data.shuffle),
+        "validation": data.validation.fraction,
+        "weights": data.weights,
+        "dynamic": data.dynamic.model_dump() if data.dynamic else None,
+    }
+    return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world)
+
+
+def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[Batch]]:
+    """Fixed batches of each domain's held-out documents, in the recipe's order; the same for every seed.
+
+    A domain without files to validate on is left out where the fraction is 0.
+
+    Raises:
+        UsageError: a fraction is to be held out, and no document falls into it.
+    """
+    cache = TokenCache(cache_folder(data), Encoder(tokenizer, data.end_of_text))
+    found = {}
+    for domain in data.domains:
+        own = _validation_corpus(data, domain)
+        if not own and not data.validation.fraction:
+            continue
+        corpus = own or _corpus(data, domain)
+        held_out = None if own else split(domain.name, corpus, None, cache, data.validation.fraction)
+        rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length)
+        size = data.validation.batch
+        found[domain.name] = [
+            make_batch(part, [domain.name] * len(part))
+            for part in (rows[at : at + size] for at in range(0, len(rows), size))
+        ]
+    return found
+
+
+def make_batch(rows: list[Row], domains: list[str]) -> Batch:
+    """Rows of ids, positions and targets, each ``[L]``, as a batch."""
+    ids, positions, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return Batch(ids, targets, positions, tuple(domains))
+
+
+def cache_folder(data: DataRecipe) -> Path:
+    """Where tokenised text is kept.
+
+    Raises:
+        EnvironmentFault: nowhere is said, and this user has no place for it.
+    """
+    if data.cache:
+        return user_path(data.cache)
+    own = user_paths.cache_folder()
+    if own is None:
+        raise EnvironmentFault(
+            "there is no folder that tokenised text can be kept in: neither ~/.cache nor the one for temporary files can be written",
+            hint="cache: FOLDER in the data, or set XDG_CACHE_HOME",
+        )
+    return own / "tokens"
+
+
+def check_data(data: DataRecipe, say: Callable[[str], None]) -> None:
+    """Look at every row of every file before anything else is done, and say what each domain's text is taken from.
+
+    The result is kept in the cache, so that other ranks and the next run need not look again.
+
+    Raises:
+        UpcycleError: a file cannot be read, is no text, or has a broken row that is not to be left out.
+    """
+    for domain in data.domains:
+        corpora = [corpus for corpus in (_corpus(data, domain), _validation_corpus(data, domain)) if corpus]
+        weight = sum(corpus.weight for corpus in corpora)
+        if weight > _LONG_CHECK:
+            say(f"domain {domain.name}: looking at every row of {weight / 1e9:.1f} GB, once")
+        checks = [corpus.check(cache_folder(data)) for corpus in corpora]
+        if corpora[0].column is not None and checks[0].documents:
+            say(f"domain {domain.name}: the text of {checks[0].documents:,} rows, from column '{corpora[0].column}'")
+        for found in checks:
+            if found.empty:
+                say(f"warning: domain {domain.name}: {found.empty:,} rows without text are left out")
+            if found.broken:
+                say(
+                    f"warning: domain {domain.name}: {found.broken:,} rows that cannot be read are left out, "
+                    f"such as {'; '.join(found.first)}"
+                )
+
+
+def _corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus:
+    return _open(data, domain, domain.text, domain.revision)
+
+
+def _validation_corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus | None:
+    return None if domain.validation is None else _open(data, domain, domain.validation, None)
+
+
+def _open(data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: str | None) -> Corpus:
+    size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
+    return open_corpus(
+        texts, domain.column, domain.separator, revision, size, domain.name, data.broken_lines, domain.format
+    )
+
+
+def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files that have other contents now.
+
+    Raises:
+        UsageError: one is gone, or new: all that comes would be in another order.
+    """
+    for path in {**then, **now}:
+        if path not in then or path not in now:
+            raise UsageError(
+                f"domain '{domain}': {path} is {'gone' if path in then else 'new'} since the checkpoint was saved",
+                hint="have the same files (they may be mended), or start a new run from the checkpoint's weights",
+            )
+    return [path for path in now if then[path] != now[path]]
+
+
+def _mended(domain: str, changed: list[str], cursor: Cursor, same: bool) -> str:
+    where = f"epoch {cursor.epoch}, block {cursor.block}, row {cursor.row}"
+    kept = (
+        f"the block in use is the same, so it goes on exactly there ({where})"
+        if same
+        else f"it goes on at the same number of rows ({where}), but this block and those behind it hold the documents of now: in "
+        "this epoch some may come twice or not at all"
+    )
+    return f"domain '{domain}': {', '.join(changed)} changed since the checkpoint was saved; {kept}"

@@ -1,0 +1,194 @@
+"""The endless rows of one domain, epoch after epoch, found by their position. L positions in a row."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.trainers.data.corpus import Corpus
+from upcycle.trainers.data.keyed_random import permutation
+from upcycle.trainers.data.packing import Packing, Rows, layout, pack
+from upcycle.trainers.data.token_shards import Hashes, Shard, TokenCache
+
+SHARDS_TOGETHER = 8  # are shuffled as a whole
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The documents that are not trained on: a fraction of all by their hash, some by name, and never those that are ``kept``."""
+
+    fraction: float
+    hashes: Hashes
+    kept: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def chosen(self, hashes: Hashes) -> NDArray[np.bool_]:
+        """Which documents are held out, ``[N]``."""
+        limit = np.uint64(int(self.fraction * 2**64))
+        return np.asarray(((hashes < limit) | np.isin(hashes, self.hashes)) & ~np.isin(hashes, self.kept))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which documents they are."""
+        kept = f"/{np.sort(self.kept).tolist()}" if len(self.kept) else ""
+        return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}{kept}"
+
+
+@dataclass(frozen=True, order=True)
+class Cursor:
+    """A position: the next row of a block of an epoch."""
+
+    epoch: int = 0
+    block: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class _Block:
+    shards: list[Shard]
+    shard: NDArray[np.int64]  # [N], each document's
+    begin: NDArray[np.int64]  # [N], its first token in the shard
+    rows: Rows
+    order: NDArray[np.int64]  # [R]
+
+
+class DomainRows:
+    """Rows in an order that follows from the seed alone: blocks of shards, whose documents and rows are shuffled."""
+
+    def __init__(
+        self,
+        name: str,
+        corpus: Corpus,
+        cache: TokenCache,
+        held_out: HeldOut,
+        *,
+        length: int,
+        packing: Packing,
+        padding: int,
+        seed: int,
+        turn: int = 0,
+    ) -> None:
+        """``turn`` says with which shard of a block to begin tokenising: ranks begin with different ones."""
+        self.name, self.corpus = name, corpus
+        self._cache, self._held_out = cache, held_out
+        self._length, self._packing, self._padding, self._seed, self._turn = length, packing, padding, seed, turn
+        self._blocks: dict[tuple[int, int], _Block | None] = {}
+        self._ahead: threading.Thread | None = None
+
+    def skip(self, cursor: Cursor, rows: int) -> Cursor:
+        """The position that many rows on.
+
+        Raises:
+            UsageError: the domain holds no document to train on.
+        """
+        epoch, number, row = cursor.epoch, cursor.block, cursor.row + rows
+        found = number > 0  # a row of this epoch
+        while True:
+            block = self._block(epoch, number)
+            if block is None:
+                if not found:
+                    raise UsageError(
+                        f"domain '{self.name}' is empty: it has no document to train on",
+                        hint="see its text; where its documents are few, a smaller validation.fraction",
+                    )
+                epoch, number, found = epoch + 1, 0, False
+            elif row < len(block.order):
+                return Cursor(epoch, number, row)
+            else:
+                row -= len(block.order)
+                found = found or len(block.order) > 0
+                number += 1
+
+    def row(self, cursor: Cursor) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids, positions and targets of the row at a position that :meth:`skip` gave, each ``[L]``."""
+        block = self._block(cursor.epoch, cursor.block)
+        assert block is not None
+        return read_row(
+            block.shards,
+            block.shard,
+            block.begin,
+            block.rows,
+            int(block.order[cursor.row]),
+            self._length,
+            self._padding,
+        )
+
+    def digest(self, cursor: Cursor) -> str:
+        """What the position's block is made of: equal digests, equal rows."""
+        block = self._block(cursor.epoch, cursor.block)
+        shards = block.shards if block else []
+        return " ".join([self._held_out.fingerprint, *(shard.digest for shard in shards)])
+
+    def _block(self, epoch: int, number: int) -> _Block | None:
+        if (epoch, number) not in self._blocks:
+            while len(self._blocks) > 1:  # a batch that passes into the next block still reads from the last
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[epoch, number] = self._load(epoch, number)
+            self._tokenise_ahead(epoch, number)
+        return self._blocks[epoch, number]
+
+    def _shards_of(self, epoch: int, number: int) -> Iterator[Shard]:
+        places = range(number * SHARDS_TOGETHER, (number + 1) * SHARDS_TOGETHER)
+        if self.corpus.shards is not None:
+            order = permutation(self.corpus.shards, self._seed, self.name, epoch, "shards")
+            block = order[places.start : places.stop].tolist()
+            first = self._turn % max(1, len(block))
+            made = {at: self._cache.shard(self.corpus, at) for at in [*block[first:], *block[:first]]}
+            yield from (made[at] for at in block)
+            return
+        if number and self._cache.shard(self.corpus, places.start - 1).last:
+            return
+        for at in places:
+            shard = self._cache.shard(self.corpus, at)
+            yield shard
+            if shard.last:
+                return
+
+    def _load(self, epoch: int, number: int) -> _Block | None:
+        shards = list(self._shards_of(epoch, number))
+        if not shards:
+            return None
+        key = (self._seed, self.name, epoch, number)
+        kept = [np.flatnonzero(~self._held_out.chosen(shard.hashes)) for shard in shards]
+        shard = np.repeat(np.arange(len(shards)), [len(k) for k in kept])
+        begin = np.concatenate([(np.cumsum(s.lengths) - s.lengths)[k] for s, k in zip(shards, kept, strict=True)])
+        lengths = np.concatenate([s.lengths[k] for s, k in zip(shards, kept, strict=True)])
+        order = permutation(len(lengths), *key, "documents")
+        rows = pack(lengths[order], self._length, self._packing)
+        return _Block(shards, shard[order], begin[order], rows, permutation(len(rows), *key, "rows"))
+
+    def _tokenise_ahead(self, epoch: int, number: int) -> None:
+        """Have the next block tokenised by the time it is needed. What goes wrong is said when it is."""
+        if self._ahead and self._ahead.is_alive():
+            return
+
+        def work() -> None:
+            with suppress(UpcycleError):
+                for _ in self._shards_of(epoch, number + 1):
+                    pass
+
+        if self.corpus.shards is None or (number + 1) * SHARDS_TOGETHER < self.corpus.shards:
+            self._ahead = threading.Thread(target=work, daemon=True, name=f"tokenise {self.name}")
+            self._ahead.start()
+
+
+def read_row(
+    shards: list[Shard], shard: Any, begin: Any, rows: Rows, number: int, length: int, padding: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Ids, positions and targets of a row, each ``[L]``."""
+    parts = slice(rows.first[number], rows.first[number + 1])
+    documents, starts, lengths = rows.document[parts], rows.start[parts], rows.length[parts]
+    ids = np.full(length, padding, np.int64)
+    at = 0
+    for document, start, size in zip(documents, begin[documents] + starts, lengths, strict=True):
+        ids[at : at + size] = shards[shard[document]].tokens[start : start + size]
+        at += size
+    positions, targets = layout(lengths, length)
+    return ids, positions, targets

@@ -1,0 +1,157 @@
+"""Shards of documents as token ids on disk: tokenised once, by whichever rank needs them first, and mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.locks import one_at_a_time
+from upcycle.trainers.data.corpus import Corpus
+
+_FORMAT = "1"
+_TOGETHER = 1 << 19  # characters that are tokenised in one call
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Tokenised documents, one behind the other. N documents, T tokens."""
+
+    tokens: Int32  # [T], a map of the file
+    lengths: Int64  # [N]
+    hashes: Hashes  # [N], of the text; equal documents have equal ones
+    digest: str  # of ids and lengths
+    last: bool  # nothing comes behind it in its stream
+
+
+class Encoder:
+    """Text to ids, with what opens and closes a document."""
+
+    def __init__(self, tokenizer: Any, end_of_text: bool = True) -> None:
+        """A beginning-of-text token is put where the tokenizer itself puts one.
+
+        Raises:
+            UsageError: a document is to be closed, and the tokenizer has no token for it.
+        """
+        self._tokenizer = tokenizer
+        with_special = tokenizer("a", verbose=False)["input_ids"]
+        begin = tokenizer.bos_token_id
+        self._head = [begin] if begin is not None and with_special[:1] == [begin] else []
+        self._tail = [tokenizer.eos_token_id] if end_of_text else []
+        if self._tail == [None]:
+            raise UsageError("the tokenizer has no end-of-text token", hint="end_of_text: false in the data")
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        self.fingerprint = hashlib.sha256(repr((_FORMAT, content, self._head, self._tail)).encode()).hexdigest()[:16]
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each document."""
+        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*self._head, *row, *self._tail] for row in ids]
+
+
+class TokenCache:
+    """A folder of shards. A shard is there when its index is; a killed run leaves nothing that looks like one."""
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self._folder, self._encoder = folder, encoder
+
+    def shard(self, corpus: Corpus, number: int) -> Shard:
+        """The shard, tokenised now if nobody has yet; another process that is at it is waited for.
+
+        Raises:
+            UpcycleError: the documents cannot be read, or the cache not written.
+        """
+        key = hashlib.sha256(f"{self._encoder.fingerprint} {corpus.key(number)}".encode()).hexdigest()[:32]
+        stem = self._folder / key[:2] / key
+        found = _read(stem)
+        if found:
+            return found
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(stem.with_suffix(".lock")):
+                if not _read(stem):
+                    with corpus.lock:
+                        self._write(corpus, number, stem)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"tokenised text cannot be kept in {self._folder}: {error.strerror or error}",
+                hint="cache: FOLDER in the data, on a disk with room",
+            ) from None
+        found = _read(stem)
+        if not found:
+            raise EnvironmentFault(
+                f"tokenised text is lost from {self._folder}", hint="is another program cleaning it?"
+            )
+        return found
+
+    def _write(self, corpus: Corpus, number: int, stem: Path) -> None:
+        lengths: list[int] = []
+        hashes: list[int] = []
+        digest, read = hashlib.sha256(), 0
+        temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tokens.tmp")  # where nobody can wait, two may write it
+        with temporary.open("wb") as file:
+            for batch in _batches(corpus.documents(number)):
+                read += len(batch)
+                texts = [text for text in batch if text.strip()]
+                rows = self._encoder(texts) if texts else []
+                lengths += map(len, rows)
+                hashes += map(document_hash, texts)
+                block = np.fromiter(chain.from_iterable(rows), np.int32)
+                digest.update(block.data)
+                file.write(block.data)
+        temporary.rename(stem.with_suffix(".tokens"))
+        counts = np.array(lengths, np.int64)
+        digest.update(counts.data)
+        index = {"lengths": counts, "hashes": np.array(hashes, np.uint64)}
+        facts = {"digest": digest.hexdigest()[:16], "last": str(not corpus.full(read))}
+        unfinished = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
+        save_file(index, unfinished, metadata=facts)
+        unfinished.rename(stem.with_suffix(".safetensors"))
+
+
+def document_hash(text: str) -> int:
+    """64 bits of a document's content."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _read(stem: Path) -> Shard | None:
+    """The shard in two files, or ``None`` where they are not both whole."""
+    index, ids = stem.with_suffix(".safetensors"), stem.with_suffix(".tokens")
+    try:
+        with safe_open(index, framework="numpy") as file:
+            lengths, hashes, facts = file.get_tensor("lengths"), file.get_tensor("hashes"), file.metadata()
+        total = int(lengths.sum())
+        if ids.stat().st_size != 4 * total:
+            return None
+    except (FileNotFoundError, SafetensorError):
+        return None
+    tokens = np.memmap(ids, np.int32, "r") if total else np.empty(0, np.int32)
+    return Shard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True")
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,110 @@
+"""The held-out documents of a domain, packed once, in the order of the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upcycle.errors import UsageError
+from upcycle.trainers.data.corpus import Corpus
+from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
+from upcycle.trainers.data.packing import pack
+from upcycle.trainers.data.token_shards import Hashes, Shard, TokenCache
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+_NOTHING = np.empty(0, np.uint64)
+
+
+def held_out_hashes(corpus: Corpus | None, cache: TokenCache) -> Hashes:
+    """Hashes ``[N]`` of every document of a corpus; none without one.
+
+    Raises:
+        UpcycleError: it cannot be read.
+    """
+    if corpus is None:
+        return _NOTHING
+    return np.concatenate([_NOTHING, *(shard.hashes for shard in _shards(corpus, cache))])
+
+
+def split(domain: str, corpus: Corpus, own: Corpus | None, cache: TokenCache, fraction: float) -> HeldOut:
+    """Which documents of a domain are held out: those of ``own``, or else a fraction of all by their hash.
+
+    Of a corpus that is shuffled as a whole at least one document is held out and one is trained on, however few there are: the one
+    whose hash is the smallest, and the one whose hash is the largest.
+
+    Raises:
+        UsageError: it is one document.
+        UpcycleError: it cannot be read.
+    """
+    if own is not None:
+        return HeldOut(0.0, held_out_hashes(own, cache))
+    held_out = HeldOut(fraction, _NOTHING)
+    if not fraction or corpus.shards is None or corpus.shards > SHARDS_TOGETHER:
+        return held_out
+    hashes = np.unique(held_out_hashes(corpus, cache))
+    if len(hashes) == 1:
+        raise UsageError(
+            f"domain '{domain}' is one document, which cannot be both trained on and held out",
+            hint="a separator that divides its files, files of its own to validate on (validation: [FILE]), or validation: "
+            "{fraction: 0}",
+        )
+    chosen = held_out.chosen(hashes)
+    if len(hashes) and not chosen.any():
+        return replace(held_out, hashes=hashes[:1])
+    if len(hashes) and chosen.all():
+        return replace(held_out, kept=hashes[-1:])
+    return held_out
+
+
+def validation_rows(
+    domain: str, corpus: Corpus, cache: TokenCache, held_out: HeldOut | None, tokens: int, length: int
+) -> list[Row]:
+    """Rows of the first ``tokens`` held-out tokens of a domain (``None``: of all its tokens); the last row may be padded.
+
+    Raises:
+        UsageError: no document is held out.
+    """
+    shards: list[Shard] = []
+    chosen, begins, lengths = [], [], []
+    have = documents = 0
+    for shard in _shards(corpus, cache):
+        of_shard = np.flatnonzero(held_out.chosen(shard.hashes)) if held_out else np.arange(len(shard.hashes))
+        wanted = np.cumsum(shard.lengths[of_shard]) - shard.lengths[of_shard] < tokens - have
+        of_shard = of_shard[wanted]
+        documents += len(shard.hashes)
+        have += int(shard.lengths[of_shard].sum())
+        chosen.append(np.full(len(of_shard), len(shards)))
+        begins.append((np.cumsum(shard.lengths) - shard.lengths)[of_shard])
+        lengths.append(shard.lengths[of_shard])
+        shards.append(shard)
+        if have >= tokens:
+            break
+    if not have:
+        share = f"falls into the held-out fraction {held_out.fraction:g}" if held_out else "has text"
+        raise UsageError(
+            f"domain '{domain}' has {documents} documents to validate on, and none {share}",
+            hint="a larger validation.fraction, a separator that divides its files, or files of its own: validation: [FILE]",
+        )
+    size = np.concatenate(lengths)
+    last = tokens - int(size[:-1].sum())  # the last document is cut where enough is enough
+    size[-1] = min(int(size[-1]), last)
+    rows = pack(size, length, "concatenate")
+    return [
+        read_row(shards, np.concatenate(chosen), np.concatenate(begins), rows, number, length, 0)
+        for number in range(len(rows))
+    ]
+
+
+def _shards(corpus: Corpus, cache: TokenCache) -> Iterator[Shard]:
+    for number in count():
+        if number == corpus.shards:
+            return
+        shard = cache.shard(corpus, number)
+        yield shard
+        if shard.last:
+            return

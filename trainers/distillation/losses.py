@@ -1,0 +1,215 @@
+"""Distillation from the dense parent: logits, hidden states, FFN outputs. B sequences, S positions, D hidden, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from upcycle.errors import UsageError
+from upcycle.methods.base import PluginParameters
+from upcycle.registry import FAMILIES, TARGETS, load
+from upcycle.trainers.distillation.truncated_logits import TopLogits
+from upcycle.trainers.routing.recorder import Recorder
+from upcycle.trainers.routing.stock_routers import widened
+
+
+class DistillationParameters(PluginParameters):
+    """What the student is told of the parent, and how much each counts."""
+
+    logits: float = Field(
+        1.0, ge=0, description="weight of the KL divergence from the parent's next-token distribution"
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="both logits are divided by it; the KL is multiplied by its square"
+    )
+    hidden: float = Field(0.0, ge=0, description="weight of the relative squared error of every layer's output")
+    ffn: float = Field(0.0, ge=0, description="weight of the relative squared error of every FFN's output")
+    next_token: float = Field(1.0, ge=0, description="weight of the usual next-token loss beside it")
+
+
+@dataclass(frozen=True)
+class OutputRecord:
+    """What one decoder layer, or one of the blocks that add up to its FFN, gave: ``[B, S, D]`` with gradients."""
+
+    layer: int
+    block: bool
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """One decoder layer's output and its FFN's, all blocks together; both ``[B, S, D]``."""
+
+    layer: int
+    hidden: torch.Tensor
+    ffn: torch.Tensor
+
+
+def logits_kl(
+    student: torch.Tensor,
+    parent: torch.Tensor | TopLogits,
+    mask: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Mean over positions of ``KL(parent || student)`` in nats, times ``temperature ** 2`` (Hinton et al., arXiv 1503.02531).
+
+    The gradient is that of LLaVA-MoD's cross-entropy with the parent's probabilities (arXiv 2408.15881): they differ by the
+    parent's entropy. A student with a longer (padded) vocabulary is cut to the parent's.
+
+    Args:
+        student: logits ``[..., V]``, any floating dtype; computed in at least fp32.
+        parent: its logits ``[..., V]``, or cached ones (:meth:`TopLogits.kl` says what becomes of the tail).
+        mask: bool ``[...]``, the positions that count; ``None``: all.
+        temperature: cached logits know only 1.
+
+    Raises:
+        UsageError: a temperature other than 1 with cached logits, or a student with fewer tokens than the parent.
+    """
+    if isinstance(parent, TopLogits):
+        if temperature != 1:
+            raise UsageError(
+                f"distillation.temperature: {temperature} with cached logits, which hold probabilities at 1",
+                hint="set temperature to 1, or distil from the running parent",
+            )
+        return mean_over(parent.kl(student), mask)
+    if student.shape[-1] < parent.shape[-1]:
+        raise UsageError(
+            f"the parent predicts {parent.shape[-1]} tokens and the student {student.shape[-1]}",
+            hint="distil from the model that was converted: both must share a vocabulary",
+        )
+    wanted = (widened(parent.detach()) / temperature).log_softmax(-1)
+    given = (widened(student[..., : parent.shape[-1]]) / temperature).log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - given)).sum(-1)
+    return temperature**2 * mean_over(divergence, mask)
+
+
+def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """``sum |s - p|^2 / sum |p|^2`` over the positions that count, so that layers of any size weigh the same.
+
+    Args:
+        student: ``[..., D]``, any floating dtype; computed in at least fp32.
+        parent: likewise, without gradient.
+        mask: bool ``[...]``; ``None``: all positions.
+    """
+    p = widened(parent.detach())
+    return _size(widened(student) - p, mask) / _positive(_size(p, mask))
+
+
+def mean_over(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of ``values`` where ``mask`` is true; 0 if it never is."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def matching(
+    parameters: DistillationParameters,
+    student: Sequence[LayerOutput],
+    parent: Sequence[LayerOutput],
+    mask: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The weighted losses ``hidden`` and ``ffn``, means over layers; those of weight 0 are left out.
+
+    Args:
+        parameters: the weights.
+        student: its layers' outputs.
+        parent: the dense model's.
+        mask: bool ``[B, S]``, the positions that count; ``None``: all.
+        sizes: what :func:`parent_sizes` gives for all tokens of which these are a part: then the losses are their share of the
+            relative error of all, and add up to it. ``None``: these are all.
+
+    Raises:
+        UsageError: the two models have not as many layers.
+    """
+    if len(student) != len(parent):
+        raise UsageError(
+            f"the parent has {len(parent)} layers and the student {len(student)}",
+            hint="match layers only with the model that was converted",
+        )
+    sizes = parent_sizes(parameters, parent, mask) if sizes is None else sizes
+    found = {}
+    for (what, weight), of_layers in zip(_matched(parameters), sizes, strict=True):
+        pairs = zip(student, parent, strict=True)
+        errors = [
+            _size(widened(getattr(mine, what)) - widened(getattr(theirs, what).detach()), mask)
+            for mine, theirs in pairs
+        ]
+        together = torch.stack(errors)
+        found[what] = weight * (together / _positive(of_layers.to(together))).mean()
+    return found
+
+
+@torch.no_grad()
+def parent_sizes(
+    parameters: DistillationParameters, parent: Sequence[LayerOutput], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``sum |p|^2`` of what is matched, ``[n, layers]`` in at least fp32: the denominators of :func:`matching`, additive."""
+    return torch.stack(
+        [
+            torch.stack([_size(widened(getattr(layer, what)), mask) for layer in parent])
+            for what, _ in _matched(parameters)
+        ]
+    )
+
+
+def _matched(parameters: DistillationParameters) -> list[tuple[str, float]]:
+    both = (("hidden", parameters.hidden), ("ffn", parameters.ffn))
+    return [(what, weight) for what, weight in both if weight]
+
+
+def _size(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    squares = values.square().sum(-1)
+    return squares.sum() if mask is None else (squares * mask).sum()
+
+
+def _positive(size: torch.Tensor) -> torch.Tensor:
+    return size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def capture_outputs(model: Any) -> Recorder[OutputRecord]:
+    """Record every layer's output and its FFN's from now on, of a stock dense model or a stock MoE one.
+
+    Activation checkpointing cannot free what is recorded.
+
+    Raises:
+        UsageError: ``model`` is of no family and no target.
+    """
+    blocks = _blocks(model.config.model_type)
+    recorder: Recorder[OutputRecord] = Recorder(model)
+    for index, layer in enumerate(model.model.layers):
+        for block in (getattr(layer, name, None) for name in blocks):
+            if block is not None:
+                recorder.watch(block, _reader(index, True))
+        recorder.watch(layer, _reader(index, False))
+    return recorder
+
+
+def layer_outputs(records: Sequence[OutputRecord]) -> list[LayerOutput]:
+    """What :func:`capture_outputs` recorded, layer by layer."""
+    blocks: dict[int, list[torch.Tensor]] = {}
+    found = []
+    for record in records:
+        if record.block:
+            blocks.setdefault(record.layer, []).append(record.value)
+        else:
+            ffn = torch.stack(blocks[record.layer]).sum(0)
+            found.append(LayerOutput(record.layer, record.value, ffn))
+    return found
+
+
+def _reader(index: int, block: bool) -> Callable[[tuple[Any, ...], Any], OutputRecord]:
+    return lambda _, output: OutputRecord(index, block, output[0] if isinstance(output, tuple) else output)
+
+
+def _blocks(model_type: str) -> tuple[str, ...]:
+    if model_type in TARGETS:
+        names: tuple[str, ...] = load("target", model_type).blocks
+        return names
+    if model_type in FAMILIES:
+        return (load("family", model_type).block,)
+    raise UsageError(f"cannot match the layers of a {model_type} model", hint="distil its logits alone")

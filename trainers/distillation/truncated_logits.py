@@ -1,0 +1,103 @@
+"""A parent's next-token distributions, cut to their most probable tokens, to distil from without running it.
+
+N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.trainers.routing.stock_routers import widened
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The n most probable tokens of every position and what all others have together.
+
+    ``tokens`` int32 ``[N, n]``, ``log_probabilities`` fp32 ``[N, n]`` (minus infinity where a position keeps fewer; its token
+    there repeats the first), ``tail`` fp32 ``[N]``: the log probability of all tokens that were left out.
+    """
+
+    tokens: torch.Tensor
+    log_probabilities: torch.Tensor
+    tail: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, top_p: float = 0.95, most: int = 64) -> TopLogits:
+        """The fewest tokens of every position that have ``top_p`` of the probability, at most ``most``.
+
+        Args:
+            logits: the parent's, ``[..., V]``, any floating dtype.
+            top_p: in (0, 1].
+            most: at least 1.
+        """
+        if not 0 < top_p <= 1 or most < 1:
+            raise UsageError(f"top_p {top_p} and most {most}: top_p must be above 0 and up to 1, most at least 1")
+        everything = widened(logits.detach()).flatten(0, -2).log_softmax(-1)
+        top, tokens = everything.topk(min(most, everything.shape[-1]), dim=-1)
+        before = top.exp().cumsum(-1) - top.exp()
+        kept = before < top_p
+        width = int(kept.sum(-1).max())
+        kept, top, tokens = kept[:, :width], top[:, :width], tokens[:, :width]
+        tokens = torch.where(kept, tokens, tokens[:, :1])
+        left = everything.scatter(1, tokens, -torch.inf).logsumexp(-1)
+        return cls(tokens.int(), top.masked_fill(~kept, -torch.inf).float(), left.float())
+
+    def kl(self, student: torch.Tensor) -> torch.Tensor:
+        """``KL(parent || student)`` per position in nats, ``[...]``, from the student's logits ``[..., V]``.
+
+        The tail counts as one more outcome on both sides: ``p_tail log(p_tail / q_tail)``. Merging outcomes never makes a KL
+        larger (log-sum inequality), so this is a lower bound of the full one, equal to it where nothing was left out. Without
+        it a student could put its mass on the kept tokens alone; how it spreads the tail is not supervised.
+
+        Raises:
+            UsageError: the cache holds other positions.
+        """
+        rows = widened(student).flatten(0, -2)
+        if len(rows) != len(self.tokens):
+            raise UsageError(
+                f"cached logits of {len(self.tokens)} positions for {len(rows)} of the student",
+                hint="cache them again for this data and this batch size",
+            )
+        tokens = self.tokens.long().to(rows.device)
+        log_p, log_tail = self.log_probabilities.to(rows), self.tail.to(rows)
+        kept = log_p > -torch.inf
+        total = rows.logsumexp(-1)
+        given = rows.gather(1, tokens) - total[:, None]
+        head = torch.where(kept, log_p.exp() * (log_p.masked_fill(~kept, 0.0) - given), 0.0).sum(-1)
+        # A finite stand-in for minus infinity: where everything is kept, the gradient of the unused tail stays finite.
+        nothing = torch.finfo(rows.dtype).min / 4
+        given_tail = rows.scatter(1, tokens, nothing).logsumexp(-1) - total
+        some = log_tail > -torch.inf
+        tail = torch.where(some, log_tail.exp() * (log_tail.masked_fill(~some, 0.0) - given_tail), 0.0)
+        return (head + tail).view(student.shape[:-1])
+
+    def positions(self, which: slice) -> TopLogits:
+        """Some positions of them, in order."""
+        return TopLogits(self.tokens[which], self.log_probabilities[which], self.tail[which])
+
+    def save(self, path: Path) -> None:
+        """Write a ``.safetensors`` file."""
+        from safetensors.torch import save_file
+
+        tensors = {"tokens": self.tokens, "log_probabilities": self.log_probabilities, "tail": self.tail}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> TopLogits:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: it is no such file.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise CheckpointError(f"{path} holds no cached logits: {error}", hint="cache them again") from None

@@ -1,0 +1,159 @@
+"""How large the parts of a model are, from its configuration alone: what forecasts of training are made of.
+
+T tokens, D hidden, F intermediate, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle.registry import FAMILIES, TARGETS, load
+from upcycle.stock import empty_model
+from upcycle.trainers.checkpoints.load_model import use_experts
+from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
+from upcycle.trainers.optimizing.parameter_groups import Part, parts, select
+from upcycle.trainers.routing.stock_routers import is_moe, moe_layers
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: its elements, what it is part of, whether it trains, and what ZeRO-3 fetches together with it."""
+
+    name: str
+    elements: int
+    part: Part
+    trained: bool
+    fetched_with: str
+
+    @property
+    def divided(self) -> bool:
+        """Whether expert parallelism divides it among ranks."""
+        return self.part == "experts"
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Widths of one decoder layer. ``shared`` is F of what is always on: a dense FFN, or shared experts."""
+
+    queries: int
+    keys: int  # keys and values have this width each
+    shared: int
+    experts: int = 0
+    top_k: int = 0
+    width: int = 0  # F of one expert
+    normed: bool = False  # norms on queries and keys
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """A model as forecasts see it."""
+
+    model_type: str
+    hidden: int
+    vocabulary: int
+    weights: tuple[Weight, ...]
+    layers: tuple[LayerCounts, ...]
+    flops: TrainingFlops
+    implementation: str  # of the experts
+
+    @property
+    def experts(self) -> int:
+        """E of the first MoE layer; 0 in a dense model."""
+        return next((layer.experts for layer in self.layers if layer.experts), 0)
+
+    @property
+    def moe_layers(self) -> tuple[LayerCounts, ...]:
+        """Those with routed experts."""
+        return tuple(layer for layer in self.layers if layer.experts)
+
+    @property
+    def elements(self) -> int:
+        """All parameters."""
+        return sum(weight.elements for weight in self.weights)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets."""
+        idle = sum(3 * (layer.experts - layer.top_k) * layer.width * self.hidden for layer in self.layers)
+        return self.elements - idle
+
+
+def count_model(
+    raw: Mapping[str, Any],
+    where: str,
+    length: int,
+    trained: Sequence[str] = ("all",),
+    experts: str = "auto",
+    device: str = "cuda",
+) -> ModelCounts:
+    """Count a model by building its stock class without memory for any weight.
+
+    Args:
+        raw: its ``config.json``.
+        where: what an error calls it.
+        length: tokens per row, for attention's operations.
+        trained: what trains, as a stage says.
+        experts: transformers' implementation of experts, or ``auto``: what training takes on the devices.
+        device: their type.
+
+    Raises:
+        CheckpointError: transformers does not know the model.
+        UsageError: a word of ``trained`` matches nothing, or there is no such implementation.
+    """
+    model = empty_model(raw, where)
+    use_experts(model, experts, device)
+    select(model, trained)
+    belongs = parts(model)
+    blocks = {id(layer.block) for layer in moe_layers(model)} if is_moe(model) else set()
+    leaves = [f"{name}." for name, module in model.named_modules() if id(module) in blocks]
+    weights = tuple(
+        Weight(
+            name,
+            parameter.numel(),
+            belongs[name],
+            parameter.requires_grad,
+            next((leaf for leaf in leaves if name.startswith(leaf)), name.rpartition(".")[0]),
+        )
+        for name, parameter in model.named_parameters()
+    )
+    return ModelCounts(
+        model_type=model.config.model_type,
+        hidden=model.config.hidden_size,
+        vocabulary=model.config.vocab_size,
+        weights=weights,
+        layers=_layers(model),
+        flops=training_flops(model, length),
+        implementation=getattr(model.config, "_experts_implementation", None) or "eager",
+    )
+
+
+def _layers(model: Any) -> tuple[LayerCounts, ...]:
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, (config.num_key_value_heads or config.num_attention_heads) * head
+    routed = {layer.index: layer for layer in moe_layers(model)} if is_moe(model) else {}
+    names = _blocks(config.model_type)
+    found = []
+    for index, layer in enumerate(model.model.layers):
+        own = routed.get(index)
+        apart = {id(each) for module in (own.experts, own.router) for each in module.parameters()} if own else set()
+        held = [each for name in names if hasattr(layer, name) for each in getattr(layer, name).parameters()]
+        always = sum(each.numel() for each in held if each.dim() > 1 and id(each) not in apart)
+        shared = always // (3 * config.hidden_size)
+        normed = any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name, _ in layer.named_modules())
+        if own is None:
+            found.append(LayerCounts(queries, keys, shared, normed=normed))
+            continue
+        inside = sum(each.numel() for each in own.experts.parameters() if each.dim() > 2)
+        width = inside // (3 * own.rule.experts * config.hidden_size)
+        found.append(LayerCounts(queries, keys, shared, own.rule.experts, own.rule.top_k, width, normed))
+    return tuple(found)
+
+
+def _blocks(model_type: str) -> tuple[str, ...]:
+    if model_type in TARGETS:
+        names: tuple[str, ...] = load("target", model_type).blocks
+        return names
+    return (load("family", model_type).block,) if model_type in FAMILIES else ("mlp",)

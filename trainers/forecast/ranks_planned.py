@@ -1,0 +1,106 @@
+"""Which ranks a run is planned for, from words such as ``2x8xH100``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from upcycle.device_facts import Device, device, named_like
+from upcycle.errors import UsageError
+
+_FORM = re.compile(r"(?:(\d+)x)?(\d+)(?:x([A-Za-z][\w-]*))?")
+_EXAMPLES = "8xH100, 2x8xH100 (machines x devices), or 4 (ranks on CPUs here)"
+
+
+@dataclass(frozen=True)
+class World:
+    """So many ranks, one per device, on machines that have as many each."""
+
+    device: Device
+    nodes: int
+    per_node: int
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return self.nodes * self.per_node
+
+    def __str__(self) -> str:
+        several = f"{self.nodes}x" if self.nodes > 1 else ""
+        return f"{several}{self.per_node}x{self.device.name}"
+
+    def spread(self, ranks: int, stride: int = 1) -> tuple[int, int]:
+        """Of a group of ``ranks`` whose members are ``stride`` apart: on how many machines it is, and how many are on each."""
+        on_one = max(1, min(ranks, self.per_node // stride))
+        return ranks // on_one, on_one
+
+
+def parse_world(text: str | None) -> World:
+    """Read ``--world``.
+
+    Args:
+        text: ``8xH100``, ``2x8xH100``, a number of ranks on this machine's CPUs, or ``None``: this machine as it is.
+
+    Raises:
+        UsageError: not of that form, an unknown device, no ranks, or machines that are not full.
+    """
+    if text is None:
+        return _here()
+    match = _FORM.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--world: cannot read '{text}'", hint=f"such as {_EXAMPLES}")
+    nodes, count, name = match.groups()
+    if not int(count) or (nodes and not int(nodes)):
+        raise UsageError(f"--world {text}: no ranks", hint=f"such as {_EXAMPLES}")
+    if name is None or name.lower() == "cpu":
+        if nodes:
+            raise UsageError(
+                f"--world {text}: ranks on CPUs are planned for this machine alone", hint=f"--world {count}"
+            )
+        return World(cpu(int(count)), 1, int(count))
+    kind, ranks = device(name), int(count)
+    if nodes:
+        return World(kind, int(nodes), ranks)
+    if ranks <= kind.per_node:
+        return World(kind, 1, ranks)
+    if ranks % kind.per_node:
+        raise UsageError(
+            f"--world {text}: {ranks} are not full machines of {kind.per_node}",
+            hint=f"a multiple of {kind.per_node}, or say how many machines have how many: {ranks // 2}x2x{kind.name}",
+        )
+    return World(kind, ranks // kind.per_node, kind.per_node)
+
+
+def _here() -> World:
+    if not torch.cuda.is_available():
+        return World(cpu(1), 1, 1)
+    full = torch.cuda.get_device_name()
+    kind = named_like(full)
+    if kind is None:
+        raise UsageError(f"nothing is known of this machine's {full}", hint=f"--world {_EXAMPLES}")
+    return World(kind, 1, torch.cuda.device_count())
+
+
+def cpu(ranks: int) -> Device:
+    """This machine's CPUs shared by ``ranks``: memory as the system tells it, rates measured in a few tenths of a second.
+
+    What ranks send each other goes through memory: it is read and written by both sides.
+    """
+    from upcycle.runtime import available_memory
+    from upcycle.trainers.forecast.flops import measured_bandwidth, measured_peak
+
+    host = torch.device("cpu")
+    moved = measured_bandwidth() / ranks
+    return Device(
+        name="cpu",
+        title="CPUs of this machine",
+        flops=measured_peak(host, torch.float32) / ranks,
+        memory=available_memory() / ranks,
+        bandwidth=moved,
+        link=moved / 2,
+        network=moved / 2,
+        per_node=ranks,
+        source="fp32 product and copy measured here; memory that is free",
+    )

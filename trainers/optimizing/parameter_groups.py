@@ -1,0 +1,116 @@
+"""Which parameters train in a stage, and with which learning rate: routers, experts and the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from upcycle.errors import UsageError
+from upcycle.methods.base import PluginParameters
+from upcycle.trainers.routing.stock_routers import MoeLayer, is_moe, moe_layers, selection_bias
+
+Part = Literal["router", "experts", "rest"]
+PARTS: tuple[Part, ...] = ("router", "experts", "rest")
+
+
+class GroupParameters(PluginParameters):
+    """Learning rates and weight decay by part of the model."""
+
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    router: float = Field(1.0, ge=0, description="routers train with this times the learning rate")
+    experts: float = Field(1.0, ge=0, description="routed experts likewise")
+    rest: float = Field(1.0, ge=0, description="everything else likewise")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors have none")
+    router_weight_decay: float | None = Field(None, ge=0, description="that of routers [default: weight_decay]")
+
+
+def parts(model: nn.Module) -> dict[str, Part]:
+    """What every parameter of a model belongs to, by name; in a dense model everything is ``rest``.
+
+    Shared experts and a shared expert's gate are ``rest``: they are always on, as the attention is.
+    """
+    found: dict[str, Part] = {name: "rest" for name, _ in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer in _layers(model):
+        for parameter in layer.router.parameters():
+            found[names[id(parameter)]] = "router"
+        for parameter in layer.experts.parameters():
+            found[names[id(parameter)]] = "experts"
+    return found
+
+
+def select(model: nn.Module, trained: Sequence[str]) -> dict[str, Part]:
+    """Let exactly what ``trained`` names have gradients; returns those names with their parts.
+
+    Args:
+        model: a stock model; a bias on the choice of experts is never trained.
+        trained: of ``all``, ``router``, ``experts``, ``rest`` and patterns of parameter names with ``*``.
+
+    Raises:
+        UsageError: a word matches nothing.
+    """
+    belongs = parts(model)
+    biases = _selection_biases(model)
+    named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in biases}
+    chosen: set[str] = set()
+    for word in trained:
+        matching = {name for name in named if word in ("all", belongs[name]) or fnmatchcase(name, word)}
+        if not matching:
+            examples = ", ".join(sorted(named)[:3])
+            raise UsageError(
+                f"train: '{word}' matches no parameter",
+                hint=f"all, {', '.join(PARTS)}, or a pattern with * of names such as {examples}",
+            )
+        chosen |= matching
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return {name: belongs[name] for name in named if name in chosen}
+
+
+def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]]:
+    """Optimizer groups of what has gradients: a part each, its vectors apart, with ``name``, ``lr`` and ``weight_decay``.
+
+    A schedule multiplies every group's own ``lr``. Groups are in a fixed order, and parameters in the model's.
+
+    Raises:
+        UsageError: nothing has gradients.
+    """
+    belongs = parts(model)
+    members: dict[tuple[Part, bool], list[torch.Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[belongs[name], parameter.ndim > 1].append(parameter)
+    made = []
+    for part in PARTS:
+        for matrices in (True, False):
+            if held := members.get((part, matrices)):
+                made.append(
+                    {
+                        "name": part if matrices else f"{part} vectors",
+                        "params": held,
+                        "lr": parameters.learning_rate * getattr(parameters, part),
+                        "weight_decay": _decay(parameters, part) if matrices else 0.0,
+                    }
+                )
+    if not made:
+        raise UsageError("nothing trains: no parameter has gradients", hint="name what trains: all, router, experts...")
+    return made
+
+
+def _decay(parameters: GroupParameters, part: Part) -> float:
+    own = parameters.router_weight_decay
+    return own if part == "router" and own is not None else parameters.weight_decay
+
+
+def _selection_biases(model: nn.Module) -> set[int]:
+    return {id(selection_bias(layer.block, layer.router)) for layer in _layers(model)}
+
+
+def _layers(model: Any) -> list[MoeLayer]:
+    return moe_layers(model) if is_moe(model) else []

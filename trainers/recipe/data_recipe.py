@@ -1,0 +1,170 @@
+"""What a stage of training reads: named domains, how they are mixed, packed and held out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from upcycle.recipe import parse_size
+from upcycle.trainers.data.packing import Packing
+from upcycle.trainers.file_kinds import Format
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class DomainRecipe(_Strict):
+    """One kind of text."""
+
+    name: str = Field(min_length=1, description="what reports and weights call it")
+    text: list[str] = Field(
+        min_length=1,
+        description="files or globs (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, else UTF-8 text), demo, or one hub dataset "
+        "org/name[:config[:split]]",
+    )
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="its share of the rows; all sum to 1 (left out everywhere: equal)"
+    )
+    column: str | None = Field(
+        None,
+        description="column that holds the text in every file (left out: text, content, or the only one of strings)",
+    )
+    format: Format | None = Field(
+        None, description="read all its files as text, jsonl, json, csv, tsv or parquet (left out: by their endings)"
+    )
+    separator: str | None = Field(
+        None, min_length=1, description="what divides a text file into documents (left out: a file is one document)"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    validation: list[str] | None = Field(
+        None, min_length=1, description="files to validate on, instead of a fraction of the documents"
+    )
+
+    @field_validator("text", "validation", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return _list(value)
+
+
+class ValidationSplit(_Strict):
+    """Which documents are never trained on."""
+
+    fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of each domain's documents that is held out, chosen by their content"
+    )
+    tokens: int = Field(65536, ge=16, description="tokens per domain that are validated on, at most")
+    batch: int = Field(8, ge=1, description="rows per validation batch")
+
+
+class DynamicWeights(_Strict):
+    """Weights that follow the excess of the domains' validation losses over reference losses (Sheared-LLaMA)."""
+
+    form: Literal["paper", "code"] = Field(
+        "paper", description="paper: excess clipped at 0; code: not clipped, and mixed with a uniform floor"
+    )
+    rate: float = Field(1.0, gt=0, allow_inf_nan=False, description="what the excess is multiplied by in the exponent")
+    floor: float = Field(1e-4, ge=0, lt=1, description="code: the share of the uniform distribution")
+    reference: dict[str, float] | None = Field(
+        None,
+        description="reference loss in nats per token by domain (left out: the dense parent's, measured on the held-out text)",
+    )
+    parent: str = Field(
+        "auto", description="the dense model whose losses are measured, or auto: what the model was converted from"
+    )
+
+
+class DataRecipe(_Strict):
+    """Everything that decides which tokens are seen in which order, but for the seed and the row length."""
+
+    domains: list[DomainRecipe] = Field(
+        min_length=1, description="kinds of text: a list, or a mapping of names to texts"
+    )
+    dynamic: DynamicWeights | None = Field(
+        None, description="update the weights from validation losses (left out: static)"
+    )
+    packing: Packing = Field(
+        "best_fit",
+        description="best_fit cuts only documents longer than a row; concatenate cuts at every row's end; alone: one document a row",
+    )
+    shuffle: str = Field("32MB", description="how much text is shuffled as a whole; read and tokenised ahead, on disk")
+    validation: ValidationSplit = Field(default=ValidationSplit(), description="which documents are held out")
+    end_of_text: bool = Field(True, description="close every document with the tokenizer's end-of-text token")
+    broken_lines: Literal["stop", "skip"] = Field(
+        "stop", description="rows that cannot be read: stop before the first step, or leave them out and say how many"
+    )
+    cache: str | None = Field(
+        None, description="folder of tokenised text (left out: upcycle/tokens in XDG_CACHE_HOME or ~/.cache)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_domain(cls, content: Any) -> Any:
+        """``data: demo`` or a list of files is one domain."""
+        return written_out(content)
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return [
+            {"name": name, **part} if isinstance(part, dict) else {"name": name, "text": part}
+            for name, part in value.items()
+        ]
+
+    @field_validator("shuffle")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataRecipe:
+        names = [domain.name for domain in self.domains]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"domains: '{twice[0]}' is there twice")
+        given = [domain.weight for domain in self.domains if domain.weight is not None]
+        if given and len(given) < len(names):
+            missing = next(domain.name for domain in self.domains if domain.weight is None)
+            raise ValueError(f"domains: '{missing}' has no weight, and others have; give all or none")
+        if given and not math.isclose(sum(given), 1, abs_tol=1e-6):
+            shares = ", ".join(f"{name} {weight / sum(given):.6g}" for name, weight in zip(names, given, strict=True))
+            raise ValueError(f"domains: the weights sum to {sum(given):.6g}, not 1; in these ratios: {shares}")
+        if self.dynamic and len(names) < 2:
+            raise ValueError("dynamic weights need at least two domains")
+        unseen = [domain.name for domain in self.domains if domain.validation is None and not self.validation.fraction]
+        if self.dynamic and unseen:
+            raise ValueError(
+                f"dynamic weights follow validation losses, and '{unseen[0]}' has none: validation.fraction is 0"
+            )
+        if self.dynamic and self.dynamic.reference is not None and set(self.dynamic.reference) != set(names):
+            different = sorted(set(self.dynamic.reference) ^ set(names))
+            raise ValueError(f"dynamic.reference must name each domain once; differs in {', '.join(different)}")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Initial share of each domain, summing to 1."""
+        total = sum(domain.weight or 1.0 for domain in self.domains)
+        return {domain.name: (domain.weight or 1.0) / total for domain in self.domains}
+
+
+def written_out(content: Any) -> Any:
+    """The ``data`` key in its long form: what names files alone is one domain, and every domain by name a mapping."""
+    if isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, str) for part in content)):
+        return {"domains": {"text": {"text": content}}}
+    domains = content.get("domains") if isinstance(content, dict) else None
+    if not isinstance(domains, dict):
+        return content
+    return {
+        **content,
+        "domains": {name: part if isinstance(part, dict) else {"text": part} for name, part in domains.items()},
+    }

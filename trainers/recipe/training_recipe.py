@@ -1,0 +1,356 @@
+"""The recipe of a training run: model, data, stages and how they are run, validated before anything is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from upcycle.errors import UsageError
+from upcycle.parsing import dump_yaml
+from upcycle.recipe import explained, read_recipe
+from upcycle.registry import LOSSES, suggestion
+from upcycle.shipped_recipes import needed_recipe_file
+from upcycle.trainers.distillation.expert_targets import ExpertTargetParameters
+from upcycle.trainers.distillation.losses import DistillationParameters
+from upcycle.trainers.optimizing.parameter_groups import GroupParameters
+from upcycle.trainers.recipe.data_recipe import DataRecipe, written_out
+from upcycle.trainers.recipe.schedules import PRESETS, Schedule, preset
+from upcycle.trainers.routing.bias_balance import BiasBalanceParameters
+from upcycle.trainers.routing.router_control import ControlParameters
+from upcycle.trainers.run.alarms import AlarmParameters
+
+STAGE_DEFAULT = ("all",)
+STAGE_NAME = "train"  # of a stage without one
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerRecipe(_Strict):
+    """Which optimizer, with its numbers. Learning rates and weight decay are a stage's."""
+
+    name: Literal["adamw", "cpu_adamw", "sgd"] = Field(
+        "adamw",
+        description="adamw (torch), cpu_adamw (DeepSpeed's, for offloaded states; built when first used), or sgd",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay of both moments")
+    epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
+
+
+class ZeroRecipe(_Strict):
+    """How DeepSpeed divides the optimizer's states, gradients and weights among ranks."""
+
+    stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too (auto: 0 for one rank in float32, else 1)",
+    )
+    offload_optimizer: bool = Field(False, description="keep optimizer states in the host's memory")
+    offload_weights: bool = Field(False, description="stage 3: keep weights in the host's memory")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="further keys of DeepSpeed's zero_optimization, such as reduce_bucket_size"
+    )
+
+
+class SavingRecipe(_Strict):
+    """When checkpoints are written and which stay."""
+
+    every: int = Field(500, ge=1, description="optimizer steps between checkpoints; one is always written at the end")
+    keep: int = Field(2, ge=1, description="how many of the newest stay")
+    export: bool = Field(True, description="write OUTPUT/model, a stock transformers folder, at the end")
+
+
+class LogRecipe(_Strict):
+    """What is reported."""
+
+    every: int = Field(1, ge=1, description="steps between lines; log.jsonl has every step")
+    validation: int = Field(
+        0, ge=0, description="steps between validations of every domain; 0: none but at stages' ends"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where numbers go beside log.jsonl"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="what one device can do, for its utilisation [default: measured on a matrix product]"
+    )
+
+
+class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
+    """Distillation and the parent it is from."""
+
+    parent: str = Field("auto", description="the dense model's folder, or auto: what the model was converted from")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype the parent runs in [default: dtype]"
+    )
+    cache: str | None = Field(
+        None, description="folder that keeps the parent's most probable tokens; it need not run for rows that are there"
+    )
+    top_p: float = Field(0.95, gt=0, le=1, description="cache: so much of the probability is kept")
+    most: int = Field(64, ge=1, description="cache: but so many tokens at most; all others count as one")
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> DistillationRecipe:
+        if self.cache is None:
+            return self
+        live = [*(name for name in ("hidden", "ffn") if getattr(self, name)), *self.taught]
+        if live:
+            raise ValueError(f"a cache holds next-token distributions alone; {live[0]} needs the running parent")
+        if self.temperature != 1:
+            raise ValueError(f"a cache holds probabilities at temperature 1, not {self.temperature:g}")
+        return self
+
+
+class ScheduleRecipe(_Strict):
+    """A learning-rate schedule without its length, which is the stage's."""
+
+    kind: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = Field("cosine", description="its form")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    floor: float = Field(0.1, ge=0, le=1, description="the last factor of cosine and wsd")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: the fraction of all steps that decays")
+    shape: Literal["linear", "sqrt"] = Field("linear", description="wsd: how it decays")
+    position: int = Field(0, ge=0, description="inverse_sqrt: optimizer steps the dense run has behind it")
+    timescale: int = Field(10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step of the whole run")
+
+
+class PresetRecipe(_Strict):
+    """A published way to reset the learning rate, instead of a schedule and a peak."""
+
+    name: str = Field(description=f"one of {', '.join(PRESETS)}")
+    dense_peak: float = Field(gt=0, description="peak learning rate of the dense run")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    position: int = Field(0, ge=0, description="sparse_upcycling: optimizer steps of the dense run")
+
+
+class StageRecipe(_Strict):
+    """One stage: what trains, how long, on what, and towards what."""
+
+    name: str = Field(STAGE_NAME, pattern=r"^[\w.-]+$", description="what reports and folders call it")
+    train: list[str] = Field(
+        default=list(STAGE_DEFAULT),
+        min_length=1,
+        description="all, router, experts, rest, and patterns of parameter names with *",
+    )
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="positions to train on instead; rounded up to whole steps")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    rates: dict[Literal["router", "experts", "rest"], float] = Field(
+        default_factory=dict, description="factors on the learning rate by part"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors have none")
+    router_weight_decay: float | None = Field(None, ge=0, description="that of routers [default: weight_decay]")
+    schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="how the learning rate goes")
+    preset: PresetRecipe | None = Field(None, description="learning rate and schedule of a paper instead")
+    losses: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="auxiliary losses with their parameters (upcycle list losses)"
+    )
+    losses_over: Literal["batch", "pass"] = Field(
+        "batch",
+        description="losses are of the whole global batch, however it is divided, or each pass has its own, which costs less",
+    )
+    balance: BiasBalanceParameters | None = Field(None, description="balance by the bias on the choice of experts")
+    control: ControlParameters = Field(
+        default=ControlParameters(),
+        description="noise, jitter, normalised logits, second experts by chance, and capacity",
+    )
+    distillation: DistillationRecipe | None = Field(None, description="distil from the dense parent")
+    activation: str | None = Field(
+        None, description="give the FFNs of a dense model another activation function first (D2DMoE: relu)"
+    )
+    data: DataRecipe | None = Field(None, description="data of this stage instead of the run's")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageRecipe:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(f"stage '{self.name}' needs either steps or tokens")
+        if (self.learning_rate is None) == (self.preset is None):
+            raise ValueError(f"stage '{self.name}' needs either learning_rate or preset")
+        unknown = [name for name in self.losses if name not in LOSSES]
+        if unknown:
+            raise ValueError(f"losses: unknown loss '{unknown[0]}'; {suggestion(unknown[0], LOSSES)}")
+        if self.preset and self.preset.name not in PRESETS:
+            raise ValueError(f"preset: unknown '{self.preset.name}'; {suggestion(self.preset.name, PRESETS)}")
+        return self
+
+
+class TrainRecipe(_Strict):
+    """A training run. The field order is the order in the written ``recipe.yaml``."""
+
+    model: str = Field(description="what upcycle convert wrote, or any folder with a stock causal language model")
+    output: str = Field(description="folder of the run: checkpoints, log.jsonl, and the trained model")
+    data: DataRecipe = Field(description="domains, their weights, and what is held out")
+    stages: list[StageRecipe] = Field(min_length=1, description="what is trained, one after another")
+    length: int = Field(512, ge=8, description="tokens per row")
+    global_batch: int = Field(8, ge=1, description="rows per optimizer step, all ranks together")
+    micro_batch: int = Field(1, ge=1, description="rows per rank and pass; the rest is accumulated")
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of computing; with bfloat16 the optimizer keeps fp32 weights"
+    )
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")
+    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="which optimizer")
+    dense_states: str | None = Field(
+        None, description="a training run of the dense model whose optimizer states the copies begin with"
+    )
+    zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how states are divided among ranks")
+    expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of a layer (DeepSpeed AutoEP)")
+    experts: str = Field(
+        "auto",
+        description="transformers' experts implementation: upcycle, upcycle_lean, eager, grouped_mm, ..., or auto",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute layers again in the backward pass to save memory"
+    )
+    keep_memory: bool = Field(
+        False, description="on CPUs: what a step frees stays with the process; faster steps, up to twice the memory"
+    )
+    saving: SavingRecipe = Field(default=SavingRecipe(), description="checkpoints")
+    log: LogRecipe = Field(default=LogRecipe(), description="reports")
+    alarms: AlarmParameters = Field(default=AlarmParameters(), description="when to warn")
+    bad_steps: int = Field(
+        3, ge=0, description="steps in a row that are skipped for a loss or gradient that is not finite"
+    )
+    timeout: float = Field(1800.0, gt=0, description="seconds that ranks wait for each other")
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _one_stage(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainRecipe:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stages: '{twice[0]}' is there twice; give each its own name")
+        for stage in self.stages:
+            if (stage.data or self.data).dynamic and not self.log.validation:
+                raise ValueError(
+                    f"stage '{stage.name}': dynamic weights follow validations, and log.validation is 0: they would stay"
+                )
+            schedule = stage.preset or stage.schedule
+            steps = stage.steps or math.ceil((stage.tokens or 1) / (self.global_batch * self.length))
+            if schedule.warmup >= steps and schedule.warmup:
+                raise ValueError(f"stage '{stage.name}': warmup {schedule.warmup} must be less than its {steps} steps")
+        if self.dtype == "bfloat16" and self.zero.stage == 0:
+            raise ValueError("zero.stage 0 keeps no fp32 weights beside bfloat16 ones; use 1, 2 or 3")
+        if self.zero.stage == 0 and self.expert_parallel > 1:
+            raise ValueError("zero.stage 0 cannot divide experts among ranks; use 1, 2 or 3")
+        if self.zero.offload_weights and self.zero.stage != 3:
+            raise ValueError(f"zero.offload_weights needs stage 3, got {self.zero.stage}")
+        return self
+
+    def zero_stage(self, world: int) -> int:
+        """ZeRO's stage on so many ranks."""
+        if self.zero.stage != "auto":
+            return self.zero.stage
+        return 0 if world == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions per optimizer step, all ranks together."""
+        return self.global_batch * self.length
+
+    def steps_of(self, stage: StageRecipe) -> int:
+        """Optimizer steps of a stage."""
+        return stage.steps or math.ceil((stage.tokens or 1) / self.tokens_per_step)
+
+    def rate_and_schedule(self, stage: StageRecipe) -> tuple[GroupParameters, Schedule]:
+        """Peak learning rates of a stage, and how they go."""
+        steps = self.steps_of(stage)
+        if stage.preset:
+            own = stage.preset
+            peak, schedule = preset(own.name, own.dense_peak, steps, own.warmup, own.position)
+        else:
+            assert stage.learning_rate
+            peak, schedule = stage.learning_rate, Schedule(steps=steps, **stage.schedule.model_dump())
+        rates = GroupParameters(
+            learning_rate=peak,
+            weight_decay=stage.weight_decay,
+            router_weight_decay=stage.router_weight_decay,
+            **stage.rates,
+        )
+        return rates, schedule
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML, every key written out."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
+    """Validate a mapping.
+
+    Raises:
+        UsageError: names the key path, the value and ``where`` it stands.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
+    try:
+        return TrainRecipe.model_validate(content)
+    except ValidationError as error:
+        raise explained(error, where, TrainRecipe) from None
+
+
+def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:
+    """Read a YAML recipe, or one that comes with upcycle by its name, with keys of ``overlaid`` (dotted paths) laid over it.
+
+    Raises:
+        UsageError: the file is missing, not YAML, or not such a recipe.
+    """
+    path = needed_recipe_file(str(path), "train")
+    content = read_recipe(path)
+    for key, value in (overlaid or {}).items():
+        _lay(content, key, value)
+    return parse_train_recipe(content, str(path))
+
+
+def _lay(content: Any, path: str, value: Any) -> None:
+    """Lay ``value`` over the key at a dotted path.
+
+    Stages are named by their number, from 0, or their name (a stage without one is called ``train``); a lone stage may be left
+    out of the path (``stages.train=[router]`` is what trains, ``stages.train.steps`` the stage of that name).
+    What has a short form (``data: FILE``, a single stage, domains by name) is written out first, so that keys below it can be set
+    whatever form it has.
+    """
+    *parents, last = path.split(".")
+    holder: Any = None
+    key: Any = None
+    for place, parent in enumerate(parents):
+        holder, key = content, parent
+        if isinstance(content, list):
+            key = _place(content, parent, path)
+            content = content[key]
+        else:
+            content = content.get(parent)
+        if parent == "stages" and place == 0 and isinstance(content, (dict, list)):
+            content = [content] if isinstance(content, dict) else content
+            word, more = path.split(".")[1], path.count(".") > 1
+            named = more and word == (content[0].get("name", STAGE_NAME) if content else None)
+            if len(content) == 1 and word in StageRecipe.model_fields and not named:
+                holder[key] = content
+                holder, key, content = content, 0, content[0]
+        elif parent == "data" and content is not None:
+            content = written_out(content)
+        elif not isinstance(content, (dict, list)):
+            content = {}
+        holder[key] = content
+    if isinstance(content, list):
+        content[_place(content, last, path)] = value
+    else:
+        content[last] = value
+
+
+def _place(listed: list[Any], word: str, path: str) -> int:
+    unnamed = STAGE_NAME if path.startswith("stages.") else None
+    names = [item.get("name", unnamed) if isinstance(item, dict) else None for item in listed]
+    if word in names:
+        return names.index(word)
+    if word.isdigit() and int(word) < len(listed):
+        return int(word)
+    known = ", ".join(str(name or number) for number, name in enumerate(names))
+    raise UsageError(f"{path}: there is no '{word}'", hint=f"name one of {known}")

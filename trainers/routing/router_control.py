@@ -1,0 +1,298 @@
+"""Changes what stock routers decide: jitter, noisy top-k, a second expert by chance, normalised logits, capacity.
+
+T tokens, D hidden, E experts, K top-k. An exported model has none of it: it routes as its architecture does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn.functional import linear, softplus
+
+from upcycle.errors import UsageError
+from upcycle.methods.base import PluginParameters
+from upcycle.trainers.data.keyed_random import random_words
+from upcycle.trainers.routing.capacity import within_capacity
+from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, widened
+
+NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
+_NORM_EPSILON = 1e-6
+
+
+class ControlParameters(PluginParameters):
+    """Parameters of :class:`RouterControl`; by default it does nothing."""
+
+    jitter: float = Field(0.0, ge=0, lt=1, description="the router's input is multiplied by U(1 - jitter, 1 + jitter)")
+    noise: Literal["none", "fixed", "learned"] = Field(
+        "none",
+        description="normal noise on the logits: of one size, or of a size learned per token and expert (Shazeer)",
+    )
+    noise_std: float | None = Field(None, gt=0, description="size of fixed noise [default: 1/E, as vision MoE]")
+    noise_floor: float = Field(0.01, ge=0, description="what learned sizes are never below")
+    normalize_logits: float | None = Field(
+        None,
+        gt=0,
+        description="logits are normalised per token to mean 0 and this standard deviation, in validation, too (Skywork-MoE: 1)",
+    )
+    accept_unexported: bool = Field(
+        False, description="normalise logits although no stock architecture stores that: the exported weights differ"
+    )
+    second: Literal["always", "random", "sampled"] = Field(
+        "always",
+        description="experts behind a token's first: all of top-k, each with a chance of twice its share of the weight "
+        "(GShard), or drawn in proportion to their scores (DeepSpeed)",
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="an expert takes this times n K / E choices of n tokens, others are dropped [default: none]",
+    )
+    evaluation_capacity_factor: float | None = Field(
+        None, gt=0, description="the same in validation [default: none are dropped, as in the exported model]"
+    )
+    capacity_group: Literal["row", "pass"] = Field(
+        "row",
+        description="the tokens that share the experts' room: a row, however the batch is divided, or all of a rank's pass "
+        "(DeepSpeed, Megatron-LM)",
+    )
+    drop: Literal["position", "probability"] = Field(
+        "position",
+        description="who is dropped: the last tokens, all first choices coming before second ones, or those of least weight",
+    )
+    renormalize: bool = Field(
+        False, description="what a token keeps is scaled up to the weight that its choices had together (DeepSpeed)"
+    )
+    min_capacity: int = Field(4, ge=1, description="an expert takes at least this many choices")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What was added to the logits for the choice, and its standard deviation, both ``[T, E]``."""
+
+    added: torch.Tensor
+    std: torch.Tensor
+
+
+class RouterControl:
+    """Hooks on routers that change their output ``(logits, weights, experts)``.
+
+    In training alone, as published:
+
+    - jitter: ST-MoE (arXiv 2202.08906), on the router's input only, not on the experts'. One factor per number of the
+      input, common to all experts, so virtual groups (arXiv 2410.07524) stay together; noise on logits parts them.
+    - learned noise: Shazeer et al. (openreview B1ckMDqlg), ``softplus(W x) + floor`` with W zero at first (the floor is
+      LLaMA-MoE's). W is added to the router as ``noise_weight``: attach before the optimizer is made, leave it out of exports.
+    - the second expert by chance: GShard's (arXiv 2006.16668, algorithm 1) is dispatched with probability ``min(1, 2 g)``, g its
+      share of the chosen weights; DeepSpeed draws it by Gumbel noise on the logits of all but the first. With more than two
+      experts per token it is so for each behind the first. Weights stay what they were, or are those of the drawn ones.
+    - capacity: see :func:`upcycle.trainers.routing.capacity.within_capacity`. A dropped choice weighs 0, and the others are not
+      renormalised (Mesh TensorFlow) unless ``renormalize`` says so (DeepSpeed). The experts still compute what was dropped:
+      its absence from the output is simulated. Papers evaluate with a larger capacity (ST-MoE, DeepSpeed: 2.0): that is
+      ``evaluation_capacity_factor``. Groups are rows by default, and every router's own: GShard's and ST-MoE's groups are
+      tokens that lie together, DeepSpeed's and Megatron-LM's a device's pass.
+
+    In validation, too, as the paper's model has it:
+
+    - normalised logits: Skywork-MoE (arXiv 2406.06563), by the population's standard deviation plus 1e-6 (unsourced there).
+    """
+
+    def __init__(self, parameters: ControlParameters) -> None:
+        self.parameters = parameters
+        self.noise: dict[int, Noise] = {}  # of the last pass, by layer
+        self.kept: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
+        self.skipped: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
+        self._real: torch.Tensor | None = None
+        self._keys: Sequence[object] = ()
+        self.unexported: str | None = None  # what the exported model will do otherwise
+        self._handles: list[Any] = []
+
+    def rows(self, real: torch.Tensor | None, keys: Sequence[object] = ()) -> None:
+        """Say what the coming passes' rows are.
+
+        Args:
+            real: bool ``[B, S]``, false where there is padding, which takes no room. ``None``: all tokens of a pass are one
+                group, and none is padding.
+            keys: of each row, what its random numbers are a function of, so that they do not depend on which rank and pass
+                it falls to; layers computed again draw the same. Left out: torch's generator is drawn from.
+        """
+        self._real, self._keys = real, keys
+
+    def did(self, layer: int) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None]:
+        """What was added to a layer's logits in the last pass, which choices were dispatched, and which chance held back."""
+        return self.noise.get(layer), self.kept.get(layer), self.skipped.get(layer)
+
+    def attach(self, layer: MoeLayer) -> None:
+        """Act on one router from now on.
+
+        Raises:
+            UsageError: the architecture cannot express normalised logits, and that was not accepted.
+        """
+        options, rule = self.parameters, layer.rule
+        weights_are_constant = rule.top_k == 1 and rule.normalized
+        if options.normalize_logits and not options.accept_unexported and not weights_are_constant:
+            raise UsageError(
+                "normalize_logits: no stock architecture normalises logits, so the exported model would weigh experts otherwise "
+                "than the trained one",
+                hint="leave it out, or set accept_unexported: true",
+            )
+        if options.normalize_logits and not weights_are_constant:
+            self.unexported = (
+                "normalize_logits acts in training and validation; the exported model chooses the same experts and weighs them "
+                "by logits as they are, so evaluate it before it is used"
+            )
+        if options.noise == "learned" and not hasattr(layer.router, NOISE_WEIGHT):
+            rows = next(layer.router.parameters())
+            layer.router.register_parameter(NOISE_WEIGHT, nn.Parameter(torch.zeros_like(rows)))
+        if options.jitter:
+            self._handles.append(layer.router.register_forward_pre_hook(self._jitter(layer)))
+        if any(
+            (
+                options.noise != "none",
+                options.second != "always",
+                options.normalize_logits,
+                options.capacity_factor,
+                options.evaluation_capacity_factor,
+            )
+        ):
+            self._handles.append(layer.router.register_forward_hook(self._hook(layer)))
+
+    def detach(self) -> None:
+        """Let every router decide alone again; learned noise weights stay where they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _jitter(self, layer: MoeLayer) -> Callable[..., Any]:
+        epsilon = self.parameters.jitter
+
+        def hook(router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            if not router.training:
+                return inputs
+            hidden, *others = inputs
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            factors = self._drawn(
+                layer, "jitter", flat, lambda x, rng: x.uniform_(1 - epsilon, 1 + epsilon, generator=rng)
+            )
+            return (hidden * factors.view_as(hidden), *others)
+
+        return hook
+
+    def _drawn(self, layer: MoeLayer, what: str, like: torch.Tensor, fill: Fill) -> torch.Tensor:
+        """Random numbers like ``[T, n]``, each row's a function of its key where rows have one."""
+        values = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if not self._keys:
+            return fill(values, None)
+        rng = torch.Generator(values.device)
+        for key, part in zip(self._keys, values.view(len(self._keys), -1, values.shape[1]), strict=True):
+            fill(part, rng.manual_seed(int(random_words(1, key, layer.index, what)[0] >> 1)))
+        return values
+
+    def _hook(self, layer: MoeLayer) -> Callable[..., Any]:
+        def hook(router: nn.Module, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+            for of_layers in (self.noise, self.kept, self.skipped):
+                of_layers.pop(layer.index, None)
+            return self._decide(layer, inputs[0], output)
+
+        return hook
+
+    def _decide(self, layer: MoeLayer, hidden: torch.Tensor, output: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        options, rule, training = self.parameters, layer.rule, layer.router.training
+        logits, weights, experts = output
+        dtype, routed = weights.dtype, widened(logits)
+        noisy = training and options.noise != "none"
+        if options.normalize_logits:
+            routed = logits = normalized_logits(routed, options.normalize_logits)
+        if noisy:
+            std = self._std(layer.router, hidden.reshape(-1, hidden.shape[-1]), routed)
+            noise = Noise(self._drawn(layer, "noise", std, _normal) * std, std)
+            self.noise[layer.index], routed = noise, routed + noise.added
+        if options.normalize_logits or noisy:
+            weights, experts = rule.route(routed)
+        if training and options.second == "sampled" and rule.top_k > 1:
+            scores = rule.scores(routed)
+            weights, experts = _sampled(
+                rule, scores, weights, experts, self._drawn(layer, "second", scores, _exponential)
+            )
+        return logits, self._dispatched(layer, weights, experts, training).to(dtype), experts
+
+    def _dispatched(
+        self, layer: MoeLayer, weights: torch.Tensor, experts: torch.Tensor, training: bool
+    ) -> torch.Tensor:
+        """Weights without those of choices that chance holds back or that find no room."""
+        options, rule = self.parameters, layer.rule
+        factor = options.capacity_factor if training else options.evaluation_capacity_factor
+        asked = kept = None
+        if training and options.second == "random":
+            kept = asked = _by_chance(weights.detach(), self._drawn(layer, "second", weights, _uniform))
+            self.skipped[layer.index] = ~asked
+        if factor:
+            real = self._real
+            groups = real.view(1, -1) if real is not None and options.capacity_group == "pass" else real
+            kept = within_capacity(
+                weights, experts, rule.experts, factor, options.min_capacity, options.drop, groups, asked
+            )
+            if real is not None:  # nobody reads what becomes of padding: nothing of it is dropped
+                kept = kept | ~real.reshape(-1, 1)
+        if kept is None:
+            return weights
+        self.kept[layer.index] = kept
+        left = weights * kept
+        return _renormalized(left, weights) if options.renormalize else left
+
+    def _std(self, router: nn.Module, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if self.parameters.noise == "fixed":
+            return torch.full_like(logits, self.parameters.noise_std or 1 / logits.shape[1])
+        rows: torch.Tensor = getattr(router, NOISE_WEIGHT)
+        return softplus(widened(linear(hidden.to(rows.dtype), rows))) + self.parameters.noise_floor
+
+
+def normalized_logits(logits: torch.Tensor, spread: float) -> torch.Tensor:
+    """``spread * (z - mean(z)) / std(z)`` of every row of ``[T, E]`` (Skywork-MoE, arXiv 2406.06563, section 4.1)."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return spread * centred / (centred.square().mean(-1, keepdim=True).sqrt() + _NORM_EPSILON)
+
+
+Fill: TypeAlias = Callable[[torch.Tensor, torch.Generator | None], torch.Tensor]  # in place; the tensor is returned
+
+
+def _normal(x: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+    return x.normal_(generator=rng)
+
+
+def _uniform(x: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+    return x.uniform_(generator=rng)
+
+
+def _exponential(x: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+    return x.exponential_(generator=rng)
+
+
+def _by_chance(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Bool ``[T, K]``: a token's first choice, and every other with probability ``min(1, 2 g)``, g its share of the weights."""
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    drawn = uniform < 2 * shares
+    return drawn.scatter_(1, weights.argmax(1, keepdim=True), True)
+
+
+def _sampled(
+    rule: RoutingRule, scores: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, exponential: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token's first expert, and K - 1 others drawn in proportion to their scores ``[T, E]``, none twice."""
+    first = experts.gather(1, weights.argmax(1, keepdim=True))
+    tiny = torch.finfo(scores.dtype).tiny
+    gumbel = -exponential.clamp(min=tiny).log()
+    preferred = scores.detach().clamp(min=tiny).log() + gumbel
+    others = preferred.scatter_(1, first, -torch.inf).topk(rule.top_k - 1, dim=1).indices
+    experts = torch.cat([first, others], 1)
+    return rule.weigh(scores, experts), experts
+
+
+def _renormalized(left: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What is left of ``weights`` ``[T, K]``, scaled so that a token's add up to what they did; 0 where nothing is left."""
+    total = left.sum(1, keepdim=True)
+    return left * weights.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)

@@ -1,0 +1,102 @@
+"""What every router of a stock MoE model computed in one forward pass. T tokens, E experts, K top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.trainers.distributed.expert_parallel import read_router
+from upcycle.trainers.routing.recorder import Recorder
+from upcycle.trainers.routing.router_control import Noise, RouterControl
+from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, moe_layers, widened
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """One router in one forward pass; gradients flow through all but ``experts`` and ``kept``.
+
+    ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
+    ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
+    the choice, ``kept`` (bool ``[T, K]``) which choices were dispatched, where capacity or chance may hold some back, and
+    ``skipped`` (likewise) those that chance held back.
+    """
+
+    layer: int
+    logits: torch.Tensor
+    weights: torch.Tensor
+    experts: torch.Tensor
+    rule: RoutingRule
+    noise: Noise | None = None
+    kept: torch.Tensor | None = None
+    skipped: torch.Tensor | None = None
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """``[T, E]`` in at least fp32: the softmax or the sigmoids of the logits."""
+        return self.rule.scores(self.logits)
+
+    @cached_property
+    def probabilities(self) -> torch.Tensor:
+        """``[T, E]`` in at least fp32, rows summing to 1."""
+        return self.rule.probabilities(self.logits)
+
+    @cached_property
+    def chosen(self) -> torch.Tensor:
+        """``[T, E]`` in the dtype of the scores, without gradient: 1 where an expert was chosen, dropped or not."""
+        return torch.zeros_like(self.scores).scatter_(1, self.experts, 1.0)
+
+    @cached_property
+    def undropped(self) -> torch.Tensor:
+        """``[T, K]``: the weights as the router gave them, before any choice was dropped; with gradient."""
+        if self.kept is None:
+            return self.weights
+        noisy = self.logits if self.noise is None else widened(self.logits) + self.noise.added
+        return self.rule.weigh(self.rule.scores(noisy), self.experts)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """``[T, 1]``: every token's expert of largest weight, dropped or not."""
+        return self.experts.gather(1, self.undropped.argmax(1, keepdim=True))
+
+    @cached_property
+    def dropped(self) -> torch.Tensor:
+        """Bool ``[T, K]``: which choices found no room; those that chance held back asked for none."""
+        if self.kept is None:
+            return torch.zeros_like(self.experts, dtype=torch.bool)
+        return ~self.kept if self.skipped is None else ~self.kept & ~self.skipped
+
+
+def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[RouterRecord]:
+    """Record every router of ``model`` from now on, and let ``control`` change what they decide.
+
+    Args:
+        model: a stock causal language model of one of the targets, not wrapped; call it through any wrapper.
+        control: noise, jitter, normalised logits or capacity; acts in recomputed layers, too.
+
+    Raises:
+        UsageError: ``model`` is of no target, or has no MoE layer.
+    """
+    layers = moe_layers(model)
+    recorder: Recorder[RouterRecord] = Recorder(model)
+    for layer in layers:
+        if control is not None:
+            control.attach(layer)
+        recorder.watch(layer.router, _reader(layer, control))
+    return recorder
+
+
+def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., RouterRecord]:
+    of_parallel = read_router(layer.block) if layer.parallel else None
+
+    def read(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> RouterRecord:
+        if of_parallel:
+            output = of_parallel(output)
+        did = control.did(layer.index) if control else (None, None, None)
+        return RouterRecord(layer.index, *output, layer.rule, *did)
+
+    return read

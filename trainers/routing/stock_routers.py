@@ -1,0 +1,250 @@
+"""Where a stock MoE model keeps its routers, and what each makes of its logits. T tokens, E experts, K top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from upcycle.errors import UsageError
+from upcycle.registry import TARGETS, load
+from upcycle.targets.base import Score, Target
+from upcycle.trainers.distributed.expert_parallel import is_parallel
+
+_SCORES: tuple[Score, ...] = ("softmax", "sigmoid")
+_ASKED = 64  # random tokens that an unknown router is asked about
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """What turns logits into choices: scores, a bias that only the choice sees, and how the chosen scores become weights.
+
+    The weights are ``factor * score / (sum of the chosen + epsilon)`` where ``normalized``, else ``factor * score``. A
+    softmax of the top-k logits is the same as a normalised top-k of the softmax.
+    """
+
+    score: Score
+    experts: int
+    top_k: int
+    normalized: bool = True
+    factor: float = 1.0
+    epsilon: float = 0.0
+    bias: Callable[[], torch.Tensor | None] = lambda: (
+        None
+    )  # [E]; asked for anew, as casting a model replaces its buffers
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """``[T, E]`` in at least fp32: the softmax, or the sigmoid of every logit."""
+        wide = widened(logits)
+        return wide.softmax(-1) if self.score == "softmax" else wide.sigmoid()
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """``[T, E]``, rows summing to 1: the softmax, or sigmoids divided by their sum (DeepSeek-V3, arXiv 2412.19437, eq. 19)."""
+        scores = self.scores(logits)
+        return scores if self.score == "softmax" else scores / scores.sum(-1, keepdim=True)
+
+    def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and experts ``[T, K]`` for logits that are not the model's own; largest first."""
+        scores = self.scores(logits)
+        bias = self.bias()
+        preferred = scores.detach() if bias is None else scores.detach() + bias.flatten()
+        experts = preferred.topk(self.top_k, dim=-1).indices
+        return self.weigh(scores, experts), experts
+
+    def weigh(self, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Weights ``[T, K]`` of chosen experts, from all scores ``[T, E]``."""
+        weights = scores.gather(1, experts)
+        if self.normalized:
+            weights = weights / (weights.sum(-1, keepdim=True) + self.epsilon)
+        return self.factor * weights
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a stock model: its index, the block with the experts, the router in it, and the router's rule.
+
+    DeepSpeed's AutoEP replaces blocks by its own: ``parallel``. Their experts are divided among ranks.
+    """
+
+    index: int
+    block: nn.Module
+    router: nn.Module
+    rule: RoutingRule
+    beside: tuple[
+        nn.Module, ...
+    ] = ()  # blocks whose outputs are added to this one's: shared experts, in some architectures
+
+    @property
+    def parallel(self) -> bool:
+        """Whether this rank has only some of the experts."""
+        return is_parallel(self.block)
+
+    @property
+    def experts(self) -> nn.Module:
+        """The routed experts, fused as transformers 5 holds them."""
+        experts: nn.Module = self.block.get_submodule("experts")
+        return experts
+
+
+def is_moe(model: Any) -> bool:
+    """Whether the routers of a model can be read: a target's, or any other's that give what transformers' give."""
+    return model.config.model_type in TARGETS or bool(_other_layers(model))
+
+
+def unread_warning(model: Any) -> str | None:
+    """What it means that a model has experts whose routers cannot be read; ``None`` where there is none."""
+    if is_moe(model) or not _blocks(model):
+        return None
+    return (
+        f"{model.config.model_type} has experts, but what its routers do is none of the rules known here (softmax or sigmoid, then "
+        "the top k, with or without a bias on the choice): it trains as it is, without balance, load, alarms and router rates"
+    )
+
+
+def moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """Every MoE layer of a stock causal language model, in order.
+
+    Raises:
+        UsageError: routers cannot be read, there is no MoE layer, or it routes by groups.
+    """
+    if _model_type(model) not in TARGETS and (layers := _other_layers(model)):
+        return layers
+    target, found = _target(model), []
+    for index, layer in enumerate(_decoder_layers(model)):
+        block = getattr(layer, target.blocks[0], None)
+        if block is not None and hasattr(block, "experts"):
+            router = block.router if is_parallel(block) else getattr(block, target.router)
+            beside = (getattr(layer, name, None) for name in target.blocks[1:])
+            there = tuple(module for module in beside if module is not None)
+            found.append(MoeLayer(index, block, router, _rule(target, block, router), there))
+    if not found:
+        raise UsageError(f"{target.name} model without a single MoE layer", hint="train what upcycle convert wrote")
+    return found
+
+
+def selection_bias(block: nn.Module, router: nn.Module) -> torch.Tensor | None:
+    """The tensor that is added to the scores for the choice alone, wherever the architecture keeps it; no gradient reaches it."""
+    for holder, name in (
+        (router, "e_score_correction_bias"),
+        (getattr(router, "moe_statics", None), "e_score_correction_bias"),
+        (block, "expert_bias"),
+    ):
+        bias = getattr(holder, name, None)
+        if isinstance(bias, torch.Tensor):
+            return bias
+    return None
+
+
+def _blocks(model: nn.Module) -> list[tuple[int, nn.Module]]:
+    """Layer and module of everything that has fused experts ``[E, ...]`` as a child, whatever it is called."""
+    found: list[tuple[int, nn.Module]] = []
+    for name, module in model.named_modules():
+        experts = dict(module.named_children()).get("experts")
+        if experts is not None and any(weight.dim() > 2 for weight in experts.parameters(recurse=False)):
+            number = next((part for part in name.split(".") if part.isdigit()), str(len(found)))
+            found.append((int(number), module))
+    return found
+
+
+def _other_layers(model: nn.Module) -> list[MoeLayer]:
+    """The MoE layers of an architecture that is no target; none where a router's rule is not known.
+
+    A model's answer is kept: once ZeRO-3 has divided its weights, routers cannot be asked any more.
+    """
+    if model not in _READ:
+        found: list[MoeLayer] = []
+        for index, block in _blocks(model):
+            read = next((pair for pair in map(_asked, block.children()) if pair), None)
+            if read is None:
+                found = []
+                break
+            found.append(MoeLayer(index, block, *read))
+        _READ[model] = found
+    return _READ[model]
+
+
+_READ: WeakKeyDictionary[nn.Module, list[MoeLayer]] = WeakKeyDictionary()
+
+
+def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
+    """A module with the rule that explains what it gives for random inputs and weights, if it is a router of a known rule.
+
+    Transformers' routers give logits ``[T, E]``, weights and experts ``[T, K]``. Every rule is tried on these logits, and must
+    give the same weights of the same experts.
+    """
+    matrix = next((weight for weight in router.parameters() if weight.dim() == 2), None)
+    top_k = getattr(router, "top_k", None)
+    if matrix is None or not isinstance(top_k, int):
+        return None
+    experts = matrix.shape[0]
+    if matrix.is_meta:  # of a plan, which counts alone
+        return router, RoutingRule("softmax", experts, top_k)
+    draw = torch.Generator().manual_seed(0)
+    copy = deepcopy(router).float().cpu().eval()
+    with torch.no_grad():
+        for weight in copy.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=draw))
+        try:
+            logits, weights, chosen = copy(torch.randn(_ASKED, matrix.shape[1], generator=draw))
+        except (RuntimeError, TypeError, ValueError):  # no router, or one of another kind
+            return None
+    if logits.shape != (_ASKED, experts) or chosen.shape != (_ASKED, top_k):
+        return None
+    given = torch.zeros(_ASKED, experts).scatter(1, chosen, weights.float())
+    for score in _SCORES:
+        for normalized in (True, False):
+            rule = RoutingRule(score, experts, top_k, normalized, bias=lambda: selection_bias(copy, copy))
+            own_weights, own = rule.route(logits)
+            made = torch.zeros_like(given).scatter(1, own, own_weights)
+            factor = float(f"{float(given.sum() / made.sum()):.4g}")
+            if torch.allclose(given, factor * made, rtol=1e-3, atol=1e-6):
+                return router, replace(rule, factor=factor, bias=lambda: selection_bias(router, router))
+    return None
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in fp32, or in fp64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _model_type(model: Any) -> str:
+    return str(model.config.model_type)
+
+
+def _target(model: Any) -> Target:
+    target: Target = load("target", model.config.model_type)()
+    return target
+
+
+def _decoder_layers(model: Any) -> Any:
+    return model.model.layers
+
+
+def _rule(target: Target, block: nn.Module, router: Any) -> RoutingRule:
+    if getattr(router, "num_group", 1) != 1:
+        raise UsageError(
+            f"{target.name} router that chooses experts within {router.num_group} groups (n_group)",
+            hint="set n_group and topk_group to 1 in config.json, as upcycle convert writes them",
+        )
+    weight = next(router.parameters())
+    experts = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 keeps the weight itself elsewhere
+    if is_parallel(block):
+        return RoutingRule(
+            router.score_func, experts, router.top_k, router.route_norm, router.route_scale,
+            bias=lambda: selection_bias(block, router),
+        )  # fmt: skip
+    return RoutingRule(
+        score=getattr(router, "expert_selection_fn", target.score),
+        experts=experts,
+        top_k=router.top_k,
+        normalized=getattr(router, "norm_topk_prob", True) or getattr(router, "expert_selection_fn", "") == "softmax",
+        factor=getattr(router, "routed_scaling_factor", 1.0),
+        epsilon=1e-6 if target.name == "lfm2_moe" else 0.0,
+        bias=lambda: selection_bias(block, router),
+    )

@@ -1,0 +1,102 @@
+"""DeepSpeed's configuration, made from a training recipe and the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.registry import TARGETS, suggestion
+from upcycle.trainers.distributed import expert_parallel
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, ZeroRecipe
+from upcycle.trainers.routing.stock_routers import is_moe, moe_layers
+
+# Keys of zero_optimization that the recipe sets elsewhere.
+_OURS = ("stage", "offload_optimizer", "offload_param", "leaf_module")
+
+
+def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize``.
+
+    Args:
+        recipe: the run's.
+        model: the stock model, not yet wrapped.
+        world: ranks.
+
+    Raises:
+        UsageError: the batch does not divide among the ranks, experts cannot be divided, or a key is unknown.
+    """
+    stage = recipe.zero_stage(world)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": recipe.micro_batch,
+        "gradient_accumulation_steps": accumulation(recipe, world),
+        "gradient_clipping": recipe.clip if stage else 0.0,  # without ZeRO the step clips
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(recipe.zero, stage, model),
+    }
+    if recipe.dtype == "bfloat16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.expert_parallel > 1:
+        model_type = model.config.model_type
+        experts = moe_layers(model)[0].rule.experts if model_type in TARGETS else 0
+        expert_parallel.check(model_type, experts, recipe.expert_parallel, world)
+        config["expert_parallel"] = expert_parallel.configuration(model_type, recipe.expert_parallel)
+    return config
+
+
+def accumulation(recipe: TrainRecipe, world: int) -> int:
+    """Passes per optimizer step on each rank.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    steps, rest = divmod(recipe.global_batch, recipe.micro_batch * world)
+    if rest or not steps:
+        raise UsageError(
+            f"global_batch {recipe.global_batch} is not a multiple of micro_batch {recipe.micro_batch} x {world} ranks",
+            hint=f"set global_batch to a multiple of {recipe.micro_batch * world}, or a smaller micro_batch",
+        )
+    return steps
+
+
+def leaf_classes(model: Any) -> list[str]:
+    """Classes of MoE blocks, whose weights ZeRO-3 must fetch as a whole: their experts are not used by all ranks alike."""
+    if not is_moe(model):
+        return []
+    kinds = {type(layer.block) for layer in moe_layers(model)}
+    return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+
+
+def _zero(zero: ZeroRecipe, stage: int, model: Any) -> dict[str, Any]:
+    _check_settings(zero, stage)
+    made: dict[str, Any] = {"stage": stage, **zero.settings}
+    if zero.offload_optimizer:
+        made["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if zero.offload_weights:
+        made["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage == 3 and (classes := leaf_classes(model)):
+        made["leaf_module"] = {"classes": classes, "names": [], "name_suffixes": []}
+    return made
+
+
+def _check_settings(zero: ZeroRecipe, stage: int) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    taken = [key for key in zero.settings if key in _OURS]
+    if taken:
+        raise UsageError(f"zero.settings.{taken[0]}: the recipe sets this itself", hint="use zero's own keys")
+    known = {name for key, field in DeepSpeedZeroConfig.model_fields.items() for name in (key, field.alias) if name}
+    unknown = [key for key in zero.settings if key not in known]
+    if unknown:
+        raise UsageError(f"zero.settings: unknown key '{unknown[0]}'", hint=suggestion(unknown[0], known))
+    try:
+        DeepSpeedZeroConfig(stage=stage, **zero.settings)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise UsageError(f"zero.settings.{key}: {fault['msg']}", hint="see DeepSpeed's zero_optimization") from None

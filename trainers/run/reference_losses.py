@@ -1,0 +1,52 @@
+"""What dynamic weights compare the student with: the dense parent's loss on the same held-out text of every domain."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder
+from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.recipe.data_recipe import DataRecipe
+from upcycle.trainers.run.validation import validate
+
+
+def reference_parent(data: DataRecipe, origin: Path) -> Path | None:
+    """The folder of the model whose losses are to be reached; ``None`` where the weights are static or the recipe has the losses.
+
+    Raises:
+        UsageError: the recipe names none, and the model that is trained does not say what it was converted from.
+    """
+    if data.dynamic is None or data.dynamic.reference is not None:
+        return None
+    return parent_folder(data.dynamic.parent, origin, "data.dynamic.parent", "dynamic.reference: {DOMAIN: NATS}")
+
+
+def reference_losses(
+    folder: Path, student: Any, held_out: Mapping[str, Sequence[Batch]], dtype: torch.dtype, ranks: Ranks
+) -> dict[str, float]:
+    """Mean nats per target of every domain, by the model in ``folder``, which is in memory for as long as this takes.
+
+    Args:
+        folder: the dense parent's.
+        student: what is trained; both must share their tokens.
+        held_out: the domains' validation batches, which the student's losses are measured on, too.
+        dtype: what the parent computes in.
+        ranks: all of them; each runs a part of the batches.
+
+    Raises:
+        UpcycleError: the parent cannot be loaded, or has other tokens.
+    """
+    parent = load_model(folder, dtype, ranks.device).requires_grad_(False)
+    check_parent(
+        parent, student, folder, max((batch.ids.shape[1] for part in held_out.values() for batch in part), default=0)
+    )
+    losses = validate(parent, held_out, ranks)
+    del parent
+    gc.collect()
+    return losses

@@ -1,0 +1,189 @@
+"""Before a run begins or goes on: ranks see the same folder and checkpoint, weights are what was written, the disk has room."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
+from upcycle.hashing import hash_file
+from upcycle.parsing import read_json
+from upcycle.quantities import size
+from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
+from upcycle.trainers.checkpoints.whole_tensors import FullTensors
+from upcycle.trainers.checkpoints.write import STATE_FILE, disk_fault, finished
+from upcycle.trainers.distributed.ranks import Ranks
+
+_SEEN = ".seen-by-all-ranks"
+_RECORD = "upcycle.json"
+_PATIENCE = 10.0  # seconds that a network file system may take to show what another machine wrote
+_FLOAT32 = 4
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Make sure that all ranks see the same folder: the first leaves a word there, and the others read it.
+
+    Raises:
+        EnvironmentFault: names a rank that does not see it, and its machine.
+    """
+    if ranks.world == 1:
+        return
+    path, word = folder / _SEEN, ranks.told(secrets.token_hex(8))
+    with faults_together(ranks):
+        if ranks.first:
+            path.write_text(word, encoding="utf-8")
+    with faults_together(ranks):
+        if not _appears(lambda: path.read_text(encoding="utf-8") == word):
+            raise EnvironmentFault(
+                f"on {socket.gethostname()}, {folder} is not the folder that the first rank writes to",
+                hint="give the run an output on a file system that all its machines share",
+            )
+    if ranks.first:
+        path.unlink(missing_ok=True)
+
+
+def agreed_checkpoint(run: Path, ranks: Ranks) -> SavedRun | None:
+    """The newest complete checkpoint as the first rank sees it, opened by all, every file compared with its hash.
+
+    Each rank reads a part of the files once for this, which adds what reading them takes (1 to 2 GB/s a rank, or the disk's
+    speed) to the start.
+
+    Raises:
+        CheckpointError: it is damaged: names the file.
+        EnvironmentFault: a rank does not see this checkpoint.
+    """
+    found = ranks.told(finished(run)[-1].name if ranks.first and finished(run) else None)
+    if found is None:
+        return None
+    folder = run / "checkpoints" / found
+    state = ranks.told(_digest(folder / STATE_FILE) if ranks.first else None)
+    saved: SavedRun | None = None
+    with faults_together(ranks):
+        if not _appears(lambda: _digest(folder / STATE_FILE) == state):
+            raise EnvironmentFault(
+                f"on {socket.gethostname()}, {folder} is not the checkpoint that the first rank continues",
+                hint="give the run an output on a file system that all its machines share",
+            )
+        saved = open_checkpoint(folder)
+        saved.check_files(ranks.rank, ranks.world)
+    return saved
+
+
+def check_model(model: Path, ranks: Ranks) -> None:
+    """Compare the weights that training begins with with the hashes that the conversion recorded, where there are any.
+
+    Raises:
+        CheckpointError: names the file that is damaged or missing.
+    """
+    with faults_together(ranks):
+        record = read_json(model / _RECORD) if (model / _RECORD).is_file() else {}
+        files = record.get("files") if isinstance(record, dict) else None
+        weights = sorted(name for name in files or {} if name.endswith(".safetensors") and Path(name).name == name)
+        for name in weights[ranks.rank :: ranks.world]:
+            path = model / name
+            if not path.is_file() or hash_file(path) != (files or {})[name]:
+                raise CheckpointError(
+                    f"{path} is missing, or not the file that was written (its SHA-256 differs)",
+                    hint=f"copy or convert it again; if you changed it on purpose, remove {model / _RECORD}",
+                )
+
+
+def check_room(run: Path, tensors: FullTensors, saves: int, keep: int, export: int, ranks: Ranks) -> str | None:
+    """Ask whether a stage's checkpoints, and what is exported at the end, fit on the disk.
+
+    Args:
+        run: the run's folder.
+        tensors: of the stage's engine.
+        saves: how many checkpoints it will write.
+        keep: how many stay.
+        export: bytes of the exported model, 0 where there will be none.
+        ranks: all of them.
+
+    Returns:
+        A warning where one checkpoint fits, but not all that will be there at once.
+
+    Raises:
+        EnvironmentFault: not one does.
+    """
+    warning: str | None = None
+    with faults_together(ranks):
+        if ranks.first:
+            one, free = checkpoint_bytes(tensors), shutil.disk_usage(run).free
+            # The oldest goes when the new one is complete.
+            there = len(finished(run))
+            at_once = max(1, min(keep + 1, there + saves) - there)
+            if one + export > free:
+                more = f", the exported model {size(export)}" if export else ""
+                raise EnvironmentFault(
+                    f"one checkpoint takes {size(one)}{more}, and the disk of {run} has {size(free)} left",
+                    hint="make room, choose an output on another disk, or saving.export=false and export elsewhere later",
+                )
+            if at_once * one + export > free:
+                warning = (
+                    f"{at_once} more checkpoints of {size(one)} will be there at once, and the disk of {run} has {size(free)} "
+                    "left: lower saving.keep, or make room"
+                )
+    return warning
+
+
+def checkpoint_bytes(tensors: FullTensors) -> int:
+    """Bytes of a checkpoint: fp32 weights, and the optimizer's states of what trains."""
+    return sum(
+        math.prod(tensors.shape(slot)) * _FLOAT32 * (1 + (len(tensors.keys) if slot.trained else 0))
+        for slot in tensors.slots
+    )
+
+
+@contextmanager
+def explained_writes(folder: Path) -> Iterator[None]:
+    """What a run cannot write to its folder is the disk's fault or a right that is missing, not upcycle's.
+
+    Raises:
+        EnvironmentFault: with what is complete and how to go on.
+    """
+    try:
+        yield
+    except OSError as fault:
+        within = fault.filename is not None and str(fault.filename).startswith(str(folder))
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not within:
+            raise
+        raise disk_fault(fault, Path(os.fsdecode(fault.filename)) if within else folder) from fault
+
+
+@contextmanager
+def faults_together(ranks: Ranks) -> Iterator[None]:
+    """What fails on one rank is raised on all."""
+    error: BaseException | None = None
+    try:
+        yield
+    except UpcycleError as fault:
+        error = fault
+    except OSError as fault:
+        error = EnvironmentFault(str(fault), hint="choose an output that can be read and written")
+    ranks.together(error)
+
+
+def _appears(there: Callable[[], bool]) -> bool:
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            if there():
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

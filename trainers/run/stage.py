@@ -1,0 +1,194 @@
+"""One stage of a run made ready: model, parent, engine, data, and what a checkpoint must keep of it."""
+
+from __future__ import annotations
+
+import gc
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.trainers.checkpoints.dense_states import DenseStates
+from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder, prepare
+from upcycle.trainers.checkpoints.read import SavedRun
+from upcycle.trainers.checkpoints.whole_tensors import FullTensors
+from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
+from upcycle.trainers.data.packed_attention import check_fits, packing_leak
+from upcycle.trainers.distillation.expert_targets import recorded_scale
+from upcycle.trainers.distillation.logit_cache import LogitCache, parent_identity, prepare_cache
+from upcycle.trainers.distributed import expert_parallel
+from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
+from upcycle.trainers.forecast.flops import training_flops
+from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
+from upcycle.trainers.optimizing.parameter_groups import groups, select
+from upcycle.trainers.optimizing.router_rates import router_warning
+from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe
+from upcycle.trainers.routing.router_control import ControlParameters
+from upcycle.trainers.routing.stock_routers import is_moe, moe_layers, unread_warning
+from upcycle.trainers.run.deepspeed_config import accumulation, deepspeed_config
+from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
+from upcycle.trainers.run.step import Parent, Stepper
+from upcycle.user_paths import user_path
+
+
+class Stage:
+    """A stage with its engine.
+
+    Args:
+        recipe: the run's.
+        stage: one of its stages.
+        origin: the folder the run starts from.
+        saved: checkpoint whose weights the stage starts from; with ``resumed`` its states too.
+        ranks: all of them.
+        tokenizer: the model's.
+
+    Raises:
+        UpcycleError: the stage does not fit the model, the data or the ranks.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        stage: StageRecipe,
+        origin: Path,
+        saved: SavedRun | None,
+        resumed: bool,
+        ranks: Ranks,
+        tokenizer: Any,
+    ) -> None:
+        self.recipe, self.stage = recipe, stage
+        self.passes = accumulation(recipe, ranks.world)
+        self.steps = recipe.steps_of(stage)
+        self.rates, self.schedule = recipe.rate_and_schedule(stage)
+        # On the host: DeepSpeed takes to the device what each rank keeps. What fp32 weights a checkpoint has come later.
+        dtype = getattr(torch, recipe.dtype)
+        self.model = load_model(saved.folder if saved else origin, dtype, torch.device("cpu"), recipe.experts)
+        check_fits(self.model.config, tokenizer, recipe.length)
+        leak = packing_leak(self.model.config, recipe.micro_batch)
+        checkpointing = recipe.activation_checkpointing
+        prepare(self.model, checkpointing=checkpointing, activation=stage.activation, where=recipe.model)
+        self.stepper = Stepper(self.model, stage, ranks, self._parent(origin, ranks), recipe.clip)
+        divided = recipe.expert_parallel > 1
+        if divided and stage.control != ControlParameters():
+            raise UsageError(
+                f"stage '{stage.name}': control changes what stock routers decide, and AutoEP replaces those",
+                hint="leave control out, or set expert_parallel: 1",
+            )
+        own = stage.distillation
+        if own and own.taught and (divided or recipe.zero.stage == 3):
+            raise UsageError(
+                f"stage '{stage.name}': {own.taught[0]} runs every expert on every rank, which has not all of them",
+                hint="set expert_parallel: 1 and zero.stage below 3",
+            )
+        if not divided:
+            self.stepper.attach()
+        self.trained = select(self.model, stage.train)
+        if divided and recipe.zero_stage(ranks.world) < 3 and "experts" not in self.trained.values():
+            raise UsageError(
+                f"stage '{stage.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
+                hint="set expert_parallel: 1, or zero.stage: 3",
+            )
+        # SGD's steps shrink with the gradient.
+        lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
+        self.warnings = [
+            text for text in (leak, lost, self.stepper.control.unexported, unread_warning(self.model)) if text
+        ]
+        self.flops = training_flops(self.model, recipe.length)
+        if recipe.zero_stage(ranks.world) == 3 and is_moe(self.model):
+            give_inputs_gradients(moe_layers(self.model))
+        self.engine = self._engine(ranks)
+        if divided:
+            self.stepper.attach()
+        self.tensors = FullTensors(self.engine, state_keys(recipe.optimizer))
+        data = stage.data or recipe.data
+        self.stream: TokenStream = open_stream(
+            data,
+            tokenizer,
+            length=recipe.length,
+            micro_batch=recipe.micro_batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            seed=recipe.seed,
+        )
+        self.held_out = open_validation(data, tokenizer, length=recipe.length)
+        if saved:
+            saved.restore(self.tensors, states=resumed)
+        elif recipe.dense_states:
+            DenseStates(user_path(recipe.dense_states), origin).give(self.tensors)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token; 0 in a dense model."""
+        if not is_moe(self.model):
+            return 0
+        return moe_layers(self.model)[0].rule.top_k
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of losses, balance and data, as JSON."""
+        balance = self.stepper.balance
+        return {
+            "losses": {loss.name: loss.state() for loss in self.stepper.losses},
+            "balance": balance.state() if balance else None,
+            "data": self.stream.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> list[str]:
+        """Continue from :meth:`state`; returns what of the data is not what it was, in words."""
+        for loss in self.stepper.losses:
+            loss.load_state(state["losses"].get(loss.name, {}))
+        if self.stepper.balance and state["balance"]:
+            self.stepper.balance.load_state(state["balance"])
+        return self.stream.restore(state["data"])
+
+    def close(self) -> None:
+        """Give the memory back before the next stage."""
+        self.stepper.detach()
+        self.engine.destroy()
+        del self.engine, self.tensors, self.model, self.stepper
+        gc.collect()
+
+    def _parent(self, origin: Path, ranks: Ranks) -> Parent | None:
+        own = self.stage.distillation
+        if own is None:
+            return None
+        if own.taught and own.expert_scale is None:
+            own = own.model_copy(update={"expert_scale": recorded_scale(origin)})
+        folder = parent_folder(own.parent, origin)
+        dtype = self.recipe.dtype if own.dtype == "auto" else own.dtype
+
+        def load() -> Any:
+            parent = load_model(folder, getattr(torch, dtype), ranks.device)
+            check_parent(parent, self.model, folder, self.recipe.length)
+            return parent
+
+        return Parent(load, own, self._cache(own, folder, dtype, ranks))
+
+    def _cache(self, own: DistillationRecipe, parent: Path, dtype: str, ranks: Ranks) -> LogitCache | None:
+        if own.cache is None:
+            return None
+        folder, error = user_path(own.cache), None
+        if ranks.first:
+            try:
+                prepare_cache(folder, parent_identity(parent, dtype, own.top_p, own.most))
+            except UpcycleError as fault:
+                error = fault
+        ranks.together(error)
+        return LogitCache(folder, own.top_p, own.most)
+
+    def _engine(self, ranks: Ranks) -> Any:
+        deepspeed = import_deepspeed()
+        config = deepspeed_config(self.recipe, self.model, ranks.world)
+
+        def optimizer(_: Any) -> torch.optim.Optimizer:
+            return make_optimizer(self.recipe.optimizer, groups(self.model, self.rates))
+
+        # DeepSpeed prints of its own accord; stdout is for results.
+        with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
+            engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
+        if ranks.world == 1 and not engine.zero_optimization_stage():
+            # There is nobody to add gradients with. DeepSpeed would copy all of them together and back.
+            engine.enable_backward_allreduce = False
+        return engine
