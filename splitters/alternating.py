@@ -6,17 +6,17 @@ import torch
 from pydantic import Field
 from torch.nn.functional import linear, normalize
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ExpertSpec, LayerBlueprint
-from upcycle.capture import of_largest
-from upcycle.feed_forward import FeedForward
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.ridge_sums import solve_ridge
+from upcycle.ffn.router_capture import of_largest
 from upcycle.methods.base import PluginParameters, filled
-from upcycle.ridge import solve_ridge
 from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
 from upcycle.splitters.grouping.neuron_profiles import draw_seed, required
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition
-from upcycle.targets.base import MoeShape
 
 
 class AlternatingParameters(PluginParameters):

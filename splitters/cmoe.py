@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch.nn.functional import linear, normalize
 
-from upcycle.activations import Activations, activation_function
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations, activation_function
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 from upcycle.splitters.grouping.marker_assignment import marker_assignment
 from upcycle.splitters.grouping.neuron_profiles import required

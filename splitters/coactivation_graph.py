@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch.nn.functional import one_hot
 
-from upcycle.activations import Activations
 from upcycle.errors import EnvironmentFault
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
 from upcycle.splitters.grouping.neuron_profiles import coactivation, draw_seed, required

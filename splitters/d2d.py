@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.activations import Activations
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
 from upcycle.splitters.grouping.neuron_profiles import draw_seed
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition

@@ -8,14 +8,14 @@ import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.architectures.moe.base import MoeShape
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Partition, PluginParameters, filled
 from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
 from upcycle.splitters.grouping.neuron_profiles import required
-from upcycle.targets.base import MoeShape
 
 
 class ImportanceParameters(PluginParameters):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.activations import Activations
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Partition, balanced_blocks
 
 

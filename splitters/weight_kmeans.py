@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from upcycle.activations import Activations
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Partition, PluginParameters
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
 from upcycle.splitters.grouping.neuron_profiles import draw_seed

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from upcycle.sources import DEMO_FOLDER
+from upcycle.files.locate import DEMO_FOLDER
 
 # Test folders are no packages: this makes ``from pico_models import ...`` work in all of them.
 _HELPERS = {

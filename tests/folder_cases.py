@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from upcycle.hashing import hash_file
-from upcycle.workspace import Workspace
+from upcycle.files.hashing import hash_file
+from upcycle.files.output.workspace import Workspace
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "recipe.yaml": "source: a"}
 

@@ -11,7 +11,7 @@ from typing import Any
 from hub_server import HubServer
 
 import upcycle
-from upcycle.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import FILE as LOCAL_FILE
 from upcycle.progress import Progress
 
 REPO = "alice/moe"
@@ -49,7 +49,7 @@ def weights(out: Path) -> list[Path]:
 
 def record_again(out: Path) -> None:
     """Make the record and the verification say that the files are as they were meant to be."""
-    from upcycle import provenance
+    from upcycle.conversion import record as provenance
 
     record = json.loads((out / "upcycle.json").read_text())
     record["files"] = {name: provenance.hash_file(out / name) for name in record["files"] if (out / name).exists()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.activations import HELD_OUT_EVERY, Activations, Slots
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Slots
+from upcycle.ffn.feed_forward import FeedForward
 
 D, F, BATCH, BATCHES = 6, 10, 4, 20
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from kill_points import Killed, killed_at
 
-from upcycle.blueprint import BlueprintFile, ExpertSpec, LayerBlueprint
-from upcycle.blueprint_join import decided_layer, join_layers, joined, keep_layer, layer_file
+from upcycle.calibration.blueprint_join import decided_layer, join_layers, joined, keep_layer, layer_file
 from upcycle.errors import CheckpointError
-from upcycle.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
+from upcycle.ffn.blueprint import BlueprintFile, ExpertSpec, LayerBlueprint
+from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
 
 LAYERS = (0, 2, 11)
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
 
 import upcycle
-from upcycle.blueprint import BlueprintFile
-from upcycle.calibration import Calibration
-from upcycle.calibration_text import read_parts
+from upcycle.architectures.stock import load_model, load_tokenizer
+from upcycle.calibration.calibrate import Calibration
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
-from upcycle.recipe import CalibrationRecipe
-from upcycle.stock import load_model, load_tokenizer
-from upcycle.text import demo_parts, encode
+from upcycle.ffn.blueprint import BlueprintFile
+from upcycle.recipe.conversion_recipe import CalibrationRecipe
+from upcycle.text.mixture import read_parts
+from upcycle.text.windows import demo_parts, encode
 
 E, S, K, WINDOW, TOKENS = 8, 4, 2, 64, 1024
 SPLIT: dict[str, Any] = {
@@ -346,7 +346,7 @@ def test_an_activation_that_is_not_finite_names_layer_and_neuron(dense: Path, tm
 def test_too_little_memory_is_said_before_anything_is_read(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upcycle.runtime.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("upcycle.models.stock_model.available_memory", lambda: 1_000_000)
     with pytest.raises(EnvironmentFault, match="calibration needs about"):
         upcycle.convert(str(pico("llama")), tmp_path / "out", **SPLIT)
     assert not (tmp_path / "out").exists()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import calibration_text
-from upcycle.calibration_text import mixed_windows
-from upcycle.stock import load_tokenizer
-from upcycle.text import demo_parts
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.text import mixture
+from upcycle.text.mixture import mixed_windows
+from upcycle.text.windows import demo_parts
 
 WINDOW = 32
 
@@ -20,8 +20,8 @@ def test_a_long_text_is_tokenised_where_its_windows_lie(
     pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, text = load_tokenizer(pico("llama")), demo_parts("prose")[0]
-    monkeypatch.setattr(calibration_text, "_LONG", 1000)
-    monkeypatch.setattr(calibration_text, "encode", lambda *_: pytest.fail("tokenised whole"))
+    monkeypatch.setattr(mixture, "_LONG", 1000)
+    monkeypatch.setattr(mixture, "encode", lambda *_: pytest.fail("tokenised whole"))
     found = mixed_windows({"prose": text}, tokenizer, 6 * WINDOW, WINDOW)
     assert found.shape == (6, WINDOW)
     places = [text.find(tokenizer.decode(row)) for row in found]
@@ -35,8 +35,8 @@ def test_a_long_text_of_few_tokens_is_tokenised_whole(
     pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, text = load_tokenizer(pico("llama")), demo_parts("prose")[0]
-    monkeypatch.setattr(calibration_text, "_LONG", 1000)
-    monkeypatch.setattr(calibration_text, "_CHARACTERS_PER_TOKEN", 1)  # no segment holds a window
+    monkeypatch.setattr(mixture, "_LONG", 1000)
+    monkeypatch.setattr(mixture, "_CHARACTERS_PER_TOKEN", 1)  # no segment holds a window
     segments = mixed_windows({"prose": text}, tokenizer, 6 * WINDOW, WINDOW)
     monkeypatch.undo()
     assert segments.equal(mixed_windows({"prose": text}, tokenizer, 6 * WINDOW, WINDOW))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from upcycle import capture
-from upcycle.activations import Activations, Inputs
-from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
-from upcycle.capture import Capture, ExpertMap, captured, expert_energies, output_norms
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn import router_capture
+from upcycle.ffn.activations import Activations, Inputs
+from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.router_capture import Capture, ExpertMap, captured, expert_energies, output_norms
 
 D, F, T = 10, 16, 24
 # Experts overlap (neuron 3), have zero neurons, and leave neurons to nobody.
@@ -56,8 +56,8 @@ def test_energies_and_norms(
     h = hidden(ffn, x)
     real = [[j for j in neurons if j != ZERO_NEURON] for neurons in ROUTED]
     outputs = torch.stack([h[:, neurons] @ ffn.down[:, neurons].double().T for neurons in real], dim=1)
-    for at_once in (1, capture._OUTPUT_BYTES):
-        monkeypatch.setattr(capture, "_OUTPUT_BYTES", at_once)
+    for at_once in (1, router_capture._OUTPUT_BYTES):
+        monkeypatch.setattr(router_capture, "_OUTPUT_BYTES", at_once)
         norms = output_norms(batch, blueprint, ffn)
         torch.testing.assert_close(norms.double(), outputs.norm(dim=-1), rtol=1e-4, atol=1e-5)
     goal = torch.randn(T, D)

@@ -14,10 +14,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 import upcycle
-from upcycle import provenance
-from upcycle.card import BEGIN, END, own_section
-from upcycle.card_facts import public_name
+from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.publishing.card_facts import public_name
+from upcycle.publishing.model_card import BEGIN, END, own_section
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import children
-from upcycle.children import run_module, run_script, safe_environment
+from upcycle.hardware import child_processes
+from upcycle.hardware.child_processes import run_module, run_script, safe_environment
 
 ROOT = Path(__file__).parents[1]
 TRAP = "import pathlib; pathlib.Path(__file__).with_name('RAN').touch(); raise SystemExit(9)\n"
@@ -39,7 +39,7 @@ def said(command: list[str], folder: Path, **environment: str) -> str:
 
 @pytest.mark.parametrize("version", [(3, 10, 0), (3, 11, 0)])
 def test_modules(version: tuple[int, int, int], downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children.sys, "version_info", version)
+    monkeypatch.setattr(child_processes.sys, "version_info", version)
     command = run_module("json.tool")
     assert ("-P" in command) == (version >= (3, 11))
     (downloaded / "given").write_text("[1]")
@@ -52,14 +52,14 @@ def test_scripts_find_what_lies_beside_them_and_nothing_where_they_run(downloade
     (own / "script.py").write_text("import sys\nimport beside\nprint(beside.word, __name__, sys.argv[1:])\n")
     command = [*run_script(own / "script.py", sys.executable), "a"]
     assert said(command, downloaded) == "\"found\" __main__ ['a']\n"
-    assert said(command, downloaded, **{children.VARIABLE: "1"}) == "\"found\" __main__ ['a']\n"
+    assert said(command, downloaded, **{child_processes.VARIABLE: "1"}) == "\"found\" __main__ ['a']\n"
 
 
 def test_what_they_start_themselves_is_safe_too(downloaded: Path) -> None:
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no PYTHONSAFEPATH")
     inner = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import json'], check=True)"
-    assert safe_environment({})[children.VARIABLE] == "1"
+    assert safe_environment({})[child_processes.VARIABLE] == "1"
     said([sys.executable, "-P", "-c", inner], downloaded, **safe_environment({}))
 
 
@@ -67,12 +67,14 @@ def test_everything_that_starts_python_does_it_so() -> None:
     """Commands are made in one module, and none is given another place to import from."""
     asks = re.compile(r"sys\.executable|\"-m\"|PYTHONPATH|os\.chdir|multiprocessing|sys\.path")
     allowed = {
-        "upcycle/children.py": {"sys.executable", '"-m"', "sys.path"},
-        "upcycle/serving/checking.py": {"sys.executable"},  # the engine's Python, which run_script starts
-        "upcycle/cli/options.py": {'"-m"'},  # of --method
-        "upcycle/serving/workers/llama_cpp_worker.py": {'"-m"'},  # of llama-server's --model
+        "upcycle/hardware/child_processes.py": {"sys.executable", '"-m"', "sys.path"},
+        "upcycle/verification/engines/verify_with.py": {
+            "sys.executable"
+        },  # the engine's Python, which run_script starts
+        "upcycle/cli/shared/options.py": {'"-m"'},  # of --method
+        "upcycle/verification/engines/workers/llama_cpp_worker.py": {'"-m"'},  # of llama-server's --model
         "kernels/gpu/compile_gate/__main__.py": {"multiprocessing"},  # its processes have this one's sys.path
-        "trainers/host_ranks.py": {"os.chdir"},  # the ranks' folder; their commands are of children.py
+        "upcycle/cli/host_ranks.py": {"os.chdir"},  # the ranks' folder; their commands are of children.py
     }
     found = {
         (str(path.relative_to(ROOT)), word)

@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from torch.nn.functional import cross_entropy, linear, silu
 
 import upcycle
-from upcycle.calibration_text import mixed_windows
+from upcycle.architectures.stock import load_model, load_tokenizer
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
-from upcycle.job import pieces_of
-from upcycle.stock import load_model, load_tokenizer
-from upcycle.text import demo_parts
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.planning.expert_job import pieces_of
+from upcycle.text.mixture import mixed_windows
+from upcycle.text.windows import demo_parts
 
 Pico = Callable[[str], Path]
 SMALL = {"active": [0.5], "pieces": 8, "calibration_tokens": 1024, "tokens": 256, "window": 64}
@@ -66,8 +66,8 @@ def test_oracle_beats_routers_and_refit_beats_none(pico: Pico) -> None:
 
 
 def test_static_pruning_keeps_the_neurons_that_add_most() -> None:
-    from upcycle.activations import Activations
-    from upcycle.comparison_walk import StaticPruning
+    from upcycle.evaluation.candidate_walk import StaticPruning
+    from upcycle.ffn.activations import Activations
 
     rng = torch.Generator().manual_seed(0)
     gate, up, down = (torch.randn(shape, generator=rng) for shape in ((20, 8), (20, 8), (8, 20)))

@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle.blueprint import BlueprintFile
 from upcycle.errors import CheckpointError, UsageError, VerificationError
-from upcycle.job import Job
-from upcycle.tensor_files import INDEX, SafetensorsFolder
+from upcycle.ffn.blueprint import BlueprintFile
+from upcycle.files.formats.tensor_files import INDEX, SafetensorsFolder
+from upcycle.planning.expert_job import Job
 
 Pico = Callable[[str], Path]
 QUICK = {"verification": {"tokens": 64}}
@@ -46,8 +46,8 @@ def test_recorded_hashes_are_those_of_the_files(pico: Pico, tmp_path: Path) -> N
 
 
 def test_the_written_recipe_repeats_the_conversion(pico: Pico, tmp_path: Path) -> None:
-    from upcycle.conversion import run_recipe
-    from upcycle.recipe import parse_recipe, read_recipe
+    from upcycle.conversion.convert import run_recipe
+    from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 
     upcycle.convert(str(pico("llama")), tmp_path / "out", method="random_split", top_k=8, shared=4, **QUICK)
     run_recipe(parse_recipe(read_recipe(tmp_path / "out" / "recipe.yaml"), "recipe"), tmp_path / "again")
@@ -148,15 +148,15 @@ def test_flags_can_keep_a_zero_router_for_inference(pico: Pico, tmp_path: Path) 
 def test_a_source_that_changes_meanwhile_is_noticed(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle import conversion
+    from upcycle.conversion import convert
 
-    write = conversion.write_index
+    write = convert.write_index
 
     def touch(*arguments: object) -> None:
         (dense / "model.safetensors").touch()
         write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversion, "write_index", touch)
+    monkeypatch.setattr(convert, "write_index", touch)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         upcycle.convert(str(dense), tmp_path / "out", experts=2, **QUICK)
     assert not (tmp_path / "out").exists()

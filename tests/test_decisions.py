@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from upcycle.decisions import Measured
+from upcycle.conversion.decide_merges import Measured
 
 
 def never() -> float:

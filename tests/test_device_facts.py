@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from upcycle.device_facts import DEVICES, device, named_like
 from upcycle.errors import UsageError
+from upcycle.hardware.accelerators import DEVICES, device, named_like
 from upcycle.kernels.gpu.compile_gate.roofline import GPUS
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from upcycle.blueprint import Draws
-from upcycle.draws import redrawn, stream
+from upcycle.ffn.blueprint import Draws
+from upcycle.ffn.random_weights import redrawn, stream
 
 ROWS, D = 64, 96
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.stock import load_tokenizer
-from upcycle.text import encode, read_text
+from upcycle.text.windows import encode, read_text
 
 Pico = Callable[[str], Path]
 
@@ -80,7 +80,7 @@ def test_a_zero_router_leaves_dead_experts(pico: Pico, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_demo_card_states_what_evaluate_prints() -> None:
-    from upcycle.sources import DEMO_FOLDER
+    from upcycle.files.locate import DEMO_FOLDER
 
     card = (DEMO_FOLDER / "model" / "README.md").read_text()
     for text in upcycle.evaluate("demo", tokens=20_000).texts:

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle import expert_utility
+from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import EnvironmentFault
-from upcycle.moe_checkpoint import MoeCheckpoint
+from upcycle.methods.growing import expert_utility
 from upcycle.progress import SILENT
 
 Models = Callable[..., Path]

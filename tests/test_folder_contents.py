@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import UpcycleError
-from upcycle.tensor_files import SINGLE
+from upcycle.files.formats.tensor_files import SINGLE
 
 # files -> words of the message
 WITHOUT_CONFIG: dict[tuple[str, ...], tuple[str, ...]] = {

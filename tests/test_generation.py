@@ -11,11 +11,11 @@ import torch
 from pico_models import PICO_MOE
 from transformers import AutoModelForCausalLM
 
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.generation import Pieces, Writer
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.inference.generate import Pieces, Writer
 from upcycle.registry import TARGETS
-from upcycle.sources import DEMO_FOLDER
-from upcycle.stock import load_tokenizer
 
 Pico = Callable[[str], Path]
 PROMPT = "def read(path):"
@@ -91,7 +91,7 @@ def test_draws_follow_the_distribution(pico: Pico) -> None:
     ids = writer.encode(PROMPT)
     with torch.no_grad():
         logits = writer.model(torch.tensor([ids])).logits[0, -1].double()
-    from upcycle.generation import _draw
+    from upcycle.inference.generate import _draw
 
     likely = (logits / 0.7).softmax(-1).topk(5)
     rng = torch.Generator().manual_seed(0)

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError, VerificationError
-from upcycle.gguf_file import GgufFile
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.gguf_file import GgufFile
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 
 HF_TO_GGUF = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

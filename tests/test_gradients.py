@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from upcycle.checkpoint import DenseCheckpoint
-from upcycle.gradients import _text_clusters, read_importance, write_importance
-from upcycle.layers import LayerRunner
-from upcycle.planning import job_of
+from upcycle.architectures.stock import load_model
+from upcycle.calibration.neuron_importance import _text_clusters, read_importance, write_importance
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.files.formats.token_files import TokenFile
+from upcycle.models.layer_runner import LayerRunner
+from upcycle.planning.cost import job_of
 from upcycle.progress import SILENT
-from upcycle.recipe import parse_recipe
-from upcycle.stock import load_model
-from upcycle.token_files import TokenFile
+from upcycle.recipe.conversion_recipe import parse_recipe
 
 WINDOWS, W, D = 16, 64, 32
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import upcycle
-from upcycle import provenance
-from upcycle.calibration_text import read_parts
-from upcycle.held_out import by_document, by_position, seen_share, sketch, unseen
-from upcycle.recipe import CalibrationRecipe
-from upcycle.sources import DEMO_FOLDER
-from upcycle.text import encode
+from upcycle.conversion import record as provenance
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.recipe.conversion_recipe import CalibrationRecipe
+from upcycle.text.held_out import by_document, by_position, seen_share, sketch, unseen
+from upcycle.text.mixture import read_parts
+from upcycle.text.windows import encode
 
 Pico = Callable[[str], Path]
 PROSE = (DEMO_FOLDER / "text" / "prose.txt").read_text()
@@ -102,7 +102,7 @@ def test_a_conversion_is_verified_on_what_was_held_out(calibrated: tuple[Path, P
     assert checked["text"] == "what was held out of the calibration text (the last quarter)"
     assert list(record["held_out"].values()) == ["the last quarter"]
     assert seen_share(by_position(own.read_text()).read, record["lines"]) == 1
-    from upcycle.stock import load_tokenizer
+    from upcycle.architectures.stock import load_tokenizer
 
     again = upcycle.verify(out, tokens=256)
     assert again.text == checked["text"]
@@ -159,8 +159,8 @@ def test_a_blueprint_of_elsewhere_opens_no_text(
     calibrated: tuple[Path, Path], pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _ = calibrated
-    monkeypatch.setattr("upcycle.calibration_text._text", lambda *_: pytest.fail("a calibration text was opened"))
-    monkeypatch.setattr("upcycle.calibration_text._parts", lambda *_: pytest.fail("a calibration text was opened"))
+    monkeypatch.setattr("upcycle.text.mixture._text", lambda *_: pytest.fail("a calibration text was opened"))
+    monkeypatch.setattr("upcycle.text.mixture._parts", lambda *_: pytest.fail("a calibration text was opened"))
     result = upcycle.convert(
         str(pico("llama")), tmp_path / "out", blueprint=out / "blueprint.safetensors", verification={"tokens": 32}
     )

@@ -16,7 +16,7 @@ from publishing_cases import REPO, Notes, contents, push, record_again, weights
 
 import upcycle
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.recipe import read_recipe
+from upcycle.recipe.conversion_recipe import read_recipe
 
 
 @pytest.mark.parametrize("chunk", [None, 50_000], ids=["whole", "in parts"])
@@ -139,7 +139,7 @@ def test_a_file_that_the_hub_ignores_is_missed(hub: HubServer, out: Path) -> Non
 
 
 def test_the_users_section_is_kept_here_and_there(hub: HubServer, out: Path) -> None:
-    from upcycle.card import BEGIN, own_section
+    from upcycle.publishing.model_card import BEGIN, own_section
 
     push(out, hub)
     repo = hub.repos[REPO]

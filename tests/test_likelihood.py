@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from upcycle import likelihood
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError
-from upcycle.likelihood import log_likelihoods
+from upcycle.methods.mixing import log_likelihoods as likelihood
+from upcycle.methods.mixing.log_likelihoods import log_likelihoods
 from upcycle.progress import SILENT
 
 IDS = torch.randint(4096, (5, 12), generator=torch.Generator().manual_seed(1))

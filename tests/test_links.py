@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from upcycle import convert
-from upcycle.companions import check_companions, copy_files
+from upcycle.checkpoints.tokenizer_files import check_companions, copy_files
 from upcycle.errors import CheckpointError
-from upcycle.links import copy_inside, inside
+from upcycle.files.links import copy_inside, inside
 
 Pico = Callable[[str], Path]
 SECRET = "s3cret"
@@ -104,6 +104,6 @@ def test_nothing_else_copies_files() -> None:
     }
     # What a run copies into its checkpoints lies in a folder that it made itself of files that were copied by that function.
     assert found == {
-        "upcycle/links.py: shutil.copyfile(inside(path, folder), destination)",
+        "upcycle/files/links.py: shutil.copyfile(inside(path, folder), destination)",
         "trainers/checkpoints/write.py: shutil.copytree(small, folder)",
     }

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import upcycle
-from upcycle import loadable
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
+from upcycle.planning import loadable
 
 Pico = Callable[[str], Path]
 WRONG: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ def test_a_text_to_verify_on_that_is_too_short(pico: Pico, tmp_path: Path) -> No
 
 def test_a_result_that_stock_refuses(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in a target: its configuration is one that no stock class takes."""
-    from upcycle.targets.base import Target
+    from upcycle.architectures.moe.base import Target
 
     right = Target.full_config
     monkeypatch.setattr(Target, "full_config", lambda *args: {**right(*args), "num_local_experts": "two"})
@@ -138,7 +138,7 @@ def test_a_result_that_stock_refuses(pico: Pico, tmp_path: Path, monkeypatch: py
 
 def test_a_weight_that_stock_would_not_find(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own reading is content with what is stored, stock transformers is not: what it would make up is named."""
-    from upcycle.families.base import Family
+    from upcycle.architectures.dense.base import Family
 
     source = copied(pico("llama"), tmp_path / "dense", attention_bias=True)
     right = Family.layer_specs

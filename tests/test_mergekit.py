@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from upcycle.cli.main import main
 from upcycle.errors import UsageError
-from upcycle.mergekit import is_mergekit, translate
-from upcycle.recipe import parse_recipe
+from upcycle.recipe.conversion_recipe import parse_recipe
+from upcycle.recipe.mergekit_recipe import is_mergekit, translate
 
 Branches = Callable[..., list[Path]]
 PROMPTS = {"positive_prompts": ["def main():"], "negative_prompts": ["Once upon a time"]}

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from upcycle import merging
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.checkpoints import merged_checkpoint
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint, MergedStore
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.families.origin import Origin
-from upcycle.merging import MergedCheckpoint, MergedStore
 
 Branches = Callable[..., list[Path]]
 WEIGHTS = (0.2, 0.7, 2.0)
@@ -49,7 +49,7 @@ def stored_as(folder: Path, to: Path, dtype: torch.dtype) -> Path:
 def test_every_tensor_is_the_mean_rounded_once(
     block: int, branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "SUM_BYTES", block)
+    monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", block)
     for dtype in (torch.float32, torch.bfloat16):
         folders = [stored_as(f, tmp_path / f"{dtype}-{i}", dtype) for i, f in enumerate(branches(3))]
         store, expected = merge(folders).store, mean_of(folders)
@@ -63,7 +63,7 @@ def test_every_tensor_is_the_mean_rounded_once(
 
 
 def test_blocks_and_parts_are_rows_of_the_whole(branches: Branches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "SUM_BYTES", 8 * 32 * 5)
+    monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", 8 * 32 * 5)
     store = merge(branches(3)).store
     whole = store.read(EMBEDDING)
     for most, part, multiple in ((4 * 32 * 100, None, 1), (4 * 32 * 9, (17, 50), 8), (1, (3, 4), 2)):
@@ -105,7 +105,7 @@ def test_the_widest_dtype_where_they_differ(branches: Branches, tmp_path: Path) 
 def test_a_merge_converts_as_a_folder_with_the_same_numbers_does(
     name: str, branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "SUM_BYTES", 8 * 32 * 50)
+    monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", 8 * 32 * 50)
     folders = branches(2, 0.3, name)
     found = merge(folders, (1.0, 3.0))
     written = Path(shutil.copytree(folders[0], tmp_path / "merged"))

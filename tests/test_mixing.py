@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.cli.main import main
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.recipe import parse_recipe
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.recipe.conversion_recipe import parse_recipe
 
 Branches = Callable[..., list[Path]]
 MIX: dict[str, Any] = {"method": "branch_train_mix", "verification": {"enabled": False}}
@@ -156,8 +156,8 @@ def test_everything_is_recorded(branches: Branches, tmp_path: Path) -> None:
 
 
 def test_the_same_sources_give_the_same_bytes_from_recipe_and_blueprint(branches: Branches, tmp_path: Path) -> None:
-    from upcycle.conversion import run_recipe
-    from upcycle.recipe import read_recipe
+    from upcycle.conversion.convert import run_recipe
+    from upcycle.recipe.conversion_recipe import read_recipe
 
     sources = list(map(str, branches(3)))
     upcycle.convert(None, tmp_path / "one", sources=sources, parameters={"chunks": 2}, **MIX)
@@ -194,16 +194,16 @@ def test_an_out_that_is_one_of_the_sources(branches: Branches, tmp_path: Path) -
 def test_any_source_that_changes_meanwhile_is_noticed(
     branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle import conversion
+    from upcycle.conversion import convert
 
     one, two = pair(branches, tmp_path)
-    write = conversion.write_index
+    write = convert.write_index
 
     def touch(*arguments: object) -> None:
         (two / "model.safetensors").touch()
         write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversion, "write_index", touch)
+    monkeypatch.setattr(convert, "write_index", touch)
     with pytest.raises(CheckpointError, match=r"changed while it was read"):
         upcycle.convert(None, tmp_path / "out", sources=[str(one), str(two)], **MIX)
 
@@ -239,12 +239,12 @@ def test_killed_then_resumed_is_byte_equal(branches: Branches, tmp_path: Path) -
 def test_one_block_of_one_source_is_in_memory_whatever_their_number(
     branches: Branches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle import merging
-    from upcycle.families.origin import Origin
-    from upcycle.mixing import MixedCheckpoint, open_sources
-    from upcycle.tensor_files import SafetensorsFolder
+    from upcycle.architectures.tensor_origin import Origin
+    from upcycle.checkpoints import merged_checkpoint
+    from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint, open_sources
+    from upcycle.files.formats.tensor_files import SafetensorsFolder
 
-    monkeypatch.setattr(merging, "SUM_BYTES", 8 * 32 * 64)
+    monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", 8 * 32 * 64)
     read, alive, most = SafetensorsFolder.chunks, weakref.WeakSet[Any](), []
 
     def watched(self: SafetensorsFolder, *arguments: Any) -> Iterator[torch.Tensor]:

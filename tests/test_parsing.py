@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.parsing import (
+from upcycle.files.formats.parsing import (
     DEEPEST,
     MOST_DIGITS,
     dump_yaml,
@@ -141,7 +141,7 @@ def test_what_is_written_as_yaml_can_be_read(tmp_path):
 
 
 # Workers run in an engine's own Python and import nothing of upcycle; what they read is what upcycle wrote.
-OWN_READERS = ("upcycle/parsing.py", "upcycle/serving/workers/")
+OWN_READERS = ("upcycle/files/formats/parsing.py", "upcycle/serving/workers/")
 
 
 def test_nothing_else_parses_json_or_yaml():

@@ -13,7 +13,7 @@ from folder_cases import content, fill, make, names, result
 from kill_points import Killed, killed_at
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.workspace import Workspace, settle
+from upcycle.files.output.workspace import Workspace, settle
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_kill_at_any_change_of_the_disk_loses_nothing(
             (out / "notes.txt").write_text("mine")
 
     if way == "inside":
-        monkeypatch.setattr("upcycle.ownership.is_mount", lambda path: path == out)
+        monkeypatch.setattr("upcycle.files.output.ownership.is_mount", lambda path: path == out)
     if way == "refused":
         refuse_renames(monkeypatch, errno.EXDEV)
     options = {"overwrite": before != "nothing"}

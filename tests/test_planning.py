@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.planning import job_of
-from upcycle.recipe import parse_recipe
+from upcycle.planning.cost import job_of
+from upcycle.recipe.conversion_recipe import parse_recipe
 
 Pico = Callable[[str], Path]
 ACTIVE: dict[str, Any] = {"method": "random_split"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.posteriors import largest, source_posteriors
+from upcycle.methods.mixing.source_posteriors import largest, source_posteriors
 
 S, N, T = 3, 5, 7
 

@@ -14,12 +14,12 @@ from hub_server import HubServer
 from publishing_cases import REPO, contents, push
 
 import upcycle
-from upcycle import private_text
+from upcycle.conversion.record import hash_file
 from upcycle.errors import CheckpointError, UpcycleError, UsageError
-from upcycle.local_names import FILE, LocalNames, file_name, here, is_path, without_folders, without_paths
-from upcycle.private_text import machine_in, scrub, scrub_machine, secrets_in, this_machine, without_password
-from upcycle.provenance import hash_file
-from upcycle.recipe import read_recipe
+from upcycle.files import private_text
+from upcycle.files.local_names import FILE, LocalNames, file_name, here, is_path, without_folders, without_paths
+from upcycle.files.private_text import machine_in, scrub, scrub_machine, secrets_in, this_machine, without_password
+from upcycle.recipe.conversion_recipe import read_recipe
 
 Pico = Callable[[str], Path]
 LETTERS = "aB3dE6gH9kL2nO5qR8tU1wX4zA7cD0fG3iJ6"
@@ -255,8 +255,8 @@ def test_everything_that_is_made_from_her_folders_is_clean_and_can_be_verified_a
     upcycle.verify(out, tokens=64, text=str(text))
     upcycle.evaluate(str(out), reference=str(source), speed=True)
     monkeypatch.chdir(tmp_path)
-    from upcycle.report.data.collecting import Wanted
-    from upcycle.report.writing import write_report
+    from upcycle.report.data.collect import Wanted
+    from upcycle.report.write_report import write_report
 
     write_report(out, wanted=Wanted(texts=(str(text),), tokens=64))
     upcycle.write_card(out)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import upcycle
-from upcycle import provenance
+from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError
-from upcycle.tensor_files import INDEX, SINGLE
+from upcycle.files.formats.tensor_files import INDEX, SINGLE
 
 
 def test_a_verification_is_about_one_record(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from upcycle.errors import UsageError
-from upcycle.recipe import Recipe, layer_selection, parse_recipe, parse_size, read_recipe, set_key
+from upcycle.recipe.conversion_recipe import Recipe, layer_selection, parse_recipe, parse_size, read_recipe, set_key
 
 
 def test_the_dump_is_a_recipe_that_means_the_same() -> None:

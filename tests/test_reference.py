@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
-from upcycle import measuring, provenance
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion import record as provenance
 from upcycle.errors import VerificationError
-from upcycle.reach import Reach, reach_of
+from upcycle.text.reach import Reach, reach_of
+from upcycle.verification import measure
 
 Pico = Callable[[str], Path]
 IDS = torch.arange(3, 67)[None] * 11
@@ -126,7 +127,7 @@ def test_a_window_that_is_lost_is_found(pico: Pico, tmp_path: Path, monkeypatch:
     assert result.verdict == "broken"
     assert "behind position 300" in result.explanation
     assert result.relative_logit_error < 1e-5
-    monkeypatch.setattr(measuring, "MOST_WORK", 0)  # too dear: what was not looked at is said
+    monkeypatch.setattr(measure, "MOST_WORK", 0)  # too dear: what was not looked at is said
     result = upcycle.verify(out, tokens=256)
     assert (result.verdict, result.positions, result.far_error) == ("exact", 256, None)
     assert "looked at 256 positions only" in result.explanation

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.ridge import STRENGTHS, UNJUDGED_STRENGTH, RidgeSums, solve_ridge
+from upcycle.ffn.ridge_sums import STRENGTHS, UNJUDGED_STRENGTH, RidgeSums, solve_ridge
 
 T, M, N = 200, 12, 3
 

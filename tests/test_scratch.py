@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.locks import LOCK, PID_LOCK, FolderLock, one_at_a_time
-from upcycle.ownership import check_file, holds_keys
-from upcycle.scratch import scratch
+from upcycle.files.output.locks import LOCK, PID_LOCK, FolderLock, one_at_a_time
+from upcycle.files.output.ownership import check_file, holds_keys
+from upcycle.files.output.scratch import scratch
 
 
 @pytest.fixture(autouse=True)

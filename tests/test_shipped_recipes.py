@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from upcycle.cli.main import cli, main
 from upcycle.errors import UsageError
-from upcycle.recipe import read_recipe
-from upcycle.shipped_recipes import VERBS, needed_recipe_file, recipe_file, shipped, summary
+from upcycle.recipe.conversion_recipe import read_recipe
+from upcycle.recipe.shipped_recipes import VERBS, needed_recipe_file, recipe_file, shipped, summary
 from upcycle.trainers.forecast.plan_training import read_planned
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upcycle import similarity
-from upcycle.checkpoint import DenseCheckpoint
-from upcycle.similarity import similarities
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.methods.mixing import weight_similarity
+from upcycle.methods.mixing.weight_similarity import similarities
 
 Branches = Callable[..., list[Path]]
 
@@ -55,7 +55,7 @@ def test_against_plain_loops(
     name: str, rows: int | None, branches: Branches, pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rows:
-        monkeypatch.setattr(similarity, "SUM_BYTES", 3 * 8 * 32 * rows)
+        monkeypatch.setattr(weight_similarity, "SUM_BYTES", 3 * 8 * 32 * rows)
     folders, base = branches(3, 0.5, name), pico(name)
     keep = attention_and_ffn
     if name == "lfm2":

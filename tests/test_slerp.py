@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from upcycle.slerp import slerp_coefficients
+from upcycle.checkpoints.slerp import slerp_coefficients
 
 EPSILON = 2.0**-52
 

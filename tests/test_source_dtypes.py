@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError
-from upcycle.tensor_files import SINGLE, SafetensorsFolder, widest
+from upcycle.files.formats.tensor_files import SINGLE, SafetensorsFolder, widest
 
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -123,7 +123,7 @@ def test_a_conversion_does_not_go_on_with_another_source_under_the_same_times(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after its weights, resumed after the source was replaced: the old layers are not mixed in."""
-    from upcycle import conversion
+    from upcycle.conversion import convert
 
     source = shutil.copytree(pico("llama"), tmp_path / "m")
     stamp = (source / SINGLE).stat().st_mtime_ns
@@ -132,7 +132,7 @@ def test_a_conversion_does_not_go_on_with_another_source_under_the_same_times(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "_write_companions", stop)
+    monkeypatch.setattr(convert, "_write_companions", stop)
     with pytest.raises(KeyboardInterrupt):
         upcycle.convert(str(source), tmp_path / "out", **keys)
     monkeypatch.undo()

@@ -17,10 +17,7 @@ from typing import Any, NoReturn
 import pytest
 from click.testing import CliRunner
 
-from upcycle.cli.main import VERBS, cli
-from upcycle.errors import CheckpointError, EnvironmentFault
-from upcycle.sources import DEMO_FOLDER
-from upcycle.stock import (
+from upcycle.architectures.stock import (
     build_config,
     clean_config,
     clean_generation,
@@ -30,6 +27,9 @@ from upcycle.stock import (
     load_tokenizer,
     view,
 )
+from upcycle.cli.main import VERBS, cli
+from upcycle.errors import CheckpointError, EnvironmentFault
+from upcycle.files.locate import DEMO_FOLDER
 
 ROOT = Path(__file__).parents[1]
 EVIL = "evil.Class"
@@ -361,7 +361,7 @@ def test_no_verb_runs_what_a_folder_names(
 LOADERS = re.compile(
     r"from_pretrained\(|for_model\(|\bfrom_config\(|AutoConfig|AutoTokenizer|AutoModel\w+|GenerationConfig"
 )
-ALLOWED = ("upcycle/stock.py", "upcycle/card_text.py", "upcycle/serving/workers/")
+ALLOWED = ("upcycle/architectures/stock.py", "upcycle/publishing/card_text.py", "upcycle/serving/workers/")
 
 
 def test_nothing_else_loads_with_transformers() -> None:

@@ -13,8 +13,8 @@ from pico_models import PICO, PICO_MOE
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import CheckpointError
-from upcycle.runtime import StockModel
-from upcycle.stock_layers import FolderLayers
+from upcycle.models.stock_layers import FolderLayers
+from upcycle.models.stock_model import StockModel
 
 Pico = Callable[..., Path]
 

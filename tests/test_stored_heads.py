@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.checkpoint import HEAD, DenseCheckpoint
-from upcycle.moe_checkpoint import MoeCheckpoint
+from upcycle.checkpoints.checkpoint import HEAD, DenseCheckpoint
+from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 Pico = Callable[[str], Path]
 IDS = torch.arange(3, 43)[None] * 7

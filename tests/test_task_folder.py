@@ -10,10 +10,10 @@ import pytest
 
 import upcycle
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.harness import guarded, load_tasks
-from upcycle.parsing import read_yaml
-from upcycle.task_folder import checked_tasks, write_tasks
-from upcycle.task_scores import score_tasks
+from upcycle.evaluation.lm_eval_harness import guarded, load_tasks
+from upcycle.evaluation.task_folder import checked_tasks, write_tasks
+from upcycle.evaluation.task_scores import score_tasks
+from upcycle.files.formats.parsing import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 METRICS = dict.fromkeys(("acc", "acc_norm", "word_perplexity", "bits_per_byte"))

@@ -16,16 +16,16 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle import provenance
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.cli.main import cli
+from upcycle.conversion import record as provenance
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.evaluation import Evaluation
+from upcycle.evaluation.evaluate import Evaluation
+from upcycle.evaluation.score_table import score_rows
+from upcycle.evaluation.task_scores import TaskScores, _compared, _read
+from upcycle.files.locate import DEMO_FOLDER
 from upcycle.progress import Progress
-from upcycle.report.data.collecting import Wanted
-from upcycle.score_table import score_rows
-from upcycle.sources import DEMO_FOLDER
-from upcycle.stock import load_tokenizer
-from upcycle.task_scores import TaskScores, _compared, _read
+from upcycle.report.data.collect import Wanted
 
 TASKS = Path(__file__).parent / "tasks"
 QUESTIONS = [json.loads(line) for line in (TASKS / "continuations.jsonl").read_text().splitlines()]
@@ -206,7 +206,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, pico: Callable
     def nothing(name: str, *_: Any) -> Any:
         return None if name == "lm_eval" else find_spec(name)
 
-    monkeypatch.setattr("upcycle.harness.find_spec", nothing)
+    monkeypatch.setattr("upcycle.evaluation.lm_eval_harness.find_spec", nothing)
     with pytest.raises(EnvironmentFault, match="lm-eval, which is not installed") as caught:
         upcycle.evaluate(pico("llama"), tasks="continuations")
     assert caught.value.hint == "pip install 'upcycle[tasks]'"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.tensor_files import INDEX, SINGLE, SafetensorsFile, SafetensorsFolder
+from upcycle.files.formats.tensor_files import INDEX, SINGLE, SafetensorsFile, SafetensorsFolder
 
 TENSORS = {
     "a": torch.randn(5, 3),

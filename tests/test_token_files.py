@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.token_files import TokenFile, write_together
+from upcycle.files.formats.token_files import TokenFile, write_together
 
 
 def test_a_released_file_makes_room_for_the_next(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 import upcycle
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.user_paths import cache_folder, user_path
 from upcycle.trainers.data import batches
 from upcycle.trainers.recipe.data_recipe import DataRecipe
-from upcycle.user_paths import cache_folder, user_path
 
 ROOT = Path(__file__).parents[1]
 

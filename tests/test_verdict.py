@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from upcycle.blueprint import BlueprintFile, blueprint_recipe
 from upcycle.errors import VerificationError
-from upcycle.sources import DEMO_FOLDER
-from upcycle.verdict import Totals, finite, perplexity_of, relative, said, span
+from upcycle.ffn.blueprint import BlueprintFile, blueprint_recipe
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.verification.verdict import Totals, finite, perplexity_of, relative, said, span
 
 Pico = Callable[[str], Path]
 
@@ -62,7 +62,7 @@ def test_something_where_there_was_nothing_is_broken(pico: Pico, tmp_path: Path)
     upcycle.convert(str(source), tmp_path / "out", **keys)
     name = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
     changed(tmp_path / "out", tmp_path / "wrong", lambda tensors: tensors[name].fill_(0.1))
-    from upcycle import provenance
+    from upcycle.conversion import record as provenance
 
     record = provenance.read(tmp_path / "wrong")
     record["files"] = {file: provenance.hash_file(tmp_path / "wrong" / file) for file in record["files"]}
@@ -153,8 +153,8 @@ def test_a_blueprint_says_how_layers_are_built_and_nothing_else(pico: Pico, tmp_
 
 def test_the_report_of_a_model_that_says_nothing(pico: Pico, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
-    from upcycle.report.data.collecting import Wanted
-    from upcycle.report.writing import write_report
+    from upcycle.report.data.collect import Wanted
+    from upcycle.report.write_report import write_report
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         silence(tensors)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle import provenance, verification
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.sources import DEMO_FOLDER
-from upcycle.stock import load_tokenizer
-from upcycle.text import encode
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.text.windows import encode
+from upcycle.verification import verify_experts
 
 Pico = Callable[[str], Path]
 
@@ -62,7 +63,7 @@ def test_streaming_gives_the_same_numbers(
     keys = {"method": "random_split", "top_k": 4, "target": target, "verification": {"tokens": 128}}
     whole = upcycle.convert(str(pico("llama")), tmp_path / "out", **keys).verification
     assert whole is not None
-    monkeypatch.setattr(verification, "available_memory", lambda: 0)
+    monkeypatch.setattr(verify_experts, "available_memory", lambda: 0)
     streamed = upcycle.verify(tmp_path / "out", tokens=128)
     assert streamed.streamed
     assert not whole.streamed
@@ -73,7 +74,7 @@ def test_streaming_gives_the_same_numbers(
 
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
 def test_streaming_reads_both_layouts(layout: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "available_memory", lambda: 0)
+    monkeypatch.setattr(verify_experts, "available_memory", lambda: 0)
     result = upcycle.convert(
         str(pico("qwen3")), tmp_path / "out", layout=layout, layers=[1], verification={"tokens": 64}
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle.whole_files import write_text_whole, write_whole
+from upcycle.files.atomic_files import write_text_whole, write_whole
 
 
 def test_text_is_written_as_it_is(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from folder_cases import content, fill, make, names, result
 from kill_points import killed_at
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.workspace import Workspace
+from upcycle.files.output.workspace import Workspace
 
 
 @pytest.fixture

@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from upcycle.card import write_card
-    from upcycle.comparison import compare
-    from upcycle.conversion import convert
-    from upcycle.evaluation import evaluate
-    from upcycle.hub import push, save_to_hub
-    from upcycle.planning import plan
-    from upcycle.report.writing import write_report
-    from upcycle.serving.checking import verify_with
+    from upcycle.conversion.convert import convert
+    from upcycle.evaluation.compare import compare
+    from upcycle.evaluation.evaluate import evaluate
+    from upcycle.planning.cost import plan
+    from upcycle.publishing.model_card import write_card
+    from upcycle.publishing.push import push, save_to_hub
+    from upcycle.report.write_report import write_report
     from upcycle.trainers.checkpoints.export import export
     from upcycle.trainers.forecast.plan_training import plan_training
     from upcycle.trainers.run.loop import train
-    from upcycle.verification import verify
+    from upcycle.verification.engines.verify_with import verify_with
+    from upcycle.verification.verify_experts import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,19 +38,19 @@ __all__ = [
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
-    "compare": "comparison",
-    "convert": "conversion",
-    "evaluate": "evaluation",
+    "compare": "evaluation.compare",
+    "convert": "conversion.convert",
+    "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",
-    "plan": "planning",
+    "plan": "planning.cost",
     "plan_training": "trainers.forecast.plan_training",
-    "push": "hub",
-    "save_to_hub": "hub",
+    "push": "publishing.push",
+    "save_to_hub": "publishing.push",
     "train": "trainers.run.loop",
-    "verify": "verification",
-    "verify_with": "serving.checking",
-    "write_card": "card",
-    "write_report": "report.writing",
+    "verify": "verification.verify_experts",
+    "verify_with": "verification.engines.verify_with",
+    "write_card": "publishing.model_card",
+    "write_report": "report.write_report",
 }
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.parsing import read_json
-from upcycle.whole_files import write_text_whole
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.formats.parsing import read_json
 
 FAMILIES = (
     "up/plain",

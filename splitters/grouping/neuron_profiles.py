@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.activations import Activations, Batch
 from upcycle.errors import UsageError
+from upcycle.ffn.activations import Activations, Batch
 
 _CLIP = 1.0  # MoEfication's released code clips the summed co-activation of a few tokens at one
 _POWER_STEPS = 4

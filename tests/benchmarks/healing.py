@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from training_curves import Curve, plot, trained, validation_loss, write_domains, write_page
 
 import upcycle
-from upcycle.recipe import read_recipe
-from upcycle.sources import locate
+from upcycle.files.locate import locate
+from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.trainers.demo.demo_text import split
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from smollm2 import dense_folder
 from training_curves import read_curve, validation_loss, write_domains, write_page
 
 import upcycle
-from upcycle.recipe import read_recipe
+from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.trainers.run.loop import train
 from upcycle.trainers.run.step_reports import read_log
 

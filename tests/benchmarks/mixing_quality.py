@@ -30,7 +30,7 @@ from measure import UPCYCLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle.sources import DEMO_FOLDER
+from upcycle.files.locate import DEMO_FOLDER
 from upcycle.trainers.demo.demo_model import DemoRecipe, train, training_windows
 from upcycle.trainers.demo.demo_text import Document
 

@@ -20,15 +20,15 @@ from statistics import median
 
 import numpy as np
 
-from upcycle.sources import DEMO_FOLDER
-from upcycle.stock import load_tokenizer
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.text.reading.documents import Reading
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.keyed_random import permutation
 from upcycle.trainers.data.packing import Packing, pack
 from upcycle.trainers.data.token_shards import Encoder, Int64, TokenCache
 from upcycle.trainers.demo.demo_text import documents
-from upcycle.trainers.documents import Reading
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 LEAST_FILLED = 0.98

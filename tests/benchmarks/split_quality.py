@@ -27,13 +27,13 @@ import yaml
 from domains import DOMAINS, FOREIGN, texts
 from measure import UPCYCLE, Row, mega, report, run
 
-from upcycle.calibration_text import mixed_windows
-from upcycle.checkpoint import DenseCheckpoint
-from upcycle.comparison_walk import Candidate, Texts, Walk, ratio
-from upcycle.job import prepare
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
+from upcycle.planning.expert_job import prepare
 from upcycle.progress import Progress
-from upcycle.recipe import parse_recipe
-from upcycle.stock import load_tokenizer
+from upcycle.recipe.conversion_recipe import parse_recipe
+from upcycle.text.mixture import mixed_windows
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "convert"
 TARGETS = {75: 1.10, 50: 1.28, 25: math.inf}

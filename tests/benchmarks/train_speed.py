@@ -43,7 +43,7 @@ def converted(layers: int, work: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import upcycle
-    from upcycle.stock import quiet_transformers
+    from upcycle.architectures.stock import quiet_transformers
 
     dense, out = work / f"dense-{layers}", work / f"moe-{layers}"
     if not out.exists():
@@ -149,7 +149,7 @@ def theirs(told: dict[str, Any], experts: str, work: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from upcycle.stock import load_tokenizer
+    from upcycle.architectures.stock import load_tokenizer
     from upcycle.trainers.data.batches import open_stream
     from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 

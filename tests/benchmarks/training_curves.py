@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from upcycle.stock import load_tokenizer
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.trainers.checkpoints.load_model import load_model
 from upcycle.trainers.data.batches import open_validation
 from upcycle.trainers.distributed.ranks import Ranks

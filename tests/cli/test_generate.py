@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.cli.main import cli, main
-from upcycle.conversation import Conversation
 from upcycle.errors import UsageError
-from upcycle.generation import Token, Writer
-from upcycle.sources import DEMO_FOLDER
-from upcycle.stock import load_tokenizer
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.inference.chat import Conversation
+from upcycle.inference.generate import Token, Writer
 
 Pico = Callable[[str], Path]
 TEMPLATE = (
@@ -79,7 +79,7 @@ def test_with_colours_each_expert_has_its_own(moe: str, monkeypatch: pytest.Monk
 
 
 def test_a_terminal_is_not_told_to_do_anything(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from upcycle.cli.expert_text import ExpertText
+    from upcycle.cli.shared.coloured_tokens import ExpertText
 
     for forced in "10":
         monkeypatch.setenv("FORCE_COLOR", forced)

@@ -14,10 +14,10 @@ import yaml
 from click.testing import CliRunner
 
 import upcycle
-from upcycle.cli import options
 from upcycle.cli.main import VERBS, cli, main
+from upcycle.cli.shared import options
 from upcycle.errors import UsageError
-from upcycle.recipe import Recipe
+from upcycle.recipe.conversion_recipe import Recipe
 
 Pico = Callable[[str], Path]
 
@@ -142,15 +142,15 @@ def test_evaluate_prints_texts_and_load(pico: Pico, tmp_path: Path) -> None:
 
 
 def test_verify_exits_3_when_broken(pico: Pico, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from upcycle import verification
+    from upcycle.verification import verify_experts
 
     upcycle.convert(str(pico("llama")), tmp_path / "out", experts=4, verification={"enabled": False})
-    tolerance, verification.EXACT_TOLERANCE = verification.EXACT_TOLERANCE, 0.0
+    tolerance, verify_experts.EXACT_TOLERANCE = verify_experts.EXACT_TOLERANCE, 0.0
     try:
         with pytest.raises(SystemExit) as caught:
             main(["verify", str(tmp_path / "out"), "--tokens", "64"])
     finally:
-        verification.EXACT_TOLERANCE = tolerance
+        verify_experts.EXACT_TOLERANCE = tolerance
     assert caught.value.code == 3
     assert "is broken" in capsys.readouterr().err
 
@@ -209,12 +209,12 @@ def test_usage_errors(arguments: list[str], code: int, capsys: pytest.CaptureFix
 def test_a_fault_of_ours_is_one_message_and_a_traceback_only_with_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from upcycle import planning
+    from upcycle.planning import cost
 
     def fail(_: Recipe) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(planning, "job_of", fail)
+    monkeypatch.setattr(cost, "job_of", fail)
     with pytest.raises(SystemExit) as caught:
         main(["plan", "demo"])
     assert caught.value.code == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upcycle.cli.merging import merging_facts
+from upcycle.cli.shared.merging_facts import merging_facts
 
 GLUED = {
     "sources": ["/zoo/math", "/zoo/maths", "/zoo/code", "/zoo/bad"],

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from upcycle.cli import output
 from upcycle.cli.main import main
+from upcycle.cli.shared import output
+from upcycle.cli.shared.visible import one_line, paragraph, prose
 from upcycle.errors import UpcycleError
-from upcycle.visible import one_line, paragraph, prose
 
 Pico = Callable[[str], Path]
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202eevil\u200b\u2028\ud800\x7f[/][red]:boom:\U000e0041"
@@ -155,9 +155,9 @@ def test_nothing_else_prints() -> None:
     """One place prints, so that one place makes sure of what is printed."""
     # Workers answer the process that started them; the others are tools of developers, started by python -m.
     others = {
-        "upcycle/cli/output.py",
-        "upcycle/cli/reference.py",
-        "upcycle/speed_worker.py",
+        "upcycle/cli/shared/output.py",
+        "upcycle/cli/commands_page.py",
+        "upcycle/evaluation/speed_worker.py",
         "kernels/gpu/compile_gate/__main__.py",
         "kernels/gpu/timing/bench.py",
         "trainers/demo/demo_model.py",
@@ -235,7 +235,7 @@ def test_a_stdout_that_is_not_there(shell: str, code: int) -> None:
 def test_a_closed_stream_gives_its_number_to_no_file(tmp_path: Path) -> None:
     """What is opened next would be written into by whatever prints."""
     code = (
-        "import os, upcycle.cli.output as o\no.prepare_streams()\n"
+        "import os, upcycle.cli.shared.output as o\no.prepare_streams()\n"
         f"f = open({str(tmp_path / 'weights')!r}, 'w'); assert f.fileno() > 2; os.write(1, b'noise'); print('more', flush=True)"
     )
     done = started("$RUN >&-", CODE=code)
@@ -244,7 +244,7 @@ def test_a_closed_stream_gives_its_number_to_no_file(tmp_path: Path) -> None:
 
 
 def test_characters_that_do_not_fit_are_replaced() -> None:
-    code = "import upcycle.cli.output as o; o.prepare_streams(); o.print_facts([('out', 'm\u00f6e')]); o.warn('\u4f60')"
+    code = "import upcycle.cli.shared.output as o; o.prepare_streams(); o.print_facts([('out', 'm\u00f6e')]); o.warn('\u4f60')"
     done = started("$RUN", CODE=code, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (0, "out  m?e\n", "warning: ?\n")
 

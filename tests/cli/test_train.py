@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from training_runs import recipe_for
 
 from upcycle.cli.main import cli, main
-from upcycle.cli.train import _without
+from upcycle.cli.verbs.train import _without
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_ranks_are_given_everything_but_how_they_are_started() -> None:
 
 @pytest.mark.parametrize("option", [["--nproc", "2"], ["--hostfile", "HOSTS"]])
 def test_ranks_are_not_started_by_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
-    from upcycle.cli import train
+    from upcycle.cli.verbs import train
     from upcycle.errors import UsageError
     from upcycle.trainers.distributed import hosts, launcher
 

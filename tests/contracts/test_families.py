@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 import upcycle
-from upcycle.checkpoint import DenseCheckpoint, family_of
+from upcycle.checkpoints.checkpoint import DenseCheckpoint, family_of
 from upcycle.errors import RefusalError, UpcycleError
-from upcycle.families.settings import ACTIVATIONS, COMMON, HARMLESS
-from upcycle.layers import LayerRunner, logits_of
+from upcycle.files.formats.settings import ACTIVATIONS, COMMON, HARMLESS
+from upcycle.models.layer_runner import LayerRunner, logits_of
+from upcycle.models.stock_model import dense_reader, skeleton
 from upcycle.registry import FAMILIES, load
-from upcycle.runtime import dense_reader, skeleton
 
 # What a family with a condition on its configuration needs to be dense at all.
 CONDITIONS: dict[str, dict[str, Any]] = {

@@ -13,14 +13,15 @@ from pico_models import PICO, PICO_MOE
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle import growth_verification, provenance
-from upcycle.conversion import run_recipe
+from upcycle.architectures.moe.stored_moe import MOES
+from upcycle.checkpoints.shard_writer import ShardWriter
+from upcycle.conversion import record as provenance
+from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.families.moe import MOES
-from upcycle.planning import job_of
-from upcycle.recipe import parse_recipe, read_recipe
+from upcycle.planning.cost import job_of
+from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.registry import FAMILIES, METHODS, load
-from upcycle.writer import ShardWriter
+from upcycle.verification import verify_growth
 
 Models = Callable[..., Path]
 NAMES = [name for name in METHODS if load("method", name).kind == "growth"]
@@ -76,7 +77,7 @@ def test_every_tensor_is_the_one_it_is_declared_to_be(
 ) -> None:
     """The stock class loads the result without a missing or unexpected key (convert checks that), whole and streamed."""
     if fused:
-        monkeypatch.setattr(growth_verification, "available_memory", lambda: 0)
+        monkeypatch.setattr(verify_growth, "available_memory", lambda: 0)
     folder = source(method, name, fused)
     keys: dict[str, Any] = {"method": method, "parameters": {"growth": 2}}
     if method == "expert_upcycling":

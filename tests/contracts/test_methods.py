@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON, BlueprintFile, LayerBlueprint, save_blueprint
-from upcycle.build import ExpertTensors
-from upcycle.conversion import generator
+from upcycle.architectures.moe.base import MoeShape, Part
+from upcycle.conversion.convert import generator
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ZERO_NEURON, BlueprintFile, LayerBlueprint, save_blueprint
+from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Method
-from upcycle.planning import job_of
-from upcycle.recipe import parse_recipe
+from upcycle.planning.cost import job_of
+from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import METHODS, load
-from upcycle.targets.base import MoeShape, Part
 
 D, F, E, S = 16, 96, 8, 4
 NEEDS = {"coactivation_graph": "pymetis"}

@@ -39,8 +39,10 @@ def test_trees_are_removed_and_locks_taken_in_one_place() -> None:
                 removing.add(name)
             if isinstance(node, (ast.Import, ast.ImportFrom)) and "fcntl" in ast.dump(node):
                 locking.add(name)
-    assert removing <= FOLDERS, f"folders are replaced through upcycle.workspace: {sorted(removing - FOLDERS)}"
-    assert locking == LOCKS, f"locks are taken through upcycle.locks: {sorted(locking - LOCKS)}"
+    assert removing <= FOLDERS, (
+        f"folders are replaced through upcycle.files.output.workspace: {sorted(removing - FOLDERS)}"
+    )
+    assert locking == LOCKS, f"locks are taken through upcycle.files.output.locks: {sorted(locking - LOCKS)}"
     for name, tree in modules():  # so that the package can be imported where there is none
         top = [node for node in tree.body if isinstance(node, ast.Import)]
         assert not any(alias.name == "fcntl" for node in top for alias in node.names), name
@@ -94,7 +96,7 @@ def test_what_is_somebody_elses_is_refused_before_any_work(
         raise AssertionError("work was begun")
 
     for place in (
-        "upcycle.conversion._write_weights",
+        "upcycle.conversion.convert._write_weights",
         "upcycle.trainers.checkpoints.export._write_weights",
         "upcycle.trainers.run.loop.Stage",
     ):

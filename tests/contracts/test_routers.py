@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ExpertSpec, LayerBlueprint
-from upcycle.capture import captured
-from upcycle.conversion import generator
+from upcycle.calibration.source_samples import Samples
+from upcycle.conversion.convert import generator
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.router_capture import captured
 from upcycle.registry import ROUTERS, load
 from upcycle.routers.cool import CoolParameters, CoolRouter
 from upcycle.routers.random_rows import RandomParameters, RandomRouter
 from upcycle.routers.zero import ZeroRouter
-from upcycle.samples import Samples
 
 D, E = 64, 8
 OF_SOURCES = [name for name in ROUTERS if load("router", name).samples]

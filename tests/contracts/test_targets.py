@@ -14,12 +14,13 @@ from pico_models import COMMON, PICO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
-from upcycle import provenance, verification
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import refuse_unheld
+from upcycle.conversion import record as provenance
 from upcycle.errors import RefusalError
-from upcycle.families.base import DenseConfig, Feature
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.registry import FAMILIES, TARGETS, load
-from upcycle.targets.base import refuse_unheld
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.verification import verify_experts
 
 RANDOM_IDS = {"tokenizer": "none"}  # to verify on: tokenizing the embedded texts would take longer than all the rest
 UPCYCLED = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **RANDOM_IDS}
@@ -101,7 +102,7 @@ def test_every_family_and_target_has_a_cell() -> None:
 def test_both_layouts_load_bit_equal_and_stream(
     target: str, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "available_memory", lambda: 0)
+    monkeypatch.setattr(verify_experts, "available_memory", lambda: 0)
     source, states = str(pico(ONE_PER_TARGET[target])), []
     keys = split_for(target) | {"target": target, "verification": {"tokens": 64}}
     for layout in ("per-expert", "fused"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import upcycle
 from upcycle.cli.main import main
-from upcycle.tensor_files import INDEX, SINGLE
+from upcycle.files.formats.tensor_files import INDEX, SINGLE
 
 FAIL, USAGE, ENVIRONMENT = 1, 2, 4
 Damage = Callable[[Path], None]
@@ -327,7 +327,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
 def test_a_disk_that_fills_up_ends_cleanly_and_resumes(
     pico: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle.writer import ShardWriter
+    from upcycle.checkpoints.shard_writer import ShardWriter
 
     arguments = {"experts": 4, "verification": {"tokens": 64}}
     upcycle.convert(str(pico("llama")), tmp_path / "whole", **arguments)

@@ -79,20 +79,20 @@ def test_killed_then_resumed_is_byte_equal(units: int, pico: Callable[[str], Pat
 def test_resuming_does_not_convert_finished_layers_again(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle import conversion
+    from upcycle.conversion import convert
 
     out = tmp_path / "out"
     process = start(pico("llama"), out, 3)
     wait_for_units(out, 3)
     process.kill()
     process.wait()
-    write, written = conversion._write_unit, []
+    write, written = convert._write_unit, []
 
     def spy(*arguments: object) -> None:
         written.append(arguments[4].name)  # type: ignore[attr-defined]
         write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversion, "_write_unit", spy)
+    monkeypatch.setattr(convert, "_write_unit", spy)
     upcycle.convert(str(pico("llama")), out, **KEYS)
     assert written == ["layer 2", "final norm"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upcycle.sources import DEMO_FOLDER
+from upcycle.files.locate import DEMO_FOLDER
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 12, 768, 1024, 4096
 ROOM = 190_000_000  # bytes of address space beyond what the interpreter has mapped

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 import upcycle
+from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import VerificationError
-from upcycle.families.origin import Origin
 
 UNCHECKED: dict[str, Any] = {"experts": 2, "verification": {"enabled": False}}
 EMBEDDINGS = "model.embed_tokens.weight"

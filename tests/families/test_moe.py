@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from upcycle.architectures.moe.stored_moe import MOES, MoeModel, moe_family
+from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError
-from upcycle.families.moe import MOES, MoeModel, moe_family
-from upcycle.moe_checkpoint import MoeCheckpoint
 
 Models = Callable[..., Path]
 Weights = dict[str, torch.Tensor]

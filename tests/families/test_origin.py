@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upcycle.families.origin import Origin, is_rotated
-from upcycle.tensor_files import SafetensorsFile
+from upcycle.architectures.tensor_origin import Origin, is_rotated
+from upcycle.files.formats.tensor_files import SafetensorsFile
 
 
 def test_pairs_and_halves_by_hand() -> None:

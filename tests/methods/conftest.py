@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.blueprint import LayerBlueprint
-from upcycle.build import ExpertTensors
-from upcycle.conversion import generator
-from upcycle.feed_forward import FeedForward
+from upcycle.architectures.moe.base import MoeShape, Part
+from upcycle.conversion.convert import generator
+from upcycle.ffn.blueprint import LayerBlueprint
+from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Method
 from upcycle.registry import load
 from upcycle.routers.random_rows import RandomParameters, RandomRouter
-from upcycle.targets.base import MoeShape, Part
 
 D, F, TOKENS = 8, 24, 5
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]

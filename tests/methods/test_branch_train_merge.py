@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.held_out import by_position
-from upcycle.stock import load_tokenizer
-from upcycle.text import encode
+from upcycle.text.held_out import by_position
+from upcycle.text.windows import encode
 
 Branches = Callable[..., list[Path]]
 MERGE: dict[str, Any] = {"method": "branch_train_merge", "verification": {"tokens": 64}}
@@ -125,7 +125,7 @@ def test_weights_are_the_posteriors_on_a_text(
 def test_a_tensor_that_is_not_the_mean_is_found(branches: Branches, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from upcycle import provenance
+    from upcycle.conversion import record as provenance
 
     out = tmp_path / "out"
     upcycle.convert(None, out, sources=list(map(str, branches(2))), **MERGE)

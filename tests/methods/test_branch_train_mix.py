@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.blueprint import BlueprintFile
 from upcycle.errors import UsageError
+from upcycle.ffn.blueprint import BlueprintFile
 
 Branches = Callable[..., list[Path]]
 QUICK: dict[str, Any] = {"method": "branch_train_mix", "verification": {"tokens": 128}}
@@ -181,8 +181,8 @@ def test_a_real_mix_says_what_it_was_compared_with(branches: Branches, tmp_path:
 def test_an_expert_of_the_wrong_source_is_broken(
     branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
     from upcycle.errors import VerificationError
-    from upcycle.mixing import MixedCheckpoint
 
     right = MixedCheckpoint.expert_matrices
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import RefusalError
-from upcycle.methods.growth import stacked_config
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.methods.growing.base import stacked_config
 from upcycle.registry import load
-from upcycle.tensor_files import SafetensorsFolder
 
 Pico = Callable[[str], Path]
 UNCHECKED: dict[str, Any] = {"tokenizer": "none", "verification": {"enabled": False}}

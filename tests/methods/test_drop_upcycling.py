@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import UsageError
-from upcycle.methods.copies import part_of
+from upcycle.methods.copying.base import part_of
 
 F, E = 24, 8
 QUICK: dict[str, Any] = {"method": "drop_upcycling", "experts": 4, "verification": {"tokens": 128}}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from upcycle.architectures.moe.stored_moe import MOES
 from upcycle.errors import RefusalError, UsageError
-from upcycle.families.moe import MOES
-from upcycle.methods.expert_upcycling import ExpertUpcycling, ExpertUpcyclingParameters
+from upcycle.methods.growing.expert_upcycling import ExpertUpcycling, ExpertUpcyclingParameters
 
 Models = Callable[..., Path]
 QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
@@ -227,7 +227,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(
 
 
 def test_every_known_architecture_is_refused_by_other_methods_with_the_hint() -> None:
-    from upcycle.checkpoint import family_of
+    from upcycle.checkpoints.checkpoint import family_of
 
     for name in MOES:
         with pytest.raises(RefusalError, match="Mixture-of-Experts already") as caught:

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle import glue
-from upcycle.conversion import run_recipe
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.conversion.convert import run_recipe
 from upcycle.errors import UsageError
-from upcycle.recipe import parse_recipe, read_recipe
-from upcycle.stock import load_tokenizer
-from upcycle.text import encode
+from upcycle.methods.mixing import glue
+from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
+from upcycle.text.windows import encode
 
 Zoo = Callable[[str], list[Path]]
 NO_CHECK: dict[str, Any] = {"verification": {"enabled": False}}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import RefusalError, UsageError
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 
 F = 24
 QUICK: dict[str, Any] = {"method": "qwen_fine_grained", "verification": {"tokens": 128}}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import RefusalError, UsageError
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 
 F = 24
 EXACT = 1e-13  # a few hundred fp64 products of order one

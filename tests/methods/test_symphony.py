@@ -18,20 +18,20 @@ from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle import planning
-from upcycle.activations import Activations
-from upcycle.blueprint import BlueprintFile
-from upcycle.calibration import Calibration
-from upcycle.cli.convert import calibration_facts
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.calibration.calibrate import Calibration
+from upcycle.checkpoints.mixed_checkpoint import open_sources
+from upcycle.cli.verbs.convert import calibration_facts
 from upcycle.errors import RefusalError, UsageError
-from upcycle.feed_forward import FeedForward
-from upcycle.held_out import by_position
-from upcycle.methods.symphony import matched, similarity
-from upcycle.mixing import open_sources
-from upcycle.planning import CALIBRATION_BATCH_TOKENS
-from upcycle.recipe import parse_recipe
-from upcycle.stock import load_tokenizer
-from upcycle.text import encode, read_text
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import BlueprintFile
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.methods.mixing.symphony import matched, similarity
+from upcycle.planning import cost
+from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS
+from upcycle.recipe.conversion_recipe import parse_recipe
+from upcycle.text.held_out import by_position
+from upcycle.text.windows import encode, read_text
 
 Branches = Callable[..., list[Path]]
 TOKENS, WINDOW = 512, 64
@@ -305,13 +305,13 @@ def test_the_plan_counts_what_comparing_neurons_takes(branches: Branches) -> Non
 
     def job_of(method: str) -> Any:
         recipe = parse_recipe({**QUICK, "sources": sources, "method": method}, "test")
-        return planning.job_for(recipe, open_sources(recipe))
+        return cost.job_for(recipe, open_sources(recipe))
 
     plan = upcycle.plan(None, sources=sources, **QUICK)
     plain = upcycle.plan(None, sources=sources, method="branch_train_mix", calibration=TEXT["calibration"])
     assert (plan.calibration_tokens, plain.calibration_tokens) == (TOKENS, 0)
     # A tiny model's peak is where it is written; what comparing takes is in the forecast of the calibration.
-    looking = [planning._calibration_memory(job) for job in map(job_of, ("symphony", "branch_train_mix"))]
+    looking = [cost._calibration_memory(job) for job in map(job_of, ("symphony", "branch_train_mix"))]
     pair = 2 * (3 * 4 + 2 * 4) * F * D  # two FFNs as stored and their gate and up in fp32
     assert looking[0] - looking[1] == pair + 4 * CALIBRATION_BATCH_TOKENS * (F + D) + (4 + 8) * F * F
     assert any("calibration text is not used" in warning for warning in plain.warnings)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import RefusalError, UsageError
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 
 F = 24
 # A few hundred fp64 products of order one, summed: far below this, and any fault of the formula is far above.

@@ -16,16 +16,16 @@ from click.testing import CliRunner
 
 import upcycle
 from upcycle import errors
-from upcycle.cli.list_plugins import entries
+from upcycle.cli.commands_page import reference
 from upcycle.cli.main import VERBS, cli
-from upcycle.cli.reference import reference
-from upcycle.recipe import Recipe, parse_recipe
+from upcycle.cli.verbs.list_plugins import entries
+from upcycle.evaluation.speed import ModelSpeed, Speed
+from upcycle.evaluation.task_scores import TaskScore, TaskScores
+from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.registry import FAMILIES, LOSSES, METHODS, ROUTERS, TARGETS
-from upcycle.report.data.collecting import Wanted
-from upcycle.serving.checking import ServingCheck
-from upcycle.speed import ModelSpeed, Speed
-from upcycle.task_scores import TaskScore, TaskScores
+from upcycle.report.data.collect import Wanted
 from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe
+from upcycle.verification.engines.verify_with import ServingCheck
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -70,7 +70,7 @@ def test_every_command_line_parses(path: Path) -> None:
 
 def test_the_reference_of_commands_is_theirs() -> None:
     expected = (ROOT / "docs" / "commands.md").read_text()
-    assert reference() == expected, "python -m upcycle.cli.reference > docs/commands.md"
+    assert reference() == expected, "python -m upcycle.cli.commands_page > docs/commands.md"
 
 
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import upcycle
-from upcycle.report.data.collecting import Wanted
-from upcycle.report.writing import Report, write_report
+from upcycle.report.data.collect import Wanted
+from upcycle.report.write_report import Report, write_report
 
 # Test folders are no packages: this makes ``from report_parts import ...`` work.
 for _name in ("report_parts", "report_browser"):

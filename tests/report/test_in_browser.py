@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from report_browser import CHROMIUM, Browser
 
-from upcycle.report.writing import Report
+from upcycle.report.write_report import Report
 
 pytestmark = [
     pytest.mark.browser,

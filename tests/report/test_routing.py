@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import upcycle
-from upcycle.report.data.collecting import Wanted, collect
+from upcycle.report.data.collect import Wanted, collect
 from upcycle.report.data.experts import expert_outputs, mean_cosine
 from upcycle.report.data.routing import Choices, coselection, routing_data, row_cosine, spread, top_tokens
 
@@ -136,8 +136,8 @@ def test_a_pico_model_against_its_routers_own_outputs(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from upcycle.stock import load_tokenizer
-    from upcycle.text import encode, read_text, windows_of
+    from upcycle.architectures.stock import load_tokenizer
+    from upcycle.text.windows import encode, read_text, windows_of
 
     out = tmp_path / "out"
     upcycle.convert(str(pico(dense)), out, **keys, verification={"enabled": False})

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
-from upcycle.report.data.collecting import SECTIONS, Wanted, collect
-from upcycle.report.writing import Report, write_report
+from upcycle.report.data.collect import SECTIONS, Wanted, collect
+from upcycle.report.write_report import Report, write_report
 
 Pico = Callable[[str], Path]
 VOID = {"meta", "link", "img"}
@@ -184,8 +184,8 @@ def test_weights_that_are_not_finite_are_told(pico: Pico, tmp_path: Path) -> Non
 
 
 def test_text_that_it_was_calibrated_on_is_no_headline() -> None:
-    from upcycle.held_out import flattered
     from upcycle.report.data.summary import _say_quality
+    from upcycle.text.held_out import flattered
 
     found: list[tuple[str, str]] = []
     for share in (0.9, 0.0):
@@ -323,7 +323,7 @@ def test_a_comparison_that_is_none(full_report: Report, tmp_path: Path) -> None:
 
 
 def test_without_the_extra(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.report.writing.find_spec", lambda name: None)
+    monkeypatch.setattr("upcycle.report.write_report.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="jinja2") as error:
         write_report(pico("llama"), tmp_path / "r.html")
     assert error.value.hint == "pip install 'upcycle[report]'"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 
 D, E, M = 24, 4, 6
 F = E * M

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.activations import Activations
-from upcycle.capture import captured
 from upcycle.errors import UsageError
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.router_capture import captured
 from upcycle.registry import load
-from upcycle.routers.calibrated import settled
+from upcycle.routers.calibrated.base import settled
 
 CASES = [
     ("centroid", {}),

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from upcycle.blueprint import ZERO_NEURON
-from upcycle.routers.centroid import _matched, input_centres, weight_centres
+from upcycle.ffn.blueprint import ZERO_NEURON
+from upcycle.routers.calibrated.centroid import _matched, input_centres, weight_centres
 
 
 def test_weight_centres(planted: Any) -> None:

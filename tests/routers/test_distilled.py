@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON
-from upcycle.routers import distilled
-from upcycle.routers.distilled import DistilledParameters, DistilledRouter
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ZERO_NEURON
+from upcycle.routers.calibrated import distilled
+from upcycle.routers.calibrated.distilled import DistilledParameters, DistilledRouter
 
 
 def mass_by_loops(planted: Any, hidden: torch.Tensor, by_norm: bool) -> torch.Tensor:

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle.activations import Activations
-from upcycle.blueprint import BlueprintFile, ExpertSpec, LayerBlueprint
-from upcycle.conversion import generator
+from upcycle.calibration.source_samples import Samples, from_prompts, in_turns
+from upcycle.conversion.convert import generator
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import BlueprintFile, ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.files.locate import DEMO_FOLDER
 from upcycle.progress import Progress
 from upcycle.registry import load
-from upcycle.routers.of_sources import condition
-from upcycle.samples import Samples, from_prompts, in_turns
-from upcycle.sources import DEMO_FOLDER
+from upcycle.routers.for_mixing.base import condition
 
 Branches = Callable[..., list[Path]]
 MIX: dict[str, Any] = {"method": "branch_train_mix", "verification": {"enabled": False}}
@@ -149,7 +149,7 @@ def test_domain_ridge_end_to_end(branches: Branches, tmp_path: Path) -> None:
 
 
 def test_padding_and_special_tokens_count_nothing() -> None:
-    from upcycle.recipe import SourceRecipe
+    from upcycle.recipe.conversion_recipe import SourceRecipe
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
     sources = [

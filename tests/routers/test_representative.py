@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
-from upcycle.feed_forward import FeedForward
-from upcycle.routers.representative import representatives
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.routers.calibrated.representative import representatives
 
 
 @pytest.mark.parametrize("nearest", ["l1", "cosine"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON, ExpertSpec
-from upcycle.capture import ExpertMap
-from upcycle.ridge import UNJUDGED_STRENGTH
-from upcycle.routers.ridge import RidgeParameters, RidgeRouter, Target, targets
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec
+from upcycle.ffn.ridge_sums import UNJUDGED_STRENGTH
+from upcycle.ffn.router_capture import ExpertMap
+from upcycle.routers.calibrated.ridge import RidgeParameters, RidgeRouter, Target, targets
 
 
 def target_by_loops(kind: str, planted: Any, blueprint: Any, x: torch.Tensor) -> torch.Tensor:

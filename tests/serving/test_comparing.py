@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.serving.comparing import places, tolerance_of
-from upcycle.serving.engine import Written
-from upcycle.verdict import EXACT_TOLERANCE
+from upcycle.verification.engines.engine import Written
+from upcycle.verification.engines.rounding import places, tolerance_of
+from upcycle.verification.verdict import EXACT_TOLERANCE
 
 
 class Fixed:

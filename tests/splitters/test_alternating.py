@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from upcycle.activations import Activations
-from upcycle.capture import captured
-from upcycle.conversion import generator
-from upcycle.feed_forward import FeedForward
-from upcycle.routers.ridge import RidgeParameters, RidgeRouter
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.conversion.convert import generator
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.router_capture import captured
+from upcycle.routers.calibrated.ridge import RidgeParameters, RidgeRouter
 from upcycle.splitters.alternating import Alternating, AlternatingParameters, _Sums
-from upcycle.targets.base import MoeShape
 
 D, GROUPS, PER_GROUP, ALWAYS = 12, 4, 6, 6
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.activations import Activations
-from upcycle.conversion import generator
-from upcycle.feed_forward import FeedForward
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.conversion.convert import generator
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.splitters import cmoe
 from upcycle.splitters.cmoe import CMoE, CMoEParameters, markers
-from upcycle.targets.base import MoeShape
 
 D, F, E, T, K = 8, 40, 3, 120, 6
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.activations import Activations
-from upcycle.conversion import generator
+from upcycle.conversion.convert import generator
 from upcycle.errors import EnvironmentFault
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.splitters.coactivation_graph import CoactivationGraph, CoactivationGraphParameters, cut, rebalanced
 from upcycle.splitters.coactivation_kmeans import CoactivationKMeans, CoactivationKMeansParameters
 from upcycle.splitters.grouping.neuron_profiles import coactivation

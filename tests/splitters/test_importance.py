@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.activations import Activations
-from upcycle.blueprint import ZERO_NEURON, LayerBlueprint
-from upcycle.conversion import generator
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.conversion.convert import generator
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Method
 from upcycle.splitters.importance import Importance, ImportanceParameters, merged
-from upcycle.targets.base import MoeShape
 
 D, F, E = 6, 40, 4
 

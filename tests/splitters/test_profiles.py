@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from upcycle.activations import Activations, Batch, Inputs
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations, Batch, Inputs
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.splitters.grouping.neuron_profiles import coactivation, principal_profiles, sketched_profiles
 
 D, F, T = 6, 24, 50

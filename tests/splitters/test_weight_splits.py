@@ -9,15 +9,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from upcycle.conversion import generator
-from upcycle.feed_forward import FeedForward
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.conversion.convert import generator
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import Partition
 from upcycle.splitters import d2d, weight_kmeans
 from upcycle.splitters.contiguous_split import ContiguousSplit
 from upcycle.splitters.d2d import D2D
 from upcycle.splitters.factor import Factor
 from upcycle.splitters.weight_kmeans import WeightKMeans, WeightKMeansParameters
-from upcycle.targets.base import MoeShape
 
 D, F, E = 12, 64, 4
 

@@ -10,10 +10,10 @@ import torch
 from pico_models import COMMON, PICO
 from torch import nn
 
-from upcycle.families.base import Feature
+from upcycle.architectures.dense.base import Feature
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.models.stock_model import use_eager_experts
 from upcycle.registry import load
-from upcycle.runtime import use_eager_experts
-from upcycle.targets.base import MoeShape
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.stock_routers import RoutingRule
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from upcycle.outputs import OutputEntry
-from upcycle.tensor_files import TensorSpec
+from upcycle.checkpoints.output_layout import OutputEntry
+from upcycle.files.formats.tensor_files import TensorSpec
 from upcycle.trainers.checkpoints.write import _shares, finished, remove_unfinished, step_folder
 
 

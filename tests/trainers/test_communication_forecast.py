@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from upcycle.device_facts import DEVICES
+from upcycle.hardware.accelerators import DEVICES
 from upcycle.trainers.forecast.communication import Traffic, forecast_communication
 from upcycle.trainers.forecast.flops import TrainingFlops
 from upcycle.trainers.forecast.model_counts import LayerCounts, ModelCounts, Weight

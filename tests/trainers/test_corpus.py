@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.text.reading.documents import Reading
 from upcycle.trainers.data.corpus import HubCorpus, LocalCorpus, file_fingerprint, open_corpus
-from upcycle.trainers.documents import Reading
 
 DOCUMENTS = [f"document {number}" for number in range(50)]
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.recipe import parse_parameters
-from upcycle.stock import load_tokenizer
+from upcycle.recipe.conversion_recipe import parse_parameters
 from upcycle.trainers.data.batches import Batch, TokenStream, open_stream, open_validation
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 

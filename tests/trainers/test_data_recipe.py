@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from upcycle.errors import UsageError
-from upcycle.recipe import parse_parameters
+from upcycle.recipe.conversion_recipe import parse_parameters
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 

@@ -68,7 +68,7 @@ def test_one_rank_divides_nothing_unless_it_must() -> None:
 
 
 def test_a_dense_model_has_no_experts(pico: Callable[[str], Path]) -> None:
-    from upcycle.stock import load_model
+    from upcycle.architectures.stock import load_model
 
     model = load_model(pico("llama"))
     assert "leaf_module" not in deepspeed_config(recipe(zero={"stage": 3}), model, 1)["zero_optimization"]

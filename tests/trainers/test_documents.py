@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.trainers.columns import choose_column
+from upcycle.text.reading.columns import choose_column
+from upcycle.text.reading.documents import Reading, find_pieces
+from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data import file_checks
 from upcycle.trainers.data.corpus import LocalCorpus
-from upcycle.trainers.documents import Reading, find_pieces
-from upcycle.trainers.file_kinds import Format
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -68,7 +68,7 @@ def test_globs_are_sorted_and_a_file_is_there_once(tmp_path: Path) -> None:
 
 
 def test_the_embedded_texts_are_documents() -> None:
-    from upcycle.text import read_text
+    from upcycle.text.windows import read_text
 
     found = read(["demo"], 100)
     assert len(found) > 100

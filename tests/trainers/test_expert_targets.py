@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import upcycle
-from upcycle.blueprint import BlueprintFile
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.architectures.dense.base import Feature
+from upcycle.architectures.stock import load_model
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import UsageError
-from upcycle.families.base import Feature
+from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.registry import TARGETS, load
-from upcycle.stock import load_model
 from upcycle.trainers.distillation.expert_targets import (
     ExpertTargetParameters,
     FfnRecord,
@@ -203,7 +203,7 @@ def test_the_scale_is_the_records(tmp_path: Path) -> None:
 
 
 def test_what_the_parents_ffns_did_is_recorded(pico: Callable[[str], Path], ids: torch.Tensor) -> None:
-    from upcycle.stock import load_model
+    from upcycle.architectures.stock import load_model
 
     dense = load_model(pico("llama"))
     with capture_ffns(dense) as recorder, torch.no_grad():

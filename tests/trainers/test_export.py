@@ -11,12 +11,12 @@ import torch
 from training_runs import recipe_for, run
 
 import upcycle
+from upcycle.architectures.stock import load_model
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.stock import load_model
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.output.workspace import Workspace
 from upcycle.trainers.checkpoints.export import export
 from upcycle.trainers.checkpoints.read import latest
-from upcycle.workspace import Workspace
 
 Model = Callable[..., Path]
 

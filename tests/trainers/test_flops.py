@@ -32,7 +32,7 @@ def with_eager_attention(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["llama", "llama-rope"])
 def test_a_dense_model(pico: Callable[[str], Path], name: str) -> None:
-    from upcycle.stock import load_model
+    from upcycle.architectures.stock import load_model
 
     model = with_eager_attention(load_model(pico(name)))
     found = training_flops(model, LENGTH)

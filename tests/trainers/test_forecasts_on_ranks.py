@@ -15,7 +15,7 @@ from training_runs import recipe_for
 
 pytest.importorskip("deepspeed")
 
-from upcycle.parsing import read_json
+from upcycle.files.formats.parsing import read_json
 from upcycle.trainers.distributed.launcher import _free_port
 from upcycle.trainers.forecast.communication import forecast_communication
 from upcycle.trainers.forecast.memory import (

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from upcycle.trainers import host_memory
+from upcycle.hardware import memory
 
 PROGRAM = """
 import sys
@@ -36,5 +36,5 @@ def test_large_blocks_lie_in_the_heap() -> None:
 
 
 def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
-    assert not host_memory.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    assert not memory.keep_freed_memory()

@@ -56,7 +56,7 @@ def test_a_run_from_python_with_keys_or_a_file(pico_moe: Model, tmp_path: Path) 
 
 
 def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Path) -> None:
-    from upcycle.stock import load_model, load_tokenizer
+    from upcycle.architectures.stock import load_model, load_tokenizer
     from upcycle.trainers.data.batches import open_stream
 
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
@@ -188,7 +188,7 @@ def test_stages_train_what_they_name(pico_moe: Model, tmp_path: Path) -> None:
     ]
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stages=stages, saving={"keep": 5})
     run(recipe)
-    from upcycle.tensor_files import SafetensorsFolder
+    from upcycle.files.formats.tensor_files import SafetensorsFolder
 
     before = SafetensorsFolder(pico_moe("mixtral", fused=True))  # type: ignore[call-arg]
     first, second = (SafetensorsFolder(path) for path in finished(tmp_path / "run"))
@@ -252,7 +252,7 @@ def test_distilling_the_parent_into_itself_has_nothing_to_do(pico: Model, tmp_pa
 
 
 def test_balance_by_bias_moves_the_bias_and_a_capacity_drops(pico_moe: Model, tmp_path: Path) -> None:
-    from upcycle.tensor_files import SafetensorsFolder
+    from upcycle.files.formats.tensor_files import SafetensorsFolder
 
     stage = {
         "balance": {"rate": 0.01},

@@ -10,9 +10,9 @@ import pytest
 from pico_models import PICO_MOE
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.parsing import read_json
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.registry import TARGETS
-from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.forecast.model_counts import count_model
 from upcycle.trainers.routing.stock_routers import moe_layers

@@ -12,7 +12,7 @@ import torch
 from training_runs import recipe_for, run, steps
 
 from upcycle.errors import UsageError
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.optimizing.parameter_groups import parts
 from upcycle.trainers.routing.stock_routers import is_moe, moe_layers, unread_warning
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from training_runs import losses, on_ranks, recipe_for, run, start, two_ranks
 
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.read import latest
 
 Model = Callable[[str], Path]

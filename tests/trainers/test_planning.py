@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("deepspeed")
 
-from upcycle.device_facts import DEVICES
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.hardware.accelerators import DEVICES
 from upcycle.trainers.forecast.plan_training import plan_training, read_planned
 from upcycle.trainers.forecast.ranks_planned import World
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from training_runs import COMMAND, finish, losses, on_ranks, recipe_for, run, start, steps, two_ranks
 
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.export import export
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.checkpoints.write import finished

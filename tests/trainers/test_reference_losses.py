@@ -12,8 +12,8 @@ import torch
 from training_runs import recipe_for, run, write_text
 
 import upcycle
+from upcycle.architectures.stock import load_model as load_stock
 from upcycle.errors import UsageError
-from upcycle.stock import load_model as load_stock
 from upcycle.trainers.checkpoints.load_model import tokenizer_of
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.data.batches import open_validation

@@ -15,12 +15,12 @@ import yaml
 from click.testing import CliRunner
 from training_runs import run, steps, write_text
 
-from upcycle.blueprint import BlueprintFile
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.architectures.stock import load_model
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
-from upcycle.runtime import use_eager_experts
-from upcycle.shipped_recipes import shipped
-from upcycle.stock import load_model
+from upcycle.ffn.blueprint import BlueprintFile
+from upcycle.models.stock_model import use_eager_experts
+from upcycle.recipe.shipped_recipes import shipped
 from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 from upcycle.trainers.routing.stock_routers import moe_layers
 

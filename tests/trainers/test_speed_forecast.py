@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from upcycle.device_facts import DEVICES
+from upcycle.hardware.accelerators import DEVICES
 from upcycle.kernels.gpu.compile_gate.roofline import Shape, kernels
 from upcycle.trainers.forecast.communication import forecast_communication
 from upcycle.trainers.forecast.flops import TrainingFlops

@@ -14,7 +14,7 @@ pytest.importorskip("deepspeed")
 
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.tensor_files import SafetensorsFile
+from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.recipe.training_recipe import TrainRecipe

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.stock import load_tokenizer
 from upcycle.trainers.data import token_shards
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UsageError
+from upcycle.text.reading.documents import Reading
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.domain_rows import HeldOut
 from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash
 from upcycle.trainers.data.validation_rows import held_out_hashes, split, validation_rows
-from upcycle.trainers.documents import Reading
 
 TEXTS = [f"document {number} " + chr(200 + number) * (number % 9) for number in range(80)]
 

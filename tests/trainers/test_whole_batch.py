@@ -260,7 +260,7 @@ def test_what_is_surveyed() -> None:
 
 @pytest.mark.parametrize(("losses", "factor"), [({"switch_balance": {}}, 1), ({"router_z": {}}, 0)])
 def test_a_plan_counts_the_survey(pico_moe: Any, tmp_path: Any, losses: dict[str, Any], factor: int) -> None:
-    from upcycle.tensor_files import read_json
+    from upcycle.files.formats.tensor_files import read_json
 
     folder = pico_moe("mixtral")
     zero = {"settings": {"param_persistence_threshold": 0}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.device_facts import DEVICES
 from upcycle.errors import UsageError
+from upcycle.hardware.accelerators import DEVICES
 from upcycle.trainers.forecast.ranks_planned import World, parse_world
 
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from upcycle.blueprint import BlueprintFile, LayerBlueprint
-from upcycle.build import ExpertTensors
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.architectures.moe.base import OutputTensor
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.conversion.record import BLUEPRINT_FILE, RECIPE_FILE
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.job import Job
-from upcycle.planning import job_for
-from upcycle.provenance import BLUEPRINT_FILE, RECIPE_FILE
-from upcycle.recipe import parse_recipe, read_recipe
-from upcycle.sources import Source
-from upcycle.targets.base import OutputTensor
-from upcycle.tensor_files import SafetensorsFile, TensorSpec
+from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
+from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.files.formats.tensor_files import SafetensorsFile, TensorSpec
+from upcycle.files.locate import Source
+from upcycle.planning.cost import job_for
+from upcycle.planning.expert_job import Job
+from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.trainers.checkpoints.load_model import stored_form
 from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
 from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot

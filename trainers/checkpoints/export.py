@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle import provenance
+from upcycle.architectures.stock import clean_config, empty_model
+from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
+from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
+from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError
-from upcycle.hashing import hash_file
-from upcycle.links import copy_inside, inside
-from upcycle.local_names import without_paths
-from upcycle.outputs import OutputEntry, Shard, Unit, shards_of
-from upcycle.ownership import CHECKPOINTS, TRAINED, check_apart, check_output
-from upcycle.parsing import read_json
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.files.hashing import hash_file
+from upcycle.files.links import copy_inside, inside
+from upcycle.files.local_names import without_paths
+from upcycle.files.output.ownership import CHECKPOINTS, TRAINED, check_apart, check_output
+from upcycle.files.output.workspace import Workspace, explained, sweep
+from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
-from upcycle.recipe import parse_size
-from upcycle.stock import clean_config, empty_model
-from upcycle.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.checkpoints.load_model import STORED_FILE
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import CONVERSION, OPTIMIZER, STATE_FILE
-from upcycle.user_paths import user_path
-from upcycle.workspace import Workspace, explained, sweep
-from upcycle.writer import Journal, ShardWriter, write_index
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,7 @@ class _Converter:
 
 def _aligned(entries: tuple[OutputEntry, ...]) -> tuple[OutputEntry, ...]:
     """Wider dtypes first, so that every tensor is aligned to its size."""
-    from upcycle.tensor_files import ITEM_SIZE
+    from upcycle.files.formats.tensor_files import ITEM_SIZE
 
     return tuple(sorted(entries, key=lambda entry: -ITEM_SIZE[entry.spec.dtype]))
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from upcycle import stock
-from upcycle.companions import copy_files
+from upcycle.architectures import stock
+from upcycle.checkpoints.tokenizer_files import copy_files
 from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.links import copy_inside
+from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import here
+from upcycle.files.locate import locate
 from upcycle.kernels.entry.choose_backend import NAME, register
 from upcycle.kernels.layout.devices import why_not
-from upcycle.links import copy_inside
-from upcycle.local_names import FILE as LOCAL_FILE
-from upcycle.local_names import here
-from upcycle.parsing import read_json
 from upcycle.registry import TARGETS, suggestion
-from upcycle.sources import locate
-from upcycle.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.routing.neuron_records import replace_activations
 from upcycle.trainers.routing.stock_routers import is_moe

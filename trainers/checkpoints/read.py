@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.hashing import hash_file
-from upcycle.parsing import read_json
-from upcycle.tensor_files import SafetensorsFile
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFile
+from upcycle.files.hashing import hash_file
 from upcycle.trainers.checkpoints.whole_tensors import FullTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE, finished
 

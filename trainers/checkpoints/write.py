@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import distributed
 
+from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit
+from upcycle.checkpoints.shard_writer import Journal, ShardWriter
 from upcycle.errors import EnvironmentFault
-from upcycle.hashing import hash_file
-from upcycle.names import sibling
-from upcycle.outputs import OutputEntry, Shard, Unit
-from upcycle.tensor_files import INDEX, TensorSpec
+from upcycle.files.atomic_files import sync
+from upcycle.files.formats.tensor_files import INDEX, TensorSpec
+from upcycle.files.hashing import hash_file
+from upcycle.files.names import sibling
 from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot
 from upcycle.trainers.distributed.ranks import Ranks
-from upcycle.whole_files import sync
-from upcycle.writer import Journal, ShardWriter
 
 STATE_FILE = "trainer.json"
 OPTIMIZER = "optimizer"

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upcycle import user_paths
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.recipe import parse_size
+from upcycle.files import user_paths
+from upcycle.files.user_paths import user_path
+from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_mixture import Mixture
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
 from upcycle.trainers.data.token_shards import Encoder, TokenCache
 from upcycle.trainers.data.validation_rows import split, validation_rows
 from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe
-from upcycle.user_paths import user_path
 
 _VERSION = 1
 _LONG_CHECK = 1 << 30  # bytes: some ten seconds

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upcycle.errors import UsageError
-from upcycle.trainers.columns import Broken, choose_column, text_of
+from upcycle.text.reading.columns import Broken, choose_column, text_of
+from upcycle.text.reading.documents import Piece, Reading, find_pieces, first_row
+from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data.file_checks import FileCheck, check_file
-from upcycle.trainers.documents import Piece, Reading, find_pieces, first_row
-from upcycle.trainers.file_kinds import Format
 
 _WHOLE = 1 << 20  # bytes; of larger files samples are hashed
 _SAMPLES, _SAMPLE = 64, 1 << 14
@@ -136,7 +136,7 @@ class HubCorpus(Corpus):
 
     def documents(self, shard: int) -> Iterator[str]:
         """See :class:`Corpus`. Shards in order are read on; others are skipped to."""
-        from upcycle.hub_dataset import hub_rows
+        from upcycle.text.hub_dataset import hub_rows
 
         if shard != self._next:
             self._rows = hub_rows(self._name, self._revision, skip=shard * self._per_shard)
@@ -185,7 +185,7 @@ def open_corpus(
     Raises:
         UsageError: no such file, several datasets in one domain, or a revision of files.
     """
-    from upcycle.hub_dataset import is_dataset
+    from upcycle.text.hub_dataset import is_dataset
 
     reading = Reading(column, separator, broken)
     hub = [name for name in texts if is_dataset(name)]

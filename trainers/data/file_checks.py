@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
-from upcycle.locks import one_at_a_time
-from upcycle.parsing import read_json
-from upcycle.trainers.documents import Piece, Reading
-from upcycle.trainers.file_kinds import Kind
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.output.locks import one_at_a_time
+from upcycle.text.reading.documents import Piece, Reading
+from upcycle.text.reading.file_kinds import Kind
 
 _VERSION = "1"
 _SHOWN = 3  # broken rows that are named

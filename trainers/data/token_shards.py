@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.locks import one_at_a_time
+from upcycle.files.output.locks import one_at_a_time
 from upcycle.trainers.data.corpus import Corpus
 
 _FORMAT = "1"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from upcycle.parsing import read_yaml
+from upcycle.files.formats.parsing import read_yaml
 from upcycle.trainers.demo.demo_text import Document, split
 
 END_OF_TEXT = "<|endoftext|>"

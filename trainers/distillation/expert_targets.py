@@ -15,8 +15,8 @@ from pydantic import Field
 from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import read_json
 from upcycle.methods.base import PluginParameters
-from upcycle.parsing import read_json
 from upcycle.registry import FAMILIES, load
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.losses.base import counted

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.hashing import hash_file
-from upcycle.ownership import cannot_write
-from upcycle.parsing import read_json
+from upcycle.files.atomic_files import write_whole
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.hashing import hash_file
+from upcycle.files.output.ownership import cannot_write
 from upcycle.trainers.data.batches import Batch
 from upcycle.trainers.distillation.truncated_logits import TopLogits
-from upcycle.whole_files import write_whole
 
 MANIFEST = "cache.json"
 

@@ -1,6 +1,6 @@
 """Ranks on the machines of a host file: one ssh connection to each, which carries the start, the signals and the end.
 
-What starts the ranks there is :mod:`upcycle.trainers.host_ranks`. It reads from the connection, so that a launcher that is
+What starts the ranks there is :mod:`upcycle.cli.host_ranks`. It reads from the connection, so that a launcher that is
 killed, or a connection that breaks, ends the ranks as a signal would: they save.
 """
 
@@ -19,11 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle.children import run_module
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.hardware.child_processes import run_module
 from upcycle.trainers.distributed.launcher import Local, Started, wait
 
-AGENT = "upcycle.trainers.host_ranks"
+AGENT = "upcycle.cli.host_ranks"
 KILL = "KILL"  # a line to the agent, beside the names of signals
 _SSH_FAILED = 255
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d{0,5})")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
-from upcycle.children import run_module, safe_environment
+from upcycle.hardware.child_processes import run_module, safe_environment
 from upcycle.trainers.distributed.signals import INTERRUPTED, LAUNCHER, TOGETHER, give_back, take
 
 COMMAND = "UPCYCLE_COMMAND"  # in a rank's environment: the command that started all of them

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from upcycle.architectures.stock import empty_model
 from upcycle.registry import FAMILIES, TARGETS, load
-from upcycle.stock import empty_model
 from upcycle.trainers.checkpoints.load_model import use_experts
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import Part, parts, select

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UsageError
-from upcycle.parsing import read_json
-from upcycle.recipe import read_recipe
-from upcycle.shipped_recipes import needed_recipe_file
-from upcycle.sources import is_local, locate
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.locate import is_local, locate
+from upcycle.recipe.conversion_recipe import read_recipe
+from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.trainers.checkpoints.load_model import parent_folder
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.forecast.communication import CommunicationForecast, forecast_communication

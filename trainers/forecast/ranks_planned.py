@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from upcycle.device_facts import Device, device, named_like
 from upcycle.errors import UsageError
+from upcycle.hardware.accelerators import Device, device, named_like
 
 _FORM = re.compile(r"(?:(\d+)x)?(\d+)(?:x([A-Za-z][\w-]*))?")
 _EXAMPLES = "8xH100, 2x8xH100 (machines x devices), or 4 (ranks on CPUs here)"
@@ -88,7 +88,7 @@ def cpu(ranks: int) -> Device:
 
     What ranks send each other goes through memory: it is read and written by both sides.
     """
-    from upcycle.runtime import available_memory
+    from upcycle.models.stock_model import available_memory
     from upcycle.trainers.forecast.flops import measured_bandwidth, measured_peak
 
     host = torch.device("cpu")

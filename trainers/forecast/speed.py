@@ -73,7 +73,8 @@ def forecast_speed(
 
 def flops_per_token(division: Division, parent: ModelCounts | None) -> float:
     """Forward, gradients of activations and of what trains (``upcycle.trainers.forecast.flops``), forward again where
-    layers are computed again, the parent's forward pass, and either forward pass once more where losses need it (``upcycle.trainers.losses.survey``).
+    layers are computed again, the parent's forward pass, and either forward pass once more where losses need
+    it (``upcycle.trainers.losses.survey``).
     """
     own, survey = division.counts.flops, division.survey
     again = own.forward * (division.recipe.activation_checkpointing + survey.student)

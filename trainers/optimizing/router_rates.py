@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from upcycle import provenance
-from upcycle.parsing import read_json
+from upcycle.conversion import record as provenance
+from upcycle.files.formats.parsing import read_json
 from upcycle.trainers.optimizing.parameter_groups import GroupParameters, parts
 
 UNTAUGHT = ("random", "zero", "cool")  # routers that have nothing to lose

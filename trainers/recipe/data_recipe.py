@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from upcycle.recipe import parse_size
+from upcycle.recipe.conversion_recipe import parse_size
+from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data.packing import Packing
-from upcycle.trainers.file_kinds import Format
 
 
 class _Strict(BaseModel):

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from upcycle.errors import UsageError
-from upcycle.parsing import dump_yaml
-from upcycle.recipe import explained, read_recipe
+from upcycle.files.formats.parsing import dump_yaml
+from upcycle.recipe.conversion_recipe import explained, read_recipe
+from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import LOSSES, suggestion
-from upcycle.shipped_recipes import needed_recipe_file
 from upcycle.trainers.distillation.expert_targets import ExpertTargetParameters
 from upcycle.trainers.distillation.losses import DistillationParameters
 from upcycle.trainers.optimizing.parameter_groups import GroupParameters

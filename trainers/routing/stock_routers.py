@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS, load
-from upcycle.targets.base import Score, Target
 from upcycle.trainers.distributed.expert_parallel import is_parallel
 
 _SCORES: tuple[Score, ...] = ("softmax", "sigmoid")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe, parse_train_recipe
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from upcycle.conversion.record import versions
 from upcycle.errors import EnvironmentFault, UpcycleError
-from upcycle.provenance import versions
-from upcycle.sources import locate
-from upcycle.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.locate import locate
+from upcycle.files.user_paths import user_path
+from upcycle.hardware.memory import keep_freed_memory
 from upcycle.trainers.checkpoints.load_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
@@ -23,7 +25,6 @@ from upcycle.trainers.data.batches import Batch, check_data
 from upcycle.trainers.distributed.ranks import Ranks, first_rank, joined
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
-from upcycle.trainers.host_memory import keep_freed_memory
 from upcycle.trainers.optimizing.optimizers import set_rates
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
@@ -44,7 +45,6 @@ from upcycle.trainers.run.stage import Stage
 from upcycle.trainers.run.step import StepResult
 from upcycle.trainers.run.step_reports import Reports, StepReport, memory_in_use
 from upcycle.trainers.run.validation import on_device, validate
-from upcycle.user_paths import user_path
 
 
 @dataclass(frozen=True)

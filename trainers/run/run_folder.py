@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.locks import FolderLock
-from upcycle.ownership import (
+from upcycle.files.atomic_files import TEMPORARY, write_text_whole
+from upcycle.files.output.locks import FolderLock
+from upcycle.files.output.ownership import (
     CHECKPOINTS,
     MADE_BY,
     RUN,
@@ -30,7 +31,6 @@ from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.run_start import faults_together
 from upcycle.trainers.run.step_reports import LOG, Reports
-from upcycle.whole_files import TEMPORARY, write_text_whole
 
 RECIPE_FILE = "recipe.yaml"
 MODEL_FOLDER = "model"  # what a run exports at its end

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
-from upcycle.hashing import hash_file
-from upcycle.parsing import read_json
-from upcycle.quantities import size
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.hashing import hash_file
+from upcycle.formatting import size
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.whole_tensors import FullTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE, disk_fault, finished

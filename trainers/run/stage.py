@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from upcycle.errors import UpcycleError, UsageError
+from upcycle.files.user_paths import user_path
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder, prepare
 from upcycle.trainers.checkpoints.read import SavedRun
@@ -31,7 +32,6 @@ from upcycle.trainers.routing.stock_routers import is_moe, moe_layers, unread_wa
 from upcycle.trainers.run.deepspeed_config import accumulation, deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
 from upcycle.trainers.run.step import Parent, Stepper
-from upcycle.user_paths import user_path
 
 
 class Stage:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from upcycle.errors import EnvironmentFault
-from upcycle.parsing import read_lines
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.formats.parsing import read_lines
 from upcycle.trainers.routing.bias_balance import Load
-from upcycle.whole_files import write_text_whole
 
 LOG = "log.jsonl"
 

@@ -9,9 +9,9 @@ from importlib import import_module
 import click
 
 from upcycle import __version__
-from upcycle.children import VARIABLE
-from upcycle.cli.output import flush_streams, prepare_streams, print_error, print_traceback, say
+from upcycle.cli.shared.output import flush_streams, prepare_streams, print_error, print_traceback, say
 from upcycle.errors import UpcycleError, UsageError
+from upcycle.hardware.child_processes import VARIABLE
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
 
 VERBS = {
@@ -44,7 +44,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = import_module(f"upcycle.cli.{VERBS[cmd_name]}").command
+        command: click.Command = import_module(f"upcycle.cli.verbs.{VERBS[cmd_name]}").command
         return command
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from upcycle.activations import Activations, contributions
-from upcycle.blueprint import DOWN_ONLY, ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.architectures.moe.base import MoeShape
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
-from upcycle.targets.base import MoeShape
+from upcycle.ffn.activations import Activations, contributions
+from upcycle.ffn.blueprint import DOWN_ONLY, ZERO_NEURON, ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 
 if TYPE_CHECKING:
-    from upcycle.decisions import Measured
-    from upcycle.mixing import Mix, MixedCheckpoint
+    from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
+    from upcycle.conversion.decide_merges import Measured
     from upcycle.progress import Progress
-    from upcycle.recipe import Recipe, SourceRecipe
+    from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from upcycle.activations import Activations
-from upcycle.blueprint import LayerBlueprint
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 
 if TYPE_CHECKING:
-    from upcycle.recipe import Recipe
+    from upcycle.recipe.conversion_recipe import Recipe
 
 
 class Router(ABC):

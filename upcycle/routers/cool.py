@@ -7,9 +7,9 @@ import math
 import torch
 from pydantic import Field
 
-from upcycle.activations import Activations
-from upcycle.blueprint import LayerBlueprint
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 
@@ -30,7 +30,7 @@ class CoolRouter(Router):
     ``||u|| <= sqrt(d)``, so two logits differ by at most ``sqrt(d) * ||w * (r_i - r_j)||``, and two softmax weights by a
     factor of at most its exponential. Sigmoid scores differ by less: ``sigmoid(a) / sigmoid(b) <= exp(a - b)`` for
     ``a >= b``. A LayerNorm's output is as bounded as an RMSNorm's, and where nothing is normed before the FFN, ``w`` bounds
-    the stream (:class:`~upcycle.feed_forward.FeedForward`).
+    the stream (:class:`~upcycle.ffn.feed_forward.FeedForward`).
     """
 
     name = "cool"

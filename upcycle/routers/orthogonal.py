@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from upcycle.activations import Activations
-from upcycle.blueprint import LayerBlueprint
 from upcycle.errors import UsageError
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 

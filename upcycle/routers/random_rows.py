@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.activations import Activations
-from upcycle.blueprint import LayerBlueprint
-from upcycle.feed_forward import FeedForward
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.base import PluginParameters
 from upcycle.routers.base import Router
 

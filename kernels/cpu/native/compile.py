@@ -1,9 +1,9 @@
 """C++ of this package: compiled for this processor when it is first needed, and kept.
 
 It needs a C++ compiler (``CXX``, ``c++``, ``g++`` or ``clang++``); without one, torch's operations are used. What was compiled
-lies in this user's cache (:func:`upcycle.user_paths.cache_folder`), named after the source, the compiler and the processor, its hash
-beside it, and is loaded from there only while it has that hash and nobody else may write to it. ``UPCYCLE_COMPILE=0`` keeps it from
-being compiled and used.
+lies in this user's cache (:func:`upcycle.files.user_paths.cache_folder`), named after the source, the compiler and the
+processor, its hash beside it, and is loaded from there only while it has that hash and nobody else may write to it.
+``UPCYCLE_COMPILE=0`` keeps it from being compiled and used.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from upcycle.user_paths import cache_folder, only_ours
-from upcycle.whole_files import write_text_whole
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.user_paths import cache_folder, only_ours
 
 VARIABLE = "UPCYCLE_COMPILE"
 HEADER = Path(__file__).with_name("vectors.hpp")

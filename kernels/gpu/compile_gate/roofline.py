@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upcycle.device_facts import device
+from upcycle.hardware.accelerators import device
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import CheckpointError
-from upcycle.parsing import read_json
+from upcycle.files.formats.parsing import read_json
 from upcycle.report.data.subject import Subject, missing
 
 COMPARISON_FILE = "compare.json"

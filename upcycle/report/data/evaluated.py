@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle import provenance
+from upcycle.conversion import record
 from upcycle.report.data.subject import Subject, missing
 
 
@@ -18,7 +18,7 @@ def tasks_data(subject: Subject) -> dict[str, Any]:
 
 
 def speed_data(subject: Subject) -> dict[str, Any]:
-    """What ``evaluation.json`` says of speed and memory, as :class:`upcycle.speed.Speed` holds it.
+    """What ``evaluation.json`` says of speed and memory, as :class:`upcycle.evaluation.speed.Speed` holds it.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -27,7 +27,7 @@ def speed_data(subject: Subject) -> dict[str, Any]:
 
 
 def _kept(subject: Subject, key: str, why: str, flag: str) -> dict[str, Any]:
-    measured = provenance.read_evaluation(subject.folder) if subject.ours else None
+    measured = record.read_evaluation(subject.folder) if subject.ours else None
     if not measured or key not in measured:
         return missing(f"{why} (upcycle evaluate {subject.name} --reference DENSE {flag})")
     return {"names": subject.sides, **measured[key]}

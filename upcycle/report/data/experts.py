@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import linear, normalize
 
 from upcycle.progress import SILENT, Progress
-from upcycle.report.data.measuring import Measured
 from upcycle.report.data.models import Models
 from upcycle.report.data.routing import MOST_SHOWN, rounded, spread
+from upcycle.report.data.run_models import Measured
 
 _MOST_ELEMENTS = 1 << 25
 

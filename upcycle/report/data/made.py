@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle import provenance
+from upcycle.conversion import record as provenance
+from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.report.data.structure import layer_structure
 from upcycle.report.data.subject import Subject, missing
-from upcycle.workspace import LAYER_BLUEPRINTS
 
 
 def made_data(subject: Subject) -> dict[str, Any]:

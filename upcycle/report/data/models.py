@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.checkpoint import DenseCheckpoint
+from upcycle.architectures.stock import load_model
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
+from upcycle.models.stock_model import StockModel, available_memory, source_model
 from upcycle.report.data.subject import Subject, reason_of
-from upcycle.runtime import StockModel, available_memory, source_model
-from upcycle.stock import load_model
-from upcycle.verification import reopen
+from upcycle.verification.verify_experts import reopen
 
 
 @dataclass(frozen=True)

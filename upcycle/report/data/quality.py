@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.verdict import Totals, finite, perplexity_of
+from upcycle.verification.verdict import Totals, finite, perplexity_of
 
 _ONLY_BESIDE = ("relative_logit_error", "kl", "top1_agreement", "perplexity_dense")
 

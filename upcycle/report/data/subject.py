@@ -8,15 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from upcycle import provenance
+from upcycle.architectures.moe.stored_moe import MOES, MoeModel
+from upcycle.conversion import record as provenance
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.families.moe import MOES, MoeModel
-from upcycle.names import sibling
-from upcycle.ownership import real_path, working_folder
-from upcycle.parsing import read_json
-from upcycle.sources import locate
-from upcycle.tensor_files import SafetensorsFolder, TensorSpec
-from upcycle.user_paths import user_path
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.files.locate import locate
+from upcycle.files.names import sibling
+from upcycle.files.output.ownership import real_path, working_folder
+from upcycle.files.user_paths import user_path
 
 TRAINING_LOG = "log.jsonl"
 State = Literal["finished", "failed", "unfinished"]

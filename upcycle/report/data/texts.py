@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from upcycle.held_out import unseen
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.report.data.subject import Subject
-from upcycle.stock import load_tokenizer
-from upcycle.text import DEMO_TEXTS, encode, windows_of
+from upcycle.text.held_out import unseen
+from upcycle.text.windows import DEMO_TEXTS, encode, windows_of
 
 WINDOW = 256
 

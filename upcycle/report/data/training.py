@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from upcycle.parsing import read_lines
+from upcycle.files.formats.parsing import read_lines
 from upcycle.report.data.subject import Subject, missing
 
 MOST_POINTS = 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from upcycle.quantities import count, size
+from upcycle.formatting import count, size
 from upcycle.report.drawing.bars import Bar, Bars
 
 _NAMES: tuple[tuple[str, str, Callable[[float], str]], ...] = (

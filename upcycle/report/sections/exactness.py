@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.report.drawing.frame import Plot
 from upcycle.report.drawing.lines import Series, lines
-from upcycle.verdict import said
+from upcycle.verification.verdict import said
 
 
 def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.report.drawing.bars import Bar, Bars
-from upcycle.verdict import said
+from upcycle.verification.verdict import said
 
 
 def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:

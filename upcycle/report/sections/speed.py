@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from upcycle.evaluation.speed_table import speed_rows
 from upcycle.report.drawing.bars import Bar, Bars
-from upcycle.speed_table import speed_rows
 
 
 def speed_view(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.quantities import count, size
-from upcycle.verdict import said
+from upcycle.formatting import count, size
+from upcycle.verification.verdict import said
 
 VERDICTS = {
     "exact": "the same function as its dense parent",

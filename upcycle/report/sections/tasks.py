@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from upcycle.evaluation.score_table import score_rows
 from upcycle.report.drawing.bars import Bar, Bars
-from upcycle.score_table import score_rows
 
 
 def tasks_view(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,297 @@
+"""What the rest of the tool knows about a dense architecture: its read-out configuration and where its tensors are."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from upcycle.architectures.dense_config import DenseConfig, Feature
+from upcycle.architectures.rope import rope_parameters
+from upcycle.architectures.tensor_origin import Origin, is_rotated
+from upcycle.errors import CheckpointError, RefusalError
+from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.settings import Kind, checked
+from upcycle.files.formats.tensor_files import TensorSpec, widest
+from upcycle.files.formats.tensor_names import refuse_quantized, unlike_family
+
+__all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
+
+
+class Family(ABC):
+    """A dense architecture. Subclasses state the stock defaults of their configuration class and override what differs.
+
+    ``defaults`` holds the value that transformers' class takes when ``config.json`` lacks the key: a wrong default is
+    a silent error, so a contract test compares every one with the class itself. ``aliases`` gives the family's own
+    spelling of a key.
+
+    Two sets of names: what the checkpoint holds (:meth:`stored_specs`), and what targets write (the other ``_specs``),
+    which are Llama's, with the rows of rotated projections in halves. :meth:`origin` leads from the second to the first.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]  # preferred first
+    elsewhere: ClassVar[Mapping[Feature, str]] = {}  # feature -> which target could hold it, for refusals
+    defaults: ClassVar[Mapping[str, Any]]
+    aliases: ClassVar[Mapping[str, str]] = {}
+    keys: ClassVar[Mapping[str, Kind]] = {}  # the family's own keys, and common ones that are otherwise here
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # what layer_types can say
+    token_defaults: ClassVar[Mapping[str, Any]] = {}
+    rope_theta: ClassVar[float] = 10000.0
+    partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
+    rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
+    block: ClassVar[str] = "mlp"  # what a decoder layer of the stock class calls its FFN
+    final_norm: ClassVar[str] = "norm"
+    uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
+
+    def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
+        """Read out ``config.json``; ``where`` names it in messages.
+
+        Raises:
+            RefusalError: the configuration asks for something no target can hold.
+            CheckpointError: a value is not what the key must be.
+        """
+        raw = checked(raw, self.keys, self.aliases, where)
+        self._refuse_unheld(raw, where)
+        values = self.values(raw)
+        heads, hidden, layers = (values[k] for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+        key_heads, head = values["num_key_value_heads"] or heads, values.get("head_dim") or hidden // heads
+        rope = self.rope(raw, values, where)
+        config = DenseConfig(
+            family=self.name,
+            hidden_size=hidden,
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            head_dim=head,
+            vocab_size=values["vocab_size"],
+            hidden_act=values["hidden_act"],
+            rms_norm_eps=values["rms_norm_eps"],
+            max_position_embeddings=values["max_position_embeddings"],
+            initializer_range=values["initializer_range"],
+            attention_dropout=values["attention_dropout"],
+            tie_word_embeddings=values["tie_word_embeddings"],
+            rope_parameters=rope,
+            token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
+            dtype=raw.get("dtype") or raw.get("torch_dtype"),
+            windows=self.windows(raw, layers),
+            **self.details(raw, values),
+        )
+        self._check_together(config, raw, where)
+        return config
+
+    def _refuse_unheld(self, raw: Mapping[str, Any], where: str) -> None:
+        if not all(raw.get("no_rope_layers") or [True]):
+            raise RefusalError(
+                f"{where}: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), "
+                "and no stock MoE architecture can skip it"
+            )
+
+    def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
+        """Values that are each as they must be, and cannot be together.
+
+        Raises:
+            CheckpointError: two disagree; names the keys and both values.
+        """
+        heads, key_heads, kinds = config.num_attention_heads, config.num_key_value_heads, raw.get("layer_types")
+        rope, length = (
+            config.rope_parameters,
+            int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1)),
+        )
+        pad = config.token_ids["pad_token_id"]
+        wrong = None
+        if heads % key_heads:
+            wrong = f"'num_attention_heads' {heads} is not a multiple of 'num_key_value_heads' {key_heads}"
+        elif config.head_dim < 1:
+            wrong = f"'hidden_size' {config.hidden_size} is less than 'num_attention_heads' {heads}"
+        elif config.head_dim > _LEAST_ODD_HEAD and config.head_dim % 2 and length == config.head_dim:
+            wrong = f"'head_dim' (or 'hidden_size' over 'num_attention_heads') is {config.head_dim}, and a rotation needs pairs"
+        elif kinds is not None and len(kinds) != config.num_hidden_layers:
+            wrong = f"'layer_types' has {len(kinds)} entries, 'num_hidden_layers' is {config.num_hidden_layers}"
+        elif kinds is not None and (odd := [kind for kind in kinds if kind not in self.layer_kinds]):
+            wrong = (
+                f"'layer_types' has the entry {shown(odd[0])}; those of {self.name} are {', '.join(self.layer_kinds)}"
+            )
+        elif pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+            wrong = f"'pad_token_id' is {shown(repr(pad))}, 'vocab_size' {config.vocab_size}"
+        for key in ("short_factor", "long_factor"):
+            if rope["rope_type"] == "longrope" and len(rope[key]) != length // 2:
+                wrong = (
+                    wrong
+                    or f"'rope_parameters.{key}' has {len(rope[key])} numbers, half a head's rotated part {length // 2}"
+                )
+        if wrong:
+            raise CheckpointError(f"{where}: {wrong}", hint="correct the key, or download config.json again")
+
+    def rope(self, raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The rotary embedding.
+
+        Raises:
+            RefusalError: the stock class would not rotate as the configuration says.
+        """
+        context = values["max_position_embeddings"]
+        rope = rope_parameters(raw, self.rope_theta, self.partial_rotary_factor, context, where)
+        if self.partial_rotary_factor is None and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise RefusalError(
+                f"{where}: 'partial_rotary_factor' is {rope['partial_rotary_factor']}, and a {self.name} model rotates "
+                "whole heads",
+                hint="remove the key, or correct 'model_type'",
+            )
+        return rope
+
+    def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of ``defaults`` and ``head_dim``, from ``config.json`` where it has them. Null stays null."""
+        defaults = {"head_dim": None, **self.defaults}
+        spelt = {key: self.aliases.get(key, key) for key in defaults}
+        return {**defaults, **{key: raw[own] for key, own in spelt.items() if own in raw}}
+
+    def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+        """Sliding window of every layer."""
+        return (None,) * layers
+
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Which biases, norms, multipliers and special features there are, as keyword arguments of DenseConfig."""
+        return {}
+
+    def ffn_names(self, layer: int) -> dict[str, str]:
+        """Names of the tensors of one dense FFN: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, its input ``norm`` ``[d]``.
+
+        Without a norm before the FFN there is no ``norm``.
+        """
+        prefix = f"model.layers.{layer}"
+        names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+        return {**names, "norm": f"{prefix}.post_attention_layernorm.weight"}
+
+    def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of everything in one decoder layer but its FFN."""
+        d, head = config.hidden_size, config.head_dim
+        q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
+        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+            shapes[f"self_attn.{part}_proj.weight"] = (rows, d)
+            if config.qkv_bias:
+                shapes[f"self_attn.{part}_proj.bias"] = (rows,)
+        shapes["self_attn.o_proj.weight"] = (d, q)
+        if config.output_bias:
+            shapes["self_attn.o_proj.bias"] = (d,)
+        if config.query_norms:
+            shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+        shapes["post_attention_layernorm.weight"] = (d,)
+        return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+    def ffn_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the three matrices (and biases) of one dense FFN."""
+        d, width, names = config.hidden_size, config.intermediate_size, self.ffn_names(layer)
+        shapes: dict[str, tuple[int, ...]] = {
+            names["gate"]: (width, d),
+            names["up"]: (width, d),
+            names["down"]: (d, width),
+        }
+        if config.mlp_bias:  # known, so that the refusal names the feature and not a stray tensor
+            shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
+        return shapes
+
+    def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """What comes before the layers."""
+        return {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+
+    def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """What comes after the layers."""
+        head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+        return {"model.norm.weight": (config.hidden_size,), **head}
+
+    def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what the checkpoint holds of one layer, or (None) outside the layers."""
+        if layer is None:
+            return {**self.first_specs(config), **self.last_specs(config)}
+        return {**self.layer_specs(config, layer), **self.ffn_specs(config, layer)}
+
+    def all_stored_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of everything the checkpoint holds."""
+        specs = self.stored_specs(config, None)
+        for layer in range(config.num_hidden_layers):
+            specs |= self.stored_specs(config, layer)
+        return specs
+
+    def origin(self, config: DenseConfig, name: str) -> Origin:
+        """Where the tensor that targets know as ``name`` comes from."""
+        origin = Origin(name)
+        return origin.ordered("halves", config.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+
+    def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
+        """Where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies."""
+        return {part: self.origin(config, name) for part, name in self.ffn_names(layer).items()}
+
+    def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
+        """What a layer's experts are written in: ``dtype``, or the narrowest that holds gate, up and down where they are kept."""
+        if dtype != "keep":
+            return dtype
+        origins = self.ffn_origins(config, layer)
+        return widest(specs[origins[part].name].dtype for part in ("gate", "up", "down"))
+
+    def norms_below(self, layer: int) -> list[str]:
+        """Where the FFN reads the stream itself: the norms of everything that was added to it. Bounds its length."""
+        return []
+
+    def check(
+        self,
+        config: DenseConfig,
+        specs: Mapping[str, TensorSpec],
+        where: str,
+        raw: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Compare a checkpoint's tensors with what its configuration, ``raw`` as it was read, promises.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, or of another shape; names it.
+        """
+        refuse_quantized(specs, raw, where)
+        check_layers(config.num_hidden_layers, specs, where)
+        expected = self.all_stored_specs(config)
+        if other := unlike_family(specs, expected, where):
+            raise other
+        for name, shape in expected.items():
+            if name not in specs:
+                raise CheckpointError(
+                    f"{where}: tensor '{name}' is missing", hint=_INCOMPLETE if where.endswith(".gguf") else _TOGETHER
+                )
+            if specs[name].shape != shape:
+                raise CheckpointError(
+                    f"{where}: tensor '{name}' has shape {shown(list(specs[name].shape))}, config.json says {list(shape)}",
+                    hint=_TOGETHER,
+                )
+        leftover = sorted(set(specs) - set(expected) - {"lm_head.weight"})
+        leftover = [name for name in leftover if not name.endswith("rotary_emb.inv_freq")]
+        if leftover:
+            raise CheckpointError(
+                f"{where}: tensor '{shown(leftover[0])}' is not part of a {self.name} model and would be lost"
+                + (f" ({len(leftover)} such tensors)" if len(leftover) > 1 else ""),
+                hint="biases must be declared in config.json (attention_bias, mlp_bias); adapters must be merged first",
+            )
+
+
+def check_layers(layers: int, specs: Mapping[str, TensorSpec], where: str) -> None:
+    """Compare how many layers ``config.json`` says there are with how many the weights have, before anything is counted up.
+
+    Raises:
+        CheckpointError: another number.
+    """
+    found = {int(match[1]) for match in map(_LAYER.match, specs) if match}
+    if found and layers != max(found) + 1:
+        raise CheckpointError(
+            f"{where}: config.json says 'num_hidden_layers' is {layers}, the weights have {max(found) + 1} layers",
+            hint=_TOGETHER,
+        )
+
+
+_LEAST_ODD_HEAD = 4  # stock classes let smaller heads be odd
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_INCOMPLETE = "the file is incomplete: download it again"
+_TOGETHER = "compare config.json with the weights: do they belong together?"
+
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,0 +1,70 @@
+"""Command R7B and Command A: attention and FFN side by side behind one LayerNorm, rotary only where there is a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.files.formats.settings import DECIMAL, FLAG, NAMES, SIZE
+
+
+class Cohere2(Family):
+    """Rotated in pairs; logits are multiplied by ``logit_scale``. The FFN reads what attention reads."""
+
+    name = "cohere2"
+    title = "Cohere2 (Command R7B, Command A)"
+    targets = ("cohere2_moe",)
+    rotates_pairs = True
+    aliases = {"rms_norm_eps": "layer_norm_eps"}
+    defaults = {
+        "vocab_size": 256000,
+        "hidden_size": 8192,
+        "intermediate_size": 22528,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 64,
+        "num_key_value_heads": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-05,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+    }
+    keys = {
+        "attention_bias": FLAG,
+        "layer_types": NAMES.optional,
+        "logit_scale": DECIMAL,
+        "sliding_window": SIZE.optional,
+        "sliding_window_pattern": SIZE,
+    }
+    token_defaults = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
+
+    def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+        """``layer_types``, else every layer but each ``sliding_window_pattern``-th."""
+        window, pattern = raw.get("sliding_window", 4096), raw.get("sliding_window_pattern", 4)
+        kinds = raw.get("layer_types") or [
+            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)
+        ]
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """``attention_bias`` puts a bias on all four projections."""
+        bias = bool(raw.get("attention_bias"))
+        scale = raw.get("logit_scale", 0.0625)
+        return {
+            "qkv_bias": bias,
+            "output_bias": bias,
+            "logits_multiplier": scale,
+            "special": frozenset({Feature.PARALLEL_BLOCK}),
+        }
+
+    def ffn_names(self, layer: int) -> dict[str, str]:
+        """There is one norm."""
+        return {**super().ffn_names(layer), "norm": f"model.layers.{layer}.input_layernorm.weight"}
+
+    def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """There is one norm."""
+        specs = super().layer_specs(config, layer)
+        del specs[f"model.layers.{layer}.post_attention_layernorm.weight"]
+        return specs

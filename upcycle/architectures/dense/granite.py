@@ -1,0 +1,55 @@
+"""Granite 3 and 4 dense: Llama's block with multipliers on embeddings, attention scores, residuals and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import Family, Feature
+from upcycle.files.formats.settings import FLAG, NUMBER, POSITIVE
+
+MULTIPLIERS = {
+    "attention_multiplier": NUMBER,
+    "embedding_multiplier": POSITIVE,
+    "logits_scaling": POSITIVE,
+    "residual_multiplier": POSITIVE,
+}
+
+
+class Granite(Family):
+    """All four multipliers default to 1, the one on attention scores too. ``logits_scaling`` divides."""
+
+    name = "granite"
+    title = "Granite 3"
+    targets = ("granitemoe", "granitemoeshared")
+    elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
+    defaults = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-06,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    keys = {"attention_bias": FLAG, "mlp_bias": FLAG, **MULTIPLIERS}
+    token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
+
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """``attention_bias`` puts a bias on all four projections."""
+        bias = bool(raw.get("attention_bias"))
+        return {
+            "qkv_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": bool(raw.get("mlp_bias")),
+            "embedding_multiplier": raw.get("embedding_multiplier", 1.0),
+            "attention_multiplier": raw.get("attention_multiplier", 1.0),
+            "residual_multiplier": raw.get("residual_multiplier", 1.0),
+            "logits_multiplier": 1.0 / raw.get("logits_scaling", 1.0),
+        }

@@ -1,0 +1,46 @@
+"""Hunyuan dense (0.5B to 7B): Llama's block with norms on queries and keys after the rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.files.formats.settings import FLAG
+
+
+class HunyuanV1Dense(Family):
+    """A ``dynamic`` rope with ``alpha`` is static here and in its MoE relative, and nowhere else."""
+
+    name = "hunyuan_v1_dense"
+    title = "Hunyuan dense"
+    targets = ("hunyuan_v1_moe",)
+    defaults = {
+        "vocab_size": 290943,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-05,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    keys = {"attention_bias": FLAG}
+    token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """``attention_bias`` puts a bias on all four projections."""
+        bias = bool(raw.get("attention_bias"))
+        return {"qkv_bias": bias, "output_bias": bias, "special": frozenset({Feature.ROTATED_QUERY_NORMS})}
+
+    def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Two more norms, each of one head."""
+        norms = {
+            f"model.layers.{layer}.self_attn.{part}_layernorm.weight": (config.head_dim,) for part in ("query", "key")
+        }
+        return {**super().layer_specs(config, layer), **norms}

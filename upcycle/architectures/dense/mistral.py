@@ -1,0 +1,38 @@
+"""Mistral 7B and its relatives: Llama's block with a sliding window on every layer, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import Family
+from upcycle.files.formats.settings import SIZE
+
+
+class Mistral(Family):
+    """Llama's block with one optional sliding window."""
+
+    name = "mistral"
+    title = "Mistral"
+    targets = ("mixtral", "qwen2_moe")
+    defaults = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    keys = {"sliding_window": SIZE.optional}
+    token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
+
+    def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+        """A missing key means 4096, an explicit null means none: that is how the stock class reads it."""
+        return (raw.get("sliding_window", 4096),) * layers

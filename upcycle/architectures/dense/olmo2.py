@@ -1,0 +1,61 @@
+"""OLMo 2: norms behind attention and FFN instead of before them, query and key norms over all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.files.formats.settings import FLAG
+
+
+class Olmo2(Family):
+    """The FFN, and so a router, reads the residual stream itself."""
+
+    name = "olmo2"
+    title = "OLMo 2"
+    targets = ("flex_olmo",)
+    uncalibrated = "it norms the FFN's output before adding it, and the fits here need what is added"
+    defaults = {
+        "vocab_size": 50304,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-05,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    keys = {"attention_bias": FLAG}
+    token_defaults = {"pad_token_id": 1, "eos_token_id": 50279}
+
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """``attention_bias`` puts a bias on all four projections."""
+        bias = bool(raw.get("attention_bias"))
+        special = frozenset({Feature.POST_NORMS, Feature.FULL_QUERY_NORMS})
+        return {"qkv_bias": bias, "output_bias": bias, "special": special}
+
+    def ffn_names(self, layer: int) -> dict[str, str]:
+        """No norm before the FFN."""
+        return {part: name for part, name in super().ffn_names(layer).items() if part != "norm"}
+
+    def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Two norms of other names, and two over all heads."""
+        specs, prefix = super().layer_specs(config, layer), f"model.layers.{layer}"
+        del specs[f"{prefix}.input_layernorm.weight"]
+        for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            specs[f"{prefix}.self_attn.{part}_norm.weight"] = (heads * config.head_dim,)
+        return {**specs, f"{prefix}.post_feedforward_layernorm.weight": (config.hidden_size,)}
+
+    def norms_below(self, layer: int) -> list[str]:
+        """Attention's and FFN's of every layer below, and this layer's attention's."""
+        below = [f"model.layers.{i}.post_{part}_layernorm.weight" for i in range(layer) for part in _ADDED]
+        return [*below, f"model.layers.{layer}.post_attention_layernorm.weight"]
+
+
+_ADDED = ("attention", "feedforward")

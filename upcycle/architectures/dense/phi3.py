@@ -1,0 +1,97 @@
+"""Phi-3, Phi-3.5-mini and Phi-4: Llama's block with fused projections, partial rotary embeddings in Phi-4-mini."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.errors import CheckpointError
+from upcycle.files.formats.settings import PART, SIZE
+
+_LENGTH = "original_max_position_embeddings"
+
+
+class Phi3(Family):
+    """``qkv_proj`` holds q, k and v, and ``gate_up_proj`` gate and up, one below the other.
+
+    ``original_max_position_embeddings`` lies beside the rope's description here, and says where ``longrope`` switches.
+    """
+
+    name = "phi3"
+    title = "Phi-3, Phi-3.5, Phi-4"
+    targets = ("mixtral", "qwen2_moe", "glm4_moe")
+    partial_rotary_factor = 1.0
+    defaults = {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-05,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    keys = {"sliding_window": SIZE.optional, "partial_rotary_factor": PART, _LENGTH: SIZE}
+    token_defaults = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
+
+    def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """The length the rope was trained with."""
+        return {"extra": {_LENGTH: raw.get(_LENGTH, 4096)}}
+
+    def rope(self, raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """As the stock class reads it: older names of ``longrope``, and no other scaling.
+
+        Raises:
+            CheckpointError: another scaling.
+        """
+        settings = {_LENGTH: 4096, **raw}
+        for key in ("rope_scaling", "rope_parameters"):
+            described = settings.get(key) or {}
+            if (described.get("rope_type") or described.get("type")) in ("su", "yarn"):
+                settings[key] = {**described, "rope_type": "longrope"}
+        rope = super().rope(settings, values, where)
+        if rope["rope_type"] not in ("default", "longrope"):
+            raise CheckpointError(
+                f"{where}: 'rope_type' of a phi3 model must be default or longrope, got '{rope['rope_type']}'",
+                hint="correct 'rope_parameters' (or 'rope_scaling')",
+            )
+        return rope
+
+    def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+        """One for all layers."""
+        return (raw.get("sliding_window"),) * layers
+
+    def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """Two fused tensors in place of five."""
+        specs = super().stored_specs(config, layer)
+        if layer is None:
+            return specs
+        fused: dict[str, tuple[int, ...]] = {}
+        for name, shape in specs.items():
+            stored = self.origin(config, name).name
+            rows = fused.get(stored, (0,))[0]
+            fused[stored] = (rows + shape[0], *shape[1:])
+        return fused
+
+    def origin(self, config: DenseConfig, name: str) -> Origin:
+        """Rows of a fused tensor."""
+        prefix, _, part = name.removesuffix(".weight").rpartition(".")
+        q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        width = config.intermediate_size
+        parts = {
+            "q_proj": (0, q),
+            "k_proj": (q, kv),
+            "v_proj": (q + kv, kv),
+            "gate_proj": (0, width),
+            "up_proj": (width, width),
+        }
+        if part not in parts:
+            return super().origin(config, name)
+        fused = "qkv_proj" if prefix.endswith("self_attn") else "gate_up_proj"
+        return Origin(f"{prefix}.{fused}.weight", rows=parts[part])

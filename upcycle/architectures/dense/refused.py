@@ -1,0 +1,93 @@
+"""Dense families that are refused, each with what is missing, so that nobody has to find out from garbage output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.files.formats.folder_contents import shown
+from upcycle.registry import TARGETS
+
+_NO_ROPE_BLOCK = (
+    "its block has LayerNorms with biases and an FFN that is not gated, and no stock MoE architecture has that block"
+)
+_PARALLEL = "its attention and FFN run in parallel, and no stock MoE architecture converted here has that block"
+_SANDWICH = "it norms the FFN's output too (sandwich norms), and no stock MoE block does"
+_MOES = (
+    *(
+        "deepseek_v2",
+        "deepseek_v3",
+        "exaone_moe",
+        "gpt_oss",
+        "jamba",
+        "jetmoe",
+        "llama4",
+        "llama4_text",
+    ),
+    *("minimax", "minimax_m2", "olmoe", "phimoe", "qwen3_5_moe", "qwen3_next"),
+    *TARGETS,
+)
+
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "distilbert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "albert",
+    "modernbert",
+    "t5gemma",
+)
+_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper", "m2m_100", "led")
+
+REASONS = {
+    "gpt2": _NO_ROPE_BLOCK,
+    "gpt_neo": _NO_ROPE_BLOCK,
+    "gpt_bigcode": _NO_ROPE_BLOCK,
+    "opt": _NO_ROPE_BLOCK,
+    "bloom": _NO_ROPE_BLOCK,
+    "starcoder2": _NO_ROPE_BLOCK,
+    "stablelm": "it has LayerNorms with biases and partial rotary attention, and no stock MoE architecture has that block",
+    "gpt_neox": _PARALLEL,
+    "gptj": _PARALLEL,
+    "falcon": _PARALLEL,
+    "phi": _PARALLEL,
+    "gemma2": "it soft-caps its logits and norms the FFN's output too (sandwich norms), and no stock MoE block does both",
+    "gemma3": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "smollm3": "some of its layers have no rotary position embedding (NoPE), and no stock MoE architecture can skip it",
+    "olmo": "its norms have no weights, and no stock MoE architecture with normalised routing has them",
+    "olmo3": "it mixes sliding windows with post-norms, and no stock MoE architecture has both",
+    "exaone4": "it norms after each block, and its MoE relative norms before",
+    "nemotron": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
+    "arcee": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
+    "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
+    "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
+    "cohere": "it has rotary embeddings on every layer of its parallel block, and its MoE relative only where there is a window",
+    "glm": "its FFN is fused behind a partial rotation in pairs, and its MoE relative rotates halves",
+    "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
+    "qwen3_5": "it is multimodal; save its text model alone (model_type qwen3_5_text)",
+    **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
+    **dict.fromkeys(_ENCODER_DECODERS, "it is an encoder-decoder, not a causal language model"),
+    **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),
+}
+
+
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder_config")
+
+
+def text_model(raw: Mapping[str, Any]) -> str | None:
+    """What a multimodal configuration says that its text model is; None: it is not one."""
+    for key in _TEXT_CONFIGS:
+        if isinstance(raw.get(key), Mapping):
+            return f"'{shown(raw[key].get('model_type') or key)}'"
+    return "'text_config'" if isinstance(raw.get("vision_config"), Mapping) else None
+
+
+def reason(model_type: str, inner: str | None = None) -> str:
+    """Why a family that is not registered is refused; ``inner`` is the text model of a multimodal one."""
+    if inner:
+        return f"it is multimodal (vision or audio beside a text model, {inner})"
+    return REASONS.get(model_type, "this version has no family for it")

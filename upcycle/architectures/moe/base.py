@@ -1,0 +1,254 @@
+"""How a MoE architecture stores a layer: plain descriptions of tensors, used to write them, to plan them and to read them back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.tensor_origin import Origin, is_rotated
+from upcycle.errors import RefusalError
+
+Layout = Literal["per-expert", "fused"]
+Score = Literal["softmax", "sigmoid"]
+PartKind = Literal[
+    "gate",
+    "up",
+    "down",
+    "router",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+    "shared_switch",  # the row whose sigmoid multiplies a shared expert: zeros
+    "idle_gate",  # a shared expert that must exist but adds nothing: the first neurons, with a zero down projection
+    "idle_up",
+    "idle_down",
+    "zeros",  # fp32: a bias on the choice of experts
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a layer's :class:`~upcycle.ffn.expert_tensors.ExpertTensors`: a kind, its expert, a factor, a size for idle ones."""
+
+    kind: PartKind
+    expert: int = 0
+    factor: float = 1.0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor on disk: its parts, laid one after another along the first dimension (or a new one), fill its shape.
+
+    ``dtype`` is given where the stock class keeps another one than the experts'.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """The numbers that fix every tensor shape of a converted model, and how its router weighs."""
+
+    experts: int
+    top_k: int
+    shared: int
+    expert_size: int  # intermediate size of one expert
+    moe_layers: tuple[int, ...]
+    normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
+
+
+_WINDOWS = frozenset({Feature.WINDOW, Feature.MIXED_WINDOWS})
+
+
+class Target(ABC):
+    """A stock MoE architecture of transformers.
+
+    ``name`` is its ``model_type``. ``blocks`` are the modules of a decoder layer of the stock class whose outputs add up to
+    the FFN's, the one with the routed experts first; ``router`` is the module in that which returns the logits ``[T, E]``,
+    the weights ``[T, K]`` and the experts ``[T, K]``, ``score`` what it makes of logits, ``shared`` is the shared expert
+    beside it, and ``shared_switch`` what its output is multiplied by the sigmoid of.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    architecture: ClassVar[str]
+    holds: ClassVar[frozenset[Feature]]
+    router_semantics: ClassVar[str]
+    holds_unnormalized: ClassVar[bool] = (
+        False  # whether the chosen experts' weights may be left as the softmax gives them
+    )
+    rotates_pairs: ClassVar[bool] = False  # as in a family
+    blocks: ClassVar[tuple[str, ...]] = ("mlp",)
+    router: ClassVar[str] = "gate"
+    score: ClassVar[Score] = "softmax"
+    shared: ClassVar[str | None] = None
+    shared_switch: ClassVar[str | None] = None
+
+    @abstractmethod
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """The keys of ``config.json`` that only this architecture has."""
+
+    @abstractmethod
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """Every tensor of one MoE block, experts in order."""
+
+    def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
+        """Where a tensor that is no expert's comes from, with its rows as this architecture rotates them."""
+        (embeddings,) = family.first_specs(dense)
+        if dense.tie_word_embeddings and name == "lm_head.weight":
+            return family.origin(dense, embeddings)
+        origin = family.origin(dense, name)
+        if name == embeddings:
+            return replace(origin, times=dense.embedding_multiplier / self.stored(dense).embedding_multiplier)
+        return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+
+    def stored(self, dense: DenseConfig) -> DenseConfig:
+        """A dense configuration as this architecture can say it.
+
+        Without multipliers, the embeddings are stored multiplied; a head that was tied to them has a tensor of its own then.
+        Without windows, one that is as long as the context is left out: it is never reached.
+        """
+        if not dense.features & _WINDOWS <= self.holds:
+            context = dense.max_position_embeddings
+            reached = tuple(None if window is None or window >= context else window for window in dense.windows)
+            dense = replace(dense, windows=reached)
+        if Feature.MULTIPLIERS in self.holds or dense.embedding_multiplier == 1:
+            return dense
+        return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
+
+    def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
+        """What of a dense model, and of ``more`` that a conversion needs, this architecture cannot hold."""
+        needed = {*self.stored(dense).features, *more} - self.holds
+        return [feature for feature in Feature if feature in needed]
+
+    def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
+        """A complete ``config.json``: nothing is left to a default that could differ from the dense model's.
+
+        ``rope_theta`` and ``rope_scaling`` repeat ``rope_parameters`` for loaders that predate transformers 5: without
+        them those fall back to a theta of their own and answer with garbage.
+        """
+        dense = self.stored(dense)
+        rope = dict(dense.rope_parameters)
+        older = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config = {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "dtype": dtype,
+            "hidden_size": dense.hidden_size,
+            "num_hidden_layers": dense.num_hidden_layers,
+            "num_attention_heads": dense.num_attention_heads,
+            "num_key_value_heads": dense.num_key_value_heads,
+            "head_dim": dense.head_dim,
+            "vocab_size": dense.vocab_size,
+            "hidden_act": dense.hidden_act,
+            "rms_norm_eps": dense.rms_norm_eps,
+            "max_position_embeddings": dense.max_position_embeddings,
+            "initializer_range": dense.initializer_range,
+            "attention_dropout": dense.attention_dropout,
+            "tie_word_embeddings": dense.tie_word_embeddings,
+            "rope_parameters": rope,
+            "rope_theta": rope["rope_theta"],
+            "use_cache": True,
+            "num_experts_per_tok": shape.top_k,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            **dense.token_ids,
+            **dense.extra,
+            **self.config(dense, shape),
+        }
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = older
+        return config
+
+
+def expert_tensors(
+    prefix: str, names: tuple[str, str, str], dense: DenseConfig, shape: MoeShape, layout: Layout
+) -> list[OutputTensor]:
+    """The routed experts below ``prefix``: one tensor per expert and matrix, or the fused layout transformers 5 keeps in memory.
+
+    ``names`` are the per-expert names of gate, up and down. Fused: ``gate_up_proj [E, 2m, d]``, ``down_proj [E, d, m]``.
+    """
+    d, m = dense.hidden_size, shape.expert_size
+    if layout == "fused":
+        everyone = range(shape.experts)
+        gate_up = tuple(Part(kind, e) for e in everyone for kind in ("gate", "up"))
+        return [
+            OutputTensor(f"{prefix}.gate_up_proj", (shape.experts, 2 * m, d), gate_up),
+            OutputTensor(f"{prefix}.down_proj", (shape.experts, d, m), tuple(Part("down", e) for e in everyone)),
+        ]
+    gate, up, down = names
+    return [
+        tensor
+        for e in range(shape.experts)
+        for tensor in (
+            OutputTensor(f"{prefix}.{e}.{gate}.weight", (m, d), (Part("gate", e),)),
+            OutputTensor(f"{prefix}.{e}.{up}.weight", (m, d), (Part("up", e),)),
+            OutputTensor(f"{prefix}.{e}.{down}.weight", (d, m), (Part("down", e),)),
+        )
+    ]
+
+
+def router_tensor(name: str, dense: DenseConfig, shape: MoeShape) -> OutputTensor:
+    """The router's rows ``[E, d]``."""
+    return OutputTensor(name, (shape.experts, dense.hidden_size), (Part("router"),))
+
+
+def shared_parts(shape: MoeShape, idle_size: int, factor: float = 1.0) -> tuple[Part, Part, Part]:
+    """Gate, up and down of the shared experts, or of one of ``idle_size`` neurons that adds nothing.
+
+    An idle expert has a zero down projection; unlike zero gate and up rows it can still learn.
+    """
+    if shape.shared:
+        return Part("shared_gate"), Part("shared_up"), Part("shared_down", factor=factor)
+    return Part("idle_gate", size=idle_size), Part("idle_up", size=idle_size), Part("idle_down", size=idle_size)
+
+
+def gated_tensors(prefix: str, parts: tuple[Part, Part, Part], dense: DenseConfig, size: int) -> list[OutputTensor]:
+    """A gated FFN of ``size`` neurons below ``prefix``, under the usual names."""
+    d, (gate, up, down) = dense.hidden_size, parts
+    return [
+        OutputTensor(f"{prefix}.gate_proj.weight", (size, d), (gate,)),
+        OutputTensor(f"{prefix}.up_proj.weight", (size, d), (up,)),
+        OutputTensor(f"{prefix}.down_proj.weight", (d, size), (down,)),
+    ]
+
+
+def refuse_unheld(
+    target: Target, family: Family, dense: DenseConfig, more: Collection[Feature], others: Sequence[Target]
+) -> None:
+    """Refuse what ``target`` cannot hold, naming the feature, the keys that ask for it, and the target that could.
+
+    ``more`` is what the conversion needs beyond the dense model's features.
+
+    Raises:
+        RefusalError: at least one needed feature is not held, or the pair is not one of the tested ones.
+    """
+    lacking = target.lacks(dense, more)
+    if not lacking:
+        if target.name not in family.targets:
+            raise RefusalError(
+                f"{family.name} to {target.name} is not a conversion this version was tested with",
+                hint=f"use --target {family.targets[0]}; targets of {family.name}: {', '.join(family.targets)}",
+            )
+        return
+    able = [other.name for other in others if not other.lacks(dense, more)]
+    notes = [f"{feature.value}: {family.elsewhere[feature]}" for feature in lacking if feature in family.elsewhere]
+    if able:
+        hint = f"use --target {able[0]}"
+    elif notes:
+        hint = f"this version writes no target that can; elsewhere, {'; '.join(notes)}"
+    elif len(others) > 1:
+        short = (f"{other.name}: {', '.join(f.value for f in other.lacks(dense, more))}" for other in others)
+        hint = f"this version writes no target that can hold all of it; what each lacks: {'; '.join(short)}"
+    else:
+        hint = "this version writes no target that can"
+    keys = {feature: ", ".join(f"{k} {v}" for k, v in dense.settings(feature).items()) for feature in lacking}
+    what = ", ".join(f"{feature.value} ({keys[feature]})" if keys[feature] else feature.value for feature in lacking)
+    raise RefusalError(f"{target.name} cannot hold {what}, which this {family.name} conversion needs", hint=hint)

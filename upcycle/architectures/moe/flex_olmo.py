@@ -1,0 +1,36 @@
+"""FlexOlmo: OLMo2's block (norms behind attention and FFN, query and key norms over all heads) with routed experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import Layout, MoeShape, OutputTensor, Target, expert_tensors, router_tensor
+
+
+class FlexOlmo(Target):
+    """Softmax, top-k, normalised by flag (off by default). The router reads the residual stream itself, un-normed.
+
+    The norm behind the experts takes any factor common to all of them out again, bar its eps.
+    """
+
+    name = "flex_olmo"
+    title = "FlexOlmo"
+    architecture = "FlexOlmoForCausalLM"
+    holds = frozenset({Feature.FULL_QUERY_NORMS, Feature.POST_NORMS, Feature.ATTENTION_BIAS})
+    router_semantics = "top-k of softmax, normalised to sum 1 (norm_topk_prob)"
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """``intermediate_size`` is one expert's."""
+        return {
+            "intermediate_size": shape.expert_size,
+            "num_experts": shape.experts,
+            "norm_topk_prob": True,
+            "attention_bias": dense.qkv_bias,
+        }
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """The router, then the routed experts."""
+        prefix, names = f"model.layers.{layer}.mlp", ("gate_proj", "up_proj", "down_proj")
+        router = router_tensor(f"{prefix}.gate.weight", dense, shape)
+        return [router, *expert_tensors(f"{prefix}.experts", names, dense, shape, layout)]

@@ -1,0 +1,36 @@
+"""Granite-MoE with an ungated shared expert beside the routed ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import Layout, MoeShape, OutputTensor, Part
+from upcycle.architectures.moe.granitemoe import GraniteMoe
+
+
+class GraniteMoeShared(GraniteMoe):
+    """Granite-MoE plus ``shared_mlp(x)``; without shared experts its size is 0 and the stock class makes none."""
+
+    name = "granitemoeshared"
+    title = "Granite-MoE with shared experts"
+    architecture = "GraniteMoeSharedForCausalLM"
+    holds = GraniteMoe.holds | {Feature.SHARED_EXPERTS}
+    blocks = ("block_sparse_moe", "shared_mlp")
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """All shared experts are one wide FFN."""
+        return {**super().config(dense, shape), "shared_intermediate_size": shape.shared * shape.expert_size}
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """The shared FFN's gate and up rows are one tensor."""
+        routed = super().moe_tensors(dense, shape, layer, layout)
+        if not shape.shared:
+            return routed
+        prefix, d, size = f"model.layers.{layer}.shared_mlp", dense.hidden_size, shape.shared * shape.expert_size
+        both = (Part("shared_gate"), Part("shared_up"))
+        return [
+            *routed,
+            OutputTensor(f"{prefix}.input_linear.weight", (2 * size, d), both),
+            OutputTensor(f"{prefix}.output_linear.weight", (d, size), (Part("shared_down"),)),
+        ]

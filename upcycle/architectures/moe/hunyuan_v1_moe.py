@@ -1,0 +1,50 @@
+"""Hunyuan-A13B: Hunyuan's attention (norms on queries and keys after the rotation), softmax routing, one shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import (
+    Layout,
+    MoeShape,
+    OutputTensor,
+    Target,
+    expert_tensors,
+    gated_tensors,
+    router_tensor,
+    shared_parts,
+)
+
+
+class HunyuanV1Moe(Target):
+    """Softmax, top-k, always normalised.
+
+    ``shared_mlp`` is mandatory, ungated, and exactly as wide as one routed expert, so shared experts are not held: an
+    idle one is written.
+    """
+
+    name = "hunyuan_v1_moe"
+    title = "Hunyuan-MoE"
+    architecture = "HunYuanMoEV1ForCausalLM"
+    holds = frozenset({Feature.ROTATED_QUERY_NORMS, Feature.ATTENTION_BIAS})
+    router_semantics = "top-k of softmax, normalised to sum 1"
+    shared = "shared_mlp"
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """``intermediate_size`` is one expert's, and the shared one's."""
+        return {
+            "intermediate_size": shape.expert_size,
+            "num_experts": shape.experts,
+            "moe_topk": shape.top_k,
+            "attention_bias": dense.qkv_bias,
+        }
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """The router, the idle shared expert, then the routed experts."""
+        prefix, size = f"model.layers.{layer}.mlp", shape.expert_size
+        return [
+            router_tensor(f"{prefix}.gate.wg.weight", dense, shape),
+            *gated_tensors(f"{prefix}.shared_mlp", shared_parts(shape, size), dense, size),
+            *expert_tensors(f"{prefix}.experts", ("gate_proj", "up_proj", "down_proj"), dense, shape, layout),
+        ]

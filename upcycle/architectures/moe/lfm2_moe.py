@@ -1,0 +1,47 @@
+"""LFM2-MoE: short convolutions and attention in turn, sigmoid routing, no shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import Layout, MoeShape, OutputTensor, Part, Target, expert_tensors, router_tensor
+
+
+class Lfm2Moe(Target):
+    """Top-k of ``sigmoid(logits) + bias``, weights normalised by flag, times ``routed_scaling_factor`` (1).
+
+    The normaliser adds 1e-6 to the sum of the chosen scores, so the weights add up to ``1 - 1e-6 / sum``: a relative error
+    of 1e-6 at scores of a half, which nothing can compensate.
+    """
+
+    name = "lfm2_moe"
+    title = "LFM2-MoE"
+    architecture = "Lfm2MoeForCausalLM"
+    holds = frozenset({Feature.CONVOLUTIONS, Feature.DENSE_FIRST})
+    router_semantics = "top-k of sigmoid, normalised to sum 1 (norm_topk_prob)"
+    blocks = ("feed_forward",)
+    score = "sigmoid"
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """The convolutions' keys come with the dense model."""
+        return {
+            "intermediate_size": dense.intermediate_size,
+            "moe_intermediate_size": shape.expert_size,
+            "num_experts": shape.experts,
+            "num_dense_layers": min(shape.moe_layers),
+            "norm_eps": dense.rms_norm_eps,
+            "norm_topk_prob": True,
+            "use_expert_bias": True,
+            "routed_scaling_factor": 1.0,
+        }
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """The router and its bias, then w1 (gate), w3 (up) and w2 (down) of each expert."""
+        prefix = f"model.layers.{layer}.feed_forward"
+        zeros = (Part("zeros", size=shape.experts),)
+        return [
+            router_tensor(f"{prefix}.gate.weight", dense, shape),
+            OutputTensor(f"{prefix}.expert_bias", (shape.experts,), zeros, dtype="float32"),
+            *expert_tensors(f"{prefix}.experts", ("w1", "w3", "w2"), dense, shape, layout),
+        ]

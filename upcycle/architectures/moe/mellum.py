@@ -1,0 +1,40 @@
+"""Mellum: Qwen3-MoE with sliding windows on any layers and a rotary embedding per kind of layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.architectures.moe.qwen3_moe import Qwen3Moe
+
+
+class Mellum(Qwen3Moe):
+    """The tensors are Qwen3-MoE's; which layer has a window, experts and which rope stands in lists."""
+
+    name = "mellum"
+    title = "Mellum"
+    architecture = "MellumForCausalLM"
+    holds = Qwen3Moe.holds | {Feature.MIXED_WINDOWS}
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """Both kinds of layers get the dense model's rope: the defaults differ per kind."""
+        return {
+            "intermediate_size": dense.intermediate_size,
+            "moe_intermediate_size": shape.expert_size,
+            "num_experts": shape.experts,
+            "norm_topk_prob": True,
+            "attention_bias": dense.qkv_bias,
+            "sliding_window": dense.window,
+            "layer_types": dense.layer_types,
+            "mlp_layer_types": ["sparse" if i in shape.moe_layers else "dense" for i in range(dense.num_hidden_layers)],
+            "num_nextn_predict_layers": None,
+        }
+
+    def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
+        """Without the older spelling of the rope: no loader that predates this architecture knows it."""
+        config = super().full_config(dense, shape, dtype)
+        rope = {kind: dict(dense.rope_parameters) for kind in ("full_attention", "sliding_attention")}
+        return {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")} | {
+            "rope_parameters": rope
+        }

@@ -1,0 +1,34 @@
+"""Mixtral: Llama's or Mistral's block with routed experts in every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import Layout, MoeShape, OutputTensor, Target, expert_tensors, router_tensor
+
+
+class Mixtral(Target):
+    """Softmax over all experts, top-k, renormalised to sum 1 (arXiv 2401.04088 and the stock implementation)."""
+
+    name = "mixtral"
+    title = "Mixtral"
+    architecture = "MixtralForCausalLM"
+    holds = frozenset({Feature.PLAIN_QUERIES, Feature.WINDOW})
+    router_semantics = "top-k of softmax, normalised to sum 1"
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """``intermediate_size`` is one expert's."""
+        return {
+            "intermediate_size": shape.expert_size,
+            "num_local_experts": shape.experts,
+            "sliding_window": dense.windows[0],
+            "router_jitter_noise": 0.0,
+        }
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+        """The router, then w1 (gate), w3 (up) and w2 (down) of each expert."""
+        # The fused layout is the in-memory one, and there the block is called mlp.
+        prefix = f"model.layers.{layer}." + ("mlp" if layout == "fused" else "block_sparse_moe")
+        router = router_tensor(f"{prefix}.gate.weight", dense, shape)
+        return [router, *expert_tensors(f"{prefix}.experts", ("w1", "w3", "w2"), dense, shape, layout)]

@@ -1,0 +1,28 @@
+"""Qwen3.5-MoE's text model: gated attention between linear attention layers, softmax routing, a gated shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.architectures.moe.qwen2_moe import Qwen2Moe, shared_size
+
+
+class Qwen35MoeText(Qwen2Moe):
+    """The block is Qwen2-MoE's, its weights always normalised. Every layer is MoE."""
+
+    name = "qwen3_5_moe_text"
+    title = "Qwen3.5-MoE (text)"
+    architecture = "Qwen3_5MoeForCausalLM"
+    holds = frozenset({Feature.GATED_ATTENTION, Feature.ATTENTION_BIAS, Feature.SHARED_EXPERTS})
+    router_semantics = "top-k of softmax, normalised to sum 1; shared expert times sigmoid"
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """The linear attention's keys come with the dense model."""
+        return {
+            "moe_intermediate_size": shape.expert_size,
+            "shared_expert_intermediate_size": shared_size(dense, shape),
+            "num_experts": shape.experts,
+            "attention_bias": dense.qkv_bias,
+        }

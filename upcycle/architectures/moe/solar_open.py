@@ -1,0 +1,15 @@
+"""Solar Open: Llama's attention (biases on q, k and v by flag), sigmoid routing, a shared expert, no dense layers."""
+
+from __future__ import annotations
+
+from upcycle.architectures.dense.base import Feature
+from upcycle.architectures.moe.sigmoid import SigmoidTarget
+
+
+class SolarOpen(SigmoidTarget):
+    """Every layer is MoE, and no layer has a window."""
+
+    name = "solar_open"
+    title = "Solar Open"
+    architecture = "SolarOpenForCausalLM"
+    holds = frozenset({Feature.PLAIN_QUERIES, Feature.QKV_BIAS, Feature.SHARED_EXPERTS})

@@ -1,0 +1,270 @@
+"""Stock MoE architectures as sources: which keys count their experts, and which tensors hold what of each expert."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from upcycle.architectures.dense.base import check_layers
+from upcycle.architectures.stock import build_config
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.errors import CheckpointError, RefusalError
+from upcycle.files.formats import settings
+from upcycle.files.formats.settings import LAYERS, SIZE, check_value
+from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.registry import FAMILIES
+
+Role = Literal["expert", "experts", "router", "bias", "other"]
+
+
+@dataclass(frozen=True)
+class MoeFamily:
+    """What tells one MoE architecture from another. ``renames`` lead from stored names to those of the stock modules.
+
+    ``sigmoid``: scores are sigmoids of the logits, so that what the chosen ones add up to depends on how many there are,
+    unless they are normalised.
+    """
+
+    name: str
+    experts_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+    sigmoid: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+_GRANITE = (
+    (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+)
+_LISTED = (
+    MoeFamily("mixtral", "num_local_experts", renames=((".block_sparse_moe.", ".mlp."),)),
+    MoeFamily("qwen2_moe"),
+    MoeFamily("qwen3_moe"),
+    MoeFamily("qwen3_5_moe_text"),
+    MoeFamily("olmoe"),
+    MoeFamily("flex_olmo"),
+    MoeFamily("mellum"),
+    MoeFamily("cohere2_moe"),
+    MoeFamily("granitemoe", "num_local_experts", renames=_GRANITE),
+    MoeFamily("granitemoeshared", "num_local_experts", renames=_GRANITE),
+    MoeFamily("hunyuan_v1_moe", top_k_key="moe_topk"),
+    MoeFamily("lfm2_moe", sigmoid=True),
+    MoeFamily("glm4_moe", "n_routed_experts", sigmoid=True),
+    MoeFamily("dots1", "n_routed_experts", sigmoid=True),
+    MoeFamily("solar_open", "n_routed_experts", sigmoid=True),
+)
+MOES = {family.name: family for family in _LISTED}
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_EXPERTS = re.compile(r".+\.(experts\.gate_up_proj|experts\.down_proj|block_sparse_moe\.(input|output)_linear\.weight)")
+_ROUTER = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.((gate|gate\.wg|router|router\.layer)\.weight)")
+_BIAS = re.compile(r".+\.(gate\.e_score_correction_bias|feed_forward\.expert_bias)")
+_MATRICES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+
+
+@dataclass(frozen=True)
+class ExpertRows(Origin):
+    """A tensor whose first dimension counts experts: those of ``taken`` are written, in that order.
+
+    ``noise`` times the tensor's standard deviation is drawn onto those after the first ``kept``.
+    """
+
+    taken: tuple[int, ...] = ()
+    kept: int = 0
+    noise: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A MoE as its ``config.json`` and its tensors' headers describe it.
+
+    ``normalized`` says that the chosen experts' weights sum to 1. ``context`` is the longest input.
+    """
+
+    family: MoeFamily
+    raw: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec]
+    experts: int
+    top_k: int
+    normalized: bool
+    layers: int
+    vocab_size: int
+    hidden_size: int
+    context: int
+    tied: bool
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: str) -> MoeModel:
+        """Read out a configuration with the defaults of its stock class.
+
+        Raises:
+            RefusalError: not a MoE, or not one that is known here, or its experts cannot be copied one by one.
+            CheckpointError: a value is not what the stock class takes.
+        """
+        family = moe_family(raw, where)
+        if "num_hidden_layers" in raw:
+            check_layers(raw["num_hidden_layers"], specs, where)
+        stock = build_config(raw, where)
+        experts: Any = getattr(stock, family.experts_key, None)
+        top_k: Any = getattr(stock, family.top_k_key, None)
+        for key, value in ((family.experts_key, experts), (family.top_k_key, top_k)):
+            if not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"{where}: config.json: '{key}' must be a positive integer, got {value!r}")
+        if (groups := getattr(stock, "n_group", 1) or 1) > 1:
+            raise RefusalError(
+                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and copies would "
+                "change which"
+            )
+        return cls(
+            family=family,
+            raw=raw,
+            specs=specs,
+            experts=experts,
+            top_k=top_k,
+            normalized=bool(getattr(stock, "norm_topk_prob", True)),
+            layers=stock.num_hidden_layers,
+            vocab_size=stock.vocab_size,
+            hidden_size=stock.hidden_size,
+            context=stock.max_position_embeddings,
+            tied=bool(stock.tie_word_embeddings),
+        )
+
+    @cached_property
+    def names(self) -> dict[int | None, list[str]]:
+        """Layer (None: outside the layers) -> its tensors; a stored copy of a tied head and inverse frequencies are none."""
+        found: dict[int | None, list[str]] = {None: []}
+        for name in sorted(self.specs, key=_natural):
+            if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
+                continue
+            match = _LAYER.match(name)
+            found.setdefault(int(match[1]) if match else None, []).append(name)
+        return found
+
+    def role(self, name: str) -> Role:
+        """One expert's matrix, one of all experts, the router's rows, its bias, or nothing of these."""
+        if not _LAYER.match(name):
+            return "other"
+        if _EXPERT.fullmatch(name):
+            return "expert"
+        tall = bool(self.specs[name].shape) and self.specs[name].shape[0] == self.experts
+        kinds: tuple[tuple[re.Pattern[str], Role], ...] = ((_EXPERTS, "experts"), (_ROUTER, "router"), (_BIAS, "bias"))
+        return next((role for pattern, role in kinds if tall and pattern.fullmatch(name)), "other")
+
+    @cached_property
+    def moe_layers(self) -> list[int]:
+        """The layers that have a router, ascending."""
+        return sorted(
+            layer for layer, names in self.names.items() if layer is not None and "router" in map(self.role, names)
+        )
+
+    @property
+    def expert_elements(self) -> int:
+        """Numbers in all routed experts of all layers."""
+        return sum(self.specs[name].elements for name in self.specs if self.role(name) in ("expert", "experts"))
+
+    def origins(self, layer: int, taken: Sequence[int], noise: float, seed: int) -> Iterator[tuple[str, Origin]]:
+        """Names and origins of a layer with the experts ``taken`` of this one, the first of which are all of them."""
+        places: dict[int, list[int]] = {}
+        for place, expert in enumerate(taken):
+            places.setdefault(expert, []).append(place)
+        for name in self.names[layer]:
+            role, match = self.role(name), _EXPERT.fullmatch(name)
+            if role == "expert" and match:
+                prefix, index, matrix = match.groups()
+                for place in places[int(index)]:
+                    yield f"{prefix}.{place}.{matrix}.weight", Origin(name)
+            elif role == "other":
+                yield name, Origin(name)
+            else:
+                drawn = noise if role == "router" else 0.0
+                yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
+
+    def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
+        """Every tensor, or part of one, that holds matrices of a single expert, with that expert."""
+        for name in self.names[layer]:
+            role, match = self.role(name), _EXPERT.fullmatch(name)
+            if role == "expert" and match:
+                yield int(match[2]), Origin(name)
+            elif role == "experts":
+                yield from ((expert, ExpertRows(name, taken=(expert,))) for expert in range(self.experts))
+
+    def stock_parts(self, layer: int | None) -> dict[str, list[str]]:
+        """Tensor of the stock module -> the stored tensors that lie in it, one after another."""
+        parts: dict[str, list[str]] = {}
+        single: dict[str, dict[tuple[int, str], str]] = {}
+        for name in self.names[layer]:
+            if match := _EXPERT.fullmatch(name) if self.role(name) == "expert" else None:
+                prefix, index, matrix = match.groups()
+                single.setdefault(self._renamed(prefix + "."), {})[int(index), _MATRICES.get(matrix, matrix)] = name
+            else:
+                parts[self._renamed(name)] = [name]
+        for prefix, names in single.items():
+            ordered = sorted(names)  # gate before up
+            parts[f"{prefix}gate_up_proj"] = [names[key] for key in ordered if key[1] != "down"]
+            parts[f"{prefix}down_proj"] = [names[key] for key in ordered if key[1] == "down"]
+        return parts
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+        """Compare the tensors with those of the stock class (``shapes``, of the whole model).
+
+        Raises:
+            CheckpointError: one is missing, unexpected or of another size; names it.
+        """
+        parts = {name: stored for layer in self.names for name, stored in self.stock_parts(layer).items()}
+        for name, shape in shapes.items():
+            if name not in parts:
+                raise CheckpointError(
+                    f"{where}: tensor '{name}' is missing",
+                    hint="compare config.json with the weights: do they belong together?",
+                )
+            sizes, found = TensorSpec(shape, "float32").elements, sum(self.specs[n].elements for n in parts[name])
+            if sizes != found or (len(parts[name]) == 1 and self.specs[parts[name][0]].shape != shape):
+                raise CheckpointError(
+                    f"{where}: tensor '{parts[name][0]}' has shape {list(self.specs[parts[name][0]].shape)}"
+                    + (f", and there are {len(parts[name])} such" if len(parts[name]) > 1 else "")
+                    + f"; config.json asks for {list(shape)} in '{name}'",
+                    hint="compare config.json with the weights: do they belong together?",
+                )
+        if leftover := sorted(set(parts) - set(shapes)):
+            raise CheckpointError(
+                f"{where}: tensor '{parts[leftover[0]][0]}' is not part of a {self.family.name} model and would be lost",
+                hint="layers for multi-token prediction are left out by stock classes: remove them first",
+            )
+
+    def _renamed(self, name: str) -> str:
+        for stored, stock in self.family.renames:
+            name = name.replace(stored, stock)
+        return name
+
+
+def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
+    """The architecture of a configuration.
+
+    Raises:
+        RefusalError: a dense model, a quantized one, or a MoE that is not known here.
+    """
+    model_type = settings.model_type(raw, where)
+    if model_type in FAMILIES:
+        raise RefusalError(
+            f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
+            hint="make one of it first, e.g. --method sparse_upcycling --experts 8",
+        )
+    if model_type not in MOES:
+        raise RefusalError(
+            f"cannot grow the experts of a '{model_type}' model: this version does not know how it stores them",
+            hint=f"known ones: {', '.join(MOES)}",
+        )
+    check_value("num_hidden_layers", raw.get("num_hidden_layers", 1), LAYERS, f"{where}: config.json")
+    check_value(MOES[model_type].experts_key, raw.get(MOES[model_type].experts_key, 1), SIZE, f"{where}: config.json")
+    return MOES[model_type]
+
+
+def _natural(name: str) -> list[Any]:
+    """Numbers in a name are numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,91 @@
+"""The description of a rotary embedding, read out and checked as transformers' own functions need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.errors import CheckpointError, RefusalError
+from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.settings import FLAG, NUMBER, PART, POSITIVE, SIZE, Kind, check_value, is_number
+
+_FACTORS = Kind("a list of positive numbers", lambda v: isinstance(v, list) and all(is_number(n) and n > 0 for n in v))
+# type -> what it must have, and what it may have
+_NEEDED: Mapping[str, Mapping[str, Kind]] = {
+    "default": {},
+    "linear": {"factor": POSITIVE},
+    "dynamic": {"factor": POSITIVE},
+    "yarn": {"factor": POSITIVE},
+    "longrope": {"short_factor": _FACTORS, "long_factor": _FACTORS},
+    "llama3": {"factor": POSITIVE, "low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE},
+}
+_OPTIONAL: Mapping[str, Kind] = {
+    "rope_theta": POSITIVE,
+    "partial_rotary_factor": PART,
+    "factor": POSITIVE.optional,
+    "original_max_position_embeddings": SIZE,
+    "attention_factor": NUMBER.optional,
+    "beta_fast": NUMBER.optional,
+    "beta_slow": NUMBER.optional,
+    "mscale": NUMBER.optional,
+    "mscale_all_dim": NUMBER.optional,
+    "truncate": FLAG.optional,
+    "alpha": NUMBER.optional,
+}
+_WITH_LENGTH = ("llama3", "yarn", "longrope")  # they switch at the length that the model was first trained with
+_LENGTH = "original_max_position_embeddings"
+
+
+def rope_parameters(
+    raw: Mapping[str, Any],
+    theta: float = 10000.0,
+    partial: float | None = None,
+    context: int | None = None,
+    where: str = "config.json",
+) -> dict[str, Any]:
+    """The whole rope description, from today's ``rope_parameters`` or the older ``rope_theta`` + ``rope_scaling``.
+
+    Always written out: the defaults ``theta`` and ``partial`` (rotary factor) differ between configuration classes. The
+    length that a scaling switches at may lie beside the description, and counts before one inside; ``context`` is its
+    default.
+
+    Raises:
+        RefusalError: layer types have different rotary embeddings, or it is of a kind that no text model has.
+        CheckpointError: a value is missing, or is not what it must be.
+    """
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise RefusalError(f"{where}: 'rope_parameters' differ per layer type, and no target here can hold that")
+    rope.setdefault("rope_theta", float(raw.get("rope_theta") or theta))
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    factor = partial if factor is None else factor
+    if factor is not None:
+        rope["partial_rotary_factor"] = factor
+    _check(rope, where)
+    if rope["rope_type"] in _WITH_LENGTH:
+        rope[_LENGTH] = raw.get(_LENGTH) or rope.get(_LENGTH) or context
+    return rope
+
+
+def _check(rope: Mapping[str, Any], where: str) -> None:
+    kind = rope["rope_type"]
+    if kind == "mrope":
+        raise RefusalError(
+            f"{where}: 'rope_parameters' are those of a vision-language model (mrope)",
+            hint="save its text model alone, with a config.json of that",
+        )
+    if not isinstance(kind, str) or kind not in _NEEDED:
+        raise CheckpointError(
+            f"{where}: 'rope_type' must be one of {', '.join(_NEEDED)}, got {shown(repr(kind))}",
+            hint="correct 'rope_parameters' (or 'rope_scaling')",
+        )
+    for key, wanted in {**_OPTIONAL, **_NEEDED[kind]}.items():
+        if key in rope:
+            check_value(f"rope_parameters.{key}", rope[key], wanted, where)
+        elif key in _NEEDED[kind]:
+            raise CheckpointError(
+                f"{where}: 'rope_parameters' of rope_type {kind} need the key '{key}'",
+                hint="correct 'rope_parameters' (or 'rope_scaling')",
+            )

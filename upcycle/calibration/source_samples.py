@@ -1,0 +1,100 @@
+"""Tokens that tell what each of several sources is for: their prompts, or a sample text of their domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.errors import UsageError
+from upcycle.recipe.conversion_recipe import SourceRecipe
+from upcycle.text.mixture import mixed_windows
+from upcycle.text.windows import read_text
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.planning.expert_job import Job
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token ids ``windows`` ``[N, W]``, and for every token of them (``[N * W]``, row by row) the expert it speaks for.
+
+    ``owner`` is int64, an index among the mixed models; ``share`` is fp32: what it counts. Those of an owner's own text sum to
+    1, those of what it is not for to -1, and padding counts 0.
+    """
+
+    windows: torch.Tensor
+    owner: torch.Tensor
+    share: torch.Tensor
+
+
+def read_samples(job: Job, checkpoint: DenseCheckpoint) -> Samples:
+    """What the job's router looks at: prompts, or texts.
+
+    Raises:
+        UsageError: a text cannot be read, or is shorter than one window; a prompt is longer than the model's context.
+    """
+    tokenizer = load_tokenizer(checkpoint.source.path)
+    told = job.method.told(job.recipe.sources)
+    sources = [told[i] for i in job.method.members]
+    if job.router.samples == "text":
+        return _from_texts(job, tokenizer, sources)
+    return from_prompts(tokenizer, sources, job.dense.max_position_embeddings, job.router.last_token)
+
+
+def from_prompts(tokenizer: Any, sources: list[SourceRecipe], most: int, last: bool = False) -> Samples:
+    """A window per prompt, filled up on the right, where a causal model cannot see it.
+
+    Every prompt of a kind counts the same, and so does every token of a prompt but special ones: the first token's state
+    is hundreds of times longer than the others' in many models, and says nothing about the prompt. With ``last``, only the
+    last of these tokens counts, which has seen the whole prompt.
+    """
+    rows: list[torch.Tensor] = []
+    owners: list[int] = []
+    shares: list[torch.Tensor] = []
+    special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
+    for owner, source in enumerate(sources):
+        for prompts, sign in ((source.positive_prompts, 1.0), (source.negative_prompts, -1.0)):
+            for prompt in prompts:
+                ids = torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], dtype=torch.long)
+                counts = ~torch.isin(ids, special)
+                if last:
+                    counts &= counts.flip(0).cumsum(0).flip(0) == 1
+                if not counts.any() or len(ids) > most:
+                    raise UsageError(
+                        f"sources: a prompt of {source.name} has {int(counts.sum())} tokens, and it must have 1 to {most}: "
+                        f"'{prompt[:40]}'",
+                        hint="write another prompt",
+                    )
+                rows.append(ids)
+                owners.append(owner)
+                shares.append(sign * counts / (counts.sum() * len(prompts)))
+    width = max(map(len, rows))
+    windows, share = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    for i, (ids, each) in enumerate(zip(rows, shares, strict=True)):
+        windows[i, : len(ids)] = ids
+        share[i, : len(ids)] = each
+    return Samples(windows, torch.tensor(owners).repeat_interleave(width), share.flatten())
+
+
+def _from_texts(job: Job, tokenizer: Any, sources: list[SourceRecipe]) -> Samples:
+    """As many windows of each text, in turns, so that those held out are of every domain."""
+    wanted = job.recipe.calibration
+    window = min(wanted.window, job.dense.max_position_embeddings)
+    texts = [{name: read_text(name) for name in source.texts} for source in sources]
+    each = max(window, wanted.tokens // len(sources))
+    pieces = [mixed_windows(named, tokenizer, each, window) for named in texts]
+    return in_turns(pieces)
+
+
+def in_turns(pieces: list[torch.Tensor]) -> Samples:
+    """Windows ``[n_i, W]`` of every owner, the k-th of each before the next of any; each owner counts 1 in all."""
+    order = sorted((k, owner) for owner, piece in enumerate(pieces) for k in range(len(piece)))
+    windows = torch.stack([pieces[owner][k] for k, owner in order])
+    width = windows.shape[1]
+    owner = torch.tensor([owner for _, owner in order]).repeat_interleave(width)
+    counts = torch.tensor([float(piece.numel()) for piece in pieces])
+    return Samples(windows, owner, 1 / counts[owner])

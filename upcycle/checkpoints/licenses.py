@@ -1,0 +1,178 @@
+"""The licence of a source: from its model card, its ``.gguf`` or its licence file; and what several of them have in common.
+
+Identifiers are the hub's (https://huggingface.co/docs/hub/repositories-licenses).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.checkpoints.license_ids import LICENSE_IDS, OTHER
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.files.formats.gguf_file import GgufFile
+from upcycle.files.formats.parsing import parse_yaml
+from upcycle.publishing.markdown import is_web_address
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import Checkpoint
+
+_FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FILES = ("LICENSE*", "LICENCE*")
+_READ = 4096  # characters of a licence file that say which one it is
+# What the beginning of a licence file must hold to be taken for that licence.
+_TEXTS = {
+    "apache-2.0": r"Apache License\s+Version 2\.0",
+    "mit": r"MIT License|Permission is hereby granted, free of charge, to any person obtaining a copy",
+    "llama2": r"LLAMA 2 COMMUNITY LICENSE",
+    "llama3": r"META LLAMA 3 COMMUNITY LICENSE",
+    "llama3.1": r"LLAMA 3\.1 COMMUNITY LICENSE",
+    "llama3.2": r"LLAMA 3\.2 COMMUNITY LICENSE",
+    "llama3.3": r"LLAMA 3\.3 COMMUNITY LICENSE",
+    "gemma": r"Gemma Terms of Use",
+}
+HINT = "read them, decide which terms the result may be under, and say so with --license ID"
+
+
+@dataclass(frozen=True)
+class License:
+    """An identifier of the hub's; ``other`` has a name and a link or file."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+    def as_dict(self) -> dict[str, str | None]:
+        """What ``upcycle.json`` says of it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any] | None) -> License | None:
+        """The one that :meth:`as_dict` described."""
+        return _of_keys(found, "id", "name", "link") if isinstance(found, Mapping) else None
+
+    @classmethod
+    def of_card(cls, found: Mapping[str, Any]) -> License | None:
+        """The one in the metadata of a model card."""
+        return _of_keys(found, "license", "license_name", "license_link")
+
+    def __str__(self) -> str:
+        return f"{self.id} ({self.name})" if self.name else self.id
+
+
+def chosen_license(id: str | None, name: str | None = None, link: str | None = None) -> License | None:
+    """What somebody decided: an identifier of the hub's, or ``other`` with a name and a link.
+
+    Raises:
+        UsageError: the hub does not know it, or something is missing.
+    """
+    if id is None:
+        if name or link:
+            raise UsageError("--license-name and --license-link describe a licence", hint="--license other with both")
+        return None
+    known = id.strip().lower()
+    if known not in LICENSE_IDS:
+        hint = "--license other --license-name NAME --license-link https://... for one that it does not know"
+        raise UsageError(
+            f"--license {id!r} is no licence that the hub knows", hint=suggestion(known, LICENSE_IDS, hint)
+        )
+    if known != OTHER and (name or link):
+        raise UsageError(
+            f"--license {known} has a name and a text of its own", hint="leave --license-name and --license-link out"
+        )
+    if known == OTHER and not (name and name.strip() and link):
+        raise UsageError("--license other says nothing", hint="add --license-name NAME and --license-link https://...")
+    if link and not _is_link(link):
+        raise UsageError(
+            f"--license-link {link!r} is no address", hint="https://..., or the name of a file such as LICENSE"
+        )
+    return License(known, name.strip() if name else None, link)
+
+
+def suggestion(found: str, known: Iterable[str], otherwise: str) -> str:
+    """What was meant, or what else to do."""
+    near = get_close_matches(found, sorted(known), n=3)
+    return f"did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
+
+
+def _is_link(link: str) -> bool:
+    """An address of the web, or the name of a file beside the card."""
+    return bool(is_web_address(link) or re.fullmatch(r"[\w][\w. -]*", link))
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The YAML at the head of a model card; empty where there is none that can be read."""
+    match = _FRONT_MATTER.match(text)
+    try:
+        found = parse_yaml(match[1], "the model card") if match else None
+    except CheckpointError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def license_of(checkpoint: Checkpoint) -> License | None:
+    """The licence of a checkpoint, or None where nothing says it."""
+    if isinstance(checkpoint.store, GgufFile):
+        keys = "general.license", "general.license.name", "general.license.link"
+        return _of_keys({key: checkpoint.store.metadata(key) for key in keys}, *keys)
+    return _of_folder(checkpoint.source.path)
+
+
+def license_record(checkpoint: Checkpoint) -> dict[str, str | None] | None:
+    """The same, as ``upcycle.json`` keeps it."""
+    found = license_of(checkpoint)
+    return found.as_dict() if found else None
+
+
+def _of_folder(path: Path) -> License | None:
+    card = path / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        if found := License.of_card(front_matter(text)):
+            return found
+    for pattern in _FILES:
+        for file in sorted(path.glob(pattern)):
+            if file.is_file():
+                return _of_text(file)
+    return None
+
+
+def common_license(found: Mapping[str, License | None]) -> License | None:
+    """What all sources are under: name -> licence. None where nobody says anything.
+
+    Raises:
+        UsageError: they are under different ones, or it is unknown of some only. Which terms a model made from both may have
+            is for a person to decide.
+    """
+    if len({license and (license.id, license.name) for license in found.values()}) > 1:
+        listed = ", ".join(f"{name}: {license or 'unknown'}" for name, license in found.items())
+        raise UsageError(f"the sources' licences differ ({listed})", hint=HINT)
+    return next(iter(found.values()), None)
+
+
+def _of_keys(content: Mapping[str, Any], id_key: str, name_key: str, link_key: str) -> License | None:
+    identifier, name, link = (content.get(key) for key in (id_key, name_key, link_key))
+    if isinstance(identifier, list) and len(identifier) == 1:
+        identifier = identifier[0]
+    if isinstance(identifier, list) and identifier:
+        return License("other", name=" and ".join(map(str, identifier)))
+    if not isinstance(identifier, str) or not identifier.strip():
+        return None
+    name = name.strip() if isinstance(name, str) and name.strip() else None
+    link = link if isinstance(link, str) and _is_link(link) else None
+    known = identifier.strip().lower()
+    # The hub refuses a card with an identifier of somebody's own.
+    return License(known, name, link) if known in LICENSE_IDS else License(OTHER, name or identifier.strip(), link)
+
+
+def _of_text(file: Path) -> License:
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        text = opened.read(_READ)
+    known = [name for name, pattern in _TEXTS.items() if re.search(pattern, text, re.IGNORECASE)]
+    if len(known) == 1 and "commons clause" not in text.lower():
+        return License(known[0])
+    return License("other", name="see-file", link=file.name)

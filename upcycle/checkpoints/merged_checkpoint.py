@@ -1,0 +1,178 @@
+"""Several fine-tunes of one model as one dense model: the weighted mean of their weights, read block by block."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.compatibility import check_sources
+from upcycle.files.formats.tensor_files import TensorSpec, row_blocks
+
+if TYPE_CHECKING:
+    import torch
+
+SUM_BYTES = 1 << 22  # of the fp64 sum at hand: small enough to stay in the cache
+
+
+class MergedStore:
+    """The mean of several checkpoints' tensors, weighted by numbers that need not sum to 1.
+
+    Some rows of one tensor of one member are in memory at a time, beside their sum: their number costs no memory. Summed in
+    fp64 and rounded once.
+
+    Args:
+        members: checkpoints of one configuration.
+        weights: one each, at least one above 0; a member of weight 0 is not read.
+        dtype: what to round to; ``keep``: the members' own, the widest where they differ.
+        total: what the sum is divided by; ``None``: the sum of the weights.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[DenseCheckpoint],
+        weights: Sequence[float],
+        dtype: str = "keep",
+        total: float | None = None,
+    ) -> None:
+        self.parts = [(member, weight) for member, weight in zip(members, weights, strict=True) if weight]
+        self._total = math.fsum(weights) if total is None else total
+        first, _ = self.parts[0]
+        shapes = first.family.all_stored_specs(first.config)
+        self.specs = {name: TensorSpec(shape, self._dtype(name, dtype)) for name, shape in shapes.items()}
+
+    def _dtype(self, name: str, dtype: str) -> str:
+        if dtype != "keep":
+            return dtype
+        import torch
+
+        stored = (getattr(torch, member.store.specs[name].dtype) for member, _ in self.parts)
+        return str(reduce(torch.promote_types, stored)).removeprefix("torch.")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the members' and their weights."""
+        text = "\n".join(f"{member.fingerprint} {weight!r}" for member, weight in self.parts)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def sample(self) -> str:
+        """The members', together."""
+        return hashlib.sha256("\n".join(member.store.sample() for member, _ in self.parts).encode()).hexdigest()
+
+    def location(self, name: str) -> str:
+        """The files that a tensor is the mean of."""
+        return " + ".join(member.store.location(name) for member, _ in self.parts)
+
+    def chunks(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Yield the mean, or some of its rows, as blocks of its first dimension.
+
+        Raises:
+            CheckpointError: a member holds NaN or Inf; names its file.
+        """
+        for first, count in row_blocks(self.specs[name], most_bytes, part, multiple):
+            yield self._rows(name, first, count)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor whole; raises as :meth:`chunks` does."""
+        return self._rows(name, 0, self.specs[name].shape[0])
+
+    def _rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        import torch
+
+        spec = self.specs[name]
+        pieces = list(row_blocks(TensorSpec(spec.shape, "float64"), SUM_BYTES, (first, count)))
+        dtype = getattr(torch, spec.dtype)
+        if len(pieces) == 1:
+            return self._mean(name, first, count).to(dtype)
+        rows = torch.empty((count, *spec.shape[1:]), dtype=dtype)
+        for start, some in pieces:
+            rows[start - first : start - first + some] = self._mean(name, start, some)
+        return rows
+
+    def _mean(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Fp64. Divided once: the sum of equally many fp32 numbers is exact, and so is the mean of equal ones."""
+        total: torch.Tensor | None = None
+        for member, weight in self.parts:
+            block = member.whole(Origin(name, (first, count)), "float64")
+            total = block.mul_(weight) if total is None else total.add_(block, alpha=weight)
+        assert total is not None
+        return total.div_(self._total)
+
+
+class JoinedCheckpoint(DenseCheckpoint):
+    """Several checkpoints behind the interface of one: configuration, tokenizer and tensors are those of the last.
+
+    Args:
+        members: the checkpoints, the base last.
+        dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
+        tokenizers: whether to compare tokenizers.
+        experts_only: whether nothing but FFNs is read of members that are not the base: nothing else is compared.
+
+    Raises:
+        UsageError: they do not belong together; names the sources, the key and both values.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[DenseCheckpoint],
+        dtype: str = "keep",
+        tokenizers: bool = True,
+        experts_only: bool = False,
+    ) -> None:
+        self.members = tuple(members)
+        super().__init__(self.members[-1].source)
+        check_sources(self.members, dtype, tokenizers, experts_only)
+        together = "\n".join(member.fingerprint for member in self.members)
+        self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
+
+    @property
+    def paths(self) -> list[Path]:
+        """A folder or file per source, and the base."""
+        return [path for member in self.members for path in member.paths]
+
+    @property
+    def modified(self) -> list[int]:
+        """When each weight file of every source was last changed."""
+        return [time for member in self.members for time in member.modified]
+
+    @property
+    def version(self) -> list[Any]:
+        """What tells one version of every source from another."""
+        return [member.version for member in self.members]
+
+
+class MergedCheckpoint(JoinedCheckpoint):
+    """The dense model whose weights are a weighted mean of its members': configuration and tokenizer are the base's.
+
+    Args:
+        base: whose configuration and tokenizer are taken.
+        members: what is averaged.
+        weights: theirs, which need not sum to 1.
+        dtype: the recipe's: where it is ``keep``, members must agree on every tensor's.
+        tokenizers: whether to compare tokenizers.
+
+    Raises:
+        UsageError: they do not belong together; names the sources, the key and both values.
+    """
+
+    def __init__(
+        self,
+        base: DenseCheckpoint,
+        members: Sequence[DenseCheckpoint],
+        weights: Sequence[float],
+        dtype: str = "keep",
+        tokenizers: bool = True,
+    ) -> None:
+        super().__init__((*members, base), dtype, tokenizers)
+        self.store = merged = MergedStore(members, weights)
+        self.parts = merged.parts  # members with a weight, and theirs
+        self.source = replace(base.source, name=" + ".join(member.source.name for member in members))
+        self.fingerprint = hashlib.sha256((self.fingerprint + self.store.fingerprint).encode()).hexdigest()

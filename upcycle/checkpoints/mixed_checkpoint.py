@@ -1,0 +1,267 @@
+"""Several fine-tunes of one model behind the interface of one checkpoint, read side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint
+from upcycle.checkpoints.licenses import license_record
+from upcycle.checkpoints.merged_checkpoint import SUM_BYTES, JoinedCheckpoint, MergedCheckpoint, MergedStore
+from upcycle.checkpoints.slerp import slerp_coefficients
+from upcycle.errors import UsageError
+from upcycle.files.locate import is_local
+from upcycle.planning.expert_job import method_of
+from upcycle.registry import load
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.methods.base import Merges
+    from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a mixing method is told of the sources.
+
+    ``weights`` are the recipe's, one per source, or per merge of sources. ``alike`` says that all of them and the base hold
+    the same numbers, so that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among
+    them, or their number. ``told`` is what the recipe says of each of them, in the same order.
+    """
+
+    weights: tuple[float, ...]
+    alike: bool
+    base: int
+    told: tuple[SourceRecipe, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many models are mixed."""
+        return len(self.weights)
+
+
+class MixedCheckpoint(JoinedCheckpoint):
+    """Several checkpoints of one shape. Configuration, tokenizer and :meth:`read` are the base's, which is the recipe's
+    ``source``; matrices of experts are read from the member they belong to, and what is copied is an average, or with
+    ``slerp``, for matrices of attention, an interpolation on the sphere.
+
+    Args:
+        base: the recipe's ``source``.
+        members: what is mixed: the recipe's ``sources``, or merges of some of them.
+        weights: theirs.
+        dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
+        tokenizers: whether to compare tokenizers.
+        sources: the recipe's; default: the members.
+        experts_only: whether nothing but FFNs is read of members that are not the base.
+
+    Raises:
+        UsageError: they do not belong together; names the sources, the key and both values.
+    """
+
+    def __init__(
+        self,
+        base: DenseCheckpoint,
+        members: Sequence[DenseCheckpoint],
+        weights: Sequence[float],
+        dtype: str = "keep",
+        tokenizers: bool = True,
+        sources: Sequence[DenseCheckpoint] | None = None,
+        experts_only: bool = False,
+    ) -> None:
+        where = [i for i, member in enumerate(members) if _files(member) == _files(base)]
+        base_index = where[0] if where else len(members)
+        super().__init__((*members, members[where[0]] if where else base), dtype, tokenizers, experts_only)
+        self.sources = tuple(members if sources is None else sources)
+        self.mix = Mix(tuple(weights), _alike(self.members), base_index)
+        self.rest: tuple[float, ...] | None = None  # weights of what is no expert, one per member; None: the base's
+        self.slerp = False
+
+    def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
+        """A tensor of the converted model that is no expert's: the members', joined, or the base's.
+
+        Summed in fp64 and rounded once.
+        """
+        if self.rest is None:
+            yield from super().blocks(origin, dtype)
+            return
+        weights, total = self._weights(origin)
+        joined = MergedStore(self.members, weights, "float64", total)
+        wanted = origin.dtype(self.dtype_of(origin.name, dtype))
+        for block in joined.chunks(origin.name, SUM_BYTES, origin.rows, origin.head):
+            yield self._checked(origin.name, origin.apply(block), wanted)
+
+    def _weights(self, origin: Origin) -> tuple[Sequence[float], float | None]:
+        """What the members' tensors are multiplied by before they are added up, and what the sum is divided by."""
+        assert self.rest is not None
+        is_matrix = len(self.store.specs[origin.name].shape) > 1
+        in_a_layer = origin.name.startswith("model.layers.") and f".{self.family.block}." not in origin.name
+        if not (self.slerp and is_matrix and in_a_layer):
+            return self.rest, None
+        import torch
+
+        weighed = [i for i, weight in enumerate(self.rest) if weight]
+        most = max(1, COPY_BLOCK_BYTES // len(weighed))
+        gram = torch.zeros(len(weighed), len(weighed), dtype=torch.float64)
+        streams = (self.members[i].store.chunks(origin.name, most, origin.rows, origin.head) for i in weighed)
+        for blocks in zip(*streams, strict=True):
+            flat = torch.stack([block.double().flatten() for block in blocks])
+            gram += flat @ flat.T
+        found = slerp_coefficients(gram.tolist(), [self.rest[i] for i in weighed])
+        factors = dict(zip(weighed, found, strict=True))
+        return [factors.get(i, 0.0) for i in range(len(self.rest))], 1.0
+
+    def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
+        """The base's FFN behind the norm that the mix has."""
+        ffn = super().feed_forward(layer, dtype)
+        norm = self.family.ffn_origins(self.config, layer).get("norm")
+        if self.rest is None or norm is None:
+            return ffn
+        import torch
+
+        return replace(ffn, norm=torch.cat(list(self.blocks(norm, dtype))))
+
+    def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
+        """Reads gate, up or down of the FFN of a member; the last one read is kept, for experts that share it."""
+        dtype = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
+        kept: dict[tuple[int, str], torch.Tensor] = {}
+
+        def matrix(source: int, part: str) -> torch.Tensor:
+            if (source, part) not in kept:
+                kept.clear()
+                member = self.members[source]
+                kept[source, part] = member.whole(member.family.ffn_origins(member.config, layer)[part], dtype)
+            return kept[source, part]
+
+        return matrix
+
+
+def open_sources(recipe: Recipe) -> Checkpoint:
+    """The checkpoint of a recipe: one model, or several behind the same interface.
+
+    Raises:
+        UpcycleError: one cannot be opened, or they do not belong together.
+    """
+    if takes_moe(recipe.method):
+        from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+
+        return MoeCheckpoint.open(recipe.source, recipe.revision)
+    base = DenseCheckpoint.open(recipe.source, recipe.revision)
+    if not recipe.sources:
+        return base
+    members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
+    return mix_sources(recipe, base, members)
+
+
+def mix_sources(recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]) -> MixedCheckpoint:
+    """The opened sources side by side, or in their place the merges of them that the recipe's method makes.
+
+    Raises:
+        UsageError: they do not belong together, or the merges are of another number of sources.
+    """
+    method = method_of(recipe)
+    merges = method.merges
+    weights, members = mixing_weights(recipe, merges), list(sources)
+    if merges is not None:
+        members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
+    return MixedCheckpoint(
+        base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources, method.experts_only
+    )
+
+
+def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
+    """The weighted mean of some sources, or the one that alone weighs anything.
+
+    Raises:
+        UsageError: they do not belong together.
+    """
+    used = {source: weight for source, weight in parts.items() if weight}
+    if len(used) == 1:
+        return next(iter(used))
+    return MergedCheckpoint(base, list(used), list(used.values()), recipe.dtype, recipe.tokenizer == "copy")
+
+
+def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
+    """What every mixed model weighs in the average of what is no expert: a source its ``weight``, a merge the mean of its
+    sources'.
+
+    Raises:
+        UsageError: a merge has more or fewer coefficients than there are sources.
+    """
+    weights = [source.weight for source in recipe.sources]
+    if merges is None:
+        return weights
+    for row in merges:
+        if len(row) != len(weights):
+            raise UsageError(
+                f"parameters: 'coefficients' has a row of {len(row)} numbers, and there are {len(weights)} sources",
+                hint="a row for every expert, with a number for every source",
+            )
+    return [math.fsum(c * w for c, w in zip(row, weights, strict=True)) / math.fsum(row) for row in merges]
+
+
+def takes_moe(method: str) -> bool:
+    """Whether a method's source is a Mixture-of-Experts already.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return getattr(load("method", method), "takes", "dense") == "moe"
+
+
+def mix_of(checkpoint: Checkpoint) -> Mix | None:
+    """What there is to mix; ``None`` for a single model."""
+    return checkpoint.mix if isinstance(checkpoint, MixedCheckpoint) else None
+
+
+def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any]]:
+    """What ``upcycle.json`` says of several sources; empty for one."""
+    if not isinstance(checkpoint, MixedCheckpoint):
+        return []
+    return [
+        {
+            "name": member.source.name,
+            "revision": member.source.revision,
+            "weight": source.weight,
+            "fingerprint": member.fingerprint,
+            "license": license_record(member),
+        }
+        for member, source in zip(checkpoint.sources, recipe.sources, strict=True)
+    ]
+
+
+def all_local(recipe: Recipe) -> bool:
+    """Whether nothing needs to be downloaded."""
+    return all(is_local(name) for name in (recipe.source, *(source.name for source in recipe.sources)))
+
+
+def _alike(members: Sequence[DenseCheckpoint]) -> bool:
+    """Whether all hold the same numbers. Different files are compared block by block up to the first difference.
+
+    A fine-tune differs in its first block as a rule; only copies are read whole.
+    """
+    first = members[0]
+    others = {(*_files(member), member.fingerprint): member for member in members[1:]}
+    others.pop((*_files(first), first.fingerprint), None)
+    return all(_same(first, other) for other in others.values())
+
+
+def _files(checkpoint: DenseCheckpoint) -> list[Path]:
+    return [path.resolve() for path in checkpoint.paths]
+
+
+def _same(one: DenseCheckpoint, other: DenseCheckpoint) -> bool:
+    import torch
+
+    for name in one.family.all_stored_specs(one.config):
+        if one.store.specs[name] != other.store.specs.get(name):
+            return False
+        pairs = zip(one.chunks(name), other.chunks(name), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            return False
+    return True

@@ -1,0 +1,61 @@
+"""What is written: tensors with where they come from, the units they are made in, and the files of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from upcycle.architectures.moe.base import OutputTensor
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.files.formats.tensor_files import SINGLE, TensorSpec
+
+
+@dataclass(frozen=True)
+class OutputEntry:
+    """One tensor to be written: copied from the dense checkpoint, or built from parts."""
+
+    name: str
+    spec: TensorSpec
+    origin: Origin | None = None
+    built: OutputTensor | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is converted in one go and recorded when finished: the embeddings, one layer, or the final norm and head."""
+
+    name: str
+    layer: int | None
+    entries: tuple[OutputEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(entry.spec.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file and the units in it."""
+
+    file: str
+    units: tuple[Unit, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(unit.nbytes for unit in self.units)
+
+
+def shards_of(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
+    """Put units into as few files as they fit in, in order; a unit is never divided."""
+    groups: list[list[Unit]] = [[]]
+    for unit in units:
+        if groups[-1] and sum(u.nbytes for u in groups[-1]) + unit.nbytes > most_bytes:
+            groups.append([])
+        groups[-1].append(unit)
+    if len(groups) == 1:
+        return (Shard(SINGLE, tuple(units)),)
+    count = len(groups)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
+    )

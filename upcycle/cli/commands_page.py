@@ -1,0 +1,57 @@
+"""The reference of all commands in Markdown: ``python -m upcycle.cli.commands_page > docs/commands.md``. A test compares the two."""
+
+from __future__ import annotations
+
+import inspect
+
+import click
+
+from upcycle.cli.main import VERBS, cli
+from upcycle.cli.verbs.plan_train import command as plan_train
+
+INNER = {"plan": {"train": plan_train}}
+TITLE = """# Commands
+
+Made from the commands themselves by `python -m upcycle.cli.commands_page > docs/commands.md`; `--help` says the same."""
+
+
+def reference() -> str:
+    """Markdown: a section per verb, with its help and a table of its options."""
+    sections = [TITLE]
+    context = click.Context(cli, info_name="upcycle")
+    for verb in VERBS:
+        command = cli.get_command(context, verb)
+        assert command is not None
+        own = click.Context(command, info_name=verb, parent=context)
+        sections += _command(command, own)
+        for name, inner in INNER.get(verb, {}).items():
+            sections += _command(inner, click.Context(inner, info_name=name, parent=own))
+    return "\n\n".join(sections) + "\n"
+
+
+def _command(command: click.Command, context: click.Context) -> list[str]:
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    sections = [f"## {context.command_path}", f"`{usage}`", _text(command.help or "")]
+    options = [each for each in command.params if isinstance(each, click.Option) and not each.hidden]  # without --help
+    rows = [_option(option, context) for option in options]
+    sections.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
+    return sections
+
+
+def _text(text: str) -> str:
+    """Click's help: ``\\b`` begins a paragraph whose lines stay as they are."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(
+        "```\n" + part.removeprefix("\b\n") + "\n```" if part.startswith("\b") else part for part in paragraphs
+    )
+
+
+def _option(option: click.Option, context: click.Context) -> str:
+    record = option.get_help_record(context)
+    assert record is not None
+    names, meaning = (" ".join(part.split()).replace("|", r"\|") for part in record)
+    return f"| `{names}` | {meaning} |"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,69 @@
+"""On one machine of a host file: starts its ranks as the launcher says through standard input, and ends with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from upcycle.files.formats.parsing import parse_json
+from upcycle.trainers.distributed import launcher
+from upcycle.trainers.distributed.hosts import KILL
+from upcycle.trainers.distributed.launcher import Started, start_ranks, wait
+
+
+def main() -> int:
+    """Read the launcher's first line, run the ranks, pass on the signals that its further lines name.
+
+    The end of the input is the end of the launcher or of the connection to it, after which nobody sees what ranks do: they
+    are told to save, and after a grace killed.
+
+    Returns:
+        The ranks' exit code.
+    """
+    line = sys.stdin.readline()
+    if not line:
+        return 1
+    told = parse_json(line, "the launcher's first line")
+    try:
+        os.chdir(told["folder"])
+    except OSError as error:
+        from upcycle.cli.shared.output import print_error
+        from upcycle.errors import EnvironmentFault
+
+        fault = EnvironmentFault(f"{os.uname().nodename} has no folder {told['folder']}: {error.strerror}")
+        print_error(fault)
+        return fault.exit_code
+    ranks = start_ranks(told["arguments"], range(*told["ranks"]), {**os.environ, **told["environment"]})
+    threading.Thread(target=_obey, args=(sys.stdin, ranks), daemon=True).start()
+    return wait(ranks)
+
+
+def _obey(lines: TextIO, ranks: Sequence[Started]) -> None:
+    for line in lines:
+        word = line.strip()
+        if word == KILL:
+            _kill(ranks)
+        elif word in signal.Signals.__members__:
+            _send(ranks, signal.Signals[word])
+    _send(ranks, signal.SIGTERM)
+    time.sleep(launcher._GRACE)
+    _kill(ranks)
+
+
+def _send(ranks: Sequence[Started], number: int) -> None:
+    for rank in ranks:
+        rank.send(number)
+
+
+def _kill(ranks: Sequence[Started]) -> None:
+    for rank in ranks:
+        rank.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

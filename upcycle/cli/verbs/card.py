@@ -1,0 +1,29 @@
+"""``upcycle card``: the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from upcycle.cli.shared.options import card_options, common_options
+from upcycle.cli.shared.output import print_facts, print_json
+
+
+@click.command("card")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--name", help="what it calls the model  [default: the folder's name]")
+@card_options
+@common_options
+def command(out: Path, as_json: bool, debug: bool, **options: str | None) -> None:
+    """Write the model card README.md into OUT, from what was recorded and measured.
+
+    What you write between its two marked lines is kept when it is made anew; all else is overwritten. push makes it, too.
+    """
+    from upcycle.publishing.model_card import write_card
+
+    path = write_card(out, **options)
+    if as_json:
+        print_json({"card": str(path)})
+    else:
+        print_facts([("card", str(path)), ("next", f"upcycle push {out} YOU/{out.absolute().name} --dry-run")])

@@ -1,0 +1,154 @@
+"""``upcycle compare``: which way to split this model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.shared.options import common_options, quiet_option
+from upcycle.cli.shared.output import Bars, print_facts, print_json, print_table, warn
+from upcycle.errors import UsageError
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.output.ownership import cannot_write, check_file, holds_keys
+from upcycle.formatting import count, duration, size
+
+
+def _list(_: Any, __: Any, value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _fractions(context: Any, option: Any, value: str) -> list[float]:
+    try:
+        return [float(part) for part in _list(context, option, value)]
+    except ValueError:
+        raise UsageError(f"--active takes fractions, got '{value}'", hint="--active 0.75,0.5,0.25") from None
+
+
+@click.command("compare")
+@click.argument("source")
+@click.option("--methods", default="all", callback=_list, help="splitting methods, or NAME:KEY=VALUE  [default: all]")
+@click.option("--routers", default="all", callback=_list, help="router initialisers  [default: all]")
+@click.option(
+    "--active",
+    default="0.75,0.5,0.25",
+    callback=_fractions,
+    help="fractions of the neurons that run, all layers together",
+)
+@click.option(
+    "--calibration", default="demo", callback=_list, help="texts to calibrate on, a domain each  [default: demo]"
+)
+@click.option("--calibration-tokens", default=6144, help="calibration tokens  [default: 6144]")
+@click.option("--window", default=256, help="tokens per window  [default: 256]")
+@click.option(
+    "--text", default="", callback=_list, help="texts to measure on  [default: the last quarters of the others]"
+)
+@click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
+@click.option("--pieces", default=192, help="experts an FFN is cut into, shared ones included, at most  [default: 192]")
+@click.option(
+    "--layers", default="except-first:1", help="layers that are split; the others run whole  [default: except-first:1]"
+)
+@click.option(
+    "--grid", type=click.Choice(["staged", "full"]), default="staged", help="all methods first, or everything"
+)
+@click.option("--seed", default=0, help="seed of every random choice  [default: 0]")
+@click.option("--out", type=click.Path(path_type=Path), help="save the table as JSON, or as Markdown (.md)")
+@quiet_option
+@common_options
+def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
+    """Compare splitting methods, routers and refits on SOURCE, and recommend a command.
+
+    Nothing is converted: the layers are decided and run one by one, and every line of the table is measured on text that
+    nothing was fitted to. Static pruning with the same refit and oracle routing are always in it.
+
+    \b
+    upcycle compare demo
+    upcycle compare ./llama --calibration docs.txt,code.txt,news.txt --active 0.5
+    upcycle compare ./llama --methods coactivation_kmeans,coactivation_kmeans:features=gram --routers ridge
+    """
+    from upcycle.evaluation.compare import compare
+
+    if out:
+        check_file(out, _is_table if out.suffix == ".md" else holds_keys("source", "dense", "results"))
+    calibration = options.pop("calibration")
+    found = compare(source, calibration=calibration, progress=Bars(quiet), **options)
+    for note in found.skipped:
+        warn(f"left out: {note}")
+    if out:
+        text = markdown(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n"
+        try:
+            write_text_whole(out, text)
+        except OSError as error:
+            raise cannot_write(out, error) from None
+    if as_json:
+        print_json(found.as_dict())
+        return
+    right = range(4, 12)
+    print_table(_columns(found), [_cells(row, found) for row in found.results], right=right)
+    print_facts(_verdicts(found))
+
+
+def _is_table(text: str) -> bool:
+    return text.startswith("| active | method | router | refit |")
+
+
+def _columns(found: Any) -> list[str]:
+    domains = [Path(name).stem for name in found.dense]
+    return [
+        "active",
+        "method",
+        "router",
+        "refit",
+        *domains,
+        "ratio",
+        "KL",
+        "captured",
+        "parameters",
+        "FLOPs",
+        "time",
+        "memory",
+    ]
+
+
+def _cells(row: Any, found: Any) -> list[str]:
+    return [
+        f"{row.active:.0%}",
+        row.method + (" *" if row.recommended else ""),
+        row.router,
+        row.refit,
+        *(f"{row.perplexity[name]:.2f}" for name in found.dense),
+        f"{row.ratio:.3f}x",
+        f"{row.kl:.3f}",
+        "-" if row.captured is None else f"{row.captured:.0%}",
+        count(row.parameters_active),
+        f"{row.flops_ratio:.2f}x",
+        duration(row.seconds),
+        size(row.peak_memory_bytes),
+    ]
+
+
+def _verdicts(found: Any) -> list[tuple[str, str]]:
+    dense = ", ".join(f"{Path(name).stem} {value:.2f}" for name, value in found.dense.items())
+    facts = [("dense", f"perplexity {dense} ({found.evaluation_tokens:,} tokens nothing was fitted to)")]
+    for active in dict.fromkeys(row.active for row in found.results):
+        best, static = found.best(active), found.baseline(active, "static")
+        worth = "beats" if best.ratio < static.ratio else "does NOT beat"
+        facts.append(
+            (
+                f"at {active:.0%}",
+                f"{best.method}, {best.router}: {best.ratio:.3f}x; {worth} static pruning ({static.ratio:.3f}x)",
+            )
+        )
+        facts.append(("", best.command or ""))
+    return facts
+
+
+def markdown(found: Any) -> str:
+    """The table as Markdown."""
+    columns = _columns(found)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cells(row, found)) + " |" for row in found.results]
+    facts = [f"- {name}: {value}" if name else f"  `{value}`" for name, value in _verdicts(found)]
+    return "\n".join([*lines, "", *facts, ""])

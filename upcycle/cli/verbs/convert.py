@@ -1,0 +1,169 @@
+"""``upcycle convert``: from a dense checkpoint to a verified MoE checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.shared.merging_facts import merging_facts
+from upcycle.cli.shared.options import build_recipe, common_options, quiet_option, recipe_options
+from upcycle.cli.shared.output import Bars, Cell, note, print_facts, print_json
+from upcycle.errors import UsageError
+from upcycle.files.output.ownership import kind_of, real_path
+from upcycle.formatting import count, duration, size
+
+
+@click.command("convert")
+@click.argument("source", required=False)
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@recipe_options
+@click.option(
+    "--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe"
+)
+@click.option("--no-verify", is_flag=True, help="skip the comparison with the dense model")
+@click.option("--overwrite", is_flag=True, help="replace an OUT that upcycle wrote, once the new model is complete")
+@click.option("--restart", is_flag=True, help="throw an unfinished conversion of another recipe away")
+@click.option("--dry-run", is_flag=True, help="only say what it will cost, like upcycle plan")
+@quiet_option
+@common_options
+def command(
+    source: str | None,
+    out: Path | None,
+    blueprint: Path | None,
+    no_verify: bool,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Convert SOURCE into a Mixture-of-Experts checkpoint in the folder OUT, and verify it.
+
+    SOURCE is a local folder, a hub id, a .gguf file, demo, or a recipe: a RECIPE.yaml (mergekit-moe's are understood) or the
+    name of one that comes with upcycle (upcycle list recipes), whose source --source names. With --sources it may be left out.
+    Flags win over the recipe, and the resolved recipe is written into OUT. A conversion that was stopped continues when the
+    same command is given again.
+
+    \b
+    upcycle convert demo OUT --experts 4 --top-k 2
+    upcycle convert ./llama OUT --method random_split --experts 8 --top-k 4
+    upcycle convert OUT --method branch_train_mix --sources ./math,./code,./law
+    upcycle convert split_50 OUT --source ./llama --calibration docs.txt
+    upcycle convert recipe.yaml OUT --set router.parameters.std=0.01
+    """
+    if out is None:
+        if source is None or not flags["sources"]:
+            missing = "'OUT'" if source else "'SOURCE'"
+            raise click.MissingParameter(param_type="argument", param_hint=missing)
+        out = Path(source)
+        source = None
+        _check_not_a_source(out, flags["sources"])
+    base = None
+    if blueprint:
+        from upcycle.ffn.blueprint import blueprint_recipe
+
+        base = blueprint_recipe(blueprint)
+    recipe = build_recipe(source, flags, base, None if quiet else note)
+    if no_verify:
+        recipe = recipe.model_copy(update={"verification": recipe.verification.model_copy(update={"enabled": False})})
+    if dry_run:
+        from upcycle.cli.verbs.plan import show_plan
+
+        show_plan(recipe, as_json)
+        return
+    from upcycle.conversion.convert import run_recipe
+
+    result = run_recipe(recipe, out, overwrite, restart, blueprint, Bars(quiet))
+    if as_json:
+        print_json(result.as_dict())
+        return
+    print_facts(conversion_facts(result, out, recipe.source))
+
+
+def _check_not_a_source(out: Path, sources: Any) -> None:
+    """Refuse ``--sources a,b c``: a space for a comma makes the last source the output.
+
+    Raises:
+        UsageError: OUT is a model that upcycle did not write.
+    """
+    folder = real_path(out)
+    if (folder / "config.json").is_file() and kind_of(folder) == "foreign":
+        raise UsageError(
+            f"{out} is a model, and the only argument beside --sources is the folder for the output",
+            hint=f"if it is one of the sources, put a comma before it and name an OUT: --sources {sources},{out} OUT",
+        )
+
+
+def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cell]]:
+    """The final table."""
+    from upcycle.cli.verbs.verify import verification_facts
+
+    plan = result.plan
+    grown = plan.kind == "growth"
+    ratio = plan.flops_per_token / plan.flops_per_token_dense
+    reference = "source" if grown else "dense"
+    same = plan.parameters_active == plan.parameters_total and grown
+    active = "" if same else f", {count(plan.parameters_active)} active"
+    facts: list[tuple[str, Cell]] = [
+        *merging_facts(result.merging),
+        (
+            "output",
+            f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})",
+        ),
+        *([("growth", plan.summary)] if grown else []),
+        (
+            "parameters",
+            f"{count(plan.parameters_total)} total{active} ({reference} {count(plan.parameters_dense)})",
+        ),
+        ("FLOPs per token", f"{ratio:.2f}x {reference}"),
+        (
+            "time, memory",
+            f"{duration(result.seconds)}, peak {size(result.peak_memory_bytes)}"
+            + (", resumed" if result.resumed else ""),
+        ),
+    ]
+    if result.verification is None:
+        return [
+            *facts,
+            *calibration_facts(result.layers),
+            ("verification", "skipped"),
+            ("next", f"upcycle verify {out}"),
+        ]
+    facts += [*calibration_facts(result.layers), *verification_facts(result.verification)]
+    if result.verification.verdict == "approximate" and plan.promise == "approximate":
+        facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
+    return [*facts, ("next", _next_step(plan, out, source))]
+
+
+def _next_step(plan: Any, out: Path, source: str) -> str:
+    """What most would do with the result."""
+    from upcycle.registry import load
+
+    step = getattr(load("method", plan.method), "next_step", "upcycle evaluate {out} --reference {source}")
+    return str(step).format(out=out, source=source)
+
+
+def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What calibration measured, over all layers; nothing where there was none."""
+
+    def spread(key: str, form: str) -> str:
+        values = [layer[key] for layer in layers if key in layer]
+        return f"{min(values):{form}} to {max(values):{form}}" if values else ""
+
+    facts = []
+    if aligned := spread("similarity_aligned", ".2f"):
+        stored = spread("similarity_stored", ".2f")
+        facts.append(("neurons", f"similar to the anchor's by {stored} as stored, by {aligned} aligned"))
+    if captured := spread("captured", ".0%"):
+        facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
+    if own := spread("own_expert", ".0%"):
+        facts.append(("router", f"{own} of the sources' own tokens choose their own expert"))
+    if before := spread("error_before", ".2f"):
+        facts.append(
+            ("refit", f"layers' relative error {before} before, {spread('error_after', '.2f')} after (held-out tokens)")
+        )
+    return facts

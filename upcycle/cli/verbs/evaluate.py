@@ -1,0 +1,137 @@
+"""``upcycle evaluate``: perplexity and expert load, tasks, speed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.shared.options import common_options, quiet_option
+from upcycle.cli.shared.output import Bars, note, print_json, print_table
+from upcycle.evaluation.score_table import score_rows
+from upcycle.evaluation.speed_table import speed_rows
+
+
+@click.command("evaluate")
+@click.argument("model")
+@click.option(
+    "--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]"
+)
+@click.option("--reference", metavar="DENSE", help="another model to measure on the same tokens")
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="tokens per window")
+@click.option("--stride", type=click.IntRange(1), help="tokens between windows  [default: half a window]")
+@click.option("--tokens", type=click.IntRange(2), help="at most this many tokens of each text")
+@click.option(
+    "--tasks", metavar="NAME[,NAME]", help="tasks, groups or tags of lm-eval to score instead of texts; * is any"
+)
+@click.option(
+    "--task-folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="tasks of your own: .yaml files without code, their data beside them",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="only the first N questions of each task")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="sequences per pass of a task")
+@click.option("--speed", is_flag=True, help="time reading and writing, and measure memory, instead of reading texts")
+@quiet_option
+@common_options
+def command(
+    model: str,
+    text: tuple[str, ...],
+    reference: str | None,
+    window: int,
+    stride: int | None,
+    tokens: int | None,
+    tasks: str | None,
+    task_folder: Path | None,
+    limit: int | None,
+    batch: int,
+    speed: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts; or how well it does on tasks, or how fast it is.
+
+    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE. Scores and speed are kept in evaluation.json of an OUT that
+    upcycle wrote: the report says them, and the card the scores.
+
+    \b
+    upcycle evaluate ./moe --reference ./llama
+    upcycle evaluate ./moe --reference ./llama --tasks arc_easy,hellaswag --limit 500
+    upcycle evaluate ./moe --tasks my_task --task-folder ./tasks
+    upcycle evaluate ./moe --reference ./llama --speed
+    """
+    from upcycle.evaluation.evaluate import evaluate
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise click.UsageError("--tasks names no task")
+    result = evaluate(
+        model,
+        text=text,
+        reference=reference,
+        window=window,
+        stride=stride,
+        tokens=tokens,
+        tasks=names,
+        task_folder=task_folder,
+        limit=limit,
+        batch=batch,
+        speed=speed,
+        progress=Bars(quiet),
+    )
+    if as_json:
+        print_json(result.as_dict())
+        return
+    if result.texts:
+        _print_texts(result)
+    if result.layers:
+        _print_load(result.layers)
+    if result.tasks:
+        _print_tasks(result.tasks)
+    if result.speed:
+        columns, rows, about = speed_rows(result.speed.as_dict())
+        print_table(columns, rows, right=range(1, len(columns)), title=about)
+
+
+def _print_tasks(tasks: Any) -> None:
+    first = f", the first {tasks.limit:,} questions of each task" if tasks.limit else ""
+    columns, rows = score_rows(tasks.as_dict())
+    print_table(columns, rows, right=range(2, len(columns)), title=f"{tasks.harness}{first}")
+
+
+def _print_texts(result: Any) -> None:
+    from upcycle.verification.verdict import said
+
+    columns = ["text", "tokens", "nats/token", "perplexity"]
+    rows = []
+    for text in result.texts:
+        row = [text.text, f"{text.predicted:,}", f"{text.nats_per_token:.4f}", said(text.perplexity, ".3f")]
+        if result.reference:
+            change = math.expm1(min(text.nats_per_token - text.reference_nats_per_token, 700.0))
+            row += [said(text.reference_perplexity, ".3f"), f"{change:+.1%}"]
+        rows.append(row)
+    if result.reference:
+        columns += ["reference", "change"]
+    title = f"windows of {result.window} tokens, stride {result.stride}"
+    print_table(columns, rows, right=range(1, len(columns)), title=title)
+    for text in result.texts:
+        if text.remark:
+            note(f"{text.text}: {text.remark}")
+
+
+def _print_load(layers: list[Any]) -> None:
+    rows = [
+        [
+            str(layer.layer),
+            f"{layer.max_over_mean:.2f}",
+            f"{layer.entropy:.3f}",
+            ", ".join(map(str, layer.dead_experts)) or "none",
+            " ".join(f"{share:.0%}" for share in layer.load[:16]) + (" ..." if len(layer.load) > 16 else ""),
+        ]
+        for layer in layers
+    ]
+    print_table(["layer", "max/mean", "entropy", "dead", "load"], rows, right=[0, 1, 2], title="\nexpert load")

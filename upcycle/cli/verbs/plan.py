@@ -1,0 +1,107 @@
+"""``upcycle plan``: what a conversion will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from upcycle.cli.shared.options import build_recipe, common_options, recipe_options
+from upcycle.cli.shared.output import note, print_facts, print_json, print_table, warn
+from upcycle.cli.verbs.plan_train import command as plan_train
+from upcycle.formatting import count, size
+
+
+class _Plan(click.Command):
+    """``upcycle plan train RECIPE`` is a command of its own; whatever else stands there is a source."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["train"] and len(args) > 1:
+            return plan_train.make_context(f"{info_name} train", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("plan", cls=_Plan)
+@click.argument("source", required=False)
+@recipe_options
+@common_options
+def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> None:
+    """Say everything the conversion of SOURCE will cost, without reading a weight.
+
+    SOURCE is a local folder, a hub id, a .gguf file, demo, a RECIPE.yaml, or the name of a recipe that comes with upcycle
+    (upcycle list recipes). Of a hub id only config.json is downloaded.
+
+    What a training run will need is another command's: upcycle plan train RECIPE --world 8xH100.
+    """
+    show_plan(build_recipe(source, flags, None, note), as_json)
+
+
+def show_plan(recipe: Any, as_json: bool) -> None:
+    """Print the plan of a recipe (also ``convert --dry-run``)."""
+    from upcycle.planning.cost import job_of, make_plan
+
+    plan = make_plan(job_of(recipe))
+    if as_json:
+        print_json(plan.as_dict())
+        return
+    print_facts(plan_facts(plan))
+    if len(plan.shards) > 1:
+        print_table(
+            ["file", "size", "holds"],
+            [(s["file"], size(s["bytes"]), f"{s['units'][0]} .. {s['units'][-1]}") for s in plan.shards],
+            right=[1],
+        )
+    for warning in plan.warnings:
+        warn(warning)
+
+
+def _growth_facts(plan: Any) -> list[tuple[str, str]]:
+    """The same of a growth step."""
+    total = plan.parameters_total / plan.parameters_dense
+    facts = [
+        ("growth", f"{plan.family} by {plan.method}: {plan.summary}"),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} ({total:.2f}x the source)"),
+    ]
+    if plan.parameters_active != plan.parameters_total:
+        facts.append(("active", f"{count(plan.parameters_active)} per token"))
+    if plan.calibration_tokens:
+        facts.append(("calibration", f"on {plan.calibration_tokens:,} tokens, with the model in memory"))
+    return [*facts, *_costs(plan, "the source")]
+
+
+def plan_facts(plan: Any) -> list[tuple[str, str]]:
+    """The plan as lines."""
+    total = plan.parameters_total / plan.parameters_dense
+    active = plan.parameters_active / plan.parameters_dense
+    if plan.kind == "growth":
+        return _growth_facts(plan)
+    fitted = {"down": "down projections refitted", "scale": "one scale per layer fitted", "none": "nothing refitted"}
+    calibration = f"on {plan.calibration_tokens:,} tokens, {fitted[plan.refit]}" if plan.calibration_tokens else "none"
+    return [
+        ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),
+        ("calibration", calibration),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
+        ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
+        *_costs(plan, "dense"),
+    ]
+
+
+def _costs(plan: Any, reference: str) -> list[tuple[str, str]]:
+    """What it takes to run, to store and to make."""
+    ratio = plan.flops_per_token / plan.flops_per_token_dense
+    files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    return [
+        (
+            "FLOPs",
+            f"{count(plan.flops_per_token)} per token ({ratio:.2f}x {reference}; attention over the context not counted)",
+        ),
+        ("on disk", f"{size(plan.bytes_output)} in {files} ({reference} {size(plan.bytes_dense)})"),
+        (
+            "peak memory",
+            f"about {size(plan.peak_memory_bytes)} to convert; verification holds both models in fp32 if they fit",
+        ),
+    ]

@@ -1,0 +1,71 @@
+"""``upcycle push``: a converted model to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.shared.options import card_options, common_options, quiet_option
+from upcycle.cli.shared.output import Bars, print_facts, print_json, print_table, show
+from upcycle.formatting import size
+
+
+@click.command("push")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="make a private repository")
+@click.option("--revision", metavar="BRANCH", help="commit to this branch, made where there is none  [default: main]")
+@click.option("--create-pr", is_flag=True, help="open a pull request instead of committing")
+@click.option("--collection", metavar="NAME", help="add it to a collection: its slug, or a title")
+@click.option("--dry-run", is_flag=True, help="only show what would be uploaded")
+@click.option("--force", is_flag=True, help="publish what is broken or was not verified; its card will say so")
+@click.option("--overwrite", is_flag=True, help="replace what else the repository holds; it stays in its history")
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="TEXT",
+    help="publish this text, although it tells of this machine: a folder, a name (repeatable)",
+)
+@card_options
+@quiet_option
+@common_options
+def command(out: Path, repo: str, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
+    """Publish the converted model in OUT as REPO (owner/name) on the Hugging Face hub, with a model card.
+
+    Every file is checked against its recorded hash first, and searched for keys and for what tells of this machine. One commit
+    makes all of them appear; given again after a cut, the command does not send twice what has arrived. The token is that of
+    HF_TOKEN or hf auth login.
+
+    \b
+    upcycle push OUT you/name --dry-run
+    upcycle push OUT you/name --private --collection "My experts"
+    upcycle push OUT org/name --create-pr
+    """
+    from upcycle.publishing.push import push
+
+    result = push(out, repo, progress=Bars(quiet), **options)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    rows = [[file.name, size(file.size) if file.status != "deleted" else "", file.status] for file in result.files]
+    print_table(["file", "size", ""], rows, right=[1])
+    show()
+    print_facts(_facts(result))
+    show(result.url, wrap=False)
+
+
+def _facts(result: Any) -> list[tuple[str, str]]:
+    total, sent = size(result.bytes_total), size(result.bytes_to_send)
+    where = f"{result.repo} ({'private' if result.private else 'public'})"
+    facts = [("size", f"{total} in {sum(file.status != 'deleted' for file in result.files)} files")]
+    facts.append(("searched", f"no keys and no folders of this machine in {result.searched} files"))
+    if result.dry_run:
+        return [("dry run", f"nothing was sent to {where}"), *facts, ("to send", sent)]
+    facts.append(("sent", sent if result.commit else "nothing: it is there already"))
+    if result.commit:
+        facts.append(("commit", result.commit))
+    if result.collection:
+        facts.append(("collection", result.collection))
+    return [("pull request" if result.pull_request else "published", where), *facts]

@@ -1,0 +1,79 @@
+"""``upcycle report``: everything a reader needs to trust a model, or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from upcycle.cli.shared.options import common_options, quiet_option
+from upcycle.cli.shared.output import Bars, print_facts, print_json
+from upcycle.formatting import size
+
+
+@click.command("report")
+@click.argument("out_folder", metavar="OUT")
+@click.option("--out", type=click.Path(path_type=Path), help="the HTML file  [default: report.html in OUT]")
+@click.option("--source", metavar="DENSE", help="the dense parent, when it is not where recipe.yaml says")
+@click.option(
+    "--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]"
+)
+@click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="tokens to read of each text")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="let both models go on from here (repeatable)")
+@click.option(
+    "--compare", type=click.Path(path_type=Path), metavar="FILE", help="what upcycle compare --out FILE.json wrote"
+)
+@click.option(
+    "--training",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="a training run, where it does not lie around OUT",
+)
+@click.option("--no-run", is_flag=True, help="read files alone: no perplexity, routing or experts")
+@quiet_option
+@common_options
+def command(
+    out_folder: str,
+    out: Path | None,
+    source: str | None,
+    text: tuple[str, ...],
+    tokens: int,
+    prompt: tuple[str, ...],
+    compare: Path | None,
+    training: Path | None,
+    no_run: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Write one HTML page about OUT, and its numbers as JSON beside it.
+
+    OUT is what upcycle convert or train wrote, finished or not, or any other model: what can be known of it is reported.
+    The models are run in fp32 in memory.
+
+    \b
+    upcycle report ./moe
+    upcycle report ./moe --text docs.txt --text code.txt --prompt "def main():"
+    upcycle report ./moe --compare compare.json --training ./run
+    """
+    from upcycle.report.data.collect import PROMPTS, Wanted
+    from upcycle.report.write_report import write_report
+
+    wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run)
+    report = write_report(out_folder, out, wanted, Bars(quiet))
+    if as_json:
+        print_json(report.data)
+        return
+    summary = report.data["summary"]
+    absent = [f"{name}: {part['missing']}" for name, part in report.data.items() if _is_missing(part)]
+    facts = [("verdict", summary["verdict"])]
+    facts += [
+        ({"good": "ok", "mind": "mind", "bad": "stop"}[part["level"]], part["text"]) for part in summary["findings"]
+    ]
+    facts += [("left out", text) for text in absent]
+    facts.append(("report", f"{report.html} ({size(report.html.stat().st_size)}), numbers in {report.json}"))
+    print_facts(facts)
+
+
+def _is_missing(part: object) -> bool:
+    return isinstance(part, dict) and "missing" in part

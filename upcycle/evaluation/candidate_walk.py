@@ -1,0 +1,332 @@
+"""Walks many conversions of one model through its layers together: what they have in common runs once, the rest side by side.
+
+Nothing is written as a checkpoint. Each candidate's residual streams of the calibration tokens and of the evaluation
+tokens lie in files; a layer is decided by the same code as in a conversion and applied to both. Up to its first MoE layer
+a candidate is the dense model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import kl_div, linear, log_softmax
+
+from upcycle.calibration.calibrate import activations_of, decide_layer, targets_of
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Batch, Slots, contributions
+from upcycle.ffn.refit import Applied, Routing, fit_down
+from upcycle.ffn.router_capture import ExpertMap, of_largest
+from upcycle.files.formats.token_files import TokenFile, write_together
+from upcycle.models.layer_runner import LayerRunner, logits_of
+from upcycle.models.stock_model import available_memory, dense_reader, reuse_freed_memory, skeleton
+from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
+from upcycle.progress import Progress
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.ffn.blueprint import LayerBlueprint
+    from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.planning.expert_job import Job
+
+_LOGIT_BYTES = 1 << 27
+Targets = Callable[[], Iterator[torch.Tensor]]
+
+
+class OracleRouting(Routing):
+    """Chooses by the energies themselves: the limit of every router. No checkpoint can hold it."""
+
+    def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
+        super().__init__(blueprint, ffn.down, ffn.gate.dtype)
+        self._map = ExpertMap(blueprint, ffn)
+
+    def chosen(self, batch: Batch) -> torch.Tensor:
+        """Multi-hot ``[t, E]`` of the k experts that add most."""
+        return of_largest(self._map.energies(batch.hidden), self._top_k)
+
+
+class StaticPruning:
+    """The same neurons for every token: those that add most on the calibration text. The baseline of all routing."""
+
+    def __init__(self, activations: Activations, count: int) -> None:
+        order = contributions(activations).argsort(descending=True, stable=True)
+        self._kept = order[:count].sort().values
+        self.down = activations.ffn.down.float()[:, self._kept]
+
+    def active(self, batch: Batch) -> torch.Tensor:
+        """Fp32 ``[t, count]``."""
+        return batch.hidden.index_select(1, self._kept)
+
+
+@dataclass
+class Candidate:
+    """One way to convert, and what came of it. ``baseline`` names what only this comparison can run."""
+
+    job: Job
+    active: float
+    label: str
+    baseline: str | None = None  # static or oracle
+    seconds: float = 0.0
+    captured: list[float] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)  # per domain
+    kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids ``[N, W]``: what is calibrated on, and per domain what is measured on."""
+
+    calibration: torch.Tensor
+    evaluation: dict[str, torch.Tensor]
+
+
+class Walk:
+    """Runs candidates side by side.
+
+    Args:
+        checkpoint: the dense model.
+        dtype: of the converted weights.
+        texts: token windows, all of one length.
+        folder: where token files are kept; the caller removes it.
+        progress: where to report.
+        workers: candidates at a time, which share torch's threads; each holds a layer of its own, and as much beside it as a
+            conversion does.
+    """
+
+    def __init__(
+        self,
+        checkpoint: DenseCheckpoint,
+        dtype: str,
+        texts: Texts,
+        folder: Path,
+        progress: Progress,
+        workers: int = 1,
+    ) -> None:
+        self._checkpoint, self._dtype, self._texts = checkpoint, dtype, texts
+        self._folder, self._progress = folder, progress
+        self._window = texts.calibration.shape[1]
+        per_batch = max(1, min(CALIBRATION_BATCH_TOKENS // self._window, len(texts.calibration) // HELD_OUT_EVERY))
+        self._batch = per_batch * self._window
+        self._runners = [LayerRunner(checkpoint, dtype, self._window) for _ in range(workers)]
+        self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4) // workers
+        self._ids = {"calibration": texts.calibration, "evaluation": torch.cat(list(texts.evaluation.values()))}
+        self._outside: Any = None
+        self._importance: dict[int, dict[int, torch.Tensor]] = {}
+        self.dense_seconds = 0.0
+
+    def run(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Walk all layers and measure; fills the candidates in and returns the dense model's nats per domain."""
+        reuse_freed_memory(REUSED_BYTES)
+        threads, workers = torch.get_num_threads(), len(self._runners)
+        pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(max(1, threads // workers)))
+        try:
+            return self._run(candidates, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+    def _run(self, candidates: Sequence[Candidate], pool: ThreadPoolExecutor) -> list[float]:
+        layers = self._checkpoint.config.num_hidden_layers
+        importance = {id(c): self._importance_of(c.job) for c in candidates if c.job.method.needs_gradients}
+        names = ["dense", *map(str, range(len(candidates)))]
+        runner, idle = self._runners[0], SimpleQueue[LayerRunner]()
+        for each in self._runners:
+            idle.put(each)
+        self.dense_seconds = 0.0
+        for what, ids in self._ids.items():
+            self._stream("dense", what, 0).write(map(runner.embed, ids.flatten().split(self._batch)))
+        with self._progress.phase("comparing", layers * (len(candidates) + 1)):
+            for index in range(layers):
+                ffn = self._checkpoint.feed_forward(index, self._dtype)
+                begin = any(index == _first(candidate) for candidate in candidates)
+                with ExitStack() as loaded, torch.no_grad():
+                    for each in self._runners:
+                        loaded.enter_context(each.loaded(index))
+                    started = time.monotonic()
+                    for what in self._ids:
+                        states = self._stream("dense", what, index).blocks(self._batch)
+                        outputs = (runner.whole(index, block) for block in states)
+                        self._stream("dense", what, index + 1).write(outputs)
+                        if begin:
+                            self._attention(runner, index, "dense", what)
+                    self.dense_seconds += time.monotonic() - started
+                    self._progress.advance()
+
+                    def one(number: int, index: int = index, ffn: FeedForward = ffn) -> None:
+                        given = importance.get(id(candidates[number]), {}).get(index)
+                        taken = idle.get()
+                        try:
+                            with torch.no_grad():
+                                self._layer(taken, index, ffn, f"{number}", candidates[number], given)
+                        finally:
+                            idle.put(taken)
+
+                    for _ in pool.map(one, range(len(candidates))):
+                        self._progress.advance()
+                for name in names:
+                    for what in self._ids:
+                        self._stream(name, what, index).release()
+        (dense, _), *measured = self._measure(names, layers, pool)
+        for candidate, (nats, kl) in zip(candidates, measured, strict=True):
+            candidate.nats, candidate.kl = nats, kl
+            candidate.seconds += self.dense_seconds
+        for name in names:
+            for what in self._ids:
+                self._stream(name, what, layers).release()
+        return dense
+
+    def _stream(self, name: str, what: str, index: int) -> TokenFile:
+        return self._file(name, f"{what}.{index}")
+
+    def _file(self, name: str, what: str) -> TokenFile:
+        folder = self._folder / name  # of its own: a file that is given up is taken for the next one in its folder
+        folder.mkdir(exist_ok=True)
+        return TokenFile(folder / what, self._checkpoint.config.hidden_size)
+
+    def _importance_of(self, job: Job) -> dict[int, torch.Tensor]:
+        from upcycle.calibration.neuron_importance import read_importance, write_importance
+
+        clusters = job.shape.experts
+        if clusters not in self._importance:
+            path = self._folder / "importance.safetensors"
+            write_importance(
+                path, self._runners[0], self._checkpoint, self._texts.calibration, clusters, job, self._progress
+            )
+            self._importance[clusters] = read_importance(path)
+        return self._importance[clusters]
+
+    def _layer(
+        self,
+        runner: LayerRunner,
+        index: int,
+        ffn: FeedForward,
+        name: str,
+        candidate: Candidate,
+        importance: torch.Tensor | None,
+    ) -> None:
+        """Decide one layer of one candidate, and run both texts through it."""
+        first = _first(candidate)
+        if index < first:
+            return
+        if index not in candidate.job.shape.moe_layers:
+            for what in self._ids:
+                states = self._stream(name, what, index).blocks(self._batch)
+                self._stream(name, what, index + 1).write(runner.whole(index, block) for block in states)
+            return
+        started = time.monotonic()
+        source = "dense" if index == first else name
+        if index > first:
+            self._attention(runner, index, name, "calibration")
+        inputs, residual = (self._file(source, f"{part}.calibration") for part in ("x", "residual"))
+        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
+        targets = targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
+        applied, slots, down = self._decide(candidate, ffn, activations, targets)
+        self._continue(name, "calibration", index, slots, down, residual)
+        candidate.seconds += time.monotonic() - started
+        if index > first:
+            self._attention(runner, index, name, "evaluation")
+        inputs, residual = (self._file(source, f"{part}.evaluation") for part in ("x", "residual"))
+        slots = Slots(activations_of(ffn, inputs, self._batch), applied.active)
+        self._continue(name, "evaluation", index, slots, down, residual)
+
+    def _attention(self, runner: LayerRunner, index: int, name: str, what: str) -> None:
+        """Leaves what the layer's FFN reads and what its output is added to in the files ``x`` and ``residual``."""
+        states = self._stream(name, what, index).blocks(self._batch)
+        files = [self._file(name, f"{part}.{what}") for part in ("x", "residual")]
+        write_together(files, (runner.around(index, block) for block in states))
+
+    def _decide(
+        self, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
+    ) -> tuple[Applied, Slots, torch.Tensor]:
+        """What is active in the layer, on these tokens too, and the factors-included down projection ``[d, slots]``."""
+        if candidate.baseline == "static":
+            shape = candidate.job.shape
+            kept = (shape.shared + shape.top_k) / (shape.shared + shape.experts) * ffn.intermediate_size
+            static = StaticPruning(activations, round(kept))
+            return _fitted(static, candidate, ffn, activations, targets)
+        if candidate.baseline == "oracle":
+            from upcycle.conversion.convert import decide
+
+            oracle = OracleRouting(decide(candidate.job, ffn, activations), ffn)
+            candidate.captured.append(1.0)
+            return _fitted(oracle, candidate, ffn, activations, targets)
+        blueprint, report, routing, slots = decide_layer(candidate.job, ffn, activations, targets)
+        candidate.captured += [report["captured"]] if "captured" in report else []
+        return routing, slots, routing.stored(blueprint)
+
+    def _continue(
+        self,
+        name: str,
+        what: str,
+        index: int,
+        slots: Slots,
+        down: torch.Tensor,
+        residual: TokenFile,
+    ) -> None:
+        pairs = zip(residual.blocks(self._batch), slots.batches(), strict=True)
+        outputs = (before + linear(batch.hidden, down) for before, batch in pairs)
+        self._stream(name, what, index + 1).write(outputs)
+
+    def _measure(self, names: Sequence[str], layers: int, pool: ThreadPoolExecutor) -> list[tuple[list[float], float]]:
+        """Of each, the dense model first: mean nats per token of every domain, and the mean KL(dense || it) over all tokens."""
+        self._outside = self._outside or skeleton(
+            self._checkpoint.raw_config, dense_reader(self._checkpoint, self._dtype)(None)
+        )
+        ids, window = self._ids["evaluation"], self._window
+        domains = torch.repeat_interleave(
+            torch.arange(len(self._texts.evaluation)), torch.tensor([len(v) for v in self._texts.evaluation.values()])
+        )
+        step = max(1, _LOGIT_BYTES // (4 * window * self._checkpoint.config.vocab_size)) * window
+        losses, kl = torch.zeros(len(names), len(ids), dtype=torch.float64), [0.0] * len(names)
+        streams = zip(*(self._stream(name, "evaluation", layers).blocks(step) for name in names), strict=True)
+        for first, (reference, *others) in zip(range(0, len(ids), step // window), streams, strict=True):
+            rows = ids[first : first + len(reference) // window]
+            p = self._log_softmax(reference, rows)
+
+            def judged(states: torch.Tensor, rows: torch.Tensor = rows, p: torch.Tensor = p) -> Any:
+                q = p if states is reference else self._log_softmax(states, rows)  # noqa: B023 - used in this round
+                nats = -q.gather(2, rows[:, 1:, None]).double().mean((1, 2))
+                return nats, kl_div(q, p, log_target=True, reduction="sum").item()
+
+            for number, (nats, divergence) in enumerate(pool.map(judged, (reference, *others))):
+                losses[number, first : first + len(rows)] = nats
+                kl[number] += divergence
+        of_domain = [domains == domain for domain in range(len(self._texts.evaluation))]
+        tokens = len(ids) * (window - 1)
+        return [
+            ([mine[one].mean().item() for one in of_domain], max(0.0, kl[n] / tokens)) for n, mine in enumerate(losses)
+        ]
+
+    def _log_softmax(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``[N, W - 1, V]`` of the last states of some windows: what each predicts of its next token."""
+        with torch.no_grad():
+            logits = logits_of(self._outside, self._checkpoint, states.view(len(rows), self._window, -1))
+            return log_softmax(logits[:, :-1], -1)
+
+
+def _fitted(
+    applied: Applied, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
+) -> tuple[Applied, Slots, torch.Tensor]:
+    """A baseline with its down projection after the same refit as the candidates', rounded as theirs are."""
+    slots = Slots(activations, applied.active)
+    if candidate.job.refit != "down":
+        return applied, slots, applied.down
+    down, _ = fit_down(applied.down, slots, targets())
+    return applied, slots, down.to(ffn.down.dtype).float()
+
+
+def _first(candidate: Candidate) -> int:
+    """The first layer in which a candidate is not the dense model."""
+    return min(candidate.job.shape.moe_layers)
+
+
+def ratio(nats: Sequence[float], dense: Sequence[float]) -> float:
+    """Geometric mean over the domains of perplexity relative to the dense model's."""
+    return math.exp(sum(mine - theirs for mine, theirs in zip(nats, dense, strict=True)) / len(dense))

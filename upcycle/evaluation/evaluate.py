@@ -1,0 +1,228 @@
+"""What any model is like, beside another: perplexity and expert load, scores on tasks, speed and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.conversion import record
+from upcycle.errors import UsageError
+from upcycle.evaluation.speed import Speed, measure_speed
+from upcycle.evaluation.task_scores import TaskScores, score_tasks
+from upcycle.files.locate import locate
+from upcycle.files.user_paths import user_path
+from upcycle.models.load import load_model
+from upcycle.models.router_load import LayerLoad, layer_load, load_counts
+from upcycle.progress import SILENT, Progress
+from upcycle.text.held_out import unseen
+from upcycle.text.windows import DEMO_TEXTS, encode
+from upcycle.verification.verdict import finite, perplexity_of
+
+_BATCH_LOGIT_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """One model on one text: ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens.
+
+    ``remark`` says which part of the text this is, or how much of it the model was calibrated on; empty as a rule.
+    """
+
+    text: str
+    tokens: int
+    predicted: int
+    nats_per_token: float
+    perplexity: float
+    remark: str = ""
+    reference_nats_per_token: float | None = None
+    reference_perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results for one model; what was not asked for is empty or None. ``as_dict`` has the documented JSON keys."""
+
+    model: str
+    reference: str | None
+    window: int
+    stride: int
+    texts: list[TextResult]
+    layers: list[LayerLoad]
+    tasks: TaskScores | None = None
+    speed: Speed | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        content: dict[str, Any] = finite(asdict(self))
+        return content
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str | Sequence[str] | None = None,
+    reference: str | Path | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    tokens: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    task_folder: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+    speed: bool = False,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
+
+    Each window of ``window`` tokens is moved by ``stride`` (default: half a window) and only tokens not yet scored
+    count, so all but the first have at least ``window - stride`` tokens of context. Scores and speed are kept in
+    ``evaluation.json`` of a folder that :func:`upcycle.convert` or :func:`upcycle.export` wrote: report and card say it.
+
+    Args:
+        model: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
+        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none beside tasks or speed.
+        reference: another model, measured on the same (for texts: with the same tokenizer).
+        window: tokens per window, at most the model's context.
+        stride: tokens between windows.
+        tokens: at most this many tokens of each text.
+        tasks: names of lm-eval's tasks, groups or tags.
+        task_folder: more tasks, which may not run code.
+        limit: only the first questions of each task.
+        batch: sequences per forward pass of a task.
+        speed: time reading and writing of both models, in turns, and measure their memory.
+        progress: where to report.
+
+    Raises:
+        UsageError: a missing text, a stride that is not below the window, an unknown or faulty task.
+        EnvironmentFault: a model does not fit in memory, or lm-eval or the data of a task is missing.
+    """
+    if (task_folder or limit is not None) and not tasks:
+        raise UsageError("--task-folder and --limit are about tasks", hint="name them: --tasks NAME,NAME")
+    other = str(reference) if reference else None
+    scores = timed = None
+    if tasks:
+        asked = [tasks] if isinstance(tasks, str) else list(tasks)
+        folder = Path(task_folder) if task_folder else None
+        scores = score_tasks(str(model), other, asked, folder=folder, limit=limit, batch=batch, progress=progress)
+        _keep(str(model), {"tasks": scores.as_dict()}, progress)
+    if speed:
+        timed = measure_speed(str(model), other, progress=progress)
+        _keep(str(model), {"speed": timed.as_dict()}, progress)
+    names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
+    if not names:
+        return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores, timed)
+    found = _on_texts(str(model), other, names, window, stride, tokens, progress)
+    return replace(found, tasks=scores, speed=timed)
+
+
+def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:
+    """Write what was measured beside the model, where this tool wrote that."""
+    folder = user_path(model)
+    if not (folder / record.FILE).is_file():
+        return
+    try:
+        record.write_evaluation(folder, measured)
+    except OSError as error:
+        progress.note(f"{record.EVALUATION_FILE} cannot be written, and report and card need it: {error.strerror}")
+
+
+def _on_texts(
+    model: str,
+    reference: str | None,
+    names: Sequence[str],
+    window: int,
+    stride: int | None,
+    tokens: int | None,
+    progress: Progress,
+) -> Evaluation:
+    with progress.phase("loading text and model", 2):
+        tokenizer = load_tokenizer(locate(model).path)
+        contents = {name: unseen(name, _calibration(model)) for name in names}
+        encoded = {name: encode(tokenizer, content)[:tokens] for name, (content, _) in contents.items()}
+        progress.advance()
+        runner = _Runner(model, window, stride)
+        progress.advance()
+    with load_counts(runner.model) as counts:
+        measured = {name: runner.loss(ids, progress, name) for name, ids in encoded.items()}
+    layers = [layer_load(layer, count) for layer, count in counts.items()]
+    compared: dict[str, float] = {}
+    if reference:
+        del runner.model
+        other = _Runner(reference, runner.window, runner.stride)
+        _same_vocabulary(tokenizer, load_tokenizer(locate(reference).path), model, reference)
+        compared = {name: other.loss(ids, progress, f"{name} (reference)")[0] for name, ids in encoded.items()}
+    texts = [
+        TextResult(
+            text=name,
+            tokens=len(encoded[name]),
+            predicted=predicted,
+            nats_per_token=loss,
+            perplexity=perplexity_of(loss),
+            remark=contents[name][1],
+            reference_nats_per_token=compared.get(name),
+            reference_perplexity=perplexity_of(compared[name]) if name in compared else None,
+        )
+        for name, (loss, predicted) in measured.items()
+    ]
+    return Evaluation(model, reference, runner.window, runner.stride, texts, layers)
+
+
+def _calibration(model: str) -> dict[str, Any] | None:
+    """What is known of the text that a model was calibrated on."""
+    folder = user_path(model)
+    found = record.read(folder)["calibration"] if (folder / record.FILE).is_file() else None
+    return found if isinstance(found, dict) else None
+
+
+def _same_vocabulary(first: Any, second: Any, model: str, reference: str) -> None:
+    if first.get_vocab() != second.get_vocab():
+        raise UsageError(
+            f"{model} and {reference} have different vocabularies; perplexity per token cannot be compared",
+            hint="compare models that share a tokenizer",
+        )
+
+
+class _Runner:
+    """A model in memory and its windows."""
+
+    def __init__(self, name: str, window: int, stride: int | None) -> None:
+        self.model = load_model(name)
+        self.window = min(window, self.model.config.max_position_embeddings)
+        self.stride = stride or max(1, self.window // 2)
+        if not 0 < self.stride < self.window:
+            raise UsageError(f"the stride ({self.stride}) must be at least 1 and below the window ({self.window})")
+
+    def loss(self, ids: torch.Tensor, progress: Progress, title: str) -> tuple[float, int]:
+        """Mean negative log likelihood in nats, and the number of predicted tokens."""
+        if len(ids) < 2:
+            raise UsageError(f"{title}: fewer than two tokens", hint="give a longer --text")
+        starts = list(range(0, max(1, len(ids) - self.window + self.stride), self.stride))
+        per_batch = max(1, _BATCH_LOGIT_BYTES // (4 * self.window * self.model.config.vocab_size))
+        total, predicted = 0.0, 0
+        with progress.phase(f"reading {title}", len(starts)), torch.no_grad():
+            for first in range(0, len(starts), per_batch):
+                for batch in _equal_lengths(
+                    [ids[start : start + self.window] for start in starts[first : first + per_batch]]
+                ):
+                    logits = self.model(batch, use_cache=False).logits
+                    losses = cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
+                    for row, loss in enumerate(losses):
+                        is_first = predicted == 0 and row == 0
+                        # The last window may be short; its new tokens are those after the overlap.
+                        new = loss if is_first else loss[self.window - self.stride - 1 :]
+                        total += new.double().sum().item()
+                        predicted += len(new)
+                    progress.advance(len(batch))
+        return total / predicted, predicted
+
+
+def _equal_lengths(windows: list[torch.Tensor]) -> list[torch.Tensor]:
+    full = [window for window in windows if len(window) == len(windows[0])]
+    rest = [window[None] for window in windows[len(full) :]]
+    return [torch.stack(full), *rest]

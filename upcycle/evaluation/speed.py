@@ -1,0 +1,188 @@
+"""How fast models read and write, and the memory they need: dense beside MoE, in turns, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+from upcycle import errors
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.formats.parsing import parse_json, read_json
+from upcycle.files.locate import locate
+from upcycle.hardware.child_processes import run_module, safe_environment
+from upcycle.progress import SILENT, Progress
+from upcycle.text.windows import DEMO_TEXTS, encode, read_text
+
+PROMPT, GENERATE, ROUNDS = 256, 32, 5
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """Medians over the rounds, one sequence at a time; ``experts`` is transformers' implementation, None of a dense model.
+
+    ``peak_memory_bytes`` is the process' on a CPU (Python, libraries and mapped weight files included), and what was allocated
+    on a GPU.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int
+    experts: str | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Both models, and the ratios model / reference: of the speeds more is better, of the memory less.
+
+    ``instructions`` are those that torch ran on where the device is a CPU: ``AVX2``, ``AVX512``, ``DEFAULT``.
+    """
+
+    device: str
+    instructions: str | None
+    dtype: str
+    threads: int
+    prompt_tokens: int
+    generated_tokens: int
+    rounds: int
+    model: ModelSpeed
+    reference_name: str | None = None
+    reference: ModelSpeed | None = None
+    prefill_ratio: float | None = None
+    decode_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def measure_speed(
+    model: str,
+    reference: str | None = None,
+    *,
+    prompt: int = PROMPT,
+    generate: int = GENERATE,
+    rounds: int = ROUNDS,
+    progress: Progress = SILENT,
+) -> Speed:
+    """Time both models on the same prompt, round by round in turns, so that whatever slows the machine slows both.
+
+    Args:
+        model: folder, hub id, ``.gguf`` file or ``demo``.
+        reference: another one, or None.
+        prompt: tokens to read, fewer where the context is shorter.
+        generate: tokens to write.
+        rounds: how often each is timed, after one pass that is not.
+        progress: where to report.
+
+    Raises:
+        UsageError: a model cannot be loaded, or its context is too short.
+        EnvironmentFault: the models do not fit in memory beside each other.
+    """
+    names = [model, *([reference] if reference else [])]
+    prompts = [_prompt(name, prompt, generate) for name in names]
+    length = min(map(len, prompts))
+    with progress.phase("loading models", len(names)), _workers(names) as workers:
+        about = []
+        for worker, ids in zip(workers, prompts, strict=True):
+            about.append(worker.start(ids[:length], generate))
+            progress.advance()
+        found: list[list[dict[str, float]]] = [[] for _ in workers]
+        for index in range(rounds):
+            turns = range(len(workers)) if index % 2 == 0 else reversed(range(len(workers)))
+            for turn in turns:
+                found[turn].append(workers[turn].run())
+    timed = [_summary(runs, length, generate, said["experts"]) for runs, said in zip(found, about, strict=True)]
+    where = about[0]
+    shared = Speed(
+        where["device"], where["instructions"], where["dtype"], where["threads"], length, generate, rounds, timed[0]
+    )
+    if not reference:
+        return shared
+    first, second = timed
+    return replace(
+        shared,
+        reference_name=reference,
+        reference=second,
+        prefill_ratio=first.prefill_tokens_per_second / second.prefill_tokens_per_second,
+        decode_ratio=first.decode_tokens_per_second / second.decode_tokens_per_second,
+        memory_ratio=first.peak_memory_bytes / second.peak_memory_bytes,
+    )
+
+
+def _prompt(name: str, wanted: int, generate: int) -> list[int]:
+    path = locate(name).path
+    ids: list[int] = encode(load_tokenizer(path), read_text(next(iter(DEMO_TEXTS)))).tolist()
+    context = read_json(path / "config.json").get("max_position_embeddings") if path.is_dir() else None
+    length = min(wanted, (context or wanted + generate) - generate)
+    if length < 1:
+        raise UsageError(f"{name} has a context of {context} tokens: too short to write {generate}")
+    return (ids * -(-length // len(ids)))[:length]
+
+
+def _summary(runs: Sequence[dict[str, float]], prompt: int, generate: int, experts: str | None) -> ModelSpeed:
+    return ModelSpeed(
+        prefill_tokens_per_second=prompt / median(run["prefill"] for run in runs),
+        decode_tokens_per_second=generate / median(run["decode"] for run in runs),
+        peak_memory_bytes=int(max(run["peak"] for run in runs)),
+        experts=experts,
+    )
+
+
+class _Worker:
+    """The process of one model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            run_module("upcycle.evaluation.speed_worker"),
+            env=safe_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, prompt: list[int], generate: int) -> dict[str, Any]:
+        """Load the model; answers what its numbers depend on."""
+        return self._ask({"name": self.name, "prompt": prompt, "generate": generate})
+
+    def run(self) -> dict[str, float]:
+        """One round."""
+        return self._ask({})
+
+    def _ask(self, content: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps(content) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise EnvironmentFault(
+                f"the process that ran {self.name} ended (code {self.process.wait()})",
+                hint="perhaps for lack of memory: both models must fit beside each other",
+            )
+        found: dict[str, Any] = parse_json(line, "the worker's answer", nan=True)
+        if "error" in found:
+            raise getattr(errors, found["error"])(found["message"], hint=found["hint"])
+        return found
+
+
+@contextmanager
+def _workers(names: Sequence[str]) -> Iterator[list[_Worker]]:
+    workers: list[_Worker] = []
+    try:
+        workers += [_Worker(name) for name in names]
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.communicate()

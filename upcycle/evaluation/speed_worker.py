@@ -1,0 +1,103 @@
+"""One model in a process of its own, timed whenever it is asked: its peak memory is nobody else's.
+
+It is asked in lines of JSON on standard input and answers on standard output (:mod:`upcycle.evaluation.speed`).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.files.formats.parsing import parse_json
+from upcycle.models.load import load_model
+from upcycle.models.stock_model import use_eager_experts
+
+
+class TimedModel:
+    """A model as transformers runs it by default: in its own dtype on a GPU, in fp32 on a CPU.
+
+    Args:
+        name: folder, hub id, ``.gguf`` file or ``demo``.
+        prompt: token ids that are read at once.
+        generate: tokens that are written one by one after them.
+    """
+
+    def __init__(self, name: str, prompt: list[int], generate: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype: Any = "auto" if self.device == "cuda" else torch.float32
+        self.model = load_model(name, dtype=dtype, eager_experts=False).to(self.device)
+        self.prompt = torch.tensor([prompt], device=self.device)
+        self.generate = generate
+        try:
+            self.run()
+        except (RuntimeError, ValueError):
+            # The default kernel refuses experts whose rows are not a multiple of 16 bytes wide.
+            use_eager_experts(self.model)
+            self.run()
+
+    def about(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        has_experts = any(name.endswith(".experts") for name, _ in self.model.named_modules())
+        return {
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "instructions": torch.backends.cpu.get_cpu_capability() if self.device == "cpu" else None,
+            "threads": torch.get_num_threads(),
+            "experts": self.model.config._experts_implementation if has_experts else None,
+        }
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """Seconds of reading the prompt and of writing, and the process' peak memory in bytes so far."""
+        start = self._now()
+        output = self.model(self.prompt, use_cache=True, logits_to_keep=1)
+        read = self._now()
+        for _ in range(self.generate):
+            chosen = output.logits[:, -1:].argmax(-1)
+            output = self.model(chosen, past_key_values=output.past_key_values, use_cache=True)
+        return {"prefill": read - start, "decode": self._now() - read, "peak": self._peak()}
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _peak(self) -> int:
+        if self.device == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        status = Path("/proc/self/status")
+        if status.exists():  # ru_maxrss also counts what the process was before it became this program
+            found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            return int(found.split()[1]) << 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+
+    def answer(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    asked = parse_json(sys.stdin.readline(), "the question")
+    try:
+        model = TimedModel(asked["name"], asked["prompt"], asked["generate"])
+        answer(model.about())
+        for _ in sys.stdin:
+            answer(model.run())
+    except UpcycleError as error:
+        answer({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    except (torch.OutOfMemoryError, MemoryError):
+        answer({"error": "EnvironmentFault", "message": f"{asked['name']} does not fit in memory", "hint": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""What a method decides for one layer: which neurons each expert takes, how the experts are weighted, the router.
+
+Blueprints are saved beside the output (``blueprint.safetensors``), so that a conversion can be inspected, plotted and
+built again without its method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import torch
+
+from upcycle.errors import CheckpointError
+from upcycle.files.formats.parsing import parse_json
+from upcycle.files.formats.tensor_files import CODES, ITEM_SIZE, SafetensorsFile
+
+ZERO_NEURON = -1
+DOWN_ONLY = (0.0, 0.0, 1.0)
+_BLOCK_BYTES = 1 << 24
+_OF_EXPERTS = {
+    "source": None,
+    "scale": 1.0,
+    "noise": 0.0,
+}  # what an ExpertSpec has beside tensors, and what is not written
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert: int64 ``[m]`` neuron indices into the dense FFN; ``ZERO_NEURON`` stands for a neuron of zeros.
+
+    ``fresh`` (bool ``[3, m]``: gate, up, down) marks the slots whose weights are drawn anew, by the layer's ``Draws``.
+    ``source`` says whose FFN it is, where several models are mixed: an index into the recipe's sources, or their number for
+    the recipe's ``source`` itself. ``scale`` multiplies this expert's down projection, ``noise`` is the standard deviation of
+    normal noise on its gate, up and down.
+    """
+
+    neurons: torch.Tensor
+    fresh: torch.Tensor | None = None
+    source: int | None = None
+    scale: float = 1.0
+    noise: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is neurons of the dense FFN as they are."""
+        return self.fresh is None and self.source is None and self.scale == 1 and not self.noise
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a layer's random weights are drawn when they are built; ``seed`` makes every build the same.
+
+    Fresh slots take a normal with the mean and standard deviation of what they replace in their matrix (``statistics``),
+    or with mean 0 and the deviation ``std`` (``initializer``; ``None`` until the model's own is known). ``noise`` is
+    added to every routed expert's matrices, as a fraction of each one's standard deviation.
+    """
+
+    seed: int
+    rule: Literal["statistics", "initializer"] = "statistics"
+    std: float | None = None
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerBlueprint:
+    """One MoE layer before its weights exist.
+
+    ``scale`` multiplies the routed experts: their gate, up and down by its powers ``spread``, which is the down projection
+    alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser has
+    filled it in. ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column per
+    neuron of every expert, shared experts first. ``draws`` is there where weights are random.
+    """
+
+    layer: int
+    routed: tuple[ExpertSpec, ...]
+    top_k: int
+    scale: float
+    shared: tuple[ExpertSpec, ...] = ()
+    router: torch.Tensor | None = field(default=None, compare=False)
+    down: torch.Tensor | None = field(default=None, compare=False)
+    spread: tuple[float, float, float] = DOWN_ONLY
+    draws: Draws | None = None
+
+    @property
+    def intermediate_size(self) -> int:
+        """Neurons per expert."""
+        return len(self.routed[0].neurons)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Int64 ``[(S + E) * m]``: the neurons of all experts, shared ones first; a neuron in two experts has two slots."""
+        return torch.cat([expert.neurons for expert in self.shared + self.routed])
+
+
+def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
+    """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``,
+    ``layers.L.down`` where there was a refit, and bool ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where
+    weights are drawn anew. ``report`` is what was measured on the way.
+    """
+    from safetensors.torch import save
+
+    prefix = f"layers.{blueprint.layer}"
+    tensors: dict[str, torch.Tensor] = {}
+    for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
+        if experts:
+            tensors[f"{prefix}.{kind}"] = torch.stack([e.neurons for e in experts]).to(torch.int32)
+        fresh = [e.fresh for e in experts if e.fresh is not None]
+        if fresh:
+            tensors[f"{prefix}.{kind}_fresh"] = torch.stack(fresh)
+    if blueprint.router is not None:
+        tensors[f"{prefix}.router"] = blueprint.router.float().contiguous()
+    if blueprint.down is not None:
+        tensors[f"{prefix}.down"] = blueprint.down.contiguous()
+    numbers: dict[str, Any] = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
+    if blueprint.spread != DOWN_ONLY:
+        numbers["spread"] = list(blueprint.spread)
+    for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
+        for key, usual in _OF_EXPERTS.items():
+            if any(getattr(expert, key) != usual for expert in experts):
+                numbers[f"{kind}_{key}"] = [getattr(expert, key) for expert in experts]
+    if blueprint.draws is not None:
+        numbers["draws"] = asdict(blueprint.draws)
+    header = {"layers": {str(blueprint.layer): numbers}}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(save(tensors, metadata={"upcycle": json.dumps(header, sort_keys=True)}))
+    temporary.rename(path)  # a file that is there is complete
+
+
+def join_blueprints(paths: list[Path], out: Path, recipe: Mapping[str, Any]) -> None:
+    """Join the files of single layers into one, block by block, with the recipe."""
+    files = [BlueprintFile(path) for path in paths]
+    layers = {name: numbers for file in files for name, numbers in file.header["layers"].items()}
+    header: dict[str, Any] = {
+        "__metadata__": {"upcycle": json.dumps({"layers": layers, "recipe": dict(recipe)}, sort_keys=True)}
+    }
+    # The widest dtypes first, so that every tensor is aligned.
+    entries = [(file, name, spec) for file in files for name, spec in file.tensors.specs.items()]
+    entries.sort(key=lambda entry: -ITEM_SIZE[entry[2].dtype])
+    position = 0
+    for _, name, spec in entries:
+        offsets = [position, position + spec.nbytes]
+        header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with out.open("wb") as joined:
+        joined.write(len(text).to_bytes(8, "little") + text)
+        for file, name, _ in entries:
+            for block in file.tensors.chunks(name, _BLOCK_BYTES):
+                joined.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class BlueprintFile:
+    """A saved blueprint, of one layer or of all; layers are read when asked for.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a blueprint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.tensors = SafetensorsFile(path)
+            self.header: dict[str, Any] = parse_json(self.tensors.metadata["upcycle"], "its header")
+            self.layers = sorted(map(int, self.header["layers"]))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing", hint="a blueprint is written beside every conversion") from None
+        except (KeyError, ValueError, CheckpointError, IsADirectoryError) as error:
+            raise CheckpointError(f"{path} is not a blueprint: {error}") from None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe it was made by, without its source."""
+        recipe: dict[str, Any] = self.header["recipe"]
+        return recipe
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """What calibration measured of every layer, in order; empty where nothing was calibrated."""
+        reports = (self.header["layers"][str(layer)]["report"] for layer in self.layers)
+        return [report for report in reports if report]
+
+    def shape(self, layer: int) -> tuple[int, int, int]:
+        """Routed experts, shared experts and neurons of each."""
+        routed = self.tensors.specs[f"layers.{layer}.routed"].shape
+        shared = self.tensors.specs.get(f"layers.{layer}.shared")
+        return routed[0], shared.shape[0] if shared else 0, routed[1]
+
+    def layer(self, layer: int) -> LayerBlueprint:
+        """Read one layer."""
+        numbers = self.header["layers"][str(layer)]
+        found = {
+            kind: self.tensors.read(f"layers.{layer}.{kind}")
+            for kind in ("routed", "shared", "router", "down", "routed_fresh", "shared_fresh")
+            if f"layers.{layer}.{kind}" in self.tensors.specs
+        }
+        return LayerBlueprint(
+            layer,
+            routed=_specs("routed", found, numbers),
+            shared=_specs("shared", found, numbers),
+            top_k=numbers["top_k"],
+            scale=numbers["scale"],
+            router=found.get("router"),
+            down=found.get("down"),
+            spread=tuple(numbers.get("spread", DOWN_ONLY)),
+            draws=Draws(**numbers["draws"]) if "draws" in numbers else None,
+        )
+
+
+def _specs(kind: str, found: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> tuple[ExpertSpec, ...]:
+    if kind not in found:
+        return ()
+    neurons, fresh = found[kind], found.get(f"{kind}_fresh")
+    specs = [ExpertSpec(row.long(), None if fresh is None else fresh[i]) for i, row in enumerate(neurons)]
+    for key in _OF_EXPERTS:
+        if values := numbers.get(f"{kind}_{key}"):
+            specs = [replace(spec, **{key: value}) for spec, value in zip(specs, values, strict=True)]
+    return tuple(specs)
+
+
+# What a blueprint says of how layers were decided and are built. Everything else is the user's: whether and on what the result
+# is verified, the models and the tokenizer it is made from.
+_BROUGHT = {
+    "method",
+    "parameters",
+    "experts",
+    "top_k",
+    "shared",
+    "active",
+    "pieces",
+    "shared_unheld",
+    "layers",
+    "router",
+    "calibration",
+    "refit",
+    "scale",
+    "pad",
+    "target",
+    "layout",
+    "dtype",
+    "max_shard_size",
+    "seed",
+}
+
+
+def blueprint_recipe(path: Path) -> dict[str, Any]:
+    """What a saved blueprint may say of a recipe: how its layers were decided, and nothing that is the user's to say.
+
+    Its calibration texts are names of what was read elsewhere, without their folders: none of them is opened.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a blueprint.
+    """
+    try:
+        recipe = dict(BlueprintFile(path).recipe)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path} holds no recipe", hint="name the blueprint.safetensors that lies beside a conversion"
+        ) from None
+    found = {key: value for key, value in recipe.items() if key in _BROUGHT}
+    texts = found.get("calibration")
+    if isinstance(texts, dict) and texts.get("text"):
+        named = texts["text"] if isinstance(texts["text"], list) else [texts["text"]]
+        found["calibration"] = {
+            **texts,
+            "text": [PurePath(str(name)).name if _is_path(name) else name for name in named],
+        }
+    return found
+
+
+def _is_path(name: Any) -> bool:
+    """Whether a calibration text is named by a path, and not as an embedded text or a dataset of the hub."""
+    return not isinstance(name, str) or name.startswith(("/", ".", "~")) or "\\" in name or bool(PurePath(name).suffix)

@@ -1,0 +1,205 @@
+"""Refit: closed-form update of a converted layer's down projections towards the dense model's output.
+
+No published converter does this; it is the least-squares step of layer-wise pruning (OBC, arXiv 2208.11580; SparseGPT,
+arXiv 2301.00774) applied to routed experts. With ``a(x)`` the activations of all slots, zero where a token's router did
+not choose the expert, the layer gives ``W a(x)``. The update D minimises
+
+    sum_t w_t ||target_t - (W + D) a(x_t)||^2 + strength * mean(diag G) * ||D||^2,    G = sum_t w_t a(x_t) a(x_t)^T
+
+where ``target`` is the dense model's layer output less the converted model's residual stream, so that a layer also makes
+up for errors of the layers below. The strength is chosen on held-out batches, then all batches are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from upcycle.errors import CheckpointError
+from upcycle.ffn.activations import Batch, Slots
+from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
+from upcycle.ffn.ridge_sums import RidgeSums
+from upcycle.ffn.router_capture import of_largest
+
+STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a fit did. Errors are relative: ``||target - output||^2 / ||target||^2`` over held-out tokens."""
+
+    error_before: float
+    error_after: float
+    strength: float | None = None
+    condition: float | None = None
+    factor: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, without what does not apply."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+class Applied(Protocol):
+    """A layer's slots: what is active in them, and fp32 ``down`` ``[d, slots]``."""
+
+    down: torch.Tensor
+
+    def active(self, batch: Batch) -> torch.Tensor:
+        """Fp32 ``[t, slots]``: activations, zero where they do not count."""
+
+
+class Routing:
+    """The activations of a layer's slots under its router, as the converted model will compute them.
+
+    Chosen experts weigh the same, so the layer is the plain sum of its shared and chosen experts. ``down`` is fp32
+    ``[d, slots]``.
+    """
+
+    def __init__(self, blueprint: LayerBlueprint, down: torch.Tensor, dtype: torch.dtype) -> None:
+        assert blueprint.router is not None
+        self._router = blueprint.router.to(dtype).float()  # chosen with the rows as they are stored
+        self._top_k, self._experts = blueprint.top_k, len(blueprint.routed)
+        self._always = len(blueprint.shared) * blueprint.intermediate_size
+        self._size = blueprint.intermediate_size
+        self._slots = blueprint.slots
+        zero = self._slots == ZERO_NEURON
+        self._zero = zero if bool(zero.any()) else None
+        self.down = self.columns(down)
+
+    def columns(self, down: torch.Tensor) -> torch.Tensor:
+        """Dense columns ``[d, F]`` in slot order ``[d, slots]``, fp32; zero neurons get zeros."""
+        taken = down.float()[:, self._slots.clamp(min=0)]
+        return taken if self._zero is None else taken.masked_fill(self._zero, 0.0)
+
+    def active(self, batch: Batch) -> torch.Tensor:
+        """Fp32 ``[t, slots]``: activations, zero in experts that were not chosen."""
+        taken = batch.hidden.index_select(1, self._slots.clamp(min=0))
+        if self._zero is not None:
+            taken[:, self._zero] = 0.0
+        if self._top_k < self._experts:
+            on = self.chosen(batch)
+            taken[:, self._always :].view(len(taken), self._experts, self._size).mul_(on[:, :, None])
+        return taken
+
+    def chosen(self, batch: Batch) -> torch.Tensor:
+        """Multi-hot fp32 ``[t, E]`` of the experts that the router chooses."""
+        return of_largest(linear(batch.x, self._router), self._top_k)
+
+    def stored(self, blueprint: LayerBlueprint) -> torch.Tensor:
+        """Fp32 ``[d, slots]``: what multiplies :meth:`active` in the finished model, factors included."""
+        down = self.down if blueprint.down is None else blueprint.down.float()
+        factor = blueprint.scale / self._top_k
+        if factor == 1.0:
+            return down
+        return torch.cat([down[:, : self._always], down[:, self._always :] * factor], dim=1)
+
+    def parts(self, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output ``[t, d]`` of the shared experts, and that of the chosen ones, summed."""
+        shared, routed = active[:, : self._always], active[:, self._always :]
+        return linear(shared, self.down[:, : self._always]), linear(routed, self.down[:, self._always :])
+
+
+def fit_down(start: torch.Tensor, slots: Slots, targets: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Refit]:
+    """Fit all down projections of a layer.
+
+    Args:
+        start: the down projection to begin with, fp32 ``[d, slots]``.
+        slots: what is active on the calibration tokens.
+        targets: fp32 ``[t, d]`` for every batch, in order.
+
+    Returns:
+        The new down projection, fp32 ``[d, slots]``, and what happened.
+
+    Raises:
+        CheckpointError: the targets or activations are not finite.
+    """
+    d, width = start.shape
+    sums = RidgeSums(width, d, torch.float32)
+    for batch, target in zip(slots.batches(), targets, strict=True):
+        sums.add(batch.hidden, target, batch.weight, batch.held_out)
+    if not sums.finite:
+        raise _not_finite(slots.layer)
+    before = sums.subtract(start.T.double())
+    choice = sums.best(STRENGTHS)
+    solution = sums.solve(choice.strength, condition=True)
+    report = Refit(before, before * choice.held_out_loss, choice.strength, solution.condition)
+    return start + solution.weights.T.float(), report
+
+
+def fit_scale(routing: Routing, slots: Slots, targets: Iterable[torch.Tensor]) -> tuple[float, Refit]:
+    """Fit one factor on the routed experts of a layer by least squares.
+
+    Returns:
+        The factor, relative to the plain sum of the chosen experts, and what happened. One that is not positive (the
+        routed experts tell nothing) is replaced by 1.
+    """
+    norms = _Norms()
+    product = square = held_product = held_square = 0.0
+    for batch, target in zip(slots.batches(), targets, strict=True):
+        shared, routed = routing.parts(batch.hidden)
+        error = target - shared - routed
+        norms.add(target, error, batch)
+        weight = batch.weight.double()
+        along = weight @ ((target - shared).double() * routed.double()).sum(1)
+        length = weight @ routed.double().square().sum(1)
+        if batch.held_out:
+            held_product, held_square = held_product + along.item(), held_square + length.item()
+        product, square = product + along.item(), square + length.item()
+    norms.check(slots.layer)
+    factor = product / square if square > 0 and product > 0 else 1.0
+    if norms.held_target == 0:
+        held_product, held_square = product, square
+    # ||r - (f - 1) u||^2 = ||r||^2 - 2 (f - 1) <r, u> + (f - 1)^2 ||u||^2 with r = target - shared - u.
+    change = factor - 1
+    gain = (2 * change * (held_product - held_square) - change**2 * held_square) / norms.target
+    return factor, Refit(norms.relative, norms.relative - gain, factor=factor)
+
+
+class _Norms:
+    """Squared lengths of targets and errors, over held-out tokens where there are any."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(2, 2, dtype=torch.float64)  # all or held out, target or error
+
+    def add(self, target: torch.Tensor, error: torch.Tensor, batch: Batch) -> None:
+        """Add one batch."""
+        weight = batch.weight.double()
+        squares = [(weight @ values.double().square().sum(1)).item() for values in (target, error)]
+        for row in (0, 1) if batch.held_out else (0,):
+            self._sums[row] += torch.tensor(squares, dtype=torch.float64)
+
+    @property
+    def held_target(self) -> float:
+        """Squared length of the held-out targets alone."""
+        return self._sums[1, 0].item()
+
+    @property
+    def target(self) -> float:
+        """Squared length of the targets that errors are measured on."""
+        return self._sums[1 if self.held_target > 0 else 0, 0].item()
+
+    @property
+    def relative(self) -> float:
+        """Squared error relative to the targets."""
+        row = self._sums[1 if self.held_target > 0 else 0]
+        return (row[1] / row[0]).item() if row[0] > 0 else 0.0
+
+    def check(self, layer: int) -> None:
+        """Refuse sums that are not finite.
+
+        Raises:
+            CheckpointError: names the layer.
+        """
+        if not bool(self._sums.isfinite().all()):
+            raise _not_finite(layer)
+
+
+def _not_finite(layer: int) -> CheckpointError:
+    return CheckpointError(
+        f"layer {layer}: the calibration states are not finite",
+        hint="convert the checkpoint in the dtype it was trained in, or use --calibration-mode parallel",
+    )

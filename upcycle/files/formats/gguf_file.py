@@ -1,0 +1,297 @@
+"""A ``.gguf`` file of the Llama family as a dense checkpoint: tensors are dequantized one at a time.
+
+Names and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import CheckpointError, EnvironmentFault, RefusalError
+from upcycle.files.formats.folder_contents import shown, something_else
+from upcycle.files.formats.settings import DECIMAL, SIZE
+from upcycle.files.formats.tensor_files import SAMPLE_BYTES, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_ARCHITECTURE = "llama"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+# Metadata keys of the architecture that are read below.
+_READ = (
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
+)
+# Those that change the function, with the values that do not. Any other key of the architecture is refused by name.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.finetuned": (False,),
+    "rope.scaling.type": ("none",),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "use_parallel_residual": (False,),
+}
+# What a tensor is read as where the recipe keeps dtypes: every value is held. A quantized block's are products of a
+# half-precision scale and small integers, which take more bits than half precision has.
+_KEPT = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_QUANTIZED = "float32"
+_ELSEWHERE = "convert the safetensors checkpoint it was made from"
+
+
+class GgufFile:
+    """Tensors under their Hugging Face names, in a dtype that holds every value.
+
+    What the file says of the model is read or refused: keys of other namespaces (``general``, ``tokenizer`` and tools' own)
+    are none that an engine computes with.
+
+    Raises:
+        CheckpointError: not a GGUF file, damaged, or a part of one.
+        RefusalError: another architecture than llama, or a metadata key that changes what it computes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError:
+            raise EnvironmentFault(
+                "reading a .gguf file needs the gguf package", hint="pip install 'upcycle[gguf]'"
+            ) from None
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+            self._metadata = {name: _contents(name, field) for name, field in reader.fields.items()}
+            named = {tensor.name: tensor for tensor in reader.tensors}
+        except Exception as error:  # of a damaged file the package says whatever it stumbles over
+            raise something_else(path) or CheckpointError(
+                f"{path} is not a readable GGUF file: {shown(str(error))}", hint="download it again"
+            ) from None
+        self._dequantize = gguf.quants.dequantize
+        self._refuse_others(set(named))
+        self._tensors = {self._name(name): tensor for name, tensor in named.items()}
+        # GGUF lists dimensions innermost first.
+        self.specs = {
+            name: TensorSpec(
+                tuple(int(n) for n in reversed(tensor.shape)), _KEPT.get(tensor.tensor_type.name, _QUANTIZED)
+            )
+            for name, tensor in self._tensors.items()
+        }
+        self.config = self._config()
+        with path.open("rb") as file:
+            self._header = reader.data_offset
+            header = file.read(self._header)
+        self.fingerprint = hashlib.sha256(header + str(path.stat().st_size).encode()).hexdigest()
+
+    def _refuse_others(self, tensors: set[str]) -> None:
+        """Everything but one whole, dense, plain Llama."""
+        parts = self._metadata.get("split.count", 0)
+        if parts not in (0, 1):
+            raise CheckpointError(
+                f"{self.path} is one part of a GGUF file that was split into {shown(parts)}",
+                hint="join them first: llama-gguf-split --merge FIRST_PART WHOLE.gguf",
+            )
+        kind, architecture = (self._metadata.get(f"general.{key}") for key in ("type", "architecture"))
+        if kind not in (None, "model"):
+            raise RefusalError(f"{self.path} holds no model: 'general.type' is {shown(kind)}", hint=_ELSEWHERE)
+        if architecture != _ARCHITECTURE:
+            raise RefusalError(
+                f"{self.path} holds a '{shown(architecture)}' model; only llama GGUF files are read", hint=_ELSEWHERE
+            )
+        if "rope_freqs.weight" in tensors:
+            raise RefusalError(
+                f"{self.path} has scaled rotary frequencies (Llama 3.1), whose settings GGUF does not keep",
+                hint=_ELSEWHERE,
+            )
+        for name, value in self._metadata.items():
+            namespace, _, key = name.partition(".")
+            if namespace == _ARCHITECTURE and key not in _READ and value not in _NEUTRAL.get(key, ()):
+                what = "scaled rotary frequencies: " if key.startswith("rope.scal") else ""
+                why = "changes what the model computes" if key in _NEUTRAL else "is not known here, and may do so"
+                raise RefusalError(
+                    f"{self.path} has {what}metadata key '{name}' = {shown(value)}, which {why}", hint=_ELSEWHERE
+                )
+
+    def metadata(self, key: str) -> Any:
+        """What the file says of itself under a key, or None."""
+        return self._metadata.get(key)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a vocabulary to make a tokenizer of."""
+        return "tokenizer.ggml.model" in self._metadata and "tokenizer.ggml.tokens" in self._metadata
+
+    def _name(self, name: str) -> str:
+        stem, _, kind = name.rpartition(".")
+        if kind in ("weight", "bias"):
+            if stem.startswith("blk."):
+                _, layer, part = (stem + "..").split(".", 3)[:3]
+                if part in _LAYER and layer.isdecimal():
+                    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+            elif stem in _GLOBAL:
+                return f"{_GLOBAL[stem]}.{kind}"
+        raise RefusalError(f"{self.path}: tensor '{shown(name)}' is not part of a dense Llama model", hint=_ELSEWHERE)
+
+    def _number(self, key: str, default: float | None = None, whole: bool = True) -> Any:
+        """A number of the architecture's, by its key.
+
+        Raises:
+            CheckpointError: it is missing, or no number, or different from layer to layer.
+        """
+        value = self._metadata.get(f"{_ARCHITECTURE}.{key}", default)
+        if value is None or not (SIZE if whole else DECIMAL).fits(value):
+            found = "is missing" if value is None else f"is {shown(value)}"
+            wanted = (SIZE if whole else DECIMAL).what
+            raise CheckpointError(
+                f"{self.path}: metadata key '{_ARCHITECTURE}.{key}' {found}, and must be {wanted}",
+                hint="download it again",
+            )
+        return value
+
+    def _biases(self, parts: tuple[str, ...]) -> bool:
+        """Whether projections have biases, as config.json can say it: all of ``parts`` in every layer, or none.
+
+        Raises:
+            RefusalError: some have.
+        """
+        found = {name for name in self.specs if name.endswith(tuple(f".{part}.bias" for part in parts))}
+        if len(found) not in (0, len(parts) * self._number("block_count")):
+            raise RefusalError(
+                f"{self.path}: only some projections have biases ('{min(found)}'), which no llama configuration can say",
+                hint=_ELSEWHERE,
+            )
+        return bool(found)
+
+    def _config(self) -> dict[str, Any]:
+        embeddings = self.specs.get(EMBEDDING)
+        if embeddings is None:
+            raise CheckpointError(f"{self.path}: tensor 'token_embd.weight' is missing", hint="download it again")
+        heads, width = self._number("attention.head_count"), self._number("embedding_length")
+        head = self._number("attention.key_length", max(width // heads, 1))
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self._number(key, head) != head:
+                raise RefusalError(
+                    f"{self.path} has metadata key '{_ARCHITECTURE}.{key}' = {self._number(key)} where a head has {head}",
+                    hint=_ELSEWHERE,
+                )
+        first = self.specs.get("model.layers.0.mlp.gate_proj.weight")
+        return {
+            "model_type": "llama",
+            "hidden_size": width,
+            "intermediate_size": self._number("feed_forward_length"),
+            "num_hidden_layers": self._number("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "head_dim": head,
+            "rms_norm_eps": _shortest(self._number("attention.layer_norm_rms_epsilon", whole=False)),
+            "max_position_embeddings": self._number("context_length"),
+            "rope_theta": _shortest(self._number("rope.freq_base", 10000.0, whole=False)),
+            "vocab_size": embeddings.shape[0],
+            "tie_word_embeddings": HEAD not in self.specs,
+            "attention_bias": self._biases(("q_proj", "k_proj", "v_proj", "o_proj")),
+            "mlp_bias": self._biases(("gate_proj", "up_proj", "down_proj")),
+            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
+            "dtype": first.dtype if first else _QUANTIZED,
+        }
+
+    @property
+    def note(self) -> str | None:
+        """What to tell a user of the dtypes that were chosen; None where the file has plain dtypes only."""
+        kinds = sorted({t.tensor_type.name for t in self._tensors.values()} - set(_KEPT))
+        if not kinds:
+            return None
+        return (
+            f"quantized tensors ({', '.join(kinds)}) are read in {_QUANTIZED}, which holds every dequantized value; "
+            "--dtype bfloat16 writes half as much and rounds"
+        )
+
+    def sample(self) -> str:
+        """SHA-256 of the header and of a few bytes of every tensor, as the file holds them now."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            digest.update(file.read(self._header))
+            for tensor in self._tensors.values():
+                last = max(int(tensor.n_bytes) - SAMPLE_BYTES, 0)
+                for position in sorted({0, last // 2, last}):
+                    file.seek(int(tensor.data_offset) + position)
+                    digest.update(file.read(min(SAMPLE_BYTES, int(tensor.n_bytes))))
+        return digest.hexdigest()
+
+    def location(self, name: str) -> str:
+        """The file."""
+        return str(self.path)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Dequantize one tensor."""
+        return self._rows(name, 0, self.specs[name].shape[0])
+
+    def chunks(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """One block: quantized tensors are small."""
+        yield self._rows(name, *part) if part else self.read(name)
+
+    def _rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        import torch
+
+        tensor, spec = self._tensors[name], self.specs[name]
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        rows = slice(None) if heads else slice(first, first + count)  # rows of a head are read together
+        try:
+            values = torch.from_numpy(self._dequantize(tensor.data[rows], tensor.tensor_type).copy())
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise RefusalError(
+                f"{self.path}: tensor '{name}' is {kind}, which the gguf package cannot dequantize", hint=_ELSEWHERE
+            ) from None
+        values = values.view(-1, *spec.shape[1:])
+        return _half_split(values, self.config[heads])[first : first + count] if heads else values
+
+
+def _contents(key: str, field: Any) -> Any:
+    """A metadata value; of a vocabulary only that there is one, as they are long."""
+    is_list = len(field.data) > 1
+    return True if is_list and key.startswith("tokenizer.") else field.contents()
+
+
+def _shortest(value: float) -> float:
+    """GGUF stores fp32: 1e-5 reads as 9.999999747e-06. The shortest decimal with the same fp32 value is what was meant."""
+    import numpy
+
+    return float(str(numpy.float32(value)))
+
+
+def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo GGUF's interleaved rotary order: rows (0, 1), (2, 3), ... of a head become (0, h/2), (1, h/2+1), ..."""
+    return weight.view(heads, len(weight) // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

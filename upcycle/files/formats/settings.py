@@ -1,0 +1,186 @@
+"""Reads ``config.json`` key by key: what every key must be, which cannot change the function, and which are refused.
+
+A key is read by the family, or cannot change what its stock class computes, or has the one value with which that class
+computes what targets can hold; anything else is refused by name. What a stock class does not know it ignores, and so
+does this. A contract test compares all of it with the fields of the stock classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle.errors import CheckpointError, RefusalError
+from upcycle.files.formats.folder_contents import shown
+
+# No transformer has a hundredth of it; a number without bound costs memory before anything can be compared with it.
+MOST_LAYERS = 10_000
+_MOST = 2**31 - 1
+_FURTHEST_ID = 2**62
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the value of a key can be, in words and as a test; ``null`` says whether it may be null."""
+
+    what: str
+    fits: Callable[[Any], bool]
+    null: bool = False
+
+    @property
+    def optional(self) -> Kind:
+        """The same or null."""
+        return Kind(f"{self.what} or null", self.fits, null=True)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number."""
+    if type(value) is int:
+        return abs(value) <= _FURTHEST_ID  # beyond, no float is near
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _all(value: object, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def _is_numbered(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and key.isdecimal() for key in value)
+
+
+ANY = Kind("anything", lambda _: True, null=True)
+SIZE = Kind("a positive integer", lambda v: _is_integer(v, 1, _MOST))
+LAYERS = Kind(f"a positive integer up to {MOST_LAYERS}", lambda v: _is_integer(v, 1, MOST_LAYERS))
+COUNT = Kind("an integer that is not negative", lambda v: _is_integer(v, 0, _MOST))
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+NUMBER = Kind("a number", is_number)
+POSITIVE = Kind("a positive number", lambda v: is_number(v) and v > 0)
+DECIMAL = Kind("a positive number with a decimal point", lambda v: isinstance(v, float) and math.isfinite(v) and v > 0)
+FRACTION = Kind("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
+SPREAD = Kind("a number from 0.0 to 1.0 with a decimal point", lambda v: isinstance(v, float) and 0 <= v <= 1)
+PART = Kind("a number above 0 and up to 1", lambda v: is_number(v) and 0 < v <= 1)
+NAME = Kind("text", lambda v: isinstance(v, str))
+NAMES = Kind("a list of text", lambda v: _all(v, lambda name: isinstance(name, str)))
+COUNTS = Kind("a list of integers that are not negative", lambda v: _all(v, lambda n: _is_integer(n, 0, _MOST)))
+MAPPING = Kind("a mapping", lambda v: isinstance(v, Mapping))
+TOKEN = Kind("a token id", lambda v: _is_integer(v, -_FURTHEST_ID, _FURTHEST_ID), null=True)
+TOKENS = Kind(
+    "a token id or a list of them",
+    lambda v: TOKEN.fits(v) or _all(v, TOKEN.fits),
+    null=True,
+)
+# Every name of transformers' own table but those of functions with weights.
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
+    *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2"),
+    *("relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh"),
+)
+ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda v: isinstance(v, str) and v in ACTIVATIONS)
+DTYPE = Kind("float64, float32, float16 or bfloat16", lambda v: v in ("float64", "float32", "float16", "bfloat16"))
+
+# Under the names that DenseConfig has; a family may spell them in another way.
+COMMON: Mapping[str, Kind] = {
+    "model_type": NAME,
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE.optional,
+    "hidden_act": ACTIVATION,
+    "max_position_embeddings": SIZE,
+    "initializer_range": SPREAD,
+    "rms_norm_eps": DECIMAL,
+    "attention_dropout": FRACTION,
+    "tie_word_embeddings": FLAG,
+    "rope_parameters": MAPPING.optional,
+    "rope_scaling": MAPPING.optional,
+    "rope_theta": POSITIVE.optional,
+    "partial_rotary_factor": PART.optional,
+    "original_max_position_embeddings": SIZE.optional,
+    "bos_token_id": TOKEN,
+    "eos_token_id": TOKENS,
+    "pad_token_id": TOKEN,
+    "dtype": DTYPE.optional,
+    "torch_dtype": DTYPE.optional,
+    "no_rope_layers": Kind("a list of 0 and 1", lambda v: _all(v, lambda n: n in (0, 1))).optional,
+}
+# Keys of stock classes that say nothing of the function, or that act in training or in generation only.
+HARMLESS: Mapping[str, Kind] = {
+    "architectures": NAMES.optional,
+    "chunk_size_feed_forward": ANY,
+    "eod_token_id": TOKEN,
+    "embd_pdrop": FRACTION,
+    "id2label": Kind("a mapping of numbers to labels", _is_numbered).optional,
+    "is_encoder_decoder": ANY,
+    "label2id": MAPPING.optional,
+    "output_hidden_states": ANY,
+    "pretraining_tp": Kind("an integer", lambda v: type(v) is int),
+    "problem_type": ANY,
+    "resid_pdrop": FRACTION,
+    "residual_dropout": FRACTION,
+    "return_dict": ANY,
+    "transformers_version": ANY,
+    "use_cache": FLAG,
+}
+# Keys that stock code reads of any model, with the values that leave it the function of its class.
+_FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "is_causal": ((True, None), "it attends in both directions, and every target here is causal"),
+    "per_layer_config": ((None, {}), "its layers have configurations of their own, and no target here can hold that"),
+    "transformers_weights": ((None, "model.safetensors"), "the weights are in a file of another name: rename it"),
+    "fusion_config": ((None, {}), "its modules are to be replaced by others"),
+}
+
+
+def checked(raw: Mapping[str, Any], own: Mapping[str, Kind], aliases: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The keys of ``config.json`` that a family reads, each of the kind it must be.
+
+    Args:
+        raw: the file.
+        own: the kinds of the family's own keys, or of common ones that it has otherwise.
+        aliases: the family's spelling of common keys.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: a value is of another kind; names file, key and value.
+        RefusalError: a key asks for what no target can hold.
+    """
+    kinds = {**HARMLESS, **{aliases.get(key, key): kind for key, kind in COMMON.items()}, **own}
+    for key, value in raw.items():
+        if key in _FIXED and value not in _FIXED[key][0]:
+            raise RefusalError(f"{where}: '{key}' is {shown(value)}: {_FIXED[key][1]}")
+        if key in kinds:
+            check_value(key, value, kinds[key], where)
+    return {key: value for key, value in raw.items() if key in kinds}
+
+
+_CORRECT = "correct the key, or download config.json again"
+
+
+def model_type(raw: Mapping[str, Any], where: str) -> str:
+    """The architecture that a configuration names.
+
+    Raises:
+        CheckpointError: none, or no text.
+    """
+    if not raw.get("model_type"):
+        raise CheckpointError(f"{where}: config.json has no 'model_type'", hint="point at a Hugging Face checkpoint")
+    check_value("model_type", raw["model_type"], NAME, f"{where}: config.json")
+    return str(raw["model_type"])
+
+
+def check_value(key: str, value: object, kind: Kind, where: str, hint: str = _CORRECT) -> None:
+    """Raise a CheckpointError that names file and key where a value is not of its kind."""
+    fits = kind.null if value is None else kind.fits(value)
+    if not fits:
+        raise CheckpointError(
+            f"{where}: '{key}' must be {kind.what}, got {shown(repr(value))}",
+            hint=hint,
+        )

@@ -1,0 +1,94 @@
+"""Finds what the user named as a source: a folder, a ``.gguf`` file, a hub id or the embedded demo model."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.user_paths import user_path
+
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# Everything but weights in other formats; nothing here is ever executed. The model card says the licence.
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source on this machine: ``path`` is a folder or a ``.gguf`` file."""
+
+    name: str  # as the user wrote it
+    path: Path
+    revision: str | None = None  # resolved commit of a hub id
+
+
+def is_local(name: str) -> bool:
+    """Whether ``name`` needs no download."""
+    return name == "demo" or user_path(name).exists()
+
+
+def locate(name: str, revision: str | None = None, config_only: bool = False) -> Source:
+    """Find ``name``, downloading it from the hub when it is not local.
+
+    Raises:
+        UsageError: no such folder, file or repository.
+        EnvironmentFault: the hub cannot be reached.
+    """
+    if name == "demo":
+        return Source("demo", DEMO_FOLDER / "model")
+    path = user_path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        if revision:
+            raise UsageError(f"--revision only applies to a hub id, and {name} is local")
+        return Source(name, path)
+    if path.is_file():
+        raise UsageError(
+            f"{name} is a file but not a .gguf", hint="name the folder that holds config.json and the weights"
+        )
+    if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".yaml", ".yml")):
+        raise UsageError(
+            f"no such file or folder: {name}",
+            hint="a source is a local folder, a .gguf file, a hub id (org/name), or demo",
+        )
+    return _from_hub(name, revision, ("config.json",) if config_only else _WANTED)
+
+
+def _from_hub(name: str, revision: str | None, wanted: tuple[str, ...]) -> Source:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
+    except GatedRepoError:
+        raise UsageError(
+            f"{name} on the hub asks you to accept its licence first",
+            hint=f"accept it on the page of {name}, then run: hf auth login",
+        ) from None
+    except RevisionNotFoundError:
+        raise UsageError(
+            f"{name} on the hub has no revision '{revision}'", hint="leave --revision out for the main branch"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UsageError(
+            f"no folder and no hub repository is called {name}",
+            hint="check the spelling; for a private repository run: hf auth login",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            raise
+        offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
+        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
+        raise EnvironmentFault(
+            f"cannot download {name}: {why}",
+            hint=f"download it where there is a network (hf download {name}), then name the folder",
+        ) from None
+    return Source(name, folder, revision=folder.name)

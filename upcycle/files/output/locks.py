@@ -1,0 +1,175 @@
+"""One process at a time in a folder, also on file systems that have no locks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import CheckpointError, UpcycleError
+from upcycle.files.formats.parsing import read_json
+
+LOCK = ".lock"
+PID_LOCK = ".lock.pid"
+LOCKS = (LOCK, PID_LOCK)
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_BEING_WRITTEN = 10.0  # seconds after which an empty file of a process was left by one that died
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+class FolderLock:
+    """The lock of a folder, taken by :meth:`acquire` and given back by :meth:`release` or by the end of the process.
+
+    Where the file system has no locks (some network and user-space ones), a file says which process is at work; it is
+    given up when that process has ended on this machine.
+
+    Args:
+        folder: it exists.
+        busy: what to say when another process has it.
+        note: is told where there are no real locks.
+    """
+
+    def __init__(self, folder: Path, busy: str, note: Callable[[str], None] = _silent) -> None:
+        self._folder, self._busy, self._note = folder, busy, note
+        self._descriptor = -1
+        self._file: Path | None = None
+
+    def acquire(self) -> None:
+        """Take it.
+
+        Raises:
+            UpcycleError: another process has it.
+            OSError: the folder cannot be written.
+        """
+        while True:
+            descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            try:
+                locked = _flock(descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise UpcycleError(self._busy, hint="wait for it to finish, or choose another folder") from None
+            # Whoever had it may have renamed the folder meanwhile: then this is a lock on a file that nobody looks at.
+            try:
+                same = os.path.samestat(os.fstat(descriptor), (self._folder / LOCK).stat())
+            except OSError:
+                same = False
+            if not same:
+                os.close(descriptor)
+                if not self._folder.is_dir():
+                    raise UpcycleError(self._busy, hint="it has just finished: look at what it wrote")
+                continue
+            self._descriptor = descriptor
+            if not locked:
+                try:
+                    self._by_process()
+                except BaseException:
+                    self.release()
+                    raise
+            return
+
+    def release(self) -> None:
+        """Give it back; the files stay where they are, but for the one that names this process."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+            self._file = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _by_process(self) -> None:
+        path = self._folder / PID_LOCK
+        for _ in range(8):  # each time a file that a dead process left is out of the way
+            try:
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                self._refuse_or_remove(path)
+                continue
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(_this_process(), file)
+            self._file = path
+            self._note(f"the file system of {self._folder} has no locks: keep other commands away from it meanwhile")
+            return
+        raise UpcycleError(self._busy, hint=f"if nothing runs any more, remove {path}")
+
+    def _refuse_or_remove(self, path: Path) -> None:
+        try:
+            holder = read_json(path)
+            gone = holder["host"] == socket.gethostname() and not _runs(holder)
+            who = f"process {int(holder['pid'])} on {holder['host']}"
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+            if not path.exists():
+                return
+            gone, who = _age(path) > _BEING_WRITTEN, "it"
+        if not gone:
+            raise UpcycleError(self._busy, hint=f"if {who} runs no more, remove {path}")
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file, which is made.
+
+    It spares double work, and must not be needed for more: on file systems without locks nobody waits.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _flock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file; False where the system or the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has it, and we do not wait.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in _HELD:
+            raise BlockingIOError from None
+        return False
+    return True
+
+
+def _this_process() -> dict[str, Any]:
+    import psutil
+
+    return {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
+
+
+def _runs(holder: dict[str, Any]) -> bool:
+    """Whether that very process is alive; its number may have been given to another one."""
+    import psutil
+
+    try:
+        return abs(psutil.Process(int(holder["pid"])).create_time() - float(holder["started"])) < 1
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0

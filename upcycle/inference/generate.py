@@ -1,0 +1,174 @@
+"""Text that a model writes, token by token, with the experts that read every token in one layer. T tokens, K top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.errors import UsageError
+from upcycle.files.locate import locate
+from upcycle.models.load import load_model
+from upcycle.registry import TARGETS
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token: ``text`` is what it adds (nothing, while a character is not complete).
+
+    ``experts`` are those that the router chose where the token was read, the heaviest first, with their ``weights``; both are
+    empty of a dense model. ``prompt`` says whether it was given, and not written.
+    """
+
+    id: int
+    text: str
+    experts: list[int]
+    weights: list[float]
+    prompt: bool
+
+
+class Writer:
+    """A model in fp32 that writes.
+
+    Args:
+        name: folder, hub id, ``.gguf`` file or ``demo``; dense, or a MoE of one of the targets.
+        layer: whose experts are told; the middle one of the layers that have some by default.
+        experts: whether they are told at all.
+
+    Raises:
+        UsageError: the layer has no experts, or the model's experts cannot be read.
+        EnvironmentFault: the model does not fit in memory.
+    """
+
+    def __init__(self, name: str, layer: int | None = None, experts: bool = True) -> None:
+        self.tokenizer: Any = load_tokenizer(locate(name).path)
+        self.model: Any = load_model(name)
+        self.layer: int | None = None
+        self.experts = 0
+        self._recorder: Any = None
+        if experts:
+            self._watch(name, layer)
+        self.context: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self._ends = self._end_tokens()
+        #: why the last text ended: ``end`` of text, ``length``, or ``context``
+        self.stopped = "length"
+
+    def _watch(self, name: str, layer: int | None) -> None:
+        if not any(module.endswith(".experts") for module, _ in self.model.named_modules()):
+            if layer is not None:
+                raise UsageError(f"{name} is dense: no layer has experts", hint="leave --layer out")
+            return
+        if self.model.config.model_type not in TARGETS:
+            raise UsageError(
+                f"the experts of {self.model.config.model_type} cannot be read",
+                hint="--no-experts writes the text alone",
+            )
+        from upcycle.trainers.routing.router_records import capture
+        from upcycle.trainers.routing.stock_routers import moe_layers
+
+        rules = {found.index: found.rule for found in moe_layers(self.model)}
+        if layer is not None and layer not in rules:
+            listed = ", ".join(map(str, rules))
+            raise UsageError(f"layer {layer} of {name} has no experts", hint=f"--layer takes one of: {listed}")
+        self.layer = list(rules)[len(rules) // 2] if layer is None else layer
+        self.experts = rules[self.layer].experts
+        self._recorder = capture(self.model)
+
+    def _end_tokens(self) -> set[int]:
+        settings = getattr(self.model, "generation_config", None)
+        named = (getattr(settings, "eos_token_id", None), self.model.config.eos_token_id, self.tokenizer.eos_token_id)
+        ends = [end for ids in named for end in (ids if isinstance(ids, list) else [ids])]
+        return {end for end in ends if end is not None}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with what the tokenizer puts before it.
+
+        Raises:
+            UsageError: there is nothing in it.
+        """
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        if not prompt or not ids:
+            raise UsageError("the prompt is empty", hint="--prompt 'Once upon a time'")
+        return ids
+
+    def write(self, ids: Sequence[int], tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[Token]:
+        """The prompt's tokens, and then at most ``tokens`` of the model's, each as soon as its experts are known.
+
+        Args:
+            ids: the prompt, at least one token.
+            tokens: how many to write at most; a token that ends a text ends it earlier, and so does the model's context.
+            temperature: 0 takes the likeliest token every time.
+            seed: of the draws; the same seed writes the same text.
+
+        Raises:
+            UsageError: the prompt leaves no room in the context.
+        """
+        if self.context is not None and len(ids) >= self.context:
+            raise UsageError(f"the prompt has {len(ids):,} tokens, and the model reads {self.context:,}")
+        rng = torch.Generator().manual_seed(seed)
+        pieces = Pieces(self.tokenizer)
+        logits, cache, chosen = self._read(list(ids), None)
+        for position, token in enumerate(ids):
+            yield Token(token, pieces.add(token), *chosen[position], True)
+        self.stopped = "length"
+        for count in range(tokens):
+            token = _draw(logits, temperature, rng)
+            if token in self._ends:
+                self.stopped = "end"
+                return
+            if self.context is not None and len(ids) + count >= self.context:
+                self.stopped = "context"
+                return
+            logits, cache, chosen = self._read([token], cache)
+            last = count == tokens - 1
+            yield Token(token, pieces.add(token) + (pieces.rest() if last else ""), *chosen[0], False)
+
+    @torch.no_grad()
+    def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any, list[tuple[list[int], list[float]]]]:
+        """The logits ``[V]`` behind the last token, the cache, and every token's experts and weights."""
+        output = self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        chosen: list[tuple[list[int], list[float]]] = [([], []) for _ in ids]
+        if self._recorder:
+            record = next(record for record in self._recorder.take() if record.layer == self.layer)
+            weights, order = record.weights.float().sort(dim=-1, descending=True)
+            experts = record.experts.gather(-1, order)
+            chosen = list(zip(experts.tolist(), weights.tolist(), strict=True))
+        return output.logits[0, -1], output.past_key_values, chosen
+
+
+class Pieces:
+    """Turns tokens into text one by one; the bytes of a character that is not complete wait for the others."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._before = self._done = 0  # what is decoded again for its context, and what was shown
+
+    def add(self, token: int) -> str:
+        """What ``token`` adds."""
+        self._ids.append(token)
+        text, shown = self._decode(len(self._ids)), self._decode(self._done)
+        if text.endswith("\ufffd"):
+            return ""
+        self._before, self._done = self._done, len(self._ids)
+        return text[len(shown) :]
+
+    def rest(self) -> str:
+        """What was still waiting, as replacement characters."""
+        text, shown = self._decode(len(self._ids)), self._decode(self._done)
+        self._before = self._done = len(self._ids)
+        return text[len(shown) :]
+
+    def _decode(self, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[self._before : end], skip_special_tokens=True)
+        return text
+
+
+def _draw(logits: torch.Tensor, temperature: float, rng: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits.double() / temperature).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=rng))

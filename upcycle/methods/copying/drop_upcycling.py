@@ -1,0 +1,79 @@
+"""Drop-Upcycling: copies of the dense FFN, each with some of its neurons drawn anew."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.methods.copying.base import Copies, CopiesParameters, chosen_mask, part_of, seeded
+
+
+class DropUpcyclingParameters(CopiesParameters):
+    """Parameters of :class:`DropUpcycling`."""
+
+    ratio: float = Field(
+        0.5, ge=0, le=1, description="share of every expert's neurons that are drawn anew; 0: plain copies"
+    )
+    shared_indices: bool = Field(
+        True, description="draw the same neurons anew in gate, up and down (false: other ones in each matrix)"
+    )
+
+
+class DropUpcycling(Copies):
+    """Nakamura et al., ICLR 2025, arXiv 2502.19261.
+
+    Every expert is a copy in which ``floor(r * F)`` random neurons take new weights: in each of gate, up and down, normal
+    numbers with the mean and the standard deviation of all the weights they replace there.
+
+    Deviations: the paper's text has one index set for the three matrices of an expert (``shared_indices``, the default);
+    its code, as we have it at second hand, draws one for each, which touches more neurons. That code also permutes an
+    expert's neurons first, which changes nothing that an expert computes and is left out.
+    """
+
+    name = "drop_upcycling"
+    title = "Drop-Upcycling"
+    paper = "https://arxiv.org/abs/2502.19261"
+    Parameters = DropUpcyclingParameters
+    parameters: DropUpcyclingParameters
+
+    def __init__(self, parameters: DropUpcyclingParameters) -> None:
+        super().__init__(parameters)
+        self.draws = parameters.ratio > 0
+        self.exact_when_all_active = not self.draws
+
+    def inexact(self, shape: MoeShape, scale: float) -> str | None:
+        """New neurons, or weights that do not sum to 1."""
+        if self.draws:
+            return f"{self.parameters.ratio:.0%} of every expert's neurons are drawn anew"
+        return super().inexact(shape, scale)
+
+    def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
+        """The dense width."""
+        self.refuse_shared(shared, "every expert is the whole FFN, partly drawn anew")
+        return intermediate_size
+
+    def blueprint(
+        self,
+        ffn: FeedForward,
+        shape: MoeShape,
+        scale: float,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> LayerBlueprint:
+        """All neurons, E times; which of them are new differs from expert to expert."""
+        everything, count = torch.arange(ffn.intermediate_size), part_of(self.parameters.ratio, ffn.intermediate_size)
+        if not count:
+            return LayerBlueprint(ffn.layer, (ExpertSpec(everything),) * shape.experts, shape.top_k, scale)
+        sets = 1 if self.parameters.shared_indices else 3
+
+        def fresh() -> torch.Tensor:
+            return (
+                torch.stack([chosen_mask(len(everything), count, rng) for _ in range(sets)]).expand(3, -1).contiguous()
+            )
+
+        routed = tuple(ExpertSpec(everything, fresh()) for _ in range(shape.experts))
+        return LayerBlueprint(ffn.layer, routed, shape.top_k, scale, draws=seeded(rng))

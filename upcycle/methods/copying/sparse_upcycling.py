@@ -1,0 +1,69 @@
+"""Sparse upcycling: every expert is a copy of the dense FFN."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from upcycle.architectures.moe.base import MoeShape
+from upcycle.ffn.activations import Activations
+from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.methods.copying.base import Copies, CopiesParameters, seeded
+
+
+class SparseUpcyclingParameters(CopiesParameters):
+    """Parameters of :class:`SparseUpcycling`."""
+
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="normal noise on every expert's gate, up and down, as a fraction of each matrix's standard deviation",
+    )
+
+
+class SparseUpcycling(Copies):
+    """Komatsuzaki et al., ICLR 2023, arXiv 2212.05055.
+
+    Here the top-k weights are renormalised to sum to 1, which preserves the dense function at any k and helps vision
+    models; the paper's language models leave them as the softmax gives them (``gate=softmax``) and start from about k/E of
+    the FFN's output. The paper upcycles half of the layers (``--layers every-other`` or ``last-half``).
+
+    Deviations: routing is by token choice, in encoders too; no expert dropout. ``noise`` is not in the paper's main
+    recipe: experts drift apart faster, and the dense function is kept only approximately.
+    """
+
+    name = "sparse_upcycling"
+    title = "Sparse upcycling"
+    paper = "https://arxiv.org/abs/2212.05055"
+    Parameters = SparseUpcyclingParameters
+    parameters: SparseUpcyclingParameters
+
+    def __init__(self, parameters: SparseUpcyclingParameters) -> None:
+        super().__init__(parameters)
+        self.draws = parameters.noise > 0
+        self.exact_when_all_active = not self.draws
+
+    def inexact(self, shape: MoeShape, scale: float) -> str | None:
+        """Noise, or weights that do not sum to 1."""
+        if self.draws:
+            return f"every expert has noise of {self.parameters.noise:g} of its weights' standard deviation"
+        return super().inexact(shape, scale)
+
+    def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
+        """The dense width."""
+        self.refuse_shared(shared, "every expert is the whole FFN")
+        return intermediate_size
+
+    def blueprint(
+        self,
+        ffn: FeedForward,
+        shape: MoeShape,
+        scale: float,
+        rng: torch.Generator,
+        activations: Activations | None = None,
+    ) -> LayerBlueprint:
+        """All neurons, E times."""
+        everything = ExpertSpec(torch.arange(ffn.intermediate_size))
+        draws = seeded(rng, noise=self.parameters.noise) if self.draws else None
+        return LayerBlueprint(ffn.layer, (everything,) * shape.experts, shape.top_k, scale, draws=draws)

@@ -1,0 +1,177 @@
+"""The protocol of growth steps: what is written are whole tensors of the source, not experts made of its neurons."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.methods.base import AnyMethod
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.progress import Progress
+    from upcycle.recipe.conversion_recipe import Recipe
+
+Choice = dict[int, tuple[int, ...]]  # layer -> the source's expert that each expert of the result is
+Promise = tuple[Literal["exact", "approximate"], str]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A checkpoint as its ``config.json`` and its tensors' headers describe it; ``where`` is its name in messages."""
+
+    raw: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec]
+    where: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is written in one go: a name, its layer or ``None``, and where each of its tensors comes from."""
+
+    name: str
+    layer: int | None
+    tensors: Mapping[str, Origin]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The result of a growth step, before a weight is read.
+
+    ``config`` is its ``config.json``. ``idle`` counts the numbers in experts that a token does not use, and ``source_idle``
+    the same of the source; ``resolved`` are recipe keys that the step worked out. ``summary`` says in a few words what was
+    done, ``made`` what was decided (written as ``growth.json``).
+    """
+
+    config: dict[str, Any]
+    pieces: tuple[Piece, ...]
+    promise: Promise
+    summary: str
+    made: dict[str, Any]
+    context: int
+    vocab_size: int
+    hidden_size: int
+    tied: bool
+    idle: int = 0
+    source_idle: int = 0
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Growth(AnyMethod):
+    """Makes a larger (or averaged) model of the same architecture by copying tensors. Never writes a file.
+
+    ``takes`` says what its source is, ``keys`` which recipe keys it reads beside those that every step does. ``next_step`` is
+    what the command suggests.
+    """
+
+    kind = "growth"
+    takes: ClassVar[Literal["dense", "moe"]]
+    keys: ClassVar[frozenset[str]] = frozenset()
+    next_step: ClassVar[str]
+
+    @abstractmethod
+    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+        """What is written; ``choice`` is what :meth:`choose` decided, before that any choice has the same shapes.
+
+        Raises:
+            UsageError: the recipe cannot be carried out on this model.
+            RefusalError: the model is none that this step takes.
+        """
+
+    @property
+    def text_for(self) -> str | None:
+        """What calibration text is needed for; ``None`` where none is looked at."""
+        return None
+
+    def memory(self, source: Described, recipe: Recipe) -> int:
+        """Bytes that a look at text takes."""
+        return 0
+
+    def choose(
+        self, checkpoint: MoeCheckpoint, recipe: Recipe, windows: torch.Tensor | None, progress: Progress
+    ) -> tuple[Choice, dict[str, Any]] | None:
+        """Decide what depends on the weights, with what it was decided by, as plain data; ``None``: nothing does."""
+        return None
+
+
+class DenseGrowth(Growth):
+    """A dense model of the same family, each of whose layers is one of the source's; all else is copied.
+
+    The tensors keep the names and the form in which the source stores them.
+    """
+
+    takes = "dense"
+    keys = frozenset({"dtype"})
+    next_step = "upcycle convert {out} MOE --experts 8 --top-k 2"
+
+    @abstractmethod
+    def layers(self, count: int) -> Sequence[int]:
+        """For every layer of the result, the layer of the source (of ``count``) that it is."""
+
+    @abstractmethod
+    def promise(self, count: int) -> Promise:
+        """What is promised of the result of a source with ``count`` layers."""
+
+    def warnings(self, count: int) -> tuple[str, ...]:
+        """What the user should think twice about."""
+        return ()
+
+    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+        """See the class."""
+        from upcycle.checkpoints.checkpoint import family_of
+
+        family = family_of(source.raw, source.where)
+        dense = family.config(source.raw)
+        layers = list(self.layers(dense.num_hidden_layers))
+        first, outside = family.first_specs(dense), family.stored_specs(dense, None)
+        pieces = [Piece("embeddings", None, {name: Origin(name) for name in first})]
+        for layer, old in enumerate(layers):
+            stored, prefixes = family.stored_specs(dense, old), (f"model.layers.{old}.", f"model.layers.{layer}.")
+            tensors = {prefixes[1] + name.removeprefix(prefixes[0]): Origin(name) for name in stored}
+            pieces.append(Piece(f"layer {layer}", layer, tensors))
+        pieces.append(Piece("final norm", None, {name: Origin(name) for name in outside if name not in first}))
+        return Grown(
+            config=stacked_config(source.raw, family, dense, layers),
+            pieces=tuple(pieces),
+            promise=self.promise(dense.num_hidden_layers),
+            summary=f"{len(layers)} layers from {dense.num_hidden_layers}",
+            made={"layers": layers},
+            context=dense.max_position_embeddings,
+            vocab_size=dense.vocab_size,
+            hidden_size=dense.hidden_size,
+            tied=dense.tie_word_embeddings,
+            warnings=self.warnings(dense.num_hidden_layers),
+        )
+
+
+def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """``config.json`` of a model whose layers are those ``layers`` of the source, everything per layer in the new order.
+
+    Which layers have a window, attend or convolve may be a rule over layer numbers (``max_window_layers``,
+    ``sliding_window_pattern``, ``full_attention_interval``, ``full_attn_idxs``), which a repeated stack breaks: where it
+    does, it is written out as ``layer_types``.
+    """
+    config = {key: value for key, value in raw.items() if key not in ("auto_map", "full_attn_idxs", "layer_types")}
+    config["num_hidden_layers"] = len(layers)
+    if raw.get("no_rope_layers"):
+        config["no_rope_layers"] = [raw["no_rope_layers"][layer] for layer in layers]
+    windows = tuple(dense.windows[layer] for layer in layers)
+    if "max_window_layers" in raw:  # all that loaders before transformers 5 look at
+        config["max_window_layers"] = next((i for i, window in enumerate(windows) if window), len(layers))
+    kinds = dense.extra.get("layer_types") or dense.layer_types
+    if "layer_types" in raw or "layer_types" in dense.extra or family.config(config).windows != windows:
+        config["layer_types"] = [kinds[layer] for layer in layers]
+    assert family.config(config).windows == windows, "windows moved to other layers"
+    if not config.get("architectures"):  # a .gguf file names none
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name]]
+    return config

@@ -1,0 +1,210 @@
+"""Expert upcycling: a Mixture-of-Experts with more experts, each a copy of one that it had."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from upcycle.architectures.moe.stored_moe import MoeModel
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.errors import UsageError
+from upcycle.methods.base import PluginParameters
+from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece, Promise
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.progress import Progress
+    from upcycle.recipe.conversion_recipe import Recipe
+
+
+class ExpertUpcyclingParameters(PluginParameters):
+    """Parameters of :class:`ExpertUpcycling`."""
+
+    utility: Literal["uniform", "norm", "load", "saliency", "gradient"] = Field(
+        "uniform",
+        description="which experts are copied: uniform: all equally often; else those with the largest weights (norm), most "
+        "tokens (load), |w dL/dw| (saliency), or squared gradient (gradient); the last three need --calibration",
+    )
+    most_copies: int = Field(
+        3, ge=1, description="most added copies of one expert in a layer, where a utility chooses them"
+    )
+    noise: float = Field(
+        0.01,
+        ge=0,
+        description="normal noise on the router rows of added copies, as a fraction of the rows' standard deviation",
+    )
+
+
+class ExpertUpcycling(Growth):
+    """Dwivedi et al. 2026, arXiv 2604.19835: from E to E' experts, each with a router row; top-k stays what it was.
+
+    Every expert of the source is kept in its place; the added ones stand behind them. With ``utility=uniform`` each is copied
+    equally often; with another one the most useful expert of a layer gets ``most_copies`` copies, then the next, until
+    all are given out (the greedy rule of the authors' code, github.com/amazon-science/expert-upcycling, as is the limit).
+
+    What becomes of the function. Let expert e have ``n`` copies with the same row, and so the same logit. Top-k fills its
+    slots with copies of the best expert first. With K slots and n = m for all, it is the source with top-(K/m), whose
+    weights are renormalised over fewer experts: not the source's function. With m K slots (``--top-k``) the m K chosen are
+    all copies of the source's K, each of which weighs 1/m of what it did: the same function, at m times the compute, whether
+    the weights are renormalised or left as the softmax gives them; with sigmoid scores only if they are. Unequal numbers of
+    copies never give the same function, for a twice copied expert takes two slots, and stock routers have no bias that
+    counts into the weights.
+
+    Copies that are chosen together with the same weight get the same gradient and never part. The paper leaves that to noise
+    on a bias by which its router is balanced. Deviation: stock softmax routers have no such bias, so ``noise`` is put on the
+    added rows (``copy_noise`` in the authors' code), at their default of 0.01; 0 leaves exact copies.
+
+    Deviation: ``saliency`` is the sum over an expert's weights of ``|w dL/dw|``, the first-order estimate; the authors' code
+    multiplies the norms of both, which bounds it. ``gradient`` is the squared norm of the gradient, as theirs. All
+    matrices of an expert count, theirs looks at the first by default. The loss is that of the calibration text.
+    """
+
+    name = "expert_upcycling"
+    title = "Expert upcycling"
+    paper = "https://arxiv.org/abs/2604.19835"
+    takes = "moe"
+    keys = frozenset({"experts", "top_k", "calibration"})
+    next_step = "upcycle evaluate {out} --reference {source}"
+    Parameters = ExpertUpcyclingParameters
+    parameters: ExpertUpcyclingParameters
+
+    @property
+    def text_for(self) -> str | None:
+        """Load and gradients are measured."""
+        utility = self.parameters.utility
+        return f"utility={utility}" if utility in ("load", "saliency", "gradient") else None
+
+    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+        """See the class."""
+        model = MoeModel.read(source.raw, source.specs, source.where)
+        named = recipe.model_fields_set
+        experts = recipe.experts if "experts" in named else 2 * model.experts
+        top_k = recipe.top_k if "top_k" in named else model.top_k
+        self._check(model, experts, top_k, source.where)
+        if choice is None:
+            taken = [*range(model.experts), *(i % model.experts for i in range(experts - model.experts))]
+            choice = dict.fromkeys(model.moe_layers, tuple(taken))
+        return Grown(
+            config=_config(model, experts, top_k),
+            pieces=tuple(self._pieces(model, choice, recipe.seed)),
+            promise=self._promise(model, experts, top_k),
+            summary=f"{experts} experts from {model.experts}, top-{top_k}",
+            made={"experts": {str(layer): list(taken) for layer, taken in choice.items()}},
+            context=model.context,
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            tied=model.tied,
+            idle=model.expert_elements // model.experts * (experts - top_k),
+            source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
+            resolved={"experts": experts, "top_k": top_k},
+            warnings=self._warnings(model, experts, top_k),
+        )
+
+    def _check(self, model: MoeModel, experts: int, top_k: int, where: str) -> None:
+        old, most = model.experts, self.parameters.most_copies
+        if experts <= old:
+            raise UsageError(
+                f"{where} has {old} experts already, and {experts} are asked for",
+                hint=f"--experts {2 * old} doubles them",
+            )
+        if top_k > experts:
+            raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
+        if self.parameters.utility == "uniform" and experts % old:
+            raise UsageError(
+                f"{experts} experts are no multiple of {old}: they cannot all be copied equally often",
+                hint=f"--experts {-(-experts // old) * old}, or --param utility=norm",
+            )
+        if self.parameters.utility != "uniform" and experts - old > most * old:
+            raise UsageError(
+                f"{experts - old} added experts are more than {most} copies of each of {old}",
+                hint=f"--experts {old * (most + 1)}, or --param most_copies={-(-(experts - old) // old)}",
+            )
+
+    def _promise(self, model: MoeModel, experts: int, top_k: int) -> Promise:
+        """See the class."""
+        times, rest = divmod(experts, model.experts)
+        if self.parameters.utility != "uniform" or rest:
+            return "approximate", f"experts that are copied more often take more of the {top_k} slots"
+        same = _same_as(model, times, top_k)
+        if not same and model.family.sigmoid and not model.normalized:
+            return "approximate", "weights that are not normalised add up to more with every copy"
+        if same != model.top_k:
+            as_if = f", as in the source with top-{same}" if same else ""
+            return "approximate", f"copies of one expert share the {top_k} slots{as_if}"
+        if self.parameters.noise:
+            return (
+                "approximate",
+                f"the added copies' router rows have noise of {self.parameters.noise:g} of their deviation",
+            )
+        return "exact", f"the {top_k} chosen are all copies of the {model.top_k} that the source chooses"
+
+    def _warnings(self, model: MoeModel, experts: int, top_k: int) -> tuple[str, ...]:
+        if self.parameters.noise:
+            return ()
+        return ("noise=0: copies that are chosen together get the same gradient, and stay the same in training",)
+
+    def _pieces(self, model: MoeModel, choice: Choice, seed: int) -> list[Piece]:
+        names, noise = model.names, self.parameters.noise
+        outside = {name: Origin(name) for name in names[None]}
+        first = {name: origin for name, origin in outside.items() if "embed" in name}
+        pieces = [Piece("embeddings", None, first)]
+        for layer in sorted(layer for layer in names if layer is not None):
+            tensors = dict(model.origins(layer, choice.get(layer, ()), noise, seed))
+            pieces.append(Piece(f"layer {layer}", layer, tensors))
+        rest = {name: origin for name, origin in outside.items() if name not in first}
+        return [*pieces, Piece("final norm", None, rest)]
+
+    def memory(self, source: Described, recipe: Recipe) -> int:
+        """The model in fp32, and gradients where they are looked at."""
+        if self.text_for is None:
+            return 0
+        from upcycle.methods.growing.expert_utility import needed_memory
+
+        model = MoeModel.read(source.raw, source.specs, source.where)
+        window = min(recipe.calibration.window, model.context)
+        return needed_memory(model, window, gradients=self.parameters.utility != "load")
+
+    def choose(
+        self, checkpoint: MoeCheckpoint, recipe: Recipe, windows: torch.Tensor | None, progress: Progress
+    ) -> tuple[Choice, dict[str, Any]] | None:
+        """The most useful experts of every layer."""
+        utility = self.parameters.utility
+        if utility == "uniform":
+            return None
+        from upcycle.methods.growing.expert_utility import expert_utility
+
+        model = checkpoint.model
+        found = expert_utility(checkpoint, utility, windows, progress)
+        choice = {layer: tuple(self.chosen(found[layer], recipe.experts)) for layer in model.moe_layers}
+        return choice, {"utility": {str(layer): found[layer].tolist() for layer in choice}}
+
+    def chosen(self, utility: np.ndarray, experts: int) -> list[int]:
+        """The source's expert behind each of ``experts``, given the utility fp64 ``[E]`` of one layer."""
+        best_first = np.argsort(-utility, kind="stable")
+        added = np.repeat(best_first, self.parameters.most_copies)[: experts - len(utility)]
+        return [*range(len(utility)), *added.tolist()]
+
+
+def _same_as(model: MoeModel, times: int, top_k: int) -> int:
+    """The source's top-k that ``times`` copies of every expert, without noise, are with ``top_k`` slots; 0: none.
+
+    Copies of one expert have the same score and are chosen together. Normalised, they have its weight between them however many
+    there are. Of a softmax over all experts each copy has a share, so that all of them are needed; sigmoids are not shared, and a
+    second copy adds the expert once more.
+    """
+    if model.normalized and top_k <= times:
+        return 1
+    if model.family.sigmoid and not model.normalized:
+        return int(top_k == 1)
+    return 0 if top_k % times else top_k // times
+
+
+def _config(model: MoeModel, experts: int, top_k: int) -> dict[str, Any]:
+    """``config.json`` with the new numbers, under every spelling that it has."""
+    config = {key: value for key, value in model.raw.items() if key != "auto_map"}
+    spelt = {"num_experts", "num_local_experts"} & set(config) or {model.family.experts_key}
+    return {**config, **dict.fromkeys(spelt, experts), model.family.top_k_key: top_k}

@@ -1,0 +1,48 @@
+"""How likely a text is to a dense model, token by token."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import log_softmax
+
+from upcycle.errors import CheckpointError
+from upcycle.models.stock_model import available_memory, source_model
+from upcycle.progress import Progress
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+
+_LOGIT_BYTES = 1 << 26  # of fp64 logits
+
+
+def log_likelihoods(checkpoint: DenseCheckpoint, windows: torch.Tensor, dtype: str, progress: Progress) -> torch.Tensor:
+    """Natural logarithms of ``p(x_t | x_<t)``, fp64 ``[N, W - 1]``, for all tokens of ``windows`` ``[N, W]`` but each first.
+
+    The weights are rounded to ``dtype`` first; the model runs in fp32, the softmax in fp64. The model is in memory while this
+    lasts, or where it does not fit, one of its layers is.
+
+    Raises:
+        CheckpointError: a logarithm is not finite.
+    """
+    elements = sum(spec.elements for spec in checkpoint.store.specs.values())
+    streamed = 4 * elements > 0.6 * available_memory()
+    model = source_model(checkpoint, dtype, streamed)
+    # Streaming reads every weight once per batch: larger batches cost memory, and save that.
+    step = max(1, _LOGIT_BYTES * (8 if streamed else 1) // (8 * windows.shape[1] * checkpoint.config.vocab_size))
+    batches, found = windows.split(step), []
+    with progress.phase(f"scoring {checkpoint.source.name}", len(batches)):
+        for batch in batches:
+            logs = log_softmax(model.logits(batch)[:, :-1].double(), dim=-1)
+            found.append(logs.gather(-1, batch[:, 1:, None]).squeeze(-1))
+            progress.advance()
+    del model
+    gc.collect()  # a streamed model's hooks refer to it: without this, the next model would come on top of it
+    result = torch.cat(found)
+    if not bool(result.isfinite().all()):
+        raise CheckpointError(
+            f"{checkpoint.source.name} gives the text a likelihood that is not finite", hint="leave this source out"
+        )
+    return result

@@ -1,0 +1,163 @@
+"""Runs single decoder layers of a dense model with stock code, one in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.models.stock_model import dense_reader, fill, skeleton
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+
+Ffn = Callable[[torch.Tensor], torch.Tensor]
+
+
+class LayerRunner:
+    """A dense model of which one decoder layer at a time has weights.
+
+    Its states are the residual stream divided by the configuration's ``residual_multiplier``: what an FFN computes is
+    then added to them as it is, in every family.
+
+    Args:
+        checkpoint: the dense model.
+        dtype: its weights are rounded to this dtype first, and computed with in fp32.
+        window: tokens per sequence.
+    """
+
+    def __init__(self, checkpoint: DenseCheckpoint, dtype: str, window: int) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self.window = window
+        self._read = dense_reader(checkpoint, dtype)
+        family, config = checkpoint.family, checkpoint.config
+        self._unit = config.residual_multiplier
+        outside = family.stored_specs(config, None)
+        nothing = {name: torch.empty(shape, device="meta") for name, shape in outside.items()}
+        self.model: Any = skeleton(checkpoint.raw_config, nothing).eval()
+        self.layers = self.model.model.layers
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def reading(self, checkpoint: DenseCheckpoint) -> LayerRunner:
+        """The same modules for another model of this shape: only one of both may have a layer loaded."""
+        other = copy(self)
+        other._checkpoint, other._read = checkpoint, dense_reader(checkpoint, self._dtype)
+        return other
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Fp32 states ``[T, d]`` for token ids ``[T]``; the table is read block by block and never whole in memory."""
+        config = self._checkpoint.config
+        (name,) = self._checkpoint.family.first_specs(config)
+        found = torch.empty(len(ids), config.hidden_size)
+        first = 0
+        for block in self._checkpoint.chunks(name, self._dtype):
+            inside = (ids >= first) & (ids < first + len(block))
+            found[inside] = block[ids[inside] - first].float()
+            first += len(block)
+        factor = config.embedding_multiplier / self._unit
+        return found if factor == 1 else found * factor
+
+    def block(self, index: int) -> torch.nn.Module:
+        """The dense FFN of a layer."""
+        block: torch.nn.Module = self.layers[index].get_submodule(self._checkpoint.family.block)
+        return block
+
+    def down(self, index: int) -> torch.nn.Module:
+        """The FFN's down projection, whose input are the activations."""
+        name = self._checkpoint.family.ffn_origins(self._checkpoint.config, index)["down"].name
+        module: torch.nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
+        return module
+
+    def forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """The layer's output ``[N, window, d]`` for its input, by the stock code."""
+        stream = states if self._unit == 1 else states * self._unit
+        outcome = self.layers[index].forward(stream, **self.arguments(index, len(states)))
+        output: torch.Tensor = outcome[0] if isinstance(outcome, tuple) else outcome
+        return output if self._unit == 1 else output / self._unit
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """Layer ``index`` has its weights inside this context."""
+        fill(self.layers[index], index, self._read)
+        try:
+            yield
+        finally:
+            self.layers[index].to("meta")
+
+    def whole(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """The layer's output ``[t, d]`` for its input ``[t, d]``; ``t`` is a multiple of the window."""
+        output, _ = self._run(index, states, None)
+        return output
+
+    def around(self, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer's FFN reads and what its output is added to, each ``[t, d]``."""
+        residual, x = self._run(index, states, torch.zeros_like)
+        return x, residual
+
+    def _run(self, index: int, states: torch.Tensor, ffn: Ffn | None) -> tuple[torch.Tensor, torch.Tensor]:
+        windows = states.view(-1, self.window, states.shape[-1])
+        block, seen = self.block(index), [states]
+
+        def capture(x: torch.Tensor) -> torch.Tensor:
+            seen[0] = x
+            assert ffn is not None
+            return ffn(x)
+
+        stock = block.forward
+        if ffn is not None:
+            block.forward = capture
+        try:
+            with torch.no_grad():
+                output = self.forward(index, windows)
+        finally:
+            block.forward = stock
+        return _flat(output), _flat(seen[0])
+
+    def arguments(self, index: int, windows: int) -> dict[str, Any]:
+        """What the stock model hands to layer ``index`` beside the states: masks, positions and rotary embeddings.
+
+        Asked of the stock model itself, with layers that do nothing, so that every family's masks are its own.
+        """
+        if windows not in self._arguments:
+            seen: list[dict[str, Any]] = []
+
+            def nothing(states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+                seen.append(arguments)
+                return states
+
+            norm = getattr(self.model.model, self._checkpoint.family.final_norm)
+            normal = norm.forward
+            for layer in self.layers:
+                layer.forward = nothing
+            norm.forward = lambda states: states
+            try:
+                shape = (windows, self.window, self._checkpoint.config.hidden_size)
+                with torch.no_grad():
+                    self.model.model(inputs_embeds=torch.zeros(shape), use_cache=False)
+            finally:
+                for layer in self.layers:
+                    del layer.forward
+                norm.forward = normal
+            self._arguments.clear()
+            self._arguments[windows] = seen
+        return self._arguments[windows][index]
+
+
+def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:
+    """Logits ``[N, T, V]`` for the states ``[N, T, d]`` of a :class:`LayerRunner` behind the last layer.
+
+    ``model`` is the dense model's :func:`~upcycle.models.stock_model.skeleton`.
+    """
+    config = checkpoint.config
+    norm = getattr(model.model, checkpoint.family.final_norm)
+    stream = states if config.residual_multiplier == 1 else states * config.residual_multiplier
+    logits: torch.Tensor = model.lm_head(norm(stream))
+    return logits if config.logits_multiplier == 1 else logits * config.logits_multiplier
+
+
+def _flat(states: torch.Tensor) -> torch.Tensor:
+    return states.reshape(-1, states.shape[-1])

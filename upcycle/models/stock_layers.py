@@ -1,0 +1,291 @@
+"""A model's weights as stock transformers reads them, one decoder layer at a time.
+
+What a verification compares with must not be read by the code that it judges: which stored tensor becomes which weight, what is
+renamed, split or fused on the way, and what is tied to what is decided here by transformers' own loading code alone. Nothing of
+this tool's families and targets is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from upcycle.architectures.stock import build_config, clean_file, empty_model, load_model, quiet_transformers
+from upcycle.errors import CheckpointError
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import Checkpoint
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+Rounding = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+class Layers(Protocol):
+    """A stock model whose decoder layers come and go; what is outside of them is there."""
+
+    model: Any
+
+    def load(self, index: int) -> None:
+        """Give layer ``index`` its weights, in fp32."""
+
+    def drop(self, index: int) -> None:
+        """Take them away."""
+
+
+class FolderLayers:
+    """The layers of a transformers folder.
+
+    Args:
+        folder: dense or MoE, with safetensors weights.
+        rounding: what to do with a weight, by name, after it was read.
+        outside: whether to read what is outside the layers, too.
+
+    Raises:
+        CheckpointError: the stock class misses a weight, or finds one of another shape.
+    """
+
+    def __init__(self, folder: Path, rounding: Rounding | None = None, outside: bool = True) -> None:
+        self._folder, self._rounding = folder, rounding
+        self._store = SafetensorsFolder(folder)
+        settings = build_config(clean_file(folder / "config.json"), str(folder))
+        self.model: Any = empty_model(settings, str(folder), torch.float32).eval()
+        self._stored = _by_layer(self.model, self._store.specs)
+        compute_buffers(self.model, settings)
+        if not outside:
+            return
+        missing = self._read(None)
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        empty = [name for name, weight in _weights(self.model, None) if weight.is_meta]
+        if empty:
+            raise CheckpointError(f"{folder}: stock transformers finds no weight for '{empty[0]}'")
+
+    def load(self, index: int) -> None:
+        """See :class:`Layers`."""
+        self._read(index)
+        empty = [name for name, weight in _weights(self.model, index) if weight.is_meta]
+        if empty:
+            raise CheckpointError(f"{self._folder}: stock transformers finds no weight for '{empty[0]}'")
+
+    def drop(self, index: int) -> None:
+        """See :class:`Layers`."""
+        self.model.model.layers[index].to("meta")
+
+    def _read(self, index: int | None) -> set[str]:
+        """Hand a layer's tensors, or those outside, to transformers; returns what it still misses."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        tensors = {name: self._store.read(name).float() for name in self._stored.get(index, ())}
+        mapping: Any = get_model_conversion_mapping(self.model)
+        wanted = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping, use_safetensors=True)
+        with quiet_transformers():
+            report, _ = convert_and_load_state_dict_in_model(self.model, tensors, wanted)
+        if problems := [*report.mismatched_keys, *report.conversion_errors]:
+            raise CheckpointError(f"{self._folder}: stock transformers cannot use a weight: {problems[0]}")
+        round_weights(self.model, index, self._rounding)
+        return set(report.missing_keys)
+
+
+class WholeLayers:
+    """A model that is in memory as a whole: there is nothing to load."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def load(self, index: int) -> None:
+        """See :class:`Layers`."""
+
+    def drop(self, index: int) -> None:
+        """See :class:`Layers`."""
+
+
+class MeanLayers:
+    """The weighted mean of models of one shape, summed in fp64 and rounded once.
+
+    Args:
+        parts: the models.
+        weights: theirs, which need not sum to 1.
+        rounding: what to do with a mean, by name.
+        outside: whether there is anything outside the layers.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Layers],
+        weights: Sequence[float],
+        rounding: Rounding | None = None,
+        outside: bool = True,
+    ) -> None:
+        self._parts, self._weights, self._rounding = parts, weights, rounding
+        first = parts[0].model
+        self.model: Any = empty_model(first.config, "a mean of models", torch.float32).eval()
+        compute_buffers(self.model, self.model.config)
+        if outside:
+            self._fill(None)
+
+    def load(self, index: int) -> None:
+        """See :class:`Layers`."""
+        self._fill(index)
+
+    def drop(self, index: int) -> None:
+        """See :class:`Layers`."""
+        self.model.model.layers[index].to("meta")
+
+    def _fill(self, index: int | None) -> None:
+        sums: dict[str, torch.Tensor] = {}
+        for part, weight in zip(self._parts, self._weights, strict=True):
+            if index is not None:
+                part.load(index)
+            for name, tensor in _weights(part.model, index):
+                term = tensor.detach().double() * weight
+                sums[name] = sums[name] + term if name in sums else term
+            if index is not None:
+                part.drop(index)
+        total = sum(self._weights)
+        means = {name: (one / total).float() for name, one in sums.items()}
+        self.model.load_state_dict(means, strict=False, assign=True)
+        if index is None:
+            self.model.tie_weights(missing_keys=set(), recompute_mapping=False)
+        round_weights(self.model, index, self._rounding)
+
+
+def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = True) -> Layers:
+    """A source, one layer at a time: of a folder as stock transformers reads it, of a ``.gguf`` file all layers at once.
+
+    Args:
+        checkpoint: dense, MoE, a mix (of which it is the base) or a mean of several.
+        dtype: round weights to this one, as a recipe's ``dtype`` means it; None: nothing is rounded.
+        outside: whether embeddings, the last norm and the head are wanted, too.
+    """
+    from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
+
+    rounding = None if dtype is None else partial(_rounded, checkpoint, dtype)
+    if isinstance(checkpoint, MergedCheckpoint):
+        parts = checkpoint.parts
+        # The mean is stored in its own dtype before anything else: that is what the source of a conversion is then.
+        read = [layers_of(part, outside=outside) for part, _ in parts]
+        return MeanLayers(read, [weight for _, weight in parts], rounding, outside)
+    if checkpoint.source.path.is_file():
+        whole = WholeLayers(load_model(checkpoint.source.path, torch.float32).eval())
+        for index in (None, *range(len(whole.model.model.layers))):
+            round_weights(whole.model, index, rounding)
+        return whole
+    return FolderLayers(checkpoint.source.path, rounding, outside)
+
+
+def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
+    """The same in memory as a whole: of a folder what ``from_pretrained`` gives."""
+    from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
+
+    if isinstance(checkpoint, MergedCheckpoint) or checkpoint.source.path.is_file():
+        layers = layers_of(checkpoint, dtype)
+        for index in range(len(layers.model.model.layers)):
+            layers.load(index)
+        return layers.model
+    model = load_model(checkpoint.source.path, torch.float32, surplus=True).eval()
+    if dtype is not None:
+        for index in (None, *range(len(model.model.layers))):
+            round_weights(model, index, partial(_rounded, checkpoint, dtype))
+    return model
+
+
+def rounds(model: Any, checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether a recipe's ``dtype`` changes a weight of a model that is in memory."""
+    return any(
+        not torch.equal(_rounded(checkpoint, dtype, name, weight), weight)
+        for name, weight in model.state_dict().items()
+    )
+
+
+def may_round(checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether it can, by the dtypes that are stored: what is to be known of a model that is not in memory."""
+    if checkpoint.source.path.is_file():
+        return True
+    specs = checkpoint.store.specs
+    return any(not _holds(checkpoint.dtype_of(name, dtype), spec.dtype) for name, spec in specs.items())
+
+
+def _holds(wide: str, narrow: str) -> bool:
+    a, b = getattr(torch, wide), getattr(torch, narrow)
+    return bool(a == b or (a.is_floating_point and torch.promote_types(a, b) == a))
+
+
+def _rounded(checkpoint: Checkpoint, dtype: str, name: str, weight: torch.Tensor) -> torch.Tensor:
+    specs = checkpoint.store.specs
+    if name not in specs and dtype == "keep":
+        return weight  # as it is stored, under another name
+    return weight.to(getattr(torch, checkpoint.dtype_of(name, dtype) if name in specs else dtype)).float()
+
+
+def round_weights(model: Any, index: int | None, rounding: Rounding | None) -> None:
+    """Round the weights of a layer, or (None) of what is outside the layers, in place."""
+    if rounding is None:
+        return
+    with torch.no_grad():
+        for name, weight in _weights(model, index):
+            weight.copy_(rounding(name, weight))
+
+
+def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and stored buffers of a layer or (None) outside the layers, by their names in the model."""
+    if index is not None:
+        prefix = f"model.layers.{index}."
+        return [
+            (prefix + name, tensor) for name, tensor in model.model.layers[index].state_dict(keep_vars=True).items()
+        ]
+    return [(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if not _LAYER.match(name)]
+
+
+def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
+    """Stored names by the layer that transformers puts them in."""
+    found: dict[int | None, list[str]] = {}
+    for name, renamed in _renamed(model, stored).items():
+        layer = _LAYER.match(renamed)
+        found.setdefault(int(layer[1]) if layer else None, []).append(name)
+    return found
+
+
+def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
+    """Weights of a stock model that transformers would find under none of the stored names, nor tied to another.
+
+    A rule of transformers that makes several weights of one tensor may give any: nothing is said then.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if any(
+        len(rule.target_patterns) > 1 for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")
+    ):
+        return []
+    found, tied = set(_renamed(model, stored).values()), model.all_tied_weights_keys
+    found |= {one for one, other in tied.items() if other in found} | {
+        other for one, other in tied.items() if one in found
+    }
+    return [name for name in model.state_dict() if name not in found]
+
+
+def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Stored names, and the weight that transformers makes of each, or a part of."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
+
+
+def compute_buffers(model: Any, settings: Any) -> None:
+    """Give a model from the meta device the buffers that are computed and not loaded."""
+    for name, module in model.model.named_children():
+        if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):
+            setattr(model.model, name, type(module)(settings))
+        elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)

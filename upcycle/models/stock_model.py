@@ -1,0 +1,166 @@
+"""Runs dense and converted models with stock transformers code, whole or one layer in memory at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.architectures.stock import build_config, empty_model, load_model
+from upcycle.errors import CheckpointError
+from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
+
+State = dict[str, torch.Tensor]
+Reader = Callable[[int | None], State]
+
+# torch's CPU build takes cos, sin and other functions from MKL, which picks its code path when each is first called. If that
+# first call comes from two threads at once, one of them can get a path that is accurate to 1e-4 only (seen once in 40 cold
+# starts, on the rotary embedding). One element is computed by one thread: the choice is made before any real work.
+for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf, torch.sqrt, torch.rsqrt):
+    _function(torch.ones(1))
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def reuse_freed_memory(largest: int) -> None:
+    """Let freed blocks up to ``largest`` bytes be used again, instead of asking the system for zeroed pages every time.
+
+    Passes over tokens allocate the same tens of megabytes over and over; touching new pages costs them a sixth of their
+    time. As much freed memory stays with the process. Does nothing where the C library is not glibc, nor where address
+    space is rationed.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, largest)
+    mallopt(_M_TRIM_THRESHOLD, 4 * largest)
+
+
+class StockModel:
+    """A stock causal language model in fp32, in memory or (with ``layers``) streamed: a layer is read before it runs and
+    dropped after it, so that a model larger than memory can run.
+    """
+
+    def __init__(self, model: Any, layers: Layers | None = None, blocks: Sequence[str] = ("mlp",)) -> None:
+        self.model = use_eager_experts(model.eval())
+        self.layers = model.model.layers
+        self._blocks = blocks
+        self._streamed = layers
+        if layers:
+            for index, layer in enumerate(self.layers):
+                layer.register_forward_pre_hook(lambda *_, index=index: self.load(index))
+                layer.register_forward_hook(lambda *_, index=index: self.drop(index))
+
+    def load(self, index: int) -> None:
+        """Read one layer into memory, when it is streamed."""
+        if self._streamed:
+            self._streamed.load(index)
+
+    def drop(self, index: int) -> None:
+        """Give a streamed layer's memory back."""
+        if self._streamed:
+            self._streamed.drop(index)
+
+    def blocks(self, index: int) -> list[torch.nn.Module]:
+        """The modules of a layer that add up to its FFN or MoE block, in memory until it is dropped."""
+        self.load(index)
+        found = [getattr(self.layers[index], name, None) for name in self._blocks]
+        return [block for block in found if block is not None]
+
+    def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
+        """Fp32 ``[N, T, V]`` for token ids ``[N, T]``, or of the ``last`` positions alone."""
+        with torch.no_grad():
+            result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
+        return result
+
+
+def skeleton(config: Mapping[str, Any], outside: State) -> Any:
+    """The stock class of ``config`` in fp32, its decoder layers without weights, ``outside`` in place around them.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or of another shape.
+    """
+    settings = build_config(config, "config.json")
+    model = empty_model(settings, "config.json", torch.float32)
+    # Buffers that are computed, not loaded, do not exist on the meta device.
+    compute_buffers(model, settings)
+    problems = model.load_state_dict(outside, strict=False, assign=True)
+    missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
+    if settings.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        missing = [name for name in missing if name != "lm_head.weight"]
+    if missing or problems.unexpected_keys:
+        raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
+    return model
+
+
+def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
+    """Give one decoder layer its weights.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or of another shape.
+    """
+    prefix = f"model.layers.{index}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in read(index).items()}
+    try:
+        layer.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"layer {index} does not fit its stock class: {error}") from None
+
+
+def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> StockModel:
+    """A source as stock transformers loads it from its own files, in fp32, whole or streamed.
+
+    Args:
+        checkpoint: dense or MoE; of a mix its base.
+        dtype: round its weights to this one, as a recipe's ``dtype`` means it; None: as they are stored.
+        streamed: keep one layer at a time in memory. A ``.gguf`` file is in memory all the same.
+    """
+    block = getattr(getattr(checkpoint, "family", None), "block", "mlp")
+    if not streamed:
+        return StockModel(whole_model(checkpoint, dtype), None, (block,))
+    layers = layers_of(checkpoint, dtype)
+    return StockModel(layers.model, layers, (block,))
+
+
+def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
+    """Reads the weights of the dense model, rounded to ``dtype``, as fp32."""
+    family, config = checkpoint.family, checkpoint.config
+
+    def read(layer: int | None) -> State:
+        return {name: checkpoint.read(name, dtype).float() for name in family.stored_specs(config, layer)}
+
+    return read
+
+
+def folder_model(folder: Path, streamed: bool, blocks: Sequence[str] = ("mlp",)) -> StockModel:
+    """A folder that this tool wrote: loaded as every user would, or streamed by the same code of transformers."""
+    if not streamed:
+        return StockModel(load_model(folder, torch.float32), None, blocks)
+    layers = FolderLayers(folder)
+    return StockModel(layers.model, layers, blocks)
+
+
+def use_eager_experts(model: Any) -> Any:
+    """Run experts one after another: the default kernel (grouped_mm) refuses widths that are not 16 bytes wide."""
+    has_experts = any(name.endswith(".experts") for name, _ in model.named_modules())
+    if has_experts and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,85 @@
+"""The text that a result is verified on, as windows of token ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.errors import CheckpointError, UpcycleError
+from upcycle.text.held_out import Parts, flattered, seen_share, sketch
+from upcycle.text.mixture import read_parts
+from upcycle.text.windows import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import Checkpoint
+    from upcycle.planning.cost import AnyJob
+    from upcycle.recipe.conversion_recipe import CalibrationRecipe
+
+_WINDOW, _LEAST = 256, 16
+
+
+def token_windows(
+    job: AnyJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool | None = None
+) -> tuple[torch.Tensor, str]:
+    """Token ids ``[N, W]`` to measure on, and what they are from: of a calibrated model what was held out of its texts.
+
+    Args:
+        job: the conversion.
+        checkpoint: whose tokenizer is taken.
+        text: UTF-8 file to measure on; None: what was held out, or the embedded validation texts.
+        tokens: how many.
+        calibrated: whether its calibration texts were read; None: the job says it.
+
+    Raises:
+        UsageError: the text cannot be read, or is shorter than one window.
+        CheckpointError: the tokenizer writes tokens that the model does not have.
+    """
+    window = min(_WINDOW, job.context, tokens)
+    if job.recipe.tokenizer == "none":
+        rng = torch.Generator().manual_seed(job.recipe.seed)
+        ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
+        return ids, "random token ids (no tokenizer)"
+    tokenizer = load_tokenizer(checkpoint.source.path)
+    wanted = job.recipe.calibration
+    if calibrated is None:
+        calibrated = bool(wanted.texts) and (job.calibrated or job.method.undecided(job.recipe))
+    parts = _calibration_parts(wanted) if calibrated else {}
+    own = [one for name, one in parts.items() if name not in DEMO_TEXTS]
+    if text:
+        contents = [read_text(text)]
+        label = ": ".join(
+            filter(None, (text, flattered(seen_share(contents[0], sketch(p.read for p in parts.values())))))
+        )
+    elif own:
+        contents = [one.held_out for one in parts.values()]
+        label = f"what was held out of the calibration text ({'; '.join(dict.fromkeys(one.how for one in own))})"
+    elif parts:
+        contents = [demo_parts(name)[1] for name in DEMO_TEXTS]
+        label = "the quarter of the embedded texts that was not calibrated on"
+    else:
+        contents, label = [read_text(name) for name in DEMO_TEXTS], "embedded validation texts"
+    encoded = [encode(tokenizer, content) for content in contents]
+    if own and not text:
+        longest = max(map(len, encoded))
+        window = min(window, longest)
+        if longest < _LEAST:
+            window = min(_WINDOW, job.context, tokens)
+            encoded = [encode(tokenizer, read_text(name)) for name in DEMO_TEXTS]
+            label = "embedded validation texts (what was held out of the calibration text is too short)"
+    ids = windows_of(encoded, tokens, window)
+    if int(ids.max()) >= job.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.source.path}: the tokenizer writes token {int(ids.max()):,}, and the model has {job.vocab_size:,}",
+            hint="take the tokenizer that belongs to these weights",
+        )
+    return ids, label
+
+
+def _calibration_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
+    """The calibration texts; of a model from elsewhere they may not be here, and then nothing is known of them."""
+    try:
+        return read_parts(wanted)
+    except UpcycleError:
+        return {}

@@ -1,0 +1,223 @@
+"""The body of a model card: what it is, what it costs and how good it is, whether that was checked, how to load and repeat it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from upcycle.evaluation.score_table import score_rows
+from upcycle.publishing.card_facts import Facts, public_name, sources_of
+from upcycle.publishing.markdown import code, fenced, links, plain, table
+from upcycle.verification.verdict import said, span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_VERDICTS = {
+    "exact": "**Exact.** It computes the same function as the dense model, up to rounding in fp32.",
+    "approximate": "**Approximate.** It is not the same function as the dense model; the numbers say how far it is off.",
+    "broken": "**Broken.** It does not keep what the conversion promises.",
+}
+
+
+def body(facts: Facts, own: str) -> str:
+    """Everything below the metadata; ``own`` is the user's section with its two marked lines."""
+    parts = [f"# {plain(facts.name)}", *_warning(facts), _what(facts), own]
+    for title, text in (
+        ("Method", _method(facts)),
+        ("Before and after", _comparison(facts)),
+        *([("Tasks", _tasks(facts, facts.tasks))] if facts.tasks else []),
+        ("Verification", _verification(facts)),
+        ("How to load", _loading(facts)),
+        ("How to make it again", _recipe(facts)),
+        ("Limits", "\n".join(f"- {line}" for line in _limits(facts))),
+    ):
+        parts += [f"## {title}", text]
+    version = facts.record["versions"]["upcycle"]
+    parts.append(
+        f"Made with upcycle {plain(version)}, and this card too: what is changed outside the section above is lost."
+    )
+    return "\n\n".join(parts)
+
+
+def _warning(facts: Facts) -> list[str]:
+    return [f"> **Do not rely on this model.** {plain(facts.mark)}"] if facts.mark else []
+
+
+def _what(facts: Facts) -> str:
+    record, keys = facts.record, facts.keys
+    names = list(dict.fromkeys(code(public_name(source["name"])) for source in sources_of(record)))
+    made = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
+    if facts.grown:
+        first = f"A larger model made of {made}: {plain(record['plan']['summary'])}. What was added are copies."
+    else:
+        layers = f"{len(record['moe_layers'])} of {facts.config['num_hidden_layers']} layers"
+        shared = f" and {keys['shared']} shared" if keys["shared"] else ""
+        first = (
+            f"A Mixture-of-Experts model made of {made}: the feed-forward networks of {layers} became {keys['experts']} "
+            f"routed{shared} experts each, of which {keys['top_k']} routed{shared} run per token."
+        )
+    stored = f"It is stored as stock {architecture} in safetensors: no code of its own is needed or run."
+    return f"{first} {_history(record)}\n\n{stored}"
+
+
+def _history(record: dict[str, Any]) -> str:
+    training = record.get("training")
+    if not training:
+        return "It has not been trained since."
+    return f"It was then trained for {training['step']:,} steps on {training['tokens']:,} tokens."
+
+
+def _method(facts: Facts) -> str:
+    record = facts.record
+    rows = [("method", _titled(record["method"]))]
+    if "router" in record:
+        rows.append(("router", _titled(record["router"])))
+    if record.get("refit", "none") != "none":
+        rows.append(("refit", code(record["refit"]) + ", solved in closed form on the calibration text"))
+    if seen := record.get("calibration"):
+        texts = ", ".join(code(public_name(text)) for text in seen["text"])
+        rows.append(("calibrated on", f"{texts} ({seen['tokens']:,} tokens)"))
+    if facts.datasets:
+        rows.append(("datasets", ", ".join(map(code, facts.datasets))))
+    return "\n".join(f"- {name}: {value}" for name, value in rows)
+
+
+def _titled(plugin: dict[str, Any]) -> str:
+    paper = f", {links(plugin['paper'])}" if plugin.get("paper") else ""
+    return f"{plain(plugin['title'])} ({code(plugin['name'])}){paper}"
+
+
+def _comparison(facts: Facts) -> str:
+    plan, measured = facts.record["plan"], facts.verification
+    dense = plan["parameters_dense"]
+    rows = [
+        ("parameters", f"{dense:,}", f"{plan['parameters_total']:,}"),
+        ("parameters used per token", "" if facts.grown else f"{dense:,}", f"{plan['parameters_active']:,}"),
+        ("FLOPs per token", f"{plan['flops_per_token_dense']:,}", f"{plan['flops_per_token']:,}"),
+        ("bytes of weights", f"{plan['bytes_dense']:,}", f"{plan['bytes_output']:,}"),
+    ]
+    if measured:
+        name = f"perplexity, {measured['tokens']:,} tokens of {code(public_name(measured['text']))}"
+        rows.append((name, said(measured["perplexity_dense"], ".3f"), said(measured["perplexity"], ".3f")))
+    return table(["", "source" if facts.grown else "dense", "this model"], rows)
+
+
+def _tasks(facts: Facts, tasks: dict[str, Any]) -> str:
+    columns, rows = score_rows(tasks, ("source" if facts.grown else "dense", "this model"))
+    first = f", the first {tasks['limit']:,} questions of each task" if tasks["limit"] else ""
+    beside = f", beside {code(public_name(tasks['reference']))}" if tasks["reference"] else ""
+    escaped = [(code(task), *map(plain, rest)) for task, *rest in rows]
+    return f"Scored by {plain(tasks['harness'])} in fp32{first}{beside}:\n\n{table(columns, escaped)}"
+
+
+def _verification(facts: Facts) -> str:
+    measured = facts.verification
+    if not measured:
+        return "**Skipped.** Nobody has compared these weights with the dense model."
+    lines = [
+        f"{_VERDICTS[measured['verdict']]} Why: {plain(measured['explanation'])}.",
+        "",
+        f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
+        f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",
+        "",
+        f"- relative error of the logits: {said(measured['relative_logit_error'], '.1e')}"
+        + (f" (promised below {measured['tolerance']:.0e})" if measured["tolerance"] else ""),
+        f"- KL divergence of the next-token distributions: {said(measured['kl'], '.1e')} nats",
+        f"- same most likely token: {measured['top1_agreement']:.1%}",
+    ]
+    if measured["layer_errors"]:
+        lines.append(f"- relative error of single layers: {span(measured['layer_errors'])}")
+    if (far := measured.get("far_error")) is not None:
+        lines.append(
+            f"- relative error of the logits behind position {measured['positions_needed']:,}, where windows and scaled positions "
+            f"show: {said(far, '.1e')}"
+        )
+    if measured["compared_tensors"]:
+        lines.append(f"- tensors equal to what they were made from, bit for bit: {measured['compared_tensors']:,}")
+    if measured["all_experts_error"] is not None:
+        reference, error = plain(measured["all_experts_reference"]), measured["all_experts_error"]
+        lines.append(f"- with all experts on, a layer equals {reference} within {error:.1e}")
+    return "\n".join([*lines, "", "`upcycle verify` repeats this; `upcycle.json` holds the SHA-256 of every file."])
+
+
+def _loading(facts: Facts) -> str:
+    name = facts.name
+    python = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
+        f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto")\n'
+    )
+    version = facts.record["versions"]["transformers"]
+    tested = f"yes, {plain(version)}: the verification above ran it" if facts.verification else "no"
+    quoted = shlex.quote(name)
+    rows = [
+        ("transformers", "as above", tested),
+        ("vLLM", code(f"vllm serve {quoted}"), _tested(facts, "vllm")),
+        ("SGLang", code(f"python -m sglang.launch_server --model-path {quoted}"), "no"),
+        ("llama.cpp", code("python convert_hf_to_gguf.py FOLDER"), _tested(facts, "llama.cpp")),
+    ]
+    note = "An engine that was not tested may still know this architecture: its documentation lists those it does."
+    return "\n\n".join(
+        [fenced(python, "python"), table(["engine", "how", "tested with this model"], rows, right=False), note]
+    )
+
+
+def _tested(facts: Facts, engine: str) -> str:
+    """What ``upcycle verify --with`` found."""
+    found = facts.serving.get(engine)
+    if not found:
+        return "no"
+    if found["verdict"] == "not held":
+        return f"it cannot hold this model: {plain(found['explanation'])}"
+    answer = "yes" if found["verdict"] == "same" else "**do not use it**"
+    return f"{answer}, {plain(found['version'])} in {plain(found['dtype'])}: {plain(found['explanation'])}"
+
+
+def _recipe(facts: Facts) -> str:
+    record = facts.record
+    lines = ["upcycle convert recipe.yaml OUT"]
+    if record.get("training"):
+        lines.append("upcycle train train.yaml RUN   # its recipe is under 'training' in upcycle.json")
+    pinned = [
+        f"{code(public_name(source['name']))} at revision {code(source['revision'])}"
+        for source in sources_of(record)
+        if source.get("revision")
+    ]
+    used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    said = [f"Made with {plain(used)}, seed {record['seed']}" + (f", from {', '.join(pinned)}" if pinned else "") + "."]
+    if not pinned:
+        fingerprint = code(record["source"]["fingerprint"])
+        said.append(f"The source was no repository of the hub; its fingerprint is {fingerprint}.")
+    details = f"<details><summary>recipe.yaml</summary>\n\n{fenced(facts.recipe, 'yaml')}\n\n</details>"
+    return "\n\n".join([fenced("\n".join(lines), "sh"), " ".join(said), details])
+
+
+def _limits(facts: Facts) -> Iterator[str]:
+    record, measured = facts.record, facts.verification
+    plan, trained = record["plan"], bool(record.get("training"))
+    source = "its source" if facts.grown else "the dense model"
+    yield (
+        f"It knows no more than {source} did, and has its biases and its terms of use."
+        if not trained
+        else (
+            f"What it has from {source}, biases and terms of use included, it keeps where training did not change it."
+        )
+    )
+    if not trained and plan["promise"] == "approximate":
+        yield "It is a beginning for training: without it, its text is worse than that of the model it was made from."
+    if not trained and plan["promise"] != "approximate":
+        yield "Nothing is gained by running it as it is: it gives what the dense model gives. It is a beginning for training."
+    ratio = plan["flops_per_token"] / plan["flops_per_token_dense"]
+    yield f"A token costs {ratio:.2f} times what it does in {source}, and all the parameters must be in memory."
+    if record.get("calibration") and not trained:
+        yield "It was fitted to the kinds of text it was calibrated on, and is worse on others than the table says."
+    if measured:
+        yield (
+            f"Perplexity was measured on {measured['tokens']:,} tokens of one kind of text: that is a check, no benchmark. "
+            f"{'Safety' if facts.tasks else 'Tasks, safety'} and other languages were not measured."
+        )
+    else:
+        yield "Its quality was not measured."

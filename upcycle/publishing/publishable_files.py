@@ -1,0 +1,148 @@
+"""What may be published of a folder: the files that were recorded when it was made, unchanged, and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import Any
+
+from upcycle.conversion import record as provenance
+from upcycle.conversion.record import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files
+from upcycle.errors import CheckpointError, UsageError, VerificationError
+from upcycle.files.hashing import hash_bytes
+from upcycle.files.links import inside
+from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.output.ownership import INSIDE, real_path, working_folder
+from upcycle.files.output.workspace import UNFINISHED, settle
+from upcycle.progress import Progress
+from upcycle.publishing.private_files import check_private
+
+# Not recorded when the model was made, and ours all the same.
+REPORTS = ("report.html", "report.json")
+_WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to publish: small ones are held as they were when they were checked, weights stay where they are.
+
+    ``sha256`` is what their content was checked against: a file that is changed meanwhile cannot be uploaded under it.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    content: bytes | Path
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> Upload:
+        """One that is held in memory."""
+        return cls(name, len(content), hash_bytes(content), content)
+
+    def is_at(self, oid: str) -> bool:
+        """Whether that is what the hub has: the SHA-256 of a large file, git's SHA-1 of a small one."""
+        if oid == self.sha256:
+            return True
+        if isinstance(self.content, Path):
+            return False
+        return oid == sha1(b"blob %d\0" % self.size + self.content, usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True)
+class Publishable:
+    """A folder that may be published: ``mark`` says why it should not be, where that was overruled; ``skipped`` are files in
+    it that nobody recorded, and that stay here; ``searched`` is how many were looked through for what is private.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    files: list[Upload]
+    skipped: list[str]
+    mark: str | None
+    searched: int = 0
+
+
+def publishable(
+    folder: Path, force: bool, progress: Progress, allowed: Sequence[str] = (), owner: str = ""
+) -> Publishable:
+    """Check a folder, hashing and searching every file of it: the one way from a folder to what is sent.
+
+    Args:
+        folder: what upcycle wrote.
+        force: also what is not verified.
+        progress: where to report.
+        allowed, owner: see :func:`upcycle.publishing.private_files.check_private`.
+
+    Raises:
+        UsageError: there is no such folder, it is unfinished, it was never verified (unless ``force``), or a file holds what is
+            private.
+        VerificationError: it broke its promise (unless ``force``; a folder called ``.failed`` is refused in any case).
+        CheckpointError: this tool did not make it, a file is missing or was changed since it was verified, or is a link that
+            leaves the folder.
+    """
+    _check_finished(folder)
+    record = provenance.read(folder)
+    if not isinstance(record.get("files"), dict) or not any(name.endswith(_WEIGHTS) for name in record["files"]):
+        raise CheckpointError(f"{folder / FILE}: key 'files' lists no weights", hint="convert again")
+    mark = _verified(folder, force)
+    never = {CARD_FILE, LOCAL_FILE}
+    present = (FILE, VERIFICATION_FILE, EVALUATION_FILE, *REPORTS)
+    for name in (*present, *record["files"], CARD_FILE):
+        inside(folder / name, folder)
+    with progress.phase("checking files", 1):
+        check_files(folder, record)
+        progress.advance()
+    files = [_upload(folder, name, digest) for name, digest in record["files"].items() if name not in never]
+    files += [Upload.of(name, (folder / name).read_bytes()) for name in present if (folder / name).is_file()]
+    checked = check_private(files, allowed, owner)
+    known = {file.name for file in files} | never
+    skipped = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in known)
+    return Publishable(folder, record, files, skipped, mark, checked)
+
+
+def _check_finished(folder: Path) -> None:
+    if folder.name.endswith(".failed"):
+        raise VerificationError(
+            f"{folder} broke its promise, and is never published",
+            hint="convert again; upcycle verify says what is wrong",
+        )
+    if folder.is_dir():
+        settle(folder)  # a conversion that was killed in its last second
+    unfinished = any((folder / name).exists() for name in (*UNFINISHED, INSIDE))
+    partial = folder.name.endswith((".partial", INSIDE)) or unfinished
+    if partial or (not folder.exists() and working_folder(real_path(folder)).is_dir()):
+        raise UsageError(f"{folder} is not finished", hint="give the conversion's command again: it continues")
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="name the folder that upcycle convert wrote")
+
+
+def _verified(folder: Path, force: bool) -> str | None:
+    """Why it should not be published, or None."""
+    verification = provenance.read_verification(folder)
+    if verification is None:
+        if not force:
+            raise UsageError(
+                f"{folder} was not verified since its files were written",
+                hint=f"upcycle verify {folder}; or --force publishes it, and its card will say so",
+            )
+        return "It was published without being verified."
+    if verification.get("verdict") not in ("exact", "approximate"):
+        why = verification.get("explanation", "no verdict")
+        if not force:
+            raise VerificationError(
+                f"{folder} is broken: {why}", hint="convert again; or --force publishes it, and its card will say so"
+            )
+        return f"Its verification failed: {why}."
+    return None
+
+
+def _upload(folder: Path, name: str, digest: str) -> Upload:
+    path = folder / name
+    if name.endswith(_WEIGHTS):
+        return Upload(name, path.stat().st_size, digest, path)
+    upload = Upload.of(name, path.read_bytes())
+    if upload.sha256 != digest:
+        raise CheckpointError(f"{path} was changed while it was read", hint="upcycle verify finds out what it is now")
+    return upload

@@ -1,0 +1,141 @@
+"""Reads mergekit-moe's recipes: what they map to here, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from upcycle.errors import UsageError
+from upcycle.files.user_paths import user_path
+from upcycle.recipe.conversion_recipe import parse_parameters
+
+_ROUTERS: dict[str, dict[str, Any]] = {
+    "hidden": {"name": "hidden", "parameters": {"tokens": "last"}},
+    "hidden_last": {"name": "hidden", "parameters": {"tokens": "last"}},
+    "hidden_avg": {"name": "hidden", "parameters": {"tokens": "mean"}},
+    "cheap_embed": {"name": "cheap_embed"},
+    "random": {"name": "random", "parameters": {"std": 1.0}},
+    "uniform_random": {"name": "random", "parameters": {"distribution": "linear"}},
+}
+_DIFFERS = {
+    "hidden": "prompts' states are taken behind the norm before the FFN, where the router reads, not at the layer's input; padding "
+    "and special tokens do not count",
+    "cheap_embed": "every prompt counts the same, whatever its length, and no side is brought to length one before they are "
+    "subtracted",
+    "random": "the random numbers are others (--seed)",
+}
+_TARGETS = {
+    "mixtral": "mixtral",
+    "qwen": "qwen2_moe",
+    "qwen moe": "qwen2_moe",
+    "qwen3": "qwen3_moe",
+    "qwen3 moe": "qwen3_moe",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MergekitExpert(_Strict):
+    """One entry of ``experts``."""
+
+    source_model: str = Field(description="folder or hub id, with @revision")
+    positive_prompts: list[str] | None = Field(None, description="what the expert is for")
+    negative_prompts: list[str] | None = Field(None, description="what it is not for")
+    noise_scale: float | None = Field(None, ge=0, allow_inf_nan=False, description="noise on its weights")
+    residual_scale: float | None = Field(None, gt=0, allow_inf_nan=False, description="factor on its output")
+
+
+class MergekitRecipe(_Strict):
+    """A whole file."""
+
+    base_model: str = Field(description="folder or hub id, with @revision, of all but the experts")
+    experts: list[MergekitExpert] = Field(min_length=1, description="the experts, in order")
+    shared_experts: list[MergekitExpert] | None = Field(None, description="experts that are always on")
+    gate_mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"] = Field(
+        "hidden", description="how the router starts"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="dtype to write")
+    experts_per_token: int = Field(2, ge=1, description="top-k")
+    architecture: str | None = Field(None, description="what to write")
+
+
+def is_mergekit(content: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a recipe of mergekit-moe: no recipe of ours has a base model, or experts that are a list."""
+    return "base_model" in content or isinstance(content.get("experts"), list)
+
+
+def translate(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """The recipe that a mergekit-moe file maps to, and what to tell its user: what it became, and what differs.
+
+    ``branch_train_mix`` with ``rest=base``: experts are the FFNs of ``experts``, all else is ``base_model``'s.
+
+    Raises:
+        UsageError: an unknown key, or something that has no counterpart; names the key and what to do.
+    """
+    recipe: MergekitRecipe = parse_parameters(MergekitRecipe, dict(content), f"{where} (mergekit-moe)")
+    mode, shared = recipe.gate_mode, recipe.shared_experts or []
+    architecture = (recipe.architecture or "").lower()
+    if architecture and architecture not in _TARGETS:
+        known = f"one of {', '.join(_TARGETS)}, or leave it out"
+        raise _unmapped(where, "architecture", f"'{recipe.architecture}' needs code of its own to load", known)
+    base, revision = _model(recipe.base_model, where, "base_model")
+    found = {
+        "source": base,
+        "revision": revision,
+        "sources": [
+            *(_source(e, where) for e in recipe.experts),
+            *({**_source(e, where), "shared": True} for e in shared),
+        ],
+        "method": "branch_train_mix",
+        "parameters": {"rest": "base"},
+        "top_k": recipe.experts_per_token,
+        "router": _ROUTERS[mode],
+        "dtype": recipe.dtype or "keep",
+        "target": _TARGETS.get(architecture, "auto"),
+    }
+    notes = [
+        f"{where} is a recipe of mergekit-moe: method branch_train_mix with rest=base, router {_ROUTERS[mode]['name']}, "
+        f"{len(recipe.experts)} experts, top-{recipe.experts_per_token}"
+        + (f", {len(shared)} shared" if shared else ""),
+        f"gate_mode {mode}: {_DIFFERS[_ROUTERS[mode]['name']]}",
+    ]
+    if shared:
+        notes.append(
+            "shared_experts: always on at full weight, times residual_scale; mergekit multiplies them by the sigmoid of a gate made "
+            "of their prompts, which are not used here"
+        )
+    if any(expert.noise_scale for expert in (*recipe.experts, *shared)):
+        notes.append("noise_scale: as large as mergekit's, the random numbers are others (--seed)")
+    return found, notes
+
+
+def _source(expert: MergekitExpert, where: str) -> dict[str, Any]:
+    name, revision = _model(expert.source_model, where, "source_model")
+    return {
+        "name": name,
+        "revision": revision,
+        "positive_prompts": expert.positive_prompts or [],
+        "negative_prompts": expert.negative_prompts or [],
+        "scale": 1.0 if expert.residual_scale is None else expert.residual_scale,
+        "noise": expert.noise_scale or 0.0,
+    }
+
+
+def _model(name: str, where: str, key: str) -> tuple[str, str | None]:
+    """A folder or hub id and its revision."""
+    if user_path(name).exists():
+        return name, None
+    if "+" in name:
+        raise _unmapped(
+            where, key, f"'{name}' adds an adapter", "merge the adapter into its model first, and name the result"
+        )
+    model, _, revision = name.partition("@")
+    return model, revision or None
+
+
+def _unmapped(where: str, key: str, why: str, hint: str) -> UsageError:
+    return UsageError(f"{where} (mergekit-moe): key '{key}' has no counterpart: {why}", hint=f"{key}: {hint}")

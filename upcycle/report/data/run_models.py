@@ -1,0 +1,111 @@
+"""Runs the model and its parent once over all texts, and keeps what the sections are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.progress import SILENT, Progress
+from upcycle.report.data.models import Models
+from upcycle.report.data.routing import Choices
+from upcycle.report.data.subject import reason_of
+from upcycle.report.data.texts import Domain
+from upcycle.text.windows import continuation
+from upcycle.trainers.routing.router_records import capture
+from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers
+from upcycle.verification.verdict import Totals
+
+_BATCH_LOGIT_BYTES = 1 << 26
+SAMPLE_TOKENS = 256
+
+
+@dataclass
+class Measured:
+    """``totals`` per domain: against the parent, or where there is none against the model itself. ``inputs`` are a sample of
+    what each MoE block read, ``[S, d]``. ``choices`` is None where nothing is routed, for the reason in ``no_routing``.
+    """
+
+    totals: dict[str, Totals]
+    layers: list[MoeLayer]
+    choices: Choices | None
+    no_routing: str | None
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def measure(models: Models, domains: Sequence[Domain], progress: Progress = SILENT) -> Measured:
+    """Read every window with both models."""
+    model = models.model.model
+    try:
+        layers, why = moe_layers(model), None
+    except UpcycleError as error:
+        layers, why = [], reason_of(error)
+    totals: dict[str, Totals] = {domain.name: Totals() for domain in domains}
+    experts: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
+    inputs: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
+    wanted = -(-SAMPLE_TOKENS // len(domains))
+    recorder = capture(model) if layers else None
+    with progress.phase("reading texts", sum(len(domain.windows) for domain in domains)):
+        for domain in domains:
+            first = True
+            for batch in domain.windows.split(_windows_per_batch(domain.windows, model)):
+                with _sampled(layers, inputs, wanted if first else 0):
+                    logits = models.model.logits(batch)
+                first = False
+                for record in recorder.take() if recorder else []:
+                    experts[record.layer].append(record.experts.to(torch.int16))
+                expected = models.reference.logits(batch) if models.reference else logits
+                if expected.shape != logits.shape:
+                    raise UsageError("the model and its parent have vocabularies of different sizes")
+                totals[domain.name].add(batch, expected, logits)
+                progress.advance(len(batch))
+    if recorder:
+        recorder.close()
+    choices = None
+    if layers:
+        choices = Choices(
+            experts={index: torch.cat(parts) for index, parts in experts.items()},
+            counts={layer.index: layer.rule.experts for layer in layers},
+            tokens=torch.cat([domain.windows.flatten() for domain in domains]),
+            domains=torch.cat([torch.full((d.windows.numel(),), i) for i, d in enumerate(domains)]),
+            names=[domain.name for domain in domains],
+        )
+    return Measured(totals, layers, choices, why, {index: torch.cat(parts) for index, parts in inputs.items()})
+
+
+def _windows_per_batch(windows: torch.Tensor, model: Any) -> int:
+    return max(1, int(_BATCH_LOGIT_BYTES // (4 * windows.shape[1] * model.config.vocab_size)))
+
+
+@contextmanager
+def _sampled(layers: Sequence[MoeLayer], inputs: dict[int, list[torch.Tensor]], wanted: int) -> Iterator[None]:
+    """Keep ``wanted`` evenly spaced inputs of every MoE block."""
+
+    def keep(index: int, x: torch.Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        inputs[index].append(rows[torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).long()].clone())
+
+    hooks = [
+        layer.block.register_forward_pre_hook(lambda _, args, index=layer.index: keep(index, args[0]))
+        for layer in (layers if wanted else ())
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def write_samples(models: Models, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Greedy text of both models for each prompt; ``same`` says whether they agree, None where there is one alone."""
+    samples = []
+    for prompt in prompts:
+        text = continuation(models.model.model, tokenizer, prompt)
+        before = continuation(models.reference.model, tokenizer, prompt) if models.reference else None
+        same = None if before is None else before == text
+        samples.append({"prompt": prompt, "before": before, "after": text, "same": same})
+    return samples

@@ -1,0 +1,89 @@
+"""Writes a report: an HTML file that needs nothing else, and its data as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.output.ownership import cannot_write, check_file, holds_keys
+from upcycle.files.user_paths import user_path
+from upcycle.progress import SILENT, Progress
+from upcycle.report.data.collect import Wanted, collect
+
+_GENERATOR = '<meta name="generator" content="upcycle report">'
+MISSING_EXTRA = "pip install 'upcycle[report]'"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the report lies, and its data."""
+
+    html: Path
+    json: Path
+    data: dict[str, Any]
+
+
+def can_draw() -> bool:
+    """Whether the extra ``report`` is installed."""
+    return find_spec("jinja2") is not None
+
+
+def write_report(
+    name: str | Path, out: str | Path | None = None, wanted: Wanted | None = None, progress: Progress = SILENT
+) -> Report:
+    """Report on what ``name`` is: a conversion's OUT, a training run, or another model.
+
+    Args:
+        name: folder or hub id.
+        out: the HTML file; ``report.html`` in the folder by default, or here for a hub id. The JSON lies beside it.
+        wanted: what to measure.
+        progress: where to report.
+
+    Raises:
+        EnvironmentFault: the extra ``report`` is not installed, or the file cannot be written.
+        UpcycleError: there is nothing to report on.
+    """
+    if not can_draw():
+        raise EnvironmentFault("a report needs jinja2, which is not installed", hint=MISSING_EXTRA)
+    from upcycle.report.page import draw_page
+
+    html = user_path(out) if out else None
+    if html and (html.suffix not in (".html", ".htm") or not html.absolute().parent.is_dir()):
+        raise UsageError(f"cannot write a report to {html}", hint="--out names an .html file in a folder that exists")
+    if html is not None:
+        check_report(html)
+    subject, data = collect(str(name), wanted or Wanted(), progress)
+    if html is None:
+        local = user_path(name).absolute().parent == subject.folder.absolute().parent
+        html = (subject.folder if local or user_path(name).is_dir() else Path()) / "report.html"
+        check_report(html)
+    with progress.phase("drawing", 1):
+        page = draw_page(data)
+        progress.advance()
+    found = html.with_suffix(".json")
+    _write(found, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    _write(html, page)
+    return Report(html, found, data)
+
+
+def check_report(html: Path) -> None:
+    """Refuse to write over a page, or data beside it, of somebody else.
+
+    Raises:
+        UsageError: there is one.
+    """
+    check_file(html, lambda text: _GENERATOR in text[:4096])
+    check_file(html.with_suffix(".json"), holds_keys("out", "upcycle", "summary", "provenance"))
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that is there is complete."""
+    try:
+        write_text_whole(path, text)
+    except OSError as error:
+        raise cannot_write(path, error) from None

@@ -1,0 +1,43 @@
+"""Rows of a hub dataset, streamed: nothing is downloaded whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from upcycle.errors import EnvironmentFault
+from upcycle.files.user_paths import user_path
+from upcycle.text.windows import DEMO_TEXTS
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a text is named like a hub dataset (``org/name[:config[:split]]``) and not like a file."""
+    path = user_path(name)
+    if name == "demo" or name in DEMO_TEXTS or path.exists() or path.suffix or path.is_absolute():
+        return False
+    return bool(_NAME.fullmatch(name))
+
+
+def hub_rows(name: str, revision: str | None = None, skip: int = 0) -> Iterator[Any]:
+    """Rows of ``org/name[:config[:split]]`` in order, the first ``skip`` left out.
+
+    Raises:
+        EnvironmentFault: the datasets package is missing, or the dataset cannot be read.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise EnvironmentFault(
+            f"{name} is not a file, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
+        ) from None
+    repository, config, split = [*name.split(":"), "", ""][:3]
+    try:
+        rows = datasets.load_dataset(
+            repository, config or None, split=split or "train", streaming=True, revision=revision
+        )
+        yield from rows.skip(skip) if skip else rows
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise EnvironmentFault(f"the dataset {name} cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,176 @@
+"""The tokens a calibration looks at: files of text or of rows, hub datasets or the embedded texts, mixed evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.architectures.stock import load_tokenizer
+from upcycle.errors import UsageError
+from upcycle.files.user_paths import user_path
+from upcycle.progress import Progress
+from upcycle.text.held_out import Parts, by_document, by_position, sketch
+from upcycle.text.hub_dataset import hub_rows, is_dataset
+from upcycle.text.reading.columns import Broken
+from upcycle.text.reading.documents import Reading, find_pieces
+from upcycle.text.reading.file_kinds import kind_of
+from upcycle.text.windows import DEMO_TEXTS, encode, read_text
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import Checkpoint
+    from upcycle.planning.cost import AnyJob
+    from upcycle.recipe.conversion_recipe import CalibrationRecipe
+
+_CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
+_WHOLE = 1 << 62  # bytes: a file in one piece
+_LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
+
+
+def calibration_windows(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
+    """The calibration tokens of a conversion: ids ``[N, W]``.
+
+    Raises:
+        UsageError: a text cannot be read, has no such column, or is shorter than one window.
+    """
+    wanted = job.recipe.calibration
+    if job.recipe.tokenizer == "none":
+        raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
+    window = min(wanted.window, job.context, wanted.tokens)
+    windows = mixed_windows(read_texts(wanted), load_tokenizer(checkpoint.source.path), wanted.tokens, window)
+    if windows.numel() < 0.9 * wanted.tokens:
+        progress.note(
+            f"calibrating on {windows.numel():,} tokens: the texts hold no more (asked for {wanted.tokens:,})"
+        )
+    return windows
+
+
+def read_texts(wanted: CalibrationRecipe) -> dict[str, str]:
+    """Name -> what is calibrated on of every calibration text, of streams as much as is needed.
+
+    Raises:
+        UsageError: a text cannot be read, or has no such column.
+    """
+    return {name: parts.read for name, parts in read_parts(wanted).items()}
+
+
+def read_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
+    """Name -> every calibration text, divided into what is calibrated on and what is held out to measure on.
+
+    Raises:
+        UsageError: a text cannot be read, or has no such column.
+    """
+    names = text_names(wanted.texts)
+    enough = _CHARACTERS_PER_TOKEN * (wanted.tokens // len(names) + wanted.window)
+    return dict(_parts(tuple(names), wanted.column, enough, tuple(map(_state, names))))
+
+
+def traces(wanted: CalibrationRecipe) -> dict[str, Any]:
+    """What ``upcycle.json`` keeps of the text itself: hashes of lines that were read, and how much was held out."""
+    parts = read_parts(wanted)
+    held_out = {name: one.how for name, one in parts.items()}
+    return {"held_out": held_out, "lines": sketch(one.read for one in parts.values())}
+
+
+def _state(name: str) -> tuple[int, int] | None:
+    """What changes when a file does."""
+    path = user_path(name)
+    found = path.stat() if path.is_file() else None
+    return (found.st_mtime_ns, found.st_size) if found else None
+
+
+@lru_cache(maxsize=1)  # a conversion asks three times, and a data set comes over the network
+def _parts(
+    names: tuple[str, ...], column: str, enough: int, states: tuple[object, ...]
+) -> tuple[tuple[str, Parts], ...]:
+    return tuple((name, _text(name, column, enough)) for name in names)
+
+
+def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window: int) -> torch.Tensor:
+    """Ids ``[N, W]``, evenly spread over each text; consecutive windows come from different texts.
+
+    Texts that are too short leave their share to nobody: an even mix matters more than the count.
+
+    Raises:
+        UsageError: a text is shorter than one window.
+    """
+    share = -(-(tokens // window) // len(texts))
+    pieces = []
+    for name, text in texts.items():
+        piece = _from_long(tokenizer, text, share, window)
+        pieces.append(_from_whole(tokenizer, name, text, share, window) if piece is None else piece)
+    rows = [row for group in zip_longest(*pieces) for row in group if row is not None]
+    return torch.stack(rows[: max(1, tokens // window)])
+
+
+def _from_long(tokenizer: Any, text: str, share: int, window: int) -> torch.Tensor | None:
+    """Windows of a text far longer than what is wanted of it, without tokenising the rest; ``None`` if it is not.
+
+    Each begins at a line of its own where there is one.
+    """
+    length = _CHARACTERS_PER_TOKEN * window
+    if len(text) < max(_LONG, 2 * share * length):
+        return None
+    starts = torch.linspace(0, len(text) - 2 * length, share, dtype=torch.float64).long().tolist()
+    starts = [1 + max(text.find("\n", start, start + length), start - 1) for start in starts]
+    ids = tokenizer([text[start : start + length] for start in starts], add_special_tokens=False)["input_ids"]
+    if min(map(len, ids)) < window:
+        return None
+    return torch.tensor([row[:window] for row in ids])
+
+
+def _from_whole(tokenizer: Any, name: str, text: str, share: int, window: int) -> torch.Tensor:
+    ids = encode(tokenizer, text)
+    available = ids[: len(ids) // window * window].view(-1, window)
+    if not len(available):
+        raise UsageError(
+            f"calibration text {name} has {len(ids)} tokens, fewer than one window of {window}",
+            hint=f"give a longer text, or --set calibration.window={max(8, len(ids))}",
+        )
+    chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
+    return available[chosen]
+
+
+def text_names(texts: list[str]) -> list[str]:
+    """The texts, with ``demo`` replaced by the names of the embedded ones."""
+    return list(chain.from_iterable(DEMO_TEXTS if name == "demo" else [name] for name in texts))
+
+
+def _text(name: str, column: str, characters: int) -> Parts:
+    path = user_path(name)
+    if name in DEMO_TEXTS:
+        return by_position(read_text(name))
+    if path.is_file():
+        kind = kind_of(path)
+        return by_position(read_text(name)) if kind == "text" else by_document(_rows(path, column), characters)
+    if not is_dataset(name):
+        raise UsageError(
+            f"no such calibration text: {name}",
+            hint="a UTF-8 file, rows (.jsonl, .json, .csv, .parquet), a hub dataset (org/name[:config[:split]]), demo, "
+            f"or one of: {', '.join(DEMO_TEXTS)}",
+        )
+    return by_document((_column(row, column, name) for row in hub_rows(name)), characters)
+
+
+def _rows(path: Path, column: str) -> Iterator[str]:
+    """The texts of a file of rows, whatever its ending, as training reads them."""
+    for piece in find_pieces([str(path)], _WHOLE):
+        for row in piece.records(Reading(column)):
+            if isinstance(row, Broken):
+                raise UsageError(row.message, hint="--set calibration.column=NAME")
+            if row.strip():
+                yield row
+
+
+def _column(row: Any, column: str, where: str) -> str:
+    found = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(found, str):
+        columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise UsageError(
+            f"{where}: no text in column '{column}'; the columns are {columns}", hint="--set calibration.column=NAME"
+        )
+    return found

@@ -1,0 +1,99 @@
+"""Text to measure on, as windows of token ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import whole_characters
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.files.user_paths import user_path
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_TEXTS = {path.stem: path for path in sorted((DEMO_FOLDER / "text").glob("*.txt"))}
+
+
+def read_text(name: str) -> str:
+    """A UTF-8 text file, or one of the embedded validation texts by name (``prose``, ``code``).
+
+    Raises:
+        UsageError: no such file, not UTF-8, or empty.
+    """
+    path = DEMO_TEXTS.get(name, user_path(name))
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(
+            f"no such text file: {name}", hint=f"a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8 text") from None
+    if not content.strip():
+        raise UsageError(f"{name} is empty")
+    return content
+
+
+def divided(content: str) -> tuple[str, str]:
+    """A text in two parts, at the beginning of a line or a word: three quarters to calibrate on, a quarter to measure on."""
+    place = 3 * len(content) // 4
+    cut = content.find("\n", place) + 1 or content.find(" ", place) + 1 or place
+    return content[:cut], content[cut:]
+
+
+def demo_parts(name: str) -> tuple[str, str]:
+    """An embedded text in two parts: three quarters to calibrate on, and a quarter to verify a calibrated model on."""
+    return divided(read_text(name))
+
+
+def encode(tokenizer: Any, text: str) -> torch.Tensor:
+    """Token ids ``[T]`` without special tokens; halves of characters, which no tokenizer takes, are read as U+FFFD."""
+    import torch
+
+    ids = tokenizer(whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Tensor:
+    """Take ``tokens`` ids in turns from the texts, evenly spread over each, as ``[N, window]``.
+
+    Raises:
+        UsageError: the texts are shorter than one window.
+    """
+    import torch
+
+    wanted = max(1, tokens // window)
+    pieces: list[torch.Tensor] = []
+    for index, ids in enumerate(texts):
+        share = wanted // len(texts) + (index < wanted % len(texts))
+        available = ids[: len(ids) // window * window].view(-1, window)
+        if share and len(available):
+            chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
+            pieces.append(available[chosen])
+    if not pieces:
+        raise UsageError(f"the text has fewer than {window} tokens", hint="give a longer --text")
+    return torch.cat(pieces)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
+    """What a stock model writes after ``prompt``, greedily, at most ``tokens`` tokens.
+
+    Raises:
+        UsageError: the prompt is empty.
+    """
+    import torch
+
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
+    if not ids.numel():
+        raise UsageError("a prompt is empty", hint="--prompt 'Once upon a time'")
+    with torch.no_grad():
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return text

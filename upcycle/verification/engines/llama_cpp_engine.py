@@ -1,0 +1,122 @@
+"""llama.cpp as an engine to compare with: its own converter makes a GGUF file in fp32, its own server runs that on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from upcycle.errors import EnvironmentFault
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.user_paths import user_path
+from upcycle.hardware.child_processes import engine_environment, run_script
+from upcycle.verification.engines.engine import Answer, Asked, NotHeld, last_lines, read_written, run_worker
+
+VARIABLE = "LLAMA_CPP"
+_CONVERTER = "convert_hf_to_gguf.py"
+_HINT = (
+    f"git clone https://github.com/ggml-org/llama.cpp, set {VARIABLE} to that folder (its {_CONVERTER} is needed), and "
+    "pip install xllamacpp sentencepiece, or have llama-server on the PATH"
+)
+
+
+class LlamaCpp:
+    """Its architectures are those of its converter; weights stay fp32, so that rounding explains little."""
+
+    name: ClassVar[str] = "llama.cpp"
+    title: ClassVar[str] = "llama.cpp"
+
+    def ask(self, model: Path, config: dict[str, Any], asked: Asked, work: Path, python: str) -> Answer:
+        """See :class:`~upcycle.verification.engines.engine.Engine`."""
+        file = work / "model.gguf"
+        _convert(model, file, work, python)
+        question = {
+            "model": str(file),
+            "context": max(asked.context + 1, 256),
+            "threads": torch.get_num_threads(),  # more than there are free cores would wait for each other
+            "server": _found("llama-server"),
+            "prompts": asked.prompts,
+            "tokens": asked.tokens,
+            "texts": asked.texts,
+        }
+        found = run_worker(self, "llama_cpp_worker.py", question, work, python, _HINT)
+        return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
+
+    def known_difference(self, config: dict[str, Any]) -> str | None:
+        """What ``norm_topk_prob`` says is fixed in its graphs, and Qwen2-MoE's sigmoid is ``silu(x) / x``.
+
+        https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp
+        """
+        kind, normalized = config.get("model_type"), config.get("norm_topk_prob")
+        if kind == "qwen2_moe":
+            why = (
+                "llama.cpp divides by the logit of the shared expert's switch, which is 0 in a Qwen2-MoE that was not trained since "
+                "it was converted"
+            )
+            if normalized and config.get("num_experts_per_tok") != config.get("num_experts"):
+                why += ", and it does not make the weights of the chosen experts sum to 1 (norm_topk_prob)"
+            return why
+        if kind in ("qwen3_moe", "mellum") and normalized is False:
+            return "llama.cpp makes the weights of the chosen experts sum to 1, whatever norm_topk_prob says"
+        return None
+
+
+def _convert(model: Path, file: Path, work: Path, python: str) -> None:
+    """Run the converter.
+
+    Raises:
+        EnvironmentFault: it is not there, a package of its is not, or the disk is full.
+        NotHeld: it does not know the architecture, the tokenizer or a tensor.
+    """
+    converter = _found(_CONVERTER)
+    if converter is None:
+        raise EnvironmentFault(f"llama.cpp's {_CONVERTER} was not found", hint=_HINT)
+    needed = 4 * sum(spec.elements for spec in SafetensorsFolder(model).specs.values())
+    if needed > 0.95 * shutil.disk_usage(work).free:
+        raise EnvironmentFault(
+            f"a GGUF file of {needed / 1e9:.1f} GB does not fit in {work.parent}", hint="set TMPDIR to a larger disk"
+        )
+    log = work / "converter.log"
+    with log.open("wb") as output:
+        command = [
+            *run_script(Path(converter), python),
+            str(model.absolute()),
+            "--outtype",
+            "f32",
+            "--outfile",
+            str(file),
+        ]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=engine_environment(), check=False
+        )
+    if done.returncode == 0 and file.is_file():
+        return
+    said = last_lines(log)
+    last = said.splitlines()[-1].removeprefix("ERROR:hf-to-gguf:") if said else f"code {done.returncode}"
+    if "ModuleNotFoundError" in last:
+        package = last.split("'")[1] if "'" in last else "what it imports"
+        raise EnvironmentFault(f"llama.cpp's converter needs {package}", hint=f"pip install {package} for {python}")
+    if "pre-tokenizer was not recognized" in said:
+        last = "it does not know this tokenizer"
+    raise NotHeld(f"llama.cpp's converter cannot convert it: {last}")
+
+
+def _found(program: str) -> str | None:
+    """A program or script of llama.cpp: in its folder, on the PATH, or beside what is there."""
+    for folder in _folders():
+        if (folder / program).is_file():
+            return str(folder / program)
+    return shutil.which(program)
+
+
+def _folders() -> Iterator[Path]:
+    if named := os.environ.get(VARIABLE):
+        root = user_path(named).absolute()
+        yield from (root, root / "bin", root / "build" / "bin")
+    if server := shutil.which("llama-server"):
+        yield from Path(server).resolve().parents[:3]

@@ -1,0 +1,238 @@
+"""``upcycle verify OUT --with ENGINE``: whether an inference engine writes what stock transformers writes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from upcycle.architectures.stock import build_config, load_tokenizer, view
+from upcycle.conversion import record as provenance
+from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.output.scratch import scratch
+from upcycle.files.user_paths import user_path
+from upcycle.models.load import load_model
+from upcycle.progress import SILENT, Progress
+from upcycle.text.reach import MOST_WORK, Reach, reach_of
+from upcycle.text.windows import DEMO_TEXTS, encode, read_text, windows_of
+from upcycle.verification.engines.engine import Answer, Asked, Engine, NotHeld
+from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
+from upcycle.verification.engines.rounding import Place, places, tolerance_of
+from upcycle.verification.engines.vllm_engine import Vllm
+
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (LlamaCpp(), Vllm())}
+PROMPT, WRITTEN, TOKENS = 16, 32, 128
+# What tokenizers disagree about: digits, spaces, accents, other scripts, emoji.
+_TRAPS = "In 2024, 1234567 people  don't\n\n\tréservé   naïve — 你好,世界 🙂 x==y\r\n"
+
+
+@dataclass(frozen=True)
+class ServingCheck:
+    """What was compared with an engine. ``as_dict`` has the documented JSON keys.
+
+    ``same``: every token is transformers', but for near ties that rounding explains, and so are the distances between the two
+    best logits. ``different``: one is not. ``not held``: the engine cannot load the model, and all numbers are zero.
+    ``first_difference`` is the first token that is another, tie or not; ``gap_error`` the largest difference of the distance
+    between the two best logits (None: the engine computes NaN), ``gap_allowed`` what rounding explains there. ``positions`` is
+    how long the longest text was, and beyond ``positions_needed`` (0: nowhere) a model with windows or scaled positions computes
+    otherwise than one without.
+    """
+
+    engine: str
+    version: str
+    transformers: str
+    verdict: Literal["same", "different", "not held"]
+    explanation: str
+    dtype: str
+    prompts: int
+    tokens: int
+    equal_tokens: int
+    near_ties: int
+    first_difference: dict[str, Any] | None
+    gap_error: float | None
+    gap_allowed: float
+    tokenizer: Literal["transformers'", "same", "different"] | None
+    positions: int = 0
+    positions_needed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def verify_with(
+    out: str | Path,
+    engine: str,
+    *,
+    text: str | None = None,
+    tokens: int = TOKENS,
+    python: str | None = None,
+    progress: Progress = SILENT,
+) -> ServingCheck:
+    """Compare what an engine writes greedily with what stock transformers writes in fp32; the result is kept in ``evaluation.json``.
+
+    Args:
+        out: a folder that :func:`upcycle.convert` wrote, or :func:`upcycle.export`.
+        engine: ``llama.cpp`` or ``vllm``.
+        text: UTF-8 file that prompts are taken from; default: the embedded validation texts.
+        tokens: how many the engine writes, 32 after each prompt.
+        python: the interpreter that has the engine; default: this one.
+        progress: where to report.
+
+    Raises:
+        CheckpointError: a file is missing or has changed since it was written.
+        EnvironmentFault: the engine is not installed, its process died, or the model does not fit in memory.
+        UsageError: no engine of that name.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine '{engine}'", hint=f"one of: {', '.join(ENGINES)}")
+    folder, chosen = user_path(out), ENGINES[engine]
+    record, config = provenance.read(folder), read_json(folder / "config.json")
+    with progress.phase("checking files", 1):
+        provenance.check_files(folder, record)
+        progress.advance()
+    tokenizer = _tokenizer(folder)
+    reach = reach_of(build_config(config, str(folder)))
+    asked = _question(tokenizer, config, text, tokens, _long_prompt(folder, reach, config, tokens))
+    with progress.phase(f"running {chosen.title}, then transformers", 2), scratch("serving") as work:
+        try:
+            with view(
+                folder, weights=True, tokenizer=True
+            ) as shown:  # what a stranger's folder says beside is not for engines, too
+                answer = chosen.ask(shown, config, asked, work, python or sys.executable)
+        except NotHeld as refusal:
+            return _kept(folder, _not_held(chosen, refusal.message), progress)
+        progress.advance()
+        found = _compare(folder, config, asked, answer, tokenizer, chosen, reach)
+        progress.advance()
+    return _kept(folder, found, progress)
+
+
+def _tokenizer(folder: Path) -> Any:
+    return load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+
+
+def _long_prompt(folder: Path, reach: Reach, config: dict[str, Any], tokens: int) -> int:
+    """How long one prompt must be, so that what is written after it lies behind every window; 0: none is, or it is too dear."""
+    parameters = sum(spec.elements for spec in SafetensorsFolder(folder).specs.values())
+    if not reach.border or reach.work(parameters) > MOST_WORK:
+        return 0
+    room = int(config.get("max_position_embeddings") or reach.length) - min(tokens, WRITTEN)
+    return max(0, min(reach.length, room))
+
+
+def _question(tokenizer: Any, config: dict[str, Any], text: str | None, tokens: int, long: int) -> Asked:
+    """Prompts of 16 tokens, and the first of ``long`` ones where that is more."""
+    count, length = max(1, tokens // WRITTEN), min(tokens, WRITTEN)
+    if tokenizer is None:
+        rng = torch.Generator().manual_seed(0)
+        prompts = torch.randint(config["vocab_size"], (count, PROMPT), generator=rng)
+        whole = torch.randint(config["vocab_size"], (max(long, 1),), generator=rng)
+        return Asked(_with_long(prompts, whole, long), length, [])
+    contents = [read_text(name) for name in ([text] if text else DEMO_TEXTS)]
+    encoded = [encode(tokenizer, content) for content in contents]
+    prompts = windows_of(encoded, count * PROMPT, PROMPT)
+    return Asked(_with_long(prompts, torch.cat(encoded), long), length, [_TRAPS, *(one[:2000] for one in contents)])
+
+
+def _with_long(prompts: torch.Tensor, ids: torch.Tensor, long: int) -> list[list[int]]:
+    """Some short prompts ``[N, 16]``, the first of which is made long, of ``ids``, repeated where they are too short."""
+    found: list[list[int]] = prompts.tolist()
+    if long > PROMPT:
+        found[0] = Reach(0, long).text(ids)[0].tolist()
+    return found
+
+
+def _compare(
+    folder: Path, config: dict[str, Any], asked: Asked, answer: Answer, tokenizer: Any, engine: Engine, reach: Reach
+) -> ServingCheck:
+    model = load_model(str(folder))
+    rounded = None if answer.dtype == "float32" else load_model(str(folder), dtype=getattr(torch, answer.dtype))
+    tolerance = tolerance_of(rounded, model, asked.prompts, answer.written)
+    found = list(places(model, asked.prompts, answer.written, tolerance))
+    if not found:
+        raise EnvironmentFault(f"{engine.title} wrote nothing", hint="give another --text")
+    others = [place for place in found if place.found != place.expected]
+    wrong = next((place for place in others if place.margin > place.allowed), None)
+    off = max(found, key=lambda place: place.gap_error / place.allowed)
+    tokenized = _tokenized_alike(tokenizer, asked.texts, answer.tokenized)
+    verdict, why = "same", f"{len(found) - len(others)} of {len(found)} greedy tokens are transformers'"
+    if math.isinf(off.gap_error):
+        verdict, why = "different", f"{engine.title} computes NaN"
+    elif wrong:
+        verdict, why = "different", _explained(wrong, tokenizer)
+    elif off.gap_error > off.allowed:
+        verdict = "different"
+        why += (
+            f", but its two best logits are {off.gap_error:.1e} nearer or farther (rounding explains {off.allowed:.1e})"
+        )
+    elif others:
+        why += f", and {len(others)} are as probable as far as rounding tells"
+    if verdict == "same" and tokenized == "different":
+        verdict, why = "different", "it tokenizes text in another way than the model's tokenizer"
+    if verdict == "different" and (reason := engine.known_difference(config)):
+        why += f": {reason}"
+    positions = max(len(one) + len(text.tokens) for one, text in zip(asked.prompts, answer.written, strict=True))
+    why += f", up to position {positions:,} of {model.config.max_position_embeddings:,}"
+    if positions <= reach.border:
+        why += f"; from {reach.border:,} on windows or scaled positions begin, and nobody looked there"
+    return ServingCheck(
+        engine=engine.name,
+        version=answer.version,
+        transformers=provenance.versions()["transformers"],
+        verdict=verdict,  # type: ignore[arg-type]
+        explanation=why,
+        dtype=answer.dtype,
+        prompts=len(asked.prompts),
+        tokens=len(found),
+        equal_tokens=len(found) - len(others),
+        near_ties=sum(place.margin <= place.allowed for place in others),
+        first_difference=asdict(others[0]) if others else None,
+        gap_error=None if math.isinf(off.gap_error) else off.gap_error,
+        gap_allowed=off.allowed,
+        tokenizer=tokenized,
+        positions=positions,
+        positions_needed=reach.border,
+    )
+
+
+def _explained(place: Place, tokenizer: Any) -> str:
+    def named(token: int) -> str:
+        return repr(tokenizer.decode([token])) if tokenizer else f"token {token}"
+
+    return (
+        f"after prompt {place.prompt + 1}, token {place.position + 1} is {named(place.found)}, where transformers writes "
+        f"{named(place.expected)}, whose logit is {place.margin:.2g} larger (rounding explains {place.allowed:.1e})"
+    )
+
+
+def _tokenized_alike(
+    tokenizer: Any, texts: Sequence[str], found: list[list[int]] | None
+) -> Literal["transformers'", "same", "different"] | None:
+    if tokenizer is None:
+        return None
+    if found is None:
+        return "transformers'"
+    return "same" if [encode(tokenizer, text).tolist() for text in texts] == found else "different"
+
+
+def _not_held(engine: Engine, why: str) -> ServingCheck:
+    version = provenance.versions()["transformers"]
+    return ServingCheck(engine.name, "", version, "not held", why, "", 0, 0, 0, 0, None, 0.0, 0.0, None)
+
+
+def _kept(folder: Path, found: ServingCheck, progress: Progress) -> ServingCheck:
+    """Put it beside what other engines said of the same files."""
+    before = (provenance.read_evaluation(folder) or {}).get("serving", {})
+    try:
+        provenance.write_evaluation(folder, {"serving": {**before, found.engine: found.as_dict()}})
+    except OSError as error:
+        progress.note(f"{provenance.EVALUATION_FILE} cannot be written, and the card will not know: {error.strerror}")
+    return found

@@ -1,0 +1,131 @@
+"""Errors of single blocks: what a converted layer adds to the stream, beside what the dense one does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.models.stock_layers import layers_of
+from upcycle.verification.verdict import relative
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.models.stock_layers import Layers
+    from upcycle.models.stock_model import StockModel
+    from upcycle.planning.expert_job import Job
+
+
+class LayerErrors:
+    """Squared errors and norms of every block on the dense model's FFN inputs."""
+
+    def __init__(self, job: Job, moe: StockModel, checkpoint: DenseCheckpoint) -> None:
+        self._job = job
+        mixes = isinstance(checkpoint, MixedCheckpoint) and not (job.method.exact_when_all_active or job.method.draws)
+        self._mixed = checkpoint if isinstance(checkpoint, MixedCheckpoint) and mixes else None
+        self._moe = moe
+        self._sources: dict[int, Layers] = {}
+        count = job.dense.num_hidden_layers
+        self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
+        # A refit changes the experts, and overlapping ones never added up: there is nothing to compare.
+        comparable = (job.method.exact_when_all_active or mixes) and job.refit == "none"
+        self.all_experts_measured = job.promise[0] == "approximate" and comparable
+
+    @contextmanager
+    def measured_on(self, dense: StockModel) -> Iterator[None]:
+        """Compare block by block while the dense model runs."""
+        hooks = [
+            layer.get_submodule(self._job.family.block).register_forward_hook(
+                lambda _, args, output, i=i: self._compare(i, args[0], output)
+            )
+            for i, layer in enumerate(dense.layers)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
+        with torch.no_grad():
+            blocks = self._moe.blocks(index)
+            actual: torch.Tensor = sum(block(x) for block in blocks)
+            self._squares[0, index] += (actual - expected).double().square().sum()
+            if self.all_experts_measured and index in self._job.shape.moe_layers:
+                everyone = _all_experts(blocks, x, self._job)
+                reference = self._mean_of_sources(index, x) if self._mixed else expected
+                self._squares[1, index] += (everyone - reference).double().square().sum()
+                self._squares[3, index] += reference.double().square().sum()
+            self._squares[2, index] += expected.double().square().sum()
+            self._moe.drop(index)
+
+    def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What the layer is where the router weighs all experts equally: computed from the sources, one in memory."""
+        assert self._mixed is not None
+        method, total = self._job.method, torch.zeros_like(x)
+        parts = [(source, 1 / len(method.members)) for source in method.members]
+        for source, part in [*parts, *((source, 1.0) for source in method.shared_members)]:
+            if source not in self._sources:
+                self._sources[source] = layers_of(self._mixed.members[source], self._job.recipe.dtype, outside=False)
+            layers = self._sources[source]
+            layers.load(index)
+            block = layers.model.model.layers[index].get_submodule(self._job.family.block)
+            total += block(x) * (part * method.told_scale(source))
+            layers.drop(index)
+        return total
+
+    @property
+    def reference(self) -> str:
+        """What a layer with all experts on is compared with."""
+        if not self._mixed:
+            return "the dense FFN"
+        return "the mean of the sources' FFNs" + (" and the shared ones" if self._job.method.shared_members else "")
+
+    @property
+    def relative(self) -> list[float]:
+        """Relative error of every layer."""
+        return [relative(error, norm) for error, norm in zip(*self._squares[[0, 2]].tolist(), strict=True)]
+
+    @property
+    def remark(self) -> str:
+        """Which layers of the dense model add nothing, so that any error there is of zero; empty as a rule."""
+        silent = [str(layer) for layer, norm in enumerate(self._squares[2].tolist()) if norm == 0]
+        if not silent:
+            return ""
+        named = "layer " + silent[0] if len(silent) == 1 else f"{len(silent)} layers ({', '.join(silent[:8])}"
+        return f"; the dense FFN of {named}{'' if len(silent) == 1 else ')'} adds nothing"
+
+    @property
+    def all_experts(self) -> float | None:
+        """Largest relative error of any layer with all experts active."""
+        if not self.all_experts_measured:
+            return None
+        errors, norms = self._squares[[1, 3]].tolist()
+        found = [relative(errors[layer], norms[layer]) for layer in self._job.shape.moe_layers]
+        return next((error for error in found if math.isnan(error)), max(found))
+
+
+def _all_experts(blocks: list[Module], x: torch.Tensor, job: Job) -> torch.Tensor:
+    """The block with every expert active at equal weight and the scale that makes that the dense FFN."""
+    block, target = blocks[0], job.target
+    experts, count = block.experts, job.shape.experts
+    factor = job.method.scale("exact", count, count) / (job.scale * count)
+    total = torch.zeros_like(x)
+    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):  # type: ignore[union-attr,arg-type]
+        gate, up = linear(x, gate_up).chunk(2, dim=-1)
+        total += linear(experts.act_fn(gate) * up, down)  # type: ignore[union-attr,operator]
+    total *= factor
+    shared = getattr(block, target.shared, None) if target.shared else None
+    if shared is not None:
+        switch = torch.sigmoid(block.get_submodule(target.shared_switch)(x)) if target.shared_switch else 1
+        total += shared(x) * switch
+    for other in blocks[1:]:
+        total += other(x)
+    return total

@@ -1,0 +1,169 @@
+"""Runs a source and what was made of it beside each other, and adds up what both say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.models.stock_layers import may_round, rounds
+from upcycle.models.stock_model import StockModel, source_model
+from upcycle.text.reach import MOST_WORK, Reach, reach_of
+from upcycle.verification.verdict import Totals, relative, said
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import Checkpoint
+    from upcycle.progress import Progress
+
+_LOGIT_BYTES = 1 << 26
+LOADED = "stock transformers, from the source's own files"
+
+
+@dataclass
+class Sides:
+    """The source as it is stored, and where the conversion's dtype changes its weights, the source rounded to that."""
+
+    plain: StockModel
+    rounded: StockModel | None
+
+    @property
+    def judge(self) -> StockModel:
+        """What the result must equal: the source in the dtype of the result."""
+        return self.rounded or self.plain
+
+
+def load_sides(checkpoint: Checkpoint, dtype: str, streamed: bool) -> Sides:
+    """Load a source with stock transformers, once or twice."""
+    plain = source_model(checkpoint, None, streamed)
+    changes = may_round(checkpoint, dtype) if streamed else rounds(plain.model, checkpoint, dtype)
+    return Sides(plain, source_model(checkpoint, dtype, streamed) if changes else None)
+
+
+@dataclass
+class Measured:
+    """``totals`` compare the result with the source as it is stored. ``conversion`` is the relative error of its logits against the
+    source in the result's dtype, ``rounding`` that one's against the source (None: the dtype changes nothing). ``far`` is the
+    error behind the last border of ``reach`` (None: not looked at), ``positions`` how long the longest text was.
+    """
+
+    totals: Totals
+    conversion: float
+    rounding: float | None
+    far: float | None
+    reach: Reach
+    positions: int
+
+    @property
+    def worst(self) -> float:
+        """The larger of the errors that the conversion answers for."""
+        errors = [self.conversion, *([] if self.far is None else [self.far])]
+        return next((error for error in errors if math.isnan(error)), max(errors))
+
+    def allowed(self, tolerance: float | None) -> float | None:
+        """What the relative logit error may be: the tolerance, and what rounding the source alone costs (triangle inequality)."""
+        if tolerance is None or self.rounding is None:
+            return tolerance
+        return self.rounding + tolerance * (1 + self.rounding)
+
+    @property
+    def remarks(self) -> str:
+        """What a reader of the numbers has to know of them; empty as a rule."""
+        text = self.totals.remark
+        if self.rounding is not None:
+            text += f"; rounding the source's weights alone moves its logits by {said(self.rounding, '.1e')}"
+        if self.reach.border >= self.positions:
+            text += (
+                f"; looked at {self.positions:,} positions only, and from position {self.reach.border:,} on windows or scaled "
+                f"positions begin: --tokens {self.reach.length} looks behind it"
+            )
+        return text
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As :class:`~upcycle.verification.verdict.Verification` names them."""
+        return {
+            **self.totals.numbers,
+            "reference": LOADED,
+            "rounding_error": self.rounding,
+            "positions": self.positions,
+            "positions_needed": self.reach.border,
+            "far_error": self.far,
+        }
+
+
+def batch_size(vocab_size: int, ids: torch.Tensor, streamed: bool) -> int:
+    """Windows per batch. Streaming reads every weight once per batch: larger ones cost memory, and save that."""
+    return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * vocab_size))
+
+
+def measure(
+    sides: Sides,
+    result: StockModel,
+    ids: torch.Tensor,
+    batch: int,
+    parameters: int,
+    progress: Progress,
+    watched: Callable[[StockModel], AbstractContextManager[None]] | None = None,
+) -> Measured:
+    """Run both on token ids ``[N, W]``, ``batch`` windows at a time, and on one text that is long enough to pass every window.
+
+    Args:
+        sides: the source.
+        result: what was made of it.
+        ids: the text.
+        batch: windows per pass.
+        parameters: of the larger model, which says what a long text costs.
+        progress: where to report.
+        watched: a context in which the model that is judged by runs.
+    """
+    totals, batches = Totals(), ids.split(batch)
+    against, rounding = _Error(), _Error()
+    reach = reach_of(sides.plain.model.config, result.model.config)
+    long = ids.shape[1] <= reach.border and (reach.work(parameters) <= MOST_WORK or ids.numel() >= reach.length)
+    with progress.phase("verifying", 2 * len(batches) + 2 * long):
+        for some in batches:
+            with watched(sides.judge) if watched else nullcontext():
+                expected = sides.judge.logits(some)
+            progress.advance()
+            found = result.logits(some)
+            stored = sides.plain.logits(some) if sides.rounded else expected
+            totals.add(some, stored, found)
+            against.add(found, expected)
+            rounding.add(expected, stored)
+            progress.advance()
+        far = None
+        if long:
+            text = reach.text(ids)
+            expected = sides.judge.logits(text, reach.judged)
+            progress.advance()
+            behind = _Error()
+            behind.add(result.logits(text, reach.judged), expected)
+            far = behind.relative
+            progress.advance()
+    return Measured(
+        totals=totals,
+        conversion=against.relative,
+        rounding=rounding.relative if sides.rounded else None,
+        far=far,
+        reach=reach,
+        positions=reach.length if long else ids.shape[1],
+    )
+
+
+class _Error:
+    """Sums of squares of a difference and of what it is relative to, in fp64."""
+
+    def __init__(self) -> None:
+        self._error = self._norm = 0.0
+
+    def add(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        self._error += (found - expected).double().square().sum().item()
+        self._norm += expected.double().square().sum().item()
+
+    @property
+    def relative(self) -> float:
+        return relative(self._error, self._norm)

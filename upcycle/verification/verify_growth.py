@@ -1,0 +1,93 @@
+"""Says whether the result of a growth step is what it is declared to be: every tensor, and what it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.errors import CheckpointError
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.models.stock_model import available_memory, folder_model
+from upcycle.planning.growth_job import GrowthJob, decided_growth
+from upcycle.progress import Progress
+from upcycle.verification.measure import batch_size, load_sides, measure
+from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
+from upcycle.verification.verify_experts import check_keys
+
+
+def verify_growth(
+    job: GrowthJob, checkpoint: Checkpoint, folder: Path, windows: tuple[torch.Tensor, str], progress: Progress
+) -> Verification:
+    """Compare ``folder`` with the source, tensor by tensor and then in what both compute, in fp32.
+
+    Raises:
+        CheckpointError: a tensor is not the one it was made from, or the stock class does not load the folder cleanly.
+    """
+    job = decided_growth(job, folder)
+    check_keys(job, folder)
+    compared = _compare_tensors(job, checkpoint, folder, progress)
+    elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
+    elements += sum(spec.elements for spec in checkpoint.store.specs.values())
+    streamed = 4 * elements > 0.6 * available_memory()
+    ids, label = windows
+    with progress.phase("loading both models", 2):
+        sides = load_sides(checkpoint, job.recipe.dtype, streamed)
+        progress.advance()
+        after = folder_model(folder, streamed)
+        progress.advance()
+    measured = measure(sides, after, ids, batch_size(job.vocab_size, ids, streamed), elements, progress)
+    promise, explanation = job.promise
+    tolerance = EXACT_TOLERANCE if promise == "exact" else None
+    verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"
+    explanation += measured.remarks
+    if measured.totals.fault:
+        verdict, explanation = "broken", measured.totals.fault
+    elif tolerance is not None and not measured.worst <= tolerance:
+        verdict = "broken"
+        explanation = f"relative logit error {said(measured.worst, '.1e')}, promised below {tolerance:.1e}"
+    return Verification(
+        verdict=verdict,
+        explanation=explanation,
+        promise=promise,
+        tolerance=measured.allowed(tolerance),
+        layer_errors=[],
+        all_experts_error=None,
+        all_experts_reference="",
+        text=label,
+        streamed=streamed,
+        compared_tensors=compared,
+        **measured.numbers,
+    )
+
+
+def _compare_tensors(job: GrowthJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> int:
+    """Compare every tensor with its origin, bit for bit, in blocks; returns how many there are.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    written, compared = SafetensorsFolder(folder), 0
+    with progress.phase("comparing tensors", sum(1 for _ in job.units)):
+        for unit in job.units:
+            for entry in unit.entries:
+                assert entry.origin is not None
+                first = 0
+                for block in checkpoint.blocks(entry.origin, job.recipe.dtype):
+                    rows = len(block) if block.dim() else 1
+                    (found,) = written.chunks(entry.name, max(1, block.nbytes), (first, rows), rows)
+                    if not torch.equal(_bits(found), _bits(block)):
+                        raise CheckpointError(
+                            f"{written.location(entry.name)}: tensor '{entry.name}' is not '{entry.origin.name}' of the source"
+                        )
+                    first += rows
+                compared += 1
+            progress.advance()
+    return compared
+
+
+def _bits(block: torch.Tensor) -> torch.Tensor:
+    """As bytes: minus zero is not zero."""
+    return block.contiguous().view(-1).view(torch.uint8)
