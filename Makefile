@@ -11,7 +11,7 @@ demo: $(READY)          # convert the embedded model four ways and verify each
 
 test: $(READY)          # every test that needs no download
 	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
-	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m "not slow" tests/kernels_triton
+	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m "not slow" tests/kernels/gpu/triton_code
 
 long: $(READY)          # the tests that take longest: a model larger than memory, processes, whole conversions
 	$(BIN)/python -P -m pytest -n 2 -m long
@@ -26,11 +26,11 @@ types: $(READY)
 check: lint types test long
 
 kernels: $(READY)       # every kernel in Triton's interpreter, and the gate that compiles all tiles for GPUs that are not there
-	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels_triton
+	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels/gpu/triton_code
 	$(BIN)/python -P -m upcycle.kernels.gpu.compile_gate --check docs/kernels_static.md > /dev/null
 
 slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
-	$(BIN)/python -P -m pytest -m slow --ignore tests/kernels_triton tests
+	$(BIN)/python -P -m pytest -m slow --ignore tests/kernels/gpu/triton_code tests
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end
@@ -39,25 +39,25 @@ browser: $(READY)       # the report in headless Chromium (apt-get install chrom
 	$(BIN)/python -P -m pytest -m browser tests/report
 
 benchmark: $(READY)     # against mergekit, plain copying and k-means-constrained; about 25 minutes and 40 GB of disk
-	$(BIN)/python -P tests/benchmarks/against_mergekit.py
-	$(BIN)/python -P tests/benchmarks/mixing.py
-	$(BIN)/python -P tests/benchmarks/large_split.py
-	$(BIN)/python -P tests/benchmarks/clustering.py
-	$(BIN)/python -P tests/benchmarks/packing.py
+	$(BIN)/python -P tests/benchmarks/conversion/against_mergekit.py
+	$(BIN)/python -P tests/benchmarks/mixing/mixing.py
+	$(BIN)/python -P tests/benchmarks/splitting/large_split.py
+	$(BIN)/python -P tests/benchmarks/splitting/clustering.py
+	$(BIN)/python -P tests/benchmarks/training/packing.py
 
 quality: $(READY)       # mixes of the demo model; split recipes and every splitting method on SmolLM2-135M; about an hour
-	$(BIN)/python -P tests/benchmarks/mixing_quality.py
-	$(BIN)/python -P tests/benchmarks/split_quality.py
-	$(BIN)/python -P tests/benchmarks/compare_smollm2.py
+	$(BIN)/python -P tests/benchmarks/mixing/mixing_quality.py
+	$(BIN)/python -P tests/benchmarks/splitting/split_quality.py
+	$(BIN)/python -P tests/benchmarks/splitting/compare_smollm2.py
 
 serving: $(READY)       # llama.cpp, whose folder LLAMA_CPP names, beside transformers: a tiny model of every target
-	$(BIN)/python -P tests/benchmarks/serving_targets.py
+	$(BIN)/python -P tests/benchmarks/serving/serving_targets.py
 
 training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed and grown; steps of training against Trainer
-	$(BIN)/python -P tests/benchmarks/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
-	$(BIN)/python -P tests/benchmarks/growing.py --out docs/growing_demo.md --plot docs/growing_demo.svg
-	$(BIN)/python -P tests/benchmarks/healing_smollm2.py --out docs/healing_smollm2.md
-	$(BIN)/python -P tests/benchmarks/train_speed.py
+	$(BIN)/python -P tests/benchmarks/training/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
+	$(BIN)/python -P tests/benchmarks/training/growing.py --out docs/growing_demo.md --plot docs/growing_demo.svg
+	$(BIN)/python -P tests/benchmarks/training/healing_smollm2.py --out docs/healing_smollm2.md
+	$(BIN)/python -P tests/benchmarks/training/train_speed.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

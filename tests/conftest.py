@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,29 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from pico_models import COMMON, MOE_COMMON, PICO, PICO_MOE
 
 from upcycle.files.locate import DEMO_FOLDER
-
-# Test folders are no packages: this makes ``from pico_models import ...`` work in all of them.
-_HELPERS = {
-    "pico_models": "pico_models.py",
-    "kill_points": "kill_points.py",
-    "folder_cases": "folder_cases.py",
-    "hub_state": "hub_state.py",
-    "hub_answers": "hub_answers.py",
-    "hub_server": "hub_server.py",
-    "publishing_cases": "publishing_cases.py",
-    "training_runs": "trainers/training_runs.py",
-    "stand_ins": "serving/stand_ins.py",
-}
-for _name, _file in _HELPERS.items():
-    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / _file)
-    assert _spec
-    assert _spec.loader
-    sys.modules[_name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_name])
-_module = sys.modules["pico_models"]
-COMMON, PICO, MOE_COMMON, PICO_MOE = _module.COMMON, _module.PICO, _module.MOE_COMMON, _module.PICO_MOE
 
 
 def make_dense(folder: Path, model_type: str, dtype: str = "float32", **changes: Any) -> Path:

@@ -18,9 +18,9 @@ from upcycle.cli.main import cli
 PACKAGE = Path(upcycle.__file__).parent
 # Renaming, removing trees and locking are done here, and in files of upcycle's own making within a folder that these have opened.
 FOLDERS = {
-    "workspace.py", "placing.py", "blueprint_join.py", "scratch.py", "trainers/checkpoints/write.py", "trainers/run/run_folder.py",
+    "files/output/workspace.py", "files/output/placing.py", "calibration/blueprint_join.py", "files/output/scratch.py", "trainers/checkpoints/write.py", "trainers/run/run_folder.py",
 }  # fmt: skip
-LOCKS = {"locks.py"}
+LOCKS = {"files/output/locks.py"}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from smollm2 import dense_folder, gguf_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
@@ -16,20 +16,9 @@ pytestmark = pytest.mark.real
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Water boils at a temperature of"]
 
 
-def _smollm2() -> Any:
-    path = Path(__file__).parents[1] / "smollm2.py"
-    spec = importlib.util.spec_from_file_location("smollm2", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    folder: Path = _smollm2().dense_folder()
-    return folder
+    return dense_folder()
 
 
 def generated(folder: Path) -> list[list[int]]:
@@ -76,7 +65,7 @@ def test_half_the_experts_are_approximate_with_numbers(smollm2: Path, tmp_path: 
 
 
 def test_the_gguf_file_itself_converts(tmp_path: Path) -> None:
-    result = upcycle.convert(str(_smollm2().gguf_file()), tmp_path / "out", experts=2, top_k=1)
+    result = upcycle.convert(str(gguf_file()), tmp_path / "out", experts=2, top_k=1)
     assert result.verification is not None
     assert result.verification.verdict == "exact"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -1,21 +1,11 @@
-"""Makes ``from expert_cases import ...`` work, and poisons memory."""
+"""Poisons memory."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-_spec = importlib.util.spec_from_file_location("expert_cases", Path(__file__).with_name("expert_cases.py"))
-assert _spec
-assert _spec.loader
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["expert_cases"] = _module
-_spec.loader.exec_module(_module)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "the shell's",
     "--hostfile": "needs several machines",
     "--tasks arc_easy": "needs the hub's data sets",
-    "upcycle push": "needs the hub: tests/cli/test_push.py and tests/test_hub.py push to one on the loopback",
+    "upcycle push": "needs the hub: tests/cli/verbs/test_push.py and tests/publishing/test_push.py push to one on the loopback",
     "pytest -m gpu": "needs a GPU",
     "upcycle.kernels.gpu.timing.bench": "needs a GPU",
     "upcycle tune-kernels": "needs a GPU",

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from report_parts import COMPARED, HOSTILE, write_evaluated, write_log
 
 import upcycle
 from upcycle.report.data.collect import Wanted
 from upcycle.report.write_report import Report, write_report
-
-# Test folders are no packages: this makes ``from report_parts import ...`` work.
-for _name in ("report_parts", "report_browser"):
-    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
-    assert _spec
-    assert _spec.loader
-    _module = importlib.util.module_from_spec(_spec)
-    sys.modules[_name] = _module
-    _spec.loader.exec_module(_module)
-HOSTILE, COMPARED = sys.modules["report_parts"].HOSTILE, sys.modules["report_parts"].COMPARED
-write_log, write_evaluated = sys.modules["report_parts"].write_log, sys.modules["report_parts"].write_evaluated
 
 
 @pytest.fixture(scope="session")

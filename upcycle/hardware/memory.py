@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
 
     Every step of training frees and allocates logits, gradients and activations anew. By default glibc maps so large blocks one by
     one (``M_MMAP_THRESHOLD`` in mallopt(3) cannot be more than 32 MiB), and the system clears each page when it is first
-    touched: on a CPU more than a tenth of a step (``tests/benchmarks/train_speed.py``). The price is memory, up to twice as much
-    in long runs: freed blocks between others are used again only by what fits.
+    touched: on a CPU more than a tenth of a step (``tests/benchmarks/training/train_speed.py``). The price is memory, up to
+    twice as much in long runs: freed blocks between others are used again only by what fits.
 
     Returns:
         Whether it could be done; other C libraries have no such settings, or none that do the same.

@@ -1,0 +1,65 @@
+"""The data section of a recipe: short forms, and faults that name their key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from upcycle.errors import UsageError
+from upcycle.recipe.conversion_recipe import parse_parameters
+from upcycle.trainers.recipe.data_recipe import DataRecipe
+
+
+def parse(content: Any) -> DataRecipe:
+    return parse_parameters(DataRecipe, content, "train.yaml, data")
+
+
+def test_short_forms() -> None:
+    long = parse({"domains": [{"name": "text", "text": ["a.txt", "b.txt"]}]})
+    assert parse("a.txt, b.txt") == parse(["a.txt", "b.txt"]) == long
+    two = parse({"domains": {"x": "a.txt", "y": {"text": ["b.txt"], "column": "body"}}})
+    assert [domain.name for domain in two.domains] == ["x", "y"]
+    assert two.weights == {"x": 0.5, "y": 0.5}
+    assert parse(two.model_dump()) == two
+
+
+def test_the_recipe_of_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs/training_data.md").read_text()
+    content = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["data"]
+    data = parse(content)
+    assert set(content) == set(type(data).model_fields) - {"end_of_text"}
+    assert data.packing == DataRecipe.model_fields["packing"].default
+    assert data.shuffle == DataRecipe.model_fields["shuffle"].default
+    assert data.validation == DataRecipe.model_fields["validation"].default
+
+
+BOTH = {"x": {"text": "a", "weight": 0.5}, "y": {"text": "b", "weight": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"domains": BOTH, "shufle": "1MB"}, "unknown key 'shufle'"),
+        ({"domains": {"x": {"text": "a", "colum": "b"}}}, r"unknown key 'domains\.0\.colum'"),
+        ({"domains": {"x": {"weight": 1}}}, r"key 'domains\.0\.text' is missing"),
+        ({"domains": []}, "at least 1 item"),
+        ({"domains": {**BOTH, "y": {"text": "b", "weight": 0.3}}}, r"weights sum to 0\.8, not 1; in these ratios: x 0\.625, y 0\.375"),
+        ({"domains": {**BOTH, "y": {"text": "b", "weight": -0.5}}}, "greater than 0, got -0.5"),
+        ({"domains": {**BOTH, "y": {"text": "b", "weight": float("nan")}}}, "finite|greater than 0"),
+        ({"domains": {**BOTH, "y": {"text": "b"}}}, "'y' has no weight, and others have"),
+        ({"domains": [{"name": "x", "text": "a"}, {"name": "x", "text": "b"}]}, "'x' is there twice"),
+        ({"domains": {"x": "a"}, "dynamic": {}}, "at least two domains"),
+        ({"domains": BOTH, "dynamic": {}, "validation": {"fraction": 0}}, "'x' has none: validation.fraction is 0"),
+        ({"domains": BOTH, "dynamic": {"reference": {"x": 1.0, "z": 2.0}}}, "differs in y, z"),
+        ({"domains": BOTH, "shuffle": "lots"}, "'lots' is not a size"),
+        ({"domains": BOTH, "validation": {"fraction": 1.0}}, "less than 1"),
+        ({"domains": BOTH, "packing": "worst_fit"}, "'best_fit', 'concatenate' or 'alone'"),
+    ],
+)  # fmt: skip
+def test_faults_name_their_key(content: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse(content)
+    assert caught.value.message.startswith("train.yaml, data")
