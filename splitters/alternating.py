@@ -6,13 +6,14 @@ import torch
 from pydantic import Field
 from torch.nn.functional import linear, normalize
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.ffn.ridge_sums import solve_ridge
 from upcycle.ffn.router_capture import of_largest
-from upcycle.methods.base import PluginParameters, filled
+from upcycle.methods.base import filled
+from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
 from upcycle.splitters.grouping.neuron_profiles import draw_seed, required

@@ -10,7 +10,7 @@ from torch.nn.functional import linear, normalize
 
 from upcycle.ffn.activations import Activations, activation_function
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.methods.base import PluginParameters
+from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.marker_assignment import marker_assignment
 from upcycle.splitters.grouping.neuron_profiles import required
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition

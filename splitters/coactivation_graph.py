@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 from upcycle.errors import EnvironmentFault
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.methods.base import PluginParameters
+from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
 from upcycle.splitters.grouping.neuron_profiles import coactivation, draw_seed, required
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition

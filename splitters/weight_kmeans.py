@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.methods.base import Partition, PluginParameters
+from upcycle.methods.base import Partition
+from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
 from upcycle.splitters.grouping.neuron_profiles import draw_seed
 

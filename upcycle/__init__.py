@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from upcycle.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from upcycle.conversion.convert import convert
     from upcycle.evaluation.compare import compare
@@ -17,9 +19,8 @@ if TYPE_CHECKING:
     from upcycle.trainers.forecast.plan_training import plan_training
     from upcycle.trainers.run.loop import train
     from upcycle.verification.engines.verify_with import verify_with
-    from upcycle.verification.verify_experts import verify
+    from upcycle.verification.verify import verify
 
-__version__ = "0.1.0"
 __all__ = [
     "compare",
     "convert",

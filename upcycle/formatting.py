@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_WEB = re.compile(r"https?://[\w.-]+(?::\d+)?(?:[/?#][\w./?#&=%~+,:;!*$'-]*)?")
+
 
 def count(number: float) -> str:
     """``1.23 B``, ``134.5 M``, ``3.37 M``."""
@@ -25,3 +29,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def is_web_address(text: str) -> bool:
+    """Whether a link may lead there: http or https, and nothing that ends the link or hides where it leads."""
+    return bool(_WEB.fullmatch(text))

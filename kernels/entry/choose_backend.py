@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -23,19 +23,6 @@ _MODULES = {
     REFERENCE: "upcycle.kernels.layout.reference",
 }
 _log = logging.getLogger("upcycle.kernels")
-
-
-def register() -> None:
-    """Let transformers run stock experts with ``experts_implementation="upcycle"``; again changes nothing.
-
-    ``"upcycle_lean"`` keeps no pre-activation for the backward pass, which computes it again.
-    """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    from upcycle.kernels.entry.transformers_experts import stock_experts
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
-    ALL_EXPERTS_FUNCTIONS.register(LEAN, partial(stock_experts, save="none"))
 
 
 def chosen(device: torch.device, dtype: torch.dtype) -> str:

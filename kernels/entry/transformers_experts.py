@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from upcycle.kernels.entry.choose_backend import LEAN, NAME
 from upcycle.kernels.entry.operator import Saved, compiled_output, experts_output
 from upcycle.kernels.layout.expert_weights import ExpertWeights, state_of
 from upcycle.kernels.layout.plain_memory import is_subclass, without_numbers
@@ -118,3 +119,16 @@ def _obstacle(module: Any, activation: str | None) -> str | None:
 @lru_cache
 def _warn(module: str, obstacle: str) -> None:
     _log.warning("%s has %s, for which there is no kernel: its own (eager) code runs instead", module, obstacle)
+
+
+def register() -> None:
+    """Let transformers run stock experts with ``experts_implementation="upcycle"``; again changes nothing.
+
+    ``"upcycle_lean"`` keeps no pre-activation for the backward pass, which computes it again.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from upcycle.kernels.entry.transformers_experts import stock_experts
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
+    ALL_EXPERTS_FUNCTIONS.register(LEAN, partial(stock_experts, save="none"))

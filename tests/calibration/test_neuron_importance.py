@@ -15,7 +15,7 @@ from upcycle.calibration.neuron_importance import _text_clusters, read_importanc
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.files.formats.token_files import TokenFile
 from upcycle.models.layer_runner import LayerRunner
-from upcycle.planning.cost import job_of
+from upcycle.planning.prepare import job_of
 from upcycle.progress import SILENT
 from upcycle.recipe.conversion_recipe import parse_recipe
 

@@ -10,8 +10,8 @@ import pytest
 import upcycle
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.checkpoints.licenses import License, chosen_license, common_license, license_of
-from upcycle.conversion import record
 from upcycle.errors import UsageError
+from upcycle.files import records
 
 MIT = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software"
 
@@ -46,14 +46,14 @@ def test_where_it_is_found(dense: Path, files: dict[str, str], found: License | 
 def test_it_is_recorded_with_the_conversion(dense: Path, tmp_path: Path) -> None:
     (dense / "README.md").write_text("---\nlicense: mit\n---\n")
     upcycle.convert(str(dense), tmp_path / "out", experts=2, verification={"enabled": False})
-    assert record.read(tmp_path / "out")["source"]["license"] == {"id": "mit", "name": None, "link": None}
+    assert records.read(tmp_path / "out")["source"]["license"] == {"id": "mit", "name": None, "link": None}
 
 
 def test_of_every_source_of_a_mix(branches: Callable[..., list[Path]], tmp_path: Path) -> None:
     sources = ",".join(map(str, branches(2)))
     keys = {"method": "branch_train_mix", "sources": sources, "verification": {"enabled": False}}
     upcycle.convert(None, tmp_path / "out", **keys)
-    assert [source["license"] for source in record.read(tmp_path / "out")["sources"]] == [None, None]
+    assert [source["license"] for source in records.read(tmp_path / "out")["sources"]] == [None, None]
 
 
 def test_what_they_have_in_common() -> None:

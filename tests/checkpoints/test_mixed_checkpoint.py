@@ -241,8 +241,9 @@ def test_one_block_of_one_source_is_in_memory_whatever_their_number(
 ) -> None:
     from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints import merged_checkpoint
-    from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint, open_sources
+    from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
     from upcycle.files.formats.tensor_files import SafetensorsFolder
+    from upcycle.planning.open_sources import open_sources
 
     monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", 8 * 32 * 64)
     read, alive, most = SafetensorsFolder.chunks, weakref.WeakSet[Any](), []

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.files.formats.tensor_spec import TensorSpec
 
 TENSORS = {"a": torch.randn(4, 3), "b": torch.randn(2, 2, 5).bfloat16(), "c": torch.randn(8)}
 DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

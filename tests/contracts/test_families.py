@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 import upcycle
-from upcycle.checkpoints.checkpoint import DenseCheckpoint, family_of
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.find_family import family_of
 from upcycle.errors import RefusalError, UpcycleError
 from upcycle.files.formats.settings import ACTIVATIONS, COMMON, HARMLESS
 from upcycle.models.layer_runner import LayerRunner, logits_of

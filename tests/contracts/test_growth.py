@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import upcycle
 from upcycle.architectures.moe.stored_moe import MOES
 from upcycle.checkpoints.shard_writer import ShardWriter
-from upcycle.conversion import record as provenance
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.planning.cost import job_of
+from upcycle.files import hashing, records
+from upcycle.planning.prepare import job_of
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.registry import FAMILIES, METHODS, load
 from upcycle.verification import verify_growth
@@ -164,9 +164,9 @@ def test_a_changed_tensor_is_found_by_name(
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not the file that was written"):
         upcycle.verify(out, tokens=64)
-    record = provenance.read(out)
-    record["files"][path.name] = provenance.hash_file(path)
-    (out / provenance.FILE).write_text(json.dumps(record))
+    record = records.read(out)
+    record["files"][path.name] = hashing.hash_file(path)
+    (out / records.FILE).write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=f"tensor '{victim}' is not"):
         upcycle.verify(out, tokens=64)
 

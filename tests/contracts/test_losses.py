@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from upcycle.registry import LOSSES, load
-from upcycle.trainers.losses.base import Loss, Means, Reduction, WholeBatch, auxiliary_losses
+from upcycle.trainers.distributed.reduction import Reduction
+from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses
 from upcycle.trainers.routing.neuron_records import ActivationRecord
 from upcycle.trainers.routing.router_control import Noise
 from upcycle.trainers.routing.router_records import RouterRecord

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from upcycle.architectures.moe.base import MoeShape, Part
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, BlueprintFile, LayerBlueprint, save_blueprint
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.methods.base import Method
-from upcycle.planning.cost import job_of
+from upcycle.planning.prepare import job_of
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import METHODS, load
 

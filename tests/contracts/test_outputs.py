@@ -18,8 +18,13 @@ from upcycle.cli.main import cli
 PACKAGE = Path(upcycle.__file__).parent
 # Renaming, removing trees and locking are done here, and in files of upcycle's own making within a folder that these have opened.
 FOLDERS = {
-    "files/output/workspace.py", "files/output/placing.py", "calibration/blueprint_join.py", "files/output/scratch.py", "trainers/checkpoints/write.py", "trainers/run/run_folder.py",
-}  # fmt: skip
+    "calibration/blueprint_join.py",
+    "files/output/placing.py",
+    "files/output/scratch.py",
+    "files/output/workspace.py",
+    "trainers/checkpoints/write.py",
+    "trainers/run/run_folder.py",
+}
 LOCKS = {"files/output/locks.py"}
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.calibration.source_samples import Samples
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.router_capture import captured
+from upcycle.ffn.source_samples import Samples
 from upcycle.registry import ROUTERS, load
 from upcycle.routers.cool import CoolParameters, CoolRouter
 from upcycle.routers.random_rows import RandomParameters, RandomRouter

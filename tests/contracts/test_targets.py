@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import refuse_unheld
-from upcycle.conversion import record as provenance
 from upcycle.errors import RefusalError
+from upcycle.files import hashing, records
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.verification import verify_experts
@@ -262,9 +262,9 @@ def test_a_wrong_key_is_found_by_verify(
     config = json.loads((out / "config.json").read_text())
     assert set(changes) <= set(config) | {"rope_scaling"}  # nothing that matters was left to a default
     (out / "config.json").write_text(json.dumps(config | changes))
-    record = provenance.read(out)
-    record["files"]["config.json"] = provenance.hash_file(out / "config.json")
-    (out / provenance.FILE).write_text(json.dumps(record))
+    record = records.read(out)
+    record["files"]["config.json"] = hashing.hash_file(out / "config.json")
+    (out / records.FILE).write_text(json.dumps(record))
     assert upcycle.verify(out, tokens=64).verdict == "broken"
 
 

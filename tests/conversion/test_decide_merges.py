@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from upcycle.conversion.decide_merges import Measured
+from upcycle.files.measured import Measured
 
 
 def never() -> float:

@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 
 import upcycle
-from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError
+from upcycle.files import records
 from upcycle.files.formats.tensor_files import INDEX, SINGLE
 
 
 def test_a_verification_is_about_one_record(tmp_path: Path) -> None:
     (tmp_path / "upcycle.json").write_text("{}")
-    assert provenance.read_verification(tmp_path) is None
-    provenance.write_verification(tmp_path, {"verdict": "exact"})
-    assert provenance.read_verification(tmp_path) == {"verdict": "exact"}
+    assert records.read_verification(tmp_path) is None
+    records.write_verification(tmp_path, {"verdict": "exact"})
+    assert records.read_verification(tmp_path) == {"verdict": "exact"}
     (tmp_path / "upcycle.json").write_text("{} ")
-    assert provenance.read_verification(tmp_path) is None
+    assert records.read_verification(tmp_path) is None
 
 
 def test_verify_keeps_what_it_found(pico: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     upcycle.convert(str(pico("llama")), out, experts=2, verification={"enabled": False})
-    assert provenance.read_verification(out) is None
+    assert records.read_verification(out) is None
     result = upcycle.verify(out, tokens=64)
-    assert provenance.read_verification(out) == json.loads(json.dumps(result.as_dict()))
+    assert records.read_verification(out) == json.loads(json.dumps(result.as_dict()))
 
 
 def test_a_single_weight_file_is_told_from_the_blueprint(pico: Callable[[str], Path], tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def converted(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 def test_a_record_that_no_conversion_wrote_is_refused_by_its_key(
     key: str, value: object, message: str, converted: Path, tmp_path: Path
 ) -> None:
-    record = provenance.read(converted)
-    (tmp_path / provenance.FILE).write_text(json.dumps({**record, key: value}))
+    record = records.read(converted)
+    (tmp_path / records.FILE).write_text(json.dumps({**record, key: value}))
     with pytest.raises(CheckpointError, match=message) as caught:
-        provenance.read(tmp_path)
-    assert str(tmp_path / provenance.FILE) in caught.value.message
+        records.read(tmp_path)
+    assert str(tmp_path / records.FILE) in caught.value.message

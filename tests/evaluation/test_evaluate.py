@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.text.windows import encode, read_text
+from upcycle.text.reading.plain_text import read_text
+from upcycle.text.windows import encode
 
 Pico = Callable[[str], Path]
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.cli.main import cli
-from upcycle.conversion import record
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.evaluation import speed
 from upcycle.evaluation.speed import measure_speed
 from upcycle.evaluation.speed_worker import TimedModel
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.report.data.collect import Wanted
 
@@ -95,7 +95,7 @@ def test_both_models_in_processes_of_their_own(converted: Callable[..., Path], p
     result = CliRunner().invoke(cli, ["evaluate", str(out), "--reference", str(pico("llama")), "--speed", "-q"])
     assert result.exit_code == 0, result.output
     assert "medians of 5 rounds in turns" in result.stdout
-    kept = record.read_evaluation(out)
+    kept = records.read_evaluation(out)
     assert kept
     timed = kept["speed"]
     for side in (timed["model"], timed["reference"]):

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.cli.main import cli
-from upcycle.conversion import record as provenance
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.evaluation.evaluate import Evaluation
 from upcycle.evaluation.score_table import score_rows
 from upcycle.evaluation.task_scores import TaskScores, _compared, _read
+from upcycle.files import records
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.progress import Progress
 from upcycle.report.data.collect import Wanted
@@ -113,7 +113,7 @@ def test_bits_per_byte_are_those_of_the_text(half: Path, scored: Evaluation) -> 
 @harness
 def test_scores_are_kept_beside_the_model_and_said_by_report_and_card(half: Path, scored: Evaluation) -> None:
     assert scored.tasks
-    kept = provenance.read_evaluation(half)
+    kept = records.read_evaluation(half)
     assert kept
     assert kept["tasks"] == scored.tasks.as_dict()
     report = upcycle.write_report(half, wanted=Wanted(run=False))
@@ -138,7 +138,7 @@ def test_scores_of_other_weights_are_not_shown(half: Path, scored: Evaluation, t
     before = record.read_text()
     try:
         record.write_text(before + "\n")
-        assert provenance.read_evaluation(half) is None
+        assert records.read_evaluation(half) is None
         assert "missing" in upcycle.write_report(half, tmp_path / "r.html", Wanted(run=False)).data["tasks"]
     finally:
         record.write_text(before)
@@ -155,10 +155,10 @@ def test_the_command_prints_both_models_in_one_table(half: Path, scored: Evaluat
     assert "difference" in result.stdout
     assert "expert load" not in result.stdout, "no text was asked for"
     assert Path.cwd() == where
-    kept = provenance.read_evaluation(half)
+    kept = records.read_evaluation(half)
     assert kept
     assert kept["tasks"]["limit"] == 6
-    provenance.write_evaluation(half, {"tasks": scored.tasks.as_dict()})  # type: ignore[union-attr]
+    records.write_evaluation(half, {"tasks": scored.tasks.as_dict()})  # type: ignore[union-attr]
 
 
 @harness
@@ -166,7 +166,7 @@ def test_a_dense_model_that_is_not_ours_gets_no_file(pico: Callable[[str], Path]
     result = upcycle.evaluate(pico("llama"), tasks="continuations", task_folder=TASKS, limit=2)
     assert result.tasks
     assert result.tasks.scores[0].reference is None
-    assert not (pico("llama") / provenance.EVALUATION_FILE).exists()
+    assert not (pico("llama") / records.EVALUATION_FILE).exists()
 
 
 def test_numbers_that_are_none_are_left_out_and_said() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.architectures.moe.base import MoeShape, Part
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.methods.base import Method
 from upcycle.registry import load
 from upcycle.routers.random_rows import RandomParameters, RandomRouter

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from stand_ins import make_llama_cpp, make_vllm
 
 from upcycle.cli.main import cli
-from upcycle.text.windows import DEMO_TEXTS, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.planning.cost import job_of
+from upcycle.planning.prepare import job_of
 from upcycle.recipe.conversion_recipe import parse_recipe
 
 Pico = Callable[[str], Path]

@@ -108,10 +108,10 @@ def test_folders_that_must_not_be_published(hub: HubServer, out: Path, tmp_path:
 
 
 def test_force_marks_the_card(hub: HubServer, out: Path) -> None:
-    from upcycle.conversion import record
+    from upcycle.files import records
 
     result = json.loads((out / "verification.json").read_text())
-    record.write_verification(out, result | {"verdict": "broken", "explanation": "it is *off* by <b>2</b>"})
+    records.write_verification(out, result | {"verdict": "broken", "explanation": "it is *off* by <b>2</b>"})
     with pytest.raises(VerificationError, match="is broken"):
         push(out, hub)
     assert push(out, hub, force=True).mark

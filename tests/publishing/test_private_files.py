@@ -14,9 +14,9 @@ from hub_server import HubServer
 from publishing_cases import REPO, contents, push
 
 import upcycle
-from upcycle.conversion.record import hash_file
 from upcycle.errors import CheckpointError, UpcycleError, UsageError
 from upcycle.files import private_text
+from upcycle.files.hashing import hash_file
 from upcycle.files.local_names import FILE, LocalNames, file_name, here, is_path, without_folders, without_paths
 from upcycle.files.private_text import machine_in, scrub, scrub_machine, secrets_in, this_machine, without_password
 from upcycle.recipe.conversion_recipe import read_recipe

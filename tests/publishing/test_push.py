@@ -139,7 +139,7 @@ def test_a_file_that_the_hub_ignores_is_missed(hub: HubServer, out: Path) -> Non
 
 
 def test_the_users_section_is_kept_here_and_there(hub: HubServer, out: Path) -> None:
-    from upcycle.publishing.model_card import BEGIN, own_section
+    from upcycle.files.card_section import BEGIN, own_section
 
     push(out, hub)
     repo = hub.repos[REPO]

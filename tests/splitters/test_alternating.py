@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from upcycle.architectures.moe.base import MoeShape
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.ffn.router_capture import captured
 from upcycle.routers.calibrated.ridge import RidgeParameters, RidgeRouter
 from upcycle.splitters.alternating import Alternating, AlternatingParameters, _Sums

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.architectures.moe.base import MoeShape
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.splitters import cmoe
 from upcycle.splitters.cmoe import CMoE, CMoEParameters, markers
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.errors import EnvironmentFault
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.feed_forward import FeedForward

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.architectures.moe.base import MoeShape
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Method
 from upcycle.splitters.importance import Importance, ImportanceParameters, merged
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from upcycle.architectures.moe.base import MoeShape
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Partition
 from upcycle.splitters import d2d, weight_kmeans
 from upcycle.splitters.contiguous_split import ContiguousSplit

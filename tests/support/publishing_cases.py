@@ -49,11 +49,11 @@ def weights(out: Path) -> list[Path]:
 
 def record_again(out: Path) -> None:
     """Make the record and the verification say that the files are as they were meant to be."""
-    from upcycle.conversion import record as provenance
+    from upcycle.files import hashing, records
 
     record = json.loads((out / "upcycle.json").read_text())
-    record["files"] = {name: provenance.hash_file(out / name) for name in record["files"] if (out / name).exists()}
-    verification = provenance.read_verification(out)
+    record["files"] = {name: hashing.hash_file(out / name) for name in record["files"] if (out / name).exists()}
+    verification = records.read_verification(out)
     (out / "upcycle.json").write_text(json.dumps(record))
     assert verification
-    provenance.write_verification(out, verification)
+    records.write_verification(out, verification)

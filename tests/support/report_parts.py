@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from upcycle.conversion import record
 from upcycle.evaluation.speed import ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
+from upcycle.files import records
 
 HOSTILE = "<script>alert('x')</script>\"'&"
 COMPARED = {
@@ -30,7 +30,7 @@ def write_evaluated(out: Path) -> None:
     dense, moe = ModelSpeed(4000.0, 90.0, 500_000_000, None), ModelSpeed(2000.0, 60.0, 525_000_000, "grouped_mm")
     timed = Speed("cpu", "AVX2", "float32", 1, 256, 32, 5, moe, HOSTILE, dense, 0.5, 2 / 3, 1.05)
     scores = TaskScores("lm-eval 0.4.13", HOSTILE, None, [score, worse])
-    record.write_evaluation(out, {"tasks": asdict(scores), "speed": asdict(timed)})
+    records.write_evaluation(out, {"tasks": asdict(scores), "speed": asdict(timed)})
 
 
 def write_log(path: Path, steps: int) -> None:

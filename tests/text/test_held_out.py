@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import upcycle
-from upcycle.conversion import record as provenance
+from upcycle.files import records
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.recipe.conversion_recipe import CalibrationRecipe
 from upcycle.text.held_out import by_document, by_position, seen_share, sketch, unseen
@@ -96,8 +96,8 @@ def calibrated(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def test_a_conversion_is_verified_on_what_was_held_out(calibrated: tuple[Path, Path], pico: Pico) -> None:
     out, own = calibrated
-    checked = provenance.read_verification(out)
-    record = provenance.read(out)["calibration"]
+    checked = records.read_verification(out)
+    record = records.read(out)["calibration"]
     assert checked is not None
     assert checked["text"] == "what was held out of the calibration text (the last quarter)"
     assert list(record["held_out"].values()) == ["the last quarter"]
@@ -115,7 +115,7 @@ def test_a_conversion_is_verified_on_what_was_held_out(calibrated: tuple[Path, P
 
 def test_a_text_that_was_calibrated_on_is_said_to_be(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     out, own = calibrated
-    record = provenance.read(out)["calibration"]
+    record = records.read(out)["calibration"]
     content, remark = unseen(str(own), record)
     assert content == by_position(own.read_text()).held_out
     assert remark == "the quarter that was held out of the calibration"

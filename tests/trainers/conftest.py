@@ -11,7 +11,7 @@ from pico_models import COMMON, PICO
 from torch import nn
 
 from upcycle.architectures.dense.base import Feature
-from upcycle.architectures.moe.base import MoeShape
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.models.stock_model import use_eager_experts
 from upcycle.registry import load
 from upcycle.trainers.routing.router_records import RouterRecord

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.conversion import record as provenance
 from upcycle.errors import VerificationError
+from upcycle.files import hashing, records
 from upcycle.text.reach import Reach, reach_of
 from upcycle.verification import measure
 
@@ -25,9 +25,9 @@ IDS = torch.arange(3, 67)[None] * 11
 
 
 def resealed(folder: Path) -> Path:
-    record = provenance.read(folder)
-    record["files"] = {name: provenance.hash_file(folder / name) for name in record["files"]}
-    (folder / provenance.FILE).write_text(json.dumps(record))
+    record = records.read(folder)
+    record["files"] = {name: hashing.hash_file(folder / name) for name in record["files"]}
+    (folder / records.FILE).write_text(json.dumps(record))
     return folder
 
 

@@ -62,11 +62,11 @@ def test_something_where_there_was_nothing_is_broken(pico: Pico, tmp_path: Path)
     upcycle.convert(str(source), tmp_path / "out", **keys)
     name = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
     changed(tmp_path / "out", tmp_path / "wrong", lambda tensors: tensors[name].fill_(0.1))
-    from upcycle.conversion import record as provenance
+    from upcycle.files import hashing, records
 
-    record = provenance.read(tmp_path / "wrong")
-    record["files"] = {file: provenance.hash_file(tmp_path / "wrong" / file) for file in record["files"]}
-    (tmp_path / "wrong" / provenance.FILE).write_text(json.dumps(record))
+    record = records.read(tmp_path / "wrong")
+    record["files"] = {file: hashing.hash_file(tmp_path / "wrong" / file) for file in record["files"]}
+    (tmp_path / "wrong" / records.FILE).write_text(json.dumps(record))
     result = upcycle.verify(tmp_path / "wrong", tokens=32)
     assert result.verdict == "broken"
     assert "not finite" in result.explanation

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.files import hashing, records
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.text.windows import encode
 from upcycle.verification import verify_experts
@@ -32,9 +32,9 @@ def reseal(folder: Path) -> None:
     """Make ``upcycle.json`` agree with files that were changed."""
     import json
 
-    record = provenance.read(folder)
-    record["files"] = {name: provenance.hash_file(folder / name) for name in record["files"]}
-    (folder / provenance.FILE).write_text(json.dumps(record))
+    record = records.read(folder)
+    record["files"] = {name: hashing.hash_file(folder / name) for name in record["files"]}
+    (folder / records.FILE).write_text(json.dumps(record))
 
 
 def test_numbers_are_those_of_a_plain_computation(pico: Pico, sparse: Path, tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ import torch
 
 from upcycle.architectures.moe.base import OutputTensor
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
-from upcycle.conversion.record import BLUEPRINT_FILE, RECIPE_FILE
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
 from upcycle.ffn.expert_tensors import ExpertTensors
-from upcycle.files.formats.tensor_files import SafetensorsFile, TensorSpec
+from upcycle.files.formats.tensor_files import SafetensorsFile
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.locate import Source
-from upcycle.planning.cost import job_for
+from upcycle.files.records import BLUEPRINT_FILE, RECIPE_FILE
 from upcycle.planning.expert_job import Job
+from upcycle.planning.prepare import job_for
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.trainers.checkpoints.load_model import stored_form
 from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from upcycle.architectures.stock import clean_config, empty_model
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
-from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
-from upcycle.files.formats.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.hashing import hash_file
 from upcycle.files.links import copy_inside, inside
 from upcycle.files.local_names import without_paths
-from upcycle.files.output.ownership import CHECKPOINTS, TRAINED, check_apart, check_output
+from upcycle.files.names import TRAINED
+from upcycle.files.output.ownership import CHECKPOINTS, check_apart, check_output
 from upcycle.files.output.workspace import Workspace, explained, sweep
 from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
@@ -195,7 +197,7 @@ class _Converter:
 
 def _aligned(entries: tuple[OutputEntry, ...]) -> tuple[OutputEntry, ...]:
     """Wider dtypes first, so that every tensor is aligned to its size."""
-    from upcycle.files.formats.tensor_files import ITEM_SIZE
+    from upcycle.files.formats.tensor_spec import ITEM_SIZE
 
     return tuple(sorted(entries, key=lambda entry: -ITEM_SIZE[entry.spec.dtype]))
 
@@ -214,19 +216,19 @@ def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, st
         "recipe": without_paths(saved.state["recipe"]),
         "versions": saved.state["versions"],
     }
-    converted = (origin / provenance.FILE).is_file()
+    converted = (origin / records.FILE).is_file()
     if converted:
         for path in origin.iterdir():
             copy_inside(path, saved.folder, folder / path.name)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in hashes and path.name not in (*provenance.UNHASHED, TRAINED):
+        if path.is_file() and path.name not in hashes and path.name not in (*records.UNHASHED, TRAINED):
             hashes[path.name] = hash_file(path)
     files = {"files": dict(sorted(hashes.items()))}
     if not converted:
         (folder / TRAINED).write_text(json.dumps({**training, **files}, indent=2) + "\n", encoding="utf-8")
         return
-    record = {**read_json(origin / provenance.FILE), "training": training, **files}
-    (folder / provenance.FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {**read_json(origin / records.FILE), "training": training, **files}
+    (folder / records.FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(saved: SavedRun, dtype: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from upcycle.files.links import copy_inside
 from upcycle.files.local_names import FILE as LOCAL_FILE
 from upcycle.files.local_names import here
 from upcycle.files.locate import locate
-from upcycle.kernels.entry.choose_backend import NAME, register
+from upcycle.kernels.entry.choose_backend import NAME
+from upcycle.kernels.entry.transformers_experts import register
 from upcycle.kernels.layout.devices import why_not
 from upcycle.registry import TARGETS, suggestion
 from upcycle.trainers.checkpoints.write import CONVERSION

@@ -20,7 +20,8 @@ from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter
 from upcycle.errors import EnvironmentFault
 from upcycle.files.atomic_files import sync
-from upcycle.files.formats.tensor_files import INDEX, TensorSpec
+from upcycle.files.formats.tensor_files import INDEX
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.hashing import hash_file
 from upcycle.files.names import sibling
 from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
-from upcycle.trainers.data.packing import Packing, Rows, layout, pack
+from upcycle.trainers.data.packing import Rows, layout, pack
 from upcycle.trainers.data.token_shards import Hashes, Shard, TokenCache
+from upcycle.trainers.recipe.data_recipe import Packing
 
 SHARDS_TOGETHER = 8  # are shuffled as a whole
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from upcycle.trainers.recipe.data_recipe import Packing
+
 Int64 = NDArray[np.int64]
-Packing: TypeAlias = Literal["best_fit", "concatenate", "alone"]
 
 
 @dataclass(frozen=True)

@@ -11,50 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
-from upcycle.methods.base import PluginParameters
 from upcycle.registry import FAMILIES, load
 from upcycle.trainers.checkpoints.write import CONVERSION
-from upcycle.trainers.losses.base import counted
+from upcycle.trainers.distributed.reduction import counted
+from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers, widened
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what stock blocks call them
-
-
-class ExpertTargetParameters(PluginParameters):
-    """How much routers are told of their experts."""
-
-    prior_approximate: float = Field(
-        0.0, ge=0, description="weight of FactorLLM's loss: choose the experts that come nearest to the parent's FFN"
-    )
-    prior_balance: float = Field(
-        0.0, ge=0, description="weight of FactorLLM's balance: the mean over experts of the chosen ones' probabilities"
-    )
-    output_norms: float = Field(
-        0.0, ge=0, description="weight of D2DMoE's loss: logits tell the norms of the experts' outputs"
-    )
-    router_tolerance: float = Field(
-        0.01,
-        gt=0,
-        le=1,
-        description="these losses read logits in multiples of it: the papers add chosen experts up unweighted, and logits that "
-        "differ by about as much weigh them nearly the same",
-    )
-    expert_scale: float | None = Field(
-        None,
-        gt=0,
-        description="what the conversion multiplied routed experts by, left out: as its record says",
-    )
-
-    @property
-    def taught(self) -> list[str]:
-        """Those losses that are asked for."""
-        return [name for name in ("prior_approximate", "prior_balance", "output_norms") if getattr(self, name)]
 
 
 @dataclass(frozen=True)

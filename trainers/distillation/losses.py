@@ -7,28 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from upcycle.errors import UsageError
-from upcycle.methods.base import PluginParameters
 from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.trainers.distillation.truncated_logits import TopLogits
+from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.stock_routers import widened
-
-
-class DistillationParameters(PluginParameters):
-    """What the student is told of the parent, and how much each counts."""
-
-    logits: float = Field(
-        1.0, ge=0, description="weight of the KL divergence from the parent's next-token distribution"
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="both logits are divided by it; the KL is multiplied by its square"
-    )
-    hidden: float = Field(0.0, ge=0, description="weight of the relative squared error of every layer's output")
-    ffn: float = Field(0.0, ge=0, description="weight of the relative squared error of every FFN's output")
-    next_token: float = Field(1.0, ge=0, description="weight of the usual next-token loss beside it")
 
 
 @dataclass(frozen=True)

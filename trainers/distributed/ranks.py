@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers.losses.base import Reduction
+from upcycle.trainers.distributed.reduction import Reduction
 
 T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -22,9 +22,14 @@ from upcycle.trainers.forecast.ranks_planned import World, parse_world
 from upcycle.trainers.forecast.speed import SpeedForecast, forecast_speed
 from upcycle.trainers.forecast.upcycling_law import advice
 from upcycle.trainers.forecast.zero_division import Division
-from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe, parse_train_recipe, read_train_recipe
-from upcycle.trainers.routing.router_control import ControlParameters
-from upcycle.trainers.run.deepspeed_config import accumulation
+from upcycle.trainers.recipe.part_recipes import ControlParameters
+from upcycle.trainers.recipe.training_recipe import (
+    StageRecipe,
+    TrainRecipe,
+    accumulation,
+    parse_train_recipe,
+    read_train_recipe,
+)
 
 USABLE = 0.9  # of a device's memory: the driver, collectives' own buffers and fragments take the rest
 _GROWN = 1.05  # a MoE with so many times its parent's weights is made of copies, of which the rules on upcycling speak

@@ -88,7 +88,7 @@ def cpu(ranks: int) -> Device:
 
     What ranks send each other goes through memory: it is read and written by both sides.
     """
-    from upcycle.models.stock_model import available_memory
+    from upcycle.hardware.memory import available_memory
     from upcycle.trainers.forecast.flops import measured_bandwidth, measured_peak
 
     host = torch.device("cpu")

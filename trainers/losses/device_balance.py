@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 
 from upcycle.errors import UsageError
-from upcycle.trainers.losses.base import Loss, LossParameters, counted, token_count
+from upcycle.trainers.distributed.reduction import counted, token_count
+from upcycle.trainers.losses.base import Loss, LossParameters
 from upcycle.trainers.losses.switch_balance import shares
 from upcycle.trainers.routing.router_records import RouterRecord
 

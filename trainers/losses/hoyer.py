@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.trainers.losses.base import Loss, LossParameters, counted, token_count
+from upcycle.trainers.distributed.reduction import counted, token_count
+from upcycle.trainers.losses.base import Loss, LossParameters
 from upcycle.trainers.routing.neuron_records import ActivationRecord
 from upcycle.trainers.routing.stock_routers import widened
 

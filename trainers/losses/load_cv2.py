@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.trainers.losses.base import Loss, counted
+from upcycle.trainers.distributed.reduction import counted
+from upcycle.trainers.losses.base import Loss
 from upcycle.trainers.losses.importance_cv2 import CV2Parameters, squared_variation
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.stock_routers import widened

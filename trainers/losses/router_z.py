@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from upcycle.trainers.losses.base import Loss, LossParameters, counted, token_count
+from upcycle.trainers.distributed.reduction import counted, token_count
+from upcycle.trainers.losses.base import Loss, LossParameters
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.stock_routers import widened
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.distillation.losses import DistillationParameters
 from upcycle.trainers.losses.base import Loss, make_losses
+from upcycle.trainers.recipe.part_recipes import DistillationParameters
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.trainers.losses.base import Loss, LossParameters, counted, counted_by_sequence, token_count
+from upcycle.trainers.distributed.reduction import counted, counted_by_sequence, token_count
+from upcycle.trainers.losses.base import Loss, LossParameters
 from upcycle.trainers.routing.router_records import RouterRecord
 
 

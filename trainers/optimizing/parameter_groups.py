@@ -8,26 +8,14 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from upcycle.errors import UsageError
-from upcycle.methods.base import PluginParameters
+from upcycle.trainers.recipe.part_recipes import GroupParameters
 from upcycle.trainers.routing.stock_routers import MoeLayer, is_moe, moe_layers, selection_bias
 
 Part = Literal["router", "experts", "rest"]
 PARTS: tuple[Part, ...] = ("router", "experts", "rest")
-
-
-class GroupParameters(PluginParameters):
-    """Learning rates and weight decay by part of the model."""
-
-    learning_rate: float = Field(gt=0, description="peak learning rate")
-    router: float = Field(1.0, ge=0, description="routers train with this times the learning rate")
-    experts: float = Field(1.0, ge=0, description="routed experts likewise")
-    rest: float = Field(1.0, ge=0, description="everything else likewise")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors have none")
-    router_weight_decay: float | None = Field(None, ge=0, description="that of routers [default: weight_decay]")
 
 
 def parts(model: nn.Module) -> dict[str, Part]:

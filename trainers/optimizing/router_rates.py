@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from upcycle.conversion import record as provenance
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
-from upcycle.trainers.optimizing.parameter_groups import GroupParameters, parts
+from upcycle.trainers.optimizing.parameter_groups import parts
+from upcycle.trainers.recipe.part_recipes import GroupParameters
 
 UNTAUGHT = ("random", "zero", "cool")  # routers that have nothing to lose
 LARGE = 0.1  # of a weight's size: a few such steps and nothing is left of it
@@ -27,7 +28,7 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
         rates: of the stage.
         origin: folder with the record of a conversion, or any other.
     """
-    record = origin / provenance.FILE
+    record = origin / records.FILE
     if not record.is_file():
         return None
     router = (read_json(record).get("router") or {}).get("name")

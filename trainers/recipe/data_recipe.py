@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.text.reading.file_kinds import Format
-from upcycle.trainers.data.packing import Packing
+
+Packing: TypeAlias = Literal["best_fit", "concatenate", "alone"]
 
 
 class _Strict(BaseModel):

@@ -13,14 +13,16 @@ from upcycle.files.formats.parsing import dump_yaml
 from upcycle.recipe.conversion_recipe import explained, read_recipe
 from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import LOSSES, suggestion
-from upcycle.trainers.distillation.expert_targets import ExpertTargetParameters
-from upcycle.trainers.distillation.losses import DistillationParameters
-from upcycle.trainers.optimizing.parameter_groups import GroupParameters
 from upcycle.trainers.recipe.data_recipe import DataRecipe, written_out
+from upcycle.trainers.recipe.part_recipes import (
+    AlarmParameters,
+    BiasBalanceParameters,
+    ControlParameters,
+    DistillationParameters,
+    ExpertTargetParameters,
+    GroupParameters,
+)
 from upcycle.trainers.recipe.schedules import PRESETS, Schedule, preset
-from upcycle.trainers.routing.bias_balance import BiasBalanceParameters
-from upcycle.trainers.routing.router_control import ControlParameters
-from upcycle.trainers.run.alarms import AlarmParameters
 
 STAGE_DEFAULT = ("all",)
 STAGE_NAME = "train"  # of a stage without one
@@ -354,3 +356,18 @@ def _place(listed: list[Any], word: str, path: str) -> int:
         return int(word)
     known = ", ".join(str(name or number) for number, name in enumerate(names))
     raise UsageError(f"{path}: there is no '{word}'", hint=f"name one of {known}")
+
+
+def accumulation(recipe: TrainRecipe, world: int) -> int:
+    """Passes per optimizer step on each rank.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    steps, rest = divmod(recipe.global_batch, recipe.micro_batch * world)
+    if rest or not steps:
+        raise UsageError(
+            f"global_batch {recipe.global_batch} is not a multiple of micro_batch {recipe.micro_batch} x {world} ranks",
+            hint=f"set global_batch to a multiple of {recipe.micro_batch * world}, or a smaller micro_batch",
+        )
+    return steps

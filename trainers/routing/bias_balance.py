@@ -6,20 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from upcycle.errors import UsageError
-from upcycle.methods.base import PluginParameters
-from upcycle.trainers.losses.base import ALONE, Reduction, counted
+from upcycle.trainers.distributed.reduction import ALONE, Reduction, counted
+from upcycle.trainers.recipe.part_recipes import BiasBalanceParameters
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers, selection_bias
-
-
-class BiasBalanceParameters(PluginParameters):
-    """Parameters of :class:`BiasBalance`."""
-
-    rate: float = Field(0.001, gt=0, description="how far an expert's bias moves per optimizer step")
 
 
 class BiasBalance:

@@ -7,67 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn.functional import linear, softplus
 
 from upcycle.errors import UsageError
-from upcycle.methods.base import PluginParameters
 from upcycle.trainers.data.keyed_random import random_words
+from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, widened
 
 NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
 _NORM_EPSILON = 1e-6
-
-
-class ControlParameters(PluginParameters):
-    """Parameters of :class:`RouterControl`; by default it does nothing."""
-
-    jitter: float = Field(0.0, ge=0, lt=1, description="the router's input is multiplied by U(1 - jitter, 1 + jitter)")
-    noise: Literal["none", "fixed", "learned"] = Field(
-        "none",
-        description="normal noise on the logits: of one size, or of a size learned per token and expert (Shazeer)",
-    )
-    noise_std: float | None = Field(None, gt=0, description="size of fixed noise [default: 1/E, as vision MoE]")
-    noise_floor: float = Field(0.01, ge=0, description="what learned sizes are never below")
-    normalize_logits: float | None = Field(
-        None,
-        gt=0,
-        description="logits are normalised per token to mean 0 and this standard deviation, in validation, too (Skywork-MoE: 1)",
-    )
-    accept_unexported: bool = Field(
-        False, description="normalise logits although no stock architecture stores that: the exported weights differ"
-    )
-    second: Literal["always", "random", "sampled"] = Field(
-        "always",
-        description="experts behind a token's first: all of top-k, each with a chance of twice its share of the weight "
-        "(GShard), or drawn in proportion to their scores (DeepSpeed)",
-    )
-    capacity_factor: float | None = Field(
-        None,
-        gt=0,
-        description="an expert takes this times n K / E choices of n tokens, others are dropped [default: none]",
-    )
-    evaluation_capacity_factor: float | None = Field(
-        None, gt=0, description="the same in validation [default: none are dropped, as in the exported model]"
-    )
-    capacity_group: Literal["row", "pass"] = Field(
-        "row",
-        description="the tokens that share the experts' room: a row, however the batch is divided, or all of a rank's pass "
-        "(DeepSpeed, Megatron-LM)",
-    )
-    drop: Literal["position", "probability"] = Field(
-        "position",
-        description="who is dropped: the last tokens, all first choices coming before second ones, or those of least weight",
-    )
-    renormalize: bool = Field(
-        False, description="what a token keeps is scaled up to the weight that its choices had together (DeepSpeed)"
-    )
-    min_capacity: int = Field(4, ge=1, description="an expert takes at least this many choices")
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
-from upcycle.methods.base import PluginParameters
+from upcycle.trainers.recipe.part_recipes import AlarmParameters
 
 Kind = Literal["dead expert", "router collapse", "identical experts", "loss spike"]
-
-
-class AlarmParameters(PluginParameters):
-    """When to raise which alarm."""
-
-    dead_steps: int = Field(100, ge=1, description="an expert without a token for so many steps in a row is dead")
-    collapse_entropy: float = Field(
-        0.2,
-        ge=0,
-        le=1,
-        description="a router whose load entropy, scaled to 0 (k experts do all) to 1 (uniform), is below",
-    )
-    collapse_steps: int = Field(20, ge=1, description="this for so many steps in a row has collapsed")
-    identical_after: int = Field(1000, ge=0, description="from this step on, experts should have parted")
-    identical_cosine: float = Field(
-        0.999, gt=0, le=1, description="they have not while their mean pairwise cosine is above this"
-    )
-    spike_window: int = Field(50, ge=5, description="losses that a spike is told from")
-    spike_deviations: float = Field(
-        6.0, gt=0, description="a loss is a spike this many standard deviations (from the median ones) above the median"
-    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS, suggestion
 from upcycle.trainers.distributed import expert_parallel
-from upcycle.trainers.recipe.training_recipe import TrainRecipe, ZeroRecipe
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, ZeroRecipe, accumulation
 from upcycle.trainers.routing.stock_routers import is_moe, moe_layers
 
 # Keys of zero_optimization that the recipe sets elsewhere.
@@ -46,21 +46,6 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, A
         expert_parallel.check(model_type, experts, recipe.expert_parallel, world)
         config["expert_parallel"] = expert_parallel.configuration(model_type, recipe.expert_parallel)
     return config
-
-
-def accumulation(recipe: TrainRecipe, world: int) -> int:
-    """Passes per optimizer step on each rank.
-
-    Raises:
-        UsageError: the batch does not divide.
-    """
-    steps, rest = divmod(recipe.global_batch, recipe.micro_batch * world)
-    if rest or not steps:
-        raise UsageError(
-            f"global_batch {recipe.global_batch} is not a multiple of micro_batch {recipe.micro_batch} x {world} ranks",
-            hint=f"set global_batch to a multiple of {recipe.micro_batch * world}, or a smaller micro_batch",
-        )
-    return steps
 
 
 def leaf_classes(model: Any) -> list[str]:

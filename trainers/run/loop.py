@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from upcycle.conversion.record import versions
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
+from upcycle.files.records import versions
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import keep_freed_memory
 from upcycle.trainers.checkpoints.load_model import check_parent_tokens, parent_folder, save_config, tokenizer_of

@@ -26,10 +26,10 @@ from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
-from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe
-from upcycle.trainers.routing.router_control import ControlParameters
+from upcycle.trainers.recipe.part_recipes import ControlParameters
+from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
 from upcycle.trainers.routing.stock_routers import is_moe, moe_layers, unread_warning
-from upcycle.trainers.run.deepspeed_config import accumulation, deepspeed_config
+from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
 from upcycle.trainers.run.step import Parent, Stepper
 

@@ -30,22 +30,15 @@ from upcycle.trainers.distillation.losses import (
 )
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.distributed.ranks import Ranks
-from upcycle.trainers.losses.base import (
-    Loss,
-    Means,
-    Reduction,
-    WholeBatch,
-    auxiliary_losses,
-    counted,
-    make_losses,
-    pieces_of,
-)
+from upcycle.trainers.distributed.reduction import Reduction, counted
+from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses, make_losses, pieces_of
 from upcycle.trainers.losses.survey import Survey, needed
+from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe
 from upcycle.trainers.routing.bias_balance import BiasBalance
 from upcycle.trainers.routing.neuron_records import ActivationRecord, capture_activations
 from upcycle.trainers.routing.recorder import Recorder
-from upcycle.trainers.routing.router_control import ControlParameters, RouterControl
+from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import RouterRecord, capture
 from upcycle.trainers.routing.stock_routers import is_moe, unread_warning, widened
 

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.conversion.record import BLUEPRINT_FILE
 from upcycle.errors import CheckpointError
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.local_names import LocalNames
 from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
+from upcycle.files.records import BLUEPRINT_FILE
 
 if TYPE_CHECKING:
     from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint

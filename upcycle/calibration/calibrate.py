@@ -7,35 +7,31 @@ which says what the layer should have put out (the order of GPTQ and SparseGPT).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 
 from upcycle.calibration.blueprint_join import joined, layer_file
+from upcycle.calibration.decide_layer import Decision, activations_of, decide_layer, targets_of
 from upcycle.calibration.source_walks import SourceWalks, attend, feed
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
-from upcycle.conversion.record import hash_tokens
-from upcycle.errors import CheckpointError
-from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Inputs, Slots
-from upcycle.ffn.blueprint import LayerBlueprint, save_blueprint
-from upcycle.ffn.feed_forward import FeedForward
-from upcycle.ffn.refit import Routing, fit_down, fit_scale
-from upcycle.ffn.router_capture import captured
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
+from upcycle.ffn.blueprint import save_blueprint
 from upcycle.files.formats.token_files import TokenFile
 from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
+from upcycle.files.records import hash_tokens
+from upcycle.hardware.memory import available_memory, reuse_freed_memory
 from upcycle.models.layer_runner import LayerRunner
-from upcycle.models.stock_model import available_memory, reuse_freed_memory
 from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
-    from upcycle.calibration.source_samples import Samples
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.ffn.source_samples import Samples
     from upcycle.planning.expert_job import Job
 
 
@@ -133,7 +129,7 @@ class Calibration:
         """Decide a layer of several sources. ``inputs`` are those of a router that tells them apart, where there is one:
         the FFN's, or embeddings, and then no layer of the dense model runs.
         """
-        from upcycle.conversion.convert import decide
+        from upcycle.calibration.decide_layer import decide
         from upcycle.routers.for_mixing.base import condition, own_expert
 
         job, ffn = self._job, self._checkpoint.feed_forward(index, self._job.recipe.dtype)
@@ -252,79 +248,6 @@ def _batch_of(windows: torch.Tensor) -> int:
 def _read(texts: list[str], windows: torch.Tensor) -> dict[str, Any]:
     tokens, window = windows.numel(), windows.shape[1]
     return {"text": texts, "tokens": tokens, "window": window, "token_ids_sha256": hash_tokens(windows)}
-
-
-def activations_of(
-    ffn: FeedForward,
-    inputs: TokenFile,
-    batch: int,
-    importance: torch.Tensor | None = None,
-    cache_bytes: int = 0,
-    samples: Samples | None = None,
-    sources: Callable[[int], Activations] | None = None,
-) -> Activations:
-    """The activations of a layer whose FFN inputs are in a file, ``batch`` tokens at a time, every eighth batch held out."""
-
-    def batches() -> Iterator[Inputs]:
-        for number, x in enumerate(inputs.blocks(batch)):
-            yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-
-    return Activations(ffn, batches, inputs.tokens, importance, cache_bytes, samples, sources)
-
-
-def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[], Iterator[torch.Tensor]]:
-    """What a layer's experts should put out: the dense model's stream after it, less the converted one's before its FFN."""
-
-    def targets() -> Iterator[torch.Tensor]:
-        pairs = zip(dense.blocks(batch), residual.blocks(batch), strict=True)
-        return (whole - before for whole, before in pairs)
-
-    return targets
-
-
-class Decision(NamedTuple):
-    """What became of a layer: its blueprint, what was measured on the way, and what is active in its slots."""
-
-    blueprint: LayerBlueprint
-    report: dict[str, Any]
-    routing: Routing
-    slots: Slots
-
-
-def decide_layer(
-    job: Job, ffn: FeedForward, activations: Activations, targets: Callable[[], Iterator[torch.Tensor]]
-) -> Decision:
-    """A layer's blueprint with its router and refitted down projections, and what was measured on the way.
-
-    Args:
-        job: names method, router and refit.
-        ffn: the dense layer.
-        activations: its calibration tokens.
-        targets: starts a pass over what the layer should put out, fp32 ``[t, d]`` for every batch.
-
-    Raises:
-        CheckpointError: the fit is not finite in the stored dtype.
-    """
-    from upcycle.conversion.convert import decide  # the same decision as without calibration
-
-    blueprint = decide(job, ffn, activations)
-    report: dict[str, Any] = {}
-    if job.shape.top_k < job.shape.experts and blueprint.router is not None:
-        rows = blueprint.router.to(ffn.gate.dtype).float()
-        report |= asdict(captured(activations, blueprint, rows))
-    routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
-    slots = Slots(activations, routing.active)
-    if job.refit == "none":
-        return Decision(blueprint, report, routing, slots)
-    if job.refit == "scale":
-        factor, fit = fit_scale(routing, slots, targets())
-        blueprint = replace(blueprint, scale=job.shape.top_k * factor)
-        return Decision(blueprint, report | fit.as_dict(), routing, slots)
-    down, fit = fit_down(routing.down, slots, targets())
-    stored = down.to(ffn.down.dtype)
-    if not bool((stored * blueprint.scale).isfinite().all()):
-        raise CheckpointError(f"layer {ffn.layer}: the refit overflows {ffn.down.dtype}", hint="--dtype bfloat16")
-    return Decision(replace(blueprint, down=stored), report | fit.as_dict(), routing, slots)
 
 
 def calibrate(

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
+from upcycle.ffn.source_samples import Samples
 from upcycle.recipe.conversion_recipe import SourceRecipe
 from upcycle.text.mixture import mixed_windows
-from upcycle.text.windows import read_text
+from upcycle.text.reading.plain_text import read_text
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.planning.expert_job import Job
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Token ids ``windows`` ``[N, W]``, and for every token of them (``[N * W]``, row by row) the expert it speaks for.
-
-    ``owner`` is int64, an index among the mixed models; ``share`` is fp32: what it counts. Those of an owner's own text sum to
-    1, those of what it is not for to -1, and padding counts 0.
-    """
-
-    windows: torch.Tensor
-    owner: torch.Tensor
-    share: torch.Tensor
 
 
 def read_samples(job: Job, checkpoint: DenseCheckpoint) -> Samples:

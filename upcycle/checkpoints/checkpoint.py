@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.dense.refused import reason, text_model
-from upcycle.architectures.moe.stored_moe import MOES
 from upcycle.architectures.tensor_origin import Origin
-from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.folder_contents import shown
-from upcycle.files.formats.settings import model_type
-from upcycle.files.formats.tensor_files import CONFIG, SafetensorsFolder, TensorSpec, read_config
+from upcycle.checkpoints.find_family import family_of
+from upcycle.errors import CheckpointError
+from upcycle.files.formats.tensor_files import CONFIG, SafetensorsFolder, read_config
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.locate import Source, locate
-from upcycle.registry import FAMILIES, load
 
 if TYPE_CHECKING:
     import torch
@@ -259,21 +256,3 @@ class DenseCheckpoint(Checkpoint):
 def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:
     """A ``config.json`` that says what its weights are: a head of their own. LFM2 has an older name for the key."""
     return {key: value for key, value in raw_config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}
-
-
-def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
-    """The registered family of a configuration.
-
-    Raises:
-        RefusalError: none; says why.
-    """
-    name = model_type(raw_config, where)
-    if name not in FAMILIES:
-        hint = f"dense families: {', '.join(FAMILIES)}"
-        if inner := text_model(raw_config):
-            hint = f"save its text model alone ({inner}), with a config.json of that and names that begin with model."
-        elif name in MOES:
-            hint = "--method expert_upcycling gives it more experts"
-        raise RefusalError(f"cannot convert a '{shown(name)}' model: {reason(name, inner)}", hint=hint)
-    family: Family = load("family", name)()
-    return family

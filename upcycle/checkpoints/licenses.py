@@ -16,7 +16,7 @@ from upcycle.checkpoints.license_ids import LICENSE_IDS, OTHER
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.gguf_file import GgufFile
 from upcycle.files.formats.parsing import parse_yaml
-from upcycle.publishing.markdown import is_web_address
+from upcycle.formatting import is_web_address
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.checkpoints.compatibility import check_sources
-from upcycle.files.formats.tensor_files import TensorSpec, row_blocks
+from upcycle.files.formats.tensor_files import row_blocks
+from upcycle.files.formats.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from upcycle.recipe.conversion_recipe import Recipe
 
 SUM_BYTES = 1 << 22  # of the fp64 sum at hand: small enough to stay in the cache
 
@@ -176,3 +179,15 @@ class MergedCheckpoint(JoinedCheckpoint):
         self.parts = merged.parts  # members with a weight, and theirs
         self.source = replace(base.source, name=" + ".join(member.source.name for member in members))
         self.fingerprint = hashlib.sha256((self.fingerprint + self.store.fingerprint).encode()).hexdigest()
+
+
+def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
+    """The weighted mean of some sources, or the one that alone weighs anything.
+
+    Raises:
+        UsageError: they do not belong together.
+    """
+    used = {source: weight for source, weight in parts.items() if weight}
+    if len(used) == 1:
+        return next(iter(used))
+    return MergedCheckpoint(base, list(used), list(used.values()), recipe.dtype, recipe.tokenizer == "copy")

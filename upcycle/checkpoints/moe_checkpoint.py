@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from upcycle.architectures.moe.stored_moe import ExpertRows, MoeModel, moe_family
-from upcycle.architectures.stock import build_config, empty_model
+from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
 from upcycle.files.formats.tensor_names import refuse_quantized
@@ -57,13 +57,3 @@ class MoeCheckpoint(Checkpoint):
         drawn = torch.randn(fresh.shape, generator=stream(origin.seed, origin.name, "noise"))
         taken[origin.kept :] = (fresh.float() + origin.noise * std * drawn).to(taken.dtype)
         return taken
-
-
-def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a configuration's stock class, the head only where it is not tied."""
-    settings = build_config(raw, "config.json")
-    model = empty_model(settings, "config.json")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if settings.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from upcycle.architectures.moe.base import OutputTensor
 from upcycle.architectures.tensor_origin import Origin
-from upcycle.files.formats.tensor_files import SINGLE, TensorSpec
+from upcycle.errors import CheckpointError
+from upcycle.files.formats.tensor_files import SINGLE
+from upcycle.files.formats.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,17 @@ def shards_of(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
     return tuple(
         Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
     )
+
+
+def finite(entry: OutputEntry, block: torch.Tensor) -> torch.Tensor:
+    """What was built, checked: a factor or a refit can carry finite weights beyond what their dtype holds.
+
+    Raises:
+        CheckpointError: it holds NaN or Inf; names the tensor.
+    """
+    if block.numel() and not all(bool(extreme.isfinite()) for extreme in block.aminmax()):
+        raise CheckpointError(
+            f"{entry.name}: scaled or fitted, its weights overflow {entry.spec.dtype}",
+            hint="--dtype float32" if entry.spec.dtype == "bfloat16" else "--dtype bfloat16 or float32",
+        )
+    return block

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.parsing import read_lines
-from upcycle.files.formats.tensor_files import CODES, INDEX, ITEM_SIZE
+from upcycle.files.formats.tensor_files import INDEX
+from upcycle.files.formats.tensor_spec import CODES, ITEM_SIZE
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from importlib import import_module
 
 import click
 
-from upcycle import __version__
 from upcycle.cli.shared.output import flush_streams, prepare_streams, print_error, print_traceback, say
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.hardware.child_processes import VARIABLE
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
+from upcycle.version import __version__
 
 VERBS = {
     "convert": "convert",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,33 +13,38 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.stock import clean_config
 from upcycle.calibration.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
+from upcycle.calibration.decide_layer import decide
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
-from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint, open_sources
+from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.checkpoints.output_layout import Unit
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
 from upcycle.checkpoints.tokenizer_files import check_companions, copy_companions
-from upcycle.conversion import record as provenance
+from upcycle.conversion import record as conversion_record
 from upcycle.conversion.decide_merges import decide_merges
 from upcycle.errors import EnvironmentFault, UsageError, VerificationError
+from upcycle.files import records
 from upcycle.files.formats.parsing import dump_yaml, parse_yaml
 from upcycle.files.local_names import LocalNames
 from upcycle.files.output.ownership import check_apart, check_output
 from upcycle.files.output.workspace import Workspace, explained, sweep
 from upcycle.files.user_paths import user_path
-from upcycle.planning.cost import AnyJob, Plan, calibration_disk, check_memory, grows, job_for, make_plan
+from upcycle.hardware.memory import peak_memory
+from upcycle.planning.cost import Plan, calibration_disk, check_memory, make_plan
 from upcycle.planning.expert_job import Job
 from upcycle.planning.growth_job import GrowthJob, decide_growth, growth_reports
+from upcycle.planning.job import AnyJob
 from upcycle.planning.loadable import check_loadable
+from upcycle.planning.open_sources import open_sources
+from upcycle.planning.prepare import grows, job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.calibration.source_samples import Samples
-    from upcycle.ffn.activations import Activations
     from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
     from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.ffn.source_samples import Samples
     from upcycle.verification.verdict import Verification
 
 
@@ -129,7 +132,7 @@ def run_recipe(
     saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
     windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
     merging = None
-    identity = provenance.fingerprint(job, checkpoint, blueprint, _ids(windows, samples))
+    identity = conversion_record.fingerprint(job, checkpoint, blueprint, _ids(windows, samples))
     settings = recipe.verification.model_dump()
     with (
         explained(out),
@@ -148,12 +151,12 @@ def run_recipe(
             checkpoint.check_unchanged()
             _warn_of_degenerate_rows(_write_companions(job, checkpoint, workspace.folder), progress)
             sweep(workspace.folder)
-            provenance.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
+            conversion_record.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
             verification = _verify(job, checkpoint, workspace.folder, judged, progress)
             checkpoint.check_unchanged()
         else:
             verification = _verified(workspace.folder, recipe)
-            merging = provenance.read(workspace.folder)["merging"]
+            merging = records.read(workspace.folder)["merging"]
         broken = verification is not None and verification.verdict == "broken"
         final = workspace.publish(failed=broken)
     if broken and verification is not None:
@@ -199,7 +202,7 @@ def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[to
         assert isinstance(checkpoint, DenseCheckpoint)
         samples = read_samples(job, checkpoint)
     if job.calibrated or undecided:
-        from upcycle.text.mixture import calibration_windows
+        from upcycle.calibration.read_tokens import calibration_windows
 
         if isinstance(job, Job):
             check_memory(job)
@@ -269,7 +272,8 @@ def _write_unit(
     saved: BlueprintFile | None,
     threads: int,
 ) -> None:
-    from upcycle.ffn.expert_tensors import ExpertTensors, finite
+    from upcycle.checkpoints.output_layout import finite
+    from upcycle.ffn.expert_tensors import ExpertTensors
 
     dtype = job.recipe.dtype
     experts: ExpertTensors | None = None
@@ -319,26 +323,6 @@ def _blueprint(job: Job, ffn: FeedForward, folder: Path, saved: BlueprintFile | 
     return blueprint
 
 
-def decide(job: Job, ffn: FeedForward, activations: Activations | None = None) -> LayerBlueprint:
-    """The blueprint of one layer. Depends on the recipe, the seed, this layer and its calibration tokens alone, so that a
-    resumed run agrees.
-    """
-    seed, shape = job.recipe.seed, job.shape
-    blueprint = job.method.blueprint(ffn, shape, job.scale, generator(seed, ffn.layer, "method"), activations)
-    draws = blueprint.draws
-    if draws is not None and draws.rule == "initializer" and draws.std is None:
-        blueprint = replace(blueprint, draws=replace(draws, std=job.dense.initializer_range))
-    rows = job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router"), activations)
-    return replace(blueprint, router=job.method.tie(rows))
-
-
-def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
-    """An independent stream of random numbers for every layer and purpose."""
-    from upcycle.ffn.random_weights import stream
-
-    return stream(seed, layer, purpose)
-
-
 def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
     from upcycle.ffn.blueprint import BlueprintFile
 
@@ -358,8 +342,8 @@ def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list
     """Everything but weights and provenance; returns what was measured and decided of every layer."""
     (folder / "config.json").write_text(json.dumps(clean_config(job.config), indent=2) + "\n", encoding="utf-8")
     names = LocalNames.of(job.recipe.model_dump())
-    text = dump_yaml(names.published(parse_yaml(job.recipe_text, provenance.RECIPE_FILE)))
-    (folder / provenance.RECIPE_FILE).write_text(text, encoding="utf-8")
+    text = dump_yaml(names.published(parse_yaml(job.recipe_text, records.RECIPE_FILE)))
+    (folder / records.RECIPE_FILE).write_text(text, encoding="utf-8")
     if names.paths:
         names.remember(folder, text)
     copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
@@ -377,24 +361,18 @@ def _verify(
         return None
     if (before := _verified(folder, job.recipe)) is not None:
         return before  # an earlier run was stopped after this point
-    from upcycle.verification.verify_experts import verify_job
+    from upcycle.verification.verify import verify_job
 
     result = verify_job(job, checkpoint, folder, windows, progress)
-    provenance.write_verification(folder, result.as_dict())
+    records.write_verification(folder, result.as_dict())
     return result
 
 
 def _verified(folder: Path, recipe: Recipe) -> Verification | None:
     """What an earlier run found of these very files; the workspace has removed what was found under other settings."""
-    found = provenance.read_verification(folder) if recipe.verification.enabled else None
+    found = records.read_verification(folder) if recipe.verification.enabled else None
     if found is None:
         return None
     from upcycle.verification.verdict import Verification
 
     return Verification(**found)
-
-
-def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

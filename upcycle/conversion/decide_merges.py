@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint, mix_sources
-from upcycle.files.formats.parsing import read_lines
-from upcycle.files.output.workspace import MEASURED
-from upcycle.planning.cost import AnyJob, job_for
+from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.files.measured import Measured
+from upcycle.files.names import MEASURED
+from upcycle.planning.job import AnyJob
+from upcycle.planning.open_sources import mix_sources
+from upcycle.planning.prepare import job_for
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-
-
-class Measured:
-    """What was measured, one JSON line each in a file: a run that continues measures none of it again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: dict[str, Any] = {}
-        if path.exists():
-            self._found.update(read_lines(path))
-            self._write("w", *self._found.items())
-
-    def __call__(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The plain data measured under ``key``, or what ``measure()`` gives now."""
-        if key not in self._found:
-            self._found[key] = measure()
-            self._write("a", (key, self._found[key]))
-        return self._found[key]
-
-    def _write(self, mode: str, *items: tuple[str, Any]) -> None:
-        with self._path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(item) + "\n" for item in items)
 
 
 def decide_merges(

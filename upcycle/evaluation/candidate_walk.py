@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import kl_div, linear, log_softmax
 
-from upcycle.calibration.calibrate import activations_of, decide_layer, targets_of
+from upcycle.calibration.decide_layer import activations_of, decide_layer, targets_of
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Batch, Slots, contributions
 from upcycle.ffn.refit import Applied, Routing, fit_down
 from upcycle.ffn.router_capture import ExpertMap, of_largest
 from upcycle.files.formats.token_files import TokenFile, write_together
+from upcycle.hardware.memory import available_memory, reuse_freed_memory
 from upcycle.models.layer_runner import LayerRunner, logits_of
-from upcycle.models.stock_model import available_memory, dense_reader, reuse_freed_memory, skeleton
+from upcycle.models.stock_model import dense_reader, skeleton
 from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
 
@@ -252,7 +253,7 @@ class Walk:
             static = StaticPruning(activations, round(kept))
             return _fitted(static, candidate, ffn, activations, targets)
         if candidate.baseline == "oracle":
-            from upcycle.conversion.convert import decide
+            from upcycle.calibration.decide_layer import decide
 
             oracle = OracleRouting(decide(candidate.job, ffn, activations), ffn)
             candidate.captured.append(1.0)

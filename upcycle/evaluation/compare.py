@@ -20,14 +20,14 @@ from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import EnvironmentFault, RefusalError, UsageError
 from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
 from upcycle.files.output.scratch import scratch
-from upcycle.models.stock_model import available_memory
+from upcycle.hardware.memory import available_memory
 from upcycle.planning.cost import Plan, make_plan
 from upcycle.planning.expert_job import prepare
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
 from upcycle.text.mixture import mixed_windows, read_texts
-from upcycle.text.windows import read_text
+from upcycle.text.reading.plain_text import read_text
 
 _VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "variant=sharing_inter"]}
 

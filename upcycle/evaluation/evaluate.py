@@ -11,17 +11,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.conversion import record
 from upcycle.errors import UsageError
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.task_scores import TaskScores, score_tasks
+from upcycle.files import records
 from upcycle.files.locate import locate
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.models.router_load import LayerLoad, layer_load, load_counts
 from upcycle.progress import SILENT, Progress
 from upcycle.text.held_out import unseen
-from upcycle.text.windows import DEMO_TEXTS, encode
+from upcycle.text.reading.plain_text import DEMO_TEXTS
+from upcycle.text.windows import encode
 from upcycle.verification.verdict import finite, perplexity_of
 
 _BATCH_LOGIT_BYTES = 1 << 28
@@ -124,12 +125,12 @@ def evaluate(
 def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:
     """Write what was measured beside the model, where this tool wrote that."""
     folder = user_path(model)
-    if not (folder / record.FILE).is_file():
+    if not (folder / records.FILE).is_file():
         return
     try:
-        record.write_evaluation(folder, measured)
+        records.write_evaluation(folder, measured)
     except OSError as error:
-        progress.note(f"{record.EVALUATION_FILE} cannot be written, and report and card need it: {error.strerror}")
+        progress.note(f"{records.EVALUATION_FILE} cannot be written, and report and card need it: {error.strerror}")
 
 
 def _on_texts(
@@ -176,7 +177,7 @@ def _on_texts(
 def _calibration(model: str) -> dict[str, Any] | None:
     """What is known of the text that a model was calibrated on."""
     folder = user_path(model)
-    found = record.read(folder)["calibration"] if (folder / record.FILE).is_file() else None
+    found = records.read(folder)["calibration"] if (folder / records.FILE).is_file() else None
     return found if isinstance(found, dict) else None
 
 

@@ -17,7 +17,8 @@ from upcycle.files.formats.parsing import parse_json, read_json
 from upcycle.files.locate import locate
 from upcycle.hardware.child_processes import run_module, safe_environment
 from upcycle.progress import SILENT, Progress
-from upcycle.text.windows import DEMO_TEXTS, encode, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.windows import encode
 
 PROMPT, GENERATE, ROUNDS = 256, 32, 5
 

@@ -13,7 +13,7 @@ from upcycle.errors import CheckpointError
 from upcycle.ffn.feed_forward import FeedForward
 
 if TYPE_CHECKING:
-    from upcycle.calibration.source_samples import Samples
+    from upcycle.ffn.source_samples import Samples
 
 _ROWS = 1024  # tokens whose activations are computed at once: few enough to stay near the processor
 HELD_OUT_EVERY = 8  # one batch in eight is kept from every fit and judges its strength

@@ -16,7 +16,8 @@ import torch
 
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.parsing import parse_json
-from upcycle.files.formats.tensor_files import CODES, ITEM_SIZE, SafetensorsFile
+from upcycle.files.formats.tensor_files import SafetensorsFile
+from upcycle.files.formats.tensor_spec import CODES, ITEM_SIZE
 
 ZERO_NEURON = -1
 DOWN_ONLY = (0.0, 0.0, 1.0)

@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from upcycle.architectures.moe.base import Part
-from upcycle.checkpoints.output_layout import OutputEntry
-from upcycle.errors import CheckpointError
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import Part
 from upcycle.ffn.random_weights import redrawn
 
 Matrices = Callable[[int, str], torch.Tensor]
@@ -113,20 +111,6 @@ class ExpertTensors:
         shared, size = len(self._blueprint.shared), self._blueprint.intermediate_size
         first, count = (0, shared) if where == "shared" else (shared + expert, 1)
         return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
-
-
-def finite(entry: OutputEntry, block: torch.Tensor) -> torch.Tensor:
-    """What was built, checked: a factor or a refit can carry finite weights beyond what their dtype holds.
-
-    Raises:
-        CheckpointError: it holds NaN or Inf; names the tensor.
-    """
-    if block.numel() and not all(bool(extreme.isfinite()) for extreme in block.aminmax()):
-        raise CheckpointError(
-            f"{entry.name}: scaled or fitted, its weights overflow {entry.spec.dtype}",
-            hint="--dtype float32" if entry.spec.dtype == "bfloat16" else "--dtype bfloat16 or float32",
-        )
-    return block
 
 
 def _times(weight: torch.Tensor, factor: float) -> torch.Tensor:

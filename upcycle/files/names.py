@@ -9,6 +9,16 @@ from pathlib import Path
 
 from upcycle.errors import UsageError
 
+RECORD = "upcycle.json"
+TRAINED = "training.json"
+STATE = "state.json"
+MEASURED = "measured.jsonl"  # what merges were decided by
+JOURNAL = "journal.jsonl"
+UNFINISHED = (STATE, JOURNAL, MEASURED)  # what only a folder holds that is being worked on
+LOCK = ".lock"
+PID_LOCK = ".lock.pid"
+LOCKS = (LOCK, PID_LOCK)
+
 _LONGEST = 255  # bytes of one name, where the system does not say
 _LONGEST_PATH = 4096
 _INSIDE = 96  # bytes of the longest name that is written into an output folder, and its separator

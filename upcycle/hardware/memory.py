@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # numbers of <malloc.h>
 _NEVER = 2**31 - 1
@@ -26,3 +30,33 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     return bool(settings(_MMAP_MAX, 0) and settings(_TRIM_THRESHOLD, _NEVER))
+
+
+def reuse_freed_memory(largest: int) -> None:
+    """Let freed blocks up to ``largest`` bytes be used again, instead of asking the system for zeroed pages every time.
+
+    Passes over tokens allocate the same tens of megabytes over and over; touching new pages costs them a sixth of their
+    time. As much freed memory stays with the process. Does nothing where the C library is not glibc, nor where address
+    space is rationed.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, largest)
+    mallopt(_M_TRIM_THRESHOLD, 4 * largest)
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

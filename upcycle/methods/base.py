@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations, contributions
 from upcycle.ffn.blueprint import DOWN_ONLY, ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
+from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
-    from upcycle.conversion.decide_merges import Measured
+    from upcycle.files.measured import Measured
     from upcycle.progress import Progress
     from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
 
@@ -26,12 +26,6 @@ PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
 Merges = tuple[tuple[float, ...], ...]
 Kind = Literal["copies", "partition", "overlap", "growth"]
-
-
-class PluginParameters(BaseModel):
-    """A plug-in's own parameters; every field has a help text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class AnyMethod(ABC):

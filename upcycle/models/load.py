@@ -10,7 +10,8 @@ from upcycle.architectures import stock
 from upcycle.errors import EnvironmentFault
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
-from upcycle.models.stock_model import available_memory, use_eager_experts
+from upcycle.hardware.memory import available_memory
+from upcycle.models.stock_model import use_eager_experts
 
 
 def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.stock import build_config, empty_model, load_model
+from upcycle.architectures.stock_classes import State
 from upcycle.errors import CheckpointError
 from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 
-State = dict[str, torch.Tensor]
 Reader = Callable[[int | None], State]
 
 # torch's CPU build takes cos, sin and other functions from MKL, which picks its code path when each is first called. If that
@@ -25,25 +23,6 @@ Reader = Callable[[int | None], State]
 # starts, on the rotary embedding). One element is computed by one thread: the choice is made before any real work.
 for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf, torch.sqrt, torch.rsqrt):
     _function(torch.ones(1))
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
-def reuse_freed_memory(largest: int) -> None:
-    """Let freed blocks up to ``largest`` bytes be used again, instead of asking the system for zeroed pages every time.
-
-    Passes over tokens allocate the same tens of megabytes over and over; touching new pages costs them a sixth of their
-    time. As much freed memory stays with the process. Does nothing where the C library is not glibc, nor where address
-    space is rationed.
-    """
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, largest)
-    mallopt(_M_TRIM_THRESHOLD, 4 * largest)
 
 
 class StockModel:
@@ -157,10 +136,3 @@ def use_eager_experts(model: Any) -> Any:
     if has_experts and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from upcycle.architectures.dense.base import DenseConfig, Family, Feature
-from upcycle.architectures.moe.stored_moe import moe_family
-from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint, DenseCheckpoint, family_of
-from upcycle.checkpoints.compatibility import check_configs
+from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
 from upcycle.checkpoints.merged_checkpoint import SUM_BYTES
-from upcycle.checkpoints.mixed_checkpoint import (
-    Mix,
-    MixedCheckpoint,
-    all_local,
-    mix_of,
-    mixing_weights,
-    open_sources,
-    takes_moe,
-)
 from upcycle.checkpoints.shard_writer import WAITING_BYTES
 from upcycle.errors import EnvironmentFault
-from upcycle.files.formats.tensor_files import TensorSpec, read_config
-from upcycle.files.formats.tensor_names import refuse_said_quantized
-from upcycle.files.locate import locate
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import PREFERRED_MULTIPLE
-from upcycle.methods.growing.base import Described
-from upcycle.planning.expert_job import Job, method_of, prepare
-from upcycle.planning.growth_job import GrowthJob, prepare_growth
-from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, parse_size
+from upcycle.planning.expert_job import Job
+from upcycle.planning.growth_job import GrowthJob
+from upcycle.planning.job import AnyJob
+from upcycle.planning.prepare import job_of
+from upcycle.recipe.conversion_recipe import parse_recipe, parse_size
 from upcycle.registry import load
 
 CALIBRATION_BATCH_TOKENS = 4096
@@ -40,9 +27,6 @@ REUSED_BYTES = 1 << 28  # freed memory that a calibration holds on to
 _INTERPRETER_BYTES = 260_000_000
 _STOCK_CLASSES = 260_000_000  # transformers' modelling code and what it imports: every conversion asks it first
 _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
-
-
-AnyJob: TypeAlias = Job | GrowthJob
 
 
 @dataclass(frozen=True)
@@ -92,85 +76,6 @@ def plan(source: str | None = None, **keys: Any) -> Plan:
     """
     content = {**keys, **({"source": source} if source else {})}
     return make_plan(job_of(parse_recipe(content, "recipe")))
-
-
-def job_of(recipe: Recipe) -> AnyJob:
-    """The job of a recipe, from local checkpoints' headers or hub repositories' ``config.json``.
-
-    Stock transformers is asked whether it takes the sources and the result, as before a conversion; of a repository of the hub
-    there is ``config.json`` alone to ask about.
-    """
-    from upcycle.planning.loadable import check_config, check_loadable
-
-    if all_local(recipe):
-        checkpoint = open_sources(recipe)
-        job = job_for(recipe, checkpoint)
-        check_loadable(job, checkpoint)
-        return job
-    job = _job_from_configs(recipe)
-    check_config(job.config, "the result")
-    return job
-
-
-def _job_from_configs(recipe: Recipe) -> AnyJob:
-    if takes_moe(recipe.method):
-        from upcycle.checkpoints.moe_checkpoint import stock_shapes
-
-        raw = read_config(locate(recipe.source, recipe.revision, config_only=True).path)
-        moe_family(raw, recipe.source)
-        refuse_said_quantized(raw, recipe.source)
-        return prepare_growth(recipe, Described(raw, _specs(stock_shapes(raw), raw.get("dtype")), recipe.source))
-    raw, family, dense = _config(recipe.source, recipe.revision)
-    mix = None
-    if recipe.sources:
-        for source in recipe.sources:
-            _, _, other = _config(source.name, source.revision)
-            check_configs(dense, other, recipe.source, source.name, family.aliases, method_of(recipe).experts_only)
-        same = [i for i, s in enumerate(recipe.sources) if (s.name, s.revision) == (recipe.source, recipe.revision)]
-        base = same[0] if same else len(recipe.sources)
-        merges = method_of(recipe).merges
-        if merges is not None:
-            alone = [i for i, row in enumerate(merges) if base < len(row) and row[base] and sum(map(bool, row)) == 1]
-            base = alone[0] if alone else len(merges)
-        mix = Mix(tuple(mixing_weights(recipe, merges)), alike=False, base=base)
-    specs = _specs(family.all_stored_specs(dense), dense.dtype)
-    if grows(recipe):
-        return prepare_growth(recipe, Described(raw, specs, recipe.source), mix=mix)
-    return prepare(recipe, family, dense, specs, mix=mix)
-
-
-def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, TensorSpec]:
-    stored = dtype if dtype in ("float32", "float16") else "bfloat16"
-    return {name: TensorSpec(shape, stored) for name, shape in shapes.items()}
-
-
-def grows(recipe: Recipe) -> bool:
-    """Whether the recipe's method is a growth step."""
-    return bool(load("method", recipe.method).kind == "growth")
-
-
-def job_for(recipe: Recipe, checkpoint: Checkpoint) -> AnyJob:
-    """The job of a recipe on an opened checkpoint, which is told how what is no expert is joined."""
-    specs, mix = checkpoint.store.specs, mix_of(checkpoint)
-    job: AnyJob
-    if grows(recipe):
-        described = Described(checkpoint.raw_config, specs, checkpoint.source.name)
-        job = prepare_growth(recipe, described, checkpoint.has_tokenizer, mix)
-    else:
-        assert isinstance(checkpoint, DenseCheckpoint)
-        job = prepare(recipe, checkpoint.family, checkpoint.config, specs, checkpoint.has_tokenizer, mix)
-        job = replace(job, note=checkpoint.note if recipe.dtype == "keep" else None)
-    if isinstance(checkpoint, MixedCheckpoint):
-        checkpoint.rest, checkpoint.slerp = job.method.rest, job.method.slerp
-    return job
-
-
-def _config(name: str, revision: str | None) -> tuple[dict[str, Any], Family, DenseConfig]:
-
-    raw = read_config(locate(name, revision, config_only=True).path)
-    family = family_of(raw, name)
-    refuse_said_quantized(raw, name)
-    return raw, family, family.config(raw, f"{name}: config.json")
 
 
 def make_plan(job: AnyJob) -> Plan:
@@ -340,7 +245,7 @@ def check_memory(job: Job) -> None:
     Raises:
         EnvironmentFault: more is needed than is free.
     """
-    from upcycle.models.stock_model import available_memory
+    from upcycle.hardware.memory import available_memory
 
     needed, free = _calibration_memory(job), available_memory()
     if needed > free:

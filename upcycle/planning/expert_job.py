@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
-from upcycle.architectures.moe.base import MoeShape, Target, refuse_unheld
+from upcycle.architectures.moe.base import Target, refuse_unheld
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.errors import RefusalError, UsageError
-from upcycle.files.formats.tensor_files import TensorSpec, widest
+from upcycle.ffn.moe_shape import MoeShape
+from upcycle.files.formats.tensor_files import widest
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
 from upcycle.recipe.conversion_recipe import Recipe, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion

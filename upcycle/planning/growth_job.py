@@ -13,7 +13,7 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
-from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece
 from upcycle.planning.expert_job import CALIBRATION_HINT, check_tokenizer, method_of
 from upcycle.recipe.conversion_recipe import Recipe, parse_size
@@ -164,7 +164,7 @@ def decide_growth(
         temporary.rename(path)
     if windows is None:
         return decided_growth(job, folder), None
-    from upcycle.conversion.record import text_record
+    from upcycle.text.text_record import text_record
 
     return decided_growth(job, folder), text_record(job.recipe, windows)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.planning.cost import AnyJob
+    from upcycle.planning.job import AnyJob
 
 
 def check_loadable(job: AnyJob, checkpoint: Checkpoint, decided: bool = False) -> tuple[torch.Tensor, str] | None:

@@ -10,11 +10,12 @@ from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.text.held_out import Parts, flattered, seen_share, sketch
 from upcycle.text.mixture import read_parts
-from upcycle.text.windows import DEMO_TEXTS, demo_parts, encode, read_text, windows_of
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.windows import demo_parts, encode, windows_of
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.planning.cost import AnyJob
+    from upcycle.planning.job import AnyJob
     from upcycle.recipe.conversion_recipe import CalibrationRecipe
 
 _WINDOW, _LEAST = 256, 16

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoints.licenses import License, common_license
-from upcycle.conversion import record as provenance
 from upcycle.errors import UsageError
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.text.mixture import text_names
-from upcycle.text.windows import DEMO_TEXTS
+from upcycle.text.reading.plain_text import DEMO_TEXTS
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_DATASET = re.compile(r"([\w.-]+/[\w-][\w.-]*)(:[\w.-]*){0,2}")
@@ -66,15 +66,15 @@ def gather(
         CheckpointError: the folder was not made by this tool.
         UsageError: the sources' licences differ and nobody has decided, or ``base_model`` is no hub id.
     """
-    record = provenance.read(folder)
-    evaluation = provenance.read_evaluation(folder) or {}
+    record = records.read(folder)
+    evaluation = records.read_evaluation(folder) or {}
     return Facts(
         name=name,
         record=record,
-        recipe=(folder / provenance.RECIPE_FILE).read_text(encoding="utf-8"),
-        keys=read_recipe(folder / provenance.RECIPE_FILE),
+        recipe=(folder / records.RECIPE_FILE).read_text(encoding="utf-8"),
+        keys=read_recipe(folder / records.RECIPE_FILE),
         config=read_json(folder / "config.json"),
-        verification=provenance.read_verification(folder),
+        verification=records.read_verification(folder),
         tasks=evaluation.get("tasks"),
         serving=evaluation.get("serving", {}),
         license=_license(record, license, kept),

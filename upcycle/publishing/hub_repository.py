@@ -18,7 +18,7 @@ from upcycle.files.formats.parsing import parse_json
 from upcycle.files.private_text import without_password
 from upcycle.progress import Progress
 from upcycle.publishing.hub_errors import Hub, passing, patiently
-from upcycle.publishing.publishable_files import Upload
+from upcycle.publishing.upload import Upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

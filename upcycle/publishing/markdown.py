@@ -6,11 +6,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from upcycle.formatting import is_web_address
+
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~>])")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 _ADDRESS = re.compile(r"(?i)\b(?:[a-z][a-z0-9+.-]*://|www\.|mailto:|xmpp:)[^\s<>`]+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_WEB = re.compile(r"https?://[\w.-]+(?::\d+)?(?:[/?#][\w./?#&=%~+,:;!*$'-]*)?")
 
 
 def plain(text: object) -> str:
@@ -29,11 +30,6 @@ def links(addresses: str) -> str:
     """Addresses, with commas between: links to those of the web, the others as text."""
     parts = [part.strip() for part in str(addresses).split(",")]
     return ", ".join(f"[{_escaped(part)}](<{part}>)" if is_web_address(part) else plain(part) for part in parts if part)
-
-
-def is_web_address(text: str) -> bool:
-    """Whether a link may lead there: http or https, and nothing that ends the link or hides where it leads."""
-    return bool(_WEB.fullmatch(text))
 
 
 def _escaped(text: str) -> str:

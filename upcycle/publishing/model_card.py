@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoints.licenses import License, chosen_license, front_matter
-from upcycle.conversion import record as provenance
 from upcycle.errors import UsageError
+from upcycle.files import records
 from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.card_section import BEGIN, END, own_section
 from upcycle.files.user_paths import user_path
 from upcycle.publishing.card_facts import Facts, gather, public_name
 from upcycle.publishing.card_text import body
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
-
-BEGIN = "<!-- yours: what stands from here to the next such line is kept -->"
-END = "<!-- yours: end -->"
 
 
 def write_card(
@@ -50,7 +48,7 @@ def write_card(
     chosen = chosen_license(license, license_name, license_link)
     folder = user_path(out)
     text = make_card(folder, name or folder.absolute().name, license=chosen, base_model=base_model)
-    return write_text_whole(folder / provenance.CARD_FILE, text)
+    return write_text_whole(folder / records.CARD_FILE, text)
 
 
 def make_card(
@@ -68,7 +66,7 @@ def make_card(
         mark: why the model should not be published; it stands at the top.
         published: the card that is on the hub; its section of the user's is taken where the local card has none.
     """
-    path = folder / provenance.CARD_FILE
+    path = folder / records.CARD_FILE
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     own = own_section(before, str(path))
     if before and own is None:
@@ -81,25 +79,6 @@ def make_card(
     kept = front_matter(before)
     facts = gather(folder, name, license, base_model, kept, mark)
     return _joined(facts, own or "", {"language": kept["language"]} if "language" in kept else {})
-
-
-def own_section(text: str, where: str) -> str | None:
-    """What stands between the two marked lines of a card, or None where there are no such lines.
-
-    Raises:
-        UsageError: one is missing, or there are several.
-    """
-    lines = text.splitlines()
-    begins = [i for i, line in enumerate(lines) if line.rstrip() == BEGIN]
-    ends = [i for i, line in enumerate(lines) if line.rstrip() == END]
-    if not begins and not ends:
-        return None
-    if len(begins) != 1 or len(ends) != 1 or ends[0] < begins[0]:
-        raise UsageError(
-            f"{where}: the user's section must begin with the line {BEGIN!r} and end with {END!r}, each once",
-            hint="repair these two lines, so that nothing of yours is lost",
-        )
-    return "\n".join(lines[begins[0] + 1 : ends[0]])
 
 
 def _joined(facts: Facts, own: str, kept: dict[str, Any]) -> str:

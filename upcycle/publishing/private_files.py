@@ -12,7 +12,7 @@ from upcycle.files.formats.parsing import parse_json, parse_yaml
 from upcycle.files.private_text import Finding, Machine, machine_in, path_in_value, secrets_in, this_machine
 
 if TYPE_CHECKING:
-    from upcycle.publishing.publishable_files import Upload
+    from upcycle.publishing.upload import Upload
 
 # Pieces of words in their thousands, in which any short name is found. Keys and this machine's folders still are not.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")

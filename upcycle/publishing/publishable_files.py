@@ -4,50 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
-from upcycle.conversion import record as provenance
-from upcycle.conversion.record import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files
 from upcycle.errors import CheckpointError, UsageError, VerificationError
-from upcycle.files.hashing import hash_bytes
+from upcycle.files import records
 from upcycle.files.links import inside
 from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.names import UNFINISHED
 from upcycle.files.output.ownership import INSIDE, real_path, working_folder
-from upcycle.files.output.workspace import UNFINISHED, settle
+from upcycle.files.output.workspace import settle
+from upcycle.files.records import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE, check_files
 from upcycle.progress import Progress
 from upcycle.publishing.private_files import check_private
+from upcycle.publishing.upload import Upload
 
 # Not recorded when the model was made, and ours all the same.
 REPORTS = ("report.html", "report.json")
 _WEIGHTS = ".safetensors"
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file to publish: small ones are held as they were when they were checked, weights stay where they are.
-
-    ``sha256`` is what their content was checked against: a file that is changed meanwhile cannot be uploaded under it.
-    """
-
-    name: str
-    size: int
-    sha256: str
-    content: bytes | Path
-
-    @classmethod
-    def of(cls, name: str, content: bytes) -> Upload:
-        """One that is held in memory."""
-        return cls(name, len(content), hash_bytes(content), content)
-
-    def is_at(self, oid: str) -> bool:
-        """Whether that is what the hub has: the SHA-256 of a large file, git's SHA-1 of a small one."""
-        if oid == self.sha256:
-            return True
-        if isinstance(self.content, Path):
-            return False
-        return oid == sha1(b"blob %d\0" % self.size + self.content, usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,7 +57,7 @@ def publishable(
             leaves the folder.
     """
     _check_finished(folder)
-    record = provenance.read(folder)
+    record = records.read(folder)
     if not isinstance(record.get("files"), dict) or not any(name.endswith(_WEIGHTS) for name in record["files"]):
         raise CheckpointError(f"{folder / FILE}: key 'files' lists no weights", hint="convert again")
     mark = _verified(folder, force)
@@ -120,7 +94,7 @@ def _check_finished(folder: Path) -> None:
 
 def _verified(folder: Path, force: bool) -> str | None:
     """Why it should not be published, or None."""
-    verification = provenance.read_verification(folder)
+    verification = records.read_verification(folder)
     if verification is None:
         if not force:
             raise UsageError(

@@ -17,19 +17,21 @@ from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-from upcycle import __version__
 from upcycle.checkpoints.licenses import chosen_license
-from upcycle.conversion.record import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.card_section import own_section
 from upcycle.files.private_text import without_password
+from upcycle.files.records import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
 from upcycle.publishing.hub_errors import Hub, from_environment
 from upcycle.publishing.hub_repository import Repository, State, check_repo_name, check_revision, operation_of
-from upcycle.publishing.model_card import make_card, own_section
+from upcycle.publishing.model_card import make_card
 from upcycle.publishing.private_files import check_private
-from upcycle.publishing.publishable_files import REPORTS, Publishable, Upload, publishable
+from upcycle.publishing.publishable_files import REPORTS, Publishable, publishable
+from upcycle.publishing.upload import Upload
+from upcycle.version import __version__
 
 _ATTRIBUTES = ".gitattributes"  # which files are large: every repository has it from the beginning
 

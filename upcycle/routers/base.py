@@ -11,7 +11,7 @@ import torch
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.methods.base import PluginParameters
+from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
     from upcycle.recipe.conversion_recipe import Recipe

@@ -10,7 +10,7 @@ from pydantic import Field
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.methods.base import PluginParameters
+from upcycle.plugins import PluginParameters
 from upcycle.routers.base import Router
 
 # Rounding the rows to bfloat16 may lengthen a difference of two rows; this leaves room for it.

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from upcycle.text.windows import DEMO_TEXTS, divided, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.windows import divided
 
 HELD_OUT_DOCUMENTS = 8  # one of so many
 _MOST_LINES = 1000  # hashes that are kept of what was read

@@ -8,7 +8,7 @@ from typing import Any
 
 from upcycle.errors import EnvironmentFault
 from upcycle.files.user_paths import user_path
-from upcycle.text.windows import DEMO_TEXTS
+from upcycle.text.reading.plain_text import DEMO_TEXTS
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 

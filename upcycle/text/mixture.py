@@ -10,43 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.user_paths import user_path
-from upcycle.progress import Progress
 from upcycle.text.held_out import Parts, by_document, by_position, sketch
 from upcycle.text.hub_dataset import hub_rows, is_dataset
 from upcycle.text.reading.columns import Broken
 from upcycle.text.reading.documents import Reading, find_pieces
 from upcycle.text.reading.file_kinds import kind_of
-from upcycle.text.windows import DEMO_TEXTS, encode, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.windows import encode
 
 if TYPE_CHECKING:
-    from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.planning.cost import AnyJob
     from upcycle.recipe.conversion_recipe import CalibrationRecipe
 
 _CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
 _WHOLE = 1 << 62  # bytes: a file in one piece
 _LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
-
-
-def calibration_windows(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
-    """The calibration tokens of a conversion: ids ``[N, W]``.
-
-    Raises:
-        UsageError: a text cannot be read, has no such column, or is shorter than one window.
-    """
-    wanted = job.recipe.calibration
-    if job.recipe.tokenizer == "none":
-        raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
-    window = min(wanted.window, job.context, wanted.tokens)
-    windows = mixed_windows(read_texts(wanted), load_tokenizer(checkpoint.source.path), wanted.tokens, window)
-    if windows.numel() < 0.9 * wanted.tokens:
-        progress.note(
-            f"calibrating on {windows.numel():,} tokens: the texts hold no more (asked for {wanted.tokens:,})"
-        )
-    return windows
 
 
 def read_texts(wanted: CalibrationRecipe) -> dict[str, str]:

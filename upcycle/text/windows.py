@@ -6,33 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import whole_characters
-from upcycle.files.locate import DEMO_FOLDER
-from upcycle.files.user_paths import user_path
+from upcycle.text.reading.plain_text import read_text
 
 if TYPE_CHECKING:
     import torch
-
-DEMO_TEXTS = {path.stem: path for path in sorted((DEMO_FOLDER / "text").glob("*.txt"))}
-
-
-def read_text(name: str) -> str:
-    """A UTF-8 text file, or one of the embedded validation texts by name (``prose``, ``code``).
-
-    Raises:
-        UsageError: no such file, not UTF-8, or empty.
-    """
-    path = DEMO_TEXTS.get(name, user_path(name))
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(
-            f"no such text file: {name}", hint=f"a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}"
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{name} is not UTF-8 text") from None
-    if not content.strip():
-        raise UsageError(f"{name} is empty")
-    return content
 
 
 def divided(content: str) -> tuple[str, str]:

@@ -10,7 +10,8 @@ import torch
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
-from upcycle.models.stock_model import available_memory, folder_model
+from upcycle.hardware.memory import available_memory
+from upcycle.models.stock_model import folder_model
 from upcycle.planning.growth_job import GrowthJob, decided_growth
 from upcycle.progress import Progress
 from upcycle.verification.measure import batch_size, load_sides, measure

@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1
 
 from measure import Row, report
 
-from upcycle.kernels.entry.choose_backend import register
+from upcycle.kernels.entry.transformers_experts import register
 
 NAMES = ("eager", "grouped_mm", "batched_mm", "upcycle")
 MOST_COPIED = 4 * 2**30

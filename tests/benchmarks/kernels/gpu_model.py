@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from upcycle.kernels.entry.choose_backend import register
+from upcycle.kernels.entry.transformers_experts import register
 from upcycle.kernels.layout.devices import gpu
 
 ROWS, LENGTH, VOCABULARY = 4, 2048, 32_000

@@ -26,10 +26,10 @@ from upcycle.text.reading.documents import Reading
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.keyed_random import permutation
-from upcycle.trainers.data.packing import Packing, pack
+from upcycle.trainers.data.packing import pack
 from upcycle.trainers.data.token_shards import Encoder, Int64, TokenCache
 from upcycle.trainers.demo.demo_text import documents
-from upcycle.trainers.recipe.data_recipe import DataRecipe
+from upcycle.trainers.recipe.data_recipe import DataRecipe, Packing
 
 LEAST_FILLED = 0.98
 LENGTHS = (256, 512, 1024, 2048, 4096)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.files.output.locks import LOCK, PID_LOCK, FolderLock, one_at_a_time
+from upcycle.files.names import LOCK, PID_LOCK
+from upcycle.files.output.locks import FolderLock, one_at_a_time
 from upcycle.files.output.ownership import check_file, holds_keys
 from upcycle.files.output.scratch import scratch
 

@@ -11,7 +11,7 @@ import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.kernels.cpu import backend
-from upcycle.kernels.entry import choose_backend
+from upcycle.kernels.entry import choose_backend, transformers_experts
 from upcycle.kernels.layout import devices, reference
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -109,7 +109,7 @@ def test_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_register_twice() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    choose_backend.register()
+    transformers_experts.register()
     first = ALL_EXPERTS_FUNCTIONS["upcycle"]
-    choose_backend.register()
+    transformers_experts.register()
     assert ALL_EXPERTS_FUNCTIONS["upcycle"] is first

@@ -13,7 +13,7 @@ from expert_cases import apart, random_ids
 from pico_models import MOE_COMMON, PICO_MOE
 
 from upcycle.kernels.entry import transformers_experts
-from upcycle.kernels.entry.choose_backend import register
+from upcycle.kernels.entry.transformers_experts import register
 
 MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "glm4_moe")
 register()

@@ -227,7 +227,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(
 
 
 def test_every_known_architecture_is_refused_by_other_methods_with_the_hint() -> None:
-    from upcycle.checkpoints.checkpoint import family_of
+    from upcycle.checkpoints.find_family import family_of
 
     for name in MOES:
         with pytest.raises(RefusalError, match="Mixture-of-Experts already") as caught:

@@ -125,7 +125,7 @@ def test_weights_are_the_posteriors_on_a_text(
 def test_a_tensor_that_is_not_the_mean_is_found(branches: Branches, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from upcycle.conversion import record as provenance
+    from upcycle.files import hashing
 
     out = tmp_path / "out"
     upcycle.convert(None, out, sources=list(map(str, branches(2))), **MERGE)
@@ -133,7 +133,7 @@ def test_a_tensor_that_is_not_the_mean_is_found(branches: Branches, tmp_path: Pa
     tensors["model.norm.weight"][3] += 1e-3
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     record = json.loads((out / "upcycle.json").read_text())
-    record["files"]["model.safetensors"] = provenance.hash_file(out / "model.safetensors")
+    record["files"]["model.safetensors"] = hashing.hash_file(out / "model.safetensors")
     (out / "upcycle.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"tensor 'model.norm.weight' is not"):
         upcycle.verify(out, tokens=64)

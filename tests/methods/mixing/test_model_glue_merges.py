@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.methods.mixing.glue import clusters_of, merge_greedily
+from upcycle.methods.mixing.model_glue import clusters_of, merge_greedily
 
 
 def zoo(pairs: dict[tuple[int, int], float], count: int) -> torch.Tensor:

@@ -20,18 +20,19 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.calibration.calibrate import Calibration
-from upcycle.checkpoints.mixed_checkpoint import open_sources
 from upcycle.cli.verbs.convert import calibration_facts
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.mixing.symphony import matched, similarity
-from upcycle.planning import cost
+from upcycle.planning import cost, prepare
 from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS
+from upcycle.planning.open_sources import open_sources
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.text.held_out import by_position
-from upcycle.text.windows import encode, read_text
+from upcycle.text.reading.plain_text import read_text
+from upcycle.text.windows import encode
 
 Branches = Callable[..., list[Path]]
 TOKENS, WINDOW = 512, 64
@@ -305,7 +306,7 @@ def test_the_plan_counts_what_comparing_neurons_takes(branches: Branches) -> Non
 
     def job_of(method: str) -> Any:
         recipe = parse_recipe({**QUICK, "sources": sources, "method": method}, "test")
-        return cost.job_for(recipe, open_sources(recipe))
+        return prepare.job_for(recipe, open_sources(recipe))
 
     plan = upcycle.plan(None, sources=sources, **QUICK)
     plain = upcycle.plan(None, sources=sources, method="branch_train_mix", calibration=TEXT["calibration"])

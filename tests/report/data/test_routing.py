@@ -137,7 +137,8 @@ def test_a_pico_model_against_its_routers_own_outputs(
     from transformers import AutoModelForCausalLM
 
     from upcycle.architectures.stock import load_tokenizer
-    from upcycle.text.windows import encode, read_text, windows_of
+    from upcycle.text.reading.plain_text import read_text
+    from upcycle.text.windows import encode, windows_of
 
     out = tmp_path / "out"
     upcycle.convert(str(pico(dense)), out, **keys, verification={"enabled": False})

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle.calibration.source_samples import Samples, from_prompts, in_turns
-from upcycle.conversion.convert import generator
+from upcycle.calibration.decide_layer import generator
+from upcycle.calibration.source_samples import from_prompts, in_turns
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import BlueprintFile, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.source_samples import Samples
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.progress import Progress
 from upcycle.registry import load

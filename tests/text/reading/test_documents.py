@@ -68,7 +68,7 @@ def test_globs_are_sorted_and_a_file_is_there_once(tmp_path: Path) -> None:
 
 
 def test_the_embedded_texts_are_documents() -> None:
-    from upcycle.text.windows import read_text
+    from upcycle.text.reading.plain_text import read_text
 
     found = read(["demo"], 100)
     assert len(found) > 100

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from upcycle.checkpoints.output_layout import OutputEntry
-from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.trainers.checkpoints.write import _shares, finished, remove_unfinished, step_folder
 
 

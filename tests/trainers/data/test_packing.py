@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from upcycle.trainers.data.packing import Packing, Rows, layout, pack
+from upcycle.trainers.data.packing import Rows, layout, pack
+from upcycle.trainers.recipe.data_recipe import Packing
 
 ROW = 16
 CASES = {

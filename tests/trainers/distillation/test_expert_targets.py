@@ -18,13 +18,13 @@ from upcycle.errors import UsageError
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.registry import TARGETS, load
 from upcycle.trainers.distillation.expert_targets import (
-    ExpertTargetParameters,
     FfnRecord,
     capture_ffns,
     expert_target_losses,
     left_to_routed,
     recorded_scale,
 )
+from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 B, S, D, UNIT = 2, 5, 32, 0.05

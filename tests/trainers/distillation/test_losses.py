@@ -12,7 +12,6 @@ from pico_models import COMMON
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
 from upcycle.trainers.distillation.losses import (
-    DistillationParameters,
     LayerOutput,
     capture_outputs,
     layer_outputs,
@@ -21,6 +20,7 @@ from upcycle.trainers.distillation.losses import (
     relative_error,
 )
 from upcycle.trainers.distillation.truncated_logits import TopLogits
+from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 B, S, V = 2, 3, 7

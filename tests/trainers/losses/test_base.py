@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.losses.base import Reduction, auxiliary_losses, make_losses
+from upcycle.trainers.distributed.reduction import Reduction
+from upcycle.trainers.losses.base import auxiliary_losses, make_losses
 
 
 def two_ranks(parts: list[torch.Tensor]) -> Any:

@@ -24,9 +24,10 @@ from upcycle.trainers.forecast.speed import flops_per_token
 from upcycle.trainers.forecast.zero_division import Division
 from upcycle.trainers.losses.base import make_losses
 from upcycle.trainers.losses.survey import Survey, needed
+from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import StageRecipe
 from upcycle.trainers.routing.bias_balance import BiasBalance
-from upcycle.trainers.routing.router_control import ControlParameters, RouterControl
+from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import capture
 from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
 from upcycle.trainers.run.step import Parent, Stepper, StepResult

@@ -9,7 +9,8 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.optimizing.parameter_groups import GroupParameters, groups, parts, select
+from upcycle.trainers.optimizing.parameter_groups import groups, parts, select
+from upcycle.trainers.recipe.part_recipes import GroupParameters
 
 
 @pytest.mark.parametrize("target", TARGETS)

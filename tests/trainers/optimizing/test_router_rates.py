@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.trainers.optimizing.parameter_groups import GroupParameters, parts, select
+from upcycle.trainers.optimizing.parameter_groups import parts, select
 from upcycle.trainers.optimizing.router_rates import router_warning
+from upcycle.trainers.recipe.part_recipes import GroupParameters
 
 
 def taught(folder: Path, router: str | None) -> Path:

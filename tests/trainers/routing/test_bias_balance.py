@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.losses.base import Reduction
-from upcycle.trainers.routing.bias_balance import BiasBalance, BiasBalanceParameters, loads
+from upcycle.trainers.distributed.reduction import Reduction
+from upcycle.trainers.recipe.part_recipes import BiasBalanceParameters
+from upcycle.trainers.routing.bias_balance import BiasBalance, loads
 from upcycle.trainers.routing.router_records import capture
 from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
 

@@ -12,9 +12,9 @@ from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
+from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.router_control import (
     NOISE_WEIGHT,
-    ControlParameters,
     RouterControl,
     _by_chance,
     _sampled,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from upcycle.trainers.run.alarms import AlarmParameters, Alarms, NanPolicy, expert_similarity, load_entropy
+from upcycle.trainers.recipe.part_recipes import AlarmParameters
+from upcycle.trainers.run.alarms import Alarms, NanPolicy, expert_similarity, load_entropy
 
 
 def counts(*numbers: int) -> dict[int, torch.Tensor]:

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("deepspeed")
 
 from upcycle.errors import UsageError
-from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe
-from upcycle.trainers.run.deepspeed_config import accumulation, deepspeed_config
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, accumulation, parse_train_recipe
+from upcycle.trainers.run.deepspeed_config import deepspeed_config
 
 
 def recipe(**changes: Any) -> TrainRecipe:

@@ -17,8 +17,8 @@ from stand_ins import make_llama_cpp, make_vllm
 
 import upcycle
 from upcycle.cli.main import cli
-from upcycle.conversion import record
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
+from upcycle.files import records
 from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
 from upcycle.verification.engines.verify_with import verify_with
 
@@ -57,7 +57,7 @@ def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
     assert found.first_difference is None
     assert found.gap_error <= found.gap_allowed
     assert (found.version, found.dtype, found.tokenizer) == ("vLLM 0.0-stand-in", "float32", "transformers'")
-    assert record.read_evaluation(out) == {"serving": {"vllm": json.loads(json.dumps(found.as_dict()))}}
+    assert records.read_evaluation(out) == {"serving": {"vllm": json.loads(json.dumps(found.as_dict()))}}
     assert (
         "| yes, vLLM 0.0-stand-in in float32: 64 of 64 greedy tokens are transformers', up to position 48 of 512 |"
         in loading(out, "vLLM")
@@ -90,12 +90,12 @@ def test_an_engine_that_ignores_a_window(
 def test_an_engine_that_writes_something_else(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 3, the first difference with what rounding explains, and the card warns. What another engine said is kept."""
     before = {"verdict": "same", "version": "vLLM 1", "dtype": "float32", "explanation": "it was compared before"}
-    record.write_evaluation(out, {"tasks": None, "serving": {"vllm": before}})
+    records.write_evaluation(out, {"tasks": None, "serving": {"vllm": before}})
     monkeypatch.setenv("STAND_IN", "wrong")
     result = CliRunner().invoke(cli, ["verify", str(out), "--with", "llama.cpp", "--tokens", "16", "--json"])
     assert result.exit_code == 3 or result.exception
     assert "llama.cpp does not write what transformers writes: after prompt 1, token 1 is" in str(result.exception)
-    kept = (record.read_evaluation(out) or {})["serving"]
+    kept = (records.read_evaluation(out) or {})["serving"]
     assert kept["vllm"] == before
     found = kept["llama.cpp"]
     assert json.loads(result.stdout) == found
@@ -141,7 +141,7 @@ def test_an_engine_that_is_not_there(engine: str, says: str, hint: str, out: Pat
     with pytest.raises(EnvironmentFault, match=says) as caught:
         verify_with(out, engine)
     assert hint in (caught.value.hint or "")
-    assert record.read_evaluation(out) is None
+    assert records.read_evaluation(out) is None
 
 
 @pytest.mark.long

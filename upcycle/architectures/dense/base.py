@@ -14,8 +14,9 @@ from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.folder_contents import shown
 from upcycle.files.formats.settings import Kind, checked
-from upcycle.files.formats.tensor_files import TensorSpec, widest
+from upcycle.files.formats.tensor_files import widest
 from upcycle.files.formats.tensor_names import refuse_quantized, unlike_family
+from upcycle.files.formats.tensor_spec import TensorSpec
 
 __all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
 

@@ -10,33 +10,10 @@ from typing import Any, ClassVar, Literal
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import RefusalError
+from upcycle.ffn.moe_shape import MoeShape, Part
 
 Layout = Literal["per-expert", "fused"]
 Score = Literal["softmax", "sigmoid"]
-PartKind = Literal[
-    "gate",
-    "up",
-    "down",
-    "router",
-    "shared_gate",
-    "shared_up",
-    "shared_down",
-    "shared_switch",  # the row whose sigmoid multiplies a shared expert: zeros
-    "idle_gate",  # a shared expert that must exist but adds nothing: the first neurons, with a zero down projection
-    "idle_up",
-    "idle_down",
-    "zeros",  # fp32: a bias on the choice of experts
-]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a layer's :class:`~upcycle.ffn.expert_tensors.ExpertTensors`: a kind, its expert, a factor, a size for idle ones."""
-
-    kind: PartKind
-    expert: int = 0
-    factor: float = 1.0
-    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,18 +27,6 @@ class OutputTensor:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     dtype: str | None = None
-
-
-@dataclass(frozen=True)
-class MoeShape:
-    """The numbers that fix every tensor shape of a converted model, and how its router weighs."""
-
-    experts: int
-    top_k: int
-    shared: int
-    expert_size: int  # intermediate size of one expert
-    moe_layers: tuple[int, ...]
-    normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
 
 
 _WINDOWS = frozenset({Feature.WINDOW, Feature.MIXED_WINDOWS})

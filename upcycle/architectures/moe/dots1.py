@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.architectures.moe.sigmoid import SigmoidTarget
+from upcycle.ffn.moe_shape import MoeShape
 
 
 class Dots1(SigmoidTarget):

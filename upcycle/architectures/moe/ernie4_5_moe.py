@@ -7,15 +7,14 @@ from typing import Any
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import (
     Layout,
-    MoeShape,
     OutputTensor,
-    Part,
     Target,
     expert_tensors,
     gated_tensors,
     router_tensor,
     shared_parts,
 )
+from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class Ernie45Moe(Target):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import Layout, MoeShape, OutputTensor, Part, Target, expert_tensors
+from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors
+from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class GraniteMoe(Target):

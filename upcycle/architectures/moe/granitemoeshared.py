@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import Layout, MoeShape, OutputTensor, Part
+from upcycle.architectures.moe.base import Layout, OutputTensor
 from upcycle.architectures.moe.granitemoe import GraniteMoe
+from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class GraniteMoeShared(GraniteMoe):

@@ -7,7 +7,6 @@ from typing import Any
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import (
     Layout,
-    MoeShape,
     OutputTensor,
     Target,
     expert_tensors,
@@ -15,6 +14,7 @@ from upcycle.architectures.moe.base import (
     router_tensor,
     shared_parts,
 )
+from upcycle.ffn.moe_shape import MoeShape
 
 
 class HunyuanV1Moe(Target):

@@ -7,15 +7,14 @@ from typing import Any
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import (
     Layout,
-    MoeShape,
     OutputTensor,
-    Part,
     Target,
     expert_tensors,
     gated_tensors,
     router_tensor,
     shared_parts,
 )
+from upcycle.ffn.moe_shape import MoeShape, Part
 
 # A Qwen2-MoE block always has a shared expert. Where none is wanted it gets this few neurons and a zero down
 # projection: it adds nothing, and unlike zero gate and up rows it can still learn.

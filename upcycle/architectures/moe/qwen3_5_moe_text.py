@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.architectures.moe.qwen2_moe import Qwen2Moe, shared_size
+from upcycle.ffn.moe_shape import MoeShape
 
 
 class Qwen35MoeText(Qwen2Moe):

@@ -14,7 +14,7 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats import settings
 from upcycle.files.formats.settings import LAYERS, SIZE, check_value
-from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.registry import FAMILIES
 
 Role = Literal["expert", "experts", "router", "bias", "other"]

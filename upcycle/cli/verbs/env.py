@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
     import psutil
     import torch
 
-    from upcycle.conversion.record import versions
+    from upcycle.files.records import versions
 
     facts: dict[str, Any] = dict(versions())
     for package in _OPTIONAL:

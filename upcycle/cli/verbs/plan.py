@@ -40,7 +40,8 @@ def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> Non
 
 def show_plan(recipe: Any, as_json: bool) -> None:
     """Print the plan of a recipe (also ``convert --dry-run``)."""
-    from upcycle.planning.cost import job_of, make_plan
+    from upcycle.planning.cost import make_plan
+    from upcycle.planning.prepare import job_of
 
     plan = make_plan(job_of(recipe))
     if as_json:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from upcycle.errors import CheckpointError, EnvironmentFault, RefusalError
 from upcycle.files.formats.folder_contents import shown, something_else
 from upcycle.files.formats.settings import DECIMAL, SIZE
-from upcycle.files.formats.tensor_files import SAMPLE_BYTES, TensorSpec
+from upcycle.files.formats.tensor_files import SAMPLE_BYTES
+from upcycle.files.formats.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,7 @@ length, a JSON header and the tensors' bytes (https://github.com/huggingface/saf
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,30 +16,16 @@ from upcycle.errors import CheckpointError
 from upcycle.files.formats.folder_contents import no_config, no_weights, refuse_adapter, shown, something_else
 from upcycle.files.formats.parsing import parse_json, read_json
 from upcycle.files.formats.tensor_names import quantized_weights
+from upcycle.files.formats.tensor_spec import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-# safetensors name -> (torch name, bytes per element)
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
 # What safetensors knows beside them: packed or scaled numbers, and kinds that no weights are.
 _OTHER_DTYPES = (
     *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
     *("U16", "U32", "U64", "C64"),
 )
-ITEM_SIZE = dict(DTYPES.values())
-CODES = {torch_name: code for code, (torch_name, _) in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # as safetensors itself
 _MOST_DIMENSIONS = 64  # as torch
 _SAMPLES = 3  # pieces of every tensor that tell one version of a checkpoint from another
@@ -50,24 +34,6 @@ _COMPARED_BYTES = 1 << 24
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and torch dtype name of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.elements * ITEM_SIZE[self.dtype]
 
 
 def widest(dtypes: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.folder_contents import shown
 
 if TYPE_CHECKING:
-    from upcycle.files.formats.tensor_files import TensorSpec
+    from upcycle.files.formats.tensor_spec import TensorSpec
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|SCB|absmax|quant_map|q_weight|"

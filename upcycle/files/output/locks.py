@@ -14,10 +14,8 @@ from typing import Any
 
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.names import LOCK, PID_LOCK
 
-LOCK = ".lock"
-PID_LOCK = ".lock.pid"
-LOCKS = (LOCK, PID_LOCK)
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _BEING_WRITTEN = 10.0  # seconds after which an empty file of a process was left by one that died
 

@@ -16,13 +16,9 @@ from upcycle.files.atomic_files import TEMPORARY
 from upcycle.files.formats.parsing import parse_json, read_json
 from upcycle.files.hashing import hash_file
 from upcycle.files.local_names import FILE as LOCAL_FILE
-from upcycle.files.names import check_name, sibling
-from upcycle.files.output.locks import LOCKS
+from upcycle.files.names import LOCKS, RECORD, STATE, TRAINED, check_name, sibling
 from upcycle.files.user_paths import user_path
 
-RECORD = "upcycle.json"
-TRAINED = "training.json"
-STATE = "state.json"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 INSIDE = "upcycle.partial"  # the working folder of an output that cannot be renamed, such as a mount point
@@ -134,7 +130,7 @@ def strangers(folder: Path) -> list[str]:
 
 def _own_words(card: Path) -> bool:
     """Whether somebody wrote into a card, or wrote it."""
-    from upcycle.publishing.model_card import own_section
+    from upcycle.files.card_section import own_section
 
     try:
         own = own_section(card.read_text(encoding="utf-8"), card.name)

@@ -18,13 +18,9 @@ from typing import Any
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.atomic_files import TEMPORARY, sync, write_whole
 from upcycle.files.hashing import hash_file
-from upcycle.files.names import free_sibling, sibling
-from upcycle.files.output.locks import LOCK
+from upcycle.files.names import LOCK, RECORD, STATE, TRAINED, free_sibling, sibling
 from upcycle.files.output.ownership import (
-    RECORD,
     REPLACED_INSIDE,
-    STATE,
-    TRAINED,
     contents,
     identity,
     is_scrap,

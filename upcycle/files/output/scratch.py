@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.errors import EnvironmentFault, UpcycleError
-from upcycle.files.output.locks import LOCK, FolderLock
+from upcycle.files.names import LOCK
+from upcycle.files.output.locks import FolderLock
 
 _PREFIX = "upcycle-scratch-"
 

@@ -17,11 +17,10 @@ from typing import Any
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.atomic_files import TEMPORARY, sync
-from upcycle.files.names import free_sibling, sibling
-from upcycle.files.output.locks import LOCKS, FolderLock
+from upcycle.files.names import JOURNAL, LOCKS, MEASURED, STATE, UNFINISHED, free_sibling, sibling
+from upcycle.files.output.locks import FolderLock
 from upcycle.files.output.ownership import (
     MADE_BY,
-    STATE,
     cannot_write,
     check_output,
     identity,
@@ -35,9 +34,6 @@ from upcycle.files.output.placing import moved_from, place, put_back, save_state
 
 LAYER_BLUEPRINTS = "layer_blueprints"  # one file per decided layer, until all are joined
 CALIBRATION_FOLDER = "calibration"  # the calibration tokens' states
-MEASURED = "measured.jsonl"  # what merges were decided by
-JOURNAL = "journal.jsonl"
-UNFINISHED = (STATE, JOURNAL, MEASURED)  # what only a folder holds that is being worked on
 _TEMPORARY = (TEMPORARY, ".tmp")
 
 

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.errors import UsageError
 from upcycle.ffn.blueprint import Draws
-from upcycle.methods.base import Method, PluginParameters, Scale
+from upcycle.ffn.moe_shape import MoeShape
+from upcycle.methods.base import Method, Scale
+from upcycle.plugins import PluginParameters
 
 
 class CopiesParameters(PluginParameters):

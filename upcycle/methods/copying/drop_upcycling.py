@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.copying.base import Copies, CopiesParameters, chosen_mask, part_of, seeded
 
 

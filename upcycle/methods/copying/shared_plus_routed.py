@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import piece_size
 from upcycle.methods.copying.virtual_groups import VirtualGroups, VirtualGroupsParameters, shards
 

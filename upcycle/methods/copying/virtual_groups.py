@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import DOWN_ONLY, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Scale, balanced_blocks, filled, piece_size
 from upcycle.methods.copying.base import Copies, CopiesParameters
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.tensor_origin import Origin
-from upcycle.files.formats.tensor_files import TensorSpec
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class DenseGrowth(Growth):
 
     def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
         """See the class."""
-        from upcycle.checkpoints.checkpoint import family_of
+        from upcycle.checkpoints.find_family import family_of
 
         family = family_of(source.raw, source.where)
         dense = family.config(source.raw)

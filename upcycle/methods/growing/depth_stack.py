@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from upcycle.methods.base import PluginParameters
 from upcycle.methods.growing.base import DenseGrowth, Promise
+from upcycle.plugins import PluginParameters
 
 
 class DepthStackParameters(PluginParameters):

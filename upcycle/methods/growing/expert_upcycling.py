@@ -10,8 +10,8 @@ from pydantic import Field
 from upcycle.architectures.moe.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
-from upcycle.methods.base import PluginParameters
 from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece, Promise
+from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
     import torch

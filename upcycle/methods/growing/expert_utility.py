@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from upcycle.architectures.moe.stored_moe import MoeModel
 from upcycle.architectures.stock import load_model
 from upcycle.errors import EnvironmentFault
+from upcycle.hardware.memory import available_memory
 from upcycle.models.router_load import load_counts
-from upcycle.models.stock_model import available_memory, use_eager_experts
+from upcycle.models.stock_model import use_eager_experts
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:

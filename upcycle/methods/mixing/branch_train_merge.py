@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from upcycle.errors import UsageError
-from upcycle.methods.base import PluginParameters
 from upcycle.methods.growing.base import Choice, DenseGrowth, Described, Grown, Promise
+from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
     from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
-    from upcycle.conversion.decide_merges import Measured
+    from upcycle.files.measured import Measured
     from upcycle.progress import Progress
 
 
@@ -82,9 +82,9 @@ class BranchTrainMerge(DenseGrowth):
         """The posteriors, and what they were decided by. One model is in memory at a time."""
         import torch
 
-        from upcycle.conversion.record import text_record
         from upcycle.methods.mixing.log_likelihoods import log_likelihoods
         from upcycle.methods.mixing.source_posteriors import largest, source_posteriors
+        from upcycle.text.text_record import text_record
 
         def measure(number: int) -> list[list[float]]:
             return log_likelihoods(checkpoint.sources[number], windows, recipe.dtype, progress).tolist()

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.architectures.moe.base import MoeShape
 from upcycle.checkpoints.mixed_checkpoint import Mix
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Scale, piece_size
 from upcycle.methods.copying.base import Copies, CopiesParameters, seeded
 from upcycle.methods.copying.virtual_groups import shards, tied_rows

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import log_softmax
 
 from upcycle.errors import CheckpointError
-from upcycle.models.stock_model import available_memory, source_model
+from upcycle.hardware.memory import available_memory
+from upcycle.models.stock_model import source_model
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:

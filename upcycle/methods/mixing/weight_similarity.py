@@ -9,7 +9,8 @@ import torch
 
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.merged_checkpoint import SUM_BYTES
-from upcycle.files.formats.tensor_files import TensorSpec, row_blocks
+from upcycle.files.formats.tensor_files import row_blocks
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.progress import SILENT, Progress
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle import __version__
 from upcycle.errors import UpcycleError
 from upcycle.files import private_text
 from upcycle.files.local_names import without_folders
@@ -22,6 +21,7 @@ from upcycle.report.data.subject import Subject, find_subject, missing, reason_o
 from upcycle.report.data.summary import summary_data
 from upcycle.report.data.training import training_data
 from upcycle.verification.verdict import finite
+from upcycle.version import __version__
 
 PROMPTS = ("def read_file(path):\n    ", "The most important thing about ")
 SECTIONS = (
@@ -105,7 +105,7 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
     elif not wanted.run:
         why = "the model was not run (--no-run)"
     elif wanted.texts:
-        from upcycle.text.windows import read_text
+        from upcycle.text.reading.plain_text import read_text
 
         for text in wanted.texts:
             read_text(text)  # the user named it: a fault in it is no missing section

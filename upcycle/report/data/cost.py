@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.conversion.record import BLUEPRINT_FILE
+from upcycle.files.records import BLUEPRINT_FILE
 from upcycle.report.data.subject import Subject, missing
 
 QUANTITIES = ("parameters", "active_parameters", "flops_per_token", "bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.conversion import record
+from upcycle.files import records
 from upcycle.report.data.subject import Subject, missing
 
 
@@ -27,7 +27,7 @@ def speed_data(subject: Subject) -> dict[str, Any]:
 
 
 def _kept(subject: Subject, key: str, why: str, flag: str) -> dict[str, Any]:
-    measured = record.read_evaluation(subject.folder) if subject.ours else None
+    measured = records.read_evaluation(subject.folder) if subject.ours else None
     if not measured or key not in measured:
         return missing(f"{why} (upcycle evaluate {subject.name} --reference DENSE {flag})")
     return {"names": subject.sides, **measured[key]}

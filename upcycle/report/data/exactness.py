@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.conversion import record
 from upcycle.ffn.blueprint import BlueprintFile
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.report.data.subject import Subject, missing
 
@@ -18,7 +18,7 @@ def exactness_data(subject: Subject) -> dict[str, Any]:
     """
     if not subject.ours:
         return missing("only what upcycle converted has a record of its verification")
-    path, blueprint = subject.folder / record.VERIFICATION_FILE, subject.folder / record.BLUEPRINT_FILE
+    path, blueprint = subject.folder / records.VERIFICATION_FILE, subject.folder / records.BLUEPRINT_FILE
     if not path.is_file():
         return missing(f"the model was not verified when it was converted (upcycle verify {subject.name} does it now)")
     reports = BlueprintFile(blueprint).reports if blueprint.is_file() else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.conversion import record as provenance
+from upcycle.files import records
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.report.data.structure import layer_structure
 from upcycle.report.data.subject import Subject, missing
@@ -19,7 +19,7 @@ def made_data(subject: Subject) -> dict[str, Any]:
     common = {"architecture": subject.config.get("model_type"), "layers": layers}
     if record is None:
         return {**common, "note": "this model was not written by upcycle: how it was made is not known"}
-    recipe = subject.folder / provenance.RECIPE_FILE
+    recipe = subject.folder / records.RECIPE_FILE
     return {
         **common,
         "method": record["method"],

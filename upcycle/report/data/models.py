@@ -9,9 +9,10 @@ from typing import Any
 from upcycle.architectures.stock import load_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.models.stock_model import StockModel, available_memory, source_model
+from upcycle.hardware.memory import available_memory
+from upcycle.models.stock_model import StockModel, source_model
 from upcycle.report.data.subject import Subject, reason_of
-from upcycle.verification.verify_experts import reopen
+from upcycle.verification.verify import reopen
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.conversion import record as provenance
 from upcycle.errors import CheckpointError
+from upcycle.files import records
 from upcycle.report.data.subject import Subject, missing
 
 
@@ -17,7 +17,7 @@ def provenance_data(subject: Subject) -> dict[str, Any]:
     if record is None:
         return missing("there is no upcycle.json: where this model comes from is not recorded")
     try:
-        provenance.check_files(subject.folder, dict(record))
+        records.check_files(subject.folder, dict(record))
         changed = None
     except CheckpointError as error:
         changed = error.message

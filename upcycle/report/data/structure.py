@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from upcycle.conversion import record
 from upcycle.ffn.blueprint import BlueprintFile
+from upcycle.files import records
 from upcycle.report.data.subject import Subject
 
 _SHARED_DOWN = re.compile(r"model\.layers\.(\d+)\..*shared.*(down_proj|output_linear)\.weight")
@@ -22,7 +22,7 @@ def layer_structure(subject: Subject) -> list[dict[str, Any]]:
         CheckpointError: the folder is damaged.
     """
     config, moe = subject.config or {}, subject.moe
-    blueprint = subject.folder / record.BLUEPRINT_FILE
+    blueprint = subject.folder / records.BLUEPRINT_FILE
     decided = BlueprintFile(blueprint) if subject.ours and blueprint.is_file() else None
     layers = []
     for layer in range(config.get("num_hidden_layers", 0)):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upcycle.architectures.moe.stored_moe import MOES, MoeModel
-from upcycle.conversion import record as provenance
 from upcycle.errors import UpcycleError, UsageError
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
-from upcycle.files.formats.tensor_files import SafetensorsFolder, TensorSpec
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.locate import locate
 from upcycle.files.names import sibling
 from upcycle.files.output.ownership import real_path, working_folder
@@ -95,7 +96,7 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
         raise UsageError(
             f"{folder} holds no config.json", hint="name what upcycle convert or train wrote, or another model's folder"
         )
-    record = provenance.read(folder) if (folder / provenance.FILE).is_file() else None
+    record = records.read(folder) if (folder / records.FILE).is_file() else None
     state: State = "failed" if folder.name.endswith(".failed") else "finished"
     if folder.name.endswith(".partial"):
         state = "unfinished"

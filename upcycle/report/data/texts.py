@@ -12,7 +12,8 @@ import torch
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.report.data.subject import Subject
 from upcycle.text.held_out import unseen
-from upcycle.text.windows import DEMO_TEXTS, encode, windows_of
+from upcycle.text.reading.plain_text import DEMO_TEXTS
+from upcycle.text.windows import encode, windows_of
 
 WINDOW = 256
 

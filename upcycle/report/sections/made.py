@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.publishing.markdown import is_web_address
+from upcycle.formatting import is_web_address
 from upcycle.report.drawing.diagram import layers_diagram
 
 

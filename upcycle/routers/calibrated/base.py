@@ -13,7 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.methods.base import PluginParameters
+from upcycle.plugins import PluginParameters
 from upcycle.routers.base import Router
 from upcycle.routers.cool import cooled
 

@@ -14,7 +14,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.router_capture import ExpertMap, of_largest
-from upcycle.methods.base import PluginParameters
+from upcycle.plugins import PluginParameters
 from upcycle.routers.calibrated.base import CalibratedParameters, CalibratedRouter
 
 _PASSES = 2  # of mini-batch k-means over the calibration tokens

@@ -17,7 +17,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.text.reading.columns import Broken, text_of
 from upcycle.text.reading.file_kinds import Format, Kind, kind_of
 from upcycle.text.reading.parquet_files import open_parquet, parquet_columns, parquet_texts
-from upcycle.text.windows import DEMO_TEXTS, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
 _DEMO_DOCUMENT = 2000  # characters; the embedded texts are joined documents, cut again at empty lines
 _LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole

@@ -7,7 +7,7 @@ from typing import Literal
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
-from upcycle.text.windows import DEMO_TEXTS
+from upcycle.text.reading.plain_text import DEMO_TEXTS
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
 Kind = Literal["demo", "text", "jsonl", "json", "csv", "tsv", "parquet"]

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from upcycle.architectures.stock import build_config, load_tokenizer, view
-from upcycle.conversion import record as provenance
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.output.scratch import scratch
@@ -21,7 +21,8 @@ from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.text.reach import MOST_WORK, Reach, reach_of
-from upcycle.text.windows import DEMO_TEXTS, encode, read_text, windows_of
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.windows import encode, windows_of
 from upcycle.verification.engines.engine import Answer, Asked, Engine, NotHeld
 from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
 from upcycle.verification.engines.rounding import Place, places, tolerance_of
@@ -94,9 +95,9 @@ def verify_with(
     if engine not in ENGINES:
         raise UsageError(f"unknown engine '{engine}'", hint=f"one of: {', '.join(ENGINES)}")
     folder, chosen = user_path(out), ENGINES[engine]
-    record, config = provenance.read(folder), read_json(folder / "config.json")
+    record, config = records.read(folder), read_json(folder / "config.json")
     with progress.phase("checking files", 1):
-        provenance.check_files(folder, record)
+        records.check_files(folder, record)
         progress.advance()
     tokenizer = _tokenizer(folder)
     reach = reach_of(build_config(config, str(folder)))
@@ -186,7 +187,7 @@ def _compare(
     return ServingCheck(
         engine=engine.name,
         version=answer.version,
-        transformers=provenance.versions()["transformers"],
+        transformers=records.versions()["transformers"],
         verdict=verdict,  # type: ignore[arg-type]
         explanation=why,
         dtype=answer.dtype,
@@ -224,15 +225,15 @@ def _tokenized_alike(
 
 
 def _not_held(engine: Engine, why: str) -> ServingCheck:
-    version = provenance.versions()["transformers"]
+    version = records.versions()["transformers"]
     return ServingCheck(engine.name, "", version, "not held", why, "", 0, 0, 0, 0, None, 0.0, 0.0, None)
 
 
 def _kept(folder: Path, found: ServingCheck, progress: Progress) -> ServingCheck:
     """Put it beside what other engines said of the same files."""
-    before = (provenance.read_evaluation(folder) or {}).get("serving", {})
+    before = (records.read_evaluation(folder) or {}).get("serving", {})
     try:
-        provenance.write_evaluation(folder, {"serving": {**before, found.engine: found.as_dict()}})
+        records.write_evaluation(folder, {"serving": {**before, found.engine: found.as_dict()}})
     except OSError as error:
-        progress.note(f"{provenance.EVALUATION_FILE} cannot be written, and the card will not know: {error.strerror}")
+        progress.note(f"{records.EVALUATION_FILE} cannot be written, and the card will not know: {error.strerror}")
     return found

@@ -15,7 +15,7 @@ from upcycle.kernels.gpu.tile_table import VARIABLE, TileTable
 def test_mixtral(device: torch.device, table: TileTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from upcycle.kernels.entry.choose_backend import register
+    from upcycle.kernels.entry.transformers_experts import register
 
     table.save(tmp_path / "tiles.json")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tiles.json"))

@@ -1,0 +1,110 @@
+"""The records beside a model: upcycle.json, verification.json, evaluation.json, and the hashes of what they describe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import CheckpointError
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.hashing import hash_file
+from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import without_paths
+from upcycle.files.names import LOCKS, RECORD, UNFINISHED
+from upcycle.files.record_shape import check_record
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = RECORD
+VERIFICATION_FILE = "verification.json"
+EVALUATION_FILE = "evaluation.json"
+RECIPE_FILE = "recipe.yaml"
+CARD_FILE = "README.md"
+BLUEPRINT_FILE = "blueprint.safetensors"
+_ABOUT = "upcycle_json_sha256"
+_PACKAGES = ("upcycle", "torch", "transformers", "safetensors", "numpy")
+UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, LOCAL_FILE, *UNFINISHED, *LOCKS}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the result; one that is missing says so."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hash_tokens(windows: torch.Tensor) -> str:
+    """SHA-256 of token ids ``[N, W]`` as little-endian 64-bit integers."""
+    return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read ``upcycle.json``.
+
+    Raises:
+        CheckpointError: the folder was not made by this tool, or the file is none that it wrote.
+    """
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{folder} has no {FILE}", hint="name a folder that upcycle convert wrote")
+    record = read_json(folder / FILE)
+    check_record(record, folder / FILE)
+    return record
+
+
+def write_verification(folder: Path, result: dict[str, Any]) -> None:
+    """Write ``verification.json``: the result, and which ``upcycle.json``, and so which files, it is about."""
+    _write_about(folder, VERIFICATION_FILE, result)
+
+
+def read_verification(folder: Path) -> dict[str, Any] | None:
+    """The last verification of the files that ``upcycle.json`` lists, or None: there was none, or it is about other files."""
+    return _read_about(folder, VERIFICATION_FILE)
+
+
+def write_evaluation(folder: Path, measured: dict[str, Any]) -> None:
+    """Put what was measured into ``evaluation.json``, beside what else was measured of the same files."""
+    _write_about(folder, EVALUATION_FILE, (read_evaluation(folder) or {}) | measured)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What was measured of the files that ``upcycle.json`` lists, or None."""
+    return _read_about(folder, EVALUATION_FILE)
+
+
+def _write_about(folder: Path, name: str, content: dict[str, Any]) -> None:
+    text = json.dumps(without_paths(content) | {_ABOUT: hash_file(folder / FILE)}, indent=2) + "\n"
+    write_text_whole(folder / name, text)
+
+
+def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
+    if not (folder / name).is_file():
+        return None
+    found = read_json(folder / name)
+    return found if found.pop(_ABOUT, None) == hash_file(folder / FILE) else None
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Compare every file with the hash it had when it was written.
+
+    Raises:
+        CheckpointError: a file is missing or has changed.
+    """
+    for name, expected in record["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path} is missing", hint="copy it again, or convert again")
+        if hash_file(path) != expected:
+            raise CheckpointError(
+                f"{path} is not the file that was written (its SHA-256 differs)",
+                hint="copy it again; if you changed it on purpose, verify cannot speak for it",
+            )

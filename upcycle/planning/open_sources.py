@@ -1,0 +1,107 @@
+"""Opens what a recipe converts: one checkpoint, several mixed, or several merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
+from upcycle.checkpoints.licenses import license_record
+from upcycle.checkpoints.merged_checkpoint import merged
+from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
+from upcycle.errors import UsageError
+from upcycle.files.locate import is_local
+from upcycle.planning.expert_job import method_of
+from upcycle.registry import load
+
+if TYPE_CHECKING:
+    from upcycle.methods.base import Merges
+    from upcycle.recipe.conversion_recipe import Recipe
+
+
+def open_sources(recipe: Recipe) -> Checkpoint:
+    """The checkpoint of a recipe: one model, or several behind the same interface.
+
+    Raises:
+        UpcycleError: one cannot be opened, or they do not belong together.
+    """
+    if takes_moe(recipe.method):
+        from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+
+        return MoeCheckpoint.open(recipe.source, recipe.revision)
+    base = DenseCheckpoint.open(recipe.source, recipe.revision)
+    if not recipe.sources:
+        return base
+    members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
+    return mix_sources(recipe, base, members)
+
+
+def mix_sources(recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]) -> MixedCheckpoint:
+    """The opened sources side by side, or in their place the merges of them that the recipe's method makes.
+
+    Raises:
+        UsageError: they do not belong together, or the merges are of another number of sources.
+    """
+    method = method_of(recipe)
+    merges = method.merges
+    weights, members = mixing_weights(recipe, merges), list(sources)
+    if merges is not None:
+        members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
+    return MixedCheckpoint(
+        base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources, method.experts_only
+    )
+
+
+def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
+    """What every mixed model weighs in the average of what is no expert: a source its ``weight``, a merge the mean of its
+    sources'.
+
+    Raises:
+        UsageError: a merge has more or fewer coefficients than there are sources.
+    """
+    weights = [source.weight for source in recipe.sources]
+    if merges is None:
+        return weights
+    for row in merges:
+        if len(row) != len(weights):
+            raise UsageError(
+                f"parameters: 'coefficients' has a row of {len(row)} numbers, and there are {len(weights)} sources",
+                hint="a row for every expert, with a number for every source",
+            )
+    return [math.fsum(c * w for c, w in zip(row, weights, strict=True)) / math.fsum(row) for row in merges]
+
+
+def takes_moe(method: str) -> bool:
+    """Whether a method's source is a Mixture-of-Experts already.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return getattr(load("method", method), "takes", "dense") == "moe"
+
+
+def mix_of(checkpoint: Checkpoint) -> Mix | None:
+    """What there is to mix; ``None`` for a single model."""
+    return checkpoint.mix if isinstance(checkpoint, MixedCheckpoint) else None
+
+
+def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any]]:
+    """What ``upcycle.json`` says of several sources; empty for one."""
+    if not isinstance(checkpoint, MixedCheckpoint):
+        return []
+    return [
+        {
+            "name": member.source.name,
+            "revision": member.source.revision,
+            "weight": source.weight,
+            "fingerprint": member.fingerprint,
+            "license": license_record(member),
+        }
+        for member, source in zip(checkpoint.sources, recipe.sources, strict=True)
+    ]
+
+
+def all_local(recipe: Recipe) -> bool:
+    """Whether nothing needs to be downloaded."""
+    return all(is_local(name) for name in (recipe.source, *(source.name for source in recipe.sources)))

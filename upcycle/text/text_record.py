@@ -1,0 +1,21 @@
+"""The record of the text that a result was made with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from upcycle.files.records import hash_tokens
+from upcycle.recipe.conversion_recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+def text_record(recipe: Recipe, windows: torch.Tensor) -> dict[str, Any]:
+    """What is said of the calibration text: its names, how much of it was read, and the SHA-256 of the token ids."""
+    return {
+        "text": recipe.calibration.texts,
+        "tokens": windows.numel(),
+        "window": windows.shape[1],
+        "token_ids_sha256": hash_tokens(windows),
+    }
