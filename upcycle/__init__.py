@@ -48,7 +48,7 @@ _FUNCTIONS = {
     "push": "publishing.push",
     "save_to_hub": "publishing.push",
     "train": "trainers.run.loop",
-    "verify": "verification.verify_experts",
+    "verify": "verification.verify",
     "verify_with": "verification.engines.verify_with",
     "write_card": "publishing.model_card",
     "write_report": "report.write_report",
