@@ -25,7 +25,7 @@ def tracked(pattern: str) -> list[Path]:
 
 @pytest.mark.parametrize("name", upcycle.__all__)
 def test_every_public_function_is_found(name: str) -> None:
-    assert getattr(upcycle, name).__name__ == name
+    assert callable(getattr(upcycle, name))
 
 
 @pytest.mark.parametrize("name", ["kernels", "splitters", "trainers"])
