@@ -27,7 +27,7 @@ check: lint types test long
 
 kernels: $(READY)       # every kernel in Triton's interpreter, and the gate that compiles all tiles for GPUs that are not there
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels/gpu/triton_code
-	$(BIN)/python -P -m upcycle.kernels.gpu.compile_gate --check docs/kernels_static.md > /dev/null
+	$(BIN)/python -P -m upcycle.kernels.gpu.compile_gate --check docs/measured/kernels_static.md > /dev/null
 
 slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
 	$(BIN)/python -P -m pytest -m slow --ignore tests/kernels/gpu/triton_code tests
@@ -54,9 +54,9 @@ serving: $(READY)       # llama.cpp, whose folder LLAMA_CPP names, beside transf
 	$(BIN)/python -P tests/benchmarks/serving/serving_targets.py
 
 training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed and grown; steps of training against Trainer
-	$(BIN)/python -P tests/benchmarks/training/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
-	$(BIN)/python -P tests/benchmarks/training/growing.py --out docs/growing_demo.md --plot docs/growing_demo.svg
-	$(BIN)/python -P tests/benchmarks/training/healing_smollm2.py --out docs/healing_smollm2.md
+	$(BIN)/python -P tests/benchmarks/training/healing.py --out docs/measured/healing_demo.md --plot docs/images/healing_demo.png
+	$(BIN)/python -P tests/benchmarks/training/growing.py --out docs/measured/growing_demo.md --plot docs/images/growing_demo.png
+	$(BIN)/python -P tests/benchmarks/training/healing_smollm2.py --out docs/measured/healing_smollm2.md
 	$(BIN)/python -P tests/benchmarks/training/train_speed.py
 
 $(READY): setup.cfg pyproject.toml constraints.txt

@@ -4,7 +4,7 @@ Forward: gather, first projection and activation (:mod:`up_projection`), down pr
 (:mod:`combine`). Backward keeps the input and ``z`` only, or only the input. Nothing waits for the device, nothing uses
 atomics: for the same shapes, table of tiles and kind of GPU, the same bits every time.
 
-Times on a GPU are in ``docs/kernels.md``; what is verified without one is in ``docs/kernels_static.md``.
+Times on a GPU are in ``docs/measured/kernels_gpu.md``; what is verified without one is in ``docs/measured/kernels_static.md``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from upcycle.cli.main import cli
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # What is added to a command, so that it takes seconds with models of two layers: (a part of the command, flags).
 SHORTER = (
     ("upcycle convert", "--overwrite"),

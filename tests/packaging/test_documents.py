@@ -47,7 +47,9 @@ def test_the_commands_stand_before_line_40() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+    "path",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_every_command_line_parses(path: Path) -> None:
     """And means a verb and options that exist; paths are placeholders."""
@@ -69,19 +71,26 @@ def test_every_command_line_parses(path: Path) -> None:
 
 
 def test_the_reference_of_commands_is_theirs() -> None:
-    expected = (ROOT / "docs" / "commands.md").read_text()
-    assert reference() == expected, "python -m upcycle.cli.commands_page > docs/commands.md"
+    expected = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    assert reference() == expected, "python -m upcycle.cli.commands_page > docs/reference/commands.md"
 
 
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    pages = set((ROOT / "docs").rglob("*.md"))
     linked: set[Path] = set()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             found = (path.parent / target).resolve()
             assert found.exists(), f"{path.name} links to {target}"
             linked.add(found)
-    assert pages == {path.name for path in linked if path.parent == (ROOT / "docs").resolve() and path.suffix == ".md"}
+    assert not pages - linked, "no page links to it"
+
+
+def test_pictures_are_small() -> None:
+    for path in (ROOT / "docs").rglob("*"):
+        assert path.suffix in ("", ".md", ".png", ".svg", ".css", ".html"), path
+        assert path.suffix in ("", ".md", ".html") or path.stat().st_size < 120_000, path
+    assert (ROOT / "docs" / "images" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_verb_is_documented() -> None:
@@ -129,7 +138,7 @@ def test_generated_tables(kind: str) -> None:
 
 
 def test_the_table_of_mixes_is_the_one_that_its_benchmark_left() -> None:
-    assert (ROOT / "docs" / "mixing_quality.md").read_text(encoding="utf-8") in README
+    assert (ROOT / "docs" / "measured" / "mixing_quality.md").read_text(encoding="utf-8") in README
 
 
 def test_papers_in_the_readme_are_those_of_the_code() -> None:

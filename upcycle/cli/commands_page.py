@@ -1,4 +1,4 @@
-"""The reference of all commands in Markdown: ``python -m upcycle.cli.commands_page > docs/commands.md``. A test compares the two."""
+"""The reference page of all commands, in Markdown: ``docs/reference/commands.md``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.cli.verbs.plan_train import command as plan_train
 INNER = {"plan": {"train": plan_train}}
 TITLE = """# Commands
 
-Made from the commands themselves by `python -m upcycle.cli.commands_page > docs/commands.md`; `--help` says the same."""
+Made from the commands themselves by `python -m upcycle.cli.commands_page > docs/reference/commands.md`; `--help` says the same."""
 
 
 def reference() -> str:

@@ -4,7 +4,7 @@ Three results at once (the identity is SonicMoE's, https://arxiv.org/abs/2512.14
 output, ``dz``, and ``s * h`` for the weight's gradient. ``h`` is computed again from ``z``.
 
 A kernel of its own, not an epilogue of the product: on an H100 tensor cores would wait for an epilogue that moves more bytes than
-the product (``docs/kernels.md`` has the times).
+the product (``docs/measured/kernels_gpu.md`` has the times).
 """
 
 from __future__ import annotations

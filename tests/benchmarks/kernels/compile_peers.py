@@ -46,7 +46,7 @@ INTRODUCTION = """# Other projects' kernels through the same compiler
 Printed by `python -P tests/benchmarks/kernels/compile_peers.py`: every configuration their autotuners may choose, compiled by Triton
 {triton} for bf16, hidden size {hidden}, width {width}. Nothing was run, and **no time follows from this**: an autotuner on a GPU may
 well avoid what spills. *Too large*: needs more shared memory than a block can have (99 KiB on sm_80's line, which sm_86 and sm_89
-share; 227 KiB on the others). ScatterMoE is not on PyPI. Ours: docs/kernels_static.md, where every configuration
+share; 227 KiB on the others). ScatterMoE is not on PyPI. Ours: docs/measured/kernels_static.md, where every configuration
 that is shipped is listed; none spills.
 
 | project | kernel | GPU | configurations | do not compile | spill | largest stack | too large | registers |

@@ -6,7 +6,7 @@ a user would: ``branch_train_merge`` averages the two; ``branch_train_mix`` make
 ``domain_ridge``, which is given a sample of what each was trained on. All are measured on other documents of both kinds.
 
 Passes when the mix with ``domain_ridge`` is better on both kinds than the average and than the random router with the same
-top-k. Prints a table in Markdown and leaves it in ``docs/mixing_quality.md`` (``--out`` for another file).
+top-k. Prints a table in Markdown and leaves it in ``docs/measured/mixing_quality.md`` (``--out`` for another file).
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def main() -> int:
     """Train, mix, measure, print; 1 when the mix is not the better one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=250_000, help="fine-tuning tokens per kind (default: 250,000)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "mixing_quality.md", help="where the table goes")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "measured" / "mixing_quality.md", help="where the table goes"
+    )
     parser.add_argument(
         "--work", type=Path, help="folder that keeps the fine-tuned models (default: they are not kept)"
     )

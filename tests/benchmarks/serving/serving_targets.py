@@ -1,8 +1,8 @@
 """Which of our targets inference engines run as stock transformers does: a tiny model of every one, through ``upcycle verify --with``.
 
-Prints a table and leaves it in ``docs/serving_targets.md`` (``--out`` for another file). The models are random, with SmolLM2's
-tokenizer, which llama.cpp knows; half of four experts run, and routers are random, so that what an engine does with their
-weights shows. llama.cpp: ``LLAMA_CPP`` names its folder (docs/serving.md).
+Prints a table and leaves it in ``docs/measured/serving_targets.md`` (``--out`` for another file). The models are random, with
+SmolLM2's tokenizer, which llama.cpp knows; half of four experts run, and routers are random, so that what an engine does with their
+weights shows. llama.cpp: ``LLAMA_CPP`` names its folder (docs/guides/serving.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upcycle
 from upcycle.registry import FAMILIES, TARGETS, load
 
-TABLE = Path(__file__).resolve().parents[3] / "docs" / "serving_targets.md"
+TABLE = Path(__file__).resolve().parents[3] / "docs" / "measured" / "serving_targets.md"
 SHAPE = {
     "vocab_size": 49152,
     "hidden_size": 128,

@@ -1,7 +1,7 @@
 """``upcycle compare`` on SmolLM2-135M: every splitting method, router and refit, on three kinds of real text.
 
 Documentation, code and science (see ``domains.py``) are calibrated on; other documents of these kinds are measured on.
-Prints what the command prints, and leaves its table in ``docs/compare_smollm2.md`` (``--out`` for another file).
+Prints what the command prints, and leaves its table in ``docs/measured/compare_smollm2.md`` (``--out`` for another file).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1
 from domains import texts
 from measure import UPCYCLE
 
-TABLE = Path(__file__).resolve().parents[3] / "docs" / "compare_smollm2.md"
+TABLE = Path(__file__).resolve().parents[3] / "docs" / "measured" / "compare_smollm2.md"
 
 
 def main() -> int:

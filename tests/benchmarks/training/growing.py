@@ -9,7 +9,7 @@ Both that start from the demo model try the same two learning rates on the first
 best on the other seeds, which change the order of the text, the routers and the random weights. Passes
 when the upcycled model ends below the dense one on both kinds of text, on every seed.
 
-    python -P tests/benchmarks/training/growing.py --out docs/growing_demo.md --plot docs/growing_demo.svg
+    python -P tests/benchmarks/training/growing.py --out docs/measured/growing_demo.md --plot docs/images/growing_demo.png
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ trained on, and are measured on the other. The gap is that of the split's loss t
 table says after how many tokens how much of it is closed, the mean of the seeds. All runs from one split have one learning
 rate, the same for all of its runs (``--rate`` for another, ``--runs`` and ``--splits`` for some of them).
 
-    python -P tests/benchmarks/training/healing.py --out docs/healing_demo.md --plot docs/healing_demo.svg
+    python -P tests/benchmarks/training/healing.py --out docs/measured/healing_demo.md --plot docs/images/healing_demo.png
 """
 
 from __future__ import annotations

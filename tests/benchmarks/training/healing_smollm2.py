@@ -2,7 +2,7 @@
 healed by its dense parent: perplexity on held-out documents of every domain, dense, split, and healed. About 93 MB are
 downloaded once. How many tokens an hour would give is printed with the table.
 
-    python -P tests/benchmarks/training/healing_smollm2.py --out docs/healing_smollm2.md
+    python -P tests/benchmarks/training/healing_smollm2.py --out docs/measured/healing_smollm2.md
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The demo model's FFNs become 4 replicas of 4 shards, top-4, so that a token cost
 the function; the paper (arXiv 2410.07524) trains a softmax over all experts with the scale spread over gate, up and down. All runs
 see the same new text in the same order (``growing.py`` says which), with the same losses and learning rate.
 
-    python -P tests/benchmarks/training/virtual_groups.py --out docs/virtual_groups_demo.md
+    python -P tests/benchmarks/training/virtual_groups.py --out docs/measured/virtual_groups_demo.md
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def test_short_forms() -> None:
 
 
 def test_the_recipe_of_the_documentation() -> None:
-    page = (Path(__file__).parents[3] / "docs/training_data.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/guides/training_data.md").read_text()
     content = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["data"]
     data = parse(content)
     assert set(content) == set(type(data).model_fields) - {"end_of_text"}

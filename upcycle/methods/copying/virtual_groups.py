@@ -50,8 +50,8 @@ class VirtualGroups(Copies):
     train worse than the split.
 
     So the defaults (``normalized``, ``down``) are for a start that is the dense function, and not what the paper would train: that
-    is the recipe ``upcycle_cpt``. docs/virtual_groups_demo.md has both on the demo model, where after a short training the exact
-    start is ahead.
+    is the recipe ``upcycle_cpt``. docs/measured/virtual_groups_demo.md has both on the demo model, where after a short training the
+    exact start is ahead.
 
     Deviations: the default placement (above); a width that G does not divide is padded with zero neurons where allowed.
     Replicas whose logits tie (in bfloat16 that happens) can be split by the top-k of the modelling code, as in the paper.
