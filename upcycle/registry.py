@@ -105,6 +105,11 @@ def load(kind: str, name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def find(kind: str, name: str) -> Any | None:
+    """Return the same class, or None when nothing has that name: for models that need not be anybody's plug-in."""
+    return load(kind, name) if name in KINDS[kind] else None
+
+
 def suggestion(name: str, available: Any) -> str:
     """Say which of ``available`` the user may have meant, and list them all."""
     known = sorted(available)

@@ -21,10 +21,10 @@ from upcycle.files.locate import locate
 from upcycle.kernels.entry.choose_backend import NAME
 from upcycle.kernels.entry.transformers_experts import register
 from upcycle.kernels.layout.devices import why_not
-from upcycle.registry import TARGETS, suggestion
+from upcycle.registry import find, suggestion
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.routing.neuron_records import replace_activations
-from upcycle.trainers.routing.stock_routers import is_moe
+from upcycle.trainers.routing.stock_routers import has_experts
 
 _ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
 _CONVERSION_FILES = ("upcycle.json", "recipe.yaml", LOCAL_FILE)
@@ -71,8 +71,10 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if name not in known:
         raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))
-    if model.config.model_type not in TARGETS and (name == "auto" or not is_moe(model)):
-        return  # dense, or experts that are computed as transformers does
+    if not has_experts(model):
+        return
+    if name == "auto" and find("target", model.config.model_type) is None:
+        return  # the kernels were compared on targets alone: others are computed as transformers does
     # Of a plan's devices only the type is known: its GPUs are such as the kernels run on.
     if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
         name = NAME
@@ -100,7 +102,7 @@ def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: s
         UsageError: its activation function cannot be replaced.
     """
     if activation:
-        if is_moe(model):
+        if has_experts(model):
             raise UsageError(
                 f"activation: {where} is a MoE; only a dense model's activation functions are replaced",
                 hint="replace them before it is converted",

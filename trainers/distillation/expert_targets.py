@@ -20,7 +20,7 @@ from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.recorder import Recorder
-from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers, widened
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what stock blocks call them
 
@@ -96,7 +96,7 @@ def expert_target_losses(
     assert scale
     records = {record.layer: record for record in parent}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in parameters.taught}
-    count, layers = mask.sum().clamp(min=1), moe_layers(model)
+    count, layers = mask.sum().clamp(min=1), require_moe_layers(model)
     for layer in layers:
         record, k = records[layer.index], layer.rule.top_k
         x, y = (part.detach().flatten(0, -2) for part in (record.inputs, record.outputs))

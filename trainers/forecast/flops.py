@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.routing.stock_routers import is_moe, moe_layers
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ def training_flops(model: Any, length: int) -> TrainingFlops:
         length: tokens per row.
     """
     share: dict[int, float] = {}
-    if is_moe(model):
-        for layer in moe_layers(model):
-            share |= {id(parameter): layer.rule.top_k / layer.rule.experts for parameter in layer.experts.parameters()}
+    for layer in moe_layers(model):
+        share |= {id(parameter): layer.rule.top_k / layer.rule.experts for parameter in layer.experts.parameters()}
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     met = trained = 0.0

@@ -14,7 +14,7 @@ from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.trainers.checkpoints.load_model import use_experts
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import Part, parts, select
-from upcycle.trainers.routing.stock_routers import is_moe, moe_layers
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def count_model(
     use_experts(model, experts, device)
     select(model, trained)
     belongs = parts(model)
-    blocks = {id(layer.block) for layer in moe_layers(model)} if is_moe(model) else set()
+    blocks = {id(layer.block) for layer in moe_layers(model)}
     leaves = [f"{name}." for name, module in model.named_modules() if id(module) in blocks]
     weights = tuple(
         Weight(
@@ -133,7 +133,7 @@ def _layers(model: Any) -> tuple[LayerCounts, ...]:
     config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, (config.num_key_value_heads or config.num_attention_heads) * head
-    routed = {layer.index: layer for layer in moe_layers(model)} if is_moe(model) else {}
+    routed = {layer.index: layer for layer in moe_layers(model)}
     names = _blocks(config.model_type)
     found = []
     for index, layer in enumerate(model.model.layers):

@@ -12,7 +12,7 @@ from torch import nn
 
 from upcycle.errors import UsageError
 from upcycle.trainers.recipe.part_recipes import GroupParameters
-from upcycle.trainers.routing.stock_routers import MoeLayer, is_moe, moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
 
 Part = Literal["router", "experts", "rest"]
 PARTS: tuple[Part, ...] = ("router", "experts", "rest")
@@ -25,7 +25,7 @@ def parts(model: nn.Module) -> dict[str, Part]:
     """
     found: dict[str, Part] = {name: "rest" for name, _ in model.named_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for layer in _layers(model):
+    for layer in moe_layers(model):
         for parameter in layer.router.parameters():
             found[names[id(parameter)]] = "router"
         for parameter in layer.experts.parameters():
@@ -97,8 +97,4 @@ def _decay(parameters: GroupParameters, part: Part) -> float:
 
 
 def _selection_biases(model: nn.Module) -> set[int]:
-    return {id(selection_bias(layer.block, layer.router)) for layer in _layers(model)}
-
-
-def _layers(model: Any) -> list[MoeLayer]:
-    return moe_layers(model) if is_moe(model) else []
+    return {id(selection_bias(layer.block, layer.router)) for layer in moe_layers(model)}

@@ -12,7 +12,7 @@ from upcycle.errors import UsageError
 from upcycle.trainers.distributed.reduction import ALONE, Reduction, counted
 from upcycle.trainers.recipe.part_recipes import BiasBalanceParameters
 from upcycle.trainers.routing.router_records import RouterRecord
-from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers, selection_bias
 
 
 class BiasBalance:
@@ -27,9 +27,9 @@ class BiasBalance:
         """Take over the biases of ``model``, a stock MoE model.
 
         Raises:
-            UsageError: its architecture has no such bias.
+            UsageError: it has no MoE layer, or its architecture has no such bias.
         """
-        self.parameters, self._layers = parameters, moe_layers(model)
+        self.parameters, self._layers = parameters, require_moe_layers(model)
         self._biases = {layer.index: _bias(layer).detach().float().flatten().clone() for layer in self._layers}
         self._counts: dict[int, torch.Tensor] = {}
 

@@ -13,7 +13,7 @@ from torch import nn
 from upcycle.trainers.distributed.expert_parallel import read_router
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.router_control import Noise, RouterControl
-from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, moe_layers, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, require_moe_layers, widened
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[
     """Record every router of ``model`` from now on, and let ``control`` change what they decide.
 
     Args:
-        model: a stock causal language model of one of the targets, not wrapped; call it through any wrapper.
+        model: a stock MoE causal language model, not wrapped; call it through any wrapper.
         control: noise, jitter, normalised logits or capacity; acts in recomputed layers, too.
 
     Raises:
-        UsageError: ``model`` is of no target, or has no MoE layer.
+        UsageError: ``model`` has no MoE layer, or its routers cannot be read.
     """
-    layers = moe_layers(model)
+    layers = require_moe_layers(model)
     recorder: Recorder[RouterRecord] = Recorder(model)
     for layer in layers:
         if control is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
-from upcycle.registry import TARGETS, load
+from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
 
 _SCORES: tuple[Score, ...] = ("softmax", "sigmoid")
@@ -91,30 +92,53 @@ class MoeLayer:
         return experts
 
 
-def is_moe(model: Any) -> bool:
-    """Whether the routers of a model can be read: a target's, or any other's that give what transformers' give."""
-    return model.config.model_type in TARGETS or bool(_other_layers(model))
+def moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """Every MoE layer of a stock causal language model, in order: none of a dense one, nor where routers cannot be read.
+
+    A target's layers are where it says; in any other model they are looked for, and every router is asked what it does.
+
+    Raises:
+        UsageError: a target's router chooses experts within groups.
+    """
+    target = find("target", _model_type(model))
+    return _other_layers(model) if target is None else _layers_of_target(model, target())
 
 
-def unread_warning(model: Any) -> str | None:
-    """What it means that a model has experts whose routers cannot be read; ``None`` where there is none."""
-    if is_moe(model) or not _blocks(model):
+def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """The same, for what is of no use without one.
+
+    Raises:
+        UsageError: there is none, its routers cannot be read, or they choose within groups.
+    """
+    if layers := moe_layers(model):
+        return layers
+    reason = unread(model) or f"{_model_type(model)} model without a single MoE layer"
+    raise UsageError(reason, hint="upcycle convert makes a MoE of a dense model")
+
+
+def unread(model: nn.Module) -> str | None:
+    """Why the routers of a model that has experts cannot be read; ``None`` if they can, or it is dense."""
+    if not has_experts(model) or moe_layers(model):
         return None
     return (
-        f"{model.config.model_type} has experts, but what its routers do is none of the rules known here (softmax or sigmoid, then "
-        "the top k, with or without a bias on the choice): it trains as it is, without balance, load, alarms and router rates"
+        f"{_model_type(model)} has experts, but what its routers do is none of the rules known here (softmax or sigmoid, then "
+        "the top k, with or without a bias on the choice)"
     )
 
 
-def moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """Every MoE layer of a stock causal language model, in order.
+def unread_warning(model: nn.Module) -> str | None:
+    """What training lacks where :func:`unread` gives a reason."""
+    reason = unread(model)
+    return f"{reason}: it trains as it is, without balance, load, alarms and router rates" if reason else None
 
-    Raises:
-        UsageError: routers cannot be read, there is no MoE layer, or it routes by groups.
-    """
-    if _model_type(model) not in TARGETS and (layers := _other_layers(model)):
-        return layers
-    target, found = _target(model), []
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a MoE at all, with routers of whatever kind: stock classes call what holds experts ``experts``."""
+    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
+
+
+def _layers_of_target(model: nn.Module, target: Target) -> list[MoeLayer]:
+    found = []
     for index, layer in enumerate(_decoder_layers(model)):
         block = getattr(layer, target.blocks[0], None)
         if block is not None and hasattr(block, "experts"):
@@ -122,8 +146,6 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
             beside = (getattr(layer, name, None) for name in target.blocks[1:])
             there = tuple(module for module in beside if module is not None)
             found.append(MoeLayer(index, block, router, _rule(target, block, router), there))
-    if not found:
-        raise UsageError(f"{target.name} model without a single MoE layer", hint="train what upcycle convert wrote")
     return found
 
 
@@ -156,7 +178,8 @@ def _other_layers(model: nn.Module) -> list[MoeLayer]:
 
     A model's answer is kept: once ZeRO-3 has divided its weights, routers cannot be asked any more.
     """
-    if model not in _READ:
+    answers = _answers()
+    if model not in answers:
         found: list[MoeLayer] = []
         for index, block in _blocks(model):
             read = next((pair for pair in map(_asked, block.children()) if pair), None)
@@ -164,11 +187,14 @@ def _other_layers(model: nn.Module) -> list[MoeLayer]:
                 found = []
                 break
             found.append(MoeLayer(index, block, *read))
-        _READ[model] = found
-    return _READ[model]
+        answers[model] = found
+    return answers[model]
 
 
-_READ: WeakKeyDictionary[nn.Module, list[MoeLayer]] = WeakKeyDictionary()
+@cache
+def _answers() -> WeakKeyDictionary[nn.Module, list[MoeLayer]]:
+    """What was read off the routers of every model that is still in memory."""
+    return WeakKeyDictionary()
 
 
 def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
@@ -215,11 +241,6 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
 def _model_type(model: Any) -> str:
     return str(model.config.model_type)
-
-
-def _target(model: Any) -> Target:
-    target: Target = load("target", model.config.model_type)()
-    return target
 
 
 def _decoder_layers(model: Any) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.registry import TARGETS, suggestion
+from upcycle.registry import suggestion
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, ZeroRecipe, accumulation
-from upcycle.trainers.routing.stock_routers import is_moe, moe_layers
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 # Keys of zero_optimization that the recipe sets elsewhere.
 _OURS = ("stage", "offload_optimizer", "offload_param", "leaf_module")
@@ -42,7 +42,7 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, A
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if recipe.expert_parallel > 1:
         model_type = model.config.model_type
-        experts = moe_layers(model)[0].rule.experts if model_type in TARGETS else 0
+        experts = max((layer.rule.experts for layer in moe_layers(model)), default=0)
         expert_parallel.check(model_type, experts, recipe.expert_parallel, world)
         config["expert_parallel"] = expert_parallel.configuration(model_type, recipe.expert_parallel)
     return config
@@ -50,8 +50,6 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, A
 
 def leaf_classes(model: Any) -> list[str]:
     """Classes of MoE blocks, whose weights ZeRO-3 must fetch as a whole: their experts are not used by all ranks alike."""
-    if not is_moe(model):
-        return []
     kinds = {type(layer.block) for layer in moe_layers(model)}
     return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 

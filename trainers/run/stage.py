@@ -28,7 +28,7 @@ from upcycle.trainers.optimizing.parameter_groups import groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
-from upcycle.trainers.routing.stock_routers import is_moe, moe_layers, unread_warning
+from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
 from upcycle.trainers.run.step import Parent, Stepper
@@ -97,7 +97,7 @@ class Stage:
             text for text in (leak, lost, self.stepper.control.unexported, unread_warning(self.model)) if text
         ]
         self.flops = training_flops(self.model, recipe.length)
-        if recipe.zero_stage(ranks.world) == 3 and is_moe(self.model):
+        if recipe.zero_stage(ranks.world) == 3:
             give_inputs_gradients(moe_layers(self.model))
         self.engine = self._engine(ranks)
         if divided:
@@ -122,9 +122,7 @@ class Stage:
     @property
     def top_k(self) -> int:
         """Experts per token; 0 in a dense model."""
-        if not is_moe(self.model):
-            return 0
-        return moe_layers(self.model)[0].rule.top_k
+        return max((layer.rule.top_k for layer in moe_layers(self.model)), default=0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of losses, balance and data, as JSON."""

@@ -40,7 +40,7 @@ from upcycle.trainers.routing.neuron_records import ActivationRecord, capture_ac
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import RouterRecord, capture
-from upcycle.trainers.routing.stock_routers import is_moe, unread_warning, widened
+from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, widened
 
 _NO_TARGET = -100
 _BLOCK = 1 << 20  # elements that are widened at once
@@ -144,7 +144,7 @@ class Stepper:
             UsageError: the model has no routers, or no activations, for a loss of the stage.
         """
         reads = {loss.reads for loss in self.losses}
-        routed = is_moe(self.model)
+        routed = bool(moe_layers(self.model))
         self._check_routed(routed)
         if routed and "activations" in reads:
             names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")

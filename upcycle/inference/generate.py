@@ -12,7 +12,6 @@ from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import locate
 from upcycle.models.load import load_model
-from upcycle.registry import TARGETS
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Writer:
     """A model in fp32 that writes.
 
     Args:
-        name: folder, hub id, ``.gguf`` file or ``demo``; dense, or a MoE of one of the targets.
+        name: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
         layer: whose experts are told; the middle one of the layers that have some by default.
         experts: whether they are told at all.
 
@@ -57,19 +56,16 @@ class Writer:
         self.stopped = "length"
 
     def _watch(self, name: str, layer: int | None) -> None:
-        if not any(module.endswith(".experts") for module, _ in self.model.named_modules()):
+        from upcycle.trainers.routing.router_records import capture
+        from upcycle.trainers.routing.stock_routers import moe_layers, unread
+
+        if reason := unread(self.model):
+            raise UsageError(reason, hint="--no-experts writes the text alone")
+        rules = {found.index: found.rule for found in moe_layers(self.model)}
+        if not rules:
             if layer is not None:
                 raise UsageError(f"{name} is dense: no layer has experts", hint="leave --layer out")
             return
-        if self.model.config.model_type not in TARGETS:
-            raise UsageError(
-                f"the experts of {self.model.config.model_type} cannot be read",
-                hint="--no-experts writes the text alone",
-            )
-        from upcycle.trainers.routing.router_records import capture
-        from upcycle.trainers.routing.stock_routers import moe_layers
-
-        rules = {found.index: found.rule for found in moe_layers(self.model)}
         if layer is not None and layer not in rules:
             listed = ", ".join(map(str, rules))
             raise UsageError(f"layer {layer} of {name} has no experts", hint=f"--layer takes one of: {listed}")

@@ -14,7 +14,7 @@ from training_runs import recipe_for, run, steps
 from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.optimizing.parameter_groups import parts
-from upcycle.trainers.routing.stock_routers import is_moe, moe_layers, unread_warning
+from upcycle.trainers.routing.stock_routers import has_experts, moe_layers, unread, unread_warning
 
 Model = Callable[[str], Path]
 SIZES = {
@@ -62,10 +62,13 @@ def test_a_router_is_known_by_what_it_gives(
 
 def test_routers_that_cannot_be_read_are_named() -> None:
     grouped = made("deepseek_v3", **{**DEEPSEEK, "n_group": 2, "topk_group": 1})
-    assert not is_moe(grouped)
+    assert moe_layers(grouped) == []
+    assert has_experts(grouped)
     assert "deepseek_v3 has experts, but what its routers do is none of the rules" in str(unread_warning(grouped))
     dense = made("llama")
-    assert not is_moe(dense)
+    assert moe_layers(dense) == []
+    assert not has_experts(dense)
+    assert unread(dense) is None
     assert unread_warning(dense) is None
 
 

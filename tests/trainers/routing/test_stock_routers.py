@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import moe_layers, require_moe_layers, selection_bias
 
 BIASED = {"glm4_moe", "dots1", "solar_open", "ernie4_5_moe", "lfm2_moe"}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -65,10 +65,11 @@ def test_a_dense_model_and_groups_are_refused(stock: Any) -> None:
 
     dense = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                          num_attention_heads=2))  # fmt: skip
-    with pytest.raises(UsageError, match="unknown target 'llama'"):
-        moe_layers(dense)
-    with pytest.raises(UsageError, match="without a single MoE layer"):
-        moe_layers(stock("qwen3_moe", mlp_only_layers=[0, 1, 2]))
+    without = stock("qwen3_moe", mlp_only_layers=[0, 1, 2])  # dense, whatever its name says
+    for model in (dense, without):
+        assert moe_layers(model) == []
+        with pytest.raises(UsageError, match="without a single MoE layer"):
+            require_moe_layers(model)
     with pytest.raises(UsageError, match="2 groups") as caught:
         moe_layers(stock("glm4_moe", n_group=2))
     assert "n_group" in str(caught.value.hint)

@@ -17,7 +17,7 @@ from upcycle.report.data.subject import reason_of
 from upcycle.report.data.texts import Domain
 from upcycle.text.windows import continuation
 from upcycle.trainers.routing.router_records import capture
-from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers
+from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers, unread
 from upcycle.verification.verdict import Totals
 
 _BATCH_LOGIT_BYTES = 1 << 26
@@ -41,7 +41,7 @@ def measure(models: Models, domains: Sequence[Domain], progress: Progress = SILE
     """Read every window with both models."""
     model = models.model.model
     try:
-        layers, why = moe_layers(model), None
+        layers, why = moe_layers(model), unread(model)
     except UpcycleError as error:
         layers, why = [], reason_of(error)
     totals: dict[str, Totals] = {domain.name: Totals() for domain in domains}
