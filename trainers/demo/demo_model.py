@@ -16,20 +16,19 @@ import time
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from upcycle.files.formats.parsing import read_yaml
+from upcycle.plugins import StrictSettings
 from upcycle.trainers.demo.demo_text import Document, split
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-class DemoRecipe(BaseModel):
+class DemoRecipe(StrictSettings):
     """Every number that shapes the demo model; see ``configs/train/demo_model.yaml``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int
     vocabulary_size: int = Field(gt=256)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from upcycle.plugins import StrictSettings
 from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.text.reading.file_kinds import Format
 
 Packing: TypeAlias = Literal["best_fit", "concatenate", "alone"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 def _list(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-class DomainRecipe(_Strict):
+class DomainRecipe(StrictSettings):
     """One kind of text."""
 
     name: str = Field(min_length=1, description="what reports and weights call it")
@@ -54,7 +51,7 @@ class DomainRecipe(_Strict):
         return _list(value)
 
 
-class ValidationSplit(_Strict):
+class ValidationSplit(StrictSettings):
     """Which documents are never trained on."""
 
     fraction: float = Field(
@@ -64,7 +61,7 @@ class ValidationSplit(_Strict):
     batch: int = Field(8, ge=1, description="rows per validation batch")
 
 
-class DynamicWeights(_Strict):
+class DynamicWeights(StrictSettings):
     """Weights that follow the excess of the domains' validation losses over reference losses (Sheared-LLaMA)."""
 
     form: Literal["paper", "code"] = Field(
@@ -81,7 +78,7 @@ class DynamicWeights(_Strict):
     )
 
 
-class DataRecipe(_Strict):
+class DataRecipe(StrictSettings):
     """Everything that decides which tokens are seen in which order, but for the seed and the row length."""
 
     domains: list[DomainRecipe] = Field(

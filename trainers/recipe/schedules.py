@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from upcycle.plugins import StrictSettings
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 Kind = Literal["constant", "cosine", "wsd", "inverse_sqrt"]
 
 
-class Schedule(BaseModel):
+class Schedule(StrictSettings):
     """A schedule and its numbers; called with a step, counted from 0, it gives the factor of that step.
 
     - ``constant``: 1.
@@ -27,8 +29,6 @@ class Schedule(BaseModel):
     A warm-up multiplies all that by ``(step + 1) / warmup`` until that is 1: the first step is not lost. Steps past the last
     one keep its factor.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind = Field("cosine", description="constant, cosine, wsd or inverse_sqrt")
     steps: int = Field(ge=1, description="optimizer steps of the stage")

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml
+from upcycle.plugins import StrictSettings
 from upcycle.recipe.conversion_recipe import explained, read_recipe
 from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import LOSSES, suggestion
@@ -28,11 +29,7 @@ STAGE_DEFAULT = ("all",)
 STAGE_NAME = "train"  # of a stage without one
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class OptimizerRecipe(_Strict):
+class OptimizerRecipe(StrictSettings):
     """Which optimizer, with its numbers. Learning rates and weight decay are a stage's."""
 
     name: Literal["adamw", "cpu_adamw", "sgd"] = Field(
@@ -44,7 +41,7 @@ class OptimizerRecipe(_Strict):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
 
 
-class ZeroRecipe(_Strict):
+class ZeroRecipe(StrictSettings):
     """How DeepSpeed divides the optimizer's states, gradients and weights among ranks."""
 
     stage: Literal["auto", 0, 1, 2, 3] = Field(
@@ -58,7 +55,7 @@ class ZeroRecipe(_Strict):
     )
 
 
-class SavingRecipe(_Strict):
+class SavingRecipe(StrictSettings):
     """When checkpoints are written and which stay."""
 
     every: int = Field(500, ge=1, description="optimizer steps between checkpoints; one is always written at the end")
@@ -66,7 +63,7 @@ class SavingRecipe(_Strict):
     export: bool = Field(True, description="write OUTPUT/model, a stock transformers folder, at the end")
 
 
-class LogRecipe(_Strict):
+class LogRecipe(StrictSettings):
     """What is reported."""
 
     every: int = Field(1, ge=1, description="steps between lines; log.jsonl has every step")
@@ -106,7 +103,7 @@ class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
         return self
 
 
-class ScheduleRecipe(_Strict):
+class ScheduleRecipe(StrictSettings):
     """A learning-rate schedule without its length, which is the stage's."""
 
     kind: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = Field("cosine", description="its form")
@@ -118,7 +115,7 @@ class ScheduleRecipe(_Strict):
     timescale: int = Field(10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step of the whole run")
 
 
-class PresetRecipe(_Strict):
+class PresetRecipe(StrictSettings):
     """A published way to reset the learning rate, instead of a schedule and a peak."""
 
     name: str = Field(description=f"one of {', '.join(PRESETS)}")
@@ -127,7 +124,7 @@ class PresetRecipe(_Strict):
     position: int = Field(0, ge=0, description="sparse_upcycling: optimizer steps of the dense run")
 
 
-class StageRecipe(_Strict):
+class StageRecipe(StrictSettings):
     """One stage: what trains, how long, on what, and towards what."""
 
     name: str = Field(STAGE_NAME, pattern=r"^[\w.-]+$", description="what reports and folders call it")
@@ -178,7 +175,7 @@ class StageRecipe(_Strict):
         return self
 
 
-class TrainRecipe(_Strict):
+class TrainRecipe(StrictSettings):
     """A training run. The field order is the order in the written ``recipe.yaml``."""
 
     model: str = Field(description="what upcycle convert wrote, or any folder with a stock causal language model")

@@ -7,21 +7,18 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml, read_yaml
 from upcycle.files.local_names import here
+from upcycle.plugins import StrictSettings
 from upcycle.registry import suggestion
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RouterRecipe(_Strict):
+class RouterRecipe(StrictSettings):
     """Which router initialiser, with its parameters."""
 
     name: str = Field(
@@ -31,7 +28,7 @@ class RouterRecipe(_Strict):
     parameters: dict[str, Any] = Field(default_factory=dict, description="the initialiser's own parameters")
 
 
-class CalibrationRecipe(_Strict):
+class CalibrationRecipe(StrictSettings):
     """The text that calibrated methods, routers and refits look at."""
 
     text: str | list[str] | None = Field(
@@ -56,7 +53,7 @@ class CalibrationRecipe(_Strict):
         return [self.text] if isinstance(self.text, str) else self.text or []
 
 
-class SourceRecipe(_Strict):
+class SourceRecipe(StrictSettings):
     """One of several sources."""
 
     name: str = Field(description="local folder, hub id, or .gguf file")
@@ -88,7 +85,7 @@ class SourceRecipe(_Strict):
         return [self.text] if isinstance(self.text, str) else self.text or []
 
 
-class VerificationRecipe(_Strict):
+class VerificationRecipe(StrictSettings):
     """How the result is checked."""
 
     enabled: bool = Field(True, description="compare the result with the dense model after converting")
@@ -96,7 +93,7 @@ class VerificationRecipe(_Strict):
     tokens: int = Field(1024, ge=16, description="tokens to check on")
 
 
-class Recipe(_Strict):
+class Recipe(StrictSettings):
     """A conversion. The field order is the order in the written ``recipe.yaml``."""
 
     source: str = Field(

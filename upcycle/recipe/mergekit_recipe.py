@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from upcycle.errors import UsageError
 from upcycle.files.user_paths import user_path
+from upcycle.plugins import StrictSettings
 from upcycle.recipe.conversion_recipe import parse_parameters
 
 _ROUTERS: dict[str, dict[str, Any]] = {
@@ -35,11 +36,7 @@ _TARGETS = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class MergekitExpert(_Strict):
+class MergekitExpert(StrictSettings):
     """One entry of ``experts``."""
 
     source_model: str = Field(description="folder or hub id, with @revision")
@@ -49,7 +46,7 @@ class MergekitExpert(_Strict):
     residual_scale: float | None = Field(None, gt=0, allow_inf_nan=False, description="factor on its output")
 
 
-class MergekitRecipe(_Strict):
+class MergekitRecipe(StrictSettings):
     """A whole file."""
 
     base_model: str = Field(description="folder or hub id, with @revision, of all but the experts")
