@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -13,9 +14,11 @@ from upcycle.hardware import memory
 PROGRAM = """
 import sys
 import torch
-from upcycle.trainers.host_memory import keep_freed_memory
+from upcycle.hardware.memory import keep_freed_memory, reuse_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
+if sys.argv[1] == "reused":
+    assert reuse_freed_memory(2**27)
 block = torch.empty(64 * 2**20, dtype=torch.uint8)
 begin, end = next(line.split()[0].split("-") for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
 print(int(begin, 16) <= block.data_ptr() < int(end, 16))
@@ -32,9 +35,24 @@ def in_the_heap(how: str) -> str:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's settings")
 def test_large_blocks_lie_in_the_heap() -> None:
     assert in_the_heap("kept") == "True"
+    assert in_the_heap("reused") == "True"
     assert in_the_heap("given back") == "False"
 
 
-def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", [memory.keep_freed_memory, lambda: memory.reuse_freed_memory(2**20)])
+def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, setting: Callable[[], bool]) -> None:
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
-    assert not memory.keep_freed_memory()
+    assert not setting()
+
+
+def test_nothing_is_set_where_address_space_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**33, resource.RLIM_INFINITY))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("glibc was asked"))
+    assert not memory.reuse_freed_memory(2**20)
+
+
+def test_the_peak_is_at_least_what_is_in_use() -> None:
+    import psutil
+
+    assert memory.peak_memory() >= 0.9 * psutil.Process().memory_info().rss

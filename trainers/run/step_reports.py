@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -17,6 +15,7 @@ import torch
 from upcycle.errors import EnvironmentFault
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.formats.parsing import read_lines
+from upcycle.hardware.memory import peak_memory
 from upcycle.trainers.routing.bias_balance import Load
 
 LOG = "log.jsonl"
@@ -139,8 +138,7 @@ def memory_in_use(device: torch.device) -> int:
     """Peak bytes so far: of the device, or on CPUs of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,6 @@ It is asked in lines of JSON on standard input and answers on standard output (:
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from upcycle.errors import UpcycleError
 from upcycle.files.formats.parsing import parse_json
+from upcycle.hardware.memory import peak_memory
 from upcycle.models.load import load_model
 from upcycle.models.stock_model import use_eager_experts
 
@@ -76,7 +76,7 @@ class TimedModel:
         if status.exists():  # ru_maxrss also counts what the process was before it became this program
             found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return int(found.split()[1]) << 10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_memory()
 
 
 def main() -> None:

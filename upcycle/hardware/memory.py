@@ -1,52 +1,48 @@
-"""Memory of the host that a training step frees stays with the process, for the next step."""
+"""Memory of the host: how much there is, how much was used, and what glibc does with what is freed.
+
+glibc maps every large block by itself and unmaps it when it is freed; the system then clears each page of the next block when
+it is first touched. Code that allocates the same large blocks over and over spends much of its time on that. Two settings help,
+one for training and one for passes over calibration text; both hold for the whole process and cannot be taken back.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # numbers of <malloc.h>
+# Parameters of mallopt(3), by their numbers in glibc's <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator not to give freed memory back to the system; from now on, in the whole process.
+    """Make glibc keep all memory that is freed, for training; returns whether that was possible.
 
-    Every step of training frees and allocates logits, gradients and activations anew. By default glibc maps so large blocks one by
-    one (``M_MMAP_THRESHOLD`` in mallopt(3) cannot be more than 32 MiB), and the system clears each page when it is first
-    touched: on a CPU more than a tenth of a step (``tests/benchmarks/training/train_speed.py``). The price is memory, up to
-    twice as much in long runs: freed blocks between others are used again only by what fits.
+    Every training step allocates logits, gradients and activations anew. Clearing their pages takes more than a tenth of a step
+    on a CPU (``tests/benchmarks/training/train_speed.py``), and a threshold would not help: the man page promises no more than
+    32 MiB, and logits are larger. So no block is mapped by itself, and the heap never shrinks. The price is memory, up to twice
+    as much in long runs, because a freed block between others is reused only by what fits into it.
 
     Returns:
-        Whether it could be done; other C libraries have no such settings, or none that do the same.
+        False where the C library is not glibc, which alone has these settings.
     """
-    try:
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018 - only glibc has it
-        settings = library.mallopt
-    except (OSError, AttributeError, TypeError):
+    return _set_glibc({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
+
+
+def reuse_freed_memory(largest: int) -> bool:
+    """Make glibc reuse freed blocks of up to ``largest`` bytes, for passes over tokens; returns whether that was possible.
+
+    Passes over calibration text allocate the same tens of megabytes for every batch, and clearing pages takes a sixth of their
+    time. Unlike :func:`keep_freed_memory` this has a limit: larger blocks, such as a layer's weights, go back to the system, and
+    at most four times ``largest`` of free memory stays. The plan of a conversion counts on it (``REUSED_BYTES``).
+
+    Returns:
+        False where the C library is not glibc, or where the process may use only so much address space (``ulimit -v``), of
+        which a heap with gaps takes more.
+    """
+    if _address_space_is_limited():
         return False
-    return bool(settings(_MMAP_MAX, 0) and settings(_TRIM_THRESHOLD, _NEVER))
-
-
-def reuse_freed_memory(largest: int) -> None:
-    """Let freed blocks up to ``largest`` bytes be used again, instead of asking the system for zeroed pages every time.
-
-    Passes over tokens allocate the same tens of megabytes over and over; touching new pages costs them a sixth of their
-    time. As much freed memory stays with the process. Does nothing where the C library is not glibc, nor where address
-    space is rationed.
-    """
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, largest)
-    mallopt(_M_TRIM_THRESHOLD, 4 * largest)
+    return _set_glibc({_MMAP_THRESHOLD: largest, _TRIM_THRESHOLD: 4 * largest})
 
 
 def available_memory() -> int:
@@ -58,5 +54,31 @@ def available_memory() -> int:
 
 def peak_memory() -> int:
     """Largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _set_glibc(settings: dict[int, int]) -> bool:
+    """Set parameters of glibc's allocator; False where there is none, or where it refuses one."""
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018 - only glibc has it; what others call mallopt does something else
+        mallopt = library.mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    done = [mallopt(parameter, value) for parameter, value in settings.items()]  # all of them, even if one is refused
+    return all(done)
+
+
+def _address_space_is_limited() -> bool:
+    if sys.platform == "win32":
+        return False
+    import resource  # not on Windows
+
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
