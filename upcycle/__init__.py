@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.convert import convert
     from upcycle.evaluation.compare import compare
     from upcycle.evaluation.evaluate import evaluate
+    from upcycle.kernels.entry.transformers_experts import register_kernels
     from upcycle.planning.cost import plan
     from upcycle.publishing.model_card import write_card
     from upcycle.publishing.push import push, save_to_hub
@@ -29,6 +30,7 @@ __all__ = [
     "plan",
     "plan_training",
     "push",
+    "register_kernels",
     "save_to_hub",
     "train",
     "verify",
@@ -46,6 +48,7 @@ _FUNCTIONS = {
     "plan": "planning.cost",
     "plan_training": "trainers.forecast.plan_training",
     "push": "publishing.push",
+    "register_kernels": "kernels.entry.transformers_experts",
     "save_to_hub": "publishing.push",
     "train": "trainers.run.loop",
     "verify": "verification.verify",

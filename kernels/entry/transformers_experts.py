@@ -121,14 +121,13 @@ def _warn(module: str, obstacle: str) -> None:
     _log.warning("%s has %s, for which there is no kernel: its own (eager) code runs instead", module, obstacle)
 
 
-def register() -> None:
-    """Let transformers run stock experts with ``experts_implementation="upcycle"``; again changes nothing.
+def register_kernels() -> None:
+    """Add ``upcycle`` and ``upcycle_lean`` to what transformers takes as ``experts_implementation``, in this process.
 
-    ``"upcycle_lean"`` keeps no pre-activation for the backward pass, which computes it again.
+    ``upcycle`` keeps the experts' pre-activations for the backward pass, ``upcycle_lean`` computes them again. Calling this
+    twice is the same as calling it once.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    from upcycle.kernels.entry.transformers_experts import stock_experts
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
     ALL_EXPERTS_FUNCTIONS.register(LEAN, partial(stock_experts, save="none"))

@@ -19,7 +19,7 @@ from upcycle.files.local_names import FILE as LOCAL_FILE
 from upcycle.files.local_names import here
 from upcycle.files.locate import locate
 from upcycle.kernels.entry.choose_backend import NAME
-from upcycle.kernels.entry.transformers_experts import register
+from upcycle.kernels.entry.transformers_experts import register_kernels
 from upcycle.kernels.layout.devices import why_not
 from upcycle.registry import find, suggestion
 from upcycle.trainers.checkpoints.write import CONVERSION
@@ -67,7 +67,7 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    register()
+    register_kernels()
     known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if name not in known:
         raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))

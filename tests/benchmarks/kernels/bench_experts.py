@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1
 
 from measure import Row, report
 
-from upcycle.kernels.entry.transformers_experts import register
+from upcycle.kernels.entry.transformers_experts import register_kernels
 
 NAMES = ("eager", "grouped_mm", "batched_mm", "upcycle")
 MOST_COPIED = 4 * 2**30
@@ -352,7 +352,7 @@ def main() -> int:
         del SHAPES[name]
     SKIPPED.update(arguments.skip)
     torch.set_num_threads(1)
-    register()
+    register_kernels()
     rows: list[Row] = []
     for part in arguments.only:
         rows += {"fp32": fp32, "routings": routings, "bf16": bf16, "decode": decode, "split": split}[part](

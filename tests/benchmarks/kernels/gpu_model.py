@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from upcycle.kernels.entry.transformers_experts import register
+from upcycle.kernels.entry.transformers_experts import register_kernels
 from upcycle.kernels.layout.devices import gpu
 
 ROWS, LENGTH, VOCABULARY = 4, 2048, 32_000
@@ -51,7 +51,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     device = gpu()
-    register()
+    register_kernels()
     made = model(options.layers, device)
     ids = torch.randint(VOCABULARY, (ROWS, LENGTH), device=device)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}\n")

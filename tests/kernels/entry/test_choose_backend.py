@@ -11,7 +11,7 @@ import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.kernels.cpu import backend
-from upcycle.kernels.entry import choose_backend, transformers_experts
+from upcycle.kernels.entry import choose_backend
 from upcycle.kernels.layout import devices, reference
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -104,12 +104,3 @@ def test_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
     assert choose_backend.chosen(HOST, torch.float32) == "triton"
-
-
-def test_register_twice() -> None:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    transformers_experts.register()
-    first = ALL_EXPERTS_FUNCTIONS["upcycle"]
-    transformers_experts.register()
-    assert ALL_EXPERTS_FUNCTIONS["upcycle"] is first

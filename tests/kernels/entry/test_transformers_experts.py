@@ -13,10 +13,18 @@ from expert_cases import apart, random_ids
 from pico_models import MOE_COMMON, PICO_MOE
 
 from upcycle.kernels.entry import transformers_experts
-from upcycle.kernels.entry.transformers_experts import register
+from upcycle.kernels.entry.transformers_experts import register_kernels
 
 MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "glm4_moe")
-register()
+register_kernels()
+
+
+def test_register_twice() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    first = ALL_EXPERTS_FUNCTIONS["upcycle"]
+    register_kernels()
+    assert ALL_EXPERTS_FUNCTIONS["upcycle"] is first
 
 
 def make(name: str, experts: str = "eager") -> Any:

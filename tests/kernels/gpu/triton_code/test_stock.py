@@ -15,12 +15,12 @@ from upcycle.kernels.gpu.tile_table import VARIABLE, TileTable
 def test_mixtral(device: torch.device, table: TileTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from upcycle.kernels.entry.transformers_experts import register
+    from upcycle.kernels.entry.transformers_experts import register_kernels
 
     table.save(tmp_path / "tiles.json")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tiles.json"))
     monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
-    register()
+    register_kernels()
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=61,
