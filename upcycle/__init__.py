@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.version import __version__ as __version__
@@ -38,6 +39,11 @@ __all__ = [
     "write_card",
     "write_report",
 ]
+
+# A checkout has kernels, splitters, trainers and configs beside this folder, and links to them in it. Where git could make no links
+# (core.symlinks=false, as on Windows), they are looked for beside it; an installed copy has them inside.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {

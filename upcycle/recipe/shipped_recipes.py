@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,6 @@ from upcycle.files.locate import is_local
 from upcycle.files.user_paths import user_path
 
 Verb = Literal["convert", "train"]
-CONFIGS = Path(__file__).parents[1] / "configs"
 VERBS: tuple[Verb, ...] = ("convert", "train")
 _SUFFIXES = (".yaml", ".yml")
 _NO_RECIPES = ("demo_model",)  # what the embedded model was trained by, for a module of its own
@@ -19,7 +19,9 @@ _NO_RECIPES = ("demo_model",)  # what the embedded model was trained by, for a m
 
 def shipped(verb: Verb) -> dict[str, Path]:
     """The files of the recipes for ``upcycle convert`` or ``upcycle train``, by name."""
-    return {path.stem: path for path in sorted((CONFIGS / verb).glob("*.yaml")) if path.stem not in _NO_RECIPES}
+    folder = Path(import_module(f"upcycle.configs.{verb}").__path__[0])  # beside upcycle/ in a checkout without links
+    found = sorted(folder.glob("*.yaml"))
+    return {path.stem: path for path in found if path.stem not in _NO_RECIPES}
 
 
 def summary(path: Path) -> str:
