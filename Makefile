@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -58,6 +58,9 @@ training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed
 	$(BIN)/python -P tests/benchmarks/training/growing.py --out docs/measured/growing_demo.md --plot docs/images/growing_demo.png
 	$(BIN)/python -P tests/benchmarks/training/healing_smollm2.py --out docs/measured/healing_smollm2.md
 	$(BIN)/python -P tests/benchmarks/training/train_speed.py
+
+reference: $(READY)     # the pages of docs/reference, from the code; a test says when that is needed
+	$(BIN)/python -P -m upcycle.cli.reference.write docs/reference
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

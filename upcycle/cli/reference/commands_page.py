@@ -7,17 +7,20 @@ import inspect
 import click
 
 from upcycle.cli.main import VERBS, cli
+from upcycle.cli.shared.plugin_tables import markdown_table
 from upcycle.cli.verbs.plan_train import command as plan_train
 
 INNER = {"plan": {"train": plan_train}}
 TITLE = """# Commands
 
-Made from the commands themselves by `python -m upcycle.cli.commands_page > docs/reference/commands.md`; `--help` says the same."""
+`upcycle COMMAND --help` says the same. `--json` prints the result for programs ([its keys](json.md)), `--debug` shows tracebacks.
+Results go to stdout, everything else to stderr. `NO_COLOR`, `HF_HOME`, `HF_HUB_OFFLINE` and the other variables of the Hugging Face
+libraries are honoured; `UPCYCLE_DEBUG=1` is `--debug`. How commands end: [exit codes](exit_codes.md)."""
 
 
-def reference() -> str:
-    """Markdown: a section per verb, with its help and a table of its options."""
-    sections = [TITLE]
+def commands_page() -> str:
+    """Return the page of all commands: a table, then a section each, with its help and a table of its options."""
+    sections = [TITLE, _overview()]
     context = click.Context(cli, info_name="upcycle")
     for verb in VERBS:
         command = cli.get_command(context, verb)
@@ -26,7 +29,17 @@ def reference() -> str:
         sections += _command(command, own)
         for name, inner in INNER.get(verb, {}).items():
             sections += _command(inner, click.Context(inner, info_name=name, parent=own))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(sections)
+
+
+def _overview() -> str:
+    """Return a row per verb: its name, linked to its section, and its help in one line."""
+    rows = []
+    for verb in VERBS:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        rows.append([f"[`upcycle {verb}`](#upcycle-{verb})", command.get_short_help_str(200)])
+    return markdown_table(["command", "what it does"], rows)
 
 
 def _command(command: click.Command, context: click.Context) -> list[str]:
@@ -51,7 +64,3 @@ def _option(option: click.Option, context: click.Context) -> str:
     assert record is not None
     names, meaning = (" ".join(part.split()).replace("|", r"\|") for part in record)
     return f"| `{names}` | {meaning} |"
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

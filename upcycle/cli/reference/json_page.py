@@ -1,0 +1,74 @@
+"""The page of the keys of ``--json`` and of the Python functions' ``as_dict()``. They are stable: keys are added, never renamed."""
+
+from __future__ import annotations
+
+from upcycle.cli.shared.plugin_tables import markdown_table
+
+# What prints or returns them, and the keys, in their order. A test compares these with what the commands and functions give.
+JSON_KEYS = {
+    "plan": "sources family target method router calibration_tokens refit promise promise_reason parameters_dense "
+    "parameters_total parameters_active bytes_dense bytes_output peak_memory_bytes flops_per_token_dense "
+    "flops_per_token kind summary warnings shards",
+    "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
+    "refused warnings command",
+    "plan train options": "zero expert_parallel fits memory communication speed",
+    "plan train options memory": "weights gradients optimizer buffers activations parent host total",
+    "plan train options communication": "all_reduce all_gather reduce_scatter all_to_all total",
+    "plan train options speed": "compute memory network bound unoverlapped limit",
+    "convert": "out plan verification layers seconds peak_memory_bytes resumed merging",
+    "convert merging of a zoo": "sources compare threshold similarity clusters text perplexity steps discarded coefficients",
+    "convert merging of posteriors": "sources prior text perplexity posterior coefficients",
+    "verify": "verdict explanation promise relative_logit_error tolerance max_logit_difference kl top1_agreement "
+    "perplexity_dense perplexity loss_dense loss layer_errors all_experts_error all_experts_reference tokens "
+    "text streamed compared_tensors reference rounding_error positions positions_needed far_error",
+    "verify with an engine": "engine version transformers verdict explanation dtype prompts tokens equal_tokens near_ties "
+    "first_difference gap_error gap_allowed tokenizer positions positions_needed",
+    "convert layers": "layer captured random oracle_share error_before error_after strength condition",
+    "convert layers of a mix": "layer router_condition own_expert",
+    "convert layers of a grown MoE": "layer experts utility",
+    "convert layers of symphony": "layer similarity_stored similarity_aligned",
+    "compare": "source dense calibration_tokens evaluation_tokens results skipped",
+    "compare results": "active method router refit baseline perplexity ratio kl captured parameters_active flops_ratio seconds "
+    "peak_memory_bytes recommended command",
+    "card": "card",
+    "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
+    "dry_run searched",
+    "push files": "name size status",
+    "evaluate": "model reference window stride texts layers tasks speed",
+    "generate": "model prompt text layer experts stopped tokens",
+    "generate tokens": "id text experts weights prompt",
+    "chat, a line for each answer": "said answer stopped",
+    "train": "output step tokens stopped loss validation checkpoint model seconds",
+    "export": "out dtype layout step tokens bytes",
+    "evaluate texts": "text tokens predicted nats_per_token perplexity remark reference_nats_per_token reference_perplexity",
+    "evaluate layers": "layer load max_over_mean entropy dead_experts",
+    "evaluate tasks": "harness reference limit scores",
+    "evaluate tasks scores": "task metric filter samples value stderr higher_is_better reference reference_stderr difference",
+    "evaluate speed": "device instructions dtype threads prompt_tokens generated_tokens rounds model reference_name reference "
+    "prefill_ratio decode_ratio memory_ratio",
+    "evaluate speed model": "prefill_tokens_per_second decode_tokens_per_second peak_memory_bytes experts",
+    "report": "out upcycle summary made cost speed exactness quality tasks routing experts training comparison provenance",
+    "report summary": "verdict explanation findings",
+    "report quality": "names ratio domains remarks no_reference samples",
+    "report quality domains": "text tokens perplexity relative_logit_error kl top1_agreement perplexity_dense",
+    "report routing": "tokens domains layers shown",
+    "report routing layers": "layer experts top_k counts load max_violation entropy dead_experts specialisation router_cosine_mean "
+    "router_closest",
+    "report routing shown": "layer router_cosine coselection domain_load top_tokens",
+    "report experts layers": "layer to_dense to_each_other",
+}
+
+
+def json_page() -> str:
+    """Return the page of all keys."""
+    rows = [[f"`{name}`", ", ".join(f"`{key}`" for key in keys.split())] for name, keys in JSON_KEYS.items()]
+    return "\n\n".join(
+        [
+            "# JSON",
+            "Keys of `--json` and of the Python functions' `as_dict()`. They are stable: keys may be added, not renamed.",
+            markdown_table(["of", "keys"], rows),
+            'A section of a report that cannot be filled is `{"missing": reason}`.',
+            "`upcycle list --json` maps each kind to its entries, `upcycle env --json` names to values; `upcycle demo --json` holds "
+            "`conversions` (as `convert`), `prompt`, `continuations` and `report` (the page).",
+        ]
+    )
