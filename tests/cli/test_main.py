@@ -239,7 +239,7 @@ def test_a_growth_step_says_what_it_did_and_what_comes_next(
     assert "x the source" in planned
     done = run("convert", str(pico("llama")), deep, "--method", "depth_stack", "--param", "growth=2", *quick)
     assert "6 layers from 3" in done.output
-    assert "each what it was made from, bit for bit" in done.output
+    assert "each equal bit for bit to what it was made from" in done.output
     assert " before " in done.output
     assert "relative error" not in done.output  # of layers: there are none to compare
     folded = "".join(done.output.split())  # a long path breaks the line

@@ -104,7 +104,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(pico: Callable[[str], Path],
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command continues" in message
+    assert "run the same command again to continue" in message
     assert "Traceback" not in message
     assert not out.exists()
 

@@ -191,7 +191,7 @@ def test_text_that_it_was_calibrated_on_is_no_headline() -> None:
     for share in (0.9, 0.0):
         quality = {"ratio": 1.0, "domains": [{"text": "a", "perplexity": 2.0}], "remarks": {"a": flattered(share)}}
         _say_quality(quality, lambda *finding: found.append(finding))
-    assert [level for level, _ in found] == ["mind", "good"]
+    assert [level for level, _ in found] == ["caution", "good"]
     assert ["calibrated on" in text for _, text in found] == [True, False]
 
 
@@ -254,7 +254,7 @@ def test_the_parent_has_moved(pico: Pico, dense: Path, tmp_path: Path) -> None:
     report = write_report(tmp_path / "out", wanted=FAST)
     assert "--source" in report.data["quality"]["no_reference"]
     assert report.data["quality"]["ratio"] is None
-    assert "mind not verified" in texts(report.data)
+    assert "caution not verified" in texts(report.data)
     assert report.data["experts"]["layers"][0]["to_dense"] is None
     read(report)
     wanted = Wanted(["code"], 64, ["def"], source=str(moved))
@@ -268,7 +268,9 @@ def test_an_unfinished_conversion(tmp_path: Path) -> None:
     (partial / "journal.jsonl").write_text('{"unit": "a"}\n{"unit": "b"}\n')
     report = write_report(tmp_path / "out", tmp_path / "r.html")
     assert report.data["summary"]["verdict"] == "unfinished"
-    assert "1 layers are decided and 2 units are written; the same command continues it" in texts(report.data)
+    assert "1 layers are decided and 2 units are written; to continue it, run the same command again" in texts(
+        report.data
+    )
     read(report)
 
 

@@ -1,4 +1,4 @@
-"""On one machine of a host file: starts its ranks as the launcher says through standard input, and ends with them."""
+"""Starts the ranks of one machine of a host file, as the launcher on another machine asks through standard input."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from upcycle.trainers.distributed.launcher import Started, start_ranks, wait
 
 
 def main() -> int:
-    """Read the launcher's first line, run the ranks, pass on the signals that its further lines name.
+    """Read the launcher's first line, run the ranks, and pass on the signals that its further lines name.
 
-    The end of the input is the end of the launcher or of the connection to it, after which nobody sees what ranks do: they
-    are told to save, and after a grace killed.
+    When the input ends, the launcher or the connection to it has ended, and nobody sees any more what the ranks do. They are
+    then sent SIGTERM, after which they save, and are killed some time later.
 
     Returns:
         The ranks' exit code.
@@ -28,22 +28,23 @@ def main() -> int:
     line = sys.stdin.readline()
     if not line:
         return 1
-    told = parse_json(line, "the launcher's first line")
+    request = parse_json(line, "the launcher's first line")
     try:
-        os.chdir(told["folder"])
+        os.chdir(request["folder"])
     except OSError as error:
         from upcycle.cli.shared.output import print_error
         from upcycle.errors import EnvironmentFault
 
-        fault = EnvironmentFault(f"{os.uname().nodename} has no folder {told['folder']}: {error.strerror}")
+        fault = EnvironmentFault(f"{os.uname().nodename} has no folder {request['folder']}: {error.strerror}")
         print_error(fault)
         return fault.exit_code
-    ranks = start_ranks(told["arguments"], range(*told["ranks"]), {**os.environ, **told["environment"]})
+    ranks = start_ranks(request["arguments"], range(*request["ranks"]), {**os.environ, **request["environment"]})
     threading.Thread(target=_obey, args=(sys.stdin, ranks), daemon=True).start()
     return wait(ranks)
 
 
 def _obey(lines: TextIO, ranks: Sequence[Started]) -> None:
+    """Pass on what the launcher's lines ask for until the input ends; then end the ranks."""
     for line in lines:
         word = line.strip()
         if word == KILL:

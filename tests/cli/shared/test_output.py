@@ -16,7 +16,7 @@ import pytest
 
 from upcycle.cli.main import main
 from upcycle.cli.shared import output
-from upcycle.cli.shared.visible import one_line, paragraph, prose
+from upcycle.cli.shared.terminal_safe import one_line, paragraph, prose
 from upcycle.errors import UpcycleError
 
 Pico = Callable[[str], Path]
@@ -64,8 +64,11 @@ PRINTERS: dict[str, Callable[[str], Any]] = {
     "print_json": lambda text: output.print_json({text: [text]}),
     "print_json_line": lambda text: output.print_json_line([text]),
     "print_markdown": output.print_markdown,
-    "write": lambda text: (output.write(text), output.write(text, "red")),
-    "show": lambda text: (output.show(text, output.styled(text, "red")), output.show(text, wrap=False)),
+    "print_model_text": lambda text: (output.print_model_text(text), output.print_model_text(text, "red")),
+    "print_line": lambda text: (
+        output.print_line(text, output.styled(text, "red")),
+        output.print_line(text, wrap=False),
+    ),
     "print_error": lambda text: output.print_error(UpcycleError(text, hint=text)),
     "print_traceback": lambda text: output.print_traceback(ValueError(text)),
     "print_table": lambda text: output.print_table(
@@ -74,7 +77,7 @@ PRINTERS: dict[str, Callable[[str], Any]] = {
     "print_facts": lambda text: output.print_facts([(text, text), ("", output.styled(text, "red"))]),
     "warn": output.warn,
     "note": output.note,
-    "say": output.say,
+    "print_message": output.print_message,
     "Bars": _in_a_phase,
 }
 SILENT = {"prepare_streams", "is_coloured", "flush_streams", "styled", "verdict"}
@@ -118,7 +121,7 @@ def test_a_bar_takes_its_title_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert r"asking \x1b]0;evil\x07[/]" in shown.getvalue()
 
 
-@pytest.mark.parametrize("name", ["print_error", "print_traceback", "warn", "note", "say", "Bars"])
+@pytest.mark.parametrize("name", ["print_error", "print_traceback", "warn", "note", "print_message", "Bars"])
 def test_no_token_is_printed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
     PRINTERS[name](f"GET https://alice:hunter22@hub.example/x failed: {TOKEN}, correct-horse-battery")
@@ -228,7 +231,8 @@ def test_a_stdout_that_is_not_there(shell: str, code: int) -> None:
     assert "Exception ignored" not in done.stderr
     if code:
         assert done.stderr == (
-            "error: the result cannot be printed: No space left on device\n\nhint: what was made is made: give stdout room\n"
+            "error: the result cannot be printed: No space left on device\n\n"
+            "hint: files that the command wrote are complete; free space where stdout goes\n"
         )
 
 
@@ -257,10 +261,10 @@ def test_the_verdict_is_the_exit_code_whoever_reads(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "stdout", gone)
         output.print_facts([("verdict", "broken")])
         output.print_json({})
-        output.show("next")
+        output.print_line("next")
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as gone:  # text that is written on and on has nobody to go on for
         monkeypatch.setattr(sys, "stdout", gone)
         with pytest.raises(BrokenPipeError):
-            output.write("once upon a time")
+            output.print_model_text("once upon a time")

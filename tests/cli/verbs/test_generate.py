@@ -84,7 +84,7 @@ def test_a_terminal_is_not_told_to_do_anything(monkeypatch: pytest.MonkeyPatch, 
     for forced in "10":
         monkeypatch.setenv("FORCE_COLOR", forced)
         monkeypatch.setenv("TTY_COMPATIBLE", forced)
-        ExpertText(0).show(Token(1, "a\x1b[2J\tb\n", [], [], False))
+        ExpertText().show(Token(1, "a\x1b[2J\tb\n", [], [], False))
         assert capsys.readouterr().out == "a\ufffd[2J\tb\n"
 
 

@@ -54,7 +54,7 @@ def test_what_does_not_fit(arguments: list[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("upcycle.trainers.forecast.plan_training.USABLE", 1e-9)
     shown = CliRunner().invoke(cli, [*arguments, "--world", "8xH100"])
     assert shown.exit_code == 0, shown.output
-    assert "nothing fits into 80 GB" in shown.stderr
+    assert "no row fits into the 80 GB of a device" in shown.stderr
     assert "activation_checkpointing: true" in shown.stdout
 
 

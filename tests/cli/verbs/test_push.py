@@ -28,7 +28,7 @@ def test_the_url_comes_last(hub: Any, out: Path) -> None:
     assert "alice/moe (private)" in done.stdout
     assert "no keys and no folders of this machine in 13 files" in done.stdout
     again = run("push", str(out), "alice/moe", "-q")
-    assert "nothing: it is there already" in again.stdout
+    assert "nothing: the repository has all files already" in again.stdout
     assert again.stderr == ""
 
 

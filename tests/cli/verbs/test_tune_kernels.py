@@ -32,7 +32,7 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     [
         (["--tokens", "8,x"], "--tokens takes numbers"),
         (["--tokens", "0"], "--tokens takes numbers"),
-        (["--top-k", "5"], "--top-k 5 of --experts 4"),
+        (["--top-k", "5"], "--top-k is 5, but --experts only 4"),
         (["--dtype", "int8"], "int8"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What merges of sources were decided by, as lines."""
+"""The measurements that decided which sources were merged, as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 
 
 def merging_facts(report: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Of a zoo its similarities, clusters and merges, of one merge its posteriors; nothing where nothing was decided."""
+    """Return name and text of every fact about how sources were merged.
+
+    Args:
+        report: the ``merging`` part of ``upcycle.json``. That of one merged model holds posteriors; that of several merged
+            clusters holds similarities, clusters and the merges that were tried. None where nothing was merged.
+    """
     if report is None:
         return []
     names = _short(report["sources"])
@@ -33,7 +38,7 @@ def merging_facts(report: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _attempts(names: list[str], report: dict[str, Any]) -> list[str]:
-    """Of every cluster its best source and what became of the others, in the order in which they were tried."""
+    """Return a line for every cluster's best source, and one for each other source in the order in which they were tried."""
     lines = []
     for number, cluster in enumerate(report["clusters"]):
         steps = [step for step in report["steps"] if step["cluster"] == number]
@@ -46,7 +51,7 @@ def _attempts(names: list[str], report: dict[str, Any]) -> list[str]:
 
 
 def _short(names: list[str]) -> list[str]:
-    """Without the folders that all are in."""
+    """Return the sources' names without the folders that they have in common."""
     common = os.path.commonpath(names) if all(map(os.path.isabs, names)) else ""
     shortened = [os.path.relpath(name, common) if common else Path(name).name for name in names]
     return shortened if len(set(shortened)) == len(names) and "." not in shortened else names

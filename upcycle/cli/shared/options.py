@@ -1,4 +1,4 @@
-"""Click options shared by verbs. Those of a recipe are made from the recipe's own fields, so they cannot disagree."""
+"""Click options that several verbs share. Those of a recipe are made from the recipe's fields, so that both always agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from upcycle.recipe.shipped_recipes import recipe_file, recipe_hint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# flag -> recipe key; the flag's help, type and default come from the key.
+# Option -> recipe key. Help text, type and default of the option are those of the key's field.
 _FLAGS = {
     ("--method", "-m"): "method",
     ("--experts", "-e"): "experts",
@@ -54,12 +54,12 @@ _FLAGS = {
     ("--verify-text",): "verification.text",
     ("--verify-tokens",): "verification.tokens",
 }
-# Parameters of one method that have a flag; all others are --param NAME=VALUE.
+# Parameters of single methods that have an option of their own; all others are given as --param NAME=VALUE.
 _PARAMETERS = {
     "--scale-placement": (
         ("down", "up_down", "paper"),
-        "where virtual_groups puts its weight scale: down and up_down keep the function, its paper trains with paper, and "
-        "found down worse (upcycle convert upcycle_cpt)  [default: down]",
+        "where virtual_groups scales weights: down and up_down preserve the function; its paper trains with paper, after "
+        "finding that down trains worse (upcycle convert upcycle_cpt)  [default: down]",
     ),
 }
 _INNER: dict[str, type[BaseModel]] = {
@@ -75,7 +75,7 @@ def _field(key: str) -> Any:
 
 
 def recipe_options(function: F) -> F:
-    """Add every recipe flag to a command; the command gets them as ``**flags``."""
+    """Add an option for every recipe key in ``_FLAGS``; the command receives them as ``**flags`` for :func:`build_recipe`."""
     repeatable = [
         ("--set", "set_", "KEY=VALUE", "set any recipe key, e.g. router.parameters.std=0.01 (repeatable)"),
         ("--router-param", "router_param", "NAME=VALUE", "a parameter of the router initialiser (repeatable)"),
@@ -84,7 +84,7 @@ def recipe_options(function: F) -> F:
     for flag, name, metavar, text in repeatable:
         function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
     function = click.option(
-        "--source", "source_flag", metavar="SOURCE", help="the source of a recipe, instead of its own"
+        "--source", "source_flag", metavar="SOURCE", help="convert this model instead of the one in the recipe"
     )(function)
     for flag, (values, text) in _PARAMETERS.items():
         function = click.option(flag, type=click.Choice(values), default=None, help=text)(function)
@@ -106,66 +106,72 @@ def recipe_options(function: F) -> F:
 
 
 def common_options(function: F) -> F:
-    """Options every verb has."""
+    """Add the options that every verb has."""
     function = click.option("--debug", is_flag=True, help="show the traceback of an error")(function)
     return click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")(function)
 
 
 def quiet_option(function: F) -> F:
-    """For verbs that report progress."""
-    return click.option("--quiet", "-q", is_flag=True, help="no progress bars and no warnings")(function)
+    """Add ``--quiet``, for verbs that report progress."""
+    return click.option("--quiet", "-q", is_flag=True, help="print no progress bars and no warnings")(function)
 
 
 def card_options(function: F) -> F:
-    """What only the user knows of a model card."""
+    """Add options for what a model card needs and only the user may know."""
     function = click.option(
-        "--base-model", metavar="REPO", help="hub id of the dense model, if a folder was converted"
+        "--base-model", metavar="REPO", help="hub id of the dense model, if a local folder was converted"
     )(function)
-    function = click.option("--license-link", metavar="URL", help="where an 'other' licence stands")(function)
-    function = click.option("--license-name", metavar="NAME", help="what an 'other' licence is called")(function)
-    return click.option("--license", metavar="ID", help="the hub's name of the licence, if the sources' do not decide")(
-        function
-    )
+    function = click.option("--license-link", metavar="URL", help="address of the text of an 'other' licence")(function)
+    function = click.option("--license-name", metavar="NAME", help="name of an 'other' licence")(function)
+    return click.option(
+        "--license", metavar="ID", help="the hub's id of the licence, if it does not follow from the sources"
+    )(function)
 
 
 def build_recipe(
     source: str | None,
     flags: dict[str, Any],
     base: dict[str, Any] | None = None,
-    say: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Recipe:
-    """Default < recipe file < flags. ``source`` is a source, the path of a ``.yaml`` recipe, ours or mergekit-moe's, or the name of
-    a recipe that comes with upcycle; ``say`` is told what mergekit's maps to.
+    """Return the recipe that a command line describes: defaults, overridden by a recipe file, overridden by options.
+
+    Args:
+        source: a model, the path of a ``.yaml`` recipe (of upcycle or of mergekit-moe), or the name of a recipe that comes with
+            upcycle.
+        flags: the options that :func:`recipe_options` added, by their Python names.
+        base: recipe keys that a recipe file and options override.
+        notify: called with each line that says how a mergekit-moe recipe was translated.
 
     Raises:
-        UsageError: two sources disagree, or the result is not a valid recipe; the message names the key.
+        UsageError: two different sources were named, or the result is not a valid recipe; the message names the key.
     """
     content: dict[str, Any] = dict(base or {})
-    where, told = "recipe", flags["source_flag"]
+    where, source_flag = "recipe", flags["source_flag"]
     path = recipe_file(source, "convert") if source else None
     if path:
         found = read_recipe(path)
         if is_mergekit(found):
             found, notes = translate(found, str(path))
-            for note in notes if say else []:
-                say(note)  # type: ignore[misc]
+            for note in notes if notify else []:
+                notify(note)  # type: ignore[misc]
         content |= found
         where = str(path)
     elif source:
-        _refuse_two(source, told)
-        if not is_local(source) and "/" not in source:  # no hub id either
+        _refuse_two(source, source_flag)
+        if not is_local(source) and "/" not in source:  # a hub id has a slash
             raise UsageError(
                 f"no such file or folder: {source}",
-                hint="a source is a local folder, a .gguf file, a hub id (org/name), demo, or a recipe: "
+                hint="SOURCE is a local folder, a .gguf file, a hub id (org/name), demo, or a recipe: "
                 + recipe_hint(source, "convert"),
             )
         content["source"] = source
-    if told:
-        if content.get("source") not in (None, told):
-            content.pop("revision", None)  # it is of the recipe's own source
-        content["source"] = told
-    named = source if source and not path else told
-    _lay_flags(content, flags)
+    if source_flag:
+        if content.get("source") not in (None, source_flag):
+            content.pop("revision", None)  # it belongs to the source that is replaced
+        content["source"] = source_flag
+    named = source if source and not path else source_flag
+    _override_by_flags(content, flags)
     if named:
         _refuse_two(named, content["source"], "--set source")
     if isinstance(content.get("scale"), str):
@@ -174,20 +180,21 @@ def build_recipe(
 
 
 def _refuse_two(one: str, other: str | None, flag: str = "--source") -> None:
-    """
+    """Check that ``other``, which ``flag`` named, is the same source as ``one`` or None.
+
     Raises:
-        UsageError: two sources that disagree.
+        UsageError: they are two different sources.
     """
     if other in (None, one):
         return
     raise UsageError(
         f"two sources: '{one}' and {flag} '{other}'",
-        hint=f"leave one out; where '{one}' was to be a recipe, {recipe_hint(one, 'convert')}",
+        hint=f"name only one of them; if '{one}' was meant to be a recipe: {recipe_hint(one, 'convert')}",
     )
 
 
-def _lay_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Flags over what ``content`` says."""
+def _override_by_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Write every option that was given over the recipe key that it stands for."""
     for key in _FLAGS.values():
         value = flags[key.replace(".", "__")]
         if value not in (None, False):
@@ -206,16 +213,20 @@ def _lay_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
 
 
 def assigned(assignment: str, value: str) -> Any:
-    """The value of ``NAME=VALUE``, read as YAML.
+    """Return the value of ``NAME=VALUE``, read as YAML.
+
+    Args:
+        assignment: the whole ``NAME=VALUE``, for the message.
+        value: the part behind the equals sign.
 
     Raises:
-        UsageError: it is no YAML.
+        UsageError: it is not YAML.
     """
     try:
         return parse_yaml(value, "it", error=UsageError)
     except UsageError as error:
         raise UsageError(
-            f"cannot read the value in '{assignment}': {error.message}", hint="quote it as YAML would"
+            f"cannot read the value in '{assignment}': {error.message}", hint="put quotes around it, as in YAML"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""The only place that prints: data on stdout, everything else on stderr.
+"""The only module that prints: results on stdout, everything else on stderr.
 
-Whatever is printed goes through :mod:`upcycle.cli.shared.visible` first and never through rich's markup: a name is a name.
-Colours are asked for with :func:`styled`.
+Whatever is printed first goes through :mod:`upcycle.cli.shared.terminal_safe`, and never through rich's markup, so that a name in
+square brackets stays a name. Colours are asked for with :func:`styled`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from upcycle.cli.shared.visible import one_line, paragraph, prose
+from upcycle.cli.shared.terminal_safe import one_line, paragraph, prose
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.files.private_text import own_secrets, scrub, scrub_machine
 from upcycle.progress import Progress
@@ -30,10 +30,10 @@ Cell = str | Text
 
 
 def prepare_streams() -> None:
-    """Make sure that there are three standard streams, and that no character ends the command.
+    """Make sure that all three standard streams exist, and that no character can end the command.
 
-    A stream that was closed leads nowhere; else the first file that is opened would get its number, and what a library prints
-    would be written into it. What an encoding lacks is replaced.
+    A stream that was closed is opened on the null device. Otherwise the first file that is opened would get its number, and
+    whatever a library prints would be written into that file. Characters that a stream's encoding lacks are replaced.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
@@ -44,8 +44,9 @@ def prepare_streams() -> None:
 
 
 def _nowhere(number: int, mode: str) -> IO[Any]:
+    """Open the null device as the stream ``number``, or under another number where that one is in use for another file."""
     try:
-        os.fstat(number)  # in use for something else by now
+        os.fstat(number)
     except OSError:
         null = os.open(os.devnull, os.O_RDWR)
         if null != number:
@@ -57,7 +58,7 @@ def _nowhere(number: int, mode: str) -> IO[Any]:
 
 
 class _Console(Console):
-    """Rich's, which ends the program where its reader has gone; here that is :func:`_while_read`'s to decide."""
+    """Rich's console, which would end the program when its reader has gone; here :func:`_guarded` decides that."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -70,23 +71,23 @@ def is_coloured() -> bool:
 
 
 def _console(stream: TextIO) -> Console:
-    # A file or pipe has no width of its own: wide enough that no table is folded.
+    # A file or pipe has no width; this one is wide enough that no table is folded.
     return _Console(
         file=stream, highlight=False, width=None if stream.isatty() else _FILE_WIDTH, soft_wrap=not stream.isatty()
     )
 
 
 @contextmanager
-def _while_read(stream: TextIO, stop: bool = False) -> Iterator[None]:
-    """Print in here. A reader that has gone (``| head -1``) gets no more, and changes neither the work nor its exit code.
+def _guarded(stream: TextIO, stop: bool = False) -> Iterator[None]:
+    """Run the printing in the ``with`` block. A reader that has gone (``| head -1``) neither ends the work nor changes its exit code.
 
     Args:
         stream: stdout or stderr.
-        stop: there is no work but the printing.
+        stop: raise when the reader has gone, because printing is all that the command does.
 
     Raises:
-        BrokenPipeError: the reader has gone, and ``stop``.
-        EnvironmentFault: stdout takes nothing: its disk is full.
+        BrokenPipeError: the reader has gone, and ``stop`` is set.
+        EnvironmentFault: stdout cannot be written, for example because its disk is full.
     """
     try:
         yield
@@ -99,30 +100,31 @@ def _while_read(stream: TextIO, stop: bool = False) -> Iterator[None]:
         _silence(stream)
         if stream is sys.stdout:
             raise EnvironmentFault(
-                f"the result cannot be printed: {error.strerror}", hint="what was made is made: give stdout room"
+                f"the result cannot be printed: {error.strerror}",
+                hint="files that the command wrote are complete; free space where stdout goes",
             ) from None
 
 
 def _silence(stream: TextIO) -> None:
-    """Let everything that is still written to a stream vanish, also what it holds back."""
+    """Send everything that is written to a stream from now on, and all that it has buffered, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def flush_streams() -> None:
-    """Print what is still held back.
+    """Print what the streams have buffered.
 
     Raises:
-        EnvironmentFault: stdout takes nothing.
+        EnvironmentFault: stdout cannot be written.
     """
     for stream in (sys.stderr, sys.stdout):
-        with _while_read(stream):
+        with _guarded(stream):
             pass
 
 
 def _print(stream: TextIO, *parts: Text, **how: Any) -> None:
-    with _while_read(stream):
+    with _guarded(stream):
         console = _console(stream)
         for part in parts[:-1]:
             console.print(part, end="")
@@ -130,23 +132,23 @@ def _print(stream: TextIO, *parts: Text, **how: Any) -> None:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
-    with _while_read(sys.stdout):
+    """Print one JSON document on stdout, indented."""
+    with _guarded(sys.stdout):
         click.echo(_json(data, indent=2))
 
 
 def print_json_line(data: Any) -> None:
-    """One JSON document on one line of stdout, for results that come one by one.
+    """Print one JSON document on one line of stdout, for results that come one by one.
 
     Raises:
-        BrokenPipeError: nobody reads them any more.
+        BrokenPipeError: the reader has gone.
     """
-    with _while_read(sys.stdout, stop=True):
+    with _guarded(sys.stdout, stop=True):
         click.echo(_json(data))
 
 
 def _json(data: Any, **how: Any) -> str:
-    # ASCII, but for the one control character that JSON need not escape; it can stand in strings alone.
+    # json.dumps escapes everything but ASCII, and of its control characters leaves DEL alone, which a terminal might obey.
     text = json.dumps(data, **how).replace("\x7f", "\\u007f")
     for secret in own_secrets():
         text = text.replace(json.dumps(secret)[1:-1], "***")
@@ -154,19 +156,19 @@ def _json(data: Any, **how: Any) -> str:
 
 
 def print_markdown(text: str) -> None:
-    """A document on stdout, as it is but for what a terminal would obey."""
-    with _while_read(sys.stdout):
+    """Print a document on stdout as it is, without characters that a terminal would obey."""
+    with _guarded(sys.stdout):
         click.echo(prose(text))
 
 
-def write(text: str, style: str = "") -> None:
-    """What a model wrote, on stdout, at once; where it is shown in colours, ``style`` is one of rich's.
+def print_model_text(text: str, style: str = "") -> None:
+    """Print what a model wrote on stdout at once, without a line end; ``style`` is one of rich's.
 
     Raises:
-        BrokenPipeError: nobody reads it any more.
+        BrokenPipeError: the reader has gone.
     """
     text = prose(text, "\n\t" if sys.stdout.isatty() else "\n\t\r")
-    with _while_read(sys.stdout, stop=True):
+    with _guarded(sys.stdout, stop=True):
         if style:
             _console(sys.stdout).print(Text(text, style=style), end="", soft_wrap=True)
         else:
@@ -174,30 +176,30 @@ def write(text: str, style: str = "") -> None:
 
 
 def styled(text: object, style: str) -> Text:
-    """Text in a colour, for :func:`print_table`, :func:`print_facts` and :func:`show`."""
+    """Return text in a colour, for :func:`print_table`, :func:`print_facts` and :func:`print_line`."""
     return Text(one_line(text), style=style)
 
 
 def verdict(name: str, style: str, explanation: str) -> Text:
-    """A verdict in its colour, and why."""
+    """Return a verdict in its colour, followed by its reason."""
     return Text.assemble(styled(name, style), ": ", one_line(explanation))
 
 
-def show(*parts: Cell, wrap: bool = True) -> None:
-    """Parts of one line on stdout; ``wrap=False`` leaves one that is too long as it is, to be copied."""
+def print_line(*parts: Cell, wrap: bool = True) -> None:
+    """Print one line on stdout; ``wrap=False`` does not fold a long one, so that it can be copied."""
     _print(sys.stdout, Text.assemble(*map(_cell, parts)), soft_wrap=None if wrap else True)
 
 
 def print_error(error: UpcycleError) -> None:
-    """``error: ...``, an empty line, ``hint: ...``."""
-    _said("error: ", "bold red", error.message)
+    """Print ``error: ...`` on stderr and, where there is a hint, an empty line and ``hint: ...``."""
+    _print_tagged("error: ", "bold red", error.message)
     if error.hint:
         _print(sys.stderr, Text())
-        _said("hint: ", "cyan", error.hint)
+        _print_tagged("hint: ", "cyan", error.hint)
 
 
 def print_traceback(error: BaseException) -> None:
-    """Where an error came from, on stderr, to be pasted into a bug report: without tokens, home folder, user and host."""
+    """Print an error's traceback on stderr, for a bug report: without tokens, home folder, user and host."""
     text = "".join(traceback.format_exception(error)).rstrip("\n")
     lines = (one_line(line) for line in scrub_machine(text).split("\n"))
     _print(sys.stderr, Text("\n".join(lines)), soft_wrap=True)
@@ -206,27 +208,34 @@ def print_traceback(error: BaseException) -> None:
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[Cell]], right: Iterable[int] = (), title: str = ""
 ) -> None:
-    """A plain table on stdout; columns whose number is in ``right`` are aligned right."""
-    if title.startswith("\n"):  # a line between two tables
-        show()
+    """Print a plain table on stdout.
+
+    Args:
+        columns: the header.
+        rows: as many cells as ``columns``, each.
+        right: the numbers of the columns that are aligned right.
+        title: a line above the table; one that begins with a line feed leaves an empty line before it.
+    """
+    if title.startswith("\n"):
+        print_line()
     heading = Text(one_line(title.strip("\n"))) if title else None
     table = Table(title=heading, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(_cell(column), justify="right" if index in set(right) else "left")
     for row in rows:
         table.add_row(*map(_cell, row))
-    with _while_read(sys.stdout):
+    with _guarded(sys.stdout):
         _console(sys.stdout).print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, Cell]]) -> None:
-    """Name and value, one pair a line."""
+    """Print names and values on stdout, one pair a line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(_cell(name), _cell(value))
-    with _while_read(sys.stdout):
+    with _guarded(sys.stdout):
         _console(sys.stdout).print(table)
 
 
@@ -235,26 +244,26 @@ def _cell(value: Cell) -> Text:
 
 
 def warn(message: str) -> None:
-    """One warning line on stderr."""
-    _said("warning: ", "yellow", message)
+    """Print ``warning: ...`` on stderr."""
+    _print_tagged("warning: ", "yellow", message)
 
 
 def note(message: str) -> None:
-    """One line on stderr that is no warning."""
-    _said("note: ", "cyan", message)
+    """Print ``note: ...`` on stderr."""
+    _print_tagged("note: ", "cyan", message)
 
 
-def say(message: str) -> None:
-    """One plain line on stderr, as it happens."""
-    _said("", "", message)
+def print_message(message: str) -> None:
+    """Print a plain line on stderr."""
+    _print_tagged("", "", message)
 
 
-def _said(kind: str, style: str, message: str) -> None:
-    _print(sys.stderr, Text(kind, style=style), Text(paragraph(scrub(message))))
+def _print_tagged(tag: str, style: str, message: str) -> None:
+    _print(sys.stderr, Text(tag, style=style), Text(paragraph(scrub(message))))
 
 
 class Bars(Progress):
-    """One bar with an ETA per phase, on stderr; silent when nobody watches."""
+    """Draws a bar with the remaining time for each phase, on stderr; draws nothing where stderr is no terminal."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -269,7 +278,7 @@ class Bars(Progress):
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[None]:
-        """Show a bar while the phase lasts."""
+        """Draw a bar of ``total`` steps until the ``with`` block ends."""
         with self._bars:
             self._task = self._bars.add_task(one_line(title), total=total)
             try:
@@ -278,10 +287,10 @@ class Bars(Progress):
                 self._bars.remove_task(self._task)
 
     def advance(self, steps: int = 1) -> None:
-        """Move the bar."""
+        """Move the bar by ``steps``."""
         self._bars.advance(self._task, steps)
 
     def note(self, message: str) -> None:
-        """A warning above the bar."""
+        """Print a warning above the bar."""
         if not self._quiet:
             warn(message)

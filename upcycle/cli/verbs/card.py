@@ -1,4 +1,4 @@
-"""``upcycle card``: the model card."""
+"""``upcycle card``: writes the model card."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from upcycle.cli.shared.output import print_facts, print_json
 
 @click.command("card")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--name", help="what it calls the model  [default: the folder's name]")
+@click.option("--name", help="the model's name on the card  [default: the folder's name]")
 @card_options
 @common_options
 def command(out: Path, as_json: bool, debug: bool, **options: str | None) -> None:
-    """Write the model card README.md into OUT, from what was recorded and measured.
+    """Write a model card, README.md, into OUT, from what upcycle recorded and measured.
 
-    What you write between its two marked lines is kept when it is made anew; all else is overwritten. push makes it, too.
+    Text that you add between the card's two marked lines is kept when the card is written again; everything else is
+    overwritten. upcycle push writes the card, too.
     """
     from upcycle.publishing.model_card import write_card
 

@@ -1,4 +1,4 @@
-"""``upcycle chat``: talk with a model, line by line."""
+"""``upcycle chat``: a conversation with a model, line by line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upcycle.cli.verbs.generate import writing_options
 
 @click.command("chat")
 @click.argument("model")
-@click.option("--system", metavar="TEXT", help="what the model is told first, where its template has a place for it")
+@click.option("--system", metavar="TEXT", help="system prompt, if the model's chat template has one")
 @writing_options
 @common_options
 def command(
@@ -28,10 +28,11 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Talk with MODEL: a line is said, the answer is streamed, every token in the colour of its expert.
+    """Chat with MODEL: type a line and read the answer as it is written, each token in the colour of its expert.
 
-    The tokenizer's chat template is used; without one the model goes on from the whole text. Ctrl-C stops an answer; Ctrl-D, or
-    Ctrl-C where a line is asked for, ends the talk. Lines may be piped in. --json prints one object a line for each answer.
+    The tokenizer's chat template is used; without one, the model continues the whole conversation as plain text. Ctrl-C stops
+    an answer; Ctrl-D, or Ctrl-C at the input line, ends the conversation. Lines may be piped in. --json prints one JSON object
+    per answer, each on a line.
 
     \b
     upcycle chat ./moe
@@ -42,43 +43,43 @@ def command(
     from upcycle.inference.generate import Writer
 
     writer = Writer(model, layer, experts=not no_experts)
-    talk = Conversation(writer.tokenizer, writer.context, system)
-    if not talk.templated:
-        note("this tokenizer has no chat template: the model goes on from what has been said, as plain text")
+    conversation = Conversation(writer.tokenizer, writer.context, system)
+    if not conversation.templated:
+        note("this tokenizer has no chat template: the model continues the conversation as plain text")
         if system:
-            warn("--system has no place without a chat template, and is left out")
-    shown = ExpertText(writer.experts)
+            warn("--system is ignored: it needs a chat template")
+    printer = ExpertText()
     for line in _lines():
         answer, interrupted = "", False
-        ids, dropped = talk.say(line, room=tokens)
+        ids, dropped = conversation.say(line, room=tokens)
         if dropped:
-            note(f"the context is full: the first {dropped} lines of the talk are forgotten")
+            note(f"the context is full: the model no longer sees the first {dropped} lines of the conversation")
         try:
             for token in writer.write(ids, tokens, temperature, seed):
                 if token.prompt:
                     continue
                 answer += token.text
                 if not as_json:
-                    shown.show(token)
+                    printer.show(token)
         except KeyboardInterrupt:
             interrupted = True
-        talk.answered(answer)
+        conversation.answered(answer)
         if as_json:
             print_json_line({"said": line, "answer": answer, "stopped": writer.stopped})
         else:
-            shown.end()
+            printer.end()
         if interrupted:
             note("stopped")
     if writer.layer is not None and not as_json:
-        shown.legend(writer.layer)
+        printer.legend(writer.layer)
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped in; empty lines say nothing."""
-    asked = sys.stdin.isatty()
+    """Yield the lines that are typed or piped in, without empty ones."""
+    interactive = sys.stdin.isatty()
     while True:
         try:
-            line = input("> ") if asked else next(sys.stdin).rstrip("\n")
+            line = input("> ") if interactive else next(sys.stdin).rstrip("\n")
         except (EOFError, StopIteration, KeyboardInterrupt):
             return
         if line.strip():

@@ -1,4 +1,4 @@
-"""``upcycle compare``: which way to split this model."""
+"""``upcycle compare``: measures ways to split a model, and recommends one."""
 
 from __future__ import annotations
 
@@ -29,29 +29,37 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
 
 @click.command("compare")
 @click.argument("source")
-@click.option("--methods", default="all", callback=_list, help="splitting methods, or NAME:KEY=VALUE  [default: all]")
+@click.option(
+    "--methods", default="all", callback=_list, help="splitting methods: NAME or NAME:KEY=VALUE  [default: all]"
+)
 @click.option("--routers", default="all", callback=_list, help="router initialisers  [default: all]")
 @click.option(
     "--active",
     default="0.75,0.5,0.25",
     callback=_fractions,
-    help="fractions of the neurons that run, all layers together",
+    help="fractions of the FFN neurons that run per token, over all layers  [default: 0.75,0.5,0.25]",
 )
 @click.option(
-    "--calibration", default="demo", callback=_list, help="texts to calibrate on, a domain each  [default: demo]"
+    "--calibration", default="demo", callback=_list, help="texts to calibrate on, one per domain  [default: demo]"
 )
-@click.option("--calibration-tokens", default=6144, help="calibration tokens  [default: 6144]")
+@click.option("--calibration-tokens", default=6144, help="tokens to calibrate on  [default: 6144]")
 @click.option("--window", default=256, help="tokens per window  [default: 256]")
 @click.option(
-    "--text", default="", callback=_list, help="texts to measure on  [default: the last quarters of the others]"
+    "--text",
+    default="",
+    callback=_list,
+    help="texts to measure on  [default: the last quarter of each calibration text]",
 )
 @click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
-@click.option("--pieces", default=192, help="experts an FFN is cut into, shared ones included, at most  [default: 192]")
+@click.option("--pieces", default=192, help="most experts an FFN is split into, shared ones included  [default: 192]")
 @click.option(
-    "--layers", default="except-first:1", help="layers that are split; the others run whole  [default: except-first:1]"
+    "--layers", default="except-first:1", help="layers that are split; the others stay dense  [default: except-first:1]"
 )
 @click.option(
-    "--grid", type=click.Choice(["staged", "full"]), default="staged", help="all methods first, or everything"
+    "--grid",
+    type=click.Choice(["staged", "full"]),
+    default="staged",
+    help="staged: all methods with one router, then all routers with the best method; full: every combination  [default: staged]",
 )
 @click.option("--seed", default=0, help="seed of every random choice  [default: 0]")
 @click.option("--out", type=click.Path(path_type=Path), help="save the table as JSON, or as Markdown (.md)")
@@ -60,8 +68,8 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
 def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Compare splitting methods, routers and refits on SOURCE, and recommend a command.
 
-    Nothing is converted: the layers are decided and run one by one, and every line of the table is measured on text that
-    nothing was fitted to. Static pruning with the same refit and oracle routing are always in it.
+    No checkpoint is written: layers are split and run in memory, one by one. Every row of the table is measured on text that
+    nothing was fitted to. Static pruning with the same refit, and routing by an oracle, are always among the rows.
 
     \b
     upcycle compare demo
@@ -134,11 +142,11 @@ def _verdicts(found: Any) -> list[tuple[str, str]]:
     facts = [("dense", f"perplexity {dense} ({found.evaluation_tokens:,} tokens nothing was fitted to)")]
     for active in dict.fromkeys(row.active for row in found.results):
         best, static = found.best(active), found.baseline(active, "static")
-        worth = "beats" if best.ratio < static.ratio else "does NOT beat"
+        beats = "beats" if best.ratio < static.ratio else "does NOT beat"
         facts.append(
             (
                 f"at {active:.0%}",
-                f"{best.method}, {best.router}: {best.ratio:.3f}x; {worth} static pruning ({static.ratio:.3f}x)",
+                f"{best.method}, {best.router}: {best.ratio:.3f}x; {beats} static pruning ({static.ratio:.3f}x)",
             )
         )
         facts.append(("", best.command or ""))
@@ -146,7 +154,7 @@ def _verdicts(found: Any) -> list[tuple[str, str]]:
 
 
 def markdown(found: Any) -> str:
-    """The table as Markdown."""
+    """Return the table, with the recommendations below it, as Markdown."""
     columns = _columns(found)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cells(row, found)) + " |" for row in found.results]

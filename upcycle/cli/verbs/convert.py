@@ -1,4 +1,4 @@
-"""``upcycle convert``: from a dense checkpoint to a verified MoE checkpoint."""
+"""``upcycle convert``: turns a dense checkpoint into a verified MoE checkpoint."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from upcycle.formatting import count, duration, size
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @recipe_options
 @click.option(
-    "--blueprint", type=click.Path(path_type=Path), help="build from a saved blueprint.safetensors and its recipe"
+    "--blueprint", type=click.Path(path_type=Path), help="reuse a saved blueprint.safetensors and the recipe in it"
 )
 @click.option("--no-verify", is_flag=True, help="skip the comparison with the dense model")
 @click.option("--overwrite", is_flag=True, help="replace an OUT that upcycle wrote, once the new model is complete")
-@click.option("--restart", is_flag=True, help="throw an unfinished conversion of another recipe away")
-@click.option("--dry-run", is_flag=True, help="only say what it will cost, like upcycle plan")
+@click.option("--restart", is_flag=True, help="discard an unfinished conversion of another recipe in OUT")
+@click.option("--dry-run", is_flag=True, help="only print what it would cost, like upcycle plan")
 @quiet_option
 @common_options
 def command(
@@ -43,10 +43,10 @@ def command(
 ) -> None:
     """Convert SOURCE into a Mixture-of-Experts checkpoint in the folder OUT, and verify it.
 
-    SOURCE is a local folder, a hub id, a .gguf file, demo, or a recipe: a RECIPE.yaml (mergekit-moe's are understood) or the
-    name of one that comes with upcycle (upcycle list recipes), whose source --source names. With --sources it may be left out.
-    Flags win over the recipe, and the resolved recipe is written into OUT. A conversion that was stopped continues when the
-    same command is given again.
+    SOURCE is a local folder, a hub id, a .gguf file, demo, or a recipe: a .yaml file (of upcycle or of mergekit-moe) or the name
+    of a recipe that comes with upcycle (upcycle list recipes). With a recipe, --source names the model to convert. With
+    --sources, SOURCE may be left out. Options override the recipe, and the complete recipe is written into OUT. To continue a
+    conversion that was stopped, run the same command again.
 
     \b
     upcycle convert demo OUT --experts 4 --top-k 2
@@ -85,7 +85,7 @@ def command(
 
 
 def _check_not_a_source(out: Path, sources: Any) -> None:
-    """Refuse ``--sources a,b c``: a space for a comma makes the last source the output.
+    """Refuse ``--sources a,b c``, where a space in place of a comma would make the last source the output folder.
 
     Raises:
         UsageError: OUT is a model that upcycle did not write.
@@ -93,13 +93,13 @@ def _check_not_a_source(out: Path, sources: Any) -> None:
     folder = real_path(out)
     if (folder / "config.json").is_file() and kind_of(folder) == "foreign":
         raise UsageError(
-            f"{out} is a model, and the only argument beside --sources is the folder for the output",
+            f"OUT is {out}, which is a model that upcycle did not write",
             hint=f"if it is one of the sources, put a comma before it and name an OUT: --sources {sources},{out} OUT",
         )
 
 
 def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cell]]:
-    """The final table."""
+    """Return name and text of the lines that are printed about a finished conversion."""
     from upcycle.cli.verbs.verify import verification_facts
 
     plan = result.plan
@@ -135,12 +135,14 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
         ]
     facts += [*calibration_facts(result.layers), *verification_facts(result.verification)]
     if result.verification.verdict == "approximate" and plan.promise == "approximate":
-        facts.append(("hint", "quality is lower until the model is healed by continual pre-training"))
+        facts.append(
+            ("hint", "quality is lower than the dense model's until the model is healed by continual pre-training")
+        )
     return [*facts, ("next", _next_step(plan, out, source))]
 
 
 def _next_step(plan: Any, out: Path, source: str) -> str:
-    """What most would do with the result."""
+    """Return the command that most users would run next."""
     from upcycle.registry import load
 
     step = getattr(load("method", plan.method), "next_step", "upcycle evaluate {out} --reference {source}")
@@ -148,7 +150,7 @@ def _next_step(plan: Any, out: Path, source: str) -> str:
 
 
 def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What calibration measured, over all layers; nothing where there was none."""
+    """Return what calibration measured, from the smallest to the largest value of all layers; empty without calibration."""
 
     def spread(key: str, form: str) -> str:
         values = [layer[key] for layer in layers if key in layer]
@@ -157,13 +159,16 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
     facts = []
     if aligned := spread("similarity_aligned", ".2f"):
         stored = spread("similarity_stored", ".2f")
-        facts.append(("neurons", f"similar to the anchor's by {stored} as stored, by {aligned} aligned"))
+        facts.append(("neurons", f"cosine similarity to the anchor's: {stored} as stored, {aligned} once aligned"))
     if captured := spread("captured", ".0%"):
         facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
-    if own := spread("own_expert", ".0%"):
-        facts.append(("router", f"{own} of the sources' own tokens choose their own expert"))
+    if share := spread("own_expert", ".0%"):
+        facts.append(("router", f"chooses a source's own expert for {share} of that source's tokens"))
     if before := spread("error_before", ".2f"):
         facts.append(
-            ("refit", f"layers' relative error {before} before, {spread('error_after', '.2f')} after (held-out tokens)")
+            (
+                "refit",
+                f"relative error of layers {before} before, {spread('error_after', '.2f')} after (held-out tokens)",
+            )
         )
     return facts

@@ -1,4 +1,4 @@
-"""``upcycle demo``: the main job on the embedded model, in a minute, without a download."""
+"""``upcycle demo``: converts and verifies the embedded model in a minute, without a download."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import VERDICT_STYLE, Bars, Cell, print_json, print_table, say, show, styled, write
+from upcycle.cli.shared.output import (
+    VERDICT_STYLE,
+    Bars,
+    Cell,
+    print_json,
+    print_line,
+    print_message,
+    print_model_text,
+    print_table,
+    styled,
+)
 from upcycle.files.output.ownership import check_output
 from upcycle.formatting import count
 
-# title, folder, recipe keys: a copy, a split that must be exact, with shared experts, and one that saves compute.
+# (title, folder, recipe keys): copies, two splits that must be exact (the second with shared experts), and one that saves compute.
 CONVERSIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("4 copies, top-2", "upcycled", {"method": "sparse_upcycling", "experts": 4, "top_k": 2}),
     ("8 slices, all on", "split-all", {"method": "random_split", "experts": 8, "top_k": 8}),
@@ -28,7 +38,7 @@ PROMPT = "def read_file(path):\n    "
 @quiet_option
 @common_options
 def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
-    """Convert the embedded demo model four ways into OUT, verify each, and let dense and MoE write a line of code.
+    """Convert the embedded demo model into OUT in four ways, verify each, and let the dense model and a MoE write some code.
 
     The demo model is a Llama of 3.4 million parameters trained on Python's own documentation and library.
     """
@@ -42,8 +52,8 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     results = []
     for title, folder, keys in CONVERSIONS:
         if not quiet:
-            say(f"{title}: upcycle convert demo {out / folder} {_flags(keys)}")
-        # What an earlier demo left is replaced; anything else is refused.
+            print_message(f"{title}: upcycle convert demo {out / folder} {_flags(keys)}")
+        # Folders of an earlier demo are replaced; others were refused above.
         results.append(convert("demo", out / folder, overwrite=True, progress=Bars(quiet=True), **keys))
     report = _report(out)
     texts = {name: _continuation(folder) for name, folder in (("dense", None), ("4 copies, top-2", out / "upcycled"))}
@@ -58,27 +68,27 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
     )
     first, checked = results[0].plan, results[0].verification
     assert checked is not None
-    show()
-    show(
+    print_line()
+    print_line(
         f"dense: {count(first.parameters_dense)} parameters, perplexity {checked.perplexity_dense:.2f}; "
         "FLOPs are relative to dense"
     )
     same = len(set(texts.values())) == 1
-    show()
-    show(f"The dense model and its copy of 4 experts write {'the same' if same else 'different text'}:")
-    show()
-    write(PROMPT + texts["dense"] + "\n\n")
-    show(
-        f"report on the last of them: {report}"
+    print_line()
+    print_line(f"The dense model and the MoE of 4 copies write {'the same text' if same else 'different texts'}:")
+    print_line()
+    print_model_text(PROMPT + texts["dense"] + "\n\n")
+    print_line(
+        f"report on the last conversion: {report}"
         if report
-        else "no report without the extra: pip install 'upcycle[report]'"
+        else "no report was written, as it needs an extra: pip install 'upcycle[report]'"
     )
-    show()
-    show(f"next: upcycle evaluate {out / 'split-sparse'} --reference demo")
+    print_line()
+    print_line(f"next: upcycle evaluate {out / 'split-sparse'} --reference demo")
 
 
 def _report(out: Path) -> str | None:
-    """Write the page about the sparse split; None where the extra is missing."""
+    """Write the report on the sparse split and return its path; None where the extra that it needs is missing."""
     from upcycle.report.data.collect import Wanted
     from upcycle.report.write_report import can_draw, write_report
 
@@ -106,7 +116,7 @@ def _row(title: str, result: Any) -> list[Cell]:
 
 
 def _continuation(folder: Path | None) -> str:
-    """Greedy text from stock transformers."""
+    """Return what stock transformers continues the prompt with, greedily; None stands for the dense model."""
     from upcycle.architectures.stock import load_model, load_tokenizer
     from upcycle.files.locate import locate
     from upcycle.text.windows import continuation

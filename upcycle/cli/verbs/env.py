@@ -1,4 +1,4 @@
-"""``upcycle env``: facts for a bug report."""
+"""``upcycle env``: prints what a bug report should say about a machine."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THRE
 @click.command("env")
 @common_options
 def command(as_json: bool, debug: bool) -> None:
-    """Print versions and hardware, to paste into a bug report. No token or path of yours is printed."""
+    """Print versions and hardware, to paste into a bug report. None of your tokens or paths is printed."""
     facts = environment()
     print_json(facts) if as_json else print_facts([(name, str(value)) for name, value in facts.items()])
 
 
 def environment() -> dict[str, Any]:
-    """What decides how the tool behaves here."""
+    """Return versions, hardware and the names of relevant environment variables that are set."""
     import psutil
     import torch
 
@@ -51,6 +51,6 @@ def environment() -> dict[str, Any]:
     facts["processors"] = os.cpu_count()
     facts["memory"] = f"{psutil.virtual_memory().total / 1e9:.1f} GB"
     facts["accelerator"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    # Whether they are set matters; what they hold may be private.
+    # Only whether they are set: their values may be private.
     facts["set variables"] = ", ".join(name for name in _VARIABLES if os.environ.get(name)) or "none"
     return facts

@@ -1,4 +1,4 @@
-"""``upcycle evaluate``: perplexity and expert load, tasks, speed."""
+"""``upcycle evaluate``: measures perplexity and expert load, scores on tasks, or speed."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ from upcycle.evaluation.speed_table import speed_rows
 @click.command("evaluate")
 @click.argument("model")
 @click.option(
-    "--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]"
+    "--text",
+    multiple=True,
+    metavar="FILE",
+    help="UTF-8 text file, or the embedded prose or code (repeatable)  [default: prose and code]",
 )
-@click.option("--reference", metavar="DENSE", help="another model to measure on the same tokens")
+@click.option("--reference", metavar="DENSE", help="another model, usually the dense one, measured in the same way")
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="tokens per window")
 @click.option("--stride", type=click.IntRange(1), help="tokens between windows  [default: half a window]")
-@click.option("--tokens", type=click.IntRange(2), help="at most this many tokens of each text")
+@click.option("--tokens", type=click.IntRange(2), help="most tokens to read of each text")
 @click.option(
-    "--tasks", metavar="NAME[,NAME]", help="tasks, groups or tags of lm-eval to score instead of texts; * is any"
+    "--tasks",
+    metavar="NAME[,NAME]",
+    help="tasks, groups or tags of lm-eval to score instead of texts; * matches anything",
 )
 @click.option(
     "--task-folder",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="tasks of your own: .yaml files without code, their data beside them",
+    help="folder with your own tasks: .yaml files without code, and their data",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="only the first N questions of each task")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="sequences per pass of a task")
-@click.option("--speed", is_flag=True, help="time reading and writing, and measure memory, instead of reading texts")
+@click.option(
+    "--batch", type=click.IntRange(1), default=8, show_default=True, help="sequences per forward pass of a task"
+)
+@click.option("--speed", is_flag=True, help="time prefill and decoding, and measure memory, instead of perplexity")
 @quiet_option
 @common_options
 def command(
@@ -53,10 +60,10 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Measure the perplexity of MODEL in fp32, and how evenly it uses its experts; or how well it does on tasks, or how fast it is.
+    """Measure the perplexity of MODEL in fp32 and how evenly it uses its experts; with --tasks, its scores; with --speed, its speed.
 
-    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE. Scores and speed are kept in evaluation.json of an OUT that
-    upcycle wrote: the report says them, and the card the scores.
+    MODEL is a folder, a hub id, a .gguf file or demo; dense or MoE. If upcycle wrote MODEL, scores and speed are saved in its
+    evaluation.json, from which upcycle report shows both and the model card shows the scores.
 
     \b
     upcycle evaluate ./moe --reference ./llama

@@ -1,4 +1,4 @@
-"""``upcycle export``: from a training checkpoint to a stock transformers folder."""
+"""``upcycle export``: turns a training checkpoint into a folder that stock transformers loads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from upcycle.formatting import size
     type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
     default="keep",
     show_default=True,
-    help="dtype of the weights; keep: that of the model training began with",
+    help="dtype of the weights; keep: as in the model that training began with",
 )
 @click.option(
     "--layout",
     type=click.Choice(["keep", "per-expert", "fused"]),
     default="keep",
     show_default=True,
-    help="how experts are stored; keep: likewise",
+    help="how experts are stored; keep: as in the model that training began with",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="largest weight file")
 @click.option("--overwrite", is_flag=True, help="replace an OUT that upcycle wrote, once the new model is complete")
@@ -45,8 +45,9 @@ def command(
 ) -> None:
     """Write the model of CHECKPOINT into the folder OUT as stock transformers stores it.
 
-    CHECKPOINT is a folder of a run such as run/checkpoints/step-00000100, or the run's folder for its newest one. OUT is what
-    verify and evaluate take; it does not depend on how many ranks trained it, nor how they divided it.
+    CHECKPOINT is a checkpoint of a run, such as run/checkpoints/step-00000100, or the run's folder, which stands for its newest
+    checkpoint. upcycle verify and upcycle evaluate read OUT. How many ranks trained the model, and how they divided it, makes
+    no difference to OUT.
     """
     from upcycle.trainers.checkpoints.export import export
 

@@ -1,4 +1,4 @@
-"""``upcycle generate``: what a model writes, and which expert read every token."""
+"""``upcycle generate``: prints a model's continuation of a prompt, and which expert read each token."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def writing_options(function: F) -> F:
-    """How a model writes, and what is shown of its experts."""
+    """Add the options that say how a model writes and which experts are shown."""
     for option in (
-        click.option("--no-experts", is_flag=True, help="the text alone"),
+        click.option("--no-experts", is_flag=True, help="print the text without its experts"),
         click.option(
-            "--layer", type=click.IntRange(0), help="whose experts are shown  [default: the middle MoE layer]"
+            "--layer", type=click.IntRange(0), help="layer whose experts are shown  [default: the middle MoE layer]"
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="seed of the draws"),
+        click.option("--seed", type=int, default=0, show_default=True, help="seed for sampling"),
         click.option(
             "--temperature",
             type=click.FloatRange(0),
             default=0.0,
             show_default=True,
-            help="0 takes the likeliest token every time",
+            help="sampling temperature; 0 always takes the likeliest token",
         ),
-        click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="tokens to write at most"),
+        click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="most tokens to write"),
     ):
         function = option(function)
     return function
@@ -37,7 +37,7 @@ def writing_options(function: F) -> F:
 
 @click.command("generate")
 @click.argument("model")
-@click.option("--prompt", required=True, metavar="TEXT", help="what to go on from")
+@click.option("--prompt", required=True, metavar="TEXT", help="text that the model continues")
 @writing_options
 @common_options
 def command(
@@ -51,11 +51,11 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Let MODEL go on from a prompt, every token in the colour of the expert that read it in one layer.
+    """Continue a prompt with MODEL, and print each token in the colour of the expert that read it in one layer.
 
-    MODEL is a folder, a hub id, a .gguf file or demo: a MoE of any of the targets, or dense, which has no colours. Where there
-    are no colours to show, the number of the expert stands behind each token: " the<3>". Of several chosen experts it is the
-    heaviest; --json gives all, with their weights.
+    MODEL is a folder, a hub id, a .gguf file or demo: a MoE of any target, or a dense model, whose tokens have no colour. Where
+    stdout shows no colours, the expert's number follows each token: " the<3>". Of several chosen experts, the one with the
+    largest routing weight is shown; --json prints all of them with their weights.
 
     \b
     upcycle generate ./moe --prompt "def read_file(path):"
@@ -65,10 +65,10 @@ def command(
     from upcycle.inference.generate import Writer
 
     writer = Writer(model, layer, experts=not no_experts)
-    written = writer.write(writer.encode(prompt), tokens, temperature, seed)
+    stream = writer.write(writer.encode(prompt), tokens, temperature, seed)
     if as_json:
-        found = [asdict(token) for token in written]
-        text = "".join(token["text"] for token in found if not token["prompt"])
+        written = [asdict(token) for token in stream]
+        text = "".join(token["text"] for token in written if not token["prompt"])
         print_json(
             {
                 "model": model,
@@ -77,13 +77,13 @@ def command(
                 "layer": writer.layer,
                 "experts": writer.experts,
                 "stopped": writer.stopped,
-                "tokens": found,
+                "tokens": written,
             }
         )
         return
-    shown = ExpertText(writer.experts)
-    for token in written:
-        shown.show(token)
-    shown.end()
+    printer = ExpertText()
+    for token in stream:
+        printer.show(token)
+    printer.end()
     if writer.layer is not None:
-        shown.legend(writer.layer)
+        printer.legend(writer.layer)

@@ -1,4 +1,4 @@
-"""``upcycle list``: what there is to choose from."""
+"""``upcycle list``: prints the methods, routers, families, targets, losses and recipes to choose from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from upcycle.errors import UsageError
 @click.option("--markdown", "as_markdown", is_flag=True, help="print the table of KIND in Markdown")
 @common_options
 def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
-    """List methods, routers, families, targets, losses or recipes; all of them when KIND is left out."""
+    """List the methods, routers, families, targets, losses or recipes that there are; without KIND, all of these."""
     if as_markdown:
         if kind is None:
             raise UsageError("--markdown prints one table: name a KIND", hint="upcycle list methods --markdown")

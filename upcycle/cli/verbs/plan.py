@@ -1,4 +1,4 @@
-"""``upcycle plan``: what a conversion will cost."""
+"""``upcycle plan``: prints what a conversion would cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upcycle.formatting import count, size
 
 
 class _Plan(click.Command):
-    """``upcycle plan train RECIPE`` is a command of its own; whatever else stands there is a source."""
+    """Makes ``upcycle plan train RECIPE`` a command of its own; any other first argument is a source."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -28,12 +28,12 @@ class _Plan(click.Command):
 @recipe_options
 @common_options
 def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> None:
-    """Say everything the conversion of SOURCE will cost, without reading a weight.
+    """Print what converting SOURCE would cost in parameters, compute, disk and memory, without reading a weight.
 
     SOURCE is a local folder, a hub id, a .gguf file, demo, a RECIPE.yaml, or the name of a recipe that comes with upcycle
-    (upcycle list recipes). Of a hub id only config.json is downloaded.
+    (upcycle list recipes). Of a hub id, only config.json is downloaded.
 
-    What a training run will need is another command's: upcycle plan train RECIPE --world 8xH100.
+    For what a training run needs, see upcycle plan train RECIPE --world 8xH100.
     """
     show_plan(build_recipe(source, flags, None, note), as_json)
 
@@ -59,7 +59,7 @@ def show_plan(recipe: Any, as_json: bool) -> None:
 
 
 def _growth_facts(plan: Any) -> list[tuple[str, str]]:
-    """The same of a growth step."""
+    """Return the plan of a growth step as names and texts."""
     total = plan.parameters_total / plan.parameters_dense
     facts = [
         ("growth", f"{plan.family} by {plan.method}: {plan.summary}"),
@@ -74,7 +74,7 @@ def _growth_facts(plan: Any) -> list[tuple[str, str]]:
 
 
 def plan_facts(plan: Any) -> list[tuple[str, str]]:
-    """The plan as lines."""
+    """Return a plan as names and texts, one pair per printed line."""
     total = plan.parameters_total / plan.parameters_dense
     active = plan.parameters_active / plan.parameters_dense
     if plan.kind == "growth":
@@ -92,7 +92,7 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
 
 
 def _costs(plan: Any, reference: str) -> list[tuple[str, str]]:
-    """What it takes to run, to store and to make."""
+    """Return what the result takes to run and to store, and what making it takes."""
     ratio = plan.flops_per_token / plan.flops_per_token_dense
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
     return [

@@ -1,4 +1,4 @@
-"""``upcycle plan train``: what a training run will need."""
+"""``upcycle plan train``: estimates what a training run needs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from upcycle.formatting import count, duration, size
 @click.option(
     "--world", help="8xH100, 2x8xH100 (machines x devices), or a number of ranks on CPUs  [default: this machine]"
 )
-@click.option("--model", help="the model, instead of the recipe's")
+@click.option("--model", help="train this model instead of the one in the recipe")
 @set_option
-@click.option("--dense-tokens", type=click.FloatRange(min=1), help="tokens the dense model was trained on, e.g. 2e12")
-@click.option("--dense", help="the dense model, if the model does not say what it was converted from")
+@click.option(
+    "--dense-tokens", type=click.FloatRange(min=1), help="tokens that the dense model was trained on, e.g. 2e12"
+)
+@click.option("--dense", help="the dense model, if MODEL has no record of what it was converted from")
 @common_options
 def command(
     recipe: Path,
@@ -35,13 +37,14 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Estimate what training as RECIPE says needs: memory of a rank, bytes sent per step, and bounds on tokens per second.
+    """Estimate what the training run in RECIPE needs: memory per rank, bytes sent per step, and bounds on tokens per second.
 
     RECIPE is a YAML file, or the name of a recipe that comes with upcycle (upcycle list recipes).
 
-    Every ZeRO stage and division of experts that the trainer takes is a row of one table. Of tokens per second it has the bound if
-    sending and computing overlap perfectly, and (apart) if they do not at all; by that, the recommended row is the fastest that
-    fits. No weight is read. Devices: A100, A100-40GB, H100, H200, B200, L40S.
+    The table has a row for every ZeRO stage and every expert-parallel size that the trainer supports. Its column tokens/s is the
+    bound if communication overlaps perfectly with computation, the column apart the bound if it does not overlap at all. The
+    recommended row has the highest bound without overlap among those that fit into memory. No weight is read. Devices: A100,
+    A100-40GB, H100, H200, B200, L40S.
 
     \b
     upcycle plan train recipe.yaml --world 8xH100
@@ -49,8 +52,8 @@ def command(
     """
     from upcycle.trainers.forecast.plan_training import plan_training, read_planned
 
-    told = read_planned(recipe, {**({"model": model} if model else {}), **set_})
-    plan = plan_training(told, world, dense_tokens, dense)
+    parsed = read_planned(recipe, {**({"model": model} if model else {}), **set_})
+    plan = plan_training(parsed, world, dense_tokens, dense)
     if as_json:
         print_json({**plan.as_dict(), "command": next_command(plan, recipe, model, set_)})
         return
@@ -87,24 +90,26 @@ def _show(plan: Any, command_line: str | None) -> None:
         right=range(11),
     )
     if plan.refused:
-        note(f"experts are not divided among ranks: {plan.refused}")
+        note(f"no row divides the experts among ranks: {plan.refused}")
     for warning in plan.warnings:
         warn(warning)
     if plan.own and plan.recommended and not plan.own.fits:
-        warn(f"the recipe's own division needs {size(plan.own.memory.total)} of {size(device.memory)}")
+        warn(f"with the recipe's own settings, a rank needs {size(plan.own.memory.total)} of {size(device.memory)}")
     if plan.recommended is None:
-        warn(f"nothing fits into {size(device.memory)} of a device")
+        warn(f"no row fits into the {size(device.memory)} of a device")
         print_facts(
             [
                 (
                     "next",
-                    "more ranks, a smaller micro_batch, activation_checkpointing: true, or zero.offload_optimizer: true",
+                    "use more ranks, a smaller micro_batch, activation_checkpointing: true, or zero.offload_optimizer: true",
                 )
             ]
         )
         return
     hours = plan.tokens / plan.recommended.speed.bound
-    print_facts([("at least", f"{duration(hours)} at the bound, which no run reaches"), ("next", command_line or "")])
+    print_facts(
+        [("time", f"at least {duration(hours)}: the bound, which no run reaches"), ("next", command_line or "")]
+    )
 
 
 def _row(plan: Any, option: Any) -> Sequence[str]:
@@ -129,7 +134,7 @@ def _row(plan: Any, option: Any) -> Sequence[str]:
 
 
 def next_command(plan: Any, recipe: Path, model: str | None, set_: dict[str, Any]) -> str | None:
-    """The command that trains as recommended."""
+    """Return the command that trains with the settings of the recommended row; None where no row fits."""
     chosen = plan.recommended
     if chosen is None:
         return None

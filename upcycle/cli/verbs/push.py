@@ -1,4 +1,4 @@
-"""``upcycle push``: a converted model to the hub."""
+"""``upcycle push``: publishes a converted model on the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import card_options, common_options, quiet_option
-from upcycle.cli.shared.output import Bars, print_facts, print_json, print_table, show
+from upcycle.cli.shared.output import Bars, print_facts, print_json, print_line, print_table
 from upcycle.formatting import size
 
 
@@ -16,17 +16,19 @@ from upcycle.formatting import size
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="make a private repository")
-@click.option("--revision", metavar="BRANCH", help="commit to this branch, made where there is none  [default: main]")
+@click.option(
+    "--revision", metavar="BRANCH", help="commit to this branch, created if it does not exist  [default: main]"
+)
 @click.option("--create-pr", is_flag=True, help="open a pull request instead of committing")
-@click.option("--collection", metavar="NAME", help="add it to a collection: its slug, or a title")
+@click.option("--collection", metavar="NAME", help="add the model to a collection, named by slug or title")
 @click.option("--dry-run", is_flag=True, help="only show what would be uploaded")
-@click.option("--force", is_flag=True, help="publish what is broken or was not verified; its card will say so")
-@click.option("--overwrite", is_flag=True, help="replace what else the repository holds; it stays in its history")
+@click.option("--force", is_flag=True, help="publish a model that is broken or was not verified; its card will say so")
+@click.option("--overwrite", is_flag=True, help="replace other files in the repository; its history keeps them")
 @click.option(
     "--allow",
     multiple=True,
     metavar="TEXT",
-    help="publish this text, although it tells of this machine: a folder, a name (repeatable)",
+    help="publish this text (a folder, a name) although it is private to this machine (repeatable)",
 )
 @card_options
 @quiet_option
@@ -34,9 +36,9 @@ from upcycle.formatting import size
 def command(out: Path, repo: str, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Publish the converted model in OUT as REPO (owner/name) on the Hugging Face hub, with a model card.
 
-    Every file is checked against its recorded hash first, and searched for keys and for what tells of this machine. One commit
-    makes all of them appear; given again after a cut, the command does not send twice what has arrived. The token is that of
-    HF_TOKEN or hf auth login.
+    First, every file is checked against its recorded hash and searched for keys and for names and folders of this machine. A
+    single commit then makes all files appear. After a lost connection, run the same command again: files that have arrived are
+    not sent twice. The token is taken from HF_TOKEN or hf auth login.
 
     \b
     upcycle push OUT you/name --dry-run
@@ -51,9 +53,9 @@ def command(out: Path, repo: str, quiet: bool, as_json: bool, debug: bool, **opt
         return
     rows = [[file.name, size(file.size) if file.status != "deleted" else "", file.status] for file in result.files]
     print_table(["file", "size", ""], rows, right=[1])
-    show()
+    print_line()
     print_facts(_facts(result))
-    show(result.url, wrap=False)
+    print_line(result.url, wrap=False)
 
 
 def _facts(result: Any) -> list[tuple[str, str]]:
@@ -63,7 +65,7 @@ def _facts(result: Any) -> list[tuple[str, str]]:
     facts.append(("searched", f"no keys and no folders of this machine in {result.searched} files"))
     if result.dry_run:
         return [("dry run", f"nothing was sent to {where}"), *facts, ("to send", sent)]
-    facts.append(("sent", sent if result.commit else "nothing: it is there already"))
+    facts.append(("sent", sent if result.commit else "nothing: the repository has all files already"))
     if result.commit:
         facts.append(("commit", result.commit))
     if result.collection:

@@ -1,4 +1,4 @@
-"""``upcycle report``: everything a reader needs to trust a model, or not."""
+"""``upcycle report``: writes one page with what a reader needs to judge a model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ from upcycle.formatting import size
 @click.command("report")
 @click.argument("out_folder", metavar="OUT")
 @click.option("--out", type=click.Path(path_type=Path), help="the HTML file  [default: report.html in OUT]")
-@click.option("--source", metavar="DENSE", help="the dense parent, when it is not where recipe.yaml says")
+@click.option("--source", metavar="DENSE", help="the dense model, if it is no longer where recipe.yaml says")
 @click.option(
-    "--text", multiple=True, metavar="FILE", help="UTF-8 text, or prose / code (repeatable)  [default: prose and code]"
+    "--text",
+    multiple=True,
+    metavar="FILE",
+    help="UTF-8 text file, or the embedded prose or code (repeatable)  [default: prose and code]",
 )
-@click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="tokens to read of each text")
-@click.option("--prompt", multiple=True, metavar="TEXT", help="let both models go on from here (repeatable)")
 @click.option(
-    "--compare", type=click.Path(path_type=Path), metavar="FILE", help="what upcycle compare --out FILE.json wrote"
+    "--tokens", type=click.IntRange(2), default=2048, show_default=True, help="most tokens to read of each text"
+)
+@click.option("--prompt", multiple=True, metavar="TEXT", help="text that both models continue (repeatable)")
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="a table that upcycle compare --out FILE.json wrote",
 )
 @click.option(
     "--training",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="a training run, where it does not lie around OUT",
+    help="the folder of a training run, if OUT is not in it",
 )
-@click.option("--no-run", is_flag=True, help="read files alone: no perplexity, routing or experts")
+@click.option("--no-run", is_flag=True, help="only read files and run no model: no perplexity, routing or experts")
 @quiet_option
 @common_options
 def command(
@@ -46,10 +54,10 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Write one HTML page about OUT, and its numbers as JSON beside it.
+    """Write an HTML page about the model in OUT, and a JSON file with its numbers.
 
-    OUT is what upcycle convert or train wrote, finished or not, or any other model: what can be known of it is reported.
-    The models are run in fp32 in memory.
+    OUT is a folder that upcycle convert or upcycle train wrote, finished or not, or any other model; the page shows whatever
+    can be found out about it. Models are run in memory, in fp32.
 
     \b
     upcycle report ./moe
@@ -68,7 +76,8 @@ def command(
     absent = [f"{name}: {part['missing']}" for name, part in report.data.items() if _is_missing(part)]
     facts = [("verdict", summary["verdict"])]
     facts += [
-        ({"good": "ok", "mind": "mind", "bad": "stop"}[part["level"]], part["text"]) for part in summary["findings"]
+        ({"good": "ok", "caution": "caution", "bad": "problem"}[part["level"]], part["text"])
+        for part in summary["findings"]
     ]
     facts += [("left out", text) for text in absent]
     facts.append(("report", f"{report.html} ({size(report.html.stat().st_size)}), numbers in {report.json}"))

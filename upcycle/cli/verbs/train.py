@@ -1,4 +1,4 @@
-"""``upcycle train``: continual pre-training of a converted model."""
+"""``upcycle train``: trains a model, usually to heal a conversion by continual pre-training."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import assigned, common_options, quiet_option
-from upcycle.cli.shared.output import print_facts, print_json, say, warn
+from upcycle.cli.shared.output import print_facts, print_json, print_message, warn
 from upcycle.errors import UsageError
 from upcycle.formatting import duration
 from upcycle.trainers.distributed.signals import INTERRUPTED
 
 
 def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
-    """Read ``--set KEY=VALUE``, values as YAML.
+    """Return the keys and values of ``--set KEY=VALUE`` options; values are read as YAML.
 
     Raises:
-        UsageError: one is not of that form.
+        UsageError: an option is not of that form, or its value is not YAML.
     """
     found = {}
     for assignment in values:
@@ -37,20 +37,22 @@ set_option = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     callback=assignments,
-    help="set any recipe key, e.g. zero.stage=2, stages.train.steps=9 (a stage by its name or number; repeatable)",
+    help="set any recipe key, e.g. zero.stage=2, or stages.train.steps=9 (stages by name or number) (repeatable)",
 )
 
 
 @click.command("train")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--model", help="the model, instead of the recipe's")
-@click.option("--output", help="the run's folder, instead of the recipe's")
+@click.option("--model", help="train this model instead of the one in the recipe")
+@click.option("--output", help="folder of the run, instead of the one in the recipe")
 @set_option
 @click.option("--nproc", type=click.IntRange(1), help="ranks on this machine (or, with --hostfile, on each)")
 @click.option(
-    "--hostfile", type=click.Path(path_type=Path), help="machines of the run (NAME slots=RANKS a line), reached by ssh"
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    help="file with the machines of the run, reached by ssh: a line NAME slots=RANKS each",
 )
-@click.option("--restart", is_flag=True, help="throw the run's checkpoints away and begin anew")
+@click.option("--restart", is_flag=True, help="discard the run's checkpoints and begin again")
 @quiet_option
 @common_options
 def command(
@@ -69,9 +71,9 @@ def command(
 
     RECIPE is a YAML file, or the name of a recipe that comes with upcycle (upcycle list recipes).
 
-    A run that was stopped continues from its newest checkpoint when the same command is given again, on any number of
-    ranks. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step, save, and exit with 130; a second one ends it at once.
-    Started by torchrun, the command is one of its ranks.
+    To continue a run that was stopped from its newest checkpoint, run the same command again, on any number of ranks. On
+    Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its step, saves, and exits with 130; a second signal ends it at once.
+    Started by torchrun, the command is one of torchrun's ranks.
 
     \b
     upcycle train heal_split --model ./half --output ./healed --set data=corpus.jsonl
@@ -80,8 +82,8 @@ def command(
     """
     from upcycle.trainers.recipe.training_recipe import read_train_recipe
 
-    overlaid = {**({"model": model} if model else {}), **({"output": output} if output else {}), **set_}
-    told = read_train_recipe(recipe, overlaid)
+    overrides = {**({"model": model} if model else {}), **({"output": output} if output else {}), **set_}
+    parsed = read_train_recipe(recipe, overrides)
     arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
     if (nproc or hostfile) and _starts_ranks(nproc, hostfile):
         from upcycle.trainers.distributed.launcher import COMMAND, launch, told_command
@@ -99,7 +101,7 @@ def command(
     from upcycle.trainers.distributed.ranks import first_rank
     from upcycle.trainers.run.loop import train
 
-    result = train(told, (lambda _: None) if quiet else say, restart)
+    result = train(parsed, (lambda _: None) if quiet else print_message, restart)
     if first_rank():
         if as_json:
             print_json(result.as_dict())
@@ -110,25 +112,25 @@ def command(
 
 
 def _starts_ranks(nproc: int | None, hostfile: Path | None) -> bool:
-    """Whether this command is to start ranks: not where it was started as one of several.
+    """Return True, unless this process was itself started as one of several ranks.
 
     Raises:
-        UsageError: it was.
+        UsageError: it was started as one of several ranks.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1":
         if "RANK" in os.environ:
-            warn("RANK and WORLD_SIZE=1 in the environment are not used: ranks are started as the options say")
+            warn("RANK and WORLD_SIZE=1 in the environment are ignored: the options say which ranks are started")
         return True
     option = f"--nproc {nproc}" if hostfile is None else f"--hostfile {hostfile}"
     raise UsageError(
         f"{option} starts ranks, but WORLD_SIZE={world} and RANK={os.environ.get('RANK')} say that this process is one of several",
-        hint=f"leave {option} out where torchrun or a cluster starts the ranks, or unset RANK and WORLD_SIZE",
+        hint=f"leave {option} out if torchrun or a cluster starts the ranks, or unset RANK and WORLD_SIZE",
     )
 
 
 def _without(arguments: list[str], options: tuple[str, ...]) -> list[str]:
-    """Arguments for each rank: what starts the ranks is left out."""
+    """Return the arguments for each rank: those of this command without ``options`` and their values."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
@@ -155,14 +157,16 @@ def _facts(result: Any) -> list[tuple[str, str]]:
         facts += [("model", result.model), ("next", f"upcycle evaluate {result.model}")]
     else:
         facts.append(
-            ("next", f"{_again()}   continues" if result.stopped else f"upcycle export {result.checkpoint} OUT")
+            ("next", f"{_again()}   (continues)" if result.stopped else f"upcycle export {result.checkpoint} OUT")
         )
     return facts
 
 
 def _again() -> str:
-    """The command that continues this run."""
+    """Return the command that continues this run."""
     from upcycle.trainers.distributed.launcher import COMMAND, told_command
 
-    own = os.environ.get(COMMAND) or told_command(sys.argv[1:])
-    return f"torchrun ... {own}" if "TORCHELASTIC_RUN_ID" in os.environ and COMMAND not in os.environ else own
+    # A launcher hands its own command to the ranks; torchrun does not, so of its command only the end is known.
+    command = os.environ.get(COMMAND) or told_command(sys.argv[1:])
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and COMMAND not in os.environ
+    return f"torchrun ... {command}" if torchrun else command

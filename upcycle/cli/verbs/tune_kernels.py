@@ -1,4 +1,4 @@
-"""``upcycle tune-kernels``: the fastest tiles on this GPU for one layer's shape."""
+"""``upcycle tune-kernels``: finds the fastest tiles on this GPU for one layer's shape."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _numbers(_: Any, __: Any, value: str) -> list[int]:
 
 
 def _is_tiles(text: str) -> bool:
-    """Whether a file that is there is a table of tiles: keys are kinds of GPUs."""
+    """Return whether a file's text is a table of tiles, whose keys are kinds of GPUs."""
     return holds_keys()(text) and text.lstrip().startswith(('{\n "sm', '{\n "gfx'))
 
 
@@ -36,15 +36,17 @@ def _is_tiles(text: str) -> bool:
 @click.option("--width", type=click.IntRange(1), required=True, help="intermediate size of one expert")
 @click.option("--experts", type=click.IntRange(1), required=True, help="routed experts of a layer")
 @click.option("--top-k", type=click.IntRange(1), required=True, help="experts per token")
-@click.option("--tokens", default="8,512,8192", callback=_numbers, help="batch sizes  [default: 8,512,8192]")
+@click.option(
+    "--tokens", default="8,512,8192", callback=_numbers, help="tokens per batch, several sizes  [default: 8,512,8192]"
+)
 @click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", help="dtype of the weights")
-@click.option("--stacked", is_flag=True, help="weights as transformers stores them, not packed")
+@click.option("--stacked", is_flag=True, help="time weights as transformers stores them instead of packed ones")
 @quiet_option
 @common_options
 def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Time the experts' kernels on this GPU and write the fastest tiles to OUT, a JSON file.
 
-    Needs a CUDA device. `UPCYCLE_TILES=OUT` then uses them; without tuning, the tiles that come with upcycle are used.
+    Needs a CUDA device. To use the tiles, set UPCYCLE_TILES=OUT; without it, the tiles that come with upcycle are used.
 
     \b
     upcycle tune-kernels tiles.json --hidden 2048 --width 768 --experts 128 --top-k 8
@@ -52,7 +54,10 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
     from upcycle.kernels.layout.devices import gpu
 
     if options["top_k"] > options["experts"]:
-        raise UsageError(f"--top-k {options['top_k']} of --experts {options['experts']}", hint="at most all of them")
+        raise UsageError(
+            f"--top-k is {options['top_k']}, but --experts only {options['experts']}",
+            hint="choose at most as many experts per token as there are experts",
+        )
     check_file(out, _is_tiles)
     device = gpu()
     import torch
@@ -80,7 +85,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
     if as_json:
         print_json(facts)
     else:
-        print_facts([*facts.items(), ("next", f"UPCYCLE_TILES={out} and any command that runs a model")])
+        print_facts([*facts.items(), ("next", f"set UPCYCLE_TILES={out} for commands that run a model")])
 
 
 def _seconds(run: Any) -> float:

@@ -1,4 +1,4 @@
-"""``upcycle verify``: how equal a converted model is to its dense parent."""
+"""``upcycle verify``: measures how equal a converted model is to the dense model that it was made from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from upcycle.errors import RefusalError, UsageError, VerificationError
 
 @click.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--source", help="the dense model, when it is no longer where recipe.yaml says")
-@click.option("--text", metavar="FILE", help="UTF-8 text to measure on  [default: embedded validation texts]")
+@click.option("--source", help="the dense model, if it is no longer where recipe.yaml says")
+@click.option("--text", metavar="FILE", help="UTF-8 text file to measure on  [default: embedded validation texts]")
 @click.option(
     "--tokens",
     type=click.IntRange(16),
-    help="tokens to measure on  [default: 1024; with an engine: 128 that it writes]",
+    help="tokens to measure on; with an engine, tokens to generate  [default: 1024; with an engine: 128]",
 )
 @click.option(
-    "--with", "engine", type=click.Choice(["llama.cpp", "vllm"]), help="compare with an inference engine's greedy text"
+    "--with",
+    "engine",
+    type=click.Choice(["llama.cpp", "vllm"]),
+    help="check that this inference engine generates the same text as transformers",
 )
-@click.option("--engine-python", metavar="PATH", help="the Python that has the engine  [default: this one]")
+@click.option(
+    "--engine-python", metavar="PATH", help="the Python in which the engine is installed  [default: this one]"
+)
 @quiet_option
 @common_options
 def command(
@@ -38,21 +43,24 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Compare the converted model in OUT with its dense parent, in fp32 on real text.
+    """Compare the converted model in OUT with the dense model that it was made from, in fp32 on real text.
 
-    Checks every file against its recorded hash, loads the model with stock transformers, and says exact, approximate or
-    broken (exit code 3). Models larger than memory are streamed layer by layer.
+    Every file is checked against its recorded hash, the model is loaded with stock transformers, and the verdict is exact,
+    approximate or broken (exit code 3). Models larger than memory are streamed layer by layer.
 
-    With an engine, the dense model is not needed: what the engine writes is compared with what stock transformers writes from
-    the same files, token by token. Exit code 3: they differ; 2: the engine cannot hold the model.
+    With --with, the dense model is not needed: the text that the engine generates is compared, token by token, with the text
+    that stock transformers generates from the same files. Exit code 3: they differ; 2: the engine cannot run the model.
     """
     if engine is None:
         if engine_python:
-            raise UsageError("--engine-python is for --with ENGINE", hint="add --with llama.cpp or --with vllm")
+            raise UsageError("--engine-python needs --with ENGINE", hint="add --with llama.cpp or --with vllm")
         _verify(out, source, text, tokens or 1024, quiet, as_json)
     else:
         if source:
-            raise UsageError(f"--with {engine} needs no --source: it compares with transformers", hint="leave it out")
+            raise UsageError(
+                f"--with {engine} takes no --source: the engine is compared with transformers, not with the dense model",
+                hint="leave --source out",
+            )
         _verify_with(out, engine, text, tokens, engine_python, quiet, as_json)
 
 
@@ -66,7 +74,7 @@ def _verify(out: Path, source: str | None, text: str | None, tokens: int, quiet:
         print_facts(verification_facts(result))
     if result.verdict == "broken":
         raise VerificationError(
-            f"{out} is broken: {result.explanation}", hint="convert it again; report it if that does not help"
+            f"{out} is broken: {result.explanation}", hint="convert it again; if that does not help, please report it"
         )
 
 
@@ -83,12 +91,12 @@ def _verify_with(
     if result.verdict == "not held":
         raise RefusalError(
             f"{out}: {result.explanation}",
-            hint="upcycle convert --target writes it for another architecture (upcycle list targets)",
+            hint="convert to another architecture with upcycle convert --target (upcycle list targets)",
         )
     if result.verdict == "different":
         raise VerificationError(
             f"{engine} does not write what transformers writes: {result.explanation}",
-            hint=f"serve {out} with transformers, or convert to another --target and ask again",
+            hint=f"serve {out} with transformers, or convert to another --target and verify that with {engine}",
         )
 
 
@@ -103,7 +111,7 @@ def _serving_facts(result: Any) -> list[tuple[str, Cell]]:
                 "tokens",
                 f"{result.equal_tokens} of {result.tokens} equal, {result.near_ties} near ties ({result.prompts} prompts)",
             ),
-            ("logits", f"the two best are as far apart as in transformers: {within}"),
+            ("logits", f"the gap between the two best equals that in transformers: {within}"),
         ]
     if result.tokenizer:
         facts.append(("tokenizer", result.tokenizer))
@@ -111,7 +119,7 @@ def _serving_facts(result: Any) -> list[tuple[str, Cell]]:
 
 
 def verification_facts(result: Any) -> list[tuple[str, Cell]]:
-    """The verdict and its numbers as lines."""
+    """Return the verdict and its numbers as names and texts, one pair per printed line."""
     from upcycle.verification.verdict import said, span
 
     before, after = ("before", "after") if result.compared_tensors else ("dense", "MoE")
@@ -134,12 +142,12 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
         facts.append(
             (
                 "long text",
-                f"{said(result.far_error, '.1e')} relative behind position {result.positions_needed:,}, where windows and scaled "
-                "positions show",
+                f"{said(result.far_error, '.1e')} relative after position {result.positions_needed:,}, where attention windows "
+                "and scaled positions matter",
             )
         )
     if result.compared_tensors:
-        facts.append(("tensors", f"{result.compared_tensors:,}, each what it was made from, bit for bit"))
+        facts.append(("tensors", f"{result.compared_tensors:,}, each equal bit for bit to what it was made from"))
     if result.layer_errors:
         facts.append(("layers", f"relative error {span(result.layer_errors)}"))
     if result.all_experts_error is not None:

@@ -45,4 +45,4 @@ def _unfinished(subject: Subject) -> dict[str, Any]:
     if subject.log and not decided and not written:
         return missing("the training run has not exported a model yet")
     done = f"{len(decided)} layers are decided and {written} units are written"
-    return missing(f"the conversion is not finished: {done}; the same command continues it")
+    return missing(f"the conversion is not finished: {done}; to continue it, run the same command again")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from upcycle.report.data.subject import Subject
 
-Level = Literal["good", "mind", "bad"]
+Level = Literal["good", "caution", "bad"]
 _SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, was lost
 _OVERLOAD = 1.0  # MaxVio at which an expert has twice its share
 _ALIKE = 0.9  # cosine of two router rows from which on they choose together: 26 degrees apart
@@ -32,10 +32,10 @@ def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any
     _say_routing(sections["routing"], say)
     training = sections["training"]
     if alarms := training.get("alarms"):
-        say("mind", f"training raised {len(alarms)} alarms; the last: {alarms[-1]['message']}")
+        say("caution", f"training raised {len(alarms)} alarms; the last: {alarms[-1]['message']}")
     if skipped := training.get("skipped_steps"):
-        say("mind", f"training skipped {skipped} steps whose loss or gradient was not finite")
-    findings.sort(key=lambda finding: ("bad", "mind", "good").index(finding["level"]))
+        say("caution", f"training skipped {skipped} steps whose loss or gradient was not finite")
+    findings.sort(key=lambda finding: ("bad", "caution", "good").index(finding["level"]))
     return {
         "verdict": verdict,
         "explanation": verification["explanation"] if verification else "",
@@ -47,17 +47,24 @@ def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any,
     if subject.state == "failed":
         say("bad", "the conversion broke its promise and was set aside: do not use or publish it")
     if subject.state == "unfinished":
-        say("bad", sections["made"].get("missing", "the conversion is not finished; the same command continues it"))
+        say(
+            "bad",
+            sections["made"].get(
+                "missing", "the conversion is not finished; to continue it, run the same command again"
+            ),
+        )
     trained = sections["provenance"].get("trained")
     if verification and trained:
-        say("mind", f"verified when it was converted; trained since for {trained['step']:,} steps, so it has changed")
+        say(
+            "caution", f"verified when it was converted; trained since for {trained['step']:,} steps, so it has changed"
+        )
     elif verification:
-        level: Level = {"exact": "good", "approximate": "mind"}.get(verification["verdict"], "bad")  # type: ignore[assignment]
+        level: Level = {"exact": "good", "approximate": "caution"}.get(verification["verdict"], "bad")  # type: ignore[assignment]
         say(level, f"{verification['verdict']}: {verification['explanation']}")
     elif subject.ours and subject.state == "finished":
-        say("mind", "not verified: nothing says yet how equal it is to its dense parent")
+        say("caution", "not verified: nothing says yet how equal it is to its dense parent")
     elif not subject.ours:
-        say("mind", "not written by upcycle: nothing is known of how it was made")
+        say("caution", "not written by upcycle: nothing is known of how it was made")
     provenance = sections["provenance"]
     if provenance.get("changed"):
         say("bad", f"files have changed since they were written: {provenance['changed']}")
@@ -74,12 +81,12 @@ def _say_quality(quality: Mapping[str, Any], say: Any) -> None:
     text = f"perplexity is {ratio:.3f}x its parent's (geometric mean over {len(quality['domains'])} texts)"
     remarks = quality.get("remarks") or {}
     if flattered := [f"{name}: {remark}" for name, remark in remarks.items() if "calibrated on" in remark]:
-        say("mind", f"{text}, on text that it was calibrated on ({'; '.join(flattered)})")
+        say("caution", f"{text}, on text that it was calibrated on ({'; '.join(flattered)})")
     elif ratio <= _SAME:
         say("good", text)
     else:
         much = "" if ratio <= _CLOSE else ": heal it by continual pre-training before use"
-        say("mind", text + much)
+        say("caution", text + much)
 
 
 def _say_routing(routing: Mapping[str, Any], say: Any) -> None:
@@ -89,7 +96,7 @@ def _say_routing(routing: Mapping[str, Any], say: Any) -> None:
     dead = sum(len(layer["dead_experts"]) for layer in layers)
     total = sum(layer["experts"] for layer in layers)
     if dead:
-        say("mind", f"{dead:,} of {total:,} experts got none of the {routing['tokens']:,} tokens that were read")
+        say("caution", f"{dead:,} of {total:,} experts got none of the {routing['tokens']:,} tokens that were read")
     else:
         say("good", f"every one of the {total:,} experts got tokens")
     alike = [layer for layer in layers if layer["top_k"] < layer["experts"] and _closest(layer) >= _ALIKE]
@@ -97,13 +104,13 @@ def _say_routing(routing: Mapping[str, Any], say: Any) -> None:
         most = max(alike, key=_closest)
         first, second = most["router_closest"]["experts"]
         say(
-            "mind",
+            "caution",
             f"router rows are nearly the same in {len(alike)} of {len(layers)} layers (cosine {_closest(most):.2f} of experts "
             f"{first} and {second} in layer {most['layer']}): such experts are chosen together",
         )
     worst = max(layers, key=lambda layer: layer["max_violation"])
     text = f"the busiest expert of any layer has {1 + worst['max_violation']:.2f}x its share (layer {worst['layer']})"
-    say("mind" if worst["max_violation"] >= _OVERLOAD else "good", text)
+    say("caution" if worst["max_violation"] >= _OVERLOAD else "good", text)
 
 
 def _closest(layer: Mapping[str, Any]) -> float:
