@@ -25,10 +25,10 @@ def commands_page() -> str:
     for verb in VERBS:
         command = cli.get_command(context, verb)
         assert command is not None
-        own = click.Context(command, info_name=verb, parent=context)
-        sections += _command(command, own)
+        verb_context = click.Context(command, info_name=verb, parent=context)
+        sections += _command(command, verb_context)
         for name, inner in INNER.get(verb, {}).items():
-            sections += _command(inner, click.Context(inner, info_name=name, parent=own))
+            sections += _command(inner, click.Context(inner, info_name=name, parent=verb_context))
     return "\n\n".join(sections)
 
 
