@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.checkpoints.checkpoint import HEAD, DenseCheckpoint
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 Pico = Callable[[str], Path]
+HEAD = "lm_head.weight"
 IDS = torch.arange(3, 43)[None] * 7
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import clean_config, empty_model
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
@@ -35,7 +36,6 @@ from upcycle.trainers.checkpoints.write import CONVERSION, OPTIMIZER, STATE_FILE
 if TYPE_CHECKING:
     import torch
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NOT_COPIED = (STATE_FILE, STORED_FILE, "config.json", "model.safetensors.index.json")
 
 
@@ -155,10 +155,10 @@ class _Converter:
         self._dtype, self._others = dtype, others
         self._per_expert = layout == "per-expert"
         self._model = empty_model(read_json(folder / "config.json"), str(folder))
+        paths = find_module_paths(self._model.config.model_type)
         self._by_layer: dict[int | None, list[str]] = {}
         for name in self._store.specs:
-            match = _LAYER.match(name)
-            self._by_layer.setdefault(int(match[1]) if match else None, []).append(name)
+            self._by_layer.setdefault(paths.layer_of(name), []).append(name)
 
     def units(self) -> list[Unit]:
         """What is outside the layers, then every layer, with the names, shapes and dtypes they will be stored in."""

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
-from upcycle.registry import FAMILIES, load
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.recorder import Recorder
-from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, has_experts, require_moe_layers, widened
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what stock blocks call them
 
@@ -38,16 +38,17 @@ def capture_ffns(parent: Any) -> Recorder[FfnRecord]:
     """Record every FFN of a stock dense model from now on.
 
     Raises:
-        UsageError: the model is of no dense family.
+        UsageError: the model is a MoE, or its layers have no FFN where they should.
     """
     kind = parent.config.model_type
-    if kind not in FAMILIES:
+    paths = find_module_paths(kind)
+    blocks = [block for layer in paths.layers_in(parent) for block in paths.blocks_in(layer)]
+    if has_experts(parent) or len(blocks) != parent.config.num_hidden_layers:
         raise UsageError(
             f"a {kind} model has no dense FFNs to learn from", hint="distil from the model that was converted"
         )
     recorder: Recorder[FfnRecord] = Recorder(parent)
-    for index, layer in enumerate(parent.model.layers):
-        block = getattr(layer, load("family", kind).block)
+    for index, block in enumerate(blocks):
         recorder.watch(block, lambda inputs, output, index=index: FfnRecord(index, inputs[0], output))  # type: ignore[misc]
     return recorder
 

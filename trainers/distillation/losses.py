@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
-from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.recorder import Recorder
@@ -162,14 +162,17 @@ def capture_outputs(model: Any) -> Recorder[OutputRecord]:
     Activation checkpointing cannot free what is recorded.
 
     Raises:
-        UsageError: ``model`` is of no family and no target.
+        UsageError: a layer of ``model`` has no FFN where it should.
     """
-    blocks = _blocks(model.config.model_type)
+    kind = model.config.model_type
+    paths = find_module_paths(kind)
     recorder: Recorder[OutputRecord] = Recorder(model)
-    for index, layer in enumerate(model.model.layers):
-        for block in (getattr(layer, name, None) for name in blocks):
-            if block is not None:
-                recorder.watch(block, _reader(index, True))
+    for index, layer in enumerate(paths.layers_in(model)):
+        blocks = paths.blocks_in(layer)
+        if not blocks:
+            raise UsageError(f"cannot match the layers of a {kind} model", hint="distil its logits alone")
+        for block in blocks:
+            recorder.watch(block, _reader(index, True))
         recorder.watch(layer, _reader(index, False))
     return recorder
 
@@ -189,12 +192,3 @@ def layer_outputs(records: Sequence[OutputRecord]) -> list[LayerOutput]:
 
 def _reader(index: int, block: bool) -> Callable[[tuple[Any, ...], Any], OutputRecord]:
     return lambda _, output: OutputRecord(index, block, output[0] if isinstance(output, tuple) else output)
-
-
-def _blocks(model_type: str) -> tuple[str, ...]:
-    if model_type in TARGETS:
-        names: tuple[str, ...] = load("target", model_type).blocks
-        return names
-    if model_type in FAMILIES:
-        return (load("family", model_type).block,)
-    raise UsageError(f"cannot match the layers of a {model_type} model", hint="distil its logits alone")

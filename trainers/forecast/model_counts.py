@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import empty_model
-from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.trainers.checkpoints.load_model import use_experts
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import Part, parts, select
@@ -134,12 +134,12 @@ def _layers(model: Any) -> tuple[LayerCounts, ...]:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, (config.num_key_value_heads or config.num_attention_heads) * head
     routed = {layer.index: layer for layer in moe_layers(model)}
-    names = _blocks(config.model_type)
+    paths = find_module_paths(config.model_type)
     found = []
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(paths.layers_in(model)):
         own = routed.get(index)
         apart = {id(each) for module in (own.experts, own.router) for each in module.parameters()} if own else set()
-        held = [each for name in names if hasattr(layer, name) for each in getattr(layer, name).parameters()]
+        held = [each for block in paths.blocks_in(layer) for each in block.parameters()]
         always = sum(each.numel() for each in held if each.dim() > 1 and id(each) not in apart)
         shared = always // (3 * config.hidden_size)
         normed = any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name, _ in layer.named_modules())
@@ -150,10 +150,3 @@ def _layers(model: Any) -> tuple[LayerCounts, ...]:
         width = inside // (3 * own.rule.experts * config.hidden_size)
         found.append(LayerCounts(queries, keys, shared, own.rule.experts, own.rule.top_k, width, normed))
     return tuple(found)
-
-
-def _blocks(model_type: str) -> tuple[str, ...]:
-    if model_type in TARGETS:
-        names: tuple[str, ...] = load("target", model_type).blocks
-        return names
-    return (load("family", model_type).block,) if model_type in FAMILIES else ("mlp",)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
@@ -267,7 +268,7 @@ def _file_warnings(folder: Path, counts: ModelCounts) -> list[str]:
     if not any(folder.glob("*.safetensors")):
         return []
     stored = {name: spec.elements for name, spec in SafetensorsFolder(folder).specs.items()}
-    head = stored.get("lm_head.weight", 0)
+    head = stored.get(find_module_paths(counts.model_type).head_weight, 0)
     if counts.elements <= sum(stored.values()) <= counts.elements + head + len(counts.layers) * (counts.experts or 0):
         return []
     return [

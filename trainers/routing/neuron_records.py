@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
-from upcycle.registry import load
 from upcycle.trainers.routing.recorder import Recorder
 
 
@@ -26,7 +26,7 @@ def capture_activations(model: nn.Module) -> Recorder[ActivationRecord]:
     """Record the gate branch of every FFN of ``model``, a stock dense causal language model, from now on.
 
     Raises:
-        UsageError: ``model`` is of no family, or its class keeps the activation function where no hook reaches.
+        UsageError: its class keeps the activation function where no hook reaches.
     """
     recorder: Recorder[ActivationRecord] = Recorder(model)
     for index, (block, name) in enumerate(_activations(model)):
@@ -56,9 +56,10 @@ def replace_activations(model: Any, function: str = "relu") -> None:
 
 
 def _activations(model: Any) -> list[tuple[nn.Module, str]]:
-    family, found = load("family", model.config.model_type), []
-    for index, layer in enumerate(model.model.layers):
-        block = getattr(layer, family.block)
+    kind = model.config.model_type
+    paths, found = find_module_paths(kind), []
+    for index, layer in enumerate(paths.layers_in(model)):
+        block: Any = getattr(layer, paths.block, None)
         names = [
             name
             for name in ("act_fn", "activation_fn", "activation")
@@ -66,7 +67,7 @@ def _activations(model: Any) -> list[tuple[nn.Module, str]]:
         ]
         if not names:
             raise UsageError(
-                f"layer {index} of this {family.name} model has its activation function in code: it can be neither read nor replaced",
+                f"layer {index} of this {kind} model has its activation function in code: it can be neither read nor replaced",
                 hint="leave the hoyer loss out",
             )
         found.append((block, names[0]))

@@ -139,13 +139,12 @@ def has_experts(model: nn.Module) -> bool:
 
 def _layers_of_target(model: nn.Module, target: Target) -> list[MoeLayer]:
     found = []
-    for index, layer in enumerate(_decoder_layers(model)):
-        block = getattr(layer, target.blocks[0], None)
-        if block is not None and hasattr(block, "experts"):
-            router = block.router if is_parallel(block) else getattr(block, target.router)
-            beside = (getattr(layer, name, None) for name in target.blocks[1:])
-            there = tuple(module for module in beside if module is not None)
-            found.append(MoeLayer(index, block, router, _rule(target, block, router), there))
+    for index, layer in enumerate(target.module_paths.layers_in(model)):
+        blocks = target.module_paths.blocks_in(layer)
+        if blocks and hasattr(blocks[0], "experts"):
+            block, *beside = blocks
+            router: Any = block.router if is_parallel(block) else getattr(block, target.router)
+            found.append(MoeLayer(index, block, router, _rule(target, block, router), tuple(beside)))
     return found
 
 
@@ -241,10 +240,6 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
 def _model_type(model: Any) -> str:
     return str(model.config.model_type)
-
-
-def _decoder_layers(model: Any) -> Any:
-    return model.model.layers
 
 
 def _rule(target: Target, block: nn.Module, router: Any) -> RoutingRule:

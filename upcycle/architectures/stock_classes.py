@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import build_config, empty_model
 
 State = dict[str, torch.Tensor]
@@ -18,5 +19,5 @@ def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     model = empty_model(settings, "config.json")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if settings.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[find_module_paths(settings.model_type).head_weight]
     return shapes

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.find_family import family_of
 from upcycle.errors import CheckpointError
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 COPY_BLOCK_BYTES = 1 << 24
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TensorStore(Protocol):
@@ -87,11 +85,13 @@ class Checkpoint:
         """
         import torch
 
-        if not {EMBEDDING, HEAD} <= set(self.store.specs):
+        paths = find_module_paths(str(self.raw_config.get("model_type")))
+        both = paths.embedding_weight, paths.head_weight
+        if not set(both) <= set(self.store.specs):
             return False
-        if self.store.specs[EMBEDDING].shape != self.store.specs[HEAD].shape:
+        if len({self.store.specs[name].shape for name in both}) > 1:
             return True
-        pairs = zip(*(self.store.chunks(name, COPY_BLOCK_BYTES) for name in (EMBEDDING, HEAD)), strict=False)
+        pairs = zip(*(self.store.chunks(name, COPY_BLOCK_BYTES) for name in both), strict=False)
         return not all(one.shape == two.shape and torch.equal(one.double(), two.double()) for one, two in pairs)
 
     def _identify(self) -> None:

@@ -93,7 +93,8 @@ class MixedCheckpoint(JoinedCheckpoint):
         """What the members' tensors are multiplied by before they are added up, and what the sum is divided by."""
         assert self.rest is not None
         is_matrix = len(self.store.specs[origin.name].shape) > 1
-        in_a_layer = origin.name.startswith("model.layers.") and f".{self.family.block}." not in origin.name
+        paths = self.family.module_paths
+        in_a_layer = paths.layer_of(origin.name) is not None and f".{paths.block}." not in origin.name
         if not (self.slerp and is_matrix and in_a_layer):
             return self.rest, None
         import torch

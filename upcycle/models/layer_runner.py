@@ -39,7 +39,7 @@ class LayerRunner:
         outside = family.stored_specs(config, None)
         nothing = {name: torch.empty(shape, device="meta") for name, shape in outside.items()}
         self.model: Any = skeleton(checkpoint.raw_config, nothing).eval()
-        self.layers = self.model.model.layers
+        self.layers = family.module_paths.layers_in(self.model)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     def reading(self, checkpoint: DenseCheckpoint) -> LayerRunner:
@@ -63,7 +63,7 @@ class LayerRunner:
 
     def block(self, index: int) -> torch.nn.Module:
         """The dense FFN of a layer."""
-        block: torch.nn.Module = self.layers[index].get_submodule(self._checkpoint.family.block)
+        block: torch.nn.Module = self.layers[index].get_submodule(self._checkpoint.family.module_paths.block)
         return block
 
     def down(self, index: int) -> torch.nn.Module:
@@ -82,7 +82,7 @@ class LayerRunner:
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
         """Layer ``index`` has its weights inside this context."""
-        fill(self.layers[index], index, self._read)
+        fill(self.layers[index], self._checkpoint.family.module_paths.layer(index), self._read(index))
         try:
             yield
         finally:
@@ -129,7 +129,8 @@ class LayerRunner:
                 seen.append(arguments)
                 return states
 
-            norm = getattr(self.model.model, self._checkpoint.family.final_norm)
+            paths = self._checkpoint.family.module_paths
+            norm, body = self.model.get_submodule(paths.final_norm), paths.body_in(self.model)
             normal = norm.forward
             for layer in self.layers:
                 layer.forward = nothing
@@ -137,7 +138,7 @@ class LayerRunner:
             try:
                 shape = (windows, self.window, self._checkpoint.config.hidden_size)
                 with torch.no_grad():
-                    self.model.model(inputs_embeds=torch.zeros(shape), use_cache=False)
+                    body(inputs_embeds=torch.zeros(shape), use_cache=False)
             finally:
                 for layer in self.layers:
                     del layer.forward
@@ -152,10 +153,10 @@ def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> 
 
     ``model`` is the dense model's :func:`~upcycle.models.stock_model.skeleton`.
     """
-    config = checkpoint.config
-    norm = getattr(model.model, checkpoint.family.final_norm)
+    config, paths = checkpoint.config, checkpoint.family.module_paths
+    norm, head = model.get_submodule(paths.final_norm), model.get_submodule(paths.head)
     stream = states if config.residual_multiplier == 1 else states * config.residual_multiplier
-    logits: torch.Tensor = model.lm_head(norm(stream))
+    logits: torch.Tensor = head(norm(stream))
     return logits if config.logits_multiplier == 1 else logits * config.logits_multiplier
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import find_module_paths
+
 
 @dataclass(frozen=True)
 class LayerLoad:
@@ -27,7 +29,7 @@ def load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
     """Count what every router chooses: layer -> int64 ``[E]``. A stock router returns (logits, weights, indices)."""
     counts: dict[int, torch.Tensor] = {}
     hooks = []
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(find_module_paths(model.config.model_type).layers_in(model)):
         named = (module for name, module in layer.named_modules() if name.endswith((".gate", ".router")))
         router = next((module for module in named if hasattr(module, "top_k")), None)
         if router is None:

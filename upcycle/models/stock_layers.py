@@ -1,13 +1,12 @@
 """A model's weights as stock transformers reads them, one decoder layer at a time.
 
 What a verification compares with must not be read by the code that it judges: which stored tensor becomes which weight, what is
-renamed, split or fused on the way, and what is tied to what is decided here by transformers' own loading code alone. Nothing of
-this tool's families and targets is asked.
+renamed, split or fused on the way, and what is tied to what is decided here by transformers' own loading code alone. This tool's
+families and targets are asked one thing: which module of the stock class holds its layers.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.stock import build_config, clean_file, empty_model, load_model, quiet_transformers
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
@@ -22,7 +22,6 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 
 
@@ -74,7 +73,7 @@ class FolderLayers:
 
     def drop(self, index: int) -> None:
         """See :class:`Layers`."""
-        self.model.model.layers[index].to("meta")
+        _layers(self.model)[index].to("meta")
 
     def _read(self, index: int | None) -> set[str]:
         """Hand a layer's tensors, or those outside, to transformers; returns what it still misses."""
@@ -136,7 +135,7 @@ class MeanLayers:
 
     def drop(self, index: int) -> None:
         """See :class:`Layers`."""
-        self.model.model.layers[index].to("meta")
+        _layers(self.model)[index].to("meta")
 
     def _fill(self, index: int | None) -> None:
         sums: dict[str, torch.Tensor] = {}
@@ -174,7 +173,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
         return MeanLayers(read, [weight for _, weight in parts], rounding, outside)
     if checkpoint.source.path.is_file():
         whole = WholeLayers(load_model(checkpoint.source.path, torch.float32).eval())
-        for index in (None, *range(len(whole.model.model.layers))):
+        for index in (None, *range(len(_layers(whole.model)))):
             round_weights(whole.model, index, rounding)
         return whole
     return FolderLayers(checkpoint.source.path, rounding, outside)
@@ -186,12 +185,12 @@ def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
 
     if isinstance(checkpoint, MergedCheckpoint) or checkpoint.source.path.is_file():
         layers = layers_of(checkpoint, dtype)
-        for index in range(len(layers.model.model.layers)):
+        for index in range(len(_layers(layers.model))):
             layers.load(index)
         return layers.model
     model = load_model(checkpoint.source.path, torch.float32, surplus=True).eval()
     if dtype is not None:
-        for index in (None, *range(len(model.model.layers))):
+        for index in (None, *range(len(_layers(model)))):
             round_weights(model, index, partial(_rounded, checkpoint, dtype))
     return model
 
@@ -235,20 +234,19 @@ def round_weights(model: Any, index: int | None, rounding: Rounding | None) -> N
 
 def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
     """Parameters and stored buffers of a layer or (None) outside the layers, by their names in the model."""
+    paths = _paths(model)
     if index is not None:
-        prefix = f"model.layers.{index}."
-        return [
-            (prefix + name, tensor) for name, tensor in model.model.layers[index].state_dict(keep_vars=True).items()
-        ]
-    return [(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if not _LAYER.match(name)]
+        held = paths.layers_in(model)[index].state_dict(keep_vars=True)
+        return [(f"{paths.layer(index)}.{name}", tensor) for name, tensor in held.items()]
+    everything = model.state_dict(keep_vars=True).items()
+    return [(name, tensor) for name, tensor in everything if paths.layer_of(name) is None]
 
 
 def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
     """Stored names by the layer that transformers puts them in."""
     found: dict[int | None, list[str]] = {}
     for name, renamed in _renamed(model, stored).items():
-        layer = _LAYER.match(renamed)
-        found.setdefault(int(layer[1]) if layer else None, []).append(name)
+        found.setdefault(_paths(model).layer_of(renamed), []).append(name)
     return found
 
 
@@ -282,10 +280,19 @@ def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
 
 
+def _paths(model: Any) -> ModulePaths:
+    return find_module_paths(model.config.model_type)
+
+
+def _layers(model: Any) -> Any:
+    return _paths(model).layers_in(model)
+
+
 def compute_buffers(model: Any, settings: Any) -> None:
     """Give a model from the meta device the buffers that are computed and not loaded."""
-    for name, module in model.model.named_children():
+    body = _paths(model).body_in(model)
+    for name, module in body.named_children():
         if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):
-            setattr(model.model, name, type(module)(settings))
+            setattr(body, name, type(module)(settings))
         elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
             module.embed_scale = torch.tensor(module.scalar_embed_scale)

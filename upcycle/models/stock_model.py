@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import build_config, empty_model, load_model
 from upcycle.architectures.stock_classes import State
 from upcycle.errors import CheckpointError
@@ -30,10 +31,10 @@ class StockModel:
     dropped after it, so that a model larger than memory can run.
     """
 
-    def __init__(self, model: Any, layers: Layers | None = None, blocks: Sequence[str] = ("mlp",)) -> None:
+    def __init__(self, model: Any, layers: Layers | None = None) -> None:
         self.model = use_eager_experts(model.eval())
-        self.layers = model.model.layers
-        self._blocks = blocks
+        self._paths = find_module_paths(model.config.model_type)
+        self.layers = self._paths.layers_in(model)
         self._streamed = layers
         if layers:
             for index, layer in enumerate(self.layers):
@@ -53,8 +54,7 @@ class StockModel:
     def blocks(self, index: int) -> list[torch.nn.Module]:
         """The modules of a layer that add up to its FFN or MoE block, in memory until it is dropped."""
         self.load(index)
-        found = [getattr(self.layers[index], name, None) for name in self._blocks]
-        return [block for block in found if block is not None]
+        return self._paths.blocks_in(self.layers[index])
 
     def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
         """Fp32 ``[N, T, V]`` for token ids ``[N, T]``, or of the ``last`` positions alone."""
@@ -73,28 +73,28 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     model = empty_model(settings, "config.json", torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
     compute_buffers(model, settings)
+    paths = find_module_paths(settings.model_type)
     problems = model.load_state_dict(outside, strict=False, assign=True)
-    missing = [name for name in problems.missing_keys if not name.startswith("model.layers.")]
+    missing = [name for name in problems.missing_keys if paths.layer_of(name) is None]
     if settings.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-        missing = [name for name in missing if name != "lm_head.weight"]
+        model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
+        missing = [name for name in missing if name != paths.head_weight]
     if missing or problems.unexpected_keys:
         raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
     return model
 
 
-def fill(layer: torch.nn.Module, index: int, read: Reader) -> None:
-    """Give one decoder layer its weights.
+def fill(layer: torch.nn.Module, prefix: str, state: State) -> None:
+    """Give one decoder layer its weights: ``state`` by name in the model, where all names begin with ``prefix`` and a dot.
 
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape.
     """
-    prefix = f"model.layers.{index}."
-    state = {name.removeprefix(prefix): tensor for name, tensor in read(index).items()}
+    own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items()}
     try:
-        layer.load_state_dict(state, strict=True, assign=True)
+        layer.load_state_dict(own, strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"layer {index} does not fit its stock class: {error}") from None
+        raise CheckpointError(f"{prefix} does not fit its stock class: {error}") from None
 
 
 def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> StockModel:
@@ -105,11 +105,10 @@ def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> S
         dtype: round its weights to this one, as a recipe's ``dtype`` means it; None: as they are stored.
         streamed: keep one layer at a time in memory. A ``.gguf`` file is in memory all the same.
     """
-    block = getattr(getattr(checkpoint, "family", None), "block", "mlp")
     if not streamed:
-        return StockModel(whole_model(checkpoint, dtype), None, (block,))
+        return StockModel(whole_model(checkpoint, dtype))
     layers = layers_of(checkpoint, dtype)
-    return StockModel(layers.model, layers, (block,))
+    return StockModel(layers.model, layers)
 
 
 def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
@@ -122,12 +121,12 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
     return read
 
 
-def folder_model(folder: Path, streamed: bool, blocks: Sequence[str] = ("mlp",)) -> StockModel:
+def folder_model(folder: Path, streamed: bool) -> StockModel:
     """A folder that this tool wrote: loaded as every user would, or streamed by the same code of transformers."""
     if not streamed:
-        return StockModel(load_model(folder, torch.float32), None, blocks)
+        return StockModel(load_model(folder, torch.float32))
     layers = FolderLayers(folder)
-    return StockModel(layers.model, layers, blocks)
+    return StockModel(layers.model, layers)
 
 
 def use_eager_experts(model: Any) -> Any:

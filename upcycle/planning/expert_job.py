@@ -354,7 +354,8 @@ def _units(
 
     def copied(shapes: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
         origins = {name: target.origin(family, dense, name) for name in shapes}
-        return [OutputEntry(name, TensorSpec(shapes[name], dtype(o)), o) for name, o in origins.items()]
+        written = {name: family.module_paths.renamed(name, target.module_paths) for name in shapes}
+        return [OutputEntry(written[name], TensorSpec(shapes[name], dtype(o)), o) for name, o in origins.items()]
 
     units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
     for layer in range(dense.num_hidden_layers):

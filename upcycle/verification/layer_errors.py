@@ -42,7 +42,7 @@ class LayerErrors:
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs."""
         hooks = [
-            layer.get_submodule(self._job.family.block).register_forward_hook(
+            layer.get_submodule(self._job.family.module_paths.block).register_forward_hook(
                 lambda _, args, output, i=i: self._compare(i, args[0], output)
             )
             for i, layer in enumerate(dense.layers)
@@ -76,7 +76,7 @@ class LayerErrors:
                 self._sources[source] = layers_of(self._mixed.members[source], self._job.recipe.dtype, outside=False)
             layers = self._sources[source]
             layers.load(index)
-            block = layers.model.model.layers[index].get_submodule(self._job.family.block)
+            block = layers.model.get_submodule(self._job.family.module_paths.block_of(index))
             total += block(x) * (part * method.told_scale(source))
             layers.drop(index)
         return total

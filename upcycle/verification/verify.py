@@ -126,7 +126,7 @@ def verify_job(
     with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
-        moe = folder_model(folder, streamed, job.target.blocks)
+        moe = folder_model(folder, streamed)
         progress.advance()
     layers = LayerErrors(job, moe, checkpoint)
     batch = batch_size(job.vocab_size, ids, streamed)

@@ -61,7 +61,7 @@ def test_records_are_the_gate_branch(family: str, ids: torch.Tensor) -> None:
             capture_activations(model)
         return
     seen: dict[str, torch.Tensor] = {}
-    block = getattr(model.model.layers[1], load("family", family).block)
+    block = getattr(model.model.layers[1], load("family", family).module_paths.block)
     block.register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0].detach()))
     with capture_activations(model) as recorder:
         model(ids)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from upcycle.architectures.dense_config import DenseConfig, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.rope import rope_parameters
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
@@ -44,8 +44,7 @@ class Family(ABC):
     rope_theta: ClassVar[float] = 10000.0
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
-    block: ClassVar[str] = "mlp"  # what a decoder layer of the stock class calls its FFN
-    final_norm: ClassVar[str] = "norm"
+    module_paths: ClassVar[ModulePaths] = ModulePaths()
     uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
@@ -163,7 +162,7 @@ class Family(ABC):
 
         Without a norm before the FFN there is no ``norm``.
         """
-        prefix = f"model.layers.{layer}"
+        prefix = self.module_paths.layer(layer)
         names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
         return {**names, "norm": f"{prefix}.post_attention_layernorm.weight"}
 
@@ -182,7 +181,7 @@ class Family(ABC):
         if config.query_norms:
             shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
         shapes["post_attention_layernorm.weight"] = (d,)
-        return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+        return {f"{self.module_paths.layer(layer)}.{name}": shape for name, shape in shapes.items()}
 
     def ffn_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the three matrices (and biases) of one dense FFN."""
@@ -198,12 +197,13 @@ class Family(ABC):
 
     def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """What comes before the layers."""
-        return {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+        return {self.module_paths.embedding_weight: (config.vocab_size, config.hidden_size)}
 
     def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """What comes after the layers."""
-        head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, config.hidden_size)}
-        return {"model.norm.weight": (config.hidden_size,), **head}
+        size, paths = (config.vocab_size, config.hidden_size), self.module_paths
+        head = {} if config.tie_word_embeddings else {paths.head_weight: size}
+        return {paths.final_norm_weight: (config.hidden_size,), **head}
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what the checkpoint holds of one layer, or (None) outside the layers."""
@@ -251,7 +251,7 @@ class Family(ABC):
             CheckpointError: a tensor is missing, unexpected, or of another shape; names it.
         """
         refuse_quantized(specs, raw, where)
-        check_layers(config.num_hidden_layers, specs, where)
+        check_layers(config.num_hidden_layers, specs, self.module_paths, where)
         expected = self.all_stored_specs(config)
         if other := unlike_family(specs, expected, where):
             raise other
@@ -265,7 +265,7 @@ class Family(ABC):
                     f"{where}: tensor '{name}' has shape {shown(list(specs[name].shape))}, config.json says {list(shape)}",
                     hint=_TOGETHER,
                 )
-        leftover = sorted(set(specs) - set(expected) - {"lm_head.weight"})
+        leftover = sorted(set(specs) - set(expected) - {self.module_paths.head_weight})
         leftover = [name for name in leftover if not name.endswith("rotary_emb.inv_freq")]
         if leftover:
             raise CheckpointError(
@@ -275,13 +275,13 @@ class Family(ABC):
             )
 
 
-def check_layers(layers: int, specs: Mapping[str, TensorSpec], where: str) -> None:
+def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePaths, where: str) -> None:
     """Compare how many layers ``config.json`` says there are with how many the weights have, before anything is counted up.
 
     Raises:
         CheckpointError: another number.
     """
-    found = {int(match[1]) for match in map(_LAYER.match, specs) if match}
+    found = {layer for layer in map(paths.layer_of, specs) if layer is not None}
     if found and layers != max(found) + 1:
         raise CheckpointError(
             f"{where}: config.json says 'num_hidden_layers' is {layers}, the weights have {max(found) + 1} layers",
@@ -290,7 +290,6 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], where: str) -> No
 
 
 _LEAST_ODD_HEAD = 4  # stock classes let smaller heads be odd
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _INCOMPLETE = "the file is incomplete: download it again"
 _TOGETHER = "compare config.json with the weights: do they belong together?"
 

@@ -61,10 +61,10 @@ class Cohere2(Family):
 
     def ffn_names(self, layer: int) -> dict[str, str]:
         """There is one norm."""
-        return {**super().ffn_names(layer), "norm": f"model.layers.{layer}.input_layernorm.weight"}
+        return {**super().ffn_names(layer), "norm": f"{self.module_paths.layer(layer)}.input_layernorm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """There is one norm."""
         specs = super().layer_specs(config, layer)
-        del specs[f"model.layers.{layer}.post_attention_layernorm.weight"]
+        del specs[f"{self.module_paths.layer(layer)}.post_attention_layernorm.weight"]
         return specs

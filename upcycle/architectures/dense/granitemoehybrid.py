@@ -7,6 +7,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.dense.granite import MULTIPLIERS, Granite
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.settings import COUNT, DECIMAL, FLAG, NAME, NAMES, POSITIVE, SIZE, Kind, is_number
@@ -27,7 +28,7 @@ class GraniteMoeHybrid(Granite):
     name = "granitemoehybrid"
     title = "Granite 4 dense"
     elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
-    block = "shared_mlp"
+    module_paths = ModulePaths(blocks=("shared_mlp",))
     aliases = {"intermediate_size": "shared_intermediate_size"}
     defaults = {**Granite.defaults, "intermediate_size": 1024}
     keys = {
@@ -103,7 +104,7 @@ class GraniteMoeHybrid(Granite):
         if layer is None:
             return specs
         ours = self.ffn_specs(config, layer)
-        prefix, d, width = f"model.layers.{layer}.shared_mlp", config.hidden_size, config.intermediate_size
+        prefix, d, width = self.module_paths.block_of(layer), config.hidden_size, config.intermediate_size
         fused = {f"{prefix}.input_linear.weight": (2 * width, d), f"{prefix}.output_linear.weight": (d, width)}
         return {**{name: shape for name, shape in specs.items() if name not in ours}, **fused}
 
@@ -113,7 +114,7 @@ class GraniteMoeHybrid(Granite):
         width = config.intermediate_size
         rows = {"gate_proj": (0, width), "up_proj": (width, width)}
         if part in rows:
-            return Origin(f"{prefix}.shared_mlp.input_linear.weight", rows=rows[part])
+            return Origin(f"{prefix}.{self.module_paths.block}.input_linear.weight", rows=rows[part])
         if part == "down_proj":
-            return Origin(f"{prefix}.shared_mlp.output_linear.weight")
+            return Origin(f"{prefix}.{self.module_paths.block}.output_linear.weight")
         return super().origin(config, name)

@@ -40,7 +40,6 @@ class HunyuanV1Dense(Family):
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Two more norms, each of one head."""
-        norms = {
-            f"model.layers.{layer}.self_attn.{part}_layernorm.weight": (config.head_dim,) for part in ("query", "key")
-        }
+        prefix = f"{self.module_paths.layer(layer)}.self_attn"
+        norms = {f"{prefix}.{part}_layernorm.weight": (config.head_dim,) for part in ("query", "key")}
         return {**super().layer_specs(config, layer), **norms}

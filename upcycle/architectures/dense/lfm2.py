@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.files.formats.settings import COUNTS, FLAG, NAMES, POSITIVE, SIZE
 
 
@@ -15,8 +16,7 @@ class Lfm2(Family):
     name = "lfm2"
     title = "LFM2"
     targets = ("lfm2_moe",)
-    block = "feed_forward"
-    final_norm = "embedding_norm"
+    module_paths = ModulePaths(final_norm="model.embedding_norm", blocks=("feed_forward",))
     aliases = {"rms_norm_eps": "norm_eps"}
     rope_theta = 1000000.0
     defaults = {
@@ -74,10 +74,10 @@ class Lfm2(Family):
 
     def ffn_names(self, layer: int) -> dict[str, str]:
         """As Mixtral's experts."""
-        prefix = f"model.layers.{layer}"
+        block = self.module_paths.block_of(layer)
         names = {"gate": "w1", "up": "w3", "down": "w2"}
-        tensors = {part: f"{prefix}.feed_forward.{name}.weight" for part, name in names.items()}
-        return {**tensors, "norm": f"{prefix}.ffn_norm.weight"}
+        tensors = {part: f"{block}.{name}.weight" for part, name in names.items()}
+        return {**tensors, "norm": f"{self.module_paths.layer(layer)}.ffn_norm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Attention with norms on queries and keys, or a convolution between two projections."""
@@ -96,10 +96,4 @@ class Lfm2(Family):
                 shapes[f"self_attn.{part}_proj.weight"] = (rows, d)
             shapes["self_attn.out_proj.weight"] = (d, q)
             shapes |= {"self_attn.q_layernorm.weight": (head,), "self_attn.k_layernorm.weight": (head,)}
-        return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
-
-    def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """The final norm's name."""
-        specs = super().last_specs(config)
-        del specs["model.norm.weight"]
-        return {"model.embedding_norm.weight": (config.hidden_size,), **specs}
+        return {f"{self.module_paths.layer(layer)}.{name}": shape for name, shape in shapes.items()}

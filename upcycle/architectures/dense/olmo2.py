@@ -46,7 +46,7 @@ class Olmo2(Family):
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Two norms of other names, and two over all heads."""
-        specs, prefix = super().layer_specs(config, layer), f"model.layers.{layer}"
+        specs, prefix = super().layer_specs(config, layer), self.module_paths.layer(layer)
         del specs[f"{prefix}.input_layernorm.weight"]
         for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             specs[f"{prefix}.self_attn.{part}_norm.weight"] = (heads * config.head_dim,)
@@ -54,8 +54,9 @@ class Olmo2(Family):
 
     def norms_below(self, layer: int) -> list[str]:
         """Attention's and FFN's of every layer below, and this layer's attention's."""
-        below = [f"model.layers.{i}.post_{part}_layernorm.weight" for i in range(layer) for part in _ADDED]
-        return [*below, f"model.layers.{layer}.post_attention_layernorm.weight"]
+        at = self.module_paths.layer
+        below = [f"{at(i)}.post_{part}_layernorm.weight" for i in range(layer) for part in _ADDED]
+        return [*below, f"{at(layer)}.post_attention_layernorm.weight"]
 
 
 _ADDED = ("attention", "feedforward")

@@ -67,7 +67,7 @@ class Qwen35Text(Family):
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Queries come with a gate of their size, or there is a gated delta net."""
-        specs, prefix = super().layer_specs(config, layer), f"model.layers.{layer}"
+        specs, prefix = super().layer_specs(config, layer), self.module_paths.layer(layer)
         if config.extra["layer_types"][layer] == "linear_attention":
             others = {name: shape for name, shape in specs.items() if ".self_attn." not in name}
             return {**others, **_delta_net(config, f"{prefix}.linear_attn")}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import RefusalError
 from upcycle.ffn.moe_shape import MoeShape, Part
@@ -35,10 +36,10 @@ _WINDOWS = frozenset({Feature.WINDOW, Feature.MIXED_WINDOWS})
 class Target(ABC):
     """A stock MoE architecture of transformers.
 
-    ``name`` is its ``model_type``. ``blocks`` are the modules of a decoder layer of the stock class whose outputs add up to
-    the FFN's, the one with the routed experts first; ``router`` is the module in that which returns the logits ``[T, E]``,
-    the weights ``[T, K]`` and the experts ``[T, K]``, ``score`` what it makes of logits, ``shared`` is the shared expert
-    beside it, and ``shared_switch`` what its output is multiplied by the sigmoid of.
+    ``name`` is its ``model_type``, ``module_paths`` says where its parts are. ``router`` is the module in the block with the
+    routed experts that returns the logits ``[T, E]``, the weights ``[T, K]`` and the experts ``[T, K]``, ``score`` what it
+    makes of logits, ``shared`` the shared expert beside it, and ``shared_switch`` what its output is multiplied by the
+    sigmoid of.
     """
 
     name: ClassVar[str]
@@ -50,7 +51,7 @@ class Target(ABC):
         False  # whether the chosen experts' weights may be left as the softmax gives them
     )
     rotates_pairs: ClassVar[bool] = False  # as in a family
-    blocks: ClassVar[tuple[str, ...]] = ("mlp",)
+    module_paths: ClassVar[ModulePaths] = ModulePaths()
     router: ClassVar[str] = "gate"
     score: ClassVar[Score] = "softmax"
     shared: ClassVar[str | None] = None
@@ -65,9 +66,12 @@ class Target(ABC):
         """Every tensor of one MoE block, experts in order."""
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
-        """Where a tensor that is no expert's comes from, with its rows as this architecture rotates them."""
+        """Where a tensor that is no expert's comes from, with its rows as this architecture rotates them.
+
+        ``name`` is the family's; the tensor is written as ``family.module_paths.renamed(name, self.module_paths)``.
+        """
         (embeddings,) = family.first_specs(dense)
-        if dense.tie_word_embeddings and name == "lm_head.weight":
+        if dense.tie_word_embeddings and name == family.module_paths.head_weight:
             return family.origin(dense, embeddings)
         origin = family.origin(dense, name)
         if name == embeddings:

@@ -66,7 +66,7 @@ class Cohere2Moe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, the shared experts where there are any, then the routed experts."""
-        prefix, size = f"model.layers.{layer}.mlp", shape.shared * shape.expert_size
+        prefix, size = self.module_paths.block_of(layer), shape.shared * shape.expert_size
         shared = gated_tensors(f"{prefix}.shared_experts", shared_parts(shape, 0), dense, size) if shape.shared else []
         return [
             router_tensor(f"{prefix}.gate.weight", dense, shape),

@@ -48,7 +48,7 @@ class Ernie45Moe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router and its bias, the shared experts where there are any, then the routed experts."""
-        prefix, size = f"model.layers.{layer}.mlp", shape.shared * shape.expert_size
+        prefix, size = self.module_paths.block_of(layer), shape.shared * shape.expert_size
         shared = gated_tensors(f"{prefix}.shared_experts", shared_parts(shape, 0), dense, size) if shape.shared else []
         statics = f"{prefix}.gate.moe_statics" if layout == "fused" else f"{prefix}.moe_statics"
         zeros = (Part("zeros", size=shape.experts),)

@@ -32,6 +32,6 @@ class FlexOlmo(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, then the routed experts."""
-        prefix, names = f"model.layers.{layer}.mlp", ("gate_proj", "up_proj", "down_proj")
+        prefix, names = self.module_paths.block_of(layer), ("gate_proj", "up_proj", "down_proj")
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         return [router, *expert_tensors(f"{prefix}.experts", names, dense, shape, layout)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors
 from upcycle.ffn.moe_shape import MoeShape, Part
 
@@ -21,7 +22,7 @@ class GraniteMoe(Target):
     architecture = "GraniteMoeForCausalLM"
     holds = frozenset({Feature.PLAIN_QUERIES, Feature.ATTENTION_BIAS, Feature.MULTIPLIERS, Feature.LOGIT_SCALE})
     router_semantics = "softmax of the top-k logits"
-    blocks: ClassVar[tuple[str, ...]] = ("block_sparse_moe",)
+    module_paths = ModulePaths(blocks=("block_sparse_moe",))
     router = "router"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -38,7 +39,7 @@ class GraniteMoe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, and all experts in two tensors: this architecture stores them fused, under names of its own."""
-        prefix, fused = f"model.layers.{layer}.block_sparse_moe", layout == "fused"
+        prefix, fused = self.module_paths.block_of(layer), layout == "fused"
         experts = expert_tensors("experts", ("", "", ""), dense, shape, "fused")
         names = (
             ("experts.gate_up_proj", "experts.down_proj") if fused else ("input_linear.weight", "output_linear.weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.moe.base import Layout, OutputTensor
 from upcycle.architectures.moe.granitemoe import GraniteMoe
 from upcycle.ffn.moe_shape import MoeShape, Part
@@ -17,7 +18,7 @@ class GraniteMoeShared(GraniteMoe):
     title = "Granite-MoE with shared experts"
     architecture = "GraniteMoeSharedForCausalLM"
     holds = GraniteMoe.holds | {Feature.SHARED_EXPERTS}
-    blocks = ("block_sparse_moe", "shared_mlp")
+    module_paths = ModulePaths(blocks=("block_sparse_moe", "shared_mlp"))
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """All shared experts are one wide FFN."""
@@ -28,7 +29,7 @@ class GraniteMoeShared(GraniteMoe):
         routed = super().moe_tensors(dense, shape, layer, layout)
         if not shape.shared:
             return routed
-        prefix, d, size = f"model.layers.{layer}.shared_mlp", dense.hidden_size, shape.shared * shape.expert_size
+        prefix, d, size = self.module_paths.block_of(layer, 1), dense.hidden_size, shape.shared * shape.expert_size
         both = (Part("shared_gate"), Part("shared_up"))
         return [
             *routed,

@@ -42,7 +42,7 @@ class HunyuanV1Moe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, the idle shared expert, then the routed experts."""
-        prefix, size = f"model.layers.{layer}.mlp", shape.expert_size
+        prefix, size = self.module_paths.block_of(layer), shape.expert_size
         return [
             router_tensor(f"{prefix}.gate.wg.weight", dense, shape),
             *gated_tensors(f"{prefix}.shared_mlp", shared_parts(shape, size), dense, size),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors, router_tensor
 from upcycle.ffn.moe_shape import MoeShape, Part
 
@@ -21,7 +22,7 @@ class Lfm2Moe(Target):
     architecture = "Lfm2MoeForCausalLM"
     holds = frozenset({Feature.CONVOLUTIONS, Feature.DENSE_FIRST})
     router_semantics = "top-k of sigmoid, normalised to sum 1 (norm_topk_prob)"
-    blocks = ("feed_forward",)
+    module_paths = ModulePaths(final_norm="model.embedding_norm", blocks=("feed_forward",))
     score = "sigmoid"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class Lfm2Moe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router and its bias, then w1 (gate), w3 (up) and w2 (down) of each expert."""
-        prefix = f"model.layers.{layer}.feed_forward"
+        prefix = self.module_paths.block_of(layer)
         zeros = (Part("zeros", size=shape.experts),)
         return [
             router_tensor(f"{prefix}.gate.weight", dense, shape),

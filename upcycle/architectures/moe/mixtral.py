@@ -29,7 +29,8 @@ class Mixtral(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, then w1 (gate), w3 (up) and w2 (down) of each expert."""
-        # The fused layout is the in-memory one, and there the block is called mlp.
-        prefix = f"model.layers.{layer}." + ("mlp" if layout == "fused" else "block_sparse_moe")
+        # The fused layout is the in-memory one; on disk the block keeps the name of the first Mixtral release.
+        paths = self.module_paths
+        prefix = paths.block_of(layer) if layout == "fused" else f"{paths.layer(layer)}.block_sparse_moe"
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         return [router, *expert_tensors(f"{prefix}.experts", ("w1", "w3", "w2"), dense, shape, layout)]

@@ -65,7 +65,7 @@ class Qwen2Moe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, the shared gate, the shared expert, then the routed experts."""
-        prefix, d, size = f"model.layers.{layer}.mlp", dense.hidden_size, shared_size(dense, shape)
+        prefix, d, size = self.module_paths.block_of(layer), dense.hidden_size, shared_size(dense, shape)
         return [
             router_tensor(f"{prefix}.gate.weight", dense, shape),
             OutputTensor(f"{prefix}.shared_expert_gate.weight", (1, d), (Part("shared_switch"),)),

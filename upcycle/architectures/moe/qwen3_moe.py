@@ -37,7 +37,7 @@ class Qwen3Moe(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router, then the routed experts."""
-        prefix = f"model.layers.{layer}.mlp"
+        prefix = self.module_paths.block_of(layer)
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         names = ("gate_proj", "up_proj", "down_proj")
         return [router, *expert_tensors(f"{prefix}.experts", names, dense, shape, layout)]

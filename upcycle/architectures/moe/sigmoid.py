@@ -47,7 +47,7 @@ class SigmoidTarget(Target):
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
         """The router and its bias, the shared expert, then the routed experts."""
-        prefix, experts = f"model.layers.{layer}.mlp", shape.experts
+        prefix, experts = self.module_paths.block_of(layer), shape.experts
         zeros = (Part("zeros", size=experts),)
         size = max(1, shape.shared) * shape.expert_size
         return [

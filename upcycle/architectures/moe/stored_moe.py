@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from upcycle.architectures.dense.base import check_layers
+from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
@@ -59,7 +60,6 @@ _LISTED = (
 )
 MOES = {family.name: family for family in _LISTED}
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _EXPERTS = re.compile(r".+\.(experts\.gate_up_proj|experts\.down_proj|block_sparse_moe\.(input|output)_linear\.weight)")
 _ROUTER = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.((gate|gate\.wg|router|router\.layer)\.weight)")
@@ -109,7 +109,7 @@ class MoeModel:
         """
         family = moe_family(raw, where)
         if "num_hidden_layers" in raw:
-            check_layers(raw["num_hidden_layers"], specs, where)
+            check_layers(raw["num_hidden_layers"], specs, find_module_paths(family.name), where)
         stock = build_config(raw, where)
         experts: Any = getattr(stock, family.experts_key, None)
         top_k: Any = getattr(stock, family.top_k_key, None)
@@ -136,19 +136,23 @@ class MoeModel:
         )
 
     @cached_property
+    def module_paths(self) -> ModulePaths:
+        """Where the stock class keeps its parts."""
+        return find_module_paths(self.family.name)
+
+    @cached_property
     def names(self) -> dict[int | None, list[str]]:
         """Layer (None: outside the layers) -> its tensors; a stored copy of a tied head and inverse frequencies are none."""
         found: dict[int | None, list[str]] = {None: []}
         for name in sorted(self.specs, key=_natural):
-            if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
+            if name.endswith("rotary_emb.inv_freq") or (self.tied and name == self.module_paths.head_weight):
                 continue
-            match = _LAYER.match(name)
-            found.setdefault(int(match[1]) if match else None, []).append(name)
+            found.setdefault(self.module_paths.layer_of(name), []).append(name)
         return found
 
     def role(self, name: str) -> Role:
         """One expert's matrix, one of all experts, the router's rows, its bias, or nothing of these."""
-        if not _LAYER.match(name):
+        if self.module_paths.layer_of(name) is None:
             return "other"
         if _EXPERT.fullmatch(name):
             return "expert"

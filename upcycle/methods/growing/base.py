@@ -129,12 +129,13 @@ class DenseGrowth(Growth):
         from upcycle.checkpoints.find_family import family_of
 
         family = family_of(source.raw, source.where)
+        paths = family.module_paths
         dense = family.config(source.raw)
         layers = list(self.layers(dense.num_hidden_layers))
         first, outside = family.first_specs(dense), family.stored_specs(dense, None)
         pieces = [Piece("embeddings", None, {name: Origin(name) for name in first})]
         for layer, old in enumerate(layers):
-            stored, prefixes = family.stored_specs(dense, old), (f"model.layers.{old}.", f"model.layers.{layer}.")
+            stored, prefixes = family.stored_specs(dense, old), (f"{paths.layer(old)}.", f"{paths.layer(layer)}.")
             tensors = {prefixes[1] + name.removeprefix(prefixes[0]): Origin(name) for name in stored}
             pieces.append(Piece(f"layer {layer}", layer, tensors))
         pieces.append(Piece("final norm", None, {name: Origin(name) for name in outside if name not in first}))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.moe.stored_moe import MoeModel
 from upcycle.architectures.stock import load_model
 from upcycle.errors import EnvironmentFault
@@ -77,9 +78,10 @@ def _norms(checkpoint: MoeCheckpoint, progress: Progress) -> Utility:
 
 
 def _load(model: Any, windows: torch.Tensor, progress: Progress) -> Utility:
+    body = find_module_paths(model.config.model_type).body_in(model)  # the head is of no use here
     with load_counts(model) as counts, torch.no_grad():
         for ids in _one_by_one(windows, progress):
-            model.model(ids, use_cache=False)
+            body(ids, use_cache=False)
     return {layer: count.double().numpy() for layer, count in counts.items()}
 
 
@@ -91,7 +93,8 @@ def _one_by_one(windows: torch.Tensor, progress: Progress) -> Iterator[torch.Ten
 
 
 def _from_gradients(model: Any, windows: torch.Tensor, utility: str, progress: Progress) -> Utility:
-    experts = {i: found for i, layer in enumerate(model.model.layers) if (found := _taken_apart(layer))}
+    layers = find_module_paths(model.config.model_type).layers_in(model)
+    experts = {i: found for i, layer in enumerate(layers) if (found := _taken_apart(layer))}
     predicted = len(windows) * (windows.shape[1] - 1)
     for ids in _one_by_one(windows, progress):
         logits = model(ids, use_cache=False).logits[:, :-1]

@@ -57,7 +57,7 @@ def _reference(subject: Subject, source: str | None) -> tuple[StockModel, str | 
     else:
         _, checkpoint = reopen(Path(subject.folder), dict(subject.record), source)
     _check_fits(4 * sum(spec.elements for spec in checkpoint.store.specs.values()), checkpoint.source.name)
-    block = checkpoint.family.block if isinstance(checkpoint, DenseCheckpoint) else None
+    block = checkpoint.family.module_paths.block if isinstance(checkpoint, DenseCheckpoint) else None
     return source_model(checkpoint, None, streamed=False), block
 
 

@@ -9,7 +9,7 @@ from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.files import records
 from upcycle.report.data.subject import Subject
 
-_SHARED_DOWN = re.compile(r"model\.layers\.(\d+)\..*shared.*(down_proj|output_linear)\.weight")
+_SHARED_DOWN = re.compile(r".*shared.*(down_proj|output_linear)\.weight")
 _EXPERT_DOWN = re.compile(r".+experts(\.\d+)?\.(down_proj|w2)(\.weight)?|.+block_sparse_moe\.output_linear\.weight")
 
 
@@ -51,14 +51,15 @@ def _entry(layer: int, kind: str, shared: int, routed: int, top_k: int, neurons:
 
 
 def _shared_neurons(subject: Subject, layer: int) -> int:
-    found = (spec.shape[1] for name, spec in subject.specs.items() if _is(_SHARED_DOWN, name, layer))
+    found = (spec.shape[1] for name, spec in subject.specs.items() if _is(_SHARED_DOWN, name, subject, layer))
     return next(found, 0)
 
 
 def _expert_neurons(subject: Subject, layer: int) -> int:
-    found = (spec.shape[-1] for name, spec in subject.specs.items() if _is(_EXPERT_DOWN, name, layer))
+    found = (spec.shape[-1] for name, spec in subject.specs.items() if _is(_EXPERT_DOWN, name, subject, layer))
     return next(found, 0)
 
 
-def _is(pattern: re.Pattern[str], name: str, layer: int) -> bool:
-    return name.startswith(f"model.layers.{layer}.") and bool(pattern.fullmatch(name))
+def _is(pattern: re.Pattern[str], name: str, subject: Subject, layer: int) -> bool:
+    inside = subject.moe is not None and subject.moe.module_paths.layer_of(name) == layer
+    return inside and bool(pattern.fullmatch(name))
