@@ -6,10 +6,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
-from torch.nn.functional import linear, normalize
 
-from upcycle.ffn.activations import Activations, activation_function
+from upcycle.ffn.activations import Activations
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.neurons import Neurons
 from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.marker_assignment import marker_assignment
 from upcycle.splitters.grouping.neuron_profiles import required
@@ -34,8 +34,9 @@ class CMoE(PlainSumPartition):
     weight one, so the ``paper`` scale is ``sum`` = K.
 
     Deviations: a token's marks are kept as neuron ids ``[T, k_act]`` and not as a ``[T, F]`` matrix of zeros and ones;
-    all FFN activations are supported, CMoE has SiLU; equal rates go by the neuron's number; the router and its balancing bias are
-    not made here, since ``|act(Wg x) * (Wu x)|`` has no form in a stock architecture.
+    all FFN activations are supported, where CMoE has SiLU, and FFNs without a gate; a bias is divided by the same lengths as
+    its row and token are, so that its neuron fires where it did; equal rates go by the neuron's number; the router and its
+    balancing bias are not made here, since no stock architecture computes ``|act(Wg x) * (Wu x)|``.
     """
 
     name = "cmoe"
@@ -83,13 +84,10 @@ class CMoE(PlainSumPartition):
 
 
 def markers(activations: Activations, k_act: int) -> torch.Tensor:
-    """Int32 ``[T, min(k_act, F)]``: each token's neurons of largest ``|h|``, ``h`` of tokens and rows of length one."""
-    ffn = activations.ffn
-    act = activation_function(ffn.activation)
-    gate, up = (normalize(matrix.float(), dim=1) for matrix in (ffn.gate, ffn.up))
+    """Return int32 ``[T, min(k_act, F)]``: each token's neurons of largest ``|h|``, with tokens and rows at length one."""
+    neurons, marks = Neurons(activations.ffn, unit_rows=True), min(k_act, activations.ffn.intermediate_size)
     found = []
     for batch in activations.batches():
-        x = normalize(batch.x, dim=1)
-        strength = (act(linear(x, gate)) * linear(x, up)).abs()
-        found.append(strength.topk(min(k_act, len(gate)), dim=1).indices.to(torch.int32))
+        strength = neurons.of_directions(batch.x).abs()
+        found.append(strength.topk(marks, dim=1).indices.to(torch.int32))
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""D2DMoE's split: neurons whose gates look in the same direction share an expert."""
+"""D2DMoE's split: neurons whose gate rows point in similar directions share an expert."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from upcycle.splitters.weight_kmeans import unit_rows
 
 
 class D2D(PlainSumPartition):
-    """The expert split of D2DMoE (arXiv 2310.04361): balanced k-means on gate_proj rows ``[F, d]`` scaled to length one.
+    """The expert split of D2DMoE (arXiv 2310.04361): balanced k-means on gate rows ``[F, d]`` scaled to length one.
 
-    This is the second of its four stages. Its router predicts the norm of every expert's output: choose router ``ridge``
-    with target ``output_norm``. Chosen experts are summed without weights, so the ``paper`` scale is ``sum`` = K.
+    The rows are those of the projection that is activated: gate in a gated FFN, the first of two where there is no gate.
+    Biases are not part of them. This is the second of D2DMoE's four stages. Its router predicts the norm of every expert's
+    output: choose router ``ridge`` with target ``output_norm``. Chosen experts are summed without weights, so the ``paper``
+    scale is ``sum`` = K.
 
     Deviations: the model is not fine-tuned for sparsity first, nor are attention projections replaced; the number of
     active experts is fixed, because no stock architecture can run dynamic-k; the ridge router is linear, the paper's
@@ -36,5 +38,5 @@ class D2D(PlainSumPartition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Clusters of gate rows; activations are not looked at."""
-        return balanced_kmeans(unit_rows(ffn.gate, neurons), experts, seed=draw_seed(rng))
+        """Cluster the activated rows; activations are not used."""
+        return balanced_kmeans(unit_rows(ffn.activated_rows, neurons), experts, seed=draw_seed(rng))

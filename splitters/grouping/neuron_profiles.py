@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.ffn.activations import Activations, Batch
+from upcycle.ffn.activations import Activations, TokenActivations
 
 _CLIP = 1.0  # MoEfication's released code clips the summed co-activation of a few tokens at one
 _POWER_STEPS = 4
@@ -87,7 +87,7 @@ def principal_profiles(gram: torch.Tensor, size: int, seed: int) -> torch.Tensor
     return profiles
 
 
-def _magnitudes(batch: Batch, neurons: torch.Tensor, threshold: float) -> torch.Tensor:
+def _magnitudes(batch: TokenActivations, neurons: torch.Tensor, threshold: float) -> torch.Tensor:
     """Fp32 ``[t, M]``: ``sqrt(weight) * |h|``, zero where the neuron is not active."""
     size = batch.hidden.abs()
     if threshold > 0:

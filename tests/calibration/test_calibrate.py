@@ -76,7 +76,7 @@ def flat(states: Any) -> torch.Tensor:
 
 
 class Layer:
-    """One converted layer in fp64: its blueprint, and the activations of its slots on tokens ``x``."""
+    """One converted layer in fp64: its blueprint, and the activations of its experts' neurons on tokens ``x``."""
 
     def __init__(self, out: Path, dense: Path, index: int, x: torch.Tensor) -> None:
         self.blueprint = BlueprintFile(out / "blueprint.safetensors").layer(index)
@@ -89,8 +89,8 @@ class Layer:
         on = torch.zeros(len(x), E, dtype=torch.float64).scatter_(1, chosen, 1.0)
         m = self.blueprint.intermediate_size
         mask = torch.cat([torch.ones(len(x), S * m, dtype=torch.float64), on.repeat_interleave(m, dim=1)], dim=1)
-        self.active = (hidden[:, self.blueprint.slots] * mask).numpy()
-        self.columns = down[:, self.blueprint.slots].numpy()
+        self.active = (hidden[:, self.blueprint.neurons] * mask).numpy()
+        self.columns = down[:, self.blueprint.neurons].numpy()
         self.always = S * m
 
 

@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ffn_forms import FORMS, arrays, ffn_of, output, rounding
 from torch.nn.functional import linear, silu
 
 from upcycle.calibration.decide_layer import generator
@@ -17,6 +19,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, BlueprintFile, LayerBlueprint, save_blueprint
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.form import FfnForm
 from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.methods.base import Method
 from upcycle.planning.prepare import job_of
@@ -86,6 +89,65 @@ def test_all_experts_at_equal_weight_are_the_dense_ffn(name: str) -> None:
         assert torch.linalg.norm(total - expected) <= 1e-13 * torch.linalg.norm(expected)
 
 
+def layer_output(tensors: ExpertTensors, shape: MoeShape, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """``[t, d]``: the shared expert and the weighted sum of the routed ones, from every tensor that a target could store."""
+    form = shape.form
+
+    def expert(prefix: str, e: int = 0) -> np.ndarray:
+        names = [*form.matrices, *(f"{matrix}_bias" for matrix in form.matrices)]
+        built = {name: tensors.part(Part(f"{prefix}{name}", e)).numpy() for name in names}  # type: ignore[arg-type]
+        return output(built, form.activation, x)
+
+    routed = sum(weights[:, e, None] * expert("", e) for e in range(shape.experts))
+    return routed + (expert("shared_") if shape.shared else 0.0)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize("name", NAMES)
+def test_all_experts_at_equal_weight_are_the_dense_ffn_of_every_form(name: str, form: FfnForm) -> None:
+    method, dense = made(name, **EXACT.get(name, {})), ffn_of(form, F, D)
+    x = np.random.default_rng(4).standard_normal((5, D))
+    own = arrays(dense)
+    expected, allowed = output(own, form.activation, x), rounding(own, form.activation, x, terms=E + 8)
+    for shape in (replace(shape, form=form) for shape in shapes(method)):
+        method.check(shape)
+        tensors = ExpertTensors(dense, blueprint(method, dense, shape, method.scale("exact", E, E)))
+        found = layer_output(tensors, shape, np.full((len(x), E), 1 / E), x)
+        assert (np.abs(found - expected) <= allowed).all()
+
+
+@pytest.mark.parametrize("form", [FORMS["gated, biases"], FORMS["ungated, biases"]], ids=["gated", "ungated"])
+@pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).exact_with_any_router])
+def test_biased_copies_are_the_dense_ffn_under_any_router_that_they_promise_it_for(name: str, form: FfnForm) -> None:
+    method, dense = made(name, **EXACT.get(name, {})), ffn_of(form, F, D)
+    rng = np.random.default_rng(5)
+    x, own = rng.standard_normal((5, D)), arrays(dense)
+    group = getattr(method.parameters, "granularity", 1)  # so many neighbours have one router row
+    for shape in (replace(shape, form=form, top_k=group) for shape in shapes(method)):
+        tensors = ExpertTensors(dense, blueprint(method, dense, shape, method.scale("exact", E, group)))
+        weights = np.zeros((len(x), E // group))
+        weights[np.arange(len(x)), rng.integers(0, E // group, len(x))] = 1 / group
+        found = layer_output(tensors, shape, weights.repeat(group, axis=1), x)
+        allowed = rounding(own, form.activation, x, terms=E + 8)
+        assert (np.abs(found - output(own, form.activation, x)) <= allowed).all()
+
+
+@pytest.mark.parametrize("name", [param for param in NAMES if made(str(param.values[0])).kind == "partition"])
+def test_the_down_bias_is_added_once_however_few_experts_of_a_split_run(name: str) -> None:
+    """At any scale, the output of a layer whose neurons are silent is the bias."""
+    method, form = made(name), FORMS["ungated, biases"]
+    dense = replace(
+        ffn_of(form, F, D), up=torch.zeros(F, D, dtype=torch.float64), up_bias=torch.zeros(F, dtype=torch.float64)
+    )
+    assert dense.down_bias is not None
+    weights = np.zeros((1, E))
+    weights[0, :3] = 0.5, 0.25, 0.25
+    for shape in (replace(shape, form=form, top_k=3) for shape in shapes(method)):
+        tensors = ExpertTensors(dense, blueprint(method, dense, shape, scale=3.0))
+        found = layer_output(tensors, shape, weights, np.ones((1, D)))
+        np.testing.assert_array_equal(found[0], dense.down_bias.numpy())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_neurons_are_used_as_declared(name: str) -> None:
     method, dense = made(name), ffn()
@@ -149,6 +211,7 @@ def test_padding_uses_every_neuron_once_and_zeros_for_the_rest(name: str, shared
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_blueprint_and_inputs_untouched(name: str) -> None:
     method, dense = made(name), ffn()
+    assert dense.gate is not None
     before = [tensor.clone() for tensor in (dense.gate, dense.up, dense.down, dense.norm)]
     for shape in shapes(method):
         first, second = (blueprint(method, dense, shape, seed=5) for _ in range(2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Slots
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations
 from upcycle.ffn.feed_forward import FeedForward
 
 D, F, BATCH, BATCHES = 6, 10, 4, 20
@@ -71,14 +71,14 @@ def test_judged_are_the_held_out_ones_or_all(room: int) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 7 * ONE, BATCHES * ONE])
-def test_slots_take_over_what_is_kept(room: int) -> None:
+def test_expert_activations_take_over_what_is_kept(room: int) -> None:
     given = activations(room)
     expected = [2 * batch.hidden for batch in given.batches()]
-    slots = Slots(given, lambda batch: 2 * batch.hidden)
+    active = ExpertActivations(given, lambda batch: 2 * batch.hidden)
     for _ in range(2):
-        assert all(torch.equal(a, b.hidden) for a, b in zip(expected, slots.batches(), strict=True))
+        assert all(torch.equal(a, b.hidden) for a, b in zip(expected, active.batches(), strict=True))
     everything = room == BATCHES * ONE
     assert given.computed == (BATCHES if everything else 3 * BATCHES - 2 * (room // ONE))
     # What was given up is computed again when it is asked for.
     assert numbers(given.batches()) == list(range(BATCHES))
-    assert slots.layer == 3
+    assert active.layer == 3

@@ -69,7 +69,7 @@ def test_energies_and_norms(
 def test_refitted_columns_count_where_there_are_some(layer: tuple[FeedForward, LayerBlueprint, torch.Tensor]) -> None:
     ffn, blueprint, x = layer
     (batch,) = Activations.of(ffn, x).batches()
-    down = ffn.down[:, blueprint.slots.clamp(min=0)]
+    down = ffn.down[:, blueprint.neurons.clamp(min=0)]
     same = replace(blueprint, down=down)
     torch.testing.assert_close(expert_energies(batch, same, ffn), expert_energies(batch, blueprint, ffn))
     down = down.clone()

@@ -97,7 +97,7 @@ def test_weights_of_zero_are_no_reason_to_stop() -> None:
     made = CMoE(CMoEParameters()).blueprint(
         zero, MoeShape(E, 1, 1, 10, (0,)), 1.0, generator(0, 0, "method"), Activations.of(zero, tokens())
     )
-    assert torch.equal(made.slots.sort().values, torch.arange(F))
+    assert torch.equal(made.neurons.sort().values, torch.arange(F))
 
 
 def test_the_paper_adds_experts_up() -> None:

@@ -81,7 +81,7 @@ def test_independent_with_shared_experts_deals_out_the_rest() -> None:
 def test_sharing_inner_is_the_top_of_every_list() -> None:
     made = split(vectors(), variant="sharing_inner")
     assert lists(made.routed) == [sorted(row[: F // E]) for row in ranked(vectors())]
-    assert len(made.slots.unique()) < F  # experts overlap
+    assert len(made.neurons.unique()) < F  # experts overlap
     wide = split(vectors(), variant="sharing_inner", expert_size=24)
     assert lists(wide.routed) == [sorted(row[:24]) for row in ranked(vectors())]
 

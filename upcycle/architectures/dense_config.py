@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
+
+from upcycle.ffn.form import FfnForm
 
 
 class Feature(Enum):
@@ -20,6 +22,7 @@ class Feature(Enum):
     OUTPUT_BIAS = "a bias on the attention output projection only"
     ATTENTION_BIAS = "biases on the q, k and v projections, a bias on the attention output projection"
     MLP_BIAS = "biases in the FFN"
+    UNGATED_FFN = "an FFN without a gate"
     WINDOW = "a sliding window on every layer"
     MIXED_WINDOWS = "sliding windows on some layers only"
     PARTIAL_ROTARY = "a rotary embedding of a part of each head"
@@ -72,6 +75,7 @@ class DenseConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    mlp_gated: bool = True
     query_norms: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
@@ -112,6 +116,12 @@ class DenseConfig:
         return keys.get(feature, {})
 
     @property
+    def ffn_form(self) -> FfnForm:
+        """Which projections and biases an FFN has. Biases stand on all of its projections or on none."""
+        form = FfnForm(self.hidden_act, self.mlp_gated)
+        return replace(form, biases=frozenset(form.matrices)) if self.mlp_bias else form
+
+    @property
     def layer_types(self) -> list[str]:
         """``layer_types`` as most configuration classes want it."""
         return ["full_attention" if window is None else "sliding_attention" for window in self.windows]
@@ -129,6 +139,7 @@ class DenseConfig:
             Feature.OUTPUT_BIAS: self.output_bias and not self.qkv_bias,
             Feature.ATTENTION_BIAS: self.qkv_bias and self.output_bias,
             Feature.MLP_BIAS: self.mlp_bias,
+            Feature.UNGATED_FFN: not self.mlp_gated,
             Feature.WINDOW: len(kinds) == 1 and None not in kinds,
             Feature.MIXED_WINDOWS: len(kinds) > 1,
             Feature.PARTIAL_ROTARY: self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0

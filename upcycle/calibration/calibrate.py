@@ -234,8 +234,8 @@ class Calibration:
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
         """Write the converted model's stream after this layer, computed with the weights as they will be stored."""
         down = decision.routing.stored(decision.blueprint)
-        pairs = zip(residual.blocks(self._batch), decision.slots.batches(), strict=True)
-        outputs = (before + linear(batch.hidden, down) for before, batch in pairs)
+        pairs = zip(residual.blocks(self._batch), decision.active.batches(), strict=True)
+        outputs = (before + linear(batch.hidden, down, decision.routing.bias) for before, batch in pairs)
         self._stream("moe", index + 1).write(outputs)
 
 

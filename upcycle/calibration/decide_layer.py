@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Inputs, Slots
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, Inputs
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.refit import Routing, fit_down, fit_scale
@@ -70,12 +70,12 @@ def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[]
 
 
 class Decision(NamedTuple):
-    """What became of a layer: its blueprint, what was measured on the way, and what is active in its slots."""
+    """What became of a layer: its blueprint, what was measured on the way, and the activations of its neurons."""
 
     blueprint: LayerBlueprint
     report: dict[str, Any]
     routing: Routing
-    slots: Slots
+    active: ExpertActivations
 
 
 def decide_layer(
@@ -97,18 +97,18 @@ def decide_layer(
     blueprint = decide(job, ffn, activations)
     report: dict[str, Any] = {}
     if job.shape.top_k < job.shape.experts and blueprint.router is not None:
-        rows = blueprint.router.to(ffn.gate.dtype).float()
+        rows = blueprint.router.to(ffn.dtype).float()
         report |= asdict(captured(activations, blueprint, rows))
-    routing = Routing(blueprint, ffn.down, ffn.gate.dtype)
-    slots = Slots(activations, routing.active)
+    routing = Routing(blueprint, ffn)
+    active = ExpertActivations(activations, routing.active)
     if job.refit == "none":
-        return Decision(blueprint, report, routing, slots)
+        return Decision(blueprint, report, routing, active)
     if job.refit == "scale":
-        factor, fit = fit_scale(routing, slots, targets())
+        factor, fit = fit_scale(routing, active, targets())
         blueprint = replace(blueprint, scale=job.shape.top_k * factor)
-        return Decision(blueprint, report | fit.as_dict(), routing, slots)
-    down, fit = fit_down(routing.down, slots, targets())
+        return Decision(blueprint, report | fit.as_dict(), routing, active)
+    down, fit = fit_down(routing, active, targets())
     stored = down.to(ffn.down.dtype)
     if not bool((stored * blueprint.scale).isfinite().all()):
         raise CheckpointError(f"layer {ffn.layer}: the refit overflows {ffn.down.dtype}", hint="--dtype bfloat16")
-    return Decision(replace(blueprint, down=stored), report | fit.as_dict(), routing, slots)
+    return Decision(replace(blueprint, down=stored), report | fit.as_dict(), routing, active)

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import kl_div, linear, log_softmax
 
 from upcycle.calibration.decide_layer import activations_of, decide_layer, targets_of
-from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, Batch, Slots, contributions
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, TokenActivations, contributions
 from upcycle.ffn.refit import Applied, Routing, fit_down
 from upcycle.ffn.router_capture import ExpertMap, of_largest
 from upcycle.files.formats.token_files import TokenFile, write_together
@@ -45,10 +45,10 @@ class OracleRouting(Routing):
     """Chooses by the energies themselves: the limit of every router. No checkpoint can hold it."""
 
     def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
-        super().__init__(blueprint, ffn.down, ffn.gate.dtype)
+        super().__init__(blueprint, ffn)
         self._map = ExpertMap(blueprint, ffn)
 
-    def chosen(self, batch: Batch) -> torch.Tensor:
+    def chosen(self, batch: TokenActivations) -> torch.Tensor:
         """Multi-hot ``[t, E]`` of the k experts that add most."""
         return of_largest(self._map.energies(batch.hidden), self._top_k)
 
@@ -60,8 +60,9 @@ class StaticPruning:
         order = contributions(activations).argsort(descending=True, stable=True)
         self._kept = order[:count].sort().values
         self.down = activations.ffn.down.float()[:, self._kept]
+        self.bias = None if activations.ffn.down_bias is None else activations.ffn.down_bias.float()
 
-    def active(self, batch: Batch) -> torch.Tensor:
+    def active(self, batch: TokenActivations) -> torch.Tensor:
         """Fp32 ``[t, count]``."""
         return batch.hidden.index_select(1, self._kept)
 
@@ -228,14 +229,14 @@ class Walk:
         inputs, residual = (self._file(source, f"{part}.calibration") for part in ("x", "residual"))
         activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
         targets = targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
-        applied, slots, down = self._decide(candidate, ffn, activations, targets)
-        self._continue(name, "calibration", index, slots, down, residual)
+        applied, active, down = self._decide(candidate, ffn, activations, targets)
+        self._continue(name, "calibration", index, active, down, applied.bias, residual)
         candidate.seconds += time.monotonic() - started
         if index > first:
             self._attention(runner, index, name, "evaluation")
         inputs, residual = (self._file(source, f"{part}.evaluation") for part in ("x", "residual"))
-        slots = Slots(activations_of(ffn, inputs, self._batch), applied.active)
-        self._continue(name, "evaluation", index, slots, down, residual)
+        active = ExpertActivations(activations_of(ffn, inputs, self._batch), applied.active)
+        self._continue(name, "evaluation", index, active, down, applied.bias, residual)
 
     def _attention(self, runner: LayerRunner, index: int, name: str, what: str) -> None:
         """Leaves what the layer's FFN reads and what its output is added to in the files ``x`` and ``residual``."""
@@ -245,8 +246,8 @@ class Walk:
 
     def _decide(
         self, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
-    ) -> tuple[Applied, Slots, torch.Tensor]:
-        """What is active in the layer, on these tokens too, and the factors-included down projection ``[d, slots]``."""
+    ) -> tuple[Applied, ExpertActivations, torch.Tensor]:
+        """Decide the layer: how it computes, its activations on the calibration tokens, and its down ``[d, N]`` with all factors."""
         if candidate.baseline == "static":
             shape = candidate.job.shape
             kept = (shape.shared + shape.top_k) / (shape.shared + shape.experts) * ffn.intermediate_size
@@ -258,21 +259,22 @@ class Walk:
             oracle = OracleRouting(decide(candidate.job, ffn, activations), ffn)
             candidate.captured.append(1.0)
             return _fitted(oracle, candidate, ffn, activations, targets)
-        blueprint, report, routing, slots = decide_layer(candidate.job, ffn, activations, targets)
+        blueprint, report, routing, active = decide_layer(candidate.job, ffn, activations, targets)
         candidate.captured += [report["captured"]] if "captured" in report else []
-        return routing, slots, routing.stored(blueprint)
+        return routing, active, routing.stored(blueprint)
 
     def _continue(
         self,
         name: str,
         what: str,
         index: int,
-        slots: Slots,
+        active: ExpertActivations,
         down: torch.Tensor,
+        bias: torch.Tensor | None,
         residual: TokenFile,
     ) -> None:
-        pairs = zip(residual.blocks(self._batch), slots.batches(), strict=True)
-        outputs = (before + linear(batch.hidden, down) for before, batch in pairs)
+        pairs = zip(residual.blocks(self._batch), active.batches(), strict=True)
+        outputs = (before + linear(batch.hidden, down, bias) for before, batch in pairs)
         self._stream(name, what, index + 1).write(outputs)
 
     def _measure(self, names: Sequence[str], layers: int, pool: ThreadPoolExecutor) -> list[tuple[list[float], float]]:
@@ -314,13 +316,13 @@ class Walk:
 
 def _fitted(
     applied: Applied, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
-) -> tuple[Applied, Slots, torch.Tensor]:
+) -> tuple[Applied, ExpertActivations, torch.Tensor]:
     """A baseline with its down projection after the same refit as the candidates', rounded as theirs are."""
-    slots = Slots(activations, applied.active)
+    active = ExpertActivations(activations, applied.active)
     if candidate.job.refit != "down":
-        return applied, slots, applied.down
-    down, _ = fit_down(applied.down, slots, targets())
-    return applied, slots, down.to(ffn.down.dtype).float()
+        return applied, active, applied.down
+    down, _ = fit_down(applied, active, targets())
+    return applied, active, down.to(ffn.down.dtype).float()
 
 
 def _first(candidate: Candidate) -> int:

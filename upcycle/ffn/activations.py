@@ -1,4 +1,4 @@
-"""What one FFN does on the calibration tokens, streamed: neither the tokens nor their activations need fit into memory."""
+"""Reads the activations of one FFN on the calibration tokens batch by batch: neither need fit into memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear
 
 from upcycle.errors import CheckpointError
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.neurons import Neurons
 
 if TYPE_CHECKING:
     from upcycle.ffn.source_samples import Samples
@@ -29,8 +29,8 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """:class:`Inputs` with fp32 ``hidden`` ``[t, F]``: ``act(gate x) * up x``, the input of the down projection, signed.
+class TokenActivations:
+    """:class:`Inputs` with fp32 ``hidden`` ``[t, F]``: the signed activations of all neurons, which the down projection reads.
 
     ``weight`` ``[t]`` says how much a token's error counts (mean one): tokens whose residual stream is a thousand times
     longer than the others' would otherwise decide every sum of squares, and the next norm divides by that length.
@@ -50,12 +50,13 @@ class Activations:
         inputs: starts a new pass over the tokens, always in the same batches.
         tokens: how many there are.
         importance: fp32 ``[C, F]``, mean ``|h * dL/dh|`` of each text cluster, where gradients were collected.
-        samples: which source's tokens they are, where a router is to tell several apart.
         cache_bytes: activations up to this size are kept; above it every pass computes them again, to the same bits.
-        sources: the same layer of one of several mixed models, by its index, on that model's own states.
+        samples: which source each token belongs to, where a router is to tell sources apart.
+        sources: returns the activations of the same layer of one of several mixed models, by its index, on that model's
+            own states.
 
     Attributes:
-        measured: what a method or router has found out about the layer, for the report.
+        measured: numbers about the layer that a method or router adds for the report.
     """
 
     def __init__(
@@ -74,15 +75,14 @@ class Activations:
         self.measured: dict[str, float] = {}
         self.importance = importance
         self._inputs, self._tokens = inputs, tokens
-        self._gate, self._up = ffn.gate.float(), ffn.up.float()
-        self._act = activation_function(ffn.activation)
-        self._cache: dict[int, Batch] = {}
+        self._neurons = Neurons(ffn)
+        self._cache: dict[int, TokenActivations] = {}
         self._room = cache_bytes
         self._count: int | None = None  # of batches, once it is known
 
     @classmethod
     def of(cls, ffn: FeedForward, x: torch.Tensor, batch: int = 2048, **keys: Any) -> Activations:
-        """From tokens ``[T, d]`` in memory, all of weight one."""
+        """Make them of tokens ``x`` ``[T, d]`` in memory, all of weight one, ``batch`` at a time."""
 
         def inputs() -> Iterator[Inputs]:
             for number, piece in enumerate(x.float().split(batch)):
@@ -92,25 +92,25 @@ class Activations:
         return cls(ffn, inputs, len(x), **keys)
 
     def inputs(self) -> Iterator[Inputs]:
-        """One pass over what the FFN and its router read, without computing what is active."""
+        """Pass once over what the FFN and its router read; no activation is computed."""
         return self._inputs()
 
-    def batches(self) -> Iterator[Batch]:
-        """One pass over all tokens.
+    def batches(self) -> Iterator[TokenActivations]:
+        """Pass once over all tokens.
 
         Raises:
             CheckpointError: an activation is not finite; the message names the layer and the neuron.
         """
         yield from self._some(lambda number, held_out: True)
 
-    def some(self, tokens: int) -> Iterator[Batch]:
-        """Whole batches of at least ``tokens`` tokens, if there are so many, evenly spread: enough for an estimate."""
+    def some(self, tokens: int) -> Iterator[TokenActivations]:
+        """Pass over evenly spread batches of at least ``tokens`` tokens together, or over all: enough for an estimate."""
         stride = max(1, self._tokens // tokens)
-        # Shifted by one after each that is held out, or a stride of two would never meet one.
+        # Shifted by one after every held-out batch, or an even stride would never meet one.
         yield from self._some(lambda number, held_out: (number + number // HELD_OUT_EVERY) % stride == 0)
 
-    def judged(self) -> Iterator[Batch]:
-        """The batches that a fit is judged by: those held out, or all if there are none."""
+    def judged(self) -> Iterator[TokenActivations]:
+        """Pass over the batches that a fit is judged by: those held out, or all if there are none."""
         found = False
         for batch in self._some(lambda number, held_out: held_out):
             found = True
@@ -118,8 +118,12 @@ class Activations:
         if not found:
             yield from self.batches()
 
-    def drain(self) -> Iterator[tuple[Batch, bool]]:
-        """One pass that gives up what is kept in memory, as it goes; says of every batch whether all were kept."""
+    def drain(self) -> Iterator[tuple[TokenActivations, bool]]:
+        """Pass once over all tokens and drop what the cache holds on the way.
+
+        Yields:
+            Each batch, and whether the cache held all batches, so that a caller may keep as much in its place.
+        """
         if len(self._cache) == self._count:
             for number in range(self._count):
                 batch = self._cache.pop(number)
@@ -128,8 +132,8 @@ class Activations:
         else:
             yield from ((batch, False) for batch in self.batches())
 
-    def _some(self, wanted: Callable[[int, bool], bool]) -> Iterator[Batch]:
-        """The batches of which ``wanted(number, held_out)`` is true; each is kept while there is room."""
+    def _some(self, wanted: Callable[[int, bool], bool]) -> Iterator[TokenActivations]:
+        """Pass over the batches for which ``wanted(number, held_out)`` is true; each is cached while there is room."""
         if len(self._cache) == self._count:
             numbered = ((number, self._cache[number]) for number in range(self._count))
             yield from (batch for number, batch in numbered if wanted(number, batch.held_out))
@@ -146,12 +150,12 @@ class Activations:
             yield batch
         self._count = number + 1
 
-    def _batch(self, given: Inputs) -> Batch:
-        hidden = torch.empty(len(given.x), len(self._gate))
+    def _batch(self, given: Inputs) -> TokenActivations:
+        hidden = torch.empty(len(given.x), self.ffn.intermediate_size)
         for x, some in zip(given.x.split(_ROWS), hidden.split(_ROWS), strict=True):
-            torch.mul(self._act(linear(x, self._gate)), linear(x, self._up), out=some)
+            self._neurons.write(x, some)
         self._check(hidden)
-        return Batch(given.x, hidden, given.weight, given.held_out)
+        return TokenActivations(given.x, hidden, given.weight, given.held_out)
 
     def _check(self, hidden: torch.Tensor) -> None:
         low, high = hidden.aminmax()
@@ -164,19 +168,24 @@ class Activations:
         )
 
 
-class Slots:
-    """The tokens of an :class:`Activations` with other vectors in the place of ``hidden``: what is active in slots.
+class ExpertActivations:
+    """The tokens of an :class:`Activations`, with the activations of all experts' neurons in the place of ``hidden``.
 
-    The first pass takes over what the activations kept in memory, so that no more is kept than before.
+    A neuron that two experts hold appears twice, and one whose expert the router did not choose is zero. The first pass takes
+    the cache of ``activations`` over, so that no more memory is held than before.
+
+    Args:
+        activations: the layer's tokens.
+        active: makes fp32 ``[t, N]`` of a batch, N being the number of all experts' neurons.
     """
 
-    def __init__(self, activations: Activations, active: Callable[[Batch], torch.Tensor]) -> None:
+    def __init__(self, activations: Activations, active: Callable[[TokenActivations], torch.Tensor]) -> None:
         self.layer = activations.ffn.layer
         self._activations, self._active = activations, active
-        self._kept: list[Batch] = []
+        self._kept: list[TokenActivations] = []
 
-    def batches(self) -> Iterator[Batch]:
-        """One pass over all tokens; ``hidden`` is ``[t, slots]``."""
+    def batches(self) -> Iterator[TokenActivations]:
+        """Pass once over all tokens; ``hidden`` is ``[t, N]``."""
         if self._kept:
             yield from self._kept
             return
@@ -188,16 +197,8 @@ class Slots:
         self._kept = kept
 
 
-def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function that ``hidden_act`` names in stock configurations."""
-    from transformers.activations import ACT2FN
-
-    function: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
-    return function
-
-
 def contributions(activations: Activations) -> torch.Tensor:
-    """Fp64 ``[F]``: the weighted mean over tokens of ``(h_j * ||down_j||)^2``, the energy neuron j adds to the output."""
+    """Return fp64 ``[F]``: the weighted mean over tokens of ``(h_j * ||down_j||)^2``, the energy neuron j adds to the output."""
     norms = activations.ffn.down.double().square().sum(0)
     total = torch.zeros_like(norms)
     weights = 0.0

@@ -22,21 +22,19 @@ from upcycle.files.formats.tensor_spec import CODES, ITEM_SIZE
 ZERO_NEURON = -1
 DOWN_ONLY = (0.0, 0.0, 1.0)
 _BLOCK_BYTES = 1 << 24
-_OF_EXPERTS = {
-    "source": None,
-    "scale": 1.0,
-    "noise": 0.0,
-}  # what an ExpertSpec has beside tensors, and what is not written
+# The numbers of an ExpertSpec and their defaults, which are not written.
+_OF_EXPERTS = {"source": None, "scale": 1.0, "noise": 0.0}
 
 
 @dataclass(frozen=True)
 class ExpertSpec:
     """One expert: int64 ``[m]`` neuron indices into the dense FFN; ``ZERO_NEURON`` stands for a neuron of zeros.
 
-    ``fresh`` (bool ``[3, m]``: gate, up, down) marks the slots whose weights are drawn anew, by the layer's ``Draws``.
-    ``source`` says whose FFN it is, where several models are mixed: an index into the recipe's sources, or their number for
-    the recipe's ``source`` itself. ``scale`` multiplies this expert's down projection, ``noise`` is the standard deviation of
-    normal noise on its gate, up and down.
+    ``fresh`` (bool ``[3, m]``: gate, up, down; the first row says nothing of an FFN without a gate) marks the neurons whose
+    weights are drawn anew, by the layer's ``Draws``. ``source`` says which model's FFN it is taken from, where several are
+    mixed: an index into the recipe's sources, or their number for the recipe's ``source`` itself. ``scale`` multiplies what
+    this expert adds: its down projection and down bias. ``noise`` is the standard deviation of normal noise on its gate, up
+    and down.
     """
 
     neurons: torch.Tensor
@@ -47,7 +45,7 @@ class ExpertSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether it is neurons of the dense FFN as they are."""
+        """Whether it consists of the layer's own neurons, unchanged."""
         return self.fresh is None and self.source is None and self.scale == 1 and not self.noise
 
 
@@ -55,9 +53,9 @@ class ExpertSpec:
 class Draws:
     """How a layer's random weights are drawn when they are built; ``seed`` makes every build the same.
 
-    Fresh slots take a normal with the mean and standard deviation of what they replace in their matrix (``statistics``),
-    or with mean 0 and the deviation ``std`` (``initializer``; ``None`` until the model's own is known). ``noise`` is
-    added to every routed expert's matrices, as a fraction of each one's standard deviation.
+    The new weights of fresh neurons are normal, with the mean and standard deviation of those they replace in their matrix
+    (``statistics``), or with mean 0 and the deviation ``std`` (``initializer``; ``None`` until the model's own is known).
+    ``noise`` is added to every routed expert's matrices, as a fraction of each one's standard deviation.
     """
 
     seed: int
@@ -70,10 +68,10 @@ class Draws:
 class LayerBlueprint:
     """One MoE layer before its weights exist.
 
-    ``scale`` multiplies the routed experts: their gate, up and down by its powers ``spread``, which is the down projection
-    alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser has
-    filled it in. ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column per
-    neuron of every expert, shared experts first. ``draws`` is there where weights are random.
+    ``scale`` multiplies what the routed experts' neurons add: gate, up and down by its powers ``spread``, which is the down
+    projection alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser
+    has filled it in. ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column
+    for each of :attr:`neurons`. ``draws`` is there where weights are random.
     """
 
     layer: int
@@ -92,15 +90,15 @@ class LayerBlueprint:
         return len(self.routed[0].neurons)
 
     @property
-    def slots(self) -> torch.Tensor:
-        """Int64 ``[(S + E) * m]``: the neurons of all experts, shared ones first; a neuron in two experts has two slots."""
+    def neurons(self) -> torch.Tensor:
+        """Int64 ``[(S + E) * m]``: the neurons of all experts, shared experts first; one that two experts hold is there twice."""
         return torch.cat([expert.neurons for expert in self.shared + self.routed])
 
 
 def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
     """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``,
     ``layers.L.down`` where there was a refit, and bool ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where
-    weights are drawn anew. ``report`` is what was measured on the way.
+    weights are drawn anew. ``report`` holds what was measured of the layer, as plain data.
     """
     from safetensors.torch import save
 
@@ -132,13 +130,13 @@ def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, A
 
 
 def join_blueprints(paths: list[Path], out: Path, recipe: Mapping[str, Any]) -> None:
-    """Join the files of single layers into one, block by block, with the recipe."""
+    """Join the files of single layers into one at ``out``, block by block, and add the recipe."""
     files = [BlueprintFile(path) for path in paths]
     layers = {name: numbers for file in files for name, numbers in file.header["layers"].items()}
     header: dict[str, Any] = {
         "__metadata__": {"upcycle": json.dumps({"layers": layers, "recipe": dict(recipe)}, sort_keys=True)}
     }
-    # The widest dtypes first, so that every tensor is aligned.
+    # The widest dtypes come first: then every tensor begins at a multiple of its item size.
     entries = [(file, name, spec) for file in files for name, spec in file.tensors.specs.items()]
     entries.sort(key=lambda entry: -ITEM_SIZE[entry[2].dtype])
     position = 0
@@ -156,7 +154,7 @@ def join_blueprints(paths: list[Path], out: Path, recipe: Mapping[str, Any]) -> 
 
 
 class BlueprintFile:
-    """A saved blueprint, of one layer or of all; layers are read when asked for.
+    """A saved blueprint, of one layer or of all; a layer is read when it is asked for.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a blueprint.
@@ -175,18 +173,18 @@ class BlueprintFile:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe it was made by, without its source."""
+        """The recipe that the blueprint was made by, without its source."""
         recipe: dict[str, Any] = self.header["recipe"]
         return recipe
 
     @property
     def reports(self) -> list[dict[str, Any]]:
-        """What calibration measured of every layer, in order; empty where nothing was calibrated."""
+        """What calibration measured, one entry per layer in order; empty where nothing was calibrated."""
         reports = (self.header["layers"][str(layer)]["report"] for layer in self.layers)
         return [report for report in reports if report]
 
     def shape(self, layer: int) -> tuple[int, int, int]:
-        """Routed experts, shared experts and neurons of each."""
+        """Return the number of routed experts, of shared experts, and of neurons in each."""
         routed = self.tensors.specs[f"layers.{layer}.routed"].shape
         shared = self.tensors.specs.get(f"layers.{layer}.shared")
         return routed[0], shared.shape[0] if shared else 0, routed[1]
@@ -223,8 +221,8 @@ def _specs(kind: str, found: Mapping[str, torch.Tensor], numbers: Mapping[str, A
     return tuple(specs)
 
 
-# What a blueprint says of how layers were decided and are built. Everything else is the user's: whether and on what the result
-# is verified, the models and the tokenizer it is made from.
+# The recipe's keys that say how layers are decided and built. All others are the user's own: whether and on what the result is
+# verified, and which models and tokenizer it is made from.
 _BROUGHT = {
     "method",
     "parameters",
@@ -249,9 +247,9 @@ _BROUGHT = {
 
 
 def blueprint_recipe(path: Path) -> dict[str, Any]:
-    """What a saved blueprint may say of a recipe: how its layers were decided, and nothing that is the user's to say.
+    """Return the part of a saved blueprint's recipe that says how its layers were decided.
 
-    Its calibration texts are names of what was read elsewhere, without their folders: none of them is opened.
+    Its calibration texts are names of files that were read elsewhere, without their folders: none of them is opened.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a blueprint.

@@ -6,103 +6,167 @@ Nothing is built before it is asked for: a layer of eight 7B-sized copies would 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
 import torch
 
+from upcycle.errors import RefusalError
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.form import MATRICES, Matrix
 from upcycle.ffn.moe_shape import Part
 from upcycle.ffn.random_weights import redrawn
 
-Matrices = Callable[[int, str], torch.Tensor]
-MATRICES = ("gate", "up", "down")  # as the rows of ExpertSpec.fresh and the powers of LayerBlueprint.spread
+Tensors = Callable[[int, str], torch.Tensor]
+_BIAS = "_bias"
 
 
 class ExpertTensors:
     """The weights of one MoE layer, in the dtype of the dense FFN.
 
+    How biases are divided, so that the layer is the dense FFN wherever its matrices alone would be. With
+    ``h_j = act(gate_j x + a_j) * (up_j x + b_j)`` (or ``act(up_j x + b_j)``) the dense FFN is ``sum_j h_j down_j + c``.
+
+    - ``h_j`` depends on neuron j's own entries ``a_j``, ``b_j`` alone. They go wherever its rows go, times the same power of
+      the blueprint's scale: ``(s gate_j) x + s a_j = s (gate_j x + a_j)``. A zero neuron has zero biases.
+    - The down bias ``c`` belongs to no neuron. Every routed expert holds the whole of it, without the blueprint's scale, and
+      a shared expert that is a piece of the same FFN holds none. The router's weights sum to 1, so the layer adds
+      ``sum_e w_e c = c``: exactly once for every router, every top-k and every scale. Weights that sum to less (the plain
+      softmax with fewer experts running than there are) shrink it as they shrink the experts.
+    - An expert that is another model's FFN holds that model's down bias, times ``ExpertSpec.scale``. Shared experts cut from
+      one such FFN are all on, at weight 1, and hold its down bias once.
+
     Args:
         ffn: the dense layer.
         blueprint: what is made of it.
-        matrices: reads gate, up or down of the FFN of a source by its index, where experts are of several.
+        tensors: reads a projection or bias of a source's FFN, by the source's index and the attribute's name in
+            :class:`~upcycle.ffn.feed_forward.FeedForward`, where experts come from several models.
     """
 
-    def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint, matrices: Matrices | None = None) -> None:
+    def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint, tensors: Tensors | None = None) -> None:
         self._ffn = ffn
-        self._matrices = matrices
+        self._tensors = tensors
         self._blueprint = blueprint
-        self._routed = [_Neurons(expert.neurons) for expert in blueprint.routed]
+        self._routed = [_NeuronList(expert.neurons) for expert in blueprint.routed]
         shared = [expert.neurons for expert in blueprint.shared]
         # Shared experts are always summed, so every architecture stores them as one wide FFN.
-        self._shared = _Neurons(torch.cat(shared)) if shared else None
+        self._shared = _NeuronList(torch.cat(shared)) if shared else None
 
     def part(self, part: Part) -> torch.Tensor:
-        """Build one part: gate and up are ``[m, d]``, down is ``[d, m]``, the router ``[E, d]``."""
-        ffn, dtype = self._ffn, self._ffn.gate.dtype
+        """Build one part: gate and up are ``[m, d]``, down is ``[d, m]``, their biases ``[m]``, ``[m]`` and ``[d]``, the router
+        ``[E, d]``. A bias that the dense FFN does not have is zero.
+
+        Raises:
+            RefusalError: a gate is asked for, and the dense FFN has none.
+        """
+        width, dtype = self._ffn.hidden_size, self._ffn.dtype
         if part.kind == "router":
             assert self._blueprint.router is not None
             return self._blueprint.router.to(dtype)
         if part.kind == "shared_switch":
-            return torch.zeros(1, ffn.hidden_size, dtype=dtype)
+            return torch.zeros(1, width, dtype=dtype)
         if part.kind == "zeros":
             return torch.zeros(part.size)
         if part.kind == "idle_down":
-            return torch.zeros(ffn.hidden_size, part.size, dtype=dtype)
-        return self._matrix(part)
+            return torch.zeros(width, part.size, dtype=dtype)
+        return self._of_ffn(part)
 
-    def _matrix(self, part: Part) -> torch.Tensor:
-        ffn = self._ffn
-        where, _, matrix = part.kind.rpartition("_")
+    def _of_ffn(self, part: Part) -> torch.Tensor:
+        """Build a part that the dense FFN's weights are in."""
+        where, _, matrix = part.kind.removesuffix(_BIAS).rpartition("_")
+        name = matrix + _BIAS if part.kind.endswith(_BIAS) else matrix
+        if name == "down_bias":
+            return self._down_bias(where, part)
+        if self._ffn.tensor(name) is None:
+            return self._absent(name, where, part)
         if where == "idle":
-            return _Neurons(torch.arange(part.size)).taken(getattr(ffn, matrix), matrix)
+            return _NeuronList(torch.arange(part.size)).taken(self._dense(None, name), name)
         if where == "shared":
-            return self._shared_weight(matrix, part.factor)
-        factor = part.factor * self._blueprint.scale ** self._blueprint.spread[MATRICES.index(matrix)]
-        return self._routed_weight(matrix, part.expert, factor)
+            return self._shared_tensor(name, part.factor)
+        factor = part.factor * self._blueprint.scale ** self._blueprint.spread[MATRICES.index(_matrix(name))]
+        return self._routed_tensor(name, part.expert, factor)
 
-    def _routed_weight(self, matrix: str, expert: int, factor: float) -> torch.Tensor:
-        """One routed expert."""
-        refitted = self._refitted("", expert) if matrix == "down" else None
+    def _absent(self, name: str, where: str, part: Part) -> torch.Tensor:
+        """Zeros for a bias that the dense FFN does not have."""
+        if name == "gate":
+            raise RefusalError(
+                f"layer {self._ffn.layer}: the FFN has no gate, and the target's experts have one",
+                hint="choose a target with experts of the form down(act(up x))",
+            )
+        experts = len(self._blueprint.shared) if where == "shared" else 1
+        size = part.size if where == "idle" else experts * self._blueprint.intermediate_size
+        return torch.zeros(size, dtype=self._ffn.dtype)
+
+    def _dense(self, source: int | None, name: str) -> torch.Tensor:
+        """A projection or bias of a source's FFN, or (``None``) of the layer's own."""
+        if source is None:
+            found = self._ffn.tensor(name)
+            assert found is not None
+            return found
+        assert self._tensors is not None
+        return self._tensors(source, name)
+
+    def _down_bias(self, where: str, part: Part) -> torch.Tensor:
+        """``[d]``: what an expert adds beside its neurons; see the class."""
+        zero = torch.zeros(self._ffn.hidden_size, dtype=self._ffn.dtype)
+        if self._ffn.down_bias is None or where == "idle":
+            return zero
+        if where == "shared":
+            adding = [spec for spec in self._blueprint.shared if spec.source is not None]
+        else:
+            adding = [self._blueprint.routed[part.expert]]
+        scales = {spec.source: spec.scale for spec in adding}  # one entry for all pieces of one FFN
+        found = [_times(self._dense(source, "down_bias"), part.factor * scale) for source, scale in scales.items()]
+        return sum(found[1:], found[0]) if found else zero
+
+    def _routed_tensor(self, name: str, expert: int, factor: float) -> torch.Tensor:
+        """Build one routed expert's."""
+        refitted = self._refitted("", expert) if name == "down" else None
         if refitted is not None:
             return _times(refitted, factor)
-        return self._expert(self._routed[expert], self._blueprint.routed[expert], matrix, "routed", expert, factor)
+        return self._expert(self._routed[expert], self._blueprint.routed[expert], name, "routed", expert, factor)
 
-    def _shared_weight(self, matrix: str, factor: float) -> torch.Tensor:
-        """All shared experts side by side."""
+    def _shared_tensor(self, name: str, factor: float) -> torch.Tensor:
+        """Build those of all shared experts, side by side."""
         assert self._shared is not None
-        refitted = self._refitted("shared", 0) if matrix == "down" else None
+        refitted = self._refitted("shared", 0) if name == "down" else None
         if refitted is not None:
             return _times(refitted, factor)
         shared = self._blueprint.shared
         if all(spec.plain for spec in shared):
-            return _times(self._shared.taken(getattr(self._ffn, matrix), matrix), factor)
+            return _times(self._shared.taken(self._dense(None, name), name), factor)
         pieces = (
-            self._expert(_Neurons(spec.neurons), spec, matrix, "shared", i, factor) for i, spec in enumerate(shared)
+            self._expert(_NeuronList(spec.neurons), spec, name, "shared", i, factor) for i, spec in enumerate(shared)
         )
-        return torch.cat(list(pieces), dim=1 if matrix == "down" else 0)
+        return torch.cat(list(pieces), dim=1 if name == "down" else 0)
 
     def _expert(
-        self, neurons: _Neurons, spec: ExpertSpec, matrix: str, where: str, expert: int, factor: float
+        self, neurons: _NeuronList, spec: ExpertSpec, name: str, where: str, expert: int, factor: float
     ) -> torch.Tensor:
-        """Its neurons of the model that it is of, with what is random in them, times all factors at once."""
-        if spec.source is None:
-            dense: torch.Tensor = getattr(self._ffn, matrix)
-        else:
-            assert self._matrices is not None
-            dense = self._matrices(spec.source, matrix)
-        weight = self._drawn(neurons.taken(dense, matrix), matrix, where, expert, spec)
-        return _times(weight, factor * spec.scale if matrix == "down" else factor)
+        """Take an expert's neurons from its model, draw what is random in them, and multiply by all factors at once."""
+        weight = self._drawn(neurons.taken(self._dense(spec.source, name), name), name, where, expert, spec)
+        return _times(weight, factor * spec.scale if name == "down" else factor)
 
-    def _drawn(self, weight: torch.Tensor, matrix: str, where: str, expert: int, spec: ExpertSpec) -> torch.Tensor:
-        """``weight`` with what is random in it; the numbers depend on the layer's seed, the expert and the matrix alone."""
+    def _drawn(self, weight: torch.Tensor, name: str, where: str, expert: int, spec: ExpertSpec) -> torch.Tensor:
+        """Return ``weight`` with what is random in it; the numbers depend on the layer's seed, the expert and the name alone.
+
+        The biases of fresh neurons are drawn by the same rule, which makes them zero where weights start as a new model's do.
+        Noise is added to matrices alone.
+        """
         draws = self._blueprint.draws
-        relative = draws.noise if draws and where == "routed" else 0.0
-        if draws is None or (spec.fresh is None and not relative and not spec.noise):
+        is_bias = name.endswith(_BIAS)
+        relative = draws.noise if draws and where == "routed" and not is_bias else 0.0
+        noise = 0.0 if is_bias else spec.noise
+        if draws is None or (spec.fresh is None and not relative and not noise):
             return weight
-        fresh = None if spec.fresh is None else spec.fresh[MATRICES.index(matrix)]
-        if matrix == "down":
-            return redrawn(weight.T, fresh, draws, relative, spec.noise, where, expert, matrix).T
-        return redrawn(weight, fresh, draws, relative, spec.noise, where, expert, matrix)
+        fresh = None if spec.fresh is None else spec.fresh[MATRICES.index(_matrix(name))]
+        if is_bias:
+            draws = replace(draws, std=0.0)
+            return redrawn(weight[:, None], fresh, draws, relative, noise, where, expert, name)[:, 0]
+        if name == "down":
+            return redrawn(weight.T, fresh, draws, relative, noise, where, expert, name).T
+        return redrawn(weight, fresh, draws, relative, noise, where, expert, name)
 
     def _refitted(self, where: str, expert: int) -> torch.Tensor | None:
         """The expert's columns of the refitted down projection, where there is one."""
@@ -113,12 +177,17 @@ class ExpertTensors:
         return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
 
 
+def _matrix(name: str) -> Matrix:
+    """The projection that ``name`` is, or is the bias of."""
+    return cast(Matrix, name.removesuffix(_BIAS))
+
+
 def _times(weight: torch.Tensor, factor: float) -> torch.Tensor:
     return weight if factor == 1.0 else weight * factor
 
 
-class _Neurons:
-    """A neuron list, taken by slicing where it is a run and by gathering where it is not."""
+class _NeuronList:
+    """Numbers of neurons, whose weights are taken by slicing where they are consecutive and by gathering where they are not."""
 
     def __init__(self, neurons: torch.Tensor) -> None:
         self._neurons = neurons
@@ -126,9 +195,9 @@ class _Neurons:
         is_run = self._zero is None and bool((neurons.diff() == 1).all())
         self._run = slice(int(neurons[0]), int(neurons[-1]) + 1) if is_run else None
 
-    def taken(self, weight: torch.Tensor, matrix: str) -> torch.Tensor:
-        """Its rows of gate or up, or its columns of down."""
-        return self.columns(weight) if matrix == "down" else self.rows(weight)
+    def taken(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """Return its rows of gate, up or their biases, or its columns of down."""
+        return self.columns(weight) if name == "down" else self.rows(weight)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         if self._run is not None:

@@ -1,22 +1,33 @@
-"""How large one MoE layer is, and the parts that its tensors are of."""
+"""How large one MoE layer is, and the parts that its stored tensors consist of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from upcycle.ffn.form import FfnForm
 
 PartKind = Literal[
     "gate",
     "up",
     "down",
+    "gate_bias",
+    "up_bias",
+    "down_bias",
     "router",
     "shared_gate",
     "shared_up",
     "shared_down",
+    "shared_gate_bias",
+    "shared_up_bias",
+    "shared_down_bias",
     "shared_switch",  # the row whose sigmoid multiplies a shared expert: zeros
     "idle_gate",  # a shared expert that must exist but adds nothing: the first neurons, with a zero down projection
     "idle_up",
     "idle_down",
+    "idle_gate_bias",
+    "idle_up_bias",
+    "idle_down_bias",
     "zeros",  # fp32: a bias on the choice of experts
 ]
 
@@ -33,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class MoeShape:
-    """The numbers that fix every tensor shape of a converted model, and how its router weighs."""
+    """The numbers that fix every tensor shape of a converted model, the form of its experts, and how its router weighs."""
 
     experts: int
     top_k: int
@@ -41,3 +52,4 @@ class MoeShape:
     expert_size: int  # intermediate size of one expert
     moe_layers: tuple[int, ...]
     normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
+    form: FfnForm = field(default_factory=FfnForm)  # of the dense FFN, and so of every expert

@@ -1,4 +1,4 @@
-"""Random numbers that depend on names alone, and the weights drawn from them: nothing depends on what was drawn before."""
+"""Random numbers that depend on a seed and names alone, so that the order of drawing does not matter, and weights made of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.ffn.blueprint import Draws
 
 
 def stream(seed: int, *names: object) -> torch.Generator:
-    """An independent stream of random numbers for every seed and sequence of names."""
+    """Return a generator of its own for every seed and sequence of names."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
@@ -19,18 +19,18 @@ def stream(seed: int, *names: object) -> torch.Generator:
 def redrawn(
     weight: torch.Tensor, fresh: torch.Tensor | None, draws: Draws, relative: float, noise: float, *names: object
 ) -> torch.Tensor:
-    """``weight`` ``[m, d]`` with its ``fresh`` rows (bool ``[m]``) drawn anew and noise on all of it; a new tensor.
+    """Return a copy of ``weight`` ``[m, d]`` with its ``fresh`` rows drawn anew and noise on all rows.
 
-    Statistics are taken in fp64 over all numbers that are replaced together (the population's, without Bessel's
-    correction); the normal numbers are fp32, rounded once to the dtype of ``weight``.
+    Mean and standard deviation are those, in fp64, of all numbers that are replaced together (the population's, without
+    Bessel's correction); the normal numbers are fp32, rounded once to the dtype of ``weight``.
 
     Args:
         weight: one matrix of one expert, a neuron per row.
-        fresh: which rows; ``None`` for none.
+        fresh: bool ``[m]``, which rows to draw; ``None`` for none.
         draws: the layer's rule.
         relative: standard deviation of the noise relative to that of ``weight`` before anything was drawn; 0 for none.
-        noise: more of it, in absolute terms: variances add up; 0 for none.
-        names: of the expert and the matrix.
+        noise: standard deviation of further noise, in absolute terms: variances add up; 0 for none.
+        names: the expert's and the matrix's.
     """
     result = weight.clone()
     if fresh is not None and bool(fresh.any()):
@@ -49,6 +49,6 @@ def redrawn(
 
 
 def _moments(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of all numbers, in fp64."""
+    """Return the mean and the standard deviation of all numbers, in fp64."""
     wide = values.double()
     return wide.mean().item(), wide.std(correction=0).item()

@@ -12,16 +12,16 @@ import torch
 from upcycle.errors import CheckpointError
 
 # Relative to the mean of the Gram matrix' diagonal. Norm weights make some inputs of a layer a thousand times larger than
-# others, so that mean lies far above what most directions carry: hence the weak end.
+# others, so that this mean lies far above what most directions carry: weak strengths must be tried, too.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED_STRENGTH = 1e-2  # where no token was held out to choose by
 _POWER_STEPS, _POWER_VECTORS = 5, 8
 _GRAM_BLOCK = 256
-_JUDGED_TARGETS = 64  # strengths are compared on so many combinations of the targets
+_JUDGED_TARGETS = 64  # strengths are compared on this many random combinations of the targets
 
 
 class RidgeSolution(NamedTuple):
-    """``weights`` fp64 ``[M, N]``; ``condition`` estimates (from below) that of the matrix that was solved with, if asked."""
+    """``weights`` fp64 ``[M, N]``; ``condition``, if asked for, estimates from below the condition number of the solved matrix."""
 
     weights: torch.Tensor
     condition: float | None
@@ -69,11 +69,11 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float, condi
 
 
 def _condition(matrix: torch.Tensor, factor: torch.Tensor) -> float:
-    """Largest over smallest eigenvalue of a positive matrix ``[M, M]``, each by subspace iteration from a fixed start.
+    """Return the largest over the smallest eigenvalue of a positive matrix ``[M, M]``, each by subspace iteration.
 
-    The same number in every run, which LAPACK's estimators do not promise, and no workspace of a second BLAS.
+    The fixed start gives the same number in every run, which LAPACK's estimators do not promise.
     """
-    # A few vectors at once find the extremes in a few steps.
+    # Several vectors at once find the extreme eigenvalues in fewer steps than one.
     start = torch.randn(len(matrix), _POWER_VECTORS, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     condition = 1.0
     for step in (matrix.matmul, lambda vectors: torch.cholesky_solve(vectors, factor)):
@@ -95,7 +95,7 @@ class _Sums:
         self.square = 0.0
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        # The Gram matrix is symmetric: blocks on and above its diagonal are enough, the others are filled in when it is used.
+        # The Gram matrix is symmetric: only blocks on and above its diagonal are summed; the rest is filled in when it is read.
         for first in range(0, features.shape[1], _GRAM_BLOCK):
             block = features[:, first : first + _GRAM_BLOCK].T @ features[:, first:]
             self._gram[first : first + _GRAM_BLOCK, first:] += block
@@ -104,7 +104,7 @@ class _Sums:
         self.square += targets.square().sum(dtype=torch.float64).item()
 
     def projected(self, mix: torch.Tensor) -> _Sums:
-        """These sums with the targets ``Y mix``; the Gram matrix is shared."""
+        """Return the sums of the targets ``Y mix``; the Gram matrix is shared."""
         few = _Sums(0, 0)
         few._gram, few.moment = self.gram, self.moment @ mix
         return few
@@ -119,28 +119,31 @@ class _Sums:
         return self._gram
 
     def loss(self, weights: torch.Tensor) -> float:
-        """``||Y - X W||^2 / ||Y||^2``; zero targets count as fitted."""
+        """Return ``||Y - X W||^2 / ||Y||^2``; zero targets count as fitted."""
         if self.square == 0:
             return 0.0
         return max(0.0, 1.0 - self.explained(weights, self.gram @ weights) / self.square)
 
     def subtract(self, weights: torch.Tensor) -> float:
-        """Put ``Y - X W`` in the place of ``Y``; returns its square as a share of what it was, as :meth:`loss` does."""
+        """Replace ``Y`` by ``Y - X W``; returns the new square over the old one, which is what :meth:`loss` says of ``W``."""
         products = self.gram @ weights
         before, self.square = self.square, max(0.0, self.square - self.explained(weights, products))
         self.moment -= products
         return self.square / before if before else 0.0
 
     def explained(self, weights: torch.Tensor, products: torch.Tensor) -> float:
-        """``||Y||^2 - ||Y - X W||^2``, with ``products = G W``."""
+        """Return ``||Y||^2 - ||Y - X W||^2``, given ``products = G W``."""
         return (weights * (2 * self.moment - products)).sum().item()
 
 
 class RidgeSums:
-    """Accumulates what a ridge regression from ``features`` inputs to ``targets`` outputs needs; no token is kept.
+    """Accumulates what a ridge regression needs; no token is kept. The sums are fp64.
 
-    The sums are fp64; ``products`` is the dtype that a batch is multiplied in. fp32 takes half the time and is exact enough
-    where no strength below about 1e-4 is considered.
+    Args:
+        features: the number M of inputs.
+        targets: the number N of outputs.
+        products: the dtype that a batch is multiplied in. fp32 takes half the time and is exact enough where no strength
+            below about 1e-4 is considered.
     """
 
     def __init__(self, features: int, targets: int, products: torch.dtype = torch.float64) -> None:
@@ -149,7 +152,7 @@ class RidgeSums:
         self._held_out: _Sums | None = None  # a second Gram matrix only once it is needed
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, held_out: bool = False) -> None:
-        """Add tokens: features ``[t, M]``, targets ``[t, N]``, and ``weight`` ``[t]`` on every token's squared error."""
+        """Add tokens: ``features`` ``[t, M]``, ``targets`` ``[t, N]``, and the ``weight`` ``[t]`` of each token's squared error."""
         sums = self._train
         if held_out:
             sums = self._held_out = self._held_out or _Sums(*self._shape)
@@ -161,7 +164,7 @@ class RidgeSums:
 
     @property
     def finite(self) -> bool:
-        """Whether all targets were, and all features that met them."""
+        """Whether all targets were finite, and all features that were multiplied by them."""
         return all(
             math.isfinite(sums.square) and bool(sums.moment.isfinite().all())
             for sums in (self._train, self._held_out)
@@ -169,30 +172,30 @@ class RidgeSums:
         )
 
     def subtract(self, weights: torch.Tensor) -> float:
-        """Put what fp64 ``weights`` ``[M, N]`` leave of the targets in their place, as if it had been added.
+        """Replace the targets by what fp64 ``weights`` ``[M, N]`` leave of them, as if that had been added.
 
         Returns:
-            Their :meth:`loss`, which costs nothing here.
+            The :meth:`loss` of ``weights``, a by-product.
         """
         left = self._train.subtract(weights)
         return left if self._held_out is None else self._held_out.subtract(weights)
 
     def solve(self, strength: float, everything: bool = True, condition: bool = False) -> RidgeSolution:
-        """Fit all tokens, or without ``everything`` those that were not held out."""
+        """Fit all tokens, or (``everything`` false) those that were not held out; ``condition``: as in :func:`solve_ridge`."""
         gram, moment = self._train.gram, self._train.moment
         if everything and self._held_out is not None:
             gram, moment = gram + self._held_out.gram, moment + self._held_out.moment
         return solve_ridge(gram, moment, strength, condition)
 
     def loss(self, weights: torch.Tensor) -> float:
-        """Squared error of fp64 ``[M, N]`` on held-out tokens (on all, if none were), as a share of the targets' squares."""
+        """Return the squared error of fp64 ``weights`` ``[M, N]`` over the targets' squares, on held-out tokens if there are any."""
         return (self._held_out or self._train).loss(weights)
 
     def best(self, strengths: Sequence[float] = STRENGTHS) -> Choice:
-        """Choose the strength with the least held-out loss of a fit to the others; among equals the strongest.
+        """Choose the strength whose fit to the other tokens has the least loss on held-out ones; among equals the strongest.
 
-        The loss falls and then rises as the ridge weakens: the search begins in the middle and goes on where it falls.
-        Without held-out tokens there is nothing to choose by, and it is ``UNJUDGED_STRENGTH``.
+        The loss falls and then rises as the ridge weakens, so the search begins in the middle and goes where it falls.
+        Without held-out tokens there is nothing to choose by, and the strength is ``UNJUDGED_STRENGTH``.
         """
         ordered = sorted(strengths, reverse=True) if self._held_out is not None else [UNJUDGED_STRENGTH]
 
@@ -201,7 +204,7 @@ class RidgeSums:
 
         @cache
         def loss(number: int) -> float:
-            """Up to a constant: the targets' own square, of which combinations have another share each."""
+            """The held-out loss up to a constant, the square of the targets."""
             weights = few.solve(ordered[number], everything=False).weights
             return -judge.explained(weights, judge.gram @ weights)
 
@@ -213,9 +216,9 @@ class RidgeSums:
         return Choice(ordered[best], self.loss(self.solve(ordered[best], everything=False).weights))
 
     def _projected(self, targets: int) -> RidgeSums:
-        """The same regression of that many random combinations of the targets; itself, if it has no more.
+        """Return the regression of ``targets`` random combinations of the targets, or this one if it has no more of them.
 
-        Squared errors keep their expected size (Johnson and Lindenstrauss), and every solution costs that much less.
+        Squared errors keep their expected size (Johnson and Lindenstrauss), and every solution costs less.
         """
         count = self._shape[1]
         if count <= targets:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from upcycle.ffn.activations import Activations, Batch
+from upcycle.ffn.activations import Activations, TokenActivations
 from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 
@@ -19,7 +19,8 @@ class ExpertMap:
     """Which neurons a layer's routed experts hold, ready to sum over them for whole batches.
 
     Experts may overlap; a neuron counts in every expert that holds it, ``ZERO_NEURON`` nowhere. Where the blueprint has
-    refitted down projections, those are the experts' columns; otherwise the dense ones are.
+    refitted down projections, those are the experts' columns; otherwise the dense ones are. The down bias counts nowhere:
+    every choice of experts adds all of it.
     """
 
     def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
@@ -38,17 +39,17 @@ class ExpertMap:
         self._squares = self.matrix(self.norms.square())
 
     def matrix(self, values: torch.Tensor) -> torch.Tensor:
-        """Spread ``values`` ``[E, m]`` over the dense neurons: fp32 ``[F, E]``, so that ``f(h) @ matrix`` sums by expert."""
+        """Return ``values`` ``[E, m]`` by dense neuron, fp32 ``[F, E]``: ``f(hidden) @ matrix`` then sums by expert."""
         spread = torch.zeros(self._width, self.experts)
         experts = torch.arange(self.experts)[:, None].expand_as(self.neurons)
         return spread.index_put_((self.neurons, experts), (values * self.present).float(), accumulate=True)
 
     def energies(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Fp32 ``[t, E]`` from ``[t, F]``: the sum over an expert's neurons of ``(h_j * ||down_j||)^2``."""
+        """Return fp32 ``[t, E]`` for ``hidden`` ``[t, F]``: the sum over an expert's neurons of ``(h_j * ||down_j||)^2``."""
         return hidden.square() @ self._squares
 
     def outputs(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The exact outputs of some experts at a time, fp32 ``[e, t, d]``, unscaled, from ``[t, F]``."""
+        """Yield the experts' outputs for ``hidden`` ``[t, F]``, some experts at a time: fp32 ``[e, t, d]``, unscaled."""
         at_once = max(1, _OUTPUT_BYTES // max(1, 4 * len(hidden) * max(self._down.shape[0], self.size)))
         for first in range(0, self.experts, at_once):
             some = slice(first, min(first + at_once, self.experts))
@@ -57,34 +58,38 @@ class ExpertMap:
             yield some, taken @ down
 
     def output_norms(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Fp32 ``[t, E]``: ``||E_i(x)||_2`` of the unscaled experts, from ``[t, F]``."""
+        """Return fp32 ``[t, E]`` for ``hidden`` ``[t, F]``: ``||E_i(x)||_2`` of the unscaled experts."""
         return torch.cat([outputs.norm(dim=-1) for _, outputs in self.outputs(hidden)]).T
 
     def errors(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Fp32 ``[t, E]``: the mean square over d of ``E_i(x) - target``, targets being ``[t, d]``."""
+        """Return fp32 ``[t, E]``: the mean square of ``E_i(x) - target``, for ``hidden`` ``[t, F]`` and ``targets`` ``[t, d]``."""
         return torch.cat([(outputs - targets).square().mean(-1) for _, outputs in self.outputs(hidden)]).T
 
 
-def expert_energies(batch: Batch, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
-    """What each routed expert contributes: :meth:`ExpertMap.energies` of one batch, fp32 ``[t, E]``."""
+def expert_energies(batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
+    """Return what each routed expert contributes in one batch, fp32 ``[t, E]``: :meth:`ExpertMap.energies`."""
     return ExpertMap(blueprint, ffn).energies(batch.hidden)
 
 
-def output_norms(batch: Batch, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
-    """How long each routed expert's output is: :meth:`ExpertMap.output_norms` of one batch, fp32 ``[t, E]``."""
+def output_norms(batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
+    """Return how long each routed expert's output is in one batch, fp32 ``[t, E]``: :meth:`ExpertMap.output_norms`."""
     return ExpertMap(blueprint, ffn).output_norms(batch.hidden)
 
 
 def of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Multi-hot of the ``top_k`` largest in every row; same shape and dtype."""
+    """Return the multi-hot of the ``top_k`` largest in every row, in the shape and dtype of ``scores``."""
     return torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1, sorted=False).indices, 1.0)
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Shares of energy. ``captured``: what the router's choices have of what the oracle's have, the oracle choosing the k
-    experts with the largest energy for every token; ``random``: what uniformly random choices have of it, expected;
-    ``oracle_share``: what the oracle's choices have of all routed experts'. All are 1 where there is no energy at all.
+    """Shares of energy; all are 1 where there is no energy at all.
+
+    Attributes:
+        captured: energy of the router's choices over that of the oracle's, which chooses the k experts with the largest
+            energy for every token.
+        random: the same of uniformly random choices, expected.
+        oracle_share: energy of the oracle's choices over that of all routed experts.
     """
 
     captured: float
@@ -96,7 +101,7 @@ def captured(activations: Activations, blueprint: LayerBlueprint, rows: torch.Te
     """Measure router ``rows`` ``[E, d]`` on the held-out tokens (on all, if none are), weighted by ``batch.weight``."""
     expert_map = ExpertMap(blueprint, activations.ffn)
     rows = rows.float()
-    sums = torch.zeros(3, dtype=torch.float64)  # router's, oracle's and all energy
+    sums = torch.zeros(3, dtype=torch.float64)  # the router's energy, the oracle's, and all there is
     for batch in activations.judged():
         energies = expert_map.energies(batch.hidden).double()
         chosen = linear(batch.x, rows).topk(blueprint.top_k, dim=1).indices

@@ -1,4 +1,4 @@
-"""Tokens that belong to one source each: what routers that tell sources apart are fitted on."""
+"""Calibration tokens that each belong to one of several mixed models; routers that tell the models apart are fitted on them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids ``windows`` ``[N, W]``, and for every token of them (``[N * W]``, row by row) the expert it speaks for.
+    """Token ids, and for every token the model that it belongs to and how much it counts.
 
-    ``owner`` is int64, an index among the mixed models; ``share`` is fp32: what it counts. Those of an owner's own text sum to
-    1, those of what it is not for to -1, and padding counts 0.
+    Attributes:
+        windows: int64 ``[N, W]``, the token ids.
+        owner: int64 ``[N * W]``, row by row: an index among the mixed models.
+        share: fp32 ``[N * W]``. The shares of an owner's own text sum to 1, those of its negative prompts to -1; padding has 0.
     """
 
     windows: torch.Tensor

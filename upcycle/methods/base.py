@@ -245,8 +245,10 @@ class Partition(Method):
         if activations is not None:
             score = contributions(activations)
         else:
-            norms = (ffn.gate.double().norm(dim=1), ffn.up.double().norm(dim=1), ffn.down.double().norm(dim=0))
-            score = norms[0] * norms[1] * norms[2]
+            score = ffn.activated_rows.double().norm(dim=1)
+            if ffn.gate is not None:
+                score = score * ffn.up.double().norm(dim=1)
+            score = score * ffn.down.double().norm(dim=0)
         return score.argsort(descending=True, stable=True)[:count]
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:

@@ -182,7 +182,7 @@ def prepare(
     recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
     size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
-    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers, method.normalized)
+    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers, method.normalized, dense.ffn_form)
     method.check(shape)
     target = _choose_target(recipe, family, dense, shape)
     router_name = recipe.router.name

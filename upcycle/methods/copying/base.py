@@ -1,8 +1,9 @@
-"""What the methods have in common whose experts are copies of the dense FFN or of its pieces."""
+"""What methods share whose experts are copies of the dense FFN or of pieces of it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +16,7 @@ from upcycle.plugins import PluginParameters
 
 
 class CopiesParameters(PluginParameters):
-    """Parameters that all of them have."""
+    """Parameters that all methods of copies have."""
 
     gate: Literal["normalized", "softmax"] = Field(
         "normalized",
@@ -25,10 +26,10 @@ class CopiesParameters(PluginParameters):
 
 
 class Copies(Method):
-    """Experts that repeat neurons. Weights that sum to 1 average the chosen experts, so a plain sum has no meaning.
+    """A method whose experts repeat neurons. Weights that sum to 1 average the chosen experts, so a plain sum has no meaning.
 
-    With ``gate=softmax`` the chosen experts weigh less than 1 together (unless all run): no factor can undo that, for it
-    differs from token to token.
+    With ``gate=softmax`` the chosen experts weigh less than 1 together (unless all run). No factor can undo that, because the
+    sum differs from token to token.
     """
 
     kind = "copies"
@@ -41,7 +42,11 @@ class Copies(Method):
         self.normalized = parameters.gate == "normalized"
 
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """Copies of the whole FFN weighted by a sum of 1 need no factor."""
+        """Return 1: the average of copies of the whole FFN needs no factor.
+
+        Raises:
+            UsageError: the convention is ``sum``.
+        """
         if convention == "sum":
             raise UsageError(
                 "--scale sum would multiply the dense output by top-k: experts that are copies are averaged, not summed",
@@ -50,13 +55,26 @@ class Copies(Method):
         return 1.0
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """Only the gate can make whole copies differ; subclasses add their own reasons."""
+        """Name ``gate=softmax``, the one reason why plain copies differ; subclasses add their own."""
         if self.normalized or shape.top_k == shape.experts:
             return None
         return (
             f"gate=softmax: what the {shape.top_k} chosen of {shape.experts} experts weigh together differs from token to token"
             + (f", about {shape.top_k / shape.experts:.2g} before training" if scale == 1 else "")
         )
+
+    def refuse_lost_bias(self, shape: MoeShape) -> None:
+        """Refuse a down bias where the scale makes up for weights below 1 together: it multiplies neurons, and no bias is one.
+
+        Raises:
+            UsageError: the FFN has such a bias, the weights are the softmax's own, and not all experts run.
+        """
+        if "down" in shape.form.biases and not self.normalized and shape.top_k < shape.experts:
+            raise UsageError(
+                f"gate=softmax leaves about {shape.top_k / shape.experts:.2g} of this model's down bias: {self.name} scales what "
+                "neurons add, and the bias belongs to none",
+                hint="--param gate=normalized",
+            )
 
     def refuse_shared(self, shared: int, why: str) -> None:
         """Refuse shared experts.
@@ -71,19 +89,46 @@ class Copies(Method):
             )
 
 
+class WholeCopies(Copies):
+    """A method whose routed experts are the whole FFN each, changed at random or not, without shared experts.
+
+    ``whole`` says in a refusal what every expert is.
+    """
+
+    whole: ClassVar[str] = "every expert is the whole FFN"
+
+    def __init__(self, parameters: CopiesParameters) -> None:
+        super().__init__(parameters)
+        self.draws = self.random_change() is not None
+        self.exact_when_all_active = not self.draws
+
+    @abstractmethod
+    def random_change(self) -> str | None:
+        """Return what the parameters change at random in every expert, for messages; ``None`` for plain copies."""
+
+    def inexact(self, shape: MoeShape, scale: float) -> str | None:
+        """Name the random change, or weights that do not sum to 1."""
+        return self.random_change() or super().inexact(shape, scale)
+
+    def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
+        """Return the dense width."""
+        self.refuse_shared(shared, self.whole)
+        return intermediate_size
+
+
 def seeded(rng: torch.Generator, noise: float = 0.0, std: float | None = None, initializer: bool = False) -> Draws:
-    """The draws of one layer, with a seed from the method's generator."""
+    """Return how one layer's random weights are drawn, with a seed from the method's generator."""
     seed = int(torch.randint(2**62, (), generator=rng))
     return Draws(seed, "initializer" if initializer else "statistics", std, noise)
 
 
 def chosen_mask(count: int, chosen: int, rng: torch.Generator) -> torch.Tensor:
-    """Bool ``[count]``, true at ``chosen`` random places."""
+    """Return bool ``[count]``, true at ``chosen`` random places."""
     mask = torch.zeros(count, dtype=torch.bool)
     mask[torch.randperm(count, generator=rng)[:chosen]] = True
     return mask
 
 
 def part_of(ratio: float, count: int) -> int:
-    """``floor(ratio * count)``, not one less where the product falls short by its rounding alone (0.29 * 100)."""
+    """Return ``floor(ratio * count)``, not one less where the product falls short by its rounding alone (0.29 * 100)."""
     return int(ratio * count * (1 + 1e-12))

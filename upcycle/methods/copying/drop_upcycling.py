@@ -9,7 +9,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.methods.copying.base import Copies, CopiesParameters, chosen_mask, part_of, seeded
+from upcycle.methods.copying.base import CopiesParameters, WholeCopies, chosen_mask, part_of, seeded
 
 
 class DropUpcyclingParameters(CopiesParameters):
@@ -23,11 +23,12 @@ class DropUpcyclingParameters(CopiesParameters):
     )
 
 
-class DropUpcycling(Copies):
+class DropUpcycling(WholeCopies):
     """Nakamura et al., ICLR 2025, arXiv 2502.19261.
 
     Every expert is a copy in which ``floor(r * F)`` random neurons take new weights: in each of gate, up and down, normal
-    numbers with the mean and the standard deviation of all the weights they replace there.
+    numbers with the mean and the standard deviation of all the weights they replace there. Biases of gate and up are drawn
+    anew with their neurons, by the same rule; the down bias belongs to no neuron and stays.
 
     Deviations: the paper's text has one index set for the three matrices of an expert (``shared_indices``, the default);
     its code, as we have it at second hand, draws one for each, which touches more neurons. That code also permutes an
@@ -40,21 +41,12 @@ class DropUpcycling(Copies):
     Parameters = DropUpcyclingParameters
     parameters: DropUpcyclingParameters
 
-    def __init__(self, parameters: DropUpcyclingParameters) -> None:
-        super().__init__(parameters)
-        self.draws = parameters.ratio > 0
-        self.exact_when_all_active = not self.draws
+    whole = "every expert is the whole FFN, partly drawn anew"
 
-    def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """New neurons, or weights that do not sum to 1."""
-        if self.draws:
-            return f"{self.parameters.ratio:.0%} of every expert's neurons are drawn anew"
-        return super().inexact(shape, scale)
-
-    def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """The dense width."""
-        self.refuse_shared(shared, "every expert is the whole FFN, partly drawn anew")
-        return intermediate_size
+    def random_change(self) -> str | None:
+        """Return the share of neurons that are drawn anew, if any are."""
+        ratio = self.parameters.ratio
+        return f"{ratio:.0%} of every expert's neurons are drawn anew" if ratio else None
 
     def blueprint(
         self,
@@ -64,7 +56,7 @@ class DropUpcycling(Copies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """All neurons, E times; which of them are new differs from expert to expert."""
+        """Take all neurons E times; which of them are drawn anew differs from expert to expert."""
         everything, count = torch.arange(ffn.intermediate_size), part_of(self.parameters.ratio, ffn.intermediate_size)
         if not count:
             return LayerBlueprint(ffn.layer, (ExpertSpec(everything),) * shape.experts, shape.top_k, scale)

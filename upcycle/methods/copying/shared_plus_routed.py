@@ -50,9 +50,11 @@ class SharedPlusRouted(VirtualGroups):
         self.exact_with_any_router = parameters.groups
 
     def check(self, shape: MoeShape) -> None:
-        """Without groups no replica can be kept whole, and any top-k will do."""
+        """Refuse what virtual groups refuse; without groups no replica can be kept whole, and any top-k will do."""
         if self.parameters.groups:
             super().check(shape)
+        else:
+            self.check_form(shape)
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
         """As in virtual groups; without groups a part of them is all there can be."""

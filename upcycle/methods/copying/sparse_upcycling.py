@@ -9,7 +9,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.methods.copying.base import Copies, CopiesParameters, seeded
+from upcycle.methods.copying.base import CopiesParameters, WholeCopies, seeded
 
 
 class SparseUpcyclingParameters(CopiesParameters):
@@ -22,7 +22,7 @@ class SparseUpcyclingParameters(CopiesParameters):
     )
 
 
-class SparseUpcycling(Copies):
+class SparseUpcycling(WholeCopies):
     """Komatsuzaki et al., ICLR 2023, arXiv 2212.05055.
 
     Here the top-k weights are renormalised to sum to 1, which preserves the dense function at any k and helps vision
@@ -30,7 +30,8 @@ class SparseUpcycling(Copies):
     the FFN's output. The paper upcycles half of the layers (``--layers every-other`` or ``last-half``).
 
     Deviations: routing is by token choice, in encoders too; no expert dropout. ``noise`` is not in the paper's main
-    recipe: experts drift apart faster, and the dense function is kept only approximately.
+    recipe: experts drift apart faster, and the dense function is kept only approximately. It is added to matrices, not to
+    biases.
     """
 
     name = "sparse_upcycling"
@@ -39,21 +40,10 @@ class SparseUpcycling(Copies):
     Parameters = SparseUpcyclingParameters
     parameters: SparseUpcyclingParameters
 
-    def __init__(self, parameters: SparseUpcyclingParameters) -> None:
-        super().__init__(parameters)
-        self.draws = parameters.noise > 0
-        self.exact_when_all_active = not self.draws
-
-    def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """Noise, or weights that do not sum to 1."""
-        if self.draws:
-            return f"every expert has noise of {self.parameters.noise:g} of its weights' standard deviation"
-        return super().inexact(shape, scale)
-
-    def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """The dense width."""
-        self.refuse_shared(shared, "every expert is the whole FFN")
-        return intermediate_size
+    def random_change(self) -> str | None:
+        """Return how much noise there is, if any."""
+        noise = self.parameters.noise
+        return f"every expert has noise of {noise:g} of its weights' standard deviation" if noise else None
 
     def blueprint(
         self,
@@ -63,7 +53,7 @@ class SparseUpcycling(Copies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """All neurons, E times."""
+        """Take all neurons E times."""
         everything = ExpertSpec(torch.arange(ffn.intermediate_size))
         draws = seeded(rng, noise=self.parameters.noise) if self.draws else None
         return LayerBlueprint(ffn.layer, (everything,) * shape.experts, shape.top_k, scale, draws=draws)

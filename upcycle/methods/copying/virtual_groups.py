@@ -45,9 +45,11 @@ class VirtualGroups(Copies):
     - ``gate=softmax`` (softmax, then top-k): scale ``E G^2 / T``, right where all experts weigh the same and approximate elsewhere.
       In the paper it trains better than top-k then softmax, throughout.
 
-    ``scale_placement=paper`` is the authors' equal split: the cube root on gate, up and down. It is exact for squared ReLU;
-    for a gated FFN it is not, because ``silu(a z) != a silu(z)``: the error is reported. The paper found the scale on one matrix to
-    train worse than the split.
+    ``scale_placement=paper`` is the authors' equal split: the cube root on gate, up and down. It is exact for an FFN without a
+    gate and with squared ReLU; for a gated FFN it is not, because ``silu(a z) != a silu(z)``: the error is reported. The paper
+    found the scale on one matrix to train worse than the split. Without a gate, a factor on up passes through the activation:
+    only those placements are taken that multiply the output by the scale (``down``; ``up_down`` for ReLU, ``paper`` for
+    squared ReLU).
 
     So the defaults (``normalized``, ``down``) are for a start that is the dense function, and not what the paper would train: that
     is the recipe ``upcycle_cpt``. docs/measured/virtual_groups_demo.md has both on the demo model, where after a short training the
@@ -80,7 +82,8 @@ class VirtualGroups(Copies):
         return wanted, granularity if top_k is None else top_k
 
     def check(self, shape: MoeShape) -> None:
-        """Refuse a top-k that splits a replica, unless that is allowed."""
+        """Refuse a top-k that splits a replica, unless that is allowed, and what the FFN's form makes meaningless."""
+        self.check_form(shape)
         granularity = self.parameters.granularity
         if shape.top_k % granularity and not self.parameters.partial:
             raise UsageError(
@@ -89,12 +92,26 @@ class VirtualGroups(Copies):
                 hint=f"--top-k {max(1, round(shape.top_k / granularity)) * granularity}, or --param partial=true (not exact)",
             )
 
+    def check_form(self, shape: MoeShape) -> None:
+        """Refuse a scale that would not come out of the activation, and a down bias that the scale cannot make up for.
+
+        Raises:
+            UsageError: the FFN has no gate and the placement needs one, or ``gate=softmax`` would shrink its down bias.
+        """
+        self.refuse_lost_bias(shape)
+        if not shape.form.gated and not shape.form.scales_output(self.spread):
+            raise UsageError(
+                f"scale_placement={self.parameters.scale_placement} puts a factor on up, and without a gate it would pass through "
+                f"the activation {shape.form.activation}",
+                hint="--param scale_placement=down",
+            )
+
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """A split replica, the paper's placement, or weights that do not sum to 1."""
+        """Name a split replica, the paper's placement where it changes the function, or weights that do not sum to 1."""
         granularity = self.parameters.granularity
         if shape.top_k % granularity:
             return f"top-k {shape.top_k} is not a multiple of granularity {granularity}: a replica runs in part"
-        if not self.exact_when_all_active and scale != 1:
+        if shape.form.gated and not self.exact_when_all_active and scale != 1:
             return (
                 f"scale_placement=paper multiplies the gate by {scale ** (1 / 3):.3g} = {scale:g}^(1/3), and its activation "
                 "does not scale with it (down is exact)"

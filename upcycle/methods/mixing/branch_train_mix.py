@@ -151,7 +151,9 @@ class BranchTrainMix(Copies):
         return count, 2 * chunks if top_k is None else top_k
 
     def check(self, shape: MoeShape) -> None:
-        """Refuse a top-k that runs a part of a source."""
+        """Refuse a top-k that runs a part of a source, and a down bias that the scale of chunks cannot make up for."""
+        if self.parameters.chunks > 1:
+            self.refuse_lost_bias(shape)
         if shape.top_k % self._group:
             raise UsageError(
                 f"top-k {shape.top_k} is not a multiple of chunks {self._group}: a source's FFN would run in part",

@@ -33,11 +33,12 @@ class CentroidRouter(CalibratedRouter):
     """Two training-free routers.
 
     ``of: weights`` is MoEfication's similarity selection (arXiv 2110.01786): row i is the mean of the L2-normalised
-    first-layer rows of expert i's neurons, the gate's in a gated FFN. Deviations: the score is the dot product with that
-    mean, so the mean cosine of x with the expert's rows; the paper also offers cosine and Euclidean distance to the mean,
-    which need a bias or normalised rows. It normalises x, which changes no token's choice. Its chosen experts have weight
-    one; here they weigh the same (``tolerance``). It counts on ReLU: where a SwiGLU gate is very negative its neurons are
-    silent too, but where the up projection is large with either sign they are not, which no mean of rows can say.
+    first-layer rows of expert i's neurons: the gate's, or up's where there is no gate. Deviations: the score is the dot
+    product with that mean, which is the mean cosine of x with the expert's rows; the paper also offers cosine and Euclidean
+    distance to the mean, which need a bias or normalised rows. It normalises x, which changes no token's choice. Its chosen
+    experts have weight one; here they weigh the same (``tolerance``). Biases are not looked at. The method counts on ReLU:
+    where a SwiGLU gate is very negative its neurons are silent too, but where the up projection is large with either sign
+    they are not, which no mean of rows can say.
 
     ``of: inputs`` is the gate of LLaMA-MoE v2 (arXiv 2411.15708): k-means of the layer's inputs with E clusters, rows are
     the centres. Deviations: its clusters are balanced and its experts are given out in the order of the clusters. Here
@@ -71,10 +72,10 @@ class CentroidRouter(CalibratedRouter):
 
 
 def weight_centres(blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
-    """Fp64 ``[E, d]``: the mean L2-normalised gate row of every expert; zero neurons do not count."""
-    gate = normalize(ffn.gate.double(), dim=1)
+    """Return fp64 ``[E, d]``: the mean L2-normalised gate row (up row without a gate) of every expert, zero neurons left out."""
+    unit = normalize(ffn.activated_rows.double(), dim=1)
     real = (expert.neurons[expert.neurons != ZERO_NEURON] for expert in blueprint.routed)
-    return torch.stack([gate[neurons].sum(0) / max(1, len(neurons)) for neurons in real])
+    return torch.stack([unit[neurons].sum(0) / max(1, len(neurons)) for neurons in real])
 
 
 def input_centres(activations: Activations, clusters: int, rng: torch.Generator) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from upcycle.ffn.activations import Activations, Batch
+from upcycle.ffn.activations import Activations, TokenActivations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.ridge_sums import RidgeSums
@@ -81,7 +81,7 @@ def _relative(mass: torch.Tensor) -> torch.Tensor:
     return mass / mass.max().clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def _mass(batch: Batch, spread: torch.Tensor) -> torch.Tensor:
+def _mass(batch: TokenActivations, spread: torch.Tensor) -> torch.Tensor:
     return batch.hidden.abs() @ spread
 
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch.nn.functional import linear, normalize
 
-from upcycle.ffn.activations import Activations, activation_function
+from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.neurons import Neurons
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.ffn.router_capture import ExpertMap
 from upcycle.routers.calibrated.base import CalibratedParameters, CalibratedRouter
@@ -29,9 +29,10 @@ class RepresentativeParameters(CalibratedParameters):
 class RepresentativeRouter(CalibratedRouter):
     """CMoE's analytic router (arXiv 2502.04416), made linear.
 
-    Per token the ``k_act`` neurons of largest ``|h|`` are marked, h being computed with x and the rows of gate and up at
+    On every token the ``k_act`` neurons of largest ``|h|`` are marked, h being computed with x and the rows of gate and up at
     length one. An expert's representative r is the neuron whose marks are most like those of the whole expert, and its
-    score ``|act(g_r x) * (u_r x)|``, with rows of length one.
+    score is ``|act(g_r x) * (u_r x)|``, with rows of length one (``|act(u_r x)|`` where there is no gate, which CMoE's models
+    all have). A bias is divided by the same lengths as its row and token are.
 
     Deviations. No native target holds that score, as it is not linear in x; the rows are the ridge regression of it (see
     ``ridge``, also for the bias). The paper takes the neuron whose column of marks is nearest the mean column of its
@@ -58,12 +59,10 @@ class RepresentativeRouter(CalibratedRouter):
         if activations is None:
             raise self.needs_text()
         chosen = representatives(activations, blueprint, self.parameters.k_act, self.parameters.nearest)
-        act = activation_function(ffn.activation)
-        gate, up = (normalize(matrix[chosen].float()) for matrix in (ffn.gate, ffn.up))
+        score = Neurons(ffn, chosen, unit_rows=True)
         sums = RidgeSums(ffn.hidden_size, len(chosen))
         for batch in activations.batches():
-            score = (act(linear(batch.x, gate)) * linear(batch.x, up)).abs()
-            sums.add(batch.x, centred(score), batch.weight, batch.held_out)
+            sums.add(batch.x, centred(score(batch.x).abs()), batch.weight, batch.held_out)
         return fitted_rows(sums)
 
 
@@ -75,8 +74,7 @@ def representatives(
     Held-out tokens are left out. An expert without any mark gets its first neuron, one of zero neurons alone neuron 0.
     """
     ffn, expert_map = activations.ffn, ExpertMap(blueprint, activations.ffn)
-    act = activation_function(ffn.activation)
-    gate, up = (normalize(matrix.float()) for matrix in (ffn.gate, ffn.up))
+    neurons = Neurons(ffn, unit_rows=True)
     members = expert_map.matrix(torch.ones_like(expert_map.norms))
     k_act = min(k_act, ffn.intermediate_size)
     counts = torch.zeros(ffn.intermediate_size, dtype=torch.float64)
@@ -84,8 +82,7 @@ def representatives(
     for batch in activations.batches():
         if batch.held_out:
             continue
-        x = normalize(batch.x)
-        size, marked = (act(linear(x, gate)) * linear(x, up)).abs().topk(k_act, dim=1)
+        size, marked = neurons.of_directions(batch.x).abs().topk(k_act, dim=1)
         marks = (size > 0).double()  # a neuron that is silent is not active, however few others there are
         counts.index_add_(0, marked.flatten(), marks.flatten())
         # How many marks each expert has at each token [t, E], added to every neuron marked at that token.

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import linear
 
-from upcycle.ffn.activations import Activations, Batch
+from upcycle.ffn.activations import Activations, TokenActivations
 from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.ridge_sums import RidgeSums
@@ -86,7 +86,7 @@ def centred(target: torch.Tensor) -> torch.Tensor:
 
 
 def targets(
-    kind: Target, batch: Batch, blueprint: LayerBlueprint, ffn: FeedForward, expert_map: ExpertMap
+    kind: Target, batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward, expert_map: ExpertMap
 ) -> torch.Tensor:
     """Fp32 ``[t, E]``: what the rows are to predict for each token; see :class:`RidgeRouter`."""
     if kind == "output_norm":
@@ -101,7 +101,7 @@ def targets(
     return energies if kind == "energy" else energies.sqrt()
 
 
-def _left_to_routed(batch: Batch, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
+def _left_to_routed(batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
     """Fp32 ``[t, d]``: the dense FFN's output less that of the shared experts."""
     hidden = batch.hidden
     if blueprint.shared:

@@ -1,0 +1,51 @@
+"""The form of a feed-forward network: which projections and biases it has, and where its activation stands. No tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Matrix = Literal["gate", "up", "down"]
+MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")  # as the rows of ExpertSpec.fresh and the powers of a spread
+_DEGREES: Mapping[str, int] = {
+    "relu": 1,
+    "relu2": 2,
+}  # p where act(s z) = s**p act(z) for every s > 0; no other name has one
+
+
+@dataclass(frozen=True)
+class FfnForm:
+    """What an FFN is made of; all FFNs of a model have the same form.
+
+    With a gate it is ``down(act(gate x) * up x)``, without one ``down(act(up x))``. ``biases`` names the projections that
+    add one, ``activation`` is the configuration's ``hidden_act``.
+    """
+
+    activation: str = "silu"
+    gated: bool = True
+    biases: frozenset[Matrix] = frozenset()
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The projections that exist, in the order of :data:`MATRICES`."""
+        return MATRICES if self.gated else MATRICES[1:]
+
+    @property
+    def activated(self) -> Matrix:
+        """The projection whose output goes through the activation."""
+        return self.matrices[0]
+
+    def scales_output(self, powers: tuple[float, float, float]) -> bool:
+        """Whether multiplying gate, up and down (and the biases of the first two) by ``s ** powers`` multiplies the output by s.
+
+        Projections that the activation does not see count with their power. The activated one counts with its power times the
+        activation's degree of homogeneity; where that has none (silu, gelu), no power may be there.
+        """
+        by_name = dict(zip(MATRICES, powers, strict=True))
+        inside = by_name[self.activated]
+        outside = sum(by_name[matrix] for matrix in self.matrices[1:])
+        if inside and self.activation not in _DEGREES:
+            return False
+        return math.isclose(outside + inside * _DEGREES.get(self.activation, 0), 1.0)
