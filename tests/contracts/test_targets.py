@@ -280,3 +280,18 @@ def test_a_window_that_is_never_reached_is_left_out_where_there_is_none(pico: Ca
         refuse_unheld(target, family, dense, (), [load("target", name)() for name in family.targets])
     assert "mixtral: a rotary embedding of a part of each head" in str(caught.value.hint)
     assert "glm4_moe: a sliding window on every layer" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"mlp_gated": False}, "an FFN without a gate"), ({"mlp_bias": True}, r"biases in the FFN \(mlp_bias True\)")],
+)
+@pytest.mark.parametrize("name", TARGETS)
+def test_ffns_that_no_expert_of_a_target_can_be_are_refused_by_name(
+    name: str, changes: dict[str, Any], what: str
+) -> None:
+    family, target = load("family", "llama")(), load("target", name)()
+    dense = replace(dense_config("llama"), **changes)
+    assert (dense.ffn_form.gated, bool(dense.ffn_form.biases)) == ("mlp_gated" not in changes, "mlp_bias" in changes)
+    with pytest.raises(RefusalError, match=f"{name} cannot hold .*{what}"):
+        refuse_unheld(target, family, dense, (), [target])

@@ -12,7 +12,7 @@ from upcycle.ffn import router_capture
 from upcycle.ffn.activations import Activations, Inputs
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.ffn.router_capture import Capture, ExpertMap, captured, expert_energies, output_norms
+from upcycle.ffn.router_capture import Capture, ExpertMap, captured
 
 D, F, T = 10, 16, 24
 # Experts overlap (neuron 3), have zero neurons, and leave neurons to nobody.
@@ -51,14 +51,14 @@ def test_energies_and_norms(
     (batch,) = Activations.of(ffn, x).batches()
     # fp32 sums of a handful of positive terms.
     torch.testing.assert_close(
-        expert_energies(batch, blueprint, ffn).double(), energies_by_loops(ffn, x), rtol=1e-5, atol=0
+        ExpertMap(blueprint, ffn).energies(batch.hidden).double(), energies_by_loops(ffn, x), rtol=1e-5, atol=0
     )
     h = hidden(ffn, x)
     real = [[j for j in neurons if j != ZERO_NEURON] for neurons in ROUTED]
     outputs = torch.stack([h[:, neurons] @ ffn.down[:, neurons].double().T for neurons in real], dim=1)
     for at_once in (1, router_capture._OUTPUT_BYTES):
         monkeypatch.setattr(router_capture, "_OUTPUT_BYTES", at_once)
-        norms = output_norms(batch, blueprint, ffn)
+        norms = ExpertMap(blueprint, ffn).output_norms(batch.hidden)
         torch.testing.assert_close(norms.double(), outputs.norm(dim=-1), rtol=1e-4, atol=1e-5)
     goal = torch.randn(T, D)
     errors = ExpertMap(blueprint, ffn).errors(batch.hidden, goal)
@@ -71,15 +71,21 @@ def test_refitted_columns_count_where_there_are_some(layer: tuple[FeedForward, L
     (batch,) = Activations.of(ffn, x).batches()
     down = ffn.down[:, blueprint.neurons.clamp(min=0)]
     same = replace(blueprint, down=down)
-    torch.testing.assert_close(expert_energies(batch, same, ffn), expert_energies(batch, blueprint, ffn))
+    torch.testing.assert_close(
+        ExpertMap(same, ffn).energies(batch.hidden), ExpertMap(blueprint, ffn).energies(batch.hidden)
+    )
     down = down.clone()
     down[:, 4:8] *= 2  # the first routed expert, after one shared one
     doubled = replace(blueprint, down=down)
     factor = torch.tensor([2.0, 1.0, 1.0])
     torch.testing.assert_close(
-        expert_energies(batch, doubled, ffn), expert_energies(batch, blueprint, ffn) * factor.square()
+        ExpertMap(doubled, ffn).energies(batch.hidden),
+        ExpertMap(blueprint, ffn).energies(batch.hidden) * factor.square(),
     )
-    torch.testing.assert_close(output_norms(batch, doubled, ffn), output_norms(batch, blueprint, ffn) * factor)
+    torch.testing.assert_close(
+        ExpertMap(doubled, ffn).output_norms(batch.hidden),
+        ExpertMap(blueprint, ffn).output_norms(batch.hidden) * factor,
+    )
 
 
 @pytest.mark.parametrize("held_out", [True, False])

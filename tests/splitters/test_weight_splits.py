@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ffn_forms import FORMS, ffn_of
 from pydantic import ValidationError
 
 from upcycle.calibration.decide_layer import generator
+from upcycle.errors import UsageError
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Partition
+from upcycle.plugins import PluginParameters
 from upcycle.splitters import d2d, weight_kmeans
 from upcycle.splitters.contiguous_split import ContiguousSplit
 from upcycle.splitters.d2d import D2D
@@ -118,3 +121,23 @@ def test_scales_of_the_papers() -> None:
 def test_unknown_matrix() -> None:
     with pytest.raises(ValidationError):
         WeightKMeansParameters.model_validate({"matrix": "down"})
+
+
+@pytest.mark.parametrize("matrix", ["gate", "both"])
+def test_a_gate_that_is_not_there_cannot_be_clustered(matrix: str) -> None:
+    method = WeightKMeans(WeightKMeansParameters(matrix=matrix))
+    dense = ffn_of(FORMS["ungated, biases"], 48, 16)
+    shape = MoeShape(3, 1, 0, 16, (3,), form=dense.form)
+    for refused in (lambda: method.check(shape), lambda: method.blueprint(dense, shape, 1.0, torch.Generator())):
+        with pytest.raises(UsageError, match=f"rows of gate .matrix={matrix}") as caught:
+            refused()
+        assert caught.value.hint == "--param matrix=up"
+
+
+def test_without_a_gate_the_activated_rows_are_those_of_up() -> None:
+    dense, neurons = ffn_of(FORMS["ungated, biases"], 48, 16), torch.arange(48)
+    labels = [
+        method.labels(neurons, 3, dense, torch.Generator().manual_seed(1), None)
+        for method in (D2D(PluginParameters()), WeightKMeans(WeightKMeansParameters(matrix="up")))
+    ]
+    assert torch.equal(*labels)

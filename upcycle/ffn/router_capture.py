@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from upcycle.ffn.activations import Activations, TokenActivations
+from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 
@@ -64,16 +64,6 @@ class ExpertMap:
     def errors(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return fp32 ``[t, E]``: the mean square of ``E_i(x) - target``, for ``hidden`` ``[t, F]`` and ``targets`` ``[t, d]``."""
         return torch.cat([(outputs - targets).square().mean(-1) for _, outputs in self.outputs(hidden)]).T
-
-
-def expert_energies(batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
-    """Return what each routed expert contributes in one batch, fp32 ``[t, E]``: :meth:`ExpertMap.energies`."""
-    return ExpertMap(blueprint, ffn).energies(batch.hidden)
-
-
-def output_norms(batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
-    """Return how long each routed expert's output is in one batch, fp32 ``[t, E]``: :meth:`ExpertMap.output_norms`."""
-    return ExpertMap(blueprint, ffn).output_norms(batch.hidden)
 
 
 def of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ffn_forms import arrays, ffn_of, output
 from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import RefusalError, UsageError
+from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.ffn.form import FfnForm
+from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.registry import load
 
-F = 24
+D, F = 8, 24
 # A few hundred fp64 products of order one, summed: far below this, and any fault of the formula is far above.
 EXACT = 1e-13
 QUICK: dict[str, Any] = {"method": "virtual_groups", "verification": {"tokens": 128}}
@@ -215,3 +221,60 @@ def test_a_target_that_always_renormalises_is_refused(pico: Callable[[str], Path
     with pytest.raises(RefusalError, match="mixtral always makes the chosen experts' weights sum to 1") as caught:
         upcycle.plan(str(pico("llama")), target="mixtral", **keys)
     assert caught.value.hint == "use --target qwen2_moe"
+
+
+def shape(form: FfnForm, method: str, top_k: int = 4, **parameters: Any) -> tuple[Any, MoeShape]:
+    cls = load("method", method)
+    made = cls(cls.Parameters(**parameters))
+    return made, MoeShape(8, top_k, 0, F // 4, (3,), made.normalized, form)
+
+
+@pytest.mark.parametrize("method", ["virtual_groups", "shared_plus_routed"])
+@pytest.mark.parametrize(
+    ("activation", "placement", "taken"),
+    [
+        ("gelu", "down", True),
+        ("gelu", "up_down", False),
+        ("gelu", "paper", False),
+        ("relu", "up_down", True),
+        ("relu", "paper", False),
+        ("relu2", "up_down", False),
+        ("relu2", "paper", True),  # the paper's own models
+    ],
+)
+def test_without_a_gate_the_scale_goes_where_it_comes_out_again(
+    activation: str, placement: str, taken: bool, method: str
+) -> None:
+    made, wanted = shape(FfnForm(activation, gated=False), method, scale_placement=placement)
+    if not taken:
+        with pytest.raises(UsageError, match=f"scale_placement={placement} .* activation {activation}") as caught:
+            made.check(wanted)
+        assert caught.value.hint == "--param scale_placement=down"
+        return
+    made.check(wanted)
+    assert made.inexact(wanted, 4.0) is None
+    ffn = ffn_of(wanted.form, F, D)
+    if method == "shared_plus_routed":
+        wanted = replace(wanted, shared=2, expert_size=F // 6)
+    tensors = ExpertTensors(ffn, made.blueprint(ffn, wanted, 4.0, torch.Generator()))
+    own, x = arrays(ffn), np.random.default_rng(1).standard_normal((5, D))
+    replica = [{name: tensors.part(Part(name, s)).numpy() for name in ("up", "down")} for s in range(4)]
+    beside = (
+        [] if method == "virtual_groups" else [{n: tensors.part(Part(f"shared_{n}")).numpy() for n in ("up", "down")}]
+    )
+    found = sum(output(shard, activation, x) for shard in replica) / 4 + sum(output(s, activation, x) for s in beside)
+    assert np.linalg.norm(found - output(own, activation, x)) < EXACT * np.linalg.norm(output(own, activation, x))
+
+
+@pytest.mark.parametrize("method", ["virtual_groups", "shared_plus_routed"])
+def test_a_down_bias_that_the_scale_cannot_make_up_for_is_refused(method: str) -> None:
+    form = FfnForm("gelu", False, frozenset({"down"}))
+    made, wanted = shape(form, method, gate="softmax")
+    with pytest.raises(
+        UsageError, match=f"gate=softmax leaves about 0.5 of this model's down bias: {method}"
+    ) as caught:
+        made.check(wanted)
+    assert caught.value.hint == "--param gate=normalized"
+    made.check(replace(wanted, top_k=8))
+    made.check(replace(wanted, form=replace(form, biases=frozenset({"up"}))))
+    shape(form, method)[0].check(wanted)

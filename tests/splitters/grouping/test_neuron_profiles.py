@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from upcycle.ffn.activations import Activations, Batch, Inputs
+from upcycle.ffn.activations import Activations, Inputs, TokenActivations
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.splitters.grouping.neuron_profiles import coactivation, principal_profiles, sketched_profiles
 
@@ -30,7 +30,7 @@ def weighted(tokens: int = T, batch: int = 20) -> Activations:
 
 
 def everything(activations: Activations) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    batches: list[Batch] = list(activations.batches())
+    batches: list[TokenActivations] = list(activations.batches())
     hidden = torch.cat([batch.hidden for batch in batches]).double().abs().numpy()
     return hidden, torch.cat([batch.weight for batch in batches]).double().numpy()
 
