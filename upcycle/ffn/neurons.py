@@ -47,7 +47,8 @@ class Neurons:
         up = _of_unit(unit, lengths, *self._up)
         if self._gate is None:
             return self._act(up)
-        return self._act(_of_unit(unit, lengths, *self._gate)) * up
+        gate = self._act(_of_unit(unit, lengths, *self._gate))
+        return gate * up
 
 
 def _affine(
@@ -71,7 +72,7 @@ def _of_unit(
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:
     """``[n, 1]``: the length of every row, 1 for a row of zeros, which has no direction and stays as it is."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return lengths.masked_fill(lengths == 0, 1.0)
 
 
