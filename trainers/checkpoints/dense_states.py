@@ -29,7 +29,7 @@ from upcycle.planning.prepare import job_for
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.trainers.checkpoints.load_model import stored_form
 from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
-from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot
+from upcycle.trainers.checkpoints.whole_tensors import StockTensor, WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE
 
 _NEW = ("router", "shared_switch", "zeros")  # parts that no dense weight is in: their states begin with zeros
@@ -75,7 +75,7 @@ class DenseStates:
         files = [SafetensorsFile(self.saved.folder / name) for name in self.saved.state["files"]]
         self.files = {name: file for file in files for name in file.specs}
 
-    def give(self, tensors: FullTensors) -> None:
+    def give(self, tensors: WholeTensors) -> None:
         """Give an engine that has not stepped yet the states, after the weights were found to be the dense run's.
 
         Raises:
@@ -83,15 +83,15 @@ class DenseStates:
             CheckpointError: the dense run has no such states.
         """
         steps = int(self.saved.state["optimizer_steps"])
-        trained = [slot for slot in tensors.slots if slot.trained and slot.exported]
-        for slot in trained:
-            self._check_weights(tensors, slot)
+        trained = [tensor for tensor in tensors.stock_tensors if tensor.trained and tensor.exported]
+        for tensor in trained:
+            self._check_weights(tensors, tensor)
         if not steps:
             raise CheckpointError(f"{self.saved.folder} has no optimizer states", hint="name a later checkpoint")
         tensors.create_states(steps)
-        for slot in trained:
+        for tensor in trained:
             for key in tensors.keys:
-                tensors.set_state(slot, key, self.converted(slot.name, key).view(tensors.shape(slot)))
+                tensors.set_state(tensor, key, self.converted(tensor.name, key).view(tensors.shape(tensor)))
 
     def converted(self, name: str, key: str = "") -> torch.Tensor:
         """A tensor of the MoE, fp32, made of the dense run's states ``key`` (or weights) as it was made of its weights.
@@ -121,17 +121,17 @@ class DenseStates:
         """Whether nothing of the dense model is in a tensor."""
         return name in self.built and all(part.kind in _NEW for part in self.built[name][1].parts)
 
-    def _check_weights(self, tensors: FullTensors, slot: Slot) -> None:
-        if self.is_new(slot.name):
+    def _check_weights(self, tensors: WholeTensors, tensor: StockTensor) -> None:
+        if self.is_new(tensor.name):
             return
-        own = tensors.weights(slot)
+        own = tensors.weights(tensor)
         dtypes = (stored_form(self.model)["dtype"], str(tensors.engine.module.dtype).removeprefix("torch."))
-        wanted = self.converted(slot.name).view(own.shape)
+        wanted = self.converted(tensor.name).view(own.shape)
         for dtype in dtypes:
             wanted = wanted.to(getattr(torch, dtype)).float()
         if not torch.equal(own.cpu(), wanted):
             raise UsageError(
-                f"dense_states: '{slot.name}' of {self.model} is not made of the weights in {self.saved.folder}",
+                f"dense_states: '{tensor.name}' of {self.model} is not made of the weights in {self.saved.folder}",
                 hint="name the checkpoint whose export was converted, or leave dense_states out",
             )
 

@@ -12,7 +12,7 @@ from upcycle.errors import CheckpointError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.hashing import hash_file
-from upcycle.trainers.checkpoints.whole_tensors import FullTensors
+from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE, finished
 
 
@@ -28,7 +28,7 @@ class SavedRun:
         """Optimizer steps of the whole run."""
         return int(self.state["step"])
 
-    def restore(self, tensors: FullTensors, states: bool = True) -> None:
+    def restore(self, tensors: WholeTensors, states: bool = True) -> None:
         """Give an engine its fp32 weights and (with ``states``) the optimizer's; the model was loaded from the folder itself.
 
         Raises:
@@ -38,17 +38,17 @@ class SavedRun:
         steps = int(self.state["optimizer_steps"]) if states else 0
         if steps:
             tensors.create_states(steps)
-        for slot in tensors.slots:
-            shape = tensors.shape(slot)
-            if slot.exported:
-                tensors.set_weights(slot, self._read(files, slot.name, shape))
+        for tensor in tensors.stock_tensors:
+            shape = tensors.shape(tensor)
+            if tensor.exported:
+                tensors.set_weights(tensor, self._read(files, tensor.name, shape))
             elif states:
-                value = self._read(files, f"weight:{slot.name}", shape)
-                tensors.set_weights(slot, value)
-                _overwrite(slot.parts[0], value)
-            if slot.trained and steps:
+                value = self._read(files, f"weight:{tensor.name}", shape)
+                tensors.set_weights(tensor, value)
+                _overwrite(tensor.parts[0], value)
+            if tensor.trained and steps:
                 for key in tensors.keys:
-                    tensors.set_state(slot, key, self._read(files, f"{key}:{slot.name}", shape))
+                    tensors.set_state(tensor, key, self._read(files, f"{key}:{tensor.name}", shape))
 
     def check_files(self, part: int = 0, parts: int = 1) -> None:
         """Compare every file with the hash it had when it was written, or one of ``parts`` shares of them.

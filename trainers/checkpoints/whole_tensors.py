@@ -20,7 +20,7 @@ from upcycle.trainers.routing.router_control import NOISE_WEIGHT
 
 
 @dataclass(frozen=True)
-class Slot:
+class StockTensor:
     """One tensor of the stock model and the engine's tensors it is made of; ``divided``: each rank has some experts of it."""
 
     name: str
@@ -38,47 +38,47 @@ class Slot:
         return not self.name.endswith(f".{NOISE_WEIGHT}")
 
 
-class FullTensors:
+class WholeTensors:
     """Reads and writes whole tensors of an engine; all ranks call every method in the same order."""
 
     def __init__(self, engine: Any, keys: Sequence[str]) -> None:
         """``keys`` are the optimizer's states of every parameter."""
         self.engine, self.keys = engine, tuple(keys)
-        self.slots = list(_slots(engine.module))
+        self.stock_tensors = list(_stock_tensors(engine.module))
 
-    def shape(self, slot: Slot) -> tuple[int, ...]:
+    def shape(self, tensor: StockTensor) -> tuple[int, ...]:
         """The whole tensor's shape."""
-        shapes = [tuple(getattr(part, "ds_shape", part.shape)) for part in slot.parts]
-        if not slot.divided:
+        shapes = [tuple(getattr(part, "ds_shape", part.shape)) for part in tensor.parts]
+        if not tensor.divided:
             return shapes[0]
         experts, _, *rest = shapes[0]
-        return (experts * self._share(slot)[1], sum(shape[1] for shape in shapes), *rest)
+        return (experts * self._share(tensor)[1], sum(shape[1] for shape in shapes), *rest)
 
     @torch.no_grad()
-    def weights(self, slot: Slot) -> torch.Tensor:
+    def weights(self, tensor: StockTensor) -> torch.Tensor:
         """The whole tensor, on this rank's device; what trains in fp32, though the model computes in bfloat16."""
-        return self._joined(slot, [self._weights(part) for part in slot.parts])
+        return self._joined(tensor, [self._weights(part) for part in tensor.parts])
 
     @torch.no_grad()
-    def state(self, slot: Slot, key: str) -> torch.Tensor:
+    def state(self, tensor: StockTensor, key: str) -> torch.Tensor:
         """One of the optimizer's states of it, fp32."""
-        return self._joined(slot, [self._state(part, key) for part in slot.parts])
+        return self._joined(tensor, [self._state(part, key) for part in tensor.parts])
 
     @torch.no_grad()
-    def set_weights(self, slot: Slot, value: torch.Tensor) -> None:
+    def set_weights(self, tensor: StockTensor, value: torch.Tensor) -> None:
         """Give what trains its fp32 weights, the model's own being set already."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for part, piece in zip(slot.parts, self._pieces(slot, value), strict=True):
+        for part, piece in zip(tensor.parts, self._pieces(tensor, value), strict=True):
             if _is_mapped(part):
                 safe_set_full_fp32_param(part, piece.to(part.device, torch.float32))
 
     @torch.no_grad()
-    def set_state(self, slot: Slot, key: str, value: torch.Tensor) -> None:
+    def set_state(self, tensor: StockTensor, key: str, value: torch.Tensor) -> None:
         """Give the optimizer a state of it, after :meth:`create_states`."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        for part, piece in zip(slot.parts, self._pieces(slot, value), strict=True):
+        for part, piece in zip(tensor.parts, self._pieces(tensor, value), strict=True):
             if _is_mapped(part):
                 safe_set_full_optimizer_state(part, piece.to(part.device, torch.float32), key)
             else:
@@ -134,31 +134,31 @@ class FullTensors:
         full: torch.Tensor = safe_get_full_optimizer_state(part, key)
         return full.view(getattr(part, "ds_shape", part.shape))
 
-    def _joined(self, slot: Slot, parts: list[torch.Tensor]) -> torch.Tensor:
+    def _joined(self, tensor: StockTensor, parts: list[torch.Tensor]) -> torch.Tensor:
         mine = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if not slot.divided:
+        if not tensor.divided:
             return mine
-        group, world, _ = self._share(slot)
+        group, world_size, _ = self._share(tensor)
         mine = mine.contiguous()
-        everyone = [torch.empty_like(mine) for _ in range(world)]
+        everyone = [torch.empty_like(mine) for _ in range(world_size)]
         distributed.all_gather(everyone, mine, group=group)
         return torch.cat(everyone)
 
-    def _pieces(self, slot: Slot, value: torch.Tensor) -> list[torch.Tensor]:
-        if not slot.divided:
+    def _pieces(self, tensor: StockTensor, value: torch.Tensor) -> list[torch.Tensor]:
+        if not tensor.divided:
             return [value]
-        _, world, rank = self._share(slot)
-        return [piece.contiguous() for piece in value.chunk(world)[rank].chunk(len(slot.parts), dim=1)]
+        _, world_size, rank = self._share(tensor)
+        return [piece.contiguous() for piece in value.chunk(world_size)[rank].chunk(len(tensor.parts), dim=1)]
 
-    def _share(self, slot: Slot) -> tuple[Any, int, int]:
-        """The group of ranks that have a slot's experts, how many they are, and which this one is."""
+    def _share(self, tensor: StockTensor) -> tuple[Any, int, int]:
+        """The group of ranks that have a tensor's experts, how many they are, and which this one is."""
         from deepspeed.utils import groups
 
-        group = groups._get_expert_parallel_group(slot.parts[0].group_name)  # type: ignore[attr-defined]
+        group = groups._get_expert_parallel_group(tensor.parts[0].group_name)  # type: ignore[attr-defined]
         return group, distributed.get_world_size(group), distributed.get_rank(group)
 
 
-def _slots(module: Any) -> Iterator[Slot]:
+def _stock_tensors(module: Any) -> Iterator[StockTensor]:
     parameters = dict(module.named_parameters())
     stock = {name: name for name in parameters}  # names of what is one tensor here and there; others are taken out
     computed: set[str] = set()
@@ -170,17 +170,17 @@ def _slots(module: Any) -> Iterator[Slot]:
             # The router may be listed under its stock name, which is an alias.
             alias = name.replace(f"{prefix}.{router}.", f"{prefix}.{router}.gate.")
             held = [source if source in parameters else alias for source in sources]
-            yield Slot(name, tuple(parameters[each] for each in held), divided=".experts." in name)
+            yield StockTensor(name, tuple(parameters[each] for each in held), divided=".experts." in name)
             for each in held:
                 del stock[each]
         stock |= {name: _shared(name) for name in stock if name.startswith(f"{prefix}.shared_experts")}
         computed.update(f"{prefix}.{name}" for name, _ in block.named_buffers(recurse=False))
     for name, stored in stock.items():
-        yield Slot(stored, (parameters[name],))
+        yield StockTensor(stored, (parameters[name],))
     persistent = set(module.state_dict(keep_vars=True)) - set(parameters) - computed
     for name, buffer in module.named_buffers():
         if name in persistent:
-            yield Slot(name, (buffer,))
+            yield StockTensor(name, (buffer,))
 
 
 def _shared(name: str) -> str:

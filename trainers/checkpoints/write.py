@@ -24,7 +24,7 @@ from upcycle.files.formats.tensor_files import INDEX
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.hashing import hash_file
 from upcycle.files.names import sibling
-from upcycle.trainers.checkpoints.whole_tensors import FullTensors, Slot
+from upcycle.trainers.checkpoints.whole_tensors import StockTensor, WholeTensors
 from upcycle.trainers.distributed.ranks import Ranks
 
 STATE_FILE = "trainer.json"
@@ -65,7 +65,7 @@ def _remove_replaced(run: Path) -> None:
 
 
 def save(
-    run: Path, step: int, tensors: FullTensors, state: Mapping[str, Any], small: Path, ranks: Ranks, keep: int
+    run: Path, step: int, tensors: WholeTensors, state: Mapping[str, Any], small: Path, ranks: Ranks, keep: int
 ) -> Path:
     """Write a checkpoint; all ranks call this together. What is older than the ``keep`` newest is removed after it is complete.
 
@@ -90,15 +90,15 @@ def save(
             shutil.copytree(small, folder)
     except OSError as fault:
         error = disk_fault(fault, folder)
-    ranks.together(error)
+    ranks.raise_together(error)
     hashes = _write_tensors(folder, tensors, ranks)
     try:
         if ranks.first:
-            _write_index(folder, tensors, ranks.world)
+            _write_index(folder, tensors, ranks.world_size)
             others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in hashes]
             small_hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in others}
             content = {
-                **{"format": 1, **state, "step": step, "world": ranks.world},
+                **{"format": 1, **state, "step": step, "world": ranks.world_size},
                 **{"files": hashes, "small_files": small_hashes},
             }
             (folder / STATE_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -112,22 +112,22 @@ def save(
             _remove_replaced(run)
     except OSError as fault:
         error = disk_fault(fault, folder)
-    ranks.together(error)
+    ranks.raise_together(error)
     return final
 
 
-def _write_tensors(folder: Path, tensors: FullTensors, ranks: Ranks) -> dict[str, str]:
+def _write_tensors(folder: Path, tensors: WholeTensors, ranks: Ranks) -> dict[str, str]:
     """Every rank writes the tensors that are its; the SHA-256 of every file by its name."""
     tensors.link_states()
     names = _entries(tensors)
-    mine = _shares(names, ranks.world)[ranks.rank]
+    mine = _shares(names, ranks.world_size)[ranks.rank]
     files = {
         kind: _Share(folder, _file(kind, ranks), [entry for entry in mine if _kind(entry) == kind]) for kind in _KINDS
     }
-    for slot in tensors.slots:
-        for name in _names(slot, tensors):
+    for tensor in tensors.stock_tensors:
+        for name in _names(tensor, tensors):
             # All ranks take part in putting every tensor together; one has it written.
-            value = _value(tensors, slot, name)
+            value = _value(tensors, tensor, name)
             for share in files.values():
                 share.write(name, value)
     hashes: dict[str, str] = {}
@@ -140,14 +140,14 @@ def _write_tensors(folder: Path, tensors: FullTensors, ranks: Ranks) -> dict[str
     if error is not None and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        ranks.together(error)
+        ranks.raise_together(error)
     except EnvironmentFault:
         if ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return hashes
-    everyone: list[Any] = [None] * ranks.world
+    everyone: list[Any] = [None] * ranks.world_size
     distributed.all_gather_object(everyone, hashes)
     return {name: digest for theirs in everyone for name, digest in theirs.items()}
 
@@ -160,37 +160,37 @@ def _kind(entry: OutputEntry) -> str:
 
 
 def _file(kind: str, ranks: Ranks) -> str:
-    return f"{kind}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+    return f"{kind}-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
 
 
-def _names(slot: Slot, tensors: FullTensors) -> list[str]:
-    """What is stored of a slot: ``name``, and ``key:name`` for states (and weights no stock class has)."""
-    names = [slot.name if slot.exported else f"weight:{slot.name}"]
-    return names + ([f"{key}:{slot.name}" for key in tensors.keys] if slot.trained and tensors.steps_taken else [])
+def _names(tensor: StockTensor, tensors: WholeTensors) -> list[str]:
+    """What is stored of a tensor: ``name``, and ``key:name`` for states (and weights no stock class has)."""
+    names = [tensor.name if tensor.exported else f"weight:{tensor.name}"]
+    return names + ([f"{key}:{tensor.name}" for key in tensors.keys] if tensor.trained and tensors.steps_taken else [])
 
 
-def _value(tensors: FullTensors, slot: Slot, name: str) -> torch.Tensor:
+def _value(tensors: WholeTensors, tensor: StockTensor, name: str) -> torch.Tensor:
     key, _, rest = name.partition(":")
-    return tensors.state(slot, key) if rest and key != "weight" else tensors.weights(slot)
+    return tensors.state(tensor, key) if rest and key != "weight" else tensors.weights(tensor)
 
 
-def _entries(tensors: FullTensors) -> list[OutputEntry]:
+def _entries(tensors: WholeTensors) -> list[OutputEntry]:
     return [
-        OutputEntry(name, TensorSpec(tensors.shape(slot), "float32"))
-        for slot in tensors.slots
-        for name in _names(slot, tensors)
+        OutputEntry(name, TensorSpec(tensors.shape(tensor), "float32"))
+        for tensor in tensors.stock_tensors
+        for name in _names(tensor, tensors)
     ]
 
 
-def _shares(entries: Sequence[OutputEntry], world: int) -> list[list[OutputEntry]]:
+def _shares(entries: Sequence[OutputEntry], world_size: int) -> list[list[OutputEntry]]:
     """Weights, and states, in order and in parts of about equal size; each rank has one part of both."""
-    shares: list[list[OutputEntry]] = [[] for _ in range(world)]
+    shares: list[list[OutputEntry]] = [[] for _ in range(world_size)]
     for kind in _KINDS:
         own = [entry for entry in entries if _kind(entry) == kind]
         total, before = sum(entry.spec.nbytes for entry in own), 0
         for entry in own:
             middle = before + entry.spec.nbytes / 2
-            shares[min(world - 1, int(middle * world / max(1, total)))].append(entry)
+            shares[min(world_size - 1, int(middle * world_size / max(1, total)))].append(entry)
             before += entry.spec.nbytes
     return shares
 
@@ -243,13 +243,13 @@ class _Share:
         return {self._file: self._writer.sha256}
 
 
-def _write_index(folder: Path, tensors: FullTensors, world: int) -> None:
+def _write_index(folder: Path, tensors: WholeTensors, world_size: int) -> None:
     weights: dict[str, str] = {}
     size = 0
-    for rank, share in enumerate(_shares(_entries(tensors), world)):
+    for rank, share in enumerate(_shares(_entries(tensors), world_size)):
         for entry in share:
             if _kind(entry) == "model":
-                weights[entry.name] = f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+                weights[entry.name] = f"model-{rank + 1:05d}-of-{world_size:05d}.safetensors"
                 size += entry.spec.nbytes
     index = {"metadata": {"total_size": size}, "weight_map": weights}
     (folder / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")

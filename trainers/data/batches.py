@@ -29,7 +29,7 @@ Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedBatch:
     """Packed rows.
 
     Given to a model as ``model(input_ids=ids, position_ids=positions, use_cache=False)`` and no attention mask, documents do not
@@ -48,10 +48,10 @@ class Batch:
         """Bool ``[B, L]``: all tokens of documents, whether or not they are targets; what is left is padding."""
         return self.mask | (self.positions == 0)
 
-    def flat(self) -> Batch:
+    def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""
         ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
-        return Batch(ids, mask, positions, self.domains)
+        return PackedBatch(ids, mask, positions, self.domains)
 
 
 class TokenStream:
@@ -68,11 +68,11 @@ class TokenStream:
         facts: dict[str, Any],
         micro_batch: int,
         rank: int,
-        world: int,
+        world_size: int,
     ) -> None:
         self._domains = {domain.name: domain for domain in sorted(domains, key=lambda domain: domain.name)}
         self._mixture, self._facts = mixture, facts
-        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._row = 0
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
 
@@ -99,14 +99,14 @@ class TokenStream:
         """Tell dynamic weights the dense parent's losses, where the recipe has none; see :class:`Mixture`."""
         self._mixture.refer_to(losses)
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> PackedBatch:
         """This rank's rows.
 
         Raises:
             UpcycleError: a file vanished or changed, or cannot be read.
         """
         names = list(self._domains)
-        drawn = self._mixture.draw(self._row, self._micro_batch * self._world)
+        drawn = self._mixture.draw(self._row, self._micro_batch * self._world_size)
         before, mine, after = np.split(drawn, [self._rank * self._micro_batch, (self._rank + 1) * self._micro_batch])
         rows: dict[int, Row] = {}
         for number, name in enumerate(names):
@@ -177,7 +177,7 @@ class TokenStream:
 
 
 def open_stream(
-    data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world: int, seed: int
+    data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world_size: int, seed: int
 ) -> TokenStream:
     """The training stream of ``data``, at its beginning.
 
@@ -207,10 +207,10 @@ def open_stream(
         "weights": data.weights,
         "dynamic": data.dynamic.model_dump() if data.dynamic else None,
     }
-    return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world)
+    return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world_size)
 
 
-def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[Batch]]:
+def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[PackedBatch]]:
     """Fixed batches of each domain's held-out documents, in the recipe's order; the same for every seed.
 
     A domain without files to validate on is left out where the fraction is 0.
@@ -235,10 +235,10 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
     return found
 
 
-def make_batch(rows: list[Row], domains: list[str]) -> Batch:
+def make_batch(rows: list[Row], domains: list[str]) -> PackedBatch:
     """Rows of ids, positions and targets, each ``[L]``, as a batch."""
     ids, positions, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-    return Batch(ids, targets, positions, tuple(domains))
+    return PackedBatch(ids, targets, positions, tuple(domains))
 
 
 def cache_folder(data: DataRecipe) -> Path:

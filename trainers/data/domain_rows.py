@@ -16,7 +16,7 @@ from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
 from upcycle.trainers.data.packing import Rows, layout, pack
-from upcycle.trainers.data.token_shards import Hashes, Shard, TokenCache
+from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.recipe.data_recipe import Packing
 
 SHARDS_TOGETHER = 8  # are shuffled as a whole
@@ -53,7 +53,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class _Block:
-    shards: list[Shard]
+    shards: list[TokenShard]
     shard: NDArray[np.int64]  # [N], each document's
     begin: NDArray[np.int64]  # [N], its first token in the shard
     rows: Rows
@@ -135,7 +135,7 @@ class DomainRows:
             self._tokenise_ahead(epoch, number)
         return self._blocks[epoch, number]
 
-    def _shards_of(self, epoch: int, number: int) -> Iterator[Shard]:
+    def _shards_of(self, epoch: int, number: int) -> Iterator[TokenShard]:
         places = range(number * SHARDS_TOGETHER, (number + 1) * SHARDS_TOGETHER)
         if self.corpus.shards is not None:
             order = permutation(self.corpus.shards, self._seed, self.name, epoch, "shards")
@@ -181,7 +181,7 @@ class DomainRows:
 
 
 def read_row(
-    shards: list[Shard], shard: Any, begin: Any, rows: Rows, number: int, length: int, padding: int
+    shards: list[TokenShard], shard: Any, begin: Any, rows: Rows, number: int, length: int, padding: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Ids, positions and targets of a row, each ``[L]``."""
     parts = slice(rows.first[number], rows.first[number + 1])

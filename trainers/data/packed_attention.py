@@ -42,7 +42,7 @@ def packing_leak(config: Any, rows: int) -> str | None:
 
     Args:
         config: the model's configuration, with the attention implementation it runs with.
-        rows: the micro-batch. Flash attention tells documents apart in a single row only; there :meth:`Batch.flat` helps.
+        rows: the micro-batch. Flash attention tells documents apart in a single row only; there :meth:`PackedBatch.flat` helps.
     """
     kinds = sorted({_RECURRENT[kind] for kind in getattr(config, "layer_types", None) or () if kind in _RECURRENT})
     if kinds:

@@ -28,7 +28,7 @@ Hashes = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Shard:
+class TokenShard:
     """Tokenised documents, one behind the other. N documents, T tokens."""
 
     tokens: Int32  # [T], a map of the file
@@ -70,7 +70,7 @@ class TokenCache:
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._folder, self._encoder = folder, encoder
 
-    def shard(self, corpus: Corpus, number: int) -> Shard:
+    def shard(self, corpus: Corpus, number: int) -> TokenShard:
         """The shard, tokenised now if nobody has yet; another process that is at it is waited for.
 
         Raises:
@@ -129,7 +129,7 @@ def document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _read(stem: Path) -> Shard | None:
+def _read(stem: Path) -> TokenShard | None:
     """The shard in two files, or ``None`` where they are not both whole."""
     index, ids = stem.with_suffix(".safetensors"), stem.with_suffix(".tokens")
     try:
@@ -141,7 +141,7 @@ def _read(stem: Path) -> Shard | None:
     except (FileNotFoundError, SafetensorError):
         return None
     tokens = np.memmap(ids, np.int32, "r") if total else np.empty(0, np.int32)
-    return Shard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True")
+    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True")
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -13,7 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
 from upcycle.trainers.data.packing import pack
-from upcycle.trainers.data.token_shards import Hashes, Shard, TokenCache
+from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 
 Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
@@ -69,7 +69,7 @@ def validation_rows(
     Raises:
         UsageError: no document is held out.
     """
-    shards: list[Shard] = []
+    shards: list[TokenShard] = []
     chosen, begins, lengths = [], [], []
     have = documents = 0
     for shard in _shards(corpus, cache):
@@ -100,7 +100,7 @@ def validation_rows(
     ]
 
 
-def _shards(corpus: Corpus, cache: TokenCache) -> Iterator[Shard]:
+def _shards(corpus: Corpus, cache: TokenCache) -> Iterator[TokenShard]:
     for number in count():
         if number == corpus.shards:
             return

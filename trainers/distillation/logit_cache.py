@@ -19,7 +19,7 @@ from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.hashing import hash_file
 from upcycle.files.output.ownership import cannot_write
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 
 MANIFEST = "cache.json"
@@ -72,7 +72,7 @@ class LogitCache:
         self.folder, self.top_p, self.most = folder, top_p, most
         self.read = self.written = 0
 
-    def targets(self, batch: Batch, run: Callable[[Batch], torch.Tensor]) -> TopLogits:
+    def targets(self, batch: PackedBatch, run: Callable[[PackedBatch], torch.Tensor]) -> TopLogits:
         """The parent's distributions at all positions of a batch but each row's last, rows one behind the other.
 
         Args:
@@ -86,7 +86,7 @@ class LogitCache:
         """
         return joined([self._row(_one(batch, row), run) for row in range(len(batch.ids))])
 
-    def _row(self, row: Batch, run: Callable[[Batch], torch.Tensor]) -> TopLogits:
+    def _row(self, row: PackedBatch, run: Callable[[PackedBatch], torch.Tensor]) -> TopLogits:
         path = self._path(row)
         if path.is_file():
             self.read += 1
@@ -103,7 +103,7 @@ class LogitCache:
         self.written += 1
         return TopLogits.load(path)
 
-    def _path(self, row: Batch) -> Path:
+    def _path(self, row: PackedBatch) -> Path:
         content = torch.stack([row.ids.flatten(), row.positions.flatten()]).cpu().contiguous()
         name = hashlib.sha256(content.numpy().tobytes()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
@@ -120,6 +120,6 @@ def joined(rows: Sequence[TopLogits]) -> TopLogits:
     return TopLogits(torch.cat(tokens), torch.cat(kept), torch.cat([row.tail for row in rows]))
 
 
-def _one(batch: Batch, row: int) -> Batch:
+def _one(batch: PackedBatch, row: int) -> PackedBatch:
     which = slice(row, row + 1)
-    return Batch(batch.ids[which], batch.mask[which], batch.positions[which], batch.domains[which])
+    return PackedBatch(batch.ids[which], batch.mask[which], batch.positions[which], batch.domains[which])

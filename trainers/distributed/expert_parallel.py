@@ -35,7 +35,7 @@ _REFUSED = {
 _UNKNOWN = "DeepSpeed has no preset for this architecture"
 
 
-def check(model_type: str, experts: int, size: int, world: int) -> None:
+def check(model_type: str, experts: int, size: int, world_size: int) -> None:
     """Refuse what AutoEP cannot divide.
 
     Raises:
@@ -48,8 +48,8 @@ def check(model_type: str, experts: int, size: int, world: int) -> None:
         )
     if experts % size:
         raise UsageError(f"expert_parallel {size} does not divide {experts} experts", hint="choose a divisor of both")
-    if world % size:
-        raise UsageError(f"expert_parallel {size} does not divide {world} ranks", hint="choose a divisor of both")
+    if world_size % size:
+        raise UsageError(f"expert_parallel {size} does not divide {world_size} ranks", hint="choose a divisor of both")
 
 
 def configuration(model_type: str, size: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Host:
     """A machine and how many ranks it takes."""
 
     name: str
-    slots: int
+    ranks: int
 
     @property
     def local(self) -> bool:
@@ -69,11 +69,11 @@ def read_hosts(path: Path, nproc: int | None) -> list[Host]:
             raise UsageError(f"{path}: '{host.name}' is no name of a machine", hint=_HINT)
         if host.name in (other.name for other in found):
             raise UsageError(f"{path}: '{host.name}' is there twice", hint="one line for all its ranks")
-        if nproc and nproc > host.slots:
+        if nproc and nproc > host.ranks:
             raise UsageError(
-                f"{path}: {host.name} has {host.slots} slots, and --nproc is {nproc}", hint="lower --nproc"
+                f"{path}: {host.name} has {host.ranks} slots, and --nproc is {nproc}", hint="lower --nproc"
             )
-        found.append(Host(host.name, nproc or host.slots))
+        found.append(Host(host.name, nproc or host.ranks))
     if not found:
         raise UsageError(f"{path}: no machine in it", hint=_HINT)
     return found
@@ -90,14 +90,14 @@ def launch_hosts(arguments: Sequence[str], hostfile: Path, nproc: int | None) ->
     """
     hosts = read_hosts(hostfile, nproc)
     place = {
-        "WORLD_SIZE": str(sum(host.slots for host in hosts)),
+        "WORLD_SIZE": str(sum(host.ranks for host in hosts)),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or _address(hosts),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(random.randint(20_000, 32_000)),
     }
     first, agents = 0, []
     for host in hosts:
         agents.append(_Agent(host, arguments, first, place))
-        first += host.slots
+        first += host.ranks
     code = wait(agents)
     lost = next((agent.host.name for agent in agents if not agent.host.local and agent.code() == _SSH_FAILED), None)
     if code == _SSH_FAILED and lost:
@@ -119,7 +119,7 @@ class _Agent(Started):
         self._local = Local(command, os.environ, control=True)
         told = {
             "arguments": list(arguments),
-            "ranks": [first, first + host.slots],
+            "ranks": [first, first + host.ranks],
             "folder": str(Path.cwd()),
             "environment": {**{k: v for k, v in os.environ.items() if k.startswith(_PREFIXES)}, **place},
         }

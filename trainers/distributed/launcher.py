@@ -134,7 +134,7 @@ def _wait(started: Sequence[Started]) -> int:
     return failed or next((code for code in (each.code() for each in started) if code), 0)
 
 
-def told_command(arguments: Sequence[str]) -> str:
+def command_to_repeat(arguments: Sequence[str]) -> str:
     """The ``upcycle`` command of these arguments as one gives it again: whatever threw checkpoints away is left out."""
     return shlex.join(["upcycle", *(argument for argument in arguments if argument != "--restart")])
 

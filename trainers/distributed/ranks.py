@@ -28,7 +28,7 @@ class Ranks:
     """This process among those of the run."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -38,14 +38,14 @@ class Ranks:
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over ranks, on each of them; ``tensor`` is overwritten."""
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def largest(self, *values: float) -> list[float]:
+    def maximum(self, *values: float) -> list[float]:
         """The largest of every value over ranks, in fp64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
         return tensor.tolist()
 
@@ -56,30 +56,30 @@ class Ranks:
     @property
     def reduction(self) -> Reduction:
         """For auxiliary losses."""
-        return Reduction(self.total, self.world) if self.world > 1 else Reduction()
+        return Reduction(self.total, self.world_size) if self.world_size > 1 else Reduction()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.barrier()
 
-    def told(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's value, on all."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         found = [value]
         distributed.broadcast_object_list(found, src=0)
         return found[0]
 
-    def agree(self, what: str, value: Any) -> None:
+    def require_same(self, what: str, value: Any) -> None:
         """Make sure that all ranks were given the same.
 
         Raises:
             UsageError: they were not.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return
-        everyone: list[Any] = [None] * self.world
+        everyone: list[Any] = [None] * self.world_size
         distributed.all_gather_object(everyone, value)
         other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
         if other is not None:
@@ -92,14 +92,14 @@ class Ranks:
                 hint="give every rank the same recipe, files and versions",
             )
 
-    def together(self, error: BaseException | None) -> None:
+    def raise_together(self, error: BaseException | None) -> None:
         """Raise on every rank what failed on one, so that none waits for it forever.
 
         Raises:
             UpcycleError: this rank's own error, or that of the first rank that has one.
         """
-        if self.world > 1:
-            everyone: list[Any] = [None] * self.world
+        if self.world_size > 1:
+            everyone: list[Any] = [None] * self.world_size
             distributed.all_gather_object(everyone, _described(error))
             found = next(((rank, theirs) for rank, theirs in enumerate(everyone) if theirs), None)
             if found and error is None:
@@ -130,13 +130,13 @@ def joined(timeout: float) -> Iterator[Ranks]:
         EnvironmentFault: DeepSpeed is not installed, the launcher's variables are incomplete, or a rank is unreachable.
     """
     deepspeed = import_deepspeed()
-    world = _number("WORLD_SIZE", 1)
-    rank = _number("RANK", 0) if world > 1 else 0
+    world_size = _number("WORLD_SIZE", 1)
+    rank = _number("RANK", 0) if world_size > 1 else 0
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
     mine = not distributed.is_initialized()
-    if mine and world == 1:
+    if mine and world_size == 1:
         store = getattr(distributed, "HashStore")()  # noqa: B009 - not exported by its stubs
         distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
         atexit.register(_leave)  # not sooner: DeepSpeed remembers the group, and the next run in this process uses it
@@ -144,14 +144,15 @@ def joined(timeout: float) -> Iterator[Ranks]:
         missing = [name for name in _VARIABLES if name not in os.environ]
         if missing:
             raise EnvironmentFault(
-                f"one of {world} ranks, but {', '.join(missing)} is not set", hint="use --nproc, --hostfile or torchrun"
+                f"one of {world_size} ranks, but {', '.join(missing)} is not set",
+                hint="use --nproc, --hostfile or torchrun",
             )
         try:
             distributed.init_process_group(backend, timeout=limit)
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise EnvironmentFault(
-                f"rank {rank} of {world} found no other at {where} within {timeout:g} s: {_first_line(error)}",
+                f"rank {rank} of {world_size} found no other at {where} within {timeout:g} s: {_first_line(error)}",
                 hint="start all ranks, and check that they can reach that address",
             ) from None
     if torch.cuda.is_available():
@@ -162,9 +163,9 @@ def joined(timeout: float) -> Iterator[Ranks]:
     try:
         deepspeed.init_distributed()
         with lost_ranks():
-            yield Ranks(rank, world, device)
+            yield Ranks(rank, world_size, device)
     finally:
-        if mine and world > 1:
+        if mine and world_size > 1:
             distributed.destroy_process_group()
 
 

@@ -104,11 +104,11 @@ def forecast_communication(division: Division) -> CommunicationForecast:
 def _states(division: Division, weights: list[Weight], ranks: int, stride: int) -> Iterable[Traffic]:
     trained = division.local([weight for weight in weights if weight.trained])
     item, passes = division.item, division.passes
-    if division.stage < 3:
-        yield Traffic("all_reduce", (passes if division.stage == 2 else 1) * item * trained, ranks, stride)
-    if division.stage in (1, 2):
+    if division.zero_stage < 3:
+        yield Traffic("all_reduce", (passes if division.zero_stage == 2 else 1) * item * trained, ranks, stride)
+    if division.zero_stage in (1, 2):
         yield Traffic("all_gather", item * trained, ranks, stride)
-    if division.stage == 3:
+    if division.zero_stage == 3:
         small = division.local([weight for weight in weights if weight.trained and division.persistent(weight)])
         yield Traffic("all_gather", item * (small + passes * _gathered(division, weights)), ranks, stride)
         yield Traffic("reduce_scatter", passes * item * trained, ranks, stride)

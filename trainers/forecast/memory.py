@@ -53,11 +53,11 @@ def forecast_memory(division: Division, parent: ModelCounts | None, stage_recipe
     zero = division.recipe.zero
     weights, gradients, states = weight_bytes(division), gradient_bytes(division), optimizer_bytes(division)
     host = 0.0
-    if division.stage and zero.offload_optimizer:
+    if division.zero_stage and zero.offload_optimizer:
         host, states = host + states, 0.0
-        if division.stage > 1:
+        if division.zero_stage > 1:
             host, gradients = host + gradients, 0.0
-    if division.stage == 3 and zero.offload_weights:
+    if division.zero_stage == 3 and zero.offload_weights:
         kept = division.item * sum(w.elements for w in division.counts.weights if division.persistent(w))
         host, weights = host + weights - kept, kept
     dtype = stage_recipe.distillation.dtype if stage_recipe.distillation else "auto"
@@ -76,7 +76,7 @@ def forecast_memory(division: Division, parent: ModelCounts | None, stage_recipe
 def weight_bytes(division: Division) -> float:
     """``b P`` below stage 3. There ``b Q``, and whole what is small (``param_persistence_threshold``) and on several ranks."""
     everything = division.counts.weights
-    if division.stage < 3:
+    if division.zero_stage < 3:
         return division.item * division.local(everything)
     small = [weight for weight in everything if division.persistent(weight) and division.holders(weight) > 1]
     return division.item * (division.partition(everything) + division.local(small))
@@ -86,7 +86,7 @@ def optimizer_bytes(division: Division) -> float:
     """``4 s Q`` of what trains, for s states per weight, and ``4 Q`` for fp32 masters, which DeepSpeed keeps apart in fp32
     training, too; at stage 0, where there are none, ``4 s P``.
     """
-    if not division.stage:
+    if not division.zero_stage:
         return _FULL * division.states * division.local(division.trained)
     return _FULL * (division.states + 1) * division.partition(division.trained)
 
@@ -95,7 +95,7 @@ def gradient_bytes(division: Division) -> float:
     """Of what trains: ``4 P`` at stage 0; at stage 1 ``b P``, with bfloat16 also their sums over passes, ``4 P``; from
     stage 2 on ``4 Q``, as each rank keeps the sums of its own part.
     """
-    if division.stage > 1:
+    if division.zero_stage > 1:
         return _FULL * division.partition(division.trained)
     summed = _FULL if division.item < _FULL else 0
     return (division.item + summed) * division.local(division.trained)
@@ -108,10 +108,10 @@ def bucket_bytes(division: Division) -> float:
     in the weights' dtype from stage 2 on. Stage 0 only copies.
     """
     trained = division.local(division.trained)
-    if not division.stage:
+    if not division.zero_stage:
         return _FULL * min(_UNDIVIDED_BUCKET, trained)
     bucket = division.setting("reduce_bucket_size")
-    if division.stage == 1:
+    if division.zero_stage == 1:
         return float(_FULL * bucket)
     return division.item * (bucket + min(bucket, trained))
 
@@ -120,7 +120,7 @@ def gathered_bytes(division: Division) -> float:
     """Weights of others that ZeRO-3 has gathered at once: it lets go of none that is used again soon, up to
     ``max_live_parameters``, and fetches a MoE block as a whole.
     """
-    if division.stage < 3:
+    if division.zero_stage < 3:
         return 0.0
     fetched: dict[str, float] = {}
     for weight in division.counts.weights:

@@ -41,7 +41,7 @@ _MISSING = {"output": "RUN", "data": "demo"}  # what a plan need not know
 class Option:
     """One way to divide the run, with its estimates; memory and traffic are those of the stage of the recipe that needs most."""
 
-    stage: int
+    zero_stage: int
     expert_parallel: int
     memory: MemoryForecast
     communication: CommunicationForecast
@@ -51,7 +51,7 @@ class Option:
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "zero": self.stage,
+            "zero": self.zero_stage,
             "expert_parallel": self.expert_parallel,
             "fits": self.fits,
             "memory": self.memory.as_dict(),
@@ -125,7 +125,7 @@ def plan_training(
     _check_own(recipe, counts, ranks.size)
     options = [_option(recipe, stages, ranks, *pair) for pair in _pairs(recipe, counts, ranks.size)]
     asked = (recipe.zero_stage(ranks.size), recipe.expert_parallel)
-    own = next((option for option in options if (option.stage, option.expert_parallel) == asked), None)
+    own = next((option for option in options if (option.zero_stage, option.expert_parallel) == asked), None)
     tokens = sum(recipe.steps_of(stage) for stage in recipe.stages) * recipe.tokens_per_step
     return TrainingPlan(
         world=ranks,
@@ -260,7 +260,7 @@ def _recommended(options: list[Option]) -> Option | None:
         return None
     best = max(option.speed.unoverlapped for option in fitting)
     good = [option for option in fitting if option.speed.unoverlapped >= 0.99 * best]
-    return min(good, key=lambda option: (option.expert_parallel, option.stage))
+    return min(good, key=lambda option: (option.expert_parallel, option.zero_stage))
 
 
 def _file_warnings(folder: Path, counts: ModelCounts) -> list[str]:

@@ -99,7 +99,7 @@ def moved_bytes(division: Division) -> float:
         per_pass += 2 * rest
     per_pass += 2 * 8 * division.tokens * counts.vocabulary
     states = 2 * optimizer_bytes(division)
-    share = division.partition(division.trained) if division.stage else division.local(division.trained)
+    share = division.partition(division.trained) if division.zero_stage else division.local(division.trained)
     return division.passes * per_pass + states + (4 + item) * share
 
 

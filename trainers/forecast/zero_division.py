@@ -27,15 +27,15 @@ ELEMENTS = {"float32": 4, "bfloat16": 2}
 class Division:
     """One way to divide a run: ZeRO's stage and the ranks that share experts, of so many ranks.
 
-    ``training`` is the stage of the recipe that is asked about; ``None``: its first.
+    ``stage`` is the stage of the recipe that is asked about; ``None``: its first.
     """
 
     recipe: TrainRecipe
     counts: ModelCounts
-    world: int
-    stage: int
+    world_size: int
+    zero_stage: int
     expert_parallel: int = 1
-    training: StageRecipe | None = None
+    stage: StageRecipe | None = None
 
     @property
     def item(self) -> int:
@@ -45,12 +45,12 @@ class Division:
     @property
     def passes(self) -> int:
         """Passes of a rank per optimizer step."""
-        return self.recipe.global_batch // (self.recipe.micro_batch * self.world)
+        return self.recipe.global_batch // (self.recipe.micro_batch * self.world_size)
 
     @property
     def survey(self) -> Survey:
         """Which models run forward once more in every pass, for losses of the whole batch."""
-        stage = self.training or self.recipe.stages[0]
+        stage = self.stage or self.recipe.stages[0]
         return needed(stage.losses, stage.distillation, self.passes, stage.losses_over)
 
     @property
@@ -71,7 +71,7 @@ class Division:
 
     def holders(self, weight: Weight) -> int:
         """Ranks that would hold the same part of a weight, if ZeRO divided nothing: among these ZeRO divides it."""
-        return self.world // self.expert_parallel if weight.divided else self.world
+        return self.world_size // self.expert_parallel if weight.divided else self.world_size
 
     def local(self, weights: Iterable[Weight]) -> float:
         """Elements of some weights that one rank computes with."""
@@ -79,7 +79,7 @@ class Division:
 
     def partition(self, weights: Iterable[Weight]) -> float:
         """Elements of some weights that are one rank's own once ZeRO has divided them: each is on one rank of all."""
-        return sum(weight.elements for weight in weights) / self.world
+        return sum(weight.elements for weight in weights) / self.world_size
 
     @property
     def trained(self) -> list[Weight]:
@@ -89,4 +89,4 @@ class Division:
     def persistent(self, weight: Weight) -> bool:
         """Whether ZeRO-3 keeps a weight whole on every rank, as it is small."""
         elements = weight.elements / (self.expert_parallel if weight.divided else 1)
-        return self.stage == 3 and elements <= self.setting("param_persistence_threshold")
+        return self.zero_stage == 3 and elements <= self.setting("param_persistence_threshold")

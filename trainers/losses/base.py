@@ -124,7 +124,7 @@ class Loss(ABC):
 
 
 @dataclass(frozen=True)
-class Piece:
+class LossTerm:
     """One loss of one layer in one pass, with its sums ``[n]``."""
 
     loss: Loss
@@ -178,7 +178,7 @@ def auxiliary_losses(
         UsageError: a loss reads what was not recorded, or the mask is not of the records' tokens.
     """
     found: dict[str, list[torch.Tensor]] = {}
-    pieces = pieces_of(losses, records, mask)
+    pieces = loss_terms(losses, records, mask)
     if not pieces:
         return {}
     for piece, total in zip(pieces, reduction.totals(pieces), strict=True):
@@ -187,15 +187,15 @@ def auxiliary_losses(
     return {loss.name: _together(loss, found[loss.name], progress) for loss in losses}
 
 
-def pieces_of(
+def loss_terms(
     losses: Sequence[Loss], records: Mapping[str, Sequence[LayerRecord]], mask: torch.Tensor | None = None
-) -> list[Piece]:
+) -> list[LossTerm]:
     """The sums of one pass, loss by loss and layer by layer.
 
     Raises:
         UsageError: as :func:`auxiliary_losses`.
     """
-    return [Piece(loss, record, loss.sums(record, mask)) for loss in losses for record in _recorded(loss, records)]
+    return [LossTerm(loss, record, loss.sums(record, mask)) for loss in losses for record in _recorded(loss, records)]
 
 
 def _recorded(loss: Loss, records: Mapping[str, Sequence[LayerRecord]]) -> Sequence[LayerRecord]:

@@ -244,11 +244,11 @@ class TrainRecipe(StrictSettings):
             raise ValueError(f"zero.offload_weights needs stage 3, got {self.zero.stage}")
         return self
 
-    def zero_stage(self, world: int) -> int:
+    def zero_stage(self, world_size: int) -> int:
         """ZeRO's stage on so many ranks."""
         if self.zero.stage != "auto":
             return self.zero.stage
-        return 0 if world == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
+        return 0 if world_size == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
 
     @property
     def tokens_per_step(self) -> int:
@@ -355,16 +355,16 @@ def _place(listed: list[Any], word: str, path: str) -> int:
     raise UsageError(f"{path}: there is no '{word}'", hint=f"name one of {known}")
 
 
-def accumulation(recipe: TrainRecipe, world: int) -> int:
+def accumulation(recipe: TrainRecipe, world_size: int) -> int:
     """Passes per optimizer step on each rank.
 
     Raises:
         UsageError: the batch does not divide.
     """
-    steps, rest = divmod(recipe.global_batch, recipe.micro_batch * world)
+    steps, rest = divmod(recipe.global_batch, recipe.micro_batch * world_size)
     if rest or not steps:
         raise UsageError(
-            f"global_batch {recipe.global_batch} is not a multiple of micro_batch {recipe.micro_batch} x {world} ranks",
-            hint=f"set global_batch to a multiple of {recipe.micro_batch * world}, or a smaller micro_batch",
+            f"global_batch {recipe.global_batch} is not a multiple of micro_batch {recipe.micro_batch} x {world_size} ranks",
+            hint=f"set global_batch to a multiple of {recipe.micro_batch * world_size}, or a smaller micro_batch",
         )
     return steps

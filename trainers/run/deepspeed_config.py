@@ -16,21 +16,21 @@ from upcycle.trainers.routing.stock_routers import moe_layers
 _OURS = ("stage", "offload_optimizer", "offload_param", "leaf_module")
 
 
-def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, Any]:
+def deepspeed_config(recipe: TrainRecipe, model: Any, world_size: int) -> dict[str, Any]:
     """The configuration for ``deepspeed.initialize``.
 
     Args:
         recipe: the run's.
         model: the stock model, not yet wrapped.
-        world: ranks.
+        world_size: ranks.
 
     Raises:
         UsageError: the batch does not divide among the ranks, experts cannot be divided, or a key is unknown.
     """
-    stage = recipe.zero_stage(world)
+    stage = recipe.zero_stage(world_size)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
-        "gradient_accumulation_steps": accumulation(recipe, world),
+        "gradient_accumulation_steps": accumulation(recipe, world_size),
         "gradient_clipping": recipe.clip if stage else 0.0,  # without ZeRO the step clips
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
@@ -43,7 +43,7 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world: int) -> dict[str, A
     if recipe.expert_parallel > 1:
         model_type = model.config.model_type
         experts = max((layer.rule.experts for layer in moe_layers(model)), default=0)
-        expert_parallel.check(model_type, experts, recipe.expert_parallel, world)
+        expert_parallel.check(model_type, experts, recipe.expert_parallel, world_size)
         config["expert_parallel"] = expert_parallel.configuration(model_type, recipe.expert_parallel)
     return config
 

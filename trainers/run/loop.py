@@ -21,7 +21,7 @@ from upcycle.hardware.memory import keep_freed_memory
 from upcycle.trainers.checkpoints.load_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
-from upcycle.trainers.data.batches import Batch, check_data
+from upcycle.trainers.data.batches import PackedBatch, check_data
 from upcycle.trainers.distributed.ranks import Ranks, first_rank, joined
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
@@ -109,8 +109,8 @@ class _Run:
         self.tokenizer = tokenizer_of(self.origin)
         self._check_inputs()
         self.identity = identity(recipe, self.origin)
-        ranks.agree("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
-        ranks.agree("versions", versions())
+        ranks.require_same("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
+        ranks.require_same("versions", versions())
         self.step = self.tokens = 0
         self.loss = math.nan
         self.validation: dict[str, float] = {}
@@ -224,7 +224,7 @@ class _Run:
             self.step, self.tokens, self.loss = self.step + 1, self.tokens + self.recipe.tokens_per_step, result.loss
             self._report(name, stage, result, rate, time.perf_counter() - begun)
             self._check_finite(result, batches)
-            received = int(self.ranks.largest(self.signals.received or 0)[0])
+            received = int(self.ranks.maximum(self.signals.received or 0)[0])
             self.stop = bool(received)
             last = number + 1 == steps
             every = self.recipe.log.validation
@@ -238,14 +238,16 @@ class _Run:
                 return
 
     def _describe(self, stage: Stage, done: int) -> None:
-        trained = sum(math.prod(stage.tensors.shape(slot)) for slot in stage.tensors.slots if slot.trained)
+        trained = sum(
+            math.prod(stage.tensors.shape(tensor)) for tensor in stage.tensors.stock_tensors if tensor.trained
+        )
         more = f", from step {done + 1}" if done else ""
         for warning in stage.warnings:
             self.say(f"warning: {warning}")
         self.say(
             f"stage {stage.stage.name}: {stage.steps} steps of {self.recipe.tokens_per_step:,} tokens, "
-            f"{trained:,} weights train ({', '.join(stage.stage.train)}), {self.ranks.world} "
-            f"rank{'s' * (self.ranks.world > 1)} x {stage.passes} pass{'es' * (stage.passes > 1)}{more}"
+            f"{trained:,} weights train ({', '.join(stage.stage.train)}), {self.ranks.world_size} "
+            f"rank{'s' * (self.ranks.world_size > 1)} x {stage.passes} pass{'es' * (stage.passes > 1)}{more}"
         )
 
     def _report(self, name: str, stage: Stage, result: StepResult, rate: float, seconds: float) -> None:
@@ -263,7 +265,7 @@ class _Run:
             applied=result.applied,
             tokens=self.tokens,
             tokens_per_second=speed,
-            utilisation=stage.flops.total * speed / (self.peak * self.ranks.world),
+            utilisation=stage.flops.total * speed / (self.peak * self.ranks.world_size),
             memory=memory_in_use(self.ranks.device),
             loads=loads(result.counts),
             dropped=result.dropped,
@@ -306,7 +308,7 @@ class _Run:
         if observe and all(map(math.isfinite, self.validation.values())):
             stage.stream.observe(self.validation)
 
-    def _check_finite(self, result: StepResult, batches: list[Batch]) -> None:
+    def _check_finite(self, result: StepResult, batches: list[PackedBatch]) -> None:
         """Skip steps that are not finite, and after some in a row stop.
 
         Raises:
@@ -351,9 +353,9 @@ class _Run:
         if not stage.top_k or self.step < self.recipe.alarms.identical_after:
             return
         cosines = {}
-        for slot in stage.tensors.slots:
-            if slot.name.endswith(".experts.gate_up_proj"):
-                cosines[int(slot.name.split(".")[2])] = expert_similarity(stage.tensors.weights(slot))
+        for tensor in stage.tensors.stock_tensors:
+            if tensor.name.endswith(".experts.gate_up_proj"):
+                cosines[int(tensor.name.split(".")[2])] = expert_similarity(stage.tensors.weights(tensor))
         self._raise(self.alarms.similarities(self.step, cosines))
 
     def _check_room(self, index: int, stage: Stage, done: int) -> list[str]:
@@ -385,8 +387,8 @@ class _Run:
         self.validation, self.checkpoint = saved.state["validation"], saved.folder
         self.history = saved.state.get("changes", [])
         self.alarms.load_state(saved.state["alarms"])
-        world = int(saved.state["world"])
-        self.say(f"continuing {saved.folder}" + (f", saved by {world} ranks" if world > 1 else ""))
+        world_size = int(saved.state["world"])
+        self.say(f"continuing {saved.folder}" + (f", saved by {world_size} ranks" if world_size > 1 else ""))
         if text := consequence(saved, self.recipe):
             self.say(text)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.run.validation import validate
@@ -28,7 +28,7 @@ def reference_parent(data: DataRecipe, origin: Path) -> Path | None:
 
 
 def reference_losses(
-    folder: Path, student: Any, held_out: Mapping[str, Sequence[Batch]], dtype: torch.dtype, ranks: Ranks
+    folder: Path, student: Any, held_out: Mapping[str, Sequence[PackedBatch]], dtype: torch.dtype, ranks: Ranks
 ) -> dict[str, float]:
     """Mean nats per target of every domain, by the model in ``folder``, which is in memory for as long as this takes.
 

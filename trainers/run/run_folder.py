@@ -26,7 +26,7 @@ from upcycle.files.output.ownership import (
 from upcycle.progress import Progress
 from upcycle.trainers.checkpoints.load_model import collect_small_files
 from upcycle.trainers.checkpoints.write import put_aside, remove_unfinished
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.run_start import faults_together
@@ -96,7 +96,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         except OSError as fault:
             error = cannot_write(folder, fault)
     try:
-        ranks.together(error)
+        ranks.raise_together(error)
         yield
     finally:
         lock.release()
@@ -172,11 +172,11 @@ def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Calla
             export(checkpoint, out, overwrite=True, progress=Says())
         except Exception as fault:
             error = fault
-    ranks.together(error)
+    ranks.raise_together(error)
     return out
 
 
-def save_batches(folder: Path, step: int, rank: int, batches: Sequence[Batch]) -> Path:
+def save_batches(folder: Path, step: int, rank: int, batches: Sequence[PackedBatch]) -> Path:
     """Keep what a rank read in a step, to look at: ``ids.0``, ``mask.0``, ``positions.0`` of the first pass, and so on."""
     from safetensors.torch import save_file
 

@@ -19,7 +19,7 @@ from upcycle.files.formats.parsing import read_json
 from upcycle.files.hashing import hash_file
 from upcycle.formatting import size
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
-from upcycle.trainers.checkpoints.whole_tensors import FullTensors
+from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE, disk_fault, finished
 from upcycle.trainers.distributed.ranks import Ranks
 
@@ -35,9 +35,9 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     Raises:
         EnvironmentFault: names a rank that does not see it, and its machine.
     """
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return
-    path, word = folder / _SEEN, ranks.told(secrets.token_hex(8))
+    path, word = folder / _SEEN, ranks.broadcast(secrets.token_hex(8))
     with faults_together(ranks):
         if ranks.first:
             path.write_text(word, encoding="utf-8")
@@ -61,11 +61,11 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> SavedRun | None:
         CheckpointError: it is damaged: names the file.
         EnvironmentFault: a rank does not see this checkpoint.
     """
-    found = ranks.told(finished(run)[-1].name if ranks.first and finished(run) else None)
+    found = ranks.broadcast(finished(run)[-1].name if ranks.first and finished(run) else None)
     if found is None:
         return None
     folder = run / "checkpoints" / found
-    state = ranks.told(_digest(folder / STATE_FILE) if ranks.first else None)
+    state = ranks.broadcast(_digest(folder / STATE_FILE) if ranks.first else None)
     saved: SavedRun | None = None
     with faults_together(ranks):
         if not _appears(lambda: _digest(folder / STATE_FILE) == state):
@@ -74,7 +74,7 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> SavedRun | None:
                 hint="give the run an output on a file system that all its machines share",
             )
         saved = open_checkpoint(folder)
-        saved.check_files(ranks.rank, ranks.world)
+        saved.check_files(ranks.rank, ranks.world_size)
     return saved
 
 
@@ -88,7 +88,7 @@ def check_model(model: Path, ranks: Ranks) -> None:
         record = read_json(model / _RECORD) if (model / _RECORD).is_file() else {}
         files = record.get("files") if isinstance(record, dict) else None
         weights = sorted(name for name in files or {} if name.endswith(".safetensors") and Path(name).name == name)
-        for name in weights[ranks.rank :: ranks.world]:
+        for name in weights[ranks.rank :: ranks.world_size]:
             path = model / name
             if not path.is_file() or hash_file(path) != (files or {})[name]:
                 raise CheckpointError(
@@ -97,7 +97,7 @@ def check_model(model: Path, ranks: Ranks) -> None:
                 )
 
 
-def check_room(run: Path, tensors: FullTensors, saves: int, keep: int, export: int, ranks: Ranks) -> str | None:
+def check_room(run: Path, tensors: WholeTensors, saves: int, keep: int, export: int, ranks: Ranks) -> str | None:
     """Ask whether a stage's checkpoints, and what is exported at the end, fit on the disk.
 
     Args:
@@ -135,11 +135,11 @@ def check_room(run: Path, tensors: FullTensors, saves: int, keep: int, export: i
     return warning
 
 
-def checkpoint_bytes(tensors: FullTensors) -> int:
+def checkpoint_bytes(tensors: WholeTensors) -> int:
     """Bytes of a checkpoint: fp32 weights, and the optimizer's states of what trains."""
     return sum(
-        math.prod(tensors.shape(slot)) * _FLOAT32 * (1 + (len(tensors.keys) if slot.trained else 0))
-        for slot in tensors.slots
+        math.prod(tensors.shape(tensor)) * _FLOAT32 * (1 + (len(tensors.keys) if tensor.trained else 0))
+        for tensor in tensors.stock_tensors
     )
 
 
@@ -169,7 +169,7 @@ def faults_together(ranks: Ranks) -> Iterator[None]:
         error = fault
     except OSError as fault:
         error = EnvironmentFault(str(fault), hint="choose an output that can be read and written")
-    ranks.together(error)
+    ranks.raise_together(error)
 
 
 def _appears(there: Callable[[], bool]) -> bool:

@@ -15,7 +15,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder, prepare
 from upcycle.trainers.checkpoints.read import SavedRun
-from upcycle.trainers.checkpoints.whole_tensors import FullTensors
+from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
 from upcycle.trainers.data.packed_attention import check_fits, packing_leak
 from upcycle.trainers.distillation.expert_targets import recorded_scale
@@ -60,7 +60,7 @@ class Stage:
         tokenizer: Any,
     ) -> None:
         self.recipe, self.stage = recipe, stage
-        self.passes = accumulation(recipe, ranks.world)
+        self.passes = accumulation(recipe, ranks.world_size)
         self.steps = recipe.steps_of(stage)
         self.rates, self.schedule = recipe.rate_and_schedule(stage)
         # On the host: DeepSpeed takes to the device what each rank keeps. What fp32 weights a checkpoint has come later.
@@ -86,7 +86,7 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage.train)
-        if divided and recipe.zero_stage(ranks.world) < 3 and "experts" not in self.trained.values():
+        if divided and recipe.zero_stage(ranks.world_size) < 3 and "experts" not in self.trained.values():
             raise UsageError(
                 f"stage '{stage.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
                 hint="set expert_parallel: 1, or zero.stage: 3",
@@ -97,12 +97,12 @@ class Stage:
             text for text in (leak, lost, self.stepper.control.unexported, unread_warning(self.model)) if text
         ]
         self.flops = training_flops(self.model, recipe.length)
-        if recipe.zero_stage(ranks.world) == 3:
+        if recipe.zero_stage(ranks.world_size) == 3:
             give_inputs_gradients(moe_layers(self.model))
         self.engine = self._engine(ranks)
         if divided:
             self.stepper.attach()
-        self.tensors = FullTensors(self.engine, state_keys(recipe.optimizer))
+        self.tensors = WholeTensors(self.engine, state_keys(recipe.optimizer))
         data = stage.data or recipe.data
         self.stream: TokenStream = open_stream(
             data,
@@ -110,7 +110,7 @@ class Stage:
             length=recipe.length,
             micro_batch=recipe.micro_batch,
             rank=ranks.rank,
-            world=ranks.world,
+            world_size=ranks.world_size,
             seed=recipe.seed,
         )
         self.held_out = open_validation(data, tokenizer, length=recipe.length)
@@ -173,12 +173,12 @@ class Stage:
                 prepare_cache(folder, parent_identity(parent, dtype, own.top_p, own.most))
             except UpcycleError as fault:
                 error = fault
-        ranks.together(error)
+        ranks.raise_together(error)
         return LogitCache(folder, own.top_p, own.most)
 
     def _engine(self, ranks: Ranks) -> Any:
         deepspeed = import_deepspeed()
-        config = deepspeed_config(self.recipe, self.model, ranks.world)
+        config = deepspeed_config(self.recipe, self.model, ranks.world_size)
 
         def optimizer(_: Any) -> torch.optim.Optimizer:
             return make_optimizer(self.recipe.optimizer, groups(self.model, self.rates))
@@ -186,7 +186,7 @@ class Stage:
         # DeepSpeed prints of its own accord; stdout is for results.
         with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
-        if ranks.world == 1 and not engine.zero_optimization_stage():
+        if ranks.world_size == 1 and not engine.zero_optimization_stage():
             # There is nobody to add gradients with. DeepSpeed would copy all of them together and back.
             engine.enable_backward_allreduce = False
         return engine

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from upcycle.errors import UsageError
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distillation.expert_targets import FfnRecord, capture_ffns, expert_target_losses
 from upcycle.trainers.distillation.logit_cache import LogitCache
 from upcycle.trainers.distillation.losses import (
@@ -31,7 +31,7 @@ from upcycle.trainers.distillation.losses import (
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.distributed.reduction import Reduction, counted
-from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses, make_losses, pieces_of
+from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses, loss_terms, make_losses
 from upcycle.trainers.losses.survey import Survey, needed
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe
@@ -102,17 +102,17 @@ class Parent:
         return self._model
 
     @torch.no_grad()
-    def logits(self, batch: Batch, last: int = 0) -> torch.Tensor:
+    def logits(self, batch: PackedBatch, last: int = 0) -> torch.Tensor:
         """``[B, L, V]`` of a batch on the model's device, or of its ``last`` positions alone."""
         found: torch.Tensor = _run(self.model, batch, last).logits
         return found
 
-    def sizes(self, batch: Batch) -> torch.Tensor:
+    def sizes(self, batch: PackedBatch) -> torch.Tensor:
         """What the outputs of a batch that has just run are compared in proportion to; see :func:`parent_sizes`."""
         assert self.outputs is not None
         return parent_sizes(self.recipe, layer_outputs(self.outputs.take()), batch.mask)
 
-    def targets(self, batch: Batch) -> torch.Tensor | TopLogits:
+    def targets(self, batch: PackedBatch) -> torch.Tensor | TopLogits:
         """What the student's logits at all positions but the last are compared with: ``[B, L - 1, V]``, or cached ones."""
         if self.cache is not None:
             return self.cache.targets(batch, self.logits)
@@ -135,7 +135,7 @@ class Stepper:
         self.activations: Recorder[ActivationRecord] | None = None
         self.outputs: Recorder[OutputRecord] | None = None
         self.seed = 0  # of the step that is being taken; the same on every rank
-        self._known = _Totals(ranks.reduction, ranks.world)  # likewise
+        self._known = _Totals(ranks.reduction, ranks.world_size)  # likewise
 
     def attach(self) -> None:
         """Record what the stage's losses read.
@@ -178,7 +178,7 @@ class Stepper:
                 recorder.close()
         self.control.detach()
 
-    def step(self, engine: Any, batches: Sequence[Batch], progress: float) -> StepResult:
+    def step(self, engine: Any, batches: Sequence[PackedBatch], progress: float) -> StepResult:
         """Forward, backward and update.
 
         Args:
@@ -189,7 +189,7 @@ class Stepper:
         mine = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         targets = max(1, int(self.ranks.sums(mine)[0]))
         # DeepSpeed averages gradients over ranks and passes: this makes it the mean over all targets of the global batch.
-        weight = self.ranks.world * len(batches) / targets
+        weight = self.ranks.world_size * len(batches) / targets
         self._known = self._totals(engine, batches)
         seen = _Seen(len(batches))
         norm = math.nan
@@ -211,14 +211,14 @@ class Stepper:
                 self.balance.after_step(self.ranks.reduction)
         return seen.result(self.ranks, targets, norm, applied)
 
-    def _totals(self, engine: Any, batches: Sequence[Batch]) -> _Totals:
+    def _totals(self, engine: Any, batches: Sequence[PackedBatch]) -> _Totals:
         """What losses that are no sums over tokens need to know of all passes and ranks before the first backward pass."""
-        world, passes, own = self.ranks.world, len(batches), self.parent.recipe if self.parent else None
+        world_size, passes, own = self.ranks.world_size, len(batches), self.parent.recipe if self.parent else None
         if passes == 1 or self.stage.losses_over == "pass":
-            return _Totals(self.ranks.reduction, world)
+            return _Totals(self.ranks.reduction, world_size)
         wanted = needed(self.losses, own, passes, self.stage.losses_over)
         sums, sizes = self._surveyed(engine, batches, wanted)
-        parts = world * passes
+        parts = world_size * passes
         if sums is not None:
             return _Totals(WholeBatch(self.ranks.total(sums), parts), parts, sizes)
         counts: dict[str, torch.Tensor] = {}
@@ -231,7 +231,7 @@ class Stepper:
 
     @torch.no_grad()
     def _surveyed(
-        self, engine: Any, batches: Sequence[Batch], wanted: Survey
+        self, engine: Any, batches: Sequence[PackedBatch], wanted: Survey
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Sums of all losses and layers over this rank's passes, and the parent's sizes over all ranks'; in fp64."""
         sums: list[torch.Tensor] = []
@@ -242,7 +242,7 @@ class Stepper:
                 if wanted.student:
                     self._announce(batch, number)
                     _run(engine, batch, last=1)
-                    pieces = pieces_of(self.losses, self._read(self._routers()), batch.real)
+                    pieces = loss_terms(self.losses, self._read(self._routers()), batch.real)
                     sums.append(torch.cat([piece.sums.double() for piece in pieces]))
                 if wanted.parent and self.parent is not None:
                     self.parent.logits(batch, last=1)
@@ -252,10 +252,10 @@ class Stepper:
             self.ranks.total(torch.stack(sizes).sum(0)) if sizes else None,
         )
 
-    def _announce(self, batch: Batch, number: int) -> None:
+    def _announce(self, batch: PackedBatch, number: int) -> None:
         """Tell routers what the rows of a pass are, and their places in the global batch, which noise is drawn by."""
         size = len(batch.ids)
-        first = (number * self.ranks.world + self.ranks.rank) * size
+        first = (number * self.ranks.world_size + self.ranks.rank) * size
         self.control.rows(batch.real, [(self.seed, first + row) for row in range(size)])
 
     def _routers(self) -> list[RouterRecord]:
@@ -265,7 +265,7 @@ class Stepper:
         return {"router": records, "activations": self.activations.take() if self.activations else []}
 
     def _losses(
-        self, engine: Any, batch: Batch, weight: float, progress: float
+        self, engine: Any, batch: PackedBatch, weight: float, progress: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
         logits = _run(engine, batch).logits
         mask = batch.mask[:, 1:]
@@ -285,7 +285,9 @@ class Stepper:
             total = total + part
         return total, {name: part.detach() for name, part in parts.items()}, (nats.detach(), records)
 
-    def _distilled(self, parent: Parent, logits: torch.Tensor, batch: Batch, weight: float) -> dict[str, torch.Tensor]:
+    def _distilled(
+        self, parent: Parent, logits: torch.Tensor, batch: PackedBatch, weight: float
+    ) -> dict[str, torch.Tensor]:
         wanted, mask = parent.targets(batch), batch.mask[:, 1:]
         found: dict[str, torch.Tensor] = {}
         if parent.recipe.logits:
@@ -321,7 +323,7 @@ class Stepper:
         return float(norm)
 
 
-def _run(model: Any, batch: Batch, last: int = 0) -> Any:
+def _run(model: Any, batch: PackedBatch, last: int = 0) -> Any:
     """The model's output for a batch; its logits at the ``last`` positions alone, or at all."""
     some = {"logits_to_keep": last} if last else {}
     return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **some)
@@ -358,7 +360,7 @@ class _Seen:
         self._dropped: list[torch.Tensor] = []
         self._domains: dict[str, list[Any]] = {}
 
-    def add(self, batch: Batch, seen: Any, parts: dict[str, torch.Tensor]) -> None:
+    def add(self, batch: PackedBatch, seen: Any, parts: dict[str, torch.Tensor]) -> None:
         nats, records = seen
         self._nats = self._nats + nats.double().sum()
         for name, part in parts.items():
@@ -382,9 +384,9 @@ class _Seen:
             float(self._nats), *map(float, dropped), *(float(self._parts[name]) for name in names)
         )
         # Auxiliary losses are the global ones on every rank already; what is distilled is each rank's share.
-        shares = {name: value / self._passes / ranks.world for name, value in zip(names, parts, strict=True)}
+        shares = {name: value / self._passes / ranks.world_size for name, value in zip(names, parts, strict=True)}
         counts = self._counts
-        if counts and ranks.world > 1:
+        if counts and ranks.world_size > 1:
             stacked = ranks.total(torch.stack(list(counts.values())))
             counts = dict(zip(counts, stacked, strict=True))
         by_domain = {name: (float(nats), int(count)) for name, (nats, count) in self._domains.items()}

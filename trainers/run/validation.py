@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.run.step import next_token_losses
 
 
 def validate(
-    engine: Any, held_out: Mapping[str, Sequence[Batch]], ranks: Ranks, control: RouterControl | None = None
+    engine: Any, held_out: Mapping[str, Sequence[PackedBatch]], ranks: Ranks, control: RouterControl | None = None
 ) -> dict[str, float]:
     """Mean nats per target of every domain, of the function that is trained: with what its ``control`` does in evaluation.
 
@@ -25,8 +25,8 @@ def validate(
     with torch.no_grad():
         for batches in held_out.values():
             nats, count = 0.0, 0
-            for turn in range(-(-len(batches) // ranks.world)):
-                place = turn * ranks.world + ranks.rank
+            for turn in range(-(-len(batches) // ranks.world_size)):
+                place = turn * ranks.world_size + ranks.rank
                 counts = place < len(batches)
                 batch = on_device(batches[place if counts else 0], ranks.device)
                 if control is not None:
@@ -44,8 +44,8 @@ def validate(
     }
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """A batch where the model is."""
     if device.type == "cpu":
         return batch
-    return Batch(batch.ids.to(device), batch.mask.to(device), batch.positions.to(device), batch.domains)
+    return PackedBatch(batch.ids.to(device), batch.mask.to(device), batch.positions.to(device), batch.domains)

@@ -54,7 +54,7 @@ def main() -> int:
         data = DataRecipe.model_validate({"domains": files, "cache": str(Path(folder) / "cache"), "shuffle": "1GB"})
         print()
         for world in (1, 64):
-            stream = open_stream(data, tokenizer, length=1024, micro_batch=8, rank=0, world=world, seed=0)
+            stream = open_stream(data, tokenizer, length=1024, micro_batch=8, rank=0, world_size=world, seed=0)
             print(
                 f"next_batch, rank 0 of {world:2}: {1000 * median(timed(stream.next_batch) for _ in range(100)):.2f} ms"
             )

@@ -156,7 +156,13 @@ def theirs(told: dict[str, Any], experts: str, work: Path) -> None:
     own = parse_train_recipe(told, "recipe")
     steps, model = own.steps_of(own.stages[0]), Path(own.model)
     stream = open_stream(
-        own.data, load_tokenizer(model), length=own.length, micro_batch=own.micro_batch, rank=0, world=1, seed=own.seed
+        own.data,
+        load_tokenizer(model),
+        length=own.length,
+        micro_batch=own.micro_batch,
+        rank=0,
+        world_size=1,
+        seed=own.seed,
     )
     rows = []
     for batch in (stream.next_batch() for _ in range(steps)):

@@ -55,9 +55,9 @@ def states(recipe: TrainRecipe, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[s
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             taken.append(self.tensors.steps_taken)
-            for slot in self.tensors.slots:
-                for key in KEYS if slot.trained else ():
-                    found[f"{key}:{slot.name}"] = self.tensors.state(slot, key).clone()
+            for tensor in self.tensors.stock_tensors:
+                for key in KEYS if tensor.trained else ():
+                    found[f"{key}:{tensor.name}"] = self.tensors.state(tensor, key).clone()
 
     monkeypatch.setattr(loop, "Stage", Watched)
     run(recipe)

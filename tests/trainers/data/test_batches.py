@@ -17,7 +17,7 @@ import torch
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.recipe.conversion_recipe import parse_parameters
-from upcycle.trainers.data.batches import Batch, TokenStream, open_stream, open_validation
+from upcycle.trainers.data.batches import PackedBatch, TokenStream, open_stream, open_validation
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 LENGTH = 32
@@ -50,11 +50,11 @@ def recipe(tmp_path: Path) -> Callable[..., DataRecipe]:
     return make
 
 
-def take(stream: TokenStream, calls: int) -> list[Batch]:
+def take(stream: TokenStream, calls: int) -> list[PackedBatch]:
     return [stream.next_batch() for _ in range(calls)]
 
 
-def rows_of(batches: list[Batch]) -> torch.Tensor:
+def rows_of(batches: list[PackedBatch]) -> torch.Tensor:
     return torch.cat([torch.stack([batch.ids, batch.positions, batch.mask.long()], 1) for batch in batches])
 
 
@@ -63,10 +63,10 @@ def test_any_number_of_ranks_sees_the_same_global_batches(
     recipe: Callable[..., DataRecipe], tokenizer: Any, packing: str
 ) -> None:
     data = recipe(packing=packing)
-    alone = rows_of(take(open_stream(data, tokenizer, length=LENGTH, micro_batch=8, rank=0, world=1, seed=3), 12))
+    alone = rows_of(take(open_stream(data, tokenizer, length=LENGTH, micro_batch=8, rank=0, world_size=1, seed=3), 12))
     for world, micro in [(2, 4), (4, 1)]:
         streams = [
-            open_stream(data, tokenizer, length=LENGTH, micro_batch=micro, rank=r, world=world, seed=3)
+            open_stream(data, tokenizer, length=LENGTH, micro_batch=micro, rank=r, world_size=world, seed=3)
             for r in range(world)
         ]
         calls = 12 * 8 // (world * micro)
@@ -78,13 +78,13 @@ def test_any_number_of_ranks_sees_the_same_global_batches(
 @pytest.mark.parametrize("calls", [0, 1, 7, 40])
 def test_a_restored_stream_goes_on_bit_for_bit(recipe: Callable[..., DataRecipe], tokenizer: Any, calls: int) -> None:
     data = recipe()
-    stream = open_stream(data, tokenizer, length=LENGTH, micro_batch=4, rank=0, world=1, seed=3)
+    stream = open_stream(data, tokenizer, length=LENGTH, micro_batch=4, rank=0, world_size=1, seed=3)
     take(stream, calls)
     state = json.loads(json.dumps(stream.state()))
     expected = rows_of(take(stream, 20))
     for world in (1, 2):
         again = [
-            open_stream(data, tokenizer, length=LENGTH, micro_batch=4 // world, rank=r, world=world, seed=3)
+            open_stream(data, tokenizer, length=LENGTH, micro_batch=4 // world, rank=r, world_size=world, seed=3)
             for r in range(world)
         ]
         for other in again:
@@ -96,7 +96,7 @@ def test_a_restored_stream_goes_on_bit_for_bit(recipe: Callable[..., DataRecipe]
 
 def test_validation_and_training_share_no_document(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
     data = recipe()
-    stream = open_stream(data, tokenizer, length=LENGTH, micro_batch=4, rank=0, world=1, seed=3)
+    stream = open_stream(data, tokenizer, length=LENGTH, micro_batch=4, rank=0, world_size=1, seed=3)
     trained: Counter[str] = Counter()
     for batch in take(stream, 200):
         trained.update(documents(batch, tokenizer))
@@ -110,7 +110,7 @@ def test_validation_and_training_share_no_document(recipe: Callable[..., DataRec
     assert not trained.keys() & held_out.keys()
 
 
-def documents(batch: Batch, tokenizer: Any) -> list[str]:
+def documents(batch: PackedBatch, tokenizer: Any) -> list[str]:
     """The fragments of a batch as text."""
     found = []
     for ids, positions in zip(batch.ids, batch.positions, strict=True):
@@ -120,7 +120,7 @@ def documents(batch: Batch, tokenizer: Any) -> list[str]:
 
 
 def opened(data: DataRecipe, tokenizer: Any, **options: Any) -> TokenStream:
-    options = {"length": LENGTH, "micro_batch": 4, "rank": 0, "world": 1, "seed": 3, **options}
+    options = {"length": LENGTH, "micro_batch": 4, "rank": 0, "world_size": 1, "seed": 3, **options}
     return open_stream(data, tokenizer, **options)
 
 
@@ -166,7 +166,7 @@ def test_dynamic_weights_survive_a_restart_on_other_ranks(recipe: Callable[..., 
     assert stream.observe({"a": 2.0, "b": 5.0})["b"] == pytest.approx(0.9999 * share + 0.0001 / 2, rel=1e-12)
     take(stream, 5)
     state = json.loads(json.dumps(stream.state()))
-    others = [opened(data, tokenizer, micro_batch=2, rank=rank, world=2) for rank in range(2)]
+    others = [opened(data, tokenizer, micro_batch=2, rank=rank, world_size=2) for rank in range(2)]
     for other in others:
         other.restore(state)
     assert others[0].weights == stream.weights

@@ -12,21 +12,21 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import check_fits, packing_leak
 from upcycle.trainers.data.packing import layout
 
 PARTS = [5, 1, 9, 4]  # and padding
 
 
-def packed(rows: int, parts: list[int] = PARTS) -> Batch:
+def packed(rows: int, parts: list[int] = PARTS) -> PackedBatch:
     positions, mask = layout(np.array(parts), sum(PARTS) + 3)
     ids = torch.randint(4096, (rows, len(positions)), generator=torch.Generator().manual_seed(1))
     positions = torch.from_numpy(positions).expand(rows, -1)
-    return Batch(ids, torch.from_numpy(mask).expand(rows, -1), positions, ("x",) * rows)
+    return PackedBatch(ids, torch.from_numpy(mask).expand(rows, -1), positions, ("x",) * rows)
 
 
-def logits(model: Any, batch: Batch) -> torch.Tensor:
+def logits(model: Any, batch: PackedBatch) -> torch.Tensor:
     return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
 
 

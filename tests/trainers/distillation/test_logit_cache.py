@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distillation.logit_cache import LogitCache, joined, parent_identity, prepare_cache
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
@@ -116,10 +116,10 @@ def test_what_a_cache_cannot_hold(student: Any, tmp_path: Path) -> None:
             distilled(student, tmp_path, "x", cache="c", **keys)
 
 
-def rows(count: int, length: int = 6, seed: int = 0) -> Batch:
+def rows(count: int, length: int = 6, seed: int = 0) -> PackedBatch:
     ids = torch.randint(50, (count, length), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(length).expand(count, -1)
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), positions, ("d",) * count)
+    return PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), positions, ("d",) * count)
 
 
 def test_rows_are_found_again_in_any_order(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_rows_are_found_again_in_any_order(tmp_path: Path) -> None:
     table = torch.randn(50, 50, generator=torch.Generator().manual_seed(1)) * 3
     asked: list[int] = []
 
-    def model(batch: Batch) -> torch.Tensor:
+    def model(batch: PackedBatch) -> torch.Tensor:
         asked.append(len(batch.ids))
         return table[batch.ids]
 
@@ -135,7 +135,7 @@ def test_rows_are_found_again_in_any_order(tmp_path: Path) -> None:
     cache = LogitCache(tmp_path / "c", 0.9, 8)
     first = cache.targets(batch, model)
     order = torch.tensor([2, 0, 1])
-    turned = Batch(batch.ids[order], batch.mask[order], batch.positions[order], batch.domains)
+    turned = PackedBatch(batch.ids[order], batch.mask[order], batch.positions[order], batch.domains)
     second = cache.targets(turned, model)
     assert asked == [1, 1, 1]
     assert (cache.read, cache.written) == (3, 3)
@@ -144,7 +144,7 @@ def test_rows_are_found_again_in_any_order(tmp_path: Path) -> None:
         student = torch.randn(3, 5, 50, generator=torch.Generator().manual_seed(2))
         expected = wanted.kl(student[places.argsort()])[places]
         assert torch.allclose(found.kl(student), expected, atol=1e-6)
-    elsewhere = Batch(batch.ids, batch.mask, batch.positions + 1, batch.domains)
+    elsewhere = PackedBatch(batch.ids, batch.mask, batch.positions + 1, batch.domains)
     cache.targets(elsewhere, model)
     assert len(asked) == 6  # the same tokens at other positions are another row
 

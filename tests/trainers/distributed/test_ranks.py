@@ -34,29 +34,29 @@ def test_alone_nothing_is_exchanged() -> None:
     alone = Ranks(0, 1, CPU)
     assert alone.first
     assert alone.sums(1.5, 2) == [1.5, 2.0]
-    assert alone.largest(3) == [3.0]
+    assert alone.maximum(3) == [3.0]
     alone.barrier()
-    alone.agree("anything", object())
-    alone.together(None)
+    alone.require_same("anything", object())
+    alone.raise_together(None)
     with pytest.raises(UsageError, match="mine"):
-        alone.together(UsageError("mine"))
+        alone.raise_together(UsageError("mine"))
 
 
 def test_disagreement_names_the_key(second_of_two: Callable[[list[Any]], Ranks]) -> None:
-    second_of_two([1, ...]).agree("numbers", 1)
+    second_of_two([1, ...]).require_same("numbers", 1)
     with pytest.raises(UsageError, match="ranks disagree about the recipe \\(seed\\): rank 0 has 3, rank 1 has 4"):
-        second_of_two([{"model": 1, "seed": 3}, ...]).agree("the recipe", {"model": 1, "seed": 4})
+        second_of_two([{"model": 1, "seed": 3}, ...]).require_same("the recipe", {"model": 1, "seed": 4})
 
 
 def test_one_ranks_failure_is_everyones(second_of_two: Callable[[list[Any]], Ranks]) -> None:
     told = (EnvironmentFault, "the disk is full", "make room")
     with pytest.raises(EnvironmentFault, match="rank 0: the disk is full") as error:
-        second_of_two([told, ...]).together(None)
+        second_of_two([told, ...]).raise_together(None)
     assert error.value.hint == "make room"
     own = ValueError("mine")
     with pytest.raises(ValueError, match="mine"):
-        second_of_two([told, ...]).together(own)
-    second_of_two([None, ...]).together(None)
+        second_of_two([told, ...]).raise_together(own)
+    second_of_two([None, ...]).raise_together(None)
 
 
 @pytest.mark.parametrize(

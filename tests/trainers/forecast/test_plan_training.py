@@ -30,15 +30,15 @@ def keys(model: Path, **changes: Any) -> dict[str, Any]:
 
 def test_every_division_the_trainer_takes(pico_moe: Model) -> None:
     plan = plan_training(keys(pico_moe("mixtral")), EIGHT)
-    pairs = [(option.stage, option.expert_parallel) for option in plan.options]
+    pairs = [(option.zero_stage, option.expert_parallel) for option in plan.options]
     assert pairs == [(stage, size) for stage in (1, 2, 3) for size in (1, 2, 4)]
     full = plan_training(keys(pico_moe("mixtral"), dtype="float32"), EIGHT)
-    assert [option.expert_parallel for option in full.options if option.stage == 0] == [1]
+    assert [option.expert_parallel for option in full.options if option.zero_stage == 0] == [1]
     alone = plan_training(keys(pico_moe("mixtral"), dtype="float32"), replace(EIGHT, per_node=1))
     assert {option.expert_parallel for option in alone.options} == {1}
     assert (plan.steps, plan.tokens) == (98, 98 * 1024)
     assert plan.own is not None
-    assert (plan.own.stage, plan.own.expert_parallel) == (1, 1)
+    assert (plan.own.zero_stage, plan.own.expert_parallel) == (1, 1)
     assert not plan.refused
 
 
@@ -77,7 +77,7 @@ def test_what_fits_is_recommended_and_else_nothing(pico_moe: Model) -> None:
 
 def test_thousands_of_ranks(pico_moe: Model) -> None:
     plan = plan_training(keys(pico_moe("mixtral"), global_batch=8192), "1024x8xH100")
-    whole = {option.expert_parallel: option for option in plan.options if option.stage == 3}
+    whole = {option.expert_parallel: option for option in plan.options if option.zero_stage == 3}
     assert set(whole) == {1, 2, 4}
     assert whole[1].memory.optimizer == pytest.approx(12 * plan.counts.elements / 8192)
     json.dumps(plan.as_dict())

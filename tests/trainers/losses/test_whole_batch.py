@@ -15,7 +15,7 @@ import pytest
 import torch
 from training_runs import recipe_for
 
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packing import layout
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.forecast.communication import forecast_communication
@@ -115,12 +115,12 @@ class Engine:
         return True
 
 
-def rows(first: int, last: int) -> Batch:
+def rows(first: int, last: int) -> PackedBatch:
     ids = torch.randint(4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
     made = [tuple(map(torch.from_numpy, layout(torch.tensor(each).numpy(), LENGTH))) for each in FRAGMENTS]
     positions, mask = (torch.stack(part) for part in zip(*made, strict=True))
     own = slice(first, last)
-    return Batch(ids[own], mask[own], positions[own], ("x",) * (last - first))
+    return PackedBatch(ids[own], mask[own], positions[own], ("x",) * (last - first))
 
 
 def step(

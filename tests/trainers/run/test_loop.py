@@ -63,7 +63,7 @@ def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Pat
     run(recipe)
     model = load_model(pico_moe("mixtral"))
     stream = open_stream(
-        recipe.data, load_tokenizer(pico_moe("mixtral")), length=32, micro_batch=4, rank=0, world=1, seed=0
+        recipe.data, load_tokenizer(pico_moe("mixtral")), length=32, micro_batch=4, rank=0, world_size=1, seed=0
     )
     batch = stream.next_batch()
     total, count = 0.0, 0

@@ -12,7 +12,7 @@ import torch
 from training_runs import recipe_for, run
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.run.run_folder import check_run_folder, locked, save_batches
 
@@ -37,7 +37,7 @@ def test_what_was_read_is_kept(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     ids = torch.arange(6).view(2, 3)
-    batch = Batch(ids, ids > 0, ids % 3, ("a", "b"))
+    batch = PackedBatch(ids, ids > 0, ids % 3, ("a", "b"))
     found = load_file(save_batches(tmp_path, 7, 1, [batch, batch]))
     assert set(found) == {f"{name}.{number}" for name in ("ids", "mask", "positions") for number in (0, 1)}
     assert torch.equal(found["ids.1"], ids)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import recipe_for, run
 
-from upcycle.trainers.data.batches import Batch
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packing import layout
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.part_recipes import ControlParameters
@@ -23,16 +23,16 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 NORMALIZED = {"normalize_logits": 2.0, "accept_unexported": True}
 
 
-def rows(length: int, used: int = 8) -> Batch:
+def rows(length: int, used: int = 8) -> PackedBatch:
     """Two rows of one document each, and padding."""
     ids = torch.randint(4096, (2, used), generator=torch.Generator().manual_seed(5))
     positions, mask = map(torch.from_numpy, layout(torch.tensor([used]).numpy(), length))
     padded = torch.zeros(2, length, dtype=torch.long)
     padded[:, :used] = ids
-    return Batch(padded, mask.expand(2, -1), positions.expand(2, -1), ("a", "a"))
+    return PackedBatch(padded, mask.expand(2, -1), positions.expand(2, -1), ("a", "a"))
 
 
-def validated(model: Any, batch: Batch, **keys: Any) -> float:
+def validated(model: Any, batch: PackedBatch, **keys: Any) -> float:
     control = RouterControl(ControlParameters(**keys))
     with capture(model, control):
         found = validate(model, {"a": [batch]}, ALONE, control)["a"]

@@ -121,7 +121,7 @@ def _row(plan: Any, option: Any) -> Sequence[str]:
         "" if option.fits else "does not fit",
     ]
     return [
-        str(option.stage),
+        str(option.zero_stage),
         str(option.expert_parallel),
         *map(size, held),
         size(memory.total),
@@ -139,7 +139,7 @@ def next_command(plan: Any, recipe: Path, model: str | None, set_: dict[str, Any
     if chosen is None:
         return None
     words = ["upcycle", "train", str(recipe), *(["--model", model] if model else [])]
-    keys = {**set_, "zero.stage": chosen.stage, "expert_parallel": chosen.expert_parallel}
+    keys = {**set_, "zero.stage": chosen.zero_stage, "expert_parallel": chosen.expert_parallel}
     for key, value in keys.items():
         words += ["--set", f"{key}={value}"]
     if plan.world.nodes > 1:

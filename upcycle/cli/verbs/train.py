@@ -86,9 +86,9 @@ def command(
     parsed = read_train_recipe(recipe, overrides)
     arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
     if (nproc or hostfile) and _starts_ranks(nproc, hostfile):
-        from upcycle.trainers.distributed.launcher import COMMAND, launch, told_command
+        from upcycle.trainers.distributed.launcher import COMMAND, command_to_repeat, launch
 
-        os.environ[COMMAND] = told_command(sys.argv[1:])
+        os.environ[COMMAND] = command_to_repeat(sys.argv[1:])
         if hostfile:
             from upcycle.trainers.distributed.hosts import launch_hosts
 
@@ -164,9 +164,9 @@ def _facts(result: Any) -> list[tuple[str, str]]:
 
 def _again() -> str:
     """Return the command that continues this run."""
-    from upcycle.trainers.distributed.launcher import COMMAND, told_command
+    from upcycle.trainers.distributed.launcher import COMMAND, command_to_repeat
 
     # A launcher hands its own command to the ranks; torchrun does not, so of its command only the end is known.
-    command = os.environ.get(COMMAND) or told_command(sys.argv[1:])
+    command = os.environ.get(COMMAND) or command_to_repeat(sys.argv[1:])
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ and COMMAND not in os.environ
     return f"torchrun ... {command}" if torchrun else command
