@@ -1,7 +1,7 @@
-"""Whether a model can train on packed rows: its context, its vocabulary, and what keeps documents in a row apart.
+"""How a model is called on packed rows, and whether it can be: its context, its vocabulary, its kinds of layers.
 
-Transformers 5 builds the mask of packed documents itself, from positions that restart, where a model is called with
-``position_ids``, without ``attention_mask`` and with ``use_cache=False`` (with a cache, even an empty one, it does not).
+Transformers 5 keeps the documents of a row apart by itself where a model is called with ``position_ids`` that restart at
+every document, without ``attention_mask``, and with ``use_cache=False`` (with a cache, even an empty one, it does not).
 """
 
 from __future__ import annotations
@@ -9,8 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.errors import UsageError
+from upcycle.trainers.data.batches import PackedBatch
 
 _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
+
+
+def forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
+    """A causal language model's output for a batch, whose documents do not see each other.
+
+    Args:
+        model: a stock model, or an engine around one.
+        batch: rows ``[B, L]`` on the model's device.
+        last: 0 for logits ``[B, L, V]``, or how many positions at the end of each row to compute logits of.
+    """
+    some = {"logits_to_keep": last} if last else {}
+    return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **some)
 
 
 def check_fits(config: Any, tokenizer: Any, length: int) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong in MoE training without an error: dead experts, collapsed routers, experts that stay copies, loss spikes, NaN."""
+"""Alarms for what goes wrong in MoE training without an error: dead experts, collapsed routers, loss spikes, NaN. E experts."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ import torch
 
 from upcycle.trainers.recipe.part_recipes import AlarmParameters
 
-Kind = Literal["dead expert", "router collapse", "identical experts", "loss spike"]
+AlarmKind = Literal["dead expert", "router collapse", "identical experts", "loss spike"]
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing to tell the user: what, where, since when."""
+    """One warning: what is wrong, since which step, and in which layer (``None``: the whole model)."""
 
-    kind: Kind
+    kind: AlarmKind
     step: int
     layer: int | None
     message: str
 
 
 class Alarms:
-    """Watches the steps of a run. An alarm is given once, and again only after things had been well."""
+    """Watches the steps of a run. An alarm is raised once, and again only after its cause has gone and come back."""
 
     def __init__(self, parameters: AlarmParameters) -> None:
         self.parameters = parameters
         self._idle: dict[int, list[int]] = {}  # steps in a row without a token, by layer and expert
         self._low: dict[int, int] = {}  # steps in a row of low entropy, by layer
-        self._same: set[int] = set()
+        self._same: set[int] = set()  # layers whose experts were found to be copies
         self._losses: deque[float] = deque(maxlen=parameters.spike_window)
         self._spiking = False
 
     def loads(self, step: int, counts: Mapping[int, torch.Tensor], top_k: int) -> list[Alarm]:
-        """Look at every layer's choices ``[E]`` of one step, over all ranks."""
+        """Alarms about dead experts and collapsed routers after one step.
+
+        Args:
+            step: of the run.
+            counts: how many tokens of all ranks chose each expert, ``[E]`` by layer.
+            top_k: experts per token.
+        """
         found = []
         for layer, count in counts.items():
             found += self._dead(step, layer, count)
@@ -46,10 +52,10 @@ class Alarms:
         return found
 
     def similarities(self, step: int, cosines: Mapping[int, float]) -> list[Alarm]:
-        """Look at every layer's mean pairwise cosine between experts (:func:`expert_similarity`)."""
-        own, found = self.parameters, []
+        """Alarms about experts that are still copies, from every layer's :func:`expert_similarity`."""
+        limits, found = self.parameters, []
         for layer, cosine in cosines.items():
-            same = cosine > own.identical_cosine and step >= own.identical_after
+            same = cosine > limits.identical_cosine and step >= limits.identical_after
             if same and layer not in self._same:
                 found.append(
                     Alarm(
@@ -64,17 +70,18 @@ class Alarms:
         return found
 
     def loss(self, step: int, value: float) -> list[Alarm]:
-        """Look at one step's loss; a spike does not enter the losses that the next are told from."""
-        own = self.parameters
-        if len(self._losses) == own.spike_window:
+        """An alarm if the loss of a step, in nats, is far above those before it."""
+        limits = self.parameters
+        if len(self._losses) == limits.spike_window:
             median = statistics.median(self._losses)
-            spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._losses)  # of a normal's deviations
-            if value > median + own.spike_deviations * max(spread, 1e-3 * abs(median)):
+            # 1.4826 turns the median deviation of a normal distribution into its standard deviation.
+            spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._losses)
+            if value > median + limits.spike_deviations * max(spread, 1e-3 * abs(median)):
                 already, self._spiking = self._spiking, True
-                text = f"loss {value:.4g} at step {step}, usually {median:.4g}"
+                text = f"loss {value:.4g} at step {step}; the median of the last {limits.spike_window} was {median:.4g}"
                 return [] if already else [Alarm("loss spike", step, None, text)]
         self._spiking = False
-        self._losses.append(value)
+        self._losses.append(value)  # a spike is left out: it would raise the bar for the next one
         return []
 
     def state(self) -> dict[str, Any]:
@@ -100,7 +107,7 @@ class Alarms:
         dead = [expert for expert, steps in enumerate(self._idle[layer]) if steps == self.parameters.dead_steps]
         if not dead:
             return []
-        text = f"layer {layer}: no token for expert {', '.join(map(str, dead))} in {self.parameters.dead_steps} steps"
+        text = f"layer {layer}: no token chose expert {', '.join(map(str, dead))} in {self.parameters.dead_steps} steps"
         return [Alarm("dead expert", step, layer, f"{text}: raise the balance loss's coefficient")]
 
     def _collapse(self, step: int, layer: int, count: torch.Tensor, top_k: int) -> list[Alarm]:
@@ -110,11 +117,18 @@ class Alarms:
         if low != self.parameters.collapse_steps:
             return []
         text = f"layer {layer}: the router has collapsed onto few experts (load entropy {entropy:.2f} of 1)"
-        return [Alarm("router collapse", step, layer, f"{text}: raise the balance loss's coefficient, add router_z")]
+        return [Alarm("router collapse", step, layer, f"{text}: raise the balance loss's coefficient, or add router_z")]
 
 
 def load_entropy(count: torch.Tensor, top_k: int) -> float:
-    """The entropy of choices ``[E]`` between its least, ``log k`` (k experts take every token): 0, and ``log E``: 1."""
+    """The entropy of the experts' loads, scaled so that 0 is its minimum and 1 its maximum.
+
+    The minimum is ``log k``, where k experts take every token; the maximum is ``log E``, where all are chosen equally often.
+
+    Args:
+        count: how many tokens chose each expert, ``[E]``.
+        top_k: k.
+    """
     experts = len(count)
     if experts == top_k or not count.any():
         return 1.0
@@ -124,9 +138,10 @@ def load_entropy(count: torch.Tensor, top_k: int) -> float:
 
 
 def expert_similarity(experts: torch.Tensor) -> float:
-    """Mean cosine between different experts' weights ``[E, ...]``; 1 for copies (Skywork-MoE, arXiv 2406.06563, monitors it).
+    """Mean cosine between the weights ``[E, ...]`` of different experts: 1 for copies, 0 for a single expert.
 
-    ``(|sum_i u_i|^2 - E) / (E (E - 1))`` of the normalised rows: no matrix of pairs. 0 for a single expert.
+    Skywork-MoE (arXiv 2406.06563) monitors it. It is computed as ``(|sum_i u_i|^2 - E) / (E (E - 1))`` from the normalised
+    rows ``u_i``, which needs no matrix of pairs.
     """
     rows = experts.detach().flatten(1).float()
     if len(rows) == 1:
@@ -137,13 +152,13 @@ def expert_similarity(experts: torch.Tensor) -> float:
 
 
 class NanPolicy:
-    """What to do about a step whose loss or gradient is not finite: skip it, and after ``most`` in a row stop."""
+    """What to do about steps whose loss or gradient is not finite: skip up to ``most`` in a row, then stop."""
 
     def __init__(self, most: int = 3) -> None:
         self.most, self._in_a_row = most, 0
 
     def decide(self, *values: float) -> Literal["go", "skip", "stop"]:
-        """``go`` where all values are finite; every rank must be given the same (reduced) ones."""
+        """``go`` if all values are finite. Every rank must pass the same values, summed over ranks, to decide the same."""
         if all(map(math.isfinite, values)):
             self._in_a_row = 0
             return "go"

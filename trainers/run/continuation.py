@@ -1,4 +1,4 @@
-"""What may be another when a run is continued, and what must not: one list, by key of the recipe."""
+"""Which keys of a recipe may change when a run is continued, and which would make it another run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe, parse_train_recipe
 
-# Where the run is, how it is divided and computed, what is saved and said of it. The model is known by its weights.
+# Keys that may change at any time, as patterns.
+# Of the run: where it is, how it is divided and computed, what is saved and reported. The model is recognised by its weights.
 _RUN = (
     "model", "output", "micro_batch", "zero.*", "expert_parallel", "experts", "activation_checkpointing", "keep_memory",
     "timeout", "saving.*", "log.*", "alarms.*", "bad_steps", "clip", "dense_states",
 )  # fmt: skip
-# Which validation texts are read, not which documents are held out.
+# Of the data: how much held-out text is read, but not which documents are held out.
 _DATA = ("data.cache", "data.validation.tokens", "data.validation.batch")
-# How large the steps are, and what is added to the loss.
+# Of a stage: how large the steps are, and what is added to the loss.
 _STAGE = (
     "name", "learning_rate", "rates", "rates.*", "weight_decay", "router_weight_decay", "schedule.*", "preset", "preset.*",
     "losses", "losses.*", "control.*", "distillation.cache", *_DATA,
 )  # fmt: skip
-_LENGTH = ("steps", "tokens")
-_LEARNED = "learned"  # noise that has weights of its own
+_LENGTH = ("steps", "tokens")  # may change in the stage that is under way
+_LEARNED = "learned"  # router noise that has weights of its own, which a checkpoint has or lacks
 
 MAY_CHANGE = (
     "learning rates, schedules, weight decay, clip, losses, control, steps, stages that have not begun, validation, saving, log, "
@@ -37,38 +38,38 @@ _MISSING = "nothing"
 
 
 def identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
-    """What ranks compare before they train together, and the weights that a run is known by."""
-    told = recipe.model_dump(mode="json")
+    """What must be the same on all ranks: the fingerprint of the weights that a run began with, and keys of its recipe."""
+    content = recipe.model_dump(mode="json")
     keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")
-    data = {**told["data"], "cache": None}
-    for stage in told["stages"]:
+    data = {**content["data"], "cache": None}  # a cache may lie elsewhere on each machine
+    for stage in content["stages"]:
         if stage["distillation"]:
             stage["distillation"]["cache"] = None
-    return {"model": SafetensorsFolder(origin).fingerprint, **{key: told[key] for key in keys}, "data": data}
+    return {"model": SafetensorsFolder(origin).fingerprint, **{key: content[key] for key in keys}, "data": data}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the recipe that is not what it was."""
+    """One key of the recipe that differs from the checkpoint's: ``key`` is its dotted path."""
 
     key: str
     was: Any
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key} was {_text(self.was)}, and is {_text(self.now)}"
+        return f"{self.key} was {_text(self.was)} and is now {_text(self.now)}"
 
 
 def accepted_changes(saved: SavedRun, recipe: TrainRecipe, model: str) -> list[Change]:
-    """What a recipe changes in a run that it continues.
+    """The changes that a recipe makes to the run that it continues.
 
     Args:
-        saved: the checkpoint to go on from.
-        recipe: what the run is now to be.
-        model: the fingerprint of the weights it began with.
+        saved: the checkpoint to continue from.
+        recipe: the run's, now.
+        model: the fingerprint of the weights that ``recipe.model`` has.
 
     Raises:
-        UsageError: something changes that would make it another run; every such key with both values.
+        UsageError: a change would make it another run; names every such key with both values.
     """
     then = saved.state["identity"].get("model")
     refused = [] if then == model else [Change("model", then, model)]
@@ -79,34 +80,34 @@ def accepted_changes(saved: SavedRun, recipe: TrainRecipe, model: str) -> list[C
         (accepted if _matches(change.key, (*_RUN, *_DATA)) else refused).append(change)
     at, done = int(saved.state["stage"]), int(saved.state["stage_step"])
     for number in range(max(map(len, stages))):
-        own, new = (listed[number] if number < len(listed) else {} for listed in stages)
-        name = (new or own)["name"]
-        if number > at or not own:
-            accepted += [] if own == new else [Change(f"stages.{name}", own.get("name"), new.get("name"))]
+        old, new = (listed[number] if number < len(listed) else {} for listed in stages)
+        name = (new or old)["name"]
+        if number > at or not old:  # a stage that has not begun may be anything
+            accepted += [] if old == new else [Change(f"stages.{name}", old.get("name"), new.get("name"))]
         elif not new:
             refused.append(Change(f"stages.{name}", name, None))
         else:
-            for change in _differences(own, new):
-                told = Change(f"stages.{name}.{change.key}", change.was, change.now)
+            for change in _differences(old, new):
+                named = Change(f"stages.{name}.{change.key}", change.was, change.now)
                 free = _may_change(change) or (number == at and change.key in _LENGTH)
-                (accepted if free else refused).append(told)
+                (accepted if free else refused).append(named)
     if refused:
         raise UsageError(
             f"{saved.folder} is a checkpoint of another run: " + "; ".join(map(str, refused)),
-            hint=f"put back what it was ({MAY_CHANGE} may change), give the run another output, or --restart to throw its "
+            hint=f"undo these changes ({MAY_CHANGE} may change), give the run another output, or use --restart to throw its "
             "checkpoints away",
         )
     steps = recipe.steps_of(recipe.stages[at])
     if steps < done:
         raise UsageError(
-            f"stage '{recipe.stages[at].name}' is to have {steps} steps, and {saved.folder} has done {done} of it",
-            hint=f"steps: {done} or more",
+            f"stage '{recipe.stages[at].name}' has {steps} steps in the recipe, but {saved.folder} has already done {done}",
+            hint=f"set steps to {done} or more",
         )
     return accepted
 
 
 def consequence(saved: SavedRun, recipe: TrainRecipe) -> str | None:
-    """What a continued stage's next step will do with another learning rate than it would have had, in words."""
+    """A sentence on how changed rates or lengths change the next step's learning rate; ``None``: not at all."""
     at, done = int(saved.state["stage"]), int(saved.state["stage_step"])
     try:
         old = parse_train_recipe(saved.state["recipe"], str(saved.folder))
@@ -115,8 +116,11 @@ def consequence(saved: SavedRun, recipe: TrainRecipe) -> str | None:
     was, now = _rate(old, old.stages[at], done), _rate(recipe, recipe.stages[at], done)
     if now is None or was == now:
         return None
-    before = f"would have been {was:.3g}" if was is not None else "there would have been none"
-    return f"the schedule is that of all {recipe.steps_of(recipe.stages[at])} steps: step {done + 1} has {now:.3g}, and {before}"
+    before = f"{was:.3g}" if was is not None else "no further step"
+    return (
+        f"the schedule now spans {recipe.steps_of(recipe.stages[at])} steps: the learning rate of step {done + 1} is {now:.3g}; "
+        f"the old recipe had {before}"
+    )
 
 
 def _rate(recipe: TrainRecipe, stage: StageRecipe, step: int) -> float | None:
@@ -127,11 +131,11 @@ def _rate(recipe: TrainRecipe, stage: StageRecipe, step: int) -> float | None:
 
 
 def _known(saved: SavedRun) -> dict[str, Any]:
-    """The recipe of a checkpoint with every key of today."""
+    """The recipe of a checkpoint, with the defaults of keys that are newer than it."""
     content = saved.state["recipe"]
     try:
         return parse_train_recipe(content, str(saved.folder)).model_dump(mode="json")
-    except UpcycleError:  # of another version: as it was written
+    except UpcycleError:  # written by another version: compared as it is
         return dict(content)
 
 
@@ -146,7 +150,7 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _differences(was: Any, now: Any, path: str = "") -> Iterator[Change]:
-    """The smallest parts that differ, with their path; items of a list are called by their names."""
+    """The innermost parts that differ, with their dotted paths; items of a list go by their names."""
     was, now = _by_name(was), _by_name(now)
     if not (isinstance(was, dict) and isinstance(now, dict)):
         if was != now:

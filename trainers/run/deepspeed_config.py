@@ -12,8 +12,8 @@ from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, ZeroRecipe, accumulation
 from upcycle.trainers.routing.stock_routers import moe_layers
 
-# Keys of zero_optimization that the recipe sets elsewhere.
-_OURS = ("stage", "offload_optimizer", "offload_param", "leaf_module")
+# Keys of zero_optimization that other keys of the recipe decide.
+_OWN_KEYS = ("stage", "offload_optimizer", "offload_param", "leaf_module")
 
 
 def deepspeed_config(recipe: TrainRecipe, model: Any, world_size: int) -> dict[str, Any]:
@@ -22,16 +22,16 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world_size: int) -> dict[s
     Args:
         recipe: the run's.
         model: the stock model, not yet wrapped.
-        world_size: ranks.
+        world_size: number of ranks.
 
     Raises:
-        UsageError: the batch does not divide among the ranks, experts cannot be divided, or a key is unknown.
+        UsageError: the batch or the experts cannot be divided among the ranks, or a key of ``zero.settings`` is unknown.
     """
     stage = recipe.zero_stage(world_size)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": accumulation(recipe, world_size),
-        "gradient_clipping": recipe.clip if stage else 0.0,  # without ZeRO the step clips
+        "gradient_clipping": recipe.clip if stage else 0.0,  # without ZeRO, Stepper clips
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -49,30 +49,33 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world_size: int) -> dict[s
 
 
 def leaf_classes(model: Any) -> list[str]:
-    """Classes of MoE blocks, whose weights ZeRO-3 must fetch as a whole: their experts are not used by all ranks alike."""
+    """Names of the MoE blocks' classes, whose weights ZeRO-3 must fetch as a whole, because ranks use different experts."""
     kinds = {type(layer.block) for layer in moe_layers(model)}
     return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
 def _zero(zero: ZeroRecipe, stage: int, model: Any) -> dict[str, Any]:
     _check_settings(zero, stage)
-    made: dict[str, Any] = {"stage": stage, **zero.settings}
+    section: dict[str, Any] = {"stage": stage, **zero.settings}
     if zero.offload_optimizer:
-        made["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload_weights:
-        made["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3 and (classes := leaf_classes(model)):
-        made["leaf_module"] = {"classes": classes, "names": [], "name_suffixes": []}
-    return made
+        section["leaf_module"] = {"classes": classes, "names": [], "name_suffixes": []}
+    return section
 
 
 def _check_settings(zero: ZeroRecipe, stage: int) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    taken = [key for key in zero.settings if key in _OURS]
+    taken = [key for key in zero.settings if key in _OWN_KEYS]
     if taken:
-        raise UsageError(f"zero.settings.{taken[0]}: the recipe sets this itself", hint="use zero's own keys")
+        raise UsageError(
+            f"zero.settings.{taken[0]}: other keys of the recipe decide this",
+            hint="use zero's own keys",
+        )
     known = {name for key, field in DeepSpeedZeroConfig.model_fields.items() for name in (key, field.alias) if name}
     unknown = [key for key in zero.settings if key not in known]
     if unknown:

@@ -1,4 +1,4 @@
-"""The training run: stages one after another, steps, reports, checkpoints, and how it stops."""
+"""The training run: stages one after another, their steps, checkpoints, and how it stops."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ from upcycle.trainers.forecast.flops import measured_peak
 from upcycle.trainers.optimizing.optimizers import set_rates
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
-from upcycle.trainers.routing.bias_balance import loads
-from upcycle.trainers.run.alarms import Alarm, Alarms, NanPolicy, expert_similarity
+from upcycle.trainers.run.alarms import NanPolicy, expert_similarity
 from upcycle.trainers.run.continuation import Change, accepted_changes, consequence, identity
 from upcycle.trainers.run.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.run.run_folder import (
@@ -40,16 +39,16 @@ from upcycle.trainers.run.run_folder import (
     save_batches,
     small_files,
 )
+from upcycle.trainers.run.run_progress import RunProgress
 from upcycle.trainers.run.run_start import agreed_checkpoint, check_model, check_room, check_shared, explained_writes
 from upcycle.trainers.run.stage import Stage
-from upcycle.trainers.run.step import StepResult
-from upcycle.trainers.run.step_reports import Reports, StepReport, memory_in_use
+from upcycle.trainers.run.step_result import StepResult
 from upcycle.trainers.run.validation import on_device, validate
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: ``stopped`` by a signal, or at its end. ``validation`` has the last losses in nats per token."""
+    """How a run ended: at its end, or ``stopped`` by a signal. ``validation`` has the last losses in nats per token."""
 
     output: str
     step: int
@@ -73,16 +72,16 @@ def _silent(_: str) -> None:
 def train(
     recipe: TrainRecipe | Mapping[str, Any] | str | Path, say: Callable[[str], None] = _silent, restart: bool = False
 ) -> TrainResult:
-    """Train as one of the ranks that a launcher started, or alone.
+    """Train a model, as one of the ranks that a launcher started or alone.
 
     The same call continues a run that was stopped, from its newest checkpoint.
 
     Args:
-        recipe: the run: a recipe, its keys, or its file.
-        say: is told a line as it happens, on the first rank alone.
+        recipe: a recipe, its keys, or its file.
+        say: called with each line of the run's report, on the first rank alone.
         restart: throw the run's checkpoints away and begin anew.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it after its current step, which is saved (``stopped`` in the result).
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the run after its current step, which is saved (``stopped`` in the result).
 
     Raises:
         UpcycleError: with the reason; complete checkpoints stay.
@@ -92,12 +91,14 @@ def train(
         recipe = read_train_recipe(Path(recipe))
     elif not isinstance(recipe, TrainRecipe):
         recipe = parse_train_recipe(dict(recipe), "recipe")
-    speaks = say if first_rank() else _silent
-    with StopSignals(speaks) as signals, joined(recipe.timeout) as ranks:
-        return _Run(recipe, ranks, speaks, restart, signals).run()
+    first_says = say if first_rank() else _silent
+    with StopSignals(first_says) as signals, joined(recipe.timeout) as ranks:
+        return _Run(recipe, ranks, first_says, restart, signals).run()
 
 
 class _Run:
+    """One call of :func:`train` on one rank."""
+
     def __init__(
         self, recipe: TrainRecipe, ranks: Ranks, say: Callable[[str], None], restart: bool, signals: StopSignals
     ) -> None:
@@ -111,26 +112,21 @@ class _Run:
         self.identity = identity(recipe, self.origin)
         ranks.require_same("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
         ranks.require_same("versions", versions())
-        self.step = self.tokens = 0
-        self.loss = math.nan
-        self.validation: dict[str, float] = {}
-        self.changes: list[Change] = []
-        self.history: list[dict[str, Any]] = []
-        self.alarms = Alarms(recipe.alarms)
+        self.progress = RunProgress(recipe, say, ranks.world_size)
+        self.changes: list[Change] = []  # of the recipe, since the checkpoint that is continued
         self.policy = NanPolicy(recipe.bad_steps)
         self.stop = False
         self.restart, self.begun = restart, False
-        self.reports: Reports | None = None
         self.checkpoint: Path | None = None
 
     def _check_inputs(self) -> None:
-        """What is missing or broken, in a later stage, too, is found before the first step."""
-        looked_at: list[DataRecipe] = []
+        """Read all data and find all parents, of later stages too, so that what is missing is refused before the first step."""
+        checked: list[DataRecipe] = []
         for stage in self.recipe.stages:
             data = stage.data or self.recipe.data
-            if data not in looked_at:
+            if data not in checked:
                 check_data(data, self.say)
-                looked_at.append(data)
+                checked.append(data)
             parents = {reference_parent(data, self.origin)}
             if stage.distillation:
                 parents.add(parent_folder(stage.distillation.parent, self.origin))
@@ -141,9 +137,10 @@ class _Run:
                     self.say(f"warning: {error.message}; its tokens cannot be compared with the student's")
 
     def run(self) -> TrainResult:
-        begun = time.perf_counter()
+        """Train until the last stage's end, or until a signal."""
+        started = time.perf_counter()
         if self.recipe.keep_memory and not keep_freed_memory():
-            self.say("warning: keep_memory: this system's C library is not glibc; freed memory is given back as always")
+            self.say("warning: keep_memory has no effect: it needs glibc, and this system has another C library")
         check_run_folder(self.folder, self.origin, self.recipe.saving.export, self.ranks)
         with locked(self.folder, self.ranks):
             check_shared(self.folder, self.ranks)
@@ -160,29 +157,38 @@ class _Run:
                 model = None
                 if self.recipe.saving.export and not self.stop:
                     model = export_model(self.folder, self.checkpoint, self.ranks, self.say)
-            if self.reports:
-                self.reports.close()
+            if self.progress.reports:
+                self.progress.reports.close()
         assert self.checkpoint
         return TrainResult(
             output=str(self.folder),
-            step=self.step,
-            tokens=self.tokens,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
             stopped=self.stop,
-            loss=self.loss,
-            validation=self.validation,
+            loss=self.progress.loss,
+            validation=self.progress.validation,
             checkpoint=str(self.checkpoint),
             model=str(model) if model else None,
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - started,
         )
 
+    def _continue(self, saved: SavedRun) -> None:
+        self.changes = accepted_changes(saved, self.recipe, self.identity["model"])
+        self.progress.restore(saved)
+        self.checkpoint = saved.folder
+        world_size = int(saved.state["world"])
+        self.say(f"continuing {saved.folder}" + (f", saved by {world_size} ranks" if world_size > 1 else ""))
+        if text := consequence(saved, self.recipe):
+            self.say(text)
+
     def _begin(self) -> None:
-        """The folder becomes this run's, once model, data and checkpoint were found to be right: a refusal changes nothing."""
+        """Make the folder this run's. It comes after model, data and checkpoint were checked: a refusal changes nothing."""
         if not self.begun:
             self.begun = True
-            self.reports = open_run(
-                self.recipe, self.folder, self.origin, self.ranks, self.restart, self.say, self.step
+            self.progress.reports = open_run(
+                self.recipe, self.folder, self.origin, self.ranks, self.restart, self.say, self.progress.step
             )
-            self._record(self.changes)
+            self.progress.record_changes(self.changes)
 
     def _stages(self, saved: SavedRun | None) -> None:
         first = saved.state["stage"] if saved else 0
@@ -197,11 +203,12 @@ class _Run:
             if saved and resumed:
                 warnings = stage.load_state(saved.state)
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
+                # The same data go on where the stage before stopped reading.
                 warnings = stage.stream.restore(saved.state["data"])
             warnings = [*warnings, *self._check_room(index, stage, done)]
             self._begin()
-            self._warn(warnings)
-            self.ranks.barrier()  # from here on all ranks finish their step
+            self.progress.warn(warnings)
+            self.ranks.barrier()  # from here on, every rank finishes the step that it is in
             with self.signals.steps():
                 self._steps(index, stage, done)
             saved = open_checkpoint(self.checkpoint) if self.checkpoint else None
@@ -210,120 +217,70 @@ class _Run:
                 return
 
     def _steps(self, index: int, stage: Stage, done: int) -> None:
-        name, steps = stage.stage.name, stage.steps
-        self._describe(stage, done)
+        progress = self.progress
+        progress.describe(stage, done)
         if not done:
             self._first_validation(stage)
-        for number in range(done, steps):
-            begun = time.perf_counter()
-            torch.manual_seed(_seed(self.recipe.seed, self.step, self.ranks.rank))
-            stage.stepper.seed = _seed(self.recipe.seed, self.step, 0)
+        for number in range(done, stage.steps):
+            started = time.perf_counter()
+            torch.manual_seed(_seed(self.recipe.seed, progress.step, self.ranks.rank))
+            stage.stepper.seed = _seed(self.recipe.seed, progress.step, 0)
             rate = set_rates(stage.engine.optimizer, stage.schedule(number))
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
-            result = stage.stepper.step(stage.engine, batches, number / steps)
-            self.step, self.tokens, self.loss = self.step + 1, self.tokens + self.recipe.tokens_per_step, result.loss
-            self._report(name, stage, result, rate, time.perf_counter() - begun)
+            result = stage.stepper.step(stage.engine, batches, number / stage.steps)
+            progress.count_step(result)
+            seconds = time.perf_counter() - started
+            progress.report_step(stage, result, rate, seconds, self.peak, self.ranks.device)
             self._check_finite(result, batches)
+            # A signal may have reached some ranks alone: all of them stop after the same step.
             received = int(self.ranks.maximum(self.signals.received or 0)[0])
             self.stop = bool(received)
-            last = number + 1 == steps
+            last = number + 1 == stage.steps
             every = self.recipe.log.validation
             if stage.held_out and (last or (every and (number + 1) % every == 0)):
                 self._validate(stage)
-            if last or self.stop or self.step % self.recipe.saving.every == 0:
+            if last or self.stop or progress.step % self.recipe.saving.every == 0:
                 self._save(index, stage, number + 1)
             if self.stop:
                 name = signal.Signals(received).name
-                self.say(f"stopped by {name} at step {self.step}, which is saved; the same command continues")
+                self.say(
+                    f"stopped by {name} after step {progress.step}, which is saved; the same command continues the run"
+                )
                 return
 
-    def _describe(self, stage: Stage, done: int) -> None:
-        trained = sum(
-            math.prod(stage.tensors.shape(tensor)) for tensor in stage.tensors.stock_tensors if tensor.trained
-        )
-        more = f", from step {done + 1}" if done else ""
-        for warning in stage.warnings:
-            self.say(f"warning: {warning}")
-        self.say(
-            f"stage {stage.stage.name}: {stage.steps} steps of {self.recipe.tokens_per_step:,} tokens, "
-            f"{trained:,} weights train ({', '.join(stage.stage.train)}), {self.ranks.world_size} "
-            f"rank{'s' * (self.ranks.world_size > 1)} x {stage.passes} pass{'es' * (stage.passes > 1)}{more}"
-        )
-
-    def _report(self, name: str, stage: Stage, result: StepResult, rate: float, seconds: float) -> None:
-        if self.reports is None:
-            return
-        speed = self.recipe.tokens_per_step / seconds
-        report = StepReport(
-            step=self.step,
-            steps=sum(map(self.recipe.steps_of, self.recipe.stages)),
-            stage=name,
-            loss=result.loss,
-            parts=result.parts,
-            learning_rate=rate,
-            gradient_norm=result.gradient_norm,
-            applied=result.applied,
-            tokens=self.tokens,
-            tokens_per_second=speed,
-            utilisation=stage.flops.total * speed / (self.peak * self.ranks.world_size),
-            memory=memory_in_use(self.ranks.device),
-            loads=loads(result.counts),
-            dropped=result.dropped,
-        )
-        self.reports.step(report, self.step % self.recipe.log.every == 0)
-        found = self.alarms.loss(self.step, result.loss) if math.isfinite(result.loss) else []
-        self._raise(found + self.alarms.loads(self.step, result.counts, stage.top_k))
-
-    def _raise(self, alarms: list[Alarm]) -> None:
-        for alarm in alarms:
-            self.say(f"warning: {alarm.kind}: {alarm.message}")
-            if self.reports:
-                self.reports.record(
-                    {"kind": "alarm", "step": alarm.step, "alarm": alarm.kind, "message": alarm.message}
-                )
-
     def _first_validation(self, stage: Stage) -> None:
-        """Where training starts, and where dynamic weights want it to go: the dense parent's losses on the same text."""
-        parent = reference_parent(stage.stage.data or self.recipe.data, self.origin)
+        """Measure the losses that a stage starts from, and those of the dense parent if dynamic weights need them."""
+        parent = reference_parent(stage.stage_recipe.data or self.recipe.data, self.origin)
         if parent and stage.stream.lacks_reference:
             dtype = getattr(torch, self.recipe.dtype)
-            self._refer(stage, reference_losses(parent, stage.model, stage.held_out, dtype, self.ranks))
+            losses = reference_losses(parent, stage.model, stage.held_out, dtype, self.ranks)
+            stage.stream.refer_to(losses)
+            self.progress.report_reference(losses)
         if stage.held_out and self.recipe.log.validation:
             self._validate(stage, observe=False)
 
-    def _refer(self, stage: Stage, losses: dict[str, float]) -> None:
-        stage.stream.refer_to(losses)
-        self.say("reference, of the parent  " + "  ".join(f"{name} {nats:.4f}" for name, nats in losses.items()))
-        if self.reports:
-            content = {f"reference/{name}": nats for name, nats in losses.items()}
-            self.reports.record({"kind": "reference", "step": self.step, "tokens": self.tokens, **content})
-
     def _validate(self, stage: Stage, observe: bool = True) -> None:
-        self.validation = validate(stage.engine, stage.held_out, self.ranks, stage.stepper.control)
-        text = "  ".join(f"{name} {nats:.4f}" for name, nats in self.validation.items())
-        self.say(f"validation at step {self.step}  {text}")
-        if self.reports:
-            content = {f"validation/{name}": nats for name, nats in self.validation.items()}
-            self.reports.record({"kind": "validation", "step": self.step, "tokens": self.tokens, **content})
-        if observe and all(map(math.isfinite, self.validation.values())):
-            stage.stream.observe(self.validation)
+        losses = validate(stage.engine, stage.held_out, self.ranks, stage.stepper.control)
+        self.progress.report_validation(losses)
+        if observe and all(map(math.isfinite, losses.values())):
+            stage.stream.observe(losses)
 
     def _check_finite(self, result: StepResult, batches: list[PackedBatch]) -> None:
-        """Skip steps that are not finite, and after some in a row stop.
+        """Count steps whose loss or gradient is not finite, and stop the run after too many of them in a row.
 
         Raises:
-            UpcycleError: too many; what every rank read is saved.
+            UpcycleError: there were too many; what every rank read in the last one is saved.
         """
         norm = result.gradient_norm if result.applied else math.nan
         if self.policy.decide(result.loss, norm) != "stop":
             return
-        path = save_batches(self.folder, self.step, self.ranks.rank, batches)
+        path = save_batches(self.folder, self.progress.step, self.ranks.rank, batches)
         kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "nothing was saved yet"
         raise UpcycleError(
-            f"loss {result.loss} and gradient norm {result.gradient_norm} at step {self.step}, not finite "
+            f"loss {result.loss} and gradient norm {result.gradient_norm} at step {self.progress.step}, not finite "
             f"{self.recipe.bad_steps + 1} steps in a row; the batch is in {path}; {kept}",
-            hint="lower learning_rate or clip, raise bad_steps, or mend the data: the run then continues from the checkpoint "
-            "when it is given again with such changes",
+            hint="lower learning_rate or clip, raise bad_steps, or mend the data; the same command then continues from the "
+            "checkpoint",
         )
 
     def _save(self, index: int, stage: Stage, stage_step: int) -> None:
@@ -331,32 +288,29 @@ class _Run:
             save_config(stage.model, self.small)
         state = {
             **stage.state(),
+            **self.progress.state(),
             "stage": index,
             "stage_step": stage_step,
             "optimizer_steps": stage.tensors.steps_taken,
-            "tokens": self.tokens,
-            "loss": self.loss if math.isfinite(self.loss) else None,
-            "validation": self.validation,
-            "alarms": self.alarms.state(),
             "identity": self.identity,
-            "changes": self.history,
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": versions(),
         }
         self._watch_similarity(stage)
         self.checkpoint = save(
-            self.folder, self.step, stage.tensors, state, self.small, self.ranks, self.recipe.saving.keep
+            self.folder, self.progress.step, stage.tensors, state, self.small, self.ranks, self.recipe.saving.keep
         )
         self.say(f"saved {self.checkpoint}")
 
     def _watch_similarity(self, stage: Stage) -> None:
-        if not stage.top_k or self.step < self.recipe.alarms.identical_after:
+        """Raise an alarm if experts are still copies of each other. All ranks take part in gathering the weights."""
+        if not stage.top_k or self.progress.step < self.recipe.alarms.identical_after:
             return
         cosines = {}
         for tensor in stage.tensors.stock_tensors:
             if tensor.name.endswith(".experts.gate_up_proj"):
                 cosines[int(tensor.name.split(".")[2])] = expert_similarity(stage.tensors.weights(tensor))
-        self._raise(self.alarms.similarities(self.step, cosines))
+        self.progress.raise_alarms(self.progress.alarms.similarities(self.progress.step, cosines))
 
     def _check_room(self, index: int, stage: Stage, done: int) -> list[str]:
         saves = -(-(stage.steps - done) // self.recipe.saving.every)
@@ -365,34 +319,7 @@ class _Run:
         warning = check_room(self.folder, stage.tensors, saves, self.recipe.saving.keep, size, self.ranks)
         return [warning] if warning else []
 
-    def _warn(self, texts: list[str]) -> None:
-        for text in texts:
-            self.say(f"warning: {text}")
-            if self.reports:
-                self.reports.record({"kind": "warning", "step": self.step, "message": text})
-
-    def _record(self, changes: list[Change]) -> None:
-        """What is another from here on: in the log, and in every checkpoint to come."""
-        for change in changes:
-            self.say(f"changed: {change}")
-            made = {"step": self.step, "key": change.key, "was": change.was, "now": change.now}
-            self.history = [*self.history, made]
-            if self.reports:
-                self.reports.record({"kind": "change", **made})
-
-    def _continue(self, saved: SavedRun) -> None:
-        self.changes = accepted_changes(saved, self.recipe, self.identity["model"])
-        self.step, self.tokens = saved.step, int(saved.state["tokens"])
-        self.loss = saved.state["loss"] if saved.state["loss"] is not None else math.nan
-        self.validation, self.checkpoint = saved.state["validation"], saved.folder
-        self.history = saved.state.get("changes", [])
-        self.alarms.load_state(saved.state["alarms"])
-        world_size = int(saved.state["world"])
-        self.say(f"continuing {saved.folder}" + (f", saved by {world_size} ranks" if world_size > 1 else ""))
-        if text := consequence(saved, self.recipe):
-            self.say(text)
-
 
 def _seed(seed: int, step: int, rank: int) -> int:
-    """Noise of a step depends on nothing before it, so that a resumed run draws the same."""
+    """The seed of one step's noise. It depends on nothing before the step, so that a continued run draws the same."""
     return (seed * 1_000_003 + step) * 65_537 + rank

@@ -1,4 +1,4 @@
-"""What dynamic weights compare the student with: the dense parent's loss on the same held-out text of every domain."""
+"""The dense parent's loss on every domain's held-out text, which dynamic weights compare the student's with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from upcycle.trainers.run.validation import validate
 
 
 def reference_parent(data: DataRecipe, origin: Path) -> Path | None:
-    """The folder of the model whose losses are to be reached; ``None`` where the weights are static or the recipe has the losses.
+    """The folder of the parent whose losses must be measured; ``None`` where weights are static or the recipe gives the losses.
+
+    Args:
+        data: of a stage.
+        origin: folder of the model that is trained.
 
     Raises:
-        UsageError: the recipe names none, and the model that is trained does not say what it was converted from.
+        UsageError: the recipe names no parent, and the model does not say what it was converted from.
     """
     if data.dynamic is None or data.dynamic.reference is not None:
         return None
@@ -30,12 +34,12 @@ def reference_parent(data: DataRecipe, origin: Path) -> Path | None:
 def reference_losses(
     folder: Path, student: Any, held_out: Mapping[str, Sequence[PackedBatch]], dtype: torch.dtype, ranks: Ranks
 ) -> dict[str, float]:
-    """Mean nats per target of every domain, by the model in ``folder``, which is in memory for as long as this takes.
+    """The parent's mean next-token loss of every domain, in nats per target. It is in memory only while this runs.
 
     Args:
         folder: the dense parent's.
-        student: what is trained; both must share their tokens.
-        held_out: the domains' validation batches, which the student's losses are measured on, too.
+        student: the model that is trained; both must share their tokens.
+        held_out: the domains' validation batches, on which the student's losses are measured, too.
         dtype: what the parent computes in.
         ranks: all of them; each runs a part of the batches.
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one process group at a time, what is in it before training, and what it keeps when things go wrong."""
+"""The folder of a run: whose it is, which files it begins with, and the model that it ends with."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def check_run_folder(folder: Path, origin: Path, exports: bool, ranks: Ranks) ->
 
     Args:
         folder: the run's output.
-        origin: the model that is trained; the run may neither lie in it nor around it.
+        origin: folder of the model that is trained; the run may lie neither inside nor around it.
         exports: whether the run will write its model into ``model``.
-        ranks: the first one looks.
+        ranks: all of them; the first one checks.
 
     Raises:
-        UsageError: it is the model's, holds another model, or files of somebody else that have the names of a run's.
+        UsageError: the folder is the model's, holds another model, or has files with a run's names that no run wrote.
     """
     with faults_together(ranks):
         if ranks.first:
@@ -56,14 +56,14 @@ def check_run_folder(folder: Path, origin: Path, exports: bool, ranks: Ranks) ->
 def _check_run_folder(real: Path, origin: Path, exports: bool) -> None:
     check_apart(real, origin, "the model that is trained,", inside=True)
     if real.exists() and not real.is_dir():
-        raise UsageError(f"{real} is a file, and a run is a folder", hint="choose another output")
+        raise UsageError(f"{real} is a file; a run needs a folder", hint="choose another output")
     if not is_run(real):
         if kind_of(real) in ("result", "working"):
             raise UsageError(f"{real} holds a model, not a training run", hint="choose another output")
         names = (RUN, RECIPE_FILE, LOG, CHECKPOINTS, MODEL_FOLDER)
         if taken := next((name for name in names if _holds_something(real / name)), None):
             raise UsageError(
-                f"{real / taken} was not written by a training run of upcycle, and would be written over",
+                f"{real / taken} was not written by a training run of upcycle, and would be overwritten",
                 hint="choose another output, or move it away",
             )
     elif exports:
@@ -71,7 +71,7 @@ def _check_run_folder(real: Path, origin: Path, exports: bool) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    """An empty file, such as the log that a run killed at its very start had opened, has nothing to lose."""
+    """Whether there is something to lose: an empty log, which a run that was killed at its start leaves behind, is nothing."""
     if path.is_dir():
         return any(path.iterdir())
     return os.path.lexists(path) and (path.is_symlink() or path.stat().st_size > 0)
@@ -79,10 +79,10 @@ def _holds_something(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it.
+    """Create the folder, and keep other runs out of it until the block ends.
 
     Raises:
-        UpcycleError: another process trains into it.
+        UpcycleError: another run is writing it.
         EnvironmentFault: it cannot be written.
     """
     error: BaseException | None = None
@@ -103,7 +103,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def small_files(folder: Path) -> Path:
-    """Where a run keeps the files that go into every checkpoint."""
+    """The folder in which a run keeps the files that are copied into every checkpoint."""
     return folder / "checkpoints" / ".small"
 
 
@@ -116,21 +116,22 @@ def open_run(
     say: Callable[[str], None],
     step: int,
 ) -> Reports | None:
-    """Make the folder this run's, once nothing can be refused any more: its mark, its recipe, its log and the small files.
+    """Make the folder this run's: write its mark, its recipe, its log and the small files that every checkpoint contains.
 
-    What a killed run was saving is removed. With ``restart`` the checkpoints are put aside until the first new one is complete.
+    Checkpoints that a killed run left unfinished are removed. With ``restart``, complete ones are put aside, and removed when
+    the first new one is complete.
 
     Args:
-        recipe: of the run.
+        recipe: the run's.
         folder: its output.
-        origin: the model that training begins with.
-        ranks: the first one does it.
-        restart: whether it begins anew.
-        say: is told what the reports say.
-        step: the one that it goes on from.
+        origin: folder of the model that training begins with.
+        ranks: all of them; the first one does the work.
+        restart: whether the run begins anew.
+        say: called with each line that the reports print.
+        step: the step that the run continues from.
 
     Returns:
-        The first rank's reports.
+        The reports on the first rank, ``None`` on the others.
 
     Raises:
         UpcycleError: a tracker is missing, or something cannot be read or written.
@@ -138,7 +139,7 @@ def open_run(
     reports: Reports | None = None
     with faults_together(ranks):
         if ranks.first:
-            reports = Reports(folder, list(recipe.log.trackers), say, step)  # a tracker is missed before all else
+            reports = Reports(folder, list(recipe.log.trackers), say, step)  # first, because a tracker may be missing
             write_text_whole(folder / RUN, json.dumps(MADE_BY) + "\n")
             if restart:
                 put_aside(folder)
@@ -153,7 +154,7 @@ def open_run(
 
 
 def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Callable[[str], None]) -> Path:
-    """What a run ends with: its last checkpoint as stock transformers store it, in ``model``.
+    """Write the last checkpoint into the run's ``model`` folder as stock transformers store it; returns that folder.
 
     Raises:
         UpcycleError: it cannot be written; the checkpoint stays.
@@ -177,7 +178,10 @@ def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Calla
 
 
 def save_batches(folder: Path, step: int, rank: int, batches: Sequence[PackedBatch]) -> Path:
-    """Keep what a rank read in a step, to look at: ``ids.0``, ``mask.0``, ``positions.0`` of the first pass, and so on."""
+    """Save what a rank read in a step for inspection; returns the file.
+
+    Its tensors are ``ids.0``, ``mask.0`` and ``positions.0`` of the first pass, and so on, ``[B, L]`` each.
+    """
     from safetensors.torch import save_file
 
     path = folder / f"bad-batch-step-{step:08d}-rank-{rank}.safetensors"

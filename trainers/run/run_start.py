@@ -1,4 +1,4 @@
-"""Before a run begins or goes on: ranks see the same folder and checkpoint, weights are what was written, the disk has room."""
+"""Checks before a run begins or continues: all ranks see one folder and checkpoint, weights are intact, the disk has room."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from upcycle.trainers.distributed.ranks import Ranks
 
 _SEEN = ".seen-by-all-ranks"
 _RECORD = "upcycle.json"
-_PATIENCE = 10.0  # seconds that a network file system may take to show what another machine wrote
+_PATIENCE = 10.0  # seconds until a network file system must show what another machine wrote
 _FLOAT32 = 4
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Make sure that all ranks see the same folder: the first leaves a word there, and the others read it.
+    """Make sure that all ranks see the same folder: the first writes a random word there, and all read it.
 
     Raises:
-        EnvironmentFault: names a rank that does not see it, and its machine.
+        EnvironmentFault: a rank does not see it; names its machine.
     """
     if ranks.world_size == 1:
         return
@@ -45,33 +45,35 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         if not _appears(lambda: path.read_text(encoding="utf-8") == word):
             raise EnvironmentFault(
                 f"on {socket.gethostname()}, {folder} is not the folder that the first rank writes to",
-                hint="give the run an output on a file system that all its machines share",
+                hint="choose an output on a file system that all machines of the run share",
             )
     if ranks.first:
         path.unlink(missing_ok=True)
 
 
 def agreed_checkpoint(run: Path, ranks: Ranks) -> SavedRun | None:
-    """The newest complete checkpoint as the first rank sees it, opened by all, every file compared with its hash.
+    """The newest complete checkpoint of a run, the same on all ranks, every file of it compared with its hash.
 
-    Each rank reads a part of the files once for this, which adds what reading them takes (1 to 2 GB/s a rank, or the disk's
-    speed) to the start.
+    Each rank reads a share of the files for this, at 1 to 2 GB/s or as fast as the disk is.
+
+    Returns:
+        The checkpoint that the first rank sees, or ``None`` if there is none.
 
     Raises:
-        CheckpointError: it is damaged: names the file.
+        CheckpointError: a file is damaged; names it.
         EnvironmentFault: a rank does not see this checkpoint.
     """
-    found = ranks.broadcast(finished(run)[-1].name if ranks.first and finished(run) else None)
-    if found is None:
+    newest = ranks.broadcast(finished(run)[-1].name if ranks.first and finished(run) else None)
+    if newest is None:
         return None
-    folder = run / "checkpoints" / found
+    folder = run / "checkpoints" / newest
     state = ranks.broadcast(_digest(folder / STATE_FILE) if ranks.first else None)
     saved: SavedRun | None = None
     with faults_together(ranks):
         if not _appears(lambda: _digest(folder / STATE_FILE) == state):
             raise EnvironmentFault(
                 f"on {socket.gethostname()}, {folder} is not the checkpoint that the first rank continues",
-                hint="give the run an output on a file system that all its machines share",
+                hint="choose an output on a file system that all machines of the run share",
             )
         saved = open_checkpoint(folder)
         saved.check_files(ranks.rank, ranks.world_size)
@@ -79,10 +81,10 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> SavedRun | None:
 
 
 def check_model(model: Path, ranks: Ranks) -> None:
-    """Compare the weights that training begins with with the hashes that the conversion recorded, where there are any.
+    """Compare the weights of ``model`` with the hashes that its conversion recorded, if it did.
 
     Raises:
-        CheckpointError: names the file that is damaged or missing.
+        CheckpointError: a file is damaged or missing; names it.
     """
     with faults_together(ranks):
         record = read_json(model / _RECORD) if (model / _RECORD).is_file() else {}
@@ -98,27 +100,27 @@ def check_model(model: Path, ranks: Ranks) -> None:
 
 
 def check_room(run: Path, tensors: WholeTensors, saves: int, keep: int, export: int, ranks: Ranks) -> str | None:
-    """Ask whether a stage's checkpoints, and what is exported at the end, fit on the disk.
+    """Check that the disk has room for a stage's checkpoints and for the model that is exported at the end.
 
     Args:
         run: the run's folder.
         tensors: of the stage's engine.
         saves: how many checkpoints it will write.
-        keep: how many stay.
-        export: bytes of the exported model, 0 where there will be none.
+        keep: how many of them are kept.
+        export: bytes of the exported model, 0 if none will be exported.
         ranks: all of them.
 
     Returns:
-        A warning where one checkpoint fits, but not all that will be there at once.
+        A warning if one checkpoint fits, but not all that will exist at the same time.
 
     Raises:
-        EnvironmentFault: not one does.
+        EnvironmentFault: not even one fits.
     """
     warning: str | None = None
     with faults_together(ranks):
         if ranks.first:
             one, free = checkpoint_bytes(tensors), shutil.disk_usage(run).free
-            # The oldest goes when the new one is complete.
+            # One more than are kept: the oldest is removed only after the new one is complete.
             there = len(finished(run))
             at_once = max(1, min(keep + 1, there + saves) - there)
             if one + export > free:
@@ -129,7 +131,7 @@ def check_room(run: Path, tensors: WholeTensors, saves: int, keep: int, export: 
                 )
             if at_once * one + export > free:
                 warning = (
-                    f"{at_once} more checkpoints of {size(one)} will be there at once, and the disk of {run} has {size(free)} "
+                    f"up to {at_once} more checkpoints of {size(one)} will exist at once, and the disk of {run} has {size(free)} "
                     "left: lower saving.keep, or make room"
                 )
     return warning
@@ -145,10 +147,10 @@ def checkpoint_bytes(tensors: WholeTensors) -> int:
 
 @contextmanager
 def explained_writes(folder: Path) -> Iterator[None]:
-    """What a run cannot write to its folder is the disk's fault or a right that is missing, not upcycle's.
+    """Turn failures to write into ``folder`` into errors that say what is wrong: a full disk, or a missing right.
 
     Raises:
-        EnvironmentFault: with what is complete and how to go on.
+        EnvironmentFault: says what is complete, and how to continue.
     """
     try:
         yield
@@ -161,7 +163,7 @@ def explained_writes(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def faults_together(ranks: Ranks) -> Iterator[None]:
-    """What fails on one rank is raised on all."""
+    """Raise on all ranks what fails on one of them inside this block, so that none waits for it forever."""
     error: BaseException | None = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""One stage of a run made ready: model, parent, engine, data, and what a checkpoint must keep of it."""
+"""One stage of a run, made ready: its model, parent, engine and data, and its part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from upcycle.trainers.data.batches import TokenStream, open_stream, open_validat
 from upcycle.trainers.data.packed_attention import check_fits, packing_leak
 from upcycle.trainers.distillation.expert_targets import recorded_scale
 from upcycle.trainers.distillation.logit_cache import LogitCache, parent_identity, prepare_cache
+from upcycle.trainers.distillation.parent import Parent
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
 from upcycle.trainers.forecast.flops import training_flops
@@ -31,17 +32,18 @@ from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRec
 from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
-from upcycle.trainers.run.step import Parent, Stepper
+from upcycle.trainers.run.step import Stepper
 
 
 class Stage:
-    """A stage with its engine.
+    """A stage that is ready to take steps, with its model in a DeepSpeed engine.
 
     Args:
         recipe: the run's.
-        stage: one of its stages.
-        origin: the folder the run starts from.
-        saved: checkpoint whose weights the stage starts from; with ``resumed`` its states too.
+        stage_recipe: the stage's, one of ``recipe.stages``.
+        origin: the folder of the model that the run starts from.
+        saved: the checkpoint whose weights the stage starts from, if any.
+        resumed: whether the optimizer's states come from ``saved``, too: the checkpoint lies within this stage.
         ranks: all of them.
         tokenizer: the model's.
 
@@ -52,46 +54,47 @@ class Stage:
     def __init__(
         self,
         recipe: TrainRecipe,
-        stage: StageRecipe,
+        stage_recipe: StageRecipe,
         origin: Path,
         saved: SavedRun | None,
         resumed: bool,
         ranks: Ranks,
         tokenizer: Any,
     ) -> None:
-        self.recipe, self.stage = recipe, stage
+        self.recipe, self.stage_recipe = recipe, stage_recipe
         self.passes = accumulation(recipe, ranks.world_size)
-        self.steps = recipe.steps_of(stage)
-        self.rates, self.schedule = recipe.rate_and_schedule(stage)
-        # On the host: DeepSpeed takes to the device what each rank keeps. What fp32 weights a checkpoint has come later.
+        self.steps = recipe.steps_of(stage_recipe)
+        self.rates, self.schedule = recipe.rate_and_schedule(stage_recipe)
+        # Into the host's memory: DeepSpeed moves to the device what each rank keeps. A checkpoint's fp32 weights follow below.
         dtype = getattr(torch, recipe.dtype)
         self.model = load_model(saved.folder if saved else origin, dtype, torch.device("cpu"), recipe.experts)
         check_fits(self.model.config, tokenizer, recipe.length)
         leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
-        prepare(self.model, checkpointing=checkpointing, activation=stage.activation, where=recipe.model)
-        self.stepper = Stepper(self.model, stage, ranks, self._parent(origin, ranks), recipe.clip)
+        prepare(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
+        self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
         divided = recipe.expert_parallel > 1
-        if divided and stage.control != ControlParameters():
+        if divided and stage_recipe.control != ControlParameters():
             raise UsageError(
-                f"stage '{stage.name}': control changes what stock routers decide, and AutoEP replaces those",
+                f"stage '{stage_recipe.name}': control changes what stock routers decide, and AutoEP replaces those",
                 hint="leave control out, or set expert_parallel: 1",
             )
-        own = stage.distillation
-        if own and own.taught and (divided or recipe.zero.stage == 3):
+        distillation = stage_recipe.distillation
+        if distillation and distillation.taught and (divided or recipe.zero.stage == 3):
             raise UsageError(
-                f"stage '{stage.name}': {own.taught[0]} runs every expert on every rank, which has not all of them",
+                f"stage '{stage_recipe.name}': {distillation.taught[0]} runs every expert on every rank, and here a rank "
+                "holds only some of them",
                 hint="set expert_parallel: 1 and zero.stage below 3",
             )
         if not divided:
             self.stepper.attach()
-        self.trained = select(self.model, stage.train)
+        self.trained = select(self.model, stage_recipe.train)
         if divided and recipe.zero_stage(ranks.world_size) < 3 and "experts" not in self.trained.values():
             raise UsageError(
-                f"stage '{stage.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
+                f"stage '{stage_recipe.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
                 hint="set expert_parallel: 1, or zero.stage: 3",
             )
-        # SGD's steps shrink with the gradient.
+        # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
         self.warnings = [
             text for text in (leak, lost, self.stepper.control.unexported, unread_warning(self.model)) if text
@@ -103,7 +106,7 @@ class Stage:
         if divided:
             self.stepper.attach()
         self.tensors = WholeTensors(self.engine, state_keys(recipe.optimizer))
-        data = stage.data or recipe.data
+        data = stage_recipe.data or recipe.data
         self.stream: TokenStream = open_stream(
             data,
             tokenizer,
@@ -125,7 +128,7 @@ class Stage:
         return max((layer.rule.top_k for layer in moe_layers(self.model)), default=0)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of losses, balance and data, as JSON."""
+        """What a checkpoint must keep of losses, balance and data, as JSON."""
         balance = self.stepper.balance
         return {
             "losses": {loss.name: loss.state() for loss in self.stepper.losses},
@@ -134,7 +137,7 @@ class Stage:
         }
 
     def load_state(self, state: dict[str, Any]) -> list[str]:
-        """Continue from :meth:`state`; returns what of the data is not what it was, in words."""
+        """Continue from :meth:`state`; returns a sentence for every file of the data that has changed since."""
         for loss in self.stepper.losses:
             loss.load_state(state["losses"].get(loss.name, {}))
         if self.stepper.balance and state["balance"]:
@@ -142,39 +145,39 @@ class Stage:
         return self.stream.restore(state["data"])
 
     def close(self) -> None:
-        """Give the memory back before the next stage."""
+        """Free the model and the engine before the next stage makes its own."""
         self.stepper.detach()
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
 
     def _parent(self, origin: Path, ranks: Ranks) -> Parent | None:
-        own = self.stage.distillation
-        if own is None:
+        distillation = self.stage_recipe.distillation
+        if distillation is None:
             return None
-        if own.taught and own.expert_scale is None:
-            own = own.model_copy(update={"expert_scale": recorded_scale(origin)})
-        folder = parent_folder(own.parent, origin)
-        dtype = self.recipe.dtype if own.dtype == "auto" else own.dtype
+        if distillation.taught and distillation.expert_scale is None:
+            distillation = distillation.model_copy(update={"expert_scale": recorded_scale(origin)})
+        folder = parent_folder(distillation.parent, origin)
+        dtype = self.recipe.dtype if distillation.dtype == "auto" else distillation.dtype
 
         def load() -> Any:
             parent = load_model(folder, getattr(torch, dtype), ranks.device)
             check_parent(parent, self.model, folder, self.recipe.length)
             return parent
 
-        return Parent(load, own, self._cache(own, folder, dtype, ranks))
+        return Parent(load, distillation, self._cache(distillation, folder, dtype, ranks))
 
-    def _cache(self, own: DistillationRecipe, parent: Path, dtype: str, ranks: Ranks) -> LogitCache | None:
-        if own.cache is None:
+    def _cache(self, recipe: DistillationRecipe, parent: Path, dtype: str, ranks: Ranks) -> LogitCache | None:
+        if recipe.cache is None:
             return None
-        folder, error = user_path(own.cache), None
+        folder, error = user_path(recipe.cache), None
         if ranks.first:
             try:
-                prepare_cache(folder, parent_identity(parent, dtype, own.top_p, own.most))
+                prepare_cache(folder, parent_identity(parent, dtype, recipe.top_p, recipe.most))
             except UpcycleError as fault:
                 error = fault
         ranks.raise_together(error)
-        return LogitCache(folder, own.top_p, own.most)
+        return LogitCache(folder, recipe.top_p, recipe.most)
 
     def _engine(self, ranks: Ranks) -> Any:
         deepspeed = import_deepspeed()
@@ -183,10 +186,10 @@ class Stage:
         def optimizer(_: Any) -> torch.optim.Optimizer:
             return make_optimizer(self.recipe.optimizer, groups(self.model, self.rates))
 
-        # DeepSpeed prints of its own accord; stdout is for results.
+        # DeepSpeed prints while it starts, and stdout is for results.
         with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
         if ranks.world_size == 1 and not engine.zero_optimization_stage():
-            # There is nobody to add gradients with. DeepSpeed would copy all of them together and back.
+            # There are no other ranks to add gradients with. DeepSpeed would still copy all gradients into a bucket and back.
             engine.enable_backward_allreduce = False
         return engine

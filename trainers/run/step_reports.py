@@ -1,4 +1,4 @@
-"""What is said of a run: one compact line a step, the same in log.jsonl, and trackers."""
+"""The reports of a run: one line per step on the screen, the same numbers in log.jsonl and in trackers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, as it is printed and logged. ``utilisation`` is of the device's peak, ``memory`` in bytes on this rank."""
+    """One step, as it is printed and logged.
+
+    ``utilisation`` is a fraction of the devices' peak, ``memory`` the peak on this rank so far, in bytes.
+    """
 
     step: int
     steps: int
@@ -41,7 +44,7 @@ class StepReport:
     dropped: float = 0.0
 
     def line(self) -> str:
-        """Everything in one line; of the layers' loads the worst."""
+        """Everything in one line: of the layers' loads, the worst."""
         cells = [
             f"{self.stage} {self.step}/{self.steps}",
             f"loss {self.loss:.4f}",
@@ -59,7 +62,7 @@ class StepReport:
         return "  ".join(cells)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for log.jsonl; what is not finite becomes ``None``, as JSON has no word for it."""
+        """Plain numbers for log.jsonl."""
         content = {
             "kind": "step",
             "step": self.step,
@@ -82,13 +85,13 @@ class StepReport:
 
 
 class Reports:
-    """Where the first rank's reports go; other ranks have none.
+    """Where the first rank reports to; other ranks report nothing.
 
     Args:
         folder: the run's.
-        trackers: names of the recipe.
+        trackers: their names in the recipe.
         say: prints a line.
-        first_step: the step the run goes on from; what log.jsonl has of later ones is dropped, as they are done again.
+        first_step: the step that the run continues from. Later lines of log.jsonl are dropped: those steps are run again.
 
     Raises:
         EnvironmentFault: a tracker is not installed, or does not start: nobody is logged in, or its service is not reached.
@@ -102,7 +105,7 @@ class Reports:
         write_text_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def step(self, report: StepReport, printed: bool) -> None:
-        """Report a step."""
+        """Report a step; ``printed``: on the screen, too."""
         if printed:
             self.say(report.line())
         self.record(report.as_dict())
@@ -116,9 +119,9 @@ class Reports:
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(numbers, int(content["step"]))
-            except Exception as error:  # whatever its service or library has: the run and log.jsonl go on without it
+            except Exception as error:  # a tracker that fails, for whatever reason, must not end the run
                 del self._trackers[name]
-                self.say(f"warning: {name} is told nothing more, as it failed: {_first_line(error)}")
+                self.say(f"warning: {name} failed and gets no further reports: {_first_line(error)}")
 
     def close(self) -> None:
         """Finish the trackers."""
@@ -126,11 +129,11 @@ class Reports:
             try:
                 tracker.close()
             except Exception as error:
-                self.say(f"warning: {name} did not end well: {_first_line(error)}")
+                self.say(f"warning: {name} failed while closing: {_first_line(error)}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a log; one that was cut off by a kill is left out."""
+    """The complete lines of a log; a last line that a kill cut short is left out."""
     return read_lines(path) if path.exists() else []
 
 
@@ -142,6 +145,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def _finite(value: Any) -> Any:
+    # JSON has no NaN and no infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -158,8 +162,8 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Run:
-    """wandb, and trackio, which has the same interface."""
+class _Wandb:
+    """wandb; trackio has the same interface."""
 
     package = "wandb"
 
@@ -174,7 +178,7 @@ class _Run:
         self._module.finish()
 
 
-class _Trackio(_Run):
+class _Trackio(_Wandb):
     package = "trackio"
 
 
@@ -194,7 +198,7 @@ def _started(name: str, folder: Path) -> Any:
         raise
     except Exception as error:
         raise EnvironmentFault(
-            f"log.trackers: {name} does not start: {_first_line(error)}",
+            f"log.trackers: {name} did not start: {_first_line(error)}",
             hint=f"{_HELP[name]}, or leave it out of log.trackers",
         ) from error
 
@@ -204,8 +208,8 @@ def _first_line(error: Exception) -> str:
 
 
 _HELP = {
-    "tensorboard": "look at the run's folder",
+    "tensorboard": "check that the run's folder can be written",
     "wandb": "wandb login, or WANDB_MODE=offline to keep its files here",
     "trackio": "see trackio's documentation",
 }
-_TRACKERS: dict[str, Callable[[Path], Any]] = {"tensorboard": _TensorBoard, "wandb": _Run, "trackio": _Trackio}
+_TRACKERS: dict[str, Callable[[Path], Any]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}

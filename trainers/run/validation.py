@@ -1,4 +1,4 @@
-"""The loss on every domain's held-out text, all ranks together."""
+"""The loss on every domain's held-out text, measured by all ranks together."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 import torch
 
 from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packed_attention import forward
 from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.losses.next_token import next_token_losses
 from upcycle.trainers.routing.router_control import RouterControl
-from upcycle.trainers.run.step import next_token_losses
 
 
 def validate(
     engine: Any, held_out: Mapping[str, Sequence[PackedBatch]], ranks: Ranks, control: RouterControl | None = None
 ) -> dict[str, float]:
-    """Mean nats per target of every domain, of the function that is trained: with what its ``control`` does in evaluation.
+    """Mean next-token loss of every domain, in nats per target.
 
-    Ranks take batches in turn, and each runs as many as the others: with divided weights a forward pass needs all of them.
+    Args:
+        engine: the model, or DeepSpeed's engine around it; in training mode afterwards.
+        held_out: every domain's batches, which ranks take in turn.
+        ranks: all of them.
+        control: what changes its routers, and does so here as it is set for evaluation; ``None``: nothing.
     """
     engine.eval()
     sums: list[float] = []
@@ -28,10 +33,11 @@ def validate(
             for turn in range(-(-len(batches) // ranks.world_size)):
                 place = turn * ranks.world_size + ranks.rank
                 counts = place < len(batches)
+                # Where weights are divided, every forward pass needs all ranks: one without a batch of its own runs the first.
                 batch = on_device(batches[place if counts else 0], ranks.device)
                 if control is not None:
                     control.rows(batch.real)
-                logits = engine(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+                logits = forward(engine, batch).logits
                 if counts:
                     mask = batch.mask[:, 1:]
                     nats += float((next_token_losses(logits, batch.ids) * mask).double().sum())
@@ -45,7 +51,7 @@ def validate(
 
 
 def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """A batch where the model is."""
+    """The same batch on ``device``."""
     if device.type == "cpu":
         return batch
     return PackedBatch(batch.ids.to(device), batch.mask.to(device), batch.positions.to(device), batch.domains)

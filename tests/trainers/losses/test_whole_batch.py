@@ -17,6 +17,7 @@ from training_runs import recipe_for
 
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packing import layout
+from upcycle.trainers.distillation.parent import Parent
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.forecast.communication import forecast_communication
 from upcycle.trainers.forecast.model_counts import ModelCounts, count_model
@@ -30,7 +31,8 @@ from upcycle.trainers.routing.bias_balance import BiasBalance
 from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import capture
 from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
-from upcycle.trainers.run.step import Parent, Stepper, StepResult
+from upcycle.trainers.run.step import Stepper
+from upcycle.trainers.run.step_result import StepResult
 
 ROWS, LENGTH = 4, 10
 FRAGMENTS = ([6, 3], [4], [10], [1, 1, 7])  # of each row; the rest is padding

@@ -94,18 +94,18 @@ def test_stages_that_have_not_begun_are_free() -> None:
     more.append({"name": "three", "steps": 1, "learning_rate": 1.0})
     assert keys(accepted_changes(saved, recipe_of(stages=more), "weights")) == ["stages.two", "stages.three"]
     saved.state["stage"] = 1  # the first is done: its length is a fact
-    with pytest.raises(UsageError, match=r"another run: stages\.one\.steps was 6, and is 7"):
+    with pytest.raises(UsageError, match=r"another run: stages\.one\.steps was 6 and is now 7"):
         accepted_changes(saved, two_stages(steps=7), "weights")
-    with pytest.raises(UsageError, match=r'stages\.two was "two", and is nothing|stages\.two was'):
+    with pytest.raises(UsageError, match=r'stages\.two was "two" and is now nothing|stages\.two was'):
         accepted_changes(saved, recipe_of(), "weights")
 
 
 REFUSED = [
-    ({"seed": 1}, "seed was 0, and is 1"),
-    ({"length": 64, "dtype": "bfloat16"}, 'length was 512, and is 64; dtype was "float32", and is "bfloat16"'),
-    ({"optimizer": {"betas": [0.9, 0.99]}}, r"optimizer\.betas was \[0\.9, 0\.95\], and is \[0\.9, 0\.99\]"),
-    ({"data": {"domains": {"text": "prose"}}}, r'data\.domains\.text\.text was \["demo"\], and is \["prose"\]'),
-    ({"data": {"domains": {"text": "demo", "b": "prose"}}}, r"data\.domains\.b was nothing, and is \{"),
+    ({"seed": 1}, "seed was 0 and is now 1"),
+    ({"length": 64, "dtype": "bfloat16"}, 'length was 512 and is now 64; dtype was "float32" and is now "bfloat16"'),
+    ({"optimizer": {"betas": [0.9, 0.99]}}, r"optimizer\.betas was \[0\.9, 0\.95\] and is now \[0\.9, 0\.99\]"),
+    ({"data": {"domains": {"text": "prose"}}}, r'data\.domains\.text\.text was \["demo"\] and is now \["prose"\]'),
+    ({"data": {"domains": {"text": "demo", "b": "prose"}}}, r"data\.domains\.b was nothing and is now \{"),
 ]
 
 
@@ -119,13 +119,13 @@ def test_another_run_is_refused_with_all_that_differs(changes: dict[str, Any], m
 
 def test_other_weights_fewer_steps_and_learned_noise_are_refused() -> None:
     saved: Any = Saved(two_stages())
-    with pytest.raises(UsageError, match='model was "weights", and is "others"'):
+    with pytest.raises(UsageError, match='model was "weights" and is now "others"'):
         accepted_changes(saved, two_stages(), "others")
-    with pytest.raises(UsageError, match=r"'one' is to have 1 steps, and .* has done 2 of it"):
+    with pytest.raises(UsageError, match=r"'one' has 1 steps in the recipe, but .* has already done 2"):
         accepted_changes(saved, two_stages(steps=1), "weights")
-    with pytest.raises(UsageError, match=r'stages\.one\.control\.noise was "none", and is "learned"'):
+    with pytest.raises(UsageError, match=r'stages\.one\.control\.noise was "none" and is now "learned"'):
         accepted_changes(saved, two_stages(control={"noise": "learned"}), "weights")
-    with pytest.raises(UsageError, match=r'stages\.one\.train was \["all"\], and is \["router"\]'):
+    with pytest.raises(UsageError, match=r'stages\.one\.train was \["all"\] and is now \["router"\]'):
         accepted_changes(saved, two_stages(train=["router"]), "weights")
 
 
@@ -149,8 +149,8 @@ def test_a_run_that_was_not_finite_goes_on_as_its_hint_says(pico_moe: Model, tmp
     original = Stepper._losses
 
     def broken(self: Stepper, engine: Any, batch: Any, weight: float, progress: float, *more: Any) -> Any:
-        loss, parts, seen = original(self, engine, batch, weight, progress, *more)
-        return (loss * float("nan") if progress >= 0.5 else loss), parts, seen
+        loss, *others = original(self, engine, batch, weight, progress, *more)
+        return (loss * float("nan") if progress >= 0.5 else loss), *others
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stepper, "_losses", broken)
@@ -161,7 +161,7 @@ def test_a_run_that_was_not_finite_goes_on_as_its_hint_says(pico_moe: Model, tmp
     changed["stages"][0] |= {"learning_rate": 0.001, "steps": 8}
     result, said = run(TrainRecipe.model_validate(changed))
     assert result.step == 8
-    assert "changed: clip was 1.0, and is 0.1" in said
+    assert "changed: clip was 1.0 and is now 0.1" in said
     assert [line["learning_rate"] for line in steps(recipe)[2:]] != [
         line["learning_rate"] for line in steps(recipe)[:2]
     ]
@@ -172,7 +172,7 @@ def test_a_run_that_was_not_finite_goes_on_as_its_hint_says(pico_moe: Model, tmp
     saved = latest(Path(recipe.output))
     assert saved is not None
     assert {change["key"] for change in saved.state["changes"]} == expected
-    assert any("the schedule is that of all 8 steps: step 3 has" in line for line in said)
+    assert any("the schedule now spans 8 steps: the learning rate of step 3 is" in line for line in said)
 
 
 def test_a_mended_file_is_said_and_logged(pico_moe: Model, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def _stopped_at(recipe: Any, step: int, number: int = signal.SIGTERM) -> None:
     assert result.step == step
     assert result.checkpoint.endswith(f"step-{step:08d}")
     name = signal.Signals(number).name
-    assert said[-1] == f"stopped by {name} at step {step}, which is saved; the same command continues"
+    assert said[-1] == f"stopped by {name} after step {step}, which is saved; the same command continues the run"
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -278,9 +278,9 @@ def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(pico_moe: Mode
     original = Stepper._losses
 
     def broken(self: Stepper, engine: Any, batch: Any, weight: float, progress: float) -> Any:
-        loss, parts, seen = original(self, engine, batch, weight, progress)
+        loss, parts, nats, records = original(self, engine, batch, weight, progress)
         bad = math.nan if progress >= 0.5 else 1.0
-        return loss * bad, parts, (seen[0] * bad, seen[1])
+        return loss * bad, parts, nats * bad, records
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stepper, "_losses", broken)
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_run_is_refused(pico_moe: Model, tmp_path: Path)
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 2})
     run(recipe)
     other = recipe.model_copy(update={"seed": 5})
-    with pytest.raises(UsageError, match="another run: seed was 0, and is 5") as error:
+    with pytest.raises(UsageError, match="another run: seed was 0 and is now 5") as error:
         run(other)
     assert "--restart" in str(error.value.hint)
     with pytest.raises(UsageError, match="another run: model was"):
@@ -336,7 +336,7 @@ def test_a_checkpoint_of_another_run_is_refused(pico_moe: Model, tmp_path: Path)
         ({"length": 1024}, "rows of 1024 tokens are longer than the model's context"),
         ({"global_batch": 6, "micro_batch": 2, "stage": {"train": ["nothing*"]}}, "matches no parameter"),
         ({"zero": {"settings": {"reduce_buckets": 3}}}, "unknown key 'reduce_buckets'"),
-        ({"zero": {"settings": {"stage": 3}}}, "the recipe sets this itself"),
+        ({"zero": {"settings": {"stage": 3}}}, "other keys of the recipe decide this"),
         ({"zero": {"settings": {"reduce_bucket_size": "many"}}}, "zero.settings.reduce_bucket_size"),
         ({"experts": "fastest"}, "transformers has no 'fastest'"),
         ({"stage": {"losses": {"hoyer": {}}}}, "hoyer is a loss of dense FFNs"),

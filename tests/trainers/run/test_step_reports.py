@@ -111,7 +111,7 @@ def test_a_tracker_that_does_not_start_or_fails_later(tmp_path: Path, monkeypatc
 
     monkeypatch.setitem(step_reports._TRACKERS, "wandb", Service)
     said: list[str] = []
-    with pytest.raises(EnvironmentFault, match=r"log.trackers: wandb does not start: api_key not configured") as error:
+    with pytest.raises(EnvironmentFault, match=r"log.trackers: wandb did not start: api_key not configured") as error:
         Reports(tmp_path, ["wandb"], said.append)
     assert "wandb login, or WANDB_MODE=offline" in str(error.value.hint)
     (tmp_path / "logged in").touch()
@@ -119,5 +119,5 @@ def test_a_tracker_that_does_not_start_or_fails_later(tmp_path: Path, monkeypatc
     told.record({"kind": "step", "step": 1, "loss": 2.0})
     told.record({"kind": "step", "step": 2, "loss": 1.0})
     told.close()
-    assert said == ["warning: wandb is told nothing more, as it failed: the service has gone"]
+    assert said == ["warning: wandb failed and gets no further reports: the service has gone"]
     assert len(read_log(tmp_path / "log.jsonl")) == 2

@@ -13,10 +13,10 @@ from training_runs import recipe_for, run
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packing import layout
 from upcycle.trainers.distributed.ranks import Ranks
+from upcycle.trainers.losses.next_token import next_token_losses
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import capture
-from upcycle.trainers.run.step import next_token_losses
 from upcycle.trainers.run.validation import validate
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
