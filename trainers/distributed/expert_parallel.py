@@ -1,4 +1,4 @@
-"""Experts divided among ranks by DeepSpeed's AutoEP: for which targets, and how its layers are read.
+"""Experts divided among ranks by DeepSpeed's AutoEP: which targets it can divide, and how its blocks map to stock ones.
 
 E experts, F intermediate, D hidden.
 """
@@ -14,14 +14,14 @@ from torch import nn
 
 from upcycle.errors import UsageError
 
-# model_type -> DeepSpeed's preset. Its "qwen3_moe" covers Qwen2-MoE, of which shared experts it knows both names.
+# model_type -> DeepSpeed's preset. Its "qwen3_moe" covers Qwen2-MoE, too: it knows both names of the shared expert.
 PRESETS = {
     "mixtral": "mixtral",
     "qwen2_moe": "qwen3_moe",
     "qwen3_moe": "qwen3_moe",
 }
 _SIGMOID = (
-    "DeepSpeed leaves out biases on the choice of experts that are buffers, as they are here "
+    "DeepSpeed ignores a bias on the choice of experts that is a buffer, as it is here "
     "(github.com/deepspeedai/DeepSpeed/issues/8358), so the trained model would choose other experts than the exported one"
 )
 _REFUSED = {
@@ -30,13 +30,19 @@ _REFUSED = {
     "solar_open": _SIGMOID,
     "lfm2_moe": _SIGMOID,
     "ernie4_5_moe": _SIGMOID,
-    "qwen3_5_moe_text": "DeepSpeed has a preset for it, whose curve was not yet compared with that of one rank",
+    "qwen3_5_moe_text": "DeepSpeed has a preset for it, but training with it was not yet compared with training on one rank",
 }
 _UNKNOWN = "DeepSpeed has no preset for this architecture"
 
 
 def check(model_type: str, experts: int, size: int, world_size: int) -> None:
-    """Refuse what AutoEP cannot divide.
+    """Refuse models and sizes that AutoEP cannot divide.
+
+    Args:
+        model_type: of the MoE.
+        experts: in each layer.
+        size: ranks that are to share the experts of a layer.
+        world_size: number of all ranks.
 
     Raises:
         UsageError: with the reason.
@@ -53,8 +59,8 @@ def check(model_type: str, experts: int, size: int, world_size: int) -> None:
 
 
 def configuration(model_type: str, size: int) -> dict[str, Any]:
-    """DeepSpeed's ``expert_parallel`` section."""
-    # Experts run one after another on CPUs: there DeepSpeed's grouped product needs alignments that small ones lack.
+    """The ``expert_parallel`` section of DeepSpeed's configuration."""
+    # On CPUs, experts run one after another: DeepSpeed's grouped product needs alignments there that small experts lack.
     return {
         "enabled": True,
         "autoep_size": size,
@@ -65,10 +71,10 @@ def configuration(model_type: str, size: int) -> dict[str, Any]:
 
 @contextmanager
 def compatible_registry() -> Iterator[bool]:
-    """Let DeepSpeed look up what transformers records of a model, whichever of both is newer; yields whether that was needed.
+    """Within this block, let DeepSpeed 0.19 read transformers' registry of recorded outputs; yields whether that needs help.
 
-    DeepSpeed 0.19 asks the registry by the name of a class, with a default, as a dictionary; since 5.23 transformers'
-    registry takes the model itself. Inside, it takes both.
+    DeepSpeed asks the registry for the name of a class, with a default, as it would ask a dictionary. Since 5.23, the registry's
+    ``get`` takes the model itself. It is replaced while DeepSpeed starts by one that takes both, and put back afterwards.
     """
     try:
         from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -79,20 +85,20 @@ def compatible_registry() -> Iterator[bool]:
     if kind is dict or answers_by_name():
         yield False
         return
-    own = kind.get
+    original = kind.get
 
     def get(registry: Any, key: Any, default: Any = None) -> Any:
-        return dict.get(registry, key, default) if isinstance(key, str) else own(registry, key)
+        return dict.get(registry, key, default) if isinstance(key, str) else original(registry, key)
 
     kind.get = get
     try:
         yield True
     finally:
-        kind.get = own
+        kind.get = original
 
 
 def answers_by_name() -> bool:
-    """Whether the installed transformers' registry can be asked as DeepSpeed 0.19 asks it."""
+    """Whether the registry of the installed transformers can be read in DeepSpeed 0.19's way."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     registry: Any = _CAN_RECORD_REGISTRY
@@ -103,12 +109,15 @@ def answers_by_name() -> bool:
 
 
 def is_parallel(block: nn.Module) -> bool:
-    """Whether a MoE block is one of AutoEP's."""
+    """Whether a MoE block is AutoEP's, in place of the stock one."""
     return bool(getattr(block, "_is_autoep_layer", False))
 
 
 def read_router(block: nn.Module) -> Any:
-    """A function that makes ``(logits, weights, experts)``, as stock routers give them, of the output of AutoEP's router."""
+    """A function that turns the output of AutoEP's router into ``(logits, weights, experts)``, as stock routers return them.
+
+    The logits are not part of that output: a hook on the router's gate keeps them until then.
+    """
     router: Any = block.router
     seen: dict[str, torch.Tensor] = {}
     router.gate.register_forward_hook(lambda _, __, logits: seen.update(logits=logits))
@@ -121,9 +130,13 @@ def read_router(block: nn.Module) -> Any:
 
 
 def stock_names(prefix: str, router: str) -> dict[str, tuple[str, ...]]:
-    """The stock names of an AutoEP block's own parameters below ``prefix``, and which of its make each up.
+    """Stock name of each parameter of an AutoEP block at ``prefix`` -> names of the block's parameters that it consists of.
 
-    ``gate_up_proj`` ``[E, 2F, D]`` is w1 and w3 ``[E, F, D]`` of every expert one behind the other.
+    ``gate_up_proj`` ``[E, 2F, D]`` is w1 and w3, ``[E, F, D]`` each, concatenated within every expert.
+
+    Args:
+        prefix: name of the block in the model.
+        router: name of the router in the stock block.
     """
     return {
         f"{prefix}.{router}.weight": (f"{prefix}.router.gate.weight",),

@@ -1,7 +1,7 @@
-"""Ranks on the machines of a host file: one ssh connection to each, which carries the start, the signals and the end.
+"""Starts ranks on the machines of a host file, over one ssh connection to each.
 
-What starts the ranks there is :mod:`upcycle.cli.host_ranks`. It reads from the connection, so that a launcher that is
-killed, or a connection that breaks, ends the ranks as a signal would: they save.
+The connection carries the command, the signals and the exit code. At its other end :mod:`upcycle.cli.host_ranks` starts the
+ranks and reads from it. If the launcher is killed or the connection breaks, the ranks stop as they do after a signal: they save.
 """
 
 from __future__ import annotations
@@ -24,35 +24,39 @@ from upcycle.hardware.child_processes import run_module
 from upcycle.trainers.distributed.launcher import Local, Started, wait
 
 AGENT = "upcycle.cli.host_ranks"
-KILL = "KILL"  # a line to the agent, beside the names of signals
-_SSH_FAILED = 255
+KILL = "KILL"  # what the agent is sent to kill its ranks; other lines are names of signals
+_SSH_FAILED = 255  # the exit code of ssh itself
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d{0,5})")
 _HINT = "one line per machine: NAME slots=RANKS"
-_ANSWER = 20  # seconds that a machine has to answer
-# What else of the environment goes to other machines, beside what says where ranks meet.
+_ANSWER = 20  # seconds for a machine to answer
+# Variables of this environment that ranks on other machines get, too.
 _PREFIXES = ("CUDA_", "DS_", "FI_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTHON", "TOKENIZERS_", "TORCH_", "TRITON_", "UCX_",
              "UPCYCLE_", "WANDB_", "XDG_")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and how many ranks it takes."""
+    """A machine, and how many ranks run on it."""
 
     name: str
     ranks: int
 
     @property
     def local(self) -> bool:
-        """Whether it is this machine: no connection is needed."""
-        own = socket.gethostname()
-        return self.name in ("localhost", "127.0.0.1", "::1", own, own.partition(".")[0])
+        """Whether it is this machine, so that no connection is needed."""
+        here = socket.gethostname()
+        return self.name in ("localhost", "127.0.0.1", "::1", here, here.partition(".")[0])
 
 
 def read_hosts(path: Path, nproc: int | None) -> list[Host]:
-    """The machines of a host file (``NAME slots=N`` a line), each with ``nproc`` ranks, or as many as it has slots.
+    """The machines of a host file, which has a line ``NAME slots=N`` for each.
+
+    Args:
+        path: the file.
+        nproc: ranks on each machine; ``None``: as many as it has slots.
 
     Raises:
-        UsageError: there is no such file, nothing in it, or a machine is there twice or has fewer slots.
+        UsageError: the file is missing, empty or malformed, or a machine is listed twice or has fewer than ``nproc`` slots.
     """
     if not path.is_file():
         raise UsageError(f"no such host file: {path}", hint=_HINT)
@@ -66,23 +70,25 @@ def read_hosts(path: Path, nproc: int | None) -> list[Host]:
             raise UsageError(f"{path}: cannot read '{text}' in line {number}", hint=_HINT)
         host = Host(match["name"], int(match["slots"]))
         if host.name.startswith("-"):
-            raise UsageError(f"{path}: '{host.name}' is no name of a machine", hint=_HINT)
+            raise UsageError(f"{path}: '{host.name}' is not the name of a machine", hint=_HINT)
         if host.name in (other.name for other in found):
-            raise UsageError(f"{path}: '{host.name}' is there twice", hint="one line for all its ranks")
+            raise UsageError(
+                f"{path}: '{host.name}' is listed twice", hint="give each machine one line for all its ranks"
+            )
         if nproc and nproc > host.ranks:
             raise UsageError(
                 f"{path}: {host.name} has {host.ranks} slots, and --nproc is {nproc}", hint="lower --nproc"
             )
         found.append(Host(host.name, nproc or host.ranks))
     if not found:
-        raise UsageError(f"{path}: no machine in it", hint=_HINT)
+        raise UsageError(f"{path} lists no machine", hint=_HINT)
     return found
 
 
 def launch_hosts(arguments: Sequence[str], hostfile: Path, nproc: int | None) -> int:
-    """Run ``upcycle ARGUMENTS`` on the machines of a host file; returns the exit code, see :func:`launcher.wait`.
+    """Run ``upcycle ARGUMENTS`` on the machines of a host file; returns the exit code that :func:`launcher.wait` gives.
 
-    The folder in which the command was given and this Python must be there under the same names.
+    The current folder and this Python must exist under the same paths on every machine.
 
     Raises:
         UsageError: see :func:`read_hosts`.
@@ -109,7 +115,7 @@ def launch_hosts(arguments: Sequence[str], hostfile: Path, nproc: int | None) ->
 
 
 class _Agent(Started):
-    """The ranks of one machine."""
+    """The agent that starts the ranks of one machine, here or at the other end of an ssh connection."""
 
     def __init__(self, host: Host, arguments: Sequence[str], first: int, place: dict[str, str]) -> None:
         self.host = host
@@ -117,14 +123,14 @@ class _Agent(Started):
         if not host.local:
             command = [*_ssh(host), shlex.join(["exec", *command])]
         self._local = Local(command, os.environ, control=True)
-        told = {
+        orders = {
             "arguments": list(arguments),
             "ranks": [first, first + host.ranks],
             "folder": str(Path.cwd()),
             "environment": {**{k: v for k, v in os.environ.items() if k.startswith(_PREFIXES)}, **place},
         }
-        # Not on the command line, where everybody on both machines could read it.
-        self._tell(json.dumps(told))
+        # Not on the command line, where every user of both machines could read the environment.
+        self._send_line(json.dumps(orders))
 
     def code(self) -> int | None:
         """See :class:`Started`."""
@@ -132,19 +138,19 @@ class _Agent(Started):
 
     def send(self, number: int) -> None:
         """See :class:`Started`."""
-        self._tell(signal.Signals(number).name)
+        self._send_line(signal.Signals(number).name)
 
     def kill(self) -> None:
         """See :class:`Started`."""
-        self._tell(KILL)
+        self._send_line(KILL)
         with suppress(subprocess.TimeoutExpired):
             self._local.process.wait(_ANSWER)
         self._local.kill()
 
-    def _tell(self, line: str) -> None:
+    def _send_line(self, line: str) -> None:
         pipe = self._local.process.stdin
         assert pipe is not None
-        with suppress(OSError):  # it has ended, as its exit code will say
+        with suppress(OSError):  # the agent has ended, which its exit code will tell
             pipe.write(line.encode() + b"\n")
             pipe.flush()
 
@@ -154,18 +160,20 @@ def _ssh(host: Host) -> list[str]:
 
 
 def _address(hosts: Sequence[Host]) -> str:
-    """Where ranks meet: the first machine's own first address, as others may know it by another name."""
+    """The address at which ranks meet: the first one that the first machine reports, as its name may differ elsewhere."""
     if all(host.local for host in hosts):
         return "127.0.0.1"
     command = ["hostname", "-I"] if hosts[0].local else [*_ssh(hosts[0]), "hostname -I"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         raise EnvironmentFault(
-            f"{hosts[0].name} of the host file does not say its address: {said[-1] if said else error}",
-            hint="set MASTER_ADDR to an address of it that all machines can reach",
+            f"the address of {hosts[0].name}, the host file's first machine, was not found: {lines[-1] if lines else error}",
+            hint="set MASTER_ADDR to an address of that machine that all others can reach",
         ) from None
     if not answer.stdout.split():
-        raise EnvironmentFault(f"{hosts[0].name} of the host file has no address", hint="set MASTER_ADDR")
+        raise EnvironmentFault(
+            f"{hosts[0].name}, the host file's first machine, reports no address", hint="set MASTER_ADDR"
+        )
     return answer.stdout.split()[0]

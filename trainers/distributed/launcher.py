@@ -1,4 +1,7 @@
-"""Starts ranks on this machine, hands signals on to them, and waits; with :mod:`upcycle.trainers.distributed.hosts` on several."""
+"""Starts ranks on this machine, passes signals on to them, and waits for them.
+
+:mod:`upcycle.trainers.distributed.hosts` does the same on several machines.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,29 @@ from upcycle.trainers.distributed.signals import INTERRUPTED, LAUNCHER, TOGETHER
 
 COMMAND = "UPCYCLE_COMMAND"  # in a rank's environment: the command that started all of them
 _MODULE = "upcycle.cli.main"
-_GRACE = 600.0  # seconds that the others have to save, once one has stopped
-_AFTER_FAILURE = 15.0  # seconds that the others have to say why, once one has failed
-_LAST_WORDS = 1.0  # seconds between asking the others to end and ending them
+_GRACE = 600.0  # seconds for the others to save, once one has stopped
+_AFTER_FAILURE = 15.0  # seconds for the others to print their own errors, once one has failed
+_LAST_WORDS = 1.0  # seconds between SIGTERM and SIGKILL
 
 
 class Started(Protocol):
-    """A process that was started: a rank, or the ranks of another machine."""
+    """A process that was started: a rank, or the agent that starts the ranks of a machine."""
 
     def code(self) -> int | None:
-        """Its exit code as a shell gives it, or ``None`` while it runs."""
+        """Its exit code as a shell gives it (128 + n after signal n), or ``None`` while it runs."""
 
     def send(self, number: int) -> None:
-        """Have it told of a signal."""
+        """Send it a signal."""
 
     def kill(self) -> None:
-        """End it and all it started, and wait for that."""
+        """Kill it and all that it started, and wait for its end."""
 
 
 class Local:
-    """A process here, in a session of its own: a terminal's Ctrl-C reaches it once, by :meth:`send`."""
+    """A process on this machine, in a session of its own: so a terminal's Ctrl-C reaches it once, through :meth:`send`."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], control: bool = False) -> None:
-        """``control``: its standard input is a pipe, for :attr:`process`."""
+        """``control``: give it a pipe as standard input, which is ``process.stdin`` here."""
         self.process = subprocess.Popen(
             command,
             env=safe_environment(environment) | {LAUNCHER: str(os.getpid())},
@@ -50,8 +53,8 @@ class Local:
 
     def code(self) -> int | None:
         """See :class:`Started`."""
-        found = self.process.poll()
-        return 128 - found if found is not None and found < 0 else found
+        code = self.process.poll()
+        return 128 - code if code is not None and code < 0 else code
 
     def send(self, number: int) -> None:
         """See :class:`Started`."""
@@ -66,13 +69,19 @@ class Local:
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks here; returns their exit code, see :func:`wait`."""
+    """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks on this machine; returns the exit code that :func:`wait` gives."""
     place = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     return wait(start_ranks(arguments, range(nproc), {**os.environ, **place}))
 
 
 def start_ranks(arguments: Sequence[str], ranks: range, environment: Mapping[str, str]) -> list[Started]:
-    """Start ranks here; ``environment`` says how many there are in all, and where they meet."""
+    """Start ranks on this machine.
+
+    Args:
+        arguments: of the ``upcycle`` command, the same for all.
+        ranks: their numbers among all ranks of the run.
+        environment: theirs, with WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
     shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ranks))), **environment}
     return [
         Local([*run_module(_MODULE), *arguments], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank - ranks.start)})
@@ -81,9 +90,9 @@ def start_ranks(arguments: Sequence[str], ranks: range, environment: Mapping[str
 
 
 def wait(started: Sequence[Started]) -> int:
-    """Wait for all; returns 0, or the exit code of the first that failed, 130 where a signal ended them.
+    """Wait for all processes; returns 0, the exit code of the first that failed, or 130 if a signal ended them.
 
-    Signals that stop a run are handed on, and a second one kills all. When one fails, the others are ended.
+    Signals that stop a run are passed on, and a second one kills all processes. When one fails, the others are ended, too.
     """
     try:
         with _handing_on(started):
@@ -97,7 +106,7 @@ def wait(started: Sequence[Started]) -> int:
 
 
 class _AtOnce(Exception):  # noqa: N818 - nothing went wrong
-    """A second signal came."""
+    """A second signal came: end at once."""
 
 
 @contextmanager
@@ -121,7 +130,7 @@ def _handing_on(started: Sequence[Started]) -> Iterator[None]:
 
 def _wait(started: Sequence[Started]) -> int:
     failed, since = 0, 0.0
-    while [each for each in started if each.code() is None]:  # all are asked, not only up to the first that runs
+    while [each for each in started if each.code() is None]:  # a list, so that every process is polled
         codes = [code for code in (each.code() for each in started) if code]
         if codes and not failed:
             failed, since = codes[0], time.monotonic()
@@ -135,7 +144,7 @@ def _wait(started: Sequence[Started]) -> int:
 
 
 def command_to_repeat(arguments: Sequence[str]) -> str:
-    """The ``upcycle`` command of these arguments as one gives it again: whatever threw checkpoints away is left out."""
+    """The command line to give again to continue: ``--restart``, which would throw the checkpoints away, is left out."""
     return shlex.join(["upcycle", *(argument for argument in arguments if argument != "--restart")])
 
 

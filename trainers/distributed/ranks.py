@@ -1,4 +1,4 @@
-"""The ranks of a run: how they find each other, add up, agree, and what a lost one looks like."""
+"""The ranks of a run: how they find each other, exchange numbers, fail together, and notice that one is lost."""
 
 from __future__ import annotations
 
@@ -25,57 +25,60 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run."""
+    """This process as one of the ranks of a run, and what it exchanges with the others.
+
+    Every rank must call the same methods in the same order: each is a collective operation.
+    """
 
     rank: int
     world_size: int
-    device: torch.device
+    device: torch.device  # this rank's
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is rank 0, which writes and prints for all."""
         return self.rank == 0
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum over ranks, on each of them; ``tensor`` is overwritten."""
+        """The elementwise sum of a tensor over ranks; ``tensor`` is overwritten with it."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def maximum(self, *values: float) -> list[float]:
-        """The largest of every value over ranks, in fp64."""
+        """The maximum over ranks of each value, in fp64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
         return tensor.tolist()
 
     def sums(self, *values: float) -> list[float]:
-        """The sum of every value over ranks, in fp64."""
+        """The sum over ranks of each value, in fp64."""
         return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     @property
     def reduction(self) -> Reduction:
-        """For auxiliary losses."""
+        """What adds up the sums of auxiliary losses over ranks."""
         return Reduction(self.total, self.world_size) if self.world_size > 1 else Reduction()
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait until all ranks have come here."""
         if self.world_size > 1:
             distributed.barrier()
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, on all."""
+        """The first rank's value, whatever the others pass."""
         if self.world_size == 1:
             return value
-        found = [value]
-        distributed.broadcast_object_list(found, src=0)
-        return found[0]
+        holder = [value]
+        distributed.broadcast_object_list(holder, src=0)
+        return holder[0]
 
     def require_same(self, what: str, value: Any) -> None:
-        """Make sure that all ranks were given the same.
+        """Check that all ranks have the same ``value``; ``what`` names it in the error.
 
         Raises:
-            UsageError: they were not.
+            UsageError: they differ; names the first differing key of a dictionary.
         """
         if self.world_size == 1:
             return
@@ -93,10 +96,13 @@ class Ranks:
             )
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Raise on every rank what failed on one, so that none waits for it forever.
+        """Raise on every rank if one has an error, so that none waits for it forever.
+
+        Args:
+            error: what failed on this rank, if anything.
 
         Raises:
-            UpcycleError: this rank's own error, or that of the first rank that has one.
+            UpcycleError: this rank's own error, or else that of the first rank that has one.
         """
         if self.world_size > 1:
             everyone: list[Any] = [None] * self.world_size
@@ -118,13 +124,13 @@ def _described(error: BaseException | None) -> tuple[type[UpcycleError], str, st
 
 
 def first_rank() -> bool:
-    """Whether this process is the rank that speaks for all, or alone."""
+    """Whether this process is rank 0 of a launcher's, or was started alone."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(timeout: float) -> Iterator[Ranks]:
-    """Join the process group of the launcher, or make one of this process alone; it is left at the end.
+    """Join the process group of the launcher, or make one of this process alone, and leave it when the block ends.
 
     Raises:
         EnvironmentFault: DeepSpeed is not installed, the launcher's variables are incomplete, or a rank is unreachable.
@@ -135,16 +141,16 @@ def joined(timeout: float) -> Iterator[Ranks]:
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
-    mine = not distributed.is_initialized()
-    if mine and world_size == 1:
+    joins = not distributed.is_initialized()
+    if joins and world_size == 1:
         store = getattr(distributed, "HashStore")()  # noqa: B009 - not exported by its stubs
         distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
-        atexit.register(_leave)  # not sooner: DeepSpeed remembers the group, and the next run in this process uses it
-    elif mine:
+        atexit.register(_leave)  # not before: DeepSpeed keeps the group, and the next run in this process uses it again
+    elif joins:
         missing = [name for name in _VARIABLES if name not in os.environ]
         if missing:
             raise EnvironmentFault(
-                f"one of {world_size} ranks, but {', '.join(missing)} is not set",
+                f"this process is one of {world_size} ranks, but {', '.join(missing)} is not set",
                 hint="use --nproc, --hostfile or torchrun",
             )
         try:
@@ -152,7 +158,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise EnvironmentFault(
-                f"rank {rank} of {world_size} found no other at {where} within {timeout:g} s: {_first_line(error)}",
+                f"rank {rank} of {world_size} did not reach the others at {where} within {timeout:g} s: {_first_line(error)}",
                 hint="start all ranks, and check that they can reach that address",
             ) from None
     if torch.cuda.is_available():
@@ -165,14 +171,16 @@ def joined(timeout: float) -> Iterator[Ranks]:
         with lost_ranks():
             yield Ranks(rank, world_size, device)
     finally:
-        if mine and world_size > 1:
+        if joins and world_size > 1:
             distributed.destroy_process_group()
 
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise EnvironmentFault(f"{name}={text} in the environment is no number", hint=f"unset {name}, or use --nproc")
+        raise EnvironmentFault(
+            f"{name}={text} in the environment is not a number", hint=f"unset {name}, or use --nproc"
+        )
     return int(text)
 
 
@@ -183,10 +191,10 @@ def _leave() -> None:
 
 @contextmanager
 def lost_ranks() -> Iterator[None]:
-    """Say it plainly when a collective fails because a rank is gone.
+    """Turn the errors of collectives that fail because a rank is gone into one that says so.
 
     Raises:
-        EnvironmentFault: a rank is gone.
+        EnvironmentFault: another rank is gone.
     """
     try:
         yield
@@ -197,21 +205,22 @@ def lost_ranks() -> Iterator[None]:
             raise
         raise EnvironmentFault(
             f"another rank was lost: {_first_line(error)}",
-            hint="look at the other ranks' messages; the same command continues from the last checkpoint",
+            hint="see the other ranks' messages; the same command continues from the last checkpoint",
         ) from error
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and on CPUs without its shared-memory extension.
+    """DeepSpeed's module, made quiet, and on CPUs without its shared-memory extension.
 
-    That extension is compiled for minutes when first used, and is only a faster way to add up on one machine.
+    Compiling that extension takes minutes when it is first used, and it only speeds up sums within one machine. Setting
+    ``UPCYCLE_SHARED_MEMORY`` in the environment keeps it.
 
     Raises:
-        EnvironmentFault: it is not installed.
+        EnvironmentFault: DeepSpeed is not installed.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It sets a handler that writes to stdout, where only results belong, and calls what torch has newer names for.
+    # DeepSpeed logs to stdout, where only results belong, and calls functions that torch has deprecated.
     for kind in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", message=r"`torch\.", category=kind)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -228,16 +237,16 @@ def import_deepspeed() -> Any:
 
 @contextmanager
 def _compilers_silenced() -> Iterator[None]:
-    """When it is imported, DeepSpeed tries what it could compile here, and compilers complain on stderr itself."""
+    """Send file descriptor 2 to /dev/null: DeepSpeed's import tries compilers, which write their complaints straight to it."""
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _first_line(error: BaseException) -> str:

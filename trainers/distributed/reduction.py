@@ -1,4 +1,7 @@
-"""Adds sums over tokens up, over the passes and ranks that share a global batch."""
+"""Sums over the tokens that count, and their totals over the passes and ranks that share a global batch.
+
+T tokens, B sequences of S positions.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from upcycle.errors import UsageError
 
 
-class Summed(Protocol):
-    """What one pass adds to the sums of one loss of one layer."""
+class NamedSums(Protocol):
+    """The sums of one loss of one layer over one pass."""
 
     @property
     def name(self) -> str:
@@ -20,19 +23,19 @@ class Summed(Protocol):
 
     @property
     def sums(self) -> torch.Tensor:
-        """``[n]``, additive over tokens."""
+        """``[n]``, each a sum over tokens."""
         ...
 
 
 class Reduction:
     """Adds tensors up over the data-parallel ranks, so that every rank computes the same global loss.
 
-    The gradient of a total is ``ranks`` times the local one: data-parallel training averages gradients, and the average of
-    those is the gradient of the loss of the whole batch, however unlike the ranks' shares of the tokens are.
+    The gradient of a total is ``ranks`` times that of the local sum. Data-parallel training averages gradients over ranks, and
+    this makes their average the gradient of the whole batch's loss, even if ranks have different numbers of tokens.
     """
 
     def __init__(self, add: Callable[[torch.Tensor], torch.Tensor] | None = None, ranks: int = 1) -> None:
-        """``add`` returns the elementwise sum of a tensor over ``ranks`` ranks, on each of them."""
+        """``add`` returns, on every rank, the elementwise sum of a tensor over ``ranks`` ranks; ``None``: there is one rank."""
         self.add, self.ranks = add, ranks
 
     def total(self, local: torch.Tensor) -> torch.Tensor:
@@ -41,18 +44,18 @@ class Reduction:
             return local
         return self.add(local.detach().clone()) + self.ranks * (local - local.detach())
 
-    def totals(self, pieces: Sequence[Summed]) -> Sequence[torch.Tensor]:
-        """The sums of every piece over all tokens that its loss is of, in one exchange."""
-        sizes = [len(piece.sums) for piece in pieces]
-        divided: tuple[torch.Tensor, ...] = self.total(torch.cat([piece.sums for piece in pieces])).split(sizes)
-        return divided
+    def totals(self, terms: Sequence[NamedSums]) -> Sequence[torch.Tensor]:
+        """Every term's sums over all ranks, ``[n]`` each, in one exchange for all of them."""
+        sizes = [len(term.sums) for term in terms]
+        totals: tuple[torch.Tensor, ...] = self.total(torch.cat([term.sums for term in terms])).split(sizes)
+        return totals
 
 
-ALONE = Reduction()
+ALONE = Reduction()  # for a single rank: totals are the sums themselves
 
 
 def counted(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The sum of ``[T, ...]`` over the tokens that count.
+    """The sum of ``values`` ``[T, ...]`` over the tokens where ``mask`` (bool, T in all; ``None``: all) is true: ``[...]``.
 
     Raises:
         UsageError: the mask has another number of tokens.
@@ -61,10 +64,10 @@ def counted(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def counted_by_sequence(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The same for every sequence apart, ``[B, ...]``.
+    """The same sum for each sequence of ``mask`` ``[B, S]``: ``[B, ...]``.
 
     Raises:
-        UsageError: there is no mask to say what the sequences are, or it has another number of tokens.
+        UsageError: there is no mask to show where sequences begin, or it has another number of tokens.
     """
     if mask is None:
         raise UsageError("a sequence-level loss needs a mask [B, S]", hint="give ones where every token counts")
@@ -72,11 +75,11 @@ def counted_by_sequence(values: torch.Tensor, mask: torch.Tensor | None) -> torc
 
 
 def token_count(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """How many of the tokens of ``[T, ...]`` count, ``[1]`` in its dtype, to be concatenated with other sums."""
+    """How many tokens of ``values`` ``[T, ...]`` count: ``[1]`` in its dtype, to be concatenated with other sums."""
     return counted(values.new_ones(len(values), 1), mask)
 
 
 def _flat(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if mask.numel() != len(values):
-        raise UsageError(f"a mask of {mask.numel()} tokens for {len(values)} recorded ones")
+        raise UsageError(f"the mask has {mask.numel()} tokens, but {len(values)} were recorded")
     return mask.reshape(-1, *[1] * (values.ndim - 1)).to(values.dtype)

@@ -1,6 +1,7 @@
-"""Signals that end a run. The first lets the step finish and saves it; a second ends the process at once.
+"""Signals that end a run: the first lets the step finish and be saved, a second ends the process at once.
 
-Light on purpose: it is imported before anything else, so that a signal means the same from the first moment on.
+This module imports only the standard library: the command loads it before anything else, so that signals are handled from the
+first moment on.
 """
 
 from __future__ import annotations
@@ -18,26 +19,25 @@ from typing import Any
 # Ctrl-C; what clusters send before they take a node away; a terminal or an ssh connection that closes; Slurm's --signal.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTED = 130  # the exit code of a command that was stopped, whichever signal it was
-TOGETHER = (
-    0.5  # seconds in which signals are one event: a terminal, a launcher and a cluster may all pass the same one on
-)
-LAUNCHER = "UPCYCLE_LAUNCHER"  # in a rank's environment: the process whose end ends the rank
+# Signals within so many seconds count as one: a terminal, a launcher and a cluster may each pass the same one on.
+TOGETHER = 0.5
+LAUNCHER = "UPCYCLE_LAUNCHER"  # in a rank's environment: the id of the process whose end ends the rank
 
-_END = 0  # no signal has this number
+_END = 0  # ends the watching thread; no signal has this number
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came while there was no step to finish: nothing is lost by ending at once."""
+    """A signal came while no step was running, so that nothing is lost by ending at once."""
 
 
 class StopSignals:
-    """While it is entered, takes all of :data:`STOPPING`.
+    """A context manager that handles all of :data:`STOPPING`.
 
-    Within :meth:`steps` the first signal is only noted in ``received``, for the loop to see after its step; elsewhere it
-    raises :class:`Stopped`. A rank whose launcher has gone is told so by a SIGTERM of its own.
+    Within :meth:`steps` the first signal is only noted in ``received``, where the loop finds it after its step; elsewhere it
+    raises :class:`Stopped`. A rank whose launcher has ended sends itself SIGTERM.
 
     Args:
-        say: is told what will happen, from a thread.
+        say: called, from another thread, with a line on what will happen.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -49,11 +49,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread of a process may take signals
+            return self  # Python handles signals in the main thread alone
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # C code is told of a signal at once, Python code in the main thread only between two operations: a second signal
-        # must end a rank that waits for others inside one.
+        # Python runs signal handlers only between two operations of the main thread, which may hang in a collective. A thread
+        # that reads the wake-up descriptor learns of a signal at once, so that a second one can still end such a rank.
         self._before_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._before = take(self._handle)
         self._thread = threading.Thread(target=self._watch, args=(_launcher(),), daemon=True, name="signals")
@@ -73,7 +73,7 @@ class StopSignals:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Where a signal waits for the step's end."""
+        """Within this block, a signal waits for the end of the step."""
         self._stepping = True
         try:
             yield
@@ -104,29 +104,29 @@ class StopSignals:
         if self._first is None:
             self._first = now
             if self._stepping:
-                self._say(f"{received.name}: the step is finished and saved first; once more ends it at once")
+                self._say(f"{received.name}: finishing and saving the current step; send it again to end at once")
         elif now - self._first >= TOGETHER:
             os._exit(INTERRUPTED)
 
 
 def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Have ``handler`` called for :data:`STOPPING`; returns what :func:`give_back` takes.
+    """Install ``handler`` for :data:`STOPPING`; returns the handlers before, for :func:`give_back`.
 
-    A SIGHUP that is ignored stays so: that is what ``nohup`` asks for.
+    A SIGHUP that is ignored stays ignored: that is what ``nohup`` asks for.
     """
     numbers = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
 def give_back(before: dict[int, Any]) -> None:
-    """Undo :func:`take`."""
+    """Install the handlers again that :func:`take` replaced."""
     for number, handler in before.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Every one of :data:`STOPPING` raises :class:`Stopped`, as Ctrl-C does."""
+    """Within this block, each of :data:`STOPPING` raises :class:`Stopped`, as Ctrl-C raises KeyboardInterrupt."""
 
     def handler(number: int, _: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
@@ -142,7 +142,7 @@ def interrupting() -> Iterator[None]:
 
 
 def _launcher() -> int | None:
-    """The process whose end ends this rank: that of ``--nproc`` and ``--hostfile``, or torchrun's."""
+    """The id of the process whose end ends this rank: the one with ``--nproc`` or ``--hostfile``, or torchrun's; or ``None``."""
     if LAUNCHER in os.environ:
         return int(os.environ[LAUNCHER])
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

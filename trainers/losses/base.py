@@ -1,4 +1,7 @@
-"""The protocol of an auxiliary loss, and how many of them are computed at once, of a whole global batch. E experts, L layers."""
+"""The protocol of auxiliary losses, and the computation of several at once over a whole global batch.
+
+B sequences of S positions, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from pydantic import Field
 from upcycle.errors import UsageError
 from upcycle.plugins import PluginParameters
 from upcycle.registry import load
-from upcycle.trainers.distributed.reduction import ALONE, Reduction, Summed
+from upcycle.trainers.distributed.reduction import ALONE, NamedSums, Reduction
 
-LayerRecord: TypeAlias = Any  # a RouterRecord or an ActivationRecord, as the loss `reads`
+LayerRecord: TypeAlias = Any  # a RouterRecord or an ActivationRecord of one layer, as the loss `reads`
 
 
 class LossParameters(PluginParameters):
-    """What every auxiliary loss can be told."""
+    """Parameters that every auxiliary loss has."""
 
     coefficient: float = Field(0.01, ge=0, description="what the loss is multiplied by")
     layers: Literal["sum", "mean"] = Field(
@@ -34,43 +37,43 @@ class LossParameters(PluginParameters):
 
 
 class WholeBatch(Reduction):
-    """Sums over all passes and ranks of a step that are known beforehand: every pass has the whole batch's loss.
+    """Totals over all passes and ranks of a step that are known before a pass runs, so that it has the whole batch's loss.
 
-    The gradient of a total is ``parts`` times the pass's own: gradients are averaged over passes and ranks, and the average
-    of those is the gradient of the loss of the whole batch.
+    The gradient of a total is ``parts`` times that of the pass's own sum: gradients are averaged over passes and ranks, and
+    this makes their average the gradient of the whole batch's loss.
     """
 
     def __init__(self, sums: torch.Tensor, parts: int) -> None:
-        """``sums`` ``[n]`` of all pieces one behind the other, over ``parts`` = passes x ranks."""
+        """``sums``: those of all terms, concatenated to ``[n]``, over ``parts`` = passes x ranks."""
         super().__init__()
         self.sums, self.parts = sums, parts
 
     def total(self, local: torch.Tensor) -> torch.Tensor:
-        """What was known, with the gradient of ``local``."""
+        """The known totals, with the gradient of ``local``."""
         return self.sums.to(local.dtype) + self.parts * (local - local.detach())
 
 
 class Means(Reduction):
-    """For losses that are means: how many they are means over follows from the masks, so that nothing need run beforehand.
+    """Totals for losses that are means. Their counts follow from the masks alone, so that no pass need run beforehand.
 
-    A pass has its share of the mean, times ``parts``; the average of those over passes and ranks is the whole batch's.
+    A pass has its share of the mean times ``parts``; the average of those over passes and ranks is the whole batch's mean.
     """
 
     def __init__(self, counts: Mapping[str, torch.Tensor], parts: int) -> None:
-        """``counts``: what every loss's :meth:`Loss.mean_over` adds up to over ``parts`` = passes x ranks, ``[1]`` by name."""
+        """``counts``: by name, the sum ``[1]`` of a loss's :meth:`Loss.mean_over` over ``parts`` = passes x ranks."""
         super().__init__()
         self.counts, self.parts = counts, parts
 
-    def totals(self, pieces: Sequence[Summed]) -> Sequence[torch.Tensor]:
-        """Each piece's sums times ``parts``, over the whole batch's count."""
-        return [torch.cat([self.parts * piece.sums[:-1], self.counts[piece.name].to(piece.sums)]) for piece in pieces]
+    def totals(self, terms: Sequence[NamedSums]) -> Sequence[torch.Tensor]:
+        """Each term's sums times ``parts``, followed by the whole batch's count."""
+        return [torch.cat([self.parts * term.sums[:-1], self.counts[term.name].to(term.sums)]) for term in terms]
 
 
 class Loss(ABC):
-    """One auxiliary loss, made of sums over tokens, which are what ranks exchange.
+    """One auxiliary loss, computed from sums over tokens, which are what ranks exchange.
 
-    ``sums`` gives a vector that adds up over tokens, sequences and ranks; ``value`` makes one layer's loss of it. Layers
-    are never pooled: a dead one cannot hide behind others. ``reads`` says what is recorded for it.
+    ``sums`` gives a vector that is additive over tokens, sequences and ranks, and ``value`` computes one layer's loss from it.
+    Layers are never pooled, so that a dead one cannot hide behind others. ``reads`` says which records the loss takes.
     """
 
     name: ClassVar[str]
@@ -84,30 +87,30 @@ class Loss(ABC):
 
     @abstractmethod
     def sums(self, record: LayerRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[n]`` in at least fp32, additive over tokens.
+        """The loss's sums over tokens: ``[n]``, in at least fp32.
 
         Args:
-            record: one layer's.
-            mask: bool ``[B, S]``, the tokens that count, T = B S of them in the record; ``None``: all.
+            record: one layer's, of T = B S tokens.
+            mask: bool ``[B, S]``, the tokens that count; ``None``: all.
         """
 
     @abstractmethod
     def value(self, sums: torch.Tensor, record: LayerRecord) -> torch.Tensor:
-        """One layer's loss, a scalar without the coefficient, from the sums over all tokens."""
+        """One layer's loss without its coefficient, a scalar, from its ``sums`` ``[n]`` over all tokens."""
 
     def mean_over(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """How many tokens (or sequences) of ``mask`` the loss is a mean over, ``[1]``; ``None``: it is no mean.
+        """The number ``[1]`` of tokens or sequences of ``mask`` that the loss is a mean over; ``None``: it is not a mean.
 
-        A mean's ``value`` is linear in all ``sums`` but the last, which is this number.
+        A mean's ``value`` is linear in all its ``sums`` but the last, which is this number.
         """
         return None
 
     def coefficient(self, layer: int) -> float:
-        """What a layer's loss is multiplied by; the same for all layers, unless the method adapts it."""
+        """The factor on a layer's loss: the same for all layers, unless the loss adapts it."""
         return self.parameters.coefficient
 
     def after_step(self) -> None:  # noqa: B027 - most adapt nothing
-        """Adapt to what was observed since the last optimizer step."""
+        """Adapt the loss to what it observed since the last optimizer step."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep of the loss, as JSON."""
@@ -119,13 +122,13 @@ class Loss(ABC):
     def __call__(
         self, records: Sequence[LayerRecord], mask: torch.Tensor | None = None, reduction: Reduction = ALONE
     ) -> torch.Tensor:
-        """The loss with its coefficients, a scalar; see :func:`auxiliary_losses` for several."""
+        """This loss alone, as :func:`auxiliary_losses` computes it: a scalar that includes the coefficients."""
         return auxiliary_losses([self], {self.reads: records}, mask, reduction)[self.name]
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One loss of one layer in one pass, with its sums ``[n]``."""
+    """One loss of one layer in one pass, with its ``sums`` ``[n]``."""
 
     loss: Loss
     record: LayerRecord
@@ -138,10 +141,10 @@ class LossTerm:
 
 
 def make_losses(named: Mapping[str, Mapping[str, Any]]) -> list[Loss]:
-    """Losses by name with their parameters, as a recipe gives them.
+    """Make losses from their names and parameters, as a recipe gives them.
 
     Raises:
-        UsageError: a name is unknown, or a parameter wrong.
+        UsageError: a name is unknown, or a parameter is wrong.
     """
     from pydantic import ValidationError
 
@@ -165,32 +168,32 @@ def auxiliary_losses(
     reduction: Reduction = ALONE,
     progress: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """Every loss with its coefficients, scalars by name, with one exchange between ranks for all losses and layers.
+    """Every loss by name, a scalar each that includes its coefficients; ranks exchange sums once for all losses and layers.
 
     Args:
-        losses: what to compute.
-        records: layers' records by what losses read: ``{"router": [...], "activations": [...]}``.
+        losses: the losses to compute.
+        records: the layers' records by kind: ``{"router": [...], "activations": [...]}``.
         mask: bool ``[B, S]``, the tokens that count; ``None``: all.
-        reduction: how ranks, and passes, add up; by default there is one.
+        reduction: what adds up over ranks and passes; by default there is one of each.
         progress: the fraction of the stage that is done, for losses that ramp up.
 
     Raises:
-        UsageError: a loss reads what was not recorded, or the mask is not of the records' tokens.
+        UsageError: a loss reads what was not recorded, or the mask has another number of tokens than the records.
     """
     found: dict[str, list[torch.Tensor]] = {}
-    pieces = loss_terms(losses, records, mask)
-    if not pieces:
+    terms = loss_terms(losses, records, mask)
+    if not terms:
         return {}
-    for piece, total in zip(pieces, reduction.totals(pieces), strict=True):
-        value = piece.loss.value(total, piece.record) * piece.loss.coefficient(piece.record.layer)
-        found.setdefault(piece.loss.name, []).append(value)
+    for term, total in zip(terms, reduction.totals(terms), strict=True):
+        value = term.loss.value(total, term.record) * term.loss.coefficient(term.record.layer)
+        found.setdefault(term.loss.name, []).append(value)
     return {loss.name: _together(loss, found[loss.name], progress) for loss in losses}
 
 
 def loss_terms(
     losses: Sequence[Loss], records: Mapping[str, Sequence[LayerRecord]], mask: torch.Tensor | None = None
 ) -> list[LossTerm]:
-    """The sums of one pass, loss by loss and layer by layer.
+    """The terms of one pass, loss by loss and layer by layer.
 
     Raises:
         UsageError: as :func:`auxiliary_losses`.
@@ -202,8 +205,8 @@ def _recorded(loss: Loss, records: Mapping[str, Sequence[LayerRecord]]) -> Seque
     read = records.get(loss.reads)
     if not read:
         raise UsageError(
-            f"loss {loss.name} reads {loss.reads} records, and there are none",
-            hint="a router loss needs an MoE model, an activation loss a dense FFN (or shared experts)",
+            f"loss {loss.name} reads {loss.reads} records, and the model gives none",
+            hint="a router loss needs a MoE model, an activation loss needs dense FFNs (or shared experts)",
         )
     return read
 

@@ -1,4 +1,4 @@
-"""DeepSeekMoE's device-level balance: groups of experts that live together are to be equally busy. E experts, G groups."""
+"""DeepSeekMoE's device-level balance loss: groups of experts that share a device should be equally busy. E experts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class DeviceBalanceParameters(LossParameters):
 
 
 class DeviceBalance(Loss):
-    """``sum_j f'_j P'_j`` over groups (arXiv 2401.06066, eq. 15-17): f' is the mean of its experts' ``f_i``, P' the sum of their P.
+    """``sum_j f'_j P'_j`` over groups j of experts (DeepSeekMoE, arXiv 2401.06066, eq. 15-17).
 
-    ``f_i = E / (K T)`` times the tokens that chose i, without gradient. 1 where groups are equally loaded, whatever
-    happens within them. The coefficient is that of their 145B model.
+    f' is the mean of its experts' ``f_i = E / (K T)`` times the number of tokens that chose i, without gradient; P' is the sum
+    of their mean probabilities. It is 1 where groups are equally loaded, whatever happens within them. The default coefficient
+    is that of the paper's 145B model.
     """
 
     name = "device_balance"
@@ -33,15 +34,15 @@ class DeviceBalance(Loss):
     parameters: DeviceBalanceParameters
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[2 E + 1]``: shares of choices, probabilities, tokens."""
+        """``[2 E + 1]``: shares of the choices, probabilities, and the number of tokens."""
         load = record.chosen / record.experts.shape[1]
         return torch.cat([counted(load, mask), counted(record.probabilities, mask), token_count(load, mask)])
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's.
+        """One layer's loss, a scalar, from its sums over all tokens.
 
         Raises:
-            UsageError: the groups would not be of equal size.
+            UsageError: the experts do not divide into groups of equal size.
         """
         load, probability = shares(sums)
         devices = self.parameters.devices

@@ -1,4 +1,4 @@
-"""Square Hoyer loss: few active neurons per token, before a dense model is split. T tokens, F neurons."""
+"""Square Hoyer loss: makes few neurons active per token, before a dense model is split. T tokens, F neurons."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class HoyerParameters(LossParameters):
     )
     of: Literal["activations", "preactivations"] = Field(
         "activations",
-        description="the activated gate branch (for ReLU), or what goes into it, shifted and clamped at `clamp` (for GELU)",
+        description="the activated gate branch (for ReLU), or its input, clamped at `clamp` and shifted (for GELU)",
     )
-    clamp: float = Field(-10.0, lt=0, description="preactivations: max(z, clamp) - clamp is made sparse")
+    clamp: float = Field(-10.0, lt=0, description="preactivations: the loss is taken of max(z, clamp) - clamp")
 
 
 class Hoyer(Loss):
-    """``mean_t ||a_t||_1^2 / (||a_t||_2^2 + 1e-15)``, from 1 to F: the number of neurons if all are equal.
+    """``mean_t ||a_t||_1^2 / (||a_t||_2^2 + 1e-15)``, from 1 to F: the number of active neurons, if those are equally active.
 
-    D2DMoE (arXiv 2310.04361), its sparsifying stage. Per token over the neurons, never over a flattened batch. In gated
-    FFNs a is the gate branch. Their ramps of the coefficient are ``ramp``: 0 constant, 1 linear, 0.5 over the first half.
+    The loss of D2DMoE's sparsifying stage (arXiv 2310.04361). Norms are over the neurons of each token, never over a flattened
+    batch. In gated FFNs, a is the gate branch. The paper's ways to raise the coefficient are values of ``ramp``: 0 is constant,
+    1 is linear, 0.5 is linear over the first half.
     """
 
     name = "hoyer"
@@ -44,7 +45,7 @@ class Hoyer(Loss):
     parameters: HoyerParameters
 
     def sums(self, record: ActivationRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[2]``: the tokens' values and their number."""
+        """``[2]``: the sum of the tokens' values, and their number."""
         if self.parameters.of == "activations":
             a = widened(record.after).abs()
         else:
@@ -53,9 +54,9 @@ class Hoyer(Loss):
         return torch.cat([counted(values, mask), token_count(values, mask)])
 
     def value(self, sums: torch.Tensor, record: ActivationRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         return sums[0] / sums[1].clamp(min=1)
 
     def mean_over(self, mask: torch.Tensor) -> torch.Tensor:
-        """Tokens."""
+        """The number of tokens that count, ``[1]``."""
         return mask.sum().view(1)

@@ -1,4 +1,4 @@
-"""Importance loss: experts' summed weights are to vary little. T tokens, E experts."""
+"""Importance loss: the experts' summed weights should vary little. T tokens, E experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upcycle.trainers.routing.router_records import RouterRecord
 
 
 class CV2Parameters(LossParameters):
-    """Parameters of both losses that are a squared coefficient of variation."""
+    """Parameters of the two losses that are a squared coefficient of variation."""
 
     unbiased: bool = Field(True, description="divide the variance by E - 1 (LLaMA-MoE), or by E (vision MoE)")
 
@@ -30,7 +30,8 @@ class ImportanceCV2Parameters(CV2Parameters):
 class ImportanceCV2(Loss):
     """``Var / Mean^2`` over experts of ``sum_t G_ti`` (Shazeer et al. 2017, section 4; LLaMA-MoE, arXiv 2406.16554).
 
-    0 where all experts have had the same weight in total, before any choice is dropped. The default coefficient is LLaMA-MoE's.
+    G are the weights before any choice is dropped. It is 0 where all experts have the same weight in total. The default
+    coefficient is LLaMA-MoE's.
     """
 
     name = "importance_cv2"
@@ -40,19 +41,19 @@ class ImportanceCV2(Loss):
     parameters: ImportanceCV2Parameters
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[E]``: the importance."""
+        """``[E]``: each expert's importance."""
         if self.parameters.of == "probabilities":
             return counted(record.probabilities, mask)
         weights = record.undropped.to(record.scores.dtype)
         return counted(torch.zeros_like(record.chosen).scatter(1, record.experts, weights), mask)
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         return squared_variation(sums, self.parameters.unbiased)
 
 
 def squared_variation(values: torch.Tensor, unbiased: bool) -> torch.Tensor:
-    """``Var / Mean^2`` of ``[E]``; 0 for a single expert, and where all are 0."""
+    """``Var / Mean^2`` of ``values`` ``[E]``, a scalar; 0 for a single expert, and where all values are 0."""
     if len(values) == 1:
         return 0 * values.sum()
     mean = values.mean()

@@ -1,4 +1,4 @@
-"""Load loss: the experts' expected numbers of tokens are to vary little. T tokens, E experts, K top-k."""
+"""Load loss: the experts' expected numbers of tokens should vary little. T tokens, E experts, K top-k."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from upcycle.trainers.routing.stock_routers import widened
 class LoadCV2(Loss):
     """``Var / Mean^2`` over experts of ``sum_t P(x_t, i)`` (Shazeer et al. 2017, appendix A).
 
-    ``P = Phi((z_i - kth_excluding(H, k, i)) / std_i)``: the chance that expert i were chosen if its noise alone were drawn
-    again; z the clean logits, H the noisy ones, the threshold the k-th largest of the others'. LLaMA-MoE's code compares
-    the noise with the threshold instead, which is not copied. Without noise the loads are counts, which have no gradient.
+    ``P = Phi((z_i - kth_excluding(H, k, i)) / std_i)`` is the chance that expert i would be chosen if its noise alone were drawn
+    again. z are the clean logits, H the noisy ones, and the threshold is the k-th largest of the other experts' H. LLaMA-MoE's
+    code compares the noise with the threshold instead, which is not copied here. Without noise the loads are counts, which have
+    no gradient.
     """
 
     name = "load_cv2"
@@ -26,15 +27,16 @@ class LoadCV2(Loss):
     parameters: CV2Parameters
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[E]``: the load."""
+        """``[E]``: each expert's load."""
         return counted(_chances(record), mask)
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         return squared_variation(sums, self.parameters.unbiased)
 
 
 def _chances(record: RouterRecord) -> torch.Tensor:
+    """``[T, E]``: the chance that each token chooses each expert."""
     clean, k = widened(record.logits), record.experts.shape[1]
     if record.noise is None or k == clean.shape[1]:
         return record.chosen

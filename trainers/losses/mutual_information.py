@@ -1,4 +1,4 @@
-"""Mutual-information loss: balanced experts, decided tokens. T tokens, E experts."""
+"""Mutual-information loss: balanced experts, and tokens with a clear choice. T tokens, E experts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class MutualInformationParameters(LossParameters):
 class MutualInformation(Loss):
     """``-H(e) + mean_t H(e | x_t)`` in nats (DS-MoE, arXiv 2404.05567, eq. 4).
 
-    H(e) is the entropy of the mean probabilities over all tokens of all ranks (of few tokens it would be too low). From
-    ``-log E``, every token certain and all experts equally often, up to 0.
+    H(e) is the entropy of the mean probabilities over all tokens of all ranks; over few tokens it would be too low. The loss
+    ranges from ``-log E``, where every token is certain and all experts are chosen equally often, to 0.
     """
 
     name = "mutual_information"
@@ -31,12 +31,12 @@ class MutualInformation(Loss):
     Parameters = MutualInformationParameters
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[E + 2]``: probabilities, entropies, tokens."""
+        """``[E + 2]``: probabilities, the sum of the tokens' entropies, and the number of tokens."""
         p = record.probabilities
         return torch.cat([counted(p, mask), counted(_entropy(p)[:, None], mask), token_count(p, mask)])
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         probabilities, entropies, tokens = sums.split([len(sums) - 2, 1, 1])
         tokens = tokens.clamp(min=1)
         mean: torch.Tensor = entropies / tokens
@@ -44,5 +44,5 @@ class MutualInformation(Loss):
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension; 0 log 0 is 0, and has a finite gradient."""
+    """The entropy over the last dimension in nats. 0 log 0 is 0, with a finite gradient."""
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)

@@ -1,4 +1,4 @@
-"""Router z-loss: keeps logits small."""
+"""Router z-loss: keeps the router's logits small."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RouterZParameters(LossParameters):
 class RouterZ(Loss):
     """``mean_t (logsumexp_i z_ti)^2`` on fp32 logits, before noise (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    Zero where every token's exponentials add up to 1, not at zero logits. NVIDIA (arXiv 2410.07524) saw no effect of 1e-3
-    after upcycling; with normalised logits it says nothing.
+    It is 0 where the exponentials of every token's logits add up to 1, not where the logits are 0. NVIDIA (arXiv 2410.07524) saw
+    no effect of a coefficient of 1e-3 after upcycling. With normalised logits it has none.
     """
 
     name = "router_z"
@@ -30,14 +30,14 @@ class RouterZ(Loss):
     Parameters = RouterZParameters
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[2]``: squares and tokens."""
+        """``[2]``: the sum of the squares, and the number of tokens."""
         squares = widened(record.logits).logsumexp(-1, keepdim=True).square()
         return torch.cat([counted(squares, mask), token_count(squares, mask)])
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         return sums[0] / sums[1].clamp(min=1)
 
     def mean_over(self, mask: torch.Tensor) -> torch.Tensor:
-        """Tokens."""
+        """The number of tokens that count, ``[1]``."""
         return mask.sum().view(1)

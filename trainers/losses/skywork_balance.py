@@ -1,4 +1,4 @@
-"""Skywork-MoE's balance loss, with a coefficient per layer that follows the layer's dropped tokens. E experts."""
+"""Skywork-MoE's balance loss, whose coefficients may follow each layer's rate of dropped tokens. E experts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from upcycle.trainers.routing.router_records import RouterRecord
 class SkyworkBalanceParameters(LossParameters):
     """Parameters of :class:`SkyworkBalance`."""
 
-    coefficient: float = Field(0.01, ge=0, description="what the loss is multiplied by; where adaptive, at first")
+    coefficient: float = Field(0.01, ge=0, description="what the loss is multiplied by; if adaptive, at the start")
     adaptive: bool = Field(False, description="let every layer's coefficient follow its drop rate (needs a capacity)")
     sensitivity: float = Field(0.2, gt=0, description="adaptive: coefficient per drop rate (xi)")
-    largest: float = Field(0.01, gt=0, description="adaptive: what coefficients tend to at most (alpha_max)")
+    largest: float = Field(
+        0.01, gt=0, description="adaptive: the largest value that coefficients move towards (alpha_max)"
+    )
     inertia: float = Field(
-        0.99, ge=0, lt=1, description="adaptive: what a coefficient keeps of itself each step (beta)"
+        0.99, ge=0, lt=1, description="adaptive: the share of a coefficient that stays at each step (beta)"
     )
 
 
 class SkyworkBalance(Loss):
-    """``sum_j (1/E - mean_t p_tj)^2``: not the Switch product (arXiv 2406.06563, section 4).
+    """``sum_j (1/E - mean_t p_tj)^2`` over experts, 0 where the mean probabilities are uniform (arXiv 2406.06563, section 4).
 
-    Adaptive, every layer has its own ``alpha <- beta alpha + (1 - beta) min(xi d, alpha_max)`` after each step, d being its
-    share of choices that found no room. The paper does not say where alpha starts: at ``coefficient``. 0 at uniform.
+    If adaptive, every layer has its own coefficient ``alpha <- beta alpha + (1 - beta) min(xi d, alpha_max)`` after each step,
+    where d is the share of its choices that were dropped. The paper does not say where alpha starts; here at ``coefficient``.
     """
 
     name = "skywork_balance"
@@ -45,16 +47,16 @@ class SkyworkBalance(Loss):
         self._observed: dict[int, list[torch.Tensor]] = {}  # [dropped, choices] of every pass since the last step
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[E + 3]``: probabilities, tokens, dropped choices, choices.
+        """``[E + 3]``: probabilities, and the numbers of tokens, dropped choices and choices.
 
         Raises:
-            UsageError: the coefficients are to adapt, and nothing is ever dropped.
+            UsageError: the loss is adaptive, and no capacity is set, so that nothing is ever dropped.
         """
         probabilities = record.probabilities
         if record.kept is None and self.parameters.adaptive:
             raise UsageError(
-                "losses.skywork_balance.adaptive: coefficients follow the drop rate, and without a capacity nothing is dropped",
-                hint="set capacity_factor, or adaptive: false",
+                "losses.skywork_balance.adaptive: coefficients follow the drop rate, but without a capacity nothing is dropped",
+                hint="set control.capacity_factor, or adaptive: false",
             )
         dropped = record.dropped.to(probabilities.dtype).sum(1, keepdim=True)
         tokens = token_count(probabilities, mask)
@@ -62,7 +64,7 @@ class SkyworkBalance(Loss):
         return torch.cat([counted(probabilities, mask), tokens, counted(dropped, mask), choices])
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         probabilities, tokens, observed = sums.split([len(sums) - 3, 1, 2])
         if self.parameters.adaptive:
             self._observed.setdefault(record.layer, []).append(observed.detach())
@@ -70,20 +72,20 @@ class SkyworkBalance(Loss):
         return deviations.square().sum()
 
     def coefficient(self, layer: int) -> float:
-        """What a layer's loss is multiplied by at present."""
+        """The present factor on a layer's loss."""
         return self._coefficients.get(layer, self.parameters.coefficient)
 
     def after_step(self) -> None:
-        """Move every layer's coefficient towards what its drop rate since the last step asks for."""
-        own = self.parameters
+        """Move every layer's coefficient by the formula above, with its drop rate since the last step."""
+        rule = self.parameters
         for layer, passes in self._observed.items():
             dropped, choices = torch.stack(passes).sum(0).tolist()
-            wanted = min(own.sensitivity * dropped / max(1, choices), own.largest)
-            self._coefficients[layer] = own.inertia * self.coefficient(layer) + (1 - own.inertia) * wanted
+            wanted = min(rule.sensitivity * dropped / max(1, choices), rule.largest)
+            self._coefficients[layer] = rule.inertia * self.coefficient(layer) + (1 - rule.inertia) * wanted
         self._observed.clear()
 
     def state(self) -> dict[str, Any]:
-        """The coefficients, by layer."""
+        """The coefficients by layer, as JSON."""
         return {str(layer): value for layer, value in self._coefficients.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

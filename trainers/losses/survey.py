@@ -1,8 +1,8 @@
-"""What every pass of a step must know of all of them, gathered before the first backward pass.
+"""Which models must run forward through all passes of a step before its first backward pass.
 
-A loss that is no mean over tokens, such as Switch's product of two means, is not the sum of its passes' losses. Its gradient in
-one pass needs sums over the whole global batch, which are known only when every pass has run forward. So they run forward
-twice: once without gradients, for the sums alone, and then for good. Nothing else gives that gradient without keeping all
+A loss that is not a mean over tokens, such as Switch's product of two means, is not the sum of its passes' losses. Its gradient
+in one pass needs sums over the whole global batch, which are known only after every pass has run forward. So each pass runs
+forward twice: in a survey without gradients, for the sums alone, and then again with them. The only other way is to keep all
 passes' activations, which is what a larger ``micro_batch`` does.
 """
 
@@ -20,7 +20,7 @@ from upcycle.trainers.recipe.part_recipes import DistillationParameters
 
 @dataclass(frozen=True)
 class Survey:
-    """Which models run forward once more in every pass of a step."""
+    """Which models run forward once more in every pass of a step, without gradients."""
 
     student: bool = False
     parent: bool = False
@@ -32,13 +32,13 @@ def needed(
     passes: int,
     over: str,
 ) -> Survey:
-    """What a stage's steps must survey.
+    """The survey that a stage's losses need in every step.
 
     Args:
         losses: the stage's, made or as its recipe names them.
-        distillation: what the student is told of its parent, if anything.
-        passes: of a rank per step; the sums of a single one are exchanged between its forward and its backward pass.
-        over: what losses are of, the stage's ``losses_over``.
+        distillation: the stage's distillation from a parent, if any.
+        passes: of a rank per step. A single one needs no survey: sums are exchanged between its forward and backward pass.
+        over: the stage's ``losses_over``: ``batch``, or ``pass`` for losses of each pass alone, which need no survey.
     """
     if passes == 1 or over == "pass":
         return Survey()

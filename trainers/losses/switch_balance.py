@@ -1,4 +1,4 @@
-"""Switch's balance loss: how often experts are chosen times how probable they are. T tokens, E experts, K top-k."""
+"""Switch's balance loss: how often each expert is chosen times how probable it is. T tokens, E experts, K top-k."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class SwitchBalanceParameters(LossParameters):
 
 
 class SwitchBalance(Loss):
-    """``E sum_i f_i P_i``: f the load (no gradient), P the mean probability; 1 at uniform (arXiv 2101.03961, eq. 4-6).
+    """``E sum_i f_i P_i`` (Switch, arXiv 2101.03961, eq. 4-6): f_i is an expert's load, without gradient, P_i its mean probability.
 
-    The same number under other names: GShard's (arXiv 2006.16668) with first choices, CuMo's ``E^2 mean_i`` likewise, and
-    DeepSeekMoE's expert-level balance (arXiv 2401.06066, eq. 12-14), whose ``N' / (K' T)`` is the same normalisation. For
-    sigmoid routers the probabilities are the sigmoids over their sum, as in DeepSeek-V3. BTX's load (arXiv 2403.07816)
-    is the mean weight after top-k, and carries gradient. First choices are those of largest weight. All loads are of what routers
-    chose, before any choice is dropped for want of room.
+    It is 1 where both are uniform. Other papers have the same number under other names: GShard (arXiv 2006.16668) and CuMo
+    (``E^2 mean_i``) with loads from first choices, those of largest weight; DeepSeekMoE's expert-level balance
+    (arXiv 2401.06066, eq. 12-14), whose ``N' / (K' T)`` is the same normalisation. BTX (arXiv 2403.07816) takes the mean weight
+    after top-k as load, with its gradient. For sigmoid routers, probabilities are the sigmoids over their sum, as in DeepSeek-V3.
+    Loads count what routers chose, before any choice is dropped for lack of capacity.
     """
 
     name = "switch_balance"
@@ -41,7 +41,7 @@ class SwitchBalance(Loss):
     parameters: SwitchBalanceParameters
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-        """``[2 E + 1]``: loads, probabilities, tokens; or ``[2]``: the sequences' losses and their number."""
+        """``[2 E + 1]``: loads, probabilities and the number of tokens; by sequence ``[2]``: their losses' sum, and their number."""
         load, probabilities = self._load(record), record.probabilities
         if self.parameters.scope == "batch":
             return torch.cat([counted(load, mask), counted(probabilities, mask), token_count(load, mask)])
@@ -51,18 +51,18 @@ class SwitchBalance(Loss):
         return torch.stack([load.shape[1] * products.sum(), (tokens > 0).sum().to(load.dtype)])
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
-        """One layer's."""
+        """One layer's loss, a scalar, from its sums over all tokens."""
         if self.parameters.scope == "sequence":
             return sums[0] / sums[1].clamp(min=1)
         load, probability = shares(sums)
         return len(load) * (load * probability).sum()
 
     def mean_over(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """Sequences with a token, where the loss is of each."""
+        """The number ``[1]`` of sequences with a token, if the loss is per sequence."""
         return mask.any(1).sum().view(1) if self.parameters.scope == "sequence" else None
 
     def _load(self, record: RouterRecord) -> torch.Tensor:
-        """``[T, E]``: what each token adds to the load of each expert; rows sum to 1, unnormalised weights apart."""
+        """``[T, E]``: what each token adds to the load of each expert. Rows sum to 1, unless weights are not normalised."""
         if self.parameters.fraction == "choices":
             return record.chosen / record.experts.shape[1]
         if self.parameters.fraction == "first":

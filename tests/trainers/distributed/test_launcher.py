@@ -196,7 +196,7 @@ def test_a_second_signal_ends_a_step_that_does_not_end(second: str) -> None:
     assert process.stdout.readline() == "runs\n"
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)  # at once: the same event, passed on by somebody
-    assert process.stdout.readline().startswith("SIGTERM: the step is finished and saved first")
+    assert process.stdout.readline().startswith("SIGTERM: finishing and saving the current step")
     time.sleep(launcher.TOGETHER)
     assert process.poll() is None
     process.send_signal(signal.Signals[second])
@@ -209,10 +209,10 @@ def test_a_second_signal_ends_a_step_that_does_not_end(second: str) -> None:
     [
         (["worker-1"], None, "cannot read 'worker-1' in line 1"),
         (["a slots=2", "b slots=none"], None, "cannot read 'b slots=none' in line 2"),
-        (["-oProxyCommand=x slots=2"], None, "is no name of a machine"),
-        (["a slots=1", "a slots=1"], None, "'a' is there twice"),
+        (["-oProxyCommand=x slots=2"], None, "is not the name of a machine"),
+        (["a slots=1", "a slots=1"], None, "'a' is listed twice"),
         (["a slots=1"], 2, "a has 1 slots, and --nproc is 2"),
-        (["# nothing"], None, "no machine in it"),
+        (["# nothing"], None, "lists no machine"),
     ],
 )
 def test_host_files_that_cannot_be_used(tmp_path: Path, lines: list[str], nproc: int | None, message: str) -> None:
@@ -229,5 +229,5 @@ def test_a_machine_that_cannot_be_reached_is_named(
     script.write_text("import time; time.sleep(60)\n")
     with pytest.raises(EnvironmentFault, match="ssh connection to unreachable"):
         hosts.launch_hosts([], hostfile(tmp_path, "localhost slots=1", "unreachable slots=1"), None)
-    with pytest.raises(EnvironmentFault, match="unreachable of the host file does not say its address"):
+    with pytest.raises(EnvironmentFault, match="the address of unreachable"):
         hosts.launch_hosts([], hostfile(tmp_path, "unreachable slots=1"), None)

@@ -82,7 +82,7 @@ def test_uniform_is_one(record: Any) -> None:
 def test_sequence_level_needs_sequences_and_masks_their_tokens(logits: torch.Tensor, record: Any) -> None:
     with pytest.raises(UsageError, match=r"needs a mask \[B, S\]"):
         made(scope="sequence")([record(logits, K)])
-    with pytest.raises(UsageError, match="a mask of 6 tokens for 12"):
+    with pytest.raises(UsageError, match="the mask has 6 tokens, but 12"):
         made()([record(logits, K)], torch.ones(2, 3, dtype=torch.bool))
 
 
