@@ -21,7 +21,7 @@ PRESETS = {
     "qwen3_moe": "qwen3_moe",
 }
 _SIGMOID = (
-    "DeepSpeed ignores a bias on the choice of experts that is a buffer, as it is here "
+    "DeepSpeed ignores biases on the choice of experts that are buffers, as they are here "
     "(github.com/deepspeedai/DeepSpeed/issues/8358), so the trained model would choose other experts than the exported one"
 )
 _REFUSED = {

@@ -32,10 +32,10 @@ class Together(Ranks):
     everyone: list[Any]
     meeting: threading.Barrier
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         return self._exchanged(value)[0]
 
-    def together(self, error: BaseException | None) -> None:
+    def raise_together(self, error: BaseException | None) -> None:
         found = next((each for each in self._exchanged(error) if each), None)
         if found:
             raise error or found
