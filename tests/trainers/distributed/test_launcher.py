@@ -27,7 +27,7 @@ exec bash -c "$*"
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What ranks run in place of upcycle, on this machine and on hosts."""
     monkeypatch.setattr(launcher, "_MODULE", "rank_script")
-    agent = f"from upcycle.trainers import host_ranks, launcher; launcher._MODULE = 'rank_script'; {'{}'}"
+    agent = f"from upcycle.cli import host_ranks; from upcycle.trainers.distributed import launcher; launcher._MODULE = 'rank_script'; {'{}'}"
     (tmp_path / "agent_script.py").write_text(agent.format("raise SystemExit(host_ranks.main())"))
     monkeypatch.setattr(hosts, "AGENT", "agent_script")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -104,7 +104,7 @@ SAVES = (  # says that it runs, and saves when it is told to
 )
 STUBBORN = SAVES.replace("    sys.exit(130)\n", "")
 START = (
-    "import sys; from pathlib import Path; from upcycle.trainers import hosts, launcher\n"
+    "import sys; from pathlib import Path; from upcycle.trainers.distributed import hosts, launcher\n"
     "launcher._MODULE, hosts.AGENT = 'rank_script', 'agent_script'\n"
     "a, b = sys.argv[1:]\n"
     "sys.exit(launcher.launch([a], 2) if b == 'nproc' else hosts.launch_hosts([a], Path(b), None))\n"
