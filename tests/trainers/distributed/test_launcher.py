@@ -27,8 +27,13 @@ exec bash -c "$*"
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What ranks run in place of upcycle, on this machine and on hosts."""
     monkeypatch.setattr(launcher, "_MODULE", "rank_script")
-    agent = f"from upcycle.cli import host_ranks; from upcycle.trainers.distributed import launcher; launcher._MODULE = 'rank_script'; {'{}'}"
-    (tmp_path / "agent_script.py").write_text(agent.format("raise SystemExit(host_ranks.main())"))
+    agent = (
+        "from upcycle.cli import host_ranks",
+        "from upcycle.trainers.distributed import launcher",
+        "launcher._MODULE = 'rank_script'",
+        "raise SystemExit(host_ranks.main())",
+    )
+    (tmp_path / "agent_script.py").write_text("\n".join(agent))
     monkeypatch.setattr(hosts, "AGENT", "agent_script")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     return tmp_path / "rank_script.py"
