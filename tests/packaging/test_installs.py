@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkouts import LINKED, Environment, build, make_checkout, module_names, packaged
-
-# They run in the Python of an inference engine, which has other packages.
-ELSEWHERE = "upcycle.verification.engines.workers."
+from checkouts import ELSEWHERE, LINKED, Environment, build, make_checkout, module_names, packaged
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("configs", "kernels", "splitters", "trainers")  # folders beside upcycle/ that are packages inside of it
+ELSEWHERE = (
+    "upcycle.verification.engines.workers."  # run in the Python of an inference engine, which has other packages
+)
 
 
 def make_checkout(folder: Path, links: bool) -> list[str]:

@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any
 
 # Ctrl-C; what clusters send before they take a node away; a terminal or an ssh connection that closes; Slurm's --signal.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Windows has the first two alone.
+STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 INTERRUPTED = 130  # the exit code of a command that was stopped, whichever signal it was
 # Signals within so many seconds count as one: a terminal, a launcher and a cluster may each pass the same one on.
 TOGETHER = 0.5
@@ -114,7 +115,7 @@ def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
 
     A SIGHUP that is ignored stays ignored: that is what ``nohup`` asks for.
     """
-    numbers = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [each for each in STOPPING if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
 

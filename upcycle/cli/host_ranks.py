@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ def main() -> int:
         from upcycle.cli.shared.output import print_error
         from upcycle.errors import EnvironmentFault
 
-        fault = EnvironmentFault(f"{os.uname().nodename} has no folder {request['folder']}: {error.strerror}")
+        fault = EnvironmentFault(f"{platform.node()} has no folder {request['folder']}: {error.strerror}")
         print_error(fault)
         return fault.exit_code
     ranks = start_ranks(request["arguments"], range(*request["ranks"]), {**os.environ, **request["environment"]})

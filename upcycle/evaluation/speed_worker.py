@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +71,6 @@ class TimedModel:
     def _peak(self) -> int:
         if self.device == "cuda":
             return int(torch.cuda.max_memory_allocated())
-        status = Path("/proc/self/status")
-        if status.exists():  # ru_maxrss also counts what the process was before it became this program
-            found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-            return int(found.split()[1]) << 10
         return peak_memory()
 
 

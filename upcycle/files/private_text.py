@@ -87,7 +87,7 @@ def this_machine() -> Machine:
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises where there is none
     homes = {home, os.path.realpath(home)} if home.startswith("/") else set()
     users = {os.environ.get("USER", ""), os.environ.get("LOGNAME", ""), *(Path(each).name for each in homes)}
-    with suppress(KeyError, OSError):  # a container's user without a name
+    with suppress(KeyError, OSError, ImportError):  # a container's user without a name, a system without users
         users.add(getpass.getuser())
     node = platform.node()
     return Machine(

@@ -21,15 +21,15 @@ def cache_folder() -> Path | None:
     """
     root = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     places = [root / "upcycle"] if root.is_absolute() else []
-    with suppress(OSError):  # no folder of the system's can be written
+    with suppress(OSError, AttributeError):  # no folder of the system's can be written; users have no numbers
         places.append(Path(tempfile.gettempdir()) / f"upcycle-{os.getuid()}")
     return next((place for place in places if _usable(place)), None)
 
 
 def only_ours(path: Path) -> bool:
-    """Whether nobody else can write to it."""
+    """Whether nobody else can write to it, as far as its mode tells: on Windows it does not, and the answer is no."""
     found = path.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return hasattr(os, "getuid") and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _usable(folder: Path) -> bool:

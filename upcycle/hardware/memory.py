@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 # Parameters of mallopt(3), by their numbers in glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -53,15 +54,23 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    if sys.platform == "win32":
-        import psutil
+    """Largest resident set of this process so far, in bytes; the present one where the system does not keep the largest."""
+    import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the process was before it became this program
+        peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+        if peak:
+            return int(peak.split()[1]) << 10
+    now = psutil.Process().memory_info()
+    if on_windows := getattr(now, "peak_wset", None):
+        return int(on_windows)
+    try:
+        import resource
+    except ImportError:
+        return int(now.rss)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def _set_glibc(settings: dict[int, int]) -> bool:
@@ -77,8 +86,7 @@ def _set_glibc(settings: dict[int, int]) -> bool:
 
 
 def _address_space_is_limited() -> bool:
-    if sys.platform == "win32":
-        return False
-    import resource  # not on Windows
+    import psutil
 
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    # psutil knows the limit on Linux and FreeBSD; glibc is nowhere else.
+    return hasattr(psutil, "RLIMIT_AS") and psutil.Process().rlimit(psutil.RLIMIT_AS)[0] != psutil.RLIM_INFINITY

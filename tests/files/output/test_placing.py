@@ -16,23 +16,6 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.output.workspace import Workspace, settle
 
 
-@pytest.fixture
-def new(tmp_path: Path) -> dict[str, str]:
-    return content(result(tmp_path / "reference" / "new", "new"))
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    (tmp_path / "place").mkdir()
-    return tmp_path / "place"
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody cuts the power of a test."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 def refuse_renames(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Folders cannot be renamed (a mount point, a layer of an overlay), and files not to another folder."""
     for name in ("rename", "replace"):

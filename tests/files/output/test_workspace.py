@@ -16,23 +16,6 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.output.workspace import Workspace
 
 
-@pytest.fixture
-def new(tmp_path: Path) -> dict[str, str]:
-    return content(result(tmp_path / "reference" / "new", "new"))
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    (tmp_path / "place").mkdir()
-    return tmp_path / "place"
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody cuts the power of a test."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 def test_out_appears_when_published(place: Path, new: dict[str, str]) -> None:
     with Workspace(place / "out", "job") as workspace:
         fill(workspace.folder, "new")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -12,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.names import LOCK, PID_LOCK
 
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _BEING_WRITTEN = 10.0  # seconds after which an empty file of a process was left by one that died
 
 
@@ -51,7 +51,7 @@ class FolderLock:
         while True:
             descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
-                locked = _flock(descriptor)
+                locked = _lock(descriptor)
             except BlockingIOError:
                 os.close(descriptor)
                 raise UpcycleError(self._busy, hint="wait for it to finish, or choose another folder") from None
@@ -123,28 +123,26 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _flock(descriptor, wait=True)
+        _lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, wait: bool = False) -> bool:
+def _lock(descriptor: int, wait: bool = False) -> bool:
     """Lock an open file; False where the system or the file system has no locks.
+
+    The lock is the system's (``flock``, on Windows ``LockFileEx``): it ends with the descriptor, however the process does.
 
     Raises:
         BlockingIOError: another process has it, and we do not wait.
     """
     try:
-        import fcntl
-    except ImportError:
+        taken = lock_descriptor(descriptor, blocking=wait)
+    except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        if error.errno in _HELD:
-            raise BlockingIOError from None
-        return False
+    if not taken:
+        raise BlockingIOError
     return True
 
 
