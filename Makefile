@@ -9,9 +9,9 @@ READY = $(VENV)/.ready
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
 
-test: $(READY)          # every test that needs no download
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
-	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m "not slow" tests/kernels/gpu/triton_code
+test: $(READY)          # every test that needs no download; the slowest ten are named at the end
+	$(BIN)/python -P -m pytest -n 2 --durations=10 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
+	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 --durations=10 -m "not slow" tests/kernels/gpu/triton_code
 
 long: $(READY)          # the tests that take longest: a model larger than memory, processes, whole conversions
 	$(BIN)/python -P -m pytest -n 2 -m long
@@ -62,7 +62,7 @@ training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed
 reference: $(READY)     # the pages of docs/reference, from the code; a test says when that is needed
 	$(BIN)/python -P -m upcycle.cli.reference.write docs/reference
 
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(READY): setup.py setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
