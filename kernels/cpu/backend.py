@@ -13,15 +13,15 @@ import torch
 from upcycle.kernels.cpu.expert_groups import Group, Pass
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
+from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, Part
-from upcycle.kernels.layout.routing import Routing
 
 
 def forward(
-    x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: torch.Tensor | None, keep: bool
+    x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :class:`upcycle.kernels.layout.expert_weights.Backend`."""
-    run = Pass(x, weights, routing)
+    run = Pass(x, weights, dispatch)
     products = run.products
     kept = recycled(x, run.z_size if keep else 0)
     for group in run.groups:
@@ -45,16 +45,16 @@ def backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weights: ExpertWeights,
-    routing: Routing,
+    dispatch: Dispatch,
     scores: torch.Tensor | None,
     z: torch.Tensor,
     needs: Gradients,
 ) -> Gradients:
     """See :class:`upcycle.kernels.layout.expert_weights.Backend`. Experts without rows get zeros."""
-    run = Pass(x, weights, routing)
+    run = Pass(x, weights, dispatch)
     made = Gradients(*(None if need is None else recycled_like(need) for need in needs))
     grad = grad.to(run.products.sum)
-    slots = routing.row_slot[: run.total]
+    slots = dispatch.row_slot[: run.total]
     row_scores = None if scores is None else scores[slots]
     score_grads = run.x.new_zeros(run.total)
     for group in run.groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.kernels.layout.routing import Routing
+from upcycle.kernels.layout.dispatch import Dispatch
 
 
 class Combiner:
@@ -13,18 +13,18 @@ class Combiner:
     Dropped slots are left out, so that their rows are never read.
     """
 
-    def __init__(self, routing: Routing, kept: int) -> None:
-        """``kept``: how many slots are not dropped, ``routing.offsets[E]``."""
-        self.tokens = routing.tokens
+    def __init__(self, dispatch: Dispatch, kept: int) -> None:
+        """``kept``: how many slots are not dropped, ``dispatch.offsets[E]``."""
+        self.tokens = dispatch.tokens
         self.kept: torch.Tensor | None = None
-        bounds = routing.token_offsets
+        bounds = dispatch.token_offsets
         if bounds is None:
-            assert routing.top_k is not None
-            bounds = torch.arange(0, routing.slots + 1, max(routing.top_k, 1))[: self.tokens + 1]
-            if routing.top_k == 0:
+            assert dispatch.top_k is not None
+            bounds = torch.arange(0, dispatch.slots + 1, max(dispatch.top_k, 1))[: self.tokens + 1]
+            if dispatch.top_k == 0:
                 bounds = torch.zeros(self.tokens + 1, dtype=torch.long)
-        rows = routing.slot_row
-        if kept < routing.slots:
+        rows = dispatch.slot_row
+        if kept < dispatch.slots:
             valid = rows >= 0
             self.kept = valid.nonzero().squeeze(1)
             rows = rows[self.kept]

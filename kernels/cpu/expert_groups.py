@@ -10,8 +10,8 @@ import torch
 from upcycle.kernels.cpu.combine import Combiner
 from upcycle.kernels.cpu.products import Products
 from upcycle.kernels.cpu.recycled_memory import recycled
+from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights
-from upcycle.kernels.layout.routing import Routing
 
 GROUP_ROWS = 256  # as many rows are computed together, more only of a larger expert,
 GROUP_ELEMENTS = (
@@ -41,15 +41,15 @@ class Group:
 class Pass:
     """What the groups of one pass share. T tokens, R rows that are not dropped, H hidden."""
 
-    def __init__(self, x: torch.Tensor, weights: ExpertWeights, routing: Routing) -> None:
+    def __init__(self, x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch) -> None:
         """Of ``x [T, H]``; reads the offsets, which are on the CPU as everything else is."""
-        self.weights, self.routing = weights, routing
+        self.weights, self.dispatch = weights, dispatch
         self.products = Products(x.dtype)
         self.x = x.to(self.products.sum)
-        offsets = routing.offsets.tolist()
+        offsets = dispatch.offsets.tolist()
         self.total: int = offsets[-1]
         self.groups, self.idle, self.z_size = grouped(offsets, weights)
-        self.combine = Combiner(routing, self.total)
+        self.combine = Combiner(dispatch, self.total)
         self._most_rows = max((group.size for group in self.groups), default=0)
         self._buffers: dict[str, torch.Tensor] = {}
         self.expanded = recycled(self.x, self.total, weights.hidden)
@@ -64,7 +64,7 @@ class Pass:
     def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:
         """The group's rows of ``[T, H]``, in the buffer of this name."""
         out = self.buffer(name, group.size, tokens.shape[1])
-        return torch.index_select(tokens, 0, self.routing.row_token[group.rows], out=out)
+        return torch.index_select(tokens, 0, self.dispatch.row_token[group.rows], out=out)
 
 
 def grouped(offsets: list[int], weights: ExpertWeights) -> tuple[list[Group], list[int], int]:

@@ -15,16 +15,17 @@ from upcycle.errors import UsageError
 from upcycle.kernels.cpu.activations import activate
 from upcycle.kernels.cpu.native import few_rows
 from upcycle.kernels.cpu.products import LARGE, Products, accumulator
+from upcycle.kernels.layout.dispatch import RouterChoice
 from upcycle.kernels.layout.expert_weights import ExpertWeights
 
 MOST_SLOTS = 64
 
 
-def suits(
-    weights: ExpertWeights, experts: torch.Tensor, token_offsets: torch.Tensor | None, capacity: int | None
-) -> bool:
+def suits(weights: ExpertWeights, choice: RouterChoice) -> bool:
     """Whether :func:`forward` takes these: few slots, K of every token, of experts of one width and without biases."""
-    plain = token_offsets is None and capacity is None and weights.up_bias is None and weights.down_bias is None
+    experts = choice.experts
+    plain = choice.token_offsets is None and choice.capacity is None
+    plain = plain and weights.up_bias is None and weights.down_bias is None
     alike = weights.widths is None or len(set(weights.widths)) == 1
     split = weights.gated and weights.interleaved and not (few_rows.takes(weights, experts) and few_rows.few_rows())
     few = experts.ndim == 2 and 0 < experts.numel() <= MOST_SLOTS and experts.dtype in (torch.int32, torch.int64)

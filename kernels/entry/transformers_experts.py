@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from upcycle.kernels.entry.choose_backend import LEAN, NAME
-from upcycle.kernels.entry.operator import Saved, compiled_output, experts_output
-from upcycle.kernels.layout.expert_weights import ExpertWeights, state_of
+from upcycle.kernels.entry.compiled_operator import Saved, compiled_output
+from upcycle.kernels.entry.operator import experts_output
+from upcycle.kernels.layout.dispatch import RouterChoice
+from upcycle.kernels.layout.expert_weights import ExpertWeights, Layout, WeightTensors, state_of
 from upcycle.kernels.layout.plain_memory import is_subclass, without_numbers
 
 _log = logging.getLogger("upcycle.kernels")
@@ -49,22 +51,17 @@ def stock_experts(
         return own
     assert activation is not None
     assert tensors is not None
-    up, down, up_bias, down_bias = tensors
-    interleaved = self.has_gate and not self.is_concatenated
-    x = hidden_states.to(up.dtype)
-    if torch.compiler.is_compiling() or without_numbers(x, up):
+    layout = Layout(activation, self.has_gate, self.has_gate and not self.is_concatenated, self.is_transposed)
+    x = hidden_states.to(tensors.up.dtype)
+    if torch.compiler.is_compiling() or without_numbers(x, tensors.up):
         scores = top_k_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        out = compiled_output(
-            x, up, down, up_bias, down_bias, top_k_index, scores, None, None,
-            activation, self.has_gate, interleaved, self.is_transposed, None, save,
-        )  # fmt: skip
+        out = compiled_output(x, tensors, layout, RouterChoice(top_k_index, scores), save)
     else:
-        layout = (activation, self.has_gate, interleaved, self.is_transposed)
         known = _known.get(self)
-        if known is not None and (known.checked, known.stacked_layout) == (state_of(*tensors), layout):
+        if known is not None and (known.checked, known.layout) == (state_of(*tensors), layout):
             weights = known.around(*tensors)
         else:
-            weights = ExpertWeights(up, down, *layout, up_bias, down_bias)
+            weights = ExpertWeights.of(tensors, layout)
             _known[self] = weights.without_memory()
         out = experts_output(x, weights, top_k_index, top_k_weights, save=save)
     return out.to(hidden_states.dtype)
@@ -74,11 +71,11 @@ def stock_experts(
 _known: WeakKeyDictionary[Any, ExpertWeights] = WeakKeyDictionary()
 
 
-def _tensors(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _tensors(module: Any) -> WeightTensors:
     """Up, down and their biases, each looked up once: a parametrised weight is computed whenever it is looked at."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
     up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
-    return up, module.down_proj, up_bias, module.down_proj_bias if module.has_bias else None
+    return WeightTensors(up, module.down_proj, up_bias, module.down_proj_bias if module.has_bias else None)
 
 
 def _foreign(*tensors: torch.Tensor | None) -> str | None:

@@ -1,12 +1,17 @@
-"""One function per kernel: its grid, its strides and what is compiled in, from tensors. Outputs are the caller's."""
+"""One function per kernel: from a pass and its tensors to a grid, strides and what is compiled in. Outputs are the caller's.
+
+T tokens, S slots, H hidden, I width of the widest expert.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
 import torch
 
+from upcycle.kernels.gpu.gpu_pass import GpuPass
 from upcycle.kernels.gpu.launch_log import launch
-from upcycle.kernels.gpu.row_tiles import RowTiles
-from upcycle.kernels.gpu.tile_table import Tile
 from upcycle.kernels.gpu.triton_code.activation_backward import activation_backward_kernel
 from upcycle.kernels.gpu.triton_code.bias_gradient import bias_gradient_kernel
 from upcycle.kernels.gpu.triton_code.combine import combine_kernel
@@ -14,7 +19,32 @@ from upcycle.kernels.gpu.triton_code.down_projection import gemm_kernel
 from upcycle.kernels.gpu.triton_code.up_projection import up_kernel
 from upcycle.kernels.gpu.triton_code.weight_gradient import xty_kernel
 from upcycle.kernels.layout.expert_weights import ExpertWeights
-from upcycle.kernels.layout.routing import Routing
+
+Which: TypeAlias = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the two matrices of every expert, as kernels address it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    hidden_last: bool
+    """Whether hidden is contiguous."""
+    stride: int
+    """Of the other dimension of one expert."""
+    rows_per_neuron: int
+    """Of its dimension that is not hidden."""
+
+
+def projection(weights: ExpertWeights, which: Which) -> Projection:
+    """``up`` or ``down`` of the experts."""
+    if which == "up":
+        stride = weights.up.shape[2] if weights.transposed else weights.hidden
+        return Projection(weights.up, weights.up_bias, not weights.transposed, stride, weights.rows_per_neuron)
+    hidden_last = weights.packed or weights.transposed
+    stride = weights.hidden if hidden_last else weights.down.shape[2]
+    return Projection(weights.down, weights.down_bias, hidden_last, stride, 1)
 
 
 def form_of(weights: ExpertWeights) -> str:
@@ -24,88 +54,65 @@ def form_of(weights: ExpertWeights) -> str:
     return "interleaved" if weights.interleaved else "concatenated"
 
 
-def _strides(weights: ExpertWeights) -> tuple[tuple[bool, int], tuple[bool, int]]:
-    """Of ``up`` and ``down``: whether hidden is contiguous, and the stride of the other dimension of one expert."""
-    up = (not weights.transposed, weights.hidden if not weights.transposed else weights.up.shape[2])
-    hidden_last = weights.packed or weights.transposed
-    return up, (hidden_last, weights.hidden if hidden_last else weights.down.shape[2])
+def up(run: GpuPass, h: torch.Tensor, z: torch.Tensor | None) -> None:
+    """Fill ``h`` ``[S, I]`` and, if given, ``z`` ``[S, 2 I]``; see ``up_kernel``."""
+    form = form_of(run.weights)
+    _rows_times(run, f"up/{form}", run.x, projection(run.weights, "up"), form, run.weights.activation, h, z)
 
 
-def _even(weights: ExpertWeights, factor: int, block: int) -> bool:
-    return all(width * factor % block == 0 for width in set(weights.all_widths))
+def down_backward(run: GpuPass, grad: torch.Tensor, dh: torch.Tensor) -> None:
+    """Fill ``dh`` ``[S, I]``: the gradient ``[T, H]`` of every row's token times its expert's ``down``.
 
-
-def _columns(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def up(
-    x: torch.Tensor,
-    weights: ExpertWeights,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    tiles: RowTiles,
-    tile: Tile,
-    h: torch.Tensor,
-    z: torch.Tensor | None,
-    precision: str,
-) -> None:
-    """Fill ``h`` ``[S, I]`` and, if given, ``z`` ``[S, 2 I]`` (I of the widest expert); see ``up_kernel``."""
-    bias, form = weights.up_bias, form_of(weights)
-    shared = weights, width_offsets, routing, tiles, tile
-    _rows_times(f"up/{form}", x, weights.up, bias, "up", form, weights.activation, *shared, h, z, precision)
+    It is the first projection's kernel, without an activation and without a bias.
+    """
+    down = projection(run.weights, "down")
+    _rows_times(run, "down_backward", grad, down, "plain", "none", dh, None)
 
 
 def _rows_times(
+    run: GpuPass,
     family: str,
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    which: str,
+    matrix: Projection,
     form: str,
     activation: str,
-    weights: ExpertWeights,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    tiles: RowTiles,
-    tile: Tile,
     h: torch.Tensor,
     z: torch.Tensor | None,
-    precision: str,
 ) -> None:
-    """Rows of ``x`` ``[T, H]`` times their expert's ``weight``, which is ``up`` or ``down``; see ``up_kernel``."""
-    hidden_last, stride = _strides(weights)[0 if which == "up" else 1]
-    columns = _columns(max(weights.all_widths), tile.n)
+    """Fill ``h`` with rows of ``x`` ``[T, H]`` times their expert's matrix; see ``up_kernel``."""
+    weights, tile = run.weights, run.tile(family)
+    bias = matrix.bias if family != "down_backward" else None
+    columns = _tiles_of(run.widest, tile.n)
     launch(
         family,
         up_kernel,
-        (tiles.count * columns,),
+        (run.row_tiles.count * columns,),
         tile,
         x=x,
-        weight=weight,
-        bias=weight if bias is None else bias,
+        weight=matrix.weight,
+        bias=matrix.weight if bias is None else bias,
         h=h,
         z=h if z is None else z,
-        row_token=routing.row_token,
-        tile_expert=tiles.expert,
-        tile_row=tiles.row,
-        offsets=routing.offsets,
-        width_offsets=width_offsets,
-        tiles=tiles.count,
+        row_token=run.dispatch.row_token,
+        tile_expert=run.row_tiles.expert,
+        tile_row=run.row_tiles.row,
+        offsets=run.dispatch.offsets,
+        width_offsets=run.width_offsets,
+        tiles=run.row_tiles.count,
         columns=columns,
         hidden=weights.hidden,
         stride_x=x.stride(0),
-        stride_weight=stride,
+        stride_weight=matrix.stride,
         stride_h=h.stride(0),
         stride_z=0 if z is None else z.stride(0),
         FORM=form,
-        HIDDEN_LAST=hidden_last,
+        HIDDEN_LAST=matrix.hidden_last,
         ACTIVATION=activation,
         BIAS=bias is not None,
         SAVE_Z=z is not None,
         ALIGNED=_even(weights, 1, 16),
         EVEN=weights.hidden % tile.k == 0,
-        PRECISION=precision,
+        PRECISION=run.precision,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
@@ -113,46 +120,35 @@ def _rows_times(
     )
 
 
-def gemm(
-    a: torch.Tensor,
-    weights: ExpertWeights,
-    which: str,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    tiles: RowTiles,
-    tile: Tile,
-    out: torch.Tensor,
-    precision: str,
-) -> None:
-    """``out`` ``[S, H]`` = rows of ``a`` times their expert's ``down`` (h to outputs) or ``up`` (dz to input gradients)."""
-    hidden_last, stride = _strides(weights)[0 if which == "up" else 1]
-    factor = weights.rows_per_neuron if which == "up" else 1
-    bias = weights.down_bias if which == "down" else None
-    columns = _columns(weights.hidden, tile.n)
+def gemm(run: GpuPass, a: torch.Tensor, which: Which, out: torch.Tensor) -> None:
+    """Fill ``out`` ``[S, H]``: rows of ``a`` times their expert's ``down`` (h to outputs) or ``up`` (dz to input gradients)."""
+    weights, matrix, tile = run.weights, projection(run.weights, which), run.tile("gemm")
+    bias = matrix.bias if which == "down" else None
+    columns = _tiles_of(weights.hidden, tile.n)
     launch(
         "gemm",
         gemm_kernel,
-        (tiles.count * columns,),
+        (run.row_tiles.count * columns,),
         tile,
         a=a,
-        weight=weights.up if which == "up" else weights.down,
+        weight=matrix.weight,
         bias=out if bias is None else bias,
         out=out,
-        tile_expert=tiles.expert,
-        tile_row=tiles.row,
-        offsets=routing.offsets,
-        width_offsets=width_offsets,
-        tiles=tiles.count,
+        tile_expert=run.row_tiles.expert,
+        tile_row=run.row_tiles.row,
+        offsets=run.dispatch.offsets,
+        width_offsets=run.width_offsets,
+        tiles=run.row_tiles.count,
         columns=columns,
         hidden=weights.hidden,
-        factor=factor,
+        factor=matrix.rows_per_neuron,
         stride_a=a.stride(0),
-        stride_weight=stride,
+        stride_weight=matrix.stride,
         stride_out=out.stride(0),
-        HIDDEN_LAST=hidden_last,
+        HIDDEN_LAST=matrix.hidden_last,
         BIAS=bias is not None,
-        EVEN=_even(weights, factor, tile.k),
-        PRECISION=precision,
+        EVEN=_even(weights, matrix.rows_per_neuron, tile.k),
+        PRECISION=run.precision,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
@@ -160,65 +156,50 @@ def gemm(
     )
 
 
-def combine(values: torch.Tensor, scores: torch.Tensor | None, routing: Routing, tile: Tile, out: torch.Tensor) -> None:
-    """``out`` ``[T, H]``: every token's sum over its rows of ``values`` ``[S, H]``; see ``combine_kernel``."""
-    fixed = routing.token_offsets is None
+def combine(run: GpuPass, values: torch.Tensor, weighted: bool, out: torch.Tensor) -> None:
+    """Fill ``out`` ``[T, H]``: every token's sum over its rows of ``values`` ``[S, H]``; see ``combine_kernel``.
+
+    ``weighted``: by the pass' scores, if it has some.
+    """
+    dispatch, tile = run.dispatch, run.tile("combine")
+    scores = run.scores if weighted else None
     launch(
         "combine",
         combine_kernel,
-        (_columns(routing.tokens, tile.m), _columns(out.shape[1], tile.n)),
+        (_tiles_of(dispatch.tokens, tile.m), _tiles_of(out.shape[1], tile.n)),
         tile,
         values=values,
         scores=values if scores is None else scores,
         out=out,
-        slot_row=routing.slot_row,
-        token_offsets=routing.slot_row if routing.token_offsets is None else routing.token_offsets,
-        tokens=routing.tokens,
+        slot_row=dispatch.slot_row,
+        token_offsets=dispatch.slot_row if dispatch.token_offsets is None else dispatch.token_offsets,
+        tokens=dispatch.tokens,
         hidden=out.shape[1],
-        top_k=routing.top_k or 0,
+        top_k=dispatch.top_k or 0,
         stride_values=values.stride(0),
         stride_out=out.stride(0),
-        FIXED=fixed,
+        FIXED=dispatch.token_offsets is None,
         WEIGHTED=scores is not None,
         BLOCK_T=tile.m,
         BLOCK_N=tile.n,
     )
 
 
-def down_backward(
-    grad: torch.Tensor,
-    weights: ExpertWeights,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    tiles: RowTiles,
-    tile: Tile,
-    out: torch.Tensor,
-    precision: str,
-) -> None:
-    """``out`` ``[S, I]`` = the gradient ``[T, H]`` of every row's token times its expert's ``down``: the first projection's kernel."""
-    shared = weights, width_offsets, routing, tiles, tile
-    _rows_times("down_backward", grad, weights.down, None, "down", "plain", "none", *shared, out, None, precision)
-
-
 def activation_backward(
-    grad: torch.Tensor,
-    weights: ExpertWeights,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    scores: torch.Tensor | None,
-    tiles: RowTiles,
-    tile: Tile,
-    h: torch.Tensor,
-    z: torch.Tensor,
-    dz: torch.Tensor,
+    run: GpuPass, grad: torch.Tensor, h: torch.Tensor, z: torch.Tensor, dz: torch.Tensor
 ) -> torch.Tensor | None:
-    """Fill ``dz`` ``[S, 2 I]``, turn ``h`` from ``down_backward``'s result into ``s * h``; returns ds ``[S]``, if there are scores."""
+    """Fill ``dz`` ``[S, 2 I]`` and turn ``h`` from ``down_backward``'s result into ``s * h``.
+
+    Returns:
+        The scores' gradient ``[S]``, if there are scores.
+    """
+    weights, scores, tile = run.weights, run.scores, run.tile("combine")
     found = None if scores is None else torch.zeros_like(scores)
-    rows = min(tile.m, tiles.block)  # more would reach into the expert's next tile
+    rows = min(tile.m, run.row_tiles.block)  # more would reach into the expert's next tile
     launch(
         "combine",
         activation_backward_kernel,
-        (tiles.count * _columns(tiles.block, rows),),
+        (run.row_tiles.count * _tiles_of(run.row_tiles.block, rows),),
         tile,
         grad=grad,
         bias=weights.down if weights.down_bias is None else weights.down_bias,
@@ -227,12 +208,12 @@ def activation_backward(
         dz=dz,
         scores=h if scores is None else scores,
         dscores=h if found is None else found,
-        row_token=routing.row_token,
-        row_slot=routing.row_slot,
-        tile_expert=tiles.expert,
-        tile_row=tiles.row,
-        offsets=routing.offsets,
-        width_offsets=width_offsets,
+        row_token=run.dispatch.row_token,
+        row_slot=run.dispatch.row_slot,
+        tile_expert=run.row_tiles.expert,
+        tile_row=run.row_tiles.row,
+        offsets=run.dispatch.offsets,
+        width_offsets=run.width_offsets,
         hidden=weights.hidden,
         stride_grad=grad.stride(0),
         stride_h=h.stride(0),
@@ -242,7 +223,7 @@ def activation_backward(
         WEIGHTED=scores is not None,
         BIAS=weights.down_bias is not None,
         ALIGNED=_even(weights, 1, 16),
-        ROWS=tiles.block,
+        ROWS=run.row_tiles.block,
         BLOCK_M=rows,
         BLOCK_N=tile.n,
     )
@@ -250,79 +231,82 @@ def activation_backward(
 
 
 def weight_gradient(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    weights: ExpertWeights,
-    which: str,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    tile: Tile,
-    out: torch.Tensor,
-    accumulate: bool,
-    precision: str,
+    run: GpuPass, a: torch.Tensor, b: torch.Tensor, which: Which, out: torch.Tensor, accumulate: bool
 ) -> None:
-    """``out`` like ``up`` or ``down`` = a^T b per expert; ``a`` ``[S, ...]`` in rows, ``b`` ``[T, H]`` in tokens."""
-    hidden_last, stride = _strides(weights)[0 if which == "up" else 1]
-    factor = weights.rows_per_neuron if which == "up" else 1
-    columns = _columns(weights.hidden, tile.n)
+    """Fill ``out``, like ``up`` or ``down``, with a^T b per expert, or add that to it.
+
+    Args:
+        run: the pass.
+        a: ``[S, ...]``, in rows.
+        b: ``[T, H]``, in tokens.
+        which: the matrix whose gradient it is.
+        out: contiguous.
+        accumulate: add.
+    """
+    weights, matrix, tile = run.weights, projection(run.weights, which), run.tile("weight_gradient")
+    columns = _tiles_of(weights.hidden, tile.n)
     launch(
         "weight_gradient",
         xty_kernel,
-        (columns * _columns(max(weights.all_widths) * factor, tile.m), weights.num_experts),
+        (columns * _tiles_of(run.widest * matrix.rows_per_neuron, tile.m), weights.num_experts),
         tile,
         a=a,
         b=b,
         out=out,
-        row_token=routing.row_token,
-        offsets=routing.offsets,
-        width_offsets=width_offsets,
+        row_token=run.dispatch.row_token,
+        offsets=run.dispatch.offsets,
+        width_offsets=run.width_offsets,
         columns=columns,
         hidden=weights.hidden,
-        factor=factor,
+        factor=matrix.rows_per_neuron,
         stride_a=a.stride(0),
         stride_b=b.stride(0),
-        stride_out=stride,
-        HIDDEN_LAST=hidden_last,
+        stride_out=matrix.stride,
+        HIDDEN_LAST=matrix.hidden_last,
         GATHER=True,
         ACCUMULATE=accumulate,
         ALIGNED=_even(weights, 1, 16),
-        PRECISION=precision,
+        PRECISION=run.precision,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
     )
 
 
-def bias_gradient(
-    values: torch.Tensor,
-    weights: ExpertWeights,
-    which: str,
-    width_offsets: torch.Tensor,
-    routing: Routing,
-    scores: torch.Tensor | None,
-    tile: Tile,
-    out: torch.Tensor,
-) -> None:
-    """``out`` like ``up_bias`` from dz in rows, or like ``down_bias`` from the output's gradient in tokens."""
-    of_down = which == "down"
-    size = weights.hidden if of_down else weights.rows_per_neuron * max(weights.all_widths)
+def bias_gradient(run: GpuPass, values: torch.Tensor, which: Which, out: torch.Tensor) -> None:
+    """Fill ``out``: like ``up_bias`` from dz in rows, or like ``down_bias`` from the output's gradient in tokens."""
+    weights, tile, of_down = run.weights, run.tile("combine"), which == "down"
+    scores = run.scores if of_down else None
     launch(
         "combine",
         bias_gradient_kernel,
-        (_columns(size, tile.n), weights.num_experts),
+        (
+            _tiles_of(weights.hidden if of_down else weights.rows_per_neuron * run.widest, tile.n),
+            weights.num_experts,
+        ),
         tile,
         values=values,
-        scores=values if scores is None or not of_down else scores,
+        scores=values if scores is None else scores,
         out=out,
-        row_token=routing.row_token,
-        row_slot=routing.row_slot,
-        offsets=routing.offsets,
-        width_offsets=width_offsets,
+        row_token=run.dispatch.row_token,
+        row_slot=run.dispatch.row_slot,
+        offsets=run.dispatch.offsets,
+        width_offsets=run.width_offsets,
         hidden=weights.hidden,
         factor=weights.rows_per_neuron,
         stride_values=values.stride(0),
         OF_DOWN=of_down,
-        WEIGHTED=of_down and scores is not None,
+        WEIGHTED=scores is not None,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
     )
+
+
+def _even(weights: ExpertWeights, factor: int, block: int) -> bool:
+    """Whether ``factor`` times every expert's width is a multiple of ``block``."""
+    return all(width * factor % block == 0 for width in set(weights.all_widths))
+
+
+def _tiles_of(size: int, block: int) -> int:
+    """How many tiles of ``block`` cover ``size``."""
+    return -(-size // block)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from upcycle.kernels.layout.routing import Routing
+from upcycle.kernels.layout.dispatch import Dispatch
 
 
 @dataclass(frozen=True)
@@ -28,39 +28,39 @@ class RowTiles:
 _CELLS = 8192  # tiles times experts that a program compares
 
 
-def row_tiles(routing: Routing, block: int) -> RowTiles:
+def row_tiles(dispatch: Dispatch, block: int) -> RowTiles:
     """Cut every expert's rows into tiles without waiting for the device.
 
     ``N = min(ceil(S / block) + E, S)``: every expert has at most one tile that is not full, and no tile is empty.
     """
-    number = min(-(-routing.slots // block) + routing.num_experts, routing.slots)
-    if routing.offsets.device.type == "cuda":
-        return in_one_launch(routing, block, number)
-    starts = routing.offsets[:-1]
-    ends = ((routing.offsets.diff() + block - 1) // block).cumsum(0)
+    number = min(-(-dispatch.slots // block) + dispatch.num_experts, dispatch.slots)
+    if dispatch.offsets.device.type == "cuda":
+        return in_one_launch(dispatch, block, number)
+    starts = dispatch.offsets[:-1]
+    ends = ((dispatch.offsets.diff() + block - 1) // block).cumsum(0)
     tile = torch.arange(number, device=ends.device)
     expert = torch.searchsorted(ends, tile, right=True)
-    used = expert < routing.num_experts
-    held = expert.clamp(max=routing.num_experts - 1)
+    used = expert < dispatch.num_experts
+    held = expert.clamp(max=dispatch.num_experts - 1)
     # The tiles of earlier experts come first: an expert's end of tiles less its own number of them.
     before = torch.cat([ends.new_zeros(1), ends])[held]
     row = starts[held] + (tile - before) * block
     return RowTiles(torch.where(used, expert, -1).int(), torch.where(used, row, 0).int(), block)
 
 
-def in_one_launch(routing: Routing, block: int, number: int) -> RowTiles:
+def in_one_launch(dispatch: Dispatch, block: int, number: int) -> RowTiles:
     """The same ``number`` of tiles from a Triton kernel."""
     from upcycle.kernels.gpu.triton_code.row_tiles import row_tiles_kernel
 
-    made = torch.empty(2, number, dtype=torch.int32, device=routing.offsets.device)
-    experts = 1 << (routing.num_experts - 1).bit_length()
+    made = torch.empty(2, number, dtype=torch.int32, device=dispatch.offsets.device)
+    experts = 1 << (dispatch.num_experts - 1).bit_length()
     tiles = max(1, _CELLS // experts)
     if number:
         row_tiles_kernel[(-(-number // tiles),)](
-            routing.offsets,
+            dispatch.offsets,
             made[0],
             made[1],
-            routing.num_experts,
+            dispatch.num_experts,
             number,
             BLOCK=block,
             EXPERTS=experts,

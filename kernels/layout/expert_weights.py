@@ -21,11 +21,30 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.kernels.layout.routing import Routing
+from upcycle.kernels.layout.dispatch import Dispatch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
 Part: TypeAlias = Literal["all", "gate", "up"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Layout(NamedTuple):
+    """How the numbers of an :class:`ExpertWeights` are to be read; fields as there."""
+
+    activation: str
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    widths: tuple[int, ...] | None = None
+
+
+class WeightTensors(NamedTuple):
+    """The tensors of an :class:`ExpertWeights`; ``None`` where there is no bias."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,22 +82,33 @@ class ExpertWeights:
         _check_tensor("down_bias", self.down_bias, self.up, (experts, self.hidden))
         object.__setattr__(self, "checked", state_of(*self.tensors))
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """``up``, ``down``, ``up_bias``, ``down_bias``."""
-        return self.up, self.down, self.up_bias, self.down_bias
+    @classmethod
+    def of(cls, tensors: WeightTensors, layout: Layout) -> ExpertWeights:
+        """The experts that ``tensors`` hold in ``layout``.
+
+        Raises:
+            UsageError: they do not fit together.
+        """
+        up, down, *biases = tensors
+        *kind, widths = layout
+        return cls(up, down, *kind, *biases, widths)
 
     @property
-    def stacked_layout(self) -> tuple[str, bool, bool, bool]:
-        """The arguments between the matrices and the biases."""
-        return self.activation, self.gated, self.interleaved, self.transposed
+    def tensors(self) -> WeightTensors:
+        """``up``, ``down``, ``up_bias``, ``down_bias``."""
+        return WeightTensors(self.up, self.down, self.up_bias, self.down_bias)
+
+    @property
+    def layout(self) -> Layout:
+        """How the tensors are to be read."""
+        return Layout(self.activation, self.gated, self.interleaved, self.transposed, self.widths)
 
     def without_memory(self) -> ExpertWeights:
-        """The same with shapes in place of numbers: what may be kept while the weights come and go."""
+        """A copy with shapes in place of numbers, which may be kept while the weights come and go."""
         return self.around(*(None if tensor is None else tensor.detach().to("meta") for tensor in self.tensors))
 
     def around(self, *tensors: torch.Tensor | None) -> ExpertWeights:
-        """The same around other ``tensors``, in their order here, which the caller knows to fit: nothing is checked again."""
+        """The same layout around other ``tensors``, in the order of :attr:`tensors`; the caller knows that they fit."""
         made = copy(self)
         for name, tensor in zip(("up", "down", "up_bias", "down_bias"), tensors, strict=True):
             object.__setattr__(made, name, tensor)
@@ -250,12 +280,12 @@ def unpack(weights: ExpertWeights, interleaved: bool = False, transposed: bool =
     )
 
 
-def intermediate_offsets(routing: Routing, weights: ExpertWeights, per_neuron: int = 1) -> torch.Tensor:
+def intermediate_offsets(dispatch: Dispatch, weights: ExpertWeights, per_neuron: int = 1) -> torch.Tensor:
     """int64 ``[E + 1]``, on the device: the first element of every expert in a flat intermediate.
 
     The sum over earlier experts of rows times width times ``per_neuron`` (``rows_per_neuron`` for z, 1 for h).
     """
-    sizes = routing.offsets.diff() * weights.width_offsets().to(routing.offsets.device).diff() * per_neuron
+    sizes = dispatch.offsets.diff() * weights.width_offsets().to(dispatch.offsets.device).diff() * per_neuron
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
@@ -277,7 +307,7 @@ class Backend(Protocol):
         self,
         x: torch.Tensor,
         weights: ExpertWeights,
-        routing: Routing,
+        dispatch: Dispatch,
         scores: torch.Tensor | None,
         keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,7 +316,7 @@ class Backend(Protocol):
         Args:
             x: ``[T, H]``.
             weights: of the dtype and device of ``x``.
-            routing: of the tokens.
+            dispatch: of the tokens.
             scores: fp32 (fp64 for fp64 x) ``[S]`` router weights in the slots' order; ``None``: all 1.
             keep: whether z is wanted.
         """
@@ -296,7 +326,7 @@ class Backend(Protocol):
         grad: torch.Tensor,
         x: torch.Tensor,
         weights: ExpertWeights,
-        routing: Routing,
+        dispatch: Dispatch,
         scores: torch.Tensor | None,
         z: torch.Tensor,
         needs: Gradients,

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
+from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
-from upcycle.kernels.layout.routing import Routing
 
 
 def experts_output(
@@ -80,23 +80,23 @@ def activation(name: str, z: torch.Tensor) -> torch.Tensor:
 
 
 def forward(
-    x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: torch.Tensor | None, keep: bool
+    x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :class:`upcycle.kernels.layout.expert_weights.Backend`; keeps nothing."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not keep):
-        rows = routing.slot_row
-        ids = torch.searchsorted(routing.offsets, rows.long(), right=True) - 1
+        rows = dispatch.slot_row
+        ids = torch.searchsorted(dispatch.offsets, rows.long(), right=True) - 1
         ids = ids.masked_fill(rows < 0, weights.num_experts)
-        if routing.top_k is not None:
-            ids = ids.view(routing.tokens, routing.top_k)
-        return experts_output(x, weights, ids, scores, routing.token_offsets), x.new_empty(0)
+        if dispatch.top_k is not None:
+            ids = ids.view(dispatch.tokens, dispatch.top_k)
+        return experts_output(x, weights, ids, scores, dispatch.token_offsets), x.new_empty(0)
 
 
 def backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weights: ExpertWeights,
-    routing: Routing,
+    dispatch: Dispatch,
     scores: torch.Tensor | None,
     z: torch.Tensor,
     needs: Gradients,
@@ -118,7 +118,7 @@ def backward(
     )
     x, scores = leaf(x, needs.x), optional(scores, needs.scores)
     with torch.enable_grad():
-        out, _ = forward(x, copy, routing, scores, False)
+        out, _ = forward(x, copy, dispatch, scores, False)
     inputs = (x, copy.up, copy.down, copy.up_bias, copy.down_bias, scores)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     if not out.requires_grad:

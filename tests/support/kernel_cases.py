@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from kernel_oracle import Answer, Problem
 
+from upcycle.kernels.layout.dispatch import Dispatch, route
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, pack
-from upcycle.kernels.layout.routing import Routing, route
 
 
 def top_k(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[list[int]]:
@@ -109,9 +109,9 @@ class Made:
 
     problem: Problem
     weights: ExpertWeights
-    routing: Routing
+    dispatch: Dispatch
     arguments: tuple[Any, ...]
-    """x, weights, routing, scores."""
+    """x, weights, dispatch, scores."""
 
     def gradients(self) -> Gradients:
         """All that there are."""
@@ -169,13 +169,13 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Made:
     ids = torch.tensor(slots, dtype=torch.int64)
     lengths = [len(row) for row in chosen]
     if set(lengths) == {case.k}:
-        routing = route(ids.view(case.tokens, case.k).to(device), experts)
+        dispatch = route(ids.view(case.tokens, case.k).to(device), experts)
     else:
         offsets = torch.tensor([0, *lengths]).cumsum(0)
-        routing = route(ids.to(device), experts, offsets.to(device))
+        dispatch = route(ids.to(device), experts, offsets.to(device))
     weights = arranged(gate, up, down, biases, case)
     problem = Problem(x, gate, up, down, chosen, scores, grad, case.activation, biases)
-    return Made(problem, weights, routing, (x, weights, routing, scores))
+    return Made(problem, weights, dispatch, (x, weights, dispatch, scores))
 
 
 def arranged(

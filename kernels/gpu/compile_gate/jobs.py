@@ -10,8 +10,8 @@ from upcycle.kernels.gpu import backend
 from upcycle.kernels.gpu.compile_gate.compile import Job, job_of
 from upcycle.kernels.gpu.launch_log import recorded
 from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
-from upcycle.kernels.layout.routing import Routing
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _HIDDEN, _WIDTH, _EXPERTS, _TOP_K = 2048, 768, 8, 2
@@ -33,26 +33,26 @@ def place_jobs(kind: str, size: int, rows: int, table: TileTable, family: str = 
 
 def training_jobs(kind: str, weights: ExpertWeights, rows: int, table: TileTable, family: str = "") -> Iterator[Job]:
     """What one forward and backward pass with so many rows per expert launches."""
-    routing = meta_routing(rows * weights.num_experts // _TOP_K, weights.num_experts, _TOP_K)
-    x = torch.empty(routing.tokens, weights.hidden, dtype=weights.up.dtype, device="meta")
-    scores = torch.empty(routing.slots, device="meta")
+    dispatch = meta_dispatch(rows * weights.num_experts // _TOP_K, weights.num_experts, _TOP_K)
+    x = torch.empty(dispatch.tokens, weights.hidden, dtype=weights.up.dtype, device="meta")
+    scores = torch.empty(dispatch.slots, device="meta")
     with recorded(kind) as launches:
-        _, z = backend.forward(x, weights, routing, scores, True, table)
+        _, z = backend.forward(x, weights, dispatch, scores, True, table)
         everything = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
-        backend.backward(x, x, weights, routing, scores, z, everything, table=table)
+        backend.backward(x, x, weights, dispatch, scores, z, everything, table=table)
     for launch in launches:
         if not family or launch.family == family:
             yield job_of(launch, kind)
 
 
-def meta_routing(tokens: int, experts: int, top_k: int) -> Routing:
-    """Shapes of a routing without values."""
+def meta_dispatch(tokens: int, experts: int, top_k: int) -> Dispatch:
+    """Shapes of a dispatch without values."""
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
     slots = tokens * top_k
-    return Routing(empty(slots), empty(slots), empty(slots), empty(experts + 1, torch.int64), None, tokens, top_k)
+    return Dispatch(empty(slots), empty(slots), empty(slots), empty(experts + 1, torch.int64), None, tokens, top_k)
 
 
 def _layouts(dtype: torch.dtype) -> Iterator[ExpertWeights]:

@@ -17,16 +17,16 @@ from torch.nn import functional as F  # noqa: N812
 from upcycle.errors import UpcycleError
 from upcycle.kernels.gpu.compile_gate.roofline import SHAPES, Shape, total
 from upcycle.kernels.layout.devices import gpu
+from upcycle.kernels.layout.dispatch import Dispatch, route
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
-from upcycle.kernels.layout.routing import Routing, route
 
 Candidate = tuple[str, Callable[[], object]]
 
 
 def layer(
     shape: Shape, device: torch.device, skew: float = 0.0
-) -> tuple[torch.Tensor, ExpertWeights, Routing, torch.Tensor]:
-    """Random numbers for a shape: x, packed bf16 weights, a routing and its scores.
+) -> tuple[torch.Tensor, ExpertWeights, Dispatch, torch.Tensor]:
+    """Random numbers for a shape: x, packed bf16 weights, a dispatch and its scores.
 
     ``skew`` is Zipf's exponent of how often experts are chosen; 0: evenly.
     """
@@ -46,7 +46,7 @@ def layer(
 
 
 def ours(
-    x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: torch.Tensor, training: bool
+    x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor, training: bool
 ) -> Callable[[], object]:
     """A call of the kernels: a forward pass, or forward and backward."""
     from upcycle.kernels.gpu.backend import backward, forward
@@ -54,21 +54,21 @@ def ours(
     needs = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
 
     def run() -> object:
-        output, z = forward(x, weights, routing, scores, training)
-        return backward(output, x, weights, routing, scores, z, needs) if training else output
+        output, z = forward(x, weights, dispatch, scores, training)
+        return backward(output, x, weights, dispatch, scores, z, needs) if training else output
 
     return run
 
 
 def grouped(
-    x: torch.Tensor, weights: ExpertWeights, routing: Routing, scores: torch.Tensor, training: bool
+    x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor, training: bool
 ) -> Callable[[], object]:
     """The same layer of torch's grouped products, differentiated by autograd."""
     experts, width = weights.num_experts, weights.width(0)
     up = weights.up.view(experts, 2 * width, -1).detach().requires_grad_(training)
     down = weights.down.view(experts, width, -1).detach().requires_grad_(training)
     x, scores = x.detach().requires_grad_(training), scores.detach().requires_grad_(training)
-    ends, tokens, slots = routing.offsets[1:].int(), routing.row_token.long(), routing.row_slot.long()
+    ends, tokens, slots = dispatch.offsets[1:].int(), dispatch.row_token.long(), dispatch.row_slot.long()
 
     def run() -> object:
         with torch.set_grad_enabled(training):

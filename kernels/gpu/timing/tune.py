@@ -11,8 +11,8 @@ from upcycle.kernels.gpu.compile_gate.candidates import candidates
 from upcycle.kernels.gpu.launch import form_of
 from upcycle.kernels.gpu.launch_log import Launch, recorded, start
 from upcycle.kernels.gpu.tile_table import FAMILIES, Tile, TileTable, default_table
+from upcycle.kernels.layout.dispatch import Dispatch, route
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
-from upcycle.kernels.layout.routing import Routing, route
 
 Timer = Callable[[Callable[[], None]], float]
 
@@ -40,14 +40,14 @@ def tune(
     for number in tokens:
         rows = -(-number * top_k // weights.num_experts)
         x = torch.randn(number, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
-        routing = _even_routing(number, weights.num_experts, top_k, x.device)
+        dispatch = _even_dispatch(number, weights.num_experts, top_k, x.device)
         for family in families:
             options = candidates(size, family)
             place = min((held for held in options if held >= rows), default=max(options))
             best: tuple[float, Tile] | None = None
             for tile in options[place]:
                 tried = table.replaced({(kind, size, family, place): tile})
-                seconds = _time(launches(x, weights, routing, kind, tried, family), timer)
+                seconds = _time(launches(x, weights, dispatch, kind, tried, family), timer)
                 if seconds is not None and (best is None or seconds < best[0]):
                     best = seconds, tile
             if best is None:
@@ -59,14 +59,14 @@ def tune(
 
 
 def launches(
-    x: torch.Tensor, weights: ExpertWeights, routing: Routing, kind: str, table: TileTable, family: str
+    x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, kind: str, table: TileTable, family: str
 ) -> list[Launch]:
     """What a training step launches of one family, written down with its buffers, which hold random values."""
-    scores = torch.rand(routing.slots, device=x.device)
+    scores = torch.rand(dispatch.slots, device=x.device)
     needs = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
     with recorded(kind) as found:
-        _, z = forward(x, weights, routing, scores, True, table)
-        backward(x, x, weights, routing, scores, z, needs, table=table)
+        _, z = forward(x, weights, dispatch, scores, True, table)
+        backward(x, x, weights, dispatch, scores, z, needs, table=table)
     chosen = [launch for launch in found if launch.family == family]
     given = {id(tensor) for tensor in (x, scores, weights.up, weights.down)}
     for launch in chosen:
@@ -90,6 +90,6 @@ def _time(work: list[Launch], timer: Timer) -> float | None:
         raise
 
 
-def _even_routing(tokens: int, experts: int, top_k: int, device: torch.device) -> Routing:
+def _even_dispatch(tokens: int, experts: int, top_k: int, device: torch.device) -> Dispatch:
     slots = torch.arange(tokens * top_k, device=device) % experts
     return route(slots.view(tokens, top_k), experts)

@@ -67,7 +67,7 @@ SHAPES = {
 class Layer:
     """One stock experts module, its inputs, and the dense FFN of the same FLOPs."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32, routing: str = "balanced") -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32, dispatch: str = "balanced") -> None:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -85,9 +85,9 @@ class Layer:
         self.down = torch.nn.Parameter(torch.randn(shape.hidden, dense).mul_(0.02).to(dtype))
         self.x = torch.randn(shape.tokens, shape.hidden).to(dtype).requires_grad_()
         self.grad = torch.randn(shape.tokens, shape.hidden).to(dtype)
-        self.ids, scores = route(shape, routing)
+        self.ids, scores = route(shape, dispatch)
         self.scores = scores.to(dtype).requires_grad_()
-        self.module._is_expert_parallel = routing == "dynamic"
+        self.module._is_expert_parallel = dispatch == "dynamic"
 
     def contenders(self, backward: bool) -> dict[str, Callable[[], object]]:
         """What is timed, by name."""
@@ -264,7 +264,7 @@ def routings(rounds: int) -> list[Row]:
     found = []
     for kind in ("zipf", "dynamic"):
         for name in ("8 experts", "32 small", "64"):
-            layer = Layer(SHAPES[name], routing=kind)
+            layer = Layer(SHAPES[name], dispatch=kind)
             timings = {n: f for n, f in layer.contenders(True).items() if n != "batched_mm"}
             found.append(medians(timings, rounds))
             print(line(f"{name}, {kind}, forward and backward", found[-1]), flush=True)

@@ -11,8 +11,8 @@ from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tens
 from upcycle.kernels.cpu import backend, recycled_memory
 from upcycle.kernels.cpu.expert_groups import GROUP_ELEMENTS, GROUP_ROWS, grouped
 from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.dispatch import route
 from upcycle.kernels.layout.expert_weights import ACTIVATIONS, ExpertWeights, Gradients
-from upcycle.kernels.layout.routing import route
 
 TOKENS = 17
 
@@ -58,17 +58,17 @@ def check_against_reference(
         exact_scores = leaves[-1].view(ids.shape)
     expected = reference.experts_output(leaves[0], exact, ids, exact_scores, offsets)
     slopes = torch.autograd.grad(expected, leaves, grad.double(), materialize_grads=True)
-    routing = route(ids, weights.num_experts, offsets)
-    found, z = backend.forward(x, weights, routing, scores, True)
+    dispatch = route(ids, weights.num_experts, offsets)
+    found, z = backend.forward(x, weights, dispatch, scores, True)
     assert found.dtype == x.dtype
     assert apart(found, expected.detach()) < tolerance
-    without, nothing = backend.forward(x, weights, routing, scores, False)
+    without, nothing = backend.forward(x, weights, dispatch, scores, False)
     assert torch.equal(found, without)
     assert nothing.numel() == 0
     needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-    made = backend.backward(grad, x, weights, routing, scores, z, needs)
-    again = backend.backward(grad, x, weights, routing, scores, z, needs)
-    lean = backend.backward(grad, x, weights, routing, scores, z.new_empty(0), needs)
+    made = backend.backward(grad, x, weights, dispatch, scores, z, needs)
+    again = backend.backward(grad, x, weights, dispatch, scores, z, needs)
+    lean = backend.backward(grad, x, weights, dispatch, scores, z.new_empty(0), needs)
     for name, need, mine, other, anew in zip(Gradients._fields, needs, made, again, lean, strict=True):
         if need is None:
             assert mine is None
@@ -160,11 +160,11 @@ def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     for these, most in ((narrow, GROUP_ELEMENTS // (2 * narrow.width(0))), (wide, GROUP_ROWS)):
         many, _, _ = grouped([0, most - 1, most + 1, most + 2, 5 * most, 5 * most], these)
         assert [len(group.experts) for group in many] == [1, 2, 1]
-    x, routing = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
-    together = backend.forward(x, make_weights(), routing, None, True)
+    x, dispatch = torch.randn(TOKENS, 12, dtype=torch.float64), route(case("plain")[0], 5)
+    together = backend.forward(x, make_weights(), dispatch, None, True)
     monkeypatch.setattr("upcycle.kernels.cpu.expert_groups.GROUP_ROWS", 1)
     monkeypatch.setattr("upcycle.kernels.cpu.expert_groups.GROUP_ELEMENTS", 0)
-    apart_ = backend.forward(x, make_weights(), routing, None, True)
+    apart_ = backend.forward(x, make_weights(), dispatch, None, True)
     assert torch.equal(together[0], apart_[0])
     assert torch.equal(together[1], apart_[1])
 
@@ -181,15 +181,15 @@ def test_what_is_dropped_or_idle_is_not_read(layout: str) -> None:
     scores[ids.flatten() == 5] = torch.nan
     for tensor in (weights.up_of(3), weights.down_of(3), weights.up_bias_of(3), weights.down_bias[3]):
         tensor.fill_(torch.nan)
-    routing = route(ids, 5)
-    out, z = backend.forward(x, weights, routing, scores, True)
+    dispatch = route(ids, 5)
+    out, z = backend.forward(x, weights, dispatch, scores, True)
     assert out.isfinite().all()
     assert not out[4].any()
-    assert len(z) == int(routing.offsets.diff() @ torch.tensor(weights.all_widths)) * 2, "room for what is computed"
+    assert len(z) == int(dispatch.offsets.diff() @ torch.tensor(weights.all_widths)) * 2, "room for what is computed"
     grad = torch.randn_like(x)
     grad[4] = torch.nan
     needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-    made = backend.backward(grad, x, weights, routing, scores, z, needs)
+    made = backend.backward(grad, x, weights, dispatch, scores, z, needs)
     for name, tensor in made._asdict().items():
         assert tensor.isfinite().all(), name
     assert not made.x[4].any()
@@ -201,12 +201,12 @@ def test_what_is_dropped_or_idle_is_not_read(layout: str) -> None:
 def test_only_what_is_asked_for() -> None:
     weights, (ids, _) = make_weights("packed", bias=True), case("plain")
     x, grad = torch.randn(2, TOKENS, 12, dtype=torch.float64)
-    scores, routing = torch.rand(ids.numel(), dtype=torch.float64), route(ids, 5)
-    _, z = backend.forward(x, weights, routing, scores, True)
+    scores, dispatch = torch.rand(ids.numel(), dtype=torch.float64), route(ids, 5)
+    _, z = backend.forward(x, weights, dispatch, scores, True)
     everything = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-    full = backend.backward(grad, x, weights, routing, scores, z, everything)
+    full = backend.backward(grad, x, weights, dispatch, scores, z, everything)
     for name, value in everything._asdict().items():
-        one = backend.backward(grad, x, weights, routing, scores, z, Gradients(**{name: value}))
+        one = backend.backward(grad, x, weights, dispatch, scores, z, Gradients(**{name: value}))
         assert torch.equal(getattr(one, name), getattr(full, name))
         assert sum(tensor is not None for tensor in one) == 1
 
@@ -216,31 +216,33 @@ def test_memory_of_ended_tensors_is_used_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(recycled_memory, "RECYCLER", recycler)
     monkeypatch.setattr(recycled_memory, "LEAST", 1)
     weights, (ids, _) = make_weights("stacked"), case("plain")
-    routing, x = route(ids, 5), torch.randn(TOKENS, 12, dtype=torch.float64)
+    dispatch, x = route(ids, 5), torch.randn(TOKENS, 12, dtype=torch.float64)
     with torch.inference_mode():  # whose tensors could not be written to in training
-        first, _ = backend.forward(x, weights, routing, None, False)
+        first, _ = backend.forward(x, weights, dispatch, None, False)
     assert recycler.waiting, "the buffers"
     for piece in recycler._waiting:
         torch.frombuffer(piece, dtype=torch.float64).fill_(torch.nan)
     needs = Gradients(x, weights.up, weights.down)
-    out, z = backend.forward(x, weights, routing, None, True)
-    made = backend.backward(torch.ones_like(out), x, weights, routing, None, z, needs)
+    out, z = backend.forward(x, weights, dispatch, None, True)
+    made = backend.backward(torch.ones_like(out), x, weights, dispatch, None, z, needs)
     assert torch.equal(out, first)
     before = [tensor.clone() for tensor in (out, z, made.x, made.up, made.down)]
-    backend.backward(out, x + 1, weights, routing, None, backend.forward(x + 1, weights, routing, None, True)[1], needs)
+    backend.backward(
+        out, x + 1, weights, dispatch, None, backend.forward(x + 1, weights, dispatch, None, True)[1], needs
+    )
     assert all(map(torch.equal, (out, z, made.x, made.up, made.down), before)), "what is returned is the caller's"
     steady = recycler.waiting
     for _ in range(3):
-        backend.backward(out, x, weights, routing, None, z, needs)
+        backend.backward(out, x, weights, dispatch, None, z, needs)
     assert recycler.waiting == steady
 
 
 def test_no_tokens() -> None:
-    weights, routing = make_weights(), route(torch.zeros(0, 2, dtype=torch.long), 5)
+    weights, dispatch = make_weights(), route(torch.zeros(0, 2, dtype=torch.long), 5)
     x = torch.zeros(0, 12, dtype=torch.float64)
-    out, z = backend.forward(x, weights, routing, None, True)
+    out, z = backend.forward(x, weights, dispatch, None, True)
     assert out.shape == (0, 12)
-    made = backend.backward(out, x, weights, routing, None, z, Gradients(x, weights.up, weights.down))
+    made = backend.backward(out, x, weights, dispatch, None, z, Gradients(x, weights.up, weights.down))
     assert made.x.shape == (0, 12)
     assert not made.up.any()
     assert not made.down.any()

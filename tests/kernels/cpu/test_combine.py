@@ -7,7 +7,7 @@ import torch
 from expert_cases import random_ids
 
 from upcycle.kernels.cpu.combine import Combiner
-from upcycle.kernels.layout.routing import route
+from upcycle.kernels.layout.dispatch import route
 
 
 def looped(
@@ -36,30 +36,30 @@ def test_sums(weighted: bool, dropped: bool, dynamic: bool) -> None:
         ids, numbers = ids.flatten(), [0, 5, 2, 0, 7, 1, 12, 0]
         offsets = torch.tensor([sum(numbers[:token]) for token in range(len(numbers) + 1)])
         slots = [list(range(offsets[token], offsets[token + 1])) for token in range(len(numbers))]
-    routing = route(ids, 6, offsets)
-    kept = int(routing.offsets[-1])
+    dispatch = route(ids, 6, offsets)
+    kept = int(dispatch.offsets[-1])
     scores = torch.rand(27) if weighted else None
     rows = torch.full((27, 40), torch.nan)
     rows[:kept] = torch.randn(kept, 40)
     if scores is not None:
-        scores[routing.slot_row < 0] = torch.nan
-    found = Combiner(routing, kept)(rows[:kept], scores)
+        scores[dispatch.slot_row < 0] = torch.nan
+    found = Combiner(dispatch, kept)(rows[:kept], scores)
     torch.testing.assert_close(
-        found.double(), looped(rows, scores, slots, routing.slot_row.tolist()), rtol=1e-6, atol=1e-6
+        found.double(), looped(rows, scores, slots, dispatch.slot_row.tolist()), rtol=1e-6, atol=1e-6
     )
     assert found.dtype == torch.float32
-    double = Combiner(routing, kept)(rows.double(), None if scores is None else scores.double())
-    torch.testing.assert_close(double, looped(rows, scores, slots, routing.slot_row.tolist()), rtol=1e-13, atol=1e-13)
+    double = Combiner(dispatch, kept)(rows.double(), None if scores is None else scores.double())
+    torch.testing.assert_close(double, looped(rows, scores, slots, dispatch.slot_row.tolist()), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (3, 0), (4, 1)])
 def test_few(tokens: int, top_k: int) -> None:
-    routing = route(torch.zeros(tokens, top_k, dtype=torch.long), 2)
+    dispatch = route(torch.zeros(tokens, top_k, dtype=torch.long), 2)
     rows = torch.randn(tokens * top_k, 8)
-    found = Combiner(routing, len(rows))(rows, None)
+    found = Combiner(dispatch, len(rows))(rows, None)
     assert torch.equal(found, rows if top_k else torch.zeros(tokens, 8))
 
 
 def test_all_dropped() -> None:
-    routing = route(torch.full((3, 2), 4), 4)
-    assert torch.equal(Combiner(routing, 0)(torch.empty(0, 8), torch.full((6,), torch.nan)), torch.zeros(3, 8))
+    dispatch = route(torch.full((3, 2), 4), 4)
+    assert torch.equal(Combiner(dispatch, 0)(torch.empty(0, 8), torch.full((6,), torch.nan)), torch.zeros(3, 8))

@@ -9,7 +9,7 @@ from expert_cases import apart, make_weights, random_ids, rounding
 from upcycle.errors import UsageError
 from upcycle.kernels.cpu import backend, few_tokens, products
 from upcycle.kernels.cpu.native import few_rows
-from upcycle.kernels.layout.routing import route
+from upcycle.kernels.layout.dispatch import RouterChoice, route
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "compiled"], autouse=True)
@@ -42,7 +42,7 @@ def test_as_many_tokens_are_computed(
             weights.up_of(2).fill_(torch.nan)
         scores = scores.to(torch.float64 if dtype == torch.float64 else torch.float32)
         for given in (scores, None):
-            assert few_tokens.suits(weights, ids, None, None)
+            assert few_tokens.suits(weights, RouterChoice(ids))
             flat = None if given is None else given.flatten()
             many, _ = backend.forward(x, weights, route(ids, 5), flat, False)
             found = few_tokens.forward(x, weights, ids, given)
@@ -58,13 +58,13 @@ def test_all_dropped() -> None:
 
 def test_what_it_leaves_to_the_other_way() -> None:
     few, many = torch.zeros(2, 2, dtype=torch.long), torch.zeros(100, 2, dtype=torch.long)
-    assert few_tokens.suits(make_weights(), few, None, None)
-    assert not few_tokens.suits(make_weights(), many, None, None)
-    assert not few_tokens.suits(make_weights(bias=True), few, None, None)
-    assert not few_tokens.suits(make_weights("transposed", dtype=torch.float32), few, None, None)
-    assert not few_tokens.suits(make_weights("ragged"), few, None, None)
-    assert not few_tokens.suits(make_weights(), few.flatten(), torch.tensor([0, 4]), None)
-    assert not few_tokens.suits(make_weights(), few, None, 1)
+    assert few_tokens.suits(make_weights(), RouterChoice(few))
+    assert not few_tokens.suits(make_weights(), RouterChoice(many))
+    assert not few_tokens.suits(make_weights(bias=True), RouterChoice(few))
+    assert not few_tokens.suits(make_weights("transposed", dtype=torch.float32), RouterChoice(few))
+    assert not few_tokens.suits(make_weights("ragged"), RouterChoice(few))
+    assert not few_tokens.suits(make_weights(), RouterChoice(few.flatten(), token_offsets=torch.tensor([0, 4])))
+    assert not few_tokens.suits(make_weights(), RouterChoice(few, capacity=1))
 
 
 @pytest.mark.parametrize(

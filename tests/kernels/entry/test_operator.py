@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from upcycle.errors import UsageError
-from upcycle.kernels.entry import operator
-from upcycle.kernels.entry.operator import compiled_output, experts_output
+from upcycle.kernels.entry import compiled_operator
+from upcycle.kernels.entry.compiled_operator import Saved, compiled_output
+from upcycle.kernels.entry.operator import experts_output
 from upcycle.kernels.layout import reference
-from upcycle.kernels.layout.expert_weights import ExpertWeights, pack
+from upcycle.kernels.layout.dispatch import RouterChoice
+from upcycle.kernels.layout.expert_weights import ExpertWeights, WeightTensors, pack
 
 Run = Callable[..., torch.Tensor]
 
@@ -30,13 +32,10 @@ def compiled(
     scores: torch.Tensor | None = None,
     token_offsets: torch.Tensor | None = None,
     capacity: int | None = None,
-    save: operator.Saved = "z",
+    save: Saved = "z",
 ) -> torch.Tensor:
-    w = weights
-    return compiled_output(
-        x, w.up, w.down, w.up_bias, w.down_bias, experts, scores, token_offsets, capacity,
-        w.activation, w.gated, w.interleaved, w.transposed, w.widths, save,
-    )  # fmt: skip
+    choice = RouterChoice(experts, scores, token_offsets, capacity)
+    return compiled_output(x, weights.tensors, weights.layout, choice, save)
 
 
 @pytest.mark.parametrize("run", [experts_output, compiled])
@@ -116,10 +115,9 @@ def test_opcheck(layout: str, keep: bool) -> None:
     w = make_weights(layout, bias=True, dtype=torch.float32, grad=keep)
     x = torch.randn(6, 12, requires_grad=keep)
     scores = torch.rand(6, 2, requires_grad=keep)
-    rest = (w.activation, w.gated, w.interleaved, w.transposed, w.widths, keep)
-    arguments = (x, w.up, w.down, w.up_bias, w.down_bias, random_ids(6, 2, 6), scores, None, None, *rest)
-    torch.library.opcheck(operator._experts, arguments)
-    torch.library.opcheck(operator._experts, (*arguments[:3], None, None, *arguments[5:]))
+    arguments = (x, *w.tensors, *RouterChoice(random_ids(6, 2, 6), scores), *w.layout, keep)
+    torch.library.opcheck(compiled_operator._experts, arguments)
+    torch.library.opcheck(compiled_operator._experts, (*arguments[:3], None, None, *arguments[5:]))
 
 
 def test_compiles_whole() -> None:
@@ -128,9 +126,8 @@ def test_compiles_whole() -> None:
     ids, scores = random_ids(6, 2, 5), torch.rand(6, 2)
 
     def layer(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        w = weights
-        rest = (w.activation, w.gated, w.interleaved, w.transposed, w.widths)
-        return compiled_output(x * 2, up, down, None, None, ids, scores, None, None, *rest).tanh()
+        tensors = WeightTensors(up, down)
+        return compiled_output(x * 2, tensors, weights.layout, RouterChoice(ids, scores)).tanh()
 
     whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = (x, weights.up, weights.down)
@@ -270,7 +267,7 @@ def test_a_score_that_is_not_finite_makes_its_token_so_and_no_other(tokens: int,
     x, ids, scores = torch.randn(tokens, 12), random_ids(tokens, 2, 5), torch.rand(tokens, 2)
     scores[1, 0] = bad
     eager = experts_output(x, weights, ids, scores)
-    compiled = compiled_output(x, *weights.tensors, ids, scores, None, None, "silu", True, False, False, None)
+    compiled = compiled_output(x, weights.tensors, weights.layout, RouterChoice(ids, scores))
     for out in (eager, compiled, reference.experts_output(x, weights, ids, scores)):
         expected = torch.zeros(tokens, dtype=torch.bool)
         expected[1] = True

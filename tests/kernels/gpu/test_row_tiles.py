@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upcycle.kernels.gpu.row_tiles import row_tiles
-from upcycle.kernels.layout.routing import route
+from upcycle.kernels.layout.dispatch import route
 
 
 @pytest.mark.parametrize("block", [1, 4, 16])
@@ -23,13 +23,13 @@ from upcycle.kernels.layout.routing import route
     ],
 )
 def test_against_a_loop(ids: list[list[int]], experts: int, block: int) -> None:
-    routing = route(torch.tensor(ids), experts)
+    dispatch = route(torch.tensor(ids), experts)
     expected, first = [], 0
     for expert in range(experts):
         count = sum(row.count(expert) for row in ids)
         expected += [(expert, first + start) for start in range(0, count, block)]
         first += count
-    made = row_tiles(routing, block)
+    made = row_tiles(dispatch, block)
     slots = len(ids) * len(ids[0])
     assert made.count == min(-(-slots // block) + experts, slots)
     used = len(expected)
@@ -46,10 +46,10 @@ def test_no_slots() -> None:
 
 def test_without_values() -> None:
     """Sizes come from shapes alone: on the meta device there is nothing else."""
-    from upcycle.kernels.layout.routing import Routing
+    from upcycle.kernels.layout.dispatch import Dispatch
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    routing = Routing(empty(6), empty(6), empty(6), empty(4, torch.int64), None, 3, 2)
-    assert row_tiles(routing, 4).expert.shape == (5,)
+    dispatch = Dispatch(empty(6), empty(6), empty(6), empty(4, torch.int64), None, 3, 2)
+    assert row_tiles(dispatch, 4).expert.shape == (5,)

@@ -9,8 +9,8 @@ import torch
 from expert_cases import WIDTHS, make_weights
 
 from upcycle.errors import UsageError
+from upcycle.kernels.layout.dispatch import route
 from upcycle.kernels.layout.expert_weights import ExpertWeights, intermediate_offsets, pack, unpack
-from upcycle.kernels.layout.routing import route
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -72,13 +72,13 @@ def test_ragged() -> None:
 
 
 def test_intermediate_offsets() -> None:
-    routing = route(torch.tensor([[0, 1], [1, 4], [1, 2], [5, 2]]), 5)
+    dispatch = route(torch.tensor([[0, 1], [1, 4], [1, 2], [5, 2]]), 5)
     rows = (1, 3, 2, 0, 1)
     sizes = [number * width for number, width in zip(rows, WIDTHS, strict=True)]
     expected = [sum(sizes[:expert]) for expert in range(6)]
     weights = make_weights("ragged")
-    assert intermediate_offsets(routing, weights).tolist() == expected
-    assert intermediate_offsets(routing, weights, 2).tolist() == [2 * offset for offset in expected]
+    assert intermediate_offsets(dispatch, weights).tolist() == expected
+    assert intermediate_offsets(dispatch, weights, 2).tolist() == [2 * offset for offset in expected]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from expert_cases import apart, make_weights, random_ids, tensors_of
 from torch.nn import functional
 
 from upcycle.kernels.layout import reference
+from upcycle.kernels.layout.dispatch import route
 from upcycle.kernels.layout.expert_weights import ACTIVATIONS, ExpertWeights, Gradients
-from upcycle.kernels.layout.routing import route
 
 
 def test_by_hand() -> None:
@@ -62,7 +62,7 @@ def test_stock_mixtral() -> None:
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_as_a_backend(dynamic: bool) -> None:
-    """Forward and backward with routing vectors are the specification and its autograd."""
+    """Forward and backward with index vectors are the specification and its autograd."""
     weights = make_weights("ragged", bias=True, grad=True)
     ids, offsets = random_ids(6, 2, 6), None
     if dynamic:
@@ -72,12 +72,12 @@ def test_as_a_backend(dynamic: bool) -> None:
     expected = reference.experts_output(x, weights, ids, scores.view_as(ids), offsets)
     inputs, grad = [x, *tensors_of(weights), scores], torch.randn_like(expected)
     slopes = torch.autograd.grad(expected, inputs, grad)
-    routing = route(ids, 5, offsets)
+    dispatch = route(ids, 5, offsets)
     with torch.no_grad():
-        found, z = reference.forward(x, weights, routing, scores, True)
+        found, z = reference.forward(x, weights, dispatch, scores, True)
         needs = Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
-        made = reference.backward(grad, x, weights, routing, scores, z, needs)
-        some = reference.backward(grad, x, weights, routing, scores, z, Gradients(down=weights.down))
+        made = reference.backward(grad, x, weights, dispatch, scores, z, needs)
+        some = reference.backward(grad, x, weights, dispatch, scores, z, Gradients(down=weights.down))
     assert torch.equal(found, expected)
     for mine, slope in zip(made, slopes, strict=True):
         assert torch.equal(mine, slope)
@@ -90,9 +90,9 @@ def test_no_tokens_and_no_experts() -> None:
     empty = torch.zeros(0, 12, dtype=torch.float64)
     assert reference.experts_output(empty, weights, torch.zeros(0, 2, dtype=torch.long)).shape == (0, 12)
     x = torch.randn(3, 12, dtype=torch.float64)
-    routing = route(torch.full((3, 2), 5), 5)
+    dispatch = route(torch.full((3, 2), 5), 5)
     assert not reference.experts_output(x, weights, torch.full((3, 2), 5)).any()
     with torch.no_grad():
-        made = reference.backward(x, x, weights, routing, None, x, Gradients(x=x, up=weights.up))
+        made = reference.backward(x, x, weights, dispatch, None, x, Gradients(x=x, up=weights.up))
     assert not made.x.any()
     assert not made.up.any()

@@ -18,20 +18,20 @@ SHAPE = Shape("small", tokens=24, hidden=32, width=16, experts=4, top_k=2)
 @pytest.mark.parametrize("skew", [0.0, 2.0])
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 def test_the_baseline_is_the_same_layer(skew: float) -> None:
-    x, weights, routing, scores = bench.layer(SHAPE, torch.device("cpu"), skew)
+    x, weights, dispatch, scores = bench.layer(SHAPE, torch.device("cpu"), skew)
     wide = (x.double(), *(tensor.double() for tensor in (weights.up, weights.down)), scores.double())
     from dataclasses import replace
 
     exact = replace(weights, up=wide[1], down=wide[2])
-    output, z = forward(wide[0], exact, routing, wide[3], True)
-    found = bench.grouped(x, weights, routing, scores, False)()
+    output, z = forward(wide[0], exact, dispatch, wide[3], True)
+    found = bench.grouped(x, weights, dispatch, scores, False)()
     u = torch.finfo(torch.bfloat16).eps / 2
     # z, h, values, their products with scores and sums are rounded.
     assert (found.double() - output).norm() < 2 * 6**0.5 * u * output.norm()
     needs = Gradients(x=wide[0], up=wide[1], down=wide[2], scores=wide[3])
-    wanted = backward(found.double(), wide[0], exact, routing, wide[3], z, needs)
+    wanted = backward(found.double(), wide[0], exact, dispatch, wide[3], z, needs)
     pairs = zip(
-        bench.grouped(x, weights, routing, scores, True)(),
+        bench.grouped(x, weights, dispatch, scores, True)(),
         (wanted.x, wanted.up, wanted.down, wanted.scores),
         strict=True,
     )

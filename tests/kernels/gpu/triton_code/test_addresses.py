@@ -51,7 +51,7 @@ def test_rows_four_gigabytes_apart(device: torch.device, table: TileTable) -> No
     """Only the pages that are touched take memory."""
     case = Case(tokens=3, dtype=torch.bfloat16)
     made = make(case, device)
-    x, weights, routing, scores = made.arguments
+    x, weights, dispatch, scores = made.arguments
     stride = 2**31 - 2**10
     try:
         far = torch.empty(2 * stride + case.hidden, dtype=x.dtype, device=device)
@@ -61,8 +61,8 @@ def test_rows_four_gigabytes_apart(device: torch.device, table: TileTable) -> No
     far.copy_(x)
     results = []
     for rows in (x, far):
-        output, z = forward(rows, weights, routing, scores, True, table)
-        found = backward(made.problem.grad, rows, weights, routing, scores, z, made.gradients(), table=table)
+        output, z = forward(rows, weights, dispatch, scores, True, table)
+        found = backward(made.problem.grad, rows, weights, dispatch, scores, z, made.gradients(), table=table)
         results.append([output, found.x, found.up, found.down, found.scores])
     for compact, apart in zip(*results, strict=True):
         assert torch.equal(compact, apart)

@@ -12,8 +12,8 @@ from kernel_cases import Case, make
 from upcycle.errors import UsageError
 from upcycle.kernels.gpu.backend import backward, forward
 from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.dispatch import route
 from upcycle.kernels.layout.expert_weights import Gradients
-from upcycle.kernels.layout.routing import route
 
 
 @pytest.mark.parametrize(

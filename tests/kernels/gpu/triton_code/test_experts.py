@@ -41,7 +41,7 @@ def test_saving_nothing_gives_the_same_bits(device: torch.device, table: TileTab
     made = make(Case(tokens=9, dtype=torch.bfloat16), device)
     output, z = forward(*made.arguments, True, table)
     lean, nothing = forward(*made.arguments, False, table)
-    assert z.numel() == made.routing.slots * 2 * 32  # with x, all that is kept
+    assert z.numel() == made.dispatch.slots * 2 * 32  # with x, all that is kept
     assert nothing.numel() == 0
     assert torch.equal(lean, output)
     kept = backward(made.problem.grad, *made.arguments, z, made.gradients(), table=table)
@@ -61,7 +61,7 @@ def test_two_runs_give_the_same_bits(device: torch.device, table: TileTable) -> 
     for first, second in zip(run(), run(), strict=True):
         if first is None or second is None:
             assert first is second
-        elif first.ndim == 1 and first.numel() == made.routing.slots * width:  # z: past a width nothing is written
+        elif first.ndim == 1 and first.numel() == made.dispatch.slots * width:  # z: past a width nothing is written
             continue
         else:
             assert torch.equal(first, second)
@@ -71,11 +71,11 @@ def test_what_nobody_routes_to_is_not_read(device: torch.device, table: TileTabl
     """NaN in dropped slots' weights, in tokens without experts and in idle experts, and 0 * NaN is NaN."""
     case = Case(tokens=9, widths=(32,) * 4, choose=lambda *_: [[4, 4], *[[0, 4], [2, 0]] * 4])
     made = make(case, device)
-    x, weights, routing, scores = made.arguments
+    x, weights, dispatch, scores = made.arguments
     clean = make(case, device)
     x[0] = torch.nan
     made.problem.grad[0] = torch.nan
-    scores[(routing.slot_row < 0).nonzero()] = torch.nan
+    scores[(dispatch.slot_row < 0).nonzero()] = torch.nan
     for expert in (1, 3):
         weights.up_of(expert)[:] = torch.nan
         weights.down_of(expert)[:] = torch.nan
@@ -122,11 +122,11 @@ def test_gradients_are_added_to_buffers(device: torch.device, table: TileTable) 
 def test_inputs_that_are_not_contiguous(device: torch.device, table: TileTable) -> None:
     case = Case(tokens=9, layout="stacked")
     made = make(case, device)
-    x, weights, routing, scores = made.arguments
+    x, weights, dispatch, scores = made.arguments
 
     def run(x: torch.Tensor, weights: object, scores: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
-        output, z = forward(x, weights, routing, scores, True, table)  # type: ignore[arg-type]
-        found = backward(grad, x, weights, routing, scores, z, made.gradients(), table=table)  # type: ignore[arg-type]
+        output, z = forward(x, weights, dispatch, scores, True, table)  # type: ignore[arg-type]
+        found = backward(grad, x, weights, dispatch, scores, z, made.gradients(), table=table)  # type: ignore[arg-type]
         return [output, *(part for part in found if part is not None)]
 
     wide = torch.full((9, 2 * case.hidden), torch.nan, device=device)
@@ -142,13 +142,13 @@ def test_inputs_that_are_not_contiguous(device: torch.device, table: TileTable) 
 
 def test_no_tokens(device: torch.device, table: TileTable) -> None:
     made = make(Case(tokens=2), device)
-    from upcycle.kernels.layout.routing import route
+    from upcycle.kernels.layout.dispatch import route
 
-    routing = route(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
+    dispatch = route(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
     x, scores = made.problem.x[:0], torch.empty(0, device=device)
-    output, z = forward(x, made.weights, routing, scores, True, table)
+    output, z = forward(x, made.weights, dispatch, scores, True, table)
     assert output.shape == (0, 32)
-    found = backward(output, x, made.weights, routing, scores, z, made.gradients(), table=table)
+    found = backward(output, x, made.weights, dispatch, scores, z, made.gradients(), table=table)
     assert found.up is not None
     assert (found.up == 0).all()
     assert found.x is not None

@@ -8,7 +8,7 @@ from kernel_cases import Case, make
 
 from upcycle.kernels.gpu.backend import forward
 from upcycle.kernels.gpu.tile_table import TileTable
-from upcycle.kernels.layout.routing import route
+from upcycle.kernels.layout.dispatch import route
 
 
 def test_a_replayed_pass_is_the_same(device: torch.device, table: TileTable) -> None:

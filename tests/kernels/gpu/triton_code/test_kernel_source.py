@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[4] / "kernels" / "gpu" / "triton_code"
 KERNELS = sorted(FOLDER.glob("*.py"))
-GPU_PATH = [*KERNELS, FOLDER.parent / "launch_log.py", FOLDER.parent / "row_tiles.py"]
+GPU_PATH = [*KERNELS, *(FOLDER.parent / f"{name}.py" for name in ("gpu_pass", "launch", "launch_log", "row_tiles"))]
 WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "unique", "masked_select", "synchronize", "is_nonzero"}
 WIDE = {"hidden", "top_k", "expert", "first"}  # factors of addresses, besides strides
 

@@ -10,8 +10,8 @@ from kernel_cases import Case, make
 
 from upcycle.kernels.gpu.backend import forward
 from upcycle.kernels.gpu.tile_table import TileTable
+from upcycle.kernels.layout.dispatch import route
 from upcycle.kernels.layout.expert_weights import ExpertWeights
-from upcycle.kernels.layout.routing import route
 
 EXPERTS, TOKENS = 4, 7
 few = settings(
@@ -35,8 +35,8 @@ def test_permuted_tokens(ids: list[list[int]], order: list[int], device: torch.d
     chosen = torch.tensor(ids, device=device)
 
     def run(rows: list[int]) -> torch.Tensor:
-        routing = route(chosen[rows], EXPERTS)
-        return forward(x[rows], weights, routing, scores[rows].flatten(), False, table)[0]
+        dispatch = route(chosen[rows], EXPERTS)
+        return forward(x[rows], weights, dispatch, scores[rows].flatten(), False, table)[0]
 
     assert torch.equal(run(order), run(list(range(TOKENS)))[order])
 

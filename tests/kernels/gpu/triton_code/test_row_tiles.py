@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upcycle.kernels.gpu.row_tiles import in_one_launch, row_tiles
-from upcycle.kernels.layout.routing import Routing, route
+from upcycle.kernels.layout.dispatch import Dispatch, route
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ def test_like_torch(tokens: int, experts: int, top_k: int, block: int, device: t
 
 
 def test_nothing(device: torch.device) -> None:
-    routing: Routing = route(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
-    assert in_one_launch(routing, 16, 0).count == 0
+    dispatch: Dispatch = route(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
+    assert in_one_launch(dispatch, 16, 0).count == 0

@@ -1,4 +1,6 @@
-"""Which tokens each expert computes, as index vectors that kernels read. T tokens, K experts per token, S slots, E experts.
+"""What a router chose, and which tokens each expert computes, as index vectors that kernels read.
+
+T tokens, K experts per token, S slots, E experts.
 
 A *slot* is one (token, expert) pair in the order the router gave it: T K of them where every token has K experts, any number
 per token where ``token_offsets`` says whose they are. A *row* is the same pair sorted by expert. Nothing here waits for the
@@ -8,6 +10,7 @@ device: all sizes are known from shapes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +19,25 @@ from upcycle.errors import UsageError
 _INTEGERS = (torch.int32, torch.int64)
 
 
+class RouterChoice(NamedTuple):
+    """What a router chose for all tokens. A tuple, because compilers look through one, and it is made for every token."""
+
+    experts: torch.Tensor
+    """Ids ``[T, K]``, or ``[S]`` with ``token_offsets``; E and more: the slot is dropped."""
+    scores: torch.Tensor | None = None
+    """Like ``experts``, floating; ``None``: all 1."""
+    token_offsets: torch.Tensor | None = None
+    """``[T + 1]``: token t has the slots from its entry to the next one; ``None``: K each."""
+    capacity: int | None = None
+    """How many slots an expert computes at most; ``None``: all."""
+
+    def dispatch(self, num_experts: int) -> Dispatch:
+        """The slots sorted by expert; see :func:`route`."""
+        return route(self.experts, num_experts, self.token_offsets, self.capacity)
+
+
 @dataclass(frozen=True)
-class Routing:
+class Dispatch:
     """Slots sorted by expert, stably, and the way back.
 
     Rows from ``offsets[E]`` on belong to dropped slots (ids of E or more): kernels neither read nor write anything for them.
@@ -54,7 +74,7 @@ def route(
     num_experts: int,
     token_offsets: torch.Tensor | None = None,
     capacity: int | None = None,
-) -> Routing:
+) -> Dispatch:
     """Sort slots by expert.
 
     Args:
@@ -83,10 +103,10 @@ def route(
         tokens, top_k = experts.shape
         row_token = order // max(top_k, 1)
         _check_repeats(flat, tokens, top_k, num_experts)
-        return Routing(row_token.int(), order.int(), slot_row, offsets, None, tokens, top_k)
+        return Dispatch(row_token.int(), order.int(), slot_row, offsets, None, tokens, top_k)
     starts = token_offsets.long()
     row_token = torch.searchsorted(starts, order, right=True) - 1
-    return Routing(row_token.int(), order.int(), slot_row, offsets, starts, len(starts) - 1, None)
+    return Dispatch(row_token.int(), order.int(), slot_row, offsets, starts, len(starts) - 1, None)
 
 
 def drop_overflow(experts: torch.Tensor, num_experts: int, capacity: int) -> torch.Tensor:

@@ -9,22 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upcycle.errors import UsageError
-from upcycle.kernels.layout.routing import Routing, drop_overflow, route
+from upcycle.kernels.layout.dispatch import Dispatch, drop_overflow, route
 
 
-def check(routing: Routing, owners: list[int], ids: list[int], experts: int) -> None:
+def check(dispatch: Dispatch, owners: list[int], ids: list[int], experts: int) -> None:
     """``owners``: the token of every slot. Rows are the slots of expert 0 in their order, those of expert 1, and so on."""
     rows = [(slot, owners[slot]) for expert in range(experts) for slot, e in enumerate(ids) if e == expert]
     counts = [sum(e == expert for e in ids) for expert in range(experts)]
-    assert routing.offsets.tolist() == [sum(counts[:expert]) for expert in range(experts + 1)]
-    assert list(zip(routing.row_slot.tolist(), routing.row_token.tolist(), strict=True))[: len(rows)] == rows
+    assert dispatch.offsets.tolist() == [sum(counts[:expert]) for expert in range(experts + 1)]
+    assert list(zip(dispatch.row_slot.tolist(), dispatch.row_token.tolist(), strict=True))[: len(rows)] == rows
     where = {slot: row for row, (slot, _) in enumerate(rows)}
-    assert routing.slot_row.tolist() == [where.get(slot, -1) for slot in range(len(ids))]
-    assert routing.slots == len(ids)
-    assert routing.num_experts == experts
-    for vector in (routing.row_slot, routing.row_token, routing.slot_row):
+    assert dispatch.slot_row.tolist() == [where.get(slot, -1) for slot in range(len(ids))]
+    assert dispatch.slots == len(ids)
+    assert dispatch.num_experts == experts
+    for vector in (dispatch.row_slot, dispatch.row_token, dispatch.slot_row):
         assert vector.dtype == torch.int32
-    assert routing.offsets.dtype == torch.int64
+    assert dispatch.offsets.dtype == torch.int64
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,16 +43,16 @@ def test_as_loops_say_for_any_number_of_experts_per_token(experts: int, numbers:
     ids = [random.randrange(experts + 1) for _ in range(sum(numbers))]  # type: ignore[attr-defined]
     bounds = torch.tensor([sum(numbers[:token]) for token in range(len(numbers) + 1)], dtype=torch.int32)
     owners = [token for token, number in enumerate(numbers) for _ in range(number)]
-    routing = route(torch.tensor(ids, dtype=torch.int32), experts, bounds)
-    check(routing, owners, ids, experts)
-    assert (routing.tokens, routing.top_k) == (len(numbers), None)
+    dispatch = route(torch.tensor(ids, dtype=torch.int32), experts, bounds)
+    check(dispatch, owners, ids, experts)
+    assert (dispatch.tokens, dispatch.top_k) == (len(numbers), None)
 
 
 def test_nothing_waits_for_the_device() -> None:
     """A device without values fails wherever one is read."""
-    routing = route(torch.empty(6, 2, dtype=torch.long, device="meta"), 4, capacity=3)
-    assert routing.row_token.shape == (12,)
-    assert routing.offsets.shape == (5,)
+    dispatch = route(torch.empty(6, 2, dtype=torch.long, device="meta"), 4, capacity=3)
+    assert dispatch.row_token.shape == (12,)
+    assert dispatch.offsets.shape == (5,)
     dynamic = route(torch.empty(9, dtype=torch.long, device="meta"), 4, torch.empty(4, dtype=torch.long, device="meta"))
     assert dynamic.tokens == 3
 
@@ -81,8 +81,8 @@ def test_inputs_stay_as_they_are() -> None:
 
 
 def test_a_rank_with_few_of_the_experts_has_more_slots_than_experts() -> None:
-    routing = route(torch.tensor([[2, 0, 2], [1, 2, 2]]), 2)
-    assert routing.offsets.tolist() == [0, 1, 2]
+    dispatch = route(torch.tensor([[2, 0, 2], [1, 2, 2]]), 2)
+    assert dispatch.offsets.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
