@@ -17,15 +17,15 @@ from pathlib import Path
 
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.kernels.gpu.compile_gate.candidates import choose, first_guess
-from upcycle.kernels.gpu.compile_gate.compile import Build, Job, build
-from upcycle.kernels.gpu.compile_gate.jobs import jobs
+from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel, KernelVariant, build
 from upcycle.kernels.gpu.compile_gate.rules import faults
 from upcycle.kernels.gpu.compile_gate.static_report import compiler, report
+from upcycle.kernels.gpu.compile_gate.variants import variants
 from upcycle.kernels.gpu.tile_table import KINDS, TileTable, default_table
 from upcycle.kernels.layout.devices import interpreted
 
 
-def compile_all(todo: Sequence[Job], processes: int) -> list[Build]:
+def compile_all(todo: Sequence[KernelVariant], processes: int) -> list[CompiledKernel]:
     """Compile in several processes, in the order given."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return list(pool.map(build, todo))
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.choose:
         return choose_all(options.choose, options.processes)
     table = default_table()
-    todo = [job for job in jobs(table) if job.kind in (options.kind or KINDS)]
+    todo = [variant for variant in variants(table) if variant.kind in (options.kind or KINDS)]
     results = compile_all(todo, options.processes)
-    wrong = [f"{result.job.title}: {fault}" for result in results for fault in faults(result)]
+    wrong = [f"{result.variant.title}: {fault}" for result in results for fault in faults(result)]
     text = report(results)
     print(text)
     for line in wrong:

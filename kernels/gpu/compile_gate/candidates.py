@@ -107,12 +107,12 @@ def first_guess() -> TileTable:
 def choose(key: Key) -> Tile | None:
     """The first candidate for a place that the gate lets pass in all layouts; ``None``: there is none."""
     from upcycle.kernels.gpu.compile_gate.compile import build
-    from upcycle.kernels.gpu.compile_gate.jobs import place_jobs
     from upcycle.kernels.gpu.compile_gate.rules import faults
+    from upcycle.kernels.gpu.compile_gate.variants import place_variants
 
     kind, size, family, rows = key
     for tile in candidates(size, family)[rows]:
-        todo = dict.fromkeys(place_jobs(kind, size, rows, first_guess().replaced({key: tile}), family))
-        if not any(faults(build(job)) for job in todo):
+        todo = dict.fromkeys(place_variants(kind, size, rows, first_guess().replaced({key: tile}), family))
+        if not any(faults(build(variant)) for variant in todo):
             return tile
     return None

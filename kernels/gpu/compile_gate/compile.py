@@ -27,7 +27,7 @@ _ASYNC = ("cp.async.ca", "cp.async.cg", "cp.async.bulk")
 
 
 @dataclass(frozen=True)
-class Job:
+class KernelVariant:
     """One kernel as it is compiled: what a launch fixes, nothing else."""
 
     kind: str
@@ -64,10 +64,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Build:
+class CompiledKernel:
     """What the compiler made."""
 
-    job: Job
+    variant: KernelVariant
     registers: int
     stack: int
     shared: int
@@ -76,7 +76,7 @@ class Build:
     async_copies: int
 
 
-def job_of(launch: Launch, kind: str) -> Job:
+def variant_of(launch: Launch, kind: str) -> KernelVariant:
     """What Triton's launcher would compile for these arguments."""
     signature, aligned = [], []
     constants: list[tuple[str, Any]] = []
@@ -93,32 +93,32 @@ def job_of(launch: Launch, kind: str) -> Job:
             if not parameter.do_not_specialize and value % 16 == 0:
                 aligned.append(parameter.name)
     kernel = launch.kernel.fn
-    return Job(
+    return KernelVariant(
         kind, kernel.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), launch.tile
     )
 
 
-def build(job: Job) -> Build:
+def build(variant: KernelVariant) -> CompiledKernel:
     """Compile and look inside."""
-    return build_kernel(getattr(import_module(job.module), job.kernel), job)
+    return build_kernel(getattr(import_module(variant.module), variant.kernel), variant)
 
 
-def build_kernel(kernel: Any, job: Job) -> Build:
+def build_kernel(kernel: Any, variant: KernelVariant) -> CompiledKernel:
     """The same for a kernel of anybody's, as ``triton.jit`` returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = list(kernel.arg_names)
-    constants = {(names.index(name),): value for name, value in job.constants}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
-    source = ASTSource(kernel, dict(job.signature), constants, attributes)
-    options = {"num_warps": job.tile.warps, "num_stages": job.tile.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(job.kind[2:]), 32), options=options)
+    constants = {(names.index(name),): value for name, value in variant.constants}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(kernel, dict(variant.signature), constants, attributes)
+    options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(variant.kind[2:]), 32), options=options)
     registers, stack, opcodes = inspect(compiled.asm["cubin"], compiled.asm["ptx"])
     tensor_core = {name: opcodes[name] for name in _TENSOR_CORE if opcodes[name]}
     copies = sum(opcodes[name] for name in _ASYNC)
-    return Build(job, registers, stack, compiled.metadata.shared, tensor_core, copies)
+    return CompiledKernel(variant, registers, stack, compiled.metadata.shared, tensor_core, copies)
 
 
 def inspect(cubin: bytes, ptx: str) -> tuple[int, int, Counter[str]]:

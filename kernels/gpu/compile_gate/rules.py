@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upcycle.kernels.gpu.compile_gate.compile import Build
+from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel
 
 # Shared memory one block can have. The first table is also used on sm_86, sm_89 and sm_120, which have 99 KiB.
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
@@ -11,15 +11,15 @@ _WIDE_TILE = 64  # rows that the instructions of Hopper and Blackwell need at le
 _PRODUCTS = ("up_kernel", "gemm_kernel", "xty_kernel")
 
 
-def faults(result: Build) -> list[str]:
+def faults(result: CompiledKernel) -> list[str]:
     """What keeps a tile from being shipped."""
-    found, job = [], result.job
+    found, variant = [], result.variant
     if result.stack:
         found.append(f"{result.stack} bytes of stack: registers spill")
-    if result.shared > SHARED_LIMIT[job.kind]:
-        found.append(f"{result.shared / 1024:.0f} KiB of shared memory, above {SHARED_LIMIT[job.kind] // 1024}")
-    if job.kernel in _PRODUCTS:
-        wanted = _OPCODE[job.kind] if job.tile.m >= _WIDE_TILE else "mma.sync"
+    if result.shared > SHARED_LIMIT[variant.kind]:
+        found.append(f"{result.shared / 1024:.0f} KiB of shared memory, above {SHARED_LIMIT[variant.kind] // 1024}")
+    if variant.kernel in _PRODUCTS:
+        wanted = _OPCODE[variant.kind] if variant.tile.m >= _WIDE_TILE else "mma.sync"
         if wanted not in result.tensor_core and (wanted != "mma.sync" or not result.tensor_core):
             found.append(f"no tensor-core instruction {wanted}")
         if not result.async_copies:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from upcycle.kernels.gpu.compile_gate.compile import Build
+from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel
 from upcycle.kernels.gpu.compile_gate.roofline import GPUS, SHAPES, kernels, saved_bytes, total
 
 _REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
@@ -26,7 +26,7 @@ def compiler() -> str:
     return f"Triton {triton.__version__}"
 
 
-def report(builds: Sequence[Build]) -> str:
+def report(compiled_kernels: Sequence[CompiledKernel]) -> str:
     """Markdown."""
     parts = [
         _INTRODUCTION,
@@ -47,32 +47,32 @@ def report(builds: Sequence[Build]) -> str:
                 "copies",
                 "blocks",
             ],
-            (_row(build) for build in sorted(builds, key=_order)),
+            (_row(build) for build in sorted(compiled_kernels, key=_order)),
         ),
         _floors(),
     ]
     return "\n".join(parts)
 
 
-def blocks_per_sm(build: Build) -> int:
+def blocks_per_sm(build: CompiledKernel) -> int:
     """How many blocks fit on a multiprocessor by registers, shared memory and threads; an estimate."""
-    threads = 32 * build.job.tile.warps
+    threads = 32 * build.variant.tile.warps
     by_registers = _REGISTERS // (-(-build.registers // 8) * 8 * threads)
-    by_shared = _SHARED_PER_SM[build.job.kind] * 1024 // (build.shared + 1024)
+    by_shared = _SHARED_PER_SM[build.variant.kind] * 1024 // (build.shared + 1024)
     return min(by_registers, by_shared, _THREADS // threads, _BLOCKS)
 
 
-def _order(build: Build) -> tuple[object, ...]:
-    job = build.job
-    return int(job.kind[2:]), job.dtype, job.name, job.tile.m, job.tile.n, job.tile.k
+def _order(build: CompiledKernel) -> tuple[object, ...]:
+    variant = build.variant
+    return int(variant.kind[2:]), variant.dtype, variant.name, variant.tile.m, variant.tile.n, variant.tile.k
 
 
-def _row(build: Build) -> list[str]:
-    job, tile = build.job, build.job.tile
+def _row(build: CompiledKernel) -> list[str]:
+    variant, tile = build.variant, build.variant.tile
     return [
-        job.kind,
-        job.name,
-        job.dtype,
+        variant.kind,
+        variant.name,
+        variant.dtype,
         f"{tile.m}x{tile.n}" + (f"x{tile.k}" if tile.k > 1 else ""),
         str(tile.warps),
         str(tile.stages),

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from upcycle.kernels.gpu.compile_gate.compile import Build, Job, build_kernel
+from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel, KernelVariant, build_kernel
 from upcycle.kernels.gpu.compile_gate.rules import SHARED_LIMIT
 from upcycle.kernels.gpu.tile_table import KINDS, Tile
 
@@ -68,7 +68,7 @@ def is_index(name: str) -> bool:
     return name.endswith("_ptr") and any(part in name for part in INDICES)
 
 
-def job(kind: str, module: str, name: str, kernel: Any, config: Any) -> Job:
+def variant(kind: str, module: str, name: str, kernel: Any, config: Any) -> KernelVariant:
     """One configuration of one kernel."""
     blocks = {**CONSTANTS, **config.kwargs}
     signature, constants, aligned = [], [], []
@@ -83,14 +83,14 @@ def job(kind: str, module: str, name: str, kernel: Any, config: Any) -> Job:
         if label != "M":
             aligned.append(label)
     tile = Tile(blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"], 1, config.num_warps, config.num_stages)
-    return Job(kind, module, name, tuple(signature), tuple(constants), tuple(aligned), tile)
+    return KernelVariant(kind, module, name, tuple(signature), tuple(constants), tuple(aligned), tile)
 
 
-def compiled(work: tuple[str, str, str, int]) -> Build | str:
+def compiled(work: tuple[str, str, str, int]) -> CompiledKernel | str:
     """In a process of its own; the message of a compiler that gives up."""
     kind, module, name, number = work
     tuned = peer(module, name)
-    one = job(kind, module, name, tuned.fn, tuned.configs[number])
+    one = variant(kind, module, name, tuned.fn, tuned.configs[number])
     try:
         return build_kernel(tuned.fn, one)
     except Exception as error:
@@ -105,20 +105,22 @@ def lines(project: str, processes: int, kinds: list[str]) -> Iterator[str]:
             work = [(kind, module, name, number) for number in range(count)]
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 made = list(pool.map(compiled, work))
-            builds = [each for each in made if isinstance(each, Build)]
-            spilling = [each for each in builds if each.stack]
-            large = [each for each in builds if each.shared > SHARED_LIMIT[kind]]
-            worst = max((each.stack for each in builds), default=0)
+            compiled_kernels = [each for each in made if isinstance(each, CompiledKernel)]
+            spilling = [each for each in compiled_kernels if each.stack]
+            large = [each for each in compiled_kernels if each.shared > SHARED_LIMIT[kind]]
+            worst = max((each.stack for each in compiled_kernels), default=0)
             cells = [
                 f"{project} {metadata.version(project)}",
                 purpose,
                 kind,
                 str(count),
-                str(count - len(builds)),
+                str(count - len(compiled_kernels)),
                 str(len(spilling)),
                 f"{worst}",
                 str(len(large)),
-                f"{min(each.registers for each in builds)}-{max(each.registers for each in builds)}" if builds else "-",
+                f"{min(each.registers for each in compiled_kernels)}-{max(each.registers for each in compiled_kernels)}"
+                if compiled_kernels
+                else "-",
             ]
             yield "| " + " | ".join(cells) + " |"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from upcycle.kernels.gpu import backend
-from upcycle.kernels.gpu.compile_gate.compile import Job, job_of
+from upcycle.kernels.gpu.compile_gate.compile import KernelVariant, variant_of
 from upcycle.kernels.gpu.launch_log import recorded
 from upcycle.kernels.gpu.tile_table import TileTable
 from upcycle.kernels.layout.dispatch import Dispatch
@@ -17,21 +17,23 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _HIDDEN, _WIDTH, _EXPERTS, _TOP_K = 2048, 768, 8, 2
 
 
-def jobs(table: TileTable) -> list[Job]:
+def variants(table: TileTable) -> list[KernelVariant]:
     """Everything that the table's tiles are compiled to, each once."""
-    found: dict[Job, None] = {}
+    found: dict[KernelVariant, None] = {}
     for kind, size, rows in sorted({(kind, size, rows) for kind, size, _, rows in table}):
-        found.update(dict.fromkeys(place_jobs(kind, size, rows, table)))
+        found.update(dict.fromkeys(place_variants(kind, size, rows, table)))
     return list(found)
 
 
-def place_jobs(kind: str, size: int, rows: int, table: TileTable, family: str = "") -> Iterator[Job]:
+def place_variants(kind: str, size: int, rows: int, table: TileTable, family: str = "") -> Iterator[KernelVariant]:
     """The same for one place of the table, of all layouts that have kernels of their own; of one family, if it is named."""
     for weights in _layouts(_DTYPES[size]):
-        yield from training_jobs(kind, weights, rows, table, family)
+        yield from training_variants(kind, weights, rows, table, family)
 
 
-def training_jobs(kind: str, weights: ExpertWeights, rows: int, table: TileTable, family: str = "") -> Iterator[Job]:
+def training_variants(
+    kind: str, weights: ExpertWeights, rows: int, table: TileTable, family: str = ""
+) -> Iterator[KernelVariant]:
     """What one forward and backward pass with so many rows per expert launches."""
     dispatch = meta_dispatch(rows * weights.num_experts // _TOP_K, weights.num_experts, _TOP_K)
     x = torch.empty(dispatch.tokens, weights.hidden, dtype=weights.up.dtype, device="meta")
@@ -42,7 +44,7 @@ def training_jobs(kind: str, weights: ExpertWeights, rows: int, table: TileTable
         backend.backward(x, x, weights, dispatch, scores, z, everything, table=table)
     for launch in launches:
         if not family or launch.family == family:
-            yield job_of(launch, kind)
+            yield variant_of(launch, kind)
 
 
 def meta_dispatch(tokens: int, experts: int, top_k: int) -> Dispatch:
