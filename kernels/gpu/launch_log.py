@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,36 +33,39 @@ class Record:
     launches: list[Launch]
 
 
-_records: list[Record] = []
+_recording: ContextVar[Record | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
 def recorded(kind: str) -> Iterator[list[Launch]]:
-    """While it lasts nothing runs: launches are written down, as a GPU of this kind would get them.
+    """A list that launches of this thread are written to while the block lasts, as a GPU of this kind would get them.
 
-    Tensors may be on the meta device.
+    Nothing runs meanwhile, and tensors may be on the meta device.
     """
-    _records.append(Record(kind, []))
+    record = Record(kind, [])
+    token = _recording.set(record)
     try:
-        yield _records[-1].launches
+        yield record.launches
     finally:
-        _records.pop()
+        _recording.reset(token)
 
 
 def kind_for(device: torch.device) -> str:
-    """Which tiles a device uses."""
-    if _records:
-        return _records[-1].kind
+    """The part of the table of tiles that a device uses, or that is recorded for."""
+    record = _recording.get()
+    if record is not None:
+        return record.kind
     return kind_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm80"
 
 
 def launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Start a kernel, or write down that it would be."""
     one = Launch(family, kernel, arguments, tile, grid)
-    if _records:
-        _records[-1].launches.append(one)
-    else:
+    record = _recording.get()
+    if record is None:
         start(one)
+    else:
+        record.launches.append(one)
 
 
 def start(launch: Launch) -> None:

@@ -89,9 +89,10 @@ class ExpertWeights:
         Raises:
             UsageError: they do not fit together.
         """
-        up, down, *biases = tensors
-        *kind, widths = layout
-        return cls(up, down, *kind, *biases, widths)
+        return cls(
+            tensors.up, tensors.down, layout.activation, layout.gated, layout.interleaved, layout.transposed,
+            tensors.up_bias, tensors.down_bias, layout.widths,
+        )  # fmt: skip
 
     @property
     def tensors(self) -> WeightTensors:

@@ -109,6 +109,7 @@ def lines(project: str, processes: int, kinds: list[str]) -> Iterator[str]:
             spilling = [each for each in compiled_kernels if each.stack]
             large = [each for each in compiled_kernels if each.shared > SHARED_LIMIT[kind]]
             worst = max((each.stack for each in compiled_kernels), default=0)
+            registers = [each.registers for each in compiled_kernels]
             cells = [
                 f"{project} {metadata.version(project)}",
                 purpose,
@@ -118,9 +119,7 @@ def lines(project: str, processes: int, kinds: list[str]) -> Iterator[str]:
                 str(len(spilling)),
                 f"{worst}",
                 str(len(large)),
-                f"{min(each.registers for each in compiled_kernels)}-{max(each.registers for each in compiled_kernels)}"
-                if compiled_kernels
-                else "-",
+                f"{min(registers)}-{max(registers)}" if registers else "-",
             ]
             yield "| " + " | ".join(cells) + " |"
 

@@ -11,7 +11,7 @@ from expert_cases import apart
 from torch.nn import functional
 
 from upcycle.kernels.cpu.fused_activations import KINDS, hidden, hidden_and_gradient, kernel
-from upcycle.kernels.cpu.native import compile
+from upcycle.kernels.entry.process_state import forget
 from upcycle.kernels.layout.expert_weights import ACTIVATIONS
 
 EPS = torch.finfo(torch.float32).eps
@@ -30,10 +30,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setenv("UPCYCLE_COMPILE", "0")
     elif shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    compile.function.cache_clear()
+    forget()
     assert (kernel() is not None) == (request.param == "compiled")
     yield request.param
-    compile.function.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("rows_width", [(1, 1), (3, 7), (5, 8), (2, 16), (4, 33), (17, 129), (300, 257)])

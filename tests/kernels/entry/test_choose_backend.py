@@ -12,6 +12,7 @@ import torch
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.kernels.cpu import backend
 from upcycle.kernels.entry import choose_backend
+from upcycle.kernels.entry.process_state import forget
 from upcycle.kernels.layout import devices, reference
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -21,9 +22,9 @@ HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("UPCYCLE_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    choose_backend._chosen.cache_clear()
+    forget()
     yield
-    choose_backend._chosen.cache_clear()
+    forget()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from expert_cases import apart, random_ids
 from pico_models import MOE_COMMON, PICO_MOE
 
 from upcycle.kernels.entry import transformers_experts
+from upcycle.kernels.entry.process_state import forget
 from upcycle.kernels.entry.transformers_experts import register_kernels
 
 MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "glm4_moe")
@@ -128,7 +129,7 @@ def test_experts_without_a_gate() -> None:
 
 
 def test_a_gating_of_its_own_runs_its_own_code_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    transformers_experts._warn.cache_clear()
+    forget()
     module = experts_of("gpt_oss", num_local_experts=4, layer_types=["full_attention"] * 2)
     found, expected = both(module, random_ids(40, 2, 4), torch.rand(40, 2))
     assert torch.equal(found, expected)
@@ -195,7 +196,7 @@ def test_interleaved() -> None:
     [("mish", False, "the activation Mish"), ("silu", True, "a norm after every expert")],
 )
 def test_what_has_no_kernel(activation: str, norm: bool, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    transformers_experts._warn.cache_clear()
+    forget()
     module = bare(False, True, activation)
     module.has_post_expert_norm = norm
     x = torch.randn(3, 12)
@@ -207,7 +208,7 @@ def test_weights_of_a_class_of_their_own_are_left_to_the_modules_own_code(caplog
     class Elsewhere(torch.Tensor):
         """Its numbers need not lie where its address says, as those of quantised or divided weights."""
 
-    transformers_experts._warn.cache_clear()
+    forget()
     module = bare(False, True)
     module.down_proj = torch.nn.Parameter(module.down_proj.data.as_subclass(Elsewhere))
     x = torch.randn(3, 12)

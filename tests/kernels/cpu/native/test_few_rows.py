@@ -16,6 +16,7 @@ from expert_cases import apart, make_weights, random_ids, rounding
 
 from upcycle.kernels.cpu import few_tokens
 from upcycle.kernels.cpu.native import compile, few_rows
+from upcycle.kernels.entry.process_state import forget
 from upcycle.kernels.layout import reference
 from upcycle.kernels.layout.expert_weights import ACTIVATIONS, ExpertWeights, unpack
 
@@ -129,9 +130,9 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     monkeypatch.delenv("CXX", raising=False)
     caplog.set_level(logging.INFO, "upcycle.kernels")
     monkeypatch.setattr(compile, "ALWAYS", ("-O0", "-std=c++17", "-fPIC", "-shared"))  # takes a second, not six
-    compile.function.cache_clear()
+    forget()
     yield tmp_path / "upcycle"
-    compile.function.cache_clear()
+    forget()
 
 
 @needs_compiler
@@ -139,7 +140,7 @@ def test_it_is_compiled_once_and_kept_where_others_cannot_write(fresh: Path, mon
     assert few_rows.few_rows() is not None
     (library,) = fresh.glob("*.so")
     assert stat.S_IMODE(fresh.stat().st_mode) == stat.S_IMODE(library.stat().st_mode) == 0o700
-    compile.function.cache_clear()
+    forget()
     monkeypatch.setattr(compile, "_compile", lambda *_: pytest.fail("compiled again"))
     assert few_rows.few_rows() is not None
 
@@ -153,7 +154,7 @@ def test_what_others_could_have_written_is_not_loaded(what: str, fresh: Path) ->
     library.unlink()  # what is loaded stays
     library.write_bytes(b"not a library")
     (fresh if what == "folder" else library).chmod(0o777)
-    compile.function.cache_clear()
+    forget()
     assert few_rows.few_rows() is not None
 
 
@@ -177,7 +178,7 @@ def test_a_cut_library_is_never_run_and_made_again(fresh: Path, monkeypatch: pyt
         (fresh / "damaged").replace(library)
         assert not compile._whole(library)
     digest.unlink()
-    compile.function.cache_clear()
+    forget()
     assert few_rows.few_rows() is not None
     assert len(made) == 1
     assert compile._whole(library)
