@@ -66,12 +66,12 @@ class _Input(NamedTuple):
 
 
 def _unflattened(arguments: Sequence[Any]) -> _Input:
-    *layout, widths = arguments[9:_LENGTH]
+    activation, gated, interleaved, transposed, widths = arguments[9:_LENGTH]
     return _Input(
         arguments[0],
         WeightTensors(*arguments[1:5]),
         RouterChoice(*arguments[5:9]),
-        Layout(*layout, None if widths is None else tuple(widths)),
+        Layout(activation, gated, interleaved, transposed, None if widths is None else tuple(widths)),
     )
 
 
