@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference docs clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -62,6 +62,9 @@ training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed
 reference: $(READY)     # the pages of docs/reference, from the code; a test says when that is needed
 	$(BIN)/python -P -m upcycle.cli.reference.write docs/reference
 
+docs: $(READY)          # the documentation as a site in site/, with search; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(READY): setup.py setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -69,4 +72,4 @@ $(READY): setup.py setup.cfg pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info
+	rm -rf $(VENV) build dist demo-out site *.egg-info

@@ -20,7 +20,24 @@ from upcycle.cli.main import cli
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+GUIDES = ROOT / "docs" / "guides"
+# In an order in which every page finds what it needs: models that one page makes are used on the next.
+_FIRST = (
+    "splitting",
+    "mixing",
+    "growing",
+    "training",
+    "evaluating",
+    "serving",
+    "generating",
+    "reporting",
+    "publishing",
+    "copying",
+)
+_OTHERS = [
+    path for path in sorted((ROOT / "docs").rglob("*.md")) if "develop" not in path.parts and path.stem not in _FIRST
+]
+PAGES = (ROOT / "README.md", *(GUIDES / f"{name}.md" for name in _FIRST), *_OTHERS)
 # What is added to a command, so that it takes seconds with models of two layers: (a part of the command, flags).
 SHORTER = (
     ("upcycle convert", "--overwrite"),

@@ -36,7 +36,7 @@ def training_recipe_page() -> str:
         [
             "# Training recipe",
             "A YAML file with these keys, for `upcycle train RECIPE`. `--set KEY=VALUE` lays a value over any of them, such as "
-            "`zero.stage=2` or `stages.heal.tokens=5000000`. Unknown keys are errors. The [guide](../guides/training_data.md) shows "
+            "`zero.stage=2` or `stages.heal.tokens=5000000`. Unknown keys are errors. The [guide](../guides/training.md) shows "
             "recipes that are complete.",
             *_model_sections(TrainRecipe),
         ]
