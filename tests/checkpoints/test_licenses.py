@@ -46,14 +46,14 @@ def test_where_it_is_found(dense: Path, files: dict[str, str], found: License | 
 def test_it_is_recorded_with_the_conversion(dense: Path, tmp_path: Path) -> None:
     (dense / "README.md").write_text("---\nlicense: mit\n---\n")
     upcycle.convert(str(dense), tmp_path / "out", experts=2, verification={"enabled": False})
-    assert records.read(tmp_path / "out")["source"]["license"] == {"id": "mit", "name": None, "link": None}
+    assert records.read_record(tmp_path / "out")["source"]["license"] == {"id": "mit", "name": None, "link": None}
 
 
 def test_of_every_source_of_a_mix(branches: Callable[..., list[Path]], tmp_path: Path) -> None:
     sources = ",".join(map(str, branches(2)))
     keys = {"method": "branch_train_mix", "sources": sources, "verification": {"enabled": False}}
     upcycle.convert(None, tmp_path / "out", **keys)
-    assert [source["license"] for source in records.read(tmp_path / "out")["sources"]] == [None, None]
+    assert [source["license"] for source in records.read_record(tmp_path / "out")["sources"]] == [None, None]
 
 
 def test_what_they_have_in_common() -> None:
@@ -75,16 +75,16 @@ def test_only_licences_that_the_hub_knows_can_be_chosen() -> None:
     )
     assert chosen_license("other", "Mine", "LICENSE") == License("other", "Mine", "LICENSE")
     for given, words in {
-        ("apache2",): "no licence that the hub knows",
-        ("",): "no licence that the hub knows",
-        ("mit\n- x: y",): "no licence that the hub knows",
-        ("other",): "says nothing",
-        ("other", "Mine"): "says nothing",
-        ("other", " ", "LICENSE"): "says nothing",
-        ("other", "Mine", "javascript:alert(1)"): "is no address",
-        ("other", "Mine", "../../terms"): "is no address",
-        ("mit", "Mine", "LICENSE"): "a name and a text of its own",
-        (None, "Mine"): "--license-name and --license-link describe a licence",
+        ("apache2",): "not a licence that the hub knows",
+        ("",): "not a licence that the hub knows",
+        ("mit\n- x: y",): "not a licence that the hub knows",
+        ("other",): "needs a name and a link",
+        ("other", "Mine"): "needs a name and a link",
+        ("other", " ", "LICENSE"): "needs a name and a link",
+        ("other", "Mine", "javascript:alert(1)"): "is not an address",
+        ("other", "Mine", "../../terms"): "is not an address",
+        ("mit", "Mine", "LICENSE"): "takes no name and no link",
+        (None, "Mine"): "--license-name and --license-link need --license other",
     }.items():
         with pytest.raises(UsageError, match=words):
             chosen_license(*given)

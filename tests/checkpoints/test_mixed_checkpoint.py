@@ -97,7 +97,7 @@ def test_tokenizers_that_differ_name_their_tokens(branches: Branches, tmp_path: 
     content = json.loads(path.read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 4095, "content": "<|call|>"})
     path.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=r"give other ids to") as caught:
+    with pytest.raises(UsageError, match=r"give different ids to") as caught:
         upcycle.plan(None, sources=[str(one), str(two)], **MIX)
     assert "'<|call|>' (absent, 4095)" in caught.value.message
     upcycle.plan(None, sources=[str(one), str(two)], tokenizer="none", **MIX)

@@ -164,7 +164,7 @@ def test_a_changed_tensor_is_found_by_name(
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not the file that was written"):
         upcycle.verify(out, tokens=64)
-    record = records.read(out)
+    record = records.read_record(out)
     record["files"][path.name] = hashing.hash_file(path)
     (out / records.FILE).write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=f"tensor '{victim}' is not"):

@@ -262,7 +262,7 @@ def test_a_wrong_key_is_found_by_verify(
     config = json.loads((out / "config.json").read_text())
     assert set(changes) <= set(config) | {"rope_scaling"}  # nothing that matters was left to a default
     (out / "config.json").write_text(json.dumps(config | changes))
-    record = records.read(out)
+    record = records.read_record(out)
     record["files"]["config.json"] = hashing.hash_file(out / "config.json")
     (out / records.FILE).write_text(json.dumps(record))
     assert upcycle.verify(out, tokens=64).verdict == "broken"

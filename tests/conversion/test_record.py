@@ -63,8 +63,8 @@ def converted(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 def test_a_record_that_no_conversion_wrote_is_refused_by_its_key(
     key: str, value: object, message: str, converted: Path, tmp_path: Path
 ) -> None:
-    record = records.read(converted)
+    record = records.read_record(converted)
     (tmp_path / records.FILE).write_text(json.dumps({**record, key: value}))
     with pytest.raises(CheckpointError, match=message) as caught:
-        records.read(tmp_path)
+        records.read_record(tmp_path)
     assert str(tmp_path / records.FILE) in caught.value.message

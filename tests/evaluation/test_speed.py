@@ -105,7 +105,7 @@ def test_both_models_in_processes_of_their_own(converted: Callable[..., Path], p
     report = upcycle.write_report(out, wanted=Wanted(run=False))
     assert report.data["speed"]["model"] == timed["model"]
     page = report.html.read_text(encoding="utf-8")
-    assert "How fast it is, relative to its parent." in page
+    assert "How fast is it, relative to its parent?" in page
     assert f"{timed['decode_ratio']:.2f}x" in page
 
 

@@ -125,7 +125,7 @@ def test_force_marks_the_card(hub: HubServer, out: Path) -> None:
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_licence_that_the_hub_does_not_know_is_refused_at_once(hub: HubServer, out: Path, dry_run: bool) -> None:
-    with pytest.raises(UsageError, match="no licence that the hub knows"):
+    with pytest.raises(UsageError, match="not a licence that the hub knows"):
         push(out, hub, license="proprietary-v3", dry_run=dry_run)
     assert not hub.requests
 

@@ -45,7 +45,7 @@ def test_the_documented_example_maps_to_a_recipe() -> None:
         "hidden",
     )
     assert "branch_train_mix with rest=base, router hidden, 2 experts, top-1" in notes[0]
-    assert "behind the norm before the FFN" in notes[1]
+    assert "after the norm before the FFN" in notes[1]
     # mergekit's hidden is the last token's state, whatever its name suggests; hidden_avg is the mean.
     for mode, tokens in (("hidden", "last"), ("hidden_last", "last"), ("hidden_avg", "mean")):
         found, _ = translate({**content, "gate_mode": mode}, "moe.yaml")

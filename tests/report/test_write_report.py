@@ -178,7 +178,7 @@ def test_weights_that_are_not_finite_are_told(pico: Pico, tmp_path: Path) -> Non
             tensors[name] = torch.full_like(tensors[name], torch.nan)
     save_file(tensors, path, metadata={"format": "pt"})
     report = write_report(out, wanted=FAST)
-    assert "bad what the model computes is not finite (code): do not use it" in texts(report.data)
+    assert "bad the model's output is not finite on code: do not use it" in texts(report.data)
     assert report.data["cost"]["after"]["bytes"] == path.stat().st_size  # a blueprint is no weights
     read(report)
 

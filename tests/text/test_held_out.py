@@ -97,7 +97,7 @@ def calibrated(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_a_conversion_is_verified_on_what_was_held_out(calibrated: tuple[Path, Path], pico: Pico) -> None:
     out, own = calibrated
     checked = records.read_verification(out)
-    record = records.read(out)["calibration"]
+    record = records.read_record(out)["calibration"]
     assert checked is not None
     assert checked["text"] == "what was held out of the calibration text (the last quarter)"
     assert list(record["held_out"].values()) == ["the last quarter"]
@@ -115,7 +115,7 @@ def test_a_conversion_is_verified_on_what_was_held_out(calibrated: tuple[Path, P
 
 def test_a_text_that_was_calibrated_on_is_said_to_be(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     out, own = calibrated
-    record = records.read(out)["calibration"]
+    record = records.read_record(out)["calibration"]
     content, remark = unseen(str(own), record)
     assert content == by_position(own.read_text()).held_out
     assert remark == "the quarter that was held out of the calibration"
@@ -123,12 +123,12 @@ def test_a_text_that_was_calibrated_on_is_said_to_be(calibrated: tuple[Path, Pat
     renamed.write_text("Something new at its beginning.\n" + own.read_text())
     content, remark = unseen(str(renamed), record)
     assert content == renamed.read_text()
-    assert "was calibrated on: the numbers flatter" in remark
+    assert "was calibrated on, so the numbers are too good" in remark
     new = tmp_path / "new.txt"
     new.write_text(OTHER)
     assert unseen(str(new), record) == (OTHER, "")
     assert unseen(str(renamed), None) == (renamed.read_text(), "")
-    assert "was calibrated on: the numbers flatter" in upcycle.verify(out, text=str(renamed), tokens=32).text
+    assert "was calibrated on, so the numbers are too good" in upcycle.verify(out, text=str(renamed), tokens=32).text
     texts = upcycle.evaluate(out, text=[str(own), str(renamed), str(new)], tokens=64).texts
     assert [bool(text.remark) for text in texts] == [True, True, False]
 

@@ -25,7 +25,7 @@ IDS = torch.arange(3, 67)[None] * 11
 
 
 def resealed(folder: Path) -> Path:
-    record = records.read(folder)
+    record = records.read_record(folder)
     record["files"] = {name: hashing.hash_file(folder / name) for name in record["files"]}
     (folder / records.FILE).write_text(json.dumps(record))
     return folder

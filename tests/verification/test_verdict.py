@@ -64,7 +64,7 @@ def test_something_where_there_was_nothing_is_broken(pico: Pico, tmp_path: Path)
     changed(tmp_path / "out", tmp_path / "wrong", lambda tensors: tensors[name].fill_(0.1))
     from upcycle.files import hashing, records
 
-    record = records.read(tmp_path / "wrong")
+    record = records.read_record(tmp_path / "wrong")
     record["files"] = {file: hashing.hash_file(tmp_path / "wrong" / file) for file in record["files"]}
     (tmp_path / "wrong" / records.FILE).write_text(json.dumps(record))
     result = upcycle.verify(tmp_path / "wrong", tokens=32)

@@ -32,7 +32,7 @@ def reseal(folder: Path) -> None:
     """Make ``upcycle.json`` agree with files that were changed."""
     import json
 
-    record = records.read(folder)
+    record = records.read_record(folder)
     record["files"] = {name: hashing.hash_file(folder / name) for name in record["files"]}
     (folder / records.FILE).write_text(json.dumps(record))
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from upcycle.errors import UsageError
 from upcycle.text.reading.columns import Broken, choose_column, text_of
-from upcycle.text.reading.documents import Piece, Reading, find_pieces, first_row
+from upcycle.text.reading.documents import FilePiece, Reading, find_pieces, first_row
 from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data.file_checks import FileCheck, check_file
 
@@ -218,8 +218,8 @@ def _changed(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def _bundled(pieces: list[Piece], size: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = []
+def _bundled(pieces: list[FilePiece], size: int) -> list[list[FilePiece]]:
+    shards: list[list[FilePiece]] = []
     weight = size
     for piece in pieces:
         if weight + piece.size > size:

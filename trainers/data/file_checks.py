@@ -13,7 +13,7 @@ from pathlib import Path
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.output.locks import one_at_a_time
-from upcycle.text.reading.documents import Piece, Reading
+from upcycle.text.reading.documents import FilePiece, Reading
 from upcycle.text.reading.file_kinds import Kind
 
 _VERSION = "1"
@@ -70,7 +70,7 @@ def _look(path: Path, kind: Kind, reading: Reading) -> FileCheck:
         raise EnvironmentFault(f"the data file {path} cannot be read: {error.strerror or error}") from None
     documents = empty = broken = 0
     first: list[str] = []
-    for row in Piece(path, kind, 0, size, size).records(reading):
+    for row in FilePiece(path, kind, 0, size, size).records(reading):
         if isinstance(row, str):
             documents += bool(row.strip())
             empty += not row.strip()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import FLAG, NUMBER, PART, POSITIVE, SIZE, Kind, check_value, is_number
 
 _FACTORS = Kind("a list of positive numbers", lambda v: isinstance(v, list) and all(is_number(n) and n > 0 for n in v))
@@ -78,7 +78,7 @@ def _check(rope: Mapping[str, Any], where: str) -> None:
         )
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise CheckpointError(
-            f"{where}: 'rope_type' must be one of {', '.join(_NEEDED)}, got {shown(repr(kind))}",
+            f"{where}: 'rope_type' must be one of {', '.join(_NEEDED)}, got {shortened(repr(kind))}",
             hint="correct 'rope_parameters' (or 'rope_scaling')",
         )
     for key, wanted in {**_OPTIONAL, **_NEEDED[kind]}.items():

@@ -1,4 +1,4 @@
-"""Checkpoints: a local folder, a hub id, a ``.gguf`` file or the embedded demo, behind one interface."""
+"""Opens models on disk (a local folder, a hub id, a ``.gguf`` file or the embedded demo) behind one interface."""
 
 from __future__ import annotations
 
@@ -28,33 +28,40 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.j
 
 
 class TensorStore(Protocol):
-    """Where tensors come from; shapes and dtypes are known without reading one."""
+    """What gives a checkpoint its tensors; shapes and dtypes are known without reading one."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor."""
+        """Shape and dtype of every tensor, by name."""
 
     @property
     def fingerprint(self) -> str:
-        """Different for different checkpoints."""
+        """A hash by which checkpoints are told apart."""
 
     def sample(self) -> str:
-        """A hash of headers and of a few bytes of every tensor, as they are now."""
+        """Return a hash of headers and of a few bytes of every tensor, as the files hold them now."""
 
     def location(self, name: str) -> str:
-        """The file a tensor is in."""
+        """Return the path of the file that holds a tensor, for messages."""
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Blocks of the first dimension, of a multiple of some rows each; ``part`` (first, count) of it only."""
+        """Yield a tensor as blocks of its first dimension.
+
+        Args:
+            name: the tensor.
+            most_bytes: the largest block, unless ``multiple`` rows are larger.
+            part: first row and number of rows to read; default: all rows.
+            multiple: all blocks but the last have a multiple of this many rows.
+        """
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor whole."""
+        """Return one whole tensor."""
 
 
 class Checkpoint:
-    """A model's ``config.json`` and its tensors, none of which is read before it is asked for.
+    """A model on disk: its ``config.json``, and its tensors, each of which is read when asked for.
 
     Raises:
         CheckpointError: the folder or file is damaged.
@@ -80,8 +87,9 @@ class Checkpoint:
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
 
     def _has_another_head(self) -> bool:
-        """Whether a head is stored that is not the embedding: stock transformers runs that one, whatever config.json says of
-        tying.
+        """Return whether a head is stored that differs from the embedding.
+
+        Stock transformers then runs that head, whatever config.json says about tying.
         """
         import torch
 
@@ -95,29 +103,31 @@ class Checkpoint:
         return not all(one.shape == two.shape and torch.equal(one.double(), two.double()) for one, two in pairs)
 
     def _identify(self) -> None:
-        """Find out from the configuration what the model is, or refuse it, before the weights are looked at."""
+        """Find out from the configuration what the model is, or refuse it, before the weights are opened."""
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> Self:
-        """Open what the user named: a folder, a ``.gguf`` file, a hub id or ``demo``."""
+        """Open the source that the user named: a folder, a ``.gguf`` file, a hub id or ``demo``."""
         return cls(locate(source, revision))
 
     @property
     def paths(self) -> list[Path]:
-        """What is read: a folder or file per source."""
+        """The folders and files that are read, one per source."""
         return [self.source.path]
 
     @property
     def modified(self) -> list[int]:
-        """When each weight file was last changed: a resumed conversion must not mix two versions of a source."""
+        """The modification time of each weight file, in nanoseconds."""
         path = self.source.path
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         return [file.stat().st_mtime_ns for file in files]
 
     @property
     def version(self) -> list[Any]:
-        """What tells one version of a source from another, even where it was replaced under the same time stamp and size:
-        times, and a hash of the configuration, of headers, and of a few bytes of every tensor, as they are now.
+        """What tells versions of a source apart, so that a conversion that continues does not mix two of them.
+
+        It consists of modification times and hashes of the configuration, of headers, and of a few bytes of every tensor, as
+        they are now; so it changes even if files are replaced by others with the same time stamp and size.
         """
         config = self.source.path / CONFIG
         settings = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
@@ -125,34 +135,34 @@ class Checkpoint:
 
     @property
     def note(self) -> str | None:
-        """What to tell a user of how tensors are read where the recipe keeps dtypes."""
+        """A note for the user about the dtype in which tensors are read, or None."""
         return getattr(self.store, "note", None)
 
     def check_unchanged(self) -> None:
-        """Refuse to go on with a source that was replaced since it was opened.
+        """Check that the source is the one that was opened.
 
         Raises:
-            CheckpointError: a weight file has another modification time, or other bytes under the same.
+            CheckpointError: a file has another modification time, or other bytes.
         """
         if self.version != self._opened:
             raise CheckpointError(
                 f"{self.source.path} changed while it was read",
-                hint="start again with --restart once it stays as it is",
+                hint="run the command again with --restart once nothing changes it any more",
             )
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies beside the weights."""
+        """Whether the checkpoint has a tokenizer."""
         if self.source.path.is_file():
             return bool(getattr(self.store, "has_tokenizer", False))
         return any((self.source.path / name).is_file() for name in _TOKENIZER_FILES)
 
     def dtype_of(self, name: str, dtype: str = "keep") -> str:
-        """The dtype a tensor is read in."""
+        """Return the name of the dtype in which a tensor is read: ``dtype``, or for ``keep`` the stored one."""
         return self.store.specs[name].dtype if dtype == "keep" else dtype
 
     def read(self, name: str, dtype: str = "keep") -> torch.Tensor:
-        """Read one tensor, checked to be finite.
+        """Return one whole tensor in ``dtype`` (``keep``: as stored), after checking that it is finite.
 
         Raises:
             CheckpointError: it holds NaN or Inf, or values that overflow ``dtype``.
@@ -160,16 +170,16 @@ class Checkpoint:
         return self._checked(name, self.store.read(name), dtype)
 
     def chunks(self, name: str, dtype: str = "keep", most_bytes: int = COPY_BLOCK_BYTES) -> Iterator[torch.Tensor]:
-        """The same in blocks of its first dimension."""
+        """Yield a tensor as blocks of its first dimension, converted and checked as by :meth:`read`."""
         return (self._checked(name, block, dtype) for block in self.store.chunks(name, most_bytes))
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
-        """A tensor of the converted model, block by block, from where it comes from."""
+        """Yield a tensor of the converted model as blocks, made from the tensor of this checkpoint that ``origin`` names."""
         for block in self.store.chunks(origin.name, COPY_BLOCK_BYTES, origin.rows, origin.head):
             yield origin.apply(self._checked(origin.name, block, dtype))
 
     def whole(self, origin: Origin, dtype: str = "keep") -> torch.Tensor:
-        """The same in one piece."""
+        """Return a tensor of the converted model whole, made from the tensor of this checkpoint that ``origin`` names."""
         if origin.rows is None:
             return origin.apply(self.read(origin.name, dtype))
         size = self.store.specs[origin.name].nbytes
@@ -182,7 +192,7 @@ class Checkpoint:
         wanted = getattr(torch, self.dtype_of(name, dtype))
         if not tensor.numel():
             return tensor.to(wanted)
-        # One pass without a temporary: aminmax passes NaN on, and Inf is an extreme.
+        # One pass without a temporary tensor: aminmax returns NaN if there is one, and Inf is an extreme.
         extremes = torch.stack(tensor.aminmax())
         if not extremes.isfinite().all():
             what = "NaN" if extremes.isnan().any() else "Inf"
@@ -197,17 +207,17 @@ class Checkpoint:
                 f"{self.store.location(name)}: tensor '{name}' holds {most:.4g}, which overflows {dtype}",
                 hint=f"--dtype {wider}"
                 if wanted != torch.float32
-                else "the values are beyond what a model computes with",
+                else "no dtype that models compute in holds such values",
             )
         return tensor.to(wanted)
 
 
 class DenseCheckpoint(Checkpoint):
-    """A dense model: its family and read-out configuration too.
+    """A dense model on disk, with its family and the configuration that the family reads.
 
     Raises:
-        CheckpointError: the folder or file is damaged or disagrees with its configuration.
-        RefusalError: the family is not supported; the message says what is missing.
+        CheckpointError: the folder or file is damaged, or disagrees with its configuration.
+        RefusalError: the family is not supported; the message says why.
     """
 
     def __init__(self, source: Source) -> None:
@@ -221,7 +231,7 @@ class DenseCheckpoint(Checkpoint):
         self.family: Family = family_of(self.raw_config, str(self.source.path))
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
-        """Read one dense FFN."""
+        """Return the FFN of a layer, with its matrices in ``dtype``, or for ``keep`` in one dtype that holds all of them."""
         from upcycle.ffn.feed_forward import FeedForward
 
         origins = self.family.ffn_origins(self.config, layer)
@@ -232,14 +242,14 @@ class DenseCheckpoint(Checkpoint):
         return FeedForward(layer=layer, activation=self.config.hidden_act, **tensors)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
-        """Reads a matrix of one source's FFN, where there are several."""
+        """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""
         return None
 
     def _stream_bound(self, layer: int, dtype: str) -> torch.Tensor:
-        """``[d]``, all the same ``b``: an FFN that reads the stream itself reads nothing longer than ``b sqrt(d)``.
+        """Return ``[d]`` equal numbers ``b``, so that an FFN without a norm before it reads no vector longer than ``b sqrt(d)``.
 
-        Everything in such a stream was normed before it was added: the longest embedding, then for every norm its largest
-        weight, as a normed vector is no longer than ``sqrt(d)``.
+        Everything in such a residual stream was normed before it was added, and a normed vector is no longer than ``sqrt(d)``.
+        So the bound is that of the longest embedding plus the largest weight of every norm below.
         """
         import torch
 
@@ -254,5 +264,5 @@ class DenseCheckpoint(Checkpoint):
 
 
 def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` that says what its weights are: a head of their own. LFM2 has an older name for the key."""
+    """Return a ``config.json`` that says that the head is not tied to the embedding. LFM2 has an older name for the key."""
     return {key: value for key, value in raw_config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}

@@ -1,4 +1,4 @@
-"""Whether several checkpoints can be mixed: compared before a weight is read, with one error that says what differs."""
+"""Checks, before a weight is read, that several checkpoints can be mixed, and says what differs if they cannot."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from upcycle.files.formats.parsing import read_json
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
 
-# What does not change the function of the weights: training's own settings, and which ids begin and end a text.
+# Fields that do not change the function of the weights: settings of training, and which ids begin and end a text.
 _MAY_DIFFER = {"initializer_range", "attention_dropout", "dtype", "max_position_embeddings", "token_ids"}
-# All that matters where only FFNs are read: their shapes, their activation, and what their output is added to.
+# The fields that matter where only FFNs are read: their shapes, their activation, and what their output is added to.
 _OF_EXPERTS = {
     "hidden_size",
     "intermediate_size",
@@ -27,7 +27,7 @@ _OF_EXPERTS = {
     "residual_multiplier",
     "special",
 }
-# What DenseConfig makes of keys of other names. A family's aliases come first.
+# Field of DenseConfig -> the key of config.json that decides it, where the names differ. A family's aliases take precedence.
 _KEYS = {
     "family": "model_type",
     "logits_multiplier": "logits_scaling",
@@ -37,18 +37,22 @@ _KEYS = {
     "special": "model_type",
     "windows": "sliding_window",
 }
-_NAMED = 5  # tokens that an error shows
+_NAMED = 5  # most tokens that a message lists
 _ONE_ANCESTOR = "mixing takes fine-tunes of one model; leave this source out"
 _FFNS_ONLY = f"{_ONE_ANCESTOR}, or with --method branch_train_mix take FFNs only: --param rest=base"
 
 
 def check_sources(members: Sequence[DenseCheckpoint], dtype: str, tokenizers: bool, experts_only: bool = False) -> None:
-    """Compare every checkpoint with the last, which is the base: configuration, tokenizer, and dtypes where kept.
+    """Compare every checkpoint with the base, which is the last of ``members``.
 
-    With ``experts_only`` nothing but FFNs is read of those that are not the base, and only what FFNs depend on is compared.
+    Args:
+        members: the checkpoints.
+        dtype: the recipe's dtype; for ``keep``, tensors' dtypes are compared, too.
+        tokenizers: compare tokenizers.
+        experts_only: compare only what FFNs depend on, since nothing else is read from members that are not the base.
 
     Raises:
-        UsageError: two differ; names both, the key, both values, and what to do.
+        UsageError: two differ; the message names both sources, the key and both values.
     """
     base = members[-1]
     for member in members[:-1]:
@@ -75,13 +79,12 @@ def check_configs(
     aliases: Mapping[str, str],
     experts_only: bool = False,
 ) -> None:
-    """Refuse configurations that differ in a shape, the rotation, a norm's epsilon, the head, the activation... or with
-    ``experts_only`` in what FFNs depend on.
+    """Refuse configurations that differ in anything that changes the function, or with ``experts_only`` that of FFNs.
 
-    ``vocab_size`` is left to the comparison of tokenizers, which has more to say.
+    ``vocab_size`` is left to the comparison of tokenizers, whose message says more.
 
     Raises:
-        UsageError: as above.
+        UsageError: they differ; the message names both sources, the key and both values.
     """
     hint = _ONE_ANCESTOR if experts_only else _FFNS_ONLY
     for field in fields(DenseConfig):
@@ -116,7 +119,7 @@ def _windows(config: DenseConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Sets of features as their descriptions."""
+    """Return a value as a message shows it: for a set of features their descriptions, sorted."""
     return sorted(feature.value for feature in value) if isinstance(value, frozenset) else value
 
 
@@ -136,7 +139,7 @@ def _check_dtypes(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
         if ours != theirs:
             raise UsageError(
                 f"sources differ: tensor '{name}' is {ours} in {base.source.name} and {theirs} in {member.source.name}",
-                hint=f"say which to write: --dtype {ours}",
+                hint=f"choose the dtype to write, for example --dtype {ours}",
             )
 
 
@@ -146,32 +149,32 @@ def _check_expert_dtypes(base: DenseCheckpoint, member: DenseCheckpoint) -> None
         if ours != theirs:
             raise UsageError(
                 f"sources differ: the FFN of layer {layer} is {ours} in {base.source.name} and {theirs} in {member.source.name}",
-                hint=f"say which to write: --dtype {ours}",
+                hint=f"choose the dtype to write, for example --dtype {ours}",
             )
 
 
 def _check_tokenizers(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
-    """Tokens must have the same ids and text be cut in the same way; a source without a tokenizer follows the base's."""
+    """Check that tokens have the same ids and that text is split in the same way; a source without a tokenizer uses the base's."""
     names = base.source.name, member.source.name
     paths = [source.path / "tokenizer.json" for source in (base.source, member.source)]
     if not all(map(Path.is_file, paths)) or filecmp.cmp(paths[0], paths[1], shallow=False):
-        return  # the same bytes, as most fine-tunes have them, need not be parsed
+        return  # most fine-tunes have the same file, which then need not be parsed
     ours, theirs = (read_json(path) for path in paths)
     one, two = _token_ids(ours), _token_ids(theirs)
     unlike = sorted((token for token in {*one, *two} if one.get(token) != two.get(token)), key=_order(one, two))
     if unlike:
-        shown = ", ".join(f"{token!r} ({_id(one, token)}, {_id(two, token)})" for token in unlike[:_NAMED])
+        listed = ", ".join(f"{token!r} ({_id(one, token)}, {_id(two, token)})" for token in unlike[:_NAMED])
         more = f" and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
         raise UsageError(
-            f"sources differ: tokenizer.json of {names[0]} and of {names[1]} give other ids to {len(unlike)} "
-            f"token{'s' * (len(unlike) > 1)}: {shown}{more}",
+            f"sources differ: tokenizer.json of {names[0]} and of {names[1]} give different ids to {len(unlike)} "
+            f"token{'s' * (len(unlike) > 1)}: {listed}{more}",
             hint="mix models that share a vocabulary; if only unused added tokens differ, give both the same tokenizer files",
         )
     for key in ("merges", "type"):
         if ours.get("model", {}).get(key) != theirs.get("model", {}).get(key):
             raise UsageError(
-                f"sources differ: tokenizer.json's 'model.{key}' is not the same in {names[0]} and {names[1]}: they cut "
-                "text in other ways",
+                f"sources differ: tokenizer.json's 'model.{key}' is not the same in {names[0]} and {names[1]}: they split "
+                "text in different ways",
                 hint=_FFNS_ONLY,
             )
 
@@ -185,7 +188,7 @@ def _token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _order(one: Mapping[str, int], two: Mapping[str, int]) -> Any:
-    """Added tokens, which have the largest ids, are the likely ones: they come first."""
+    """Return the sort key that lists tokens with the largest ids first, as added tokens are the likely difference."""
     return lambda token: (-max(one.get(token, -1), two.get(token, -1)), token)
 
 

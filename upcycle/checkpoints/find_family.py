@@ -9,24 +9,24 @@ from upcycle.architectures.dense.base import Family
 from upcycle.architectures.dense.refused import reason, text_model
 from upcycle.architectures.moe.stored_moe import MOES
 from upcycle.errors import RefusalError
-from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
 from upcycle.registry import FAMILIES, load
 
 
 def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
-    """The registered family of a configuration.
+    """Return the registered family of a configuration.
 
     Raises:
-        RefusalError: none; says why.
+        RefusalError: there is none; the message says why.
     """
     name = model_type(raw_config, where)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"
         if inner := text_model(raw_config):
-            hint = f"save its text model alone ({inner}), with a config.json of that and names that begin with model."
+            hint = f"save only its text model ({inner}), with that model's config.json and tensor names that begin with model."
         elif name in MOES:
             hint = "--method expert_upcycling gives it more experts"
-        raise RefusalError(f"cannot convert a '{shown(name)}' model: {reason(name, inner)}", hint=hint)
+        raise RefusalError(f"cannot convert a '{shortened(name)}' model: {reason(name, inner)}", hint=hint)
     family: Family = load("family", name)()
     return family

@@ -1,4 +1,4 @@
-"""The licences that the hub knows by name. Source: https://huggingface.co/docs/hub/repositories-licenses."""
+"""Lists the ids of licences that the hub knows. Source: https://huggingface.co/docs/hub/repositories-licenses."""
 
 from __future__ import annotations
 

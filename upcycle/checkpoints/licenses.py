@@ -1,6 +1,6 @@
-"""The licence of a source: from its model card, its ``.gguf`` or its licence file; and what several of them have in common.
+"""Finds the licence of a source in its model card, ``.gguf`` file or licence file, and the common licence of several sources.
 
-Identifiers are the hub's (https://huggingface.co/docs/hub/repositories-licenses).
+Ids are the hub's (https://huggingface.co/docs/hub/repositories-licenses).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _FILES = ("LICENSE*", "LICENCE*")
-_READ = 4096  # characters of a licence file that say which one it is
-# What the beginning of a licence file must hold to be taken for that licence.
+_READ = 4096  # characters at the beginning of a licence file that are read
+# Licence id -> pattern that the beginning of a licence file must contain.
 _TEXTS = {
     "apache-2.0": r"Apache License\s+Version 2\.0",
     "mit": r"MIT License|Permission is hereby granted, free of charge, to any person obtaining a copy",
@@ -35,29 +35,29 @@ _TEXTS = {
     "llama3.3": r"LLAMA 3\.3 COMMUNITY LICENSE",
     "gemma": r"Gemma Terms of Use",
 }
-HINT = "read them, decide which terms the result may be under, and say so with --license ID"
+HINT = "read the licences, decide under which terms the result may be published, and name them with --license ID"
 
 
 @dataclass(frozen=True)
 class License:
-    """An identifier of the hub's; ``other`` has a name and a link or file."""
+    """Holds the hub's id of a licence and, for ``other``, a name and a link or file name."""
 
     id: str
     name: str | None = None
     link: str | None = None
 
     def as_dict(self) -> dict[str, str | None]:
-        """What ``upcycle.json`` says of it."""
+        """Return the licence as ``upcycle.json`` keeps it."""
         return asdict(self)
 
     @classmethod
     def of(cls, found: Mapping[str, Any] | None) -> License | None:
-        """The one that :meth:`as_dict` described."""
+        """Return the licence that :meth:`as_dict` described; None for None."""
         return _of_keys(found, "id", "name", "link") if isinstance(found, Mapping) else None
 
     @classmethod
     def of_card(cls, found: Mapping[str, Any]) -> License | None:
-        """The one in the metadata of a model card."""
+        """Return the licence in the metadata of a model card, or None."""
         return _of_keys(found, "license", "license_name", "license_link")
 
     def __str__(self) -> str:
@@ -65,47 +65,51 @@ class License:
 
 
 def chosen_license(id: str | None, name: str | None = None, link: str | None = None) -> License | None:
-    """What somebody decided: an identifier of the hub's, or ``other`` with a name and a link.
+    """Return the licence that a user named: an id of the hub, or ``other`` with a name and a link. None where ``id`` is None.
 
     Raises:
-        UsageError: the hub does not know it, or something is missing.
+        UsageError: the hub does not know the id, or name and link are missing, superfluous or malformed.
     """
     if id is None:
         if name or link:
-            raise UsageError("--license-name and --license-link describe a licence", hint="--license other with both")
+            raise UsageError("--license-name and --license-link need --license other", hint="add --license other")
         return None
     known = id.strip().lower()
     if known not in LICENSE_IDS:
-        hint = "--license other --license-name NAME --license-link https://... for one that it does not know"
+        hint = "for a licence that it does not know: --license other --license-name NAME --license-link https://..."
         raise UsageError(
-            f"--license {id!r} is no licence that the hub knows", hint=suggestion(known, LICENSE_IDS, hint)
+            f"--license {id!r} is not a licence that the hub knows", hint=suggestion(known, LICENSE_IDS, hint)
         )
     if known != OTHER and (name or link):
         raise UsageError(
-            f"--license {known} has a name and a text of its own", hint="leave --license-name and --license-link out"
+            f"--license {known} takes no name and no link: its text is known",
+            hint="leave --license-name and --license-link out",
         )
     if known == OTHER and not (name and name.strip() and link):
-        raise UsageError("--license other says nothing", hint="add --license-name NAME and --license-link https://...")
+        raise UsageError(
+            "--license other needs a name and a link", hint="add --license-name NAME and --license-link https://..."
+        )
     if link and not _is_link(link):
         raise UsageError(
-            f"--license-link {link!r} is no address", hint="https://..., or the name of a file such as LICENSE"
+            f"--license-link {link!r} is not an address",
+            hint="give https://..., or the name of a file such as LICENSE",
         )
     return License(known, name.strip() if name else None, link)
 
 
 def suggestion(found: str, known: Iterable[str], otherwise: str) -> str:
-    """What was meant, or what else to do."""
+    """Return a hint with the known names most like ``found``, if any, followed by ``otherwise``."""
     near = get_close_matches(found, sorted(known), n=3)
     return f"did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
 
 
 def _is_link(link: str) -> bool:
-    """An address of the web, or the name of a file beside the card."""
+    """Return whether ``link`` is a web address, or the name of a file beside the card."""
     return bool(is_web_address(link) or re.fullmatch(r"[\w][\w. -]*", link))
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The YAML at the head of a model card; empty where there is none that can be read."""
+    """Return the YAML at the head of a model card; empty where there is none that can be parsed."""
     match = _FRONT_MATTER.match(text)
     try:
         found = parse_yaml(match[1], "the model card") if match else None
@@ -115,7 +119,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def license_of(checkpoint: Checkpoint) -> License | None:
-    """The licence of a checkpoint, or None where nothing says it."""
+    """Return the licence of a checkpoint, or None where no file of it names one."""
     if isinstance(checkpoint.store, GgufFile):
         keys = "general.license", "general.license.name", "general.license.link"
         return _of_keys({key: checkpoint.store.metadata(key) for key in keys}, *keys)
@@ -123,7 +127,7 @@ def license_of(checkpoint: Checkpoint) -> License | None:
 
 
 def license_record(checkpoint: Checkpoint) -> dict[str, str | None] | None:
-    """The same, as ``upcycle.json`` keeps it."""
+    """Return the licence of a checkpoint as ``upcycle.json`` keeps it, or None."""
     found = license_of(checkpoint)
     return found.as_dict() if found else None
 
@@ -142,11 +146,13 @@ def _of_folder(path: Path) -> License | None:
 
 
 def common_license(found: Mapping[str, License | None]) -> License | None:
-    """What all sources are under: name -> licence. None where nobody says anything.
+    """Return the licence that all sources have; None where no source names one.
+
+    Args:
+        found: source name -> licence.
 
     Raises:
-        UsageError: they are under different ones, or it is unknown of some only. Which terms a model made from both may have
-            is for a person to decide.
+        UsageError: the licences differ, or only some are known. A person must then decide which terms the result may have.
     """
     if len({license and (license.id, license.name) for license in found.values()}) > 1:
         listed = ", ".join(f"{name}: {license or 'unknown'}" for name, license in found.items())
@@ -165,7 +171,7 @@ def _of_keys(content: Mapping[str, Any], id_key: str, name_key: str, link_key: s
     name = name.strip() if isinstance(name, str) and name.strip() else None
     link = link if isinstance(link, str) and _is_link(link) else None
     known = identifier.strip().lower()
-    # The hub refuses a card with an identifier of somebody's own.
+    # The hub refuses a card whose licence id it does not know.
     return License(known, name, link) if known in LICENSE_IDS else License(OTHER, name or identifier.strip(), link)
 
 

@@ -1,4 +1,4 @@
-"""Several fine-tunes of one model as one dense model: the weighted mean of their weights, read block by block."""
+"""Gives several fine-tunes of one model as one dense model, their weighted mean, which is computed block by block."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ if TYPE_CHECKING:
 
     from upcycle.recipe.conversion_recipe import Recipe
 
-SUM_BYTES = 1 << 22  # of the fp64 sum at hand: small enough to stay in the cache
+SUM_BYTES = 1 << 22  # size of the fp64 sums, small enough to stay in the processor's cache
 
 
 class MergedStore:
-    """The mean of several checkpoints' tensors, weighted by numbers that need not sum to 1.
+    """Gives the weighted mean of several checkpoints' tensors, summed in fp64 and rounded once.
 
-    Some rows of one tensor of one member are in memory at a time, beside their sum: their number costs no memory. Summed in
-    fp64 and rounded once.
+    Only some rows of one member's tensor are in memory at a time, beside their sum, so more members need no more memory.
 
     Args:
         members: checkpoints of one configuration.
-        weights: one each, at least one above 0; a member of weight 0 is not read.
-        dtype: what to round to; ``keep``: the members' own, the widest where they differ.
-        total: what the sum is divided by; ``None``: the sum of the weights.
+        weights: one for each member, which need not sum to 1; at least one above 0. A member of weight 0 is not read.
+        dtype: the dtype of the mean; ``keep``: that of the members, and the widest where they differ.
+        total: the number that the sum is divided by; None: the sum of the weights.
     """
 
     def __init__(
@@ -60,31 +59,31 @@ class MergedStore:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the members' and their weights."""
+        """SHA-256 over the members' fingerprints and their weights."""
         text = "\n".join(f"{member.fingerprint} {weight!r}" for member, weight in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def sample(self) -> str:
-        """The members', together."""
+        """Return the SHA-256 over the members' samples."""
         return hashlib.sha256("\n".join(member.store.sample() for member, _ in self.parts).encode()).hexdigest()
 
     def location(self, name: str) -> str:
-        """The files that a tensor is the mean of."""
+        """Return the paths of the files whose mean a tensor is, for messages."""
         return " + ".join(member.store.location(name) for member, _ in self.parts)
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Yield the mean, or some of its rows, as blocks of its first dimension.
+        """Yield a mean, or its rows ``part``, as blocks of its first dimension.
 
         Raises:
-            CheckpointError: a member holds NaN or Inf; names its file.
+            CheckpointError: a member holds NaN or Inf; the message names its file.
         """
         for first, count in row_blocks(self.specs[name], most_bytes, part, multiple):
             yield self._rows(name, first, count)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor whole; raises as :meth:`chunks` does."""
+        """Return one whole mean; raises as :meth:`chunks` does."""
         return self._rows(name, 0, self.specs[name].shape[0])
 
     def _rows(self, name: str, first: int, count: int) -> torch.Tensor:
@@ -101,7 +100,7 @@ class MergedStore:
         return rows
 
     def _mean(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Fp64. Divided once: the sum of equally many fp32 numbers is exact, and so is the mean of equal ones."""
+        """Return the mean of some rows, in fp64. Dividing once, at the end, makes the mean of equal numbers exact."""
         total: torch.Tensor | None = None
         for member, weight in self.parts:
             block = member.whole(Origin(name, (first, count)), "float64")
@@ -111,16 +110,16 @@ class MergedStore:
 
 
 class JoinedCheckpoint(DenseCheckpoint):
-    """Several checkpoints behind the interface of one: configuration, tokenizer and tensors are those of the last.
+    """Several checkpoints behind the interface of one; configuration, tokenizer and tensors are those of the last, the base.
 
     Args:
         members: the checkpoints, the base last.
-        dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
-        tokenizers: whether to compare tokenizers.
-        experts_only: whether nothing but FFNs is read of members that are not the base: nothing else is compared.
+        dtype: the recipe's dtype; for ``keep``, every tensor must have the same dtype in all members.
+        tokenizers: compare tokenizers.
+        experts_only: compare only what FFNs depend on, since nothing else is read from members that are not the base.
 
     Raises:
-        UsageError: they do not belong together; names the sources, the key and both values.
+        UsageError: the members cannot be mixed; the message names the sources, the key and both values.
     """
 
     def __init__(
@@ -138,32 +137,32 @@ class JoinedCheckpoint(DenseCheckpoint):
 
     @property
     def paths(self) -> list[Path]:
-        """A folder or file per source, and the base."""
+        """The folders and files that are read, one per member."""
         return [path for member in self.members for path in member.paths]
 
     @property
     def modified(self) -> list[int]:
-        """When each weight file of every source was last changed."""
+        """The modification time of each weight file of every member, in nanoseconds."""
         return [time for member in self.members for time in member.modified]
 
     @property
     def version(self) -> list[Any]:
-        """What tells one version of every source from another."""
+        """What tells versions of each member apart."""
         return [member.version for member in self.members]
 
 
 class MergedCheckpoint(JoinedCheckpoint):
-    """The dense model whose weights are a weighted mean of its members': configuration and tokenizer are the base's.
+    """A dense model whose weights are the weighted mean of its members' weights.
 
     Args:
-        base: whose configuration and tokenizer are taken.
-        members: what is averaged.
-        weights: theirs, which need not sum to 1.
-        dtype: the recipe's: where it is ``keep``, members must agree on every tensor's.
-        tokenizers: whether to compare tokenizers.
+        base: the model whose configuration and tokenizer are used.
+        members: the models that are averaged.
+        weights: the members' weights, which need not sum to 1.
+        dtype: the recipe's dtype; for ``keep``, every tensor must have the same dtype in all members.
+        tokenizers: compare tokenizers.
 
     Raises:
-        UsageError: they do not belong together; names the sources, the key and both values.
+        UsageError: the members cannot be mixed; the message names the sources, the key and both values.
     """
 
     def __init__(
@@ -176,16 +175,16 @@ class MergedCheckpoint(JoinedCheckpoint):
     ) -> None:
         super().__init__((*members, base), dtype, tokenizers)
         self.store = merged = MergedStore(members, weights)
-        self.parts = merged.parts  # members with a weight, and theirs
+        self.parts = merged.parts  # (member, weight) for each weight that is not 0
         self.source = replace(base.source, name=" + ".join(member.source.name for member in members))
         self.fingerprint = hashlib.sha256((self.fingerprint + self.store.fingerprint).encode()).hexdigest()
 
 
 def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
-    """The weighted mean of some sources, or the one that alone weighs anything.
+    """Return the weighted mean of sources, or the source itself where only one has a weight other than 0.
 
     Raises:
-        UsageError: they do not belong together.
+        UsageError: the sources cannot be mixed.
     """
     used = {source: weight for source, weight in parts.items() if weight}
     if len(used) == 1:

@@ -1,4 +1,4 @@
-"""Several fine-tunes of one model behind the interface of one checkpoint, read side by side."""
+"""Gives several fine-tunes of one model, read side by side, behind the interface of one checkpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mix:
-    """What a mixing method is told of the sources.
+    """Describes the mixed models to a mixing method.
 
-    ``weights`` are the recipe's, one per source, or per merge of sources. ``alike`` says that all of them and the base hold
-    the same numbers, so that a mix of them is the dense function; ``base`` is the index of the recipe's ``source`` among
-    them, or their number. ``told`` is what the recipe says of each of them, in the same order.
+    Attributes:
+        weights: the recipe's weight of each model, which is a source or a merge of sources.
+        alike: whether all models and the base hold the same numbers, so that any mix of them is the dense function.
+        base: the index of the recipe's ``source`` among the models; their number where it is not among them.
+        told: what the recipe says about each model, in the same order.
     """
 
     weights: tuple[float, ...]
@@ -35,26 +37,28 @@ class Mix:
 
     @property
     def count(self) -> int:
-        """How many models are mixed."""
+        """The number of models that are mixed."""
         return len(self.weights)
 
 
 class MixedCheckpoint(JoinedCheckpoint):
-    """Several checkpoints of one shape. Configuration, tokenizer and :meth:`read` are the base's, which is the recipe's
-    ``source``; matrices of experts are read from the member they belong to, and what is copied is an average, or with
-    ``slerp``, for matrices of attention, an interpolation on the sphere.
+    """Several checkpoints of one shape, mixed.
+
+    Configuration, tokenizer and :meth:`read` are those of the base. The matrices of an expert are read from the member that it
+    belongs to. All other tensors are averages of the members' tensors, or with ``slerp``, for the matrices of attention,
+    interpolations on the sphere.
 
     Args:
         base: the recipe's ``source``.
-        members: what is mixed: the recipe's ``sources``, or merges of some of them.
-        weights: theirs.
-        dtype: the recipe's: where it is ``keep``, they must agree on every tensor's.
-        tokenizers: whether to compare tokenizers.
-        sources: the recipe's; default: the members.
-        experts_only: whether nothing but FFNs is read of members that are not the base.
+        members: the models that are mixed: the recipe's ``sources``, or merges of some of them.
+        weights: the members' weights.
+        dtype: the recipe's dtype; for ``keep``, every tensor must have the same dtype in all members.
+        tokenizers: compare tokenizers.
+        sources: the recipe's ``sources``; default: the members.
+        experts_only: read nothing but FFNs from members that are not the base, and compare only what FFNs depend on.
 
     Raises:
-        UsageError: they do not belong together; names the sources, the key and both values.
+        UsageError: the members cannot be mixed; the message names the sources, the key and both values.
     """
 
     def __init__(
@@ -72,13 +76,14 @@ class MixedCheckpoint(JoinedCheckpoint):
         super().__init__((*members, members[where[0]] if where else base), dtype, tokenizers, experts_only)
         self.sources = tuple(members if sources is None else sources)
         self.mix = Mix(tuple(weights), _alike(self.members), base_index)
-        self.rest: tuple[float, ...] | None = None  # weights of what is no expert, one per member; None: the base's
+        # The members' weights in the mean of all tensors but the experts'; None: the base's tensors are taken.
+        self.rest: tuple[float, ...] | None = None
         self.slerp = False
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
-        """A tensor of the converted model that is no expert's: the members', joined, or the base's.
+        """Yield a tensor of the converted model that belongs to no expert: the members' mean, or the base's.
 
-        Summed in fp64 and rounded once.
+        Means are computed in fp64 and rounded once.
         """
         if self.rest is None:
             yield from super().blocks(origin, dtype)
@@ -90,7 +95,7 @@ class MixedCheckpoint(JoinedCheckpoint):
             yield self._checked(origin.name, origin.apply(block), wanted)
 
     def _weights(self, origin: Origin) -> tuple[Sequence[float], float | None]:
-        """What the members' tensors are multiplied by before they are added up, and what the sum is divided by."""
+        """Return a factor for each member's tensor, and the divisor of their sum (None: the sum of the factors)."""
         assert self.rest is not None
         is_matrix = len(self.store.specs[origin.name].shape) > 1
         paths = self.family.module_paths
@@ -111,7 +116,7 @@ class MixedCheckpoint(JoinedCheckpoint):
         return [factors.get(i, 0.0) for i in range(len(self.rest))], 1.0
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
-        """The base's FFN behind the norm that the mix has."""
+        """Return the base's FFN, with the norm before it taken from the mix."""
         ffn = super().feed_forward(layer, dtype)
         norm = self.family.ffn_origins(self.config, layer).get("norm")
         if self.rest is None or norm is None:
@@ -121,7 +126,10 @@ class MixedCheckpoint(JoinedCheckpoint):
         return replace(ffn, norm=torch.cat(list(self.blocks(norm, dtype))))
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
-        """Reads gate, up or down of the FFN of a member; the last one read is kept, for experts that share it."""
+        """Return a function that reads ``gate``, ``up`` or ``down`` of a member's FFN.
+
+        It keeps the last matrix that it read, for experts that share it.
+        """
         dtype = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
         kept: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -136,9 +144,9 @@ class MixedCheckpoint(JoinedCheckpoint):
 
 
 def _alike(members: Sequence[DenseCheckpoint]) -> bool:
-    """Whether all hold the same numbers. Different files are compared block by block up to the first difference.
+    """Return whether all members hold the same numbers, comparing block by block up to the first difference.
 
-    A fine-tune differs in its first block as a rule; only copies are read whole.
+    Fine-tunes usually differ in the first block, so only copies are read whole.
     """
     first = members[0]
     others = {(*_files(member), member.fingerprint): member for member in members[1:]}

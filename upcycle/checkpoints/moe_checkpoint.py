@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts as a source: read tensor by tensor, its experts written in any order and number."""
+"""Reads a Mixture-of-Experts model as a source, tensor by tensor, and gives its experts in any order and number."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class MoeCheckpoint(Checkpoint):
-    """A stock MoE, its experts stored one by one or fused.
+    """A stock MoE on disk, with its experts stored one by one or fused.
 
     Raises:
         CheckpointError: the folder is damaged, or its tensors are not those of the stock class.
-        RefusalError: not a MoE that is known here.
+        RefusalError: the model is not a MoE that upcycle knows.
     """
 
     def __init__(self, source: Source) -> None:
@@ -34,7 +34,7 @@ class MoeCheckpoint(Checkpoint):
         moe_family(self.raw_config, self.source.name)
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
-        """A tensor of the result: as it is stored, or the wanted experts of it, one block or more each."""
+        """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
         if not isinstance(origin, ExpertRows):
             yield from super().blocks(origin, dtype)
         elif origin.noise:
@@ -45,7 +45,10 @@ class MoeCheckpoint(Checkpoint):
                     yield self._checked(origin.name, block, dtype)
 
     def _with_noise(self, origin: ExpertRows, dtype: str) -> torch.Tensor:
-        """A router's rows ``[E', d]``: noise in fp32, rounded once; the deviation is the population's, in fp64."""
+        """Return a router's rows ``[E', d]``, with noise on those of new experts, added in fp32 and rounded once.
+
+        The noise is scaled by the population standard deviation of all stored rows, computed in fp64.
+        """
         import torch
 
         from upcycle.ffn.random_weights import stream

@@ -1,4 +1,4 @@
-"""What is written: tensors with where they come from, the units they are made in, and the files of these."""
+"""Describes an output before it is written: its tensors and what they are made from, the units they form, and the files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upcycle.files.formats.tensor_spec import TensorSpec
 
 @dataclass(frozen=True)
 class OutputEntry:
-    """One tensor to be written: copied from the dense checkpoint, or built from parts."""
+    """One tensor to write: copied from the source (``origin``), or built from the parts of a layer (``built``)."""
 
     name: str
     spec: TensorSpec
@@ -25,7 +25,7 @@ class OutputEntry:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is converted in one go and recorded when finished: the embeddings, one layer, or the final norm and head."""
+    """The tensors that are converted together and recorded when finished: embeddings, one layer, or the final norm and head."""
 
     name: str
     layer: int | None
@@ -51,7 +51,7 @@ class Shard:
 
 
 def shards_of(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
-    """Put units into as few files as they fit in, in order; a unit is never divided."""
+    """Distribute units, in order, over files of at most ``most_bytes``; a unit is never divided, so a file may be larger."""
     groups: list[list[Unit]] = [[]]
     for unit in units:
         if groups[-1] and sum(u.nbytes for u in groups[-1]) + unit.nbytes > most_bytes:
@@ -66,14 +66,14 @@ def shards_of(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
 
 
 def finite(entry: OutputEntry, block: torch.Tensor) -> torch.Tensor:
-    """What was built, checked: a factor or a refit can carry finite weights beyond what their dtype holds.
+    """Return a built block after checking it, as scaling or a refit can make weights too large for their dtype.
 
     Raises:
-        CheckpointError: it holds NaN or Inf; names the tensor.
+        CheckpointError: the block holds NaN or Inf; the message names the tensor.
     """
     if block.numel() and not all(bool(extreme.isfinite()) for extreme in block.aminmax()):
         raise CheckpointError(
-            f"{entry.name}: scaled or fitted, its weights overflow {entry.spec.dtype}",
+            f"{entry.name}: after scaling or fitting, its weights overflow {entry.spec.dtype}",
             hint="--dtype float32" if entry.spec.dtype == "bfloat16" else "--dtype bfloat16 or float32",
         )
     return block

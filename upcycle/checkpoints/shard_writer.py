@@ -1,8 +1,8 @@
-"""Writes safetensors shards tensor by tensor, and a journal from which a killed run continues.
+"""Writes safetensors shards tensor by tensor, and a journal from which a killed conversion continues.
 
-Every shape is known before the first byte, so a shard's header is written first and its tensors follow as they are
-made: nothing is held back until a shard is complete. The journal records after each unit (a layer) the running SHA-256
-of its shard; on resume the bytes on disk must give the same digest, so damage by a crash is found and redone.
+Every shape is known in advance, so a shard's header is written first, and each tensor follows as soon as it is made. After each
+unit (a layer), the journal records the running SHA-256 of the shard. When a conversion continues, the bytes on disk must give the
+same digest, so that what a crash has damaged is found and written again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     import torch
 
 PARTIAL = ".partial"
-WAITING_BYTES = 1 << 26  # how far the caller may be ahead of the disk
+WAITING_BYTES = 1 << 26  # most bytes that may wait to be written
 _READ_BLOCK = 1 << 24
 
 
 class Journal:
-    """The finished units of a conversion, one JSON line each, in ``folder/journal.jsonl``."""
+    """Keeps the finished units of a conversion, one JSON line each, in ``folder/journal.jsonl``."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "journal.jsonl"
@@ -45,7 +45,7 @@ class Journal:
         self.path.write_text("".join(lines), encoding="utf-8")
 
     def forget(self, units: Iterable[str]) -> None:
-        """Drop units whose bytes turned out to be gone or damaged."""
+        """Drop units whose bytes turned out to be missing or damaged."""
         for unit in units:
             self.digests.pop(unit, None)
         self._rewrite()
@@ -58,10 +58,10 @@ class Journal:
 
 
 class ShardWriter:
-    """Writes one shard; ``done`` names the units that an earlier run already wrote.
+    """Writes one shard; ``done`` has the names of the units that an earlier run has already written.
 
-    Use as a context manager: leaving it without an error completes the file, and any error leaves it resumable under
-    its temporary name. The disk is not waited for: the workspace does that once, before the result gets its name.
+    Used as a context manager: leaving the block without an error completes the file; after an error it stays under its temporary
+    name and can be continued. Nothing is synced to the disk here: the workspace does that once, for the whole result.
     """
 
     def __init__(self, folder: Path, shard: Shard, journal: Journal) -> None:
@@ -71,10 +71,10 @@ class ShardWriter:
         self._journal = journal
         self._header = _header(shard)
         self._hash = hashlib.sha256()
-        # One thread each, so that blocks keep their order.
+        # A single thread for each task keeps the blocks in order.
         self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: deque[tuple[int, Future[Any], Future[None]]] = deque()
-        self._waiting_bytes = 0  # counted, not summed: thousands of small experts may wait
+        self._waiting_bytes = 0  # kept up to date rather than summed, as thousands of small experts may wait
         self._last: Future[None] | None = None
         self.done: set[str] = set()
         self.sha256 = ""
@@ -93,7 +93,7 @@ class ShardWriter:
         return self
 
     def _verified_length(self, recorded: list[str]) -> int:
-        """Bytes of the units whose digests still match; ``done`` and the running hash are set to match."""
+        """Return the length up to which the file's digests match the journal, and set ``done`` and the running hash to it."""
         position = 0
         with self._partial.open("rb") as file:
             end = len(self._header)
@@ -114,7 +114,7 @@ class ShardWriter:
         """Write one tensor as consecutive blocks.
 
         Raises:
-            CheckpointError: the blocks do not fill the planned shape (a fault in this program).
+            CheckpointError: the blocks do not fill the planned shape, which would be a bug.
         """
         import torch
 
@@ -127,7 +127,7 @@ class ShardWriter:
             raise CheckpointError(f"{entry.name}: wrote {written} bytes, planned {entry.spec.nbytes}")
 
     def _enqueue(self, data: Any) -> None:
-        # Hashing and writing release the interpreter lock: both go on while the caller makes the next blocks.
+        # Hashing and writing release the interpreter lock, so both run while the caller makes the next blocks.
         size = memoryview(data).nbytes
         while self._waiting and size + self._waiting_bytes > WAITING_BYTES:
             self._wait_for_oldest()
@@ -138,20 +138,20 @@ class ShardWriter:
 
     def _append(self, data: Any, previous: Future[None] | None) -> None:
         if previous:
-            previous.result()  # nothing may follow a block that failed
+            previous.result()  # raises if the block before failed, so that nothing is written after it
         view, done = memoryview(data).cast("B"), 0
         while done < len(view):
             done += self._file.write(view[done:])
 
     def _wait_for_oldest(self) -> None:
-        """Wait until the oldest block or record is written; whatever went wrong with it is raised here."""
+        """Wait until the oldest block or record is written, and raise the error that writing it met."""
         size, hashed, written = self._waiting.popleft()
         self._waiting_bytes -= size
         hashed.result()
         written.result()
 
     def finish(self, unit: Unit) -> None:
-        """Record a unit as finished, once all of it is written."""
+        """Record a unit in the journal once all of it is written."""
         digest = self._hashing.submit(self._hash.hexdigest)
         self._last = self._writing.submit(self._record, unit.name, digest, self._last)
         self._waiting.append((0, digest, self._last))
@@ -210,8 +210,8 @@ def _header(shard: Shard) -> bytes:
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     """Write ``model.safetensors.index.json``.
 
-    One shard has one, too: without it vLLM and SGLang take every ``*.safetensors`` of the folder for weights, and the
-    blueprint is one of them.
+    A single shard gets an index, too: without one, vLLM and SGLang take every ``*.safetensors`` in the folder for weights, even
+    the blueprint.
     """
     every = list(shards)
     names = {entry.name: shard.file for shard in every for unit in shard.units for entry in unit.entries}

@@ -1,4 +1,4 @@
-"""Spherical linear interpolation of several vectors, in terms of their inner products alone."""
+"""Interpolates several vectors on the sphere, given only their inner products."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _PARALLEL = 2.0**-50  # squared sine of the angle below which both formulas give
 
 
 def slerp_coefficients(gram: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """The numbers ``c`` with which ``sum_j c_j v_j`` is the interpolation of N vectors on the sphere.
+    """Return the coefficients ``c`` with which ``sum_j c_j v_j`` is the spherical interpolation of N vectors.
 
     Shoemake, "Animating Rotation with Quaternion Curves" (SIGGRAPH 1985): unit vectors a and b at an angle theta are joined
-    by ``(sin((1-t) theta) a + sin(t theta) b) / sin(theta)``. Vectors of other lengths are brought to length 1 for it, and
-    the result to ``(1-t) |a| + t |b|``. Several are joined one after another, in their order: vector j at
-    ``t = w_j / (w_0 + ... + w_j)``, so that the result is as long as they are in the weighted mean. Where the angle is
-    zero or half a turn, or a vector is zero and has none, the step is linear: ``(1-t) a + t b``.
+    by ``(sin((1-t) theta) a + sin(t theta) b) / sin(theta)``. Vectors of other lengths are scaled to length 1 for this, and
+    the result to ``(1-t) |a| + t |b|``. Several vectors are joined one after another, in their order, vector j at
+    ``t = w_j / (w_0 + ... + w_j)``, so that the result's length is the weighted mean of their lengths. Where the angle is
+    zero or half a turn, or a vector is zero, the step is linear: ``(1-t) a + t b``.
 
     Args:
         gram: ``[N, N]``, the vectors' inner products, in fp64.
         weights: N positive numbers.
 
     Returns:
-        N coefficients. They are final: their sum is 1 only where it happens to be.
+        N coefficients, to be used as they are: they need not sum to 1.
     """
     joined, total = [1.0], weights[0]
     for j in range(1, len(weights)):

@@ -1,4 +1,4 @@
-"""The small files that go with the weights: tokenizer, chat template, generation config, licence."""
+"""Copies the small files that go with the weights: tokenizer, chat template, generation config, licence."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ _ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> None:
-    """Copy them into ``folder``; what names code, other repositories or files is left out of settings."""
+    """Copy a checkpoint's small files into ``folder``; settings that name code, other repositories or files are left out."""
     copy_files(checkpoint.source.path, folder, tokenizer)
 
 
 def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
-    """The same from a folder or a ``.gguf`` file.
+    """Copy the small files of a folder or a ``.gguf`` file, as :func:`copy_companions` does.
+
+    Args:
+        source: the folder or file.
+        folder: where to copy them.
+        tokenizer: copy the tokenizer, too.
 
     Raises:
-        CheckpointError: one of them is a link that leaves the source.
+        CheckpointError: a file is a link that leaves the source.
     """
     if source.is_file():
         if tokenizer:
@@ -48,10 +53,10 @@ def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
 
 
 def check_companions(source: Path, tokenizer: bool) -> None:
-    """Refuse what :func:`copy_files` would refuse, before anything is converted.
+    """Refuse, before anything is converted, what :func:`copy_files` would refuse.
 
     Raises:
-        CheckpointError: one of them is a link that leaves the source.
+        CheckpointError: a file is a link that leaves the source.
     """
     for path in _found(source, tokenizer) if source.is_dir() else ():
         inside(path, source)

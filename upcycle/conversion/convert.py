@@ -156,7 +156,7 @@ def run_recipe(
             checkpoint.check_unchanged()
         else:
             verification = _verified(workspace.folder, recipe)
-            merging = records.read(workspace.folder)["merging"]
+            merging = records.read_record(workspace.folder)["merging"]
         broken = verification is not None and verification.verdict == "broken"
         final = workspace.publish(failed=broken)
     if broken and verification is not None:

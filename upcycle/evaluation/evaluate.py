@@ -177,7 +177,7 @@ def _on_texts(
 def _calibration(model: str) -> dict[str, Any] | None:
     """What is known of the text that a model was calibrated on."""
     folder = user_path(model)
-    found = records.read(folder)["calibration"] if (folder / records.FILE).is_file() else None
+    found = records.read_record(folder)["calibration"] if (folder / records.FILE).is_file() else None
     return found if isinstance(found, dict) else None
 
 

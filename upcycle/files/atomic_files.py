@@ -1,4 +1,4 @@
-"""Files that are the old one or the new one, never half of it, and never another file that a link leads to."""
+"""Writes files as a whole: a reader finds the old file or the new one, never a part, and no link is followed to another file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from upcycle.files.names import sibling
 
 TEMPORARY = ".partial"
-# What file systems answer that cannot promise it: some network ones, and most for folders on Windows.
+# What fsync answers on file systems that cannot promise it: some network ones, and on Windows most folders.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let ``write`` fill a file beside ``path``, and give it that name when it is complete and on the disk.
+    """Let ``write`` fill a temporary file beside ``path``, and rename it to ``path`` once it is complete and on the disk.
 
-    Several processes may write the same. A link called ``path`` is replaced, not followed.
+    Several processes may write the same file. A link called ``path`` is replaced, not followed.
     """
     partial = sibling(path, f".{os.getpid()}.{os.urandom(4).hex()}{TEMPORARY}")
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # nobody has laid a link there
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # fails where somebody has laid a link
     try:
         write(partial)
         sync(partial)
@@ -31,7 +31,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def write_text_whole(path: Path, text: str) -> Path:
-    """UTF-8 text with its line ends as they are."""
+    """Write UTF-8 text as a whole; line ends stay as they are."""
     return write_whole(path, lambda partial: partial.write_bytes(text.encode()))
 
 

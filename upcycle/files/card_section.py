@@ -1,4 +1,4 @@
-"""The user's own section of a model card: the lines between two marks, which are kept when the card is made anew."""
+"""Finds the user's own section of a model card: the lines between two marks, which are kept when the card is written again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ END = "<!-- yours: end -->"
 
 
 def own_section(text: str, where: str) -> str | None:
-    """What stands between the two marked lines of a card, or None where there are no such lines.
+    """Return the text between the two marks of a card, or None where the card has no marks.
 
     Raises:
-        UsageError: one is missing, or there are several.
+        UsageError: one of the marks is missing, or there are several.
     """
     lines = text.splitlines()
     begins = [i for i, line in enumerate(lines) if line.rstrip() == BEGIN]
@@ -22,6 +22,6 @@ def own_section(text: str, where: str) -> str | None:
     if len(begins) != 1 or len(ends) != 1 or ends[0] < begins[0]:
         raise UsageError(
             f"{where}: the user's section must begin with the line {BEGIN!r} and end with {END!r}, each once",
-            hint="repair these two lines, so that nothing of yours is lost",
+            hint="repair these two lines, so that none of your text is lost",
         )
     return "\n".join(lines[begins[0] + 1 : ends[0]])

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of what they hold."""
+"""Hashes files and their content with SHA-256."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def hash_bytes(content: bytes) -> str:
-    """SHA-256 of what a file holds."""
+    """Return the SHA-256 of bytes, in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
 

@@ -1,8 +1,8 @@
-"""Where things lie on this machine is kept beside a model, and out of everything that is published of it.
+"""Keeps this machine's paths out of what is published about a model, and remembers them beside it.
 
-Records hold names: of a hub's repository, of a folder or a file without the folders around it. What they stand for here is in
-:data:`FILE`, which :func:`upcycle.publishing.publishable_files.publishable` never sends; without it (a model from elsewhere)
-``--source`` says it.
+Records hold names: a hub repository's, or that of a folder or file without the folders around it. The paths that these names stand
+for on this machine are in :data:`FILE`, which :func:`upcycle.publishing.publishable_files.publishable` never sends. A model from
+another machine lacks that file; there the user names the path with ``--source``.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from upcycle.files.private_text import path_in_value
 from upcycle.files.user_paths import user_path
 
 FILE = ".upcycle-local.json"
-# Names that mean something of their own: the embedded model and texts. (Others in the same record are not taken either.)
+# Names of the embedded model and texts, which no path may be given.
 _TAKEN = ("demo", "prose", "code")
-# Text that somebody wrote, which names nothing.
+# Keys whose values are prompts and never paths.
 _WORDS = {"positive_prompts", "negative_prompts"}
 _LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
 class LocalNames:
-    """Paths of this machine (as they were written) by the names that stand for them."""
+    """Maps names to the paths of this machine that they stand for; ``paths`` has them as the user wrote them."""
 
     paths: dict[str, str]
 
     @classmethod
     def of(cls, *contents: Any) -> LocalNames:
-        """Those in records or recipes: every string that is a path, or that lies on this machine."""
+        """Collect the paths in records or recipes, and give each a name that nothing else in them has."""
         paths: dict[str, str] = {}
         found = dict.fromkeys(text for content in contents for text in _strings(content))
         taken = {*_TAKEN, *(text for text in found if not is_path(text))}
@@ -51,29 +51,29 @@ class LocalNames:
         return cls(paths)
 
     def published(self, content: Any) -> Any:
-        """Records with names in place of paths."""
+        """Return records with names in place of paths."""
         names = {path: name for name, path in self.paths.items()}
         return _replaced(content, lambda text: names.get(text, text))
 
     def remember(self, folder: Path, recipe: str) -> None:
-        """Keep them in ``folder``, beside the recipe (its text) that has the names."""
+        """Write names and absolute paths into ``folder``, marked as belonging to ``recipe``, the text of its recipe.yaml."""
         absolute = {name: str(user_path(path).absolute()) for name, path in self.paths.items()}
         content = {"about": _hash(recipe.encode()), "paths": absolute}
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def without_paths(content: Any) -> Any:
-    """Records with names in place of paths, of which nobody needs to know where they were."""
+    """Return records with names in place of paths, where the paths need not be found again."""
     return LocalNames.of(content).published(content)
 
 
 def without_folders(content: Any) -> Any:
-    """The same, also of paths that stand in sentences."""
+    """Return records with names in place of paths, also of those inside sentences."""
     return _replaced(without_paths(content), private_text.without_folders)
 
 
 def here(folder: Path, content: Any) -> Any:
-    """A recipe or name in ``folder`` with the paths that its names stand for on this machine, where that is known."""
+    """Return a recipe or name from ``folder`` with the paths of this machine in place of names, where they are known."""
     paths = _remembered(folder)
     return _replaced(content, lambda text: paths.get(text, text)) if paths else content
 
@@ -88,12 +88,12 @@ def _remembered(folder: Path) -> dict[str, str]:
         return {}
     paths = found.get("paths")
     if found.get("about") != _hash(recipe.read_bytes()) or not isinstance(paths, dict):
-        return {}  # of another recipe
+        return {}  # the names are those of another recipe
     return {name: path for name, path in paths.items() if isinstance(path, str)}
 
 
 def is_path(text: str) -> bool:
-    """Whether a value of a record is a path of this machine, and no id of a hub."""
+    """Return whether a value of a record is a path of this machine, rather than a hub id or a name."""
     if not text.strip("/.~") or len(text) > _LONGEST_PATH or "\n" in text or "\0" in text or "://" in text:
         return False
     if path_in_value(text) or text.startswith(("./", "../")):
@@ -105,7 +105,7 @@ def is_path(text: str) -> bool:
 
 
 def file_name(path: str) -> str:
-    """The last part of a path, that of a folder that is called ``.`` or ``..`` too."""
+    """Return the last part of a path; for ``.``, ``..`` and ``~`` the name of the folder that they stand for."""
     if "\\" in path or re.match(r"[A-Za-z]:", path):
         return PureWindowsPath(path).name or "folder"
     name = Path(path).name

@@ -1,4 +1,4 @@
-"""Finds what the user named as a source: a folder, a ``.gguf`` file, a hub id or the embedded demo model."""
+"""Finds the source that the user named: a folder, a ``.gguf`` file, a hub id or the embedded demo model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from upcycle.files.user_paths import user_path
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-# Everything but weights in other formats; nothing here is ever executed. The model card says the licence.
+# Everything but code and weights in other formats. The model card is needed for the licence.
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source on this machine: ``path`` is a folder or a ``.gguf`` file."""
+    """Holds where a source is on this machine: ``path`` is a folder or a ``.gguf`` file."""
 
     name: str  # as the user wrote it
     path: Path
@@ -26,15 +26,20 @@ class Source:
 
 
 def is_local(name: str) -> bool:
-    """Whether ``name`` needs no download."""
+    """Return whether ``name`` needs no download."""
     return name == "demo" or user_path(name).exists()
 
 
 def locate(name: str, revision: str | None = None, config_only: bool = False) -> Source:
-    """Find ``name``, downloading it from the hub when it is not local.
+    """Find the source called ``name``, and download it from the hub when it is not local.
+
+    Args:
+        name: a folder, a ``.gguf`` file, a hub id, or ``demo``.
+        revision: branch, tag or commit of a hub id; default: the main branch.
+        config_only: download only ``config.json``.
 
     Raises:
-        UsageError: no such folder, file or repository.
+        UsageError: there is no such folder, file, repository or revision.
         EnvironmentFault: the hub cannot be reached.
     """
     if name == "demo":
@@ -46,7 +51,7 @@ def locate(name: str, revision: str | None = None, config_only: bool = False) ->
         return Source(name, path)
     if path.is_file():
         raise UsageError(
-            f"{name} is a file but not a .gguf", hint="name the folder that holds config.json and the weights"
+            f"{name} is a file, but not a .gguf file", hint="name the folder that holds config.json and the weights"
         )
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".yaml", ".yml")):
         raise UsageError(
@@ -86,9 +91,9 @@ def _from_hub(name: str, revision: str | None, wanted: tuple[str, ...]) -> Sourc
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise
         offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
+        why = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else "the hub cannot be reached"
         raise EnvironmentFault(
             f"cannot download {name}: {why}",
-            hint=f"download it where there is a network (hf download {name}), then name the folder",
+            hint=f"download it on a machine with network access (hf download {name}), then name the folder",
         ) from None
     return Source(name, folder, revision=folder.name)

@@ -1,4 +1,4 @@
-"""Numbers that were measured once, kept beside what they belong to."""
+"""Keeps measurements in a file, so that a conversion that continues need not measure again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.files.formats.parsing import read_lines
 
 
 class Measured:
-    """What was measured, one JSON line each in a file: a run that continues measures none of it again."""
+    """Measures each key once and keeps the result as a JSON line in the file ``path``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -21,7 +21,7 @@ class Measured:
             self._write("w", *self._found.items())
 
     def __call__(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The plain data measured under ``key``, or what ``measure()`` gives now."""
+        """Return the result (plain data) that the file has for ``key``; otherwise call ``measure()``, and keep its result."""
         if key not in self._found:
             self._found[key] = measure()
             self._write("a", (key, self._found[key]))

@@ -1,4 +1,4 @@
-"""Names that stand beside another: how they are made, that they fit, and that nobody else has them."""
+"""Names the files of an output, and makes names beside another that fit on the disk and are free."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from upcycle.errors import UsageError
 RECORD = "upcycle.json"
 TRAINED = "training.json"
 STATE = "state.json"
-MEASURED = "measured.jsonl"  # what merges were decided by
+MEASURED = "measured.jsonl"  # the measurements that decided merges
 JOURNAL = "journal.jsonl"
-UNFINISHED = (STATE, JOURNAL, MEASURED)  # what only a folder holds that is being worked on
+UNFINISHED = (STATE, JOURNAL, MEASURED)  # files that only an unfinished output holds
 LOCK = ".lock"
 PID_LOCK = ".lock.pid"
 LOCKS = (LOCK, PID_LOCK)
 
-_LONGEST = 255  # bytes of one name, where the system does not say
+_LONGEST = 255  # bytes of a name, on systems that do not tell their limit
 _LONGEST_PATH = 4096
 _INSIDE = 96  # bytes of the longest name that is written into an output folder, and its separator
 
 
 def sibling(path: Path, suffix: str) -> Path:
-    """``path`` with ``suffix`` added to its name; a name that would be too long for its disk is cut, and told apart by a hash."""
+    """Return ``path`` with ``suffix`` added to its name; a name too long for its disk is cut, and a hash keeps it distinct."""
     name = path.name + suffix
     most = _longest(path.parent, "PC_NAME_MAX", _LONGEST)
     if len(os.fsencode(name)) <= most:
@@ -36,7 +36,7 @@ def sibling(path: Path, suffix: str) -> Path:
 
 
 def free_sibling(path: Path, suffix: str) -> Path:
-    """The first of ``NAME.suffix``, ``NAME.2.suffix``, ``NAME.3.suffix``, ... that is not taken, by a dangling link neither."""
+    """Return the first of ``NAME.suffix``, ``NAME.2.suffix``, ``NAME.3.suffix``, ... where nothing is, not even a dangling link."""
     for number in count(1):
         found = sibling(path if number == 1 else path.with_name(f"{path.name}.{number}"), suffix)
         if not os.path.lexists(found):
@@ -45,29 +45,29 @@ def free_sibling(path: Path, suffix: str) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Refuse an output whose name, or whose files' names, cannot be.
+    """Refuse a path that cannot be the name of an output folder.
 
     Raises:
-        UsageError: it is too long for its disk, or no name at all.
+        UsageError: it is no name, or it or the paths of its files would be too long for its disk.
     """
     if not path.name or "\0" in str(path):
-        raise UsageError(f"{str(path)!r} is no name for an output", hint="name a folder that may be made")
+        raise UsageError(f"{str(path)!r} cannot be the name of an output", hint="name a folder that can be created")
     most = _longest(path.parent, "PC_NAME_MAX", _LONGEST)
     if (length := len(os.fsencode(path.name))) > most:
         raise UsageError(
-            f"the output's name has {length} bytes, and this disk takes {most}: {path.name[:40]}...",
+            f"the output's name has {length} bytes, and this disk allows {most}: {path.name[:40]}...",
             hint="choose a shorter name",
         )
     longest = _longest(path.parent, "PC_PATH_MAX", _LONGEST_PATH)
     if (length := len(os.fsencode(path)) + _INSIDE) > longest:
         raise UsageError(
-            f"the output's path is too long: with its files it has {length} bytes, and this system takes {longest}",
+            f"the output's path is too long: with its files it has {length} bytes, and this system allows {longest}",
             hint="choose a folder nearer to the root",
         )
 
 
 def _longest(folder: Path, limit: str, otherwise: int) -> int:
-    """What the disk allows that ``folder`` is or will be on."""
+    """Return the limit called ``limit`` of the disk on which ``folder`` is or will be; ``otherwise`` where it is not known."""
     while not os.path.exists(folder) and folder != folder.parent:  # noqa: PTH110 - Path.exists raises where it is too long
         folder = folder.parent
     try:

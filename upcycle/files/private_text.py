@@ -1,7 +1,7 @@
-"""What in a text is nobody else's business: keys to accounts, and what tells of the machine and who sits at it.
+"""Finds and removes what should not leave this machine in a text: keys to accounts, and names and folders of machine and user.
 
-The shapes of tokens are those their issuers document (Hugging Face, GitHub, GitLab, AWS, Google, OpenAI, Anthropic, Slack, PyPI, npm,
-Stripe); what the environment holds as a token is found whatever its shape.
+The patterns of tokens are those that their issuers document (Hugging Face, GitHub, GitLab, AWS, Google, OpenAI, Anthropic, Slack,
+PyPI, npm, Stripe). Tokens in this process's environment are found whatever they look like.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _TOKENS = re.compile(
 _KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|\bPuTTY-User-Key-File-\d")
 _IN_URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)([^\s/@\"'<>]*:[^\s/@\"'<>]*)@")  # user:password@
 _NAMED_SECRET = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)$")
-_SECRET_LENGTH = 8  # a shorter one would be found in words
+_SECRET_LENGTH = 8  # shorter ones would be found inside ordinary words
 _WORD = r"[^\s/\"'<>|;,(){}\[\]*?\\`]+"
 _PATH = re.compile(rf"(?<![\w.~/-])(?:file://)?(/(?:{_WORD}/)+(?:{_WORD})?)")
 _WINDOWS = re.compile(r"(?<!\w)[A-Za-z]:\\+[^\s\\\"']+\\[^\s\"'<>|]*")
-# Folders that lie on every machine, and tell of none.
+# Folders that every machine has, so that a path in them tells nothing about one.
 _SYSTEM = {"usr", "bin", "lib", "lib64", "etc", "dev", "proc", "sys", "sbin", "boot", "run"}
-# Folders that people and jobs have theirs in, on any machine.
+# Folders in which people and jobs have theirs, whether or not this machine has such a folder.
 _OURS = {
     "home", "Users", "root", "mnt", "media", "data", "scratch", "work", "workspace", "tmp", "srv", "nfs", "gpfs", "lustre", "fsx",
     "private", "Volumes",
 }  # fmt: skip
-# Names that half of all machines have.
+# Names of users and machines that are so common that they identify nobody.
 _COMMON = {
     "root", "user", "users", "admin", "administrator", "ubuntu", "debian", "centos", "ec2-user", "azureuser", "vagrant", "runner",
     "jovyan", "docker", "nobody", "test", "tester", "model", "models", "upcycle", "localhost", "localdomain", "host", "home",
@@ -61,7 +61,7 @@ _NAME_LENGTH = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """Something private: ``what`` it is, ``text`` as it stands, and whether it is a key to something."""
+    """Holds one private part of a text: ``what`` it is, the part itself, and whether it is a secret, such as a token."""
 
     what: str
     text: str
@@ -69,13 +69,13 @@ class Finding:
 
     @property
     def shown(self) -> str:
-        """The text, or of a key so much of it that it can be found."""
+        """The part as a message may repeat it: of a secret only the first four characters."""
         return f"{self.text[:4]}..." if self.secret else self.text
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What tells of a machine: its home folders, its users' and its own names."""
+    """Holds what identifies a machine: home folders, and the names of its users and of itself."""
 
     homes: tuple[str, ...]
     users: tuple[str, ...]
@@ -83,11 +83,11 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Where this runs; names that half of all machines have are left out."""
+    """Return what identifies this machine, without names that are common to many."""
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises where there is none
     homes = {home, os.path.realpath(home)} if home.startswith("/") else set()
     users = {os.environ.get("USER", ""), os.environ.get("LOGNAME", ""), *(Path(each).name for each in homes)}
-    with suppress(KeyError, OSError, ImportError):  # a container's user without a name, a system without users
+    with suppress(KeyError, OSError, ImportError):  # a container's user may have no name, and some systems no users
         users.add(getpass.getuser())
     node = platform.node()
     return Machine(
@@ -102,7 +102,7 @@ def _distinctive(name: str) -> bool:
 
 
 def secrets_in(text: str) -> Iterator[Finding]:
-    """Keys to something: tokens, private keys, passwords in addresses."""
+    """Yield the secrets in a text: tokens, private keys, passwords in addresses."""
     for match in _TOKENS.finditer(text):
         yield Finding("a token", match[0].lstrip("?&"), True)
     for match in _KEY.finditer(text):
@@ -115,7 +115,7 @@ def secrets_in(text: str) -> Iterator[Finding]:
 
 
 def machine_in(text: str, machine: Machine) -> Iterator[Finding]:
-    """What tells of a machine: its home folders, paths, names."""
+    """Yield what identifies a machine in a text: home folders, other paths, and names of users and machines."""
     for home in machine.homes:
         if match := re.search(re.escape(home) + r"(?![\w.-])", text):
             yield Finding("the home folder", match[0])
@@ -126,19 +126,19 @@ def machine_in(text: str, machine: Machine) -> Iterator[Finding]:
         yield Finding("a folder of a machine", match[0])
     for kind, names in (("the user's name", machine.users), ("the machine's name", machine.hosts)):
         for name in names:
-            # What a slash follows is the owner of something on a hub.
+            # A name followed by a slash is the owner of a hub repository.
             if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-]|/)", text):
                 yield Finding(kind, name)
 
 
 def path_in_value(value: str) -> Finding | None:
-    """A value of a record that is a path and no name."""
+    """Return a finding if a value of a record is a path, and None if it is a name."""
     plain = value.startswith(("/", "~/", "~\\", "\\\\", "file:/")) or re.match(r"[A-Za-z]:[\\/]", value)
     return Finding("a folder of a machine", value) if plain and value.strip("/~") and "\n" not in value else None
 
 
 def without_folders(text: str) -> str:
-    """A sentence with the last parts of the paths in it."""
+    """Return a text in which every path is cut down to its last part."""
     return _WINDOWS.sub(lambda match: _last(match[0]), _PATH.sub(lambda match: _last(match[1]), text))
 
 
@@ -152,14 +152,14 @@ def _tells(path: str) -> bool:
 
 
 def scrub(text: str) -> str:
-    """A message without what opens something."""
+    """Return a text with ``***`` in place of every secret."""
     for secret in own_secrets():
         text = text.replace(secret, "***")
     return _IN_URL.sub(r"\1***@", _KEY.sub("***", _TOKENS.sub("***", text)))
 
 
 def scrub_machine(text: str) -> str:
-    """The same, without what tells whose machine it is: the home folder becomes ``~``."""
+    """Return a text without secrets and without what identifies this machine: ``~`` stands for home, USER and HOST for names."""
     text, machine = scrub(text), this_machine()
     for home in machine.homes:
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
@@ -169,12 +169,12 @@ def scrub_machine(text: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """An address as it may be shown: without who logs in there."""
+    """Return an address without user name and password."""
     return re.sub(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/@]*@", r"\1", url)
 
 
 def own_secrets() -> tuple[str, ...]:
-    """What this process and its user log in with, the longest first."""
+    """Return the tokens and passwords in this process's environment and of ``hf auth login``, longest first."""
     found = {value.strip() for name, value in os.environ.items() if _NAMED_SECRET.search(name)}
     for name in ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         if match := re.match(r"[^:]+://[^/@]*:([^/@]+)@", os.environ.get(name, "")):
@@ -186,7 +186,7 @@ def own_secrets() -> tuple[str, ...]:
 
 @lru_cache
 def _stored(path: str) -> str:
-    """The token of ``hf auth login``."""
+    """Return the token that ``hf auth login`` stored in the file ``path``; empty where there is none."""
     try:
         with Path(path).open(encoding="utf-8", errors="replace") as file:
             return file.read(4096).strip()

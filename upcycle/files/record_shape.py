@@ -1,4 +1,4 @@
-"""What ``upcycle.json`` must look like: it comes with a downloaded folder, and is as much a stranger's as the weights are."""
+"""Checks the form of ``upcycle.json``, which may come with a downloaded folder and is no more trusted than its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VERSIONS = Kind(
     "a mapping of packages to versions",
     lambda v: isinstance(v, Mapping) and all(isinstance(version, str) for version in v.values()),
 )
-# Key -> what it must be; a dot leads into a mapping. What is not listed is shown, never computed with.
+# Key -> what its value must be; a dot leads into a mapping. Keys that are not listed are only shown to users.
 _REQUIRED: Mapping[str, Kind] = {
     "versions": _VERSIONS,
     "versions.upcycle": NAME,
@@ -55,14 +55,14 @@ def check_record(record: Mapping[str, Any], path: Path) -> None:
     """Refuse an ``upcycle.json`` that no conversion wrote.
 
     Raises:
-        CheckpointError: a key is missing, or of another kind; names the file and the key.
+        CheckpointError: a key is missing, or its value is of another kind; the message names file and key.
     """
     for key, kind in {**_REQUIRED, **_OPTIONAL}.items():
         outer, _, inner = key.partition(".")
         holder: Any = record.get(outer) if inner else record
         name = inner or outer
         if not isinstance(holder, Mapping):
-            continue  # null, where it may be
+            continue  # an optional mapping that is null
         if name in holder:
             check_value(key, holder[name], kind, str(path), "copy the folder again, or convert again")
         elif key in _REQUIRED:

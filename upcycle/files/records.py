@@ -1,4 +1,4 @@
-"""The records beside a model: upcycle.json, verification.json, evaluation.json, and the hashes of what they describe."""
+"""Reads and writes the records beside a model (upcycle.json, verification.json, evaluation.json), and checks the files' hashes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNHASHED = {FILE, VERIFICATION_FILE, EVALUATION_FILE, CARD_FILE, LOCAL_FILE, *UN
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide the result; one that is missing says so."""
+    """Return the versions of Python and of the packages that decide a result; ``not installed`` for a missing one."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -44,15 +44,15 @@ def versions() -> dict[str, str]:
 
 
 def hash_tokens(windows: torch.Tensor) -> str:
-    """SHA-256 of token ids ``[N, W]`` as little-endian 64-bit integers."""
+    """Return the SHA-256 of token ids ``[N, W]`` as little-endian 64-bit integers, in hexadecimal digits."""
     return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Read ``upcycle.json``.
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the content of ``upcycle.json``.
 
     Raises:
-        CheckpointError: the folder was not made by this tool, or the file is none that it wrote.
+        CheckpointError: the folder has none, so upcycle did not write it; or its content is not of the form that upcycle writes.
     """
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}", hint="name a folder that upcycle convert wrote")
@@ -62,22 +62,22 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write_verification(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``verification.json``: the result, and which ``upcycle.json``, and so which files, it is about."""
+    """Write ``verification.json``: the result, and the hash of the ``upcycle.json`` (and so of the files) that it is about."""
     _write_about(folder, VERIFICATION_FILE, result)
 
 
 def read_verification(folder: Path) -> dict[str, Any] | None:
-    """The last verification of the files that ``upcycle.json`` lists, or None: there was none, or it is about other files."""
+    """Return the last verification of the files that ``upcycle.json`` lists; None if there is none, or only of other files."""
     return _read_about(folder, VERIFICATION_FILE)
 
 
 def write_evaluation(folder: Path, measured: dict[str, Any]) -> None:
-    """Put what was measured into ``evaluation.json``, beside what else was measured of the same files."""
+    """Add measurements to those of the same files in ``evaluation.json``."""
     _write_about(folder, EVALUATION_FILE, (read_evaluation(folder) or {}) | measured)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What was measured of the files that ``upcycle.json`` lists, or None."""
+    """Return the measurements of the files that ``upcycle.json`` lists; None if there are none, or only of other files."""
     return _read_about(folder, EVALUATION_FILE)
 
 
@@ -94,7 +94,7 @@ def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def check_files(folder: Path, record: dict[str, Any]) -> None:
-    """Compare every file with the hash it had when it was written.
+    """Compare every file in ``folder`` with the hash that its record has of it.
 
     Raises:
         CheckpointError: a file is missing or has changed.
@@ -106,5 +106,5 @@ def check_files(folder: Path, record: dict[str, Any]) -> None:
         if hash_file(path) != expected:
             raise CheckpointError(
                 f"{path} is not the file that was written (its SHA-256 differs)",
-                hint="copy it again; if you changed it on purpose, verify cannot speak for it",
+                hint="copy it again; files that were changed on purpose cannot be verified",
             )

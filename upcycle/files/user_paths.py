@@ -1,4 +1,4 @@
-"""Paths as users write them, and where this user's caches are: on machines without a home folder or a user's name, too."""
+"""Reads paths as users write them, and finds a folder for caches, also on machines without a home folder or a user name."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 def user_path(name: str | os.PathLike[str]) -> Path:
-    """A path with ``~`` at its beginning replaced, where it is known whose home that is; else it is a name like others."""
+    """Return a path with a leading ``~`` replaced by the home folder; where that is unknown, ``~`` stays as it is."""
     return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises a RuntimeError there
 
 
 def cache_folder() -> Path | None:
-    """A folder for what can be made again, that only this user can write to: ``$XDG_CACHE_HOME/upcycle`` or ``~/.cache/upcycle``.
+    """Return the cache folder, which only this user can write to: ``$XDG_CACHE_HOME/upcycle`` or ``~/.cache/upcycle``.
 
-    Where neither can be used, as of a container's user without a home, it is in the system's folder for temporary files. None:
-    not there either.
+    Where these cannot be used, for example by a container's user without a home, it is in the system's folder for temporary
+    files; None where that cannot be used either.
     """
     root = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     places = [root / "upcycle"] if root.is_absolute() else []
@@ -27,7 +27,7 @@ def cache_folder() -> Path | None:
 
 
 def only_ours(path: Path) -> bool:
-    """Whether nobody else can write to it, as far as its mode tells: on Windows it does not, and the answer is no."""
+    """Return whether ``path`` belongs to this user and nobody else can write to it; on Windows, where modes do not tell, False."""
     found = path.stat()
     return hasattr(os, "getuid") and found.st_uid == os.getuid() and not found.st_mode & 0o022
 

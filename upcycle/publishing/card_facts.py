@@ -66,7 +66,7 @@ def gather(
         CheckpointError: the folder was not made by this tool.
         UsageError: the sources' licences differ and nobody has decided, or ``base_model`` is no hub id.
     """
-    record = records.read(folder)
+    record = records.read_record(folder)
     evaluation = records.read_evaluation(folder) or {}
     return Facts(
         name=name,

@@ -57,7 +57,7 @@ def publishable(
             leaves the folder.
     """
     _check_finished(folder)
-    record = records.read(folder)
+    record = records.read_record(folder)
     if not isinstance(record.get("files"), dict) or not any(name.endswith(_WEIGHTS) for name in record["files"]):
         raise CheckpointError(f"{folder / FILE}: key 'files' lists no weights", hint="convert again")
     mark = _verified(folder, force)

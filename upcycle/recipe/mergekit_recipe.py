@@ -1,4 +1,4 @@
-"""Reads mergekit-moe's recipes: what they map to here, and what differs."""
+"""Translates mergekit-moe's recipes, and tells the user what differs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _ROUTERS: dict[str, dict[str, Any]] = {
     "uniform_random": {"name": "random", "parameters": {"distribution": "linear"}},
 }
 _DIFFERS = {
-    "hidden": "prompts' states are taken behind the norm before the FFN, where the router reads, not at the layer's input; padding "
-    "and special tokens do not count",
-    "cheap_embed": "every prompt counts the same, whatever its length, and no side is brought to length one before they are "
-    "subtracted",
-    "random": "the random numbers are others (--seed)",
+    "hidden": "hidden states of the prompts are taken after the norm before the FFN, where the router reads, and not at the layer's "
+    "input; padding and special tokens are left out",
+    "cheap_embed": "every prompt counts the same, whatever its length, and positive and negative prompts are subtracted without "
+    "being normalized first",
+    "random": "the random numbers differ (--seed)",
 }
 _TARGETS = {
     "mixtral": "mixtral",
@@ -37,7 +37,7 @@ _TARGETS = {
 
 
 class MergekitExpert(StrictSettings):
-    """One entry of ``experts``."""
+    """Validates one entry of ``experts`` or ``shared_experts``."""
 
     source_model: str = Field(description="folder or hub id, with @revision")
     positive_prompts: list[str] | None = Field(None, description="what the expert is for")
@@ -47,7 +47,7 @@ class MergekitExpert(StrictSettings):
 
 
 class MergekitRecipe(StrictSettings):
-    """A whole file."""
+    """Validates a whole mergekit-moe recipe."""
 
     base_model: str = Field(description="folder or hub id, with @revision, of all but the experts")
     experts: list[MergekitExpert] = Field(min_length=1, description="the experts, in order")
@@ -61,24 +61,28 @@ class MergekitRecipe(StrictSettings):
 
 
 def is_mergekit(content: Mapping[str, Any]) -> bool:
-    """Whether a mapping is a recipe of mergekit-moe: no recipe of ours has a base model, or experts that are a list."""
+    """Return whether a mapping is a recipe of mergekit-moe: recipes of upcycle have no ``base_model`` and no list of experts."""
     return "base_model" in content or isinstance(content.get("experts"), list)
 
 
 def translate(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """The recipe that a mergekit-moe file maps to, and what to tell its user: what it became, and what differs.
+    """Return the recipe that a mergekit-moe file stands for, and notes for the user on what it became and what differs.
 
-    ``branch_train_mix`` with ``rest=base``: experts are the FFNs of ``experts``, all else is ``base_model``'s.
+    The recipe is ``branch_train_mix`` with ``rest=base``: experts are the FFNs of ``experts``, all else is ``base_model``'s.
+
+    Args:
+        content: the content of the file.
+        where: the file, for messages.
 
     Raises:
-        UsageError: an unknown key, or something that has no counterpart; names the key and what to do.
+        UsageError: a key is unknown or has no counterpart; the message names it.
     """
     recipe: MergekitRecipe = parse_parameters(MergekitRecipe, dict(content), f"{where} (mergekit-moe)")
     mode, shared = recipe.gate_mode, recipe.shared_experts or []
     architecture = (recipe.architecture or "").lower()
     if architecture and architecture not in _TARGETS:
         known = f"one of {', '.join(_TARGETS)}, or leave it out"
-        raise _unmapped(where, "architecture", f"'{recipe.architecture}' needs code of its own to load", known)
+        raise _unmapped(where, "architecture", f"loading '{recipe.architecture}' would need code from outside", known)
     base, revision = _model(recipe.base_model, where, "base_model")
     found = {
         "source": base,
@@ -103,10 +107,10 @@ def translate(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
     if shared:
         notes.append(
             "shared_experts: always on at full weight, times residual_scale; mergekit multiplies them by the sigmoid of a gate made "
-            "of their prompts, which are not used here"
+            "from their prompts, which upcycle does not use"
         )
     if any(expert.noise_scale for expert in (*recipe.experts, *shared)):
-        notes.append("noise_scale: as large as mergekit's, the random numbers are others (--seed)")
+        notes.append("noise_scale: the noise is as large as mergekit's, but the random numbers differ (--seed)")
     return found, notes
 
 
@@ -123,7 +127,7 @@ def _source(expert: MergekitExpert, where: str) -> dict[str, Any]:
 
 
 def _model(name: str, where: str, key: str) -> tuple[str, str | None]:
-    """A folder or hub id and its revision."""
+    """Return a folder or hub id and its revision."""
     if user_path(name).exists():
         return name, None
     if "+" in name:

@@ -1,4 +1,4 @@
-"""The recipes that come with upcycle, and how a command finds one by its name."""
+"""Finds the recipes that come with upcycle by their names."""
 
 from __future__ import annotations
 
@@ -14,71 +14,72 @@ from upcycle.files.user_paths import user_path
 Verb = Literal["convert", "train"]
 VERBS: tuple[Verb, ...] = ("convert", "train")
 _SUFFIXES = (".yaml", ".yml")
-_NO_RECIPES = ("demo_model",)  # what the embedded model was trained by, for a module of its own
+_NO_RECIPES = ("demo_model",)  # the settings with which the embedded model was trained, read by a module of its own
 
 
 def shipped(verb: Verb) -> dict[str, Path]:
-    """The files of the recipes for ``upcycle convert`` or ``upcycle train``, by name."""
+    """Return the files of the recipes for ``upcycle convert`` or ``upcycle train``, by name."""
     folder = Path(import_module(f"upcycle.configs.{verb}").__path__[0])  # beside upcycle/ in a checkout without links
     found = sorted(folder.glob("*.yaml"))
     return {path.stem: path for path in found if path.stem not in _NO_RECIPES}
 
 
 def summary(path: Path) -> str:
-    """The first line of a shipped recipe, which says what it is for."""
+    """Return the first line of a shipped recipe, which says what it is for."""
     return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
-def recipe_file(told: str, verb: Verb) -> Path | None:
-    """The recipe that a command was told: a YAML file, or the name of one that comes with upcycle.
+def recipe_file(argument: str, verb: Verb) -> Path | None:
+    """Find the recipe that a command's argument names: a YAML file, or one that comes with upcycle.
 
-    What lies in the current folder goes before what came with upcycle.
+    A file in the current folder takes precedence over a recipe that comes with upcycle.
 
     Returns:
-        Its file; ``None`` where ``told`` is neither, and may be something else, such as a source.
+        The recipe's file; None where ``argument`` names no recipe, and may name something else, such as a source.
 
     Raises:
         UsageError: there is no such YAML file, or it is the name of a recipe for the other verb.
     """
-    if told.endswith(_SUFFIXES):
-        path = user_path(told)
-        return path if path.exists() else _shipped(path.stem, verb, told) if path.name == told else path
-    return None if is_local(told) else _shipped(told, verb)
+    if argument.endswith(_SUFFIXES):
+        path = user_path(argument)
+        return path if path.exists() else _shipped(path.stem, verb, argument) if path.name == argument else path
+    return None if is_local(argument) else _shipped(argument, verb)
 
 
-def needed_recipe_file(told: str, verb: Verb) -> Path:
-    """The same where nothing but a recipe will do; files of any name are taken.
+def needed_recipe_file(argument: str, verb: Verb) -> Path:
+    """Find the recipe that a command's argument names, which may be a file with any ending.
 
     Raises:
         UsageError: there is no such recipe.
     """
-    found = recipe_file(told, verb)
+    found = recipe_file(argument, verb)
     if found is not None:
         return found
-    if user_path(told).is_file():
-        return user_path(told)
-    raise UsageError(f"no such recipe: {told}", hint=recipe_hint(told, verb))
+    if user_path(argument).is_file():
+        return user_path(argument)
+    raise UsageError(f"no such recipe: {argument}", hint=recipe_hint(argument, verb))
 
 
-def recipe_hint(told: str, verb: Verb) -> str:
-    """Which shipped recipe the user may have meant, and all there are."""
-    close = difflib.get_close_matches(told, shipped(verb), n=1)
+def recipe_hint(argument: str, verb: Verb) -> str:
+    """Return a hint with the shipped recipe that the user may have meant, and all there are."""
+    close = difflib.get_close_matches(argument, shipped(verb), n=1)
     meant = f"did you mean '{close[0]}'? " if close else ""
     return f"{meant}a YAML file, or one of: {', '.join(shipped(verb))}"
 
 
-def _shipped(name: str, verb: Verb, told: str | None = None) -> Path | None:
-    """
+def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:
+    """Return the file of a shipped recipe, or None.
+
     Raises:
-        UsageError: it is for the other verb; or ``told``, the file's name, is no recipe of upcycle's either.
+        UsageError: the recipe is for the other verb; or ``argument``, a file's name, was given and there is no such recipe.
     """
-    own = shipped(verb)
-    if name in own:
-        return own[name]
+    recipes = shipped(verb)
+    if name in recipes:
+        return recipes[name]
     for other in VERBS:
         if name in shipped(other):
             more = " --model MODEL --output OUT --set data=TEXT" if other == "train" else " OUT --source SOURCE"
             raise UsageError(f"'{name}' is a recipe of upcycle {other}", hint=f"upcycle {other} {name}{more}")
-    if told:
-        raise UsageError(f"no such recipe: {told}", hint=recipe_hint(name, verb))
+    if argument:
+        raise UsageError(f"no such recipe: {argument}", hint=recipe_hint(name, verb))
     return None

@@ -1,4 +1,4 @@
-"""The report as one HTML page: every section's template with what its view makes of the data."""
+"""Draws a report as one HTML page: each section is a template, filled with what its view makes of the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from upcycle.report.sections.training import training_view
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _View = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-# name -> heading and view; the order of the page
+# Section name -> heading and view, in the order of the page.
 _SECTIONS: dict[str, tuple[str, _View]] = {
     "quality": ("Quality", quality_view),
     "tasks": ("Tasks", tasks_view),
@@ -40,7 +40,7 @@ _SECTIONS: dict[str, tuple[str, _View]] = {
 
 
 def draw_page(data: Mapping[str, Any]) -> str:
-    """HTML of a report's data (:func:`upcycle.report.data.collect.collect`); it asks for nothing outside itself."""
+    """Return the HTML of a report's data (:func:`upcycle.report.data.collect.collect`); the page loads nothing from outside."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Writes a report: an HTML file that needs nothing else, and its data as JSON beside it."""
+"""Writes a report: an HTML file that needs no other file, and a JSON file with its data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MISSING_EXTRA = "pip install 'upcycle[report]'"
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report lies, and its data."""
+    """Holds the paths of a report's two files, and its data."""
 
     html: Path
     json: Path
@@ -29,23 +29,24 @@ class Report:
 
 
 def can_draw() -> bool:
-    """Whether the extra ``report`` is installed."""
+    """Return whether the extra ``report`` is installed."""
     return find_spec("jinja2") is not None
 
 
 def write_report(
     name: str | Path, out: str | Path | None = None, wanted: Wanted | None = None, progress: Progress = SILENT
 ) -> Report:
-    """Report on what ``name`` is: a conversion's OUT, a training run, or another model.
+    """Write a report on a conversion's OUT, a training run, or another model.
 
     Args:
         name: folder or hub id.
-        out: the HTML file; ``report.html`` in the folder by default, or here for a hub id. The JSON lies beside it.
+        out: the HTML file; default: ``report.html`` in the folder, or for a hub id in the current folder. The JSON file is
+            written beside it.
         wanted: what to measure.
-        progress: where to report.
+        progress: receives the progress.
 
     Raises:
-        EnvironmentFault: the extra ``report`` is not installed, or the file cannot be written.
+        EnvironmentFault: the extra ``report`` is not installed, or a file cannot be written.
         UpcycleError: there is nothing to report on.
     """
     if not can_draw():
@@ -72,17 +73,17 @@ def write_report(
 
 
 def check_report(html: Path) -> None:
-    """Refuse to write over a page, or data beside it, of somebody else.
+    """Refuse to overwrite a page, or the JSON file beside it, that is not a report.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a file.
     """
     check_file(html, lambda text: _GENERATOR in text[:4096])
     check_file(html.with_suffix(".json"), holds_keys("out", "upcycle", "summary", "provenance"))
 
 
 def _write(path: Path, text: str) -> None:
-    """A file that is there is complete."""
+    """Write a file as a whole."""
     try:
         write_text_whole(path, text)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""What of a text is calibrated on, what is kept to measure on, and how much of another text was seen before.
+"""Divides texts into a part to calibrate on and a part to measure on, and tells how much of another text was calibrated on.
 
-A text that consists of documents (rows of a data set or of a ``.jsonl`` file) is divided by document: about one of eight is held
-out, chosen by its hash, so that copies of a document are on one side. A file is one document: its last quarter is held out.
+A text that consists of documents (rows of a dataset or of a ``.jsonl`` file) is divided by document: about one in eight is held
+out, chosen by its hash, so that all copies of a document are on the same side. A plain file is one document, whose last quarter is
+held out.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any, NamedTuple
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 from upcycle.text.windows import divided
 
-HELD_OUT_DOCUMENTS = 8  # one of so many
-_MOST_LINES = 1000  # hashes that are kept of what was read
-_LEAST_CHARACTERS = 40  # shorter lines are in many texts
-FLATTERING = 0.01  # the share of seen lines from which on it is said
+HELD_OUT_DOCUMENTS = 8  # one in so many documents is held out
+_MOST_LINES = 1000  # most hashes of calibration lines that are kept
+_LEAST_CHARACTERS = 40  # shorter lines occur in many texts
+FLATTERING = 0.01  # a larger share of lines that were calibrated on is pointed out to the user
 
 
 class Parts(NamedTuple):
-    """``read`` is calibrated on, ``held_out`` is not; ``how`` says what that part is."""
+    """Holds the part of a text that is calibrated on (``read``), the part that is not, and a description of the latter."""
 
     read: str
     held_out: str
@@ -29,14 +30,14 @@ class Parts(NamedTuple):
 
 
 def by_position(content: str) -> Parts:
-    """One document: all but its last quarter is read."""
+    """Divide a single document: its last quarter is held out."""
     return Parts(*divided(content), "the last quarter")
 
 
 def by_document(documents: Iterable[str], characters: int) -> Parts:
-    """As many documents as are needed to read ``characters``, and those held out on the way.
+    """Divide documents, of which as many are used as it takes to have ``characters`` to calibrate on.
 
-    One document alone, or copies of one, are divided by position.
+    A single document, or copies of one, are divided by position.
     """
     read: list[str] = []
     held: list[str] = []
@@ -70,15 +71,15 @@ def _lines(content: str) -> set[int]:
 
 
 def sketch(contents: Iterable[str]) -> list[str]:
-    """The smallest hashes of the lines of some texts, as hexadecimal numbers: enough to know the texts by, not to read them."""
+    """Return the smallest hashes of the lines of texts, in hexadecimal: they identify the texts without containing them."""
     found = set().union(*map(_lines, contents))
     return [f"{one:012x}" for one in sorted(found)[:_MOST_LINES]]
 
 
 def seen_share(content: str, read: Sequence[str]) -> float:
-    """Which share of a text's lines was in what ``read`` is a :func:`sketch` of, estimated from those that it would hold.
+    """Estimate the share of a text's lines that occur in the texts of which ``read`` is a :func:`sketch`.
 
-    All hashes up to the largest of a full sketch are as good a sample of one text as of the other.
+    The estimate uses the lines whose hashes are at most the largest one in the sketch, which are a random sample of both texts.
     """
     known = {int(one, 16) for one in read}
     if not known:
@@ -89,14 +90,14 @@ def seen_share(content: str, read: Sequence[str]) -> float:
 
 
 def unseen(name: str, calibration: Mapping[str, Any] | None) -> tuple[str, str]:
-    """A text to measure a model on, without what the model was calibrated on where that is known, and a remark.
+    """Return a text to measure a model on, without the part that the model was calibrated on if that is known, and a remark.
 
     Args:
         name: UTF-8 file, or an embedded text.
-        calibration: what ``upcycle.json`` says of the calibration; None: there was none.
+        calibration: the ``calibration`` part of ``upcycle.json``; None where there was no calibration.
 
     Returns:
-        The text, and what has to be said of it; empty as a rule.
+        The text, and a remark for the user, which is usually empty.
 
     Raises:
         UsageError: the text cannot be read.
@@ -110,5 +111,5 @@ def unseen(name: str, calibration: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def flattered(share: float) -> str:
-    """What has to be said of a text of which that share was calibrated on; empty where it is next to nothing."""
-    return f"{share:.0%} of it was calibrated on: the numbers flatter" if share > FLATTERING else ""
+    """Return a remark on a text of which that share was calibrated on; empty where the share is negligible."""
+    return f"{share:.0%} of it was calibrated on, so the numbers are too good" if share > FLATTERING else ""

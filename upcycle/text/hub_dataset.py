@@ -1,4 +1,4 @@
-"""Rows of a hub dataset, streamed: nothing is downloaded whole."""
+"""Streams the rows of a hub dataset, without downloading all of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a text is named like a hub dataset (``org/name[:config[:split]]``) and not like a file."""
+    """Return whether a name can be that of a hub dataset (``org/name[:config[:split]]``) and is not that of a file."""
     path = user_path(name)
     if name == "demo" or name in DEMO_TEXTS or path.exists() or path.suffix or path.is_absolute():
         return False
@@ -22,7 +22,7 @@ def is_dataset(name: str) -> bool:
 
 
 def hub_rows(name: str, revision: str | None = None, skip: int = 0) -> Iterator[Any]:
-    """Rows of ``org/name[:config[:split]]`` in order, the first ``skip`` left out.
+    """Yield the rows of ``org/name[:config[:split]]`` in order, without the first ``skip``.
 
     Raises:
         EnvironmentFault: the datasets package is missing, or the dataset cannot be read.
@@ -31,7 +31,7 @@ def hub_rows(name: str, revision: str | None = None, skip: int = 0) -> Iterator[
         import datasets
     except ImportError:
         raise EnvironmentFault(
-            f"{name} is not a file, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
+            f"there is no file {name}, and hub datasets need the datasets package", hint="pip install 'upcycle[train]'"
         ) from None
     repository, config, split = [*name.split(":"), "", ""][:3]
     try:

@@ -1,4 +1,4 @@
-"""The tokens a calibration looks at: files of text or of rows, hub datasets or the embedded texts, mixed evenly."""
+"""Reads calibration texts (plain files, files of rows, hub datasets, embedded texts) and mixes their tokens evenly."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from upcycle.text.windows import encode
 if TYPE_CHECKING:
     from upcycle.recipe.conversion_recipe import CalibrationRecipe
 
-_CHARACTERS_PER_TOKEN = 8  # read this much of a stream per wanted token; most text needs half
-_WHOLE = 1 << 62  # bytes: a file in one piece
-_LONG = 1 << 20  # characters; shorter texts are tokenised whole in no time
+_CHARACTERS_PER_TOKEN = 8  # characters read from a stream for each token wanted; most texts need half of that
+_WHOLE = 1 << 62  # bytes; a piece of this size is the whole file
+_LONG = 1 << 20  # characters; shorter texts are tokenised whole, which takes little time
 
 
 def read_texts(wanted: CalibrationRecipe) -> dict[str, str]:
-    """Name -> what is calibrated on of every calibration text, of streams as much as is needed.
+    """Return, for the name of every calibration text, the part that is calibrated on; of streams, as much as is needed.
 
     Raises:
-        UsageError: a text cannot be read, or has no such column.
+        UsageError: a text cannot be read, or lacks the recipe's column.
     """
     return {name: parts.read for name, parts in read_parts(wanted).items()}
 
 
 def read_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
-    """Name -> every calibration text, divided into what is calibrated on and what is held out to measure on.
+    """Return, for the name of every calibration text, the part that is calibrated on and the part that is held out.
 
     Raises:
-        UsageError: a text cannot be read, or has no such column.
+        UsageError: a text cannot be read, or lacks the recipe's column.
     """
     names = text_names(wanted.texts)
     enough = _CHARACTERS_PER_TOKEN * (wanted.tokens // len(names) + wanted.window)
@@ -49,20 +49,20 @@ def read_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
 
 
 def traces(wanted: CalibrationRecipe) -> dict[str, Any]:
-    """What ``upcycle.json`` keeps of the text itself: hashes of lines that were read, and how much was held out."""
+    """Return what ``upcycle.json`` keeps of the texts: hashes of lines that were read, and how much was held out."""
     parts = read_parts(wanted)
     held_out = {name: one.how for name, one in parts.items()}
     return {"held_out": held_out, "lines": sketch(one.read for one in parts.values())}
 
 
 def _state(name: str) -> tuple[int, int] | None:
-    """What changes when a file does."""
+    """Return time and size of a file, so that a changed file is not taken from the cache; None where it is no file."""
     path = user_path(name)
     found = path.stat() if path.is_file() else None
     return (found.st_mtime_ns, found.st_size) if found else None
 
 
-@lru_cache(maxsize=1)  # a conversion asks three times, and a data set comes over the network
+@lru_cache(maxsize=1)  # a conversion needs the texts three times, and a dataset comes over the network
 def _parts(
     names: tuple[str, ...], column: str, enough: int, states: tuple[object, ...]
 ) -> tuple[tuple[str, Parts], ...]:
@@ -70,9 +70,15 @@ def _parts(
 
 
 def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window: int) -> torch.Tensor:
-    """Ids ``[N, W]``, evenly spread over each text; consecutive windows come from different texts.
+    """Return windows of token ids ``[N, W]``, evenly spread over each text; consecutive windows come from different texts.
 
-    Texts that are too short leave their share to nobody: an even mix matters more than the count.
+    Where a text is too short for its share, there are fewer windows: an even mix matters more than their number.
+
+    Args:
+        texts: name -> text.
+        tokenizer: the model's.
+        tokens: how many tokens are wanted in all.
+        window: tokens per window, ``W``.
 
     Raises:
         UsageError: a text is shorter than one window.
@@ -87,9 +93,9 @@ def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window:
 
 
 def _from_long(tokenizer: Any, text: str, share: int, window: int) -> torch.Tensor | None:
-    """Windows of a text far longer than what is wanted of it, without tokenising the rest; ``None`` if it is not.
+    """Return windows ``[share, W]`` of a text, each at the beginning of a line if possible, without tokenising all of it.
 
-    Each begins at a line of its own where there is one.
+    None where the text is not far longer than its windows.
     """
     length = _CHARACTERS_PER_TOKEN * window
     if len(text) < max(_LONG, 2 * share * length):
@@ -108,14 +114,14 @@ def _from_whole(tokenizer: Any, name: str, text: str, share: int, window: int) -
     if not len(available):
         raise UsageError(
             f"calibration text {name} has {len(ids)} tokens, fewer than one window of {window}",
-            hint=f"give a longer text, or --set calibration.window={max(8, len(ids))}",
+            hint=f"choose a longer text, or --set calibration.window={max(8, len(ids))}",
         )
     chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
     return available[chosen]
 
 
 def text_names(texts: list[str]) -> list[str]:
-    """The texts, with ``demo`` replaced by the names of the embedded ones."""
+    """Return the names of texts, with ``demo`` replaced by the names of all embedded texts."""
     return list(chain.from_iterable(DEMO_TEXTS if name == "demo" else [name] for name in texts))
 
 
@@ -136,7 +142,7 @@ def _text(name: str, column: str, characters: int) -> Parts:
 
 
 def _rows(path: Path, column: str) -> Iterator[str]:
-    """The texts of a file of rows, whatever its ending, as training reads them."""
+    """Yield the texts in a file of rows, whatever its format, as training reads them."""
     for piece in find_pieces([str(path)], _WHOLE):
         for row in piece.records(Reading(column)):
             if isinstance(row, Broken):

@@ -1,4 +1,4 @@
-"""How far a text has to reach before everything that depends on positions has been seen: windows and scaled positions."""
+"""Says how long a text must be for a model to compute everything that depends on positions: attention windows, scaled positions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 
 import torch
 
-MOST_WORK = 3e13  # operations of one pass that a verification takes on by itself: minutes on a few cores
+MOST_WORK = (
+    3e13  # most operations of a forward pass that a verification does without being asked: minutes on a few cores
+)
 _LEAST_BEHIND, _MOST_BEHIND = 16, 256
-_JUDGED = 64  # positions behind the last border whose logits are compared
+_JUDGED = 64  # positions after the last border whose logits are compared
 
 
 @dataclass(frozen=True)
 class Reach:
-    """``border`` is the last position up to which a model computes as one without windows and scaled positions would; 0: there is
-    no such border. ``length`` is how long a text must be to be judged behind it.
+    """The position from which on attention windows or scaled positions matter, and the length of a text that shows it.
+
+    Attributes:
+        border: the last position up to which the model computes as if it had no windows and no scaled positions; 0 where there
+            is no such border.
+        length: the tokens that a text needs so that positions after the border can be compared.
     """
 
     border: int
@@ -24,21 +30,21 @@ class Reach:
 
     @property
     def judged(self) -> int:
-        """How many of the last positions of such a text lie behind the border and are compared."""
+        """The number of last positions of such a text that are compared; all lie after the border."""
         return min(_JUDGED, self.length - self.border)
 
     def text(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids ``[1, length]`` made of ``ids``, which are repeated where they are too short."""
+        """Return token ids ``[1, length]``, made from ``ids``, which are repeated if there are too few."""
         flat = ids.flatten()
         return flat.repeat(-(-self.length // len(flat)))[: self.length][None]
 
     def work(self, parameters: int) -> float:
-        """Operations of one pass over such a text."""
+        """Return the floating-point operations of a forward pass over such a text."""
         return 2.0 * parameters * self.length
 
 
 def reach_of(*configs: Any) -> Reach:
-    """What stock configurations say: of all of them the farthest border."""
+    """Return the reach of models with these stock configurations: the farthest border of any."""
     found = [pair for config in configs for pair in _borders(config)]
     border, longest = max(found, default=(0, 0))
     behind = min(max(border // 8, _LEAST_BEHIND), _MOST_BEHIND)
@@ -46,7 +52,7 @@ def reach_of(*configs: Any) -> Reach:
 
 
 def _borders(config: Any) -> Iterator[tuple[int, int]]:
-    """Borders, each with the longest text that the model reads."""
+    """Yield a configuration's borders, each with the length of the longest text that the model reads."""
     context = int(config.max_position_embeddings)
     kinds = getattr(config, "layer_types", None)
     for key, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
@@ -56,12 +62,12 @@ def _borders(config: Any) -> Iterator[tuple[int, int]]:
             yield window, context
     rope = getattr(config, "rope_parameters", None) or {}
     each = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
-    for values in each:  # one per kind of layer, or one
+    for values in each:  # settings per kind of layer, or one for all
         scaling = values.get("rope_type") or "default"
         original = values.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
-        if scaling == "dynamic":  # scales where a text is longer than what the model was made for
+        if scaling == "dynamic":  # scales positions only in texts longer than the model's context
             yield context, 2 * context
         elif scaling != "default" and isinstance(original, int) and 0 < original < context:
             yield original, context

@@ -1,4 +1,4 @@
-"""The record of the text that a result was made with."""
+"""Makes the record of the text that a result was calibrated on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def text_record(recipe: Recipe, windows: torch.Tensor) -> dict[str, Any]:
-    """What is said of the calibration text: its names, how much of it was read, and the SHA-256 of the token ids."""
+    """Return the record of the calibration text: names, tokens that were read, and the SHA-256 of the token ids.
+
+    Args:
+        recipe: the conversion's.
+        windows: the token ids ``[N, W]``.
+    """
     return {
         "text": recipe.calibration.texts,
         "tokens": windows.numel(),

@@ -1,4 +1,4 @@
-"""Text to measure on, as windows of token ids."""
+"""Turns texts into windows of token ids, and lets a stock model continue a prompt."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 def divided(content: str) -> tuple[str, str]:
-    """A text in two parts, at the beginning of a line or a word: three quarters to calibrate on, a quarter to measure on."""
+    """Divide a text at the beginning of a line or a word: three quarters to calibrate on, and a quarter to measure on."""
     place = 3 * len(content) // 4
     cut = content.find("\n", place) + 1 or content.find(" ", place) + 1 or place
     return content[:cut], content[cut:]
 
 
 def demo_parts(name: str) -> tuple[str, str]:
-    """An embedded text in two parts: three quarters to calibrate on, and a quarter to verify a calibrated model on."""
+    """Divide an embedded text: three quarters to calibrate on, and a quarter to verify calibrated models on."""
     return divided(read_text(name))
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids ``[T]`` without special tokens; halves of characters, which no tokenizer takes, are read as U+FFFD."""
+    """Return token ids ``[T]`` without special tokens; half characters, which tokenizers refuse, are read as U+FFFD."""
     import torch
 
     ids = tokenizer(whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"]
@@ -33,10 +33,15 @@ def encode(tokenizer: Any, text: str) -> torch.Tensor:
 
 
 def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Tensor:
-    """Take ``tokens`` ids in turns from the texts, evenly spread over each, as ``[N, window]``.
+    """Return windows of token ids ``[N, window]``, an equal share from each text and evenly spread over it.
+
+    Args:
+        texts: token ids ``[T]`` of each text.
+        tokens: how many tokens are wanted in all.
+        window: tokens per window.
 
     Raises:
-        UsageError: the texts are shorter than one window.
+        UsageError: all texts are shorter than one window.
     """
     import torch
 
@@ -49,12 +54,12 @@ def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Ten
             chosen = torch.linspace(0, len(available) - 1, min(share, len(available))).long().unique()
             pieces.append(available[chosen])
     if not pieces:
-        raise UsageError(f"the text has fewer than {window} tokens", hint="give a longer --text")
+        raise UsageError(f"the text has fewer than {window} tokens", hint="choose a longer --text")
     return torch.cat(pieces)
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
-    """What a stock model writes after ``prompt``, greedily, at most ``tokens`` tokens.
+    """Return what a stock model writes after ``prompt``, greedily, in at most ``tokens`` tokens.
 
     Raises:
         UsageError: the prompt is empty.
@@ -63,7 +68,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> s
 
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
     if not ids.numel():
-        raise UsageError("a prompt is empty", hint="--prompt 'Once upon a time'")
+        raise UsageError("a prompt is empty", hint="give one that is not, for example --prompt 'Once upon a time'")
     with torch.no_grad():
         written = model.generate(
             ids,

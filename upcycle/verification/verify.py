@@ -48,7 +48,7 @@ def verify(
         CheckpointError: a file is missing or has changed since it was written, or the source is not the one converted.
     """
     folder = user_path(out)
-    record = records.read(folder)
+    record = records.read_record(folder)
     with progress.phase("checking files", 1):
         records.check_files(folder, record)
         progress.advance()

@@ -152,7 +152,10 @@ def test_a_working_folder_that_is_not_ours_is_left_alone(place: Path, kind: str)
         mine = partial
     else:
         partial.write_text("thesis")
-    with pytest.raises(UsageError, match=r"link or a file|in the way"), Workspace(place / "out", "job", restart=True):
+    with (
+        pytest.raises(UsageError, match=r"link or a file|did not write what is in it"),
+        Workspace(place / "out", "job", restart=True),
+    ):
         pass
     assert (mine / "thesis.txt").read_text() == "thesis"
     assert os.path.lexists(partial)
@@ -208,7 +211,7 @@ def test_a_link_that_leads_nowhere_is_refused(place: Path) -> None:
     (place / "out").symlink_to(place / "not mounted" / "models")
     (place / "circle").symlink_to("circle")
     for name in ("out", "circle"):
-        with pytest.raises(UsageError, match="cannot be made"):
+        with pytest.raises(UsageError, match="cannot be created"):
             Workspace(place / name, "job")
     assert names(place) == ["circle", "out"]
 

@@ -127,7 +127,7 @@ def compressed(folder: Path) -> str:
     ("make", "message"),
     [
         (bad_json, r"x\.jsonl, line 3 is not JSON"),
-        (no_column, r"x\.jsonl: no column 'text' or 'content' in every file, .*; the columns are body, url"),
+        (no_column, r"x\.jsonl: not every file has a column 'text' or 'content', .*; the columns are body, url"),
         (number_in_column, r"line 2: column 'text' holds int, not text"),
         (a_list, r"x\.jsonl: a row is list, not columns by name"),
         (not_utf8, r"x\.txt is not UTF-8 text: .* byte 3"),
@@ -216,8 +216,8 @@ def test_a_separator_matches_either_end_of_line_and_across_cuts(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", lines_of(ROWS).encode(), "named as text, and holds a JSON row on every line"),
-        ("a", json.dumps(ROWS).encode(), "named as text, and holds a JSON array"),
+        ("a.txt", lines_of(ROWS).encode(), "named as text, but holds a JSON row on every line"),
+        ("a", json.dumps(ROWS).encode(), "named as text, but holds a JSON array"),
         (
             "a.json",
             b'{"one": "object",\n "of": "columns"}',
@@ -229,7 +229,7 @@ def test_a_separator_matches_either_end_of_line_and_across_cuts(tmp_path: Path, 
         ("a.JSONL.GZ", b"\x1f\x8b", "is compressed"),
         ("a.pkl", b"x", "is a pickle, not text"),
         ("a.jsonl", b"\n \n", "has no row"),
-        ("a.csv", b"id,title\n1,x\n", "no column 'text' or 'content'"),
+        ("a.csv", b"id,title\n1,x\n", "a column 'text' or 'content'"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', "column 'messages' holds conversations"),
         ("a.jsonl", b'{"prompt": "a", "response": "b"}', "pairs of 'prompt' and 'response'"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "a chosen and a rejected answer"),
@@ -312,11 +312,11 @@ def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path, monkeypatch: 
 def test_a_broken_row_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text\n1,one\n2\n3,three\n")
-    with pytest.raises(UsageError, match=r"line 3: 1 columns, and the first line names 2"):
+    with pytest.raises(UsageError, match=r"line 3: 1 columns, but the first line names 2"):
         read([str(path)], 10**6)
     assert read([str(path)], 10**6, broken="skip") == ["one", "three"]
     path.write_text('id,text\n1,"never closed\n')
-    with pytest.raises(UsageError, match="is no row of a table"):
+    with pytest.raises(UsageError, match="is not a row of a table"):
         read([str(path)], 10**6)
 
 

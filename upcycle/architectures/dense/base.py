@@ -12,7 +12,7 @@ from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.rope import rope_parameters
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import Kind, checked
 from upcycle.files.formats.tensor_files import widest
 from upcycle.files.formats.tensor_names import refuse_quantized, unlike_family
@@ -113,11 +113,9 @@ class Family(ABC):
         elif kinds is not None and len(kinds) != config.num_hidden_layers:
             wrong = f"'layer_types' has {len(kinds)} entries, 'num_hidden_layers' is {config.num_hidden_layers}"
         elif kinds is not None and (odd := [kind for kind in kinds if kind not in self.layer_kinds]):
-            wrong = (
-                f"'layer_types' has the entry {shown(odd[0])}; those of {self.name} are {', '.join(self.layer_kinds)}"
-            )
+            wrong = f"'layer_types' has the entry {shortened(odd[0])}; those of {self.name} are {', '.join(self.layer_kinds)}"
         elif pad is not None and not -config.vocab_size <= pad < config.vocab_size:
-            wrong = f"'pad_token_id' is {shown(repr(pad))}, 'vocab_size' {config.vocab_size}"
+            wrong = f"'pad_token_id' is {shortened(repr(pad))}, 'vocab_size' {config.vocab_size}"
         for key in ("short_factor", "long_factor"):
             if rope["rope_type"] == "longrope" and len(rope[key]) != length // 2:
                 wrong = (
@@ -262,14 +260,14 @@ class Family(ABC):
                 )
             if specs[name].shape != shape:
                 raise CheckpointError(
-                    f"{where}: tensor '{name}' has shape {shown(list(specs[name].shape))}, config.json says {list(shape)}",
+                    f"{where}: tensor '{name}' has shape {shortened(list(specs[name].shape))}, config.json says {list(shape)}",
                     hint=_TOGETHER,
                 )
         leftover = sorted(set(specs) - set(expected) - {self.module_paths.head_weight})
         leftover = [name for name in leftover if not name.endswith("rotary_emb.inv_freq")]
         if leftover:
             raise CheckpointError(
-                f"{where}: tensor '{shown(leftover[0])}' is not part of a {self.name} model and would be lost"
+                f"{where}: tensor '{shortened(leftover[0])}' is not part of a {self.name} model and would be lost"
                 + (f" ({len(leftover)} such tensors)" if len(leftover) > 1 else ""),
                 hint="biases must be declared in config.json (attention_bias, mlp_bias); adapters must be merged first",
             )

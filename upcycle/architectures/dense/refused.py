@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.folder_contents import shortened
 from upcycle.registry import TARGETS
 
 _NO_ROPE_BLOCK = (
@@ -82,7 +82,7 @@ def text_model(raw: Mapping[str, Any]) -> str | None:
     """What a multimodal configuration says that its text model is; None: it is not one."""
     for key in _TEXT_CONFIGS:
         if isinstance(raw.get(key), Mapping):
-            return f"'{shown(raw[key].get('model_type') or key)}'"
+            return f"'{shortened(raw[key].get('model_type') or key)}'"
     return "'text_config'" if isinstance(raw.get("vision_config"), Mapping) else None
 
 

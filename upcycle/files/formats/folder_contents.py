@@ -1,4 +1,4 @@
-"""What lies in a folder or file that is no checkpoint as it should be: recognised by names and first bytes, and named."""
+"""Recognises, by names and first bytes, what a folder or file is that should be a checkpoint and is not."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from upcycle.errors import CheckpointError
 
 LONGEST_SHOWN = 80  # characters of a name or value from a file that a message repeats
 _MOST_LISTED = 3
-# A listing stops here: a folder of a million files is none of these kinds.
+# Listing stops at so many entries, so that a folder of a million files takes no time.
 _MOST_ENTRIES = 10_000
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """``pattern`` is one of ``Path.match``; ``{found}`` stands for the names that match it."""
+    """One thing that a folder may hold: ``patterns`` of file names (as in ``Path.match``), what it is, and a hint for the user.
+
+    In ``what``, ``{found}`` stands for the names that match.
+    """
 
     patterns: tuple[str, ...]
     what: str
@@ -27,8 +30,8 @@ _MERGE = (
     "merge it into its base model first: "
     "PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and convert FOLDER"
 )
-_SAVE = "model.save_pretrained(FOLDER) with transformers, where you trust the weights, and convert FOLDER"
-# In this order: the first kind that is found is the one that is named.
+_SAVE = "model.save_pretrained(FOLDER) with transformers, if you trust the weights, and convert FOLDER"
+# The first kind of which something is found is the one that the message names.
 _INSTEAD_OF_WEIGHTS = (
     _Kind(
         ("*.incomplete", "*.crdownload", "*.part", "*.aria2", "*.!qB"),
@@ -38,22 +41,22 @@ _INSTEAD_OF_WEIGHTS = (
     _Kind(
         ("*.gguf",),
         "GGUF files ({found})",
-        "name the .gguf file itself in place of its folder",
+        "name the .gguf file itself instead of its folder",
     ),
     _Kind(
         ("consolidated*.safetensors",),
         "weights in Mistral's own format ({found}: consolidated, with other names)",
-        "take the repository's model*.safetensors, or convert them with transformers' convert_mistral_weights_to_hf.py",
+        "use the repository's model*.safetensors, or convert them with transformers' convert_mistral_weights_to_hf.py",
     ),
     _Kind(
         ("consolidated*.pth",),
         "weights in Meta's own format ({found}: consolidated pickles)",
-        "take the model's -hf repository, or convert them with transformers' convert_llama_weights_to_hf.py",
+        "use the model's -hf repository, or convert them with transformers' convert_llama_weights_to_hf.py",
     ),
     _Kind(
         ("model-*-of-*.safetensors", "*-of-*.safetensors"),
         "shards of weights ({found}) without their index, model.safetensors.index.json",
-        "download or copy the index too; loaders cannot tell without it whether all shards are there",
+        "download or copy the index too; without it, loaders cannot tell whether all shards are there",
     ),
     _Kind(
         ("*.onnx", "onnx"),
@@ -114,15 +117,15 @@ _INSTEAD_OF_A_MODEL = (
     _Kind(
         ("params.json",),
         "a model in its maker's own format ({found}), and config.json is missing",
-        "take the repository's Hugging Face files: config.json and model*.safetensors",
+        "use the repository's Hugging Face files: config.json and model*.safetensors",
     ),
 )
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json", "merges.txt")
 
 
-def shown(value: object) -> str:
-    """``value`` as a message repeats it: one line, no longer than a line."""
+def shortened(value: object) -> str:
+    """Return ``value`` as a message may repeat it: its text or repr, cut to ``LONGEST_SHOWN`` characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
@@ -142,7 +145,7 @@ def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
 
 def _listed(names: list[str]) -> str:
     rest = len(names) - _MOST_LISTED
-    return ", ".join(map(shown, names[:_MOST_LISTED])) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(shortened, names[:_MOST_LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _recognised(folder: Path, names: list[str], kinds: tuple[_Kind, ...]) -> CheckpointError | None:
@@ -153,10 +156,10 @@ def _recognised(folder: Path, names: list[str], kinds: tuple[_Kind, ...]) -> Che
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse a folder that loaders take for an adapter, even where a whole model lies beside it.
+    """Refuse a folder that loaders take for an adapter, even if it also holds a whole model.
 
     Raises:
-        CheckpointError: there is an ``adapter_config.json`` or an adapter's weights.
+        CheckpointError: the folder has an ``adapter_config.json`` or an adapter's weights.
     """
     found = [name for name in _ADAPTER if (folder / name).is_file()]
     if not found:
@@ -168,13 +171,13 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def no_config(folder: Path) -> CheckpointError:
-    """What to say of a folder without ``config.json``."""
+    """Return the error for a folder without ``config.json``; it says what the folder holds instead."""
     try:
         refuse_adapter(folder)
     except CheckpointError as adapter:
         return adapter
     names = _names(folder)
-    hint = "point at the folder that holds config.json and the weights"
+    hint = "name the folder that holds config.json and the weights"
     below = [name for name in names if (folder / name / "config.json").is_file()]
     if below and not _matching(names, ("snapshots",)):
         return CheckpointError(
@@ -197,7 +200,7 @@ def no_config(folder: Path) -> CheckpointError:
 
 
 def no_weights(folder: Path) -> CheckpointError:
-    """What to say of a folder without ``model.safetensors`` and without an index."""
+    """Return the error for a folder without ``model.safetensors`` and without an index; it says what the folder holds instead."""
     names = _names(folder)
     if error := _recognised(folder, names, _INSTEAD_OF_WEIGHTS):
         return error
@@ -215,11 +218,11 @@ def no_weights(folder: Path) -> CheckpointError:
 
 
 _HUB = "hf download REPOSITORY --local-dir FOLDER"
-# First bytes, in lower case -> what a file is, and what to do.
+# (first bytes in lower case, what the file is, hint)
 _STARTS = (
     (
         b"version https://git-lfs",
-        "a Git LFS pointer: a note of where the file is, not the file",
+        "a Git LFS pointer, which says where the file is, and not the file itself",
         f"git lfs pull, or: {_HUB}",
     ),
     (b"<!doctype", "a web page", f"download the file itself: {_HUB}"),
@@ -231,7 +234,7 @@ _STARTS = (
         f"save it as safetensors: {_SAVE}",
     ),
     (b"\x80\x02", "a pickle under another name; loading it can run code", f"save it as safetensors: {_SAVE}"),
-    (b"gguf", "a GGUF file under another name", "give it the ending .gguf, and name it"),
+    (b"gguf", "a GGUF file under another name", "rename it to end in .gguf, and name it as the source"),
     (b"\x89hdf", "an HDF5 file (TensorFlow) under another name", f"save it as safetensors: {_SAVE}"),
     (b"\x1f\x8b", "compressed", "unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed", "unpack it first"),
@@ -242,7 +245,7 @@ _STARTS = (
 
 
 def something_else(path: Path) -> CheckpointError | None:
-    """What a file is that should hold weights or settings, by its first bytes; None where nothing is recognised."""
+    """Return an error that says what a file is by its first bytes, where it should hold weights or settings; else None."""
     with path.open("rb") as file:
         start = file.read(64).lower()
     for begins, what, hint in _STARTS:

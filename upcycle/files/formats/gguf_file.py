@@ -1,4 +1,4 @@
-"""A ``.gguf`` file of the Llama family as a dense checkpoint: tensors are dequantized one at a time.
+"""Reads a ``.gguf`` file of the Llama family as a dense checkpoint, and dequantizes its tensors one at a time.
 
 Names and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, EnvironmentFault, RefusalError
-from upcycle.files.formats.folder_contents import shown, something_else
+from upcycle.files.formats.folder_contents import shortened, something_else
 from upcycle.files.formats.settings import DECIMAL, SIZE
 from upcycle.files.formats.tensor_files import SAMPLE_BYTES
 from upcycle.files.formats.tensor_spec import TensorSpec
@@ -35,13 +35,13 @@ _LAYER = {
 }
 
 
-# Metadata keys of the architecture that are read below.
+# Metadata keys of the architecture that this module reads.
 _READ = (
     *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
 )
-# Those that change the function, with the values that do not. Any other key of the architecture is refused by name.
+# Metadata keys that can change the function, with the values that leave it as it is. All other keys are refused by name.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -63,22 +63,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tensor_data_layout": ("Meta AI original pth",),
     "use_parallel_residual": (False,),
 }
-# What a tensor is read as where the recipe keeps dtypes: every value is held. A quantized block's are products of a
-# half-precision scale and small integers, which take more bits than half precision has.
+# The dtype in which a tensor is read, so that it holds every value exactly. Values of a quantized block are products of a
+# half-precision scale and small integers, which have more bits than half precision holds.
 _KEPT = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTIZED = "float32"
-_ELSEWHERE = "convert the safetensors checkpoint it was made from"
+_ELSEWHERE = "convert the safetensors checkpoint that it was made from"
 
 
 class GgufFile:
-    """Tensors under their Hugging Face names, in a dtype that holds every value.
+    """Gives the tensors of a ``.gguf`` file under their Hugging Face names, each in a dtype that holds all its values.
 
-    What the file says of the model is read or refused: keys of other namespaces (``general``, ``tokenizer`` and tools' own)
-    are none that an engine computes with.
+    Every metadata key of the architecture is read or refused. Keys of other namespaces (``general``, ``tokenizer`` and those
+    of tools) are ignored, as no engine computes with them.
 
     Raises:
-        CheckpointError: not a GGUF file, damaged, or a part of one.
-        RefusalError: another architecture than llama, or a metadata key that changes what it computes.
+        CheckpointError: the file is not a GGUF file, is damaged, or is a part of one.
+        RefusalError: its architecture is not llama, or a metadata key changes what the model computes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,9 +93,9 @@ class GgufFile:
             reader = gguf.GGUFReader(path)
             self._metadata = {name: _contents(name, field) for name, field in reader.fields.items()}
             named = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # of a damaged file the package says whatever it stumbles over
+        except Exception as error:  # for a damaged file the package raises whatever error it runs into
             raise something_else(path) or CheckpointError(
-                f"{path} is not a readable GGUF file: {shown(str(error))}", hint="download it again"
+                f"{path} is not a readable GGUF file: {shortened(str(error))}", hint="download it again"
             ) from None
         self._dequantize = gguf.quants.dequantize
         self._refuse_others(set(named))
@@ -114,19 +114,20 @@ class GgufFile:
         self.fingerprint = hashlib.sha256(header + str(path.stat().st_size).encode()).hexdigest()
 
     def _refuse_others(self, tensors: set[str]) -> None:
-        """Everything but one whole, dense, plain Llama."""
+        """Refuse everything but a whole, dense Llama whose metadata leaves its function as stock code computes it."""
         parts = self._metadata.get("split.count", 0)
         if parts not in (0, 1):
             raise CheckpointError(
-                f"{self.path} is one part of a GGUF file that was split into {shown(parts)}",
+                f"{self.path} is one part of a GGUF file that was split into {shortened(parts)}",
                 hint="join them first: llama-gguf-split --merge FIRST_PART WHOLE.gguf",
             )
         kind, architecture = (self._metadata.get(f"general.{key}") for key in ("type", "architecture"))
         if kind not in (None, "model"):
-            raise RefusalError(f"{self.path} holds no model: 'general.type' is {shown(kind)}", hint=_ELSEWHERE)
+            raise RefusalError(f"{self.path} holds no model: 'general.type' is {shortened(kind)}", hint=_ELSEWHERE)
         if architecture != _ARCHITECTURE:
             raise RefusalError(
-                f"{self.path} holds a '{shown(architecture)}' model; only llama GGUF files are read", hint=_ELSEWHERE
+                f"{self.path} holds a '{shortened(architecture)}' model; only llama GGUF files are read",
+                hint=_ELSEWHERE,
             )
         if "rope_freqs.weight" in tensors:
             raise RefusalError(
@@ -137,18 +138,22 @@ class GgufFile:
             namespace, _, key = name.partition(".")
             if namespace == _ARCHITECTURE and key not in _READ and value not in _NEUTRAL.get(key, ()):
                 what = "scaled rotary frequencies: " if key.startswith("rope.scal") else ""
-                why = "changes what the model computes" if key in _NEUTRAL else "is not known here, and may do so"
+                why = (
+                    "changes what the model computes"
+                    if key in _NEUTRAL
+                    else "is not known here, and may change what the model computes"
+                )
                 raise RefusalError(
-                    f"{self.path} has {what}metadata key '{name}' = {shown(value)}, which {why}", hint=_ELSEWHERE
+                    f"{self.path} has {what}metadata key '{name}' = {shortened(value)}, which {why}", hint=_ELSEWHERE
                 )
 
     def metadata(self, key: str) -> Any:
-        """What the file says of itself under a key, or None."""
+        """Return the value of a metadata key, or None."""
         return self._metadata.get(key)
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is a vocabulary to make a tokenizer of."""
+        """Whether the file holds a vocabulary, from which a tokenizer can be made."""
         return "tokenizer.ggml.model" in self._metadata and "tokenizer.ggml.tokens" in self._metadata
 
     def _name(self, name: str) -> str:
@@ -160,17 +165,19 @@ class GgufFile:
                     return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
             elif stem in _GLOBAL:
                 return f"{_GLOBAL[stem]}.{kind}"
-        raise RefusalError(f"{self.path}: tensor '{shown(name)}' is not part of a dense Llama model", hint=_ELSEWHERE)
+        raise RefusalError(
+            f"{self.path}: tensor '{shortened(name)}' is not part of a dense Llama model", hint=_ELSEWHERE
+        )
 
     def _number(self, key: str, default: float | None = None, whole: bool = True) -> Any:
-        """A number of the architecture's, by its key.
+        """Return the number under one of the architecture's metadata keys.
 
         Raises:
-            CheckpointError: it is missing, or no number, or different from layer to layer.
+            CheckpointError: it is missing, not a number, or different for each layer.
         """
         value = self._metadata.get(f"{_ARCHITECTURE}.{key}", default)
         if value is None or not (SIZE if whole else DECIMAL).fits(value):
-            found = "is missing" if value is None else f"is {shown(value)}"
+            found = "is missing" if value is None else f"is {shortened(value)}"
             wanted = (SIZE if whole else DECIMAL).what
             raise CheckpointError(
                 f"{self.path}: metadata key '{_ARCHITECTURE}.{key}' {found}, and must be {wanted}",
@@ -179,10 +186,10 @@ class GgufFile:
         return value
 
     def _biases(self, parts: tuple[str, ...]) -> bool:
-        """Whether projections have biases, as config.json can say it: all of ``parts`` in every layer, or none.
+        """Return whether ``parts`` have biases: all of them in every layer, or none, as config.json cannot express anything else.
 
         Raises:
-            RefusalError: some have.
+            RefusalError: only some have biases.
         """
         found = {name for name in self.specs if name.endswith(tuple(f".{part}.bias" for part in parts))}
         if len(found) not in (0, len(parts) * self._number("block_count")):
@@ -228,7 +235,7 @@ class GgufFile:
 
     @property
     def note(self) -> str | None:
-        """What to tell a user of the dtypes that were chosen; None where the file has plain dtypes only."""
+        """A note for the user about the dtype of quantized tensors; None where there are none."""
         kinds = sorted({t.tensor_type.name for t in self._tensors.values()} - set(_KEPT))
         if not kinds:
             return None
@@ -238,7 +245,7 @@ class GgufFile:
         )
 
     def sample(self) -> str:
-        """SHA-256 of the header and of a few bytes of every tensor, as the file holds them now."""
+        """Return the SHA-256 of the header and of a few bytes of every tensor, as the file holds them now."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             digest.update(file.read(self._header))
@@ -250,17 +257,17 @@ class GgufFile:
         return digest.hexdigest()
 
     def location(self, name: str) -> str:
-        """The file."""
+        """Return the file, which holds every tensor."""
         return str(self.path)
 
     def read(self, name: str) -> torch.Tensor:
-        """Dequantize one tensor."""
+        """Return one whole tensor, dequantized to the dtype in ``specs``."""
         return self._rows(name, 0, self.specs[name].shape[0])
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:
-        """One block: quantized tensors are small."""
+        """Yield a tensor, or the rows ``part`` of it, in one block whatever its size: quantized tensors are small."""
         yield self._rows(name, *part) if part else self.read(name)
 
     def _rows(self, name: str, first: int, count: int) -> torch.Tensor:
@@ -268,7 +275,7 @@ class GgufFile:
 
         tensor, spec = self._tensors[name], self.specs[name]
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        rows = slice(None) if heads else slice(first, first + count)  # rows of a head are read together
+        rows = slice(None) if heads else slice(first, first + count)  # the rows of a head must be reordered together
         try:
             values = torch.from_numpy(self._dequantize(tensor.data[rows], tensor.tensor_type).copy())
         except NotImplementedError:
@@ -281,18 +288,18 @@ class GgufFile:
 
 
 def _contents(key: str, field: Any) -> Any:
-    """A metadata value; of a vocabulary only that there is one, as they are long."""
+    """Return a metadata value; for a vocabulary, which is long, only True."""
     is_list = len(field.data) > 1
     return True if is_list and key.startswith("tokenizer.") else field.contents()
 
 
 def _shortest(value: float) -> float:
-    """GGUF stores fp32: 1e-5 reads as 9.999999747e-06. The shortest decimal with the same fp32 value is what was meant."""
+    """Return the shortest decimal with the same fp32 value, which is the one meant: GGUF stores 1e-5 as 9.999999747e-06."""
     import numpy
 
     return float(str(numpy.float32(value)))
 
 
 def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo GGUF's interleaved rotary order: rows (0, 1), (2, 3), ... of a head become (0, h/2), (1, h/2+1), ..."""
+    """Undo GGUF's interleaved rotary order: rows (0, 1), (2, 3), ... of a head of h rows become (0, h/2), (1, h/2+1), ..."""
     return weight.view(heads, len(weight) // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

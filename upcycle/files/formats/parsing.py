@@ -1,10 +1,9 @@
-"""The one place that reads JSON and YAML from outside: within bounds of size, depth and digits, without references, and with
-every fault named.
+"""Parses all JSON and YAML from outside, within bounds of size, depth and digits and without references, and names every fault.
 
-A file of a few kilobytes can ask a parser for hours or gigabytes: nesting that exhausts the stack, integers of a million digits,
+A file of a few kilobytes can cost a parser hours or gigabytes: by nesting that exhausts the stack, integers of a million digits, or
 YAML aliases that double at every level (https://en.wikipedia.org/wiki/Billion_laughs_attack). Text of other people is therefore
-parsed here only, and what comes back is plain data of bounded depth: no dates, no NaN where none is asked for, and no half
-characters (lone surrogates), which no UTF-8 file can hold.
+parsed only here. The result is plain data of bounded depth: no dates, no NaN unless it is asked for, and no half characters (lone
+surrogates), which no UTF-8 file can hold.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import yaml
 
 from upcycle.errors import CheckpointError, UpcycleError
 
-MOST_JSON_BYTES = 64 << 20  # the largest indexes of published checkpoints have a fifth of it
+MOST_JSON_BYTES = 64 << 20  # five times the largest index of a published checkpoint
 MOST_YAML_BYTES = 1 << 20
-DEEPEST = 64  # levels of lists and mappings; what upcycle and transformers write has at most 8
-MOST_DIGITS = 400  # of one number: every fp64 has fewer before its point
+DEEPEST = 64  # levels of lists and mappings; files of upcycle and transformers have at most 8
+MOST_DIGITS = 400  # digits of one number; every fp64 has fewer before its point
 
 _HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF = re.compile("[\ud800-\udfff]")
-# What may be read as infinity or NaN: 1e999, a row of digits, YAML's .inf and .nan.
+# Text that may be read as infinity or NaN: 1e999, a long row of digits, YAML's .inf and .nan.
 _BEYOND = re.compile(r"\d\.?[eE]\+?\d{3}|\d{309}|\.(?:inf|nan)\b", re.IGNORECASE)
 _LONG_NUMBER = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 _STANDARD_TAG = "tag:yaml.org,2002:"
@@ -50,14 +49,14 @@ def parse_json(
 
     Args:
         text: the document; bytes must be UTF-8.
-        where: what the message calls it: a file, or a file and a line.
-        error: class of the error.
-        most_bytes: longest document.
-        nan: take ``NaN`` and ``Infinity``, which JSON does not have but Python writes.
-        halves: put U+FFFD in the place of half characters, instead of refusing them.
+        where: how messages call the document: a file, or a file and a line.
+        error: the class of the error to raise.
+        most_bytes: the length of the longest document that is read.
+        nan: allow ``NaN`` and ``Infinity``, which JSON does not have but Python writes.
+        halves: replace half characters by U+FFFD instead of refusing them.
 
     Raises:
-        UpcycleError: of the class ``error``; names where, and what was found.
+        UpcycleError: of the class ``error``; the message says where the fault is and what was found.
     """
     if len(text) > most_bytes:
         raise error(f"{where} is too large: {len(text)} bytes or more, and at most {most_bytes} are read")
@@ -72,12 +71,12 @@ def parse_json(
     except json.JSONDecodeError as fault:
         line = f"line {fault.lineno}, " if "\n" in decoded.strip() else ""
         raise error(f"{where} is not JSON: {fault.msg} at {line}column {fault.colno}") from None
-    except ValueError as fault:  # of a number
+    except ValueError as fault:  # raised by _no_constant, _integer or float()
         raise error(f"{where} is not JSON: {fault}") from None
-    # Nothing is deeper than it has opening brackets: most documents need no walk.
+    # A document is at most as deep as it has opening brackets, so most need no walk.
     if decoded.count("[") + decoded.count("{") > DEEPEST and _depth_exceeds(found, DEEPEST):
         raise error(f"{where} is nested deeper than {DEEPEST} levels")
-    # UTF-8 that was decoded holds no half characters; looking for them takes longer than parsing.
+    # Only an escape or a str can hold half characters, as decoding refuses them; looking for them takes longer than parsing.
     escaped = "\\ud" in decoded or "\\uD" in decoded
     if (escaped and _HALF_ESCAPE.search(decoded)) or (isinstance(text, str) and _HALF.search(decoded)):
         found = _without_halves(found, where, error, halves)
@@ -87,10 +86,10 @@ def parse_json(
 
 
 def read_json(path: Path, *, error: ErrorKind = CheckpointError, nan: bool = False) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Return the JSON object that a file holds.
 
     Raises:
-        UpcycleError: of the class ``error``: the file is missing, unreadable, out of bounds or not a JSON object.
+        UpcycleError: of the class ``error``; the file is missing, unreadable, out of bounds or not a JSON object.
     """
     found = parse_json(_content(path, MOST_JSON_BYTES, error, "JSON"), str(path), error=error, nan=nan)
     if not isinstance(found, dict):
@@ -103,13 +102,13 @@ def parse_yaml(text: str, where: str, *, error: ErrorKind = CheckpointError, mos
 
     Args:
         text: the document.
-        where: what the message calls it.
-        error: class of the error.
-        most_bytes: longest document.
+        where: how messages call the document.
+        error: the class of the error to raise.
+        most_bytes: the length of the longest document that is read.
 
     Raises:
-        UpcycleError: of the class ``error``; names where, the line, and what was found: no YAML, a tag that is not plain data,
-            an alias, nesting, a number or a size out of bounds.
+        UpcycleError: of the class ``error``; the document is not YAML, has a tag that is not plain data or an alias, or its
+            nesting, a number or its size is out of bounds. The message says where.
     """
     if len(text) > most_bytes:
         raise error(f"{where} is too large: {len(text)} characters, and at most {most_bytes} are read")
@@ -118,12 +117,8 @@ def parse_yaml(text: str, where: str, *, error: ErrorKind = CheckpointError, mos
         found = yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as fault:
         raise error(f"{where} is not YAML: {' '.join(str(fault).split())}") from None
-    except (
-        ValueError,
-        RecursionError,
-        TypeError,
-        AttributeError,
-    ) as fault:  # PyYAML's constructors raise them unwrapped
+    # PyYAML's constructors raise these unwrapped.
+    except (ValueError, RecursionError, TypeError, AttributeError) as fault:
         raise error(f"{where} is not YAML: {fault}") from None
     if _HALF_ESCAPE.search(text):
         _without_halves(found, where, error, replace=False)
@@ -133,10 +128,10 @@ def parse_yaml(text: str, where: str, *, error: ErrorKind = CheckpointError, mos
 
 
 def read_yaml(path: Path, *, error: ErrorKind = CheckpointError) -> Any:
-    """Read a YAML file.
+    """Return the plain data that a YAML file holds.
 
     Raises:
-        UpcycleError: of the class ``error``: the file is missing or unreadable, or see :func:`parse_yaml`.
+        UpcycleError: of the class ``error``; the file is missing or unreadable, or :func:`parse_yaml` refuses it.
     """
     content = _content(path, MOST_YAML_BYTES, error, "YAML")
     try:
@@ -146,7 +141,7 @@ def read_yaml(path: Path, *, error: ErrorKind = CheckpointError) -> Any:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The JSON documents of a log's lines, up to the first that is none: the one that a kill cut off."""
+    """Return the JSON documents on a log's lines, up to the first line that is not JSON, which a kill has cut off."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -157,13 +152,13 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def dump_yaml(content: Any) -> str:
-    """Plain data as YAML that :func:`parse_yaml` reads: keys in their order, and what occurs twice is written twice."""
+    """Return plain data as YAML that :func:`parse_yaml` reads: keys in their order, and without aliases."""
     text: str = yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
     return text
 
 
 def whole_characters(text: str) -> str:
-    """The text with U+FFFD in the place of every half of a character: what any tokenizer and any UTF-8 file can take."""
+    """Return a text with U+FFFD in place of every half character, so that tokenizers and UTF-8 files can hold it."""
     if not _HALF.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -171,7 +166,7 @@ def whole_characters(text: str) -> str:
 
 def _content(path: Path, most_bytes: int, error: ErrorKind, kind: str) -> bytes:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could wait for ever
             raise error(f"{path} is not readable {kind}: it is no regular file")
         with path.open("rb") as file:
             return file.read(most_bytes + 1)
@@ -213,7 +208,7 @@ def _values(found: Any) -> list[Any]:
 
 
 def _leaves(found: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """What is neither list nor mapping, keys included, and where it is; never deeper than :data:`DEEPEST`."""
+    """Yield every key and every value that is neither list nor mapping, with its place; never deeper than :data:`DEEPEST`."""
     if isinstance(found, dict):
         for key, value in found.items():
             yield f"a key of '{place}'" if place else "a key", key
@@ -229,9 +224,9 @@ def _without_halves(found: Any, where: str, error: ErrorKind, replace: bool) -> 
     if not replace:
         for place, value in _leaves(found):
             if isinstance(value, str) and _HALF.search(value):
-                shown = place.encode("utf-8", "backslashreplace").decode()
+                printable = place.encode("utf-8", "backslashreplace").decode()
                 raise error(
-                    f"{where}: {shown} holds half a character (a lone surrogate), which is no text",
+                    f"{where}: {printable} holds half a character (a lone surrogate), which is no text",
                     hint="write the whole character, or leave it out",
                 )
         return found
@@ -246,7 +241,7 @@ def _without_halves(found: Any, where: str, error: ErrorKind, replace: bool) -> 
 
 
 def _check_events(text: str, where: str, error: ErrorKind) -> None:
-    """Refuse by the stream of events what could be dear or dangerous to construct."""
+    """Refuse, before anything is constructed, what would be costly or dangerous to construct."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 0
@@ -271,7 +266,7 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's text, numbers, truth values, lists and mappings. A date is text: nothing asks for one, and some do not exist."""
+    """Constructs text, numbers, truth values, lists and mappings. Dates stay text: nothing needs one, and some do not exist."""
 
 
 _PlainLoader.yaml_implicit_resolvers = {

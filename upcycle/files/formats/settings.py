@@ -1,8 +1,8 @@
-"""Reads ``config.json`` key by key: what every key must be, which cannot change the function, and which are refused.
+"""Checks ``config.json`` key by key: what each key's value must be, which keys cannot change the function, and which are refused.
 
-A key is read by the family, or cannot change what its stock class computes, or has the one value with which that class
-computes what targets can hold; anything else is refused by name. What a stock class does not know it ignores, and so
-does this. A contract test compares all of it with the fields of the stock classes.
+A key is read by the family, or cannot change what its stock class computes, or must have the one value with which that class
+computes something that targets can hold. Otherwise it is refused by name. Keys that a stock class does not know are ignored, as
+the class does. A contract test compares all this with the fields of the stock classes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.folder_contents import shortened
 
-# No transformer has a hundredth of it; a number without bound costs memory before anything can be compared with it.
+# A hundred times what any transformer has. Without a bound, a wrong number would cost memory before it could be refused.
 MOST_LAYERS = 10_000
 _MOST = 2**31 - 1
 _FURTHEST_ID = 2**62
@@ -23,7 +23,7 @@ _FURTHEST_ID = 2**62
 
 @dataclass(frozen=True)
 class Kind:
-    """What the value of a key can be, in words and as a test; ``null`` says whether it may be null."""
+    """Describes what the value of a key can be, in words and as a test; ``null`` says whether it may be null."""
 
     what: str
     fits: Callable[[Any], bool]
@@ -31,14 +31,14 @@ class Kind:
 
     @property
     def optional(self) -> Kind:
-        """The same or null."""
+        """This kind, with null allowed."""
         return Kind(f"{self.what} or null", self.fits, null=True)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of JSON is a finite number."""
+    """Return whether a value of JSON is a finite number."""
     if type(value) is int:
-        return abs(value) <= _FURTHEST_ID  # beyond, no float is near
+        return abs(value) <= _FURTHEST_ID  # larger integers cannot all be turned into floats
     return isinstance(value, float) and math.isfinite(value)
 
 
@@ -75,7 +75,7 @@ TOKENS = Kind(
     lambda v: TOKEN.fits(v) or _all(v, TOKEN.fits),
     null=True,
 )
-# Every name of transformers' own table but those of functions with weights.
+# All names in transformers' own table, except those of functions that have weights.
 ACTIVATIONS = (
     *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
     *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2"),
@@ -84,7 +84,7 @@ ACTIVATIONS = (
 ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda v: isinstance(v, str) and v in ACTIVATIONS)
 DTYPE = Kind("float64, float32, float16 or bfloat16", lambda v: v in ("float64", "float32", "float16", "bfloat16"))
 
-# Under the names that DenseConfig has; a family may spell them in another way.
+# Keys by the names that DenseConfig has; a family may spell them in another way.
 COMMON: Mapping[str, Kind] = {
     "model_type": NAME,
     "vocab_size": SIZE,
@@ -112,7 +112,7 @@ COMMON: Mapping[str, Kind] = {
     "torch_dtype": DTYPE.optional,
     "no_rope_layers": Kind("a list of 0 and 1", lambda v: _all(v, lambda n: n in (0, 1))).optional,
 }
-# Keys of stock classes that say nothing of the function, or that act in training or in generation only.
+# Keys of stock classes that do not change the function, or that matter only in training or generation.
 HARMLESS: Mapping[str, Kind] = {
     "architectures": NAMES.optional,
     "chunk_size_feed_forward": ANY,
@@ -130,7 +130,7 @@ HARMLESS: Mapping[str, Kind] = {
     "transformers_version": ANY,
     "use_cache": FLAG,
 }
-# Keys that stock code reads of any model, with the values that leave it the function of its class.
+# Keys that stock code reads for any model: the values that leave the function that of the class, and why others are refused.
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True, None), "it attends in both directions, and every target here is causal"),
     "per_layer_config": ((None, {}), "its layers have configurations of their own, and no target here can hold that"),
@@ -140,22 +140,22 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def checked(raw: Mapping[str, Any], own: Mapping[str, Kind], aliases: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The keys of ``config.json`` that a family reads, each of the kind it must be.
+    """Return the keys of ``config.json`` that a family reads, after checking that each value is of its kind.
 
     Args:
-        raw: the file.
-        own: the kinds of the family's own keys, or of common ones that it has otherwise.
-        aliases: the family's spelling of common keys.
+        raw: the content of the file.
+        own: the kinds of the family's own keys, and of common keys that are different for it.
+        aliases: common key -> the family's spelling of it.
         where: the file, for messages.
 
     Raises:
-        CheckpointError: a value is of another kind; names file, key and value.
-        RefusalError: a key asks for what no target can hold.
+        CheckpointError: a value is of another kind; the message names file, key and value.
+        RefusalError: a key asks for something that no target can hold.
     """
     kinds = {**HARMLESS, **{aliases.get(key, key): kind for key, kind in COMMON.items()}, **own}
     for key, value in raw.items():
         if key in _FIXED and value not in _FIXED[key][0]:
-            raise RefusalError(f"{where}: '{key}' is {shown(value)}: {_FIXED[key][1]}")
+            raise RefusalError(f"{where}: '{key}' is {shortened(value)}: {_FIXED[key][1]}")
         if key in kinds:
             check_value(key, value, kinds[key], where)
     return {key: value for key, value in raw.items() if key in kinds}
@@ -165,22 +165,28 @@ _CORRECT = "correct the key, or download config.json again"
 
 
 def model_type(raw: Mapping[str, Any], where: str) -> str:
-    """The architecture that a configuration names.
+    """Return the ``model_type`` of a configuration, which names its architecture.
 
     Raises:
-        CheckpointError: none, or no text.
+        CheckpointError: it is missing, or not text.
     """
     if not raw.get("model_type"):
-        raise CheckpointError(f"{where}: config.json has no 'model_type'", hint="point at a Hugging Face checkpoint")
+        raise CheckpointError(
+            f"{where}: config.json has no 'model_type'", hint="name the folder of a Hugging Face checkpoint"
+        )
     check_value("model_type", raw["model_type"], NAME, f"{where}: config.json")
     return str(raw["model_type"])
 
 
 def check_value(key: str, value: object, kind: Kind, where: str, hint: str = _CORRECT) -> None:
-    """Raise a CheckpointError that names file and key where a value is not of its kind."""
+    """Check that the value of ``key`` is of its kind.
+
+    Raises:
+        CheckpointError: it is not; the message names file and key.
+    """
     fits = kind.null if value is None else kind.fits(value)
     if not fits:
         raise CheckpointError(
-            f"{where}: '{key}' must be {kind.what}, got {shown(repr(value))}",
+            f"{where}: '{key}' must be {kind.what}, got {shortened(repr(value))}",
             hint=hint,
         )

@@ -1,8 +1,8 @@
-"""Reads safetensors files and folders tensor by tensor, with every fault named.
+"""Reads safetensors files and folders tensor by tensor, and names every fault.
 
-The library memory-maps whole files, and every page it touches stays in the resident set; a conversion that must run
-in a few layers of memory reads the bytes it needs and nothing else. The format is an 8-byte little-endian header
-length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors#format).
+The safetensors library maps whole files into memory, and every page that it touches stays resident. A conversion should need the
+memory of a few layers, so this module reads only the bytes that are asked for. The format: the header's length in 8 bytes, little
+endian; a JSON header; the tensors' bytes (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.folder_contents import no_config, no_weights, refuse_adapter, shown, something_else
+from upcycle.files.formats.folder_contents import no_config, no_weights, refuse_adapter, shortened, something_else
 from upcycle.files.formats.parsing import parse_json, read_json
 from upcycle.files.formats.tensor_names import quantized_weights
 from upcycle.files.formats.tensor_spec import DTYPES, TensorSpec
@@ -21,14 +21,14 @@ from upcycle.files.formats.tensor_spec import DTYPES, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-# What safetensors knows beside them: packed or scaled numbers, and kinds that no weights are.
+# Further dtypes of the format: quantized numbers, and types that weights do not have.
 _OTHER_DTYPES = (
     *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
     *("U16", "U32", "U64", "C64"),
 )
-_LONGEST_HEADER = 100_000_000  # as safetensors itself
-_MOST_DIMENSIONS = 64  # as torch
-_SAMPLES = 3  # pieces of every tensor that tell one version of a checkpoint from another
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_MOST_DIMENSIONS = 64  # torch's limit
+_SAMPLES = 3  # places of SAMPLE_BYTES in every tensor by which versions of a checkpoint are told apart
 SAMPLE_BYTES = 256
 _COMPARED_BYTES = 1 << 24
 INDEX = "model.safetensors.index.json"
@@ -37,7 +37,7 @@ CONFIG = "config.json"
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """The narrowest floating dtype that holds every value of the given ones, as torch promotes them."""
+    """Return the narrowest floating dtype that holds every value of the given ones, as torch promotes them."""
     found = set(dtypes)
     if len(found) == 1:
         return found.pop()
@@ -47,9 +47,15 @@ def widest(dtypes: Iterable[str]) -> str:
 def row_blocks(
     spec: TensorSpec, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of consecutive blocks of a tensor, or of the rows ``part``, in order.
+    """Yield first row and number of rows of consecutive blocks of a tensor, or of its rows ``part``, in order.
 
-    Blocks but the last have a multiple of ``multiple`` rows, and no more than ``most_bytes`` unless one multiple has.
+    All blocks but the last have a multiple of ``multiple`` rows. A block has at most ``most_bytes``, or else ``multiple`` rows.
+
+    Args:
+        spec: the tensor.
+        most_bytes: the largest block.
+        part: first row and number of rows; default: all rows.
+        multiple: see above.
     """
     rows = spec.shape[0] if spec.shape else 1
     row_bytes = spec.nbytes // rows if rows else 0
@@ -60,10 +66,10 @@ def row_blocks(
 
 
 class SafetensorsFile:
-    """One safetensors file: its header is checked at once, tensors are read when asked for.
+    """Gives the tensors of one safetensors file, whose header is checked at once; tensors are read when asked for.
 
     Raises:
-        CheckpointError: the file is truncated, or its header is not one a safetensors writer could have written.
+        CheckpointError: the file is truncated, or its header is not one that a safetensors writer could have written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,12 +86,14 @@ class SafetensorsFile:
         try:
             entries = parse_json(header, "it", most_bytes=_LONGEST_HEADER)
         except CheckpointError as error:
-            raise something_else(path) or self._damaged(f"its header is not valid ({shown(error.message)})") from None
+            raise something_else(path) or self._damaged(
+                f"its header is not valid ({shortened(error.message)})"
+            ) from None
         try:
             self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
             self._offsets = {name: self._checked(name, entry) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"its header is not valid ({shown(str(error))})") from None
+            raise self._damaged(f"its header is not valid ({shortened(str(error))})") from None
         self.specs = {name: spec for name, (spec, _) in self._offsets.items()}
         self._check_coverage()
 
@@ -95,25 +103,27 @@ class SafetensorsFile:
     def _checked(self, name: str, entry: dict) -> tuple[TensorSpec, int]:
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in (*DTYPES, *_OTHER_DTYPES):
-            raise self._damaged(f"tensor '{shown(name)}' has dtype {shown(code)}")
+            raise self._damaged(f"tensor '{shortened(name)}' has dtype {shortened(code)}")
         if code in _OTHER_DTYPES:
-            raise quantized_weights({}, str(self.path), f"tensor '{shown(name)}' has dtype {shown(code)}")
+            raise quantized_weights({}, str(self.path), f"tensor '{shortened(name)}' has dtype {shortened(code)}")
         if not (isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS and all(map(_is_size, shape))):
-            raise self._damaged(f"tensor '{shown(name)}' has the shape {shown(shape)}")
+            raise self._damaged(f"tensor '{shortened(name)}' has the shape {shortened(shape)}")
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
-            raise self._damaged(f"tensor '{shown(name)}' has the data_offsets {shown(offsets)}")
+            raise self._damaged(f"tensor '{shortened(name)}' has the data_offsets {shortened(offsets)}")
         spec = TensorSpec(tuple(shape), DTYPES[code][0])
         start, end = offsets
         if end - start != spec.nbytes:
-            raise self._damaged(f"tensor '{shown(name)}' claims {end - start} bytes for shape {shown(shape)}")
+            raise self._damaged(f"tensor '{shortened(name)}' claims {end - start} bytes for shape {shortened(shape)}")
         return spec, start
 
     def _check_coverage(self) -> None:
-        """The tensors must tile the data section without gaps, as the format demands."""
+        """Check that the tensors fill the data section without gaps or overlaps, as the format demands."""
         position = 0
         for name, (spec, start) in sorted(self._offsets.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
             if start != position:
-                raise self._damaged(f"tensor '{shown(name)}' starts at byte {start} of the data, expected {position}")
+                raise self._damaged(
+                    f"tensor '{shortened(name)}' starts at byte {start} of the data, expected {position}"
+                )
             position += spec.nbytes
         if self._start + position != self.size:
             raise self._damaged(f"it has {self.size} bytes, its header describes {self._start + position}")
@@ -125,9 +135,9 @@ class SafetensorsFile:
 
         Args:
             name: the tensor.
-            most_bytes: size of a block; a block of ``multiple`` rows is never divided.
-            part: first row and number of rows to read; default: all of them.
-            multiple: blocks (but the last) have a multiple of this many rows.
+            most_bytes: the largest block; a block of ``multiple`` rows may be larger.
+            part: first row and number of rows to read; default: all rows.
+            multiple: all blocks but the last have a multiple of this many rows.
         """
         import torch
 
@@ -151,13 +161,13 @@ class SafetensorsFile:
             done += read
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole."""
+        """Return one whole tensor."""
         return next(self.chunks(name, max(self._offsets[name][0].nbytes, 1)))
 
     def sample(self) -> str:
-        """SHA-256 of the header and of a few bytes of every tensor, as the file holds them now.
+        """Return the SHA-256 of the header and of a few bytes of every tensor, as the file holds them now.
 
-        Cheap, and another one where a file was replaced by another model's of the same shapes.
+        It takes little time, and it changes when the file is replaced by that of another model with the same shapes.
         """
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
@@ -171,13 +181,13 @@ class SafetensorsFile:
 
 
 class SafetensorsFolder:
-    """All tensors of a folder: ``model.safetensors``, or shards named by an index, as stock loaders choose between them.
+    """Gives all tensors of a folder, from ``model.safetensors`` or from the shards that an index names, as stock loaders do.
 
-    Of an index only the names of the files count, as for stock loaders: which tensors there are is what the files say.
+    From the index only the names of the files are used, as by stock loaders; which tensors there are, the files say themselves.
 
     Raises:
-        CheckpointError: no safetensors, a shard that is missing, damaged or outside the folder, or an index that
-            leads to other weights than the ``model.safetensors`` beside it.
+        CheckpointError: the folder has no safetensors; a shard is missing, damaged or outside the folder; or the index names
+            other weights than the ``model.safetensors`` beside it holds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -208,9 +218,9 @@ class SafetensorsFolder:
             )
         names = sorted(set(weight_map.values()))
         for name in names:
-            # An index is data from a stranger: it may name files of this folder and nothing else.
+            # An index is not trusted: it may name files in this folder and no others.
             if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-                raise CheckpointError(f"{index}: 'weight_map' points outside its folder: {shown(name)}")
+                raise CheckpointError(f"{index}: 'weight_map' points outside its folder: {shortened(name)}")
         return names
 
     def _present(self, index: Path, names: list[str]) -> list[str]:
@@ -218,12 +228,13 @@ class SafetensorsFolder:
         if missing:
             more = f" ({len(missing)} of {len(names)} are)" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"{index} names the shard {shown(missing[0])}, which is missing{more}", hint="download the missing file"
+                f"{index} names the shard {shortened(missing[0])}, which is missing{more}",
+                hint="download the missing file",
             )
         return names
 
     def _check_beside(self, indexed: list[str]) -> None:
-        """An index beside ``model.safetensors`` may lead nowhere or to the same tensors: stock loaders read the single file."""
+        """Check that an index beside ``model.safetensors`` names no files that exist, or files with the same tensors."""
         others = [name for name in indexed if name != SINGLE and (self.folder / name).is_file()]
         if not others:
             return
@@ -231,38 +242,38 @@ class SafetensorsFolder:
         unlike = places.keys() ^ single.specs.keys() or {n for n, file in places.items() if not _equal(n, single, file)}
         if unlike:
             raise CheckpointError(
-                f"{self.folder} holds {SINGLE} and other weights in shards ({shown(others[0])} and so on, by {INDEX}): "
-                f"they differ in tensor '{shown(min(unlike))}'; transformers reads {SINGLE}, other loaders the shards",
+                f"{self.folder} holds {SINGLE} and other weights in shards ({shortened(others[0])} and so on, by {INDEX}): "
+                f"they differ in tensor '{shortened(min(unlike))}'; transformers reads {SINGLE}, other loaders the shards",
                 hint=f"remove what is out of date: either {SINGLE}, or {INDEX} with its shards",
             )
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every file's name, size and header: cheap, and different for different checkpoints."""
+        """SHA-256 over every file's name, size and header, by which checkpoints are told apart at little cost."""
         text = "\n".join(f"{file.path.name} {file.size} {file.header_sha256}" for file in self.files)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def sample(self) -> str:
-        """SHA-256 over every file's, as the folder holds them now."""
+        """Return the SHA-256 over the samples of every file, as the folder holds them now."""
         return hashlib.sha256("\n".join(file.sample() for file in self.files).encode()).hexdigest()
 
     def location(self, name: str) -> str:
-        """The file a tensor is in, for messages."""
+        """Return the path of the file that holds a tensor, for messages."""
         return str(self._where[name].path)
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Yield a tensor, or some of its rows, as blocks of its first dimension."""
+        """Yield a tensor, or its rows ``part``, as blocks of its first dimension; see :meth:`SafetensorsFile.chunks`."""
         return self._where[name].chunks(name, most_bytes, part, multiple)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole."""
+        """Return one whole tensor."""
         return self._where[name].read(name)
 
 
 def _is_size(value: object) -> bool:
-    """Whether a number of a header can be one: beyond 64 bits, products take time without bound."""
+    """Return whether a value of a header can be a size; beyond 64 bits, products of sizes could take unlimited time."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -271,13 +282,13 @@ def _places(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
     for file in files:
         for name in file.specs:
             if name in places:
-                raise CheckpointError(f"tensor '{shown(name)}' is in both {places[name].path} and {file.path}")
+                raise CheckpointError(f"tensor '{shortened(name)}' is in both {places[name].path} and {file.path}")
             places[name] = file
     return places
 
 
 def _equal(name: str, one: SafetensorsFile, other: SafetensorsFile) -> bool:
-    """Whether two files hold the same bytes of a tensor; read block by block up to the first difference."""
+    """Return whether two files hold the same bytes of a tensor, reading block by block up to the first difference."""
     import torch
 
     if one.specs[name] != other.specs[name]:
@@ -287,10 +298,10 @@ def _equal(name: str, one: SafetensorsFile, other: SafetensorsFile) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's ``config.json``.
+    """Return the content of a model's ``config.json``.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON object; says what the folder or the file is.
+        CheckpointError: it is missing, or is not a JSON object; the message says what the folder or the file is instead.
     """
     path = folder / CONFIG
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What the names of a checkpoint's tensors say it is, where they are not those of its family."""
+"""Recognises by the names of a checkpoint's tensors what it is, where these are not the names that its family has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.folder_contents import shown
+from upcycle.files.formats.folder_contents import shortened
 
 if TYPE_CHECKING:
     from upcycle.files.formats.tensor_spec import TensorSpec
@@ -20,7 +20,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")  # what weights can be: a
 _MERGED = "merge it first: model.merge_and_unload().save_pretrained(FOLDER)"
 _TEXT_ONLY = "save its text model alone, with a config.json of that (text_config) and names that begin with model."
 _TYPE = "correct config.json's 'model_type'"
-# Beginning of a name -> whose it is, and what to do.
+# (beginning of a name, whose names begin with it, hint)
 _PREFIXES = (
     ("base_model.model.", "a PEFT wrapper's", _MERGED),
     ("model.language_model.", "a vision-language model's", _TEXT_ONLY),
@@ -55,11 +55,11 @@ _PARTS = (
 
 
 def unlike_family(names: Iterable[str], expected: Iterable[str], where: str) -> CheckpointError | None:
-    """What the tensors' names say a checkpoint is, where they are not those that its family has; None: nothing special.
+    """Return an error that says what a checkpoint is, judged by its tensors' names; None where they tell nothing special.
 
     Args:
-        names: the checkpoint's.
-        expected: the family's.
+        names: the names of the checkpoint's tensors.
+        expected: the names that its family has.
         where: the checkpoint, for the message.
     """
     held, wanted = set(names), set(expected)
@@ -76,7 +76,7 @@ def _wrapped(odd: list[str], wanted: set[str], where: str) -> CheckpointError | 
             rest = name.removeprefix(prefix)
             if rest != name and (rest in wanted or f"model.{rest}" in wanted):
                 return CheckpointError(
-                    f"{where}: tensors have {whose} names: '{prefix}...' ('{shown(name)}')", hint=hint
+                    f"{where}: tensors have {whose} names: '{prefix}...' ('{shortened(name)}')", hint=hint
                 )
     return None
 
@@ -85,7 +85,7 @@ def _of_another_kind(odd: list[str], where: str) -> CheckpointError | None:
     for pattern, what, hint in _PARTS:
         for name in odd:
             if re.search(pattern, name):
-                return CheckpointError(f"{where} holds {what}: '{shown(name)}'", hint=hint)
+                return CheckpointError(f"{where} holds {what}: '{shortened(name)}'", hint=hint)
     return None
 
 
@@ -93,7 +93,7 @@ def _headless(odd: list[str], missing: set[str], wanted: set[str], where: str) -
     bare = [name for name in odd if f"model.{name}" in wanted]
     if bare:
         return CheckpointError(
-            f"{where} is a model without a head, as embedding models are: its tensors are '{shown(bare[0])}' and so on, "
+            f"{where} is a model without a head, as embedding models are: its tensors are '{shortened(bare[0])}' and so on, "
             "without 'model.' before them",
             hint="convert the causal language model that it was made from, or save this one with a head: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)",
@@ -108,20 +108,20 @@ def _headless(odd: list[str], missing: set[str], wanted: set[str], where: str) -
 
 
 def refuse_quantized(specs: Mapping[str, TensorSpec], raw: Mapping[str, Any], where: str) -> None:
-    """Refuse weights that are not numbers of their own, by the tensors. A leftover ``quantization_config`` changes nothing.
+    """Refuse quantized weights, judged by the tensors' names and dtypes; a leftover ``quantization_config`` does not matter.
 
     Raises:
         RefusalError: a tensor's name or dtype is that of quantized weights.
     """
     for name, spec in specs.items():
         if _QUANTIZED.search(name):
-            raise quantized_weights(raw, where, f"tensor '{shown(name)}'")
+            raise quantized_weights(raw, where, f"tensor '{shortened(name)}'")
         if spec.dtype not in FLOATS:
-            raise quantized_weights(raw, where, f"tensor '{shown(name)}' is {spec.dtype}")
+            raise quantized_weights(raw, where, f"tensor '{shortened(name)}' is {spec.dtype}")
 
 
 def refuse_said_quantized(raw: Mapping[str, Any], where: str) -> None:
-    """The same where only ``config.json`` is at hand.
+    """Refuse quantized weights where only ``config.json`` is at hand.
 
     Raises:
         RefusalError: it has a ``quantization_config``.
@@ -131,11 +131,11 @@ def refuse_said_quantized(raw: Mapping[str, Any], where: str) -> None:
 
 
 def quantized_weights(raw: Mapping[str, Any], where: str, what: str) -> RefusalError:
-    """What to say of weights that are not numbers of their own; ``what`` shows it."""
+    """Return the error for quantized weights; ``what`` is the part of the checkpoint that shows it."""
     settings = raw.get("quantization_config") or raw.get("quantization") or raw.get("compression_config")
     settings = settings if isinstance(settings, Mapping) else {}
     method = settings.get("quant_method") or settings.get("quant_algo") or "config.json does not say how"
     return RefusalError(
-        f"{where}: the weights are quantized ({shown(method)}): {what}",
+        f"{where}: the weights are quantized ({shortened(method)}): {what}",
         hint="convert the full-precision checkpoint that they were made from",
     )

@@ -1,4 +1,4 @@
-"""Shape and dtype of a tensor on disk, and the names and sizes of dtypes."""
+"""Describes a tensor on disk by its shape and dtype, and lists the names and sizes of dtypes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CODES = {torch_name: code for code, (torch_name, _) in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and torch dtype name of one tensor."""
+    """Holds the shape and the torch dtype name of one tensor."""
 
     shape: tuple[int, ...]
     dtype: str

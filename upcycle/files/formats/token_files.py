@@ -1,4 +1,4 @@
-"""Vectors of the calibration tokens in a file: as many as the disk holds, read and written block by block."""
+"""Keeps one vector per calibration token in a file, which may be larger than memory, and reads and writes it block by block."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _SPARE = "spare."
 
 
 class TokenFile:
-    """Fp32 vectors of ``width``, one per token, in the order of the tokens."""
+    """A file of fp32 vectors with ``width`` numbers each, one per token, in the tokens' order."""
 
     def __init__(self, path: Path, width: int) -> None:
         self.path = path
         self._width = width
 
     def write(self, blocks: Iterable[torch.Tensor]) -> None:
-        """Write all blocks ``[t, width]``; the file gets its name when the last one is written."""
+        """Write all blocks ``[t, width]``; the file appears under its name once the last block is written."""
         write_together([self], ((block,) for block in blocks))
 
     def blocks(self, tokens: int) -> Iterator[torch.Tensor]:
-        """Read it all, ``tokens`` at a time: ``[t, width]``.
+        """Yield the whole file as blocks ``[t, width]`` of at most ``tokens`` vectors, in fp32.
 
         Raises:
             CheckpointError: the file ends within a vector.
@@ -46,15 +46,15 @@ class TokenFile:
 
     @property
     def tokens(self) -> int:
-        """How many vectors there are."""
+        """The number of vectors in the file."""
         return self.path.stat().st_size // (4 * self._width)
 
     def holds(self, tokens: int) -> bool:
-        """Whether the file is there with that many vectors; a power cut can leave one that is shorter."""
+        """Return whether the file exists and has ``tokens`` vectors; after a power cut it can have fewer."""
         return self.path.exists() and self.path.stat().st_size == 4 * self._width * tokens
 
     def release(self) -> None:
-        """Give the file up, if it exists; the next one written in its folder takes its place on the disk.
+        """Give up the file, if it exists; the next one that is written in its folder reuses its place on the disk.
 
         Writing over a file takes a fraction of the time that a system needs to find room for a new one.
         """
@@ -63,7 +63,7 @@ class TokenFile:
 
 
 def write_together(files: Sequence[TokenFile], rows: Iterable[Sequence[torch.Tensor]]) -> None:
-    """Write several files in one pass: every row has a block for each of them."""
+    """Write several files in one pass over ``rows``, each of which has a block ``[t, width]`` for every file."""
     temporary = [file.path.with_suffix(file.path.suffix + ".tmp") for file in files]
     with ExitStack() as stack:
         handles = []

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, also on file systems that have no locks."""
+"""Lets only one process at a time work in a folder, also on file systems that have no locks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.names import LOCK, PID_LOCK
 
-_BEING_WRITTEN = 10.0  # seconds after which an empty file of a process was left by one that died
+_BEING_WRITTEN = 10.0  # seconds after which an empty lock file is one whose process died while writing it
 
 
 def _silent(_: str) -> None:
@@ -25,15 +25,15 @@ def _silent(_: str) -> None:
 
 
 class FolderLock:
-    """The lock of a folder, taken by :meth:`acquire` and given back by :meth:`release` or by the end of the process.
+    """The lock of a folder, taken by :meth:`acquire` and released by :meth:`release` or by the end of the process.
 
-    Where the file system has no locks (some network and user-space ones), a file says which process is at work; it is
-    given up when that process has ended on this machine.
+    Where the file system has no locks (some network and user-space ones), a file names the process that holds the lock. It
+    counts no longer once that process has ended, if it ran on this machine.
 
     Args:
-        folder: it exists.
-        busy: what to say when another process has it.
-        note: is told where there are no real locks.
+        folder: an existing folder.
+        busy: the message when another process holds the lock.
+        note: called with a note where the file system has no locks.
     """
 
     def __init__(self, folder: Path, busy: str, note: Callable[[str], None] = _silent) -> None:
@@ -42,10 +42,10 @@ class FolderLock:
         self._file: Path | None = None
 
     def acquire(self) -> None:
-        """Take it.
+        """Take the lock.
 
         Raises:
-            UpcycleError: another process has it.
+            UpcycleError: another process holds it.
             OSError: the folder cannot be written.
         """
         while True:
@@ -55,7 +55,7 @@ class FolderLock:
             except BlockingIOError:
                 os.close(descriptor)
                 raise UpcycleError(self._busy, hint="wait for it to finish, or choose another folder") from None
-            # Whoever had it may have renamed the folder meanwhile: then this is a lock on a file that nobody looks at.
+            # Its last holder may have renamed the folder meanwhile. This would then be a lock on a file that nobody else opens.
             try:
                 same = os.path.samestat(os.fstat(descriptor), (self._folder / LOCK).stat())
             except OSError:
@@ -63,7 +63,7 @@ class FolderLock:
             if not same:
                 os.close(descriptor)
                 if not self._folder.is_dir():
-                    raise UpcycleError(self._busy, hint="it has just finished: look at what it wrote")
+                    raise UpcycleError(self._busy, hint="it has just finished: see what it wrote")
                 continue
             self._descriptor = descriptor
             if not locked:
@@ -75,7 +75,7 @@ class FolderLock:
             return
 
     def release(self) -> None:
-        """Give it back; the files stay where they are, but for the one that names this process."""
+        """Release the lock. The lock file stays; the file that names this process is removed."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
             self._file = None
@@ -85,7 +85,7 @@ class FolderLock:
 
     def _by_process(self) -> None:
         path = self._folder / PID_LOCK
-        for _ in range(8):  # each time a file that a dead process left is out of the way
+        for _ in range(8):  # each time, a file that a dead process left is removed
             try:
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
@@ -96,7 +96,7 @@ class FolderLock:
             self._file = path
             self._note(f"the file system of {self._folder} has no locks: keep other commands away from it meanwhile")
             return
-        raise UpcycleError(self._busy, hint=f"if nothing runs any more, remove {path}")
+        raise UpcycleError(self._busy, hint=f"if no other process is running, remove {path}")
 
     def _refuse_or_remove(self, path: Path) -> None:
         try:
@@ -108,18 +108,18 @@ class FolderLock:
                 return
             gone, who = _age(path) > _BEING_WRITTEN, "it"
         if not gone:
-            raise UpcycleError(self._busy, hint=f"if {who} runs no more, remove {path}")
+            raise UpcycleError(self._busy, hint=f"if {who} is no longer running, remove {path}")
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same file, which is made.
+    """Run the ``with`` block while no other process runs one with the same lock file ``path``, which is created.
 
-    It spares double work, and must not be needed for more: on file systems without locks nobody waits.
+    Use it only to avoid doing work twice: on file systems without locks, nobody waits.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -135,7 +135,7 @@ def _lock(descriptor: int, wait: bool = False) -> bool:
     The lock is the system's (``flock``, on Windows ``LockFileEx``): it ends with the descriptor, however the process does.
 
     Raises:
-        BlockingIOError: another process has it, and we do not wait.
+        BlockingIOError: another process holds the lock, and ``wait`` is False.
     """
     try:
         taken = lock_descriptor(descriptor, blocking=wait)
@@ -153,7 +153,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _runs(holder: dict[str, Any]) -> bool:
-    """Whether that very process is alive; its number may have been given to another one."""
+    """Return whether the process that wrote ``holder`` is alive, and not just another one with the same number."""
     import psutil
 
     try:

@@ -1,7 +1,7 @@
-"""What a folder is: a result of upcycle, a training run, a working folder, or somebody else's, which is never touched.
+"""Tells whether a folder is a result of upcycle, a training run, a working folder, or somebody else's, which is never touched.
 
-A name proves nothing. A result carries ``upcycle.json`` (``training.json`` where it was exported from a run of another model), a
-run ``run.json``, a working folder ``state.json``, each with what only this tool writes into it.
+Names prove nothing. A result has ``upcycle.json`` (or ``training.json``, where a run of a model from elsewhere was exported), a run
+has ``run.json``, a working folder has ``state.json``, each with content that only upcycle writes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from upcycle.files.user_paths import user_path
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
-INSIDE = "upcycle.partial"  # the working folder of an output that cannot be renamed, such as a mount point
+INSIDE = "upcycle.partial"  # the working folder inside an output that cannot be renamed, such as a mount point
 REPLACED_INSIDE = "upcycle.replaced"
 MADE_BY = {"made_by": "upcycle"}
-# Files of a result that its record does not list, and that upcycle wrote or that systems leave behind.
+# Files that a record does not list and that may be removed with a result: upcycle or the system wrote them.
 _UNLISTED = {
     *(RECORD, "verification.json", "evaluation.json", "report.html", "report.json", STATE, ".DS_Store"),
     *LOCKS,
@@ -35,10 +35,10 @@ Kind = Literal["empty", "result", "run", "working", "foreign"]
 
 
 def real_path(out: str | Path) -> Path:
-    """Where an output really is: links are followed once, here, so that everything after speaks of the same folder.
+    """Return the absolute path of an output. Links are followed here and nowhere later, so that all code means the same folder.
 
     Raises:
-        UsageError: its name is too long, or it is a link in a circle, or to a place whose folder does not exist.
+        UsageError: the name is too long, or it is a link to itself or into a folder that does not exist.
     """
     path = user_path(out).absolute()
     check_name(path)
@@ -47,13 +47,13 @@ def real_path(out: str | Path) -> Path:
     target = Path(os.path.realpath(path))
     if target.is_symlink() or not target.parent.is_dir():
         raise UsageError(
-            f"{path} is a link to {target}, which cannot be made", hint="mount its disk, or choose another folder"
+            f"{path} is a link to {target}, which cannot be created", hint="mount its disk, or choose another folder"
         )
     return target
 
 
 def kind_of(folder: Path) -> Kind:
-    """What a folder is. One that cannot be read is somebody else's."""
+    """Return what a folder is; one that cannot be read is ``foreign``."""
     try:
         names = [entry.name for entry in os.scandir(folder) if not is_scrap(entry.name)]
     except OSError:
@@ -62,26 +62,26 @@ def kind_of(folder: Path) -> Kind:
         return "empty"
     if read_state(folder) is not None:
         return "working"
-    if read_record(folder) is not None:
+    if find_record(folder) is not None:
         return "result"
     return "run" if is_run(folder) else "foreign"
 
 
 def is_scrap(name: str) -> bool:
-    """Whether a name is that of a lock, or of a state that was being written: a folder with nothing else is empty."""
+    """Return whether a file is a lock or a half-written ``state.json``; a folder with nothing else counts as empty."""
     return name in LOCKS or (name.startswith(STATE + ".") and name.endswith(TEMPORARY))
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The state of a working folder, or None: there is none, or not of upcycle."""
+    """Return the state of a working folder; None where there is none that upcycle wrote."""
     found = _read(folder / STATE)
     if found is None or not isinstance(found.get("fingerprint"), str):
         return None
     return found if found.items() >= MADE_BY.items() else None
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a result, or None: there is none, or not of upcycle."""
+def find_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a result; None where there is none that upcycle wrote."""
     for name in (RECORD, TRAINED):
         found = _read(folder / name)
         if found is not None and isinstance(found.get("versions"), dict) and "upcycle" in found["versions"]:
@@ -90,10 +90,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training run of upcycle lies in the folder itself."""
+    """Return whether the folder is that of a training run of upcycle."""
     if (found := _read(folder / RUN)) is not None and found.items() >= MADE_BY.items():
         return True
-    for path in (folder / CHECKPOINTS).glob("step-*/trainer.json"):  # a run of an older version
+    for path in (folder / CHECKPOINTS).glob("step-*/trainer.json"):  # older versions wrote no run.json
         state = _read(path)
         if state is not None and {"identity", "recipe", "files"} <= set(state):
             return True
@@ -107,12 +107,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def strangers(folder: Path) -> list[str]:
-    """What lies in a folder and would be lost with it: names that upcycle did not write, or whose content is another now.
+def foreign_files(folder: Path) -> list[str]:
+    """Return the names in a folder that upcycle did not write, or that were changed since: they would be lost with the folder.
 
-    All of them where the folder is no result with a list of its files.
+    Where the folder is not a result with a list of its files, these are nearly all names in it.
     """
-    record = read_record(folder) or {}
+    record = find_record(folder) or {}
     files = record.get("files")
     listed: dict[str, str] = files if isinstance(files, dict) else {}
     found = []
@@ -122,25 +122,28 @@ def strangers(folder: Path) -> list[str]:
         whole = path.is_file() and not path.is_symlink()
         if whole and path.name in listed and hash_file(path) == listed[path.name]:
             continue
-        if whole and path.name == _CARD and not _own_words(path):
+        if whole and path.name == _CARD and not _has_own_words(path):
             continue
         found.append(path.name)
     return found
 
 
-def _own_words(card: Path) -> bool:
-    """Whether somebody wrote into a card, or wrote it."""
+def _has_own_words(card: Path) -> bool:
+    """Return whether a user wrote a card, or wrote something into the section of a generated one that is theirs."""
     from upcycle.files.card_section import own_section
 
     try:
-        own = own_section(card.read_text(encoding="utf-8"), card.name)
+        section = own_section(card.read_text(encoding="utf-8"), card.name)
     except (UsageError, OSError, ValueError):
         return True
-    return own is None or bool(own.strip())
+    return section is None or bool(section.strip())
 
 
 def identity(folder: Path) -> tuple[int, int, str] | None:
-    """Which folder it is and what it records; None where it is missing or empty. Two that are equal are the same, unchanged."""
+    """Return device, inode and record hashes of a folder; None where it is missing or empty.
+
+    Two equal results mean the same folder with unchanged records.
+    """
     if not folder.is_dir() or not contents(folder):
         return None
     found = folder.stat()
@@ -149,7 +152,7 @@ def identity(folder: Path) -> tuple[int, int, str] | None:
 
 
 def contents(folder: Path) -> list[str]:
-    """The names in an output folder, without the working folder and locks that are ours."""
+    """Return the names in an output folder, without the locks and the working folder that upcycle has in it."""
     ours: set[str] = set()
     if not (folder / INSIDE).is_symlink() and kind_of(folder / INSIDE) in ("working", "empty"):
         state = read_state(folder / INSIDE) or {}
@@ -158,17 +161,17 @@ def contents(folder: Path) -> list[str]:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Refuse an OUT that would be lost, or that can never be written; ``overwrite`` replaces only what upcycle wrote.
+    """Refuse an OUT whose content would be lost, or that cannot be written; ``overwrite`` allows replacing what upcycle wrote.
 
     Raises:
-        UsageError: OUT is a file, is not empty, is somebody else's, or cannot be.
+        UsageError: OUT is a file, is not empty, is somebody else's, or has an impossible name.
         EnvironmentFault: OUT cannot be read.
     """
     out = real_path(out)
     check_name(out)
     try:
         if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} is a file, and the output is a folder", hint="choose another name")
+            raise UsageError(f"{out} is a file, but the output is a folder", hint="choose another name")
         present = contents(out) if out.is_dir() else []
     except OSError as error:
         raise cannot_write(out, error) from None
@@ -177,10 +180,10 @@ def check_output(out: Path, overwrite: bool) -> None:
     kind = kind_of(out)
     if kind == "working":
         if "finished" in (read_state(out) or {}):
-            return  # a killed command had put it there: what opens OUT completes that first, and looks again
+            return  # a command was killed while it put OUT in place: the workspace completes that and checks again
         raise UsageError(
             f"{out} holds unfinished work of upcycle",
-            hint="give the command that began it again, or choose another folder",
+            hint="run the command that began it again, or choose another folder",
         )
     if kind == "foreign":
         some = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
@@ -196,14 +199,14 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def check_file(path: Path, ours: Callable[[str], bool]) -> None:
-    """Refuse to write a file over one that upcycle did not write; a link is replaced, and so what it points at stays.
+    """Refuse to overwrite a file that upcycle did not write. A link is replaced, so that the file it points at stays.
 
     Args:
         path: the file.
-        ours: whether a text is of the kind that will be written.
+        ours: tells from a file's text whether it is of the kind that will be written.
 
     Raises:
-        UsageError: it is somebody else's, a folder, or its folder does not exist.
+        UsageError: the file is somebody else's, is a folder, or its folder does not exist.
     """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}", hint="name a file in a folder that exists")
@@ -214,27 +217,33 @@ def check_file(path: Path, ours: Callable[[str], bool]) -> None:
     except OSError:
         mine = False
     if not mine:
-        raise UsageError(f"{path} is there, and upcycle did not write it", hint="move it away, or choose another name")
+        raise UsageError(f"{path} exists, and upcycle did not write it", hint="move it away, or choose another name")
 
 
 def holds_keys(*keys: str) -> Callable[[str], bool]:
-    """Whether a text is JSON with these keys."""
+    """Return a test of whether a text is a JSON object with these keys."""
 
-    def told(text: str) -> bool:
+    def has_keys(text: str) -> bool:
         try:
             found = parse_json(text, "a file")
         except UpcycleError:
             return False
         return isinstance(found, dict) and set(keys) <= set(found)
 
-    return told
+    return has_keys
 
 
 def check_apart(out: Path, kept: Path, what: str, inside: bool = False) -> None:
-    """Refuse an OUT that is something that is read, or holds it; with ``inside`` one that lies within it, too.
+    """Refuse an OUT that is, or contains, the folder ``kept`` that is read; with ``inside``, also an OUT within that folder.
+
+    Args:
+        out: the output folder.
+        kept: the folder or file that must not be overwritten.
+        what: what ``kept`` is, for the message.
+        inside: see above.
 
     Raises:
-        UsageError: they are not apart.
+        UsageError: OUT and ``kept`` overlap.
     """
     out, kept = real_path(out), Path(os.path.realpath(kept))
     if out == kept or out in kept.parents:
@@ -244,13 +253,16 @@ def check_apart(out: Path, kept: Path, what: str, inside: bool = False) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> EnvironmentFault:
-    """The error for a folder that cannot be written."""
-    return EnvironmentFault(f"cannot write {path}: {error.strerror or error}", hint="choose a folder you may write to")
+    """Return the error for a path that cannot be written."""
+    return EnvironmentFault(
+        f"cannot write {path}: {error.strerror or error}", hint="choose a folder that you may write to"
+    )
 
 
 def must_be_inside(out: Path) -> bool:
-    """Whether OUT exists and cannot be given to another folder by renaming: a mount point, where we stand, or in a folder
-    that may not be written.
+    """Return whether OUT exists and cannot be replaced by renaming another folder to it.
+
+    That is so for a mount point, for the current folder or one that contains it, and in a folder that may not be written.
     """
     if not out.is_dir():
         return False
@@ -265,7 +277,7 @@ def _here() -> Path:
 
 
 def is_mount(path: Path) -> bool:
-    """Whether something is mounted there; Linux also tells of folders of the same disk."""
+    """Return whether something is mounted at ``path``; on Linux, folders of the same disk that are mounted there count, too."""
     if path.is_mount():
         return True
     try:
@@ -282,7 +294,7 @@ def _unescaped(text: str) -> str:
 
 
 def working_folder(out: Path) -> Path:
-    """Where the unfinished result of OUT is, or would be: beside it, or inside where it cannot be renamed."""
+    """Return the working folder of OUT, whether or not it exists: beside OUT, or inside where OUT cannot be replaced by renaming."""
     beside, inside = sibling(out, ".partial"), out / INSIDE
     for found in (inside, beside):
         if not found.is_symlink() and kind_of(found) == "working":

@@ -1,7 +1,8 @@
-"""Puts a finished folder in the place of an output, so that a kill, a full disk or a stranger at any moment loses nothing.
+"""Puts a finished folder in the place of an output, so that nothing is lost by a kill, a full disk or another program at any moment.
 
-By renaming where the file system lets it; else (mount points, folders of an overlay) file by file. What is replaced is moved away
-first, and removed last, and only if upcycle wrote all of it. ``state.json`` says how far it has come, and is removed last of all.
+The folder is renamed where the file system allows it, and otherwise (mount points, folders of an overlay) moved file by file. What
+it replaces is moved away first, and removed at the end if upcycle wrote all of it. ``state.json`` says how far this has come, and is
+removed last of all.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from upcycle.files.names import LOCK, RECORD, STATE, TRAINED, free_sibling, sibl
 from upcycle.files.output.ownership import (
     REPLACED_INSIDE,
     contents,
+    foreign_files,
     identity,
     is_scrap,
     kind_of,
     read_state,
-    strangers,
 )
 
-# What systems answer to a rename that copying can do: other disks, mount points, layers of an overlay, odd network systems.
+# Errors of a rename where copying still works: other disks, mount points, layers of an overlay, some network file systems.
 _RENAME_REFUSED = (
     *(errno.EXDEV, errno.EBUSY, errno.EINVAL, errno.EPERM, errno.EACCES),
     *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
 )
-_LAST = ("config.json", TRAINED, RECORD)  # until these are there, nothing takes a folder for a model
+_LAST = ("config.json", TRAINED, RECORD)  # without these, no program takes a folder for a model
 Identity = tuple[int, int, str]
 
 
@@ -46,19 +47,19 @@ def place(
     note: Callable[[str], None],
     extra: set[str],
 ) -> None:
-    """Make the finished folder ``working`` into ``out``; a call that was stopped is completed by the same call.
+    """Make the finished folder ``working`` into ``out``. A call that was stopped is completed by repeating it.
 
     Args:
-        working: it holds ``state.json``, which says that it is finished.
-        out: its place: missing, empty, what ``allowed`` says, or what an earlier call began.
-        state: the content of ``state.json``; it is kept up to date.
-        allowed: what may be replaced.
-        note: is told what of the replaced folder is kept, and where.
+        working: the finished folder; its ``state.json`` says that it is finished.
+        out: its destination: a missing or empty folder, the one that ``allowed`` identifies, or one that an earlier call began.
+        state: the content of ``state.json``; it is updated in memory and on the disk.
+        allowed: the identity of the folder that may be replaced; None: none may.
+        note: called with a message where a replaced folder is kept.
         extra: names in ``working`` that only unfinished folders hold.
 
     Raises:
-        UsageError: somebody has filled ``out`` meanwhile.
-        EnvironmentFault: it cannot be moved there.
+        UsageError: somebody else has filled ``out`` meanwhile.
+        EnvironmentFault: the folder cannot be moved there.
     """
     if working != out:
         with _explained(working, out):
@@ -76,12 +77,12 @@ def place(
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``state.json``, the old one or the new one."""
+    """Write ``state.json`` as a whole."""
     write_whole(folder / STATE, lambda partial: partial.write_text(json.dumps(state) + "\n", encoding="utf-8"))
 
 
 def put_back(working: Path, out: Path, state: dict[str, Any]) -> None:
-    """Where a kill struck between moving the old folder away and putting the new one there: give the old one its name back."""
+    """Rename a replaced folder back to ``out``, where a kill has left ``out`` missing before the new folder was put there."""
     old = _replaced(out, state)
     if old is None or old.parent != out.parent or not old.is_dir() or os.path.lexists(out):
         return
@@ -91,7 +92,7 @@ def put_back(working: Path, out: Path, state: dict[str, Any]) -> None:
 
 
 def _replaced(out: Path, state: dict[str, Any]) -> Path | None:
-    """Where the folder was moved that is replaced. Only the name was kept: folders may have moved as a whole."""
+    """Return where the replaced folder was moved. The state has only its name, so that the folder around may be moved."""
     found = state.get("replaced")
     if not isinstance(found, str) or Path(found).name != found:
         return None
@@ -104,7 +105,7 @@ def _make_way(working: Path, out: Path, state: dict[str, Any], allowed: Identity
         return
     inside = working.parent == out
     old = _replaced(out, state)
-    if old is None or not old.is_dir():  # else an earlier call was stopped while it moved what is replaced
+    if old is None or not old.is_dir():  # otherwise an earlier call was stopped while it moved the replaced files
         if allowed is None or identity(out) != allowed:
             raise _filled(working, out)
         old = free_sibling(out / REPLACED_INSIDE, "") if inside else free_sibling(out, ".replaced")
@@ -121,27 +122,30 @@ def _make_way(working: Path, out: Path, state: dict[str, Any], allowed: Identity
 
 
 def _moved_before(path: Path, copy: Path) -> bool:
-    """Whether an earlier call copied it, which is then completed by removing it. A folder is copied over the begun copy."""
+    """Return whether an earlier call has copied ``path``; the file is then removed, which completes its move.
+
+    A folder is copied again, over the begun copy.
+    """
     if not os.path.lexists(copy) or (path.is_dir() and copy.is_dir()):
         return False
     plain = path.is_file() and copy.is_file() and not path.is_symlink() and not copy.is_symlink()
     if plain and hash_file(path) == hash_file(copy):
         path.unlink()
-    return True  # of another content: somebody else's, which stays
+    return True  # a file of other content is somebody else's, and stays
 
 
 def _filled(working: Path, out: Path) -> UsageError:
     return UsageError(
         f"{out} was filled by somebody else meanwhile, and is left as it is; the finished model waits in {working}",
-        hint=f"move {out} away and give the same command again: nothing is done twice",
+        hint=f"move {out} away and run the same command again: nothing is done twice",
     )
 
 
 def _renamed(old: Path, new: Path) -> bool:
-    """Rename a folder, to one that is missing or empty; False where the file system will not.
+    """Rename a folder to a path that is missing or an empty folder; return False where the file system refuses.
 
     Raises:
-        UsageError: the new one is neither.
+        UsageError: ``new`` is neither missing nor empty.
     """
     if new in old.parents:
         return False
@@ -161,7 +165,7 @@ def _renamed(old: Path, new: Path) -> bool:
 
 
 def _move_in(working: Path, out: Path, state: dict[str, Any]) -> None:
-    """File by file. ``state.json`` in both folders says that ``out`` is unfinished until all are there."""
+    """Move the finished folder file by file. ``state.json`` in both folders says that ``out`` is unfinished until all are there."""
     state |= {"moving": True, "moved_from": os.path.relpath(working, out.parent)}
     out.mkdir(exist_ok=True)
     save_state(working, state)
@@ -175,12 +179,12 @@ def _move_in(working: Path, out: Path, state: dict[str, Any]) -> None:
 
 
 def _last(name: str) -> tuple[int, str]:
-    """The order in which files are moved: what makes a folder a model, and ours, comes and goes last."""
+    """Return the sort key by which files are moved: those that make a folder a model, and a result of upcycle, come last."""
     return (_LAST.index(name) + 1 if name in _LAST else 0, name)
 
 
 def moved_from(out: Path, state: dict[str, Any]) -> Path | None:
-    """The folder whose files are, or were, being moved to ``out``."""
+    """Return the folder whose files are, or were, being moved to ``out``."""
     found = state.get("moved_from")
     path = out.parent / found if isinstance(found, str) else None
     return path if path is not None and path.parent in (out, out.parent) and path != out else None
@@ -207,7 +211,7 @@ def _move(old: Path, new: Path) -> None:
 
 
 def _clean(out: Path, state: dict[str, Any], note: Callable[[str], None], extra: set[str]) -> None:
-    """What is left to remove once ``out`` stands."""
+    """Remove what is no longer needed once ``out`` is complete: the working folder, the replaced folder, and ``state.json``."""
     left = moved_from(out, state)
     if (
         left is not None
@@ -218,9 +222,9 @@ def _clean(out: Path, state: dict[str, Any], note: Callable[[str], None], extra:
     old = _replaced(out, state)
     if old is not None and old.is_dir():
         if not state.get("drop"):
-            if found := strangers(old):
+            if found := foreign_files(old):
                 some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-                note(f"what was in {out} is kept in {old}: upcycle did not write all of it ({some})")
+                note(f"the old content of {out} is kept in {old}, as upcycle did not write all of it ({some})")
                 old = None
             else:
                 save_state(out, state := {**state, "drop": True})
@@ -234,7 +238,7 @@ def _clean(out: Path, state: dict[str, Any], note: Callable[[str], None], extra:
 
 @contextmanager
 def _explained(working: Path, out: Path) -> Iterator[None]:
-    """An error of the system while the finished folder is put in place says where it is."""
+    """Turn a system's error while the finished folder is put in place into one that says where that folder is."""
     try:
         yield
     except OSError as error:
@@ -242,5 +246,5 @@ def _explained(working: Path, out: Path) -> Iterator[None]:
         where = working if kind_of(working) == "working" else out
         raise EnvironmentFault(
             f"{out} could not be put in place: {what}; the finished model is in {where}",
-            hint="see to that, then give the same command again: nothing is done twice",
+            hint="remove the cause, then run the same command again: nothing is done twice",
         ) from None

@@ -1,4 +1,4 @@
-"""Temporary folders for what is too large for memory: gone with the command, and where it was killed, with the next one."""
+"""Makes temporary folders for data too large for memory, and removes them, even after a kill: the next command does it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PREFIX = "upcycle-scratch-"
 
 @contextmanager
 def scratch(purpose: str) -> Iterator[Path]:
-    """A folder of this command's own in ``TMPDIR``; it is locked, so that others know that it is in use.
+    """Create a folder in ``TMPDIR`` for the ``with`` block, locked so that other commands know that it is in use.
 
     Raises:
-        EnvironmentFault: there is no room for what is written there.
+        EnvironmentFault: the disk became full while the block wrote to the folder.
     """
     root = Path(tempfile.gettempdir())
     _sweep(root)
@@ -43,12 +43,12 @@ def scratch(purpose: str) -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed commands of this user left: folders with a lock that nobody has."""
+    """Remove folders that killed commands of this user left: those with a lock that no process holds."""
     for folder in root.glob(f"{_PREFIX}*"):
         try:
             ours = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
             if not ours or folder.is_symlink() or not (folder / LOCK).is_file():
-                continue  # without a lock it was made just now
+                continue  # a folder without a lock was created a moment ago
             lock = FolderLock(folder, "in use")
             lock.acquire()
         except (OSError, UpcycleError):

@@ -1,7 +1,7 @@
-"""Where work happens until it is finished: ``OUT.partial`` beside OUT, locked, resumable, and put in OUT's place at the end.
+"""Manages the working folder, ``OUT.partial`` beside OUT: locked, able to continue, and put in OUT's place once finished.
 
-Every verb that writes a folder as a whole does it here. OUT itself appears complete or not at all; what was there before is moved
-away only once its successor is complete, and only if upcycle wrote it.
+Every verb that writes a whole folder uses it. OUT appears complete or not at all; an earlier OUT is moved away only once the new
+one is complete, and only if upcycle wrote it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from upcycle.files.output.ownership import (
 )
 from upcycle.files.output.placing import moved_from, place, put_back, save_state
 
-LAYER_BLUEPRINTS = "layer_blueprints"  # one file per decided layer, until all are joined
-CALIBRATION_FOLDER = "calibration"  # the calibration tokens' states
+LAYER_BLUEPRINTS = "layer_blueprints"  # folder with a file per decided layer, until all are joined
+CALIBRATION_FOLDER = "calibration"  # folder with the hidden states of the calibration tokens
 _TEMPORARY = (TEMPORARY, ".tmp")
 
 
@@ -45,17 +45,17 @@ class Workspace:
     """The working folder of one OUT.
 
     Args:
-        out: where the result goes.
+        out: the output folder.
         fingerprint: identifies the job; unfinished work on the same job is continued.
         overwrite: replace a non-empty OUT, if upcycle wrote it, once the new one is complete.
-        restart: throw unfinished work on another job away.
-        kind: of the work, for messages.
-        disposable: unfinished work of this kind on another job is thrown away without being asked: it is quickly done again.
-        settings: how the result is checked; a result that was finished under others is not taken as it is.
-        note: is told what the user should know.
+        restart: discard unfinished work on another job.
+        kind: the kind of work, for messages.
+        disposable: discard unfinished work of this kind on another job, even without ``restart``, as it is quickly redone.
+        settings: how the result is checked; a result that was finished under other settings is checked again.
+        note: called with each message for the user.
 
     Raises:
-        UsageError: OUT is not empty, or holds another unfinished job, or its working folder is somebody else's.
+        UsageError: OUT is not empty, holds another unfinished job, or its working folder is somebody else's.
         EnvironmentFault: OUT cannot be written.
         UpcycleError: another process is writing OUT.
     """
@@ -89,7 +89,7 @@ class Workspace:
         self.folder = self._found()
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise UsageError(
-                f"{self.folder}, where the work would be done, is a link or a file",
+                f"{self.folder} is needed as working folder, and is a link or a file",
                 hint="move it away, or choose another name for the output",
             )
         try:
@@ -114,7 +114,7 @@ class Workspace:
         return self.out, sibling(self.out, ".failed")
 
     def _found(self) -> Path:
-        """The folder to work in. What a killed command began to put in place is completed first, if it is of another job."""
+        """Return the folder to work in. Another job's result that a killed command began to put in place is completed first."""
         for place_ in self._places():
             state = read_state(place_)
             if state is None or "finished" not in state:
@@ -134,7 +134,7 @@ class Workspace:
             return
         if found["fingerprint"] == self._fingerprint:
             self.resumed, self._state = True, found
-            if found.get("settings") != self._settings:  # it is to be checked in another way
+            if found.get("settings") != self._settings:  # its verification is out of date
                 put_back(self.folder, self.out, found)
                 (self.folder / "verification.json").unlink(missing_ok=True)
                 found.pop("finished", None)
@@ -146,29 +146,30 @@ class Workspace:
                 f"{self.folder} holds an unfinished {found.get('kind')} of another recipe, source or version",
                 hint=f"move {self.folder} away, or choose another folder"
                 if self._disposable
-                else "--restart throws it away and begins anew",
+                else "--restart discards it and begins again",
             )
         self._begin([path for path in self.folder.iterdir() if not is_scrap(path.name)])
 
     def _nothing_else(self) -> list[Path]:
-        """What a working folder holds that was begun and not yet claimed; anything else is somebody's.
+        """Return what a folder holds that was created as a working folder but has no state yet.
 
         Raises:
-            UsageError: there is something else.
+            UsageError: the folder holds something that upcycle did not write.
         """
         present = [path for path in self.folder.iterdir() if path.name not in LOCKS]
         other = [path.name for path in present if not is_scrap(path.name) and path.name != STATE]
-        state = self.folder / STATE  # empty after a power cut on some file systems
+        state = self.folder / STATE  # after a power cut, some file systems leave it empty
         if other or (os.path.lexists(state) and (state.is_symlink() or state.stat().st_size)):
             raise UsageError(
-                f"{self.folder} is in the way: the work would be done there, and upcycle did not make what is in it "
+                f"{self.folder} is needed as working folder, and upcycle did not write what is in it "
                 f"({', '.join(sorted(other)[:3]) or STATE})",
                 hint="move it away, or choose another name for the output",
             )
         return present
 
     def _begin(self, left: list[Path]) -> None:
-        for path in sorted(left, key=lambda path: path.name == STATE):  # what says that all is ours goes last
+        # state.json proves that the rest is upcycle's, so it is removed last.
+        for path in sorted(left, key=lambda path: path.name == STATE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._state = {**MADE_BY, "kind": self._kind, "fingerprint": self._fingerprint, "settings": self._settings}
         save_state(self.folder, self._state)
@@ -180,10 +181,10 @@ class Workspace:
     def publish(self, failed: bool = False) -> Path:
         """Make the finished folder into OUT, or ``OUT.failed`` where verification found it broken.
 
-        A call that fails or is stopped loses nothing: the same job is then :attr:`finished`, and publishes only.
+        Nothing is lost where a call fails or is stopped: the same job is then :attr:`finished`, and only needs this call.
 
         Raises:
-            UsageError: OUT was filled by somebody else meanwhile.
+            UsageError: somebody else has filled OUT meanwhile.
             EnvironmentFault: the disk is full, or the folder cannot be put in place.
         """
         if not self.finished:
@@ -212,16 +213,16 @@ class Workspace:
         begun = (self.folder / name for name in (LAYER_BLUEPRINTS, JOURNAL, MEASURED))
         nothing = "finished" not in self._state and not any(map(_holds_something, begun))
         if isinstance(error, UpcycleError) and nothing and self.folder != self.out:
-            # Nothing to continue: a corrected command needs no --restart.
+            # There is nothing to continue, and a corrected command should not need --restart.
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
 
 def settle(out: Path, note: Callable[[str], None] = _silent) -> None:
-    """Complete what a killed command began to put in the place of ``out``: the work itself was finished.
+    """Put a finished result in the place of ``out``, where a command was killed while it did so.
 
     Raises:
-        UpcycleError: another process is writing it.
+        UpcycleError: another process is writing ``out``.
     """
     out = real_path(out)
     state = read_state(out)
@@ -245,23 +246,23 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
-    """Tell an error of the system in the user's words, once for all verbs.
+    """Turn a system's error in the ``with`` block into one that tells the user what to do.
 
     Raises:
-        EnvironmentFault: the disk is full, a file is too large for it, or it cannot be written.
+        EnvironmentFault: the disk is full or fails, or a file is too large for it.
     """
     try:
         yield
     except OSError as error:
-        if told := _full(out, error):
-            raise told from error
+        if fault := _full(out, error):
+            raise fault from error
         raise
 
 
 def _full(out: Path, error: OSError) -> EnvironmentFault | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentFault(
-            f"the disk is full while writing {out}", hint="free some space, then run the same command again to resume"
+            f"the disk is full while writing {out}", hint="free some space, then run the same command again to continue"
         )
     if error.errno == errno.EFBIG:
         return EnvironmentFault(
@@ -271,7 +272,7 @@ def _full(out: Path, error: OSError) -> EnvironmentFault | None:
     if error.errno in (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOSYS, errno.EINVAL, errno.EBUSY, errno.ENXIO):
         return EnvironmentFault(
             f"the disk fails while writing {out}: {error.strerror}",
-            hint="see to the disk, then run the same command again to resume",
+            hint="check the disk, then run the same command again to continue",
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Collects a report's data, section by section; one that cannot be filled says why."""
+"""Collects a report's data section by section; a section that cannot be filled says why."""
 
 from __future__ import annotations
 
@@ -32,8 +32,16 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure: ``texts`` (all embedded ones by default) with ``tokens`` of each, ``prompts``; ``run`` False reads files
-    alone. ``source`` is the dense parent, where it is not found by the recipe.
+    """Says what a report measures.
+
+    Attributes:
+        texts: UTF-8 files or names of embedded texts; default: all embedded texts.
+        tokens: most tokens to read of each text.
+        prompts: texts that the models continue.
+        source: the dense parent, where the recipe does not lead to it.
+        compare: a file that ``upcycle compare --out`` wrote.
+        training: the folder or log of a training run, where the model is not in it.
+        run: False only reads files and runs no model.
     """
 
     texts: Sequence[str] = ()
@@ -46,13 +54,13 @@ class Wanted:
 
 
 def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Subject, dict[str, Any]]:
-    """Everything a report says about ``name``, as plain data.
+    """Return the model that ``name`` means and, as plain data, everything that a report says about it.
 
     A section that cannot be filled is ``{"missing": reason}``.
 
     Raises:
-        UsageError: there is nothing of that name, a text cannot be read, or the training log is not there.
-        CheckpointError: a comparison was named that is none.
+        UsageError: there is no model of that name, a text cannot be read, or there is no such training log.
+        CheckpointError: the named comparison is missing, or is not one.
     """
     subject = find_subject(name, wanted.training)
     with progress.phase("reading files", len(_READERS)):
@@ -68,7 +76,7 @@ def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Sub
 
 
 def _public(data: dict[str, Any]) -> dict[str, Any]:
-    """The data without the folders of this machine; what models wrote and read stays as it is."""
+    """Return the data without the folders of this machine; what models wrote and read stays as it is."""
     written = data["quality"].get("samples")
     found: dict[str, Any] = without_folders({key: part for key, part in data.items() if key != "routing"})
     if written is not None:
@@ -98,7 +106,7 @@ def _or_reason(data: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]:
-    """Quality, routing and experts: what needs the models."""
+    """Return the sections for which the models must run: quality, routing and experts."""
     why = None
     if subject.config is None:
         why = "the model is not complete"
@@ -108,7 +116,7 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
         from upcycle.text.reading.plain_text import read_text
 
         for text in wanted.texts:
-            read_text(text)  # the user named it: a fault in it is no missing section
+            read_text(text)  # the user named this text, so a fault in it is an error and not a missing section
     if why is None:
         try:
             return _run(subject, wanted, progress)

@@ -1,4 +1,4 @@
-"""What ``upcycle compare --out FILE.json`` found about ways to split the same model."""
+"""Reads what ``upcycle compare --out FILE.json`` found about ways to split the same model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _NEEDED = {"source", "dense", "results"}
 
 
 def comparison_data(subject: Subject, path: Path | None) -> dict[str, Any]:
-    """The results as ``compare`` gives them.
+    """Return the results as ``compare`` wrote them.
 
     Args:
-        subject: beside whose files ``compare.json`` is looked for.
-        path: another file.
+        subject: the model, in whose folder ``compare.json`` is searched.
+        path: the file, if it is another one.
 
     Raises:
-        CheckpointError: the file is not one of these.
+        CheckpointError: there is no such file, or ``compare`` did not write it.
     """
     found = path or subject.folder / COMPARISON_FILE
     if not found.is_file():
         if path:
             raise CheckpointError(f"no such file: {path}", hint="upcycle compare SOURCE --out compare.json")
-        return missing("no comparison of methods (upcycle compare SOURCE --out compare.json, then --compare FILE)")
+        return missing("no comparison was made (upcycle compare SOURCE --out compare.json, then --compare FILE)")
     content = read_json(found)
     if not isinstance(content, dict) or not content.keys() >= _NEEDED:
         raise CheckpointError(f"{found} is not a comparison", hint="upcycle compare SOURCE --out compare.json")

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes, dense beside MoE."""
+"""Counts parameters, FLOPs and bytes of the model and of its dense parent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ QUANTITIES = ("parameters", "active_parameters", "flops_per_token", "bytes")
 
 
 def cost_data(subject: Subject) -> dict[str, Any]:
-    """``before`` and ``after`` map :data:`QUANTITIES` to numbers; ``before`` is None where no dense parent is recorded;
-    ``names`` say what the two are called.
+    """Return ``before`` and ``after``, which map :data:`QUANTITIES` to numbers, and ``names``, what the two are called.
 
-    ``bytes`` after are those of the weight files as they are now, which the blueprint is none of. FLOPs are two per active
-    parameter outside the embedding, attention scores left out.
+    ``before`` is None where no dense parent is recorded. ``bytes`` after the conversion are those of the weight files as they
+    are now, without the blueprint. FLOPs are two per active parameter outside the embedding; attention scores are not counted.
 
     Raises:
         CheckpointError: the folder is damaged.

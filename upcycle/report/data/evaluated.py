@@ -1,4 +1,4 @@
-"""What ``upcycle evaluate`` measured and kept beside the model: scores on tasks, speed and memory."""
+"""Reads what ``upcycle evaluate`` measured and kept beside the model: scores on tasks, speed and memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from upcycle.report.data.subject import Subject, missing
 
 
 def tasks_data(subject: Subject) -> dict[str, Any]:
-    """What ``evaluation.json`` says of tasks: ``harness``, ``reference``, ``limit`` and ``scores``.
+    """Return the tasks in ``evaluation.json``: ``harness``, ``reference``, ``limit`` and ``scores``.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -18,7 +18,7 @@ def tasks_data(subject: Subject) -> dict[str, Any]:
 
 
 def speed_data(subject: Subject) -> dict[str, Any]:
-    """What ``evaluation.json`` says of speed and memory, as :class:`upcycle.evaluation.speed.Speed` holds it.
+    """Return speed and memory in ``evaluation.json``, as :class:`upcycle.evaluation.speed.Speed` holds them.
 
     Raises:
         CheckpointError: the file is damaged.

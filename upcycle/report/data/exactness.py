@@ -1,4 +1,4 @@
-"""How equal the model was to its parent when it was converted, layer by layer."""
+"""Reads how equal the model was to its parent when it was converted, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from upcycle.report.data.subject import Subject, missing
 
 
 def exactness_data(subject: Subject) -> dict[str, Any]:
-    """The ``verification`` that was written at the conversion, and the ``calibration`` measurements of every layer.
+    """Return the ``verification`` that the conversion wrote, and the ``calibration`` measurements of every layer.
 
     Raises:
         CheckpointError: a file is damaged.
     """
     if not subject.ours:
-        return missing("only what upcycle converted has a record of its verification")
+        return missing("only models that upcycle converted have a record of their verification")
     path, blueprint = subject.folder / records.VERIFICATION_FILE, subject.folder / records.BLUEPRINT_FILE
     if not path.is_file():
         return missing(f"the model was not verified when it was converted (upcycle verify {subject.name} does it now)")

@@ -1,4 +1,4 @@
-"""How alike the experts are to the dense FFN and to each other, in what they compute on real inputs."""
+"""Measures how similar experts' outputs on real inputs are to those of the dense FFN and to each other."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.nn.functional import linear, normalize
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.models import Models
 from upcycle.report.data.routing import MOST_SHOWN, rounded, spread
-from upcycle.report.data.run_models import Measured
+from upcycle.report.data.run_models import Measurements
 
 _MOST_ELEMENTS = 1 << 25
 
 
-def experts_data(models: Models, measured: Measured, progress: Progress = SILENT) -> dict[str, Any]:
-    """Mean cosine of the outputs over a sample of each block's own inputs: every expert is given every token.
+def experts_data(models: Models, measured: Measurements, progress: Progress = SILENT) -> dict[str, Any]:
+    """Compute mean cosines of experts' outputs over a sample of each block's inputs, where every expert reads every token.
 
     Returns:
-        ``layers``: ``to_dense`` (per expert, None without a dense parent) and the mean ``to_each_other`` of different
-        experts; ``shown``: the matrix ``cosine`` of at most four layers.
+        ``tokens`` in a sample; ``layers``, each with ``to_dense`` (a cosine per expert, None without a dense parent) and the
+        mean ``to_each_other`` of different experts; ``shown``, with the matrix ``cosine`` of at most four layers.
     """
     shown = set(spread(sorted(measured.inputs), MOST_SHOWN))
     layers, matrices, sample = [], [], 0
@@ -50,7 +50,7 @@ def experts_data(models: Models, measured: Measured, progress: Progress = SILENT
 
 
 def expert_outputs(experts: Any, x: torch.Tensor) -> torch.Tensor:
-    """Unit vectors ``[E, S, d]``: what each routed expert makes of every input ``[S, d]``; zero stays zero."""
+    """Return each routed expert's output on every input ``[S, d]`` as unit vectors ``[E, S, d]``; zero stays zero."""
     outputs = []
     with torch.no_grad():
         for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
@@ -60,7 +60,7 @@ def expert_outputs(experts: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def mean_cosine(units: torch.Tensor) -> torch.Tensor:
-    """``[E, E]``: cosines of unit vectors ``[E, S, d]``, averaged over S."""
+    """Return the cosines of unit vectors ``[E, S, d]``, averaged over S, as ``[E, E]``."""
     flat = units.flatten(1)
     return flat @ flat.T / units.shape[1]
 

@@ -1,4 +1,4 @@
-"""What was done: the recipe, the method with its paper, and the layers that came of it."""
+"""Reads what was done: the recipe, the method with its paper, and the layers that resulted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.report.data.subject import Subject, missing
 
 
 def made_data(subject: Subject) -> dict[str, Any]:
-    """Recipe, method, router, calibration, warnings of the plan, and ``layers`` as :func:`layer_structure` gives them."""
+    """Return recipe, method, router, calibration and the plan's warnings, with ``layers`` as :func:`layer_structure` gives them."""
     if subject.config is None:
         return _unfinished(subject)
     layers = layer_structure(subject)

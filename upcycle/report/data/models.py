@@ -1,4 +1,4 @@
-"""The model and its dense parent in memory, in fp32, as stock transformers run them."""
+"""Loads the model and its dense parent into memory, in fp32, with stock transformers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from upcycle.verification.verify import reopen
 
 @dataclass(frozen=True)
 class Models:
-    """``reference`` is the dense parent (of a growth step: its source), ``block`` the name of the FFN in its layers.
+    """Holds the model and its reference.
 
-    ``no_reference`` says why there is none.
+    Attributes:
+        model: the model that the report is about.
+        reference: its dense parent, or the source of a growth step; None where there is none.
+        block: the name of the FFN in the reference's layers.
+        no_reference: why there is no reference.
     """
 
     model: StockModel
@@ -29,10 +33,10 @@ class Models:
 
 
 def load_models(subject: Subject, source: str | None) -> Models:
-    """Load the model, and its parent where it is found and fits beside it.
+    """Load the model, and its dense parent if it is found and fits into memory beside it.
 
     Raises:
-        EnvironmentFault: the model does not fit in memory.
+        EnvironmentFault: the model does not fit into memory.
         UpcycleError: transformers cannot load it.
     """
     needed = 4 * sum(spec.elements for spec in subject.specs.values())
@@ -64,6 +68,6 @@ def _reference(subject: Subject, source: str | None) -> tuple[StockModel, str | 
 def _check_fits(needed: int, name: str) -> None:
     if needed > 0.9 * available_memory():
         raise EnvironmentFault(
-            f"{name} needs about {needed / 1e9:.0f} GB in fp32, and {available_memory() / 1e9:.0f} GB are available",
-            hint="report on a machine with more memory, or give --no-run",
+            f"{name} needs about {needed / 1e9:.0f} GB in fp32, but {available_memory() / 1e9:.0f} GB are available",
+            hint="use a machine with more memory, or --no-run",
         )

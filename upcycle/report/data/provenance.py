@@ -1,4 +1,4 @@
-"""Provenance: versions, seed, source, and whether the files are still those that were written."""
+"""Reads where a model comes from: versions, seed and source, and whether its files are still those that were written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from upcycle.report.data.subject import Subject, missing
 
 
 def provenance_data(subject: Subject) -> dict[str, Any]:
-    """``versions`` that made the model, ``source``, ``command``, ``seed``, ``files`` with their SHA-256, and ``changed``: what is
-    wrong with the files now, or None; of a trained model also how far it was ``trained``.
+    """Return ``versions`` that made the model, ``source``, ``command``, ``seed``, and ``files`` with their SHA-256.
+
+    ``changed`` says what is wrong with the files now, or is None; ``trained`` says how far a trained model was trained.
     """
     record = subject.record
     if record is None:
-        return missing("there is no upcycle.json: where this model comes from is not recorded")
+        return missing("there is no upcycle.json, which would say where this model comes from")
     try:
         records.check_files(subject.folder, dict(record))
         changed = None

@@ -1,4 +1,4 @@
-"""What the routers chose, as numbers. T tokens, E experts, K top-k, D domains."""
+"""Summarises the routers' choices in numbers. T tokens, E experts, K top-k, D domains."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _TOP_TOKENS = 6
 
 @dataclass(frozen=True)
 class Choices:
-    """``experts`` maps a layer to the chosen ones, ints ``[T, K]``; ``counts`` to how many there are.
+    """Holds the routers' choices on all texts.
 
-    ``tokens`` ``[T]`` are the token ids, ``domains`` ``[T]`` indices into ``names``.
+    Attributes:
+        experts: layer -> the chosen experts, int ``[T, K]``.
+        counts: layer -> its number of experts.
+        tokens: the token ids ``[T]``.
+        domains: for each token, the index of its text in ``names``, ``[T]``.
+        names: the texts.
     """
 
     experts: Mapping[int, torch.Tensor]
@@ -27,21 +32,21 @@ class Choices:
     names: Sequence[str]
 
     def chosen(self, layer: int) -> torch.Tensor:
-        """Fp32 ``[T, E]``: 1 where an expert was chosen."""
+        """Return fp32 ``[T, E]``, 1 where an expert was chosen and 0 elsewhere."""
         picks = self.experts[layer].long()
         return torch.zeros(len(picks), self.counts[layer]).scatter_(1, picks, 1.0)
 
 
 def routing_data(choices: Choices, rows: Mapping[int, torch.Tensor], decode: Callable[[int], str]) -> dict[str, Any]:
-    """Load, balance and specialisation of every layer, and matrices of at most four layers, evenly spaced.
+    """Compute load, balance and specialisation of every layer, and matrices of at most four layers, evenly spaced.
 
     Args:
-        choices: what was measured.
+        choices: the routers' choices.
         rows: layer -> the router's rows ``[E, d]``.
-        decode: a token's text.
+        decode: returns the text of a token id.
 
     Returns:
-        ``tokens``, ``domains``, ``layers`` (one entry a layer) and ``shown`` (the matrices).
+        ``tokens``, ``domains``, ``layers`` (one entry per layer) and ``shown`` (the matrices).
     """
     layers = sorted(choices.experts)
     return {
@@ -53,15 +58,18 @@ def routing_data(choices: Choices, rows: Mapping[int, torch.Tensor], decode: Cal
 
 
 def spread(items: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the items, evenly spaced, the first and the last among them."""
+    """Return at most ``most`` of the items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _layer(choices: Choices, layer: int, rows: torch.Tensor) -> dict[str, Any]:
-    """``load`` is relative to the ideal, ``max_violation`` its maximum - 1 (arXiv 2408.15664, eq. 4), ``entropy`` that of the
-    loads over ``log E``, ``specialisation`` the Jensen-Shannon divergence of the domains' loads over its largest value.
+    """Return the numbers of one layer.
+
+    ``load`` is relative to an even load, and ``max_violation`` its maximum minus 1 (arXiv 2408.15664, eq. 4). ``entropy`` is that
+    of the loads, divided by ``log E``. ``specialisation`` is the Jensen-Shannon divergence of the domains' loads, divided by its
+    largest possible value.
     """
     picks, experts = choices.experts[layer], choices.counts[layer]
     counts = torch.bincount(picks.flatten().long(), minlength=experts)
@@ -84,7 +92,7 @@ def _layer(choices: Choices, layer: int, rows: torch.Tensor) -> dict[str, Any]:
 
 
 def row_cosine(rows: torch.Tensor) -> torch.Tensor:
-    """Cosines ``[E, E]`` of router rows in fp64; a row of zeros has 0 with all others."""
+    """Return the cosines ``[E, E]`` of router rows ``[E, d]`` in fp64; a row of zeros has 0 with all others."""
     wide = rows.detach().double()
     units = wide / wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     cosine: torch.Tensor = units @ units.T
@@ -93,7 +101,7 @@ def row_cosine(rows: torch.Tensor) -> torch.Tensor:
 
 
 def domain_loads(choices: Choices, layer: int) -> torch.Tensor:
-    """Fp64 ``[D, E]``: what share of a domain's choices each expert has; rows sum to 1."""
+    """Return each expert's share of each domain's choices, fp64 ``[D, E]``; rows sum to 1."""
     experts, count = choices.counts[layer], len(choices.names)
     picks = choices.experts[layer].long()
     keys = (choices.domains[:, None] * experts + picks).flatten()
@@ -122,11 +130,11 @@ def _matrices(choices: Choices, layer: int, rows: torch.Tensor, decode: Callable
 
 
 def coselection(choices: Choices, layer: int) -> list[list[float | None]] | None:
-    """``[E, E]``: how often two experts were chosen together, over what their loads alone would give; None on the diagonal and
-    for dead experts.
+    """Return how often two experts were chosen together, relative to what their loads alone would give, as ``[E, E]``.
 
-    With ``n_i`` tokens of ``T`` at expert ``i``, pairs that only follow the loads meet ``n_i n_j / T`` times, less a factor
-    ``E (K - 1) / (K (E - 1))`` as a token has K different experts. None altogether where that says nothing: K is 1 or E.
+    With ``n_i`` of ``T`` tokens at expert ``i``, independent choices would meet ``n_i n_j / T`` times, times the factor
+    ``E (K - 1) / (K (E - 1))`` because a token's K experts are different. Entries on the diagonal and of dead experts are None.
+    None is returned where K is 1 or E and the numbers would say nothing.
     """
     experts, top_k = choices.counts[layer], choices.experts[layer].shape[1]
     if top_k in (1, experts):
@@ -141,7 +149,7 @@ def coselection(choices: Choices, layer: int) -> list[list[float | None]] | None
 
 
 def top_tokens(choices: Choices, layer: int, decode: Callable[[int], str]) -> list[list[dict[str, Any]]]:
-    """For every expert the tokens that came more often than its load predicts: ``count - n_e n_t / T`` is ``excess``."""
+    """Return, for every expert, the tokens that it got more often than its load predicts; ``excess`` is ``count - n_e n_t / T``."""
     experts, picks = choices.counts[layer], choices.experts[layer].long()
     tokens, ids = choices.tokens.unique(return_inverse=True)
     total = torch.bincount(ids, minlength=len(tokens)).double()
@@ -151,8 +159,8 @@ def top_tokens(choices: Choices, layer: int, decode: Callable[[int], str]) -> li
     excess = counts.double() - loads[owner] * total[place] / len(ids)
     found: list[list[dict[str, Any]]] = []
     for expert in range(experts):
-        mine = torch.nonzero(owner == expert).flatten()
-        best = mine[excess[mine].argsort(descending=True, stable=True)[:_TOP_TOKENS]]
+        here = torch.nonzero(owner == expert).flatten()
+        best = here[excess[here].argsort(descending=True, stable=True)[:_TOP_TOKENS]]
         found.append(
             [
                 {
@@ -169,7 +177,7 @@ def top_tokens(choices: Choices, layer: int, decode: Callable[[int], str]) -> li
 
 
 def rounded(values: torch.Tensor) -> list[Any]:
-    """Nested lists with four decimals; what is not finite becomes None, as JSON has no word for it."""
+    """Return nested lists of numbers with four decimals; None stands for numbers that are not finite, which JSON lacks."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, list):

@@ -1,4 +1,4 @@
-"""Runs the model and its parent once over all texts, and keeps what the sections are made of."""
+"""Runs the model and its parent once over all texts, and keeps the measurements that the sections need."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ SAMPLE_TOKENS = 256
 
 
 @dataclass
-class Measured:
-    """``totals`` per domain: against the parent, or where there is none against the model itself. ``inputs`` are a sample of
-    what each MoE block read, ``[S, d]``. ``choices`` is None where nothing is routed, for the reason in ``no_routing``.
+class Measurements:
+    """Holds what was measured in one run of both models.
+
+    Attributes:
+        totals: domain -> its totals, compared with the parent or, where there is none, with the model itself.
+        layers: the MoE layers.
+        choices: the routers' choices; None where there are none.
+        no_routing: why there are none.
+        inputs: layer -> a sample of the inputs of its MoE block, ``[S, d]``.
     """
 
     totals: dict[str, Totals]
@@ -37,8 +43,8 @@ class Measured:
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def measure(models: Models, domains: Sequence[Domain], progress: Progress = SILENT) -> Measured:
-    """Read every window with both models."""
+def measure(models: Models, domains: Sequence[Domain], progress: Progress = SILENT) -> Measurements:
+    """Run both models on every window of every domain."""
     model = models.model.model
     try:
         layers, why = moe_layers(model), unread(model)
@@ -74,7 +80,7 @@ def measure(models: Models, domains: Sequence[Domain], progress: Progress = SILE
             domains=torch.cat([torch.full((d.windows.numel(),), i) for i, d in enumerate(domains)]),
             names=[domain.name for domain in domains],
         )
-    return Measured(totals, layers, choices, why, {index: torch.cat(parts) for index, parts in inputs.items()})
+    return Measurements(totals, layers, choices, why, {index: torch.cat(parts) for index, parts in inputs.items()})
 
 
 def _windows_per_batch(windows: torch.Tensor, model: Any) -> int:
@@ -83,7 +89,7 @@ def _windows_per_batch(windows: torch.Tensor, model: Any) -> int:
 
 @contextmanager
 def _sampled(layers: Sequence[MoeLayer], inputs: dict[int, list[torch.Tensor]], wanted: int) -> Iterator[None]:
-    """Keep ``wanted`` evenly spaced inputs of every MoE block."""
+    """Add ``wanted`` evenly spaced inputs of every MoE block to ``inputs`` while the ``with`` block runs."""
 
     def keep(index: int, x: torch.Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1])
@@ -101,7 +107,7 @@ def _sampled(layers: Sequence[MoeLayer], inputs: dict[int, list[torch.Tensor]], 
 
 
 def write_samples(models: Models, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Greedy text of both models for each prompt; ``same`` says whether they agree, None where there is one alone."""
+    """Return both models' greedy continuations of each prompt; ``same`` says whether they agree, None without a parent."""
     samples = []
     for prompt in prompts:
         text = continuation(models.model.model, tokenizer, prompt)

@@ -1,4 +1,4 @@
-"""Which layers are dense, and how many shared and routed experts the others have."""
+"""Tells which layers are dense, and how many shared and routed experts the other layers have."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _EXPERT_DOWN = re.compile(r".+experts(\.\d+)?\.(down_proj|w2)(\.weight)?|.+block
 
 
 def layer_structure(subject: Subject) -> list[dict[str, Any]]:
-    """One entry per layer: ``kind`` dense or moe, ``shared`` and ``routed`` experts, ``top_k``, ``neurons`` of one expert.
+    """Return an entry per layer: ``kind`` (dense or moe), ``shared`` and ``routed`` experts, ``top_k``, ``neurons`` of an expert.
 
-    ``shared`` is what the conversion made; of a model from elsewhere the shared experts count as one of ``shared_neurons``.
+    For a model that upcycle did not convert, all shared experts count as one, with ``shared_neurons``.
 
     Raises:
         CheckpointError: the folder is damaged.

@@ -1,4 +1,4 @@
-"""What a report is about: a finished conversion, one that failed or was stopped, a training run, or anybody's model."""
+"""Finds what a report is about: a finished, failed or stopped conversion, a training run, or a model from elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ State = Literal["finished", "failed", "unfinished"]
 
 @dataclass(frozen=True)
 class Subject:
-    """``name`` is what the user said, ``folder`` where its files are; ``record`` is ``upcycle.json`` where this tool wrote it."""
+    """Holds what a report is about.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: where its files are.
+        state: whether the conversion is finished, failed or unfinished.
+        record: the content of ``upcycle.json``; None where upcycle did not write the model.
+        config: the content of ``config.json``; None where it is unfinished.
+        log: the log of its training run.
+    """
 
     name: str
     folder: Path
@@ -36,12 +45,12 @@ class Subject:
 
     @property
     def ours(self) -> bool:
-        """Whether this tool wrote it."""
+        """Whether upcycle wrote the model."""
         return self.record is not None
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors' shapes.
+        """Shape and dtype of every tensor, by name.
 
         Raises:
             CheckpointError: the folder is damaged or holds no safetensors.
@@ -50,7 +59,7 @@ class Subject:
 
     @cached_property
     def moe(self) -> MoeModel | None:
-        """The configuration as that of a MoE; None where it is dense or its architecture is not known here.
+        """The configuration as that of a MoE; None where the model is dense, or upcycle does not know its architecture.
 
         Raises:
             CheckpointError: the folder is damaged.
@@ -61,14 +70,14 @@ class Subject:
 
     @property
     def sides(self) -> tuple[str, str]:
-        """What the parent and the model are called beside each other."""
+        """What the parent and the model are called where they are compared."""
         if self.record and self.record["plan"]["kind"] == "growth":
             return "before", "after"
         return ("dense", "MoE") if self.moe_layers else ("parent", "model")
 
     @property
     def moe_layers(self) -> list[int]:
-        """Layers with a router, ascending."""
+        """The numbers of the layers with a router, ascending."""
         return self.moe.moe_layers if self.moe else []
 
 
@@ -77,7 +86,7 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
 
     Args:
         name: as on the command line.
-        training: a training run's folder or log, where it does not lie around the model.
+        training: a training run's folder or log, where the model is not in it.
 
     Raises:
         UsageError: there is nothing of that name, or it holds no model.
@@ -86,17 +95,20 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
     candidates = [given, sibling(given.absolute(), ".failed"), working_folder(real_path(given))]
     folder = next((path for path in candidates if path.is_dir()), None) or locate(name).path
     if not folder.is_dir():
-        raise UsageError(f"{name} is a file; a report is about a folder", hint="convert it first, then report on OUT")
+        raise UsageError(
+            f"{name} is a file, but a report is about a folder", hint="convert it first, then report on OUT"
+        )
     log = _log(folder, training)
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
-        folder = folder / "model"  # a training run, exported
+        folder = folder / "model"  # the folder of a training run, which has exported its model
     if not (folder / "config.json").exists():
         if log or folder.name.endswith(".partial"):
             return Subject(name, folder, "unfinished", log=log)
         raise UsageError(
-            f"{folder} holds no config.json", hint="name what upcycle convert or train wrote, or another model's folder"
+            f"{folder} holds no config.json",
+            hint="name a folder that upcycle convert or train wrote, or another model's folder",
         )
-    record = records.read(folder) if (folder / records.FILE).is_file() else None
+    record = records.read_record(folder) if (folder / records.FILE).is_file() else None
     state: State = "failed" if folder.name.endswith(".failed") else "finished"
     if folder.name.endswith(".partial"):
         state = "unfinished"
@@ -116,10 +128,10 @@ def _log(folder: Path, training: Path | None) -> Path | None:
 
 
 def missing(reason: str) -> dict[str, Any]:
-    """What stands in place of a section that cannot be filled."""
+    """Return what stands in the data in place of a section that cannot be filled."""
     return {"missing": reason}
 
 
 def reason_of(error: UpcycleError) -> str:
-    """Message and hint of a failure as one sentence."""
+    """Return message and hint of a failure as one sentence."""
     return f"{error.message} ({error.hint})" if error.hint else error.message

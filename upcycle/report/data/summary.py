@@ -1,4 +1,4 @@
-"""The verdict, and what a reader must know before all else."""
+"""Sums up a report: the verdict, and the findings that a reader should see first."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, Literal
 from upcycle.report.data.subject import Subject
 
 Level = Literal["good", "caution", "bad"]
-_SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, was lost
-_OVERLOAD = 1.0  # MaxVio at which an expert has twice its share
-_ALIKE = 0.9  # cosine of two router rows from which on they choose together: 26 degrees apart
+_SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, is lost
+_OVERLOAD = 1.0  # MaxVio at which an expert gets twice its share
+_ALIKE = 0.9  # cosine (26 degrees) from which on two router rows nearly always choose together
 
 
 def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """``verdict`` is that of the verification (or ``unverified``, ``unfinished``); ``findings`` have a ``level``
-    and a ``text``, the worst first.
+    """Return the ``verdict`` of the verification (or ``unverified``, ``unfinished``), its ``explanation``, and ``findings``.
+
+    Each finding has a ``level`` and a ``text``; the worst come first.
     """
     verification = sections["exactness"].get("verification")
     verdict = verification["verdict"] if verification else "unverified"
@@ -45,7 +46,7 @@ def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any
 
 def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any, say: Any) -> None:
     if subject.state == "failed":
-        say("bad", "the conversion broke its promise and was set aside: do not use or publish it")
+        say("bad", "the conversion did not keep its promise and was set aside: do not use or publish it")
     if subject.state == "unfinished":
         say(
             "bad",
@@ -55,16 +56,14 @@ def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any,
         )
     trained = sections["provenance"].get("trained")
     if verification and trained:
-        say(
-            "caution", f"verified when it was converted; trained since for {trained['step']:,} steps, so it has changed"
-        )
+        say("caution", f"verified when it was converted, but changed since by {trained['step']:,} steps of training")
     elif verification:
         level: Level = {"exact": "good", "approximate": "caution"}.get(verification["verdict"], "bad")  # type: ignore[assignment]
         say(level, f"{verification['verdict']}: {verification['explanation']}")
     elif subject.ours and subject.state == "finished":
-        say("caution", "not verified: nothing says yet how equal it is to its dense parent")
+        say("caution", "not verified: how equal it is to its dense parent is not known yet")
     elif not subject.ours:
-        say("caution", "not written by upcycle: nothing is known of how it was made")
+        say("caution", "not written by upcycle: how it was made is not known")
     provenance = sections["provenance"]
     if provenance.get("changed"):
         say("bad", f"files have changed since they were written: {provenance['changed']}")
@@ -74,7 +73,7 @@ def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any,
 
 def _say_quality(quality: Mapping[str, Any], say: Any) -> None:
     if broken := [domain["text"] for domain in quality.get("domains", ()) if domain["perplexity"] is None]:
-        say("bad", f"what the model computes is not finite ({', '.join(broken)}): do not use it")
+        say("bad", f"the model's output is not finite on {', '.join(broken)}: do not use it")
     ratio = quality.get("ratio")
     if ratio is None:
         return
@@ -114,6 +113,6 @@ def _say_routing(routing: Mapping[str, Any], say: Any) -> None:
 
 
 def _closest(layer: Mapping[str, Any]) -> float:
-    """The greatest cosine of two router rows; 0 where that is no number."""
+    """Return the largest cosine of two router rows; 0 where it is not finite."""
     found = (layer["router_closest"] or {}).get("cosine")
     return found if found is not None and math.isfinite(found) else 0.0

@@ -1,4 +1,4 @@
-"""What the models are measured on: windows of token ids, one domain after another."""
+"""Reads the texts that the models are measured on, as windows of token ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Domain:
-    """One text: token ids ``[N, W]``, and what has to be said of it: which part it is, how much of it was calibrated on."""
+    """One text: token ids ``[N, W]``, and a remark on which part of it they are and how much of it was calibrated on."""
 
     name: str
     windows: torch.Tensor
@@ -28,12 +28,12 @@ class Domain:
 
 
 def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[Any, list[Domain]]:
-    """The tokenizer and every text's windows.
+    """Return the tokenizer and every text's windows.
 
     Args:
-        subject: the model; of texts it was calibrated on, only what was held out is taken.
-        texts: UTF-8 files or names of embedded texts, all of those by default.
-        tokens: at most as many of each.
+        subject: the model; from texts that it was calibrated on, only the held-out part is used.
+        texts: UTF-8 files or names of embedded texts; default: all embedded texts.
+        tokens: most tokens to read of each.
 
     Raises:
         UsageError: a text is missing, empty or too short.

@@ -1,4 +1,4 @@
-"""Training curves from the log that ``upcycle train`` writes: one JSON object a line, of kind step, validation or alarm."""
+"""Reads training curves from the log of ``upcycle train``: a JSON object per line, of kind step, validation or alarm."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _CURVES = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "dropp
 
 
 def training_data(subject: Subject) -> dict[str, Any]:
-    """``curves`` maps a name to ``steps`` and ``values``; long ones are means over at most 400 stretches of equal length.
+    """Return training curves, the validation, and alarms.
 
-    Beside what the log calls them there are ``max_violation`` (the worst layer's largest load over the mean, minus 1) and
-    ``dead_experts`` (of all layers together). ``validation`` maps a text to steps and nats per token.
+    ``curves`` maps a name to ``steps`` and ``values``, which for long runs are means over at most 400 stretches of equal length.
+    The names are the log's, and ``max_violation`` (the worst layer's largest load over the mean, minus 1) and ``dead_experts``
+    (of all layers together). ``validation`` maps a text to steps and nats per token.
     """
     if subject.log is None:
-        return missing("no training log beside the model: it was not trained here (--training FOLDER names a run)")
+        return missing("there is no training log beside the model (name a run with --training FOLDER)")
     lines = _read(subject.log)
     steps = [line for line in lines if line.get("kind", "step") == "step" and "loss" in line]
     if not steps:
@@ -46,7 +47,7 @@ def training_data(subject: Subject) -> dict[str, Any]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Complete lines; one that a kill cut off ends the log."""
+    """Return the complete lines of a log, without one that a kill has cut off."""
     lines = read_lines(path)
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 

@@ -1,4 +1,4 @@
-"""Horizontal bars, each with its number written beside it."""
+"""Draws horizontal bars, each with its number beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars from zero on one scale. ``unit`` is the axis' label."""
+    """Bars that begin at zero and share one scale; ``unit`` is the label of the axis."""
 
     title: str
     reading: str

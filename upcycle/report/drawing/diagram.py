@@ -1,4 +1,4 @@
-"""How the layers are built: blocks as wide as their neurons, shared and routed experts apart."""
+"""Draws how the layers are built, as blocks whose widths are their numbers of neurons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WIDTH = 1000.0
 
 
 def layers_diagram(layers: Sequence[Mapping[str, Any]]) -> Markup:
-    """A figure with one row for each stretch of layers that are built alike."""
+    """Return a figure with a row for each stretch of layers that are built alike."""
     groups = [list(group) for _, group in groupby(layers, key=_shape)]
     widest = max(_neurons(layer) for layer in layers) or 1
     rows, words = [], []
@@ -29,8 +29,8 @@ def layers_diagram(layers: Sequence[Mapping[str, Any]]) -> Markup:
             ).format(name, _blocks(group[0], _WIDTH / widest), text)
         )
     return Markup(
-        '<figure class="plot wide"><figcaption><strong>How the layers are built.</strong> A block is as wide as it has '
-        "neurons; grey and orange ones run for every token, of the blue ones the router chooses.</figcaption>"
+        '<figure class="plot wide"><figcaption><strong>How the layers are built.</strong> The width of a block is its '
+        "number of neurons. Grey and orange blocks run for every token; the router chooses among the blue ones.</figcaption>"
         '<div class="diagram area" role="img" aria-label="{}">{}</div><div class="xlabel">neurons of the FFN</div>'
         '<div class="legend"><span><i class="block dense"></i>dense</span><span><i class="block shared"></i>shared expert'
         '</span><span><i class="block routed"></i>routed expert</span></div></figure>'
@@ -61,7 +61,7 @@ def _blocks(layer: Mapping[str, Any], per_neuron: float) -> Markup:
         ("shared", layer["shared"], layer["shared_neurons"]),
         ("routed", layer["routed"], layer["routed"] * layer["neurons"]),
     ):
-        # Many experts would be lines without a block: they are drawn as groups.
+        # More blocks would be too narrow to see, so many experts are drawn as groups.
         blocks = min(count, _MOST_BLOCKS)
         for _ in range(blocks):
             width = neurons * per_neuron / blocks

@@ -1,6 +1,6 @@
-"""A plot's frame: a title that says what to see, axes with labels, and the same in words.
+"""Draws a plot's frame: a title that says what to look for, axes with labels, and a description in words.
 
-Everything but the marks is HTML, so that text keeps its size from a phone to a wide screen, and takes the page's colours.
+Everything except the marks is HTML, so that text keeps its size on narrow and wide screens and takes the page's colours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NOTHING = Markup()
 
 @dataclass(frozen=True)
 class Axis:
-    """``ticks`` are pairs of a place from 0 (left, bottom) to 1 and what stands there."""
+    """An axis; each tick is a place from 0 (left or bottom) to 1, and its text."""
 
     label: str
     ticks: Sequence[tuple[float, str]]
@@ -24,9 +24,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plot:
-    """``area`` holds the marks; ``reading`` says what they show, for everybody and as the text alternative.
+    """A plot in its frame.
 
-    ``height`` is CSS. ``wide`` plots take a whole row of the page.
+    Attributes:
+        title: what to look for.
+        reading: what the marks show, below the title and in the text alternative.
+        area: the marks.
+        x: the horizontal axis.
+        y: the vertical axis.
+        height: the area's height in CSS.
+        wide: whether the plot takes a whole row of the page.
+        legend: below the plot.
+        square: whether the area is a square.
     """
 
     title: str
@@ -69,7 +78,7 @@ def _ticks(axis: Axis, side: str) -> Markup:
 
 
 def cell_ticks(names: Sequence[str], most: int, downwards: bool = False) -> list[tuple[float, str]]:
-    """Ticks in the middle of evenly wide cells, at most about ``most`` of them."""
+    """Return ticks in the middle of cells of equal width, about ``most`` at most; ``downwards`` begins at the top."""
     count = len(names)
     step = max(1, math.ceil(count / most))
     ticks = [((i + 0.5) / count, names[i]) for i in range(0, count, step)]
@@ -77,9 +86,10 @@ def cell_ticks(names: Sequence[str], most: int, downwards: bool = False) -> list
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``, a step of 1, 2 or 5 times a power of ten apart.
+    """Return round numbers from at most ``low`` to at least ``high``, in steps of 1, 2 or 5 times a power of ten.
 
-    Around a single value there is a tenth of it; what is always 0, as dead experts had better be, lies on the floor.
+    Where ``low`` equals ``high``, the range is a tenth of it to both sides; for 0 it is 0 to 1, so that a curve that is always 0
+    lies at the bottom.
     """
     if high <= low:
         low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
@@ -91,14 +101,14 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's number, short."""
+    """Return a number as a short text for a tick."""
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.6g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def names_legend(names: Sequence[str]) -> Markup:
-    """The series' names beside their strokes."""
+    """Return a legend with each series' name beside its stroke; empty for a single series."""
     if len(names) < 2:
         return Markup("")
     template = Markup(

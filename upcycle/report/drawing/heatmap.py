@@ -1,4 +1,4 @@
-"""Heatmaps on one colour scale, as small images that are drawn large."""
+"""Draws heatmaps on one colour scale, as small images that are stretched."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def heatmap(
     ends: tuple[str, str] | None = None,
     wide: bool = False,
 ) -> Plot:
-    """A matrix with its first row on top.
+    """Return a heatmap of a matrix, with its first row on top.
 
     Args:
-        matrix: numbers; None where there is none.
-        title: what to see.
-        reading: what is to be seen in this one.
-        rows: the vertical axis' label and the rows' names.
-        columns: the same of the columns.
-        scale: the numbers of the first and the last colour; between them it is the same in every report.
+        matrix: numbers, or None for cells without one.
+        title: what to look for.
+        reading: what this heatmap shows.
+        rows: label of the vertical axis, and the rows' names.
+        columns: label of the horizontal axis, and the columns' names.
+        scale: the numbers that the first and the last colour stand for; fixed, so that reports can be compared.
         unit: what the colours mean.
-        ends: how the scale's ends are labelled.
-        wide: takes a whole row of the page; else it is square.
+        ends: labels for the ends of the scale; default: their numbers.
+        wide: take a whole row of the page instead of a square.
     """
     low, high = scale
     image = Markup('<img alt="" src="{}">').format(png_uri(matrix, low, high))

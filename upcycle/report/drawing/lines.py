@@ -1,4 +1,4 @@
-"""Line plots: one or several series over numbers, linear or logarithmic."""
+"""Draws line plots of one or several series, with a linear or logarithmic vertical axis."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from markupsafe import Markup
 
 from upcycle.report.drawing.frame import Axis, Plot, names_legend, nice_ticks, number
 
-_SIZE = 1000  # the drawing's own units; it is stretched to the frame
+_SIZE = 1000  # width and height of the drawing in its own units; the page stretches it to the frame
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one line; what cannot be drawn (None, not finite, or not positive on a logarithmic axis) is left out."""
+    """The points of one line."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
 
     def points(self, logarithmic: bool) -> list[tuple[float, float]]:
-        """What can be drawn."""
+        """Return the points that can be drawn: not None, finite and, on a logarithmic axis, positive."""
         found = []
         for x, y in zip(self.x, self.y, strict=True):
             if y is not None and math.isfinite(y) and (y > 0 or not logarithmic):
@@ -42,18 +42,18 @@ def lines(
     whole: bool = False,
     wide: bool = False,
 ) -> Plot:
-    """Draw the series; a few points are marked each.
+    """Return a plot of the series; lines of few points have a dot at each.
 
     Args:
-        series: at most six are told apart by colour and dashes.
-        title: what to see.
-        reading: what is to be seen in this one.
-        x: the horizontal axis' label, with its unit.
-        y: the vertical one's.
-        logarithmic: powers of ten on the vertical axis.
-        include: numbers that must be on the vertical axis.
-        whole: the horizontal axis counts.
-        wide: takes a whole row of the page.
+        series: at most six, which colours and dashes can tell apart.
+        title: what to look for.
+        reading: what this plot shows.
+        x: label of the horizontal axis, with its unit.
+        y: label of the vertical axis, with its unit.
+        logarithmic: make the vertical axis logarithmic.
+        include: numbers that the vertical axis must include.
+        whole: put only integers on the horizontal axis.
+        wide: take a whole row of the page.
     """
     drawn = [line.points(logarithmic) for line in series]
     every = [point for points in drawn for point in points] or [(0.0, 0.0)]

@@ -1,4 +1,4 @@
-"""Matrices as PNG data URIs: a palette of 256 colours, one pixel a cell."""
+"""Encodes matrices as PNG data URIs, with a palette of 256 colours and a pixel per cell."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-# Blue through near white to orange: told apart with every common colour blindness, and by lightness in grey.
+# From blue over near white to orange, which people with any common colour blindness can tell apart.
 STOPS = ((8, 64, 126), (107, 174, 214), (245, 243, 238), (253, 154, 79), (140, 45, 4))
 NO_DATA = (128, 128, 128)
 _LEVELS = 255
 
 
 def palette() -> list[tuple[int, int, int]]:
-    """255 colours from the first stop to the last, and the colour of cells without a number."""
+    """Return 255 colours from the first stop to the last, and then the colour of cells without a number."""
     colours = []
     for level in range(_LEVELS):
         place = level / (_LEVELS - 1) * (len(STOPS) - 1)
@@ -27,7 +27,7 @@ def palette() -> list[tuple[int, int, int]]:
 
 
 def level(value: float | None, low: float, high: float) -> int:
-    """The palette's index of a number: what lies outside ``low`` to ``high`` takes the colour at that end."""
+    """Return the palette index of a number; numbers outside ``low`` to ``high`` take the colour of the nearer end."""
     if value is None or not math.isfinite(value):
         return _LEVELS
     part = min(1.0, max(0.0, (value - low) / (high - low)))
@@ -35,7 +35,7 @@ def level(value: float | None, low: float, high: float) -> int:
 
 
 def png_uri(matrix: Sequence[Sequence[float | None]], low: float, high: float) -> str:
-    """``data:image/png;base64,...`` of a matrix, its first row on top; short rows end in cells without a number.
+    """Return a matrix as ``data:image/png;base64,...``, its first row on top; short rows are filled with empty cells.
 
     Format: https://www.w3.org/TR/png-3/ (colour type 3, 8 bits).
     """

@@ -1,4 +1,4 @@
-"""Ways to split the same model, as ``compare`` measured them."""
+"""Shows ways to split the same model, as ``upcycle compare`` measured them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from upcycle.report.drawing.lines import Series, lines
 
 
 def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The table, and the recommended splits beside static pruning and oracle routing."""
+    """Return the table's rows, and a plot of the recommended splits beside static pruning and oracle routing."""
     rows = [
         (
             f"{row['active']:.0%}",
@@ -35,7 +35,7 @@ def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
     plot = lines(
         series,
         title="Is routing worth it?",
-        reading=f"Only below static pruning's line. Recommended: {reading}.",
+        reading=f"Only where its line is below that of static pruning. Recommended: {reading}.",
         x="fraction of the FFN neurons that run",
         y="perplexity relative to dense",
         include=(1.0,),

@@ -1,4 +1,4 @@
-"""Cost, dense beside MoE."""
+"""Shows what the model costs, compared with its parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def cost_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A table, and bars relative to the parent where there is one."""
+    """Return a table, and bars relative to the parent where there is one."""
     before, after = data["before"], data["after"]
     parent, model = data["names"]
     rows, bars = [], []
@@ -30,5 +30,5 @@ def cost_view(data: Mapping[str, Any]) -> dict[str, Any]:
     plot = None
     if bars:
         reading = "; ".join(f"{name} {ratio}" for name, _, _, ratio in rows if ratio != "-")
-        plot = Bars("What it costs, relative to its parent.", f"{reading}.", bars, "times the parent's")
+        plot = Bars("What does it cost, relative to its parent?", f"{reading}.", bars, "ratio to the parent")
     return {"columns": ["", parent, model, "ratio"], "rows": rows, "plot": plot}

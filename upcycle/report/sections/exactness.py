@@ -1,4 +1,4 @@
-"""How equal the model is to its parent, layer by layer."""
+"""Shows how equal the model is to its parent, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.verification.verdict import said
 
 
 def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The verification's numbers as rows, and plots over layers."""
+    """Return the verification's numbers as rows, and plots over layers."""
     check = data["verification"]
     limit = f"promised below {check['tolerance']:.0e}" if check["tolerance"] else "no limit was promised"
     rows = [
@@ -40,12 +40,10 @@ def _errors(measured: list[float | None]) -> Plot:
     equal = sum(error == 0 for error in measured)
     same = f" {equal} layers are equal bit for bit and have no mark." if equal else ""
     if unknown:
-        same += (
-            f" Layer {', '.join(unknown)}: the dense block adds nothing, and this one does, so that there is no ratio."
-        )
+        same += f" Layer {', '.join(unknown)}: the dense block's output is zero and this one's is not, so there is no ratio."
     return lines(
         [Series("error", range(len(errors)), errors)],
-        title="Which layers differ from the dense ones.",
+        title="Which layers differ from the dense ones?",
         reading=f"Lower is better; fp32 rounding is about 1e-7. The largest is layer {worst}, {errors[worst]:.1e}.{same}",
         x="layer",
         y="relative error of the block's output",
@@ -66,10 +64,10 @@ def _calibration(reports: list[dict[str, Any]]) -> list[Plot]:
         plots.append(
             lines(
                 series,
-                title="How much of an oracle's choices the router catches.",
+                title="How close is the router to an oracle?",
                 reading=f"1 is as good as knowing every expert's output. The lowest layer has {low:.0%}.",
                 x="layer",
-                y="share of what an oracle adds",
+                y="share of what an oracle would capture",
                 include=(0.0, 1.0),
                 whole=True,
             )
@@ -82,7 +80,7 @@ def _calibration(reports: list[dict[str, Any]]) -> list[Plot]:
         plots.append(
             lines(
                 [Series("before", layers, before), Series("after", layers, after)],
-                title="What the refit repaired.",
+                title="What did the refit repair?",
                 reading=f"Mean error {sum(before) / len(before):.2f} before, {sum(after) / len(after):.2f} after, on held-out tokens.",
                 x="layer",
                 y="relative error",

@@ -1,4 +1,4 @@
-"""How alike the experts are to the dense FFN and to each other."""
+"""Shows how similar the experts are to the dense FFN and to each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.report.sections.routing import COSINE_SCALE
 
 
 def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plots over layers and the matrices of the shown ones."""
+    """Return plots over all layers, and the matrices of some."""
     layers = data["layers"]
     numbers = [layer["layer"] for layer in layers]
     plots = []
@@ -29,8 +29,8 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
                         "least alike", numbers, [min(_known(layer["to_dense"]), default=math.nan) for layer in layers]
                     ),
                 ],
-                title="How alike is one expert's output to the dense FFN's?",
-                reading=f"Copies have 1; a slice alone points less its way. Mean over all layers: {_mean(means):.2f}.",
+                title="How similar is one expert's output to the dense FFN's?",
+                reading=f"Copies have 1; a slice of the FFN has less. Mean over all layers: {_mean(means):.2f}.",
                 x="layer",
                 y="cosine of the outputs",
                 include=(0.0, 1.0),
@@ -42,7 +42,7 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
         lines(
             [Series("different experts", numbers, [math.nan if value is None else value for value in others])],
             title="Do the experts compute different things?",
-            reading=f"1: all the same (copies before training); 0: nothing in common. Mean: {_mean(others):.2f}.",
+            reading=f"1: all compute the same (copies before training); 0: nothing in common. Mean: {_mean(others):.2f}.",
             x="layer",
             y="mean cosine of two experts' outputs",
             include=(0.0, 1.0),
@@ -54,7 +54,7 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
         plots.append(
             heatmap(
                 part["cosine"],
-                title=f"Layer {part['layer']}: what experts compute.",
+                title=f"Layer {part['layer']}: do experts compute different things?",
                 reading="Cosine of every two experts' outputs; off the diagonal, orange pairs are redundant.",
                 rows=names,
                 columns=names,
@@ -66,7 +66,7 @@ def experts_view(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
-    """Those that are numbers: of weights that are not finite, nothing can be said."""
+    """Return the values that are numbers; None stands for those that were not finite."""
     return [value for value in values if value is not None]
 
 

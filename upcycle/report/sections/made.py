@@ -1,4 +1,4 @@
-"""What was done, with a diagram of the layers."""
+"""Shows what was done, with a diagram of the layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upcycle.report.drawing.diagram import layers_diagram
 
 
 def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """``facts`` are (name, text, link or None)."""
+    """Return ``facts``, each a name, a text, and a link or None, and the ``diagram`` of the layers."""
     facts: list[tuple[str, str, str | None]] = []
     for part in ("method", "router"):
         if found := data.get(part):
@@ -35,6 +35,6 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _link(paper: str | None) -> str | None:
-    """The first address of a paper's field, which may hold several; nothing that is no web address becomes a link."""
+    """Return the first address in a paper's field, which may hold several; None if it is not a web address."""
     first = (paper or "").split(",")[0].strip()
     return first if is_web_address(first) else None

@@ -1,4 +1,4 @@
-"""Perplexity, KL and agreement per text, and what both models write."""
+"""Shows perplexity, KL and agreement per text, and what both models write."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from upcycle.verification.verdict import said
 
 
 def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for each text, bars and samples."""
+    """Return a row for each text, bars, and samples of what the models write."""
     rows, bars = [], []
     parent, model = data["names"]
     for domain in data["domains"]:
         before, after = domain["perplexity_dense"], domain["perplexity"]
         compared = ["-", said(after, ".3f"), "-", "-", "-"]
-        if domain["top1_agreement"] is not None:  # a parent ran beside it
+        if domain["top1_agreement"] is not None:  # there is a parent
             change = None if after is None or before is None else after / before - 1
             compared = [said(before, ".3f"), said(after, ".3f"), said(change, "+.1%")]
             compared += [said(domain["kl"], ".1e"), f"{domain['top1_agreement']:.1%}"]
@@ -28,9 +28,9 @@ def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
     ratio = data["ratio"]
     reading = "Lower is better."
     if ratio is not None:
-        reading += f" It is {ratio:.3f}x the parent's as the geometric mean over the texts."
+        reading += f" The geometric mean over the texts is {ratio:.3f}x the parent's."
     reading += "".join(f" {name}: {remark}." for name, remark in data.get("remarks", {}).items())
-    plot = Bars("How well it predicts each kind of text.", reading, bars, "perplexity")
+    plot = Bars("How well does it predict each kind of text?", reading, bars, "perplexity")
     columns = ["perplexity", parent, model, "change", "KL (nats)", "same top token", "tokens"]
     return {
         "columns": columns,

@@ -1,4 +1,4 @@
-"""Who gets the tokens: load, balance, and what the experts are chosen for."""
+"""Shows how the routers choose: load, balance, and which texts and tokens the experts are chosen for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOAD_ENDS = ("0", "2 or more")
 
 
 def routing_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plots over all layers, and for the shown layers their matrices and top tokens."""
+    """Return plots over all layers, and the matrices and top tokens of some."""
     layers = data["layers"]
     dead = [(layer["layer"], layer["dead_experts"]) for layer in layers if layer["dead_experts"]]
     plots = [_load(layers), _violation(layers), _entropy(layers), _similarity(layers)]
@@ -68,7 +68,7 @@ def _violation(layers: Sequence[Mapping[str, Any]]) -> Plot:
         layers,
         "max_violation",
         title="How overloaded is each layer's busiest expert?",
-        reading=f"0 is perfect balance, 1 twice the share. The worst is layer {worst['layer']}: {worst['max_violation']:.2f}.",
+        reading=f"0 is perfect balance, 1 is twice the share. The worst is layer {worst['layer']}: {worst['max_violation']:.2f}.",
         y="MaxVio (max / mean - 1)",
         include=(0.0,),
     )
@@ -88,7 +88,7 @@ def _entropy(layers: Sequence[Mapping[str, Any]]) -> Plot:
 
 def _similarity(layers: Sequence[Mapping[str, Any]]) -> Plot:
     closest = [layer for layer in layers if (layer["router_closest"] or {}).get("cosine") is not None]
-    reading = "Near 1 a router cannot tell experts apart."
+    reading = "Near 1, a router cannot tell its experts apart."
     if closest:
         most = max(closest, key=lambda layer: layer["router_closest"]["cosine"])
         first, second = most["router_closest"]["experts"]
@@ -112,7 +112,7 @@ def _specialisation(layers: Sequence[Mapping[str, Any]], domains: Sequence[str])
         "specialisation",
         title="Do different texts go to different experts?",
         reading=(
-            f"0: {' and '.join(domains)} use the experts alike; 1: they share none. The most specialised is layer "
+            f"0: {' and '.join(domains)} use the same experts; 1: they share none. The most specialised is layer "
             f"{most['layer']}: {most['specialisation']:.3f}."
         ),
         y="Jensen-Shannon divergence / log D",
@@ -141,8 +141,8 @@ def _matrices(part: Mapping[str, Any], domains: Sequence[str]) -> list[Plot]:
     plots.append(
         heatmap(
             part["router_cosine"],
-            title=f"Layer {layer}: router rows.",
-            reading="Cosine of every two experts' rows; off the diagonal, orange pairs answer to the same inputs.",
+            title=f"Layer {layer}: how similar are the router's rows?",
+            reading="Cosine of every two experts' rows; off the diagonal, orange pairs are chosen for the same inputs.",
             rows=both,
             columns=both,
             scale=COSINE_SCALE,
@@ -153,12 +153,12 @@ def _matrices(part: Mapping[str, Any], domains: Sequence[str]) -> list[Plot]:
         plots.append(
             heatmap(
                 part["coselection"],
-                title=f"Layer {layer}: experts chosen together.",
+                title=f"Layer {layer}: which experts are chosen together?",
                 reading=_extreme_pair(part["coselection"]),
                 rows=both,
                 columns=both,
                 scale=LOAD_SCALE,
-                unit="joint choices / what loads alone give",
+                unit="joint choices / those expected from the loads",
                 ends=LOAD_ENDS,
             )
         )
@@ -175,6 +175,4 @@ def _extreme_pair(ratios: Sequence[Sequence[float | None]]) -> str:
     if not pairs:
         return "No two experts were chosen together."
     value, first, second = max(pairs)
-    return (
-        f"Orange pairs work together. The strongest: {second} and {first}, {value:.1f}x as often as their loads give."
-    )
+    return f"Orange pairs work together. The strongest: {second} and {first}, {value:.1f}x as often as expected from their loads."

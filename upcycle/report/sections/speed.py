@@ -1,4 +1,4 @@
-"""Speed and memory, dense beside MoE."""
+"""Shows speed and memory, compared with the parent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upcycle.report.drawing.bars import Bar, Bars
 
 
 def speed_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A table, and bars relative to the parent where there is one."""
+    """Return a table, and bars relative to the parent where there is one."""
     parent, model = data["names"]
     columns, rows, about = speed_rows(data, (parent, model))
     plot = None
@@ -19,6 +19,6 @@ def speed_view(data: Mapping[str, Any]) -> dict[str, Any]:
         for title, *_, ratio in rows:
             value = float(ratio.removesuffix("x"))
             bars += [Bar(f"{title}, {parent}", 1.0, "1.00x", 0), Bar(f"{title}, {model}", value, ratio, 1)]
-        reading = "Of tokens per second more is better, of memory less."
-        plot = Bars("How fast it is, relative to its parent.", reading, bars, "times the parent's")
+        reading = "More tokens per second are better, and less memory."
+        plot = Bars("How fast is it, relative to its parent?", reading, bars, "ratio to the parent")
     return {"columns": columns, "rows": rows, "about": about, "plot": plot}

@@ -1,4 +1,4 @@
-"""The top of the report: verdict, key numbers, findings."""
+"""Shows the top of the report: verdict, key numbers, findings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from upcycle.verification.verdict import said
 VERDICTS = {
     "exact": "the same function as its dense parent",
     "approximate": "not the same function as its dense parent",
-    "broken": "a promise does not hold",
+    "broken": "the conversion did not keep its promise",
     "unverified": "not compared with its dense parent by upcycle",
     "unfinished": "not a complete model yet",
 }
 
 
 def summary_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """``cards`` are (name, number, what it is) and hold what is known."""
+    """Return verdict, findings, and ``cards``, each a name, a number and what it is; numbers that are not known are left out."""
     summary, cards = data["summary"], []
     after, before = data["cost"].get("after"), data["cost"].get("before")
     if after:

@@ -1,4 +1,4 @@
-"""Scores on tasks, dense beside MoE."""
+"""Shows scores on tasks, compared with the parent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upcycle.report.drawing.bars import Bar, Bars
 
 
 def tasks_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of all scores, and bars of those that are shares of right answers."""
+    """Return a table of all scores, and bars of those that are shares of right answers."""
     columns, rows = score_rows(data, tuple(data["names"]))
     parent, model = data["names"]
     bars: list[Bar] = []
@@ -28,6 +28,8 @@ def tasks_view(data: Mapping[str, Any]) -> dict[str, Any]:
     if bars:
         reading = "Higher is better."
         if compared:
-            reading += f" {lost} of {compared} are below the parent's; mind the standard errors in the table."
-        plot = Bars("How well it does on tasks.", reading, bars, "score")
+            reading += (
+                f" {lost} of {compared} are below the parent's; compare this with the standard errors in the table."
+            )
+        plot = Bars("How well does it do on tasks?", reading, bars, "score")
     return {"columns": columns, "rows": rows, "plot": plot, "harness": data["harness"], "limit": data["limit"]}

@@ -1,4 +1,4 @@
-"""Which column of rows holds the text: decided once for all files of a domain, and said."""
+"""Decides which column of rows holds the text, once for all files of a domain."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _PREFERENCES = ("chosen", "rejected")
 
 
 class Broken(NamedTuple):
-    """A row that cannot be read: where it is and why."""
+    """A row that cannot be read; the message says where it is and why."""
 
     message: str
 
 
 def choose_column(rows: Iterable[tuple[str, Any]], column: str | None) -> str:
-    """The column that holds the text in every file: the named one, ``text``, ``content``, or the only one of strings.
+    """Return the column that holds the text in every file: ``column``, or ``text``, ``content``, or the only one of strings.
 
     Args:
-        rows: where a file's first row is, and its columns (a mapping of name to value).
-        column: the named one.
+        rows: for each file, the place of its first row, and that row (a mapping of column to value).
+        column: the column that the user named, if any.
 
     Raises:
-        UsageError: there is none, or more than one that could be meant; the message lists the columns.
+        UsageError: no column holds text, or several may be meant; the message lists the columns.
     """
     found = list(rows)
     for where, row in found:
@@ -48,7 +48,7 @@ def choose_column(rows: Iterable[tuple[str, Any]], column: str | None) -> str:
 
 
 def text_of(row: Any, column: str, where: str) -> str | Broken:
-    """A row's text, or why it has none; a null is an empty one."""
+    """Return a row's text, or why it has none; null counts as empty text."""
     if not isinstance(row, Mapping):
         return Broken(f"{where}: a row is {type(row).__name__}, not columns by name")
     if column not in row:
@@ -73,14 +73,14 @@ def _guessed(rows: list[tuple[str, Any]]) -> str:
     chat = _chat(row)
     if chat:
         raise UsageError(
-            f"{where}: {chat}, and one column of text is trained on; {_listed(row)}",
+            f"{where}: {chat}, but training needs one column of text; {_listed(row)}",
             hint="write every example as one text with the model's chat template "
             "(tokenizer.apply_chat_template(messages, tokenize=False)) into a column 'text'",
         )
     others = next(((w, r) for (w, r), names in zip(rows, texts, strict=True) if names != texts[0]), None)
     differs = f"; in {others[0]} {_listed(others[1])}" if others else ""
     raise UsageError(
-        f"{where}: no column 'text' or 'content' in every file, and not one of strings alone; {_listed(row)}{differs}",
+        f"{where}: not every file has a column 'text' or 'content', or a single column of strings; {_listed(row)}{differs}",
         hint="column: NAME in the domain",
     )
 

@@ -1,4 +1,4 @@
-"""Local files as documents: cut into pieces that can be read alone, so that no file is too large."""
+"""Reads documents from local files, which are divided into pieces that can be read on their own, so that no file is too large."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from upcycle.text.reading.file_kinds import Format, Kind, kind_of
 from upcycle.text.reading.parquet_files import open_parquet, parquet_columns, parquet_texts
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
-_DEMO_DOCUMENT = 2000  # characters; the embedded texts are joined documents, cut again at empty lines
+_DEMO_DOCUMENT = 2000  # characters; the embedded texts are documents in a row, divided again at empty lines
 _LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
 _TABLES = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are taken from files; what is not needed for a kind is not looked at."""
+    """How documents are read from files.
+
+    Attributes:
+        column: the column with the text, for files of rows.
+        separator: the text between documents, for plain text; None: a piece is one document.
+        broken: what to do at a broken row.
+    """
 
     column: str | None = None
     separator: str | None = None
@@ -34,8 +40,8 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a file. It owns the lines that begin in bytes ``start`` to ``stop``, or those row groups."""
+class FilePiece:
+    """A part of a file: the lines that begin in bytes ``start`` to ``stop``, or, of Parquet, those row groups."""
 
     path: Path
     kind: Kind
@@ -44,11 +50,11 @@ class Piece:
     size: int  # bytes
 
     def documents(self, reading: Reading) -> Iterator[str]:
-        """Its documents in order; broken rows are left out where ``reading`` says so.
+        """Yield the documents in order; broken rows are left out where ``reading`` says so.
 
         Raises:
             EnvironmentFault: the file is gone or cannot be read.
-            UsageError: a row is broken, or the file is not what its kind says.
+            UsageError: a row is broken, or the file is not of its kind.
         """
         for found in self.records(reading):
             if isinstance(found, str):
@@ -56,15 +62,15 @@ class Piece:
             elif reading.broken == "stop":
                 raise UsageError(
                     found.message,
-                    hint="mend or remove it, or leave such rows out: broken_lines: skip in the data",
+                    hint="correct or remove it; to leave such rows out, set broken_lines: skip in the data",
                 )
 
     def records(self, reading: Reading) -> Iterator[str | Broken]:
-        """Its documents and its broken rows in order.
+        """Yield the documents and the broken rows in order.
 
         Raises:
             EnvironmentFault: the file is gone or cannot be read.
-            UsageError: the file is not what its kind says.
+            UsageError: the file is not of its kind.
         """
         try:
             if self.kind == "demo":
@@ -89,7 +95,7 @@ class Piece:
             raise EnvironmentFault(f"the data file {self.path} cannot be read: {error}") from None
 
     def rows(self) -> Iterator[tuple[str, Any]]:
-        """Where each row of JSON or of a table is, and its content by column, or why it is broken."""
+        """Yield the place of each row of JSON or of a table, and its values by column, or why it is broken."""
         if self.kind == "jsonl":
             yield from self._json_lines()
         elif self.kind == "json":
@@ -103,12 +109,12 @@ class Piece:
             yield text
             return
         parts = separator.replace("\r\n", "\n").split("\n")
-        for at in range(1, len(parts)):  # what a cut at a line's end left of a separator
+        for at in range(1, len(parts)):  # the piece may begin with the rest of a separator that has several lines
             rest = "\n".join(parts[at:])
             if self.start and rest and text.replace("\r\n", "\n").startswith(rest):
                 text = text.replace("\r\n", "\n").removeprefix(rest)
                 break
-        # Lines end with CR LF in files from Windows, and with LF in recipes.
+        # Lines end with CR LF in files from Windows, but with LF in the recipe's separator.
         yield from re.split("\r?\n".join(map(re.escape, parts)), text)
 
     def _json_lines(self) -> Iterator[tuple[str, Any]]:
@@ -125,17 +131,17 @@ class Piece:
         if self.size > _LARGEST_ARRAY:
             raise UsageError(
                 f"{self.path} is a JSON array of {self.size / 1e9:.1f} GB, which would have to be read whole",
-                hint=f"one row a line: jq -c '.[]' '{self.path.name}' > rows.jsonl",
+                hint=f"write one row per line: jq -c '.[]' '{self.path.name}' > rows.jsonl",
             )
         content = b"".join(self._lines())
         rows = parse_json(content, str(self.path), error=UsageError, most_bytes=_LARGEST_ARRAY, nan=True, halves=True)
         if not isinstance(rows, list):
-            raise UsageError(f"{self.path} is no JSON array of rows")
+            raise UsageError(f"{self.path} is not a JSON array of rows")
         for number, row in enumerate(rows, start=1):
             yield f"{self.path}, row {number}", row
 
     def _table(self) -> Iterator[tuple[str, Any]]:
-        csv.field_size_limit(sys.maxsize)  # for the process; a document may be long
+        csv.field_size_limit(sys.maxsize)  # a setting of the whole process, needed for long documents
         with self.path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=_TABLES[self.kind], strict=True)
             try:
@@ -145,26 +151,31 @@ class Piece:
                     if len(cells) == len(header):
                         yield where, dict(zip(header, cells, strict=True))
                     elif cells:
-                        yield where, Broken(f"{where}: {len(cells)} columns, and the first line names {len(header)}")
+                        yield where, Broken(f"{where}: {len(cells)} columns, but the first line names {len(header)}")
             except csv.Error as error:
-                raise UsageError(f"{self.path}, line {reader.line_num} is no row of a table: {error}") from None
+                raise UsageError(f"{self.path}, line {reader.line_num} is not a row of a table: {error}") from None
 
     def _lines(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:
             at = self.start
             if at:
                 file.seek(at - 1)
-                at += len(file.readline()) - 1  # a line that began before is another piece's
+                at += len(file.readline()) - 1  # a line that began earlier belongs to the piece before
             while at < self.stop and (line := file.readline()):
                 yield line.removeprefix(b"\xef\xbb\xbf") if at == 0 else line
                 at += len(line)
 
 
-def find_pieces(texts: list[str], size: int, named: Format | None = None) -> list[Piece]:
-    """Every file that ``texts`` name, in the order of their paths, in pieces of about ``size`` bytes.
+def find_pieces(texts: list[str], size: int, named: Format | None = None) -> list[FilePiece]:
+    """Return pieces of about ``size`` bytes of every file that ``texts`` name, in the order of the files' paths.
+
+    Args:
+        texts: paths, globs, or names of embedded texts.
+        size: bytes of a piece; a JSON array or a table is never divided.
+        named: the format of all files; default: as each file's name and beginning say.
 
     Raises:
-        UsageError: no such file, or one that cannot be read as documents.
+        UsageError: there is no such file, or it cannot be read as documents.
     """
     pieces = []
     for path in _paths(texts):
@@ -173,14 +184,14 @@ def find_pieces(texts: list[str], size: int, named: Format | None = None) -> lis
             pieces += _row_groups(path, size)
         elif kind in ("text", "jsonl"):
             starts = range(0, total, size)
-            pieces += [Piece(path, kind, at, min(at + size, total), min(size, total - at)) for at in starts]
+            pieces += [FilePiece(path, kind, at, min(at + size, total), min(size, total - at)) for at in starts]
         elif total:
-            pieces.append(Piece(path, kind, 0, total, total))
+            pieces.append(FilePiece(path, kind, 0, total, total))
     return pieces
 
 
-def first_row(piece: Piece) -> Any:
-    """The columns of the file that the piece begins: the first row that can be read, or ``None`` where text has no columns.
+def first_row(piece: FilePiece) -> Any:
+    """Return the first row that can be read in a piece, which shows the file's columns; None for text, which has none.
 
     Raises:
         UsageError: no row can be read.
@@ -189,12 +200,12 @@ def first_row(piece: Piece) -> Any:
         return None
     if piece.kind == "parquet":
         return parquet_columns(piece.path)
-    said = Broken(f"{piece.path} has no row")
+    fault = Broken(f"{piece.path} has no row")
     for _, row in piece.rows():
         if not isinstance(row, Broken):
             return row
-        said = row
-    raise UsageError(said.message)
+        fault = row
+    raise UsageError(fault.message)
 
 
 def _paths(texts: list[str]) -> list[Path]:
@@ -228,14 +239,14 @@ def _demo(text: str) -> Iterator[str]:
     yield "\n\n".join(parts)
 
 
-def _row_groups(path: Path, size: int) -> list[Piece]:
-    pieces: list[Piece] = []
+def _row_groups(path: Path, size: int) -> list[FilePiece]:
+    pieces: list[FilePiece] = []
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             weight = file.metadata.row_group(group).total_byte_size
             if pieces and pieces[-1].size + weight <= size:
                 weight += pieces[-1].size
-                pieces[-1] = Piece(path, "parquet", pieces[-1].start, group + 1, weight)
+                pieces[-1] = FilePiece(path, "parquet", pieces[-1].start, group + 1, weight)
             else:
-                pieces.append(Piece(path, "parquet", group, group + 1, weight))
+                pieces.append(FilePiece(path, "parquet", group, group + 1, weight))
     return pieces

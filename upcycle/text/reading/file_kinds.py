@@ -1,4 +1,4 @@
-"""What a data file is: by its name, and by a look at its beginning, so that nothing is read as what it is not."""
+"""Tells the format of a data file by its name and its beginning, so that no file is read as something else."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _OTHERS = {
     ".pdf": "PDF",
     ".docx": "a Word document",
 }
-_BEGINNING = 1 << 16  # bytes that are looked at
+_BEGINNING = 1 << 16  # bytes at the beginning of a file that are checked
 _MARK = b"\xef\xbb\xbf"
 
 
 def kind_of(path: Path, named: Format | None = None) -> Kind:
-    """How a file is read: as ``named``, or as its ending says, whatever its case; anything else is text if it looks like it.
+    """Return the format in which a file is read: ``named``, or the one of its ending; files with other endings are plain text.
 
     Raises:
-        UsageError: compressed, in UTF-16, binary, of a kind that holds no text, or named as text while it holds JSON.
-        EnvironmentFault: it cannot be read.
+        UsageError: the file is compressed, in UTF-16, binary, of a format without text, or named as text while it holds JSON.
+        EnvironmentFault: the file cannot be read.
     """
     if path in DEMO_TEXTS.values():
         return "demo"
@@ -58,14 +58,14 @@ def kind_of(path: Path, named: Format | None = None) -> Kind:
         if looks is None:
             raise UsageError(
                 f"{path} is neither a JSON array of rows nor a JSON row on every line",
-                hint='write one row a line: {"text": ...}',
+                hint='write one row per line: {"text": ...}',
             )
         return looks
     if looks:
         what = "a JSON row on every line" if looks == "jsonl" else "a JSON array"
         raise UsageError(
-            f"{path} is named as text, and holds {what}",
-            hint=f"name it .{looks}, or say format: {looks} in the domain (format: text trains on braces and keys)",
+            f"{path} is named as text, but holds {what}",
+            hint=f"rename it to .{looks}, or set format: {looks} in the domain (format: text would train on braces and keys)",
         )
     return "text"
 
@@ -78,7 +78,7 @@ def _beginning(path: Path) -> bytes:
         raise EnvironmentFault(f"the data file {path} cannot be read: {error.strerror or error}") from None
     if found.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UsageError(
-            f"{path} is text in UTF-16, and UTF-8 is read", hint=f"iconv -f UTF-16 -t UTF-8 '{path.name}' > utf8.txt"
+            f"{path} is text in UTF-16, but must be UTF-8", hint=f"iconv -f UTF-16 -t UTF-8 '{path.name}' > utf8.txt"
         )
     if b"\0" in found:
         raise UsageError(
@@ -89,7 +89,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def _json(beginning: bytes) -> Literal["jsonl", "json"] | None:
-    """Whether a file begins as rows of JSON, one on a line, or as an array of them."""
+    """Return whether a file begins like rows of JSON, one per line, or like an array of them; None: like neither."""
     if beginning[:1] == b"[" and beginning[1:].lstrip()[:1] == b"{":
         return "json"
     if beginning[:1] != b"{":
@@ -98,5 +98,5 @@ def _json(beginning: bytes) -> Literal["jsonl", "json"] | None:
     try:
         return "jsonl" if isinstance(parse_json(line, "", nan=True), dict) else None
     except UpcycleError:
-        # A first row too long to be seen whole is one, too.
+        # The first row may be longer than the beginning that was read.
         return "jsonl" if not end and len(beginning) > _BEGINNING // 2 else None

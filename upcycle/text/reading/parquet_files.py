@@ -1,4 +1,4 @@
-"""Parquet files: their text columns, and the texts of some of their row groups."""
+"""Reads the text columns of Parquet files, row group by row group."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 
 from upcycle.errors import EnvironmentFault, UsageError
 
-_ROWS = 256  # that are held in memory
+_ROWS = 256  # rows that are in memory at a time
 _STRINGS = frozenset(["string", "large_string", "string_view"])
 
 
 def open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile``.
+    """Open a file as ``pyarrow.parquet.ParquetFile``.
 
     Raises:
         EnvironmentFault: the pyarrow package is missing.
-        UsageError: it is no Parquet file.
+        UsageError: the file is not a Parquet file.
     """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise EnvironmentFault(f"{path} needs the pyarrow package", hint="pip install 'upcycle[train]'") from None
+        raise EnvironmentFault(
+            f"reading {path} needs the pyarrow package", hint="pip install 'upcycle[train]'"
+        ) from None
     try:
         return parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
@@ -31,16 +33,16 @@ def open_parquet(path: Path) -> Any:
 
 
 def parquet_columns(path: Path) -> dict[str, Any]:
-    """Column -> an empty text where it holds text (dictionary-encoded, too), its type's name where it does not."""
+    """Return, for each column, an empty string where it holds text (also dictionary-encoded), and otherwise its type."""
     with open_parquet(path) as file:
         return {field.name: "" if _is_text(field.type) else _Typed(str(field.type)) for field in file.schema_arrow}
 
 
 def parquet_texts(path: Path, column: str, groups: range) -> Iterator[str | None]:
-    """The column's texts in some row groups, in order.
+    """Yield a column's texts in some row groups, in order.
 
     Raises:
-        UsageError: the column is not there or holds no text, or the file is damaged.
+        UsageError: the column is missing or holds no text, or the file is damaged.
     """
     import pyarrow
 
@@ -54,14 +56,14 @@ def parquet_texts(path: Path, column: str, groups: range) -> Iterator[str | None
 
 
 class _Typed:
-    """Stands for a value that is no text, and says what its column holds."""
+    """Stands for a value that is not text; ``name`` is the type of its column."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def type_name(value: Any) -> str:
-    """What a column holds, in the words of its file."""
+    """Return the type of a value, as a Parquet file or Python calls it."""
     return value.name if isinstance(value, _Typed) else type(value).__name__
 
 

@@ -10,17 +10,17 @@ DEMO_TEXTS = {path.stem: path for path in sorted((DEMO_FOLDER / "text").glob("*.
 
 
 def read_text(name: str) -> str:
-    """A UTF-8 text file, or one of the embedded validation texts by name (``prose``, ``code``).
+    """Return the text of a UTF-8 file, or one of the embedded texts by name (``prose``, ``code``).
 
     Raises:
-        UsageError: no such file, not UTF-8, or empty.
+        UsageError: there is no such file, or it is not UTF-8 or empty.
     """
     path = DEMO_TEXTS.get(name, user_path(name))
     try:
         content = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(
-            f"no such text file: {name}", hint=f"a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}"
+            f"no such text file: {name}", hint=f"name a UTF-8 file, or one of: {', '.join(DEMO_TEXTS)}"
         ) from None
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text") from None

@@ -95,7 +95,7 @@ def verify_with(
     if engine not in ENGINES:
         raise UsageError(f"unknown engine '{engine}'", hint=f"one of: {', '.join(ENGINES)}")
     folder, chosen = user_path(out), ENGINES[engine]
-    record, config = records.read(folder), read_json(folder / "config.json")
+    record, config = records.read_record(folder), read_json(folder / "config.json")
     with progress.phase("checking files", 1):
         records.check_files(folder, record)
         progress.advance()
