@@ -255,7 +255,7 @@ def test_the_column_is_decided_once_for_all_files(tmp_path: Path) -> None:
     first.write_text(lines_of([{"body": f"text {number}"} for number in range(50)]))
     second.write_text(lines_of([{"author": f"name {number}"} for number in range(50)]))
     with pytest.raises(
-        UsageError, match=r"a\.jsonl: no column .*the columns are body; in .*b\.jsonl the columns are author"
+        UsageError, match=r"a\.jsonl: not every file .*the columns are body; in .*b\.jsonl the columns are author"
     ):
         read([str(first), str(second)], 100)
     first.write_text(lines_of([{"body": "one"}, *[{"author": "name"}] * 50]))
