@@ -1,4 +1,4 @@
-"""The activations of experts and their derivatives, by name, into buffers of the caller's."""
+"""The activations of experts and their derivatives, by name, written into the caller's buffers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ aten = torch.ops.aten
 
 
 def activate(name: str, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``act(z)`` elementwise into ``out``, which may be ``z``; both floating, of one shape, with any strides."""
+    """Write ``act(z)`` to ``out``, which may be ``z``, and return it; both are floating, of one shape, with any strides."""
     return _FORWARD[name](z, out)
 
 
 def activation_gradient(name: str, grad: torch.Tensor, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``grad * act'(z)`` into ``out``, which may be ``grad``. Where an activation has a corner, at 0, it is 0, as in torch."""
+    """Write ``grad * act'(z)`` to ``out``, which may be ``grad``, and return it; 0 where an activation has a corner, as in torch."""
     return _BACKWARD[name](grad, z, out)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from upcycle.kernels.cpu.expert_groups import Group, Pass
+from upcycle.kernels.cpu.expert_groups import CpuPass, Group
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
 from upcycle.kernels.layout.dispatch import Dispatch
@@ -20,8 +20,8 @@ from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, Part
 def forward(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :class:`upcycle.kernels.layout.expert_weights.Backend`."""
-    run = Pass(x, weights, dispatch)
+    """Output and z, group by group; see :class:`upcycle.kernels.layout.expert_weights.Backend`."""
+    run = CpuPass(x, weights, dispatch)
     products = run.products
     kept = recycled(x, run.z_size if keep else 0)
     for group in run.groups:
@@ -50,8 +50,8 @@ def backward(
     z: torch.Tensor,
     needs: Gradients,
 ) -> Gradients:
-    """See :class:`upcycle.kernels.layout.expert_weights.Backend`. Experts without rows get zeros."""
-    run = Pass(x, weights, dispatch)
+    """Gradients, group by group; see :class:`upcycle.kernels.layout.expert_weights.Backend`. Experts without rows get zeros."""
+    run = CpuPass(x, weights, dispatch)
     made = Gradients(*(None if need is None else recycled_like(need) for need in needs))
     grad = grad.to(run.products.sum)
     slots = dispatch.row_slot[: run.total]
@@ -74,8 +74,8 @@ def backward(
     return made if made.x is None else made._replace(x=run.combine(run.expanded, None).to(x.dtype))
 
 
-def _pre_activations(run: Pass, group: Group, z: torch.Tensor) -> torch.Tensor:
-    """Into ``z [n, I or 2 I]``."""
+def _pre_activations(run: CpuPass, group: Group, z: torch.Tensor) -> torch.Tensor:
+    """Fill ``z [n, I or 2 I]`` with the group's pre-activations, and return it."""
     weights = run.weights
     inputs = run.gather(run.x, group, "inputs").split(group.counts)
     for part, target in _parts(weights, z):
@@ -88,7 +88,7 @@ def _pre_activations(run: Pass, group: Group, z: torch.Tensor) -> torch.Tensor:
 
 
 def _through_activation(
-    run: Pass,
+    run: CpuPass,
     group: Group,
     grads: torch.Tensor,
     z_flat: torch.Tensor,
@@ -96,10 +96,11 @@ def _through_activation(
     score_grads: torch.Tensor,
     made: Gradients,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scale * h [n, I]`` and the gradient of z; adds to ``score_grads [R]`` what h has to do with them.
+    """``scale * h [n, I]`` and the gradient of z; adds h's share of the scores' gradient to ``score_grads [R]``.
 
-    The gradient of a score is the output's with the row it weighs, and so, since that row is linear in h, h's gradient
-    without the score with h: the row itself is not needed (SonicMoE, https://arxiv.org/abs/2512.14080).
+    A score's gradient is the product of the output's gradient and the row that the score weighs. That row is linear in h, so it
+    is also the product of h and h's gradient before weighing: the row itself is not needed (SonicMoE,
+    https://arxiv.org/abs/2512.14080).
     """
     weights, n, width = run.weights, group.size, group.width
     columns = width * weights.rows_per_neuron
@@ -118,7 +119,7 @@ def _through_activation(
     return h, dz
 
 
-def _through_up(run: Pass, group: Group, dz: torch.Tensor, made: Gradients) -> None:
+def _through_up(run: CpuPass, group: Group, dz: torch.Tensor, made: Gradients) -> None:
     weights, counts, experts = run.weights, group.counts, group.experts
     inputs = () if made.up is None else run.gather(run.x, group, "inputs").split(counts)
     for number, (part, columns) in enumerate(_parts(weights, dz)):
@@ -161,7 +162,7 @@ def _zero(weights: ExpertWeights, expert: int, made: Gradients) -> None:
 
 
 def _parts(weights: ExpertWeights, z: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
-    """The parts of z whose weights are in one piece: all, or gate and up where their rows alternate."""
+    """The parts of z that one product computes: all of it, or gate and up apart where their rows alternate."""
     if weights.gated and weights.interleaved:
         gate, up = z.chunk(2, 1)
         yield "gate", gate

@@ -14,7 +14,7 @@ class Combiner:
     """
 
     def __init__(self, dispatch: Dispatch, kept: int) -> None:
-        """``kept``: how many slots are not dropped, ``dispatch.offsets[E]``."""
+        """Prepare the sums of a dispatch of which ``kept`` slots, ``dispatch.offsets[E]``, are not dropped."""
         self.tokens = dispatch.tokens
         self.kept: torch.Tensor | None = None
         bounds = dispatch.token_offsets

@@ -13,10 +13,10 @@ from upcycle.kernels.cpu.recycled_memory import recycled
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights
 
-GROUP_ROWS = 256  # as many rows are computed together, more only of a larger expert,
-GROUP_ELEMENTS = (
-    2**20
-)  # or of narrow experts: while z has at most so many elements (Python costs more than a full cache)
+# A group ends after 256 rows. It has more of one large expert, or of narrow ones whose z stays within 2^20 elements: there
+# Python's own time per group outweighs what a fuller cache costs.
+GROUP_ROWS = 256
+GROUP_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,27 @@ class Group:
 
     experts: tuple[int, ...]
     counts: tuple[int, ...]
-    """How many rows each has."""
+    """Rows of each expert."""
     rows: slice
-    """Theirs among all rows."""
+    """Where the group's rows are among all rows."""
     z: slice
-    """Among z's elements."""
+    """Where the group's pre-activations are among z's elements."""
     width: int
 
     @property
     def size(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return int(self.rows.stop - self.rows.start)
 
 
-class Pass:
-    """What the groups of one pass share. T tokens, R rows that are not dropped, H hidden."""
+class CpuPass:
+    """One forward or backward pass on a CPU: its groups and the buffers they share.
+
+    T tokens, R rows that are not dropped, H hidden.
+    """
 
     def __init__(self, x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch) -> None:
-        """Of ``x [T, H]``; reads the offsets, which are on the CPU as everything else is."""
+        """Group the experts of a pass over ``x [T, H]``."""
         self.weights, self.dispatch = weights, dispatch
         self.products = Products(x.dtype)
         self.x = x.to(self.products.sum)
@@ -53,22 +56,22 @@ class Pass:
         self._most_rows = max((group.size for group in self.groups), default=0)
         self._buffers: dict[str, torch.Tensor] = {}
         self.expanded = recycled(self.x, self.total, weights.hidden)
-        """``[R, H]``: what is to be summed to tokens."""
+        """``[R, H]``: rows that are summed to tokens in the end."""
 
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """``[rows, columns]`` of the buffer of this name, with whatever it held."""
+        """``[rows, columns]`` in the buffer of this name, uninitialised."""
         if name not in self._buffers or len(self._buffers[name]) < rows * columns:
             self._buffers[name] = recycled(self.x, self._most_rows * columns)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:
-        """The group's rows of ``[T, H]``, in the buffer of this name."""
+        """The tokens ``[T, H]`` of the group's rows, copied into the buffer of this name."""
         out = self.buffer(name, group.size, tokens.shape[1])
         return torch.index_select(tokens, 0, self.dispatch.row_token[group.rows], out=out)
 
 
 def grouped(offsets: list[int], weights: ExpertWeights) -> tuple[list[Group], list[int], int]:
-    """The groups, the experts without rows, and the elements of z."""
+    """The groups, the experts that have no rows, and how many elements z has."""
     groups: list[Group] = []
     idle: list[int] = []
     pending: list[int] = []

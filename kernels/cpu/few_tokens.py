@@ -1,6 +1,6 @@
-"""A few tokens on a CPU, as when text is generated: products of a matrix and one or a few vectors, with the least around them.
+"""A few tokens on a CPU, as when text is generated: products of a matrix with one or a few vectors, and little else.
 
-What takes time there is to read the chosen experts' weights, once, and everything that is no product. T tokens, K experts per
+Time goes into reading the chosen experts' weights once, and into everything that is no product. T tokens, K experts per
 token, S slots, H hidden, I width.
 """
 
@@ -82,7 +82,7 @@ def _several(
     factors: list[float] | None,
     top_k: int,
 ) -> torch.Tensor:
-    """``slots`` are sorted by expert."""
+    """Several tokens' experts; ``slots`` are sorted by expert."""
     products, width, rows = Products(x.dtype), weights.width(0), len(slots)
     counts: dict[int, int] = {}
     for slot in slots:
@@ -107,11 +107,11 @@ def _products(
     counts: dict[int, int],
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Each expert's rows times its matrix: in one call where torch has it, into ``out`` otherwise."""
+    """Each expert's rows times its matrix: from one call of ``grouped_mm`` where that can be used, otherwise in ``out``."""
     tensor = weights.down if which == "down" else weights.up
     aligned = all(size * rows.element_size() % 16 == 0 for size in (rows.shape[1], out.shape[1]))
     stacked = not weights.packed and tensor.data_ptr() % 16 == 0 and aligned
-    small = rows.shape[1] * out.shape[1] < LARGE  # else what Python adds is nothing, and few rows have a faster way
+    small = rows.shape[1] * out.shape[1] < LARGE  # with large matrices Python's time is nothing, and Products is faster
     if small and stacked and tensor.dtype == torch.float32 == rows.dtype and hasattr(functional, "grouped_mm"):
         ends, end = [], 0
         for expert in range(weights.num_experts):

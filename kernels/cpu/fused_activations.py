@@ -1,4 +1,4 @@
-"""What lies between the two products of experts on a CPU, forward and backward: in one pass over memory where it can be compiled.
+"""Everything between the two products of experts on a CPU, forward and backward: one pass over memory, where it can be compiled.
 
 n rows, I width. z is ``[n, 2I]``, the gate's columns before the up projection's, or ``[n, I]`` without a gate.
 """
@@ -24,7 +24,7 @@ ARGUMENTS = (
 
 
 def kernel() -> Function | None:
-    """``upcycle_activations`` of the source file; ``None`` where it cannot be had."""
+    """``upcycle_activations`` of ``activations.cpp``; ``None`` where it cannot be compiled."""
     return function("activations", "activations", ARGUMENTS)
 
 
@@ -48,17 +48,17 @@ def hidden_and_gradient(
     dz: torch.Tensor,
     products: torch.Tensor | None,
 ) -> None:
-    """``h [n, I]`` and the gradient of z, both times the row's scale, and every row's ``dh . h`` without it.
+    """Compute ``h [n, I]`` and the gradient of z, both times the row's scale, and every row's ``dh . h`` without it.
 
     Args:
         activation: by name.
         gated: whether z has two halves.
-        z: as above.
-        dh: ``[n, I]``, the gradient of h as if no row were scaled; what it holds afterwards is not said.
+        z: pre-activations, as above.
+        dh: ``[n, I]``, the gradient of h as if no row were scaled; overwritten.
         scale: ``[n]``; ``None``: 1.
         h: written to.
         dz: like z; written to.
-        products: ``[n]``; written to. ``None``: nobody needs them.
+        products: ``[n]``; written to. ``None``: not needed.
     """
     if _run(activation, gated, z, dh, scale, h, dz, products):
         return
@@ -94,7 +94,7 @@ def _run(
     dz: torch.Tensor | None,
     products: torch.Tensor | None,
 ) -> bool:
-    """Whether it was computed: in fp32, in one piece, of an activation that is there."""
+    """Whether the compiled kernel did it: that takes fp32, contiguous tensors, and an activation that it has."""
     tensors = (z, dh, scale, h, dz, products)
     fits = is_plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
     run = kernel() if fits and activation in KINDS else None

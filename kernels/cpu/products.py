@@ -24,7 +24,7 @@ def fast_natively(dtype: torch.dtype) -> bool:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What is summed in: fp32, or fp64 for fp64."""
+    """The dtype in which products with ``dtype`` are summed: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -32,7 +32,7 @@ class Products:
     """Products of matrices in the accumulator's dtype with weights that may be of another, many at a time."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Of weights of this dtype; 16-bit ones are multiplied as they are where the CPU can."""
+        """Prepare products with weights of a dtype; 16-bit ones are multiplied as they are where the CPU can."""
         self.dtype, self.sum = dtype, accumulator(dtype)
         self._same = dtype == self.sum
         self._native = not self._same and fast_natively(dtype)
@@ -45,7 +45,7 @@ class Products:
         outs: Sequence[torch.Tensor],
         add: bool = False,
     ) -> None:
-        """``rows [n, j] @ weight [j, i]`` into every ``out [n, i]``, or added to it; weights may be strided."""
+        """Write ``rows [n, j] @ weight [j, i]`` into every ``out [n, i]``, or add it; weights may be strided."""
         if self._same and not add:
             for left, right, out in zip(rows, weights, outs, strict=True):
                 if len(left) in FEW and right.numel() >= LARGE and right.shape[0] <= right.shape[1]:
@@ -58,7 +58,7 @@ class Products:
                 out.addmm_(left, right)
             elif (
                 self._native or len(left) == 1
-            ):  # one row reads every weight once: a cast would cost more than the product
+            ):  # one row reads every weight once: a cast would take longer than the product
                 made = left.to(self.dtype) @ right
                 _ = out.add_(made) if add else out.copy_(made)
             else:
@@ -67,7 +67,7 @@ class Products:
     def outer(
         self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
     ) -> None:
-        """``left [i, n] @ right [n, j]`` into every ``out [i, j]``, which has the weights' dtype and may be strided."""
+        """Write ``left [i, n] @ right [n, j]`` into every ``out [i, j]``, which has the weights' dtype and may be strided."""
         for left, right, out in zip(lefts, rights, outs, strict=True):
             if self._same:
                 torch.mm(left, right, out=out)

@@ -1,4 +1,4 @@
-"""Which path runs experts on a device: Triton, the CPU's, or the reference; said once. Here they meet transformers, too."""
+"""Chooses which path runs experts on a device: Triton's, the CPU's, or the reference; the choice and its reason are logged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("upcycle.kernels")
 
 
 def chosen(device: torch.device, dtype: torch.dtype) -> str:
-    """``triton``, ``cpu`` or ``reference`` for experts of a dtype on a device; the first answer of a kind is logged.
+    """``triton``, ``cpu`` or ``reference``, for experts of a dtype on a device; each answer is logged when it is first given.
 
     Raises:
         UsageError: ``UPCYCLE_KERNELS`` names no path, or one that does not run on the device.
@@ -36,7 +36,7 @@ def chosen(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The module of :func:`chosen`."""
+    """The module of the path that :func:`chosen` names."""
     return _module(chosen(device, dtype))
 
 

@@ -1,4 +1,4 @@
-"""Stock experts of transformers run by our kernels: what ``experts_implementation="upcycle"`` calls."""
+"""Runs the stock experts of transformers on these kernels: what ``experts_implementation="upcycle"`` calls."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def stock_experts(
     top_k_weights: torch.Tensor,
     save: Saved = "z",
 ) -> torch.Tensor:
-    """``[T, H]`` like ``hidden_states``: the forward function of a stock experts module.
+    """``[T, H]`` like ``hidden_states``: the output of a stock experts module, in place of its own forward function.
 
-    A module whose experts are not an (up and gate) projection, an activation that has a kernel, and a down projection, or
-    whose weights are of a class of their own (divided among devices, quantised), runs its own code instead, and that is
-    logged as a warning. No weight is kept alive between two calls.
+    The kernels take experts of an up projection (with or without a gate), an activation that they have, and a down projection.
+    Other modules, and weights that are tensors of a class of their own (divided among devices, quantised), run the module's own
+    code, and a warning is logged. No weight is kept alive between two calls.
 
     Args:
         self: a module of a class under transformers' ``use_experts_implementation``.
         hidden_states: ``[T, H]``.
-        top_k_index: expert ids ``[T, K]``; ids of ``num_experts`` or more are another rank's.
+        top_k_index: expert ids ``[T, K]``; ids of ``num_experts`` or more belong to another rank and are dropped.
         top_k_weights: router weights ``[T, K]``.
         save: see :func:`upcycle.kernels.entry.operator.experts_output`.
     """
@@ -67,19 +67,19 @@ def stock_experts(
     return out.to(hidden_states.dtype)
 
 
-# What a module's weights were found to be, without their memory: checking them again costs as much as a token's products.
+# Checked layouts of modules' weights, without the weights: checking again takes as long as a token's products.
 _known: WeakKeyDictionary[Any, ExpertWeights] = WeakKeyDictionary()
 
 
 def _tensors(module: Any) -> WeightTensors:
-    """Up, down and their biases, each looked up once: a parametrised weight is computed whenever it is looked at."""
+    """The module's weights, each read once: a parametrised weight is computed whenever it is read."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
     up_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
     return WeightTensors(up, module.down_proj, up_bias, module.down_proj_bias if module.has_bias else None)
 
 
 def _foreign(*tensors: torch.Tensor | None) -> str | None:
-    """Of a class whose numbers are not simply in memory; a compiler sees through it, or refuses it, itself."""
+    """The reason why the kernels refuse weights whose numbers are not plainly in memory; a compiler sees to such weights itself."""
     if torch.compiler.is_compiling():
         return None
     found = next((tensor for tensor in tensors if is_subclass(tensor)), None)
@@ -87,7 +87,7 @@ def _foreign(*tensors: torch.Tensor | None) -> str | None:
 
 
 def _activation(module: Any) -> str | None:
-    """The name of a module's activation among ours, ``None`` if it has another."""
+    """The name of a module's activation, ``None`` if the kernels lack it."""
     return _activations().get(type(getattr(module, "act_fn", None)))
 
 
@@ -101,7 +101,7 @@ def _activations() -> dict[type, str]:
 
 
 def _obstacle(module: Any, activation: str | None) -> str | None:
-    """Why a module cannot be run by kernels."""
+    """The reason why kernels cannot run a module; ``None`` if they can."""
     from transformers.integrations.moe import _default_apply_gate
 
     if module.has_gate and type(module)._apply_gate is not _default_apply_gate:

@@ -1,8 +1,8 @@
-"""A layer of experts on Triton kernels: the backend for GPUs. T tokens, S slots, H hidden, I width.
+"""The backend for GPUs: a layer of experts on Triton kernels. T tokens, S slots, H hidden, I width.
 
 Forward: gather, first projection and activation (:mod:`up_projection`), down projection (:mod:`down_projection`), sum per token
-(:mod:`combine`). Backward keeps the input and ``z`` only, or only the input. Nothing waits for the device, nothing uses
-atomics: for the same shapes, table of tiles and kind of GPU, the same bits every time.
+(:mod:`combine`). Of activations, the backward pass needs the input and ``z``, or only the input. Nothing waits for the device.
+Nothing uses atomics: the same input gives the same bits every time, for the same table of tiles and kind of GPU.
 
 Times on a GPU are in ``docs/measured/kernels_gpu.md``; what is verified without one is in ``docs/measured/kernels_static.md``.
 """
@@ -75,14 +75,14 @@ def backward(
 
     Args:
         grad: ``[T, H]``, of the output.
-        x: as in :func:`forward`, like the next three.
-        weights: the same.
-        dispatch: the same.
-        scores: the same.
+        x: what :func:`forward` was given.
+        weights: what it was given.
+        dispatch: what it was given.
+        scores: what it was given.
         z: what :func:`forward` kept; empty: it is computed again.
         needs: what is wanted; values are not read.
-        into: contiguous tensors like ``up`` and ``down`` (fp32 ones too) that those gradients are added to and which are
-            then returned.
+        into: contiguous tensors like ``up`` and ``down``, in their dtype or fp32. The gradients are added to them, and they
+            are returned.
         table: tiles; ``None``: the committed ones.
 
     Raises:
@@ -178,7 +178,7 @@ def _bias_gradient(run: GpuPass, values: torch.Tensor, which: launch.Which) -> t
 
 @lru_cache(maxsize=256)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int64. Copied once: a copy from the host waits for the device."""
+    """int64 numbers on a device, copied once: every copy from the host waits for the device."""
     return torch.tensor(numbers, device=device)
 
 
@@ -210,7 +210,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows may lie apart, as in a slice; elements of a row may not."""
+    """The tensor with the elements of every row side by side; rows may lie apart, as in a slice."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Starts kernels, or only writes down what would be started: the gate compiles exactly what a GPU would run."""
+"""Starts kernels, or only records what would be started: so the gate compiles exactly what a GPU would run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from upcycle.kernels.gpu.tile_table import Tile, kind_of
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was written down."""
+    """A kernel with its grid and arguments, ready to start."""
 
     family: str
-    """As in the table of tiles."""
+    """The family of kernels, as the table of tiles names it."""
     kernel: Any
     arguments: dict[str, Any]
     tile: Tile
@@ -27,7 +27,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Record:
-    """Launches that were written down for one kind of GPU."""
+    """Launches that were recorded for one kind of GPU."""
 
     kind: str
     launches: list[Launch]
@@ -59,7 +59,7 @@ def kind_for(device: torch.device) -> str:
 
 
 def launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
-    """Start a kernel, or write down that it would be."""
+    """Start a kernel, or add it to the record inside :func:`recorded`."""
     one = Launch(family, kernel, arguments, tile, grid)
     record = _recording.get()
     if record is None:
@@ -69,7 +69,7 @@ def launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **argume
 
 
 def start(launch: Launch) -> None:
-    """Run it; nothing, where there is nothing to compute."""
+    """Start a launch, unless its grid is empty."""
     if min(launch.grid) > 0:
         # Fusing multiply and add is stated: its default changes between versions of Triton.
         options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}

@@ -1,4 +1,4 @@
-"""The list of row tiles that kernels go through, made on the device."""
+"""The list of row tiles that kernels work through, made on the device."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from upcycle.kernels.layout.dispatch import Dispatch
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Tiles of at most ``block`` rows, none of which crosses from one expert to the next, in the experts' order."""
+    """Tiles of at most ``block`` rows in the experts' order; none holds rows of two experts."""
 
     expert: torch.Tensor
-    """int32 ``[N]``, -1 where unused: N is what shapes can promise."""
+    """int32 ``[N]``: the expert of every tile, -1 where a tile is unused. N follows from shapes alone."""
     row: torch.Tensor
-    """int32 ``[N]``: the first row."""
+    """int32 ``[N]``: the first row of every tile."""
     block: int
 
     @property
     def count(self) -> int:
-        """N."""
+        """N, the number of tiles."""
         return self.expert.shape[0]
 
 
-_CELLS = 8192  # tiles times experts that a program compares
+_CELLS = 8192  # how many pairs of a tile and an expert one program compares
 
 
 def row_tiles(dispatch: Dispatch, block: int) -> RowTiles:
-    """Cut every expert's rows into tiles without waiting for the device.
+    """Every expert's rows cut into tiles, without waiting for the device.
 
     ``N = min(ceil(S / block) + E, S)``: every expert has at most one tile that is not full, and no tile is empty.
     """
@@ -49,7 +49,7 @@ def row_tiles(dispatch: Dispatch, block: int) -> RowTiles:
 
 
 def in_one_launch(dispatch: Dispatch, block: int, number: int) -> RowTiles:
-    """The same ``number`` of tiles from a Triton kernel."""
+    """What :func:`row_tiles` returns, ``number`` tiles, from a single Triton kernel."""
     from upcycle.kernels.gpu.triton_code.row_tiles import row_tiles_kernel
 
     made = torch.empty(2, number, dtype=torch.int32, device=dispatch.offsets.device)

@@ -1,4 +1,4 @@
-"""Tile sizes: a committed table per kind of GPU and dtype, chosen by rows per expert, which shapes alone tell. No search at run time.
+"""Tile sizes: a committed table by kind of GPU and dtype. Shapes alone decide which entry is used; nothing is searched at run time.
 
 ``tiles.json`` holds only what the gate (``python -m upcycle.kernels.gpu.compile_gate``) compiled without spills. ``UPCYCLE_TILES``
 names another file of the same form, such as ``upcycle tune-kernels`` writes.
@@ -28,7 +28,7 @@ FAMILIES = (
     "combine",
 )
 ROWS_OF_THEIR_OWN = ("weight_gradient", "combine")
-"""Families whose ``m`` is not that of the list of row tiles, which all others share."""
+"""Families with an ``m`` of their own; all others share the ``m`` of the list of row tiles."""
 KINDS = ("sm80", "sm90", "sm100")
 SIZES = (2, 4)  # bytes per element
 BUCKETS = (16, 32, 64, 128)
@@ -39,18 +39,18 @@ _WARPS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes and how: ``m x n`` results, ``k`` deep steps."""
+    """The work of one program: ``m x n`` results, in steps of depth ``k``."""
 
     m: int
     n: int
     k: int
     group: int
-    """Row tiles that share a column of weights."""
+    """How many row tiles share a column of weights."""
     warps: int
     stages: int
 
     def as_list(self) -> list[int]:
-        """As the table holds it."""
+        """The numbers as the table's file holds them."""
         return [self.m, self.n, self.k, self.group, self.warps, self.stages]
 
 
@@ -91,15 +91,14 @@ class TileTable:
         return iter(self.entries)
 
     def replaced(self, entries: Mapping[Key, Tile]) -> TileTable:
-        """With other tiles in some places."""
+        """A copy with other tiles in some places."""
         return TileTable({**self.entries, **entries})
 
     def save(self, path: Path) -> None:
-        """As JSON."""
+        """Write the table as JSON, one tile a line."""
         content: dict[str, Any] = {}
         for (kind, size, family, rows), tile in self.entries.items():
             content.setdefault(kind, {}).setdefault(str(size), {}).setdefault(family, {})[str(rows)] = tile.as_list()
-        # A tile is one line.
         text = json.dumps(content, indent=1)
         for tile in self.entries.values():
             spread = "[" + ",".join(f"\n     {number}" for number in tile.as_list()) + "\n    ]"
@@ -108,7 +107,7 @@ class TileTable:
 
 
 def kind_of(capability: tuple[int, int]) -> str:
-    """Which part of the table a GPU uses.
+    """The part of the table that a GPU of this compute capability uses.
 
     Only Hopper and data-centre Blackwell have tiles of their own; all others, consumer Blackwell too, have the instructions
     and at least the shared memory of the first.
@@ -128,7 +127,7 @@ def default_table() -> TileTable:
 
 @cache
 def load_table(path: Path) -> TileTable:
-    """Read a table.
+    """The table in a file.
 
     Raises:
         UsageError: there is no such file, or it does not hold tiles; the message names the place.

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run on a device, and which one there is. Importable without Triton."""
+"""Whether Triton kernels can run on a device. This module needs no Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def interpreted() -> bool:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on a device; ``None``: they can."""
+    """The reason why Triton kernels cannot run on a device; ``None`` where they can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if interpreted() or device.type == "meta":
@@ -36,7 +36,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def gpu() -> torch.device:
-    """The GPU that kernels can be timed on.
+    """The current CUDA device, which kernels can be timed on.
 
     Raises:
         EnvironmentFault: Triton is missing, there is no CUDA device, or it is too old.

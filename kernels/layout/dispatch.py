@@ -38,7 +38,7 @@ class RouterChoice(NamedTuple):
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Slots sorted by expert, stably, and the way back.
+    """Slots sorted by expert (a stable sort), and the way back.
 
     Rows from ``offsets[E]`` on belong to dropped slots (ids of E or more): kernels neither read nor write anything for them.
     """
@@ -54,18 +54,18 @@ class Dispatch:
     token_offsets: torch.Tensor | None
     """int64 ``[T + 1]``: token t has the slots from its entry to the next one; ``None``: ``top_k`` each."""
     tokens: int
-    """T."""
+    """T, the number of tokens."""
     top_k: int | None
-    """K, ``None`` where tokens have different numbers."""
+    """K, experts per token; ``None`` where tokens have different numbers of them."""
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, the number of experts."""
         return self.offsets.shape[0] - 1  # ``len`` of a tensor takes ten times as long
 
     @property
     def slots(self) -> int:
-        """S, which is also the number of rows that buffers have room for."""
+        """S; buffers have room for as many rows."""
         return self.row_slot.shape[0]
 
 
@@ -75,14 +75,14 @@ def route(
     token_offsets: torch.Tensor | None = None,
     capacity: int | None = None,
 ) -> Dispatch:
-    """Sort slots by expert.
+    """Slots sorted by expert.
 
     Args:
         experts: int32 or int64 ids, ``[T, K]``, or ``[S]`` with ``token_offsets``. Ids of ``num_experts`` or more are
             sentinels: dropped, or another rank's.
         num_experts: E.
-        token_offsets: ``[T + 1]`` from 0 to S, not falling: which slots are whose. Tokens may have none.
-        capacity: at most so many rows per expert (see :func:`drop_overflow`); ``None``: all.
+        token_offsets: ``[T + 1]``, rising from 0 to S: token t has the slots from its entry to the next one, or none.
+        capacity: how many slots an expert computes at most (see :func:`drop_overflow`); ``None``: all.
 
     Raises:
         UsageError: a shape or dtype does not fit, there are no experts, an id is negative, or a token has more experts than
@@ -152,7 +152,7 @@ def _check(experts: torch.Tensor, num_experts: int, token_offsets: torch.Tensor 
 
 
 def _check_repeats(flat: torch.Tensor, tokens: int, top_k: int, num_experts: int) -> None:
-    """More slots than experts are fine where the others are sentinels, as on a rank that has few of the experts."""
+    """Check that no token has more experts than there are. More slots are fine: a rank that has few of the experts gets sentinels."""
     if top_k > num_experts:
         valid = (flat.view(tokens, top_k) < num_experts).sum(1)
         _require(
@@ -161,7 +161,7 @@ def _check_repeats(flat: torch.Tensor, tokens: int, top_k: int, num_experts: int
 
 
 def _require(condition: torch.Tensor, message: str, hint: str | None) -> None:
-    """Check values: with an error where that costs nothing, else by a trap on the device, which does not wait."""
+    """Check a condition on values: by an error on a CPU, elsewhere by a trap on the device, for which the host does not wait."""
     if condition.device.type == "cpu":
         if not bool(condition.all()):
             raise UsageError(message, hint=hint)

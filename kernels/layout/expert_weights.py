@@ -1,9 +1,9 @@
-"""The weights of a layer's experts in the layouts kernels read, and what kernels give and take. E experts, H hidden, I width.
+"""The weights of a layer's experts in the layouts that kernels read, and what every backend offers. E experts, H hidden, I width.
 
 Stacked, as transformers stores them:
     ``up`` ``[E, 2I, H]`` (gate rows, then up rows; alternating with ``interleaved``; ``[E, I, H]`` without a gate) and
     ``down`` ``[E, H, I]``; both with their last two dimensions exchanged where ``transposed``.
-Packed, ours (``widths`` is given):
+Packed, upcycle's own (``widths`` is given):
     ``up`` ``[sum 2 I_e, H]``, gate and up rows alternating, and ``down`` ``[sum I_e, H]``, the transpose of each expert's
     matrix. H is contiguous in both, experts are row ranges, so that widths may differ and a tile holds gate and up of the same
     neurons.
@@ -117,17 +117,17 @@ class ExpertWeights:
 
     @property
     def packed(self) -> bool:
-        """Whether this is our layout."""
+        """Whether experts lie one after another as row ranges, so that their widths may differ."""
         return self.widths is not None
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, the number of experts."""
         return len(self.up) if self.widths is None else len(self.widths)
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the size of a token's vector."""
         return self.up.shape[1] if self.transposed else self.up.shape[-1]
 
     @property
@@ -159,11 +159,11 @@ class ExpertWeights:
         return self.all_widths[expert]
 
     def up_of(self, expert: int, which: Part = "all") -> torch.Tensor:
-        """A view of one expert's ``[2I, H]`` (``[I, H]`` without a gate), or of its gate or up rows, ``[I, H]``."""
+        """A view of one expert's ``up`` ``[2I, H]`` (``[I, H]`` without a gate), or of its gate or up rows, ``[I, H]``."""
         return self.pick(self.up, expert, which)
 
     def pick(self, tensor: torch.Tensor, expert: int, which: Part = "all") -> torch.Tensor:
-        """The same view of a tensor like ``up``, such as its gradient."""
+        """A view as :meth:`up_of` gives one, of a tensor like ``up``, such as its gradient."""
         if self.packed:
             rows = self.rows_per_neuron
             view = tensor[rows * self.starts[expert] : rows * self.starts[expert + 1]]
@@ -172,7 +172,7 @@ class ExpertWeights:
         return self.half(view, which)
 
     def half(self, rows: torch.Tensor, which: Part) -> torch.Tensor:
-        """A view of the gate or up rows among ``[2I, ...]`` in the order of ``up``; without a gate all are up rows."""
+        """A view of the gate or up rows of ``[2I, ...]``, which are in the order of ``up``; without a gate all are up rows."""
         if which == "all" or not self.gated:
             return rows
         second = which == "up"
@@ -195,9 +195,13 @@ class ExpertWeights:
         like: torch.Tensor | None = None,
         turned: bool = False,
     ) -> list[torch.Tensor]:
-        """Views of many experts, as :meth:`up_of` and :meth:`down_of` give one; of ``up``, ``down``, or a tensor like it.
+        """Views of several experts, each as :meth:`up_of` or :meth:`down_of` gives it.
 
-        ``turned``: transposed.
+        Args:
+            which: the gate or up rows or both, or ``down``.
+            experts: whose.
+            like: take the views of this tensor, which is like ``up`` or ``down``, such as a gradient.
+            turned: transpose every view.
         """
         tensor = like if like is not None else self.down if which == "down" else self.up
         if 4 * len(experts) < self.num_experts or len(set(self.all_widths)) > 1:
@@ -216,9 +220,8 @@ class ExpertWeights:
                 tensor = tensor[:, int(which == "up") :: 2]
             else:
                 tensor = tensor[:, middle:] if which == "up" else tensor[:, :middle]
-        views = (tensor.transpose(1, 2) if turned else tensor).unbind(
-            0
-        )  # one call for all: a view costs as much as a small product
+        # One call for all: making a view takes as long as a small product.
+        views = (tensor.transpose(1, 2) if turned else tensor).unbind(0)
         return [views[expert] for expert in experts]
 
     def up_bias_of(self, expert: int, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -232,12 +235,12 @@ class ExpertWeights:
 
 
 def state_of(*tensors: torch.Tensor | None) -> tuple[object, ...]:
-    """What is checked of weights, and may change when a module is moved, cast, or given others."""
+    """Shapes, dtypes and devices: what is checked of weights, and changes when a module is moved, cast or given other weights."""
     return tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
 
 
 def pack(weights: ExpertWeights) -> ExpertWeights:
-    """Our layout, a copy of the same numbers; gate and up rows alternate."""
+    """A copy in the packed layout; gate and up rows alternate."""
     if weights.packed and (weights.interleaved or not weights.gated):
         return weights
     experts = range(weights.num_experts)
@@ -252,7 +255,7 @@ def pack(weights: ExpertWeights) -> ExpertWeights:
 
 
 def unpack(weights: ExpertWeights, interleaved: bool = False, transposed: bool = False) -> ExpertWeights:
-    """A stacked layout, a copy of the same numbers.
+    """A copy in a stacked layout.
 
     Raises:
         UsageError: experts have different widths.
@@ -291,7 +294,7 @@ def intermediate_offsets(dispatch: Dispatch, weights: ExpertWeights, per_neuron:
 
 
 class Gradients(NamedTuple):
-    """What a backward pass returns; ``None`` where nothing was asked for. Like the tensors they are of."""
+    """Gradients that a backward pass returns, each like the tensor it belongs to; ``None`` where none was asked for."""
 
     x: torch.Tensor | None = None
     up: torch.Tensor | None = None
@@ -302,7 +305,7 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """What the Triton and the CPU path offer, as module-level functions of these names."""
+    """Functions of a module that runs experts: Triton's, the CPU's, or the reference."""
 
     def forward(
         self,
@@ -312,7 +315,7 @@ class Backend(Protocol):
         scores: torch.Tensor | None,
         keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(output [T, H] like x, z)``. z is flat in x's dtype, what the backward pass needs, and empty without ``keep``.
+        """``(output [T, H] like x, z)``; z is what the backward pass needs, flat, in x's dtype, and empty without ``keep``.
 
         Args:
             x: ``[T, H]``.
@@ -332,7 +335,10 @@ class Backend(Protocol):
         z: torch.Tensor,
         needs: Gradients,
     ) -> Gradients:
-        """Gradients of everything that is not ``None`` in ``needs`` (whose values are not read); of an empty z, it is made again."""
+        """Gradients of everything that is not ``None`` in ``needs`` (whose values are not read).
+
+        An empty ``z`` is computed again.
+        """
 
 
 def _alternating(weights: ExpertWeights, rows: torch.Tensor) -> torch.Tensor:

@@ -19,12 +19,12 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_subclass(tensor: torch.Tensor | None) -> bool:
-    """Whether a tensor is of a class with rules of its own, other than fake ones."""
+    """Whether a tensor's class is a subclass with rules of its own (DTensor, quantised weights); fake tensors do not count."""
     return tensor is not None and type(tensor) not in _TYPES and not isinstance(tensor, FakeTensor)
 
 
 def without_numbers(*tensors: torch.Tensor | None) -> bool:
-    """Whether one of them has a shape and a dtype, and no numbers: on the meta device, or fake."""
+    """Whether one of them has a shape and a dtype but no numbers, on the meta device or as a fake tensor."""
     return any(tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor)) for tensor in tensors)
 
 

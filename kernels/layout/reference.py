@@ -1,6 +1,6 @@
 """What the kernels must compute, in loops over tokens, slots and experts. T tokens, S slots, E experts, H hidden, I width.
 
-Gradients are autograd's. For tests, and for what no kernel can do; in fp64 the yardstick of every other path.
+Gradients are autograd's. It runs what no kernel can, and in fp64 it is what tests compare every other path with.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def expert_output(x: torch.Tensor, weights: ExpertWeights, expert: int) -> torch
 
 
 def activation(name: str, z: torch.Tensor) -> torch.Tensor:
-    """The activation, written out."""
+    """An activation by name, of ``z`` of any shape, written out as its formula."""
     if name == "silu":
         return z / (1 + torch.exp(-z))
     if name == "gelu":
@@ -82,7 +82,7 @@ def activation(name: str, z: torch.Tensor) -> torch.Tensor:
 def forward(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :class:`upcycle.kernels.layout.expert_weights.Backend`; keeps nothing."""
+    """Output and an empty z; see :class:`upcycle.kernels.layout.expert_weights.Backend`."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not keep):
         rows = dispatch.slot_row
         ids = torch.searchsorted(dispatch.offsets, rows.long(), right=True) - 1
@@ -101,7 +101,7 @@ def backward(
     z: torch.Tensor,
     needs: Gradients,
 ) -> Gradients:
-    """See :class:`upcycle.kernels.layout.expert_weights.Backend`; computes everything again."""
+    """Gradients by autograd of a forward pass that is run again; see :class:`upcycle.kernels.layout.expert_weights.Backend`."""
 
     def leaf(tensor: torch.Tensor, need: torch.Tensor | None) -> torch.Tensor:
         return tensor.detach().requires_grad_(need is not None)

@@ -1,4 +1,4 @@
-"""Experts of every layout, routings, and how far two results may be apart. Tests import it as ``expert_cases``."""
+"""Random experts of every layout, random expert ids, and how far apart two results may be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_weights(
     width: int = 8,
     grad: bool = False,
 ) -> ExpertWeights:
-    """Random experts: ``stacked``, ``transposed`` (and interleaved), ``packed``, or packed and ``ragged`` (5 experts)."""
+    """Random experts in a layout: ``stacked``, ``transposed`` (and interleaved), ``packed``, or packed and ``ragged`` (5 experts)."""
     draw = torch.Generator().manual_seed(7)
 
     def random(*shape: int) -> torch.Tensor:
@@ -66,14 +66,17 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def rounding(dtype: torch.dtype, terms: int) -> float:
-    """How far apart two orders of summing ``terms`` products, thrice in a row, may be: errors that add up as random ones do,
-    with a factor of 4 for the worst of many draws. 16-bit dtypes sum in fp32, and round what they store."""
+    """How far apart two results may be that sum ``terms`` products in different orders, three times in a row.
+
+    Errors add up as random ones do; the factor of 4 allows for the worst of many draws. 16-bit dtypes sum in fp32 and round what
+    they store.
+    """
     stored = torch.finfo(dtype).eps
     summed = stored if dtype == torch.float64 else torch.finfo(torch.float32).eps
     return 4 * math.sqrt(3 * terms) * summed + (stored if stored > 1e-4 else 0)
 
 
 def random_ids(tokens: int, top_k: int, experts: int, seed: int = 0) -> torch.Tensor:
-    """Different experts for every token."""
+    """Expert ids ``[tokens, top_k]``, those of one token all different."""
     draw = torch.Generator().manual_seed(seed)
     return torch.rand(tokens, experts, generator=draw).topk(top_k).indices

@@ -1,4 +1,4 @@
-"""Buffers filled with NaN between bands of NaN: what a kernel forgets to write, or writes outside, is seen."""
+"""Buffers filled with NaN between bands of NaN, which show what a kernel forgets to write or writes outside."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 BAND = 1024
-_PATTERN = 0x7FC1  # a NaN nobody computes; per 16 bits
+_PATTERN = 0x7FC1  # every 16 bits: a NaN that no computation gives
 
 
 class Guards:
-    """What was allocated."""
+    """The guarded buffers of one :func:`guarded` block."""
 
     def __init__(self) -> None:
         self.bands: list[torch.Tensor] = []
@@ -27,7 +27,7 @@ class Guards:
         return words[BAND : len(words) - BAND].view(dtype).view(shape)
 
     def check(self) -> None:
-        """Nothing was written outside.
+        """Check that nothing was written outside a buffer.
 
         Raises:
             AssertionError: something was.
@@ -39,7 +39,7 @@ class Guards:
 
 @contextmanager
 def guarded() -> Iterator[Guards]:
-    """While it lasts, new floating-point tensors of the kernels are guarded."""
+    """Guard every tensor that is made while the block lasts, by replacing torch's ``new_empty`` and ``empty_like``."""
     guards = Guards()
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 

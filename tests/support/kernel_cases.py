@@ -1,4 +1,4 @@
-"""Small layers in every shape that has broken a kernel somewhere, in every layout."""
+"""Small layers of every shape that has broken a kernel somewhere, in every layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def top_k(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[list[
 
 
 def among(*allowed: int) -> Callable[[int, int, int, torch.Generator], list[list[int]]]:
-    """Only these experts; the others have no token."""
+    """A choice of only these experts; the others have no token."""
 
     def choose(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[list[int]]:
         return [[allowed[place] for place in row] for row in top_k(tokens, len(allowed), k, rng)]
@@ -27,14 +27,14 @@ def among(*allowed: int) -> Callable[[int, int, int, torch.Generator], list[list
 
 
 def some_dropped(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[list[int]]:
-    """A third of the slots, and all of token 0, are another rank's."""
+    """Expert ids by token, of which a third and all of token 0 belong to another rank."""
     chosen = top_k(tokens, experts, k, rng)
     drop = torch.rand(tokens, k, generator=rng) < 1 / 3
     return [[experts if t == 0 or drop[t, s] else chosen[t][s] for s in range(k)] for t in range(tokens)]
 
 
 def varying(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[list[int]]:
-    """0 to k experts, none for the first and the last token."""
+    """Expert ids by token, 0 to k of them, none for the first and the last token."""
     numbers = torch.randint(0, k + 1, (tokens,), generator=rng).tolist()
     numbers[0] = numbers[-1] = 0
     return [row[:number] for row, number in zip(top_k(tokens, experts, k, rng), numbers, strict=True)]
@@ -42,7 +42,7 @@ def varying(tokens: int, experts: int, k: int, rng: torch.Generator) -> list[lis
 
 @dataclass(frozen=True)
 class Case:
-    """T, H, widths, K and how tokens choose."""
+    """A layer's shape and layout, and how its tokens choose experts."""
 
     tokens: int = 20
     hidden: int = 32
@@ -91,7 +91,7 @@ CASES = {
     "bf16 ragged": Case(tokens=9, widths=(16, 48, 33), dtype=torch.bfloat16),
     "fp16": Case(tokens=9, dtype=torch.float16),
 }
-# One of every mechanism, for `make test`.
+# One case for every mechanism, for `make test`.
 QUICK = (
     "one token",
     "dropped slots",
@@ -105,7 +105,7 @@ QUICK = (
 
 @dataclass
 class Made:
-    """A case with numbers, for the oracle and for the kernels."""
+    """A case filled with numbers, for the oracle and for the kernels."""
 
     problem: Problem
     weights: ExpertWeights
@@ -114,14 +114,14 @@ class Made:
     """x, weights, dispatch, scores."""
 
     def gradients(self) -> Gradients:
-        """All that there are."""
+        """All gradients that there can be."""
         x, weights, _, scores = self.arguments
         return Gradients(x, weights.up, weights.down, weights.up_bias, weights.down_bias, scores)
 
     def pairs(
         self, output: torch.Tensor, found: Gradients, exact: Answer
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """What the kernels found beside what is exact, by name; weights' gradients of all experts in one vector each."""
+        """Pairs of what the kernels found and what is exact, by name; a weight's gradients of all experts are one vector."""
         assert found.x is not None
         pairs = {"output": (output, exact.output), "x": (found.x, exact.x)}
         experts = range(self.weights.num_experts)
@@ -149,7 +149,7 @@ class Made:
 
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Made:
-    """Numbers for a case, the same on every device."""
+    """A case filled with random numbers, the same on every device."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -185,7 +185,7 @@ def arranged(
     biases: dict[str, list[torch.Tensor]],
     case: Case,
 ) -> ExpertWeights:
-    """In the layout of the case."""
+    """The weights in the layout of the case."""
     kind: dict[str, Any] = {"activation": case.activation, "gated": case.gated}
     if len(set(case.widths)) > 1:
         pairs = up if gate is None else [torch.stack(both, 1).flatten(0, 1) for both in zip(gate, up, strict=True)]

@@ -1,4 +1,4 @@
-"""Experts with loops over tokens in fp64, differentiated by autograd; and how far from it a kernel may be."""
+"""The exact answer, by loops over tokens in fp64 and autograd, and how far from it a kernel may be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass
 class Problem:
-    """One layer, per expert in the plainest layout, and which experts every token has."""
+    """One layer with a matrix of its own for every expert, and which experts every token has."""
 
     x: torch.Tensor
     gate: list[torch.Tensor] | None
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass
 class Answer:
-    """In fp64."""
+    """The output and all gradients, in fp64."""
 
     output: torch.Tensor
     x: torch.Tensor
@@ -96,7 +96,7 @@ def solve(problem: Problem) -> Answer:
 
 
 def tolerance(dtype: torch.dtype, roundings: int, depth: int) -> float:
-    """The relative RMS error that rounding explains.
+    """The largest relative RMS error that rounding explains.
 
     Every one of ``roundings`` results that are stored has a relative error of at most u, half the distance of neighbours; they
     are independent, hence their squares add up, and an activation multiplies them by at most 2 or so. Sums of ``depth``
@@ -107,7 +107,7 @@ def tolerance(dtype: torch.dtype, roundings: int, depth: int) -> float:
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """The RMS error relative to the exact values' RMS; where those are zero, whether all are."""
+    """The RMS error relative to the exact values' RMS; where those are all zero, the error itself."""
     exact = exact.detach().cpu()
     error = (found.detach().cpu().double() - exact).norm()
     scale = exact.norm()
@@ -115,7 +115,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def cosine(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of two tensors as vectors; 1 where both are zero."""
+    """The cosine between two tensors as vectors; 1 where both are zero."""
     found, exact = found.detach().cpu().double().flatten(), exact.detach().cpu()
     scale = float(found.norm() * exact.norm())
     return float(found @ exact.flatten()) / scale if scale else float(bool((found == 0).all() and (exact == 0).all()))

@@ -1,4 +1,4 @@
-"""What accelerators can do, from their vendors' data sheets: one table for every estimate."""
+"""Peak rates of accelerators from their vendors' data sheets: the one table that every estimate uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upcycle.registry import suggestion
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device; nothing reaches them.
+    """Peak rates of one device, which real work never reaches.
 
     ``flops`` are of dense bfloat16 products, ``link`` and ``network`` bytes per second that one device can send: to others
     in its machine, and to other machines when each device has a network adapter of its own, as in the vendor's systems.
@@ -28,7 +28,7 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """torch's type of it."""
+        """Torch's type of device: ``cpu`` or ``cuda``."""
         return "cpu" if self.name == "cpu" else "cuda"
 
 
@@ -63,7 +63,7 @@ DEVICES = {device.name: device for device in _LISTED}
 
 
 def device(name: str) -> Device:
-    """A device by its name, in any case.
+    """The device of this name, whatever its case.
 
     Raises:
         UsageError: it is not in the table.
@@ -75,7 +75,7 @@ def device(name: str) -> Device:
 
 
 def named_like(full: str) -> Device | None:
-    """The device whose name the driver's has in it, such as ``NVIDIA H100 80GB HBM3``."""
+    """The device that a driver's name means, such as ``NVIDIA H100 80GB HBM3``; ``None`` if the table has none."""
     words = full.replace("-", " ").split()
     found = [each for each in _LISTED if each.name.split("-")[0] in words]
     small = [each for each in found if each.name.endswith("40GB") and any(word.startswith("40GB") for word in words)]

@@ -1,4 +1,4 @@
-"""C++ of this package: compiled for this processor when it is first needed, and kept.
+"""Compiles the C++ files of this folder for this processor when they are first needed, and keeps the result.
 
 It needs a C++ compiler (``CXX``, ``c++``, ``g++`` or ``clang++``); without one, torch's operations are used. What was compiled
 lies in this user's cache (:func:`upcycle.files.user_paths.cache_folder`), named after the source, the compiler and the
@@ -35,15 +35,18 @@ Function = Callable[..., int]
 
 
 class NotCompiledError(Exception):
-    """Why there is no compiled function."""
+    """The reason why there is no compiled function."""
 
 
 @lru_cache
 def function(name: str, what: str, arguments: tuple[type, ...], *flags: str) -> Function | None:
-    """``upcycle_NAME`` of ``NAME.cpp``, which takes ``arguments`` and returns an ``int``; ``None`` where it cannot be had.
+    """``upcycle_NAME`` of ``NAME.cpp``; ``None`` where it cannot be compiled. Which of both is logged, once.
 
-    What happened is logged, once: ``what`` runs on it, or on torch's operations. ``flags`` are for the compiler, beside the
-    usual ones.
+    Args:
+        name: of the file, without its ending.
+        what: the operations that run on it, for the log.
+        arguments: types of its arguments; it returns an ``int``.
+        flags: for the compiler, beside the usual ones.
     """
     try:
         library, loaded = _library(Path(__file__).with_name(f"{name}.cpp"), flags)
@@ -57,7 +60,7 @@ def function(name: str, what: str, arguments: tuple[type, ...], *flags: str) -> 
 
 
 def _library(source: Path, flags: tuple[str, ...]) -> tuple[Path, ctypes.CDLL]:
-    """The compiled library and its file, made if there is none that is whole."""
+    """The library's file and the loaded library, compiled if there is no whole one."""
     if os.environ.get(VARIABLE, "1") == "0":
         raise NotCompiledError(f"{VARIABLE} is 0")
     compiler = _compiler()
@@ -75,8 +78,9 @@ def _library(source: Path, flags: tuple[str, ...]) -> tuple[Path, ctypes.CDLL]:
 
 
 def _whole(library: Path) -> bool:
-    """Whether it is what the compiler wrote, and only this user's: a full disk or a crash may have cut it, and the machine code of
-    a cut file is a signal (SIGBUS) when it is run.
+    """Whether a library is what the compiler wrote, and only this user may write to it.
+
+    A full disk or a crash may have cut the file short, and running a cut file ends the process (SIGBUS).
     """
     try:
         said = _hash_file(library).read_text(encoding="utf-8").strip()
@@ -101,7 +105,7 @@ def _compiler() -> list[str]:
 
 
 def _identity(compiler: list[str], source: Path, flags: tuple[str, ...]) -> str:
-    """Of everything that a compiled library depends on."""
+    """A hash of everything that a compiled library depends on."""
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
     except (OSError, subprocess.SubprocessError) as error:
@@ -113,7 +117,7 @@ def _identity(compiler: list[str], source: Path, flags: tuple[str, ...]) -> str:
 
 
 def _processor() -> bytes:
-    """The instructions it has, where Linux tells; homes are shared by unlike machines."""
+    """The processor's model and instructions, where Linux tells: machines that differ may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
@@ -122,7 +126,7 @@ def _processor() -> bytes:
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, library: Path) -> None:
-    """Into ``library``, at once or not at all: other processes may be at it, too."""
+    """Compile ``source`` and move the result to ``library`` in one step: other processes may do the same at this moment."""
     handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     made, said = Path(name), ""

@@ -16,13 +16,13 @@ ARGUMENTS = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctyp
 
 
 def few_rows() -> Function | None:
-    """``upcycle_few_rows`` of the source file; ``None`` where it cannot be had."""
-    # A token has the same bits beside others only if the compiler joins no operations here and there.
+    """``upcycle_few_rows`` of ``few_rows.cpp``; ``None`` where it cannot be compiled."""
+    # A token gives the same bits whatever stands beside it only if the compiler fuses no multiplication and addition.
     return function("few_rows", "a few tokens", ARGUMENTS, "-ffp-contract=off")
 
 
 def takes(weights: ExpertWeights, experts: torch.Tensor) -> bool:
-    """Whether the kernel is for these experts: stacked as most models store them, in fp32 or bf16, of a processor's memory."""
+    """Whether the kernel can run these experts: stacked as most models store them, without biases, in fp32 or bf16."""
     layout = not weights.packed and not weights.transposed and weights.up_bias is None and weights.down_bias is None
     stored = weights.up.dtype in KINDS and weights.up.is_contiguous() and weights.down.is_contiguous()
     return layout and stored and experts.shape[-1] <= weights.num_experts
@@ -31,12 +31,15 @@ def takes(weights: ExpertWeights, experts: torch.Tensor) -> bool:
 def few_rows_output(
     x: torch.Tensor, weights: ExpertWeights, experts: torch.Tensor, scores: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """``[T, H]`` like ``x`` of experts that it :func:`takes`; ``None``: there is no kernel, an id is wrong, or a tensor is not plain.
+    """``[T, H]`` like ``x``, of experts that the kernel :func:`takes`.
+
+    Returns:
+        ``None`` if there is no kernel, an id is wrong, or a tensor is not plain memory.
 
     Args:
         x: ``[T, H]``.
-        weights: of its dtype.
-        experts: ids ``[T, K]``; E and more have no expert.
+        weights: of the dtype of ``x``.
+        experts: ids ``[T, K]``; slots with ids of E or more are dropped.
         scores: fp32 ``[T, K]``; ``None``: all 1.
     """
     kernel = few_rows()

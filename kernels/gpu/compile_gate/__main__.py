@@ -1,9 +1,9 @@
-"""The gate without a GPU: every shipped tile is compiled for every kind of GPU, and its machine code is looked at.
+"""Compiles every shipped tile for every kind of GPU, without one, and inspects the machine code.
 
 ``python -m upcycle.kernels.gpu.compile_gate`` compiles (two processes; Triton keeps what it compiled), checks that nothing
-spills, that shared memory suffices, that tensor cores and asynchronous copies are used, and prints the static report;
-``--write FILE`` saves it, ``--check FILE`` fails where that file is another one. This says nothing about time: what is derived
-from it is an estimate.
+spills, that shared memory suffices, that tensor cores and asynchronous copies are used, and prints the static report.
+``--write FILE`` saves it; ``--check FILE`` fails if that file holds another report. Nothing here is timed: times in the report
+are estimates.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def compile_all(todo: Sequence[KernelVariant], processes: int) -> list[CompiledK
 
 
 def choose_all(path: Path, processes: int) -> int:
-    """Choose every tile and save the table; 1 if a place has none."""
+    """Choose every tile and save the table; returns 1 if no tile is fit for some place."""
     keys = list(first_guess())
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         chosen = dict(zip(keys, pool.map(choose, keys), strict=True))
@@ -44,7 +44,7 @@ def choose_all(path: Path, processes: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The gate; 0 if every tile may be shipped."""
+    """Run the gate; returns 0 if every tile may be shipped."""
     parser = argparse.ArgumentParser(
         prog="python -m upcycle.kernels.gpu.compile_gate", description=__doc__.splitlines()[0]
     )
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def stale(path: Path, text: str) -> bool:
-    """Whether a saved report is another one, by the same compiler; another version of it may use other registers."""
+    """Whether a saved report differs from ``text`` although the same compiler made it; others may use other registers."""
     saved = path.read_text()
     if saved == text:
         return False

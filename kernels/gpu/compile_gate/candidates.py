@@ -1,7 +1,7 @@
-"""Which tiles are tried: in bf16 the fastest of several hundred on an H100 first, without those that only few programs can share.
+"""The tiles that are tried, best first: in bf16, in the order of times of several hundred on an H100.
 
-The committed table holds the first of these that passes the gate (``python -m upcycle.kernels.gpu.compile_gate --choose``); with
-a GPU, ``upcycle tune-kernels`` times all of them. ``[m, n, k, group, warps, stages]``.
+The committed table holds the first of them that passes the gate (``python -m upcycle.kernels.gpu.compile_gate --choose``); with
+a GPU, ``upcycle tune-kernels`` times all of them. A tile is ``(m, n, k, group, warps, stages)``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def candidates(size: int, family: str) -> dict[int, list[Tile]]:
 
 
 def first_guess() -> TileTable:
-    """The first candidates everywhere, which need not pass."""
+    """A table of first candidates, which need not pass the gate."""
     return TileTable(
         {
             (kind, size, family, rows): tiles[0]
@@ -105,7 +105,7 @@ def first_guess() -> TileTable:
 
 
 def choose(key: Key) -> Tile | None:
-    """The first candidate for a place that the gate lets pass in all layouts; ``None``: there is none."""
+    """The first candidate for a place of the table that passes the gate in all layouts; ``None`` if there is none."""
     from upcycle.kernels.gpu.compile_gate.compile import build
     from upcycle.kernels.gpu.compile_gate.rules import faults
     from upcycle.kernels.gpu.compile_gate.variants import place_variants

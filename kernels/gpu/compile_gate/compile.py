@@ -1,4 +1,4 @@
-"""Compile one launch for a GPU that is not there, and read what the compiler made of it."""
+"""Compiles one launch for a GPU that this machine need not have, and reads what the compiler made of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ASYNC = ("cp.async.ca", "cp.async.cg", "cp.async.bulk")
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One kernel as it is compiled: what a launch fixes, nothing else."""
+    """One kernel with everything that a launch compiles in; launches that differ only in other arguments share one."""
 
     kind: str
     module: str
@@ -42,13 +42,13 @@ class KernelVariant:
 
     @property
     def title(self) -> str:
-        """A line for people."""
+        """One line that names the variant in messages."""
         size = f"{self.tile.m}x{self.tile.n}x{self.tile.k}"
         return f"{self.kind} {self.name} {self.dtype} {size}, {self.tile.warps} warps, {self.tile.stages} stages"
 
     @property
     def name(self) -> str:
-        """Kernel and variant."""
+        """The kernel's name, followed by what sets this variant apart."""
         values = dict(self.constants)
         # The gradient of h is the first projection's kernel without an activation.
         of_h = values.get("ACTIVATION") == "none"
@@ -59,25 +59,25 @@ class KernelVariant:
 
     @property
     def dtype(self) -> str:
-        """Of the tensors."""
+        """The tensors' dtype, as Triton spells it."""
         return self.signature[0][1].removeprefix("*")
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What the compiler made."""
+    """What the compiler made of a variant."""
 
     variant: KernelVariant
     registers: int
     stack: int
     shared: int
     tensor_core: dict[str, int]
-    """Instructions by name."""
+    """How often each tensor-core instruction occurs."""
     async_copies: int
 
 
 def variant_of(launch: Launch, kind: str) -> KernelVariant:
-    """What Triton's launcher would compile for these arguments."""
+    """The variant that Triton's launcher would compile for a launch on this kind of GPU."""
     signature, aligned = [], []
     constants: list[tuple[str, Any]] = []
     for parameter in launch.kernel.params:
@@ -99,12 +99,12 @@ def variant_of(launch: Launch, kind: str) -> KernelVariant:
 
 
 def build(variant: KernelVariant) -> CompiledKernel:
-    """Compile and look inside."""
+    """A variant of one of these kernels, compiled."""
     return build_kernel(getattr(import_module(variant.module), variant.kernel), variant)
 
 
 def build_kernel(kernel: Any, variant: KernelVariant) -> CompiledKernel:
-    """The same for a kernel of anybody's, as ``triton.jit`` returns it."""
+    """A variant of any kernel that ``triton.jit`` returned, compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,4 +1,4 @@
-"""What a layer of experts must at least compute and move, and the time that takes at a GPU's peak: estimates, not measurements.
+"""The least that a layer of experts must compute and move, and how long that takes at a GPU's peak: estimates, not measurements.
 
 T tokens, K experts per token, R = T K rows, H hidden, I width, E experts. Every matrix is counted once per kernel that reads it,
 as if tiles were reused perfectly.
@@ -13,7 +13,7 @@ from upcycle.hardware.accelerators import device
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer and its batch."""
+    """A layer of experts and the number of tokens that it is given."""
 
     name: str
     tokens: int
@@ -26,7 +26,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """R, the number of rows."""
         return self.tokens * self.top_k
 
 
@@ -52,7 +52,7 @@ GPUS = tuple(Gpu(known.title, known.flops, known.bandwidth) for known in map(dev
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs and bytes."""
+    """FLOPs to compute and bytes to move."""
 
     flops: float
     bytes: float
@@ -61,12 +61,12 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def floor(self, gpu: Gpu) -> float:
-        """Seconds."""
+        """The least seconds that this takes on a GPU: computing and moving overlap perfectly."""
         return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth)
 
 
 def kernels(shape: Shape) -> dict[str, Cost]:
-    """Every launch of a training step of a gated layer, in order."""
+    """The cost of every launch in a training step of a gated layer, by name, in order."""
     rh, ri, th = shape.rows * shape.hidden, shape.rows * shape.width, shape.tokens * shape.hidden
     # Of a batch with fewer rows than experts, only the experts that are chosen are read.
     ehi = min(shape.experts, shape.rows) * shape.hidden * shape.width
@@ -86,11 +86,11 @@ def kernels(shape: Shape) -> dict[str, Cost]:
 
 
 def total(shape: Shape, training: bool) -> Cost:
-    """A forward pass, or forward and backward."""
+    """The cost of a forward pass, or of forward and backward."""
     costs = list(kernels(shape).values())
     return sum(costs[1:] if training else costs[1:3], costs[0])
 
 
 def saved_bytes(shape: Shape, keep_z: bool = True) -> int:
-    """What is kept for the backward pass besides weights and index vectors: ``b (T H + 2 R I)``, or ``b T H``."""
+    """Bytes kept for the backward pass besides weights and index vectors: ``size (T H + 2 R I)``, or ``size T H`` without z."""
     return shape.size * (shape.tokens * shape.hidden + 2 * shape.rows * shape.width * keep_z)

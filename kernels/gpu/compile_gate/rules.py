@@ -1,4 +1,4 @@
-"""What keeps a compiled tile from being shipped."""
+"""The rules that a compiled tile must meet to be shipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PRODUCTS = ("up_kernel", "gemm_kernel", "xty_kernel")
 
 
 def faults(result: CompiledKernel) -> list[str]:
-    """What keeps a tile from being shipped."""
+    """The rules that a compiled kernel breaks, in words; empty if it may be shipped."""
     found, variant = [], result.variant
     if result.stack:
         found.append(f"{result.stack} bytes of stack: registers spill")

@@ -1,11 +1,11 @@
-"""The static report: what the compiler made of the shipped tiles, and the floors of time that arithmetic allows."""
+"""The static report: what the compiler made of the shipped tiles, and lower bounds of times."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel
-from upcycle.kernels.gpu.compile_gate.roofline import GPUS, SHAPES, kernels, saved_bytes, total
+from upcycle.kernels.gpu.compile_gate.roofline import GPUS, SHAPES, Shape, kernels, saved_bytes, total
 
 _REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
 _SHARED_PER_SM = {"sm80": 164, "sm90": 228, "sm100": 228}  # KiB, of which every block takes one more
@@ -20,14 +20,14 @@ floors are *estimates* from shapes and data sheets. Times on a GPU: [kernels.md]
 
 
 def compiler() -> str:
-    """Which one."""
+    """The compiler's name and version."""
     import triton
 
     return f"Triton {triton.__version__}"
 
 
 def report(compiled_kernels: Sequence[CompiledKernel]) -> str:
-    """Markdown."""
+    """The report as Markdown."""
     parts = [
         _INTRODUCTION,
         f"## Shipped tiles\n\n{compiler()}. Tile: rows x columns x depth (for `up`, `down_backward` and `activation_backward` columns "
@@ -55,7 +55,7 @@ def report(compiled_kernels: Sequence[CompiledKernel]) -> str:
 
 
 def blocks_per_sm(build: CompiledKernel) -> int:
-    """How many blocks fit on a multiprocessor by registers, shared memory and threads; an estimate."""
+    """The number of blocks that fit on a multiprocessor by registers, shared memory and threads; an estimate."""
     threads = 32 * build.variant.tile.warps
     by_registers = _REGISTERS // (-(-build.registers // 8) * 8 * threads)
     by_shared = _SHARED_PER_SM[build.variant.kind] * 1024 // (build.shared + 1024)
@@ -132,10 +132,7 @@ def _floors() -> str:
     return "\n".join(parts)
 
 
-def _name(shape: object) -> str:
-    from upcycle.kernels.gpu.compile_gate.roofline import Shape
-
-    assert isinstance(shape, Shape)
+def _name(shape: Shape) -> str:
     return f"{shape.name} (T {shape.tokens}, H {shape.hidden}, I {shape.width}, E {shape.experts}, K {shape.top_k})"
 
 

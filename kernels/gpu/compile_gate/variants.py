@@ -1,4 +1,4 @@
-"""What the shipped tiles are compiled to: everything that training launches, written down with tensors that have no memory."""
+"""The kernel variants of the shipped tiles: everything that training launches, recorded with tensors that have no memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HIDDEN, _WIDTH, _EXPERTS, _TOP_K = 2048, 768, 8, 2
 
 
 def variants(table: TileTable) -> list[KernelVariant]:
-    """Everything that the table's tiles are compiled to, each once."""
+    """All variants that training with this table launches, each once."""
     found: dict[KernelVariant, None] = {}
     for kind, size, rows in sorted({(kind, size, rows) for kind, size, _, rows in table}):
         found.update(dict.fromkeys(place_variants(kind, size, rows, table)))
@@ -26,7 +26,7 @@ def variants(table: TileTable) -> list[KernelVariant]:
 
 
 def place_variants(kind: str, size: int, rows: int, table: TileTable, family: str = "") -> Iterator[KernelVariant]:
-    """The same for one place of the table, of all layouts that have kernels of their own; of one family, if it is named."""
+    """The variants for one place of the table, for every layout that has kernels of its own; only of ``family``, if given."""
     for weights in _layouts(_DTYPES[size]):
         yield from training_variants(kind, weights, rows, table, family)
 
@@ -34,7 +34,7 @@ def place_variants(kind: str, size: int, rows: int, table: TileTable, family: st
 def training_variants(
     kind: str, weights: ExpertWeights, rows: int, table: TileTable, family: str = ""
 ) -> Iterator[KernelVariant]:
-    """What one forward and backward pass with so many rows per expert launches."""
+    """The variants that one forward and backward pass launches with this many rows per expert."""
     dispatch = meta_dispatch(rows * weights.num_experts // _TOP_K, weights.num_experts, _TOP_K)
     x = torch.empty(dispatch.tokens, weights.hidden, dtype=weights.up.dtype, device="meta")
     scores = torch.empty(dispatch.slots, device="meta")
@@ -48,7 +48,7 @@ def training_variants(
 
 
 def meta_dispatch(tokens: int, experts: int, top_k: int) -> Dispatch:
-    """Shapes of a dispatch without values."""
+    """A dispatch of these shapes on the meta device."""
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

@@ -1,8 +1,8 @@
 """Times the experts' kernels on a GPU: ``python -m upcycle.kernels.gpu.timing.bench``.
 
-Beside them, on the same numbers: torch's ``grouped_mm`` with gathered rows, and one dense FFN of the same FLOPs. Median
-milliseconds of Triton's ``do_bench``, TFLOP/s, the milliseconds of a forward pass that is replayed as a CUDA graph (without the
-time in which the host starts kernels), and peak memory above what inputs need; floors are those of ``roofline``.
+Torch's ``grouped_mm`` with gathered rows, and one dense FFN of the same FLOPs, are timed on the same numbers. The columns are
+median milliseconds of Triton's ``do_bench``, TFLOP/s, the milliseconds of a forward pass replayed as a CUDA graph (without the
+time in which the host starts kernels), and peak memory beyond the inputs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Candidate = tuple[str, Callable[[], object]]
 def layer(
     shape: Shape, device: torch.device, skew: float = 0.0
 ) -> tuple[torch.Tensor, ExpertWeights, Dispatch, torch.Tensor]:
-    """Random numbers for a shape: x, packed bf16 weights, a dispatch and its scores.
+    """Random x, packed bf16 weights, dispatch and scores of a shape.
 
-    ``skew`` is Zipf's exponent of how often experts are chosen; 0: evenly.
+    ``skew`` is the exponent of Zipf's law by which experts are chosen; 0: evenly.
     """
     rng = torch.Generator(device).manual_seed(0)
 
@@ -48,7 +48,7 @@ def layer(
 def ours(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor, training: bool
 ) -> Callable[[], object]:
-    """A call of the kernels: a forward pass, or forward and backward."""
+    """A function that runs these kernels: a forward pass, or forward and backward."""
     from upcycle.kernels.gpu.backend import backward, forward
 
     needs = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
@@ -63,7 +63,7 @@ def ours(
 def grouped(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor, training: bool
 ) -> Callable[[], object]:
-    """The same layer of torch's grouped products, differentiated by autograd."""
+    """A function that runs the same layer on torch's grouped products, differentiated by autograd."""
     experts, width = weights.num_experts, weights.width(0)
     up = weights.up.view(experts, 2 * width, -1).detach().requires_grad_(training)
     down = weights.down.view(experts, width, -1).detach().requires_grad_(training)
@@ -81,7 +81,7 @@ def grouped(
 
 
 def dense(shape: Shape, device: torch.device, training: bool) -> Callable[[], object]:
-    """One FFN of as many FLOPs."""
+    """A function that runs one dense FFN of as many FLOPs."""
     width = shape.width * shape.top_k
     x = torch.randn(shape.tokens, shape.hidden, device=device, dtype=torch.bfloat16)
     up = torch.randn(2 * width, shape.hidden, device=device, dtype=torch.bfloat16).div_(shape.hidden**0.5)

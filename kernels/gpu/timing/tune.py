@@ -1,4 +1,4 @@
-"""Times candidate tiles on the GPU that is there, for one layer; the result is a table for ``UPCYCLE_TILES``."""
+"""Times candidate tiles for one layer on this machine's GPU; the result is a table for ``UPCYCLE_TILES``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tune(
         top_k: experts per token, drawn evenly.
         kind: the part of the table to fill.
         timer: seconds (or any unit) of a call; what does not fit on the GPU raises.
-        told: is given one line per decision.
+        told: called with one line per decision.
     """
     table, size = default_table(), weights.up.element_size()
     families = [name for name in FAMILIES if not name.startswith("up/") or name == f"up/{form_of(weights)}"]
@@ -61,7 +61,7 @@ def tune(
 def launches(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, kind: str, table: TileTable, family: str
 ) -> list[Launch]:
-    """What a training step launches of one family, written down with its buffers, which hold random values."""
+    """The launches of one family in a training step, with their buffers, which hold random values."""
     scores = torch.rand(dispatch.slots, device=x.device)
     needs = Gradients(x=x, up=weights.up, down=weights.down, scores=scores)
     with recorded(kind) as found:
