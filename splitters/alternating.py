@@ -29,7 +29,7 @@ class AlternatingParameters(PluginParameters):
 
 
 class Alternating(PlainSumPartition):
-    """Ours: maximises what the chosen experts add, over partitions and linear routers together.
+    """Our own split: it maximises what the chosen experts add, over partitions and linear routers together.
 
     Let ``c_j(t) = |h_j(t)| * ||down_j||`` be what neuron j adds to token t. A linear router can only find what is linear in
     its input x, so neurons are first clustered by what a ridge regression predicts of their ``c_j``: with
@@ -60,7 +60,7 @@ class Alternating(PlainSumPartition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Clusters of predicted profiles: the first guess."""
+        """Cluster the predicted profiles: the first guess."""
         sums = _Sums(required(activations, self.name), ffn, self.parameters.tokens)
         return self._clusters(sums, neurons, experts, rng)
 
@@ -72,7 +72,7 @@ class Alternating(PlainSumPartition):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """See the class."""
+        """Assign neurons and fit routers in turn, and keep the best assignment; see the class."""
         given = required(activations, self.name)
         sums = _Sums(given, ffn, self.parameters.tokens)
         pieces, size = shape.shared + shape.experts, shape.expert_size
@@ -101,7 +101,7 @@ class Alternating(PlainSumPartition):
         return balanced_kmeans(profiles.float(), experts, seed=draw_seed(rng))
 
     def _gain(self, sums: _Sums, activations: Activations, piece: torch.Tensor, shape: MoeShape) -> torch.Tensor:
-        """Fp32 ``[F, S + E]``: what each neuron would add in each piece under the router that fits ``piece`` best."""
+        """Return fp32 ``[F, S + E]``: what each neuron would add in each piece under the router that fits ``piece`` best."""
         member = torch.zeros(len(piece), shape.experts, dtype=torch.float64)
         routed = (piece >= shape.shared).nonzero().flatten()
         member[routed, piece[routed] - shape.shared] = 1.0
@@ -118,7 +118,14 @@ class Alternating(PlainSumPartition):
 
 
 class _Sums:
-    """Over some batches: ``gram`` ``[d, d]`` of inputs, ``moment`` ``[d, F]`` of inputs and contributions, ``energy`` ``[F]``."""
+    """Sums over some batches, in fp64.
+
+    Attributes:
+        norms: ``[F]``, the length of every neuron's down column.
+        gram: ``[d, d]``, the weighted sum of ``x x^T``.
+        moment: ``[d, F]``, the weighted sum of inputs times contributions.
+        energy: ``[F]``, the weighted sum of squared contributions.
+    """
 
     def __init__(self, activations: Activations, ffn: FeedForward, tokens: int) -> None:
         d, width = ffn.hidden_size, ffn.intermediate_size
@@ -127,7 +134,7 @@ class _Sums:
         self.moment = torch.zeros(d, width, dtype=torch.float64)
         self.energy = torch.zeros(width, dtype=torch.float64)
         for batch in activations.some(tokens):
-            # Products of one batch in fp32, sums of batches in fp64.
+            # One batch is multiplied in fp32, batches are added in fp64.
             weighted = batch.x * batch.weight[:, None]
             self.gram += weighted.T @ batch.x
             self.moment += weighted.T @ batch.hidden.abs()
@@ -136,7 +143,7 @@ class _Sums:
         self.energy *= self.norms.square()
 
     def predicted(self, strength: float) -> torch.Tensor:
-        """Fp64 ``[F, d]``, whose inner products are those of the contributions that a ridge regression predicts."""
+        """Return fp64 ``[F, d]``, whose inner products are those of the contributions that a ridge regression predicts."""
         regular = self.gram.clone()
         regular.diagonal().add_(strength * self.gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
         factor, fault = torch.linalg.cholesky_ex(regular)

@@ -1,4 +1,4 @@
-"""CMoE's split: neurons among the strongest of the same tokens share an expert."""
+"""CMoE's split: neurons that are among the strongest on the same tokens share an expert."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class CMoE(PlainSumPartition):
 
     def __init__(self, parameters: CMoEParameters) -> None:
         super().__init__(parameters)
-        # Shared and routed experts ask for the same marks; the next layer's activations are other ones.
+        # Shared and routed experts ask for the same marks, which are given up with the layer's activations.
         self._marks: WeakKeyDictionary[Activations, torch.Tensor] = WeakKeyDictionary()
 
     def shared_neurons(
         self, count: int, ffn: FeedForward, rng: torch.Generator, activations: Activations | None
     ) -> torch.Tensor:
-        """The neurons marked most often."""
+        """Return the neurons that are marked most often."""
         rates = torch.bincount(self._marked(activations).flatten(), minlength=ffn.intermediate_size)
         return rates.argsort(descending=True, stable=True)[:count]
 
@@ -66,7 +66,7 @@ class CMoE(PlainSumPartition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Clusters of marks; nothing is random."""
+        """Cluster the neurons by their marks; nothing is random."""
         found = marker_assignment(
             self._marked(activations),
             neurons,

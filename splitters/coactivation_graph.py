@@ -18,7 +18,7 @@ from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
 from upcycle.splitters.grouping.neuron_profiles import coactivation, draw_seed, required
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
-# So that the edge at the percentile itself is kept with weight one.
+# A little less than 1, so that the edge at the percentile itself is kept, with weight one.
 _MARGIN = 0.99
 
 
@@ -73,7 +73,7 @@ class CoactivationGraph(PlainSumPartition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Parts of the graph, made equal.
+        """Cut the graph and make its parts equal.
 
         Raises:
             EnvironmentFault: pymetis is not installed.
@@ -87,7 +87,7 @@ class CoactivationGraph(PlainSumPartition):
 
 
 def load_metis() -> Any:
-    """The optional package pymetis.
+    """Import the optional package pymetis.
 
     Raises:
         EnvironmentFault: it is not installed.
@@ -102,7 +102,7 @@ def load_metis() -> Any:
 
 
 def cut(metis: Any, weights: torch.Tensor, parts: int, seed: int, percentile: int) -> torch.Tensor:
-    """Int64 ``[M]``: METIS's partition of the graph of co-activation ``weights`` ``[M, M]``, in parts of about M / parts."""
+    """Return int64 ``[M]``: METIS's cut of the graph with co-activation ``weights`` ``[M, M]`` into parts of about M / parts."""
     dense = weights.numpy()
     tried = np.percentile(dense, range(percentile, 101, 10))
     # A graph without any co-activation has no edges, and every cut of it is as good.
@@ -112,7 +112,7 @@ def cut(metis: Any, weights: torch.Tensor, parts: int, seed: int, percentile: in
     edges = np.flatnonzero(kept)
     kind = metis.zero_copy_dtype()
     starts = np.concatenate([[0], kept.sum(axis=1).cumsum()]).astype(kind)
-    # METIS adds weights up in its own integers.
+    # METIS adds weights up in integers of its own, which must not overflow.
     most = np.iinfo(kind).max // max(len(edges), 1)
     found = metis.part_graph(
         parts,

@@ -61,7 +61,7 @@ class CoactivationKMeans(PlainSumPartition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Clusters of profiles; neurons that are never active have none and fill what room is left."""
+        """Cluster the profiles; neurons that are never active have none and fill the room that is left."""
         given, size, seed = required(activations, self.name), self.parameters.sketch, draw_seed(rng)
         if self.parameters.features == "gram":
             profiles = principal_profiles(coactivation(given, neurons), size, seed)

@@ -10,7 +10,7 @@ from upcycle.methods.base import Partition, balanced_blocks
 
 
 class ContiguousSplit(Partition):
-    """The slices FactorLLM uses (arXiv 2408.11855); also the fastest to write, since nothing is gathered."""
+    """The slices that FactorLLM uses (arXiv 2408.11855); also the fastest split to write, because nothing is gathered."""
 
     name = "contiguous_split"
     title = "Contiguous split"
@@ -24,11 +24,11 @@ class ContiguousSplit(Partition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """The stored order, in balanced slices."""
+        """Cut the stored order into slices of equal size."""
         return balanced_blocks(len(neurons), experts)
 
     def shared_neurons(
         self, count: int, ffn: FeedForward, rng: torch.Generator, activations: Activations | None
     ) -> torch.Tensor:
-        """The first slices: this method looks at nothing."""
+        """Return the first neurons: this method looks at neither weights nor text."""
         return torch.arange(count)

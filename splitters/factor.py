@@ -26,5 +26,5 @@ class Factor(ContiguousSplit):
     paper = "https://arxiv.org/abs/2408.11855"
 
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """As in every partition, but for ``paper``, which is E."""
+        """Return the scale of every partition; ``paper`` is E."""
         return super().scale("exact" if convention == "paper" else convention, experts, top_k, shared)

@@ -37,7 +37,7 @@ class Importance(Partition):
 
     - ``independent`` (in the code only, "Independent-Gradient"): again and again the best (score, expert) pair among the
       free neurons and the experts with room.
-    - ``sharing_inner``: expert c takes the top m of ``v_c``; neurons may be in several experts, or in none.
+    - ``sharing_inner``: expert c takes the top m of ``v_c``; a neuron may be in several experts, or in none.
     - ``sharing_inter``: the neurons in the top m of most experts go to the shared experts, most wanted first, and leave
       the lists, which are then drawn up anew, until the shared experts are full. The routed experts take the top m of
       what is left (``share_neurons``, overlapping) or deal it out as ``independent`` does.
@@ -67,7 +67,7 @@ class Importance(Partition):
             self.exact_when_all_active = False
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """As in every partition, unless experts overlap and the parameter ``expert_size`` says otherwise.
+        """Return the width of every partition, unless experts overlap and the parameter ``expert_size`` says otherwise.
 
         Raises:
             UsageError: the sizes do not fit, or the variant and the number of shared experts do not.
@@ -101,7 +101,7 @@ class Importance(Partition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """The greedy disjoint split of ``neurons``."""
+        """Split ``neurons`` greedily, without overlap."""
         scores = self._vectors(activations, experts)[:, neurons].T
         size, extra = divmod(len(neurons), experts)
         return greedy_assignment(scores, torch.full((experts,), size), extra)
@@ -114,7 +114,7 @@ class Importance(Partition):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """See the class."""
+        """Give every expert the neurons of its text cluster; see the class."""
         size, everyone = shape.expert_size, torch.arange(ffn.intermediate_size)
         order = self._vectors(activations, shape.experts).argsort(dim=1, descending=True, stable=True)
         taken = everyone[:0]
@@ -133,7 +133,7 @@ class Importance(Partition):
         return LayerBlueprint(ffn.layer, routed, shape.top_k, scale, shared if shape.shared else ())
 
     def _vectors(self, activations: Activations | None, experts: int) -> torch.Tensor:
-        """Fp32 ``[E, F]``: one vector per expert."""
+        """Return fp32 ``[E, F]``: one vector per expert."""
         found = required(activations, self.name).importance
         if found is None or len(found) < experts:
             raise UsageError(
@@ -144,12 +144,12 @@ class Importance(Partition):
 
 
 def most_wanted(order: torch.Tensor, count: int, size: int) -> torch.Tensor:
-    """Int64 ``[count]``: the neurons in the top ``size`` of most experts; lists close up over those already taken.
+    """Return int64 ``[count]``: the neurons in the top ``size`` of most experts; lists close up over neurons already taken.
 
     Args:
         order: int64 ``[E, F]``, each expert's neurons, best first.
-        count: how many are wanted; of the last round the lowest neurons, as in LLaMA-MoE's code.
-        size: length of a list.
+        count: how many to return; in the last round the lowest neurons are taken, as in LLaMA-MoE's code.
+        size: length of an expert's list.
     """
     taken = torch.zeros(order.shape[1], dtype=torch.bool)
     chosen = []
@@ -164,9 +164,9 @@ def most_wanted(order: torch.Tensor, count: int, size: int) -> torch.Tensor:
 
 
 def merged(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """``[count, F]``: ``vectors`` ``[C, F]``, of which the two with the highest cosine are averaged until few enough are left.
+    """Return ``[count, F]``: ``vectors`` ``[C, F]``, of which the two with the highest cosine are averaged until few enough are left.
 
-    An average counts as many vectors as went into it.
+    An average weighs as much as all vectors that went into it.
     """
     members = torch.ones(len(vectors), 1)
     while len(vectors) > count:

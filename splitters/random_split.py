@@ -24,5 +24,5 @@ class RandomSplit(Partition):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """A fresh permutation for every layer."""
+        """Deal the neurons out in random order, another one in every layer."""
         return balanced_blocks(len(neurons), experts)[torch.randperm(len(neurons), generator=rng)]

@@ -21,22 +21,22 @@ from upcycle.errors import UsageError
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-# Temperatures relative to how far a point's costs differ: the first without prices to start from, with them, and how much
-# the next one is lower.
+# Temperatures, relative to the mean difference of a point's costs: the first one without prices to start from, the first one with
+# them, and the factor by which each next one is lower.
 _COLD, _WARM, _COOLING = 1.0, 1 / 64, 8.0
 _STEPS_PER_STAGE = 6
-# Shares of the points: a stage has done its work when so few are misplaced (the earlier stages need not be as good), and
-# it has lost its way when so many still are.
+# Shares of all points: a stage is done when as few as _MISPLACED are misplaced (eight times as many in the earlier stages), and the
+# prices it began with were useless when more than _LOST still are.
 _MISPLACED, _LOST = 1e-3, 0.1
-_UNDECIDED = 8.0  # points: the last temperature is that much of 1 / N
-# So many points per cluster tell the prices nearly as well as twice as many and more: those of all begin there.
+_UNDECIDED = 8.0  # points that the last temperature leaves undecided, about
+# This many points per cluster give nearly the prices that all points have, which are then computed from there.
 _ENOUGH = 128
 
 
 def balanced_assignment(
     cost: torch.Tensor, *, prices: torch.Tensor | None = None, rough: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cheapest assignment in which two clusters differ by at most one point.
+    """Find the cheapest assignment in which the sizes of two clusters differ by at most one point.
 
     Optimal for ``cost`` up to its own rounding: moves whose costs differ by less than the rounding of what a point pays on
     average are taken as equal. The same input gives the same labels.
@@ -44,11 +44,10 @@ def balanced_assignment(
     Args:
         cost: ``[N, E]``, finite, ``1 <= E <= N``.
         prices: ``[E]`` of a similar problem, to start from.
-        rough: leave the few points where they are that the smoothed prices misplace: the sizes are only nearly the same.
+        rough: leave the few points that the smoothed prices misplace where they are: the sizes are only nearly the same.
 
     Returns:
-        labels int64 ``[N]``, and fp64 prices ``[E]``: every point has (up to rounding) the least ``cost + prices`` where
-        it is.
+        Labels, int64 ``[N]``, and prices, fp64 ``[E]``: up to rounding, every point is where its ``cost + prices`` is least.
 
     Raises:
         UsageError: the cost is not finite, or there are fewer points than clusters or no cluster.
@@ -58,7 +57,7 @@ def balanced_assignment(
         clusters = cost.shape[1]
         single = cost.dtype.is_floating_point and cost.dtype != torch.float64
         cost = cost.detach().cpu().to(torch.float32 if single else torch.float64)
-        # What all of a point's costs have in common decides nothing, and fp32 has no digits to spare for it.
+        # A constant added to all of a point's costs changes no choice, and fp32 has no digits to spare for it.
         relative = cost - cost.amin(dim=1, keepdim=True)
         scale = relative.mean(dtype=torch.float64).item()
         start = None if prices is None else prices.detach().cpu().double()
@@ -73,9 +72,9 @@ def balanced_assignment(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For passes over a few hundred thousand numbers: they take less time than waking the other threads does.
+    """Make torch use one thread for a while: passes over a few hundred thousand numbers take less time than waking others.
 
-    Numbers too small for fp32's normal range count as zero meanwhile; softmax makes many, and they cost a hundredfold.
+    Meanwhile numbers below fp32's normal range count as zero; softmax makes many of them, and each costs a hundredfold.
     """
     threads, flushing = torch.get_num_threads(), (torch.tensor(1e-39) * 0.5).item() == 0
     torch.set_num_threads(1)
@@ -100,10 +99,10 @@ def _check(cost: torch.Tensor, prices: torch.Tensor | None) -> None:
 
 
 def _smooth_prices(cost: torch.Tensor, start: torch.Tensor | None, scale: float, rough: bool) -> torch.Tensor:
-    """Prices ``[E]`` (fp64) at which a softmin of ``cost + prices`` (fp32 ``[N, E]``) fills all clusters alike.
+    """Find prices ``[E]`` (fp64) at which a softmin of ``cost + prices`` (fp32 ``[N, E]``) fills all clusters alike.
 
-    The temperature ends where only a few points per cluster are undecided: lower, and Newton's method has no curvature.
-    Of many points some are solved for first; for ``rough`` prices, all of them at the last temperature only.
+    The last temperature leaves a few points per cluster undecided: below it, Newton's method has no curvature. Of many points
+    a sample is solved first, and all of them start from its prices; ``rough`` prices solve all at the last temperature only.
     """
     points, clusters = cost.shape
     last = scale * min(_WARM, max(_UNDECIDED / points, 1e-5))
@@ -113,14 +112,14 @@ def _smooth_prices(cost: torch.Tensor, start: torch.Tensor | None, scale: float,
         start = _smooth_prices(cost[::stride].contiguous(), start, scale, rough)
         warm = last if rough else min(warm, _COOLING * last)
     nothing = torch.zeros(clusters, dtype=torch.float64)
-    # What all prices have in common is free.
+    # A constant added to all prices changes nothing: take their mean as zero.
     prices, temperature = (nothing, scale * _COLD) if start is None else (start - start.mean(), warm)
     while True:
         most = _MISPLACED if temperature <= last else 8 * _MISPLACED
         prices, misplaced = _newton(cost / -temperature, prices / temperature, most)
         prices *= temperature
         if start is not None and misplaced > _LOST:
-            # The prices were those of another problem.
+            # The prices to start from were those of too different a problem: begin without.
             start, prices, temperature = None, nothing, scale * _COLD
         elif temperature <= last:
             return prices
@@ -143,13 +142,13 @@ def _newton(logits: torch.Tensor, prices: torch.Tensor, most: float) -> tuple[to
         if misplaced <= most or steps == _STEPS_PER_STAGE:
             break
         curvature = filled.diag() - (shares.T @ shares).double()
-        # The prices' common constant is free, and a cluster that nobody hesitates about has no curvature.
+        # Keep the system solvable: a constant on all prices is free, and a cluster that no point hesitates about has no curvature.
         curvature += size / clusters + 1e-3 * size * torch.eye(clusters, dtype=torch.float64)
         step = torch.linalg.solve(curvature, gradient)
         slope = gradient @ step
         for _ in range(6):
             shares = (logits - (prices + step).float()).softmax(dim=1)
-            # Along a line the slope of a concave function only falls: one that did not turn has not gone too far.
+            # Along a line the slope of a concave function only falls: where it has not turned, the step was not too long.
             if (shares.sum(dim=0).double() - size) @ step >= -0.5 * slope:
                 break
             step, slope = step / 4, slope / 4
@@ -173,7 +172,7 @@ class _Moves:
         # add less than their own rounding to the total.
         self.tolerance = precision * cost[np.arange(points), self.labels].mean()
         self.size, extra = divmod(points, clusters)
-        # The pool asks the price that the first cluster without an extra place would pay.
+        # The pool's price is that of the first cluster that gets no extra place.
         pool = np.sort(prices)[::-1][extra]
         self.prices = np.append(prices, pool)
         self.handed = prices > pool
@@ -185,7 +184,7 @@ class _Moves:
             self._weigh(cluster)
 
     def balance(self) -> None:
-        """Every round moves at least one point's worth of surplus to where points are missing."""
+        """Move at least one point of surplus to where points are missing, again and again until none is left."""
         while (self.surplus > 0).any():
             path = self._shortest_path()
             edges = list(pairwise(path))
@@ -199,7 +198,7 @@ class _Moves:
                 self._weigh(node)
 
     def _shortest_path(self) -> list[int]:
-        """Nodes from one with a surplus to the nearest that lacks points; raises the prices before it accordingly."""
+        """Return the nodes from one with a surplus to the nearest that lacks points, and raise the prices on the way to it."""
         # Rounding, and movers that only nearly tie, leave a reduced cost slightly below zero.
         reduced = np.maximum(self.moves + self.prices - self.prices[:, None], 0.0)
         distance = np.where(self.surplus > 0, 0.0, np.inf)
@@ -221,7 +220,7 @@ class _Moves:
         return path[::-1]
 
     def _movers(self, source: int, target: int) -> Indices:
-        """The points whose move costs no more than the cheapest, up to the tolerance; to or from the pool just one."""
+        """Return the points whose move costs no more than the cheapest, up to the tolerance; to or from the pool just one."""
         pool = len(self.surplus) - 1
         if pool in {source, target}:
             return np.array([source if target == pool else target])

@@ -17,24 +17,28 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.splitters.grouping.balanced_assignment import balanced_assignment, one_thread
 
-_BLOCK = 1 << 18  # numbers that are worked on at a time where a copy is needed: that many fit in the cache
-# That many points say well enough in which directions they differ.
+_BLOCK = 1 << 18  # numbers that are copied and worked on at a time: as many as the processor's cache holds
+# This many points say well enough in which directions all points differ.
 _RANGE_POINTS = 2048
 # A difference of squares that leaves this share of them has lost three bits to cancellation at most.
 _HARMLESS = 1 / 8
-# Below one point in that many, moved ones are worth gathering.
+# If fewer than one point in this many moved, sums are updated by those alone.
 _FEW = 6
 # From so many points per cluster on, adding them one by one is faster than a matrix product.
 _MANY = 128
-# The main directions are left earlier: the last refinements are made in all coordinates anyway.
+# In the main directions the tolerance is this many times larger: the last refinements are made in all coordinates anyway.
 _ROUGHER = 10
 
 
 @dataclass(frozen=True)
 class BalancedClusters:
-    """``labels`` int64 ``[N]``, ``centroids`` fp32 ``[E, D]`` (the clusters' means) and the sum of squared distances to them.
+    """A clustering of N points into E clusters of equal size.
 
-    ``iterations`` counts the assignments that were made in the original coordinates.
+    Attributes:
+        labels: int64 ``[N]``.
+        centroids: fp32 ``[E, D]``, the clusters' means.
+        inertia: the sum of squared distances to them.
+        iterations: how many assignments were made in the original coordinates.
     """
 
     labels: torch.Tensor
@@ -53,7 +57,7 @@ def balanced_kmeans(
     tolerance: float = 1e-4,
     sketch: int | None = 32,
 ) -> torch.Tensor:
-    """Labels int64 ``[N]`` of clusters whose sizes differ by at most one; see :func:`balanced_kmeans_result`."""
+    """Return the labels, int64 ``[N]``, of clusters whose sizes differ by at most one; see :func:`balanced_kmeans_result`."""
     return balanced_kmeans_result(
         points, clusters, seed=seed, n_init=n_init, max_iter=max_iter, tolerance=tolerance, sketch=sketch
     ).labels
@@ -113,12 +117,12 @@ def balanced_kmeans_result(
 
 @dataclass(frozen=True)
 class _Means:
-    """Fp32 ``[E, D]``, and the sum of squares within the clusters and between them (what one loses the other gains)."""
+    """Centroids, fp32 ``[E, D]``, and the sums of squares within clusters and between them, whose total never changes."""
 
     centroids: torch.Tensor
     within: float = math.inf
     between: float = -math.inf
-    labels: torch.Tensor | None = None  # whose means they are
+    labels: torch.Tensor | None = None  # of the points that were averaged
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _best(
     tolerance: float,
     rough: bool = False,
 ) -> _Run:
-    """The run that ends with the least inertia."""
+    """Return the run that ends with the least inertia."""
     starts = (_Means(centroids) for centroids in seeds)
     runs = (_lloyd(points, squares, start, max_iter, tolerance, rough) for start in starts)
     return max(runs, key=lambda run: run.means.between)
@@ -145,15 +149,15 @@ def _best(
 def _lloyd(
     points: torch.Tensor, squares: float, start: _Means, max_iter: int, tolerance: float, rough: bool = False
 ) -> _Run:
-    """Assign and average in turn until that gains nothing worth another pass; ``squares`` is the points' sum of squares.
+    """Assign and average in turn until another pass would gain too little; ``squares`` is the points' sum of squares.
 
-    ``rough`` clusters have only nearly the same size: enough where others follow.
+    ``rough`` clusters have only nearly the same size, which is enough where a better run follows.
     """
     means, prices = start, None
     for iteration in range(1, max_iter + 1):  # noqa: B007 - the last one is returned
         labels, prices = balanced_assignment(_costs(points, means.centroids), prices=prices, rough=rough)
         if math.isinf(means.within):
-            prices = None  # single points lie much further apart than means, and so do their prices
+            prices = None  # those of single points, which lie much further apart than means
         before, means = means, _means(points, squares, labels, len(means.centroids), means)
         # Not from `within`, a small difference of large numbers when the points lie far from the origin.
         if means.between - before.between <= tolerance * means.within:
@@ -162,7 +166,7 @@ def _lloyd(
 
 
 def _main_directions(points: torch.Tensor, directions: int, rng: torch.Generator) -> torch.Tensor:
-    """Coordinates ``[N, directions]`` of the points, less their mean, in nearly their first principal components."""
+    """Return coordinates ``[N, directions]`` of the points, less their mean, in nearly their first principal components."""
     some = points[:: max(1, len(points) // _RANGE_POINTS)]
     seen = some @ torch.randn(points.shape[1], directions, generator=rng)
     basis = torch.linalg.qr(some.T @ (seen - seen.mean(dim=0))).Q
@@ -172,7 +176,7 @@ def _main_directions(points: torch.Tensor, directions: int, rng: torch.Generator
 
 
 def _plus_plus(points: torch.Tensor, clusters: int, rng: torch.Generator) -> torch.Tensor:
-    """k-means++ seeds ``[E, D]``; of a few candidates drawn for each, the one that lowers the inertia most."""
+    """Draw k-means++ seeds ``[E, D]``: each is the one of a few candidates that lowers the inertia most."""
     candidates = 2 + int(math.log(clusters))
     squares = torch.linalg.vector_norm(points, dim=1).square()
     chosen = torch.randint(len(points), (1,), generator=rng)
@@ -189,17 +193,17 @@ def _plus_plus(points: torch.Tensor, clusters: int, rng: torch.Generator) -> tor
 
 
 def _squared_distances(points: torch.Tensor, squares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """``[N, C]`` from every point to the ``C`` chosen ones."""
+    """Return squared distances ``[N, C]`` from every point to the ``C`` chosen ones."""
     distances = torch.addmm(squares[:, None] + squares[chosen], points, points[chosen].T, alpha=-2).clamp_(min=0)
-    distances[chosen, torch.arange(len(chosen))] = 0  # or rounding would let a seed be drawn again
+    distances[chosen, torch.arange(len(chosen))] = 0  # exactly, or rounding could let the same seed be drawn again
     return distances
 
 
 def _costs(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Squared distances ``[N, E]`` less what all of a point's have in common.
+    """Return squared distances ``[N, E]`` less a constant of each point, which changes no choice.
 
-    With ``m`` the mean of the centroids, ``|x - c|^2 = |x - m|^2 - 2 x.(c - m) + |c - m|^2 + 2 m.(c - m)``: no matter how
-    far the points lie from the origin, fp32 keeps what tells the clusters apart.
+    With ``m`` the mean of the centroids, ``|x - c|^2 = |x - m|^2 - 2 x.(c - m) + |c - m|^2 + 2 m.(c - m)``, and the first term is
+    left out: however far the points lie from the origin, fp32 keeps what tells the clusters apart.
     """
     middle = centroids.mean(dim=0)
     offsets = centroids - middle
@@ -210,8 +214,8 @@ def _costs(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 def _means(
     points: torch.Tensor, squares: float, labels: torch.Tensor, clusters: int, before: _Means | None = None
 ) -> _Means:
-    """The clusters' means as one matrix product, which all threads share; of what moved only, if that is little."""
-    sizes = torch.bincount(labels, minlength=clusters)[:, None].clamp(min=1).double()  # a rough one may be empty
+    """Compute the clusters' means by one matrix product, which all threads share; from the points that moved alone, if few did."""
+    sizes = torch.bincount(labels, minlength=clusters)[:, None].clamp(min=1).double()  # a rough cluster may be empty
     sums = None
     if before is not None and before.labels is not None:
         moved = (labels != before.labels).nonzero()[:, 0]
@@ -230,10 +234,10 @@ def _means(
 
 
 def _sums(points: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
-    """``[E, D]``: the sum of every cluster's points."""
+    """Return ``[E, D]``: the sum of every cluster's points."""
     if len(points) < _MANY * clusters:
         return torch.zeros(clusters, len(points)).scatter_(0, labels[None], 1.0) @ points
-    # A product with a few rows would read the points several times.
+    # A matrix product with so few rows would read the points several times.
     starts = torch.bincount(labels, minlength=clusters).cumsum(0)[:-1]
     order, starts = labels.argsort(stable=True), torch.cat([starts.new_zeros(1), starts])
     found: torch.Tensor = torch._embedding_bag_forward_only(points, order, starts, False, 0, False, None, False)[0]
@@ -245,7 +249,7 @@ def _sum_of_squares(points: torch.Tensor) -> float:
 
 
 def _inertia(points: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> float:
-    """Sum of squared distances, subtracted before they are squared, a block of points at a time."""
+    """Sum the squared distances of points to their centroids, subtracted before they are squared, a block at a time."""
     rows = max(1, _BLOCK // max(1, points.shape[1]))
     with one_thread():
         blocks = zip(points.split(rows), labels.split(rows), strict=True)

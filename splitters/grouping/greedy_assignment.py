@@ -7,7 +7,7 @@ from torch.nn.functional import one_hot
 
 
 def greedy_assignment(scores: torch.Tensor, room: torch.Tensor, extra: int = 0) -> torch.Tensor:
-    """What taking the globally best pair of a free point and a group with room, one at a time, ends with.
+    """Assign as if the best pair of a free point and a group with room were taken again and again.
 
     Ties go to the lower point, then to the lower group. Instead of one pair per step, every step looks up all free
     points' best open group and takes them in order until the first group is full: until then no point's best group
@@ -16,7 +16,7 @@ def greedy_assignment(scores: torch.Tensor, room: torch.Tensor, extra: int = 0) 
     Args:
         scores: ``[N, G]``, higher is better.
         room: int64 ``[G]``, how many points each group takes.
-        extra: so many groups take one more, whichever are the first to want it; ``sum(room) + extra >= N``.
+        extra: how many groups may take one more, whichever want it first; ``sum(room) + extra >= N``.
 
     Returns:
         Int64 ``[N]`` in ``0..G-1``.
@@ -25,7 +25,7 @@ def greedy_assignment(scores: torch.Tensor, room: torch.Tensor, extra: int = 0) 
     left = room.clone()  # -1 once a group has its extra point
     free = torch.arange(len(scores))
     while len(free):
-        # Below zero, so that one comparison serves both the groups' own room and their extra point.
+        # Down to -1 while extra points are left, so that one comparison serves a group's own room and its extra point.
         last = -1 if extra else 0
         closed = left <= last
         best, group = scores[free].masked_fill(closed, -torch.inf).max(dim=1)

@@ -20,10 +20,13 @@ from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
 
 @dataclass(frozen=True)
 class MarkerClusters:
-    """``labels`` int64 ``[M]``; ``representatives`` int64 ``[E]``, the neuron nearest to each cluster's mean column.
+    """A clustering of M neurons into E clusters.
 
-    ``cost`` is the sum of the L1 distances from the columns to what they were last assigned to: the seeds' columns, or with
-    more iterations the means of the clusters before.
+    Attributes:
+        labels: int64 ``[M]``.
+        representatives: int64 ``[E]``, the neuron nearest to each cluster's mean column.
+        cost: the sum of the L1 distances from the columns to what they were last assigned to: the seeds' columns, or with more
+            iterations the means of the clusters before.
     """
 
     labels: torch.Tensor
@@ -39,11 +42,11 @@ def marker_assignment(
     Nothing is random; ties go to the neuron that stands first in ``neurons``.
 
     Args:
-        markers: integers ``[T, K_a]``, the neurons that each token marks; those that are not in ``neurons`` count for nothing.
+        markers: integers ``[T, K_a]``, the neurons that each token marks; those that are not in ``neurons`` do not count.
         neurons: int64 ``[M]``, the distinct neurons to cluster.
         experts: ``1 <= experts <= M``.
         intermediate_size: F; all neurons are in ``0..F-1``.
-        iterations: assignments; each after the first is to the clusters' means (CMoE makes one).
+        iterations: how many assignments; each after the first is to the clusters' means (CMoE makes one).
 
     Raises:
         UsageError: a neuron that does not exist or is there twice, or a number out of range.
@@ -82,7 +85,7 @@ def _check(markers: torch.Tensor, neurons: torch.Tensor, experts: int, size: int
 
 
 def _columns(markers: torch.Tensor, neurons: torch.Tensor, intermediate_size: int) -> sparse.csr_array:
-    """Sparse ``[M, T]``: 1 where a token marks a neuron."""
+    """Return sparse ``[M, T]``: 1 where a token marks a neuron."""
     tokens, marks = markers.shape
     row = np.full(intermediate_size, -1, dtype=np.int32)
     row[neurons.cpu().numpy()] = np.arange(len(neurons), dtype=np.int32)
@@ -98,7 +101,7 @@ def _columns(markers: torch.Tensor, neurons: torch.Tensor, intermediate_size: in
 
 
 def _distances(columns: sparse.csr_array, sums: sparse.csr_array, sizes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """L1 distances ``[M, E]`` to the means ``sums / sizes`` (sparse ``[E, T]``).
+    """Return L1 distances ``[M, E]`` to the means ``sums / sizes`` (sparse ``[E, T]``).
 
     A mean ``c`` of marks lies in 0..1, so that ``|a - c|`` is ``a + c - 2 a c`` for a mark ``a`` of 0 or 1: only where both
     are above zero must anything be multiplied. Sums of marks are whole numbers, in fp32 exact up to 2^24 tokens.

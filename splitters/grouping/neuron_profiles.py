@@ -1,4 +1,4 @@
-"""What calibration text says about neurons, streamed batch by batch: co-activation and activation profiles."""
+"""Co-activation and activation profiles of neurons on the calibration text, summed batch by batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OVERSAMPLING = 16
 
 
 def required(activations: Activations | None, method: str) -> Activations:
-    """The activations that a calibrated method must have been given.
+    """Return the activations that a calibrated method must have been given.
 
     Raises:
         UsageError: there are none.
@@ -24,23 +24,23 @@ def required(activations: Activations | None, method: str) -> Activations:
 
 
 def draw_seed(rng: torch.Generator) -> int:
-    """A seed for code with random numbers of its own."""
+    """Draw a seed for code that has a random generator of its own."""
     return int(torch.randint(2**31 - 1, (1,), generator=rng))
 
 
 def coactivation(
     activations: Activations, neurons: torch.Tensor, threshold: float = 0.0, clip_tokens: int = 0
 ) -> torch.Tensor:
-    """Fp32 ``[M, M]``: ``w_nm = sum_t weight_t * |h_n(t)| * |h_m(t)|`` over the tokens on which both neurons are active.
+    """Return fp32 ``[M, M]``: ``w_nm = sum_t weight_t * |h_n(t)| * |h_m(t)|`` over the tokens on which both neurons are active.
 
     A neuron is active on a token where ``|h|`` exceeds ``threshold`` times the token's root mean square over all
     neurons; at 0 every activation but zero counts, and the matrix is the Gram matrix of the magnitudes.
 
     Args:
         activations: the tokens.
-        neurons: int64 ``[M]``, which neurons to look at.
+        neurons: int64 ``[M]``, the neurons to compare.
         threshold: see above.
-        clip_tokens: sum over so many tokens at a time and clip each such sum at 1; 0 clips nothing.
+        clip_tokens: sum over this many tokens at a time and clip each such sum at 1; 0 clips nothing.
     """
     total = torch.zeros(len(neurons), len(neurons))
     some = torch.empty_like(total) if clip_tokens else total
@@ -56,7 +56,7 @@ def coactivation(
 
 
 def sketched_profiles(activations: Activations, neurons: torch.Tensor, size: int, seed: int) -> torch.Tensor:
-    """Fp32 ``[M, size]``: every neuron's ``|h|`` over all tokens, projected onto ``size`` random directions.
+    """Return fp32 ``[M, size]``: every neuron's ``|h|`` over all tokens, projected onto ``size`` random directions.
 
     A Gaussian projection keeps angles up to about ``1 / sqrt(size)`` (Johnson and Lindenstrauss), and needs neither the
     tokens at once nor their number in advance.
@@ -70,7 +70,7 @@ def sketched_profiles(activations: Activations, neurons: torch.Tensor, size: int
 
 
 def principal_profiles(gram: torch.Tensor, size: int, seed: int) -> torch.Tensor:
-    """Fp32 ``[M, size]``: the rank-``size`` factor ``V sqrt(L)`` of a Gram matrix ``[M, M]``, by subspace iteration.
+    """Return fp32 ``[M, size]``: the rank-``size`` factor ``V sqrt(L)`` of a Gram matrix ``[M, M]``, by subspace iteration.
 
     Its rows have the inner products of the neurons' profiles, as far as ``size`` dimensions can. Where ``size`` plus
     a few dimensions reach ``M``, the subspace is the whole space and the factor exact.
@@ -82,16 +82,16 @@ def principal_profiles(gram: torch.Tensor, size: int, seed: int) -> torch.Tensor
         basis = torch.linalg.qr(gram @ torch.linalg.qr(basis).Q).Q
     inner = (basis.T @ gram @ basis).double()
     values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-    scaled = vectors * values.clamp(min=0).sqrt()  # ascending: the largest stand last
+    scaled = vectors * values.clamp(min=0).sqrt()  # eigenvalues ascend: the largest stand last
     profiles: torch.Tensor = basis @ scaled[:, -size:].float()
     return profiles
 
 
 def _magnitudes(batch: TokenActivations, neurons: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Fp32 ``[t, M]``: ``sqrt(weight) * |h|``, zero where the neuron is not active."""
+    """Return fp32 ``[t, M]``: ``sqrt(weight) * |h|``, zero where the neuron is not active."""
     size = batch.hidden.abs()
     if threshold > 0:
         bar = threshold * size.square().mean(dim=1, keepdim=True).sqrt()
         size = size * (size > bar)
-    # A root, because whatever is made of these multiplies two of them.
+    # The weight's root, because every use multiplies two of these.
     return size[:, neurons].mul_(batch.weight.sqrt()[:, None])

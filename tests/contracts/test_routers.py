@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ffn_forms import FORMS, ffn_of
 
 from upcycle.calibration.decide_layer import generator
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.form import FfnForm
 from upcycle.ffn.router_capture import captured
 from upcycle.ffn.source_samples import Samples
 from upcycle.registry import ROUTERS, load
@@ -51,6 +53,18 @@ def tokens(ffn: FeedForward, seed: int) -> Activations:
     labels = x[:, :E].argmax(dim=1)
     share = 1 / labels.bincount(minlength=E)[labels]
     return Activations.of(ffn, x, batch=64, samples=Samples(labels[None], labels, share))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in OF_SOURCES])
+def test_ffns_of_every_form_get_rows(name: str, form: FfnForm) -> None:
+    cls, ffn = load("router", name), ffn_of(form, 4 * E, D, dtype=torch.float32)
+    blueprint = LayerBlueprint(3, tuple(map(ExpertSpec, torch.arange(4 * E).split(4))), top_k=2, scale=1.0)
+    router = cls(cls.Parameters(**({"inference_only": True} if name == "zero" else {})))
+    rows = router.rows(blueprint, ffn, generator(0, 3, "router"), tokens(ffn, seed=3))
+    assert (rows.shape, rows.dtype) == ((E, D), torch.float32)
+    assert rows.isfinite().all()
+    assert bool(rows.any(dim=1).all()) == (name != "zero")
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -1,4 +1,4 @@
-"""Reads the activations of one FFN on the calibration tokens batch by batch: neither need fit into memory."""
+"""The activations of one FFN on the calibration tokens, batch by batch: neither tokens nor activations need fit into memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TokenActivations:
 
 
 class Activations:
-    """One layer's calibration tokens, to be passed over as often as needed.
+    """One layer's calibration tokens, which can be passed over as often as needed.
 
     Args:
         ffn: the layer.
@@ -82,7 +82,7 @@ class Activations:
 
     @classmethod
     def of(cls, ffn: FeedForward, x: torch.Tensor, batch: int = 2048, **keys: Any) -> Activations:
-        """Make them of tokens ``x`` ``[T, d]`` in memory, all of weight one, ``batch`` at a time."""
+        """Make activations of tokens ``x`` ``[T, d]`` in memory, all of weight one, ``batch`` at a time."""
 
         def inputs() -> Iterator[Inputs]:
             for number, piece in enumerate(x.float().split(batch)):

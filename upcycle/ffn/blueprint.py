@@ -126,7 +126,7 @@ def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, A
     header = {"layers": {str(blueprint.layer): numbers}}
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(save(tensors, metadata={"upcycle": json.dumps(header, sort_keys=True)}))
-    temporary.rename(path)  # a file that is there is complete
+    temporary.rename(path)  # a reader finds the whole file or none
 
 
 def join_blueprints(paths: list[Path], out: Path, recipe: Mapping[str, Any]) -> None:
@@ -190,7 +190,7 @@ class BlueprintFile:
         return routed[0], shared.shape[0] if shared else 0, routed[1]
 
     def layer(self, layer: int) -> LayerBlueprint:
-        """Read one layer."""
+        """Read one layer's blueprint."""
         numbers = self.header["layers"][str(layer)]
         found = {
             kind: self.tensors.read(f"layers.{layer}.{kind}")

@@ -88,7 +88,7 @@ class ExpertTensors:
         return self._routed_tensor(name, part.expert, factor)
 
     def _absent(self, name: str, where: str, part: Part) -> torch.Tensor:
-        """Zeros for a bias that the dense FFN does not have."""
+        """Return zeros for a bias that the dense FFN does not have; refuse a missing gate."""
         if name == "gate":
             raise RefusalError(
                 f"layer {self._ffn.layer}: the FFN has no gate, and the target's experts have one",
@@ -99,7 +99,7 @@ class ExpertTensors:
         return torch.zeros(size, dtype=self._ffn.dtype)
 
     def _dense(self, source: int | None, name: str) -> torch.Tensor:
-        """A projection or bias of a source's FFN, or (``None``) of the layer's own."""
+        """Return a projection or bias of a source's FFN, or (``None``) of the layer's own."""
         if source is None:
             found = self._ffn.tensor(name)
             assert found is not None
@@ -108,7 +108,7 @@ class ExpertTensors:
         return self._tensors(source, name)
 
     def _down_bias(self, where: str, part: Part) -> torch.Tensor:
-        """``[d]``: what an expert adds beside its neurons; see the class."""
+        """Return ``[d]``: what an expert adds beside its neurons; see the class."""
         zero = torch.zeros(self._ffn.hidden_size, dtype=self._ffn.dtype)
         if self._ffn.down_bias is None or where == "idle":
             return zero
@@ -121,14 +121,14 @@ class ExpertTensors:
         return sum(found[1:], found[0]) if found else zero
 
     def _routed_tensor(self, name: str, expert: int, factor: float) -> torch.Tensor:
-        """Build one routed expert's."""
+        """Build a projection or bias of one routed expert."""
         refitted = self._refitted("", expert) if name == "down" else None
         if refitted is not None:
             return _times(refitted, factor)
         return self._expert(self._routed[expert], self._blueprint.routed[expert], name, "routed", expert, factor)
 
     def _shared_tensor(self, name: str, factor: float) -> torch.Tensor:
-        """Build those of all shared experts, side by side."""
+        """Build a projection or bias of all shared experts, side by side."""
         assert self._shared is not None
         refitted = self._refitted("shared", 0) if name == "down" else None
         if refitted is not None:
@@ -169,7 +169,7 @@ class ExpertTensors:
         return redrawn(weight, fresh, draws, relative, noise, where, expert, name)
 
     def _refitted(self, where: str, expert: int) -> torch.Tensor | None:
-        """The expert's columns of the refitted down projection, where there is one."""
+        """Return the expert's columns of the refitted down projection, if there is one."""
         if self._blueprint.down is None:
             return None
         shared, size = len(self._blueprint.shared), self._blueprint.intermediate_size
@@ -217,6 +217,6 @@ class _NeuronList:
 
 
 def _take(weight: torch.Tensor, neurons: torch.Tensor, dim: int) -> torch.Tensor:
-    """``index_select`` by numpy, which gathers columns twice as fast; it has no bfloat16, so words are moved as integers."""
+    """Do ``index_select`` by numpy, which gathers columns twice as fast; it has no bfloat16, so words are moved as integers."""
     words = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]).numpy()
     return torch.from_numpy(words.take(neurons.clamp(min=0).numpy(), axis=dim)).view(weight.dtype)

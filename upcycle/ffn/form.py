@@ -9,10 +9,8 @@ from typing import Literal
 
 Matrix = Literal["gate", "up", "down"]
 MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")  # as the rows of ExpertSpec.fresh and the powers of a spread
-_DEGREES: Mapping[str, int] = {
-    "relu": 1,
-    "relu2": 2,
-}  # p where act(s z) = s**p act(z) for every s > 0; no other name has one
+# The p for which act(s z) = s**p act(z) for every s > 0; no other activation has one.
+_DEGREES: Mapping[str, int] = {"relu": 1, "relu2": 2}
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def fit_scale(routing: Routing, active: ExpertActivations, targets: Iterable[tor
 
 
 def _without(bias: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
-    """What is left of a target for the neurons to give."""
+    """Return what is left of a target for the neurons to give."""
     return target if bias is None else target - bias
 
 

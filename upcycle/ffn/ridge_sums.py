@@ -21,7 +21,7 @@ _JUDGED_TARGETS = 64  # strengths are compared on this many random combinations 
 
 
 class RidgeSolution(NamedTuple):
-    """``weights`` fp64 ``[M, N]``; ``condition``, if asked for, estimates from below the condition number of the solved matrix."""
+    """A fit: ``weights`` fp64 ``[M, N]``, and (if asked for) an estimate from below of the solved matrix' ``condition`` number."""
 
     weights: torch.Tensor
     condition: float | None
@@ -51,7 +51,7 @@ def solve_ridge(gram: torch.Tensor, moment: torch.Tensor, strength: float, condi
     """
     gram, moment = gram.double(), moment.double()
     scale = gram.diagonal().mean().item()
-    if scale == 0:  # no token, or features that are all zero: nothing is known, the smallest solution is zero
+    if scale == 0:  # no token, or all features zero: nothing is known, and the smallest solution is zero
         return RidgeSolution(torch.zeros_like(moment), 1.0 if condition else None)
     jitter = 0.0
     while jitter < 1.0:
@@ -86,7 +86,7 @@ def _condition(matrix: torch.Tensor, factor: torch.Tensor) -> float:
 
 
 class _Sums:
-    """``gram`` ``[M, M]``, ``moment`` ``[M, N]`` and the targets' weighted ``square``, all fp64."""
+    """The sums of a regression, all fp64: ``gram`` ``[M, M]``, ``moment`` ``[M, N]`` and the targets' weighted ``square``."""
 
     def __init__(self, features: int, targets: int) -> None:
         self._gram = torch.zeros(features, features, dtype=torch.float64)
@@ -111,7 +111,7 @@ class _Sums:
 
     @property
     def gram(self) -> torch.Tensor:
-        """Fp64 ``[M, M]``, symmetric."""
+        """The Gram matrix, fp64 ``[M, M]``, symmetric."""
         if not self._symmetric:
             self._gram.triu_()
             self._gram += self._gram.triu(1).T

@@ -18,19 +18,23 @@ if TYPE_CHECKING:
 
 
 class Router(ABC):
-    """Makes the rows of one layer's linear router.
+    """Makes the rows of one layer's linear router: expert i's logit for a token x is row i times x.
 
-    ``equal_weights`` says that all chosen experts weigh exactly 1/k. ``calibrated`` routers must be given activations,
-    those with ``samples`` activations on the prompts or texts that the recipe's sources name.
+    Attributes:
+        equal_weights: whether all chosen experts weigh exactly 1/k.
+        calibrated: whether the router must be given activations; some need them with certain parameters only.
+        samples: what it reads of the recipe's sources, their prompts or texts, if it tells sources apart.
+        last_token: whether only the last token of every prompt counts.
+        walks: whether ``samples`` are run through the layers, and not only embedded.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str | None]
     equal_weights: ClassVar[bool] = False
-    calibrated: bool = False  # some only with certain parameters
+    calibrated: bool = False
     samples: ClassVar[Literal["prompts", "text"] | None] = None
-    last_token: bool = False  # the last of a prompt's tokens alone, instead of all
+    last_token: bool = False
     walks: ClassVar[bool] = False
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
@@ -38,7 +42,7 @@ class Router(ABC):
         self.parameters = parameters
 
     def check(self, experts: int, top_k: int) -> None:  # noqa: B027 - most need no check
-        """Refuse combinations that make no sense; most routers refuse none."""
+        """Refuse numbers that the router cannot serve; most routers refuse none."""
 
     def check_sources(self, recipe: Recipe, members: Sequence[int], copies: bool) -> None:  # noqa: B027
         """Refuse experts of one model, or of several; most routers take both.
@@ -46,7 +50,7 @@ class Router(ABC):
         Args:
             recipe: the conversion's.
             members: indices of the mixed models (:attr:`~upcycle.methods.base.Method.members`); empty for one.
-            copies: whether a mixed model is more than one expert, chunks apart.
+            copies: whether several experts are the same FFN, or the same chunk of it.
 
         Raises:
             UsageError: these experts cannot be told apart by this router.
@@ -60,4 +64,4 @@ class Router(ABC):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``."""
+        """Return the rows, fp32 ``[E, d]``."""

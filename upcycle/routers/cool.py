@@ -46,7 +46,7 @@ class CoolRouter(Router):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``."""
+        """Return the rows, fp32 ``[E, d]``."""
         rows = torch.randn(len(blueprint.routed), ffn.hidden_size, generator=rng)
         return cooled(rows, ffn.norm, self.parameters.tolerance)
 

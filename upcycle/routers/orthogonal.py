@@ -22,7 +22,7 @@ class OrthogonalParameters(PluginParameters):
 class OrthogonalRouter(Router):
     """Orthonormal rows times ``length``: the Q of a normal matrix, with signs that make it uniformly distributed.
 
-    No expert's logit says anything of another's, and the condition number is 1. No paper of its own: mergekit's users
+    No expert's logit says anything about another's, and the rows' condition number is 1. No paper of its own: mergekit's users
     asked for it (pull request 664).
     """
 
@@ -39,7 +39,7 @@ class OrthogonalRouter(Router):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``.
+        """Return the rows, fp32 ``[E, d]``.
 
         Raises:
             UsageError: there are more experts than dimensions.

@@ -43,7 +43,7 @@ class RandomRouter(Router):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``."""
+        """Return the rows, fp32 ``[E, d]``."""
         shape = len(blueprint.routed), ffn.hidden_size
         if self.parameters.distribution == "linear":
             bound = ffn.hidden_size**-0.5

@@ -26,7 +26,7 @@ class ZeroParameters(PluginParameters):
 
 
 class ZeroRouter(Router):
-    """Rows of zeros.
+    """All rows are zero, and so are all logits.
 
     With k < E all tokens tie and pick the same k experts. Without noise on the logits the others never learn, so that is refused
     unless asked for; with noise it is where Shazeer et al. (arXiv 1701.06538, appendix A) start from, so that loads begin equal.
@@ -55,5 +55,5 @@ class ZeroRouter(Router):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]`` of zeros."""
+        """Return fp32 ``[E, d]`` of zeros."""
         return torch.zeros(len(blueprint.routed), ffn.hidden_size)

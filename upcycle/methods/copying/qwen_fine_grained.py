@@ -31,9 +31,9 @@ class QwenFineGrained(Copies):
     ``r = ceil(n h_E / F)`` copies of the FFN, each with its neurons in a random order of its own, are laid one after
     another and cut into n experts of ``h_E`` neurons; the rest is dropped. Half of each expert (``reset``) is drawn anew.
     Qwen1.5-MoE's layout is ``--shared 4 --experts 60 --top-k 4``. Its authors speak of 64 experts, so n counts the shared
-    ones too, and they are cut from the same copies.
+    ones, too: they are cut from the same copies.
 
-    Readings of what is not published: the half are whole neurons, and their weights are normal with mean 0 and the
+    How we read what is not published: the half are whole neurons, and their weights are normal with mean 0 and the
     configuration's ``initializer_range``; shared experts are treated like the others; nothing is scaled (``paper``, the
     default). ``--scale exact`` is F/h_E, which makes the routed part as strong as the dense FFN on average; with shared
     experts beside it, the sum is stronger than that.
@@ -55,12 +55,12 @@ class QwenFineGrained(Copies):
         self.draws = parameters.reset > 0
 
     def inexact(self, shape: MoeShape, scale: float) -> str:
-        """Always: that pieces of shuffled copies should add up would be a coincidence."""
+        """Name the shuffled pieces: only by coincidence do they add up to the dense FFN."""
         drawn = f", {self.parameters.reset:.0%} of each drawn anew" if self.draws else ""
         return f"experts are random pieces of shuffled copies{drawn}"
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """``F / segments``, rounded up to a multiple of 8 when padding is allowed, or what the parameter says.
+        """Return ``F / segments``, rounded up to a multiple of 8 when padding is allowed, or what the parameter says.
 
         Raises:
             UsageError: both parameters are given, the width does not divide, or an expert would be wider than the FFN.
@@ -83,7 +83,7 @@ class QwenFineGrained(Copies):
         return intermediate_size // segments
 
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """``paper`` = 1; ``exact`` = F/h_E. See the class."""
+        """Return 1 for ``paper`` and F/h_E for ``exact``; see the class."""
         super().scale(convention, experts, top_k, shared)
         if convention == "paper":
             return 1.0
@@ -102,7 +102,7 @@ class QwenFineGrained(Copies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """Shared experts first, then the routed ones, in the order of the copies."""
+        """Cut the shuffled copies into experts, the shared ones first, and mark which neurons are drawn anew."""
         size, pieces = shape.expert_size, shape.shared + shape.experts
         copies = -(-pieces * size // ffn.intermediate_size)
         pool = torch.cat([torch.randperm(ffn.intermediate_size, generator=rng) for _ in range(copies)])

@@ -57,17 +57,17 @@ class SharedPlusRouted(VirtualGroups):
             self.check_form(shape)
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """As in virtual groups; without groups a part of them is all there can be."""
+        """Name what virtual groups name, or that without groups the chosen experts are of different replicas."""
         if not self.parameters.groups and shape.top_k < shape.experts:
             return f"groups=false: {shape.top_k} of {shape.experts} routed experts run, of whatever replicas"
         return super().inexact(shape, scale)
 
     def tie(self, rows: torch.Tensor) -> torch.Tensor:
-        """In groups, one row for all shards of a replica."""
+        """Return one row for all shards of a replica, or without groups the rows as they are."""
         return super().tie(rows) if self.parameters.groups else rows
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """``F / (S + G)``, rounded up to a multiple of 8 when padding is allowed."""
+        """Return ``F / (S + G)``, rounded up to a multiple of 8 when padding is allowed."""
         if not shared:
             raise UsageError(
                 "shared_plus_routed needs shared experts, and there are none",
@@ -85,7 +85,7 @@ class SharedPlusRouted(VirtualGroups):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """The first shards shared, the others E times."""
+        """Make the first shards shared experts, and repeat the others E times."""
         everything, taken = torch.arange(ffn.intermediate_size), shape.shared * shape.expert_size
         shared = tuple(map(ExpertSpec, everything[:taken].split(shape.expert_size)))
         routed = shards(everything[taken:], self.parameters.granularity, shape.expert_size)

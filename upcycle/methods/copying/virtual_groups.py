@@ -51,8 +51,8 @@ class VirtualGroups(Copies):
     only those placements are taken that multiply the output by the scale (``down``; ``up_down`` for ReLU, ``paper`` for
     squared ReLU).
 
-    So the defaults (``normalized``, ``down``) are for a start that is the dense function, and not what the paper would train: that
-    is the recipe ``upcycle_cpt``. docs/measured/virtual_groups_demo.md has both on the demo model, where after a short training the
+    The defaults (``normalized``, ``down``) start from the dense function, which is not what the paper trains: that is the recipe
+    ``upcycle_cpt``. docs/measured/virtual_groups_demo.md has both on the demo model, where after a short training the
     exact start is ahead.
 
     Deviations: the default placement (above); a width that G does not divide is padded with zero neurons where allowed.
@@ -71,7 +71,7 @@ class VirtualGroups(Copies):
         self.exact_when_all_active = parameters.scale_placement != "paper"
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int, int]:
-        """``E G`` experts; one replica per token unless the recipe says otherwise."""
+        """Return ``E G`` experts, and one replica per token unless the recipe says otherwise."""
         expansion, granularity = self.parameters.expansion, self.parameters.granularity
         wanted = expansion * granularity
         if experts not in (None, wanted):
@@ -119,7 +119,7 @@ class VirtualGroups(Copies):
         return super().inexact(shape, scale)
 
     def tie(self, rows: torch.Tensor) -> torch.Tensor:
-        """One row for all shards of a replica: that of its first, bit for bit.
+        """Return one row for all shards of a replica: that of its first, bit for bit.
 
         Raises:
             UsageError: two replicas' rows are as good as equal (closer than bfloat16 tells apart): they would tie, and
@@ -128,13 +128,13 @@ class VirtualGroups(Copies):
         return tied_rows(rows, self.parameters.granularity, self.name)
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """``F / G``, rounded up to a multiple of 8 when padding is allowed."""
+        """Return ``F / G``, rounded up to a multiple of 8 when padding is allowed."""
         self.refuse_shared(shared, "all shards of a replica are routed")
         granularity = self.parameters.granularity
         return piece_size(intermediate_size, granularity, 0, pad, f"granularity = {granularity} equal shards")
 
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """``G``, or where weights are not renormalised ``E G^2 / T``; the paper's and the exact one are the same."""
+        """Return ``G``, or ``E G^2 / T`` where weights are not renormalised; ``paper`` and ``exact`` are the same."""
         super().scale(convention, experts, top_k, shared)
         granularity = float(self.parameters.granularity)
         return granularity if self.normalized else experts * granularity / top_k
@@ -147,19 +147,19 @@ class VirtualGroups(Copies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """The shards, E times."""
+        """Cut the FFN into shards and repeat them E times."""
         routed = shards(torch.arange(ffn.intermediate_size), self.parameters.granularity, shape.expert_size)
         return LayerBlueprint(ffn.layer, routed * self.parameters.expansion, shape.top_k, scale, spread=self.spread)
 
 
 def shards(neurons: torch.Tensor, count: int, size: int) -> tuple[ExpertSpec, ...]:
-    """``neurons`` in ``count`` runs whose lengths differ by at most one, filled up to ``size`` with zero neurons."""
+    """Cut ``neurons`` into ``count`` runs whose lengths differ by at most one, filled up to ``size`` with zero neurons."""
     labels = balanced_blocks(len(neurons), count)
     return tuple(ExpertSpec(filled(neurons[labels == s], size)) for s in range(count))
 
 
 def tied_rows(rows: torch.Tensor, size: int, method: str) -> torch.Tensor:
-    """Rows ``[E, d]`` with those of every group of ``size`` experts replaced by its first, bit for bit.
+    """Return ``rows`` ``[E, d]`` with those of every group of ``size`` experts replaced by its first, bit for bit.
 
     Raises:
         UsageError: two groups' rows are as good as equal (closer than bfloat16 tells apart): they would tie, and the top-k

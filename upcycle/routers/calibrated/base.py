@@ -1,4 +1,4 @@
-"""What routers that look at activations share: their one parameter, the refusal without a text, and the length of rows."""
+"""What calibrated routers share: one parameter, the refusal where there is no text, and how long their rows are."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CalibratedRouter(Router):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """``[E, d]`` of any length: the experts with the largest ``x @ rows.T`` are chosen."""
+        """Return ``[E, d]``, rows of any length: the experts with the largest ``x @ rows.T`` are chosen."""
 
     def rows(
         self,
@@ -63,7 +63,7 @@ class CalibratedRouter(Router):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``.
+        """Return the rows, fp32 ``[E, d]``.
 
         Raises:
             UsageError: there are no activations and the router needs them.
@@ -74,18 +74,18 @@ class CalibratedRouter(Router):
         return settled(rows, blueprint, ffn, rng, self.parameters.tolerance)
 
     def needs_text(self) -> UsageError:
-        """The error of a router that was given no activations."""
+        """Return the error of a router that was given no activations."""
         return UsageError(f"the {self.name} router needs calibration text", hint="--calibration demo, or a text file")
 
 
 def settled(
     rows: torch.Tensor, blueprint: LayerBlueprint, ffn: FeedForward, rng: torch.Generator, tolerance: float
 ) -> torch.Tensor:
-    """Fp32 ``[E, d]`` that choose as ``rows`` do, and as long as ``tolerance`` allows.
+    """Return fp32 ``[E, d]`` that choose as ``rows`` do and are as long as ``tolerance`` allows.
 
-    What all rows share adds the same to every logit, so it is taken out: it changes no choice and no weight, but half
-    precision would spend its digits on it. Experts that are the same cannot be told apart; then directions are random, as
-    rows of zeros would send every token to the same k experts.
+    The mean of all rows is subtracted: it adds the same to every logit and changes no choice and no weight, but half precision
+    would spend its digits on it. Equal experts cannot be told apart; their directions are random, because rows of zeros would
+    send every token to the same k experts.
     """
     rows = rows.double() - rows.double().mean(0)
     seen = rows * ffn.norm.double()

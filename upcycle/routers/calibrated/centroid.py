@@ -1,4 +1,4 @@
-"""Centroid router: rows are the centres of the experts' weights, or of the inputs they answer to."""
+"""Centroid router: rows are the centres of the experts' weights, or of the inputs that they respond to."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CentroidRouter(CalibratedRouter):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Fp64 ``[E, d]``."""
+        """Return fp64 ``[E, d]``."""
         if self.parameters.of == "weights" or activations is None:
             return weight_centres(blueprint, ffn)
         centres = input_centres(activations, len(blueprint.routed), rng)
@@ -79,7 +79,7 @@ def weight_centres(blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
 
 
 def input_centres(activations: Activations, clusters: int, rng: torch.Generator) -> torch.Tensor:
-    """Fp32 ``[clusters, d]`` of length one: k-means of the directions of all tokens that are not held out.
+    """Return fp32 ``[clusters, d]``, rows of length one: k-means of the directions of all tokens that are not held out.
 
     Raises:
         UsageError: there are fewer tokens than clusters.
@@ -102,7 +102,7 @@ def input_centres(activations: Activations, clusters: int, rng: torch.Generator)
 
 
 def _at_least(count: int, activations: Activations) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs ``[t, d]`` and weights ``[t]`` of one pass, with ``t >= count``; fewer at the end are left out."""
+    """Yield the inputs ``[t, d]`` and weights ``[t]`` of one pass with ``t >= count``; fewer at the end are left out."""
     x: list[torch.Tensor] = []
     weight: list[torch.Tensor] = []
     for batch in activations.batches():
@@ -116,7 +116,7 @@ def _at_least(count: int, activations: Activations) -> Iterator[tuple[torch.Tens
 
 
 def _matched(activations: Activations, blueprint: LayerBlueprint, centres: torch.Tensor) -> torch.Tensor:
-    """Int64 ``[E]``: the centre for each expert, by the energy that all tokens which choose a centre have in an expert."""
+    """Return int64 ``[E]``: a centre for each expert, so that the tokens which choose a centre have most energy in its expert."""
     from scipy.optimize import linear_sum_assignment
 
     expert_map = ExpertMap(blueprint, activations.ffn)

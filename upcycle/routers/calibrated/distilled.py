@@ -56,7 +56,7 @@ class DistilledRouter(CalibratedRouter):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``."""
+        """Return fp32 ``[E, d]``."""
         if activations is None:
             raise self.needs_text()
         expert_map = ExpertMap(blueprint, ffn)
@@ -66,7 +66,7 @@ class DistilledRouter(CalibratedRouter):
         best, kept = _captured_mass(activations, spread, rows, blueprint.top_k), rows.clone()
         for _ in range(self.parameters.epochs):
             for x, mass, weight in _mini_batches(activations, spread, rng):
-                # The gradient of the weighted mean of the cross-entropies, written out: no graph, whatever mode torch is in.
+                # The gradient of the weighted mean cross-entropy, written out: this works whether or not torch records gradients.
                 slopes = (torch.sigmoid(x @ rows.T) - _relative(mass)) * weight[:, None]
                 rows.grad = slopes.T @ x / slopes.numel()
                 optimizer.step()
@@ -77,7 +77,7 @@ class DistilledRouter(CalibratedRouter):
 
 
 def _relative(mass: torch.Tensor) -> torch.Tensor:
-    """Mass ``[t, E]`` as a share of the largest in it."""
+    """Return ``mass`` ``[t, E]`` over its largest number."""
     return mass / mass.max().clamp(min=torch.finfo(mass.dtype).tiny)
 
 
@@ -86,19 +86,19 @@ def _mass(batch: TokenActivations, spread: torch.Tensor) -> torch.Tensor:
 
 
 def _start(activations: Activations, spread: torch.Tensor) -> torch.Tensor:
-    """Fp64 ``[E, d]``: ridge regression of the logits of the targets, which are where the loss of one token is least."""
+    """Return fp64 ``[E, d]``: the ridge regression of the targets' logits, where the loss of each token is least."""
     sums = RidgeSums(activations.ffn.hidden_size, spread.shape[1])
     for batch in activations.batches():
         logits = _relative(_mass(batch, spread)).double().logit(eps=_CLAMP)
         sums.add(normalize(batch.x), logits, batch.weight, batch.held_out)
-    # Not of the held-out tokens: they are to judge whether training improves on it.
+    # Held-out tokens are left out: they judge whether training improves on this start.
     return sums.solve(sums.best().strength, everything=False).weights.T
 
 
 def _mini_batches(
     activations: Activations, spread: torch.Tensor, rng: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Inputs of length one ``[t, d]``, mass ``[t, E]`` and weight ``[t]`` of the tokens that are not held out."""
+    """Yield inputs of length one ``[t, d]``, mass ``[t, E]`` and weight ``[t]`` of the tokens that are not held out."""
     for batch in activations.batches():
         if not batch.held_out:
             x, mass = normalize(batch.x), _mass(batch, spread)
@@ -107,7 +107,7 @@ def _mini_batches(
 
 
 def _captured_mass(activations: Activations, spread: torch.Tensor, rows: torch.Tensor, top_k: int) -> float:
-    """The chosen experts' share of the oracle's mass on held-out tokens (on all, if none are), weighted."""
+    """Return the chosen experts' share of the oracle's mass, weighted, on held-out tokens (on all, if none are)."""
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in activations.judged():
         mass = _mass(batch, spread)

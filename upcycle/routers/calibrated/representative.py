@@ -55,7 +55,7 @@ class RepresentativeRouter(CalibratedRouter):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Fp64 ``[E, d]``."""
+        """Return fp64 ``[E, d]``."""
         if activations is None:
             raise self.needs_text()
         chosen = representatives(activations, blueprint, self.parameters.k_act, self.parameters.nearest)
@@ -69,7 +69,7 @@ class RepresentativeRouter(CalibratedRouter):
 def representatives(
     activations: Activations, blueprint: LayerBlueprint, k_act: int, nearest: Literal["cosine", "l1"]
 ) -> torch.Tensor:
-    """Int64 ``[E]``: the neuron of every expert whose marks are nearest the mean of its expert's.
+    """Return int64 ``[E]``: of every expert the neuron whose marks are nearest to the mean of the expert's neurons.
 
     Held-out tokens are left out. An expert without any mark gets its first neuron, one of zero neurons alone neuron 0.
     """
@@ -83,7 +83,7 @@ def representatives(
         if batch.held_out:
             continue
         size, marked = neurons.of_directions(batch.x).abs().topk(k_act, dim=1)
-        marks = (size > 0).double()  # a neuron that is silent is not active, however few others there are
+        marks = (size > 0).double()  # a silent neuron is not active, even where fewer than k_act others are
         counts.index_add_(0, marked.flatten(), marks.flatten())
         # How many marks each expert has at each token [t, E], added to every neuron marked at that token.
         of_expert = (members[marked] * marks[:, :, None]).sum(1)

@@ -64,7 +64,7 @@ class RidgeRouter(CalibratedRouter):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Fp64 ``[E, d]``."""
+        """Return fp64 ``[E, d]``."""
         if activations is None:
             raise self.needs_text()
         expert_map = ExpertMap(blueprint, ffn)
@@ -76,19 +76,19 @@ class RidgeRouter(CalibratedRouter):
 
 
 def fitted_rows(sums: RidgeSums) -> torch.Tensor:
-    """Fp64 ``[E, d]``: the fit to all tokens, with the strength that does best on the held-out ones."""
+    """Return fp64 ``[E, d]``: the fit to all tokens, with the strength that does best on the held-out ones."""
     return sums.solve(sums.best().strength).weights.T
 
 
 def centred(target: torch.Tensor) -> torch.Tensor:
-    """``[t, E]`` less every token's mean over the experts, fp64."""
+    """Return ``target`` ``[t, E]`` less every token's mean over the experts, fp64."""
     return target.double() - target.double().mean(dim=1, keepdim=True)
 
 
 def targets(
     kind: Target, batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward, expert_map: ExpertMap
 ) -> torch.Tensor:
-    """Fp32 ``[t, E]``: what the rows are to predict for each token; see :class:`RidgeRouter`."""
+    """Return fp32 ``[t, E]``: what the rows are to predict for each token; see :class:`RidgeRouter`."""
     if kind == "output_norm":
         return expert_map.output_norms(batch.hidden)
     if kind == "prior_approximate":
@@ -102,7 +102,7 @@ def targets(
 
 
 def _left_to_routed(batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward) -> torch.Tensor:
-    """Fp32 ``[t, d]``: the dense FFN's output less that of the shared experts."""
+    """Return fp32 ``[t, d]``: the dense FFN's output less that of the shared experts and the down bias."""
     hidden = batch.hidden
     if blueprint.shared:
         shared = torch.cat([expert.neurons for expert in blueprint.shared])

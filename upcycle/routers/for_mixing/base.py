@@ -1,4 +1,4 @@
-"""What routers have in common that tell apart the domains of several mixed models."""
+"""What routers share that tell the domains of several mixed models apart."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class SourceParameters(PluginParameters):
 
 
 class SourceRouter(Router):
-    """A row per mixed model, from what the recipe says it is for; its chunks share the row.
+    """A router with one row per mixed model, made of what the recipe says the model is for; the model's chunks share the row.
 
-    ``samples`` is what every source must name in the recipe. ``walks`` says that rows are taken from what the router will
-    read, the FFN's input of every layer of the model ``source``; else from the token embeddings, for all layers the same.
+    ``samples`` is what every source must name in the recipe. With ``walks``, a layer's rows are made of what its router will
+    read: the FFN's inputs in the model ``source``. Without, they are made of the token embeddings, the same for all layers.
     """
 
     samples: ClassVar[Literal["prompts", "text"]] = "prompts"
@@ -46,7 +46,7 @@ class SourceRouter(Router):
     parameters: SourceParameters
 
     def check_sources(self, recipe: Recipe, members: Sequence[int], copies: bool) -> None:
-        """Demand a tokenizer, and of every expert's source something that no other source has.
+        """Demand a tokenizer, and for every expert's source a text or prompts that no other source has.
 
         Raises:
             UsageError: names the source and the key.
@@ -90,7 +90,7 @@ class SourceRouter(Router):
 
     @abstractmethod
     def source_rows(self, activations: Activations, models: int) -> torch.Tensor:
-        """``[models, d]`` from the labelled tokens; :func:`labelled` reads them."""
+        """Return ``[models, d]``, made of the labelled tokens; :func:`labelled` reads them."""
 
     def rows(
         self,
@@ -99,7 +99,7 @@ class SourceRouter(Router):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> torch.Tensor:
-        """Fp32 ``[E, d]``.
+        """Return the rows, fp32 ``[E, d]``.
 
         Raises:
             UsageError: there are no labelled tokens, or a row is not finite.
@@ -120,7 +120,7 @@ class SourceRouter(Router):
 
 
 def labelled(activations: Activations) -> Iterator[tuple[Inputs, torch.Tensor, torch.Tensor]]:
-    """Every batch of router inputs with its tokens' ``owner`` and ``share`` (see :class:`Samples`)."""
+    """Yield every batch of router inputs with its tokens' ``owner`` and ``share``, as in ``Samples``."""
     assert activations.samples is not None
     first = 0
     for batch in activations.inputs():
@@ -130,13 +130,13 @@ def labelled(activations: Activations) -> Iterator[tuple[Inputs, torch.Tensor, t
 
 
 def condition(rows: torch.Tensor) -> float:
-    """Largest over smallest singular value of the distinct rows; infinite where one is a combination of others."""
+    """Return the largest over the smallest singular value of the distinct rows; infinite where one is a combination of others."""
     values = torch.linalg.svdvals(torch.unique(rows.double(), dim=0))
     return (values.max() / values.min()).item() if values.min() > 0 else float("inf")
 
 
 def own_expert(activations: Activations, blueprint: LayerBlueprint, rows: torch.Tensor) -> float:
-    """Share of the sources' own tokens that choose an expert of their source, each source counting the same."""
+    """Return the share of the sources' own tokens that choose an expert of their source, each source counting the same."""
     whose = torch.tensor([e if expert.source is None else expert.source for e, expert in enumerate(blueprint.routed)])
     names = torch.tensor(list(dict.fromkeys(whose.tolist())))
     found = total = 0.0

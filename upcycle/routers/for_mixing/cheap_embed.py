@@ -24,5 +24,5 @@ class CheapEmbedRouter(SourceRouter):
     walks = False
 
     def source_rows(self, activations: Activations, models: int) -> torch.Tensor:
-        """Fp64 ``[models, d]``, of length ``1``."""
+        """Return fp64 ``[models, d]``, rows of length 1."""
         return normalize(prompt_means(activations, models), dim=1)

@@ -27,7 +27,7 @@ class DomainRidgeRouter(SourceRouter):
     samples = "text"
 
     def source_rows(self, activations: Activations, models: int) -> torch.Tensor:
-        """Fp64 ``[models, d]``."""
+        """Return fp64 ``[models, d]``."""
         assert activations.samples is not None
         sums = RidgeSums(activations.ffn.hidden_size, models)
         tokens = len(activations.samples.owner)

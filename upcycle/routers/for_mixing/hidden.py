@@ -1,4 +1,4 @@
-"""Hidden router: what the model makes of each expert's prompts."""
+"""Hidden router: the model's states on each expert's prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HiddenRouter(SourceRouter):
 
     Deviations. States are taken behind the norm before the FFN, where the router reads; mergekit takes the residual stream at
     the layer's input. Padding and special tokens do not count; every prompt counts the same, whatever its length. The model
-    that runs is the recipe's ``source``, as there; experts' own states are not asked.
+    that runs is the recipe's ``source``, as there; the experts' own states are not used.
     """
 
     name = "hidden"
@@ -41,12 +41,12 @@ class HiddenRouter(SourceRouter):
         self.last_token = parameters.tokens == "last"
 
     def source_rows(self, activations: Activations, models: int) -> torch.Tensor:
-        """Fp64 ``[models, d]``, of length ``1``."""
+        """Return fp64 ``[models, d]``, rows of length 1."""
         return normalize(prompt_means(activations, models), dim=1)
 
 
 def prompt_means(activations: Activations, models: int) -> torch.Tensor:
-    """Fp64 ``[models, d]``: the sum of all tokens' vectors times their share."""
+    """Return fp64 ``[models, d]``: the sum of all tokens' vectors times their share."""
     sums = torch.zeros(models, activations.ffn.hidden_size, dtype=torch.float64)
     for batch, owner, share in labelled(activations):
         sums.index_add_(0, owner, batch.x.double() * share.double()[:, None])
