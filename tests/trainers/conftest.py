@@ -12,7 +12,7 @@ from torch import nn
 
 from upcycle.architectures.dense.base import Feature
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.models.stock_model import use_eager_experts
+from upcycle.models.experts import use_eager_experts
 from upcycle.registry import load
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.stock_routers import RoutingRule

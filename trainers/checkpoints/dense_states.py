@@ -27,7 +27,7 @@ from upcycle.files.records import BLUEPRINT_FILE, RECIPE_FILE
 from upcycle.planning.expert_job import Job
 from upcycle.planning.prepare import job_for
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
-from upcycle.trainers.checkpoints.load_model import stored_form
+from upcycle.trainers.checkpoints.prepare_model import stored_form
 from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
 from upcycle.trainers.checkpoints.whole_tensors import StockTensor, WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE

@@ -29,7 +29,7 @@ from upcycle.files.output.workspace import Workspace, explained, sweep
 from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import parse_size
-from upcycle.trainers.checkpoints.load_model import STORED_FILE
+from upcycle.trainers.checkpoints.prepare_model import STORED_FILE
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import CONVERSION, OPTIMIZER, STATE_FILE
 

@@ -16,11 +16,12 @@ from torch.nn.functional import linear
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
+from upcycle.models.experts import has_experts
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.recorder import Recorder
-from upcycle.trainers.routing.stock_routers import MoeLayer, has_experts, require_moe_layers, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers, widened
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what stock blocks call them
 

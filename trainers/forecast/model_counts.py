@@ -11,7 +11,7 @@ from typing import Any
 
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import empty_model
-from upcycle.trainers.checkpoints.load_model import use_experts
+from upcycle.models.experts import use_experts
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import Part, parts, select
 from upcycle.trainers.routing.stock_routers import moe_layers

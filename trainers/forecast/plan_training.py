@@ -14,7 +14,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import is_local, locate
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.recipe.shipped_recipes import needed_recipe_file
-from upcycle.trainers.checkpoints.load_model import parent_folder
+from upcycle.trainers.checkpoints.prepare_model import parent_folder
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.forecast.communication import CommunicationForecast, forecast_communication
 from upcycle.trainers.forecast.memory import MemoryForecast, forecast_memory

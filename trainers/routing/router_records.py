@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.trainers.distributed.expert_parallel import read_router
-from upcycle.trainers.routing.recorder import Recorder
+from upcycle.trainers.distributed.expert_parallel import is_parallel, read_router
+from upcycle.trainers.routing.recorder import Record, Recorder
 from upcycle.trainers.routing.router_control import Noise, RouterControl
 from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, require_moe_layers, widened
 
@@ -86,17 +86,28 @@ def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[
     for layer in layers:
         if control is not None:
             control.attach(layer)
-        recorder.watch(layer.router, _reader(layer, control))
+        watch_router(recorder, layer.block, layer.router, _reader(layer, control))
     return recorder
 
 
 def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., RouterRecord]:
-    of_parallel = read_router(layer.block) if layer.parallel else None
-
-    def read(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> RouterRecord:
-        if of_parallel:
-            output = of_parallel(output)
+    def read(logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> RouterRecord:
         did = control.did(layer.index) if control else (None, None, None)
-        return RouterRecord(layer.index, *output, layer.rule, *did)
+        return RouterRecord(layer.index, logits, weights, experts, layer.rule, *did)
 
     return read
+
+
+def watch_router(
+    recorder: Recorder[Record],
+    block: nn.Module,
+    router: nn.Module,
+    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Record],
+) -> None:
+    """Record ``read(logits, weights, experts)`` of a router, ``[T, E]`` and twice ``[T, K]``, whoever made its ``block``."""
+    of_parallel = read_router(block) if is_parallel(block) else None
+
+    def hook(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Record:
+        return read(*(of_parallel(output) if of_parallel else output))
+
+    recorder.watch(router, hook)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
+from upcycle.models.experts import has_experts
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
 
@@ -66,19 +67,17 @@ class RoutingRule:
 
 
 @dataclass(frozen=True)
-class MoeLayer:
-    """One MoE layer of a stock model: its index, the block with the experts, the router in it, and the router's rule.
+class RouterPlace:
+    """Where one router of a stock model is: the layer's index, the block with the experts, and the router in it.
 
-    DeepSpeed's AutoEP replaces blocks by its own: ``parallel``. Their experts are divided among ranks.
+    ``beside`` are blocks whose outputs are added to this one's: shared experts, in some architectures. DeepSpeed's AutoEP
+    replaces blocks by its own: ``parallel``. Their experts are divided among ranks.
     """
 
     index: int
     block: nn.Module
     router: nn.Module
-    rule: RoutingRule
-    beside: tuple[
-        nn.Module, ...
-    ] = ()  # blocks whose outputs are added to this one's: shared experts, in some architectures
+    beside: tuple[nn.Module, ...]
 
     @property
     def parallel(self) -> bool:
@@ -91,6 +90,19 @@ class MoeLayer:
         experts: nn.Module = self.block.get_submodule("experts")
         return experts
 
+    @property
+    def count(self) -> int:
+        """How many routed experts there are on all ranks together."""
+        weight: Any = next(self.router.parameters())
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 keeps the weight itself elsewhere
+
+
+@dataclass(frozen=True)
+class MoeLayer(RouterPlace):
+    """One MoE layer of a stock model, with the rule that its router follows."""
+
+    rule: RoutingRule
+
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """Every MoE layer of a stock causal language model, in order: none of a dense one, nor where routers cannot be read.
@@ -101,7 +113,18 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         UsageError: a target's router chooses experts within groups.
     """
     target = find("target", _model_type(model))
-    return _other_layers(model) if target is None else _layers_of_target(model, target())
+    if target is None:
+        return _other_layers(model)
+    return [
+        MoeLayer(place.index, place.block, place.router, place.beside, _rule(target, place))
+        for place in _places(model, target)
+    ]
+
+
+def find_routers(model: nn.Module) -> list[RouterPlace]:
+    """Where the routers of a model are, for who reads their choices alone: those that choose within groups are here, too."""
+    target = find("target", _model_type(model))
+    return list(_other_layers(model)) if target is None else _places(model, target)
 
 
 def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -132,19 +155,14 @@ def unread_warning(model: nn.Module) -> str | None:
     return f"{reason}: it trains as it is, without balance, load, alarms and router rates" if reason else None
 
 
-def has_experts(model: nn.Module) -> bool:
-    """Whether a model is a MoE at all, with routers of whatever kind: stock classes call what holds experts ``experts``."""
-    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
-
-
-def _layers_of_target(model: nn.Module, target: Target) -> list[MoeLayer]:
+def _places(model: nn.Module, target: Target) -> list[RouterPlace]:
     found = []
     for index, layer in enumerate(target.module_paths.layers_in(model)):
         blocks = target.module_paths.blocks_in(layer)
         if blocks and hasattr(blocks[0], "experts"):
             block, *beside = blocks
             router: Any = block.router if is_parallel(block) else getattr(block, target.router)
-            found.append(MoeLayer(index, block, router, _rule(target, block, router), tuple(beside)))
+            found.append(RouterPlace(index, block, router, tuple(beside)))
     return found
 
 
@@ -185,7 +203,7 @@ def _other_layers(model: nn.Module) -> list[MoeLayer]:
             if read is None:
                 found = []
                 break
-            found.append(MoeLayer(index, block, *read))
+            found.append(MoeLayer(index, block, read[0], (), read[1]))
         answers[model] = found
     return answers[model]
 
@@ -242,22 +260,21 @@ def _model_type(model: Any) -> str:
     return str(model.config.model_type)
 
 
-def _rule(target: Target, block: nn.Module, router: Any) -> RoutingRule:
+def _rule(target: Target, place: RouterPlace) -> RoutingRule:
+    block, router = place.block, cast(Any, place.router)
     if getattr(router, "num_group", 1) != 1:
         raise UsageError(
             f"{target.name} router that chooses experts within {router.num_group} groups (n_group)",
             hint="set n_group and topk_group to 1 in config.json, as upcycle convert writes them",
         )
-    weight = next(router.parameters())
-    experts = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 keeps the weight itself elsewhere
     if is_parallel(block):
         return RoutingRule(
-            router.score_func, experts, router.top_k, router.route_norm, router.route_scale,
+            router.score_func, place.count, router.top_k, router.route_norm, router.route_scale,
             bias=lambda: selection_bias(block, router),
         )  # fmt: skip
     return RoutingRule(
         score=getattr(router, "expert_selection_fn", target.score),
-        experts=experts,
+        experts=place.count,
         top_k=router.top_k,
         normalized=getattr(router, "norm_topk_prob", True) or getattr(router, "expert_selection_fn", "") == "softmax",
         factor=getattr(router, "routed_scaling_factor", 1.0),

@@ -18,7 +18,7 @@ from upcycle.files.locate import locate
 from upcycle.files.records import versions
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import keep_freed_memory
-from upcycle.trainers.checkpoints.load_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
+from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
 from upcycle.trainers.data.batches import PackedBatch, check_data

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder
+from upcycle.models.load import load_model
+from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.data_recipe import DataRecipe
@@ -46,7 +47,7 @@ def reference_losses(
     Raises:
         UpcycleError: the parent cannot be loaded, or has other tokens.
     """
-    parent = load_model(folder, dtype, ranks.device).requires_grad_(False)
+    parent = load_model(folder, dtype, ranks.device, experts="auto", training=True).requires_grad_(False)
     check_parent(
         parent, student, folder, max((batch.ids.shape[1] for part in held_out.values() for batch in part), default=0)
     )

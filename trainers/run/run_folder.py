@@ -24,7 +24,7 @@ from upcycle.files.output.ownership import (
     real_path,
 )
 from upcycle.progress import Progress
-from upcycle.trainers.checkpoints.load_model import collect_small_files
+from upcycle.trainers.checkpoints.prepare_model import collect_small_files
 from upcycle.trainers.checkpoints.write import put_aside, remove_unfinished
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks

@@ -12,8 +12,9 @@ import torch
 
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
+from upcycle.models.load import load_model
 from upcycle.trainers.checkpoints.dense_states import DenseStates
-from upcycle.trainers.checkpoints.load_model import check_parent, load_model, parent_folder, prepare
+from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
@@ -67,7 +68,7 @@ class Stage:
         self.rates, self.schedule = recipe.rate_and_schedule(stage_recipe)
         # Into the host's memory: DeepSpeed moves to the device what each rank keeps. A checkpoint's fp32 weights follow below.
         dtype = getattr(torch, recipe.dtype)
-        self.model = load_model(saved.folder if saved else origin, dtype, torch.device("cpu"), recipe.experts)
+        self.model = load_model(saved.folder if saved else origin, dtype, experts=recipe.experts, training=True)
         check_fits(self.model.config, tokenizer, recipe.length)
         leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
@@ -161,7 +162,7 @@ class Stage:
         dtype = self.recipe.dtype if distillation.dtype == "auto" else distillation.dtype
 
         def load() -> Any:
-            parent = load_model(folder, getattr(torch, dtype), ranks.device)
+            parent = load_model(folder, getattr(torch, dtype), ranks.device, experts="auto", training=True)
             check_parent(parent, self.model, folder, self.recipe.length)
             return parent
 

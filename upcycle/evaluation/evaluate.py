@@ -18,11 +18,11 @@ from upcycle.files import records
 from upcycle.files.locate import locate
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
-from upcycle.models.router_load import LayerLoad, layer_load, load_counts
 from upcycle.progress import SILENT, Progress
 from upcycle.text.held_out import unseen
 from upcycle.text.reading.plain_text import DEMO_TEXTS
 from upcycle.text.windows import encode
+from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_counts
 from upcycle.verification.verdict import finite, perplexity_of
 
 _BATCH_LOGIT_BYTES = 1 << 28

@@ -15,8 +15,8 @@ import torch
 from upcycle.errors import UpcycleError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.hardware.memory import peak_memory
+from upcycle.models.experts import use_eager_experts
 from upcycle.models.load import load_model
-from upcycle.models.stock_model import use_eager_experts
 
 
 class TimedModel:
@@ -31,7 +31,7 @@ class TimedModel:
     def __init__(self, name: str, prompt: list[int], generate: int) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype: Any = "auto" if self.device == "cuda" else torch.float32
-        self.model = load_model(name, dtype=dtype, eager_experts=False).to(self.device)
+        self.model = load_model(name, dtype=dtype, experts=None).to(self.device)
         self.prompt = torch.tensor([prompt], device=self.device)
         self.generate = generate
         try:

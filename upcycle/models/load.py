@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -11,31 +12,56 @@ from upcycle.errors import EnvironmentFault
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
-from upcycle.models.stock_model import use_eager_experts
+from upcycle.models.experts import use_experts
+
+_MOST_MEMORY = 0.9  # of what is available, for weights alone
 
 
-def load_model(name: str, dtype: Any = torch.float32, eager_experts: bool = True) -> Any:
-    """A stock causal language model in evaluation mode.
+def load_model(
+    source: str | Path,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device: torch.device | None = None,
+    experts: str | None = "eager",
+    training: bool = False,
+) -> Any:
+    """Load a stock causal language model, for use or for training.
 
     Args:
-        name: folder, hub id, ``.gguf`` file or ``demo``.
+        source: a folder; a name may also be a hub id, a ``.gguf`` file or ``demo``.
         dtype: of its weights; ``auto``: as stored. A ``.gguf`` file is read in fp32.
-        eager_experts: run experts one after another, as ``verify`` does, and not with transformers' default kernel.
+        device: where they go; left out, they stay on the CPU.
+        experts: transformers' implementation of experts, ``auto`` for the fastest here (see
+            :func:`~upcycle.models.experts.use_experts`), or None for transformers' own choice.
+        training: return it in training mode and without a cache, and refuse stored weights that the model does not have: an
+            export would lose them. Memory is not checked: ``plan train`` forecasts it for all ranks.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, or no such implementation of experts.
         CheckpointError: transformers cannot load it.
         EnvironmentFault: it does not fit in memory, or the hub cannot be reached.
     """
-    path = locate(name).path
+    path = source if isinstance(source, Path) else locate(source).path
     if path.is_file():
-        return stock.load_model(path, torch.float32).eval()
+        dtype = torch.float32
+    elif not training:
+        _check_memory(path, str(source), dtype)
+    wanted = "auto" if isinstance(dtype, str) else dtype
+    model = stock.load_model(path, wanted, surplus=not (training or path.is_file()))
+    if device is not None:
+        model.to(device)
+    model.train(training)
+    if training:
+        model.config.use_cache = False
+    if experts is not None:
+        use_experts(model, experts)
+    return model
+
+
+def _check_memory(path: Path, name: str, dtype: torch.dtype | Literal["auto"]) -> None:
     specs = SafetensorsFolder(path).specs.values()
-    needed = sum(spec.nbytes if dtype == "auto" else spec.elements * dtype.itemsize for spec in specs)
-    if needed > 0.9 * available_memory():
+    needed = sum(spec.nbytes if isinstance(dtype, str) else spec.elements * dtype.itemsize for spec in specs)
+    if needed > _MOST_MEMORY * available_memory():
         raise EnvironmentFault(
             f"{name} needs about {needed / 1e9:.0f} GB, and {available_memory() / 1e9:.0f} GB are available",
             hint="use a machine with more memory",
         )
-    model = stock.load_model(path, dtype, surplus=True).eval()
-    return use_eager_experts(model) if eager_experts else model

@@ -12,6 +12,7 @@ from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import build_config, empty_model, load_model
 from upcycle.architectures.stock_classes import State
 from upcycle.errors import CheckpointError
+from upcycle.models.experts import use_eager_experts
 from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
 
 if TYPE_CHECKING:
@@ -127,11 +128,3 @@ def folder_model(folder: Path, streamed: bool) -> StockModel:
         return StockModel(load_model(folder, torch.float32))
     layers = FolderLayers(folder)
     return StockModel(layers.model, layers)
-
-
-def use_eager_experts(model: Any) -> Any:
-    """Run experts one after another: the default kernel (grouped_mm) refuses widths that are not 16 bytes wide."""
-    has_experts = any(name.endswith(".experts") for name, _ in model.named_modules())
-    if has_experts and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    return model

@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.trainers.checkpoints.load_model import load_model
+from upcycle.models.load import load_model
 from upcycle.trainers.data.batches import open_validation
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import parse_train_recipe
@@ -176,4 +176,6 @@ def validation_loss(model: Path, recipe: Mapping[str, Any]) -> dict[str, float]:
     told = parse_train_recipe({**recipe, "model": str(model), "output": "unused"}, "recipe")
     batches = open_validation(told.data, load_tokenizer(model), length=told.length)
     device = torch.device("cpu")
-    return validate(load_model(model, torch.float32, device), batches, Ranks(0, 1, device))
+    return validate(
+        load_model(model, torch.float32, device, experts="auto", training=True), batches, Ranks(0, 1, device)
+    )

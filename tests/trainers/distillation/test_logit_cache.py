@@ -59,9 +59,9 @@ def test_a_second_run_reads_what_the_first_wrote_without_the_parent(
     loaded: list[Path] = []
     own = stages.load_model
 
-    def load(folder: Path, *arguments: Any) -> Any:
+    def load(folder: Path, *arguments: Any, **options: Any) -> Any:
         loaded.append(folder)
-        return own(folder, *arguments)
+        return own(folder, *arguments, **options)
 
     monkeypatch.setattr(stages, "load_model", load)
     first = distilled(student, tmp_path, "first", cache=str(tmp_path / "kept"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.models.stock_model import use_eager_experts
+from upcycle.models.experts import use_eager_experts
 from upcycle.trainers.forecast.flops import TrainingFlops
 from upcycle.trainers.forecast.memory import (
     activation_bytes,

@@ -19,7 +19,7 @@ from upcycle.architectures.stock import load_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
 from upcycle.ffn.blueprint import BlueprintFile
-from upcycle.models.stock_model import use_eager_experts
+from upcycle.models.experts import use_eager_experts
 from upcycle.recipe.shipped_recipes import shipped
 from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 from upcycle.trainers.routing.stock_routers import moe_layers

@@ -13,8 +13,9 @@ from training_runs import recipe_for, run, steps
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.models.experts import has_experts
 from upcycle.trainers.optimizing.parameter_groups import parts
-from upcycle.trainers.routing.stock_routers import has_experts, moe_layers, unread, unread_warning
+from upcycle.trainers.routing.stock_routers import moe_layers, unread, unread_warning
 
 Model = Callable[[str], Path]
 SIZES = {

@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.routing.stock_routers import moe_layers, require_moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, require_moe_layers, selection_bias
 
 BIASED = {"glm4_moe", "dots1", "solar_open", "ernie4_5_moe", "lfm2_moe"}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -72,4 +72,5 @@ def test_a_dense_model_and_groups_are_refused(stock: Any) -> None:
             require_moe_layers(model)
     with pytest.raises(UsageError, match="2 groups") as caught:
         moe_layers(stock("glm4_moe", n_group=2))
+    assert [place.count for place in find_routers(stock("glm4_moe", n_group=2))] == [4, 4]
     assert "n_group" in str(caught.value.hint)

@@ -138,7 +138,7 @@ def test_every_signal_that_stops_a_run_saves_its_step(pico_moe: Model, tmp_path:
 def test_a_signal_before_the_first_step_ends_the_run_at_once(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
 
-    def loading(*_: Any) -> None:
+    def loading(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with pytest.MonkeyPatch.context() as patch:

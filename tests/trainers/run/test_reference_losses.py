@@ -14,7 +14,7 @@ from training_runs import recipe_for, run, write_text
 import upcycle
 from upcycle.architectures.stock import load_model as load_stock
 from upcycle.errors import UsageError
-from upcycle.trainers.checkpoints.load_model import tokenizer_of
+from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.data.batches import open_validation
 from upcycle.trainers.recipe.training_recipe import TrainRecipe

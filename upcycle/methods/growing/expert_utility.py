@@ -14,9 +14,9 @@ from upcycle.architectures.moe.stored_moe import MoeModel
 from upcycle.architectures.stock import load_model
 from upcycle.errors import EnvironmentFault
 from upcycle.hardware.memory import available_memory
-from upcycle.models.router_load import load_counts
-from upcycle.models.stock_model import use_eager_experts
+from upcycle.models.experts import use_eager_experts
 from upcycle.progress import Progress
+from upcycle.trainers.routing.router_load import load_counts
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
@@ -78,10 +78,9 @@ def _norms(checkpoint: MoeCheckpoint, progress: Progress) -> Utility:
 
 
 def _load(model: Any, windows: torch.Tensor, progress: Progress) -> Utility:
-    body = find_module_paths(model.config.model_type).body_in(model)  # the head is of no use here
     with load_counts(model) as counts, torch.no_grad():
         for ids in _one_by_one(windows, progress):
-            body(ids, use_cache=False)
+            model(ids, use_cache=False, logits_to_keep=1)  # of no use here
     return {layer: count.double().numpy() for layer, count in counts.items()}
 
 

@@ -1,4 +1,4 @@
-"""Loads what is trained and what is distilled from, with stock transformers classes."""
+"""What is done to a model between loading and training, and the small files that its checkpoints carry."""
 
 from __future__ import annotations
 
@@ -18,81 +18,12 @@ from upcycle.files.links import copy_inside
 from upcycle.files.local_names import FILE as LOCAL_FILE
 from upcycle.files.local_names import here
 from upcycle.files.locate import locate
-from upcycle.kernels.entry.choose_backend import NAME
-from upcycle.kernels.entry.transformers_experts import register_kernels
-from upcycle.kernels.layout.devices import why_not
-from upcycle.registry import find, suggestion
+from upcycle.models.experts import has_experts
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.routing.neuron_records import replace_activations
-from upcycle.trainers.routing.stock_routers import has_experts
 
-_ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
 _CONVERSION_FILES = ("upcycle.json", "recipe.yaml", LOCAL_FILE)
 STORED_FILE = "stored.json"  # how the trained model's weights are to be stored when they are exported
-
-
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device, experts: str = "auto") -> Any:
-    """A stock causal language model in training mode, without a cache.
-
-    Args:
-        folder: a transformers folder.
-        dtype: of all weights.
-        device: where they go.
-        experts: transformers' implementation of MoE experts, or ``auto``.
-
-    Raises:
-        CheckpointError: a weight is missing, unexpected or of another shape, or transformers does not know the model.
-        UsageError: there is no such experts implementation.
-    """
-    model = stock.load_model(folder, dtype)
-    model.config.use_cache = False
-    model.to(device).train()
-    use_experts(model, experts)
-    return model
-
-
-def use_experts(model: Any, name: str, device: str | None = None) -> None:
-    """Choose how a MoE model computes its experts.
-
-    ``auto`` is ``upcycle`` (:mod:`upcycle.kernels`) on CPUs and on GPUs that its Triton kernels run on; elsewhere, a grouped
-    product where the experts' widths allow that.
-
-    Args:
-        model: any; dense ones stay as they are.
-        name: transformers' implementation of experts, or ``auto``.
-        device: type of the devices it will run on; its own by default.
-
-    Raises:
-        UsageError: transformers has no such implementation.
-    """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    register_kernels()
-    known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
-    if name not in known:
-        raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))
-    if not has_experts(model):
-        return
-    if name == "auto" and find("target", model.config.model_type) is None:
-        return  # the kernels were compared on targets alone: others are computed as transformers does
-    # Of a plan's devices only the type is known: its GPUs are such as the kernels run on.
-    if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
-        name = NAME
-    elif name == "auto":
-        weights = [parameter for key, parameter in model.named_parameters() if ".experts." in key]
-        size = min((parameter.element_size() for parameter in weights), default=4)
-        aligned = all(width * size % _ALIGNMENT == 0 for parameter in weights for width in parameter.shape[1:])
-        name = "grouped_mm" if aligned else "eager"
-    try:
-        model.set_experts_implementation(name)
-    except (ValueError, KeyError) as error:
-        raise UsageError(
-            f"experts: {model.config.model_type} cannot have '{name}': {error}", hint="experts: auto"
-        ) from None
-
-
-def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cpu" or why_not(device) is None
 
 
 def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: str) -> None:

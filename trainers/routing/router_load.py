@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.trainers.routing.recorder import Recorder
+from upcycle.trainers.routing.router_records import watch_router
+from upcycle.trainers.routing.stock_routers import find_routers
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,21 @@ class LayerLoad:
 
 @contextmanager
 def load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
-    """Count what every router chooses: layer -> int64 ``[E]``. A stock router returns (logits, weights, indices)."""
+    """Count what every router chooses while ``model(...)`` runs within this context: layer -> int64 ``[E]``."""
     counts: dict[int, torch.Tensor] = {}
-    hooks = []
-    for index, layer in enumerate(find_module_paths(model.config.model_type).layers_in(model)):
-        named = (module for name, module in layer.named_modules() if name.endswith((".gate", ".router")))
-        router = next((module for module in named if hasattr(module, "top_k")), None)
-        if router is None:
-            continue
-        counts[index] = torch.zeros(router.num_experts, dtype=torch.int64)
+    with Recorder[None](model) as recorder:
+        for place in find_routers(model):
+            counts[place.index] = torch.zeros(place.count, dtype=torch.int64)
 
-        def count(_: Any, __: Any, output: Any, index: int = index) -> None:
-            counts[index] += torch.bincount(output[2].flatten(), minlength=len(counts[index]))
+            def count(_: Any, __: Any, experts: torch.Tensor, index: int = place.index) -> None:
+                counts[index] += torch.bincount(experts.flatten(), minlength=len(counts[index])).cpu()
 
-        hooks.append(router.register_forward_hook(count))
-    try:
+            watch_router(recorder, place.block, place.router, count)
         yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def layer_load(layer: int, counts: torch.Tensor) -> LayerLoad:
-    """What ``counts`` ``[E]`` of one layer say."""
+    """The load of one layer whose experts were chosen ``counts`` ``[E]`` times."""
     load = counts.double() / counts.sum()
     entropy = -torch.xlogy(load, load).sum().item()
     return LayerLoad(

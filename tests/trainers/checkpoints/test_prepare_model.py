@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers.checkpoints import load_model as model_loading
-from upcycle.trainers.checkpoints.load_model import (
+from upcycle.models.experts import use_experts
+from upcycle.models.load import load_model
+from upcycle.trainers.checkpoints.prepare_model import (
     check_parent,
     check_parent_tokens,
     collect_small_files,
-    load_model,
     parent_folder,
     save_config,
     stored_form,
@@ -24,7 +24,6 @@ from upcycle.trainers.checkpoints.load_model import (
 )
 from upcycle.trainers.checkpoints.write import CONVERSION
 
-CPU = torch.device("cpu")
 Model = Callable[..., Path]
 
 
@@ -35,11 +34,11 @@ def test_the_stored_form_is_that_of_the_files(pico_moe: Model, pico: Model) -> N
 
 
 def test_a_model_is_loaded_to_train(pico_moe: Model) -> None:
-    model = load_model(pico_moe("qwen3_moe"), torch.float32, CPU)
+    model = load_model(pico_moe("qwen3_moe"), experts="auto", training=True)
     assert model.training
     assert model.config.use_cache is False
     assert model.config._experts_implementation == "upcycle"
-    assert load_model(pico_moe("qwen3_moe"), torch.float32, CPU, "eager").config._experts_implementation == "eager"
+    assert load_model(pico_moe("qwen3_moe"), experts="eager", training=True).config._experts_implementation == "eager"
 
 
 @pytest.mark.parametrize(
@@ -50,21 +49,21 @@ def test_what_a_gpu_gets(obstacle: str | None, hidden: int, wanted: str, monkeyp
     """The Triton kernels, else a grouped product where rows are aligned."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    monkeypatch.setattr(model_loading, "why_not", lambda device: obstacle)
+    monkeypatch.setattr("upcycle.kernels.layout.devices.why_not", lambda device: obstacle)
     config = MixtralConfig(
         hidden_size=hidden, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
     )
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    model_loading.use_experts(model, "auto")
+    use_experts(model, "auto")
     assert model.config._experts_implementation == wanted
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, pico_moe: Model) -> None:
     with pytest.raises(CheckpointError, match="transformers cannot load"):
-        load_model(tmp_path, torch.float32, CPU)
+        load_model(tmp_path, training=True)
     with pytest.raises(UsageError, match="transformers has no 'quickest'"):
-        load_model(pico_moe("mixtral"), torch.float32, CPU, "quickest")
+        load_model(pico_moe("mixtral"), experts="quickest", training=True)
 
 
 def test_the_parent_is_what_was_converted(tmp_path: Path, pico: Model) -> None:
@@ -86,7 +85,7 @@ def _with_weights(folder: Path, model: Path) -> Path:
 
 
 def test_the_configuration_is_written_whole(pico_moe: Model, tmp_path: Path) -> None:
-    model = load_model(pico_moe("glm4_moe"), torch.float32, CPU)
+    model = load_model(pico_moe("glm4_moe"), training=True)
     save_config(model, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["dtype"] == "float32"
@@ -114,7 +113,7 @@ def test_a_parent_whose_ids_mean_other_tokens(pico: Model) -> None:
 
 
 def test_a_parent_that_reads_less_than_a_row(pico: Model) -> None:
-    model = load_model(pico("llama"), torch.float32, CPU)
+    model = load_model(pico("llama"), training=True)
     context = model.config.max_position_embeddings
     check_parent(model, model, pico("llama"), context)
     with pytest.raises(UsageError, match=f"reads {context} tokens at a time, and a row has {context + 1}"):

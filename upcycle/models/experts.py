@@ -1,0 +1,74 @@
+"""Whether a stock model has experts, and how they are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from upcycle.errors import UsageError
+from upcycle.registry import find, suggestion
+
+_ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model is a MoE, with routers of whatever kind: stock classes call what holds experts ``experts``."""
+    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
+
+
+def use_experts(model: Any, name: str, device: str | None = None) -> None:
+    """Choose how a MoE model computes its experts; a dense one stays as it is.
+
+    ``eager`` runs experts one after another, whatever their widths. ``auto`` is ``upcycle`` (:mod:`upcycle.kernels`) on CPUs and
+    on GPUs that its Triton kernels run on; elsewhere, a grouped product where the experts' widths allow that.
+
+    Args:
+        model: a stock causal language model.
+        name: transformers' implementation of experts, or ``auto``.
+        device: type of the devices it will run on; its own by default.
+
+    Raises:
+        UsageError: transformers has no such implementation.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if name != "eager":  # converting a model must not wait for kernels to be imported
+        from upcycle.kernels.entry.transformers_experts import register_kernels
+
+        register_kernels()
+    known = ["auto", "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if name not in known:
+        raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))
+    if not has_experts(model) or not hasattr(model, "set_experts_implementation"):
+        return
+    if name == "auto" and find("target", model.config.model_type) is None:
+        return  # the kernels were compared on targets alone: others are computed as transformers does
+    # Of a plan's devices only the type is known: its GPUs are such as the kernels run on.
+    if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
+        from upcycle.kernels.entry.choose_backend import NAME
+
+        name = NAME
+    elif name == "auto":
+        weights = [parameter for key, parameter in model.named_parameters() if ".experts." in key]
+        size = min((parameter.element_size() for parameter in weights), default=4)
+        aligned = all(width * size % _ALIGNMENT == 0 for parameter in weights for width in parameter.shape[1:])
+        name = "grouped_mm" if aligned else "eager"
+    try:
+        model.set_experts_implementation(name)
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            f"experts: {model.config.model_type} cannot have '{name}': {error}", hint="experts: auto"
+        ) from None
+
+
+def use_eager_experts(model: Any) -> Any:
+    """The same model, its experts run one after another: transformers' own default (grouped_mm) refuses narrow ones."""
+    use_experts(model, "eager")
+    return model
+
+
+def _has_kernels(device: torch.device) -> bool:
+    from upcycle.kernels.layout.devices import why_not
+
+    return device.type == "cpu" or why_not(device) is None
