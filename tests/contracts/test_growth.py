@@ -13,7 +13,7 @@ from pico_models import PICO, PICO_MOE
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle.architectures.moe.stored_moe import MOES
+from upcycle.architectures.stored_moe import MOES
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, UsageError

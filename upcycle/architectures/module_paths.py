@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from upcycle.errors import UsageError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.registry import find
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
+
+    from upcycle.files.formats.tensor_spec import TensorSpec
+
+BELONG_TOGETHER = "compare config.json with the weights: do they belong together?"  # a hint
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,26 @@ def _submodule(model: Any, path: str) -> Any:
         raise UsageError(
             f"a {model.config.model_type} model has no '{path}': this version does not know where it keeps its layers"
         ) from None
+
+
+def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePaths, where: str) -> None:
+    """Refuse a number of layers that the weights do not have, before anything is built or listed per layer.
+
+    Args:
+        layers: what ``config.json`` says.
+        specs: the stored tensors, by name.
+        paths: where the architecture keeps its layers.
+        where: what messages call the model.
+
+    Raises:
+        CheckpointError: the weights have another number of layers.
+    """
+    found = {layer for layer in map(paths.layer_of, specs) if layer is not None}
+    if found and layers != max(found) + 1:
+        raise CheckpointError(
+            f"{where}: config.json says 'num_hidden_layers' is {layers}, the weights have {max(found) + 1} layers",
+            hint=BELONG_TOGETHER,
+        )
 
 
 def find_module_paths(model_type: str) -> ModulePaths:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import Family
-from upcycle.architectures.dense.refused import reason, text_model
-from upcycle.architectures.moe.stored_moe import MOES
+from upcycle.architectures.refused import reason, text_model
+from upcycle.architectures.stored_moe import MOES
 from upcycle.errors import RefusalError
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from upcycle.architectures.moe.stored_moe import ExpertRows, MoeModel, moe_family
 from upcycle.architectures.stock_classes import stock_shapes
+from upcycle.architectures.stored_moe import ExpertRows, MoeModel, moe_family
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
 from upcycle.files.formats.tensor_names import refuse_quantized

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.architectures.moe.stored_moe import ExpertRows
+from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.errors import UsageError

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.moe.stored_moe import moe_family
+from upcycle.architectures.stored_moe import moe_family
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.checkpoints.compatibility import check_configs
 from upcycle.checkpoints.find_family import family_of

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.architectures.moe.stored_moe import MOES
+from upcycle.architectures.stored_moe import MOES
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.growing.expert_upcycling import ExpertUpcycling, ExpertUpcyclingParameters
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from upcycle.architectures.dense_config import DenseConfig, Feature
-from upcycle.architectures.module_paths import ModulePaths
+from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers
 from upcycle.architectures.rope import rope_parameters
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
@@ -24,7 +24,7 @@ __all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
 class Family(ABC):
     """A dense architecture. Subclasses state the stock defaults of their configuration class and override what differs.
 
-    ``defaults`` holds the value that transformers' class takes when ``config.json`` lacks the key: a wrong default is
+    ``defaults`` holds the value that transformers' class takes when ``config.json`` lacks the key. A wrong default would be
     a silent error, so a contract test compares every one with the class itself. ``aliases`` gives the family's own
     spelling of a key.
 
@@ -36,7 +36,21 @@ class Family(ABC):
     title: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]  # preferred first
     elsewhere: ClassVar[Mapping[Feature, str]] = {}  # feature -> which target could hold it, for refusals
-    defaults: ClassVar[Mapping[str, Any]]
+    defaults: ClassVar[Mapping[str, Any]] = {  # Llama's, which several classes took over
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-06,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
     aliases: ClassVar[Mapping[str, str]] = {}
     keys: ClassVar[Mapping[str, Kind]] = {}  # the family's own keys, and common ones that are otherwise here
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # what layer_types can say
@@ -256,12 +270,13 @@ class Family(ABC):
         for name, shape in expected.items():
             if name not in specs:
                 raise CheckpointError(
-                    f"{where}: tensor '{name}' is missing", hint=_INCOMPLETE if where.endswith(".gguf") else _TOGETHER
+                    f"{where}: tensor '{name}' is missing",
+                    hint=_INCOMPLETE if where.endswith(".gguf") else BELONG_TOGETHER,
                 )
             if specs[name].shape != shape:
                 raise CheckpointError(
                     f"{where}: tensor '{name}' has shape {shortened(list(specs[name].shape))}, config.json says {list(shape)}",
-                    hint=_TOGETHER,
+                    hint=BELONG_TOGETHER,
                 )
         leftover = sorted(set(specs) - set(expected) - {self.module_paths.head_weight})
         leftover = [name for name in leftover if not name.endswith("rotary_emb.inv_freq")]
@@ -273,23 +288,8 @@ class Family(ABC):
             )
 
 
-def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePaths, where: str) -> None:
-    """Compare how many layers ``config.json`` says there are with how many the weights have, before anything is counted up.
-
-    Raises:
-        CheckpointError: another number.
-    """
-    found = {layer for layer in map(paths.layer_of, specs) if layer is not None}
-    if found and layers != max(found) + 1:
-        raise CheckpointError(
-            f"{where}: config.json says 'num_hidden_layers' is {layers}, the weights have {max(found) + 1} layers",
-            hint=_TOGETHER,
-        )
-
-
 _LEAST_ODD_HEAD = 4  # stock classes let smaller heads be odd
 _INCOMPLETE = "the file is incomplete: download it again"
-_TOGETHER = "compare config.json with the weights: do they belong together?"
 
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -15,21 +15,7 @@ class HunyuanV1Dense(Family):
     name = "hunyuan_v1_dense"
     title = "Hunyuan dense"
     targets = ("hunyuan_v1_moe",)
-    defaults = {
-        "vocab_size": 290943,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-05,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-    }
+    defaults = {**Family.defaults, "vocab_size": 290943, "rms_norm_eps": 1e-05}
     keys = {"attention_bias": FLAG}
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -18,21 +18,6 @@ class Llama(Family):
     elsewhere = {
         Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts",
     }
-    defaults = {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-    }
     keys = {"attention_bias": FLAG, "mlp_bias": FLAG}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 

@@ -16,19 +16,10 @@ class Mistral(Family):
     title = "Mistral"
     targets = ("mixtral", "qwen2_moe")
     defaults = {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
+        **Family.defaults,
         "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
         "num_key_value_heads": 8,
-        "head_dim": None,
-        "hidden_act": "silu",
         "max_position_embeddings": 131072,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
     }
     keys = {"sliding_window": SIZE.optional}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}

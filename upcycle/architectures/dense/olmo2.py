@@ -16,21 +16,7 @@ class Olmo2(Family):
     title = "OLMo 2"
     targets = ("flex_olmo",)
     uncalibrated = "it norms the FFN's output before adding it, and the fits here need what is added"
-    defaults = {
-        "vocab_size": 50304,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-05,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-    }
+    defaults = {**Family.defaults, "vocab_size": 50304, "rms_norm_eps": 1e-05}
     keys = {"attention_bias": FLAG}
     token_defaults = {"pad_token_id": 1, "eos_token_id": 50279}
 

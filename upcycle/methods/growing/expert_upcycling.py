@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from upcycle.architectures.moe.stored_moe import MoeModel
+from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
 from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece, Promise

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from upcycle.architectures.module_paths import find_module_paths
-from upcycle.architectures.moe.stored_moe import MoeModel
 from upcycle.architectures.stock import load_model
+from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import EnvironmentFault
 from upcycle.hardware.memory import available_memory
 from upcycle.models.experts import use_eager_experts

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from upcycle.architectures.moe.stored_moe import MOES, MoeModel
+from upcycle.architectures.stored_moe import MOES, MoeModel
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upcycle.architectures.moe.stored_moe import MOES, MoeModel, moe_family
+from upcycle.architectures.stored_moe import MOES, MoeModel, moe_family
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from upcycle.architectures.dense.base import check_layers
-from upcycle.architectures.module_paths import ModulePaths, find_module_paths
+from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers, find_module_paths
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
@@ -225,7 +224,7 @@ class MoeModel:
             if name not in parts:
                 raise CheckpointError(
                     f"{where}: tensor '{name}' is missing",
-                    hint="compare config.json with the weights: do they belong together?",
+                    hint=BELONG_TOGETHER,
                 )
             sizes, found = TensorSpec(shape, "float32").elements, sum(self.specs[n].elements for n in parts[name])
             if sizes != found or (len(parts[name]) == 1 and self.specs[parts[name][0]].shape != shape):
@@ -233,7 +232,7 @@ class MoeModel:
                     f"{where}: tensor '{parts[name][0]}' has shape {list(self.specs[parts[name][0]].shape)}"
                     + (f", and there are {len(parts[name])} such" if len(parts[name]) > 1 else "")
                     + f"; config.json asks for {list(shape)} in '{name}'",
-                    hint="compare config.json with the weights: do they belong together?",
+                    hint=BELONG_TOGETHER,
                 )
         if leftover := sorted(set(parts) - set(shapes)):
             raise CheckpointError(
