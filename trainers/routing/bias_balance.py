@@ -91,7 +91,7 @@ class Load:
 
 
 def loads(counts: dict[int, torch.Tensor]) -> list[Load]:
-    """Summarise choices ``[E]`` per layer for a log line."""
+    """Summarise how often experts were chosen (``[E]`` per layer) for a log line."""
     found = []
     for layer, count in counts.items():
         mean = count.float().mean().clamp(min=torch.finfo(torch.float32).tiny)

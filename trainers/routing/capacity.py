@@ -71,7 +71,7 @@ def _order(weights: torch.Tensor, groups: int, drop: str) -> torch.Tensor:
 
 
 def _places(wanted: torch.Tensor, count: int) -> torch.Tensor:
-    """How many before it in ``[G, n]`` want the same expert, for each."""
+    """For each choice in ``[G, n]``, how many before it in its group want the same expert."""
     gathered, origin = wanted.sort(dim=1, stable=True)
     numbers = torch.zeros(len(wanted), count + 1, dtype=torch.long, device=wanted.device)
     numbers.scatter_add_(1, wanted, torch.ones_like(wanted))

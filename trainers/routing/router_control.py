@@ -65,7 +65,7 @@ class RouterControl:
         self._handles: list[Any] = []
 
     def rows(self, real: torch.Tensor | None, keys: Sequence[object] = ()) -> None:
-        """Say what the coming passes' rows are.
+        """Describe the rows of the coming passes.
 
         Args:
             real: bool ``[B, S]``, false where there is padding, which takes no room. ``None``: all tokens of a pass are one
@@ -76,7 +76,7 @@ class RouterControl:
         self._real, self._keys = real, keys
 
     def did(self, layer: int) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None]:
-        """What was added to a layer's logits in the last pass, which choices were dispatched, and which chance held back."""
+        """A layer's noise in the last pass, which choices were dispatched, and which ones chance held back."""
         return self.noise.get(layer), self.kept.get(layer), self.skipped.get(layer)
 
     def attach(self, layer: MoeLayer) -> None:
@@ -246,6 +246,6 @@ def _sampled(
 
 
 def _renormalized(left: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What is left of ``weights`` ``[T, K]``, scaled so that a token's add up to what they did; 0 where nothing is left."""
+    """``left`` ``[T, K]``, scaled so that each token's sum is that of ``weights`` again; 0 where nothing is left."""
     total = left.sum(1, keepdim=True)
     return left * weights.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)

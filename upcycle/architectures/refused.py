@@ -79,7 +79,7 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 
 
 def text_model(raw: Mapping[str, Any]) -> str | None:
-    """What a multimodal configuration says that its text model is; None: it is not one."""
+    """The name of a multimodal configuration's text model, quoted for messages; None if the model is not multimodal."""
     for key in _TEXT_CONFIGS:
         if isinstance(raw.get(key), Mapping):
             return f"'{shortened(raw[key].get('model_type') or key)}'"

@@ -122,7 +122,7 @@ def clean_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean_generation(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``generation_config.json`` likewise."""
+    """A ``generation_config.json``, cleaned as :func:`clean_config` does."""
     return {
         key: _clean(value)
         for key, value in raw.items()

@@ -150,7 +150,7 @@ class MoeModel:
         return found
 
     def role(self, name: str) -> Role:
-        """One expert's matrix, one of all experts, the router's rows, its bias, or nothing of these."""
+        """What a tensor holds: a matrix of one expert or of all, the router's rows, the router's bias, or anything else."""
         if self.module_paths.layer_of(name) is None:
             return "other"
         if _EXPERT.fullmatch(name):
@@ -269,5 +269,5 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
 
 
 def _natural(name: str) -> list[Any]:
-    """Numbers in a name are numbers."""
+    """A sort key that compares the numbers in names as numbers."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

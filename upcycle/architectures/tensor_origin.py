@@ -30,14 +30,14 @@ class Origin:
     times: float = 1.0
 
     def ordered(self, order: Order, head: int) -> Origin:
-        """The same in another order; the inverse of the order it already has cancels out."""
+        """The same origin with its rows put into ``order``; an order and its inverse cancel out."""
         if self.order is None:
             return replace(self, order=order, head=head)
         assert self.order != order, "rows are in this order already"
         return replace(self, order=None, head=1)
 
     def dtype(self, dtype: str) -> str:
-        """What it is written in where the recipe says ``dtype``."""
+        """The dtype that the tensor is written in where the recipe says ``dtype``."""
         return "float32" if self.add or self.times != 1 else dtype
 
     def apply(self, block: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What has been said, as the token ids that a model goes on from."""
+"""A conversation, and the token ids of it that a model continues."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from upcycle.errors import UsageError
 
 
 class Conversation:
-    """Lines and answers. ``templated`` says whether the tokenizer knows how a talk looks; else it is plain text, line by line.
+    """Lines and answers. ``templated`` says whether the tokenizer has a chat template; without one, they are lines of plain text.
 
     Args:
         tokenizer: stock; its chat template is run in transformers' sandbox.
-        context: tokens that the model reads at most, None: as many as there are.
-        system: what is said first, where there is a template.
+        context: the most tokens that the model reads; None: any number.
+        system: the system message; left out where there is no template.
     """
 
     def __init__(self, tokenizer: Any, context: int | None, system: str | None = None) -> None:
@@ -25,10 +25,12 @@ class Conversation:
         self._said: list[dict[str, str]] = []
 
     def say(self, line: str, room: int) -> tuple[list[int], int]:
-        """Token ids to go on from, and how many earlier messages had to be forgotten so that ``room`` tokens are left.
+        """Add a line of the user's.
+
+        Returns the token ids to continue, and how many earlier messages had to be forgotten to leave room for ``room`` tokens.
 
         Raises:
-            UsageError: the line alone is too long, or the template refuses what is said.
+            UsageError: the line alone is too long, or the template refuses the messages.
         """
         self._said.append({"role": "user", "content": line})
         dropped = 0
@@ -45,7 +47,7 @@ class Conversation:
         return ids, dropped
 
     def answered(self, text: str) -> None:
-        """Remember what the model said."""
+        """Add the model's answer."""
         self._said.append({"role": "assistant", "content": text})
 
     def _encode(self, said: Sequence[dict[str, str]]) -> list[int]:

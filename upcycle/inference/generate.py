@@ -30,12 +30,12 @@ class Token:
 
 
 class Writer:
-    """A model in fp32 that writes.
+    """Writes text with a model in fp32, one token at a time.
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
-        layer: whose experts are told; the middle one of the layers that have some by default.
-        experts: whether they are told at all.
+        layer: the layer whose experts are reported; by default the middle one of those that have some.
+        experts: whether experts are reported at all.
 
     Raises:
         UsageError: the layer has no experts, or the model's experts cannot be read.
@@ -91,7 +91,7 @@ class Writer:
         return ids
 
     def write(self, ids: Sequence[int], tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[Token]:
-        """The prompt's tokens, and then at most ``tokens`` of the model's, each as soon as its experts are known.
+        """Yield the prompt's tokens and then at most ``tokens`` of the model's, each as soon as its experts are known.
 
         Args:
             ids: the prompt, at least one token.
@@ -144,7 +144,7 @@ class Pieces:
         self._before = self._done = 0  # what is decoded again for its context, and what was shown
 
     def add(self, token: int) -> str:
-        """What ``token`` adds."""
+        """The text that ``token`` completes; empty while a character is not complete."""
         self._ids.append(token)
         text, shown = self._decode(len(self._ids)), self._decode(self._done)
         if text.endswith("\ufffd"):
@@ -153,7 +153,7 @@ class Pieces:
         return text[len(shown) :]
 
     def rest(self) -> str:
-        """What was still waiting, as replacement characters."""
+        """The text of bytes that never became a character, as replacement characters."""
         text, shown = self._decode(len(self._ids)), self._decode(self._done)
         self._before = self._done = len(self._ids)
         return text[len(shown) :]

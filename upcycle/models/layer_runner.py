@@ -18,14 +18,14 @@ Ffn = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LayerRunner:
-    """A dense model of which one decoder layer at a time has weights.
+    """Runs the decoder layers of a dense model; only the layer that runs has its weights in memory.
 
-    Its states are the residual stream divided by the configuration's ``residual_multiplier``: what an FFN computes is
-    then added to them as it is, in every family.
+    States are the residual stream divided by the configuration's ``residual_multiplier``, so that an FFN's output is added to
+    them unscaled in every family.
 
     Args:
         checkpoint: the dense model.
-        dtype: its weights are rounded to this dtype first, and computed with in fp32.
+        dtype: round the weights to this dtype (``keep``: leave them as stored); computation is in fp32 either way.
         window: tokens per sequence.
     """
 
@@ -43,13 +43,13 @@ class LayerRunner:
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     def reading(self, checkpoint: DenseCheckpoint) -> LayerRunner:
-        """The same modules for another model of this shape: only one of both may have a layer loaded."""
+        """A runner of another model of this shape that shares the modules: only one of the two may have a layer loaded."""
         other = copy(self)
         other._checkpoint, other._read = checkpoint, dense_reader(checkpoint, self._dtype)
         return other
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Fp32 states ``[T, d]`` for token ids ``[T]``; the table is read block by block and never whole in memory."""
+        """Fp32 states ``[T, d]`` for token ids ``[T]``, reading the table block by block: it is never whole in memory."""
         config = self._checkpoint.config
         (name,) = self._checkpoint.family.first_specs(config)
         found = torch.empty(len(ids), config.hidden_size)
@@ -81,7 +81,7 @@ class LayerRunner:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Layer ``index`` has its weights inside this context."""
+        """Load layer ``index`` for the time of this context."""
         fill(self.layers[index], self._checkpoint.family.module_paths.layer(index), self._read(index))
         try:
             yield
@@ -94,7 +94,7 @@ class LayerRunner:
         return output
 
     def around(self, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer's FFN reads and what its output is added to, each ``[t, d]``."""
+        """The input of the layer's FFN and the residual that its output is added to, each ``[t, d]``."""
         residual, x = self._run(index, states, torch.zeros_like)
         return x, residual
 
@@ -118,9 +118,9 @@ class LayerRunner:
         return _flat(output), _flat(seen[0])
 
     def arguments(self, index: int, windows: int) -> dict[str, Any]:
-        """What the stock model hands to layer ``index`` beside the states: masks, positions and rotary embeddings.
+        """Keyword arguments that the stock model passes to layer ``index`` beside the states: masks, positions and so on.
 
-        Asked of the stock model itself, with layers that do nothing, so that every family's masks are its own.
+        The stock model computes them, in a pass through layers that do nothing, so that every family's masks are its own.
         """
         if windows not in self._arguments:
             seen: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
 from upcycle.models.experts import use_experts
+from upcycle.models.first_calls import settle_code_paths
 
 _MOST_MEMORY = 0.9  # of what is available, for weights alone
 
@@ -40,6 +41,7 @@ def load_model(
         CheckpointError: transformers cannot load it.
         EnvironmentFault: it does not fit in memory, or the hub cannot be reached.
     """
+    settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
     if path.is_file():
         dtype = torch.float32

@@ -1,8 +1,8 @@
-"""A model's weights as stock transformers reads them, one decoder layer at a time.
+"""Reads a model's weights with stock transformers, one decoder layer at a time.
 
-What a verification compares with must not be read by the code that it judges: which stored tensor becomes which weight, what is
-renamed, split or fused on the way, and what is tied to what is decided here by transformers' own loading code alone. This tool's
-families and targets are asked one thing: which module of the stock class holds its layers.
+A verification must not read its reference with the code that it judges. So transformers' own loading code alone decides here which
+stored tensor becomes which weight, what is renamed, split or fused on the way, and what is tied. This tool's families and targets
+answer one question: which module of the stock class holds the layers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.stock import build_config, clean_file, empty_model, load_model, quiet_transformers
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.models.first_calls import settle_code_paths
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class Layers(Protocol):
-    """A stock model whose decoder layers come and go; what is outside of them is there."""
+    """A stock model whose decoder layers are loaded and dropped one by one; what is outside the layers stays loaded."""
 
     model: Any
 
@@ -34,7 +35,7 @@ class Layers(Protocol):
         """Give layer ``index`` its weights, in fp32."""
 
     def drop(self, index: int) -> None:
-        """Take them away."""
+        """Free the weights of layer ``index``."""
 
 
 class FolderLayers:
@@ -42,7 +43,7 @@ class FolderLayers:
 
     Args:
         folder: dense or MoE, with safetensors weights.
-        rounding: what to do with a weight, by name, after it was read.
+        rounding: rounds a weight that was read, given its name and value.
         outside: whether to read what is outside the layers, too.
 
     Raises:
@@ -76,7 +77,7 @@ class FolderLayers:
         _layers(self.model)[index].to("meta")
 
     def _read(self, index: int | None) -> set[str]:
-        """Hand a layer's tensors, or those outside, to transformers; returns what it still misses."""
+        """Pass a layer's tensors, or (None) those outside the layers, to transformers; return the names it still misses."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -110,9 +111,9 @@ class MeanLayers:
 
     Args:
         parts: the models.
-        weights: theirs, which need not sum to 1.
-        rounding: what to do with a mean, by name.
-        outside: whether there is anything outside the layers.
+        weights: one per model; they need not sum to 1.
+        rounding: rounds a mean, given its name and value.
+        outside: whether to average what is outside the layers, too.
     """
 
     def __init__(
@@ -156,12 +157,12 @@ class MeanLayers:
 
 
 def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = True) -> Layers:
-    """A source, one layer at a time: of a folder as stock transformers reads it, of a ``.gguf`` file all layers at once.
+    """Open a source to be read one layer at a time, as stock transformers reads it; a ``.gguf`` file is read as a whole.
 
     Args:
         checkpoint: dense, MoE, a mix (of which it is the base) or a mean of several.
         dtype: round weights to this one, as a recipe's ``dtype`` means it; None: nothing is rounded.
-        outside: whether embeddings, the last norm and the head are wanted, too.
+        outside: whether to read embeddings, the last norm and the head, too.
     """
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
@@ -180,7 +181,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
 
 
 def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
-    """The same in memory as a whole: of a folder what ``from_pretrained`` gives."""
+    """Load the same source as a whole; for a folder this is what ``from_pretrained`` returns."""
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
     if isinstance(checkpoint, MergedCheckpoint) or checkpoint.source.path.is_file():
@@ -204,7 +205,7 @@ def rounds(model: Any, checkpoint: Checkpoint, dtype: str) -> bool:
 
 
 def may_round(checkpoint: Checkpoint, dtype: str) -> bool:
-    """Whether it can, by the dtypes that are stored: what is to be known of a model that is not in memory."""
+    """Whether a recipe's ``dtype`` can change a weight, judged by the stored dtypes: for a model that is not in memory."""
     if checkpoint.source.path.is_file():
         return True
     specs = checkpoint.store.specs
@@ -251,9 +252,9 @@ def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
 
 
 def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
-    """Weights of a stock model that transformers would find under none of the stored names, nor tied to another.
+    """Names of weights that transformers would find neither under a stored name nor tied to another weight.
 
-    A rule of transformers that makes several weights of one tensor may give any: nothing is said then.
+    Empty where transformers has a rule that makes several weights of one tensor: names do not tell which it makes.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -269,7 +270,7 @@ def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
 
 
 def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Stored names, and the weight that transformers makes of each, or a part of."""
+    """Stored name -> name of the weight that transformers makes of that tensor, alone or with others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -289,7 +290,8 @@ def _layers(model: Any) -> Any:
 
 
 def compute_buffers(model: Any, settings: Any) -> None:
-    """Give a model from the meta device the buffers that are computed and not loaded."""
+    """Compute the buffers that no file holds (rotary frequencies, Gemma's scale) for a model built on the meta device."""
+    settle_code_paths()
     body = _paths(model).body_in(model)
     for name, module in body.named_children():
         if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):

@@ -13,6 +13,7 @@ from upcycle.architectures.stock import build_config, empty_model, load_model
 from upcycle.architectures.stock_classes import State
 from upcycle.errors import CheckpointError
 from upcycle.models.experts import use_eager_experts
+from upcycle.models.first_calls import settle_code_paths
 from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
 
 if TYPE_CHECKING:
@@ -20,19 +21,15 @@ if TYPE_CHECKING:
 
 Reader = Callable[[int | None], State]
 
-# torch's CPU build takes cos, sin and other functions from MKL, which picks its code path when each is first called. If that
-# first call comes from two threads at once, one of them can get a path that is accurate to 1e-4 only (seen once in 40 cold
-# starts, on the rotary embedding). One element is computed by one thread: the choice is made before any real work.
-for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf, torch.sqrt, torch.rsqrt):
-    _function(torch.ones(1))
-
 
 class StockModel:
-    """A stock causal language model in fp32, in memory or (with ``layers``) streamed: a layer is read before it runs and
-    dropped after it, so that a model larger than memory can run.
+    """Runs a stock causal language model in fp32, in memory as a whole or (with ``layers``) streamed.
+
+    A streamed model's layer is read before it runs and dropped afterwards, so that a model larger than memory can run.
     """
 
     def __init__(self, model: Any, layers: Layers | None = None) -> None:
+        settle_code_paths()
         self.model = use_eager_experts(model.eval())
         self._paths = find_module_paths(model.config.model_type)
         self.layers = self._paths.layers_in(model)
@@ -48,7 +45,7 @@ class StockModel:
             self._streamed.load(index)
 
     def drop(self, index: int) -> None:
-        """Give a streamed layer's memory back."""
+        """Free the weights of a streamed layer."""
         if self._streamed:
             self._streamed.drop(index)
 
@@ -70,6 +67,7 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape.
     """
+    settle_code_paths()
     settings = build_config(config, "config.json")
     model = empty_model(settings, "config.json", torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
@@ -99,12 +97,12 @@ def fill(layer: torch.nn.Module, prefix: str, state: State) -> None:
 
 
 def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> StockModel:
-    """A source as stock transformers loads it from its own files, in fp32, whole or streamed.
+    """Load a source in fp32, as stock transformers reads its files.
 
     Args:
-        checkpoint: dense or MoE; of a mix its base.
-        dtype: round its weights to this one, as a recipe's ``dtype`` means it; None: as they are stored.
-        streamed: keep one layer at a time in memory. A ``.gguf`` file is in memory all the same.
+        checkpoint: dense or MoE; of a mix, the base is loaded.
+        dtype: round the weights to this one, as a recipe's ``dtype`` means it; None: leave them as stored.
+        streamed: keep one layer at a time in memory. A ``.gguf`` file is loaded as a whole all the same.
     """
     if not streamed:
         return StockModel(whole_model(checkpoint, dtype))
@@ -113,7 +111,7 @@ def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> S
 
 
 def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
-    """Reads the weights of the dense model, rounded to ``dtype``, as fp32."""
+    """A function that reads a layer's weights, or (None) those outside the layers: rounded to ``dtype``, then fp32."""
     family, config = checkpoint.family, checkpoint.config
 
     def read(layer: int | None) -> State:
@@ -123,7 +121,7 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
 
 
 def folder_model(folder: Path, streamed: bool) -> StockModel:
-    """A folder that this tool wrote: loaded as every user would, or streamed by the same code of transformers."""
+    """Load a folder that this tool wrote as every user would, or stream it with the same code of transformers."""
     if not streamed:
         return StockModel(load_model(folder, torch.float32))
     layers = FolderLayers(folder)

@@ -106,7 +106,7 @@ class Family(ABC):
             )
 
     def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
-        """Values that are each as they must be, and cannot be together.
+        """Refuse values that are each allowed and contradict one another.
 
         Raises:
             CheckpointError: two disagree; names the keys and both values.
@@ -208,11 +208,11 @@ class Family(ABC):
         return shapes
 
     def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """What comes before the layers."""
+        """Names and shapes of what comes before the layers: the embeddings."""
         return {self.module_paths.embedding_weight: (config.vocab_size, config.hidden_size)}
 
     def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """What comes after the layers."""
+        """Names and shapes of what comes after the layers: the final norm, and the head unless it is tied."""
         size, paths = (config.vocab_size, config.hidden_size), self.module_paths
         head = {} if config.tie_word_embeddings else {paths.head_weight: size}
         return {paths.final_norm_weight: (config.hidden_size,), **head}
@@ -240,14 +240,17 @@ class Family(ABC):
         return {part: self.origin(config, name) for part, name in self.ffn_names(layer).items()}
 
     def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
-        """What a layer's experts are written in: ``dtype``, or the narrowest that holds gate, up and down where they are kept."""
+        """The dtype of a layer's experts: ``dtype``, or for ``keep`` the narrowest that holds the stored FFN's matrices."""
         if dtype != "keep":
             return dtype
         origins = self.ffn_origins(config, layer)
         return widest(specs[origins[part].name].dtype for part in ("gate", "up", "down"))
 
     def norms_below(self, layer: int) -> list[str]:
-        """Where the FFN reads the stream itself: the norms of everything that was added to it. Bounds its length."""
+        """Names of the norms of everything that was added to the stream below an FFN that reads the stream itself.
+
+        They bound how long its input can be. Empty where a norm comes before the FFN.
+        """
         return []
 
     def check(

@@ -60,11 +60,11 @@ class Cohere2(Family):
         }
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """There is one norm."""
+        """Names as in Llama; the FFN reads what the layer's only norm gives."""
         return {**super().ffn_names(layer), "norm": f"{self.module_paths.layer(layer)}.input_layernorm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """There is one norm."""
+        """Llama's layer without its second norm."""
         specs = super().layer_specs(config, layer)
         del specs[f"{self.module_paths.layer(layer)}.post_attention_layernorm.weight"]
         return specs

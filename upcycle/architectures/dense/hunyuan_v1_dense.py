@@ -25,7 +25,7 @@ class HunyuanV1Dense(Family):
         return {"qkv_bias": bias, "output_bias": bias, "special": frozenset({Feature.ROTATED_QUERY_NORMS})}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Two more norms, each of one head."""
+        """Llama's layer with two more norms, as long as one head."""
         prefix = f"{self.module_paths.layer(layer)}.self_attn"
         norms = {f"{prefix}.{part}_layernorm.weight": (config.head_dim,) for part in ("query", "key")}
         return {**super().layer_specs(config, layer), **norms}

@@ -11,7 +11,7 @@ from upcycle.files.formats.settings import COUNTS, FLAG, NAMES, POSITIVE, SIZE
 
 
 class Lfm2(Family):
-    """Everything has its own names, and they are those of its MoE relative. The embedding's norm is the final one."""
+    """Names differ from Llama's and are those of its MoE relative. What is called the embedding's norm is the final one."""
 
     name = "lfm2"
     title = "LFM2"
@@ -73,7 +73,7 @@ class Lfm2(Family):
         return {"special": frozenset({Feature.CONVOLUTIONS}), "extra": extra}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """As Mixtral's experts."""
+        """Gate, up and down are called w1, w3 and w2, as in Mixtral's experts."""
         block = self.module_paths.block_of(layer)
         names = {"gate": "w1", "up": "w3", "down": "w2"}
         tensors = {part: f"{block}.{name}.weight" for part, name in names.items()}

@@ -27,11 +27,11 @@ class Olmo2(Family):
         return {"qkv_bias": bias, "output_bias": bias, "special": special}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """No norm before the FFN."""
+        """Gate, up and down alone: there is no norm before the FFN."""
         return {part: name for part, name in super().ffn_names(layer).items() if part != "norm"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Two norms of other names, and two over all heads."""
+        """Llama's layer with both norms behind their blocks, and with norms over all heads of queries and keys."""
         specs, prefix = super().layer_specs(config, layer), self.module_paths.layer(layer)
         del specs[f"{prefix}.input_layernorm.weight"]
         for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
@@ -39,7 +39,7 @@ class Olmo2(Family):
         return {**specs, f"{prefix}.post_feedforward_layernorm.weight": (config.hidden_size,)}
 
     def norms_below(self, layer: int) -> list[str]:
-        """Attention's and FFN's of every layer below, and this layer's attention's."""
+        """The norms behind attention and FFN of every layer below, and behind this layer's attention."""
         at = self.module_paths.layer
         below = [f"{at(i)}.post_{part}_layernorm.weight" for i in range(layer) for part in _ADDED]
         return [*below, f"{at(layer)}.post_attention_layernorm.weight"]

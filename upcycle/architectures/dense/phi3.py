@@ -64,11 +64,11 @@ class Phi3(Family):
         return rope
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """One for all layers."""
+        """The same window on every layer, or none."""
         return (raw.get("sliding_window"),) * layers
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
-        """Two fused tensors in place of five."""
+        """Names and shapes with two fused tensors in place of five."""
         specs = super().stored_specs(config, layer)
         if layer is None:
             return specs
@@ -80,7 +80,7 @@ class Phi3(Family):
         return fused
 
     def origin(self, config: DenseConfig, name: str) -> Origin:
-        """Rows of a fused tensor."""
+        """The rows of the fused tensor that hold a part, or the tensor of the same name."""
         prefix, _, part = name.removesuffix(".weight").rpartition(".")
         q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         width = config.intermediate_size

@@ -40,7 +40,7 @@ class Qwen2(Family):
     keys = WINDOW_KEYS
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Not configurable in this family."""
+        """Biases on q, k and v: no key of this family turns them off."""
         return {"qkv_bias": True}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:

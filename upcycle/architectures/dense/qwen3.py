@@ -34,10 +34,10 @@ class Qwen3(Family):
     keys = {**WINDOW_KEYS, "attention_bias": FLAG, "head_dim": SIZE}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Norms always, biases by flag."""
+        """Norms on queries and keys always, biases by flag."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "query_norms": True}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """As in Qwen2."""
+        """Sliding windows on the upper layers, as in Qwen2."""
         return upper_layer_windows(raw, layers)

@@ -61,12 +61,12 @@ class Qwen35Text(Family):
         return {"qkv_bias": bias, "output_bias": bias, "special": special, "extra": extra}
 
     def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
-        """The factor that the norm applies is 1 + w."""
+        """Llama's origins; the norm applies ``1 + w``, so 1 is added to what is stored."""
         origins = super().ffn_origins(config, layer)
         return {**origins, "norm": Origin(origins["norm"].name, add=1.0)}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Queries come with a gate of their size, or there is a gated delta net."""
+        """Llama's layer with a gate beside the queries, or with a gated delta net in place of attention."""
         specs, prefix = super().layer_specs(config, layer), self.module_paths.layer(layer)
         if config.extra["layer_types"][layer] == "linear_attention":
             others = {name: shape for name, shape in specs.items() if ".self_attn." not in name}

@@ -79,7 +79,7 @@ class Target(ABC):
         return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
 
     def stored(self, dense: DenseConfig) -> DenseConfig:
-        """A dense configuration as this architecture can say it.
+        """The dense configuration in terms that this architecture can express.
 
         Without multipliers, the embeddings are stored multiplied; a head that was tied to them has a tensor of its own then.
         Without windows, one that is as long as the context is left out: it is never reached.
@@ -93,7 +93,7 @@ class Target(ABC):
         return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
 
     def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
-        """What of a dense model, and of ``more`` that a conversion needs, this architecture cannot hold."""
+        """Features of a dense model, and of ``more`` that its conversion needs, that this architecture cannot hold."""
         needed = {*self.stored(dense).features, *more} - self.holds
         return [feature for feature in Feature if feature in needed]
 
