@@ -1,4 +1,4 @@
-"""The stream of training batches and the fixed validation batches. B rows of L positions on each rank."""
+"""The stream of training batches, and the fixed validation batches. B rows of L positions on each rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files import user_paths
@@ -18,47 +17,47 @@ from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_mixture import Mixture
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
+from upcycle.trainers.data.packing import Row
 from upcycle.trainers.data.token_shards import Encoder, TokenCache
 from upcycle.trainers.data.validation_rows import split, validation_rows
 from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe
 
-_VERSION = 1
-_LONG_CHECK = 1 << 30  # bytes: some ten seconds
-
-Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+_VERSION = 1  # of the order of rows: a checkpoint of another one cannot be continued
+_LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Packed rows.
+    """Rows of token ids, each of which holds one or more documents or parts of them.
 
-    Given to a model as ``model(input_ids=ids, position_ids=positions, use_cache=False)`` and no attention mask, documents do not
-    see each other; see :mod:`upcycle.trainers.data.packed_attention`.
+    :func:`upcycle.trainers.data.packed_attention.forward` runs a model on it so that documents do not see each other.
+
+    ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, and not the first token of a
+    document or part; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and nowhere else; ``domains``
+    the domain of each row.
     """
 
-    ids: torch.Tensor  # int64 [B, L]
-    mask: (
-        torch.Tensor
-    )  # bool [B, L], tokens that count as targets: no padding, and not the first of a document or of its part
-    positions: torch.Tensor  # int64 [B, L], 0 where a document or its part begins, and nowhere else
-    domains: tuple[str, ...]  # of each row
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    domains: tuple[str, ...]
 
     @property
     def real(self) -> torch.Tensor:
-        """Bool ``[B, L]``: all tokens of documents, whether or not they are targets; what is left is padding."""
+        """Bool ``[B, L]``: all tokens that are not padding, whether or not they are targets."""
         return self.mask | (self.positions == 0)
 
     def flat(self) -> PackedBatch:
-        """The same documents in one long row ``[1, B L]``, for flash attention; its losses are the same."""
+        """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
         ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
         return PackedBatch(ids, mask, positions, self.domains)
 
 
 class TokenStream:
-    """One rank's view of the global stream: call after call, every rank takes its rows of the next ``world x B``.
+    """One rank's part of the global stream of rows: each call takes this rank's B of the next ``world_size x B`` rows.
 
-    The global order of rows is a function of recipe, tokenizer, length and seed. Where ranks, micro-batch and accumulation change
-    and their product does not, each optimizer step sees the rows it would have seen.
+    The global order of rows depends only on recipe, tokenizer, length and seed. If ranks, micro-batch and accumulation change but
+    their product does not, each optimizer step still sees the same rows.
     """
 
     def __init__(
@@ -78,32 +77,32 @@ class TokenStream:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The share of each domain now, summing to 1."""
+        """The present share of each domain; all sum to 1."""
         return dict(self._mixture.weights)
 
     @property
     def rows(self) -> int:
-        """Rows all ranks together have been given."""
+        """How many rows all ranks together have taken."""
         return self._row
 
     def observe(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """Tell dynamic weights each domain's validation loss, between batches and alike on all ranks; see :class:`Mixture`."""
+        """Update dynamic weights from each domain's validation loss (:meth:`Mixture.observe`); all ranks must do it together."""
         return self._mixture.observe(losses)
 
     @property
     def lacks_reference(self) -> bool:
-        """Whether dynamic weights have yet to be told what to compare losses with."""
+        """Whether dynamic weights still need reference losses, through :meth:`refer_to`."""
         return self._mixture.dynamic is not None and self._mixture.reference is None
 
     def refer_to(self, losses: Mapping[str, float]) -> None:
-        """Tell dynamic weights the dense parent's losses, where the recipe has none; see :class:`Mixture`."""
+        """Give dynamic weights the dense parent's losses as reference, as :meth:`Mixture.refer_to` does."""
         self._mixture.refer_to(losses)
 
     def next_batch(self) -> PackedBatch:
-        """This rank's rows.
+        """This rank's next B rows.
 
         Raises:
-            UpcycleError: a file vanished or changed, or cannot be read.
+            UpcycleError: a file is gone, has changed, or cannot be read.
         """
         names = list(self._domains)
         drawn = self._mixture.draw(self._row, self._micro_batch * self._world_size)
@@ -120,7 +119,7 @@ class TokenStream:
         return make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
 
     def state(self) -> dict[str, Any]:
-        """The position of the global stream as JSON, the same on every rank."""
+        """The position in the global stream, as JSON; the same on every rank."""
         places = {
             name: {
                 **asdict(cursor),
@@ -138,25 +137,25 @@ class TokenStream:
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[str]:
-        """Continue where :meth:`state` was, on any number of ranks.
+        """Continue from :meth:`state`, on any number of ranks.
 
-        Files may have been mended meanwhile. The position stays: exactly, where the block in use holds the same documents, else
-        as the same number of rows of that block; what comes behind it is read as it is now.
+        Files may have been mended since. If the block in use holds the same documents, the position is exact; otherwise it is the
+        same number of rows into that block. Later blocks are read as they are now.
 
         Returns:
-            What is not what it was, in words.
+            A sentence for every domain whose files have changed.
 
         Raises:
-            UsageError: the data, the tokenizer or a setting that decides the order is not what it was.
+            UsageError: the data, the tokenizer or a setting that decides the order has changed.
         """
         places = state["domains"]
         if set(places) != set(self._domains):
-            raise UsageError(f"data: the domains were {', '.join(places)}, and are {', '.join(self._domains)}")
+            raise UsageError(f"data: the domains were {', '.join(places)} and are now {', '.join(self._domains)}")
         for key, now in {"version": _VERSION, **self._facts}.items():
             if state.get(key) != now:
                 raise UsageError(
-                    f"data: {key} was {state.get(key)!r} when the checkpoint was saved, and is {now!r}",
-                    hint="give it back its value, or start a new run from the checkpoint's weights",
+                    f"data: {key} was {state.get(key)!r} when the checkpoint was saved and is now {now!r}",
+                    hint="restore its value, or start a new run from the checkpoint's weights",
                 )
         notes = []
         for name, domain in self._domains.items():
@@ -167,8 +166,8 @@ class TokenStream:
                 notes.append(_mended(name, changed, cursor, same))
             elif not same:
                 raise UsageError(
-                    f"domain '{name}': its documents are not what they were when the checkpoint was saved",
-                    hint="look at its column, separator and validation, and at who wrote to its text",
+                    f"domain '{name}': its documents have changed since the checkpoint was saved",
+                    hint="check its column, separator and validation, and whether something wrote to its files",
                 )
             self._cursors[name] = cursor if same else domain.skip(Cursor(cursor.epoch, cursor.block), cursor.row)
         self._row = int(state["rows"])
@@ -180,6 +179,15 @@ def open_stream(
     data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world_size: int, seed: int
 ) -> TokenStream:
     """The training stream of ``data``, at its beginning.
+
+    Args:
+        data: the recipe's.
+        tokenizer: the model's.
+        length: L, tokens per row.
+        micro_batch: B, rows per rank and pass.
+        rank: this one's number.
+        world_size: number of ranks.
+        seed: of all random choices.
 
     Raises:
         UpcycleError: a domain cannot be read or is empty.
@@ -211,21 +219,21 @@ def open_stream(
 
 
 def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[PackedBatch]]:
-    """Fixed batches of each domain's held-out documents, in the recipe's order; the same for every seed.
+    """Batches of each domain's held-out documents, in the recipe's order of domains; the same for every seed.
 
-    A domain without files to validate on is left out where the fraction is 0.
+    If ``validation.fraction`` is 0, only domains with validation files of their own have batches.
 
     Raises:
-        UsageError: a fraction is to be held out, and no document falls into it.
+        UsageError: a fraction is to be held out, but no document falls into it.
     """
     cache = TokenCache(cache_folder(data), Encoder(tokenizer, data.end_of_text))
     found = {}
     for domain in data.domains:
-        own = _validation_corpus(data, domain)
-        if not own and not data.validation.fraction:
+        files = _validation_corpus(data, domain)
+        if not files and not data.validation.fraction:
             continue
-        corpus = own or _corpus(data, domain)
-        held_out = None if own else split(domain.name, corpus, None, cache, data.validation.fraction)
+        corpus = files or _corpus(data, domain)
+        held_out = None if files else split(domain.name, corpus, None, cache, data.validation.fraction)
         rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length)
         size = data.validation.batch
         found[domain.name] = [
@@ -236,44 +244,48 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
 
 
 def make_batch(rows: list[Row], domains: list[str]) -> PackedBatch:
-    """Rows of ids, positions and targets, each ``[L]``, as a batch."""
+    """A batch of rows, of which each is ids, positions and targets ``[L]``; ``domains`` has one name per row."""
     ids, positions, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return PackedBatch(ids, targets, positions, tuple(domains))
 
 
 def cache_folder(data: DataRecipe) -> Path:
-    """Where tokenised text is kept.
+    """The folder in which tokenised text is kept.
 
     Raises:
-        EnvironmentFault: nowhere is said, and this user has no place for it.
+        EnvironmentFault: the recipe names none, and this user has no cache folder that can be written.
     """
     if data.cache:
         return user_path(data.cache)
-    own = user_paths.cache_folder()
-    if own is None:
+    cache = user_paths.cache_folder()
+    if cache is None:
         raise EnvironmentFault(
-            "there is no folder that tokenised text can be kept in: neither ~/.cache nor the one for temporary files can be written",
-            hint="cache: FOLDER in the data, or set XDG_CACHE_HOME",
+            "there is no folder for tokenised text: neither ~/.cache nor the one for temporary files can be written",
+            hint="set cache: FOLDER in the data, or XDG_CACHE_HOME in the environment",
         )
-    return own / "tokens"
+    return cache / "tokens"
 
 
 def check_data(data: DataRecipe, say: Callable[[str], None]) -> None:
-    """Look at every row of every file before anything else is done, and say what each domain's text is taken from.
+    """Read every row of every file before training begins, and report which column each domain's text is in.
 
-    The result is kept in the cache, so that other ranks and the next run need not look again.
+    The result is kept in the cache, so that other ranks and later runs need not read the files again.
+
+    Args:
+        data: the recipe's.
+        say: called with lines and warnings about what was found.
 
     Raises:
-        UpcycleError: a file cannot be read, is no text, or has a broken row that is not to be left out.
+        UpcycleError: a file cannot be read, is not text, or has a broken row and ``broken_lines`` is ``stop``.
     """
     for domain in data.domains:
         corpora = [corpus for corpus in (_corpus(data, domain), _validation_corpus(data, domain)) if corpus]
         weight = sum(corpus.weight for corpus in corpora)
         if weight > _LONG_CHECK:
-            say(f"domain {domain.name}: looking at every row of {weight / 1e9:.1f} GB, once")
+            say(f"domain {domain.name}: checking every row of {weight / 1e9:.1f} GB, once")
         checks = [corpus.check(cache_folder(data)) for corpus in corpora]
         if corpora[0].column is not None and checks[0].documents:
-            say(f"domain {domain.name}: the text of {checks[0].documents:,} rows, from column '{corpora[0].column}'")
+            say(f"domain {domain.name}: {checks[0].documents:,} rows, whose text is in column '{corpora[0].column}'")
         for found in checks:
             if found.empty:
                 say(f"warning: domain {domain.name}: {found.empty:,} rows without text are left out")
@@ -303,13 +315,13 @@ def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str])
     """The files that have other contents now.
 
     Raises:
-        UsageError: one is gone, or new: all that comes would be in another order.
+        UsageError: a file is gone, or new, which would change the order of all that follows.
     """
     for path in {**then, **now}:
         if path not in then or path not in now:
             raise UsageError(
                 f"domain '{domain}': {path} is {'gone' if path in then else 'new'} since the checkpoint was saved",
-                hint="have the same files (they may be mended), or start a new run from the checkpoint's weights",
+                hint="use the same files (their contents may be mended), or start a new run from the checkpoint's weights",
             )
     return [path for path in now if then[path] != now[path]]
 
@@ -317,9 +329,9 @@ def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str])
 def _mended(domain: str, changed: list[str], cursor: Cursor, same: bool) -> str:
     where = f"epoch {cursor.epoch}, block {cursor.block}, row {cursor.row}"
     kept = (
-        f"the block in use is the same, so it goes on exactly there ({where})"
+        f"the block in use is unchanged, so reading continues exactly where it was ({where})"
         if same
-        else f"it goes on at the same number of rows ({where}), but this block and those behind it hold the documents of now: in "
+        else f"reading continues at the same number of rows ({where}), but this block and later ones hold the new documents: in "
         "this epoch some may come twice or not at all"
     )
     return f"domain '{domain}': {', '.join(changed)} changed since the checkpoint was saved; {kept}"

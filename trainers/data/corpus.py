@@ -1,4 +1,4 @@
-"""The documents of one domain as a sequence of shards, each of which can be read alone: local files or a hub dataset."""
+"""The documents of one domain, from local files or a hub dataset, in shards that can each be read on their own."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ from upcycle.text.reading.documents import FilePiece, Reading, find_pieces, firs
 from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data.file_checks import FileCheck, check_file
 
-_WHOLE = 1 << 20  # bytes; of larger files samples are hashed
-_SAMPLES, _SAMPLE = 64, 1 << 14
-_BYTES_PER_DOCUMENT = 4096  # of hub datasets: how many documents a shard takes is fixed, so that it can be found again
+_WHOLE = 1 << 20  # bytes up to which a file is hashed as a whole; of larger ones, samples are
+_SAMPLES, _SAMPLE = 64, 1 << 14  # how many, and bytes of each
+_BYTES_PER_DOCUMENT = (
+    4096  # assumed for hub datasets, whose shards have a fixed number of documents to be found again by
+)
 
 
 class Corpus(ABC):
-    """Documents in shards. ``shards`` is their number, or ``None`` where only the end of a stream will tell."""
+    """Documents in shards.
+
+    ``shards`` is their number, or ``None`` for a stream whose length is not known. ``column`` is the one that holds the text,
+    once that is known, or ``None`` for plain text.
+    """
 
     shards: int | None
     column: str | None = None
-    """That holds the text, once it is known; ``None`` of plain text."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while documents are read: a stream has one place
+        self.lock = threading.Lock()  # to be held while documents are read: a stream has one position
 
     @abstractmethod
     def documents(self, shard: int) -> Iterator[str]:
-        """The documents of a shard in order; of a stream none past its end.
+        """The documents of a shard in order; none past the end of a stream.
 
         Raises:
             UpcycleError: they cannot be read.
@@ -41,38 +46,44 @@ class Corpus(ABC):
 
     @abstractmethod
     def key(self, shard: int) -> str:
-        """What decides a shard's content: equal keys, equal documents."""
+        """A key of a shard's content: shards with equal keys hold equal documents."""
 
     @abstractmethod
     def contents(self) -> dict[str, str]:
-        """Name -> fingerprint of everything that is read, for a checkpoint to know it again."""
+        """Name -> fingerprint of every file or dataset that is read, by which a checkpoint recognises them."""
 
     def check(self, cache: Path) -> FileCheck:
-        """Look at every row before any is needed, once: what was found is kept in ``cache``. Streams are not looked at.
+        """Read every row before any is needed, once: the result is kept in ``cache``. Streams are not checked.
 
         Raises:
-            UpcycleError: a row is broken, and such rows are not left out; or a file cannot be read.
+            UpcycleError: a row is broken and broken rows are not skipped, or a file cannot be read.
         """
         return FileCheck()
 
     @property
     def weight(self) -> int:
-        """Bytes that :meth:`check` reads."""
+        """Number of bytes that :meth:`check` reads."""
         return 0
 
     def full(self, documents: int) -> bool:
-        """Whether a shard of that many documents is not the last one of a stream."""
+        """Whether a shard with that many documents is full, so that it is not the last of a stream."""
         return True
 
 
 class LocalCorpus(Corpus):
-    """Files; shards of about ``size`` bytes, smaller files together in one."""
+    """Local files, in shards of about ``size`` bytes; small files share a shard."""
 
     def __init__(self, texts: list[str], reading: Reading, size: int, named: Format | None = None) -> None:
-        """Finds the files, reads a sample of each, and decides once for all of them which column holds the text.
+        """Find the files, read the first row of each, and choose the column that holds the text in all of them.
+
+        Args:
+            texts: files or globs.
+            reading: how to read them.
+            size: bytes per shard.
+            named: the format of all files; ``None``: by their endings.
 
         Raises:
-            UsageError: no such file, one that is no text, or no column that all have.
+            UsageError: there is no such file, a file is not text, or the files have no such column in common.
         """
         super().__init__()
         pieces = find_pieces(texts, size, named)
@@ -94,24 +105,24 @@ class LocalCorpus(Corpus):
         """See :class:`Corpus`."""
         found = FileCheck()
         for piece in self._firsts:
-            key = repr((str(piece.path.resolve()), _changed(piece.path), self._prints[piece.path], self._reading))
+            key = repr((str(piece.path.resolve()), _modified(piece.path), self._prints[piece.path], self._reading))
             found += check_file(piece.path, piece.kind, self._reading, cache, key)
         return found
 
     def documents(self, shard: int) -> Iterator[str]:
-        """See :class:`Corpus`. A file that is not what it was when it was found is not read."""
+        """See :class:`Corpus`. A file that has changed since it was found is refused."""
         for piece in self._shards[shard]:
             if piece.path.exists() and file_fingerprint(piece.path) != self._prints[piece.path]:
                 raise UsageError(
                     f"the data file {piece.path} changed while it was in use",
-                    hint="put back what it was, then continue",
+                    hint="restore the file, then continue",
                 )
             yield from piece.documents(self._reading)
 
     def key(self, shard: int) -> str:
-        """Where and when, too: a sample alone does not see every change."""
+        """See :class:`Corpus`. Paths and times are part of it, because a fingerprint of samples does not see every change."""
         pieces = [
-            (str(p.path.resolve()), _changed(p.path), self._prints[p.path], p.start, p.stop)
+            (str(p.path.resolve()), _modified(p.path), self._prints[p.path], p.start, p.stop)
             for p in self._shards[shard]
         ]
         return repr((self._reading, pieces))
@@ -122,7 +133,7 @@ class LocalCorpus(Corpus):
 
 
 class HubCorpus(Corpus):
-    """A hub dataset, streamed: shards are its documents in order, a fixed number in each."""
+    """A hub dataset, streamed: every shard is the next fixed number of its documents."""
 
     shards = None
 
@@ -132,15 +143,15 @@ class HubCorpus(Corpus):
         self.column = reading.column
         self._per_shard = max(16, size // _BYTES_PER_DOCUMENT)
         self._rows: Iterator[Any] = iter(())
-        self._next = -1  # the shard that ``_rows`` is at
+        self._next = -1  # the shard at whose beginning ``_rows`` stands
 
     def documents(self, shard: int) -> Iterator[str]:
-        """See :class:`Corpus`. Shards in order are read on; others are skipped to."""
+        """See :class:`Corpus`. Shards are read in order from one stream; any other order starts a new one and skips."""
         from upcycle.text.hub_dataset import hub_rows
 
         if shard != self._next:
             self._rows = hub_rows(self._name, self._revision, skip=shard * self._per_shard)
-        self._next = -1  # an error on the way leaves it nowhere
+        self._next = -1  # until the shard is read: after an error the stream's position is unknown
         for number in range(self._per_shard):
             row = next(self._rows, None)
             if row is None:
@@ -152,9 +163,9 @@ class HubCorpus(Corpus):
             if not isinstance(text, Broken):
                 yield text
             elif self._reading.broken == "stop":
-                raise UsageError(text.message, hint="column: NAME in the domain, or broken_lines: skip")
+                raise UsageError(text.message, hint="set column: NAME in the domain, or broken_lines: skip")
             else:
-                yield ""  # keeps its place: a shard is found again by the number of documents before it
+                yield ""  # stands in for the broken row: shards are found by the number of documents before them
         self._next = shard + 1
 
     def key(self, shard: int) -> str:
@@ -180,10 +191,20 @@ def open_corpus(
     broken: Literal["stop", "skip"] = "stop",
     named: Format | None = None,
 ) -> Corpus:
-    """Files, or the one hub dataset that ``texts`` names.
+    """The corpus of local files, or of the one hub dataset that ``texts`` names.
+
+    Args:
+        texts: files, globs, or a dataset.
+        column: the one that holds the text, if it is given.
+        separator: what divides text files into documents.
+        revision: of a hub dataset.
+        size: bytes per shard.
+        domain: what errors call it.
+        broken: what to do about rows that cannot be read.
+        named: the format of all files; ``None``: by their endings.
 
     Raises:
-        UsageError: no such file, several datasets in one domain, or a revision of files.
+        UsageError: there is no such file, a dataset is not alone in its domain, or a revision is given for files.
     """
     from upcycle.text.hub_dataset import is_dataset
 
@@ -191,17 +212,18 @@ def open_corpus(
     hub = [name for name in texts if is_dataset(name)]
     if not hub:
         if revision:
-            raise UsageError(f"domain '{domain}': a revision is for hub datasets, and {texts[0]} is a file")
+            raise UsageError(f"domain '{domain}': only hub datasets have a revision, and {texts[0]} is a file")
         return LocalCorpus(texts, reading, size, named)
     if len(texts) > 1:
         raise UsageError(
-            f"domain '{domain}': the hub dataset {hub[0]} is not alone", hint="one domain for each dataset"
+            f"domain '{domain}': the hub dataset {hub[0]} must be alone in its domain",
+            hint="make one domain for each dataset",
         )
     return HubCorpus(hub[0], reading, revision, size)
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits of size and content: all of it up to 1 MiB, of larger files 64 evenly spread samples."""
+    """A hash, 16 hexadecimal digits, of a file's size and content: up to 1 MiB all of it, else 64 evenly spread samples."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with path.open("rb") as file:
@@ -214,11 +236,12 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _changed(path: Path) -> int:
+def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _bundled(pieces: list[FilePiece], size: int) -> list[list[FilePiece]]:
+    """Consecutive pieces in shards of up to ``size`` bytes, or of one larger piece."""
     shards: list[list[FilePiece]] = []
     weight = size
     for piece in pieces:

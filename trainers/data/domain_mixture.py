@@ -1,4 +1,4 @@
-"""Which domain each row is from: by fixed weights, or by weights that follow validation losses. D domains."""
+"""Which domain each row comes from: by fixed weights, or by weights that follow validation losses. D domains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from upcycle.errors import UsageError
 from upcycle.trainers.data.keyed_random import permutation, uniform
 from upcycle.trainers.recipe.data_recipe import DynamicWeights
 
-STRATUM = 256  # consecutive rows whose domains are drawn together, so that shares are met within it
+STRATUM = 256  # consecutive rows whose domains are drawn together, so that each such group has the domains' shares
 
 
 def updated_weights(
     weights: Mapping[str, float], losses: Mapping[str, float], reference: Mapping[str, float], rule: DynamicWeights
 ) -> dict[str, float]:
-    """Weights after an evaluation, summing to 1, by the excess ``losses - reference`` in nats per token.
+    """The weights after a validation, which sum to 1, from the excess ``losses - reference`` in nats per token.
 
     - ``paper``: ``a <- a exp(rate max(0, excess))``, normalised (Sheared-LLaMA, arXiv 2310.06694, algorithm 1).
     - ``code``: ``a <- softmax(log a + rate excess)``, then ``(1 - floor) a + floor / D``, as LLaMA-MoE trains (arXiv 2406.16554).
@@ -37,17 +37,17 @@ def updated_weights(
 
 
 class Mixture:
-    """Draws domains for rows by their number in the whole run."""
+    """Draws the domain of each row of a run from the row's number."""
 
     def __init__(self, weights: Mapping[str, float], dynamic: DynamicWeights | None, seed: int) -> None:
-        """Domains are taken in the order of their names, whatever the recipe's."""
+        """Domains are sorted by name, so that their order in the recipe does not matter."""
         self.weights = {name: weights[name] for name in sorted(weights)}
         self.dynamic = dynamic
         self.reference = dict(dynamic.reference) if dynamic and dynamic.reference else None
         self._seed = seed
 
     def draw(self, first: int, count: int) -> NDArray[np.int64]:
-        """Domains of rows ``first`` to ``first + count``, ``[count]`` as indices into the sorted names."""
+        """The domains of ``count`` rows from number ``first`` on: ``[count]``, indices into the sorted names."""
         strata = range(first // STRATUM, -(-(first + count) // STRATUM))
         numbers = np.concatenate([self._stratum(stratum) for stratum in strata])
         at = first - strata.start * STRATUM
@@ -55,12 +55,12 @@ class Mixture:
         return np.searchsorted(bounds[:-1], numbers[at : at + count], side="right")
 
     def _stratum(self, stratum: int) -> NDArray[np.float64]:
-        """One number in each 256th of [0, 1), in a random order."""
+        """``[256]``: one random number in each 256th of [0, 1), in random order."""
         order = permutation(STRATUM, self._seed, "mixture", stratum, "order")
         return (order + uniform(STRATUM, self._seed, "mixture", stratum, "within")) / STRATUM
 
     def observe(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """New weights from validation losses in nats per token, the same on every rank; static ones stay. Returns them.
+        """Update dynamic weights from validation losses in nats per token, the same on every rank; returns the weights.
 
         Raises:
             UsageError: a domain's loss is missing or not finite, or there are no reference losses.
@@ -69,14 +69,14 @@ class Mixture:
             return dict(self.weights)
         if self.reference is None:
             raise UsageError(
-                "dynamic weights have no reference losses", hint="dynamic.reference: {DOMAIN: NATS} in the data"
+                "dynamic weights have no reference losses", hint="set dynamic.reference: {DOMAIN: NATS} in the data"
             )
         self._checked(losses, "validation")
         self.weights = updated_weights(self.weights, losses, self.reference, self.dynamic)
         return dict(self.weights)
 
     def refer_to(self, losses: Mapping[str, float]) -> None:
-        """The dense parent's losses on the same text, measured once: where there are reference losses already, they stay.
+        """Set the reference to the dense parent's losses on the same text, unless there is one already.
 
         Raises:
             UsageError: a domain's loss is missing or not finite.
@@ -87,11 +87,13 @@ class Mixture:
     def _checked(self, losses: Mapping[str, float], what: str) -> dict[str, float]:
         for name in self.weights:
             if not math.isfinite(losses.get(name, math.nan)):
-                raise UsageError(f"the {what} loss of domain '{name}' is {losses.get(name)}: weights cannot follow it")
+                raise UsageError(
+                    f"the {what} loss of domain '{name}' is {losses.get(name)}, and dynamic weights need a number"
+                )
         return {name: float(losses[name]) for name in self.weights}
 
     def state(self) -> dict[str, Any]:
-        """As JSON, to the last bit."""
+        """What a checkpoint must keep, as JSON that restores every bit."""
         return {"weights": dict(self.weights), "reference": self.reference}
 
     def restore(self, state: Mapping[str, Any]) -> None:

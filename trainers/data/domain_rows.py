@@ -1,4 +1,4 @@
-"""The endless rows of one domain, epoch after epoch, found by their position. L positions in a row."""
+"""The endless rows of one domain, epoch after epoch, each found by its position. Rows of L tokens, N documents."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ from numpy.typing import NDArray
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
-from upcycle.trainers.data.packing import Rows, layout, pack
+from upcycle.trainers.data.packing import Row, Rows, layout, pack
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.recipe.data_recipe import Packing
 
-SHARDS_TOGETHER = 8  # are shuffled as a whole
+SHARDS_TOGETHER = 8  # shards in a block, whose documents are shuffled together
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The documents that are not trained on: a fraction of all by their hash, some by name, and never those that are ``kept``."""
+    """Which documents are held out from training.
+
+    Held out are those whose hash falls into the first ``fraction`` of all hashes, and those in ``hashes``, but none in ``kept``.
+    """
 
     fraction: float
     hashes: Hashes
     kept: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def chosen(self, hashes: Hashes) -> NDArray[np.bool_]:
-        """Which documents are held out, ``[N]``."""
+        """Which documents are held out, bool ``[N]``, from their hashes ``[N]``."""
         limit = np.uint64(int(self.fraction * 2**64))
         return np.asarray(((hashes < limit) | np.isin(hashes, self.hashes)) & ~np.isin(hashes, self.kept))
 
     @property
     def fingerprint(self) -> str:
-        """Of which documents they are."""
+        """A text that differs wherever different documents are held out."""
         kept = f"/{np.sort(self.kept).tolist()}" if len(self.kept) else ""
         return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}{kept}"
 
 
 @dataclass(frozen=True, order=True)
 class Cursor:
-    """A position: the next row of a block of an epoch."""
+    """A position: the number of the next row in a block of an epoch."""
 
     epoch: int = 0
     block: int = 0
@@ -61,7 +64,7 @@ class _Block:
 
 
 class DomainRows:
-    """Rows in an order that follows from the seed alone: blocks of shards, whose documents and rows are shuffled."""
+    """Rows in an order that depends on the seed alone: shards are shuffled, then the documents and rows of every block of them."""
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class DomainRows:
         seed: int,
         turn: int = 0,
     ) -> None:
-        """``turn`` says with which shard of a block to begin tokenising: ranks begin with different ones."""
+        """``turn``: the shard of a block at which tokenising begins. Ranks begin at different ones, to share the work."""
         self.name, self.corpus = name, corpus
         self._cache, self._held_out = cache, held_out
         self._length, self._packing, self._padding, self._seed, self._turn = length, packing, padding, seed, turn
@@ -84,20 +87,20 @@ class DomainRows:
         self._ahead: threading.Thread | None = None
 
     def skip(self, cursor: Cursor, rows: int) -> Cursor:
-        """The position that many rows on.
+        """The position ``rows`` rows after ``cursor``.
 
         Raises:
             UsageError: the domain holds no document to train on.
         """
         epoch, number, row = cursor.epoch, cursor.block, cursor.row + rows
-        found = number > 0  # a row of this epoch
+        found = number > 0  # whether this epoch has any row
         while True:
             block = self._block(epoch, number)
             if block is None:
                 if not found:
                     raise UsageError(
                         f"domain '{self.name}' is empty: it has no document to train on",
-                        hint="see its text; where its documents are few, a smaller validation.fraction",
+                        hint="check its text; if it has few documents, lower validation.fraction",
                     )
                 epoch, number, found = epoch + 1, 0, False
             elif row < len(block.order):
@@ -107,8 +110,8 @@ class DomainRows:
                 found = found or len(block.order) > 0
                 number += 1
 
-    def row(self, cursor: Cursor) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Ids, positions and targets of the row at a position that :meth:`skip` gave, each ``[L]``."""
+    def row(self, cursor: Cursor) -> Row:
+        """Ids, positions and targets, ``[L]`` each, of the row at a position that :meth:`skip` returned."""
         block = self._block(cursor.epoch, cursor.block)
         assert block is not None
         return read_row(
@@ -122,14 +125,14 @@ class DomainRows:
         )
 
     def digest(self, cursor: Cursor) -> str:
-        """What the position's block is made of: equal digests, equal rows."""
+        """A digest of the position's block: blocks with equal digests have equal rows."""
         block = self._block(cursor.epoch, cursor.block)
         shards = block.shards if block else []
         return " ".join([self._held_out.fingerprint, *(shard.digest for shard in shards)])
 
     def _block(self, epoch: int, number: int) -> _Block | None:
         if (epoch, number) not in self._blocks:
-            while len(self._blocks) > 1:  # a batch that passes into the next block still reads from the last
+            while len(self._blocks) > 1:  # two are kept: a batch may begin in one block and end in the next
                 self._blocks.pop(next(iter(self._blocks)))
             self._blocks[epoch, number] = self._load(epoch, number)
             self._tokenise_ahead(epoch, number)
@@ -166,7 +169,7 @@ class DomainRows:
         return _Block(shards, shard[order], begin[order], rows, permutation(len(rows), *key, "rows"))
 
     def _tokenise_ahead(self, epoch: int, number: int) -> None:
-        """Have the next block tokenised by the time it is needed. What goes wrong is said when it is."""
+        """Tokenise the next block in a thread. Errors are ignored here: they are raised when the block is needed."""
         if self._ahead and self._ahead.is_alive():
             return
 
@@ -182,8 +185,18 @@ class DomainRows:
 
 def read_row(
     shards: list[TokenShard], shard: Any, begin: Any, rows: Rows, number: int, length: int, padding: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Ids, positions and targets of a row, each ``[L]``."""
+) -> Row:
+    """Ids, positions and targets of one packed row, ``[L]`` each.
+
+    Args:
+        shards: where the documents' tokens are.
+        shard: ``[N]``, the index of each document's shard.
+        begin: ``[N]``, where its tokens begin there.
+        rows: the packing.
+        number: of the row.
+        length: L.
+        padding: the id that fills up the row.
+    """
     parts = slice(rows.first[number], rows.first[number + 1])
     documents, starts, lengths = rows.document[parts], rows.start[parts], rows.length[parts]
     ids = np.full(length, padding, np.int64)

@@ -1,4 +1,4 @@
-"""Every row of a data file looked at before the first step: a broken one far inside would end a run after hours."""
+"""Checks every row of a data file before the first step: a broken row deep inside would end a run after hours."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from upcycle.text.reading.documents import FilePiece, Reading
 from upcycle.text.reading.file_kinds import Kind
 
 _VERSION = "1"
-_SHOWN = 3  # broken rows that are named
+_SHOWN = 3  # broken rows that are named, at most
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What was found: rows with text, rows without, and rows that cannot be read, the first of which are named."""
+    """Numbers of rows with text, without, and that cannot be read; ``first`` has messages on the first of these."""
 
     documents: int = 0
     empty: int = 0
@@ -36,14 +36,20 @@ class FileCheck:
 
 
 def check_file(path: Path, kind: Kind, reading: Reading, cache: Path, key: str) -> FileCheck:
-    """Look at a file once: the result is kept under ``key``, and whoever comes meanwhile waits for it.
+    """Check every row of a file, once: the result is kept in ``cache``, and other processes wait for it.
 
-    Of Parquet files the columns were looked at already, and of embedded texts nothing can be wrong.
+    Args:
+        path: the file.
+        kind: its format.
+        reading: how it is read.
+        cache: folder of tokenised text.
+        key: what the result depends on; it is kept under this key.
 
     Raises:
-        UsageError: a row is broken and ``reading`` does not leave such rows out, or the file is not UTF-8 text.
-        EnvironmentFault: it cannot be read, or the cache not written.
+        UsageError: a row is broken and ``reading`` does not skip such rows, or the file is not UTF-8 text.
+        EnvironmentFault: the file cannot be read, or the cache cannot be written.
     """
+    # The columns of Parquet files were checked when they were opened, and embedded texts are known to be right.
     if kind in ("parquet", "demo"):
         return FileCheck()
     stem = cache / "checked" / hashlib.sha256(f"{_VERSION} {key}".encode()).hexdigest()[:32]
@@ -53,7 +59,7 @@ def check_file(path: Path, kind: Kind, reading: Reading, cache: Path, key: str) 
             return FileCheck(**read_json(kept))
         except (CheckpointError, TypeError):
             found = _look(path, kind, reading)
-        with suppress(OSError):  # what cannot be kept is found again
+        with suppress(OSError):  # a result that cannot be kept is found again next time
             unfinished = stem.with_suffix(".tmp")
             unfinished.write_text(json.dumps(asdict(found)), encoding="utf-8")
             unfinished.replace(kept)
@@ -78,7 +84,7 @@ def _look(path: Path, kind: Kind, reading: Reading) -> FileCheck:
         if reading.broken == "stop":
             raise UsageError(
                 row.message,
-                hint="mend or remove it, or leave such rows out: broken_lines: skip in the data",
+                hint="mend or remove it, or skip such rows: set broken_lines: skip in the data",
             )
         broken += 1
         if len(first) < _SHOWN:
@@ -108,14 +114,14 @@ def _check_utf8(path: Path) -> None:
 
 @contextmanager
 def _alone(lock: Path, cache: Path) -> Iterator[None]:
-    """Hold a lock file: ranks and runs that want the same wait for one another."""
+    """Hold a lock file, so that ranks and runs that check the same file do it one after another."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     except OSError as error:
         raise EnvironmentFault(
-            f"nothing can be kept in {cache}: {error.strerror or error}",
-            hint="cache: FOLDER in the data, on a disk with room",
+            f"the cache {cache} cannot be written: {error.strerror or error}",
+            hint="set cache: FOLDER in the data, on a disk with room",
         ) from None
     with one_at_a_time(lock):
         yield

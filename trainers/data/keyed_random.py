@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a key, the same on every machine and in every NumPy."""
+"""Random numbers that depend on a key alone, and are the same on every machine and with every version of NumPy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 
 
 def random_words(count: int, *key: object) -> NDArray[np.uint64]:
-    """``[count]`` raw 64-bit outputs of Philox; NumPy keeps those of a bit generator as they are, unlike its distributions."""
+    """``[count]`` raw 64-bit outputs of Philox. NumPy promises that these stay the same, unlike its distributions."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
     return np.asarray(generator.random_raw(count), np.uint64)
 
 
 def permutation(count: int, *key: object) -> NDArray[np.int64]:
-    """A random order of ``count`` things."""
+    """A random permutation of ``0 ... count - 1``: ``[count]``."""
     return np.argsort(random_words(count, *key), kind="stable").astype(np.int64)
 
 
 def uniform(count: int, *key: object) -> NDArray[np.float64]:
-    """``[count]`` numbers in [0, 1), multiples of 2^-53."""
+    """``[count]`` random numbers in [0, 1), multiples of 2^-53."""
     words = random_words(count, *key) >> np.uint64(11)
     return np.asarray(words.astype(np.float64) * 2.0**-53)

@@ -27,7 +27,7 @@ def forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
 
 
 def check_fits(config: Any, tokenizer: Any, length: int) -> None:
-    """Refuse rows that the model cannot read.
+    """Refuse rows that the model cannot take.
 
     Args:
         config: the model's configuration.
@@ -35,32 +35,32 @@ def check_fits(config: Any, tokenizer: Any, length: int) -> None:
         length: positions in a row.
 
     Raises:
-        UsageError: rows longer than the model's context, or a token it has no embedding for.
+        UsageError: rows are longer than the model's context, or the tokenizer has a token without an embedding.
     """
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
         raise UsageError(
             f"rows of {length} tokens are longer than the model's context of {context}",
-            hint=f"length: {context} at most",
+            hint=f"set length to {context} at most",
         )
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, and the model embeds {config.vocab_size}",
-            hint="use the tokenizer the model came with",
+            f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {config.vocab_size}",
+            hint="use the tokenizer that the model came with",
         )
 
 
 def packing_leak(config: Any, rows: int) -> str | None:
-    """Why documents in one row would see each other, or ``None`` where they do not.
+    """Why documents in the same row would see each other; ``None``: they do not.
 
     Args:
         config: the model's configuration, with the attention implementation it runs with.
-        rows: the micro-batch. Flash attention tells documents apart in a single row only; there :meth:`PackedBatch.flat` helps.
+        rows: the micro-batch. Flash attention separates documents in a single row only; :meth:`PackedBatch.flat` makes one.
     """
     kinds = sorted({_RECURRENT[kind] for kind in getattr(config, "layer_types", None) or () if kind in _RECURRENT})
     if kinds:
         return f"{' and '.join(kinds)} layers of {config.model_type} run on from one document into the next"
     attention = getattr(config, "_attn_implementation", None) or ""
     if "flash" in attention and rows > 1:
-        return f"{attention} tells documents apart by their positions in a batch of one row, not of {rows}"
+        return f"{attention} keeps documents apart only in a batch of one row, and micro_batch is {rows}"
     return None

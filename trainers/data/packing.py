@@ -1,4 +1,4 @@
-"""Documents into rows of one length. N documents, F fragments, R rows of L positions."""
+"""Packs documents into rows of one length. N documents, F fragments of them, R rows of L tokens."""
 
 from __future__ import annotations
 
@@ -11,37 +11,42 @@ from numpy.typing import NDArray
 from upcycle.trainers.recipe.data_recipe import Packing
 
 Int64 = NDArray[np.int64]
+Row = tuple[Int64, Int64, NDArray[np.bool_]]  # ids, positions and targets of one row, [L] each
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which part of which document lies in which row; fragments are in the order of rows and within them."""
+    """Which fragment of which document lies in which row. Fragments are sorted by row, and by place within it."""
 
     document: Int64  # [F]
-    start: Int64  # [F], the first token of the document that is in the fragment
+    start: Int64  # [F], the fragment's first token within its document
     length: Int64  # [F]
-    first: Int64  # [R + 1], the fragments of row r are first[r] to first[r + 1]
+    first: Int64  # [R + 1], row r holds fragments first[r] to first[r + 1] - 1
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
 
 def pack(lengths: Int64, row: int, how: Packing) -> Rows:
-    """Documents of ``lengths`` ``[N]``, in this order, into rows of ``row`` tokens; every token once.
+    """Pack documents of ``lengths`` ``[N]``, in this order, into rows of ``row`` tokens; every token comes once.
 
-    - ``concatenate``: one behind the other, cut at every row's end; only the last row is not full.
-    - ``best_fit``: a document longer than a row gives full rows and a rest; rests, longest first, go whole into the fullest row
-      that has room (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830).
-    - ``alone``: the same, but no two in one row. Most of a row is padding where documents are short.
+    - ``concatenate``: one document after another, cut at every row's end; only the last row is not full.
+    - ``best_fit``: a document longer than a row fills whole rows and leaves a rest. Rests, longest first, go uncut into the
+      fullest row with room for them (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830).
+    - ``alone``: the same, but each rest has a row for itself, most of which is padding if documents are short.
     """
     return _concatenated(lengths, row) if how == "concatenate" else _whole(lengths, row, how)
 
 
 def layout(lengths: Int64, row: int) -> tuple[Int64, NDArray[np.bool_]]:
-    """Positions ``[L]`` that restart at every fragment, and which of them are targets ``[L]``: not the first of a fragment.
+    """Positions ``[L]`` that restart at every fragment of a row, and targets ``[L]``: all tokens but each fragment's first.
 
-    What is left of the row is padding, with no targets, and with positions from 1: a 0 is always a fragment's beginning, so that
-    a fragment of one token and a single token of padding can be told apart.
+    The rest of the row is padding, without targets. Its positions begin at 1: since a 0 is always the beginning of a fragment, a
+    fragment of one token differs from a single token of padding.
+
+    Args:
+        lengths: of the row's fragments.
+        row: L.
     """
     used = int(lengths.sum())
     all_lengths = np.append(lengths, row - used) if used < row else lengths
@@ -83,8 +88,8 @@ def _whole(lengths: Int64, row: int, how: Packing) -> Rows:
 
 
 def _best_fit(lengths: list[int], row: int) -> Int64:
-    """The row of each fragment, ``[F]``; fragments come longest first."""
-    rooms: list[int] = []  # how much room there is in some row, each number once
+    """The row of each fragment, ``[F]``, for ``lengths`` sorted from longest to shortest."""
+    rooms: list[int] = []  # sorted: how much room rows have left, each number once
     rows_with: dict[int, list[int]] = {}
     place = np.empty(len(lengths), np.int64)
     count = 0

@@ -1,4 +1,4 @@
-"""Shards of documents as token ids on disk: tokenised once, by whichever rank needs them first, and mapped into memory."""
+"""Shards of token ids on disk: tokenised once, by the rank that needs them first, then mapped into memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.output.locks import one_at_a_time
 from upcycle.trainers.data.corpus import Corpus
 
-_FORMAT = "1"
+_FORMAT = "1"  # part of every key: raise it, and older shards are not read
 _TOGETHER = 1 << 19  # characters that are tokenised in one call
 
 Int32 = NDArray[np.int32]
@@ -29,23 +29,27 @@ Hashes = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class TokenShard:
-    """Tokenised documents, one behind the other. N documents, T tokens."""
+    """A shard of tokenised documents, one after another. N documents, T tokens."""
 
-    tokens: Int32  # [T], a map of the file
+    tokens: Int32  # [T], mapped from the file
     lengths: Int64  # [N]
-    hashes: Hashes  # [N], of the text; equal documents have equal ones
+    hashes: Hashes  # [N], of the documents' texts
     digest: str  # of ids and lengths
-    last: bool  # nothing comes behind it in its stream
+    last: bool  # whether it is the last one of a stream
 
 
 class Encoder:
-    """Text to ids, with what opens and closes a document."""
+    """Turns documents into token ids, with the tokens that open and close them."""
 
     def __init__(self, tokenizer: Any, end_of_text: bool = True) -> None:
-        """A beginning-of-text token is put where the tokenizer itself puts one.
+        """A document begins with a beginning-of-text token if the tokenizer itself puts one there.
+
+        Args:
+            tokenizer: the model's.
+            end_of_text: whether to close every document with the end-of-text token.
 
         Raises:
-            UsageError: a document is to be closed, and the tokenizer has no token for it.
+            UsageError: the tokenizer has no end-of-text token.
         """
         self._tokenizer = tokenizer
         with_special = tokenizer("a", verbose=False)["input_ids"]
@@ -53,7 +57,7 @@ class Encoder:
         self._head = [begin] if begin is not None and with_special[:1] == [begin] else []
         self._tail = [tokenizer.eos_token_id] if end_of_text else []
         if self._tail == [None]:
-            raise UsageError("the tokenizer has no end-of-text token", hint="end_of_text: false in the data")
+            raise UsageError("the tokenizer has no end-of-text token", hint="set end_of_text: false in the data")
         backend = getattr(tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         self.fingerprint = hashlib.sha256(repr((_FORMAT, content, self._head, self._tail)).encode()).hexdigest()[:16]
@@ -65,16 +69,16 @@ class Encoder:
 
 
 class TokenCache:
-    """A folder of shards. A shard is there when its index is; a killed run leaves nothing that looks like one."""
+    """A folder of shards. The index of a shard is written last, so that a killed run leaves none that looks complete."""
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._folder, self._encoder = folder, encoder
 
     def shard(self, corpus: Corpus, number: int) -> TokenShard:
-        """The shard, tokenised now if nobody has yet; another process that is at it is waited for.
+        """A shard of ``corpus``: from the cache, or tokenised now, or as soon as another process has tokenised it.
 
         Raises:
-            UpcycleError: the documents cannot be read, or the cache not written.
+            UpcycleError: the documents cannot be read, or the cache cannot be written.
         """
         key = hashlib.sha256(f"{self._encoder.fingerprint} {corpus.key(number)}".encode()).hexdigest()[:32]
         stem = self._folder / key[:2] / key
@@ -90,12 +94,13 @@ class TokenCache:
         except OSError as error:
             raise EnvironmentFault(
                 f"tokenised text cannot be kept in {self._folder}: {error.strerror or error}",
-                hint="cache: FOLDER in the data, on a disk with room",
+                hint="set cache: FOLDER in the data, on a disk with room",
             ) from None
         found = _read(stem)
         if not found:
             raise EnvironmentFault(
-                f"tokenised text is lost from {self._folder}", hint="is another program cleaning it?"
+                f"tokenised text has vanished from {self._folder}",
+                hint="check whether another program cleans this folder",
             )
         return found
 
@@ -103,7 +108,9 @@ class TokenCache:
         lengths: list[int] = []
         hashes: list[int] = []
         digest, read = hashlib.sha256(), 0
-        temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tokens.tmp")  # where nobody can wait, two may write it
+        temporary = stem.with_name(
+            f"{stem.name}.{os.getpid()}.tokens.tmp"
+        )  # of this process: without file locks, two may write it
         with temporary.open("wb") as file:
             for batch in _batches(corpus.documents(number)):
                 read += len(batch)
@@ -125,12 +132,12 @@ class TokenCache:
 
 
 def document_hash(text: str) -> int:
-    """64 bits of a document's content."""
+    """A 64-bit hash of a document's text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _read(stem: Path) -> TokenShard | None:
-    """The shard in two files, or ``None`` where they are not both whole."""
+    """The shard in two files, or ``None`` if they are not both complete."""
     index, ids = stem.with_suffix(".safetensors"), stem.with_suffix(".tokens")
     try:
         with safe_open(index, framework="numpy") as file:
@@ -145,6 +152,7 @@ def _read(stem: Path) -> TokenShard | None:
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Documents in groups of about ``_TOGETHER`` characters."""
     batch: list[str] = []
     size = 0
     for document in documents:

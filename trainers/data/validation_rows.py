@@ -1,4 +1,4 @@
-"""The held-out documents of a domain, packed once, in the order of the corpus."""
+"""The held-out documents of a domain, and the rows they are packed into, in the order of the corpus."""
 
 from __future__ import annotations
 
@@ -7,50 +7,54 @@ from dataclasses import replace
 from itertools import count
 
 import numpy as np
-from numpy.typing import NDArray
 
 from upcycle.errors import UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
-from upcycle.trainers.data.packing import pack
+from upcycle.trainers.data.packing import Row, pack
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 
-Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
-
-_NOTHING = np.empty(0, np.uint64)
+_NO_HASHES = np.empty(0, np.uint64)
 
 
 def held_out_hashes(corpus: Corpus | None, cache: TokenCache) -> Hashes:
-    """Hashes ``[N]`` of every document of a corpus; none without one.
+    """Hashes ``[N]`` of all documents of a corpus; empty for ``None``.
 
     Raises:
         UpcycleError: it cannot be read.
     """
     if corpus is None:
-        return _NOTHING
-    return np.concatenate([_NOTHING, *(shard.hashes for shard in _shards(corpus, cache))])
+        return _NO_HASHES
+    return np.concatenate([_NO_HASHES, *(shard.hashes for shard in _shards(corpus, cache))])
 
 
 def split(domain: str, corpus: Corpus, own: Corpus | None, cache: TokenCache, fraction: float) -> HeldOut:
-    """Which documents of a domain are held out: those of ``own``, or else a fraction of all by their hash.
+    """Which documents of a domain are held out: those of ``own``, or else a fraction of all, chosen by their hash.
 
-    Of a corpus that is shuffled as a whole at least one document is held out and one is trained on, however few there are: the one
-    whose hash is the smallest, and the one whose hash is the largest.
+    A corpus that fits into one block has at least one document held out, the one with the smallest hash, and at least one to
+    train on, the one with the largest hash.
+
+    Args:
+        domain: what errors call it.
+        corpus: its documents.
+        own: the documents of its validation files, if it has any.
+        cache: where tokenised text is kept.
+        fraction: the share of the documents to hold out.
 
     Raises:
-        UsageError: it is one document.
+        UsageError: the corpus is a single document.
         UpcycleError: it cannot be read.
     """
     if own is not None:
         return HeldOut(0.0, held_out_hashes(own, cache))
-    held_out = HeldOut(fraction, _NOTHING)
+    held_out = HeldOut(fraction, _NO_HASHES)
     if not fraction or corpus.shards is None or corpus.shards > SHARDS_TOGETHER:
         return held_out
     hashes = np.unique(held_out_hashes(corpus, cache))
     if len(hashes) == 1:
         raise UsageError(
             f"domain '{domain}' is one document, which cannot be both trained on and held out",
-            hint="a separator that divides its files, files of its own to validate on (validation: [FILE]), or validation: "
+            hint="give it a separator that divides its files, or files to validate on (validation: [FILE]), or set validation: "
             "{fraction: 0}",
         )
     chosen = held_out.chosen(hashes)
@@ -64,7 +68,15 @@ def split(domain: str, corpus: Corpus, own: Corpus | None, cache: TokenCache, fr
 def validation_rows(
     domain: str, corpus: Corpus, cache: TokenCache, held_out: HeldOut | None, tokens: int, length: int
 ) -> list[Row]:
-    """Rows of the first ``tokens`` held-out tokens of a domain (``None``: of all its tokens); the last row may be padded.
+    """Rows of a domain's first ``tokens`` held-out tokens; the last row may be padded.
+
+    Args:
+        domain: what errors call it.
+        corpus: its documents.
+        cache: where tokenised text is kept.
+        held_out: which of them are held out; ``None``: all.
+        tokens: how many to take, at most.
+        length: tokens per row.
 
     Raises:
         UsageError: no document is held out.
@@ -85,13 +97,13 @@ def validation_rows(
         if have >= tokens:
             break
     if not have:
-        share = f"falls into the held-out fraction {held_out.fraction:g}" if held_out else "has text"
+        share = f"falls into the held-out fraction {held_out.fraction:g}" if held_out else "has any text"
         raise UsageError(
-            f"domain '{domain}' has {documents} documents to validate on, and none {share}",
-            hint="a larger validation.fraction, a separator that divides its files, or files of its own: validation: [FILE]",
+            f"domain '{domain}' has {documents} documents, and none of them {share}",
+            hint="raise validation.fraction, give it a separator that divides its files, or files to validate on: validation: [FILE]",
         )
     size = np.concatenate(lengths)
-    last = tokens - int(size[:-1].sum())  # the last document is cut where enough is enough
+    last = tokens - int(size[:-1].sum())  # the last document is cut where the tokens are enough
     size[-1] = min(int(size[-1]), last)
     rows = pack(size, length, "concatenate")
     return [

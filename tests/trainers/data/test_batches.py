@@ -196,7 +196,7 @@ def test_a_hub_dataset_goes_on_from_its_place(
     assert rows_of(take(again, 20)).equal(expected)
     write(tmp_path / "a.jsonl", "other", 150)
     changed = opened(recipe(domains={"a": "org/set"}, cache=str(tmp_path / "a third cache")), tokenizer)
-    with pytest.raises(UsageError, match="domain 'a': its documents are not what they were"):
+    with pytest.raises(UsageError, match="domain 'a': its documents have changed"):
         changed.restore(state)
 
 
@@ -217,7 +217,7 @@ def add_file(folder: Path) -> dict[str, Any]:
         (add_file, r"domain 'a': .*a2\.jsonl is new since the checkpoint was saved"),
         (
             lambda _: {"packing": "concatenate"},
-            "data: packing was 'best_fit' when the checkpoint was saved, and is 'conc",
+            "data: packing was 'best_fit' when the checkpoint was saved and is now 'conc",
         ),
         (lambda _: {"validation": {"fraction": 0.2}}, "data: validation was 0.1"),
         (lambda _: {"end_of_text": False}, "data: tokenizer was "),
@@ -261,7 +261,7 @@ def test_a_mended_file_goes_on_at_its_place(recipe: Callable[..., DataRecipe], t
     mended(tmp_path / "a.jsonl", later, "mended")
     again = opened(data, tokenizer)
     (note,) = again.restore(state)
-    assert "the block in use is the same, so it goes on exactly there (epoch 0, block 0, row " in note
+    assert "the block in use is unchanged, so reading continues exactly where it was (epoch 0, block 0, row " in note
     assert rows_of(take(again, 1)).equal(as_it_was)
     anew = opened(data, tokenizer)
     take(anew, 3)
@@ -271,14 +271,14 @@ def test_a_mended_file_goes_on_at_its_place(recipe: Callable[..., DataRecipe], t
     mended(tmp_path / "a.jsonl", inside, "also mended")
     again, anew = opened(data, tokenizer), opened(data, tokenizer)
     (note,) = again.restore(state)
-    assert "it goes on at the same number of rows (epoch 0, block 0, row " in note
+    assert "reading continues at the same number of rows (epoch 0, block 0, row " in note
     take(anew, 2)
     assert rows_of(take(again, 12)).equal(rows_of(take(anew, 12)))
 
 
 def test_other_domains(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
     state = opened(recipe(), tokenizer).state()
-    with pytest.raises(UsageError, match="the domains were a, b, and are a, c"):
+    with pytest.raises(UsageError, match="the domains were a, b and are now a, c"):
         opened(recipe(domains={"a": str(tmp_path / "a.jsonl"), "c": str(tmp_path / "b.jsonl")}), tokenizer).restore(
             state
         )

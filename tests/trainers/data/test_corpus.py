@@ -95,8 +95,8 @@ def test_a_hub_dataset_is_streamed_in_shards(hub: list[int]) -> None:
 @pytest.mark.parametrize(
     ("texts", "revision", "error", "message"),
     [
-        (["org/set", "org/other"], None, UsageError, "domain 'x': the hub dataset org/set is not alone"),
-        (["demo"], "v1", UsageError, "a revision is for hub datasets, and demo is a file"),
+        (["org/set", "org/other"], None, UsageError, "domain 'x': the hub dataset org/set must be alone"),
+        (["demo"], "v1", UsageError, "only hub datasets have a revision, and demo is a file"),
         (["org/none"], None, EnvironmentFault, "dataset org/none cannot be read: Dataset 'org/none' doesn't exist"),
     ],
 )

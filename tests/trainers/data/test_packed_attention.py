@@ -76,5 +76,5 @@ def test_what_does_not_fit() -> None:
     check_fits(config, "abc", 64)
     with pytest.raises(UsageError, match="rows of 65 tokens are longer than the model's context of 64"):
         check_fits(config, "abc", 65)
-    with pytest.raises(UsageError, match="the tokenizer has 4 tokens, and the model embeds 3"):
+    with pytest.raises(UsageError, match="the tokenizer has 4 tokens, but the model has embeddings for 3"):
         check_fits(config, "abcd", 64)
