@@ -1,7 +1,7 @@
-"""Optimizer states of a dense training run as those of the MoE that its result was converted to.
+"""The optimizer states of a dense training run, converted as its weights were to those of a MoE.
 
 Sparse Upcycling (Komatsuzaki et al., arXiv 2212.05055, section 3) resumes the dense optimizer's states for vision models: an expert
-that is a copy of the dense FFN gets the moments of that FFN, and routers, which are new, begin with zeros.
+that copies the dense FFN gets that FFN's moments, and the moments of routers, which are new, begin at zero.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
 from upcycle.trainers.checkpoints.whole_tensors import StockTensor, WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE
 
-_NEW = ("router", "shared_switch", "zeros")  # parts that no dense weight is in: their states begin with zeros
-_HINT = "leave dense_states out: the optimizer then begins anew"
+_NEW = ("router", "shared_switch", "zeros")  # parts made without any dense weight: their states begin at zero
+_HINT = "leave out dense_states: the optimizer then begins without states"
 
 
 class DenseStates:
-    """What one kind of state, or the weights themselves, would be if they had been converted as the weights were.
+    """A dense run's optimizer states, for the parameters of a MoE that was converted from its result.
 
     Args:
-        run: a dense run's folder, or one of its checkpoints.
-        model: what upcycle convert wrote.
+        run: the dense run's folder, or one of its checkpoints.
+        model: the folder that upcycle convert wrote.
 
     Raises:
-        UsageError: the model is no conversion with a blueprint, or one whose weights are not the dense ones.
+        UsageError: the model is not a conversion with a blueprint, or its experts are not plain copies of dense neurons.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
 
@@ -55,7 +55,7 @@ class DenseStates:
         for name in (RECIPE_FILE, BLUEPRINT_FILE):
             if not (model / name).is_file():
                 raise UsageError(
-                    f"dense_states: {model} has no {name}, which says where its weights are from", hint=_HINT
+                    f"dense_states: {model} has no {name}, which records how its weights were made", hint=_HINT
                 )
         recipe = parse_recipe(read_recipe(model / RECIPE_FILE), str(model / RECIPE_FILE))
         if recipe.sources:
@@ -68,6 +68,8 @@ class DenseStates:
         self.blueprints = BlueprintFile(model / BLUEPRINT_FILE)
         self.copied = {entry.name: entry.origin for unit in job.units for entry in unit.entries if entry.origin}
         self.built: dict[str, tuple[int, OutputTensor]] = {}
+        # A layer's tensors come one after another, with two states of each: what reads them is made once for all of them.
+        self._experts = lru_cache(maxsize=2)(self._layer_experts)
         for layer in job.shape.moe_layers:
             _check_copies(self.blueprints.layer(layer), model)
             for tensor in job.target.moe_tensors(job.dense, job.shape, layer, "fused"):
@@ -76,10 +78,10 @@ class DenseStates:
         self.files = {name: file for file in files for name in file.specs}
 
     def give(self, tensors: WholeTensors) -> None:
-        """Give an engine that has not stepped yet the states, after the weights were found to be the dense run's.
+        """Give the states to an engine that has taken no step yet, after checking that its weights are the dense run's.
 
         Raises:
-            UsageError: the MoE was not made of these weights, or not by copying them.
+            UsageError: the MoE was not made from these weights, or not by copying them.
             CheckpointError: the dense run has no such states.
         """
         steps = int(self.saved.state["optimizer_steps"])
@@ -94,60 +96,64 @@ class DenseStates:
                 tensors.set_state(tensor, key, self.converted(tensor.name, key).view(tensors.shape(tensor)))
 
     def converted(self, name: str, key: str = "") -> torch.Tensor:
-        """A tensor of the MoE, fp32, made of the dense run's states ``key`` (or weights) as it was made of its weights.
+        """A tensor in the shape of the MoE's ``name``, fp32, made from dense states as that tensor was made from dense weights.
+
+        Args:
+            name: of a parameter of the MoE.
+            key: which state, such as ``exp_avg``; empty: the weights themselves.
 
         Raises:
-            UsageError: the tensor is no part of the conversion, or one that was computed.
+            UsageError: the conversion has no such tensor, or computed it instead of copying.
             CheckpointError: the dense run has no such state.
         """
         if name in self.built:
             layer, tensor = self.built[name]
             experts = self._experts(layer, key)
-            pieces = []
+            converted = []
             for part in tensor.parts:
                 if part.kind.startswith("idle") or part.factor != 1:
                     raise _changed(name, self.model)
-                piece = experts.part(part)
-                pieces.append(torch.zeros_like(piece) if part.kind in _NEW else piece)
-            return torch.cat([piece.float() for piece in pieces]).view(tensor.shape)
+                value = experts.part(part)
+                converted.append(torch.zeros_like(value) if part.kind in _NEW else value)
+            return torch.cat([value.float() for value in converted]).view(tensor.shape)
         origin = self.copied.get(name)
         if origin is None:
-            raise UsageError(f"dense_states: '{name}' is no tensor of the conversion {self.model}", hint=_HINT)
+            raise UsageError(f"dense_states: '{name}' is not a tensor of the conversion {self.model}", hint=_HINT)
         if origin.times != 1 or (origin.add and key):
             raise _changed(name, self.model)
         return self._of(key).whole(origin)
 
     def is_new(self, name: str) -> bool:
-        """Whether nothing of the dense model is in a tensor."""
+        """Whether a tensor has no dense weight in it."""
         return name in self.built and all(part.kind in _NEW for part in self.built[name][1].parts)
 
     def _check_weights(self, tensors: WholeTensors, tensor: StockTensor) -> None:
         if self.is_new(tensor.name):
             return
-        own = tensors.weights(tensor)
+        weights = tensors.weights(tensor)
+        # The export of the dense run, and the model that is trained now, each rounded the weights.
         dtypes = (stored_form(self.model)["dtype"], str(tensors.engine.module.dtype).removeprefix("torch."))
-        wanted = self.converted(tensor.name).view(own.shape)
+        wanted = self.converted(tensor.name).view(weights.shape)
         for dtype in dtypes:
             wanted = wanted.to(getattr(torch, dtype)).float()
-        if not torch.equal(own.cpu(), wanted):
+        if not torch.equal(weights.cpu(), wanted):
             raise UsageError(
-                f"dense_states: '{tensor.name}' of {self.model} is not made of the weights in {self.saved.folder}",
-                hint="name the checkpoint whose export was converted, or leave dense_states out",
+                f"dense_states: '{tensor.name}' of {self.model} was not made from the weights in {self.saved.folder}",
+                hint="name the checkpoint whose export was converted, or leave out dense_states",
             )
 
-    @lru_cache(maxsize=2)  # noqa: B019 - gate and up, then down of a layer; the object lives as long as it is needed
-    def _experts(self, layer: int, key: str) -> ExpertTensors:
+    def _layer_experts(self, layer: int, key: str) -> ExpertTensors:
         return ExpertTensors(self._of(key).feed_forward(layer), self.blueprints.layer(layer))
 
     def _of(self, key: str) -> DenseCheckpoint:
-        """The dense checkpoint, whose tensors are the states ``key`` of the weights that it has under the same names."""
-        found = copy(self.dense)
-        found.store = _Store(self, f"{key}:" if key else "")
-        return found
+        """The dense checkpoint with its states ``key`` in place of the weights of the same names."""
+        checkpoint = copy(self.dense)
+        checkpoint.store = _Store(self, f"{key}:" if key else "")
+        return checkpoint
 
 
 class _Store:
-    """The tensors of a training checkpoint whose names begin so."""
+    """The tensors of a training checkpoint whose names begin with a prefix, under their names without it."""
 
     def __init__(self, states: DenseStates, prefix: str) -> None:
         self._states, self._files, self._prefix = states, states.files, prefix
@@ -188,13 +194,13 @@ def _checkpoint(run: Path) -> SavedRun:
     saved = latest(run)
     if saved is None:
         raise CheckpointError(
-            f"dense_states: {run} is no training run with a checkpoint", hint="name RUN or RUN/checkpoints/step-..."
+            f"dense_states: {run} is not a training run with a checkpoint", hint="name RUN or RUN/checkpoints/step-..."
         )
     return saved
 
 
 def _check_copies(blueprint: LayerBlueprint, model: Path) -> None:
-    """Refuse what is not plainly the dense weights: moments of a weight that was scaled, drawn or fitted are other ones."""
+    """Refuse experts that are not plain copies: a weight that was scaled, drawn or fitted has other moments than the dense one."""
     experts = (*blueprint.routed, *blueprint.shared)
     if blueprint.scale != 1 or blueprint.draws is not None or blueprint.down is not None:
         raise _changed(f"layer {blueprint.layer}", model)

@@ -1,4 +1,4 @@
-"""From a checkpoint of a run to a stock transformers folder, one layer in memory at a time."""
+"""Exports a checkpoint of a run to a stock transformers folder, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NOT_COPIED = (STATE_FILE, STORED_FILE, "config.json", "model.safetensors.index.
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder, its dtype and layout, and how far the model was trained."""
+    """What an export wrote: the folder, its dtype, layout and size, and how far the model was trained."""
 
     out: str
     dtype: str
@@ -69,15 +69,15 @@ def export(
 
     Args:
         checkpoint: a folder such as ``RUN/checkpoints/step-00000100``, or the run's, whose newest checkpoint is taken.
-        out: where to.
-        dtype: of the weights; ``keep``: as the model that training began with was stored.
-        layout: ``per-expert``, ``fused``, or ``keep`` likewise.
-        max_shard_size: largest weight file.
+        out: the folder to write.
+        dtype: of the weights; ``keep``: that of the model that training began with.
+        layout: ``per-expert``, ``fused``, or ``keep``: that of the model that training began with.
+        max_shard_size: of a weight file, such as ``5GB``.
         overwrite: replace an ``out`` that upcycle wrote, once the new one is complete.
-        progress: where to report.
+        progress: what to report to.
 
     Raises:
-        CheckpointError: no checkpoint, or a file of it is damaged.
+        CheckpointError: there is no checkpoint, or a file of it is damaged.
         UsageError: ``out`` is not empty.
     """
     out = user_path(out).absolute()
@@ -88,7 +88,7 @@ def export(
     kept = {"dtype": stored["dtype"], "layout": stored["layout"]}
     dtype = kept["dtype"] if dtype == "keep" else dtype
     layout = kept["layout"] if layout == "keep" else layout
-    # Tensors that are stored in a dtype of their own, such as biases on the choice of experts, stay so.
+    # Some tensors have a dtype of their own, such as biases on the choice of experts, and keep it.
     others = stored["others"] if layout == kept["layout"] else {}
     converter = _Converter(saved.folder, dtype, layout, others)
     saved.check_files()
@@ -111,7 +111,7 @@ def export(
 
 
 def _check_apart(out: Path, checkpoint: Path) -> None:
-    """Refuse an output that is the run, one of its checkpoints, or around or among them."""
+    """Refuse an output that is the run or one of its checkpoints, or lies around or among them."""
     check_apart(out, checkpoint, "the checkpoint", inside=True)
     folder = Path(os.path.realpath(checkpoint)).parent
     if folder.name == CHECKPOINTS:
@@ -120,7 +120,7 @@ def _check_apart(out: Path, checkpoint: Path) -> None:
 
 
 def _write_weights(converter: _Converter, shards: Sequence[Shard], folder: Path, progress: Progress) -> dict[str, str]:
-    """Write every shard; returns file name -> SHA-256."""
+    """Write every shard; returns the SHA-256 of each file by its name."""
     hashes = {}
     with progress.phase("exporting", sum(len(shard.units) for shard in shards)):
         for shard in shards:
@@ -145,9 +145,9 @@ def _opened(folder: Path) -> SavedRun:
 
 
 class _Converter:
-    """Tensors of a checkpoint under their stored names, layer by layer.
+    """Gives the tensors of a checkpoint under the names they are stored by, layer by layer.
 
-    Per expert, they are named and cut by transformers' own rules, those ``save_pretrained`` follows.
+    In the layout ``per-expert`` they are named and cut by transformers' own rules, those that ``save_pretrained`` follows.
     """
 
     def __init__(self, folder: Path, dtype: str, layout: str, others: dict[str, str]) -> None:
@@ -161,7 +161,7 @@ class _Converter:
             self._by_layer.setdefault(paths.layer_of(name), []).append(name)
 
     def units(self) -> list[Unit]:
-        """What is outside the layers, then every layer, with the names, shapes and dtypes they will be stored in."""
+        """One unit of what is outside the layers, then one per layer, with the names, shapes and dtypes to be stored."""
         import torch
 
         found = []
@@ -177,7 +177,7 @@ class _Converter:
         return found
 
     def tensors(self, layer: int | None) -> dict[str, torch.Tensor]:
-        """A unit's tensors by stored name."""
+        """The tensors of one layer, or of what is outside the layers (``None``), by stored name."""
         import torch
 
         named = self._named({name: self._store.read(name) for name in self._by_layer[layer]})
@@ -196,7 +196,7 @@ class _Converter:
 
 
 def _aligned(entries: tuple[OutputEntry, ...]) -> tuple[OutputEntry, ...]:
-    """Wider dtypes first, so that every tensor is aligned to its size."""
+    """The entries with wider dtypes first, so that every tensor is aligned to the size of its elements."""
     from upcycle.files.formats.tensor_spec import ITEM_SIZE
 
     return tuple(sorted(entries, key=lambda entry: -ITEM_SIZE[entry.spec.dtype]))
@@ -232,7 +232,7 @@ def _small_files(saved: SavedRun, folder: Path, dtype: str, hashes: dict[str, st
 
 
 def _config(saved: SavedRun, dtype: str) -> dict[str, Any]:
-    """``config.json`` as training ended, with the dtype that is written."""
+    """The model's ``config.json`` at the end of training, with the dtype that is written."""
     config = read_json(saved.folder / "config.json")
     if "model_type" not in config:
         raise CheckpointError(f"{saved.folder / 'config.json'} names no model_type")

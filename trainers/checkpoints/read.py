@@ -1,4 +1,4 @@
-"""Reads a checkpoint of a run back: which one, whether it fits, and what the engine is given of it."""
+"""Reads a checkpoint of a run: finds it, checks that it is intact and fits, and gives its tensors to an engine."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from upcycle.trainers.checkpoints.write import STATE_FILE, finished
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A complete checkpoint: its folder and its ``trainer.json``."""
+    """A complete checkpoint: its folder, and the content of its ``trainer.json``."""
 
     folder: Path
     state: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run so far."""
         return int(self.state["step"])
 
     def restore(self, tensors: WholeTensors, states: bool = True) -> None:
-        """Give an engine its fp32 weights and (with ``states``) the optimizer's; the model was loaded from the folder itself.
+        """Give an engine, whose model was loaded from this folder, its fp32 weights and its optimizer's states.
+
+        Args:
+            tensors: the engine's.
+            states: whether to restore the optimizer's states and router noise, too; without them a new stage begins.
 
         Raises:
-            CheckpointError: something is missing, or of another shape.
+            CheckpointError: a tensor is missing, or has another shape.
         """
         files = self._files()
         steps = int(self.state["optimizer_steps"]) if states else 0
@@ -51,10 +55,14 @@ class SavedRun:
                     tensors.set_state(tensor, key, self._read(files, f"{key}:{tensor.name}", shape))
 
     def check_files(self, part: int = 0, parts: int = 1) -> None:
-        """Compare every file with the hash it had when it was written, or one of ``parts`` shares of them.
+        """Compare files with the hashes they had when they were written.
+
+        Args:
+            part: which share of the files to check, from 0.
+            parts: into how many shares they are divided.
 
         Raises:
-            CheckpointError: one is missing or has changed.
+            CheckpointError: a file is missing or has changed.
         """
         hashes = {**self.state["files"], **self.state.get("small_files", {})}
         for name, expected in list(hashes.items())[part::parts]:
@@ -63,7 +71,7 @@ class SavedRun:
             if outside or not path.is_file() or hash_file(path) != expected:
                 raise CheckpointError(
                     f"{path} is missing, or not the file that was written (its SHA-256 differs)",
-                    hint=f"use an older checkpoint of the run: once {self.folder} is moved away, the run continues from it",
+                    hint=f"use an older checkpoint: move {self.folder} away, and the run continues from the one before it",
                 )
 
     def _files(self) -> dict[str, SafetensorsFile]:
@@ -73,18 +81,18 @@ class SavedRun:
     def _read(self, files: dict[str, SafetensorsFile], name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in files:
             raise CheckpointError(
-                f"{self.folder} has no '{name}'", hint="it was saved for other stages, losses or another optimizer"
+                f"{self.folder} has no '{name}'", hint="it was saved with other stages, losses or another optimizer"
             )
         if files[name].specs[name].shape != shape:
             raise CheckpointError(
-                f"{self.folder}: '{name}' is {list(files[name].specs[name].shape)}, and the model's {list(shape)}",
+                f"{self.folder}: '{name}' has shape {list(files[name].specs[name].shape)}, and the model's has {list(shape)}",
                 hint="this is a checkpoint of another model",
             )
         return files[name].read(name)
 
 
 def _overwrite(part: torch.Tensor, value: torch.Tensor) -> None:
-    """Give the model a weight that loading it did not know of."""
+    """Copy ``value`` into a weight that the stock class lacks, so that loading the model did not set it."""
     if hasattr(part, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -96,15 +104,15 @@ def _overwrite(part: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def open_checkpoint(folder: Path) -> SavedRun:
-    """A checkpoint by its folder.
+    """The checkpoint in ``folder``; the contents of its files are not compared with their hashes yet.
 
     Raises:
-        CheckpointError: it is no complete checkpoint, or a file of it is damaged.
+        CheckpointError: it is not a complete checkpoint, or a file of it is damaged.
     """
     path = folder / STATE_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} is no checkpoint of a training run: it has no {STATE_FILE}",
+            f"{folder} is not a checkpoint of a training run: it has no {STATE_FILE}",
             hint="name a folder such as RUN/checkpoints/step-00000100",
         )
     try:
@@ -115,12 +123,12 @@ def open_checkpoint(folder: Path) -> SavedRun:
     for name in files:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing", hint="use an older checkpoint of the run")
-        SafetensorsFile(folder / name)  # its length is what its header says
+        SafetensorsFile(folder / name)  # raises an error if the file is shorter or longer than its header says
     return SavedRun(folder, state)
 
 
 def latest(run: Path) -> SavedRun | None:
-    """The newest complete checkpoint of a run.
+    """The newest complete checkpoint of a run, or ``None``.
 
     Raises:
         CheckpointError: it is damaged.

@@ -1,7 +1,7 @@
-"""Whole weights and optimizer states of a DeepSpeed engine, one at a time, under the stock model's names, and back.
+"""Gathers whole weights and optimizer states from a DeepSpeed engine, under the stock model's names, and sets them.
 
-Whatever ZeRO stage and expert parallelism divide, a checkpoint then is the same: it can be continued under another division
-and on another number of ranks. E experts, F intermediate, D hidden.
+However ZeRO and expert parallelism divide the model, a checkpoint made of whole tensors is the same. So it can be continued
+under another division and on another number of ranks. E experts, F intermediate, D hidden.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from upcycle.trainers.routing.router_control import NOISE_WEIGHT
 
 @dataclass(frozen=True)
 class StockTensor:
-    """One tensor of the stock model and the engine's tensors it is made of; ``divided``: each rank has some experts of it."""
+    """One tensor of the stock model, and the engine's tensors that it is made of.
+
+    ``divided``: each rank holds some of its experts.
+    """
 
     name: str
     parts: tuple[torch.Tensor, ...]
@@ -29,20 +32,20 @@ class StockTensor:
 
     @property
     def trained(self) -> bool:
-        """Whether the optimizer has states of it."""
+        """Whether the optimizer trains it, and keeps states of it."""
         return all(isinstance(part, nn.Parameter) and part.requires_grad for part in self.parts)
 
     @property
     def exported(self) -> bool:
-        """Whether the stock class has it; noise of routers is part of training alone."""
+        """Whether the stock class has it. The weights of learned router noise exist in training alone."""
         return not self.name.endswith(f".{NOISE_WEIGHT}")
 
 
 class WholeTensors:
-    """Reads and writes whole tensors of an engine; all ranks call every method in the same order."""
+    """Reads and sets whole tensors of an engine. All ranks must call every method, in the same order."""
 
     def __init__(self, engine: Any, keys: Sequence[str]) -> None:
-        """``keys`` are the optimizer's states of every parameter."""
+        """``keys``: names of the states that the optimizer keeps of every parameter, such as ``exp_avg``."""
         self.engine, self.keys = engine, tuple(keys)
         self.stock_tensors = list(_stock_tensors(engine.module))
 
@@ -56,17 +59,17 @@ class WholeTensors:
 
     @torch.no_grad()
     def weights(self, tensor: StockTensor) -> torch.Tensor:
-        """The whole tensor, on this rank's device; what trains in fp32, though the model computes in bfloat16."""
+        """The whole tensor, on this rank's device. What trains is fp32, even if the model computes in bfloat16."""
         return self._joined(tensor, [self._weights(part) for part in tensor.parts])
 
     @torch.no_grad()
     def state(self, tensor: StockTensor, key: str) -> torch.Tensor:
-        """One of the optimizer's states of it, fp32."""
+        """One of the optimizer's states of a tensor, whole and fp32."""
         return self._joined(tensor, [self._state(part, key) for part in tensor.parts])
 
     @torch.no_grad()
     def set_weights(self, tensor: StockTensor, value: torch.Tensor) -> None:
-        """Give what trains its fp32 weights, the model's own being set already."""
+        """Set the fp32 weights that the optimizer steps on; the model's own weights were set when it was loaded."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         for part, piece in zip(tensor.parts, self._pieces(tensor, value), strict=True):
@@ -75,7 +78,7 @@ class WholeTensors:
 
     @torch.no_grad()
     def set_state(self, tensor: StockTensor, key: str, value: torch.Tensor) -> None:
-        """Give the optimizer a state of it, after :meth:`create_states`."""
+        """Set one of the optimizer's states of a tensor, after :meth:`create_states`."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for part, piece in zip(tensor.parts, self._pieces(tensor, value), strict=True):
@@ -85,7 +88,7 @@ class WholeTensors:
                 self.engine.optimizer.state[part][key].copy_(piece)
 
     def create_states(self, steps: int) -> None:
-        """Make the states an optimizer would make at its first step, as of ``steps`` steps, to be overwritten."""
+        """Create the states that the optimizer would create at its first step, all zero, and set its step count to ``steps``."""
         outer = self.engine.optimizer
         inner = getattr(outer, "optimizer", outer)
         for flat in _masters(outer):
@@ -93,15 +96,15 @@ class WholeTensors:
             for key in self.keys:
                 state[key] = torch.zeros_like(flat)
             if "exp_avg" in self.keys:
-                own = type(inner).__module__.startswith("deepspeed")
+                by_deepspeed = type(inner).__module__.startswith("deepspeed")
                 device = flat.device if inner.defaults.get("fused") else "cpu"
-                state["step"] = steps if own else torch.tensor(float(steps), device=device)
+                state["step"] = steps if by_deepspeed else torch.tensor(float(steps), device=device)
         self.link_states()
 
     def link_states(self) -> None:
-        """Let every parameter find its part of the optimizer's flat states.
+        """Link every parameter to its part of the optimizer's flat states.
 
-        DeepSpeed 0.19 does this once, after the first parameter group has stepped, when the others have no states yet.
+        DeepSpeed 0.19 does this only once, after the first parameter group has stepped, when the others have no states yet.
         """
         outer = self.engine.optimizer
         if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
@@ -110,10 +113,10 @@ class WholeTensors:
 
     @property
     def steps_taken(self) -> int:
-        """How many steps the optimizer has states of; 0 when it has none."""
+        """How many steps the optimizer has taken; 0 if it has no states."""
         outer = self.engine.optimizer
         state = getattr(outer, "optimizer", outer).state
-        counts = [int(own["step"]) if "step" in own else 1 for own in state.values() if own]
+        counts = [int(each["step"]) if "step" in each else 1 for each in state.values() if each]
         return max(counts, default=0)
 
     def _weights(self, part: torch.Tensor) -> torch.Tensor:
@@ -151,7 +154,7 @@ class WholeTensors:
         return [piece.contiguous() for piece in value.chunk(world_size)[rank].chunk(len(tensor.parts), dim=1)]
 
     def _share(self, tensor: StockTensor) -> tuple[Any, int, int]:
-        """The group of ranks that have a tensor's experts, how many they are, and which this one is."""
+        """The group of ranks that a tensor's experts are divided among, its size, and this rank's place in it."""
         from deepspeed.utils import groups
 
         group = groups._get_expert_parallel_group(tensor.parts[0].group_name)  # type: ignore[attr-defined]
@@ -160,14 +163,14 @@ class WholeTensors:
 
 def _stock_tensors(module: Any) -> Iterator[StockTensor]:
     parameters = dict(module.named_parameters())
-    stock = {name: name for name in parameters}  # names of what is one tensor here and there; others are taken out
+    stock = {name: name for name in parameters}  # engine's name -> stock name; AutoEP's own parameters are taken out
     computed: set[str] = set()
     for prefix, block in module.named_modules():
         if not expert_parallel.is_parallel(block):
             continue
         router = load("target", module.config.model_type).router
         for name, sources in expert_parallel.stock_names(prefix, router).items():
-            # The router may be listed under its stock name, which is an alias.
+            # AutoEP's router may be listed under its stock name, an alias.
             alias = name.replace(f"{prefix}.{router}.", f"{prefix}.{router}.gate.")
             held = [source if source in parameters else alias for source in sources]
             yield StockTensor(name, tuple(parameters[each] for each in held), divided=".experts." in name)
@@ -184,16 +187,17 @@ def _stock_tensors(module: Any) -> Iterator[StockTensor]:
 
 
 def _shared(name: str) -> str:
-    """AutoEP calls shared experts alike in every architecture; those it divides all have one, called ``shared_expert``."""
+    """The stock name of a shared expert's weight: AutoEP says ``shared_experts`` where its targets say ``shared_expert``."""
     return name.replace(".shared_experts_gate.", ".shared_expert_gate.").replace(".shared_experts.", ".shared_expert.")
 
 
 def _is_mapped(part: torch.Tensor) -> bool:
+    """Whether ZeRO keeps the fp32 weights and states of a parameter in flat tensors of its own."""
     return hasattr(part, "ds_id") or hasattr(part, "_hp_mapping")
 
 
 def _masters(optimizer: Any) -> list[torch.Tensor]:
-    """The fp32 tensors the optimizer steps on: flat ones of ZeRO, or the parameters themselves."""
+    """The fp32 tensors that the optimizer steps on: ZeRO's flat ones, or the parameters themselves."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
@@ -202,6 +206,7 @@ def _masters(optimizer: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def _gathered(part: torch.Tensor) -> Iterator[None]:
+    """Within this block, a weight that ZeRO-3 divides is whole on every rank."""
     if not hasattr(part, "ds_id"):
         yield
         return

@@ -1,7 +1,7 @@
-"""Writes a checkpoint of a run: every rank its share of whole tensors, all at once, and a name only when complete.
+"""Writes a checkpoint of a run: all ranks at once, each a share of the whole tensors. It gets its name when it is complete.
 
-``step-00000100`` is a folder that stock transformers load (fp32, experts fused as they are in memory), with the optimizer's
-states and ``trainer.json`` beside the weights. Whoever holds it can continue on any number of ranks, or export it.
+``step-00000100`` is a folder that stock transformers loads (fp32, experts fused as they are in memory), with the optimizer's
+states and ``trainer.json`` beside the weights. It can be continued on any number of ranks, or exported.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ _REPLACED = "replaced."
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """The folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def finished(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """The folders of a run's complete checkpoints, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if not path.name.endswith(_PARTIAL))
 
 
 def remove_unfinished(run: Path) -> None:
-    """Throw away what a killed run was writing."""
+    """Remove checkpoints that a killed run left incomplete."""
     for path in (run / "checkpoints").glob(f"step-*{_PARTIAL}"):
         shutil.rmtree(path)
 
 
 def put_aside(run: Path) -> None:
-    """Take the checkpoints of a run that is begun anew out of the way; they are removed when its first one is complete."""
+    """Rename the checkpoints of a run that is begun anew; they are removed when its first new one is complete."""
     found = finished(run)
     if found:
-        _remove_replaced(run)  # by the ones that are replaced now
+        _remove_replaced(run)  # those of an earlier restart
     for path in found:
         path.rename(path.with_name(_REPLACED + path.name))
 
@@ -67,19 +67,22 @@ def _remove_replaced(run: Path) -> None:
 def save(
     run: Path, step: int, tensors: WholeTensors, state: Mapping[str, Any], small: Path, ranks: Ranks, keep: int
 ) -> Path:
-    """Write a checkpoint; all ranks call this together. What is older than the ``keep`` newest is removed after it is complete.
+    """Write a checkpoint, and then remove those older than the ``keep`` newest; all ranks must call this together.
 
     Args:
         run: the run's folder.
-        step: optimizer steps of the whole run.
-        tensors: of the engine.
-        state: everything else, as JSON.
-        small: folder whose files go into every checkpoint: configuration, tokenizer, origin.
+        step: optimizer steps of the run so far.
+        tensors: the engine's.
+        state: everything else to keep, as JSON.
+        small: folder whose files are copied into every checkpoint: configuration, tokenizer, records of the conversion.
         ranks: all of them.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints to keep.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        EnvironmentFault: the disk is full or cannot be written; checkpoints that were complete stay.
+        EnvironmentFault: the disk is full or cannot be written; complete checkpoints stay.
     """
     final = step_folder(run, step)
     folder = sibling(final, _PARTIAL)
@@ -117,7 +120,7 @@ def save(
 
 
 def _write_tensors(folder: Path, tensors: WholeTensors, ranks: Ranks) -> dict[str, str]:
-    """Every rank writes the tensors that are its; the SHA-256 of every file by its name."""
+    """Write every rank's share of the tensors; returns the SHA-256 of each file of all ranks by its name."""
     tensors.link_states()
     names = _entries(tensors)
     mine = _shares(names, ranks.world_size)[ranks.rank]
@@ -126,7 +129,7 @@ def _write_tensors(folder: Path, tensors: WholeTensors, ranks: Ranks) -> dict[st
     }
     for tensor in tensors.stock_tensors:
         for name in _names(tensor, tensors):
-            # All ranks take part in putting every tensor together; one has it written.
+            # All ranks take part in gathering a tensor; the one whose share it is in writes it.
             value = _value(tensors, tensor, name)
             for share in files.values():
                 share.write(name, value)
@@ -164,7 +167,7 @@ def _file(kind: str, ranks: Ranks) -> str:
 
 
 def _names(tensor: StockTensor, tensors: WholeTensors) -> list[str]:
-    """What is stored of a tensor: ``name``, and ``key:name`` for states (and weights no stock class has)."""
+    """The names under which a tensor is stored: ``name``, ``key:name`` for states, ``weight:name`` if no stock class has it."""
     names = [tensor.name if tensor.exported else f"weight:{tensor.name}"]
     return names + ([f"{key}:{tensor.name}" for key in tensors.keys] if tensor.trained and tensors.steps_taken else [])
 
@@ -183,12 +186,12 @@ def _entries(tensors: WholeTensors) -> list[OutputEntry]:
 
 
 def _shares(entries: Sequence[OutputEntry], world_size: int) -> list[list[OutputEntry]]:
-    """Weights, and states, in order and in parts of about equal size; each rank has one part of both."""
+    """Each rank's entries: the weights, and then the states, are cut in order into parts of about equal size."""
     shares: list[list[OutputEntry]] = [[] for _ in range(world_size)]
     for kind in _KINDS:
-        own = [entry for entry in entries if _kind(entry) == kind]
-        total, before = sum(entry.spec.nbytes for entry in own), 0
-        for entry in own:
+        of_kind = [entry for entry in entries if _kind(entry) == kind]
+        total, before = sum(entry.spec.nbytes for entry in of_kind), 0
+        for entry in of_kind:
             middle = before + entry.spec.nbytes / 2
             shares[min(world_size - 1, int(middle * world_size / max(1, total)))].append(entry)
             before += entry.spec.nbytes
@@ -196,7 +199,7 @@ def _shares(entries: Sequence[OutputEntry], world_size: int) -> list[list[Output
 
 
 class _NoJournal(Journal):
-    """A checkpoint is begun anew, never continued."""
+    """A journal that keeps nothing: a checkpoint that was interrupted is written anew, never continued."""
 
     def __init__(self) -> None:
         self.digests = {}
@@ -209,7 +212,7 @@ class _NoJournal(Journal):
 
 
 class _Share:
-    """One rank's file of one kind. A fault is kept until it is closed: other ranks still wait for this one."""
+    """One rank's file of one kind. A fault is kept until the file is closed, because other ranks still wait for this one."""
 
     def __init__(self, folder: Path, file: str, entries: list[OutputEntry]) -> None:
         self._entries = {entry.name: entry for entry in entries}
@@ -256,11 +259,11 @@ def _write_index(folder: Path, tensors: WholeTensors, world_size: int) -> None:
 
 
 def disk_fault(fault: OSError, folder: Path) -> EnvironmentFault:
-    """What it means that a run cannot write ``folder``, or a file in it."""
+    """The error to raise when a run cannot write ``folder`` or a file in it."""
     if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return EnvironmentFault(
             f"the disk is full: {folder} could not be written; earlier checkpoints are complete",
-            hint="make room, or lower saving.keep; the same command then continues from the last one",
+            hint="make room, or lower saving.keep; the same command then continues from the last checkpoint",
         )
     return EnvironmentFault(
         f"cannot write {folder}: {fault.strerror or fault}", hint="choose an output you may write to"

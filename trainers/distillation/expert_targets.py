@@ -1,6 +1,6 @@
-"""Losses that teach routers from what every expert would do with the dense parent's FFN inputs.
+"""Losses that teach routers what every expert would output for the inputs of the dense parent's FFNs.
 
-T tokens, D hidden, E experts, K top-k.
+B sequences, S positions, T tokens, D hidden, E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers, widened
 
-SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what stock blocks call them
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of shared experts in stock blocks
 
 
 @dataclass(frozen=True)
 class FfnRecord:
-    """What one FFN of the dense parent was given and gave, ``[B, S, D]`` both."""
+    """Inputs and outputs of one FFN of the dense parent in one pass, ``[B, S, D]`` both."""
 
     layer: int
     inputs: torch.Tensor
@@ -36,7 +36,7 @@ class FfnRecord:
 
 
 def capture_ffns(parent: Any) -> Recorder[FfnRecord]:
-    """Record every FFN of a stock dense model from now on.
+    """Start recording the inputs and outputs of every FFN of a stock dense model.
 
     Raises:
         UsageError: the model is a MoE, or its layers have no FFN where they should.
@@ -55,10 +55,13 @@ def capture_ffns(parent: Any) -> Recorder[FfnRecord]:
 
 
 def recorded_scale(folder: Path) -> float:
-    """What a conversion multiplied its routed experts' outputs by, from the record beside its weights.
+    """The factor by which a conversion multiplied its routed experts' outputs, from the record beside its weights.
+
+    Args:
+        folder: the converted model's, or a checkpoint of training it.
 
     Raises:
-        UsageError: there is no record.
+        UsageError: there is no record of it.
     """
     for place in (folder, folder / CONVERSION):
         if (place / "upcycle.json").is_file():
@@ -66,33 +69,34 @@ def recorded_scale(folder: Path) -> float:
             if isinstance(scale, (int, float)):
                 return float(scale)
     raise UsageError(
-        f"distillation.expert_scale: {folder} does not say what its experts were multiplied by",
-        hint="give it: the number of routed experts for scale exact, top-k for scale sum",
+        f"distillation.expert_scale: {folder} does not record what its experts were multiplied by",
+        hint="set it: to the number of routed experts for scale exact, to top-k for scale sum",
     )
 
 
 def expert_target_losses(
     parameters: ExpertTargetParameters, model: Any, parent: Sequence[FfnRecord], mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The weighted losses, means over the tokens of ``mask`` (bool ``[B, S]``); gradient reaches routers alone.
+    """The weighted losses by name, means over the tokens of ``mask``; their gradients reach the routers alone.
 
-    Both papers give chosen experts the weight one, and a stock router weighs them by its softmax. So logits are read in multiples
-    of ``router_tolerance`` t: what the papers call logits is ``z / t`` here, and the weights stay about equal. E_i is what the
-    conversion cut out of the FFN: an expert's output over ``expert_scale``.
+    Both papers give every chosen expert the weight 1, while a stock router weighs them by its softmax. So logits are read in
+    multiples of ``router_tolerance`` t: the papers' logits are ``z / t`` here, and the stock router's weights stay about equal.
+    E_i is the part that the conversion cut out of the FFN: an expert's output divided by ``expert_scale``.
 
-    - ``prior_approximate``: FactorLLM (arXiv 2408.11855) as its code has it: ``KL(p || q)`` with ``p`` the softmax of ``z / t``,
-      ``q`` that of 1 for the K experts of least ``MSE(E_i(x), K/E FFN(x))`` and 0 for others. Where there are shared experts,
-      which FactorLLM does not have, FFN(x) is what they leave to the routed ones. Summed over layers.
-    - ``prior_balance``: its balance, ``mean(mask * p)`` over experts with ``mask`` 1 for the K largest. Summed over layers.
+    - ``prior_approximate``: the loss of FactorLLM's code (arXiv 2408.11855): ``KL(p || q)`` with ``p`` the softmax of ``z / t``,
+      and ``q`` that of 1 for the K experts with the least ``MSE(E_i(x), K/E FFN(x))`` and 0 for the others. With shared experts,
+      which FactorLLM does not have, their output is subtracted from FFN(x). Summed over layers.
+    - ``prior_balance``: FactorLLM's balance, ``mean(m * p)`` over experts, where m is 1 for the K largest p and else 0.
+      Summed over layers.
     - ``output_norms``: D2DMoE (arXiv 2310.04361): the mean squared error of ``||E_i(x)||`` over experts and layers. A common
       offset of the logits changes nothing in a stock router, nor does their unit: the prediction is
       ``m + s (z_i - mean z) / t`` with m and s the mean and the deviation of the token's norms.
 
     Args:
-        parameters: the weights; ``expert_scale`` must be known.
-        model: the stock MoE, not divided.
-        parent: its FFNs in this pass.
-        mask: tokens that count.
+        parameters: the losses' weights; ``expert_scale`` must be set.
+        model: the stock MoE, with all experts on this rank.
+        parent: records of the parent's FFNs in this pass.
+        mask: bool ``[B, S]``, the tokens that count.
     """
     scale, unit = parameters.expert_scale, parameters.router_tolerance
     assert scale
@@ -117,7 +121,7 @@ def expert_target_losses(
 
 @torch.no_grad()
 def left_to_routed(layer: MoeLayer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """``[T, D]``: an FFN's ``output`` for ``x``, both ``[T, D]``, less what the layer's shared experts give."""
+    """``[T, D]``: the ``output`` of an FFN for ``x``, both ``[T, D]``, minus the output of the layer's shared experts."""
     block: Any = layer.block
     for name in SHARED:
         shared = getattr(block, name, None)
@@ -131,7 +135,7 @@ def left_to_routed(layer: MoeLayer, x: torch.Tensor, output: torch.Tensor) -> to
 
 @torch.no_grad()
 def expert_outputs(layer: MoeLayer, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error of every expert to a target, and the norm of its output, ``[T, E]`` both, for inputs ``[T, D]``."""
+    """Every expert's mean squared error from ``target`` ``[T, D]`` and its output's norm, for inputs ``[T, D]``; ``[T, E]`` each."""
     experts: Any = layer.experts
     errors, norms = [], []
     for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
@@ -143,20 +147,20 @@ def expert_outputs(layer: MoeLayer, x: torch.Tensor, target: torch.Tensor) -> tu
 
 
 def _prior(logits: torch.Tensor, errors: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``[T]``: KL of the router from the label."""
+    """``[T]``: ``KL(p || q)`` of the router's distribution from that of the nearest experts."""
     nearest = errors.topk(top_k, dim=-1, largest=False).indices
     label = torch.zeros_like(logits).scatter_(1, nearest, 1.0).log_softmax(-1)
-    own = logits.log_softmax(-1)
-    return (own.exp() * (own - label)).sum(-1)
+    router = logits.log_softmax(-1)
+    return (router.exp() * (router - label)).sum(-1)
 
 
 def _chosen_probability(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``[T]``: the K largest probabilities, averaged over all experts."""
+    """``[T]``: the sum of the K largest probabilities, divided by E."""
     return logits.softmax(-1).topk(top_k, dim=-1).values.sum(-1) / logits.shape[-1]
 
 
 def _norm_error(logits: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """``[T]``: squared error of the norms, averaged over experts."""
+    """``[T]``: the squared error of the predicted norms, averaged over experts."""
     centred = norms - norms.mean(-1, keepdim=True)
     spread = centred.square().mean(-1, keepdim=True).sqrt()
     return (spread * (logits - logits.mean(-1, keepdim=True)) - centred).square().mean(-1)

@@ -1,7 +1,6 @@
-"""A dense parent's next-token distributions on disk: written when a row is first met, read whenever it comes again.
+"""A cache on disk of a dense parent's next-token distributions: written when a row first comes, read whenever it comes again.
 
-A row is known by its tokens and positions, so that it does not matter in which order, on which rank or in which run it comes.
-L positions, V vocabulary.
+A row is identified by its tokens and positions: its order, rank and run do not matter. L positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,17 +25,21 @@ MANIFEST = "cache.json"
 
 
 def parent_identity(parent: Path, dtype: str, top_p: float, most: int) -> dict[str, Any]:
-    """What a cache must have been made with: the parent's configuration and every byte of its weights, and the truncation."""
+    """What a cache depends on: the parent's configuration, a hash of all its weights, its dtype, and the truncation."""
     files = sorted([*parent.glob("*.safetensors"), parent / "config.json"])
     digest = hashlib.sha256("\n".join(f"{path.name} {hash_file(path)}" for path in files if path.is_file()).encode())
     return {"format": 1, "parent": digest.hexdigest(), "dtype": dtype, "top_p": top_p, "most": most}
 
 
 def prepare_cache(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the folder, or see that what is in it was made with the same parent; one rank does this for all.
+    """Create a cache's folder, or check that the cache in it was made with the same parent. One rank does this for all.
+
+    Args:
+        folder: the cache's.
+        identity: what :func:`parent_identity` returns.
 
     Raises:
-        UsageError: it was made with something else, or holds something else.
+        UsageError: the cache was made with another parent or truncation, or the folder holds something else.
         EnvironmentFault: it cannot be written.
     """
     manifest = folder / MANIFEST
@@ -46,26 +49,26 @@ def prepare_cache(folder: Path, identity: dict[str, Any]) -> None:
         if different:
             key = different[0]
             raise UsageError(
-                f"distillation.cache: {folder} was made with another {key}: {found.get(key)}, and now it is {identity[key]}",
-                hint="name another folder, or remove this one",
+                f"distillation.cache: {folder} was made with another {key}: {found.get(key)} instead of {identity[key]}",
+                hint="choose another folder, or remove this one",
             )
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise UsageError(f"distillation.cache: {folder} holds something else", hint="name an empty folder")
+            raise UsageError(f"distillation.cache: {folder} holds something else", hint="choose an empty folder")
         write_whole(manifest, lambda path: path.write_text(json.dumps(identity) + "\n", encoding="utf-8"))
     except OSError as fault:
         raise cannot_write(folder, fault) from None
 
 
 class LogitCache:
-    """The rows of one cache.
+    """A cache of rows; ``read`` and ``written`` count those that were found and those that were added.
 
     Args:
-        folder: what :func:`prepare_cache` has seen.
-        top_p: of every position the most probable tokens that have so much of the probability are kept.
-        most: but so many at most.
+        folder: one that :func:`prepare_cache` has prepared.
+        top_p: how much of the probability the kept tokens of each position must have together.
+        most: how many tokens are kept per position, at most.
     """
 
     def __init__(self, folder: Path, top_p: float, most: int) -> None:
@@ -73,12 +76,12 @@ class LogitCache:
         self.read = self.written = 0
 
     def targets(self, batch: PackedBatch, run: Callable[[PackedBatch], torch.Tensor]) -> TopLogits:
-        """The parent's distributions at all positions of a batch but each row's last, rows one behind the other.
+        """The parent's distributions at all positions of a batch but each row's last, row after row.
 
         Args:
             batch: rows of packed documents.
-            run: gives the parent's logits ``[1, L, V]`` of a batch of one row; asked for rows that are not there yet. Rows are run
-                one by one, so that what is kept does not depend on the rows beside them.
+            run: the parent's logits ``[1, L, V]`` of a batch of one row; called for rows that are missing. Rows are run one by one,
+                so that what is kept does not depend on the rows beside them.
 
         Raises:
             CheckpointError: a file of the cache is damaged.
@@ -92,7 +95,9 @@ class LogitCache:
             self.read += 1
             found = TopLogits.load(path)
             if len(found.tokens) != row.ids.shape[1] - 1:
-                raise CheckpointError(f"{path} is of another length", hint="remove it, and it is made again")
+                raise CheckpointError(
+                    f"{path} holds another number of positions than its row", hint="remove it, and it is made again"
+                )
             return found
         made = TopLogits.of(run(row)[0, :-1], self.top_p, self.most)
         try:
@@ -110,7 +115,7 @@ class LogitCache:
 
 
 def joined(rows: Sequence[TopLogits]) -> TopLogits:
-    """Several rows as one; narrower ones are filled up as :class:`TopLogits` has it."""
+    """Several rows as one; those with fewer tokens per position are padded as :class:`TopLogits` describes."""
     width = max(row.tokens.shape[1] for row in rows)
     tokens, kept = [], []
     for row in rows:
@@ -121,5 +126,6 @@ def joined(rows: Sequence[TopLogits]) -> TopLogits:
 
 
 def _one(batch: PackedBatch, row: int) -> PackedBatch:
+    """One row of a batch, as a batch."""
     which = slice(row, row + 1)
     return PackedBatch(batch.ids[which], batch.mask[which], batch.positions[which], batch.domains[which])

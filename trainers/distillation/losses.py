@@ -1,4 +1,7 @@
-"""Distillation from the dense parent: logits, hidden states, FFN outputs. B sequences, S positions, D hidden, V vocabulary."""
+"""Distillation losses on the dense parent's logits, hidden states and FFN outputs.
+
+B sequences, S positions, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from upcycle.trainers.routing.stock_routers import widened
 
 @dataclass(frozen=True)
 class OutputRecord:
-    """What one decoder layer, or one of the blocks that add up to its FFN, gave: ``[B, S, D]`` with gradients."""
+    """The output ``[B, S, D]``, with gradients, of a decoder layer or (``block``) of one of the blocks that make up its FFN."""
 
     layer: int
     block: bool
@@ -27,7 +30,7 @@ class OutputRecord:
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """One decoder layer's output and its FFN's, all blocks together; both ``[B, S, D]``."""
+    """The output of one decoder layer, and that of its FFN with all its blocks added up; ``[B, S, D]`` both."""
 
     layer: int
     hidden: torch.Tensor
@@ -42,14 +45,14 @@ def logits_kl(
 ) -> torch.Tensor:
     """Mean over positions of ``KL(parent || student)`` in nats, times ``temperature ** 2`` (Hinton et al., arXiv 1503.02531).
 
-    The gradient is that of LLaVA-MoD's cross-entropy with the parent's probabilities (arXiv 2408.15881): they differ by the
-    parent's entropy. A student with a longer (padded) vocabulary is cut to the parent's.
+    Its gradient is that of LLaVA-MoD's cross-entropy with the parent's probabilities (arXiv 2408.15881), from which it differs
+    by the parent's entropy. If the student's vocabulary is longer (padded), it is cut to the parent's.
 
     Args:
-        student: logits ``[..., V]``, any floating dtype; computed in at least fp32.
-        parent: its logits ``[..., V]``, or cached ones (:meth:`TopLogits.kl` says what becomes of the tail).
+        student: its logits ``[..., V]``, any floating dtype; computed in at least fp32.
+        parent: its logits ``[..., V]``, or cached ones (:meth:`TopLogits.kl` describes how their tail counts).
         mask: bool ``[...]``, the positions that count; ``None``: all.
-        temperature: cached logits know only 1.
+        temperature: both logits are divided by it; 1 for cached ones.
 
     Raises:
         UsageError: a temperature other than 1 with cached logits, or a student with fewer tokens than the parent.
@@ -57,7 +60,7 @@ def logits_kl(
     if isinstance(parent, TopLogits):
         if temperature != 1:
             raise UsageError(
-                f"distillation.temperature: {temperature} with cached logits, which hold probabilities at 1",
+                f"distillation.temperature: {temperature}, but cached logits hold probabilities at temperature 1",
                 hint="set temperature to 1, or distil from the running parent",
             )
         return mean_over(parent.kl(student), mask)
@@ -73,11 +76,11 @@ def logits_kl(
 
 
 def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """``sum |s - p|^2 / sum |p|^2`` over the positions that count, so that layers of any size weigh the same.
+    """``sum |s - p|^2 / sum |p|^2`` over the positions that count: relative, so that large outputs count no more than small ones.
 
     Args:
         student: ``[..., D]``, any floating dtype; computed in at least fp32.
-        parent: likewise, without gradient.
+        parent: the same; its gradient is not computed.
         mask: bool ``[...]``; ``None``: all positions.
     """
     p = widened(parent.detach())
@@ -85,7 +88,7 @@ def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tens
 
 
 def mean_over(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of ``values`` where ``mask`` is true; 0 if it never is."""
+    """The mean of ``values`` where ``mask`` is true, or 0 if it is true nowhere; without a mask, of all values."""
     if mask is None:
         return values.mean()
     return (values * mask).sum() / mask.sum().clamp(min=1)
@@ -98,23 +101,23 @@ def matching(
     mask: torch.Tensor | None = None,
     sizes: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The weighted losses ``hidden`` and ``ffn``, means over layers; those of weight 0 are left out.
+    """The weighted losses ``hidden`` and ``ffn``: :func:`relative_error`, averaged over layers. Losses of weight 0 are left out.
 
     Args:
         parameters: the weights.
         student: its layers' outputs.
         parent: the dense model's.
         mask: bool ``[B, S]``, the positions that count; ``None``: all.
-        sizes: what :func:`parent_sizes` gives for all tokens of which these are a part: then the losses are their share of the
-            relative error of all, and add up to it. ``None``: these are all.
+        sizes: :func:`parent_sizes` of all the tokens that these are a part of. The losses then are these tokens' shares, which add up
+            to the relative error of all. ``None``: these are all the tokens.
 
     Raises:
-        UsageError: the two models have not as many layers.
+        UsageError: the two models have different numbers of layers.
     """
     if len(student) != len(parent):
         raise UsageError(
             f"the parent has {len(parent)} layers and the student {len(student)}",
-            hint="match layers only with the model that was converted",
+            hint="set distillation.hidden and ffn only with the model that was converted as parent",
         )
     sizes = parent_sizes(parameters, parent, mask) if sizes is None else sizes
     found = {}
@@ -133,7 +136,10 @@ def matching(
 def parent_sizes(
     parameters: DistillationParameters, parent: Sequence[LayerOutput], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``sum |p|^2`` of what is matched, ``[n, layers]`` in at least fp32: the denominators of :func:`matching`, additive."""
+    """The denominators of :func:`matching`: ``sum |p|^2`` of each matched output, ``[n, layers]`` in at least fp32.
+
+    They are additive over tokens.
+    """
     return torch.stack(
         [
             torch.stack([_size(widened(getattr(layer, what)), mask) for layer in parent])
@@ -157,9 +163,9 @@ def _positive(size: torch.Tensor) -> torch.Tensor:
 
 
 def capture_outputs(model: Any) -> Recorder[OutputRecord]:
-    """Record every layer's output and its FFN's from now on, of a stock dense model or a stock MoE one.
+    """Start recording the outputs of every layer and of its FFN, in a stock dense model or a stock MoE one.
 
-    Activation checkpointing cannot free what is recorded.
+    The records keep these outputs in memory even with activation checkpointing.
 
     Raises:
         UsageError: a layer of ``model`` has no FFN where it should.
@@ -178,7 +184,7 @@ def capture_outputs(model: Any) -> Recorder[OutputRecord]:
 
 
 def layer_outputs(records: Sequence[OutputRecord]) -> list[LayerOutput]:
-    """What :func:`capture_outputs` recorded, layer by layer."""
+    """The records of :func:`capture_outputs` for one pass, combined layer by layer."""
     blocks: dict[int, list[torch.Tensor]] = {}
     found = []
     for record in records:

@@ -1,4 +1,4 @@
-"""A parent's next-token distributions, cut to their most probable tokens, to distil from without running it.
+"""A parent's next-token distributions, truncated to the most probable tokens, to distil from without running the parent.
 
 N positions, V vocabulary.
 """
@@ -16,10 +16,10 @@ from upcycle.trainers.routing.stock_routers import widened
 
 @dataclass(frozen=True)
 class TopLogits:
-    """The n most probable tokens of every position and what all others have together.
+    """The n most probable tokens of every position, and the probability of all others together.
 
-    ``tokens`` int32 ``[N, n]``, ``log_probabilities`` fp32 ``[N, n]`` (minus infinity where a position keeps fewer; its token
-    there repeats the first), ``tail`` fp32 ``[N]``: the log probability of all tokens that were left out.
+    ``tokens`` int32 ``[N, n]``; ``log_probabilities`` fp32 ``[N, n]``; ``tail`` fp32 ``[N]``, the log probability of all tokens
+    that were left out. A position that keeps fewer than n tokens is padded with its first token at minus infinity.
     """
 
     tokens: torch.Tensor
@@ -28,12 +28,15 @@ class TopLogits:
 
     @classmethod
     def of(cls, logits: torch.Tensor, top_p: float = 0.95, most: int = 64) -> TopLogits:
-        """The fewest tokens of every position that have ``top_p`` of the probability, at most ``most``.
+        """Keep the fewest tokens of every position that have ``top_p`` of the probability, but at most ``most``.
 
         Args:
             logits: the parent's, ``[..., V]``, any floating dtype.
             top_p: in (0, 1].
             most: at least 1.
+
+        Raises:
+            UsageError: ``top_p`` or ``most`` is out of range.
         """
         if not 0 < top_p <= 1 or most < 1:
             raise UsageError(f"top_p {top_p} and most {most}: top_p must be above 0 and up to 1, most at least 1")
@@ -51,16 +54,16 @@ class TopLogits:
         """``KL(parent || student)`` per position in nats, ``[...]``, from the student's logits ``[..., V]``.
 
         The tail counts as one more outcome on both sides: ``p_tail log(p_tail / q_tail)``. Merging outcomes never makes a KL
-        larger (log-sum inequality), so this is a lower bound of the full one, equal to it where nothing was left out. Without
-        it a student could put its mass on the kept tokens alone; how it spreads the tail is not supervised.
+        larger (log-sum inequality), so this is a lower bound of the full KL, and equal to it where nothing was left out. Without
+        this term, a student could put all its mass on the kept tokens. How it spreads its mass within the tail is left to it.
 
         Raises:
-            UsageError: the cache holds other positions.
+            UsageError: the cache holds another number of positions.
         """
         rows = widened(student).flatten(0, -2)
         if len(rows) != len(self.tokens):
             raise UsageError(
-                f"cached logits of {len(self.tokens)} positions for {len(rows)} of the student",
+                f"cached logits of {len(self.tokens)} positions, but the student has {len(rows)}",
                 hint="cache them again for this data and this batch size",
             )
         tokens = self.tokens.long().to(rows.device)
@@ -69,7 +72,7 @@ class TopLogits:
         total = rows.logsumexp(-1)
         given = rows.gather(1, tokens) - total[:, None]
         head = torch.where(kept, log_p.exp() * (log_p.masked_fill(~kept, 0.0) - given), 0.0).sum(-1)
-        # A finite stand-in for minus infinity: where everything is kept, the gradient of the unused tail stays finite.
+        # Finite in place of minus infinity: where everything is kept, the gradient of the unused tail would not be finite.
         nothing = torch.finfo(rows.dtype).min / 4
         given_tail = rows.scatter(1, tokens, nothing).logsumexp(-1) - total
         some = log_tail > -torch.inf
@@ -77,11 +80,11 @@ class TopLogits:
         return (head + tail).view(student.shape[:-1])
 
     def positions(self, which: slice) -> TopLogits:
-        """Some positions of them, in order."""
+        """The same for some of the positions."""
         return TopLogits(self.tokens[which], self.log_probabilities[which], self.tail[which])
 
     def save(self, path: Path) -> None:
-        """Write a ``.safetensors`` file."""
+        """Write the three tensors to a ``.safetensors`` file."""
         from safetensors.torch import save_file
 
         tensors = {"tokens": self.tokens, "log_probabilities": self.log_probabilities, "tail": self.tail}
@@ -92,7 +95,7 @@ class TopLogits:
         """Read what :meth:`save` wrote.
 
         Raises:
-            CheckpointError: it is no such file.
+            CheckpointError: the file is missing, damaged, or holds something else.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, and its states under the names of the model's parameters."""
+"""The optimizer of a recipe, its learning rates, and the names of its states."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import torch
 from upcycle.errors import EnvironmentFault
 from upcycle.trainers.recipe.training_recipe import OptimizerRecipe
 
-PEAK = "peak_lr"  # key of a parameter group: what a schedule multiplies
+PEAK = "peak_lr"  # key of a parameter group: the learning rate that a schedule's factor multiplies
 
 
 def make_optimizer(recipe: OptimizerRecipe, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer over parameter groups with ``lr`` and ``weight_decay``; each remembers its peak learning rate.
+    """Make the optimizer for parameter groups.
+
+    Args:
+        recipe: which one, with its numbers.
+        groups: as :func:`parameter_groups.groups` gives them; their ``lr`` is kept as the peak learning rate.
 
     Raises:
-        EnvironmentFault: DeepSpeed's cannot be built here.
+        EnvironmentFault: DeepSpeed's optimizer cannot be built on this machine.
     """
     given = [{**part, PEAK: part["lr"]} for group in groups for part in _divided_apart(group)]
     if recipe.name == "sgd":
@@ -31,14 +35,14 @@ def make_optimizer(recipe: OptimizerRecipe, groups: Sequence[dict[str, Any]]) ->
             return optimizer
         except Exception as error:  # compilers fail in many ways
             raise EnvironmentFault(
-                f"DeepSpeed's cpu_adamw cannot be built here: {error}", hint="optimizer.name: adamw"
+                f"DeepSpeed's cpu_adamw cannot be built here: {error}", hint="set optimizer.name: adamw"
             ) from None
-    # One pass over weights, gradients and moments instead of ten: on CPUs, too, a few times as fast.
+    # Fused: one pass over weights, gradients and moments instead of ten, which is a few times as fast on CPUs, too.
     return torch.optim.AdamW(given, fused=True, **settings)
 
 
 def _divided_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Experts that AutoEP divides among ranks in a group of their own, named and marked as DeepSpeed wants it."""
+    """Split a group: experts that AutoEP divides among ranks go into one of their own, named and marked as DeepSpeed requires."""
     divided = [parameter for parameter in group["params"] if not getattr(parameter, "allreduce", True)]
     if not divided:
         return [group]
@@ -48,14 +52,14 @@ def _divided_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def state_keys(recipe: OptimizerRecipe) -> tuple[str, ...]:
-    """Names of the tensors the optimizer keeps for every parameter."""
+    """Names of the states that the optimizer keeps of every parameter."""
     if recipe.name == "sgd":
         return ("momentum_buffer",) if recipe.momentum else ()
     return ("exp_avg", "exp_avg_sq")
 
 
 def set_rates(optimizer: Any, factor: float) -> float:
-    """Give every group its peak learning rate times ``factor``; returns the largest."""
+    """Set every group's learning rate to its peak times ``factor``; returns the largest."""
     for group in optimizer.param_groups:
         group["lr"] = group[PEAK] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)

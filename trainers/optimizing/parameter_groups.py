@@ -1,4 +1,4 @@
-"""Which parameters train in a stage, and with which learning rate: routers, experts and the rest."""
+"""Which parameters train in a stage, and with which learning rates: those of routers, of experts, and the rest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PARTS: tuple[Part, ...] = ("router", "experts", "rest")
 
 
 def parts(model: nn.Module) -> dict[str, Part]:
-    """What every parameter of a model belongs to, by name; in a dense model everything is ``rest``.
+    """The part that each parameter of a model belongs to, by name; in a dense model all are ``rest``.
 
-    Shared experts and a shared expert's gate are ``rest``: they are always on, as the attention is.
+    Shared experts and a shared expert's gate are ``rest``: they are always active, as attention is.
     """
     found: dict[str, Part] = {name: "rest" for name, _ in model.named_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -34,14 +34,14 @@ def parts(model: nn.Module) -> dict[str, Part]:
 
 
 def select(model: nn.Module, trained: Sequence[str]) -> dict[str, Part]:
-    """Let exactly what ``trained`` names have gradients; returns those names with their parts.
+    """Make exactly the parameters that ``trained`` names require gradients; returns their names and parts.
 
     Args:
-        model: a stock model; a bias on the choice of experts is never trained.
-        trained: of ``all``, ``router``, ``experts``, ``rest`` and patterns of parameter names with ``*``.
+        model: a stock model; its biases on the choice of experts are never trained.
+        trained: any of ``all``, ``router``, ``experts``, ``rest``, and patterns of parameter names with ``*``.
 
     Raises:
-        UsageError: a word matches nothing.
+        UsageError: a word matches no parameter.
     """
     belongs = parts(model)
     biases = _selection_biases(model)
@@ -53,7 +53,7 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, Part]:
             examples = ", ".join(sorted(named)[:3])
             raise UsageError(
                 f"train: '{word}' matches no parameter",
-                hint=f"all, {', '.join(PARTS)}, or a pattern with * of names such as {examples}",
+                hint=f"use all, {', '.join(PARTS)}, or a pattern with * of names such as {examples}",
             )
         chosen |= matching
     for name, parameter in model.named_parameters():
@@ -62,12 +62,13 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, Part]:
 
 
 def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]]:
-    """Optimizer groups of what has gradients: a part each, its vectors apart, with ``name``, ``lr`` and ``weight_decay``.
+    """Optimizer groups of the parameters that require gradients, each with ``name``, ``params``, ``lr`` and ``weight_decay``.
 
-    A schedule multiplies every group's own ``lr``. Groups are in a fixed order, and parameters in the model's.
+    Each part of the model has a group of matrices and one of vectors, which have no weight decay. Groups are in a fixed order,
+    and parameters in the model's.
 
     Raises:
-        UsageError: nothing has gradients.
+        UsageError: no parameter requires gradients.
     """
     belongs = parts(model)
     members: dict[tuple[Part, bool], list[torch.Tensor]] = defaultdict(list)
@@ -87,7 +88,9 @@ def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]
                     }
                 )
     if not made:
-        raise UsageError("nothing trains: no parameter has gradients", hint="name what trains: all, router, experts...")
+        raise UsageError(
+            "nothing trains: no parameter requires gradients", hint="set train to what trains: all, router, experts..."
+        )
     return made
 
 

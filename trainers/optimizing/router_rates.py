@@ -1,4 +1,4 @@
-"""Whether a stage's learning rate spares what conversion taught the routers."""
+"""Whether a stage's learning rate is small enough to keep what the conversion taught the routers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from upcycle.files.formats.parsing import read_json
 from upcycle.trainers.optimizing.parameter_groups import parts
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 
-UNTAUGHT = ("random", "zero", "cool")  # routers that have nothing to lose
-LARGE = 0.1  # of a weight's size: a few such steps and nothing is left of it
-SMALL = 0.01
+UNTAUGHT = ("random", "zero", "cool")  # routers that were taught nothing
+LARGE = 0.1  # a step of this fraction of a weight's size: after a few of them, nothing is left of the weight
+SMALL = 0.01  # a step of this fraction is harmless
 
 
 def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> str | None:
-    """Why the routers of a model converted to ``origin`` should train with less; ``None``: they may.
+    """A warning if the learning rate of converted routers would destroy what they were taught; ``None``: it does not.
 
-    The scale convention ``exact`` needs experts of nearly the same weight, so routers come cooled: they choose as they were taught to,
-    by very small weights. AdamW's steps are as large as the learning rate, whatever a weight's size.
+    The scale convention ``exact`` needs routers that weigh their experts nearly equally, so a conversion makes their weights very
+    small. AdamW's steps are as large as the learning rate, whatever the size of a weight.
 
     Args:
-        model: with what trains chosen.
-        rates: of the stage.
-        origin: folder with the record of a conversion, or any other.
+        model: the model, with ``requires_grad`` set on what trains.
+        rates: the stage's.
+        origin: the folder that the run starts from, with or without the record of a conversion.
     """
     record = origin / records.FILE
     if not record.is_file():
@@ -44,6 +44,6 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
         return None
     factor = 10 ** math.floor(math.log10(SMALL * size / rates.learning_rate))
     return (
-        f"the routers' weights are about {size:.1g} large, and a step moves each by up to {step:.1g}: what they were taught "
-        f"('{router}') is lost at once; the stage's rates: {{router: {factor:g}}} keeps it, or train: [experts, rest]"
+        f"the routers' weights are about {size:.1g}, and a step changes each by up to {step:.1g}: what the conversion taught them "
+        f"('{router}') is lost at once; to keep it, set the stage's rates: {{router: {factor:g}}}, or train: [experts, rest]"
     )

@@ -116,12 +116,12 @@ def test_faults(
     dense_run: TrainRecipe, converted: Callable[..., Path], pico_moe: Callable[[str], Path], tmp_path: Path
 ) -> None:
     other = recipe_for(converted("moe", experts=2), tmp_path / "a", dense_states=dense_run.output, stage={"steps": 1})
-    with pytest.raises(UsageError, match="is not made of the weights in"):
+    with pytest.raises(UsageError, match="was not made from the weights in"):
         run(other)
     stock = recipe_for(pico_moe("mixtral"), tmp_path / "b", dense_states=dense_run.output, stage={"steps": 1})
     with pytest.raises(UsageError, match=r"has no recipe\.yaml"):
         run(stock)
-    with pytest.raises(CheckpointError, match="is no training run with a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a training run with a checkpoint"):
         DenseStates(tmp_path, converted("moe", experts=2))
     momentum = {"optimizer": {"name": "sgd"}, "dense_states": dense_run.output, "stage": {"steps": 1}}
     with pytest.raises(CheckpointError, match="has no 'momentum_buffer:"):

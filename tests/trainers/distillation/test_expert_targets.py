@@ -195,7 +195,7 @@ def test_shared_experts_are_taken_off_in_every_architecture(target: str, pico: P
 
 
 def test_the_scale_is_the_records(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not say what its experts were multiplied by"):
+    with pytest.raises(UsageError, match="does not record what its experts were multiplied by"):
         recorded_scale(tmp_path)
     (tmp_path / "conversion").mkdir()
     (tmp_path / "conversion" / "upcycle.json").write_text('{"scale": 8}')

@@ -91,9 +91,9 @@ def test_what_is_cut_off_only_lowers_the_divergence(student: Any, tmp_path: Path
 def test_a_stale_cache_is_refused(student: Any, tmp_path: Path) -> None:
     cache = str(tmp_path / "kept")
     run(distilled(student, tmp_path, "first", cache=cache))
-    with pytest.raises(UsageError, match=r"was made with another top_p: 0\.95, and now it is 0\.5") as error:
+    with pytest.raises(UsageError, match=r"was made with another top_p: 0\.95 instead of 0\.5") as error:
         run(distilled(student, tmp_path, "other", cache=cache, top_p=0.5))
-    assert "name another folder" in str(error.value.hint)
+    assert "choose another folder" in str(error.value.hint)
     changed = Path(shutil.copytree(student[0], tmp_path / "changed"))
     tensors = load_file(changed / "model.safetensors")
     tensors["model.norm.weight"][0] += 1  # as many bytes under the same names

@@ -72,7 +72,7 @@ def test_a_cache_is_used_at_temperature_one(pair: tuple[torch.Tensor, torch.Tens
     mask = torch.tensor([[True, True, False], [True, False, True]])
     expected = (cached.kl(student) * mask).sum() / 4
     torch.testing.assert_close(logits_kl(student, cached, mask), expected)
-    with pytest.raises(UsageError, match=r"temperature: 2\.0 with cached logits"):
+    with pytest.raises(UsageError, match=r"temperature: 2\.0, but cached logits"):
         logits_kl(student, cached, temperature=2.0)
 
 

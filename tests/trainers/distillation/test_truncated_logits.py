@@ -92,7 +92,7 @@ def test_files(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 def test_bad_numbers(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     student, parent = pair
-    with pytest.raises(UsageError, match="cached logits of 6 positions for 5"):
+    with pytest.raises(UsageError, match="cached logits of 6 positions, but the student has 5"):
         TopLogits.of(parent).kl(student[:5])
     for top_p, most in ((0.0, 5), (1.5, 5), (0.5, 0)):
         with pytest.raises(UsageError, match="top_p"):
