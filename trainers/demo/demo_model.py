@@ -46,12 +46,12 @@ class DemoRecipe(StrictSettings):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that see ``tokens`` tokens."""
+        """Number of optimizer steps to see ``tokens`` tokens."""
         return math.ceil(self.tokens / (self.batch_windows * self.context))
 
 
 def train_tokenizer(documents: list[Document], recipe: DemoRecipe) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the training documents."""
+    """Train a byte-level BPE tokenizer on the training documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -76,7 +76,10 @@ def train_tokenizer(documents: list[Document], recipe: DemoRecipe) -> PreTrained
 def training_windows(
     documents: list[Document], tokenizer: PreTrainedTokenizerFast, recipe: DemoRecipe, rng: torch.Generator
 ) -> torch.Tensor:
-    """Return int64 [windows, context + 1]: shuffled documents, each closed by end-of-text, one epoch after another."""
+    """The training text in windows, int64 ``[windows, context + 1]``.
+
+    Documents are shuffled anew in every epoch, and each is closed by end-of-text.
+    """
     encoded = [
         torch.tensor([*tokenizer(document.text, verbose=False).input_ids, tokenizer.eos_token_id])
         for document in documents
@@ -88,7 +91,7 @@ def training_windows(
         order = torch.randperm(len(encoded), generator=rng).tolist()
         epoch = torch.cat([encoded[i] for i in order])
         windows = epoch[: len(epoch) // (recipe.context + 1) * (recipe.context + 1)].view(-1, recipe.context + 1)
-        # Shuffle the windows too, or a batch would be eight neighbouring pieces of one file.
+        # Shuffle the windows, too, or a batch would be eight neighbouring pieces of one file.
         parts.append(windows[torch.randperm(len(windows), generator=rng)])
         have += parts[-1].numel()
         print(f"one epoch has {len(epoch):,} tokens", file=sys.stderr)
@@ -96,7 +99,7 @@ def training_windows(
 
 
 def learning_rate(step: int, recipe: DemoRecipe) -> float:
-    """Linear warm-up, then cosine down to a tenth of the peak."""
+    """The learning rate of a step: linear warm-up, then a cosine down to a tenth of the peak."""
     if step < recipe.warmup_steps:
         return recipe.peak_learning_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
@@ -104,22 +107,22 @@ def learning_rate(step: int, recipe: DemoRecipe) -> float:
 
 
 def train(model: LlamaForCausalLM, windows: torch.Tensor, recipe: DemoRecipe) -> None:
-    """Run AdamW over ``windows`` once, in fp32."""
+    """Train ``model`` on all ``windows`` once, with AdamW in fp32."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.95), eps=1e-8)
     model.train()
     started = time.monotonic()
     for step, batch in enumerate(windows.split(recipe.batch_windows)):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         logits = model(batch[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == recipe.steps - 1:
             seconds = time.monotonic() - started
             print(f"step {step}/{recipe.steps}  loss {loss.item():.3f}  {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The text every CPython carries, as documents in two domains with a fixed train/validation split.
+"""The text that comes with every CPython, as documents in two domains with a fixed train/validation split.
 
 Prose is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library; code is the
-library's source. A module's source and its docstrings always fall on the same side of the split, which depends on
+library's source. A module's source and its docstrings are always on the same side of the split, which depends on
 the document's name alone, so that it is the same on every machine.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Left out: tests (some distributions do not ship them), tables, generated files and what later versions removed.
+# Left out: tests, which some distributions do not ship, tables, generated files, and what later versions removed.
 _SKIPPED_FOLDERS = frozenset(
     ["site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"]
 )
@@ -25,7 +25,7 @@ _SHORTEST_SHARED_PARAGRAPH = 80
 
 
 class Document(NamedTuple):
-    """One text with the domain it belongs to and the side of the split it is on."""
+    """One text, with its domain and its side of the split."""
 
     domain: str
     name: str
@@ -34,10 +34,10 @@ class Document(NamedTuple):
 
 
 def split() -> tuple[list[Document], list[Document]]:
-    """Return the training and the validation documents of the running interpreter, in a fixed order.
+    """The training documents and the validation documents of the running interpreter, in a fixed order.
 
-    Topics of the language reference quote one another (``compound`` holds the text of ``for``), so a paragraph of a
-    validation document is taken out of every training document.
+    Topics of the language reference quote one another (``compound`` holds the text of ``for``). So every long paragraph of a
+    validation document is removed from all training documents.
     """
     found = list(documents())
     validation = [document for document in found if document.validation]
@@ -72,7 +72,7 @@ def documents() -> Iterator[Document]:
         except (SyntaxError, ValueError):
             continue
         name = relative.as_posix()
-        # One decision a module: its docstrings must not leak from one side to the other.
+        # One decision for the whole module, so that its docstrings are not on the other side than its source.
         validation = _in_validation("code", name)
         if source.strip():
             yield Document("code", name, source.strip(), validation)

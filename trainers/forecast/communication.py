@@ -1,7 +1,8 @@
-"""Estimates what ranks send each other in a step.
+"""Estimates how much ranks send each other in an optimizer step.
 
-N ranks, e of which share experts, b bytes per weight, A passes per step, P elements that a rank computes with and that train.
-Rings move ``(n - 1) / n`` of a tensor per rank to gather or to scatter it, and twice that to add it up.
+N ranks, e of which share experts, b bytes per weight, A passes per step, T tokens of a pass, D hidden, K top-k, P elements that a
+rank computes with and that train. In a ring of n ranks, each sends ``(n - 1) / n`` of a tensor to gather or to scatter it, and
+twice that to sum it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from upcycle.trainers.forecast.model_counts import Weight
 from upcycle.trainers.forecast.ranks_planned import World
 from upcycle.trainers.forecast.zero_division import Division
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective over a step: bytes that are handed to it on one rank, among how many ranks, so far apart."""
+    """All collectives of one kind in a step.
 
-    kind: Kind
+    ``payload`` is how many bytes each rank hands to them, ``ranks`` the size of the group that takes part, and ``stride`` the
+    distance between its members' numbers.
+    """
+
+    kind: CollectiveKind
     payload: float
     ranks: int
     stride: int = 1
@@ -32,10 +37,10 @@ class Traffic:
         return self.payload * (2 if self.kind == "all_reduce" else 1) * (self.ranks - 1) / self.ranks
 
     def seconds(self, world: World) -> float:
-        """At least so long: the larger of the time within machines and the time between them, as if both overlapped.
+        """A lower bound on the time: the longer of that within machines and that between them, as if both overlapped.
 
-        Sums and gatherings go through every machine once: of ``n`` members on ``m`` machines, ``n / m`` of a machine's
-        share the work of ``(m - 1) / m`` of the tensor on their own network adapters. In an exchange each rank sends
+        With n members on m machines, each machine has n / m of them. To gather, scatter or sum a tensor, they share the
+        ``(m - 1) / m`` of it that goes to other machines among their network adapters. In an all-to-all, each rank sends
         ``1 / n`` to every other.
         """
         machines, together = world.spread(self.ranks, self.stride)
@@ -51,41 +56,42 @@ class Traffic:
 
 @dataclass(frozen=True)
 class CommunicationForecast:
-    """Everything that is sent in one optimizer step."""
+    """All collectives of one optimizer step."""
 
     traffic: tuple[Traffic, ...]
 
-    def sent(self, kind: Kind) -> float:
-        """Bytes of one kind that leave one rank."""
+    def sent(self, kind: CollectiveKind) -> float:
+        """Bytes that leave one rank in collectives of one kind."""
         return sum(each.sent for each in self.traffic if each.kind == kind)
 
     @property
     def total(self) -> float:
-        """Bytes that leave one rank."""
+        """Bytes that leave one rank in all collectives."""
         return sum(each.sent for each in self.traffic)
 
     def seconds(self, world: World) -> float:
-        """At least so long, one after another."""
+        """A lower bound on the time of all collectives, one after another."""
         return sum(each.seconds(world) for each in self.traffic)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        kinds: tuple[Kind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        """Bytes that leave one rank, by kind of collective and in total."""
+        kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
         return {**{kind: self.sent(kind) for kind in kinds}, "total": self.total}
 
 
 def forecast_communication(division: Division) -> CommunicationForecast:
-    """What DeepSpeed sends: gradients, weights, and tokens to experts. Norms, counts and auxiliary losses are left out.
+    """What DeepSpeed sends: gradients, weights, and tokens to experts. Norms, counts and auxiliary losses are not counted.
 
-    - stage 0: gradients are added up once, ``b P``;
-    - stage 1: the same, and every rank's new weights are gathered, ``b P``;
-    - stage 2: gradients are added up in every pass, as nobody keeps what others own: ``A b P``, and ``b P`` gathered. DeepSpeed
-      adds up whole buckets where a reduction to their owners would do (``use_multi_rank_bucket_allreduce``);
-    - stage 3: weights are gathered for every pass, and once more for its backward part unless ``max_reuse_distance`` lets them
-      stay; small ones once a step; and three times where passes survey (``upcycle.trainers.losses.survey``), as DeepSpeed then
-      keeps none. Gradients are scattered in every pass, ``A b P``;
-    - divided experts: the same among the ``N / e`` ranks that hold the same ones, and four exchanges per layer and pass of
-      ``b K T D`` (to experts and back, forward and backward), two more where layers are computed again, and for a survey.
+    - Stage 0: gradients are summed once, ``b P``.
+    - Stage 1: the same, and every rank's new weights are gathered, ``b P``.
+    - Stage 2: gradients are summed in every pass, ``A b P``, because a rank keeps only those that it owns; new weights are
+      gathered, ``b P``. DeepSpeed sums whole buckets on all ranks, where a reduction to their owners would be enough
+      (``use_multi_rank_bucket_allreduce``).
+    - Stage 3: weights are gathered in every pass, once forward and once more backward, unless ``max_reuse_distance`` keeps them;
+      three times if passes survey (:mod:`upcycle.trainers.losses.survey`), as DeepSpeed then keeps none; small weights once a
+      step. Gradients are scattered in every pass, ``A b P``.
+    - Divided experts: the same among the ``N / e`` ranks that hold the same experts, and four all-to-alls of ``b K T D`` per layer
+      and pass (to experts and back, forward and backward), two more where layers are recomputed, and two more for a survey.
     """
     found: list[Traffic] = []
     for divided in (False, True):
@@ -115,15 +121,15 @@ def _states(division: Division, weights: list[Weight], ranks: int, stride: int) 
 
 
 def _gathered(division: Division, weights: list[Weight]) -> float:
-    """Elements that ZeRO-3 gathers for one pass: every weight before its layer, and again on the way back where more than
-    ``max_reuse_distance`` elements are used between both, which is twice those behind it.
+    """Elements that ZeRO-3 gathers in one pass: every weight before its layer, and again in the backward pass if more than
+    ``max_reuse_distance`` elements are used in between, which is twice those of the layers after it.
     """
     behind, total = 0.0, 0.0
     wanted = {weight.name for weight in weights}
     reach = division.setting("max_reuse_distance")
     survey = division.survey.student
     again = 2 + division.recipe.activation_checkpointing + survey
-    stays = not survey  # a forward pass alone makes DeepSpeed forget what is used next
+    stays = not survey  # after a forward pass without backward, DeepSpeed no longer knows what is used next
     for weight in reversed(division.counts.weights):
         elements = division.local([weight])
         if not division.persistent(weight) and weight.name in wanted:

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and what a device can do: what utilisation is told from."""
+"""Floating-point operations of training, and how many a device can do: utilisation is their ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upcycle.trainers.routing.stock_routers import moe_layers
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Operations per token: of the forward pass, of gradients of activations, and of gradients of what trains."""
+    """Operations per token: of the forward pass, of the gradients of activations, and of the gradients of trained weights."""
 
     forward: float
     activations: float
@@ -21,19 +21,19 @@ class TrainingFlops:
 
     @property
     def total(self) -> float:
-        """All of them. What activation checkpointing or a survey computes again is not counted: it is no progress."""
+        """Their sum. What activation checkpointing or a survey computes again is not counted, as it is not progress."""
         return self.forward + self.activations + self.weights
 
 
 def training_flops(model: Any, length: int) -> TrainingFlops:
-    """Two operations per weight that a token meets, for each of the three products (Kaplan et al., arXiv 2001.08361, section 2.1),
-    and causal attention over rows of ``length`` tokens: half of all pairs.
+    """The operations of training a model, per token (Kaplan et al., arXiv 2001.08361, section 2.1).
 
-    A token meets K of E routed experts. Embeddings are looked up; a tied head is a product. Gradients of activations stop at
-    the lowest thing that trains, which is not counted out here.
+    Each of the three products takes two operations per weight that a token uses: K of E routed experts, and no embedding, which
+    is only looked up; a tied head is a product. Causal attention over rows of ``length`` tokens takes half of all pairs. Gradients
+    of activations are counted down to the first layer, although they are not needed below the lowest weight that trains.
 
     Args:
-        model: a stock causal language model; its ``requires_grad`` say what trains.
+        model: a stock causal language model, with ``requires_grad`` set on what trains.
         length: tokens per row.
     """
     share: dict[int, float] = {}
@@ -60,9 +60,9 @@ def _attention(config: Any, length: int) -> float:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product here: the best of a few, over about a tenth of a second."""
+    """Operations per second of a large matrix product on ``device``: the best of a few within about a tenth of a second."""
     size = 8192 if device.type == "cuda" else 512
-    # Random, as GPUs compute products of constants faster; not from the generator that a run draws from.
+    # Random numbers, because GPUs multiply constants faster; from a generator of its own, to leave the run's as it is.
     left = torch.randn(size, size, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     best = 0.0
     begun = time.perf_counter()
@@ -76,7 +76,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_bandwidth() -> float:
-    """Bytes per second that copying moves on this machine, read and written: the best of a few, over a tenth of a second."""
+    """Bytes per second that a copy reads and writes on this machine: the best of a few within a tenth of a second."""
     left = torch.ones(1 << 24)
     right = torch.empty_like(left)
     best = 0.0

@@ -14,12 +14,12 @@ from upcycle.trainers.forecast.model_counts import LayerCounts, ModelCounts
 from upcycle.trainers.forecast.zero_division import Division
 
 _FULL = 4  # bytes of fp32
-_UNDIVIDED_BUCKET = 500_000_000  # elements that DeepSpeed adds up at once without ZeRO
+_UNDIVIDED_BUCKET = 500_000_000  # elements that DeepSpeed sums at once without ZeRO
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes on one rank's device; ``host`` is what offloading moves to the host. All are estimates.
+    """Estimated bytes on one rank's device, and in ``host`` those that offloading moves to the host's memory.
 
     ``buffers`` are DeepSpeed's: :func:`bucket_bytes` and :func:`gathered_bytes`.
     """
@@ -34,20 +34,20 @@ class MemoryForecast:
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """All bytes on the device."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.parent
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Every number in bytes, and the total on the device."""
         return {**vars(self), "total": self.total}
 
 
 def forecast_memory(division: Division, parent: ModelCounts | None, stage_recipe: Any) -> MemoryForecast:
-    """What a rank holds when the last gradients of a step are there, with all activations of a pass beside it.
+    """The memory of a rank at its peak: with all gradients of a step, and all activations of a pass.
 
     Args:
-        division: the run.
-        parent: the dense model that is distilled from, if any: whole on every rank.
+        division: how the run is divided.
+        parent: the dense model to distil from, if any, which every rank holds whole.
         stage_recipe: the stage of the recipe.
     """
     zero = division.recipe.zero
@@ -74,7 +74,7 @@ def forecast_memory(division: Division, parent: ModelCounts | None, stage_recipe
 
 
 def weight_bytes(division: Division) -> float:
-    """``b P`` below stage 3. There ``b Q``, and whole what is small (``param_persistence_threshold``) and on several ranks."""
+    """``b P`` below stage 3; there ``b Q``, plus the small weights that each rank keeps whole (``param_persistence_threshold``)."""
     everything = division.counts.weights
     if division.zero_stage < 3:
         return division.item * division.local(everything)
@@ -83,8 +83,9 @@ def weight_bytes(division: Division) -> float:
 
 
 def optimizer_bytes(division: Division) -> float:
-    """``4 s Q`` of what trains, for s states per weight, and ``4 Q`` for fp32 masters, which DeepSpeed keeps apart in fp32
-    training, too; at stage 0, where there are none, ``4 s P``.
+    """``4 s Q`` of what trains, for s states per weight, plus ``4 Q`` for fp32 master weights; at stage 0 only ``4 s P``.
+
+    DeepSpeed keeps separate master weights from stage 1 on, in fp32 training, too.
     """
     if not division.zero_stage:
         return _FULL * division.states * division.local(division.trained)
@@ -92,8 +93,8 @@ def optimizer_bytes(division: Division) -> float:
 
 
 def gradient_bytes(division: Division) -> float:
-    """Of what trains: ``4 P`` at stage 0; at stage 1 ``b P``, with bfloat16 also their sums over passes, ``4 P``; from
-    stage 2 on ``4 Q``, as each rank keeps the sums of its own part.
+    """Gradients of what trains: ``4 P`` at stage 0; ``b P`` at stage 1, with bfloat16 also ``4 P`` for their sums over passes;
+    ``4 Q`` from stage 2 on, where each rank keeps the sums of its own part.
     """
     if division.zero_stage > 1:
         return _FULL * division.partition(division.trained)
@@ -102,10 +103,10 @@ def gradient_bytes(division: Division) -> float:
 
 
 def bucket_bytes(division: Division) -> float:
-    """The bucket of ``reduce_bucket_size`` elements in which gradients travel, and the copy of its content that is sent.
+    """The bucket of ``reduce_bucket_size`` elements in which gradients are sent, and the copy of its content that is sent.
 
-    DeepSpeed takes it whatever the model's size is, in fp32 at stage 1, where gradients move into it as they are copied, and
-    in the weights' dtype from stage 2 on. Stage 0 only copies.
+    DeepSpeed allocates it in full, however small the model is: in fp32 at stage 1, where gradients are copied straight into it,
+    and in the weights' dtype from stage 2 on. Stage 0 has only the copy.
     """
     trained = division.local(division.trained)
     if not division.zero_stage:
@@ -117,7 +118,7 @@ def bucket_bytes(division: Division) -> float:
 
 
 def gathered_bytes(division: Division) -> float:
-    """Weights of others that ZeRO-3 has gathered at once: it lets go of none that is used again soon, up to
+    """Other ranks' weights that ZeRO-3 holds at the same time. It keeps those that are used again soon, up to
     ``max_live_parameters``, and fetches a MoE block as a whole.
     """
     if division.zero_stage < 3:
@@ -131,9 +132,11 @@ def gathered_bytes(division: Division) -> float:
 
 
 def activation_bytes(division: Division) -> float:
-    """All layers' (:func:`layer_bytes`), or with activation checkpointing every layer's input ``b T D`` and one layer's
-    beside it; and of the head: logits, their fp32 copy in bfloat16 training, the log-probabilities and the gradient of each,
-    ``(2 b + 8) T V``, or ``(b + 8) T V`` in fp32.
+    """Activations of all layers (:func:`layer_bytes`) and of the head.
+
+    With activation checkpointing, only every layer's input ``b T D`` and one layer's activations are counted. The head keeps
+    logits, their fp32 copy in bfloat16 training, log-probabilities, and the gradients of these: ``(2 b + 8) T V``, or
+    ``(b + 8) T V`` in fp32.
     """
     tokens, item = division.tokens, division.item
     each = [layer_bytes(division, layer) for layer in division.counts.layers]
@@ -144,14 +147,14 @@ def activation_bytes(division: Division) -> float:
 
 
 def layer_bytes(division: Division, layer: LayerCounts) -> float:
-    """What one decoder layer keeps for its backward pass.
+    """Activations that one decoder layer keeps for its backward pass.
 
-    - two norms: in fp32 the normalised input and the output ``2 b T D`` each, in bfloat16 the fp32 input besides;
-    - attention: its input is the norm's output; queries, keys and values as they are multiplied, the output, and one fp32
-      number per head and token that is left out here: ``2 b T (queries + keys)``;
-    - norms on queries and keys: input and normalised input, ``2 b T (queries + keys)``, the input of bfloat16 in fp32;
-    - a dense FFN or shared experts: gate, up, the activated gate and the product, ``4 b T F``;
-    - routed experts: :func:`expert_bytes`, and the router's logits, probabilities and weights in fp32, ``12 T E``.
+    - Two norms: the normalised input and the output, and with bfloat16 the input in fp32, too.
+    - Attention, whose input is a norm's output: queries, keys, values and the output, ``2 b T (queries + keys)``. One fp32 number
+      per head and token is left out.
+    - Norms on queries and keys: input and normalised input, ``2 b T (queries + keys)``, and with bfloat16 the input in fp32, too.
+    - A dense FFN or shared experts: gate, up, the activated gate and the product, ``4 b T F``.
+    - Routed experts: :func:`expert_bytes`, and the router's logits, probabilities and weights in fp32, ``12 T E``.
     """
     tokens, item, hidden = division.tokens, division.item, division.counts.hidden
     norm = 2 * item + (_FULL if item < _FULL else 0) + item
@@ -166,10 +169,13 @@ def layer_bytes(division: Division, layer: LayerCounts) -> float:
 
 
 def expert_bytes(division: Division, layer: LayerCounts) -> float:
-    """Routed experts, by their implementation: ``b (3 R D + 4 R I)`` for ``eager``, ``b (2 R D + 4 R I)`` for
-    ``grouped_mm`` and ``batched_mm``. Our kernels keep x, which is the norm's output and counted there, and z, ``2 b R I``
-    (``upcycle_lean``: nothing). AutoEP sends rows away and back: those that leave, those that arrive and are sorted, the
-    results and what comes back, ``b (4 R D + 4 R I)``.
+    """Activations of routed experts, by their implementation.
+
+    - ``eager``: ``b (3 R D + 4 R I)``; ``grouped_mm`` and ``batched_mm``: ``b (2 R D + 4 R I)``.
+    - upcycle's kernels keep their input, which is the norm's output and counted there, and the products of gate and up,
+      ``2 b R I``; ``upcycle_lean`` keeps nothing more.
+    - AutoEP, which sends rows to other ranks and back: rows that leave, rows that arrive and are sorted, the results, and what
+      comes back, ``b (4 R D + 4 R I)``.
     """
     rows = division.tokens * layer.top_k
     inside = rows * layer.width
@@ -182,5 +188,5 @@ def expert_bytes(division: Division, layer: LayerCounts) -> float:
 
 
 def _parent_logits(division: Division, size: int) -> float:
-    """The parent's logits, and both models' log-probabilities and what is made of them in fp32: ``(b + 16) T V``."""
+    """The parent's logits, and in fp32 both models' log-probabilities and what the KL makes of them: ``(b + 16) T V``."""
     return (size + 4 * _FULL) * division.tokens * division.counts.vocabulary

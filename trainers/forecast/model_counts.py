@@ -1,7 +1,4 @@
-"""How large the parts of a model are, from its configuration alone: what forecasts of training are made of.
-
-T tokens, D hidden, F intermediate, E experts, K top-k.
-"""
+"""Sizes of the parts of a model, from its configuration alone, for forecasts of training. F intermediate, E experts."""
 
 from __future__ import annotations
 
@@ -19,7 +16,10 @@ from upcycle.trainers.routing.stock_routers import moe_layers
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: its elements, what it is part of, whether it trains, and what ZeRO-3 fetches together with it."""
+    """One parameter: how many elements it has, its part of the model, whether it trains, and the module it is fetched with.
+
+    Parameters with the same ``fetched_with`` are gathered together by ZeRO-3.
+    """
 
     name: str
     elements: int
@@ -35,20 +35,20 @@ class Weight:
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """Widths of one decoder layer. ``shared`` is F of what is always on: a dense FFN, or shared experts."""
+    """Widths of one decoder layer. ``shared`` is F of what is always active: a dense FFN, or shared experts."""
 
     queries: int
-    keys: int  # keys and values have this width each
+    keys: int  # the width of keys, and of values
     shared: int
     experts: int = 0
     top_k: int = 0
     width: int = 0  # F of one expert
-    normed: bool = False  # norms on queries and keys
+    normed: bool = False  # whether queries and keys have norms
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """A model as forecasts see it."""
+    """The numbers of a model that forecasts need."""
 
     model_type: str
     hidden: int
@@ -60,22 +60,22 @@ class ModelCounts:
 
     @property
     def experts(self) -> int:
-        """E of the first MoE layer; 0 in a dense model."""
+        """Experts in the first MoE layer; 0 in a dense model."""
         return next((layer.experts for layer in self.layers if layer.experts), 0)
 
     @property
     def moe_layers(self) -> tuple[LayerCounts, ...]:
-        """Those with routed experts."""
+        """The layers with routed experts."""
         return tuple(layer for layer in self.layers if layer.experts)
 
     @property
     def elements(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return sum(weight.elements for weight in self.weights)
 
     @property
     def active(self) -> int:
-        """Parameters that one token meets."""
+        """Number of parameters that one token uses."""
         idle = sum(3 * (layer.experts - layer.top_k) * layer.width * self.hidden for layer in self.layers)
         return self.elements - idle
 
@@ -88,15 +88,15 @@ def count_model(
     experts: str = "auto",
     device: str = "cuda",
 ) -> ModelCounts:
-    """Count a model by building its stock class without memory for any weight.
+    """Count the parts of a model, by building its stock class without memory for its weights.
 
     Args:
-        raw: its ``config.json``.
-        where: what an error calls it.
-        length: tokens per row, for attention's operations.
-        trained: what trains, as a stage says.
-        experts: transformers' implementation of experts, or ``auto``: what training takes on the devices.
-        device: their type.
+        raw: the content of its ``config.json``.
+        where: what errors call it.
+        length: tokens per row, which attention's operations depend on.
+        trained: what trains, in the words of a stage's ``train``.
+        experts: transformers' implementation of experts, or ``auto``: the one that training takes on ``device``.
+        device: ``cuda`` or ``cpu``.
 
     Raises:
         CheckpointError: transformers does not know the model.

@@ -1,4 +1,4 @@
-"""What training will need: memory, traffic and speed under every way to divide it, from configurations and file headers alone."""
+"""Plans training: its memory, traffic and speed under every way to divide it, from configurations and file headers alone."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ from upcycle.trainers.recipe.training_recipe import (
     read_train_recipe,
 )
 
-USABLE = 0.9  # of a device's memory: the driver, collectives' own buffers and fragments take the rest
-_GROWN = 1.05  # a MoE with so many times its parent's weights is made of copies, of which the rules on upcycling speak
-_MISSING = {"output": "RUN", "data": "demo"}  # what a plan need not know
+USABLE = 0.9  # fraction of a device's memory: the driver, buffers of collectives and fragmentation take the rest
+_GROWN = (
+    1.05  # a MoE with more than so many times its parent's weights has copies, which the rules on upcycling are about
+)
+_MISSING = {"output": "RUN", "data": "demo"}  # keys that a recipe may leave out for planning
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to divide the run, with its estimates; memory and traffic are those of the stage of the recipe that needs most."""
+    """One way to divide the run, with its estimates: memory of the stage that needs most, traffic and speed of the slowest."""
 
     zero_stage: int
     expert_parallel: int
@@ -49,7 +51,7 @@ class Option:
     fits: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data for ``--json``."""
         return {
             "zero": self.zero_stage,
             "expert_parallel": self.expert_parallel,
@@ -62,16 +64,16 @@ class Option:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Estimates for every division that the trainer takes, and which to choose. ``as_dict`` has the documented JSON keys."""
+    """Estimates for every division that the trainer accepts, and which of them to choose."""
 
     world: World
     counts: ModelCounts
     steps: int
     tokens: int
     options: tuple[Option, ...]
-    own: Option | None  # what the recipe itself asks for
+    own: Option | None  # the division that the recipe itself has
     recommended: Option | None
-    refused: str  # why experts are not divided
+    refused: str  # why experts cannot be divided; empty if they can
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,12 +108,12 @@ def plan_training(
 
     Args:
         recipe: a recipe, its keys, or its file.
-        world: such as ``2x8xH100``, or ``None``: this machine.
-        dense_tokens: tokens the dense model was trained on, for the rules on training from scratch.
-        dense: the dense model, where the model does not say what it was converted from.
+        world: the ranks, such as ``2x8xH100``; ``None``: this machine.
+        dense_tokens: how many tokens the dense model was trained on, for the rules on training from scratch.
+        dense: the dense model, if the model's record does not name what it was converted from.
 
     Raises:
-        UpcycleError: whatever :func:`upcycle.train` would refuse of the recipe's own division.
+        UpcycleError: :func:`upcycle.train` would refuse the recipe's own division for the same reason.
     """
     if isinstance(recipe, (str, Path)):
         recipe = read_planned(Path(recipe))
@@ -124,8 +126,8 @@ def plan_training(
     accumulation(recipe, ranks.size)
     _check_own(recipe, counts, ranks.size)
     options = [_option(recipe, stages, ranks, *pair) for pair in _pairs(recipe, counts, ranks.size)]
-    asked = (recipe.zero_stage(ranks.size), recipe.expert_parallel)
-    own = next((option for option in options if (option.zero_stage, option.expert_parallel) == asked), None)
+    wanted = (recipe.zero_stage(ranks.size), recipe.expert_parallel)
+    own = next((option for option in options if (option.zero_stage, option.expert_parallel) == wanted), None)
     tokens = sum(recipe.steps_of(stage) for stage in recipe.stages) * recipe.tokens_per_step
     return TrainingPlan(
         world=ranks,
@@ -141,10 +143,14 @@ def plan_training(
 
 
 def read_planned(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:
-    """A recipe for planning, which may leave out its output and its data.
+    """Read a recipe for planning, which may leave out its output and its data.
+
+    Args:
+        path: its file, or the name of a recipe that comes with upcycle.
+        overlaid: values by dotted path, laid over its keys.
 
     Raises:
-        UsageError: the file is missing or no recipe.
+        UsageError: the file is missing, or not such a recipe.
     """
     given, path = overlaid or {}, needed_recipe_file(str(path), "train")
     known = {key.partition(".")[0] for key in (*read_recipe(path), *given)}
@@ -188,17 +194,17 @@ def _check_own(recipe: TrainRecipe, counts: ModelCounts, world: int) -> None:
 
 
 def _undividable(recipe: TrainRecipe) -> str:
-    """Why the stages of a recipe keep experts from being divided."""
+    """Why the stages of a recipe do not allow experts to be divided; empty if they do."""
     for stage in recipe.stages:
         if stage.control != ControlParameters():
             return f"stage '{stage.name}' has control, which needs stock routers"
         if _needs_every_expert(stage):
-            return f"stage '{stage.name}' has losses on what every expert would do, which run all of them on every rank"
+            return f"stage '{stage.name}' has losses that run every expert on every rank"
     return ""
 
 
 def _trains_experts(stage: StageRecipe) -> bool:
-    """Whether a stage may train experts: patterns are not compared with the names of a model here."""
+    """Whether a stage may train experts; a pattern may, as it is not compared with the model's names here."""
     return any(word in ("all", "experts") or "*" in word for word in stage.train)
 
 
@@ -218,7 +224,7 @@ def _refusal(recipe: TrainRecipe, counts: ModelCounts, world: int) -> str:
 
 
 def _pairs(recipe: TrainRecipe, counts: ModelCounts, world: int) -> Iterator[tuple[int, int]]:
-    """Every stage with every number of ranks that may share experts, as the trainer takes them."""
+    """Every pair of a ZeRO stage and a number of ranks that share experts, that the trainer accepts."""
     for stage in range(4):
         if stage == 0 and (recipe.dtype == "bfloat16" or recipe.zero.offload_optimizer):
             continue
@@ -252,8 +258,9 @@ def _option(
 
 
 def _recommended(options: list[Option]) -> Option | None:
-    """Of what fits the fastest if sending does not overlap with computing; of those within a hundredth of it the simplest: experts
-    in fewer parts, then a lower stage.
+    """The fastest option that fits, if sending does not overlap with computing; of those within 1% of it the simplest.
+
+    Simpler is to divide experts among fewer ranks, and then a lower stage.
     """
     fitting = [option for option in options if option.fits]
     if not fitting:
@@ -264,7 +271,7 @@ def _recommended(options: list[Option]) -> Option | None:
 
 
 def _file_warnings(folder: Path, counts: ModelCounts) -> list[str]:
-    """Whether the headers of the weight files, where there are any, hold as much as the configuration describes."""
+    """A warning if the headers of the weight files, where there are any, do not hold what the configuration describes."""
     if not any(folder.glob("*.safetensors")):
         return []
     stored = {name: spec.elements for name, spec in SafetensorsFolder(folder).specs.items()}
@@ -285,7 +292,7 @@ def _advice(
         parent = parent_folder(dense or "auto", folder)
     except UsageError as error:
         raise UsageError(
-            f"--dense-tokens: {error.message.partition(': ')[2] or error.message}", hint="name it: --dense FOLDER"
+            f"--dense-tokens: {error.message.partition(': ')[2] or error.message}", hint="give --dense FOLDER"
         ) from None
     size = count_model(read_json(parent / "config.json"), str(parent), recipe.length).elements
     if counts.elements < _GROWN * size:

@@ -1,4 +1,4 @@
-"""Bounds on the tokens per second of a run: no run is faster than its device computes, its memory moves and its network sends.
+"""Upper bounds on the tokens per second of a run, from what its devices compute, its memory moves and its network sends.
 
 T tokens of a pass, D hidden, I width of an expert, E experts, K top-k, R = T K rows, b bytes per element, N ranks, A passes.
 """
@@ -14,7 +14,7 @@ from upcycle.trainers.forecast.model_counts import LayerCounts, ModelCounts
 from upcycle.trainers.forecast.ranks_planned import World
 from upcycle.trainers.forecast.zero_division import Division
 
-# Elements that a layer of experts moves, of rows and tokens of D and rows of I: (R D, T D, R I), forward and backward.
+# How often a layer of experts reads or writes R D, T D and R I elements: ((forward), (backward)), by implementation.
 _MOVED = {
     "eager": ((9, 0, 8), (12, 0, 15)),
     "grouped_mm": ((13, 0, 8), (13, 0, 15)),
@@ -24,7 +24,10 @@ _MOVED = {
 
 @dataclass(frozen=True)
 class SpeedForecast:
-    """Upper bounds in tokens per second of all ranks together, each as if the others took no time."""
+    """Upper bounds in tokens per second of all ranks together, each as if the others took no time.
+
+    ``network`` is ``None`` where nothing is sent.
+    """
 
     compute: float
     memory: float
@@ -32,7 +35,7 @@ class SpeedForecast:
 
     @property
     def bound(self) -> float:
-        """The lowest: what cannot be beaten even if everything overlaps."""
+        """The lowest bound: it holds even if computing, moving and sending overlap perfectly."""
         return min(self.compute, self.memory, *([self.network] if self.network else []))
 
     @property
@@ -43,24 +46,24 @@ class SpeedForecast:
 
     @property
     def limit(self) -> str:
-        """Which one it is."""
+        """The name of the lowest bound."""
         return next(name for name in ("compute", "memory", "network") if getattr(self, name) == self.bound)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """All bounds as plain data."""
         return {**vars(self), "bound": self.bound, "unoverlapped": self.unoverlapped, "limit": self.limit}
 
 
 def forecast_speed(
     division: Division, world: World, communication: CommunicationForecast, parent: ModelCounts | None
 ) -> SpeedForecast:
-    """The three bounds.
+    """The bounds on a run's speed.
 
     Args:
-        division: the run.
-        world: its devices.
-        communication: what it sends in a step.
-        parent: the dense model that runs forward beside it.
+        division: how the run is divided.
+        world: its ranks and devices.
+        communication: what they send in a step.
+        parent: the dense model to distil from, if any, which runs forward, too.
     """
     step = division.recipe.tokens_per_step
     network = communication.seconds(world)
@@ -72,9 +75,10 @@ def forecast_speed(
 
 
 def flops_per_token(division: Division, parent: ModelCounts | None) -> float:
-    """Forward, gradients of activations and of what trains (``upcycle.trainers.forecast.flops``), forward again where
-    layers are computed again, the parent's forward pass, and either forward pass once more where losses need
-    it (``upcycle.trainers.losses.survey``).
+    """Operations per token that are really computed.
+
+    To those of :mod:`upcycle.trainers.forecast.flops` come another forward pass where layers are recomputed, the parent's forward
+    pass, and both models' once more where losses need a survey (:mod:`upcycle.trainers.losses.survey`).
     """
     own, survey = division.counts.flops, division.survey
     again = own.forward * (division.recipe.activation_checkpointing + survey.student)
@@ -84,10 +88,10 @@ def flops_per_token(division: Division, parent: ModelCounts | None) -> float:
 def moved_bytes(division: Division) -> float:
     """Bytes that a rank's memory moves in a step, at least.
 
-    Every weight of the rank is read forward and backward and its gradient written in every pass (all experts are met where
-    R is well above E). Layers of experts move what their implementation does (:data:`_MOVED`). Everything else that is kept
-    for the backward pass is written once and read once. A pass that only surveys reads the weights once. The optimizer reads
-    gradients and reads and writes its states and masters, and writes weights.
+    In every pass, each weight of the rank is read forward and backward, and its gradient is written (all experts are used if R is
+    well above E). Layers of experts move what their implementation does (:data:`_MOVED`). All else that is kept for the backward
+    pass is written once and read once. A survey reads the weights once more. The optimizer reads gradients, reads and writes its
+    states and master weights, and writes weights.
     """
     item, counts = division.item, division.counts
     local = division.local(counts.weights)
@@ -104,7 +108,7 @@ def moved_bytes(division: Division) -> float:
 
 
 def experts_moved(division: Division, layer: LayerCounts) -> float:
-    """Activations that one layer of routed experts reads and writes in a pass, forward and backward, in bytes."""
+    """Bytes of activations that one layer of routed experts reads and writes in a pass, forward and backward."""
     rows = division.tokens * layer.top_k
     sizes = (rows * division.counts.hidden, division.tokens * division.counts.hidden, rows * layer.width)
     ways = _MOVED.get(division.counts.implementation, _MOVED["grouped_mm"])

@@ -1,6 +1,6 @@
-"""How DeepSpeed divides a model: what every forecast is asked for.
+"""How DeepSpeed divides a model among ranks, on which every forecast depends.
 
-N ranks, e of which share the experts of a layer (expert parallelism), so that N / e hold the same ones.
+N ranks, e of which share the experts of a layer (expert parallelism), so that N / e hold the same experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from upcycle.trainers.forecast.model_counts import ModelCounts, Weight
 from upcycle.trainers.losses.survey import Survey, needed
 from upcycle.trainers.recipe.training_recipe import StageRecipe, TrainRecipe
 
-# DeepSpeed's own values of what recipes leave out (deepspeed/runtime/zero/config.py), in elements.
+# DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py).
 _DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
     "prefetch_bucket_size": 50_000_000,
@@ -20,14 +20,14 @@ _DEFAULTS = {
     "max_live_parameters": 1_000_000_000,
     "max_reuse_distance": 1_000_000_000,
 }
-ELEMENTS = {"float32": 4, "bfloat16": 2}
+ELEMENTS = {"float32": 4, "bfloat16": 2}  # bytes per element
 
 
 @dataclass(frozen=True)
 class Division:
-    """One way to divide a run: ZeRO's stage and the ranks that share experts, of so many ranks.
+    """One way to divide a run among ``world_size`` ranks: ZeRO's stage, and how many ranks share the experts of a layer.
 
-    ``stage`` is the stage of the recipe that is asked about; ``None``: its first.
+    ``stage`` is the stage of the recipe that a forecast is for; ``None``: the first.
     """
 
     recipe: TrainRecipe
@@ -49,44 +49,44 @@ class Division:
 
     @property
     def survey(self) -> Survey:
-        """Which models run forward once more in every pass, for losses of the whole batch."""
+        """Which models run forward once more in every pass, for losses over the whole batch."""
         stage = self.stage or self.recipe.stages[0]
         return needed(stage.losses, stage.distillation, self.passes, stage.losses_over)
 
     @property
     def tokens(self) -> int:
-        """T: positions of one pass of one rank."""
+        """T: tokens of one pass of one rank, padding included."""
         return self.recipe.micro_batch * self.recipe.length
 
     @property
     def states(self) -> int:
-        """Tensors the optimizer keeps of every weight."""
+        """How many states the optimizer keeps of every weight."""
         optimizer = self.recipe.optimizer
         return (1 if optimizer.momentum else 0) if optimizer.name == "sgd" else 2
 
     def setting(self, key: str) -> int:
-        """One of DeepSpeed's sizes, as the recipe or DeepSpeed has it."""
-        own = self.recipe.zero.settings
-        return int(own.get(key, own.get(f"stage3_{key}", _DEFAULTS[key])))
+        """One of DeepSpeed's sizes in elements, from the recipe or else DeepSpeed's default."""
+        settings = self.recipe.zero.settings
+        return int(settings.get(key, settings.get(f"stage3_{key}", _DEFAULTS[key])))
 
     def holders(self, weight: Weight) -> int:
-        """Ranks that would hold the same part of a weight, if ZeRO divided nothing: among these ZeRO divides it."""
+        """How many ranks need the same part of a weight: it is among these that ZeRO divides it."""
         return self.world_size // self.expert_parallel if weight.divided else self.world_size
 
     def local(self, weights: Iterable[Weight]) -> float:
-        """Elements of some weights that one rank computes with."""
+        """How many elements of ``weights`` one rank computes with."""
         return sum(weight.elements / (self.expert_parallel if weight.divided else 1) for weight in weights)
 
     def partition(self, weights: Iterable[Weight]) -> float:
-        """Elements of some weights that are one rank's own once ZeRO has divided them: each is on one rank of all."""
+        """How many elements of ``weights`` each rank owns once ZeRO has divided them among all."""
         return sum(weight.elements for weight in weights) / self.world_size
 
     @property
     def trained(self) -> list[Weight]:
-        """What the optimizer steps on."""
+        """The weights that train."""
         return [weight for weight in self.counts.weights if weight.trained]
 
     def persistent(self, weight: Weight) -> bool:
-        """Whether ZeRO-3 keeps a weight whole on every rank, as it is small."""
+        """Whether ZeRO-3 keeps a weight whole on every rank because it is small."""
         elements = weight.elements / (self.expert_parallel if weight.divided else 1)
         return self.zero_stage == 3 and elements <= self.setting("param_persistence_threshold")

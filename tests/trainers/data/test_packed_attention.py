@@ -68,7 +68,7 @@ def test_what_would_break_it(target: str, stock: Callable[..., Any]) -> None:
 def test_flash_attention_is_for_one_row() -> None:
     config = SimpleNamespace(_attn_implementation="flash_attention_2", layer_types=None, model_type="mixtral")
     assert packing_leak(config, 1) is None
-    assert "batch of one row, not of 4" in str(packing_leak(config, 4))
+    assert "batch of one row, and micro_batch is 4" in str(packing_leak(config, 4))
 
 
 def test_what_does_not_fit() -> None:

@@ -131,7 +131,7 @@ def test_warnings_that_from_scratch_is_better(converted: Callable[..., Path], pi
     split = keys(pico_moe("mixtral"))
     with pytest.raises(UsageError, match="does not say what it was converted from") as error:
         plan_training(split, EIGHT, dense_tokens=1e6)
-    assert error.value.hint == "name it: --dense FOLDER"
+    assert error.value.hint == "give --dense FOLDER"
     assert plan_training(split, EIGHT, dense_tokens=1e3, dense=str(pico("llama"))) is not None
 
 

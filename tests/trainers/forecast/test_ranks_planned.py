@@ -36,7 +36,7 @@ def test_ranks_on_this_machines_cpus_share_it(text: str) -> None:
         ("8xH900", "unknown device 'H900'"),
         ("0xH100", "no ranks"),
         ("0x8xH100", "no ranks"),
-        ("12xH100", "12 are not full machines of 8"),
+        ("12xH100", "12 devices do not fill machines of 8"),
         ("2x2xcpu", "for this machine alone"),
     ],
 )
@@ -54,7 +54,7 @@ def test_without_one_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert str(parse_world(None)) == "4xH200"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
-    with pytest.raises(UsageError, match="nothing is known of this machine's NVIDIA T4"):
+    with pytest.raises(UsageError, match="the speed and memory of this machine's NVIDIA T4 are not known"):
         parse_world(None)
 
 
