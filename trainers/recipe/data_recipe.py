@@ -1,4 +1,4 @@
-"""What a stage of training reads: named domains, how they are mixed, packed and held out."""
+"""The ``data`` key of a training recipe: domains of text, how they are mixed and packed, and what is held out."""
 
 from __future__ import annotations
 
@@ -19,30 +19,35 @@ def _list(value: Any) -> Any:
 
 
 class DomainRecipe(StrictSettings):
-    """One kind of text."""
+    """One kind of text, such as prose or code."""
 
-    name: str = Field(min_length=1, description="what reports and weights call it")
+    name: str = Field(min_length=1, description="its name in reports and weights")
     text: list[str] = Field(
         min_length=1,
         description="files or globs (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, else UTF-8 text), demo, or one hub dataset "
         "org/name[:config[:split]]",
     )
     weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="its share of the rows; all sum to 1 (left out everywhere: equal)"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="its share of the rows; weights sum to 1 (left out everywhere: equal shares)",
     )
     column: str | None = Field(
         None,
-        description="column that holds the text in every file (left out: text, content, or the only one of strings)",
+        description="the column that holds the text, in every file (left out: text, content, or the only column of strings)",
     )
     format: Format | None = Field(
-        None, description="read all its files as text, jsonl, json, csv, tsv or parquet (left out: by their endings)"
+        None, description="format of all its files: text, jsonl, json, csv, tsv or parquet (left out: by their endings)"
     )
     separator: str | None = Field(
-        None, min_length=1, description="what divides a text file into documents (left out: a file is one document)"
+        None,
+        min_length=1,
+        description="the string that divides a text file into documents (left out: a file is one document)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     validation: list[str] | None = Field(
-        None, min_length=1, description="files to validate on, instead of a fraction of the documents"
+        None, min_length=1, description="files to validate on, instead of holding out a fraction of the documents"
     )
 
     @field_validator("text", "validation", mode="before")
@@ -57,7 +62,7 @@ class ValidationSplit(StrictSettings):
     fraction: float = Field(
         0.02, ge=0, lt=1, description="share of each domain's documents that is held out, chosen by their content"
     )
-    tokens: int = Field(65536, ge=16, description="tokens per domain that are validated on, at most")
+    tokens: int = Field(65536, ge=16, description="tokens to validate on, per domain and at most")
     batch: int = Field(8, ge=1, description="rows per validation batch")
 
 
@@ -65,21 +70,23 @@ class DynamicWeights(StrictSettings):
     """Weights that follow the excess of the domains' validation losses over reference losses (Sheared-LLaMA)."""
 
     form: Literal["paper", "code"] = Field(
-        "paper", description="paper: excess clipped at 0; code: not clipped, and mixed with a uniform floor"
+        "paper",
+        description="paper: the excess is clipped at 0; code: it is not, and the weights are mixed with uniform ones",
     )
-    rate: float = Field(1.0, gt=0, allow_inf_nan=False, description="what the excess is multiplied by in the exponent")
-    floor: float = Field(1e-4, ge=0, lt=1, description="code: the share of the uniform distribution")
+    rate: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on the excess in the exponent")
+    floor: float = Field(1e-4, ge=0, lt=1, description="code: the share of uniform weights in the mix")
     reference: dict[str, float] | None = Field(
         None,
-        description="reference loss in nats per token by domain (left out: the dense parent's, measured on the held-out text)",
+        description="reference loss of each domain, in nats per token (left out: the dense parent's, measured on the held-out text)",
     )
     parent: str = Field(
-        "auto", description="the dense model whose losses are measured, or auto: what the model was converted from"
+        "auto",
+        description="the dense model whose losses are measured, or auto: the one that the model was converted from",
     )
 
 
 class DataRecipe(StrictSettings):
-    """Everything that decides which tokens are seen in which order, but for the seed and the row length."""
+    """Everything that decides which tokens are read in which order, except the seed and the row length."""
 
     domains: list[DomainRecipe] = Field(
         min_length=1, description="kinds of text: a list, or a mapping of names to texts"
@@ -89,22 +96,23 @@ class DataRecipe(StrictSettings):
     )
     packing: Packing = Field(
         "best_fit",
-        description="best_fit cuts only documents longer than a row; concatenate cuts at every row's end; alone: one document a row",
+        description="best_fit cuts only documents longer than a row; concatenate cuts at every row's end; alone: one document per row",
     )
-    shuffle: str = Field("32MB", description="how much text is shuffled as a whole; read and tokenised ahead, on disk")
+    shuffle: str = Field("32MB", description="how much text is shuffled at a time; it is tokenised ahead, on disk")
     validation: ValidationSplit = Field(default=ValidationSplit(), description="which documents are held out")
     end_of_text: bool = Field(True, description="close every document with the tokenizer's end-of-text token")
     broken_lines: Literal["stop", "skip"] = Field(
-        "stop", description="rows that cannot be read: stop before the first step, or leave them out and say how many"
+        "stop",
+        description="what to do about rows that cannot be read: stop before the first step, or skip them and report how many",
     )
     cache: str | None = Field(
-        None, description="folder of tokenised text (left out: upcycle/tokens in XDG_CACHE_HOME or ~/.cache)"
+        None, description="folder for tokenised text (left out: upcycle/tokens in XDG_CACHE_HOME or ~/.cache)"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _one_domain(cls, content: Any) -> Any:
-        """``data: demo`` or a list of files is one domain."""
+        """Let ``data: demo``, or a list of files, stand for one domain."""
         return written_out(content)
 
     @field_validator("domains", mode="before")
@@ -128,35 +136,37 @@ class DataRecipe(StrictSettings):
         names = [domain.name for domain in self.domains]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"domains: '{twice[0]}' is there twice")
+            raise ValueError(f"domains: two are called '{twice[0]}'; give each its own name")
         given = [domain.weight for domain in self.domains if domain.weight is not None]
         if given and len(given) < len(names):
             missing = next(domain.name for domain in self.domains if domain.weight is None)
-            raise ValueError(f"domains: '{missing}' has no weight, and others have; give all or none")
+            raise ValueError(f"domains: '{missing}' has no weight, but others have; give all a weight, or none")
         if given and not math.isclose(sum(given), 1, abs_tol=1e-6):
             shares = ", ".join(f"{name} {weight / sum(given):.6g}" for name, weight in zip(names, given, strict=True))
-            raise ValueError(f"domains: the weights sum to {sum(given):.6g}, not 1; in these ratios: {shares}")
+            raise ValueError(
+                f"domains: the weights sum to {sum(given):.6g}, not to 1; the same ratios would be {shares}"
+            )
         if self.dynamic and len(names) < 2:
             raise ValueError("dynamic weights need at least two domains")
         unseen = [domain.name for domain in self.domains if domain.validation is None and not self.validation.fraction]
         if self.dynamic and unseen:
             raise ValueError(
-                f"dynamic weights follow validation losses, and '{unseen[0]}' has none: validation.fraction is 0"
+                f"dynamic weights follow validation losses, and '{unseen[0]}' has none, because validation.fraction is 0"
             )
         if self.dynamic and self.dynamic.reference is not None and set(self.dynamic.reference) != set(names):
             different = sorted(set(self.dynamic.reference) ^ set(names))
-            raise ValueError(f"dynamic.reference must name each domain once; differs in {', '.join(different)}")
+            raise ValueError(f"dynamic.reference must name exactly the domains; it differs in {', '.join(different)}")
         return self
 
     @property
     def weights(self) -> dict[str, float]:
-        """Initial share of each domain, summing to 1."""
+        """The initial share of each domain; all sum to 1."""
         total = sum(domain.weight or 1.0 for domain in self.domains)
         return {domain.name: (domain.weight or 1.0) / total for domain in self.domains}
 
 
 def written_out(content: Any) -> Any:
-    """The ``data`` key in its long form: what names files alone is one domain, and every domain by name a mapping."""
+    """The ``data`` key in its long form: texts alone become one domain, and each domain a mapping by its name."""
     if isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, str) for part in content)):
         return {"domains": {"text": {"text": content}}}
     domains = content.get("domains") if isinstance(content, dict) else None

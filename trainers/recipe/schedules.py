@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from a step to a factor on the peak learning rate."""
+"""Learning-rate schedules: pure functions of the step, which give a factor on the peak learning rate."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
 
-Kind = Literal["constant", "cosine", "wsd", "inverse_sqrt"]
+ScheduleKind = Literal["constant", "cosine", "wsd", "inverse_sqrt"]
 
 
 class Schedule(StrictSettings):
-    """A schedule and its numbers; called with a step, counted from 0, it gives the factor of that step.
+    """A schedule with its numbers. Called with a step, counted from 0, it returns the factor of that step.
 
     - ``constant``: 1.
     - ``cosine``: half a cosine from 1 at the end of the warm-up to ``floor`` at the last step (arXiv 1608.03983).
     - ``wsd``: 1, then over the last ``decay`` of the steps down to ``floor`` (MiniCPM, arXiv 2404.06395), linearly or as
       ``1 - sqrt``.
-    - ``inverse_sqrt``: ``sqrt(timescale / (position + step))`` as T5 has it (arXiv 1910.10683). Sparse Upcycling
-      (arXiv 2212.05055) goes on at the dense run's step count: ``position``. 1 until ``timescale``.
+    - ``inverse_sqrt``: 1 until ``timescale``, then ``sqrt(timescale / (position + step))`` (T5, arXiv 1910.10683). Sparse Upcycling
+      (arXiv 2212.05055) continues at the dense run's step count, which is ``position``.
 
-    A warm-up multiplies all that by ``(step + 1) / warmup`` until that is 1: the first step is not lost. Steps past the last
-    one keep its factor.
+    A warm-up multiplies this by ``(step + 1) / warmup`` until that is 1, so that the first step is not 0. Steps after the last one
+    keep its factor.
     """
 
-    kind: Kind = Field("cosine", description="constant, cosine, wsd or inverse_sqrt")
+    kind: ScheduleKind = Field("cosine", description="constant, cosine, wsd or inverse_sqrt")
     steps: int = Field(ge=1, description="optimizer steps of the stage")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     floor: float = Field(0.1, ge=0, le=1, description="the last factor of cosine and wsd")
     decay: float = Field(0.2, gt=0, le=1, description="wsd: the fraction of all steps that decays")
     shape: Literal["linear", "sqrt"] = Field("linear", description="wsd: how it decays")
-    position: int = Field(0, ge=0, description="inverse_sqrt: optimizer steps the dense run has behind it")
-    timescale: int = Field(10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step of the whole run")
+    position: int = Field(0, ge=0, description="inverse_sqrt: optimizer steps that the dense run has done")
+    timescale: int = Field(
+        10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step, counted with position"
+    )
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Schedule:
@@ -46,7 +48,7 @@ class Schedule(StrictSettings):
         return self
 
     def __call__(self, step: int) -> float:
-        """The factor of optimizer step ``step``, from 0."""
+        """The factor of optimizer step ``step``, counted from 0."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return warm * self._body(min(step, self.steps - 1))
 
@@ -63,14 +65,14 @@ class Schedule(StrictSettings):
         return 1 - (1 - self.floor) * (math.sqrt(done) if self.shape == "sqrt" else done)
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """For torch and DeepSpeed; every group keeps its own peak learning rate."""
+        """A scheduler for torch and DeepSpeed; every parameter group keeps its own peak learning rate."""
         from torch.optim.lr_scheduler import LambdaLR
 
         return LambdaLR(optimizer, self.__call__)
 
 
 def _fraction(step: int, first: int, last: int) -> float:
-    """How far ``step`` is on the way from ``first`` (0) to ``last`` (1), never outside."""
+    """How far ``step`` is on the way from ``first`` (0) to ``last`` (1); clamped to this range."""
     return min(1.0, max(0.0, (step - first) / max(1, last - first)))
 
 
@@ -82,16 +84,16 @@ class Preset(BaseModel):
     what: str
     paper: str
     peak_of_dense_peak: float  # factor on the dense run's peak learning rate
-    kind: Kind
+    kind: ScheduleKind
     floor: float
 
 
-# NVIDIA's 2B model was pre-trained from 2e-4 down to 2e-5, hence the floors; the end they print for their 15B run contradicts its
-# start. Skywork's study (300M parameters, dense 3e-3 -> 3e-4) found 1.8e-3 good from a checkpoint of 100B tokens and 1.2e-3
-# from one of 300B, the dense run's last 3e-4 worst; it does not say how far down to go: as far as its dense run went.
+# NVIDIA's 2B model was pre-trained from 2e-4 down to 2e-5, hence the floors; the end that the paper prints for its 15B run does not
+# agree with its start. Skywork's study (300M parameters, dense 3e-3 -> 3e-4) found 1.8e-3 good from a checkpoint of 100B tokens and
+# 1.2e-3 from one of 300B, and the dense run's last 3e-4 worst. It does not give a floor, so that of its dense run is taken.
 PRESETS = {
     "nvidia": Preset(
-        what="back to the pre-training peak, then cosine to where the dense run ended (a tenth of it)",
+        what="back to the pre-training peak, then a cosine down to where the dense run ended (a tenth of it)",
         paper="https://arxiv.org/abs/2410.07524",
         peak_of_dense_peak=1.0,
         kind="cosine",
@@ -119,7 +121,7 @@ PRESETS = {
         floor=1 / 4,
     ),
     "sparse_upcycling": Preset(
-        what="no reset: the dense run's inverse square root goes on at its step count (set position)",
+        what="no reset: the dense run's inverse square root continues at its step count (set position)",
         paper="https://arxiv.org/abs/2212.05055",
         peak_of_dense_peak=1.0,
         kind="inverse_sqrt",

@@ -1,4 +1,4 @@
-"""The recipe of a training run: model, data, stages and how they are run, validated before anything is read."""
+"""The recipe of a training run: model, data, stages, and how to run them; validated before anything is read."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from upcycle.trainers.recipe.part_recipes import (
 from upcycle.trainers.recipe.schedules import PRESETS, Schedule, preset
 
 STAGE_DEFAULT = ("all",)
-STAGE_NAME = "train"  # of a stage without one
+STAGE_NAME = "train"  # of a stage that is given none
 
 
 class OptimizerRecipe(StrictSettings):
-    """Which optimizer, with its numbers. Learning rates and weight decay are a stage's."""
+    """The optimizer and its numbers. Learning rates and weight decay belong to a stage."""
 
     name: Literal["adamw", "cpu_adamw", "sgd"] = Field(
         "adamw",
-        description="adamw (torch), cpu_adamw (DeepSpeed's, for offloaded states; built when first used), or sgd",
+        description="adamw (torch), cpu_adamw (DeepSpeed's, for offloaded states; compiled when first used), or sgd",
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay of both moments")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay rates of both moments")
     epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
 
@@ -46,7 +46,7 @@ class ZeroRecipe(StrictSettings):
 
     stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
-        description="0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too (auto: 0 for one rank in float32, else 1)",
+        description="0 divides nothing, 1 optimizer states, 2 also gradients, 3 also weights (auto: 0 for one float32 rank, else 1)",
     )
     offload_optimizer: bool = Field(False, description="keep optimizer states in the host's memory")
     offload_weights: bool = Field(False, description="stage 3: keep weights in the host's memory")
@@ -56,40 +56,45 @@ class ZeroRecipe(StrictSettings):
 
 
 class SavingRecipe(StrictSettings):
-    """When checkpoints are written and which stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(500, ge=1, description="optimizer steps between checkpoints; one is always written at the end")
-    keep: int = Field(2, ge=1, description="how many of the newest stay")
+    keep: int = Field(2, ge=1, description="how many of the newest are kept")
     export: bool = Field(True, description="write OUTPUT/model, a stock transformers folder, at the end")
 
 
 class LogRecipe(StrictSettings):
-    """What is reported."""
+    """What is reported, how often and where."""
 
-    every: int = Field(1, ge=1, description="steps between lines; log.jsonl has every step")
-    validation: int = Field(
-        0, ge=0, description="steps between validations of every domain; 0: none but at stages' ends"
-    )
+    every: int = Field(1, ge=1, description="steps between printed lines; log.jsonl has every step")
+    validation: int = Field(0, ge=0, description="steps between validations; 0: only at the end of each stage")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="where numbers go beside log.jsonl"
+        default_factory=list, description="where numbers are sent in addition to log.jsonl"
     )
     peak_tflops: float | None = Field(
-        None, gt=0, description="what one device can do, for its utilisation [default: measured on a matrix product]"
+        None,
+        gt=0,
+        description="what one device can do, to compute its utilisation [default: measured with a matrix product]",
     )
 
 
 class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
-    """Distillation and the parent it is from."""
+    """Distillation from a dense parent."""
 
-    parent: str = Field("auto", description="the dense model's folder, or auto: what the model was converted from")
+    parent: str = Field(
+        "auto", description="the dense model's folder, or auto: the one that the model was converted from"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype the parent runs in [default: dtype]"
+        "auto", description="dtype that the parent computes in [default: the run's dtype]"
     )
     cache: str | None = Field(
-        None, description="folder that keeps the parent's most probable tokens; it need not run for rows that are there"
+        None,
+        description="folder that keeps the parent's most probable tokens, so that it runs only for rows that are new",
     )
-    top_p: float = Field(0.95, gt=0, le=1, description="cache: so much of the probability is kept")
-    most: int = Field(64, ge=1, description="cache: but so many tokens at most; all others count as one")
+    top_p: float = Field(0.95, gt=0, le=1, description="cache: how much of the probability is kept per position")
+    most: int = Field(
+        64, ge=1, description="cache: how many tokens are kept per position, at most; all others count as one"
+    )
 
     @model_validator(mode="after")
     def _cacheable(self) -> DistillationRecipe:
@@ -97,22 +102,26 @@ class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
             return self
         live = [*(name for name in ("hidden", "ffn") if getattr(self, name)), *self.taught]
         if live:
-            raise ValueError(f"a cache holds next-token distributions alone; {live[0]} needs the running parent")
+            raise ValueError(f"a cache holds only next-token distributions, and {live[0]} needs the running parent")
         if self.temperature != 1:
-            raise ValueError(f"a cache holds probabilities at temperature 1, not {self.temperature:g}")
+            raise ValueError(f"a cache holds probabilities at temperature 1, and temperature is {self.temperature:g}")
         return self
 
 
 class ScheduleRecipe(StrictSettings):
-    """A learning-rate schedule without its length, which is the stage's."""
+    """A learning-rate schedule; its length is that of the stage."""
 
-    kind: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = Field("cosine", description="its form")
+    kind: Literal["constant", "cosine", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="constant, cosine, wsd or inverse_sqrt"
+    )
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     floor: float = Field(0.1, ge=0, le=1, description="the last factor of cosine and wsd")
     decay: float = Field(0.2, gt=0, le=1, description="wsd: the fraction of all steps that decays")
     shape: Literal["linear", "sqrt"] = Field("linear", description="wsd: how it decays")
-    position: int = Field(0, ge=0, description="inverse_sqrt: optimizer steps the dense run has behind it")
-    timescale: int = Field(10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step of the whole run")
+    position: int = Field(0, ge=0, description="inverse_sqrt: optimizer steps that the dense run has done")
+    timescale: int = Field(
+        10_000, ge=1, description="inverse_sqrt: the factor is 1 up to this step, counted with position"
+    )
 
 
 class PresetRecipe(StrictSettings):
@@ -125,41 +134,43 @@ class PresetRecipe(StrictSettings):
 
 
 class StageRecipe(StrictSettings):
-    """One stage: what trains, how long, on what, and towards what."""
+    """One stage of training: what trains, for how long, on which data, with which losses."""
 
-    name: str = Field(STAGE_NAME, pattern=r"^[\w.-]+$", description="what reports and folders call it")
+    name: str = Field(STAGE_NAME, pattern=r"^[\w.-]+$", description="its name in reports and folders")
     train: list[str] = Field(
         default=list(STAGE_DEFAULT),
         min_length=1,
-        description="all, router, experts, rest, and patterns of parameter names with *",
+        description="what trains: any of all, router, experts, rest, and patterns of parameter names with *",
     )
     steps: int | None = Field(None, ge=1, description="optimizer steps")
-    tokens: int | None = Field(None, ge=1, description="positions to train on instead; rounded up to whole steps")
+    tokens: int | None = Field(
+        None, ge=1, description="tokens to train on, instead of steps; rounded up to whole steps"
+    )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     rates: dict[Literal["router", "experts", "rest"], float] = Field(
-        default_factory=dict, description="factors on the learning rate by part"
+        default_factory=dict, description="factors on the learning rate of router, experts and rest"
     )
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors have none")
-    router_weight_decay: float | None = Field(None, ge=0, description="that of routers [default: weight_decay]")
-    schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="how the learning rate goes")
-    preset: PresetRecipe | None = Field(None, description="learning rate and schedule of a paper instead")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices (vectors have none)")
+    router_weight_decay: float | None = Field(None, ge=0, description="weight decay of routers [default: weight_decay]")
+    schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="how the learning rate changes")
+    preset: PresetRecipe | None = Field(None, description="learning rate and schedule of a paper, instead of your own")
     losses: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="auxiliary losses with their parameters (upcycle list losses)"
     )
     losses_over: Literal["batch", "pass"] = Field(
         "batch",
-        description="losses are of the whole global batch, however it is divided, or each pass has its own, which costs less",
+        description="batch: losses are over the global batch, however it is divided; pass: over each pass alone, which costs less",
     )
-    balance: BiasBalanceParameters | None = Field(None, description="balance by the bias on the choice of experts")
+    balance: BiasBalanceParameters | None = Field(None, description="balance loads by a bias on the choice of experts")
     control: ControlParameters = Field(
         default=ControlParameters(),
-        description="noise, jitter, normalised logits, second experts by chance, and capacity",
+        description="noise, jitter, normalised logits, random second experts, and capacity",
     )
-    distillation: DistillationRecipe | None = Field(None, description="distil from the dense parent")
+    distillation: DistillationRecipe | None = Field(None, description="distillation from the dense parent")
     activation: str | None = Field(
-        None, description="give the FFNs of a dense model another activation function first (D2DMoE: relu)"
+        None, description="first replace the activation function of a dense model's FFNs (D2DMoE: relu)"
     )
-    data: DataRecipe | None = Field(None, description="data of this stage instead of the run's")
+    data: DataRecipe | None = Field(None, description="data of this stage, instead of the run's")
 
     @model_validator(mode="after")
     def _consistent(self) -> StageRecipe:
@@ -176,41 +187,39 @@ class StageRecipe(StrictSettings):
 
 
 class TrainRecipe(StrictSettings):
-    """A training run. The field order is the order in the written ``recipe.yaml``."""
+    """A training run. Keys of the written ``recipe.yaml`` are in the order of these fields."""
 
-    model: str = Field(description="what upcycle convert wrote, or any folder with a stock causal language model")
-    output: str = Field(description="folder of the run: checkpoints, log.jsonl, and the trained model")
-    data: DataRecipe = Field(description="domains, their weights, and what is held out")
-    stages: list[StageRecipe] = Field(min_length=1, description="what is trained, one after another")
+    model: str = Field(description="a folder that upcycle convert wrote, or any with a stock causal language model")
+    output: str = Field(description="folder of the run, for checkpoints, log.jsonl and the trained model")
+    data: DataRecipe = Field(description="domains of text, their weights, and what is held out")
+    stages: list[StageRecipe] = Field(min_length=1, description="stages of training, one after another")
     length: int = Field(512, ge=8, description="tokens per row")
-    global_batch: int = Field(8, ge=1, description="rows per optimizer step, all ranks together")
-    micro_batch: int = Field(1, ge=1, description="rows per rank and pass; the rest is accumulated")
+    global_batch: int = Field(8, ge=1, description="rows per optimizer step, over all ranks")
+    micro_batch: int = Field(1, ge=1, description="rows per rank and pass; passes accumulate up to global_batch")
     seed: int = Field(0, ge=0, description="seed of every random choice")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of computing; with bfloat16 the optimizer keeps fp32 weights"
+        "float32", description="dtype that the model computes in; with bfloat16 the optimizer keeps fp32 weights"
     )
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")
-    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="which optimizer")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="the optimizer")
     dense_states: str | None = Field(
-        None, description="a training run of the dense model whose optimizer states the copies begin with"
+        None, description="a training run of the dense model, whose optimizer states the MoE begins with"
     )
-    zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how states are divided among ranks")
+    zero: ZeroRecipe = Field(default=ZeroRecipe(), description="how DeepSpeed divides the run among ranks")
     expert_parallel: int = Field(1, ge=1, description="ranks that share the experts of a layer (DeepSpeed AutoEP)")
     experts: str = Field(
         "auto",
         description="transformers' experts implementation: upcycle, upcycle_lean, eager, grouped_mm, ..., or auto",
     )
-    activation_checkpointing: bool = Field(
-        False, description="compute layers again in the backward pass to save memory"
-    )
+    activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
     keep_memory: bool = Field(
-        False, description="on CPUs: what a step frees stays with the process; faster steps, up to twice the memory"
+        False, description="on CPUs: keep freed memory for the next step; faster, but up to twice the memory"
     )
-    saving: SavingRecipe = Field(default=SavingRecipe(), description="checkpoints")
+    saving: SavingRecipe = Field(default=SavingRecipe(), description="checkpoints and export")
     log: LogRecipe = Field(default=LogRecipe(), description="reports")
     alarms: AlarmParameters = Field(default=AlarmParameters(), description="when to warn")
     bad_steps: int = Field(
-        3, ge=0, description="steps in a row that are skipped for a loss or gradient that is not finite"
+        3, ge=0, description="how many steps in a row may be skipped because the loss or gradient is not finite"
     )
     timeout: float = Field(1800.0, gt=0, description="seconds that ranks wait for each other")
 
@@ -226,45 +235,45 @@ class TrainRecipe(StrictSettings):
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"stages: '{twice[0]}' is there twice; give each its own name")
+            raise ValueError(f"stages: two are called '{twice[0]}'; give each its own name")
         for stage in self.stages:
             if (stage.data or self.data).dynamic and not self.log.validation:
                 raise ValueError(
-                    f"stage '{stage.name}': dynamic weights follow validations, and log.validation is 0: they would stay"
+                    f"stage '{stage.name}': dynamic weights follow validations, and log.validation is 0, so they would never change"
                 )
             schedule = stage.preset or stage.schedule
             steps = stage.steps or math.ceil((stage.tokens or 1) / (self.global_batch * self.length))
             if schedule.warmup >= steps and schedule.warmup:
                 raise ValueError(f"stage '{stage.name}': warmup {schedule.warmup} must be less than its {steps} steps")
         if self.dtype == "bfloat16" and self.zero.stage == 0:
-            raise ValueError("zero.stage 0 keeps no fp32 weights beside bfloat16 ones; use 1, 2 or 3")
+            raise ValueError("zero.stage 0 keeps no fp32 weights with bfloat16; use 1, 2 or 3")
         if self.zero.stage == 0 and self.expert_parallel > 1:
             raise ValueError("zero.stage 0 cannot divide experts among ranks; use 1, 2 or 3")
         if self.zero.offload_weights and self.zero.stage != 3:
-            raise ValueError(f"zero.offload_weights needs stage 3, got {self.zero.stage}")
+            raise ValueError(f"zero.offload_weights needs zero.stage 3, got {self.zero.stage}")
         return self
 
     def zero_stage(self, world_size: int) -> int:
-        """ZeRO's stage on so many ranks."""
+        """ZeRO's stage on ``world_size`` ranks."""
         if self.zero.stage != "auto":
             return self.zero.stage
         return 0 if world_size == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions per optimizer step, all ranks together."""
+        """Tokens per optimizer step over all ranks, padding included."""
         return self.global_batch * self.length
 
     def steps_of(self, stage: StageRecipe) -> int:
-        """Optimizer steps of a stage."""
+        """Number of optimizer steps of a stage."""
         return stage.steps or math.ceil((stage.tokens or 1) / self.tokens_per_step)
 
     def rate_and_schedule(self, stage: StageRecipe) -> tuple[GroupParameters, Schedule]:
-        """Peak learning rates of a stage, and how they go."""
+        """The peak learning rates of a stage's parameter groups, and the schedule that they share."""
         steps = self.steps_of(stage)
         if stage.preset:
-            own = stage.preset
-            peak, schedule = preset(own.name, own.dense_peak, steps, own.warmup, own.position)
+            chosen = stage.preset
+            peak, schedule = preset(chosen.name, chosen.dense_peak, steps, chosen.warmup, chosen.position)
         else:
             assert stage.learning_rate
             peak, schedule = stage.learning_rate, Schedule(steps=steps, **stage.schedule.model_dump())
@@ -277,15 +286,15 @@ class TrainRecipe(StrictSettings):
         return rates, schedule
 
     def dump(self) -> str:
-        """The resolved recipe as YAML, every key written out."""
+        """The recipe as YAML, with every key written out."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
 def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
-    """Validate a mapping.
+    """Make a recipe of a mapping; ``where`` it stands is for errors.
 
     Raises:
-        UsageError: names the key path, the value and ``where`` it stands.
+        UsageError: a key or value is wrong; names the key's path, the value and ``where``.
     """
     if not isinstance(content, dict):
         raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
@@ -296,10 +305,14 @@ def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
 
 
 def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:
-    """Read a YAML recipe, or one that comes with upcycle by its name, with keys of ``overlaid`` (dotted paths) laid over it.
+    """Read a YAML recipe.
+
+    Args:
+        path: its file, or the name of a recipe that comes with upcycle.
+        overlaid: values by dotted path, laid over its keys.
 
     Raises:
-        UsageError: the file is missing, not YAML, or not such a recipe.
+        UsageError: the file is missing, not YAML, or not a training recipe.
     """
     path = needed_recipe_file(str(path), "train")
     content = read_recipe(path)
@@ -309,12 +322,11 @@ def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> Tra
 
 
 def _lay(content: Any, path: str, value: Any) -> None:
-    """Lay ``value`` over the key at a dotted path.
+    """Set the key at a dotted path of a recipe to ``value``.
 
-    Stages are named by their number, from 0, or their name (a stage without one is called ``train``); a lone stage may be left
-    out of the path (``stages.train=[router]`` is what trains, ``stages.train.steps`` the stage of that name).
-    What has a short form (``data: FILE``, a single stage, domains by name) is written out first, so that keys below it can be set
-    whatever form it has.
+    A stage is named by its number, from 0, or by its name (``train`` if it has none). A single stage may be left out of the path:
+    ``stages.train=[router]`` then sets its key ``train``, while ``stages.train.steps`` means the stage of that name. Short forms on
+    the way (``data: FILE``, a single stage, domains by name) are written out first, so that keys below them can be set.
     """
     *parents, last = path.split(".")
     holder: Any = None
@@ -352,14 +364,14 @@ def _place(listed: list[Any], word: str, path: str) -> int:
     if word.isdigit() and int(word) < len(listed):
         return int(word)
     known = ", ".join(str(name or number) for number, name in enumerate(names))
-    raise UsageError(f"{path}: there is no '{word}'", hint=f"name one of {known}")
+    raise UsageError(f"{path}: there is no '{word}'", hint=f"use one of {known}")
 
 
 def accumulation(recipe: TrainRecipe, world_size: int) -> int:
-    """Passes per optimizer step on each rank.
+    """Number of passes per optimizer step on each rank.
 
     Raises:
-        UsageError: the batch does not divide.
+        UsageError: the global batch cannot be divided among the ranks.
     """
     steps, rest = divmod(recipe.global_batch, recipe.micro_batch * world_size)
     if rest or not steps:

@@ -56,13 +56,13 @@ def test_presets_set_rate_and_schedule() -> None:
         ({"stages": [{"steps": 3, "preset": {"name": "nvidai", "dense_peak": 1}}]}, "did you mean 'nvidia'"),
         ({"stages": [{"steps": 3, "learning_rate": 1, "schedule": {"warmup": 3}}]}, "warmup 3 must be less than its 3"),
         ({"stages": [{"steps": 3, "learning_rate": 1, "name": "a/b"}]}, "name"),
-        ({"stages": [{"steps": 3, "learning_rate": 1}] * 2}, "'train' is there twice"),
+        ({"stages": [{"steps": 3, "learning_rate": 1}] * 2}, "two are called 'train'"),
         ({"global_batch": 6, "micro_batch": 4}, "not a multiple of micro_batch 4"),
         ({"optimizer": {"name": "adamq"}}, "key 'optimizer.name'"),
         ({"zero": {"stage": 4}}, "key 'zero.stage'"),
         ({"zero": {"stage": 0}, "dtype": "bfloat16"}, "zero.stage 0 keeps no fp32 weights"),
         ({"zero": {"stage": 0}, "expert_parallel": 2}, "zero.stage 0 cannot divide experts"),
-        ({"zero": {"stage": 2, "offload_weights": True}}, "offload_weights needs stage 3"),
+        ({"zero": {"stage": 2, "offload_weights": True}}, "offload_weights needs zero.stage 3"),
         ({"zero": {"stages": 2}}, "unknown key 'zero.stages'"),
         ({"data": {"domains": {"a": {"text": "x", "weight": 0.5}, "b": {"text": "y", "weight": 0.6}}}}, "sum to 1.1"),
         ({"log": {"trackers": ["tensorbord"]}}, "log.trackers"),
@@ -88,7 +88,7 @@ def test_keys_are_laid_over_a_file(tmp_path: Path) -> None:
     assert read_train_recipe(path, {"stages.heal.learning_rate": 0.5}).stages[0].learning_rate == 0.5
     with pytest.raises(UsageError, match=r"stages\.other\.steps: there is no 'other'") as error:
         read_train_recipe(path, {"stages.other.steps": 1})
-    assert error.value.hint == "name one of heal"
+    assert error.value.hint == "use one of heal"
     with pytest.raises(UsageError, match="no such recipe"):
         read_train_recipe(tmp_path / "other.yaml")
 
@@ -174,4 +174,4 @@ def test_keys_set_one_after_another_and_a_stage_that_is_not_there(tmp_path: Path
     assert (recipe.data.domains[0].text, recipe.data.validation.fraction) == (["x.jsonl"], 0)
     with pytest.raises(UsageError, match=r"stages\.heal\.steps: there is no 'heal'") as error:
         read_train_recipe(path, {"data": "x", "stages.heal.steps": 2})
-    assert "name one of train" in str(error.value.hint)
+    assert "use one of train" in str(error.value.hint)

@@ -119,5 +119,5 @@ def test_a_parent_that_is_not_known_is_missed_before_anything_is_made(half: Path
 
 
 def test_weights_that_could_not_move_are_refused(half: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"log.validation is 0: they would stay"):
+    with pytest.raises(UsageError, match=r"log.validation is 0, so they would never change"):
         two_domains(half, tmp_path, {}, log={"validation": 0})
