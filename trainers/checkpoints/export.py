@@ -72,7 +72,7 @@ def export(
         out: the folder to write.
         dtype: of the weights; ``keep``: that of the model that training began with.
         layout: ``per-expert``, ``fused``, or ``keep``: that of the model that training began with.
-        max_shard_size: of a weight file, such as ``5GB``.
+        max_shard_size: largest size of a weight file, such as ``5GB``.
         overwrite: replace an ``out`` that upcycle wrote, once the new one is complete.
         progress: what to report to.
 

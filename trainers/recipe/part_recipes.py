@@ -17,12 +17,14 @@ class AlarmParameters(PluginParameters):
         0.2,
         ge=0,
         le=1,
-        description="a router collapses if its load entropy, from 0 (k experts take all tokens) to 1 (uniform), is below this",
+        description="the load entropy, from 0 (k experts take all tokens) to 1 (uniform), below which a router is suspect",
     )
-    collapse_steps: int = Field(20, ge=1, description="for so many steps in a row")
+    collapse_steps: int = Field(
+        20, ge=1, description="a router has collapsed after so many steps in a row below collapse_entropy"
+    )
     identical_after: int = Field(1000, ge=0, description="the step from which on experts should differ")
     identical_cosine: float = Field(
-        0.999, gt=0, le=1, description="they do not if their mean pairwise cosine is above this"
+        0.999, gt=0, le=1, description="experts are still copies if their mean pairwise cosine is above this"
     )
     spike_window: int = Field(50, ge=5, description="number of last losses that a spike is compared with")
     spike_deviations: float = Field(

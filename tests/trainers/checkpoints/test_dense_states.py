@@ -109,7 +109,7 @@ def test_what_is_no_copy_is_refused(dense_run: TrainRecipe, tmp_path: Path) -> N
     for model in (noisy, scaled):
         with pytest.raises(UsageError, match="not a plain copy or permutation") as error:
             DenseStates(Path(dense_run.output), model)
-        assert "leave dense_states out" in str(error.value.hint)
+        assert "leave out dense_states" in str(error.value.hint)
 
 
 def test_faults(

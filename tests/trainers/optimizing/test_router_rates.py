@@ -37,7 +37,7 @@ def test_a_rate_that_undoes_them_is_warned_of_and_the_one_it_names_is_not(cooled
     origin = taught(tmp_path, "ridge")
     warning = router_warning(cooled, GroupParameters(learning_rate=1e-4), origin)
     assert warning
-    assert "about 3e-05 large" in warning
+    assert "weights are about 3e-05" in warning
     assert "up to 0.0001" in warning
     assert "'ridge'" in warning
     assert "rates: {router: 0.001}" in warning
