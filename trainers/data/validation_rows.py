@@ -28,8 +28,8 @@ def held_out_hashes(corpus: Corpus | None, cache: TokenCache) -> Hashes:
     return np.concatenate([_NO_HASHES, *(shard.hashes for shard in _shards(corpus, cache))])
 
 
-def split(domain: str, corpus: Corpus, own: Corpus | None, cache: TokenCache, fraction: float) -> HeldOut:
-    """Which documents of a domain are held out: those of ``own``, or else a fraction of all, chosen by their hash.
+def split(domain: str, corpus: Corpus, files: Corpus | None, cache: TokenCache, fraction: float) -> HeldOut:
+    """Which documents of a domain are held out: those of ``files``, or else a fraction of all, chosen by their hash.
 
     A corpus that fits into one block has at least one document held out, the one with the smallest hash, and at least one to
     train on, the one with the largest hash.
@@ -37,7 +37,7 @@ def split(domain: str, corpus: Corpus, own: Corpus | None, cache: TokenCache, fr
     Args:
         domain: what errors call it.
         corpus: its documents.
-        own: the documents of its validation files, if it has any.
+        files: the documents of its validation files, if it has any.
         cache: where tokenised text is kept.
         fraction: the share of the documents to hold out.
 
@@ -45,8 +45,8 @@ def split(domain: str, corpus: Corpus, own: Corpus | None, cache: TokenCache, fr
         UsageError: the corpus is a single document.
         UpcycleError: it cannot be read.
     """
-    if own is not None:
-        return HeldOut(0.0, held_out_hashes(own, cache))
+    if files is not None:
+        return HeldOut(0.0, held_out_hashes(files, cache))
     held_out = HeldOut(fraction, _NO_HASHES)
     if not fraction or corpus.shards is None or corpus.shards > SHARDS_TOGETHER:
         return held_out

@@ -137,16 +137,16 @@ def _layers(model: Any) -> tuple[LayerCounts, ...]:
     paths = find_module_paths(config.model_type)
     found = []
     for index, layer in enumerate(paths.layers_in(model)):
-        own = routed.get(index)
-        apart = {id(each) for module in (own.experts, own.router) for each in module.parameters()} if own else set()
+        moe = routed.get(index)
+        apart = {id(each) for module in (moe.experts, moe.router) for each in module.parameters()} if moe else set()
         held = [each for block in paths.blocks_in(layer) for each in block.parameters()]
         always = sum(each.numel() for each in held if each.dim() > 1 and id(each) not in apart)
         shared = always // (3 * config.hidden_size)
         normed = any(name.endswith(("q_norm", "q_layernorm", "query_layernorm")) for name, _ in layer.named_modules())
-        if own is None:
+        if moe is None:
             found.append(LayerCounts(queries, keys, shared, normed=normed))
             continue
-        inside = sum(each.numel() for each in own.experts.parameters() if each.dim() > 2)
-        width = inside // (3 * own.rule.experts * config.hidden_size)
-        found.append(LayerCounts(queries, keys, shared, own.rule.experts, own.rule.top_k, width, normed))
+        inside = sum(each.numel() for each in moe.experts.parameters() if each.dim() > 2)
+        width = inside // (3 * moe.rule.experts * config.hidden_size)
+        found.append(LayerCounts(queries, keys, shared, moe.rule.experts, moe.rule.top_k, width, normed))
     return tuple(found)

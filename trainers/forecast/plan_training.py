@@ -167,11 +167,11 @@ def _config(model: str) -> tuple[Path, dict[str, Any]]:
 def _counts(
     recipe: TrainRecipe, stage: StageRecipe, folder: Path, raw: dict[str, Any], device: str
 ) -> tuple[ModelCounts, ModelCounts | None]:
-    own = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device)
+    student = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device)
     if stage.distillation is None:
-        return own, None
+        return student, None
     parent = parent_folder(stage.distillation.parent, folder)
-    return own, count_model(read_json(parent / "config.json"), str(parent), recipe.length)
+    return student, count_model(read_json(parent / "config.json"), str(parent), recipe.length)
 
 
 def _check_own(recipe: TrainRecipe, counts: ModelCounts, world: int) -> None:
@@ -209,8 +209,8 @@ def _trains_experts(stage: StageRecipe) -> bool:
 
 
 def _needs_every_expert(stage: StageRecipe) -> bool:
-    own = stage.distillation
-    return own is not None and bool(own.taught)
+    distillation = stage.distillation
+    return distillation is not None and bool(distillation.taught)
 
 
 def _refusal(recipe: TrainRecipe, counts: ModelCounts, world: int) -> str:

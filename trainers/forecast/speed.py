@@ -80,9 +80,9 @@ def flops_per_token(division: Division, parent: ModelCounts | None) -> float:
     To those of :mod:`upcycle.trainers.forecast.flops` come another forward pass where layers are recomputed, the parent's forward
     pass, and both models' once more where losses need a survey (:mod:`upcycle.trainers.losses.survey`).
     """
-    own, survey = division.counts.flops, division.survey
-    again = own.forward * (division.recipe.activation_checkpointing + survey.student)
-    return own.total + again + (parent.flops.forward * (1 + survey.parent) if parent else 0.0)
+    student, survey = division.counts.flops, division.survey
+    again = student.forward * (division.recipe.activation_checkpointing + survey.student)
+    return student.total + again + (parent.flops.forward * (1 + survey.parent) if parent else 0.0)
 
 
 def moved_bytes(division: Division) -> float:

@@ -95,8 +95,8 @@ def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]
 
 
 def _decay(parameters: GroupParameters, part: Part) -> float:
-    own = parameters.router_weight_decay
-    return own if part == "router" and own is not None else parameters.weight_decay
+    of_routers = parameters.router_weight_decay
+    return of_routers if part == "router" and of_routers is not None else parameters.weight_decay
 
 
 def _selection_biases(model: nn.Module) -> set[int]:

@@ -131,8 +131,8 @@ class Stepper:
             batches: this rank's, one per pass, on its device.
             progress: the fraction of the stage that is done, for losses that ramp up.
         """
-        mine = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
-        targets = max(1, int(self.ranks.sums(mine)[0]))
+        on_this_rank = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        targets = max(1, int(self.ranks.sums(on_this_rank)[0]))
         # DeepSpeed averages gradients over ranks and passes. This factor makes that the mean over all targets.
         weight = self.ranks.world_size * len(batches) / targets
         self._batch_totals = self._totals(engine, batches)
