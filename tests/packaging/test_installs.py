@@ -24,7 +24,13 @@ class Checkout:
     installed: dict[str, str]  # path in an installation -> path in the checkout
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["without-links", "with-links"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="without-links"),
+        pytest.param(True, id="with-links", marks=pytest.mark.long),
+    ],
+)
 def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     folder = tmp_path_factory.mktemp("checkout") / "upcycle"
     return Checkout(folder, request.param, packaged(make_checkout(folder, links=request.param)))
@@ -64,7 +70,7 @@ def installed_editable(checkout: Checkout, folder: Path, mode: str | None) -> En
     return environment
 
 
-@pytest.mark.parametrize("mode", [None, "strict", "compat"])
+@pytest.mark.parametrize("mode", [None, *(pytest.param(mode, marks=pytest.mark.long) for mode in ("strict", "compat"))])
 def test_an_editable_installation_is_the_checkout(checkout: Checkout, tmp_path: Path, mode: str | None) -> None:
     environment = installed_editable(checkout, tmp_path, mode)
     names = module_names(checkout.installed)
