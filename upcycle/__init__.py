@@ -10,10 +10,11 @@ from upcycle.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from upcycle.conversion.convert import convert
+    from upcycle.conversion.jobs import plan
+    from upcycle.conversion.verify import verify
     from upcycle.evaluation.compare import compare
     from upcycle.evaluation.evaluate import evaluate
     from upcycle.kernels.entry.transformers_experts import register_kernels
-    from upcycle.planning.cost import plan
     from upcycle.publishing.model_card import write_card
     from upcycle.publishing.push import push, save_to_hub
     from upcycle.report.write_report import write_report
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from upcycle.trainers.forecast.plan_training import plan_training
     from upcycle.trainers.run.loop import train
     from upcycle.verification.engines.verify_with import verify_with
-    from upcycle.verification.verify import verify
 
 __all__ = [
     "compare",
@@ -51,13 +51,13 @@ _FUNCTIONS = {
     "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",
-    "plan": "planning.cost",
+    "plan": "conversion.jobs",
     "plan_training": "trainers.forecast.plan_training",
     "push": "publishing.push",
     "register_kernels": "kernels.entry.transformers_experts",
     "save_to_hub": "publishing.push",
     "train": "trainers.run.loop",
-    "verify": "verification.verify",
+    "verify": "conversion.verify",
     "verify_with": "verification.engines.verify_with",
     "write_card": "publishing.model_card",
     "write_report": "report.write_report",

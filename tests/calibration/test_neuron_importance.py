@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, normalize
 from upcycle.architectures.stock import load_model
 from upcycle.calibration.neuron_importance import _text_clusters, read_importance, write_importance
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.conversion.jobs import job_of
 from upcycle.files.formats.token_files import TokenFile
 from upcycle.models.layer_runner import LayerRunner
-from upcycle.planning.prepare import job_of
 from upcycle.progress import SILENT
 from upcycle.recipe.conversion_recipe import parse_recipe
 

@@ -211,7 +211,7 @@ def test_any_source_that_changes_meanwhile_is_noticed(
 STOP = """
 import os, sys
 import upcycle
-from upcycle.writer import ShardWriter
+from upcycle.checkpoints.shard_writer import ShardWriter
 finish = ShardWriter.finish
 def stop(self, unit):
     finish(self, unit)
@@ -243,6 +243,7 @@ def test_one_block_of_one_source_is_in_memory_whatever_their_number(
     from upcycle.checkpoints import merged_checkpoint
     from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
     from upcycle.files.formats.tensor_files import SafetensorsFolder
+    from upcycle.planning.job import method_of
     from upcycle.planning.open_sources import open_sources
 
     monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", 8 * 32 * 64)
@@ -255,9 +256,10 @@ def test_one_block_of_one_source_is_in_memory_whatever_their_number(
             yield block
 
     for count in (2, 4):
-        checkpoint = open_sources(parse_recipe({"sources": list(map(str, branches(count)))}, "test"))
+        recipe = parse_recipe({"sources": list(map(str, branches(count))), "method": "branch_train_mix"}, "test")
+        checkpoint = open_sources(recipe, method_of(recipe))
         assert isinstance(checkpoint, MixedCheckpoint)
-        checkpoint.rest = (*[1.0] * count, 0.0)
+        assert checkpoint.rest == (*[1.0] * count, 0.0)
         with monkeypatch.context() as patched:
             patched.setattr(SafetensorsFolder, "chunks", watched)
             rows = sum(len(block) for block in checkpoint.blocks(Origin("model.embed_tokens.weight")))

@@ -16,9 +16,9 @@ import upcycle
 from upcycle.architectures.stored_moe import MOES
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
+from upcycle.conversion.jobs import job_of
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files import hashing, records
-from upcycle.planning.prepare import job_of
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.registry import FAMILIES, METHODS, load
 from upcycle.verification import verify_growth

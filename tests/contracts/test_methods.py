@@ -14,6 +14,7 @@ from ffn_forms import FORMS, arrays, ffn_of, output, rounding
 from torch.nn.functional import linear, silu
 
 from upcycle.calibration.decide_layer import generator
+from upcycle.conversion.jobs import job_of
 from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, BlueprintFile, LayerBlueprint, save_blueprint
@@ -22,7 +23,6 @@ from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import FfnForm
 from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.methods.base import Method
-from upcycle.planning.prepare import job_of
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import METHODS, load
 

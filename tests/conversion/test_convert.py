@@ -16,7 +16,7 @@ import upcycle
 from upcycle.errors import CheckpointError, UsageError, VerificationError
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.files.formats.tensor_files import INDEX, SafetensorsFolder
-from upcycle.planning.expert_job import Job
+from upcycle.planning.expert_job import ExpertJob
 
 Pico = Callable[[str], Path]
 QUICK = {"verification": {"tokens": 64}}
@@ -116,7 +116,7 @@ def test_companions_are_copied_and_remote_code_is_not_referenced(dense: Path, tm
 def test_a_broken_promise_ends_in_failed_and_raises(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Job, "promise", property(lambda job: ("exact", "so it claims")))
+    monkeypatch.setattr(ExpertJob, "promise", property(lambda job: ("exact", "so it claims")))
     with pytest.raises(VerificationError, match="broke its promise") as caught:
         upcycle.convert(str(pico("llama")), tmp_path / "out", method="random_split", top_k=2, **QUICK)
     assert caught.value.exit_code == 3

@@ -22,7 +22,7 @@ from upcycle.errors import UsageError
 STOPPING = """
 import os, signal, sys, time
 from upcycle.cli.main import main
-from upcycle.writer import ShardWriter
+from upcycle.checkpoints.shard_writer import ShardWriter
 signal.signal(signal.SIGINT, signal.default_int_handler)
 finish, left = ShardWriter.finish, [int(os.environ["STOP_BEHIND"])]
 def stopping(*arguments):
@@ -79,20 +79,21 @@ def test_killed_then_resumed_is_byte_equal(units: int, pico: Callable[[str], Pat
 def test_resuming_does_not_convert_finished_layers_again(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle.conversion import convert
+    from upcycle.checkpoints.output_layout import Unit
+    from upcycle.checkpoints.shard_writer import ShardWriter
 
     out = tmp_path / "out"
     process = start(pico("llama"), out, 3)
     wait_for_units(out, 3)
     process.kill()
     process.wait()
-    write, written = convert._write_unit, []
+    finish, written = ShardWriter.finish, []
 
-    def spy(*arguments: object) -> None:
-        written.append(arguments[4].name)  # type: ignore[attr-defined]
-        write(*arguments)  # type: ignore[arg-type]
+    def spy(writer: ShardWriter, unit: Unit) -> None:
+        written.append(unit.name)
+        finish(writer, unit)
 
-    monkeypatch.setattr(convert, "_write_unit", spy)
+    monkeypatch.setattr(ShardWriter, "finish", spy)
     upcycle.convert(str(pico("llama")), out, **KEYS)
     assert written == ["layer 2", "final norm"]
 

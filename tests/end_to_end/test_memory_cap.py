@@ -21,7 +21,7 @@ ROOM = 190_000_000  # bytes of address space beyond what the interpreter has map
 CHILD = """
 import json, resource, sys
 import torch, transformers, safetensors.torch, sklearn.cluster, scipy.optimize
-import upcycle, upcycle.runtime, upcycle.calibration, upcycle.conversion
+import upcycle, upcycle.models.stock_model, upcycle.calibration.calibrate, upcycle.conversion.convert
 from transformers import LlamaForCausalLM, MixtralForCausalLM
 torch.set_num_threads(1)
 torch.ones(64, 64) @ torch.ones(64, 64)

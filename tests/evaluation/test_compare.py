@@ -17,7 +17,7 @@ from upcycle.architectures.stock import load_model, load_tokenizer
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.planning.expert_job import pieces_of
+from upcycle.planning.prepare_experts import pieces_of
 from upcycle.text.mixture import mixed_windows
 from upcycle.text.windows import demo_parts
 

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from upcycle.conversion.jobs import job_of
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.planning.prepare import job_of
 from upcycle.recipe.conversion_recipe import parse_recipe
 
 Pico = Callable[[str], Path]

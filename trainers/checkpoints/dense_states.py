@@ -24,8 +24,9 @@ from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.locate import Source
 from upcycle.files.records import BLUEPRINT_FILE, RECIPE_FILE
-from upcycle.planning.expert_job import Job
-from upcycle.planning.prepare import job_for
+from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.job import method_of
+from upcycle.planning.prepare_experts import prepare
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.trainers.checkpoints.prepare_model import stored_form
 from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
@@ -61,9 +62,11 @@ class DenseStates:
         if recipe.sources:
             raise UsageError(f"dense_states: {model} is made of several models", hint=_HINT)
         self.dense = DenseCheckpoint(Source(str(run), self.saved.folder))
-        job = job_for(recipe, self.dense)
-        if not isinstance(job, Job):
+        method = method_of(recipe)
+        if method.kind == "growth":
             raise UsageError(f"dense_states: {recipe.method} makes no experts of a dense model", hint=_HINT)
+        dense = self.dense
+        job = prepare(ExpertJob, recipe, method, dense.family, dense.config, dense.store.specs, dense.has_tokenizer)
         self.job = job
         self.blueprints = BlueprintFile(model / BLUEPRINT_FILE)
         self.copied = {entry.name: entry.origin for unit in job.units for entry in unit.entries if entry.origin}

@@ -18,7 +18,7 @@ from upcycle.files.records import BLUEPRINT_FILE
 
 if TYPE_CHECKING:
     from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
-    from upcycle.planning.expert_job import Job
+    from upcycle.planning.expert_job import ExpertJob
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -26,7 +26,7 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / LAYER_BLUEPRINTS / f"{layer:05d}.safetensors"
 
 
-def joined(job: Job, folder: Path) -> BlueprintFile | None:
+def joined(job: ExpertJob, folder: Path) -> BlueprintFile | None:
     """The joined blueprint, or None: there is none yet, or it lacks layers of the job or is damaged, and is made again."""
     from upcycle.ffn.blueprint import BlueprintFile
 
@@ -40,7 +40,7 @@ def joined(job: Job, folder: Path) -> BlueprintFile | None:
     return found if found.layers == sorted(job.shape.moe_layers) else None
 
 
-def decided_layer(job: Job, folder: Path, layer: int) -> LayerBlueprint | None:
+def decided_layer(job: ExpertJob, folder: Path, layer: int) -> LayerBlueprint | None:
     """What an earlier run, or the calibration, decided of a layer."""
     from upcycle.ffn.blueprint import BlueprintFile
 
@@ -60,7 +60,7 @@ def keep_layer(folder: Path, blueprint: LayerBlueprint) -> None:
     save_blueprint(path, blueprint)
 
 
-def join_layers(job: Job, folder: Path) -> list[dict[str, Any]]:
+def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
     """Join the files of all layers into ``blueprint.safetensors``, and only then remove them; what was measured of every layer.
 
     Raises:

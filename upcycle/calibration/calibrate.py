@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from upcycle.calibration.blueprint_join import joined, layer_file
-from upcycle.calibration.decide_layer import Decision, activations_of, decide_layer, targets_of
+from upcycle.calibration.decide_layer import Decision, activations_of, decide, decide_layer, targets_of
 from upcycle.calibration.source_walks import SourceWalks, attend, feed
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
@@ -32,7 +32,7 @@ from upcycle.progress import Progress
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.ffn.source_samples import Samples
-    from upcycle.planning.expert_job import Job
+    from upcycle.planning.expert_job import ExpertJob
 
 
 class Calibration:
@@ -49,7 +49,7 @@ class Calibration:
 
     def __init__(
         self,
-        job: Job,
+        job: ExpertJob,
         checkpoint: DenseCheckpoint,
         windows: torch.Tensor | None,
         folder: Path,
@@ -61,9 +61,9 @@ class Calibration:
         self._tokens_folder = folder / CALIBRATION_FOLDER
         self._samples = samples
         self._sources: SourceWalks | None = None
-        if windows is not None and job.method.members:
+        if windows is not None and job.members:
             assert isinstance(checkpoint, MixedCheckpoint)
-            members = {source: checkpoint.members[source] for source in job.method.members + job.method.shared_members}
+            members = {source: checkpoint.members[source] for source in job.members + job.shared_members}
             batch = _batch_of(windows)
             self._sources = SourceWalks(members, job.recipe.dtype, windows, self._tokens_folder, batch)
         self._walks = self._sources is None if samples is None else job.router.walks  # whether the dense model runs
@@ -113,7 +113,8 @@ class Calibration:
 
     @property
     def _samples_of(self) -> list[str]:
-        told = self._job.method.told(self._job.recipe.sources)
+        assert self._job.mixing is not None
+        told = self._job.mixing.told(self._job.recipe.sources)
         if self._job.router.samples == "text":
             return [name for source in told for name in source.texts]
         return [f"prompts of {source.name}" for source in told]
@@ -129,7 +130,6 @@ class Calibration:
         """Decide a layer of several sources. ``inputs`` are those of a router that tells them apart, where there is one:
         the FFN's, or embeddings, and then no layer of the dense model runs.
         """
-        from upcycle.calibration.decide_layer import decide
         from upcycle.routers.for_mixing.base import condition, own_expert
 
         job, ffn = self._job, self._checkpoint.feed_forward(index, self._job.recipe.dtype)
@@ -137,7 +137,7 @@ class Calibration:
         if self._samples:
             activations = activations_of(ffn, inputs, self._batch, samples=self._samples, sources=sources)
         else:
-            activations = self._of_source(index, job.method.members[0], sources)
+            activations = self._of_source(index, job.members[0], sources)
         blueprint = decide(job, ffn, activations)
         report: dict[str, Any] = {"layer": index, **activations.measured}
         if self._samples:
@@ -251,7 +251,7 @@ def _read(texts: list[str], windows: torch.Tensor) -> dict[str, Any]:
 
 
 def calibrate(
-    job: Job,
+    job: ExpertJob,
     checkpoint: DenseCheckpoint,
     windows: torch.Tensor | None,
     folder: Path,

@@ -15,13 +15,13 @@ from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.refit import Routing, fit_down, fit_scale
 from upcycle.ffn.router_capture import captured
 from upcycle.files.formats.token_files import TokenFile
-from upcycle.planning.expert_job import Job
+from upcycle.planning.expert_job import ExpertJob
 
 if TYPE_CHECKING:
     from upcycle.ffn.source_samples import Samples
 
 
-def decide(job: Job, ffn: FeedForward, activations: Activations | None = None) -> LayerBlueprint:
+def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = None) -> LayerBlueprint:
     """The blueprint of one layer. Depends on the recipe, the seed, this layer and its calibration tokens alone, so that a
     resumed run agrees.
     """
@@ -79,7 +79,7 @@ class Decision(NamedTuple):
 
 
 def decide_layer(
-    job: Job, ffn: FeedForward, activations: Activations, targets: Callable[[], Iterator[torch.Tensor]]
+    job: ExpertJob, ffn: FeedForward, activations: Activations, targets: Callable[[], Iterator[torch.Tensor]]
 ) -> Decision:
     """A layer's blueprint with its router and refitted down projections, and what was measured on the way.
 
@@ -92,9 +92,7 @@ def decide_layer(
     Raises:
         CheckpointError: the fit is not finite in the stored dtype.
     """
-    from upcycle.calibration.decide_layer import decide  # the same decision as without calibration
-
-    blueprint = decide(job, ffn, activations)
+    blueprint = decide(job, ffn, activations)  # the same decision as without calibration
     report: dict[str, Any] = {}
     if job.shape.top_k < job.shape.experts and blueprint.router is not None:
         rows = blueprint.router.to(ffn.dtype).float()

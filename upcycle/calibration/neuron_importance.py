@@ -24,7 +24,7 @@ from upcycle.progress import Progress
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
-    from upcycle.planning.expert_job import Job
+    from upcycle.planning.expert_job import ExpertJob
 
 _LOGIT_BYTES = 1 << 28
 SHORTEST_PIECE = 32  # tokens
@@ -36,7 +36,7 @@ def write_importance(
     checkpoint: DenseCheckpoint,
     windows: torch.Tensor,
     clusters: int,
-    job: Job,
+    job: ExpertJob,
     progress: Progress,
 ) -> None:
     """Measure all layers on ``windows`` ``[N, W]`` and write fp32 ``importance.L`` ``[clusters, F]`` for each.
@@ -99,7 +99,12 @@ def _text_clusters(final: TokenFile, piece: int, batch: int, clusters: int, seed
 
 
 def _loss_gradients(
-    checkpoint: DenseCheckpoint, job: Job, windows: torch.Tensor, final: TokenFile, gradient: TokenFile, batch: int
+    checkpoint: DenseCheckpoint,
+    job: ExpertJob,
+    windows: torch.Tensor,
+    final: TokenFile,
+    gradient: TokenFile,
+    batch: int,
 ) -> None:
     """Write the gradient of the mean next-token loss with respect to the last layer's output."""
     from upcycle.models.stock_model import dense_reader, skeleton

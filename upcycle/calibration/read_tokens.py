@@ -13,10 +13,10 @@ from upcycle.text.mixture import mixed_windows, read_texts
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.planning.job import AnyJob
+    from upcycle.planning.job import PlannedJob
 
 
-def calibration_windows(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
+def calibration_windows(job: PlannedJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
     """The calibration tokens of a conversion: ids ``[N, W]``.
 
     Raises:

@@ -15,18 +15,19 @@ from upcycle.text.reading.plain_text import read_text
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
-    from upcycle.planning.expert_job import Job
+    from upcycle.planning.expert_job import ExpertJob
 
 
-def read_samples(job: Job, checkpoint: DenseCheckpoint) -> Samples:
+def read_samples(job: ExpertJob, checkpoint: DenseCheckpoint) -> Samples:
     """What the job's router looks at: prompts, or texts.
 
     Raises:
         UsageError: a text cannot be read, or is shorter than one window; a prompt is longer than the model's context.
     """
     tokenizer = load_tokenizer(checkpoint.source.path)
-    told = job.method.told(job.recipe.sources)
-    sources = [told[i] for i in job.method.members]
+    assert job.mixing is not None
+    told = job.mixing.told(job.recipe.sources)
+    sources = [told[i] for i in job.members]
     if job.router.samples == "text":
         return _from_texts(job, tokenizer, sources)
     return from_prompts(tokenizer, sources, job.dense.max_position_embeddings, job.router.last_token)
@@ -67,7 +68,7 @@ def from_prompts(tokenizer: Any, sources: list[SourceRecipe], most: int, last: b
     return Samples(windows, torch.tensor(owners).repeat_interleave(width), share.flatten())
 
 
-def _from_texts(job: Job, tokenizer: Any, sources: list[SourceRecipe]) -> Samples:
+def _from_texts(job: ExpertJob, tokenizer: Any, sources: list[SourceRecipe]) -> Samples:
     """As many windows of each text, in turns, so that those held out are of every domain."""
     wanted = job.recipe.calibration
     window = min(wanted.window, job.dense.max_position_embeddings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,17 @@ class MixedCheckpoint(JoinedCheckpoint):
         # The members' weights in the mean of all tensors but the experts'; None: the base's tensors are taken.
         self.rest: tuple[float, ...] | None = None
         self.slerp = False
+
+    def joining(self, rest: tuple[float, ...] | None, slerp: bool) -> MixedCheckpoint:
+        """Return the same checkpoint, told how what is no expert is joined.
+
+        Args:
+            rest: weights in the mean, one per member; None: the base's tensors alone.
+            slerp: whether matrices of attention are interpolated on the sphere.
+        """
+        joined = copy(self)
+        joined.rest, joined.slerp = rest, slerp
+        return joined
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the converted model that belongs to no expert: the members' mean, or the base's.

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.stock import clean_config
-from upcycle.calibration.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
-from upcycle.calibration.decide_layer import decide
-from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
-from upcycle.checkpoints.output_layout import Unit
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
 from upcycle.checkpoints.tokenizer_files import check_companions, copy_companions
 from upcycle.conversion import record as conversion_record
 from upcycle.conversion.decide_merges import decide_merges
-from upcycle.errors import EnvironmentFault, UsageError, VerificationError
+from upcycle.conversion.job import ConversionJob
+from upcycle.conversion.jobs import job_for
+from upcycle.conversion.threads import torch_threads
+from upcycle.errors import EnvironmentFault, VerificationError
 from upcycle.files import records
 from upcycle.files.formats.parsing import dump_yaml, parse_yaml
 from upcycle.files.local_names import LocalNames
@@ -29,22 +27,16 @@ from upcycle.files.output.ownership import check_apart, check_output
 from upcycle.files.output.workspace import Workspace, explained, sweep
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import peak_memory
-from upcycle.planning.cost import Plan, calibration_disk, check_memory, make_plan
-from upcycle.planning.expert_job import Job
-from upcycle.planning.growth_job import GrowthJob, decide_growth, growth_reports
-from upcycle.planning.job import AnyJob
+from upcycle.planning.cost import Plan
+from upcycle.planning.job import method_of
 from upcycle.planning.loadable import check_loadable
 from upcycle.planning.open_sources import open_sources
-from upcycle.planning.prepare import grows, job_for
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
-    from upcycle.ffn.feed_forward import FeedForward
-    from upcycle.ffn.source_samples import Samples
     from upcycle.verification.verdict import Verification
 
 
@@ -117,37 +109,37 @@ def run_recipe(
     started = time.monotonic()
     out = user_path(out).absolute()
     check_output(out, overwrite)
-    if blueprint and grows(recipe):
-        raise UsageError(f"{recipe.method} makes no blueprints and reads none", hint="leave --blueprint out")
-    checkpoint = open_sources(recipe)
+    method = method_of(recipe)
+    checkpoint = open_sources(recipe, method)
     for path in checkpoint.paths:
         check_apart(out, path, "the source")
     check_companions(checkpoint.source.path, recipe.tokenizer == "copy")
-    job = job_for(recipe, checkpoint)
-    judged = check_loadable(
-        job, checkpoint, decided=blueprint is not None
-    )  # better refused now than after the conversion
-    made = make_plan(job)
+    job = job_for(recipe, method, checkpoint)
+    if blueprint:
+        job = job.given(blueprint)
+    # What stock transformers would not load is better refused now than after the conversion.
+    judged = check_loadable(job, checkpoint, decided=blueprint is not None)
+    made = job.cost()
     _warn(made, judged, progress)
-    saved = _saved_blueprints(job, blueprint) if blueprint and isinstance(job, Job) else None
-    windows, samples = (None, None) if saved else _tokens(job, checkpoint, progress)
+    tokens = job.read(checkpoint, progress)
     merging = None
-    identity = conversion_record.fingerprint(job, checkpoint, blueprint, _ids(windows, samples))
+    identity = conversion_record.fingerprint(job, checkpoint, blueprint, tokens.ids)
     settings = recipe.verification.model_dump()
     with (
         explained(out),
         Workspace(out, identity, overwrite, restart, settings=settings, note=progress.note) as workspace,
     ):
         if not workspace.finished:
-            if job.method.undecided(recipe):
+            if job.undecided:
                 assert isinstance(checkpoint, MixedCheckpoint)
-                assert windows is not None
-                job, checkpoint, merging = decide_merges(job, recipe, checkpoint, windows, workspace.folder, progress)
-                made = make_plan(job)
-                windows, samples = _tokens(job, checkpoint, progress)
-            _check_disk(workspace.folder, made.bytes_output + (0 if saved else calibration_disk(job)))
-            job, calibration = _decided(job, checkpoint, windows, samples, workspace.folder, progress)
-            hashes = _write_weights(job, checkpoint, workspace.folder, saved, progress)
+                assert tokens.windows is not None
+                folder = workspace.folder
+                job, checkpoint, merging = decide_merges(method, recipe, checkpoint, tokens.windows, folder, progress)
+                made = job.cost()
+                tokens = job.read(checkpoint, progress)
+            _check_disk(workspace.folder, made.bytes_output + job.working_bytes)
+            job, calibration = job.decide(checkpoint, tokens, workspace.folder, progress)
+            hashes = _write_weights(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()
             _warn_of_degenerate_rows(_write_companions(job, checkpoint, workspace.folder), progress)
             sweep(workspace.folder)
@@ -164,50 +156,8 @@ def run_recipe(
             f"the conversion broke its promise: {verification.explanation}",
             hint=f"the result is in {final}; please report this with the output of: upcycle env",
         )
-    layers = growth_reports(final) if isinstance(job, GrowthJob) else blueprint_reports(final)
     seconds = time.monotonic() - started
-    return Conversion(final, made, verification, layers, seconds, peak_memory(), workspace.resumed, merging)
-
-
-def _decided(
-    job: AnyJob,
-    checkpoint: Checkpoint,
-    windows: torch.Tensor | None,
-    samples: Samples | None,
-    folder: Path,
-    progress: Progress,
-) -> tuple[AnyJob, dict[str, Any] | None]:
-    """Decide what text and weights are looked at for; the job with it, and what ``upcycle.json`` says of the text."""
-    from upcycle.text.mixture import traces
-
-    if isinstance(job, GrowthJob):
-        job, record = decide_growth(job, checkpoint, windows, folder, progress)
-        return job, record and {**record, **traces(job.recipe.calibration)}
-    if not _ids(windows, samples):
-        return job, None
-    from upcycle.calibration.calibrate import calibrate
-
-    assert isinstance(checkpoint, DenseCheckpoint)
-    record = calibrate(job, checkpoint, windows, folder, progress, samples)
-    return job, record if windows is None else {**record, **traces(job.recipe.calibration)}
-
-
-def _tokens(job: AnyJob, checkpoint: Checkpoint, progress: Progress) -> tuple[torch.Tensor | None, Samples | None]:
-    """What is looked at: token ids ``[N, W]`` of the calibration text, and those that tell several sources apart."""
-    windows = samples = None
-    undecided = job.method.undecided(job.recipe)
-    if isinstance(job, Job) and job.sampled and not undecided:
-        from upcycle.calibration.source_samples import read_samples
-
-        assert isinstance(checkpoint, DenseCheckpoint)
-        samples = read_samples(job, checkpoint)
-    if job.calibrated or undecided:
-        from upcycle.calibration.read_tokens import calibration_windows
-
-        if isinstance(job, Job):
-            check_memory(job)
-        windows = calibration_windows(job, checkpoint, progress)
-    return windows, samples
+    return Conversion(final, made, verification, job.reports(final), seconds, peak_memory(), workspace.resumed, merging)
 
 
 def _warn(made: Plan, judged: tuple[torch.Tensor, str] | None, progress: Progress) -> None:
@@ -215,11 +165,6 @@ def _warn(made: Plan, judged: tuple[torch.Tensor, str] | None, progress: Progres
         progress.note(warning)
     if judged and "flatter" in judged[1]:
         progress.note(f"verified on {judged[1]}")
-
-
-def _ids(windows: torch.Tensor | None, samples: Samples | None) -> list[torch.Tensor]:
-    """All token ids that decide layers."""
-    return [ids for ids in (samples.windows if samples else None, windows) if ids is not None]
 
 
 def _warn_of_degenerate_rows(layers: list[dict[str, Any]], progress: Progress) -> None:
@@ -244,18 +189,17 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _write_weights(
-    job: AnyJob, checkpoint: Checkpoint, folder: Path, saved: BlueprintFile | None, progress: Progress
-) -> dict[str, str]:
+def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, str]:
     """Write every shard; returns file name -> SHA-256."""
     journal = Journal(folder)
     hashes: dict[str, str] = {}
-    with progress.phase("converting", sum(1 for _ in job.units)), _threads(1) as threads:
+    with progress.phase("converting", sum(1 for _ in job.units)), torch_threads(1) as threads:
         for shard in job.shards:
             with ShardWriter(folder, shard, journal) as writer:
                 for unit in shard.units:
                     if unit.name not in writer.done:
-                        _write_unit(job, checkpoint, folder, writer, unit, saved, threads)
+                        for entry, blocks in job.blocks(unit, checkpoint, folder, threads):
+                            writer.write(entry, blocks)
                         writer.finish(unit)
                     progress.advance()
             hashes[shard.file] = writer.sha256
@@ -263,82 +207,7 @@ def _write_weights(
     return hashes
 
 
-def _write_unit(
-    job: AnyJob,
-    checkpoint: Checkpoint,
-    folder: Path,
-    writer: ShardWriter,
-    unit: Unit,
-    saved: BlueprintFile | None,
-    threads: int,
-) -> None:
-    from upcycle.checkpoints.output_layout import finite
-    from upcycle.ffn.expert_tensors import ExpertTensors
-
-    dtype = job.recipe.dtype
-    experts: ExpertTensors | None = None
-    for entry in unit.entries:
-        if entry.origin:
-            writer.write(entry, checkpoint.blocks(entry.origin, dtype))
-            continue
-        if experts is None:
-            assert unit.layer is not None
-            assert isinstance(job, Job)
-            assert isinstance(checkpoint, DenseCheckpoint)
-            ffn = checkpoint.feed_forward(unit.layer, dtype)
-            with _threads(threads):
-                blueprint = _blueprint(job, ffn, folder, saved)
-            experts = ExpertTensors(ffn, blueprint, checkpoint.expert_matrices(unit.layer, dtype))
-        assert entry.built is not None
-        writer.write(entry, (finite(entry, experts.part(part)) for part in entry.built.parts))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[int]:
-    """Let torch use ``count`` threads for a while; gives how many it used before.
-
-    Blocks are moved on one: hashing and writing fill the other cores, and torch's idle threads would spin beside them.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
-
-
-def _blueprint(job: Job, ffn: FeedForward, folder: Path, saved: BlueprintFile | None) -> LayerBlueprint:
-    """A layer's blueprint: given, decided by the calibration, or decided now; kept until all layers are done."""
-    if (found := decided_layer(job, folder, ffn.layer)) is not None:
-        return found
-    if saved:
-        blueprint = replace(saved.layer(ffn.layer), top_k=job.shape.top_k)
-        if blueprint.down is None and job.recipe.refit != "scale":
-            blueprint = replace(blueprint, scale=job.scale, spread=job.method.spread)
-    else:
-        blueprint = decide(job, ffn)
-    keep_layer(folder, blueprint)
-    return blueprint
-
-
-def _saved_blueprints(job: Job, path: Path) -> BlueprintFile:
-    from upcycle.ffn.blueprint import BlueprintFile
-
-    saved, shape = BlueprintFile(path), job.shape
-    for layer in shape.moe_layers:
-        numbers = saved.shape(layer) if layer in saved.layers else None
-        wanted = (shape.experts, shape.shared, shape.expert_size)
-        if numbers != wanted:
-            raise UsageError(
-                f"{path}: layer {layer} has (experts, shared, neurons each) = {numbers}, the recipe needs {wanted}",
-                hint="leave --experts, --shared and --layers out: the blueprint brings its own recipe",
-            )
-    return saved
-
-
-def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
+def _write_companions(job: ConversionJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
     """Everything but weights and provenance; returns what was measured and decided of every layer."""
     (folder / "config.json").write_text(json.dumps(clean_config(job.config), indent=2) + "\n", encoding="utf-8")
     names = LocalNames.of(job.recipe.model_dump())
@@ -347,11 +216,11 @@ def _write_companions(job: AnyJob, checkpoint: Checkpoint, folder: Path) -> list
     if names.paths:
         names.remember(folder, text)
     copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
-    return growth_reports(folder) if isinstance(job, GrowthJob) else join_layers(job, folder)
+    return job.finish(folder)
 
 
 def _verify(
-    job: AnyJob,
+    job: ConversionJob,
     checkpoint: Checkpoint,
     folder: Path,
     windows: tuple[torch.Tensor, str] | None,
@@ -361,9 +230,7 @@ def _verify(
         return None
     if (before := _verified(folder, job.recipe)) is not None:
         return before  # an earlier run was stopped after this point
-    from upcycle.verification.verify import verify_job
-
-    result = verify_job(job, checkpoint, folder, windows, progress)
+    result = job.verify(checkpoint, folder, windows, progress)
     records.write_verification(folder, result.as_dict())
     return result
 

@@ -6,36 +6,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.conversion.job import ConversionJob
+from upcycle.conversion.jobs import job_for
 from upcycle.files.measured import Measured
 from upcycle.files.names import MEASURED
-from upcycle.planning.job import AnyJob
+from upcycle.methods.base import AnyMethod
+from upcycle.methods.mixing.base import mixing
 from upcycle.planning.open_sources import mix_sources
-from upcycle.planning.prepare import job_for
 from upcycle.progress import Progress
-from upcycle.recipe.conversion_recipe import Recipe
+from upcycle.recipe.conversion_recipe import Recipe, parse_parameters
 
 if TYPE_CHECKING:
     import torch
 
 
 def decide_merges(
-    job: AnyJob, recipe: Recipe, checkpoint: MixedCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress
-) -> tuple[AnyJob, MixedCheckpoint, dict[str, Any]]:
+    method: AnyMethod,
+    recipe: Recipe,
+    checkpoint: MixedCheckpoint,
+    windows: torch.Tensor,
+    folder: Path,
+    progress: Progress,
+) -> tuple[ConversionJob, MixedCheckpoint, dict[str, Any]]:
     """The job and its checkpoint with the coefficients of every merge decided, and what they were decided by.
 
     They become the method's parameter ``coefficients``, which the written recipe holds: nobody has to decide again.
 
     Args:
-        job: of the ``recipe`` as it was given, before its method worked out sizes.
-        recipe: the same recipe.
+        method: the recipe's.
+        recipe: as it was given, before its method worked out sizes.
         checkpoint: its sources.
         windows: the calibration tokens, ids ``[N, W]``.
         folder: where measurements are kept.
         progress: where to report.
     """
-    decided = job.method.decide(checkpoint, recipe, windows, Measured(folder / MEASURED), progress)
+    mixes = mixing(method)
+    assert mixes is not None, "only methods that mix can be undecided"
+    decided = mixes.decide(checkpoint, recipe, windows, Measured(folder / MEASURED), progress)
     assert decided is not None, "only methods that say so are asked"
     coefficients, report = decided
     recipe = recipe.model_copy(update={"parameters": {**recipe.parameters, "coefficients": coefficients}})
-    checkpoint = mix_sources(recipe, checkpoint.members[-1], checkpoint.sources)
-    return job_for(recipe, checkpoint), checkpoint, {**report, "coefficients": coefficients}
+    method = type(mixes)(parse_parameters(type(mixes).Parameters, recipe.parameters, "parameters"))
+    checkpoint = mix_sources(recipe, method, checkpoint.members[-1], checkpoint.sources)
+    return job_for(recipe, method, checkpoint), checkpoint, {**report, "coefficients": coefficients}

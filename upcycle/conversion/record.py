@@ -18,14 +18,14 @@ from upcycle.files.hashing import hash_file
 from upcycle.files.local_names import LocalNames, without_paths
 from upcycle.files.records import FILE, RECIPE_FILE, UNHASHED, hash_tokens, versions
 from upcycle.planning.cost import Plan
-from upcycle.planning.job import AnyJob
+from upcycle.planning.job import PlannedJob
 from upcycle.planning.open_sources import sources_record
 
 if TYPE_CHECKING:
     import torch
 
 
-def fingerprint(job: AnyJob, checkpoint: Checkpoint, blueprint: Path | None, read: Sequence[torch.Tensor]) -> str:
+def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None, read: Sequence[torch.Tensor]) -> str:
     """Identifies a job for resuming: the resolved recipe, the source's content, the calibration tokens and the code's version.
 
     ``read`` are the token ids that decide layers. How the result is checked does not change it.
@@ -40,7 +40,7 @@ def fingerprint(job: AnyJob, checkpoint: Checkpoint, blueprint: Path | None, rea
 
 def write(
     folder: Path,
-    job: AnyJob,
+    job: PlannedJob,
     plan: Plan,
     checkpoint: Checkpoint,
     shard_hashes: dict[str, str],

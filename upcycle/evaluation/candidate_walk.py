@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.ffn.blueprint import LayerBlueprint
     from upcycle.ffn.feed_forward import FeedForward
-    from upcycle.planning.expert_job import Job
+    from upcycle.planning.expert_job import ExpertJob
 
 _LOGIT_BYTES = 1 << 27
 Targets = Callable[[], Iterator[torch.Tensor]]
@@ -71,7 +71,7 @@ class StaticPruning:
 class Candidate:
     """One way to convert, and what came of it. ``baseline`` names what only this comparison can run."""
 
-    job: Job
+    job: ExpertJob
     active: float
     label: str
     baseline: str | None = None  # static or oracle
@@ -192,7 +192,7 @@ class Walk:
         folder.mkdir(exist_ok=True)
         return TokenFile(folder / what, self._checkpoint.config.hidden_size)
 
-    def _importance_of(self, job: Job) -> dict[int, torch.Tensor]:
+    def _importance_of(self, job: ExpertJob) -> dict[int, torch.Tensor]:
         from upcycle.calibration.neuron_importance import read_importance, write_importance
 
         clusters = job.shape.experts

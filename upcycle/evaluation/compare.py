@@ -21,8 +21,10 @@ from upcycle.errors import EnvironmentFault, RefusalError, UsageError
 from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
 from upcycle.files.output.scratch import scratch
 from upcycle.hardware.memory import available_memory
-from upcycle.planning.cost import Plan, make_plan
-from upcycle.planning.expert_job import prepare
+from upcycle.planning.cost import Plan
+from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.job import method_of
+from upcycle.planning.prepare_experts import prepare
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
@@ -215,7 +217,8 @@ class _Options:
     def _job(self, recipe: dict[str, Any]) -> Any:
         checkpoint = self._checkpoint
         parsed = parse_recipe({"source": self._source, **recipe}, "compare")
-        return prepare(parsed, checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+        dense = (checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
+        return prepare(ExpertJob, parsed, method_of(parsed), *dense)
 
     def command(self, candidate: Candidate) -> str:
         """The command that carries a candidate out."""
@@ -288,7 +291,7 @@ def _named(candidate: Candidate) -> tuple[str, str]:
 
 def _workers(candidates: Sequence[Candidate]) -> int:
     """As many at a time as there are threads, if half of what memory is free has room for that many conversions."""
-    largest = max((make_plan(candidate.job).peak_memory_bytes for candidate in candidates), default=1)
+    largest = max((candidate.job.cost().peak_memory_bytes for candidate in candidates), default=1)
     return max(1, min(torch.get_num_threads(), len(candidates), available_memory() // 2 // largest))
 
 
@@ -310,7 +313,7 @@ def _results(options: _Options, done: list[Candidate], dense: Sequence[float], t
 
 
 def _result(options: _Options, candidate: Candidate, dense: Sequence[float], texts: Texts, recommended: bool) -> Result:
-    plan: Plan = make_plan(candidate.job)
+    plan: Plan = candidate.job.cost()
     method, router = _named(candidate)
     captured = candidate.captured
     return Result(

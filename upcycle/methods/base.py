@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 
 import torch
 
@@ -16,102 +16,82 @@ from upcycle.ffn.moe_shape import MoeShape
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
-    from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
-    from upcycle.files.measured import Measured
-    from upcycle.progress import Progress
+    from typing_extensions import Self
+
+    from upcycle.checkpoints.mixed_checkpoint import Mix
     from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
-Merges = tuple[tuple[float, ...], ...]
 Kind = Literal["copies", "partition", "overlap", "growth"]
 
 
 class AnyMethod(ABC):
-    """What every entry of ``upcycle list methods`` has: a name, a source, parameters of its own, and which sources it takes.
+    """What every entry of ``upcycle list methods`` has: a name, a paper, parameters of its own, and what its source is.
 
-    ``calibrated`` ones must be given text. Those with ``takes_sources`` mix several models; ``mix`` says what they are given,
-    once :meth:`join` was called, ``takes_roles`` that the recipe may ask for another expert of a source than its FFN, routed, and
-    ``slerp`` that in ``rest`` matrices of attention are interpolated on the sphere.
+    Attributes:
+        name: what recipes call it.
+        title: what people call it.
+        paper: address of the paper; None: there is none.
+        kind: what it makes, which decides the class of the job (:data:`upcycle.conversion.jobs.JOBS`).
+        takes: whether its source is a dense model or a Mixture-of-Experts.
+        calibrated: whether it must be given text.
+        takes_sources: whether it mixes several models (:class:`upcycle.methods.mixing.base.MixingMethod`).
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str | None]
     kind: Kind
+    takes: ClassVar[Literal["dense", "moe"]] = "dense"
     calibrated: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = False
-    takes_roles: ClassVar[bool] = False
-    mix: Mix | None = None
-    slerp: bool = False
     Parameters: ClassVar[type[PluginParameters]] = PluginParameters
 
     def __init__(self, parameters: PluginParameters) -> None:
         self.parameters = parameters
 
-    def join(self, mix: Mix | None) -> None:
-        """Be told of the sources, before anything else is asked.
-
-        Raises:
-            UsageError: one source where several are mixed, or the reverse.
-        """
-        if mix is not None:
-            raise UsageError(
-                f"{self.name} converts one source, and there are {mix.count} sources",
-                hint="--method branch_train_mix, or name one source",
-            )
-
-    def check_roles(self, sources: Sequence[SourceRecipe]) -> None:
-        """Refuse what the recipe says of a source's expert, unless the method ``takes_roles``.
-
-        Raises:
-            UsageError: names the source and the key.
-        """
-        for source in sources:
-            if source.role and not self.takes_roles:
-                raise UsageError(
-                    f"sources: {source.name} has '{source.role}', and {self.name} makes no expert of a single source",
-                    hint="leave it out, or --method branch_train_mix",
-                )
-
-    @property
-    def merges(self) -> Merges | None:
-        """What is mixed in place of the sources: a row per model, with the part of every source in it; None: the sources."""
-        return None
-
-    def undecided(self, recipe: Recipe) -> bool:
-        """Whether its parameter ``coefficients`` is still to be found, from the weights and the calibration text."""
-        return False
-
-    def decide(
-        self,
-        checkpoint: MixedCheckpoint,
-        recipe: Recipe,
-        windows: torch.Tensor,
-        measured: Measured,
-        progress: Progress,
-    ) -> tuple[list[Any], dict[str, Any]] | None:
-        """The coefficients, and as plain data what they were decided by; ``None``: nothing is to be decided.
+    def joined(self, mix: Mix | None, recipe: Recipe) -> Self:
+        """Return the method as it is for these sources: itself, since it takes one.
 
         Args:
-            checkpoint: the sources.
-            recipe: as it was given.
-            windows: the calibration tokens, ids ``[N, W]``.
-            measured: keeps what takes long to measure.
-            progress: where to report.
+            mix: the sources; None: there is one.
+            recipe: what it says of every source.
+
+        Raises:
+            UsageError: there are several sources, or one is given a role.
         """
-        return None
+        refuse_roles(self, recipe.sources)
+        if mix is not None:
+            refuse_sources(self, mix.count)
+        return self
 
-    @property
-    def rest(self) -> tuple[float, ...] | None:
-        """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
-        return None
 
-    @property
-    def experts_only(self) -> bool:
-        """Whether of sources that are not the base only FFNs are read: whatever else differs does not matter then."""
-        return False
+def refuse_sources(method: AnyMethod, count: int) -> NoReturn:
+    """Refuse several sources for a method that takes one.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        f"{method.name} converts one source, and there are {count} sources",
+        hint="--method branch_train_mix, or name one source",
+    )
+
+
+def refuse_roles(method: AnyMethod, sources: Sequence[SourceRecipe]) -> None:
+    """Refuse whatever the recipe says of the expert that a single source becomes.
+
+    Raises:
+        UsageError: a source has a role; names the source and the key.
+    """
+    for source in sources:
+        if source.role:
+            raise UsageError(
+                f"sources: {source.name} has '{source.role}', and {method.name} makes no expert of a single source",
+                hint="leave it out, or --method branch_train_mix",
+            )
 
 
 class Method(AnyMethod):
@@ -131,29 +111,6 @@ class Method(AnyMethod):
     draws: bool = False
     default_scale: ClassVar[Scale] = "exact"
     needs_gradients: ClassVar[bool] = False
-
-    @property
-    def members(self) -> list[int]:
-        """Whose FFN is a routed expert, as indices of sources (their number for the base); empty for a single model."""
-        return []
-
-    @property
-    def shared_members(self) -> list[int]:
-        """Whose FFN is a shared expert, likewise."""
-        return []
-
-    @property
-    def shared_experts(self) -> int | None:
-        """How many shared experts there are, where the sources decide that; ``None`` leaves it to the recipe."""
-        return None
-
-    def told_scale(self, member: int) -> float:
-        """What the recipe multiplies a member's expert by."""
-        return 1.0
-
-    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
-        """What the recipe says of every model that is mixed, in order; of the generalist it says nothing."""
-        return list(sources)
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int | None, int | None]:
         """Routed experts and top-k, given those that the recipe names; ``None`` leaves a number to the recipe's default.

@@ -1,34 +1,43 @@
-"""A validated conversion: the parts a recipe names, the shapes, and every tensor of the output with its file."""
+"""A validated conversion into experts: the parts that a recipe names, the shapes, what is promised, and what it costs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
-from upcycle.architectures.moe.base import Target, refuse_unheld
-from upcycle.architectures.tensor_origin import Origin
-from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
-from upcycle.errors import RefusalError, UsageError
+from upcycle.architectures.moe.base import Target
+from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
+from upcycle.checkpoints.merged_checkpoint import SUM_BYTES
+from upcycle.checkpoints.output_layout import Shard, Unit
+from upcycle.checkpoints.shard_writer import WAITING_BYTES
+from upcycle.errors import EnvironmentFault
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.files.formats.tensor_files import widest
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
-from upcycle.recipe.conversion_recipe import Recipe, layer_selection, parse_parameters, parse_size
-from upcycle.registry import TARGETS, load, suggestion
+from upcycle.hardware.memory import available_memory
+from upcycle.methods.base import PREFERRED_MULTIPLE, Method
+from upcycle.methods.mixing.base import MixingMethod, mixing
+from upcycle.planning.cost import (
+    CALIBRATION_BATCH_TOKENS,
+    MOST_CACHE_BYTES,
+    RESIDENT_BYTES,
+    REUSED_BYTES,
+    Plan,
+    file_warnings,
+    files_of,
+)
+from upcycle.recipe.conversion_recipe import Recipe
 from upcycle.routers.base import Router
 
-if TYPE_CHECKING:
-    from upcycle.checkpoints.mixed_checkpoint import Mix
-
-CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
+_MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
 
 
 @dataclass(frozen=True)
-class Job:
-    """A validated conversion: the parts chosen by the recipe, the shapes, and the files to write."""
+class ExpertJob:
+    """A validated conversion of a dense model into one with experts: its parts, its shapes, and the files to write."""
 
     recipe: Recipe
     dense: DenseConfig
@@ -42,6 +51,7 @@ class Job:
     refit: Literal["down", "scale", "none"]
     shards: tuple[Shard, ...]
     dense_specs: Mapping[str, TensorSpec]
+    targets: tuple[Target, ...] = ()  # all that hold the family, in the order in which they are tried
     note: str | None = None  # what the source says of how it is read
 
     @property
@@ -52,7 +62,27 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether layers are decided on calibration text."""
-        return bool(self.recipe.calibration.texts) and _looks_at_text(self.method, self.router)
+        return bool(self.recipe.calibration.texts) and looks_at_text(self.method, self.router)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the method still has to find its coefficients from weights and text."""
+        return self.mixing is not None and self.mixing.undecided(self.recipe)
+
+    @property
+    def mixing(self) -> MixingMethod | None:
+        """The method where it mixes several models; None: there is one source."""
+        return mixing(self.method)
+
+    @property
+    def members(self) -> list[int]:
+        """The sources whose FFN is a routed expert, as indices (their number for the base); empty for a single model."""
+        return self.mixing.members if self.mixing else []
+
+    @property
+    def shared_members(self) -> list[int]:
+        """The sources whose FFN is a shared expert, as indices."""
+        return self.mixing.shared_members if self.mixing else []
 
     @property
     def sampled(self) -> bool:
@@ -143,234 +173,180 @@ class Job:
     @property
     def rounding_factors(self) -> list[float]:
         """Those of all factors on experts that the stored dtype cannot apply without rounding."""
-        own = map(self.method.told_scale, self.method.members + self.method.shared_members)
+        own = map(self.mixing.told_scale, self.members + self.shared_members) if self.mixing else ()
         return (
             [] if self.dtype in ("float32", "float64") else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
         )
 
+    @property
+    def working_bytes(self) -> int:
+        """Bytes that a calibration keeps in the working folder: a few streams of states (of every source, where their
+        neurons are compared), and refitted projections twice.
+        """
+        if not (self.calibrated or self.sampled):
+            return 0
+        dense, shape = self.dense, self.shape
+        walks = len({*self.members, *self.shared_members}) if self.method.calibrated else 0
+        states = (8 + 4 * walks) * 4 * self.recipe.calibration.tokens * dense.hidden_size
+        item = TensorSpec((1,), self.dtype).nbytes
+        down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * item
+        return states + (2 * len(shape.moe_layers) * down if self.refit == "down" else 0)
 
-def method_of(recipe: Recipe) -> AnyMethod:
-    """The method that a recipe names, with its parameters.
+    def cost(self) -> Plan:
+        """Work out what the conversion will write and need, from headers alone."""
+        return _expert_plan(self)
 
-    Raises:
-        UsageError: there is no such method, or a parameter is wrong.
-    """
-    cls = load("method", recipe.method)
-    method: AnyMethod = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
-    return method
+    def check_memory(self) -> None:
+        """Refuse a calibration that cannot fit into memory.
 
-
-def prepare(
-    recipe: Recipe,
-    family: Family,
-    dense: DenseConfig,
-    specs: Mapping[str, TensorSpec],
-    has_tokenizer: bool = True,
-    mix: Mix | None = None,
-) -> Job:
-    """Choose the parts a recipe names and work out every output tensor.
-
-    Raises:
-        UsageError: the recipe cannot be carried out on this model.
-        RefusalError: no target, or not the wanted one, can hold the result.
-    """
-    check_tokenizer(recipe, has_tokenizer)
-    method = method_of(recipe)
-    assert isinstance(method, Method)
-    method.check_roles(recipe.sources)
-    method.join(mix and replace(mix, told=tuple(method.told(recipe.sources))))
-    recipe = _with_implied(_with_shared_held(_with_sizes(recipe, dense), family), method)
-    layers = layer_selection(recipe.layers, dense.num_hidden_layers)
-    size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
-    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers, method.normalized, dense.ffn_form)
-    method.check(shape)
-    target = _choose_target(recipe, family, dense, shape)
-    router_name = recipe.router.name
-    sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
-    texts = recipe.calibration.texts
-    if router_name == "auto":
-        split_name = ("ridge" if texts else "cool") if sparse else "zero"
-        router_name = "random" if method.kind == "copies" else split_name
-    router_class = load("router", router_name)
-    router: Router = router_class(
-        parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
-    )
-    router.check(recipe.experts, recipe.top_k)
-    members, told = method.members, recipe.model_copy(update={"sources": method.told(recipe.sources)})
-    router.check_sources(told, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
-    refit = _refit(recipe, method, sparse)
-    if method.undecided(recipe) and not texts:
-        raise UsageError(
-            f"method {method.name} keeps a merge that does not predict your text worse, and there is none",
-            hint=CALIBRATION_HINT,
-        )
-    for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
-        if wants and not texts:
-            raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
-    scale = recipe.scale
-    if scale == "auto":
-        scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
-    factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k, recipe.shared)
-    if refit == "down" and factor != recipe.top_k:
-        raise UsageError(
-            f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
-            hint="leave --scale out, or use --refit none",
-        )
-    if family.uncalibrated and (router.walks or (texts and _looks_at_text(method, router))):
-        raise RefusalError(
-            f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
-            hint="leave the calibration text out, and choose a method and a router that need none",
-        )
-    units = _units(recipe, family, dense, target, shape, specs)
-    shards = shards_of(units, parse_size(recipe.max_shard_size))
-    return Job(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs)
+        Raises:
+            EnvironmentFault: more is needed than is free.
+        """
+        needed, free = calibration_memory(self), available_memory()
+        if needed > free:
+            raise EnvironmentFault(
+                f"calibration needs about {needed / 1e9:.1f} GB for one layer, and {free / 1e9:.1f} GB are free",
+                hint="free some memory; --refit scale needs less than --refit down",
+            )
 
 
-def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
-    """Refuse to copy a tokenizer that is not there.
-
-    Raises:
-        UsageError: there is none beside the weights.
-    """
-    if recipe.tokenizer == "copy" and not has_tokenizer:
-        is_gguf, files = recipe.source.endswith(".gguf"), "tokenizer.json, tokenizer.model, vocab.json, tekken.json"
-        looked = "metadata keys tokenizer.ggml.model and tokenizer.ggml.tokens" if is_gguf else files
-        raise UsageError(
-            f"{recipe.source} has no tokenizer (looked for {looked})",
-            hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
-        )
-
-
-def _looks_at_text(method: Method, router: Router) -> bool:
+def looks_at_text(method: Method, router: Router) -> bool:
     """Whether a calibration text is read where there is one: every split is refitted on it, copies need a reason."""
     return method.kind != "copies" or method.calibrated or router.calibrated
 
 
-def _with_implied(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe with the numbers that follow from the method's parameters.
+def _expert_plan(job: ExpertJob) -> Plan:
+    dense, shape, specs = job.dense, job.shape, job.dense_specs
+    entries = [entry for unit in job.units for entry in unit.entries]
+    used = job.family.all_stored_specs(dense)
+    total = sum(entry.spec.elements for entry in entries)
+    idle_per_layer = (shape.experts - shape.top_k) * 3 * shape.expert_size * dense.hidden_size
+    active = total - idle_per_layer * len(shape.moe_layers)
+    dense_total = sum(specs[name].elements for name in used)
+    promise, why = job.promise
+    undecided = job.undecided
+    sources = [{"name": s.name, "revision": s.revision, "weight": s.weight} for s in job.recipe.sources]
+    return Plan(
+        sources=sources,
+        family=job.family.name,
+        target=job.target.name,
+        method=job.method.name,
+        router=job.router_name,
+        calibration_tokens=job.recipe.calibration.tokens if job.calibrated or undecided else 0,
+        refit=job.refit,
+        promise=promise,
+        promise_reason=why,
+        parameters_dense=dense_total,
+        parameters_total=total,
+        parameters_active=active,
+        bytes_dense=sum(specs[name].nbytes for name in used),
+        bytes_output=sum(shard.nbytes for shard in job.shards),
+        peak_memory_bytes=_peak_memory(job),
+        flops_per_token_dense=_flops(dense, dense_total),
+        flops_per_token=_flops(job.target.stored(dense), active),
+        kind=job.method.kind,
+        warnings=[*_warnings(job, dense_total, active), *file_warnings(job.shards, job.recipe.max_shard_size)],
+        shards=files_of(job.shards),
+    )
 
-    Raises:
-        UsageError: the recipe names other ones, or fewer experts than are to run.
+
+def _flops(dense: DenseConfig, parameters: int) -> int:
+    """Two per weight used in a matrix product. The embedding look-up is none; a tied one is used again as the head.
+
+    Attention over the context is left out: it depends on the context and is the same before and after.
     """
-    named = [getattr(recipe, key) if key in recipe.model_fields_set else None for key in ("experts", "top_k")]
-    experts, top_k = method.sizes(*named)
-    experts = recipe.experts if experts is None else experts
-    top_k = recipe.top_k if top_k is None else top_k
-    shared = method.shared_experts
-    if shared is None or recipe.shared:  # another number than the sources' is refused with the widths
-        shared = recipe.shared
-    if top_k > experts:
-        raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
-    return recipe.model_copy(update={"experts": experts, "top_k": top_k, "shared": shared})
+    embedding = 0 if dense.tie_word_embeddings else dense.vocab_size * dense.hidden_size
+    return 2 * (parameters - embedding)
 
 
-_ALWAYS_ON = 0.5  # of what runs, where a recipe names a fraction and no numbers
+def _peak_memory(job: ExpertJob) -> int:
+    """The interpreter, one dense FFN as read, blocks waiting for the disk, and the largest piece built or copied at once."""
+    d, size = job.dense.hidden_size, job.shape.expert_size
+    ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0]).values()
+    item = TensorSpec((1,), job.dtype).nbytes
+    read = sum(math.prod(shape) for shape in ffn) * item
+    built = size * d * item * (2 if job.scale != 1 else 1)
+    if job.method.draws:
+        built += size * d * (item + 4 + 8)  # a copy, the normal numbers, and what they are measured by in fp64
+    if job.recipe.dtype != "keep":
+        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
+        read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
+    if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
+        read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
+    largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
+    blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
+    writing = RESIDENT_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
+    return max(writing, calibration_memory(job)) if job.calibrated or job.router.walks else writing
 
 
-def _with_sizes(recipe: Recipe, dense: DenseConfig) -> Recipe:
-    """The recipe with the numbers that its active fraction comes to; layers that stay dense run whole and count.
-
-    Raises:
-        UsageError: the fraction leaves nothing to choose among.
+def calibration_memory(job: ExpertJob) -> int:
+    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit or
+    of a comparison of neurons.
     """
-    if recipe.active is None:
-        return recipe
-    if load("method", recipe.method).kind == "copies":
-        raise UsageError(
-            f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
-            hint="--experts and --top-k, or --method alternating",
+    dense, layer = job.dense, job.shape.moe_layers[0]
+    weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
+    d, width = dense.hidden_size, dense.intermediate_size
+    slots = 0 if job.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
+    batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, slots))
+    kept = 0 if job.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
+    # fp64: sums of train and held-out tokens, their total, and what a solution takes: a copy, its factor, products.
+    fit = 12 * slots * (slots + d) if job.refit == "down" else 2 * slots * d
+    compared = 0
+    if job.method.calibrated and job.members:
+        # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.
+        compared = 2 * (3 * TensorSpec((1,), job.dtype).nbytes + 2 * 4) * width * d
+        compared += 4 * CALIBRATION_BATCH_TOKENS * (width + d) + (4 + 8) * width * width
+    return RESIDENT_BYTES + 4 * (2 * weights + batch + kept) + 8 * fit + compared + min(REUSED_BYTES, 4 * kept)
+
+
+def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
+    warnings = [job.note] if job.note else []
+    shape = job.shape
+    if active < 0.99 * dense_parameters and shape.top_k < shape.experts:
+        warnings.append(
+            f"only {active / dense_parameters:.0%} of the dense parameters are active per token: "
+            "expect a drop in quality until the model is healed by continual pre-training"
         )
-    total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
-    pieces = pieces_of(dense.intermediate_size, recipe.pieces)
-    running = round(pieces * (recipe.active * total - (total - split)) / split)
-    if not 2 <= running < pieces:
-        raise UsageError(
-            f"active {recipe.active:g} would run {max(0, running)} of {pieces} experts in each of {split} layers",
-            hint="a larger active or pieces, or more layers",
+    running = (shape.top_k + shape.shared) * shape.expert_size / job.dense.intermediate_size
+    if job.method.kind == "copies" and running > 1:
+        same = "" if job.promise[0] == "approximate" else ", the same output until trained"
+        what = f"{shape.top_k} copies" if running == shape.top_k else f"{running:.3g}x the neurons"
+        if len(set(job.members)) > 1:
+            what = f"{running:.3g} sources' worth"
+        warnings.append(f"each token runs {what} of the FFN: {running:.3g}x its compute{same}")
+    if job.undecided:
+        warnings.append(
+            f"which sources are merged is decided from their weights and the text: {shape.experts} experts are the most there can "
+            "be; scoring holds one source or merge in fp32 if it fits"
         )
-    shared = max(1, round(_ALWAYS_ON * running))
-    pad = recipe.pad or dense.intermediate_size % (pieces * PREFERRED_MULTIPLE) > 0
-    sizes = {"experts": pieces - shared, "top_k": running - shared, "shared": shared, "active": None, "pad": pad}
-    return recipe.model_copy(update=sizes)
-
-
-def pieces_of(intermediate_size: int, most: int) -> int:
-    """The most equal experts, up to ``most``, whose width is a multiple of 8; ``most`` itself (padded) if there are none."""
-    fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
-    return max(fitting, default=most)
-
-
-def _with_shared_held(recipe: Recipe, family: Family) -> Recipe:
-    """The recipe, or where no target of the family holds shared experts and it allows that, one that routes them all."""
-    names = family.targets if recipe.target == "auto" else (recipe.target,)
-    if recipe.shared_unheld == "refuse" or not recipe.shared or any(name not in TARGETS for name in names):
-        return recipe
-    if load("method", recipe.method).kind == "copies":  # their routed experts are not like the shared ones
-        return recipe
-    if any(Feature.SHARED_EXPERTS in load("target", name).holds for name in names):
-        return recipe
-    sizes = {"experts": recipe.experts + recipe.shared, "top_k": recipe.top_k + recipe.shared, "shared": 0}
-    return recipe.model_copy(update=sizes)
-
-
-def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "scale", "none"]:
-    """What is fitted. Copies, and splits with all experts on, are exact already: a refit leaves them alone."""
-    texts = recipe.calibration.texts
-    if recipe.refit in ("down", "scale") and not texts:
-        raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=CALIBRATION_HINT)
-    if method.kind == "copies" or not sparse or not texts:
-        return "none"
-    return "down" if recipe.refit == "auto" else recipe.refit
-
-
-def _choose_target(recipe: Recipe, family: Family, dense: DenseConfig, shape: MoeShape) -> Target:
-    needed = {Feature.SHARED_EXPERTS} if shape.shared else set()
-    stays_dense = dense.num_hidden_layers - len(shape.moe_layers)
-    if stays_dense:
-        needed.add(Feature.DENSE_FIRST if min(shape.moe_layers) == stays_dense else Feature.DENSE_LAYERS)
-    candidates: list[Target] = [load("target", name)() for name in family.targets]
-    weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
-    if recipe.target == "auto":
-        chosen = next((target for target in weighing or candidates if not target.lacks(dense, needed)), candidates[0])
-    elif recipe.target not in TARGETS:
-        raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
-    else:
-        chosen = load("target", recipe.target)()
-    refuse_unheld(chosen, family, dense, needed, weighing)
-    if not (shape.normalized or chosen.holds_unnormalized):
-        able = [target.name for target in weighing if not target.lacks(dense, needed)]
-        raise RefusalError(
-            f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
-            hint=f"use --target {able[0]}" if able else "use --param gate=normalized",
+    elif job.recipe.calibration.texts and not job.calibrated:
+        warnings.append(
+            f"calibration text is not used: {job.method.name} with the {job.router_name} router looks at none"
         )
-    return chosen
-
-
-def _units(
-    recipe: Recipe, family: Family, dense: DenseConfig, target: Target, shape: MoeShape, specs: Mapping[str, TensorSpec]
-) -> list[Unit]:
-    def dtype(origin: Origin) -> str:
-        return origin.dtype(specs[origin.name].dtype if recipe.dtype == "keep" else recipe.dtype)
-
-    def copied(shapes: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
-        origins = {name: target.origin(family, dense, name) for name in shapes}
-        written = {name: family.module_paths.renamed(name, target.module_paths) for name in shapes}
-        return [OutputEntry(written[name], TensorSpec(shapes[name], dtype(o)), o) for name, o in origins.items()]
-
-    units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
-    for layer in range(dense.num_hidden_layers):
-        entries = copied(family.layer_specs(dense, layer))
-        if layer in shape.moe_layers:
-            expert_dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
-            entries += [
-                OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.dtype or expert_dtype), built=tensor)
-                for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
-            ]
-        else:
-            entries += copied(family.ffn_specs(dense, layer))
-        units.append(Unit(f"layer {layer}", layer, tuple(entries)))
-    units.append(Unit("final norm", None, tuple(copied(family.last_specs(target.stored(dense))))))
-    return units
+    padding = (shape.experts + shape.shared) * shape.expert_size - job.dense.intermediate_size
+    if job.method.kind == "partition" and padding > 0:
+        warnings.append(f"{padding} zero neurons per layer fill up experts of {shape.expert_size}")
+    if shape.expert_size % PREFERRED_MULTIPLE:
+        warnings.append(
+            f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "
+            'refuses them (load with experts_implementation="eager", or use --pad)'
+        )
+    if job.target.stored(job.dense).windows != job.dense.windows:
+        warnings.append(
+            f"the sliding window of {job.dense.window} is never reached within {job.dense.max_position_embeddings} positions and is "
+            f"left out: {job.target.name} has none"
+        )
+    (embeddings,) = next(job.units).entries
+    if embeddings.origin and embeddings.origin.times != 1:
+        able = [target.name for target in job.targets if Feature.MULTIPLIERS in target.holds]
+        warnings.append(
+            f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
+            f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
+        )
+    promise, why = job.promise
+    if promise == "rounded":
+        warnings.append(why)
+    return warnings
 
 
 def is_power_of_two(value: float) -> bool:

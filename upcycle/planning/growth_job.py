@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
+from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
+from upcycle.checkpoints.shard_writer import WAITING_BYTES
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_spec import TensorSpec
+from upcycle.methods.base import AnyMethod
 from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece
-from upcycle.planning.expert_job import CALIBRATION_HINT, check_tokenizer, method_of
+from upcycle.methods.mixing.base import mixing
+from upcycle.planning.cost import RESIDENT_BYTES, Plan, file_warnings, files_of
+from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
 from upcycle.recipe.conversion_recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
@@ -31,7 +36,7 @@ _KEYS = {"source", "revision", "method", "parameters", "max_shard_size", "tokeni
 
 @dataclass(frozen=True)
 class GrowthJob:
-    """The sibling of :class:`upcycle.planning.expert_job.Job` for steps that copy whole tensors."""
+    """A validated growth step, which copies whole tensors."""
 
     recipe: Recipe
     method: Growth
@@ -47,7 +52,13 @@ class GrowthJob:
     @property
     def calibrated(self) -> bool:
         """Whether text is looked at."""
-        return self.method.text_for is not None or self.method.undecided(self.recipe)
+        return self.method.text_for is not None or self.undecided
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the method still has to find its coefficients from weights and text."""
+        mixes = mixing(self.method)
+        return mixes is not None and mixes.undecided(self.recipe)
 
     @property
     def promise(self) -> tuple[str, str]:
@@ -88,22 +99,32 @@ class GrowthJob:
         """What only this kind of conversion has to say in ``upcycle.json``."""
         return {"target": self.family_name, "growth": self.grown.summary}
 
+    @property
+    def working_bytes(self) -> int:
+        """Nothing: what is decided is a few numbers."""
+        return 0
+
+    def cost(self) -> Plan:
+        """Work out what the step will write and need, from headers alone."""
+        return _growth_plan(self)
+
+
+G = TypeVar("G", bound=GrowthJob)
+
 
 def known_keys(method: Growth) -> set[str]:
     """The recipe keys that a step reads."""
     return _KEYS | method.keys | ({"sources"} if method.takes_sources else set())
 
 
-def growth_method(recipe: Recipe, mix: Mix | None = None) -> Growth:
-    """The recipe's growth step.
+def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
+    """The recipe's growth step, told of its sources.
 
     Raises:
         UsageError: the recipe sets a key that means nothing here, or lacks the text that the step looks at.
     """
-    method = method_of(recipe)
+    method = method.joined(mix, recipe)
     assert isinstance(method, Growth)
-    method.check_roles(recipe.sources)
-    method.join(mix)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):
         raise UsageError(
@@ -115,22 +136,76 @@ def growth_method(recipe: Recipe, mix: Mix | None = None) -> Growth:
     return method
 
 
-def prepare_growth(recipe: Recipe, source: Described, has_tokenizer: bool = True, mix: Mix | None = None) -> GrowthJob:
-    """Work out every output tensor of a growth step.
+def prepare_growth(
+    kind: type[G],
+    recipe: Recipe,
+    method: AnyMethod,
+    source: Described,
+    has_tokenizer: bool = True,
+    mix: Mix | None = None,
+) -> G:
+    """Work out every output tensor of a growth step. Nothing that is given is changed.
+
+    Args:
+        kind: the class of the job.
+        recipe: what is wanted.
+        method: the recipe's, before it is told of any sources.
+        source: the model that grows.
+        has_tokenizer: whether a tokenizer lies beside it.
+        mix: the sources, where there are several.
 
     Raises:
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: the model is none that the step takes.
     """
     check_tokenizer(recipe, has_tokenizer)
-    method = growth_method(recipe, mix)
-    grown = method.grow(source, recipe)
-    return _laid_out(recipe.model_copy(update=dict(grown.resolved)), method, source, grown)
+    step = _checked(recipe, method, mix)
+    grown = step.grow(source, recipe)
+    recipe = recipe.model_copy(update=dict(grown.resolved))
+    return kind(recipe, step, source, grown, _shards(recipe, source, grown))
 
 
-def _laid_out(recipe: Recipe, method: Growth, source: Described, grown: Grown) -> GrowthJob:
+def _shards(recipe: Recipe, source: Described, grown: Grown) -> tuple[Shard, ...]:
     units = [Unit(piece.name, piece.layer, _entries(piece, recipe, source.specs)) for piece in grown.pieces]
-    return GrowthJob(recipe, method, source, grown, shards_of(units, parse_size(recipe.max_shard_size)))
+    return shards_of(units, parse_size(recipe.max_shard_size))
+
+
+def _growth_plan(job: GrowthJob) -> Plan:
+    grown, specs, recipe = job.grown, job.source.specs, job.recipe
+    entries = [entry for unit in job.units for entry in unit.entries]
+    stored = {entry.origin.name for entry in entries if entry.origin}
+    before, after = (sum(specs[name].elements for name in stored), sum(entry.spec.elements for entry in entries))
+    promise, why = grown.promise
+    warnings = list(grown.warnings)
+    if recipe.calibration.texts and not job.calibrated:
+        warnings.append(f"calibration text is not used: {job.method.name} looks at none with these parameters")
+    row = max(spec.nbytes // max(spec.shape[0], 1) for spec in specs.values() if spec.shape)
+    copying = min(max(COPY_BLOCK_BYTES, row) + WAITING_BYTES, sum(shard.nbytes for shard in job.shards))
+    looking = job.method.memory(job.source, recipe)
+    embedding = 0 if grown.tied else grown.vocab_size * grown.hidden_size
+    return Plan(
+        sources=[{"name": s.name, "revision": s.revision, "weight": s.weight} for s in recipe.sources],
+        family=job.family_name,
+        target=job.family_name,
+        method=job.method.name,
+        router="none",
+        calibration_tokens=recipe.calibration.tokens if job.calibrated else 0,
+        refit="none",
+        promise=promise,
+        promise_reason=why,
+        parameters_dense=before,
+        parameters_total=after,
+        parameters_active=after - grown.idle,
+        bytes_dense=sum(specs[name].nbytes for name in stored),
+        bytes_output=sum(shard.nbytes for shard in job.shards),
+        peak_memory_bytes=RESIDENT_BYTES + max(copying, looking),
+        flops_per_token_dense=2 * (before - grown.source_idle - embedding),
+        flops_per_token=2 * (after - grown.idle - embedding),
+        kind=job.method.kind,
+        summary=grown.summary,
+        warnings=[*warnings, *file_warnings(job.shards, job.recipe.max_shard_size)],
+        shards=files_of(job.shards),
+    )
 
 
 def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> tuple[OutputEntry, ...]:
@@ -143,8 +218,8 @@ def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> t
 
 
 def decide_growth(
-    job: GrowthJob, checkpoint: Checkpoint, windows: torch.Tensor | None, folder: Path, progress: Progress
-) -> tuple[GrowthJob, dict[str, Any] | None]:
+    job: G, checkpoint: Checkpoint, windows: torch.Tensor | None, folder: Path, progress: Progress
+) -> tuple[G, dict[str, Any] | None]:
     """The job with what depends on weights and text decided, and what is to be said of the text.
 
     The decision is written to ``folder``; what an earlier run decided there is not decided again.
@@ -169,14 +244,15 @@ def decide_growth(
     return decided_growth(job, folder), text_record(job.recipe, windows)
 
 
-def decided_growth(job: GrowthJob, folder: Path) -> GrowthJob:
+def decided_growth(job: G, folder: Path) -> G:
     """The job as it was decided when ``folder`` was written."""
     experts = read_json(folder / DECISION_FILE).get("experts")
     return job if experts is None else _chosen(job, {int(layer): tuple(taken) for layer, taken in experts.items()})
 
 
-def _chosen(job: GrowthJob, choice: Choice) -> GrowthJob:
-    return _laid_out(job.recipe, job.method, job.source, job.method.grow(job.source, job.recipe, choice))
+def _chosen(job: G, choice: Choice) -> G:
+    grown = job.method.grow(job.source, job.recipe, choice)
+    return replace(job, grown=grown, shards=_shards(job.recipe, job.source, grown))
 
 
 def growth_reports(folder: Path) -> list[dict[str, Any]]:

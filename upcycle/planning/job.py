@@ -1,10 +1,107 @@
-"""The job that a recipe and a checkpoint make."""
+"""What every kind of conversion has planned before a weight is read, and what all kinds do to plan it."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Iterator
+from typing import Any, Protocol
 
-from upcycle.planning.expert_job import Job
-from upcycle.planning.growth_job import GrowthJob
+from upcycle.checkpoints.output_layout import Shard, Unit
+from upcycle.errors import UsageError
+from upcycle.methods.base import AnyMethod
+from upcycle.planning.cost import Plan
+from upcycle.recipe.conversion_recipe import Recipe, parse_parameters
+from upcycle.registry import load
 
-AnyJob: TypeAlias = Job | GrowthJob
+CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
+
+
+class PlannedJob(Protocol):
+    """A validated conversion: its parts, its shapes, and every tensor of the output with its file.
+
+    How it is carried out is added above this room, see :class:`upcycle.conversion.job.ConversionJob`.
+    """
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with the numbers that follow from method and model filled in."""
+
+    @property
+    def method(self) -> AnyMethod:
+        """The recipe's method with its parameters, looked up once."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The weight files to write."""
+
+    @property
+    def units(self) -> Iterator[Unit]:
+        """All units of all shards, in the order in which they are written."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is read."""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the method still has to find its coefficients from weights and text, before anything is written."""
+
+    @property
+    def promise(self) -> tuple[str, str]:
+        """``exact``, ``rounded`` or ``approximate``, and why."""
+
+    @property
+    def family_name(self) -> str:
+        """The architecture of the source."""
+
+    @property
+    def context(self) -> int:
+        """The longest input in tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that source and result know."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of the result's ``config.json``."""
+
+    @property
+    def recipe_text(self) -> str:
+        """The resolved recipe as YAML."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What only this kind of conversion has to say in ``upcycle.json``."""
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes that the working folder needs beside the output."""
+
+    def cost(self) -> Plan:
+        """Work out what the conversion will write and need, from headers alone."""
+
+
+def method_of(recipe: Recipe) -> AnyMethod:
+    """The method that a recipe names, with its parameters.
+
+    Raises:
+        UsageError: there is no such method, or a parameter is wrong.
+    """
+    cls = load("method", recipe.method)
+    method: AnyMethod = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
+    return method
+
+
+def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
+    """Refuse to copy a tokenizer that is not there.
+
+    Raises:
+        UsageError: there is none beside the weights.
+    """
+    if recipe.tokenizer == "copy" and not has_tokenizer:
+        is_gguf, files = recipe.source.endswith(".gguf"), "tokenizer.json, tokenizer.model, vocab.json, tekken.json"
+        looked = "metadata keys tokenizer.ggml.model and tokenizer.ggml.tokens" if is_gguf else files
+        raise UsageError(
+            f"{recipe.source} has no tokenizer (looked for {looked})",
+            hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
+        )

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.planning.job import AnyJob
+    from upcycle.planning.job import PlannedJob
 
 
-def check_loadable(job: AnyJob, checkpoint: Checkpoint, decided: bool = False) -> tuple[torch.Tensor, str] | None:
+def check_loadable(job: PlannedJob, checkpoint: Checkpoint, decided: bool = False) -> tuple[torch.Tensor, str] | None:
     """Build source and result as stock models without weights, and load the tokenizer.
 
     Args:

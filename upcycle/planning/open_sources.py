@@ -12,45 +12,50 @@ from upcycle.checkpoints.merged_checkpoint import merged
 from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
 from upcycle.errors import UsageError
 from upcycle.files.locate import is_local
-from upcycle.planning.expert_job import method_of
-from upcycle.registry import load
+from upcycle.methods.base import refuse_sources
+from upcycle.methods.mixing.base import mixing
 
 if TYPE_CHECKING:
-    from upcycle.methods.base import Merges
+    from upcycle.methods.base import AnyMethod
+    from upcycle.methods.mixing.base import Merges, MixingMethod
     from upcycle.recipe.conversion_recipe import Recipe
 
 
-def open_sources(recipe: Recipe) -> Checkpoint:
-    """The checkpoint of a recipe: one model, or several behind the same interface.
+def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
+    """Open the checkpoint of a recipe and its method: one model, or several behind the same interface.
 
     Raises:
         UpcycleError: one cannot be opened, or they do not belong together.
     """
-    if takes_moe(recipe.method):
+    if method.takes == "moe":
         from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
         return MoeCheckpoint.open(recipe.source, recipe.revision)
     base = DenseCheckpoint.open(recipe.source, recipe.revision)
     if not recipe.sources:
         return base
+    mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
     members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
-    return mix_sources(recipe, base, members)
+    return mix_sources(recipe, mixes, base, members)
 
 
-def mix_sources(recipe: Recipe, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]) -> MixedCheckpoint:
-    """The opened sources side by side, or in their place the merges of them that the recipe's method makes.
+def mix_sources(
+    recipe: Recipe, method: MixingMethod, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]
+) -> MixedCheckpoint:
+    """Return the opened sources side by side, or in their place the merges of them that the method makes.
 
     Raises:
         UsageError: they do not belong together, or the merges are of another number of sources.
     """
-    method = method_of(recipe)
     merges = method.merges
     weights, members = mixing_weights(recipe, merges), list(sources)
     if merges is not None:
         members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
-    return MixedCheckpoint(
+    mixed = MixedCheckpoint(
         base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources, method.experts_only
     )
+    told = method.joined(mixed.mix, recipe)
+    return mixed.joining(told.rest, told.slerp)
 
 
 def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
@@ -70,15 +75,6 @@ def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
                 hint="a row for every expert, with a number for every source",
             )
     return [math.fsum(c * w for c, w in zip(row, weights, strict=True)) / math.fsum(row) for row in merges]
-
-
-def takes_moe(method: str) -> bool:
-    """Whether a method's source is a Mixture-of-Experts already.
-
-    Raises:
-        UsageError: there is no such method.
-    """
-    return getattr(load("method", method), "takes", "dense") == "moe"
 
 
 def mix_of(checkpoint: Checkpoint) -> Mix | None:

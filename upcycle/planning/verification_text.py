@@ -15,14 +15,14 @@ from upcycle.text.windows import demo_parts, encode, windows_of
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.planning.job import AnyJob
+    from upcycle.planning.job import PlannedJob
     from upcycle.recipe.conversion_recipe import CalibrationRecipe
 
 _WINDOW, _LEAST = 256, 16
 
 
 def token_windows(
-    job: AnyJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool | None = None
+    job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool | None = None
 ) -> tuple[torch.Tensor, str]:
     """Token ids ``[N, W]`` to measure on, and what they are from: of a calibrated model what was held out of its texts.
 
@@ -45,7 +45,7 @@ def token_windows(
     tokenizer = load_tokenizer(checkpoint.source.path)
     wanted = job.recipe.calibration
     if calibrated is None:
-        calibrated = bool(wanted.texts) and (job.calibrated or job.method.undecided(job.recipe))
+        calibrated = bool(wanted.texts) and (job.calibrated or job.undecided)
     parts = _calibration_parts(wanted) if calibrated else {}
     own = [one for name, one in parts.items() if name not in DEMO_TEXTS]
     if text:

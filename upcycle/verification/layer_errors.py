@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.models.stock_layers import Layers
     from upcycle.models.stock_model import StockModel
-    from upcycle.planning.expert_job import Job
+    from upcycle.planning.expert_job import ExpertJob
 
 
 class LayerErrors:
     """Squared errors and norms of every block on the dense model's FFN inputs."""
 
-    def __init__(self, job: Job, moe: StockModel, checkpoint: DenseCheckpoint) -> None:
+    def __init__(self, job: ExpertJob, moe: StockModel, checkpoint: DenseCheckpoint) -> None:
         self._job = job
         mixes = isinstance(checkpoint, MixedCheckpoint) and not (job.method.exact_when_all_active or job.method.draws)
         self._mixed = checkpoint if isinstance(checkpoint, MixedCheckpoint) and mixes else None
@@ -69,15 +69,16 @@ class LayerErrors:
     def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What the layer is where the router weighs all experts equally: computed from the sources, one in memory."""
         assert self._mixed is not None
-        method, total = self._job.method, torch.zeros_like(x)
-        parts = [(source, 1 / len(method.members)) for source in method.members]
-        for source, part in [*parts, *((source, 1.0) for source in method.shared_members)]:
+        job, total = self._job, torch.zeros_like(x)
+        assert job.mixing is not None
+        parts = [(source, 1 / len(job.members)) for source in job.members]
+        for source, part in [*parts, *((source, 1.0) for source in job.shared_members)]:
             if source not in self._sources:
                 self._sources[source] = layers_of(self._mixed.members[source], self._job.recipe.dtype, outside=False)
             layers = self._sources[source]
             layers.load(index)
-            block = layers.model.get_submodule(self._job.family.module_paths.block_of(index))
-            total += block(x) * (part * method.told_scale(source))
+            block = layers.model.get_submodule(job.family.module_paths.block_of(index))
+            total += block(x) * (part * job.mixing.told_scale(source))
             layers.drop(index)
         return total
 
@@ -86,7 +87,7 @@ class LayerErrors:
         """What a layer with all experts on is compared with."""
         if not self._mixed:
             return "the dense FFN"
-        return "the mean of the sources' FFNs" + (" and the shared ones" if self._job.method.shared_members else "")
+        return "the mean of the sources' FFNs" + (" and the shared ones" if self._job.shared_members else "")
 
     @property
     def relative(self) -> list[float]:
@@ -112,7 +113,7 @@ class LayerErrors:
         return next((error for error in found if math.isnan(error)), max(found))
 
 
-def _all_experts(blocks: list[Module], x: torch.Tensor, job: Job) -> torch.Tensor:
+def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch.Tensor:
     """The block with every expert active at equal weight and the scale that makes that the dense FFN."""
     block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts

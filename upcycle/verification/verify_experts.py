@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
-from upcycle.planning.expert_job import Job
-from upcycle.planning.job import AnyJob
+from upcycle.hardware.memory import available_memory
+from upcycle.models.stock_model import folder_model
+from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
-from upcycle.verification.measure import Measured
+from upcycle.verification.measure import Measured, batch_size, load_sides, measure
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 
 if TYPE_CHECKING:
-    pass
+    import torch
+
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.progress import Progress
 
 # Unit roundoff: the largest relative error of storing one number.
 _ROUNDOFF = {
@@ -26,7 +31,46 @@ _ROUNDOFF = {
 }  # logits are computed in fp32
 
 
-def check_keys(job: AnyJob, folder: Path) -> None:
+def verify_experts(
+    job: ExpertJob,
+    checkpoint: DenseCheckpoint,
+    folder: Path,
+    windows: tuple[torch.Tensor, str],
+    progress: Progress,
+    training: dict[str, Any] | None = None,
+) -> Verification:
+    """Compare ``folder`` with the dense model that it was made from, in fp32: logits, and every layer.
+
+    Args:
+        job: what was to be made.
+        checkpoint: the dense model.
+        folder: the result.
+        windows: token ids ``[N, W]`` to measure on, and what they are from.
+        progress: where to report.
+        training: how the result was trained since, if it was.
+
+    Raises:
+        CheckpointError: the folder is not what was planned, or stock transformers does not load it cleanly.
+    """
+    check_keys(job, folder)
+    elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
+    elements += sum(spec.elements for spec in checkpoint.store.specs.values())
+    streamed = 4 * elements > 0.6 * available_memory()
+    ids, label = windows
+    with progress.phase("loading both models", 2):
+        sides = load_sides(checkpoint, job.recipe.dtype, streamed)
+        progress.advance()
+        moe = folder_model(folder, streamed)
+        progress.advance()
+    layers = LayerErrors(job, moe, checkpoint)
+    batch = batch_size(job.vocab_size, ids, streamed)
+    measured = measure(sides, moe, ids, batch, elements, progress, layers.measured_on)
+    if training is not None:
+        return _trained(layers, measured, label, streamed, training)
+    return _judge(job, layers, measured, label, streamed)
+
+
+def check_keys(job: PlannedJob, folder: Path) -> None:
     """Compare the stored names, shapes and dtypes with the plan.
 
     Raises:
@@ -58,7 +102,7 @@ def _trained(
     )
 
 
-def _judge(job: Job, layers: LayerErrors, measured: Measured, label: str, streamed: bool) -> Verification:
+def _judge(job: ExpertJob, layers: LayerErrors, measured: Measured, label: str, streamed: bool) -> Verification:
     promise, reason = job.promise
     error = measured.worst
     roundoff = _ROUNDOFF[job.dtype]
@@ -67,7 +111,7 @@ def _judge(job: Job, layers: LayerErrors, measured: Measured, label: str, stream
     everyone = layers.all_experts
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"
     explanation = reason
-    if everyone is not None and job.method.members:
+    if everyone is not None and job.members:
         explanation += f"; with all experts at equal weight a layer is {layers.reference} (within {everyone:.1e})"
     explanation += measured.remarks + layers.remark
     if measured.totals.fault:

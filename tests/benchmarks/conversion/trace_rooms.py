@@ -88,10 +88,10 @@ class Trace:
             return
         caller = self._caller(frame)
         if caller is not None:
-            self.calls.add((caller, path, code.co_qualname))
+            self.calls.add((caller, path, _name(code)))
         if code not in self._seen:
             self._seen.add(code)
-            self.met.append(Met(path, code.co_qualname, caller))
+            self.met.append(Met(path, _name(code), caller))
 
     def _caller(self, frame: FrameType) -> str | None:
         """The path of the nearest caller of ours."""
@@ -112,6 +112,11 @@ class Trace:
             ours = path is not None and path.split("/")[0] in SOURCES
             self._paths[name] = self._moved.get(path, path) if ours and path is not None else None
         return self._paths[name]
+
+
+def _name(code: CodeType) -> str:
+    """A function's name, with its class from Python 3.11 on."""
+    return getattr(code, "co_qualname", code.co_name)
 
 
 def _is_read(code: CodeType) -> bool:

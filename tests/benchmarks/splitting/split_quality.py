@@ -29,7 +29,9 @@ from measure import UPCYCLE, Row, mega, report, run
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
-from upcycle.planning.expert_job import prepare
+from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.job import method_of
+from upcycle.planning.prepare_experts import prepare
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.text.mixture import mixed_windows
@@ -43,7 +45,7 @@ EVALUATION_TOKENS = 4096  # per domain
 # One plain forward pass, in windows as the calibration reads them; prints its seconds.
 FORWARD = """
 import sys, time, torch
-import upcycle.runtime
+import upcycle.models.stock_model
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 ids = torch.randint(model.config.vocab_size, (int(sys.argv[2]) // 512, 512))
@@ -87,7 +89,9 @@ def candidates_of(
             variants.append((CMOE, None, changes))
         for label, baseline, changes in variants:
             recipe = parse_recipe({**content, **changes}, label)
-            job = prepare(recipe, checkpoint.family, checkpoint.config, checkpoint.store.specs)
+            job = prepare(
+                ExpertJob, recipe, method_of(recipe), checkpoint.family, checkpoint.config, checkpoint.store.specs
+            )
             found.append(Candidate(job, percent / 100, label, baseline))
     return found
 

@@ -23,7 +23,7 @@ import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import UsageError
-from upcycle.methods.mixing import glue
+from upcycle.methods.mixing import model_glue as glue
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.text.windows import encode
 
@@ -175,8 +175,8 @@ def test_nothing_is_decided_again(zoo: Zoo, text: Path, tmp_path: Path, monkeypa
 STOP = """
 import json, os, sys
 import upcycle
-from upcycle import glue
-from upcycle.writer import ShardWriter
+from upcycle.methods.mixing import model_glue as glue
+from upcycle.checkpoints.shard_writer import ShardWriter
 where, arguments = sys.argv[1], json.loads(sys.argv[2])
 finish, score, scored = ShardWriter.finish, glue.log_likelihoods, []
 def stop_writing(self, unit):

@@ -21,13 +21,15 @@ import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.calibration.calibrate import Calibration
 from upcycle.cli.verbs.convert import calibration_facts
+from upcycle.conversion.jobs import job_for
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.methods.mixing.symphony import matched, similarity
-from upcycle.planning import cost, prepare
 from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS
+from upcycle.planning.expert_job import calibration_memory
+from upcycle.planning.job import method_of
 from upcycle.planning.open_sources import open_sources
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.text.held_out import by_position
@@ -306,13 +308,14 @@ def test_the_plan_counts_what_comparing_neurons_takes(branches: Branches) -> Non
 
     def job_of(method: str) -> Any:
         recipe = parse_recipe({**QUICK, "sources": sources, "method": method}, "test")
-        return prepare.job_for(recipe, open_sources(recipe))
+        chosen = method_of(recipe)
+        return job_for(recipe, chosen, open_sources(recipe, chosen))
 
     plan = upcycle.plan(None, sources=sources, **QUICK)
     plain = upcycle.plan(None, sources=sources, method="branch_train_mix", calibration=TEXT["calibration"])
     assert (plan.calibration_tokens, plain.calibration_tokens) == (TOKENS, 0)
     # A tiny model's peak is where it is written; what comparing takes is in the forecast of the calibration.
-    looking = [cost._calibration_memory(job) for job in map(job_of, ("symphony", "branch_train_mix"))]
+    looking = [calibration_memory(job) for job in map(job_of, ("symphony", "branch_train_mix"))]
     pair = 2 * (3 * 4 + 2 * 4) * F * D  # two FFNs as stored and their gate and up in fp32
     assert looking[0] - looking[1] == pair + 4 * CALIBRATION_BATCH_TOKENS * (F + D) + (4 + 8) * F * F
     assert any("calibration text is not used" in warning for warning in plain.warnings)

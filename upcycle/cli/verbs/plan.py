@@ -40,10 +40,9 @@ def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> Non
 
 def show_plan(recipe: Any, as_json: bool) -> None:
     """Print the plan of a recipe (also ``convert --dry-run``)."""
-    from upcycle.planning.cost import make_plan
-    from upcycle.planning.prepare import job_of
+    from upcycle.conversion.jobs import job_of
 
-    plan = make_plan(job_of(recipe))
+    plan = job_of(recipe).cost()
     if as_json:
         print_json(plan.as_dict())
         return

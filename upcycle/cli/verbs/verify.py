@@ -65,7 +65,7 @@ def command(
 
 
 def _verify(out: Path, source: str | None, text: str | None, tokens: int, quiet: bool, as_json: bool) -> None:
-    from upcycle.verification.verify import verify
+    from upcycle.conversion.verify import verify
 
     result = verify(out, source=source, text=text, tokens=tokens, progress=Bars(quiet))
     if as_json:

@@ -68,12 +68,10 @@ class Grown:
 class Growth(AnyMethod):
     """Makes a larger (or averaged) model of the same architecture by copying tensors. Never writes a file.
 
-    ``takes`` says what its source is, ``keys`` which recipe keys it reads beside those that every step does. ``next_step`` is
-    what the command suggests.
+    ``keys`` are the recipe keys that it reads beside those that every step does, ``next_step`` is what the command suggests.
     """
 
     kind = "growth"
-    takes: ClassVar[Literal["dense", "moe"]]
     keys: ClassVar[frozenset[str]] = frozenset()
     next_step: ClassVar[str]
 

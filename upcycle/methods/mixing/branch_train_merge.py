@@ -12,6 +12,7 @@ from pydantic import Field
 
 from upcycle.errors import UsageError
 from upcycle.methods.growing.base import Choice, DenseGrowth, Described, Grown, Promise
+from upcycle.methods.mixing.base import MixingMethod
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -35,7 +36,7 @@ class BranchTrainMergeParameters(PluginParameters):
     coefficients: list[float] | None = Field(None, description="every source's part, in place of deciding")
 
 
-class BranchTrainMerge(DenseGrowth):
+class BranchTrainMerge(MixingMethod, DenseGrowth):
     """Li et al., arXiv 2208.03306, "Branch-Train-Merge": every weight is the weighted mean of the sources'.
 
     Without calibration text the sources' ``weight`` are the weights. With one, they are the prior ``p(D=j)``, and the weights
@@ -50,7 +51,6 @@ class BranchTrainMerge(DenseGrowth):
     name = "branch_train_merge"
     title = "Branch-Train-Merge"
     paper = "https://arxiv.org/abs/2208.03306"
-    takes_sources = True
     keys = frozenset({"dtype", "calibration"})
     Parameters = BranchTrainMergeParameters
     parameters: BranchTrainMergeParameters

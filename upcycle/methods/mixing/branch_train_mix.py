@@ -18,6 +18,7 @@ from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Scale, piece_size
 from upcycle.methods.copying.base import Copies, CopiesParameters, seeded
 from upcycle.methods.copying.virtual_groups import shards, tied_rows
+from upcycle.methods.mixing.base import MixingMethod
 from upcycle.recipe.conversion_recipe import SourceRecipe
 
 
@@ -39,7 +40,7 @@ class BranchTrainMixParameters(CopiesParameters):
     tied: bool = Field(True, description="one router row for the chunks of a source: they are chosen together")
 
 
-class BranchTrainMix(Copies):
+class BranchTrainMix(MixingMethod, Copies):
     """Sukhbaatar et al., arXiv 2403.07816, "Branch-Train-MiX".
 
     Expert i is source i's FFN. Everything else is the arithmetic mean of the sources, summed in fp64; ``weight`` of a
@@ -64,7 +65,6 @@ class BranchTrainMix(Copies):
     name = "branch_train_mix"
     title = "Branch-Train-MiX"
     paper = "https://arxiv.org/abs/2403.07816"
-    takes_sources = True
     takes_roles = True
     Parameters = BranchTrainMixParameters
     parameters: BranchTrainMixParameters

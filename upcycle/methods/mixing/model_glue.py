@@ -14,7 +14,7 @@ from upcycle.checkpoints.merged_checkpoint import merged
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.errors import UsageError
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.methods.base import Merges
+from upcycle.methods.mixing.base import Merges
 from upcycle.methods.mixing.branch_train_mix import BranchTrainMix, BranchTrainMixParameters
 from upcycle.methods.mixing.log_likelihoods import log_likelihoods
 from upcycle.methods.mixing.weight_similarity import similarities
@@ -106,8 +106,6 @@ class ModelGlue(BranchTrainMix):
         progress: Progress,
     ) -> tuple[list[list[float]], dict[str, Any]]:
         """See the class and :func:`~upcycle.methods.mixing.model_glue.glue`."""
-        from upcycle.methods.mixing.model_glue import glue
-
         return glue(checkpoint, recipe, windows, self.parameters, measured, progress)
 
     def join(self, mix: Mix | None) -> None:

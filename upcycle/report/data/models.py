@@ -8,11 +8,11 @@ from typing import Any
 
 from upcycle.architectures.stock import load_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.conversion.verify import reopen
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hardware.memory import available_memory
 from upcycle.models.stock_model import StockModel, source_model
 from upcycle.report.data.subject import Subject, reason_of
-from upcycle.verification.verify import reopen
 
 
 @dataclass(frozen=True)

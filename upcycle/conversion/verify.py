@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion.job import ConversionJob
+from upcycle.conversion.jobs import job_for
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files import records
 from upcycle.files.user_paths import user_path
-from upcycle.hardware.memory import available_memory
-from upcycle.models.stock_model import folder_model
-from upcycle.planning.growth_job import GrowthJob
-from upcycle.planning.job import AnyJob
+from upcycle.planning.job import method_of
 from upcycle.planning.open_sources import open_sources
-from upcycle.planning.prepare import job_for
 from upcycle.planning.verification_text import token_windows
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
-from upcycle.verification.layer_errors import LayerErrors
-from upcycle.verification.measure import batch_size, load_sides, measure
 from upcycle.verification.verdict import Verification
-from upcycle.verification.verify_experts import _judge, _trained, check_keys
-
-if TYPE_CHECKING:
-    import torch
 
 
 def verify(
@@ -57,7 +49,7 @@ def verify(
     merged_by = (record.get("merging") or {}).get("text")  # text that decided which sources are merged was read, too
     read = record.get("calibration") is not None or bool(merged_by)
     windows = token_windows(job, checkpoint, text, tokens, read)
-    result = verify_job(job, checkpoint, folder, windows, progress, record.get("training"))
+    result = job.verify(checkpoint, folder, windows, progress, record.get("training"))
     try:
         records.write_verification(folder, result.as_dict())
     except OSError as error:
@@ -65,7 +57,7 @@ def verify(
     return result
 
 
-def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> tuple[AnyJob, Checkpoint]:
+def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> tuple[ConversionJob, Checkpoint]:
     """The job that wrote ``folder`` and the checkpoint it was made from, found again by its recipe and its record.
 
     Raises:
@@ -80,8 +72,9 @@ def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> t
     for listed, opened in zip(content.get("sources") or [], record.get("sources") or [], strict=False):
         listed["revision"] = opened["revision"]
     recipe = parse_recipe(content, str(folder / records.RECIPE_FILE))
+    method = method_of(recipe)
     try:
-        checkpoint = open_sources(recipe)
+        checkpoint = open_sources(recipe, method)
     except UsageError as error:
         raise UsageError(f"the dense model is needed: {error.message}", hint="say where it is with --source") from None
     if checkpoint.fingerprint != record["source"]["fingerprint"]:
@@ -89,48 +82,4 @@ def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> t
             f"{recipe.source} is not the checkpoint {folder} was converted from",
             hint="name the right one with --source",
         )
-    return job_for(recipe, checkpoint), checkpoint
-
-
-def verify_job(
-    job: AnyJob,
-    checkpoint: Checkpoint,
-    folder: Path,
-    windows: tuple[torch.Tensor, str],
-    progress: Progress = SILENT,
-    training: dict[str, Any] | None = None,
-) -> Verification:
-    """Compare ``folder`` with the checkpoint it was made from.
-
-    Args:
-        job: what was to be made.
-        checkpoint: the source.
-        folder: the result.
-        windows: token ids ``[N, W]`` to measure on, and what they are from.
-        progress: where to report.
-        training: how the result was trained since, if it was.
-
-    Raises:
-        CheckpointError: the folder is not what was planned, or stock transformers does not load it cleanly.
-    """
-    if isinstance(job, GrowthJob):
-        from upcycle.verification.verify_growth import verify_growth
-
-        return verify_growth(job, checkpoint, folder, windows, progress)
-    assert isinstance(checkpoint, DenseCheckpoint)
-    check_keys(job, folder)
-    elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
-    elements += sum(spec.elements for spec in checkpoint.store.specs.values())
-    streamed = 4 * elements > 0.6 * available_memory()
-    ids, label = windows
-    with progress.phase("loading both models", 2):
-        sides = load_sides(checkpoint, job.recipe.dtype, streamed)
-        progress.advance()
-        moe = folder_model(folder, streamed)
-        progress.advance()
-    layers = LayerErrors(job, moe, checkpoint)
-    batch = batch_size(job.vocab_size, ids, streamed)
-    measured = measure(sides, moe, ids, batch, elements, progress, layers.measured_on)
-    if training is not None:
-        return _trained(layers, measured, label, streamed, training)
-    return _judge(job, layers, measured, label, streamed)
+    return job_for(recipe, method, checkpoint), checkpoint

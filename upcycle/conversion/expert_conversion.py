@@ -1,0 +1,176 @@
+"""Carries out conversions of dense models into experts: calibrates, decides every layer, builds experts, compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.calibration.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
+from upcycle.calibration.decide_layer import decide
+from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
+from upcycle.checkpoints.output_layout import OutputEntry, Unit, finite
+from upcycle.conversion.job import TokensRead
+from upcycle.conversion.threads import torch_threads
+from upcycle.errors import UsageError
+from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
+from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.methods.base import AnyMethod
+from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.from_configs import describe_dense
+from upcycle.planning.open_sources import mix_of
+from upcycle.planning.prepare_experts import prepare
+from upcycle.progress import Progress
+from upcycle.recipe.conversion_recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.verification.verdict import Verification
+
+
+@dataclass(frozen=True)
+class ExpertConversion(ExpertJob):
+    """A job that makes experts of a dense model's FFNs. Implements :class:`upcycle.conversion.job.ConversionJob`.
+
+    ``saved`` is the blueprint that was given, in place of deciding.
+    """
+
+    saved: BlueprintFile | None = None
+
+    @classmethod
+    def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
+        """Plan a recipe on an opened dense model, or several."""
+        assert isinstance(checkpoint, DenseCheckpoint)
+        return prepare(
+            cls,
+            recipe,
+            method,
+            checkpoint.family,
+            checkpoint.config,
+            checkpoint.store.specs,
+            checkpoint.has_tokenizer,
+            mix_of(checkpoint),
+            checkpoint.note if recipe.dtype == "keep" else None,
+        )
+
+    @classmethod
+    def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
+        """Plan a recipe from its sources' ``config.json`` alone."""
+        found = describe_dense(recipe, method)
+        return prepare(cls, recipe, method, found.family, found.dense, found.specs, mix=found.mix)
+
+    def given(self, blueprint: Path) -> Self:
+        """Return the job with every layer decided by a saved blueprint.
+
+        Raises:
+            UsageError: it has other experts than the recipe asks for.
+        """
+        saved, shape = BlueprintFile(blueprint), self.shape
+        for layer in shape.moe_layers:
+            numbers = saved.shape(layer) if layer in saved.layers else None
+            wanted = (shape.experts, shape.shared, shape.expert_size)
+            if numbers != wanted:
+                raise UsageError(
+                    f"{blueprint}: layer {layer} has (experts, shared, neurons each) = {numbers}, the recipe needs {wanted}",
+                    hint="leave --experts, --shared and --layers out: the blueprint brings its own recipe",
+                )
+        return replace(self, saved=saved)
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes that a calibration keeps in the working folder: none where a blueprint was given."""
+        return 0 if self.saved else super().working_bytes
+
+    def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
+        """Read the calibration text, and what tells several sources apart."""
+        windows = samples = None
+        assert isinstance(checkpoint, DenseCheckpoint)
+        if self.saved:
+            return TokensRead()
+        if self.sampled and not self.undecided:
+            from upcycle.calibration.source_samples import read_samples
+
+            samples = read_samples(self, checkpoint)
+        if self.calibrated or self.undecided:
+            from upcycle.calibration.read_tokens import calibration_windows
+
+            self.check_memory()
+            windows = calibration_windows(self, checkpoint, progress)
+        return TokensRead(windows, samples)
+
+    def decide(
+        self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
+    ) -> tuple[Self, dict[str, Any] | None]:
+        """Decide every layer on its text; without text layers are decided when they are written."""
+        if not tokens.ids:
+            return self, None
+        from upcycle.calibration.calibrate import calibrate
+        from upcycle.text.mixture import traces
+
+        assert isinstance(checkpoint, DenseCheckpoint)
+        record = calibrate(self, checkpoint, tokens.windows, folder, progress, tokens.samples)
+        return self, record if tokens.windows is None else {**record, **traces(self.recipe.calibration)}
+
+    def blocks(
+        self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
+    ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
+        """Return every tensor of one unit as blocks of rows: copied, or built by the layer's blueprint."""
+        dtype = self.recipe.dtype
+        experts: ExpertTensors | None = None
+        for entry in unit.entries:
+            if entry.origin:
+                yield entry, checkpoint.blocks(entry.origin, dtype)
+                continue
+            if experts is None:
+                assert unit.layer is not None
+                assert isinstance(checkpoint, DenseCheckpoint)
+                ffn = checkpoint.feed_forward(unit.layer, dtype)
+                with torch_threads(threads):
+                    blueprint = self._blueprint(ffn, folder)
+                experts = ExpertTensors(ffn, blueprint, checkpoint.expert_matrices(unit.layer, dtype))
+            yield entry, _built(entry, experts)
+
+    def _blueprint(self, ffn: FeedForward, folder: Path) -> LayerBlueprint:
+        """A layer's blueprint: given, decided by the calibration, or decided now; kept until all layers are done."""
+        if (found := decided_layer(self, folder, ffn.layer)) is not None:
+            return found
+        if self.saved:
+            blueprint = replace(self.saved.layer(ffn.layer), top_k=self.shape.top_k)
+            if blueprint.down is None and self.recipe.refit != "scale":
+                blueprint = replace(blueprint, scale=self.scale, spread=self.method.spread)
+        else:
+            blueprint = decide(self, ffn)
+        keep_layer(folder, blueprint)
+        return blueprint
+
+    def finish(self, folder: Path) -> list[dict[str, Any]]:
+        """Join the blueprints of all layers into one file."""
+        return join_layers(self, folder)
+
+    def reports(self, folder: Path) -> list[dict[str, Any]]:
+        """Return what was measured and decided of every layer."""
+        return blueprint_reports(folder)
+
+    def verify(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        windows: tuple[torch.Tensor, str],
+        progress: Progress,
+        training: dict[str, Any] | None = None,
+    ) -> Verification:
+        """Compare logits and layers with the dense model's."""
+        from upcycle.verification.verify_experts import verify_experts
+
+        assert isinstance(checkpoint, DenseCheckpoint)
+        return verify_experts(self, checkpoint, folder, windows, progress, training)
+
+
+def _built(entry: OutputEntry, experts: ExpertTensors) -> Iterator[torch.Tensor]:
+    """The blocks of a tensor that no source has."""
+    assert entry.built is not None
+    return (finite(entry, experts.part(part)) for part in entry.built.parts)

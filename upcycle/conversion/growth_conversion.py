@@ -1,0 +1,100 @@
+"""Carries out growth steps: copies whole tensors of a model into a larger one, and compares them bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.output_layout import OutputEntry, Unit
+from upcycle.conversion.job import TokensRead
+from upcycle.errors import UsageError
+from upcycle.methods.base import AnyMethod
+from upcycle.methods.growing.base import Described
+from upcycle.planning.from_configs import describe_dense, describe_moe
+from upcycle.planning.growth_job import GrowthJob, decide_growth, growth_reports, prepare_growth
+from upcycle.planning.open_sources import mix_of
+from upcycle.progress import Progress
+from upcycle.recipe.conversion_recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from upcycle.verification.verdict import Verification
+
+
+@dataclass(frozen=True)
+class GrowthConversion(GrowthJob):
+    """A job that writes whole tensors of its source. Implements :class:`upcycle.conversion.job.ConversionJob`."""
+
+    @classmethod
+    def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
+        """Plan a step on an opened model, dense or not."""
+        described = Described(checkpoint.raw_config, checkpoint.store.specs, checkpoint.source.name)
+        return prepare_growth(cls, recipe, method, described, checkpoint.has_tokenizer, mix_of(checkpoint))
+
+    @classmethod
+    def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
+        """Plan a step from its source's ``config.json`` alone."""
+        if method.takes == "moe":
+            return prepare_growth(cls, recipe, method, describe_moe(recipe))
+        found = describe_dense(recipe, method)
+        described = Described(found.raw, found.specs, recipe.source)
+        return prepare_growth(cls, recipe, method, described, mix=found.mix)
+
+    def given(self, blueprint: Path) -> Self:
+        """Refuse: a growth step has no blueprints.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{self.method.name} makes no blueprints and reads none", hint="leave --blueprint out")
+
+    def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
+        """Read the text that experts are chosen on, where the step looks at one."""
+        if not self.calibrated:
+            return TokensRead()
+        from upcycle.calibration.read_tokens import calibration_windows
+
+        return TokensRead(calibration_windows(self, checkpoint, progress))
+
+    def decide(
+        self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
+    ) -> tuple[Self, dict[str, Any] | None]:
+        """Decide which experts are copied."""
+        from upcycle.text.mixture import traces
+
+        job, record = decide_growth(self, checkpoint, tokens.windows, folder, progress)
+        return job, record and {**record, **traces(self.recipe.calibration)}
+
+    def blocks(
+        self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
+    ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
+        """Return every tensor of one unit as blocks of rows of the source's."""
+        for entry in unit.entries:
+            assert entry.origin is not None
+            yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
+
+    def finish(self, folder: Path) -> list[dict[str, Any]]:
+        """Return what was decided; the file that holds it is final already."""
+        return growth_reports(folder)
+
+    def reports(self, folder: Path) -> list[dict[str, Any]]:
+        """Return which experts every layer is made of, and by what they were chosen."""
+        return growth_reports(folder)
+
+    def verify(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        windows: tuple[torch.Tensor, str],
+        progress: Progress,
+        training: dict[str, Any] | None = None,
+    ) -> Verification:
+        """Compare every tensor with its origin, and what both models compute."""
+        from upcycle.verification.verify_growth import verify_growth
+
+        return verify_growth(self, checkpoint, folder, windows, progress)

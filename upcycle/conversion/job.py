@@ -1,0 +1,123 @@
+"""What a conversion asks of a job, whatever kind of model it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from upcycle.planning.job import PlannedJob
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from upcycle.checkpoints.checkpoint import Checkpoint
+    from upcycle.checkpoints.output_layout import OutputEntry, Unit
+    from upcycle.ffn.source_samples import Samples
+    from upcycle.methods.base import AnyMethod
+    from upcycle.progress import Progress
+    from upcycle.recipe.conversion_recipe import Recipe
+    from upcycle.verification.verdict import Verification
+
+
+@dataclass(frozen=True)
+class TokensRead:
+    """The token ids that decide a conversion.
+
+    Attributes:
+        windows: of the calibration text, ``[N, W]``; None: none is read.
+        samples: those that tell several sources apart; None: nothing needs them.
+    """
+
+    windows: torch.Tensor | None = None
+    samples: Samples | None = None
+
+    @property
+    def ids(self) -> list[torch.Tensor]:
+        """All of them, samples first."""
+        return [ids for ids in (self.samples.windows if self.samples else None, self.windows) if ids is not None]
+
+
+class ConversionJob(PlannedJob, Protocol):
+    """A planned job that can be carried out: one class per kind of conversion, listed in :data:`upcycle.conversion.jobs.JOBS`.
+
+    Nothing that is given to a job is changed by it, and no job is: what decides returns another one.
+    """
+
+    @classmethod
+    def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
+        """Plan a recipe on an opened checkpoint.
+
+        Raises:
+            UsageError: the recipe cannot be carried out on this model.
+            RefusalError: no stock architecture holds the result.
+        """
+
+    @classmethod
+    def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
+        """Plan a recipe from its sources' ``config.json`` alone; raises as :meth:`of_checkpoint` does."""
+
+    def given(self, blueprint: Path) -> Self:
+        """Return the job with everything decided by a saved ``blueprint.safetensors``.
+
+        Raises:
+            UsageError: the file does not fit, or this kind of conversion reads none.
+        """
+
+    def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
+        """Read the text that decides the conversion, as token ids.
+
+        Raises:
+            UsageError: a text cannot be read.
+            EnvironmentFault: there is too little memory to calibrate.
+        """
+
+    def decide(
+        self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
+    ) -> tuple[Self, dict[str, Any] | None]:
+        """Decide what depends on text and weights, and keep it in ``folder``, where another run finds it.
+
+        Returns:
+            The job with what was decided, and what ``upcycle.json`` says of the text (None: none was read).
+        """
+
+    def blocks(
+        self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
+    ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
+        """Return every tensor of one unit as blocks of rows, in the order of the unit.
+
+        Args:
+            unit: one of the job's.
+            checkpoint: the source.
+            folder: where decisions are kept until the conversion is complete.
+            threads: how many torch may use where it computes; what is copied moves on one.
+        """
+
+    def finish(self, folder: Path) -> list[dict[str, Any]]:
+        """Put what was decided into its final form in ``folder``, and return :meth:`reports`."""
+
+    def reports(self, folder: Path) -> list[dict[str, Any]]:
+        """Return what was measured and decided of every layer of a finished conversion, as plain data."""
+
+    def verify(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        windows: tuple[torch.Tensor, str],
+        progress: Progress,
+        training: dict[str, Any] | None = None,
+    ) -> Verification:
+        """Compare what was written with the source.
+
+        Args:
+            checkpoint: the source.
+            folder: the result.
+            windows: token ids ``[N, W]`` to measure on, and what they are from.
+            progress: where to report.
+            training: how the result was trained since, if it was.
+
+        Raises:
+            CheckpointError: the folder is not what was planned, or stock transformers does not load it cleanly.
+        """

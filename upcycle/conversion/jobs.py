@@ -1,0 +1,71 @@
+"""The kinds of conversions there are, and the job of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion.expert_conversion import ExpertConversion
+from upcycle.conversion.growth_conversion import GrowthConversion
+from upcycle.conversion.job import ConversionJob
+from upcycle.methods.base import AnyMethod
+from upcycle.planning.cost import Plan
+from upcycle.planning.job import method_of
+from upcycle.planning.loadable import check_config, check_loadable
+from upcycle.planning.open_sources import all_local, open_sources
+from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
+
+JOBS: dict[str, type[ConversionJob]] = {
+    "copies": ExpertConversion,
+    "partition": ExpertConversion,
+    "overlap": ExpertConversion,
+    "growth": GrowthConversion,
+}
+"""What a method makes (its ``kind``) -> the job that makes it."""
+
+
+def job_for(recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> ConversionJob:
+    """Plan a recipe on an opened checkpoint. Nothing that is given is changed.
+
+    Args:
+        recipe: what is wanted.
+        method: the recipe's (:func:`upcycle.planning.job.method_of`).
+        checkpoint: its sources (:func:`upcycle.planning.open_sources.open_sources`).
+
+    Raises:
+        UsageError: the recipe cannot be carried out on this model.
+        RefusalError: no stock architecture holds the result.
+    """
+    job: ConversionJob = JOBS[method.kind].of_checkpoint(recipe, method, checkpoint)
+    return job
+
+
+def job_of(recipe: Recipe) -> ConversionJob:
+    """Plan a recipe from local checkpoints' headers, or from the ``config.json`` of hub repositories.
+
+    Stock transformers is asked whether it takes the sources and the result, as before a conversion; of a repository of the hub
+    there is ``config.json`` alone to ask about.
+    """
+    method = method_of(recipe)
+    if all_local(recipe):
+        checkpoint = open_sources(recipe, method)
+        job = job_for(recipe, method, checkpoint)
+        check_loadable(job, checkpoint)
+        return job
+    job = JOBS[method.kind].of_configs(recipe, method)
+    check_config(job.config, "the result")
+    return job
+
+
+def plan(source: str | None = None, **keys: Any) -> Plan:
+    """Work out what a conversion would write and cost, without reading a weight.
+
+    Args:
+        source: local folder, hub id, ``.gguf`` file or ``demo``. Of a hub id only ``config.json`` is downloaded.
+        **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`).
+
+    Raises:
+        UpcycleError: whatever :func:`upcycle.convert` would refuse before reading weights.
+    """
+    content = {**keys, **({"source": source} if source else {})}
+    return job_of(parse_recipe(content, "recipe")).cost()

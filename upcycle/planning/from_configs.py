@@ -1,0 +1,81 @@
+"""What a recipe's sources are, as far as their ``config.json`` says it: for plans of models that are not downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.stock_classes import stock_shapes
+from upcycle.architectures.stored_moe import moe_family
+from upcycle.checkpoints.compatibility import check_configs
+from upcycle.checkpoints.find_family import family_of
+from upcycle.checkpoints.mixed_checkpoint import Mix
+from upcycle.files.formats.tensor_files import read_config
+from upcycle.files.formats.tensor_names import refuse_said_quantized
+from upcycle.files.formats.tensor_spec import TensorSpec
+from upcycle.files.locate import locate
+from upcycle.methods.base import AnyMethod, refuse_sources
+from upcycle.methods.growing.base import Described
+from upcycle.methods.mixing.base import mixing
+from upcycle.planning.open_sources import mixing_weights
+from upcycle.recipe.conversion_recipe import Recipe
+
+
+class DenseDescribed(NamedTuple):
+    """A dense model that was not opened: ``config.json`` as it is and as it was read, the tensors it must have, and the
+    other sources, where there are several.
+    """
+
+    raw: dict[str, Any]
+    family: Family
+    dense: DenseConfig
+    specs: dict[str, TensorSpec]
+    mix: Mix | None
+
+
+def describe_dense(recipe: Recipe, method: AnyMethod) -> DenseDescribed:
+    """Read the ``config.json`` of every source of a recipe, and no weights.
+
+    Raises:
+        UpcycleError: one is not found, is no dense model that is known, or they do not belong together.
+    """
+    raw, family, dense = _config(recipe.source, recipe.revision)
+    mix = None
+    if recipe.sources:
+        mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
+        for source in recipe.sources:
+            _, _, other = _config(source.name, source.revision)
+            check_configs(dense, other, recipe.source, source.name, family.aliases, mixes.experts_only)
+        same = [i for i, s in enumerate(recipe.sources) if (s.name, s.revision) == (recipe.source, recipe.revision)]
+        base = same[0] if same else len(recipe.sources)
+        merges = mixes.merges
+        if merges is not None:
+            alone = [i for i, row in enumerate(merges) if base < len(row) and row[base] and sum(map(bool, row)) == 1]
+            base = alone[0] if alone else len(merges)
+        mix = Mix(tuple(mixing_weights(recipe, merges)), alike=False, base=base)
+    return DenseDescribed(raw, family, dense, _specs(family.all_stored_specs(dense), dense.dtype), mix)
+
+
+def describe_moe(recipe: Recipe) -> Described:
+    """Read the ``config.json`` of a recipe's source, a Mixture-of-Experts, and no weights.
+
+    Raises:
+        UpcycleError: it is not found, or no MoE that is known.
+    """
+    raw = read_config(locate(recipe.source, recipe.revision, config_only=True).path)
+    moe_family(raw, recipe.source)
+    refuse_said_quantized(raw, recipe.source)
+    return Described(raw, _specs(stock_shapes(raw), raw.get("dtype")), recipe.source)
+
+
+def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, TensorSpec]:
+    stored = dtype if dtype in ("float32", "float16") else "bfloat16"
+    return {name: TensorSpec(shape, stored) for name, shape in shapes.items()}
+
+
+def _config(name: str, revision: str | None) -> tuple[dict[str, Any], Family, DenseConfig]:
+    raw = read_config(locate(name, revision, config_only=True).path)
+    family = family_of(raw, name)
+    refuse_said_quantized(raw, name)
+    return raw, family, family.config(raw, f"{name}: config.json")

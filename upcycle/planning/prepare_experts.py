@@ -1,0 +1,249 @@
+"""Turns a recipe and a dense model into the job that makes experts of it: parts, shapes, and every tensor of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.moe.base import Target, refuse_unheld
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
+from upcycle.errors import RefusalError, UsageError
+from upcycle.ffn.moe_shape import MoeShape
+from upcycle.files.formats.tensor_spec import TensorSpec
+from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
+from upcycle.methods.mixing.base import mixing
+from upcycle.planning.expert_job import ExpertJob, looks_at_text
+from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
+from upcycle.recipe.conversion_recipe import Recipe, layer_selection, parse_parameters, parse_size
+from upcycle.registry import TARGETS, load, suggestion
+from upcycle.routers.base import Router
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.mixed_checkpoint import Mix
+
+J = TypeVar("J", bound=ExpertJob)
+
+
+def prepare(
+    kind: type[J],
+    recipe: Recipe,
+    method: AnyMethod,
+    family: Family,
+    dense: DenseConfig,
+    specs: Mapping[str, TensorSpec],
+    has_tokenizer: bool = True,
+    mix: Mix | None = None,
+    note: str | None = None,
+) -> J:
+    """Choose the parts that a recipe names and work out every output tensor. Nothing that is given is changed.
+
+    Args:
+        kind: the class of the job.
+        recipe: what is wanted.
+        method: the recipe's, before it is told of any sources.
+        family: the architecture of the dense model.
+        dense: its configuration.
+        specs: its tensors.
+        has_tokenizer: whether a tokenizer lies beside them.
+        mix: the sources, where there are several.
+        note: what the source says of how it is read.
+
+    Raises:
+        UsageError: the recipe cannot be carried out on this model.
+        RefusalError: no target, or not the wanted one, can hold the result.
+    """
+    check_tokenizer(recipe, has_tokenizer)
+    method = method.joined(mix, recipe)
+    assert isinstance(method, Method)
+    targets = _targets(recipe, family)
+    recipe = _with_shared_held(_with_sizes(recipe, method, dense), method, targets)
+    recipe = _with_implied(recipe, method)
+    layers = layer_selection(recipe.layers, dense.num_hidden_layers)
+    size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
+    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers, method.normalized, dense.ffn_form)
+    method.check(shape)
+    target = _choose_target(recipe, family, targets, dense, shape)
+    router_name = recipe.router.name
+    sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
+    texts = recipe.calibration.texts
+    if router_name == "auto":
+        split_name = ("ridge" if texts else "cool") if sparse else "zero"
+        router_name = "random" if method.kind == "copies" else split_name
+    router_class = load("router", router_name)
+    router: Router = router_class(
+        parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
+    )
+    router.check(recipe.experts, recipe.top_k)
+    mixes = mixing(method)
+    members = mixes.members if mixes else []
+    told = recipe.model_copy(update={"sources": mixes.told(recipe.sources)}) if mixes else recipe
+    router.check_sources(told, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
+    refit = _refit(recipe, method, sparse)
+    if mixes and mixes.undecided(recipe) and not texts:
+        raise UsageError(
+            f"method {method.name} keeps a merge that does not predict your text worse, and there is none",
+            hint=CALIBRATION_HINT,
+        )
+    for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
+        if wants and not texts:
+            raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
+    scale = recipe.scale
+    if scale == "auto":
+        scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
+    factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k, recipe.shared)
+    if refit == "down" and factor != recipe.top_k:
+        raise UsageError(
+            f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
+            hint="leave --scale out, or use --refit none",
+        )
+    if family.uncalibrated and (router.walks or (texts and looks_at_text(method, router))):
+        raise RefusalError(
+            f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
+            hint="leave the calibration text out, and choose a method and a router that need none",
+        )
+    units = _units(recipe, family, dense, target, shape, specs)
+    shards = shards_of(units, parse_size(recipe.max_shard_size))
+    held = tuple(targets[name] for name in family.targets)
+    return kind(
+        recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs, held, note
+    )
+
+
+def _with_implied(recipe: Recipe, method: Method) -> Recipe:
+    """The recipe with the numbers that follow from the method's parameters.
+
+    Raises:
+        UsageError: the recipe names other ones, or fewer experts than are to run.
+    """
+    named = [getattr(recipe, key) if key in recipe.model_fields_set else None for key in ("experts", "top_k")]
+    experts, top_k = method.sizes(*named)
+    experts = recipe.experts if experts is None else experts
+    top_k = recipe.top_k if top_k is None else top_k
+    mixes = mixing(method)
+    shared = mixes.shared_experts if mixes else None
+    if shared is None or recipe.shared:  # another number than the sources' is refused with the widths
+        shared = recipe.shared
+    if top_k > experts:
+        raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
+    return recipe.model_copy(update={"experts": experts, "top_k": top_k, "shared": shared})
+
+
+_ALWAYS_ON = 0.5  # of what runs, where a recipe names a fraction and no numbers
+
+
+def _with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
+    """The recipe with the numbers that its active fraction comes to; layers that stay dense run whole and count.
+
+    Raises:
+        UsageError: the fraction leaves nothing to choose among.
+    """
+    if recipe.active is None:
+        return recipe
+    if method.kind == "copies":
+        raise UsageError(
+            f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
+            hint="--experts and --top-k, or --method alternating",
+        )
+    total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
+    pieces = pieces_of(dense.intermediate_size, recipe.pieces)
+    running = round(pieces * (recipe.active * total - (total - split)) / split)
+    if not 2 <= running < pieces:
+        raise UsageError(
+            f"active {recipe.active:g} would run {max(0, running)} of {pieces} experts in each of {split} layers",
+            hint="a larger active or pieces, or more layers",
+        )
+    shared = max(1, round(_ALWAYS_ON * running))
+    pad = recipe.pad or dense.intermediate_size % (pieces * PREFERRED_MULTIPLE) > 0
+    sizes = {"experts": pieces - shared, "top_k": running - shared, "shared": shared, "active": None, "pad": pad}
+    return recipe.model_copy(update=sizes)
+
+
+def pieces_of(intermediate_size: int, most: int) -> int:
+    """The most equal experts, up to ``most``, whose width is a multiple of 8; ``most`` itself (padded) if there are none."""
+    fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
+    return max(fitting, default=most)
+
+
+def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:
+    """All targets that a recipe may mean, by name: those of the family in the order in which they are tried, and the one
+    that the recipe names, if there is one of that name.
+    """
+    named = (recipe.target,) if recipe.target in TARGETS else ()
+    return {name: load("target", name)() for name in (*family.targets, *named)}
+
+
+def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Target]) -> Recipe:
+    """The recipe, or where no target of the family holds shared experts and it allows that, one that routes them all."""
+    if recipe.shared_unheld == "refuse" or not recipe.shared or recipe.target not in ("auto", *targets):
+        return recipe
+    if method.kind == "copies":  # their routed experts are not like the shared ones
+        return recipe
+    meant = targets.values() if recipe.target == "auto" else [targets[recipe.target]]
+    if any(Feature.SHARED_EXPERTS in target.holds for target in meant):
+        return recipe
+    sizes = {"experts": recipe.experts + recipe.shared, "top_k": recipe.top_k + recipe.shared, "shared": 0}
+    return recipe.model_copy(update=sizes)
+
+
+def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "scale", "none"]:
+    """What is fitted. Copies, and splits with all experts on, are exact already: a refit leaves them alone."""
+    texts = recipe.calibration.texts
+    if recipe.refit in ("down", "scale") and not texts:
+        raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=CALIBRATION_HINT)
+    if method.kind == "copies" or not sparse or not texts:
+        return "none"
+    return "down" if recipe.refit == "auto" else recipe.refit
+
+
+def _choose_target(
+    recipe: Recipe, family: Family, targets: Mapping[str, Target], dense: DenseConfig, shape: MoeShape
+) -> Target:
+    needed = {Feature.SHARED_EXPERTS} if shape.shared else set()
+    stays_dense = dense.num_hidden_layers - len(shape.moe_layers)
+    if stays_dense:
+        needed.add(Feature.DENSE_FIRST if min(shape.moe_layers) == stays_dense else Feature.DENSE_LAYERS)
+    candidates = [targets[name] for name in family.targets]
+    weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
+    if recipe.target == "auto":
+        chosen = next((target for target in weighing or candidates if not target.lacks(dense, needed)), candidates[0])
+    elif recipe.target not in TARGETS:
+        raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
+    else:
+        chosen = targets[recipe.target]
+    refuse_unheld(chosen, family, dense, needed, weighing)
+    if not (shape.normalized or chosen.holds_unnormalized):
+        able = [target.name for target in weighing if not target.lacks(dense, needed)]
+        raise RefusalError(
+            f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
+            hint=f"use --target {able[0]}" if able else "use --param gate=normalized",
+        )
+    return chosen
+
+
+def _units(
+    recipe: Recipe, family: Family, dense: DenseConfig, target: Target, shape: MoeShape, specs: Mapping[str, TensorSpec]
+) -> list[Unit]:
+    def dtype(origin: Origin) -> str:
+        return origin.dtype(specs[origin.name].dtype if recipe.dtype == "keep" else recipe.dtype)
+
+    def copied(shapes: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
+        origins = {name: target.origin(family, dense, name) for name in shapes}
+        written = {name: family.module_paths.renamed(name, target.module_paths) for name in shapes}
+        return [OutputEntry(written[name], TensorSpec(shapes[name], dtype(o)), o) for name, o in origins.items()]
+
+    units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
+    for layer in range(dense.num_hidden_layers):
+        entries = copied(family.layer_specs(dense, layer))
+        if layer in shape.moe_layers:
+            expert_dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
+            entries += [
+                OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.dtype or expert_dtype), built=tensor)
+                for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
+            ]
+        else:
+            entries += copied(family.ffn_specs(dense, layer))
+        units.append(Unit(f"layer {layer}", layer, tuple(entries)))
+    units.append(Unit("final norm", None, tuple(copied(family.last_specs(target.stored(dense))))))
+    return units
