@@ -1,4 +1,4 @@
-"""Turns a dense transformer checkpoint into a Mixture-of-Experts one, proves it, and keeps it usable everywhere."""
+"""Turns a dense transformer checkpoint into a Mixture-of-Experts checkpoint, and verifies the result."""
 
 from __future__ import annotations
 

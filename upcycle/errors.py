@@ -1,13 +1,13 @@
-"""Errors a user can meet, each with the exit code the command ends with.
+"""Defines the errors that a user can meet, each with the exit code of the command.
 
-A message says what is wrong with the value, the file and the key in it; the hint is the command or key that fixes it.
+A message says what is wrong and names the value, the file and the key; the hint names the command or key that fixes it.
 """
 
 from __future__ import annotations
 
 
 class UpcycleError(Exception):
-    """A failure that is explained to the user without a traceback (exit code 1)."""
+    """A failure that the user sees as a message and a hint, without a traceback (exit code 1)."""
 
     exit_code = 1
 
@@ -18,7 +18,7 @@ class UpcycleError(Exception):
 
 
 class CheckpointError(UpcycleError):
-    """A checkpoint that cannot be read or holds what it must not hold (exit code 1)."""
+    """A checkpoint that cannot be read, or whose content is damaged or wrong (exit code 1)."""
 
 
 class UsageError(UpcycleError):
@@ -32,7 +32,7 @@ class RefusalError(UsageError):
 
 
 class VerificationError(UpcycleError):
-    """A conversion that broke its promise (exit code 3)."""
+    """A conversion that did not keep its promise (exit code 3)."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""Numbers in words: the same on the terminal, in the report and on the card."""
+"""Formats numbers for readers, in the same way on the terminal, in the report and on the card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _WEB = re.compile(r"https?://[\w.-]+(?::\d+)?(?:[/?#][\w./?#&=%~+,:;!*$'-]*)?")
 
 
 def count(number: float) -> str:
-    """``1.23 B``, ``134.5 M``, ``3.37 M``."""
+    """Return a number such as ``1.23 B``, ``134 M`` or ``3.37 M``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.3g} {letter}"
@@ -16,7 +16,7 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """``747 MB``, ``13.5 GB``, ``1.2 TB``."""
+    """Return a number of bytes such as ``747 MB``, ``13.5 GB`` or ``1.2 TB``."""
     for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
         if number >= unit:
             return f"{number / unit:.3g} {letters}"
@@ -24,7 +24,7 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``3.4 s``, ``2 min 05 s``, ``1 h 12 min``."""
+    """Return a time such as ``3.4 s``, ``2 min 05 s`` or ``1 h 12 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -32,5 +32,5 @@ def duration(seconds: float) -> str:
 
 
 def is_web_address(text: str) -> bool:
-    """Whether a link may lead there: http or https, and nothing that ends the link or hides where it leads."""
+    """Return whether a text is an http or https address without characters that could end a link or hide where it leads."""
     return bool(_WEB.fullmatch(text))

@@ -1,4 +1,4 @@
-"""How long work reports that it is alive, without knowing about terminals."""
+"""Defines how long work reports its progress, without knowing about terminals."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """Reports nothing. The command line's subclass draws bars."""
+    """Receives progress and ignores it; the command line's subclass draws bars."""
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[None]:
-        """Work of ``total`` steps begins."""
+        """Begin a phase of ``total`` steps, which lasts until the ``with`` block ends."""
         yield
 
     def advance(self, steps: int = 1) -> None:
-        """Some steps of the current phase are done."""
+        """Count ``steps`` of the current phase as done."""
 
     def note(self, message: str) -> None:
-        """Something the user should know."""
+        """Pass on a message that the user should see."""
 
 
 SILENT = Progress()

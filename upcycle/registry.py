@@ -1,4 +1,4 @@
-"""The explicit list of every plug-in, loaded when it is asked for."""
+"""Lists every plug-in explicitly, and loads one when it is asked for."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def find(kind: str, name: str) -> Any | None:
 
 
 def suggestion(name: str, available: Any) -> str:
-    """Say which of ``available`` the user may have meant, and list them all."""
+    """Return a hint with the name in ``available`` that the user may have meant, and all names."""
     known = sorted(available)
     close = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean '{close[0]}'? " if close else ""

@@ -104,7 +104,7 @@ def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -
         ({"methods": ["kmeans"]}, "unknown method 'kmeans'"),
         ({"routers": ["rigde"]}, "unknown router 'rigde'"),
         ({"text": ["nowhere.txt"]}, "no such text file"),
-        ({"methods": ["depth_stack"]}, "depth_stack makes no experts of a dense FFN"),
+        ({"methods": ["depth_stack"]}, "depth_stack makes no experts from a dense FFN"),
     ],
 )
 def test_bad_input(pico: Pico, changes: dict, message: str) -> None:
@@ -140,5 +140,5 @@ def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> 
 def test_what_cannot_run_is_left_out_with_the_reason(pico: Pico) -> None:
     sizes = {**SMALL, "pieces": 12, "calibration_tokens": 128}
     found = upcycle.compare(str(pico("llama")), methods=["importance", "d2d"], routers=["ridge"], **sizes)
-    assert found.skipped == ["importance: too little calibration text for 10 kinds of it"]
+    assert found.skipped == ["importance: too little calibration text to divide it into 10 kinds"]
     assert found.best(0.5).method == "d2d"

@@ -200,7 +200,7 @@ def test_numbers_that_are_none_are_left_out_and_said() -> None:
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, pico: Callable[[str], Path]) -> None:
-    with pytest.raises(UsageError, match="are about tasks"):
+    with pytest.raises(UsageError, match="need --tasks"):
         upcycle.evaluate(pico("llama"), limit=3)
 
     def nothing(name: str, *_: Any) -> Any:

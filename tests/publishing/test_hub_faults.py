@@ -71,7 +71,7 @@ def test_a_busy_hub_is_given_the_time_it_asks_for(hub: HubServer, out: Path) -> 
         (409, {}, 1, "was changed meanwhile"),
         (412, {}, 1, "was changed meanwhile"),
         (429, {"Retry-After": "3600"}, 4, "too many requests"),
-        (500, {}, 4, "has a fault of its own, 500"),
+        (500, {}, 4, "fails with error 500"),
         (418, {}, 1, "answers 418"),
     ],
 )

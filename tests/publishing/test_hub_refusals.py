@@ -19,9 +19,9 @@ from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, Usag
     ("repo", "words"),
     [
         ("moe", "has no owner"),
-        ("a/b/c", "no name of a repository"),
-        ("alice/m e", "no name of a repository"),
-        ("alice/", "no name"),
+        ("a/b/c", "not the name of a repository"),
+        ("alice/m e", "not the name of a repository"),
+        ("alice/", "not the name"),
     ],
 )
 def test_names_that_are_none_are_refused_before_anything_is_sent(
@@ -29,7 +29,7 @@ def test_names_that_are_none_are_refused_before_anything_is_sent(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         push(out, hub, repo)
-    with pytest.raises(UsageError, match="no name of a branch"):
+    with pytest.raises(UsageError, match="not the name of a branch"):
         push(out, hub, revision="../main")
     assert not hub.requests
 
@@ -45,7 +45,7 @@ def test_a_repository_with_other_content_is_left_alone(hub: HubServer, out: Path
 
 def test_a_private_model_is_not_pushed_to_a_public_repository(hub: HubServer, out: Path) -> None:
     hub.create(REPO)
-    with pytest.raises(UsageError, match="exists, and is public"):
+    with pytest.raises(UsageError, match="exists and is public"):
         push(out, hub, private=True)
 
 
@@ -64,13 +64,13 @@ def test_no_token_no_network_offline(hub: HubServer, out: Path, monkeypatch: pyt
         upcycle.push(out, REPO, endpoint="http://127.0.0.1:9")
     progress = Notes()
     assert upcycle.push(out, REPO, endpoint="http://127.0.0.1:9", dry_run=True, progress=progress).commit is None
-    assert any("the hub was not asked what is there" in note for note in progress.notes)
+    assert any("what the repository holds is not known" in note for note in progress.notes)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EnvironmentFault, match="HF_HUB_OFFLINE is set"):
         push(out, hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_\u00e9")
-    with pytest.raises(EnvironmentFault, match="holds characters that none has"):
+    with pytest.raises(EnvironmentFault, match="holds characters that tokens cannot have"):
         push(out, hub)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(EnvironmentFault, match="there is no token"):

@@ -95,11 +95,11 @@ def test_what_kind_of_result_it_is(converted: Callable[..., Path], pico: Callabl
     exact = shutil.copytree(converted("moe", experts=2, max_shard_size="400KB"), tmp_path / "exact")
     text = card_of(exact).text
     assert "**Exact.**" in text
-    assert "it gives what the dense model gives" in text
+    assert "it computes what the dense model computes" in text
     upcycle.convert(str(pico("llama")), tmp_path / "deep", method="depth_stack", verification={"tokens": 64})
     card = card_of(tmp_path / "deep")
     assert card.data.tags == ["upcycled", "upcycle", "llama", "depth_stack"]
-    assert "A larger model made of" in card.text
+    assert "A larger model made from" in card.text
     assert "bit for bit" in card.text
     change(
         exact,

@@ -179,7 +179,7 @@ def test_every_file_of_a_push_is_searched(name: str, out: Path, hub: HubServer, 
     for text, shown in ((SECRETS["hugging face"], "a token, hf_a..."), (f"{alice}/patients", "the home folder")):
         put(out, name, text)
         _recorded(out, name)
-        with pytest.raises(UsageError, match="what is private would be published") as refused:
+        with pytest.raises(UsageError, match="private text would be published") as refused:
             push(out, hub)
         assert f"{name}" in refused.value.message
         assert shown in refused.value.message

@@ -1,8 +1,8 @@
-"""Walks many conversions of one model through its layers together: what they have in common runs once, the rest side by side.
+"""Runs many conversions of one model through its layers side by side, and runs what they have in common only once.
 
-Nothing is written as a checkpoint. Each candidate's residual streams of the calibration tokens and of the evaluation
-tokens lie in files; a layer is decided by the same code as in a conversion and applied to both. Up to its first MoE layer
-a candidate is the dense model.
+No checkpoint is written. Each candidate's residual streams, of the calibration tokens and of the evaluation tokens, are in files. A
+layer is decided by the same code as in a conversion, and then applied to both. Up to its first MoE layer, a candidate is the dense
+model.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ Targets = Callable[[], Iterator[torch.Tensor]]
 
 
 class OracleRouting(Routing):
-    """Chooses by the energies themselves: the limit of every router. No checkpoint can hold it."""
+    """Chooses the experts whose outputs are largest, which no router can surpass and no checkpoint can hold."""
 
     def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
         super().__init__(blueprint, ffn)
         self._map = ExpertMap(blueprint, ffn)
 
     def chosen(self, batch: TokenActivations) -> torch.Tensor:
-        """Multi-hot ``[t, E]`` of the k experts that add most."""
+        """Return ``[t, E]``, 1 for the k experts that contribute most to a token and 0 for others."""
         return of_largest(self._map.energies(batch.hidden), self._top_k)
 
 
 class StaticPruning:
-    """The same neurons for every token: those that add most on the calibration text. The baseline of all routing."""
+    """Runs the same neurons for every token: those that contribute most on the calibration text. Routing must beat this baseline."""
 
     def __init__(self, activations: Activations, count: int) -> None:
         order = contributions(activations).argsort(descending=True, stable=True)
@@ -63,13 +63,13 @@ class StaticPruning:
         self.bias = None if activations.ffn.down_bias is None else activations.ffn.down_bias.float()
 
     def active(self, batch: TokenActivations) -> torch.Tensor:
-        """Fp32 ``[t, count]``."""
+        """Return the activations of the kept neurons, fp32 ``[t, count]``."""
         return batch.hidden.index_select(1, self._kept)
 
 
 @dataclass
 class Candidate:
-    """One way to convert, and what came of it. ``baseline`` names what only this comparison can run."""
+    """One way to convert, with what was measured; ``baseline`` names a baseline, which only this comparison can run."""
 
     job: ExpertJob
     active: float
@@ -83,7 +83,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids ``[N, W]``: what is calibrated on, and per domain what is measured on."""
+    """Holds token ids ``[N, W]`` to calibrate on, and for each domain token ids to measure on."""
 
     calibration: torch.Tensor
     evaluation: dict[str, torch.Tensor]
@@ -94,12 +94,11 @@ class Walk:
 
     Args:
         checkpoint: the dense model.
-        dtype: of the converted weights.
-        texts: token windows, all of one length.
-        folder: where token files are kept; the caller removes it.
-        progress: where to report.
-        workers: candidates at a time, which share torch's threads; each holds a layer of its own, and as much beside it as a
-            conversion does.
+        dtype: dtype of the converted weights.
+        texts: windows of tokens, all of one length.
+        folder: folder for token files; the caller removes it.
+        progress: receives the progress.
+        workers: how many candidates run at a time, sharing torch's threads; each needs the memory of a conversion.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Walk:
         self.dense_seconds = 0.0
 
     def run(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Walk all layers and measure; fills the candidates in and returns the dense model's nats per domain."""
+        """Run all layers, store what is measured in the candidates, and return the dense model's nats per token for each domain."""
         reuse_freed_memory(REUSED_BYTES)
         threads, workers = torch.get_num_threads(), len(self._runners)
         pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(max(1, threads // workers)))
@@ -188,7 +187,7 @@ class Walk:
         return self._file(name, f"{what}.{index}")
 
     def _file(self, name: str, what: str) -> TokenFile:
-        folder = self._folder / name  # of its own: a file that is given up is taken for the next one in its folder
+        folder = self._folder / name  # one per candidate, since a released file is reused by the next one in its folder
         folder.mkdir(exist_ok=True)
         return TokenFile(folder / what, self._checkpoint.config.hidden_size)
 
@@ -239,7 +238,7 @@ class Walk:
         self._continue(name, "evaluation", index, active, down, applied.bias, residual)
 
     def _attention(self, runner: LayerRunner, index: int, name: str, what: str) -> None:
-        """Leaves what the layer's FFN reads and what its output is added to in the files ``x`` and ``residual``."""
+        """Write the inputs of the layer's FFN, and the residual to which its output is added, to the files ``x`` and ``residual``."""
         states = self._stream(name, what, index).blocks(self._batch)
         files = [self._file(name, f"{part}.{what}") for part in ("x", "residual")]
         write_together(files, (runner.around(index, block) for block in states))
@@ -278,7 +277,7 @@ class Walk:
         self._stream(name, what, index + 1).write(outputs)
 
     def _measure(self, names: Sequence[str], layers: int, pool: ThreadPoolExecutor) -> list[tuple[list[float], float]]:
-        """Of each, the dense model first: mean nats per token of every domain, and the mean KL(dense || it) over all tokens."""
+        """Return, for the dense model and each candidate, mean nats per token of each domain, and mean KL(dense || it)."""
         self._outside = self._outside or skeleton(
             self._checkpoint.raw_config, dense_reader(self._checkpoint, self._dtype)(None)
         )
@@ -308,7 +307,7 @@ class Walk:
         ]
 
     def _log_softmax(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """``[N, W - 1, V]`` of the last states of some windows: what each predicts of its next token."""
+        """Return the log probabilities ``[N, W - 1, V]`` of next tokens, given the last hidden states of windows."""
         with torch.no_grad():
             logits = logits_of(self._outside, self._checkpoint, states.view(len(rows), self._window, -1))
             return log_softmax(logits[:, :-1], -1)
@@ -317,7 +316,7 @@ class Walk:
 def _fitted(
     applied: Applied, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
 ) -> tuple[Applied, ExpertActivations, torch.Tensor]:
-    """A baseline with its down projection after the same refit as the candidates', rounded as theirs are."""
+    """Return a baseline with its down projection after the same refit and rounding as the candidates'."""
     active = ExpertActivations(activations, applied.active)
     if candidate.job.refit != "down":
         return applied, active, applied.down
@@ -326,10 +325,10 @@ def _fitted(
 
 
 def _first(candidate: Candidate) -> int:
-    """The first layer in which a candidate is not the dense model."""
+    """Return the first layer in which a candidate differs from the dense model."""
     return min(candidate.job.shape.moe_layers)
 
 
 def ratio(nats: Sequence[float], dense: Sequence[float]) -> float:
-    """Geometric mean over the domains of perplexity relative to the dense model's."""
+    """Return the geometric mean over domains of perplexity relative to the dense model's, from nats per token."""
     return math.exp(sum(mine - theirs for mine, theirs in zip(nats, dense, strict=True)) / len(dense))

@@ -1,7 +1,7 @@
-"""Compares ways to split one model at equal cost, and says which to use.
+"""Compares ways to split one model at equal cost, and recommends one.
 
-Two baselines keep it honest: **static pruning** to the same number of active neurons with the same refit (a routing that
-does not beat it is not worth its router) and **oracle routing** (the limit of every router on that partition).
+Two baselines are always included: **static pruning** to the same number of active neurons with the same refit (routing that does
+not beat it is not worth its router) and **oracle routing** (which no router on that partition can surpass).
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ _VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "var
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table. ``ratio`` is the geometric mean over domains of perplexity relative to the dense model's;
-    ``captured`` the mean over layers of the router's share of what an oracle's choices would add.
+    """Holds one row of the table.
+
+    ``ratio`` is the geometric mean over domains of perplexity relative to the dense model's. ``captured`` is the router's share of
+    what an oracle's choices would contribute, averaged over layers.
     """
 
     active: float
@@ -59,7 +61,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table and the dense model's perplexities. ``as_dict`` has the documented JSON keys."""
+    """Holds the table and the dense model's perplexities. ``as_dict`` has the documented JSON keys."""
 
     source: str
     dense: dict[str, float]
@@ -69,15 +71,15 @@ class Comparison:
     skipped: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
     def best(self, active: float) -> Result:
-        """The recommended conversion at this fraction of active neurons."""
+        """Return the recommended conversion at this fraction of active neurons."""
         return next(r for r in self.results if r.active == active and r.recommended)
 
     def baseline(self, active: float, name: str) -> Result:
-        """The result of ``static`` or ``oracle``."""
+        """Return the result of the baseline ``static`` or ``oracle``."""
         return next(r for r in self.results if r.active == active and r.baseline == name)
 
 
@@ -106,18 +108,19 @@ def compare(
         routers: names; ``all`` takes every calibrated router and ``cool``.
         active: fractions of the FFN neurons that run per token, all layers together.
         calibration: texts to calibrate on; each is a domain.
-        calibration_tokens: how many tokens of them.
+        calibration_tokens: tokens to calibrate on.
         window: tokens per window.
-        text: texts to measure on, one domain each; by default the last quarter of every calibration text is kept for that.
+        text: texts to measure on, one domain each; default: the last quarter of every calibration text.
         tokens: tokens to measure on, per domain.
-        pieces: experts that an FFN is cut into, shared ones included, at most.
-        layers: which layers are split (the recipe key); the others run whole, and the fraction is of all.
-        grid: ``staged`` tries all methods with the ridge router, then all routers and refits on the best; ``full`` everything.
-        seed: of every random choice.
-        progress: where to report.
+        pieces: most experts that an FFN is split into, shared ones included.
+        layers: the layers that are split (as the recipe key); the others stay dense. ``active`` counts the neurons of all layers.
+        grid: ``staged`` tries all methods with the ridge router, then all routers and refits with the best method; ``full`` tries
+            every combination.
+        seed: seed of every random choice.
+        progress: receives the progress.
 
     Raises:
-        UsageError: an unknown name, a fraction that leaves nothing to choose, or texts that are too short.
+        UsageError: a name is unknown, a fraction leaves nothing to choose from, or a text is too short.
     """
     active = list(dict.fromkeys(active))
     for fraction in active:
@@ -198,15 +201,15 @@ class _Options:
     def candidate(
         self, active: float, method: str, router: str, refit: str, skipped: list[str], baseline: str | None = None
     ) -> Candidate | None:
-        """A candidate, or ``None`` with a note where it cannot be."""
+        """Return a candidate; where the model cannot be split like that, add the reason to ``skipped`` and return None."""
         recipe = self.recipe(active, method, router, refit)
         label = f"{active:g} {method} {router} {refit} {baseline or ''}"
         try:
             job = self._job(recipe)
             if job.method.needs_gradients and self._calibration["tokens"] < SHORTEST_PIECE * job.shape.experts:
-                raise UsageError(f"too little calibration text for {job.shape.experts} kinds of it")
+                raise UsageError(f"too little calibration text to divide it into {job.shape.experts} kinds")
             if job.method.name == "coactivation_graph":
-                import pymetis  # noqa: F401 - is it there?
+                import pymetis  # noqa: F401 - only whether it is installed
         except (UsageError, RefusalError, EnvironmentFault, ImportError) as error:
             note = f"{method}: {getattr(error, 'message', 'pymetis is not installed')}"
             if note not in skipped:
@@ -221,7 +224,7 @@ class _Options:
         return prepare(ExpertJob, parsed, method_of(parsed), *dense)
 
     def command(self, candidate: Candidate) -> str:
-        """The command that carries a candidate out."""
+        """Return the command that converts as a candidate does."""
         recipe = candidate.job.recipe
         layers = recipe.layers if isinstance(recipe.layers, str) else ",".join(map(str, recipe.layers))
         words = ["upcycle", "convert", self._source, "OUT", "--method", recipe.method]
@@ -247,7 +250,7 @@ def _texts(
     wanted = CalibrationRecipe(
         text=calibration if isinstance(calibration, str) else list(calibration), tokens=calibration_tokens
     )
-    # What is held out of a text for verification chooses no split either: it stays unseen.
+    # The part of a text that is held out for verification must not decide which split is chosen, either.
     contents = read_texts(wanted)
     if text:
         measured = {name: read_text(name) for name in text}
@@ -265,7 +268,7 @@ def _methods(names: Sequence[str]) -> list[str]:
         for name in names:
             if load("method", name.partition(":")[0]).kind == "growth":
                 raise UsageError(
-                    f"{name} makes no experts of a dense FFN: there is nothing to compare", hint="--methods all"
+                    f"{name} makes no experts from a dense FFN, so it cannot be compared", hint="--methods all"
                 )
         return list(names)
     found = []

@@ -1,4 +1,4 @@
-"""What any model is like, beside another: perplexity and expert load, scores on tasks, speed and memory."""
+"""Measures any model, if wanted beside another one: perplexity and expert load, scores on tasks, speed and memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _BATCH_LOGIT_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class TextResult:
-    """One model on one text: ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens.
+    """Holds what one model reached on one text; ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens.
 
-    ``remark`` says which part of the text this is, or how much of it the model was calibrated on; empty as a rule.
+    ``remark`` says which part of the text was used, or how much of it the model was calibrated on; it is usually empty.
     """
 
     text: str
@@ -47,7 +47,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results for one model; what was not asked for is empty or None. ``as_dict`` has the documented JSON keys."""
+    """Holds the results for one model; what was not measured is empty or None. ``as_dict`` has the documented JSON keys."""
 
     model: str
     reference: str | None
@@ -59,7 +59,7 @@ class Evaluation:
     speed: Speed | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         content: dict[str, Any] = finite(asdict(self))
         return content
 
@@ -81,36 +81,36 @@ def evaluate(
 ) -> Evaluation:
     """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
 
-    Each window of ``window`` tokens is moved by ``stride`` (default: half a window) and only tokens not yet scored
-    count, so all but the first have at least ``window - stride`` tokens of context. Scores and speed are kept in
-    ``evaluation.json`` of a folder that :func:`upcycle.convert` or :func:`upcycle.export` wrote: report and card say it.
+    Windows of ``window`` tokens begin ``stride`` tokens apart (default: half a window), and each token counts only once, so that
+    all tokens after the first window have at least ``window - stride`` tokens of context. Scores and speed are saved in
+    ``evaluation.json``, for report and card, if :func:`upcycle.convert` or :func:`upcycle.export` wrote the model.
 
     Args:
         model: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
-        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none beside tasks or speed.
-        reference: another model, measured on the same (for texts: with the same tokenizer).
+        text: UTF-8 files, or ``prose`` / ``code``; default: both embedded validation texts, or none with tasks or speed.
+        reference: another model, measured in the same way; for texts, it must have the same tokenizer.
         window: tokens per window, at most the model's context.
-        stride: tokens between windows.
-        tokens: at most this many tokens of each text.
+        stride: tokens between the beginnings of windows.
+        tokens: most tokens to read of each text.
         tasks: names of lm-eval's tasks, groups or tags.
-        task_folder: more tasks, which may not run code.
+        task_folder: folder with more tasks, which may not run code.
         limit: only the first questions of each task.
         batch: sequences per forward pass of a task.
-        speed: time reading and writing of both models, in turns, and measure their memory.
-        progress: where to report.
+        speed: time prefill and decoding of both models, in turns, and measure their memory.
+        progress: receives the progress.
 
     Raises:
-        UsageError: a missing text, a stride that is not below the window, an unknown or faulty task.
-        EnvironmentFault: a model does not fit in memory, or lm-eval or the data of a task is missing.
+        UsageError: a text is missing, the stride is not below the window, or a task is unknown or faulty.
+        EnvironmentFault: a model does not fit into memory, or lm-eval or the data of a task is missing.
     """
     if (task_folder or limit is not None) and not tasks:
-        raise UsageError("--task-folder and --limit are about tasks", hint="name them: --tasks NAME,NAME")
+        raise UsageError("--task-folder and --limit need --tasks", hint="name the tasks: --tasks NAME,NAME")
     other = str(reference) if reference else None
     scores = timed = None
     if tasks:
-        asked = [tasks] if isinstance(tasks, str) else list(tasks)
+        task_names = [tasks] if isinstance(tasks, str) else list(tasks)
         folder = Path(task_folder) if task_folder else None
-        scores = score_tasks(str(model), other, asked, folder=folder, limit=limit, batch=batch, progress=progress)
+        scores = score_tasks(str(model), other, task_names, folder=folder, limit=limit, batch=batch, progress=progress)
         _keep(str(model), {"tasks": scores.as_dict()}, progress)
     if speed:
         timed = measure_speed(str(model), other, progress=progress)
@@ -123,14 +123,16 @@ def evaluate(
 
 
 def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:
-    """Write what was measured beside the model, where this tool wrote that."""
+    """Write what was measured into the model's folder, if upcycle wrote the model."""
     folder = user_path(model)
     if not (folder / records.FILE).is_file():
         return
     try:
         records.write_evaluation(folder, measured)
     except OSError as error:
-        progress.note(f"{records.EVALUATION_FILE} cannot be written, and report and card need it: {error.strerror}")
+        progress.note(
+            f"{records.EVALUATION_FILE} cannot be written, so report and card will lack these numbers: {error.strerror}"
+        )
 
 
 def _on_texts(
@@ -175,7 +177,7 @@ def _on_texts(
 
 
 def _calibration(model: str) -> dict[str, Any] | None:
-    """What is known of the text that a model was calibrated on."""
+    """Return the record of the text that a model was calibrated on, or None."""
     folder = user_path(model)
     found = records.read_record(folder)["calibration"] if (folder / records.FILE).is_file() else None
     return found if isinstance(found, dict) else None
@@ -190,7 +192,7 @@ def _same_vocabulary(first: Any, second: Any, model: str, reference: str) -> Non
 
 
 class _Runner:
-    """A model in memory and its windows."""
+    """Runs a model in memory over the windows of a text."""
 
     def __init__(self, name: str, window: int, stride: int | None) -> None:
         self.model = load_model(name)
@@ -200,9 +202,9 @@ class _Runner:
             raise UsageError(f"the stride ({self.stride}) must be at least 1 and below the window ({self.window})")
 
     def loss(self, ids: torch.Tensor, progress: Progress, title: str) -> tuple[float, int]:
-        """Mean negative log likelihood in nats, and the number of predicted tokens."""
+        """Return the mean negative log likelihood in nats, and the number of predicted tokens."""
         if len(ids) < 2:
-            raise UsageError(f"{title}: fewer than two tokens", hint="give a longer --text")
+            raise UsageError(f"{title}: fewer than two tokens", hint="choose a longer --text")
         starts = list(range(0, max(1, len(ids) - self.window + self.stride), self.stride))
         per_batch = max(1, _BATCH_LOGIT_BYTES // (4 * self.window * self.model.config.vocab_size))
         total, predicted = 0.0, 0

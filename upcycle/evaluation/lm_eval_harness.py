@@ -1,4 +1,4 @@
-"""The evaluation harness (https://github.com/EleutherAI/lm-evaluation-harness, extra ``tasks``), kept from running code of tasks."""
+"""Loads tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness, extra ``tasks``) without their code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MISSING_EXTRA = "pip install 'upcycle[tasks]'"
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """While it lasts the harness runs templates of tasks in a sandbox, loads no metric from the hub and prints nothing.
+    """Make the harness, in the ``with`` block, run templates in a sandbox, load no metric from the hub and print nothing.
 
     Raises:
         EnvironmentFault: the extra ``tasks`` is not installed.
@@ -44,12 +44,12 @@ def guarded() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(utils, "env", sandbox))
         stack.enter_context(patch.object(hub_metrics, "load", refuse))
-        # It would tell a server which data sets are opened, files of one's own included.
+        # Otherwise datasets tells a server which datasets are opened, even local files.
         stack.enter_context(patch.object(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False))
-        # What it finds out of the machine and of git is not used here, and git complains on the terminal.
+        # Facts about the machine and git are not used here, and git would print complaints on the terminal.
         for name in ("add_env_info", "get_git_commit_hash"):
             stack.enter_context(patch.object(evaluator, name, lambda *_: None, create=True))
-        # Its own processes for standard errors gain nothing at the sizes drawn here.
+        # Processes for computing standard errors are not worth starting at these sample sizes.
         stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
         stack.enter_context(redirect_stdout(sink))
         stack.enter_context(redirect_stderr(sink))
@@ -59,16 +59,16 @@ def guarded() -> Iterator[None]:
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> list[tuple[Any, Any]]:
-    """The tasks and groups of these names with their data, each with the harness' list that it is from; within :func:`guarded`.
+    """Return tasks and groups with their data, each with the harness' task manager that it comes from; call in :func:`guarded`.
 
     Args:
-        names: of tasks, groups or tags; ``*`` stands for anything.
-        folder: tasks of the user's own. A name is looked for there first, and among the harness' own tasks only where the folder
-            has none: the two never meet in one list, so that neither reaches into the other.
+        names: names of tasks, groups or tags; ``*`` matches anything.
+        folder: folder with the user's tasks. A name is first searched there, and only then among the harness' tasks. The two are
+            kept in separate managers, so that neither can refer to the other.
 
     Raises:
-        UsageError: there is no such task, a file of ``folder`` cannot be used, or a task is faulty.
-        EnvironmentFault: its data cannot be read or downloaded.
+        UsageError: there is no such task, a file in ``folder`` cannot be used, or a task is faulty.
+        EnvironmentFault: a task's data cannot be read or downloaded.
     """
     from lm_eval.api.registry import get_metric, metric_registry
     from lm_eval.tasks import TaskManager
@@ -102,17 +102,17 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> list[tuple[Any, Any
 
 def _unknown(name: str, known: Sequence[str], folder: Path | None) -> UsageError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "--task-folder DIR names a folder with tasks of yours"
+    hint = f"did you mean {', '.join(near)}?" if near else "for tasks of your own, use --task-folder DIR"
     return UsageError(f"there is no task '{name}' in lm-eval{f' or {folder}' if folder else ''}", hint=hint)
 
 
 @contextmanager
 def explained(what: str, task: str) -> Iterator[None]:
-    """Turn whatever the harness and its data sets raise into an error of ours.
+    """Turn what the harness and its datasets raise in the ``with`` block into upcycle's errors.
 
     Raises:
-        EnvironmentFault: a file or the network.
-        UsageError: everything else, as the task says it.
+        EnvironmentFault: a file or the network failed.
+        UsageError: anything else failed, in the words of the task.
     """
     from datasets.exceptions import DatasetsError
 
@@ -123,8 +123,8 @@ def explained(what: str, task: str) -> Iterator[None]:
     except (OSError, DatasetsError) as error:
         raise EnvironmentFault(
             f"{what}: {_first_line(error)}",
-            hint="data sets of lm-eval are downloaded once and kept in HF_HOME; --task-folder DIR takes tasks with data in "
-            "local files",
+            hint="datasets of lm-eval are downloaded once and kept in HF_HOME; tasks in --task-folder DIR can have data in local "
+            "files",
         ) from None
     except Exception as error:  # whatever a task's templates and metrics can raise
         raise UsageError(

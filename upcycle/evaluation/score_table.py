@@ -1,4 +1,4 @@
-"""Scores on tasks as a table, the same for the terminal, the report and the card."""
+"""Makes a table of scores on tasks, the same for the terminal, the report and the card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ARROWS = {True: " \u2191", False: " \u2193", None: ""}
 def score_rows(
     tasks: Mapping[str, Any], names: tuple[str, str] = ("reference", "model")
 ) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Columns and a row for each metric of each task; an arrow says whether more or less is better.
+    """Return columns, and a row for each metric of each task; an arrow says whether more or less is better.
 
     Args:
         tasks: :class:`upcycle.evaluation.task_scores.TaskScores` as plain data.

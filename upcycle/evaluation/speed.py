@@ -1,4 +1,4 @@
-"""How fast models read and write, and the memory they need: dense beside MoE, in turns, each in a process of its own."""
+"""Measures prefill, decoding and memory of two models in turns, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PROMPT, GENERATE, ROUNDS = 256, 32, 5
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """Medians over the rounds, one sequence at a time; ``experts`` is transformers' implementation, None of a dense model.
+    """Holds medians over the rounds, with one sequence at a time.
 
-    ``peak_memory_bytes`` is the process' on a CPU (Python, libraries and mapped weight files included), and what was allocated
-    on a GPU.
+    ``peak_memory_bytes`` is that of the process on a CPU (including Python, libraries and mapped weight files), and that allocated
+    on a GPU. ``experts`` is transformers' implementation of experts, None for a dense model.
     """
 
     prefill_tokens_per_second: float
@@ -39,9 +39,9 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class Speed:
-    """Both models, and the ratios model / reference: of the speeds more is better, of the memory less.
+    """Holds the speeds of both models, and the ratios model / reference.
 
-    ``instructions`` are those that torch ran on where the device is a CPU: ``AVX2``, ``AVX512``, ``DEFAULT``.
+    ``instructions`` are those that torch uses, where the device is a CPU: ``AVX2``, ``AVX512``, ``DEFAULT``.
     """
 
     device: str
@@ -59,7 +59,7 @@ class Speed:
     memory_ratio: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
@@ -76,15 +76,15 @@ def measure_speed(
 
     Args:
         model: folder, hub id, ``.gguf`` file or ``demo``.
-        reference: another one, or None.
-        prompt: tokens to read, fewer where the context is shorter.
-        generate: tokens to write.
-        rounds: how often each is timed, after one pass that is not.
-        progress: where to report.
+        reference: another model, or None.
+        prompt: tokens of the prompt, fewer where the context is shorter.
+        generate: tokens to decode.
+        rounds: how often each model is timed, after a first pass that is not.
+        progress: receives the progress.
 
     Raises:
         UsageError: a model cannot be loaded, or its context is too short.
-        EnvironmentFault: the models do not fit in memory beside each other.
+        EnvironmentFault: the models do not fit into memory together.
     """
     names = [model, *([reference] if reference else [])]
     prompts = [_prompt(name, prompt, generate) for name in names]
@@ -99,7 +99,7 @@ def measure_speed(
             turns = range(len(workers)) if index % 2 == 0 else reversed(range(len(workers)))
             for turn in turns:
                 found[turn].append(workers[turn].run())
-    timed = [_summary(runs, length, generate, said["experts"]) for runs, said in zip(found, about, strict=True)]
+    timed = [_summary(runs, length, generate, facts["experts"]) for runs, facts in zip(found, about, strict=True)]
     where = about[0]
     shared = Speed(
         where["device"], where["instructions"], where["dtype"], where["threads"], length, generate, rounds, timed[0]
@@ -150,11 +150,11 @@ class _Worker:
         )
 
     def start(self, prompt: list[int], generate: int) -> dict[str, Any]:
-        """Load the model; answers what its numbers depend on."""
+        """Load the model, and return what its numbers depend on."""
         return self._ask({"name": self.name, "prompt": prompt, "generate": generate})
 
     def run(self) -> dict[str, float]:
-        """One round."""
+        """Time one round, and return its seconds and peak memory."""
         return self._ask({})
 
     def _ask(self, content: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class _Worker:
         if not line:
             raise EnvironmentFault(
                 f"the process that ran {self.name} ended (code {self.process.wait()})",
-                hint="perhaps for lack of memory: both models must fit beside each other",
+                hint="it may have run out of memory: both models must fit together",
             )
         found: dict[str, Any] = parse_json(line, "the worker's answer", nan=True)
         if "error" in found:

@@ -1,4 +1,4 @@
-"""Speed and memory as a table, the same for the terminal and the report."""
+"""Makes a table of speed and memory, the same for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = (
 def speed_rows(
     speed: Mapping[str, Any], names: tuple[str, str] = ("reference", "model")
 ) -> tuple[list[str], list[tuple[str, ...]], str]:
-    """Columns, rows, and what was measured on what.
+    """Return columns, rows, and a sentence about how they were measured.
 
     Args:
         speed: :class:`upcycle.evaluation.speed.Speed` as plain data.
@@ -36,7 +36,7 @@ def speed_rows(
     threads = f" with {speed['threads']} thread{'s' * (speed['threads'] != 1)}" if speed["device"] == "cpu" else ""
     instructions = f" ({speed['instructions']})" if speed.get("instructions") else ""
     about = (
-        f"{speed['prompt_tokens']} tokens read, {speed['generated_tokens']} written, one sequence, {speed['dtype']} on "
+        f"prompt of {speed['prompt_tokens']} tokens, {speed['generated_tokens']} decoded, one sequence, {speed['dtype']} on "
         f"{speed['device']}{instructions}{threads}{experts}; medians of {speed['rounds']} rounds in turns"
     )
     return columns, rows, about

@@ -1,6 +1,6 @@
-"""One model in a process of its own, timed whenever it is asked: its peak memory is nobody else's.
+"""Times one model in a process of its own, so that its peak memory can be told from that of others.
 
-It is asked in lines of JSON on standard input and answers on standard output (:mod:`upcycle.evaluation.speed`).
+:mod:`upcycle.evaluation.speed` writes requests as lines of JSON to its standard input and reads answers from its standard output.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from upcycle.models.load import load_model
 
 
 class TimedModel:
-    """A model as transformers runs it by default: in its own dtype on a GPU, in fp32 on a CPU.
+    """A model as transformers runs it by default: in its stored dtype on a GPU, in fp32 on a CPU.
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``.
-        prompt: token ids that are read at once.
-        generate: tokens that are written one by one after them.
+        prompt: token ids of the prompt.
+        generate: tokens to decode after it.
     """
 
     def __init__(self, name: str, prompt: list[int], generate: int) -> None:
@@ -42,7 +42,7 @@ class TimedModel:
             self.run()
 
     def about(self) -> dict[str, Any]:
-        """What the numbers depend on."""
+        """Return what the numbers depend on: device, dtype, instructions, threads and implementation of experts."""
         has_experts = any(name.endswith(".experts") for name, _ in self.model.named_modules())
         return {
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
@@ -54,7 +54,7 @@ class TimedModel:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Seconds of reading the prompt and of writing, and the process' peak memory in bytes so far."""
+        """Return the seconds of prefill and of decoding, and the peak memory in bytes so far."""
         start = self._now()
         output = self.model(self.prompt, use_cache=True, logits_to_keep=1)
         read = self._now()
@@ -75,23 +75,23 @@ class TimedModel:
 
 
 def main() -> None:
-    """Answer until standard input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    """Answer requests until standard input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # keeps what libraries print out of the answers
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    asked = parse_json(sys.stdin.readline(), "the question")
+    request = parse_json(sys.stdin.readline(), "the request")
     try:
-        model = TimedModel(asked["name"], asked["prompt"], asked["generate"])
+        model = TimedModel(request["name"], request["prompt"], request["generate"])
         answer(model.about())
         for _ in sys.stdin:
             answer(model.run())
     except UpcycleError as error:
         answer({"error": type(error).__name__, "message": error.message, "hint": error.hint})
     except (torch.OutOfMemoryError, MemoryError):
-        answer({"error": "EnvironmentFault", "message": f"{asked['name']} does not fit in memory", "hint": None})
+        answer({"error": "EnvironmentFault", "message": f"{request['name']} does not fit in memory", "hint": None})
 
 
 if __name__ == "__main__":

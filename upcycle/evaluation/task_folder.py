@@ -1,10 +1,9 @@
-"""A folder of evaluation tasks, read, checked and written anew before the harness sees it: a task says what is asked and how it is
-scored, and runs no code.
+"""Checks a folder of evaluation tasks, and writes them again for the harness, so that no task of a folder runs code.
 
-The harness' format (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md) lets a task name Python
-functions, metrics that are downloaded as code, data sets that come with a script, and tasks of the harness itself with other data
-laid over them, some of which execute what the data say. Its own package may do so; a folder may not. What is allowed is listed
-here, and everything else is refused.
+In the harness' format (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md), a task can name Python
+functions, metrics that are downloaded as code, datasets with a script, and tasks of the harness with other data, some of which
+execute what the data say. The harness' own tasks may do so, but those of a folder may not. This module lists what is allowed, and
+everything else is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml, read_yaml
 from upcycle.registry import suggestion
 
-# Builders of the package datasets that read plain text; a name with a slash is a data set of the hub, which has no scripts.
+# Builders of the datasets package that read plain data; a name with a slash is a hub dataset, which can have no script.
 _FILE_TYPES = ("arrow", "csv", "json", "parquet", "text", "xml")
 _QUESTION = ("doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix", "target_delimiter", "fewshot_delimiter")
 _TASK_KEYS = (
@@ -61,7 +60,7 @@ _DATA_KEYS = (
     "header",
 )
 _FEWSHOT_KEYS = (*_QUESTION, "sampler", "split", "samples", "fewshot_indices")
-# Arguments of transformers' generate(), which would also take a repository with code.
+# Arguments of transformers' generate() that are allowed; others could name a repository with code.
 _GENERATION_KEYS = (
     "until",
     "max_gen_toks",
@@ -83,14 +82,14 @@ _RULE = "tasks of a folder run no code and name only tasks of their folder"
 
 
 def checked_tasks(folder: Path, metrics: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """Every task and group in ``folder``, with what it includes, and where its data are.
+    """Return every task and group in ``folder``, merged with the files that it includes, and with absolute paths of its data.
 
     Args:
-        folder: where tasks are looked for, as deep as it goes.
-        metrics: names of the harness' own metrics.
+        folder: the folder, which is searched with all folders in it.
+        metrics: the harness' own metrics, by name.
 
     Raises:
-        UsageError: it holds no task, or a file is damaged or asks for something that is not plain data.
+        UsageError: the folder holds no task, or a file is damaged or asks for something that is not allowed.
     """
     files = sorted(folder.rglob("*.yaml"))
     if not files:
@@ -107,18 +106,18 @@ def checked_tasks(folder: Path, metrics: Mapping[str, Any]) -> dict[Path, dict[s
 
 
 def write_tasks(tasks: Mapping[Path, Mapping[str, Any]], folder: Path) -> None:
-    """Write tasks as plain data, without anything but what was read: what the harness loads is what was checked."""
+    """Write checked tasks into ``folder`` as plain data, so that the harness loads exactly what was checked."""
     for number, content in enumerate(tasks.values()):
         (folder / f"{number:06}.yaml").write_text(dump_yaml(dict(content)), encoding="utf-8")
 
 
 def _merged(path: Path, metrics: Mapping[str, Any], including: tuple[Path, ...]) -> dict[str, Any]:
-    """A file over what it includes, as the harness lays them; all of them are checked alike."""
+    """Return a file's keys over those of the files that it includes, as the harness merges them; all files are checked."""
     if (place := path.resolve()) in including:
         raise UsageError(f"{path} includes itself")
     content = read_yaml(path, error=UsageError)
     if not isinstance(content, dict):
-        raise UsageError(f"{path} is no task: it holds no keys")
+        raise UsageError(f"{path} is not a task: it holds no keys")
     _check(content, path, metrics)
     included = content.pop("include", [])
     found: dict[str, Any] = {}
@@ -130,7 +129,7 @@ def _merged(path: Path, metrics: Mapping[str, Any], including: tuple[Path, ...])
 
 
 def _check(content: Mapping[Any, Any], path: Path, metrics: Mapping[str, Any]) -> None:
-    """One task, group or member of a group."""
+    """Check one task, group or member of a group."""
     _check_keys(content, _TASK_KEYS, path)
     for key, allowed in _INNER.items():
         if content.get(key) is not None:
@@ -140,7 +139,7 @@ def _check(content: Mapping[Any, Any], path: Path, metrics: Mapping[str, Any]) -
     source = content.get("dataset_path")
     if source is not None and not _is_plain_data(source):
         raise UsageError(
-            f"{path}: key 'dataset_path': {source!r} is neither a type of data files nor a data set of the hub (org/name)",
+            f"{path}: key 'dataset_path': {source!r} is neither a type of data files nor a hub dataset (org/name)",
             hint=f"one of: {', '.join(_FILE_TYPES)}, with dataset_kwargs.data_files; or org/name",
         )
     for entry in _list(content.get("metric_list")):
@@ -151,20 +150,20 @@ def _check(content: Mapping[Any, Any], path: Path, metrics: Mapping[str, Any]) -
                 hint=f"one of: {', '.join(sorted(metrics))}",
             )
         if "hf_evaluate" in entry:
-            raise UsageError(f"{path}: key 'metric_list.hf_evaluate' is not taken: {_RULE}", hint="leave the key out")
+            raise UsageError(f"{path}: key 'metric_list.hf_evaluate' is not allowed: {_RULE}", hint="leave the key out")
 
 
 def _check_keys(content: Mapping[Any, Any], allowed: tuple[str, ...], path: Path, inside: str = "") -> None:
     for key in content:
         if key not in allowed:
             raise UsageError(
-                f"{path}: key '{inside}{key}' is not taken: {_RULE}",
+                f"{path}: key '{inside}{key}' is not allowed: {_RULE}",
                 hint=suggestion(str(key), list(allowed)) or "leave the key out, or use a task of the harness itself",
             )
 
 
 def _check_members(content: Mapping[str, Any], path: Path, own: set[str], metrics: Mapping[str, Any]) -> None:
-    """What a group consists of: names of this folder, or whole tasks and groups that it holds itself."""
+    """Check that the members of a group are names of this folder, or whole tasks and groups."""
     if "group" not in content:
         return
     for member in _list(content.get("task")):
@@ -179,13 +178,13 @@ def _check_members(content: Mapping[str, Any], path: Path, own: set[str], metric
             whole, name = False, member
         if not isinstance(name, str) or not (whole or name in own):
             raise UsageError(
-                f"{path}: group '{content['group']}' names {name!r}, which is no task of this folder: {_RULE}",
+                f"{path}: group '{content['group']}' names {name!r}, which is not a task of this folder: {_RULE}",
                 hint=f"name tasks of the harness on the command line: --tasks {content['group']},{name}",
             )
 
 
 def _names(contents: Any) -> Iterator[str]:
-    """Tasks, groups and tags that are defined."""
+    """Yield the names of tasks, groups and tags that files define."""
     for content in contents:
         for key in ("group", "task", "tag"):
             for name in _list(content.get(key)) if key == "tag" else [content.get(key)]:
@@ -201,7 +200,7 @@ def _is_plain_data(source: Any) -> bool:
 
 
 def _with_places(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Data files that are named relative to the folder, named wherever the harness runs."""
+    """Return a task whose data files have absolute paths instead of paths relative to the folder."""
     content = dict(content)
     data = content.get("dataset_kwargs")
     if content.get("dataset_path") in _FILE_TYPES and isinstance(data, dict):

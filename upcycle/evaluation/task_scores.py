@@ -1,4 +1,4 @@
-"""How well models do on the tasks of the evaluation harness, dense beside MoE."""
+"""Scores models on the tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.progress import SILENT, Progress
 
-_RESAMPLES = 1000  # for standard errors that have no closed form
+_RESAMPLES = 1000  # bootstrap samples, for standard errors without a closed form
 _STDERR = "_stderr"
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task: ``samples`` questions were asked, and ``difference`` is the model's value minus the reference's.
+    """Holds one metric of one task over ``samples`` questions.
 
-    ``filter`` is what the harness did to the answers first (``none``); ``stderr`` is that of the mean over questions.
+    ``filter`` is what the harness did to the answers before scoring (often ``none``); ``stderr`` is the standard error of the mean
+    over questions; ``difference`` is the model's value minus the reference's.
     """
 
     task: str
@@ -42,7 +43,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """All scores of one run. ``limit`` is how many questions of each task were asked at most."""
+    """Holds all scores of one run; ``limit`` is the largest number of questions per task."""
 
     harness: str
     reference: str | None
@@ -50,7 +51,7 @@ class TaskScores:
     scores: list[TaskScore]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
@@ -64,20 +65,20 @@ def score_tasks(
     batch: int = 8,
     progress: Progress = SILENT,
 ) -> TaskScores:
-    """Ask both models, in fp32, one after the other in memory.
+    """Score both models in fp32, one after the other.
 
     Args:
         model: folder, hub id, ``.gguf`` file or ``demo``.
-        reference: another one, or None.
-        names: tasks, groups or tags of the harness; ``*`` stands for anything.
-        folder: tasks of the user's own.
+        reference: another model, or None.
+        names: tasks, groups or tags of the harness; ``*`` matches anything.
+        folder: folder with the user's tasks.
         limit: only the first questions of each task.
         batch: sequences per forward pass.
-        progress: where to report.
+        progress: receives the progress.
 
     Raises:
-        UsageError: an unknown or faulty task, or one that would run code.
-        EnvironmentFault: the harness or the data of a task is missing, or a model does not fit in memory.
+        UsageError: a task is unknown or faulty, or would run code.
+        EnvironmentFault: the harness or the data of a task is missing, or a model does not fit into memory.
     """
     folder = user_path(folder).absolute() if folder else None
     paths = [str(locate(name).path.absolute()) if name != "demo" else name for name in (model, reference) if name]
@@ -108,7 +109,7 @@ def score_tasks(
 
 
 def _compared(score: TaskScore, other: TaskScore | None) -> TaskScore:
-    if other is None:  # a number that the reference has not
+    if other is None:  # the reference has no such number
         return score
     return replace(score, reference=other.value, reference_stderr=other.stderr, difference=score.value - other.value)
 
@@ -125,24 +126,24 @@ def _scores_of(
         progress.advance()
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UsageError(
-            f"the tokenizer of {name} has no token that begins or ends a text, and tasks need one",
+            f"the tokenizer of {name} has no token that begins or ends a text, but tasks need one",
             hint="set bos_token or eos_token in tokenizer_config.json",
         )
     scores: list[TaskScore] = []
     with progress.phase(f"asking {Path(name).name}", len(tasks)), guarded():
         from lm_eval.models.huggingface import HFLM
 
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         for manager, task in tasks:
             title = getattr(task, "name", None) or task.task_name
             with explained(f"the task '{title}' failed", title):
-                scores += _read(ask(asked, manager, task), progress)
+                scores += _read(ask(adapter, manager, task), progress)
             progress.advance()
     return scores
 
 
 def _read(result: dict[str, Any], progress: Progress) -> list[TaskScore]:
-    """The harness' numbers: keys are ``metric,filter``, values that cannot be computed are words."""
+    """Return the scores in the harness' result, whose keys are ``metric,filter`` and whose missing values are strings."""
     scores = []
     for task, values in result["results"].items():
         better = result["higher_is_better"].get(task) or {}
@@ -151,7 +152,7 @@ def _read(result: dict[str, Any], progress: Progress) -> list[TaskScore]:
             if not comma or metric.endswith(_STDERR) or not isinstance(value, (int, float)):
                 continue
             if not math.isfinite(value):
-                progress.note(f"{task}: {metric} is {value}, and is left out")
+                progress.note(f"{task}: {metric} is {value} and is left out")
                 continue
             stderr = values.get(f"{metric}{_STDERR},{named}")
             scores.append(
@@ -169,7 +170,7 @@ def _read(result: dict[str, Any], progress: Progress) -> list[TaskScore]:
 
 
 def _samples(result: dict[str, Any], task: str) -> int:
-    """Questions asked; of a group, those of its tasks."""
+    """Return the number of questions of a task, or of all tasks in a group."""
     counts = result["n-samples"]
     if task in counts:
         return int(counts[task]["effective"])

@@ -1,4 +1,4 @@
-"""What a model card is made from: the records in the folder, and the few things that only the user can say."""
+"""Gathers what a model card is made from: the records in the folder, and the few things that only the user knows."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _HUB_DATASET = re.compile(r"([\w.-]+/[\w-][\w.-]*)(:[\w.-]*){0,2}")
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything a card says.
+    """Holds everything that a card says.
 
-    ``recipe`` is the text of ``recipe.yaml`` and ``keys`` its content, ``config`` that of ``config.json``; ``serving`` holds what
-    ``verify --with`` found of each engine; ``mark`` says why the model was published although it should not have been.
+    ``recipe`` is the text of ``recipe.yaml``, ``keys`` its content, and ``config`` the content of ``config.json``. ``serving`` holds
+    what ``verify --with`` found for each engine. ``mark`` says why the model should not be relied on, if it was published anyway.
     """
 
     name: str
@@ -43,28 +43,36 @@ class Facts:
 
     @property
     def mixed(self) -> bool:
-        """Whether several models went into it."""
+        """Whether the model was made from several models."""
         return len({source["name"] for source in sources_of(self.record)}) > 1
 
     @property
     def grown(self) -> bool:
-        """Whether it is a model grown by whole tensors, and no conversion."""
+        """Whether the model was grown by copying whole tensors, and not converted."""
         return bool(self.record["plan"]["kind"] == "growth")
 
     @property
     def moe(self) -> bool:
-        """Whether it has experts: a grown model may be dense."""
+        """Whether the model has experts; a grown model may be dense."""
         return not self.grown or any("experts" in key for key in self.config)
 
 
 def gather(
     folder: Path, name: str, license: License | None, base_model: str | None, kept: Mapping[str, Any], mark: str | None
 ) -> Facts:
-    """Read the folder. ``kept`` is the metadata of the card that was there: it decides what no record does.
+    """Read the facts for a card from a folder.
+
+    Args:
+        folder: the converted model.
+        name: the model's name on the card.
+        license: the licence that the user named, if any.
+        base_model: the hub id of the dense model that the user named, if any.
+        kept: the metadata of the card before, which is used where no record and no argument decides.
+        mark: why the model should not be relied on.
 
     Raises:
-        CheckpointError: the folder was not made by this tool.
-        UsageError: the sources' licences differ and nobody has decided, or ``base_model`` is no hub id.
+        CheckpointError: upcycle did not write the folder.
+        UsageError: the sources' licences differ and no licence was named, or ``base_model`` is not a hub id.
     """
     record = records.read_record(folder)
     evaluation = records.read_evaluation(folder) or {}
@@ -85,17 +93,17 @@ def gather(
 
 
 def sources_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Everything the weights are from: the source, and what is mixed."""
+    """Return the records of all models that the weights come from: the source, and those that were mixed."""
     return [record["source"], *(record.get("sources") or [])]
 
 
 def public_name(name: str) -> str:
-    """What a file or folder is called in public: without the folders it is in. A hub id stays what it is."""
+    """Return a name without the folders around it; a hub id stays as it is."""
     return Path(name).name if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name else name
 
 
 def _license(record: Mapping[str, Any], chosen: License | None, kept: Mapping[str, Any]) -> License | None:
-    """What somebody decides now, or decided before; else what the sources have in common."""
+    """Return the licence that the user names now or named on the card before, or else the one that all sources have."""
     if decided := chosen or License.of_card(kept):
         return decided
     return common_license({source["name"]: License.of(source.get("license")) for source in sources_of(record)})
@@ -111,12 +119,12 @@ def _base_models(record: Mapping[str, Any], chosen: str | None, kept: Mapping[st
 
 
 def _datasets(record: Mapping[str, Any]) -> list[str]:
-    """Hub datasets that it was calibrated or trained on."""
+    """Return the hub datasets that the model was calibrated or trained on."""
     texts = list(text_names((record.get("calibration") or {}).get("text") or []))
     recipe = (record.get("training") or {}).get("recipe") or {}
     for stage in (recipe, *(recipe.get("stages") or [])):
         for domain in (stage.get("data") or {}).get("domains") or []:
             texts += domain["text"]
     matches = [_HUB_DATASET.fullmatch(text) for text in texts if text not in DEMO_TEXTS]
-    # A name with a suffix (data/news.txt) is taken for a file when it is read, too.
+    # A name with a suffix, such as data/news.txt, is that of a file, as it is when texts are read.
     return list(dict.fromkeys(match[1] for match in matches if match and not Path(match[1]).suffix))

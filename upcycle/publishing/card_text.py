@@ -1,4 +1,4 @@
-"""The body of a model card: what it is, what it costs and how good it is, whether that was checked, how to load and repeat it."""
+"""Writes the body of a model card: what the model is, what it costs, how good it is, how it was verified, how to load it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 _VERDICTS = {
     "exact": "**Exact.** It computes the same function as the dense model, up to rounding in fp32.",
-    "approximate": "**Approximate.** It is not the same function as the dense model; the numbers say how far it is off.",
-    "broken": "**Broken.** It does not keep what the conversion promises.",
+    "approximate": "**Approximate.** It is not the same function as the dense model; the numbers below say by how much it differs.",
+    "broken": "**Broken.** It does not keep the promise of its conversion.",
 }
 
 
 def body(facts: Facts, own: str) -> str:
-    """Everything below the metadata; ``own`` is the user's section with its two marked lines."""
+    """Return everything below the metadata; ``own`` is the user's section with its two marked lines."""
     parts = [f"# {plain(facts.name)}", *_warning(facts), _what(facts), own]
     for title, text in (
         ("Method", _method(facts)),
@@ -36,7 +36,8 @@ def body(facts: Facts, own: str) -> str:
         parts += [f"## {title}", text]
     version = facts.record["versions"]["upcycle"]
     parts.append(
-        f"Made with upcycle {plain(version)}, and this card too: what is changed outside the section above is lost."
+        f"Model and card were made with upcycle {plain(version)}. Changes to this card outside the marked section are lost when it "
+        "is written again."
     )
     return "\n\n".join(parts)
 
@@ -51,15 +52,15 @@ def _what(facts: Facts) -> str:
     made = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
     if facts.grown:
-        first = f"A larger model made of {made}: {plain(record['plan']['summary'])}. What was added are copies."
+        first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
     else:
         layers = f"{len(record['moe_layers'])} of {facts.config['num_hidden_layers']} layers"
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""
         first = (
-            f"A Mixture-of-Experts model made of {made}: the feed-forward networks of {layers} became {keys['experts']} "
+            f"A Mixture-of-Experts model made from {made}: the feed-forward networks of {layers} became {keys['experts']} "
             f"routed{shared} experts each, of which {keys['top_k']} routed{shared} run per token."
         )
-    stored = f"It is stored as stock {architecture} in safetensors: no code of its own is needed or run."
+    stored = f"It is stored as stock {architecture} in safetensors, and needs no code of its own."
     return f"{first} {_history(record)}\n\n{stored}"
 
 
@@ -116,7 +117,7 @@ def _tasks(facts: Facts, tasks: dict[str, Any]) -> str:
 def _verification(facts: Facts) -> str:
     measured = facts.verification
     if not measured:
-        return "**Skipped.** Nobody has compared these weights with the dense model."
+        return "**Skipped.** These weights were not compared with the dense model."
     lines = [
         f"{_VERDICTS[measured['verdict']]} Why: {plain(measured['explanation'])}.",
         "",
@@ -132,8 +133,8 @@ def _verification(facts: Facts) -> str:
         lines.append(f"- relative error of single layers: {span(measured['layer_errors'])}")
     if (far := measured.get("far_error")) is not None:
         lines.append(
-            f"- relative error of the logits behind position {measured['positions_needed']:,}, where windows and scaled positions "
-            f"show: {said(far, '.1e')}"
+            f"- relative error of the logits after position {measured['positions_needed']:,}, where attention windows and scaled "
+            f"positions matter: {said(far, '.1e')}"
         )
     if measured["compared_tensors"]:
         lines.append(f"- tensors equal to what they were made from, bit for bit: {measured['compared_tensors']:,}")
@@ -159,19 +160,19 @@ def _loading(facts: Facts) -> str:
         ("SGLang", code(f"python -m sglang.launch_server --model-path {quoted}"), "no"),
         ("llama.cpp", code("python convert_hf_to_gguf.py FOLDER"), _tested(facts, "llama.cpp")),
     ]
-    note = "An engine that was not tested may still know this architecture: its documentation lists those it does."
+    note = "An engine that was not tested may still support this architecture: see its documentation."
     return "\n\n".join(
         [fenced(python, "python"), table(["engine", "how", "tested with this model"], rows, right=False), note]
     )
 
 
 def _tested(facts: Facts, engine: str) -> str:
-    """What ``upcycle verify --with`` found."""
+    """Return what ``upcycle verify --with`` found for an engine."""
     found = facts.serving.get(engine)
     if not found:
         return "no"
     if found["verdict"] == "not held":
-        return f"it cannot hold this model: {plain(found['explanation'])}"
+        return f"it cannot run this model: {plain(found['explanation'])}"
     answer = "yes" if found["verdict"] == "same" else "**do not use it**"
     return f"{answer}, {plain(found['version'])} in {plain(found['dtype'])}: {plain(found['explanation'])}"
 
@@ -187,12 +188,14 @@ def _recipe(facts: Facts) -> str:
         if source.get("revision")
     ]
     used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    said = [f"Made with {plain(used)}, seed {record['seed']}" + (f", from {', '.join(pinned)}" if pinned else "") + "."]
+    origin = [
+        f"Made with {plain(used)}, seed {record['seed']}" + (f", from {', '.join(pinned)}" if pinned else "") + "."
+    ]
     if not pinned:
         fingerprint = code(record["source"]["fingerprint"])
-        said.append(f"The source was no repository of the hub; its fingerprint is {fingerprint}.")
+        origin.append(f"The source was not a repository of the hub; its fingerprint is {fingerprint}.")
     details = f"<details><summary>recipe.yaml</summary>\n\n{fenced(facts.recipe, 'yaml')}\n\n</details>"
-    return "\n\n".join([fenced("\n".join(lines), "sh"), " ".join(said), details])
+    return "\n\n".join([fenced("\n".join(lines), "sh"), " ".join(origin), details])
 
 
 def _limits(facts: Facts) -> Iterator[str]:
@@ -200,23 +203,21 @@ def _limits(facts: Facts) -> Iterator[str]:
     plan, trained = record["plan"], bool(record.get("training"))
     source = "its source" if facts.grown else "the dense model"
     yield (
-        f"It knows no more than {source} did, and has its biases and its terms of use."
+        f"It knows no more than {source}, and has its biases and its terms of use."
         if not trained
-        else (
-            f"What it has from {source}, biases and terms of use included, it keeps where training did not change it."
-        )
+        else f"It keeps the biases of {source} where training did not change them, and its terms of use."
     )
     if not trained and plan["promise"] == "approximate":
-        yield "It is a beginning for training: without it, its text is worse than that of the model it was made from."
+        yield "It is a starting point for training: as it is, it writes worse text than the model that it was made from."
     if not trained and plan["promise"] != "approximate":
-        yield "Nothing is gained by running it as it is: it gives what the dense model gives. It is a beginning for training."
+        yield "It is a starting point for training: as it is, it computes what the dense model computes, and nothing is gained."
     ratio = plan["flops_per_token"] / plan["flops_per_token_dense"]
-    yield f"A token costs {ratio:.2f} times what it does in {source}, and all the parameters must be in memory."
+    yield f"A token costs {ratio:.2f} times the FLOPs that it costs in {source}, and all parameters must be in memory."
     if record.get("calibration") and not trained:
-        yield "It was fitted to the kinds of text it was calibrated on, and is worse on others than the table says."
+        yield "It was fitted to the kinds of text that it was calibrated on, and is worse on others than the table says."
     if measured:
         yield (
-            f"Perplexity was measured on {measured['tokens']:,} tokens of one kind of text: that is a check, no benchmark. "
+            f"Perplexity was measured on {measured['tokens']:,} tokens of one kind of text, which is a check and not a benchmark. "
             f"{'Safety' if facts.tasks else 'Tasks, safety'} and other languages were not measured."
         )
     else:

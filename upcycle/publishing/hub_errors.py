@@ -1,6 +1,6 @@
-"""What the hub's client raises, as errors that say what to do; and which of them are worth another try.
+"""Turns errors of the hub's client into errors that say what to do, and repeats requests that may succeed soon.
 
-No message of ours holds the token, whatever the client or the server put into theirs.
+No message contains the token, whatever the client or the server put into theirs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from upcycle.progress import Progress
 
 T = TypeVar("T")
 TRIES = 5
-LONGEST_WAIT = 120.0  # seconds; who is told to wait longer is told so
+LONGEST_WAIT = 120.0  # seconds; if the hub asks to wait longer, the error says so
 _httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])  # httpx or httpx2, as the client has it
 _NO_CONNECTION = (_httpx.ConnectError, _httpx.ProxyError, _httpx.UnsupportedProtocol, _httpx.LocalProtocolError)
 _PASSING = (500, 502, 503, 504)
-_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # a query may sign whoever has it
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # a query may hold a signature that gives access
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Who is talked to about which repository, with which token: for messages."""
+    """Holds the hub, the repository and the token of requests, to explain their errors."""
 
     endpoint: str
     repo: str
@@ -43,7 +43,7 @@ class Hub:
     from_environment: bool = False
 
     def scrub(self, text: object) -> str:
-        """A message without the token and without signed links, on one line."""
+        """Return a message on one line, without the token and without signed links."""
         message = " ".join(str(text).split())
         if self.token:
             message = message.replace(self.token, "***")
@@ -51,10 +51,13 @@ class Hub:
 
     @contextmanager
     def explained(self, doing: str) -> Iterator[None]:
-        """Errors in here become ours.
+        """Turn the client's errors in the ``with`` block into upcycle's.
+
+        Args:
+            doing: what the block does, for messages such as "cannot create org/name".
 
         Raises:
-            EnvironmentFault: no network, no permission, a hub that is busy or broken.
+            EnvironmentFault: there is no network or no permission, or the hub is busy or broken.
             UpcycleError: the repository was changed meanwhile, or the hub refused what was sent.
         """
         try:
@@ -68,51 +71,51 @@ class Hub:
         cause = root(error)
         if isinstance(cause, OfflineModeIsEnabled):
             return EnvironmentFault(
-                f"cannot {doing}: HF_HUB_OFFLINE is set", hint="unset it, and give the command again"
+                f"cannot {doing}: HF_HUB_OFFLINE is set", hint="unset it, then run the same command again"
             )
         if isinstance(cause, HfHubHTTPError):
             return self._refused(cause, doing)
         if isinstance(cause, HTTPError):
             return EnvironmentFault(
                 f"cannot {doing}: the connection to {self.endpoint} failed ({self.scrub(cause) or type(cause).__name__})",
-                hint="give the same command again: what has arrived is not sent twice",
+                hint="run the same command again: what has arrived is not sent twice",
             )
         return UpcycleError(f"cannot {doing}: {self.scrub(cause)}")
 
     def _refused(self, error: HfHubHTTPError, doing: str) -> UpcycleError:
-        code, said = error.response.status_code, self.scrub(error.server_message or "")
+        code, answer = error.response.status_code, self.scrub(error.server_message or "")
         login = "set HF_TOKEN to a valid token" if self.from_environment else "hf auth login"
         wait = f"in {_asked_to_wait(error) or 60:.0f} s"
         kind: type[UpcycleError] = EnvironmentFault
-        hint: str | None = "give the same command again later: what has arrived is not sent twice"
+        hint: str | None = "run the same command again later: what has arrived is not sent twice"
         if code == 401:
             what = f"{self.endpoint} does not accept the token from {'HF_TOKEN' if self.from_environment else 'hf auth login'}"
             hint = login
         elif code == 403:
             what = f"you may not write to {self.repo}"
-            hint = "use a token that may (https://huggingface.co/settings/tokens), or propose it: --create-pr"
+            hint = "use a token that may (https://huggingface.co/settings/tokens), or open a pull request: --create-pr"
         elif code == 404:
             kind, what, hint = UsageError, f"{self.endpoint} does not have that", f"check the spelling of {self.repo}"
         elif code in (409, 412):
-            kind, what, hint = UpcycleError, f"{self.repo} was changed meanwhile", "give the same command again"
+            kind, what, hint = UpcycleError, f"{self.repo} was changed meanwhile", "run the same command again"
         elif code == 429:
-            what, hint = "too many requests", f"give the same command again {wait}"
+            what, hint = "too many requests", f"run the same command again {wait}"
         elif code in _PASSING:
-            what = f"{self.endpoint} has a fault of its own, {code}"
+            what = f"{self.endpoint} fails with error {code}"
         else:
             kind, what, hint = UpcycleError, f"{self.endpoint} answers {code}", None
-        return kind(f"cannot {doing}: {what}" + (f" ({said})" if said else ""), hint=hint)
+        return kind(f"cannot {doing}: {what}" + (f" ({answer})" if answer else ""), hint=hint)
 
 
 def root(error: BaseException) -> BaseException:
-    """What the client met first: it wraps errors of its threads."""
+    """Return the error that the client met first, since it wraps those of its threads."""
     while not isinstance(error, HTTPError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def passing(error: BaseException) -> bool:
-    """Whether the same request may succeed soon, although nobody knows whether this one was carried out."""
+    """Return whether the same request may succeed soon; whether this one was carried out is not known."""
     cause = root(error)
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in _PASSING
@@ -120,9 +123,9 @@ def passing(error: BaseException) -> bool:
 
 
 def patiently(call: Callable[[], T], progress: Progress, again: Callable[[BaseException], bool] = passing) -> T:
-    """Call, and call again where the hub asks to wait or ``again`` says so, up to :data:`TRIES` times.
+    """Call ``call``, and repeat it where the hub asks to wait or ``again`` returns True, up to :data:`TRIES` times in all.
 
-    Where the hub names a time it is kept, up to :data:`LONGEST_WAIT`; else the pauses are 1, 2, 4... seconds.
+    Pauses are as long as the hub asks for, up to :data:`LONGEST_WAIT`, or else 1, 2, 4... seconds.
     """
     for tries in range(TRIES):
         try:
@@ -139,7 +142,7 @@ def patiently(call: Callable[[], T], progress: Progress, again: Callable[[BaseEx
 
 
 def _asked_to_wait(error: BaseException) -> float | None:
-    """Seconds, from ``Retry-After`` or the hub's ``RateLimit``."""
+    """Return the seconds in ``Retry-After`` or in the hub's ``RateLimit``, or None."""
     headers = error.response.headers  # type: ignore[attr-defined]
     if (value := headers.get("Retry-After", "").strip()).isdigit():
         return float(value)
@@ -148,7 +151,7 @@ def _asked_to_wait(error: BaseException) -> float | None:
 
 
 def from_environment(token: str) -> bool:
-    """Whether the token is the environment's, which wins over that of ``hf auth login``."""
+    """Return whether a token is that of the environment, which takes precedence over that of ``hf auth login``."""
     return bool(token) and token in (
         os.environ.get("HF_TOKEN", "").strip(),
         os.environ.get("HUGGING_FACE_HUB_TOKEN", "").strip(),

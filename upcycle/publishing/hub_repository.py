@@ -1,4 +1,4 @@
-"""One repository of the hub: what it holds, and the few requests that publishing makes. Every error comes out explained."""
+"""Makes the few requests about a hub repository that publishing needs; every error says what to do."""
 
 from __future__ import annotations
 
@@ -27,56 +27,57 @@ _REVISION = re.compile(r"[\w][\w./-]*")
 
 
 def check_repo_name(repo: str) -> None:
-    """Refuse what cannot be a repository's name, before anything is read or sent.
+    """Refuse a name that no repository can have, before anything is read or sent.
 
     Raises:
-        UsageError: it has no owner, or characters that the hub does not allow.
+        UsageError: the name has no owner, or characters that the hub does not allow.
     """
     if "/" not in repo:
         raise UsageError(
-            f"'{repo}' has no owner", hint=f"upcycle push OUT YOU/{repo}, where YOU is you or your organisation"
+            f"'{repo}' has no owner",
+            hint=f"upcycle push OUT YOU/{repo}, where YOU is your user name or your organisation's",
         )
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(f"'{repo}' is no name of a repository: {error}", hint="owner/name") from None
+        raise UsageError(f"'{repo}' is not the name of a repository: {error}", hint="use owner/name") from None
 
 
 def check_revision(revision: str) -> None:
-    """Refuse what cannot be a branch.
+    """Refuse a name that no branch can have.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is such a name.
     """
     if not _REVISION.fullmatch(revision) or ".." in revision:
-        raise UsageError(f"--revision '{revision}' is no name of a branch", hint="--revision main, or refs/pr/1")
+        raise UsageError(f"--revision '{revision}' is not the name of a branch", hint="--revision main, or refs/pr/1")
 
 
 @dataclass(frozen=True)
 class State:
-    """What is there: the commit, and the object id of every file (SHA-256 of large ones, git's SHA-1 of small ones)."""
+    """Holds a revision's commit and the object id of each of its files (SHA-256 of large files, git's SHA-1 of small ones)."""
 
     sha: str
     private: bool
     files: dict[str, str]
 
     def has(self, file: Upload) -> bool:
-        """Whether that file is there, with that content."""
+        """Return whether the revision has that file with that content."""
         return file.name in self.files and file.is_at(self.files[file.name])
 
 
 class Repository:
-    """Requests about one repository."""
+    """Makes requests about one repository."""
 
     def __init__(self, api: HfApi, hub: Hub, progress: Progress) -> None:
         self._api, self._hub, self._progress = api, hub, progress
         self.name = hub.repo
 
     def look(self, revision: str | None = None) -> State | None:
-        """What a revision holds; None where there is no such repository or revision.
+        """Return what a revision holds; None where there is no such repository or revision.
 
         Raises:
-            EnvironmentFault: the hub cannot be asked.
+            EnvironmentFault: the hub cannot be reached, or does not answer.
         """
         with self._hub.explained(f"look at {self.name}"):
             try:
@@ -91,18 +92,18 @@ class Repository:
         return State(info.sha or "", bool(info.private), files)
 
     def create(self, private: bool) -> None:
-        """Make the repository."""
+        """Create the repository."""
         with self._hub.explained(f"create {self.name}"):
-            # exist_ok: a lost answer is no reason to stop.
+            # exist_ok: it may exist because an earlier request succeeded and its answer was lost.
             patiently(lambda: self._api.create_repo(self.name, private=private or None, exist_ok=True), self._progress)
 
     def create_branch(self, branch: str) -> None:
-        """Make a branch of main."""
+        """Create a branch from main."""
         with self._hub.explained(f"create the branch {branch}"):
             patiently(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True), self._progress)
 
     def text(self, name: str, state: State) -> str:
-        """A small file of the repository; empty where there is none, or it is no text."""
+        """Return the text of a small file in the repository; empty where there is no such file."""
         if name not in state.files:
             return ""
         with self._hub.explained(f"read {name}"), tempfile.TemporaryDirectory() as folder:
@@ -110,7 +111,7 @@ class Repository:
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def record(self, name: str, state: State) -> dict[str, Any]:
-        """A JSON object of the repository; empty where there is none."""
+        """Return a JSON object in the repository; empty where there is no such file."""
         try:
             found = parse_json(self.text(name, state) or "{}", name)
         except CheckpointError:
@@ -118,10 +119,10 @@ class Repository:
         return found if isinstance(found, dict) else {}
 
     def check_card(self, text: str) -> None:
-        """Let the hub check a card's metadata, before anything is sent: its last request would refuse it after all uploads.
+        """Let the hub check a card's metadata before anything is sent; otherwise it would refuse the card after all uploads.
 
         Raises:
-            UsageError: the hub would not take it.
+            UsageError: the hub does not accept the metadata.
         """
         from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -136,17 +137,17 @@ class Repository:
         with self._hub.explained("check the card's metadata"):
             answer = patiently(ask, self._progress)
             if answer.status_code == 400:
-                said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
+                faults = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
                 raise UsageError(
-                    f"the hub does not take the card's metadata: {self._hub.scrub(said)}",
-                    hint="upcycle card makes it anew; --license and --base-model say what it cannot know",
+                    f"the hub does not accept the card's metadata: {self._hub.scrub(faults)}",
+                    hint="write the card again with upcycle card, and give --license and --base-model if they are wrong",
                 )
 
     def send(self, file: Upload, revision: str | None, create_pr: bool) -> CommitOperationAdd:
         """Send a large file ahead of the commit; the hub keeps it under its SHA-256.
 
         Raises:
-            CheckpointError: it is not the file that was checked.
+            CheckpointError: the file was changed since it was checked.
         """
         operation = operation_of(file)
         with self._hub.explained(f"upload {file.name}"):
@@ -163,9 +164,14 @@ class Repository:
         revision: str | None,
         arrived: Callable[[State], bool],
     ) -> str:
-        """One commit on top of ``parent``; gives its id.
+        """Make one commit on top of ``parent``, and return its id.
 
-        Where the answer is lost, ``arrived`` says of what is there now whether the commit was made.
+        Args:
+            operations: the files to add and to delete.
+            parent: what the revision holds now.
+            message: the commit message.
+            revision: the branch; None: main.
+            arrived: tells from a revision's state whether the commit was made, where the hub's answer was lost.
         """
 
         def may_repeat(error: BaseException) -> bool:
@@ -193,9 +199,9 @@ class Repository:
         message: str,
         revision: str | None,
     ) -> tuple[str, str, str]:
-        """Open a pull request with one commit; gives the commit's id, the request's URL and its ``refs/pr/N``.
+        """Open a pull request with one commit, and return the commit's id, the pull request's URL and its ``refs/pr/N``.
 
-        Nothing tells whether a request whose answer was lost was opened, so that is not repeated.
+        This is never repeated: where the answer is lost, nothing tells whether the pull request was opened.
         """
         with self._hub.explained(f"open a pull request in {self.name}"):
             try:
@@ -209,7 +215,7 @@ class Repository:
                     raise
                 raise EnvironmentFault(
                     f"the hub did not say whether it opened a pull request in {self.name} ({self._hub.scrub(error)})",
-                    hint=f"look at {self._hub.endpoint}/{self.name}/discussions before you try again",
+                    hint=f"see {self._hub.endpoint}/{self.name}/discussions before you try again",
                 ) from None
         return str(info.oid), without_password(str(info.pr_url)), str(info.pr_revision)
 
@@ -226,7 +232,7 @@ class Repository:
         )
 
     def collect(self, collection: str, private: bool) -> str:
-        """Add the repository to a collection, by its slug or by its title (made where there is none); gives its URL."""
+        """Add the repository to a collection, named by slug or title, and return its URL; a new title creates a collection."""
         with self._hub.explained(f"add {self.name} to the collection '{collection}'"):
             slug = collection
             if "/" not in collection:
@@ -243,14 +249,14 @@ class Repository:
 
 
 def operation_of(file: Upload) -> CommitOperationAdd:
-    """The client's description of a file, with the SHA-256 it was checked against.
+    """Return the client's description of a file, with the SHA-256 that it was checked against.
 
     Raises:
-        CheckpointError: it has another size by now.
+        CheckpointError: the file's size has changed since.
     """
     content = str(file.content) if isinstance(file.content, Path) else file.content
     operation = CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=content)
     if operation.upload_info.size != file.size:
-        raise CheckpointError(f"{file.name} was changed since it was checked", hint="give the command again")
+        raise CheckpointError(f"{file.name} was changed since it was checked", hint="run the same command again")
     operation.upload_info.sha256 = bytes.fromhex(file.sha256)
     return operation

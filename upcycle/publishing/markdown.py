@@ -1,4 +1,4 @@
-"""Markdown whose words come from somewhere else: nothing in a name can become a link, a tag or a cell."""
+"""Writes Markdown with words from outside, so that nothing in a name can become a link, a tag or a cell."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _ADDRESS = re.compile(r"(?i)\b(?:[a-z][a-z0-9+.-]*://|www\.|mailto:|xmpp:)[^\s<>
 
 
 def plain(text: object) -> str:
-    """Text in which Markdown and HTML mean nothing, on one line. Addresses in it are shown as code: renderers make links of
-    bare ones, whatever is escaped.
+    """Return text on one line, with Markdown and HTML escaped.
+
+    Addresses become code, since renderers turn bare addresses into links whatever is escaped.
     """
     line = _line(text)
     parts, end = [], 0
@@ -27,7 +28,7 @@ def plain(text: object) -> str:
 
 
 def links(addresses: str) -> str:
-    """Addresses, with commas between: links to those of the web, the others as text."""
+    """Return addresses, separated by commas, as links; those that are not web addresses become text."""
     parts = [part.strip() for part in str(addresses).split(",")]
     return ", ".join(f"[{_escaped(part)}](<{part}>)" if is_web_address(part) else plain(part) for part in parts if part)
 
@@ -37,12 +38,12 @@ def _escaped(text: str) -> str:
 
 
 def _line(text: object) -> str:
-    """One line, in which nothing is invisible or changes the direction of writing."""
+    """Return text on one line, without characters that are invisible or change the direction of writing."""
     return "".join(c for c in _CONTROL.sub(" ", str(text)) if unicodedata.category(c) not in ("Cf", "Cs")).strip()
 
 
 def code(text: object) -> str:
-    """A code span, on one line, that ends where it should and stays in its cell of a table."""
+    """Return a code span on one line; no backtick in the text ends it, and no bar ends its cell of a table."""
     line = _line(text)
     fence = "`" * (_longest_run(line) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
@@ -50,13 +51,13 @@ def code(text: object) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A block of code, whatever it holds."""
+    """Return a code block, whose fence is longer than any in the text."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> str:
-    """A table of cells that are Markdown already; all columns but the first are aligned ``right``."""
+    """Return a table of cells that are Markdown already; with ``right``, all columns but the first are aligned right."""
     rule = ["---", *["---:" if right else "---"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 

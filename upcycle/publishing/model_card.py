@@ -1,7 +1,7 @@
-"""The model card, ``README.md``: made anew from ``upcycle.json``, ``recipe.yaml`` and ``verification.json`` whenever it is asked for.
+"""Writes the model card, ``README.md``, from ``upcycle.json``, ``recipe.yaml`` and ``verification.json``.
 
-What the user writes between two lines of it is kept, and so is what only the user can know: a licence or a base model that no
-record names. Format: https://huggingface.co/docs/hub/model-cards.
+When it is written again, text between two marked lines is kept, and so are a licence and a base model that the user named and no
+record has. Format: https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def write_card(
     license_link: str | None = None,
     base_model: str | None = None,
 ) -> Path:
-    """Write ``README.md`` into a folder that :func:`upcycle.convert` wrote; the user's section of the one before is kept.
+    """Write ``README.md`` into a folder that :func:`upcycle.convert` wrote, and return its path; the user's section is kept.
 
     Args:
         out: the converted model.
-        name: what the card calls it; default: the folder's name.
-        license: the hub's identifier of its licence, where the sources' does not decide; kept when the card is made anew.
-        license_name, license_link: what an ``other`` licence is called, and where it stands (an address, or a file of the model).
-        base_model: the hub id of the dense model, where it was converted from a local folder.
+        name: the model's name on the card; default: the folder's name.
+        license: the hub's id of the licence, if it does not follow from the sources; kept when the card is written again.
+        license_name, license_link: name of an ``other`` licence, and where its text is (an address, or a file of the model).
+        base_model: the hub id of the dense model, if a local folder was converted.
 
     Raises:
-        CheckpointError: the folder was not made by this tool.
-        UsageError: the sources' licences differ, the hub does not know the licence, or the card that is there is not ours.
+        CheckpointError: upcycle did not write the folder.
+        UsageError: the sources' licences differ, the hub does not know the licence, or upcycle did not write the present card.
     """
     chosen = chosen_license(license, license_name, license_link)
     folder = user_path(out)
@@ -60,11 +60,15 @@ def make_card(
     mark: str | None = None,
     published: str = "",
 ) -> str:
-    """The text of a card; see :func:`write_card`.
+    """Return the text of a card; see :func:`write_card`.
 
     Args:
-        mark: why the model should not be published; it stands at the top.
-        published: the card that is on the hub; its section of the user's is taken where the local card has none.
+        folder: the converted model.
+        name: the model's name on the card.
+        license: the licence that the user named, if any.
+        base_model: the hub id of the dense model that the user named, if any.
+        mark: why the model should not be relied on, shown at the top.
+        published: the card on the hub, whose user's section is used where the local card has none.
     """
     path = folder / records.CARD_FILE
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -95,7 +99,7 @@ def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
     tags = [*(["moe"] if facts.moe else []), "upcycled", "upcycle", record["plan"]["target"], record["method"]["name"]]
     return ModelCardData(
         base_model=facts.base_models[0] if len(facts.base_models) == 1 else facts.base_models or None,
-        # The hub knows adapter, finetune, merge and quantized. What is made of one model's weights is nearest to the second.
+        # The hub knows adapter, finetune, merge and quantized; "finetune" is nearest to a model made from another's weights.
         base_model_relation=("merge" if facts.mixed else "finetune") if facts.base_models else None,
         datasets=facts.datasets or None,
         eval_results=results or None,
@@ -111,7 +115,7 @@ def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
 
 
 def _results(facts: Facts) -> list[EvalResult]:
-    """What was measured, for the hub's ``model-index``."""
+    """Return what was measured, for the hub's ``model-index``."""
     measured, tasks = facts.verification, facts.tasks
     results = []
     if measured:

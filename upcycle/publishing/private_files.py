@@ -1,4 +1,4 @@
-"""Looks through everything that would be published for what is private: keys, and what tells of this machine."""
+"""Searches everything that would be published for private text: keys, and names and folders of this machine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from upcycle.files.private_text import Finding, Machine, machine_in, path_in_val
 if TYPE_CHECKING:
     from upcycle.publishing.upload import Upload
 
-# Pieces of words in their thousands, in which any short name is found. Keys and this machine's folders still are not.
+# Vocabularies contain any short name by chance, so they are searched only for keys and for the home folder.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
-_SHOWN = 5
+_MOST_LISTED = 5
 _MOST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def check_private(files: Iterable[Upload], allowed: Iterable[str] = (), owner: str = "") -> int:
-    """Refuse to publish what is private.
+    """Refuse to publish private text.
 
     Args:
-        files: all that would be sent.
-        allowed: texts that may be published although they tell of this machine. Keys never may.
-        owner: under whose name it is published: that is no secret.
+        files: all files that would be sent.
+        allowed: texts that may be published although they are private to this machine. Keys are never allowed.
+        owner: the owner of the repository, whose name may be published.
 
     Returns:
-        How many files were looked through.
+        The number of files that were searched.
 
     Raises:
-        UsageError: something is; it says in which file, which line and which key.
+        UsageError: there is private text; the message names file, line and key.
     """
     machine, may = this_machine(), {*allowed, owner}
     count = 0
@@ -44,20 +44,20 @@ def check_private(files: Iterable[Upload], allowed: Iterable[str] = (), owner: s
     if not found:
         return count
     lines = list(dict.fromkeys(f"{name}{place}: {finding.what}, {finding.shown}" for name, place, finding in found))
-    more = f"\nand {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    hint = "take it out and convert again (verify, evaluate, report and card write theirs anew)"
+    more = f"\nand {len(lines) - _MOST_LISTED} more" if len(lines) > _MOST_LISTED else ""
+    hint = "remove it and convert again (verify, evaluate, report and card write their own files again)"
     if not any(finding.secret for _, _, finding in found):
-        hint += f"; or --allow {json.dumps(found[0][2].text)} publishes it, where everybody may know it"
-    raise UsageError("what is private would be published:\n" + "\n".join(lines[:_SHOWN]) + more, hint=hint)
+        hint += f"; if everybody may know it, publish it with --allow {json.dumps(found[0][2].text)}"
+    raise UsageError("private text would be published:\n" + "\n".join(lines[:_MOST_LISTED]) + more, hint=hint)
 
 
 def _is_among(text: str, allowed: Iterable[str]) -> bool:
-    """Whether it is one of them, or lies in it."""
+    """Return whether a text is one of the allowed ones, or a path in one of them."""
     return any(each and (text == each or text.startswith(each.rstrip("/") + "/")) for each in allowed)
 
 
 def _findings(file: Upload, machine: Machine) -> Iterator[tuple[str, Finding]]:
-    """What is found in one file, and where."""
+    """Yield the findings in one file, with their places."""
     if isinstance(file.content, Path):
         header = _header(file.content)
         for value in (file.name, *header):
@@ -79,7 +79,7 @@ def _findings(file: Upload, machine: Machine) -> Iterator[tuple[str, Finding]]:
         for finding in _in_value(value, machine):
             seen.add(finding.text)
             yield f"{_line(text, finding.text)}{f' ({key})' if key else ''}", finding
-    for finding in (*secrets_in(text), *machine_in(text, machine)):  # comments
+    for finding in (*secrets_in(text), *machine_in(text, machine)):  # in comments, which are not among the values
         if finding.text not in seen:
             yield _line(text, finding.text), finding
 
@@ -92,7 +92,7 @@ def _in_value(value: str, machine: Machine) -> Iterator[Finding]:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """What a record holds; None where it is none, or cannot be read as one."""
+    """Return the content of a JSON or YAML file; None where it is another file or cannot be parsed."""
     try:
         if name.endswith(".json"):
             return parse_json(text.encode(), name)
@@ -102,7 +102,7 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _values(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string, keys too, and under which key it stands."""
+    """Yield every string, including keys, with the key that it is under."""
     if isinstance(content, str):
         yield key, content
     elif isinstance(content, dict):
@@ -116,7 +116,7 @@ def _values(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _line(text: str, part: str) -> str:
-    """In which line of a file something stands; nothing where it is written there in another way."""
+    """Return the line of a text that contains ``part``, for messages; empty where the text has it in another form."""
     for written in (part, json.dumps(part)[1:-1]):
         if (start := text.find(written)) >= 0:
             return f", line {text.count(chr(10), 0, start) + 1}"
@@ -124,7 +124,7 @@ def _line(text: str, part: str) -> str:
 
 
 def _header(path: Path) -> list[str]:
-    """The words in a file of weights: names of tensors, and what is said about them."""
+    """Return the strings in the header of a safetensors file: names of tensors, and metadata."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(min(size, _MOST_HEADER))

@@ -1,4 +1,4 @@
-"""What may be published of a folder: the files that were recorded when it was made, unchanged, and verified."""
+"""Decides what may be published from a folder: the files that were recorded when it was made, unchanged and verified."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from upcycle.progress import Progress
 from upcycle.publishing.private_files import check_private
 from upcycle.publishing.upload import Upload
 
-# Not recorded when the model was made, and ours all the same.
+# Files of upcycle that are written after the model, and so are not in its record.
 REPORTS = ("report.html", "report.json")
 _WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Publishable:
-    """A folder that may be published: ``mark`` says why it should not be, where that was overruled; ``skipped`` are files in
-    it that nobody recorded, and that stay here; ``searched`` is how many were looked through for what is private.
+    """Holds what may be published from a folder.
+
+    Attributes:
+        folder: the converted model.
+        record: the content of its ``upcycle.json``.
+        files: the files to publish.
+        skipped: names in the folder that are not in its record and are not published.
+        mark: why the model should not be relied on, if ``force`` allowed it to be published.
+        searched: how many files were searched for private text.
     """
 
     folder: Path
@@ -41,20 +48,21 @@ class Publishable:
 def publishable(
     folder: Path, force: bool, progress: Progress, allowed: Sequence[str] = (), owner: str = ""
 ) -> Publishable:
-    """Check a folder, hashing and searching every file of it: the one way from a folder to what is sent.
+    """Check a folder, and return what may be sent; every file is hashed and searched, and nothing else is ever sent.
 
     Args:
-        folder: what upcycle wrote.
-        force: also what is not verified.
-        progress: where to report.
+        folder: a folder that upcycle wrote.
+        force: allow a model that is broken or was not verified.
+        progress: receives the progress.
         allowed, owner: see :func:`upcycle.publishing.private_files.check_private`.
 
     Raises:
-        UsageError: there is no such folder, it is unfinished, it was never verified (unless ``force``), or a file holds what is
-            private.
-        VerificationError: it broke its promise (unless ``force``; a folder called ``.failed`` is refused in any case).
-        CheckpointError: this tool did not make it, a file is missing or was changed since it was verified, or is a link that
-            leaves the folder.
+        UsageError: there is no such folder, it is unfinished, it was never verified (unless ``force``), or a file holds private
+            text.
+        VerificationError: the conversion did not keep its promise (unless ``force``; a folder called ``.failed`` is always
+            refused).
+        CheckpointError: upcycle did not write the folder; or a file is missing, was changed since it was verified, or is a link
+            that leaves the folder.
     """
     _check_finished(folder)
     record = records.read_record(folder)
@@ -79,34 +87,34 @@ def publishable(
 def _check_finished(folder: Path) -> None:
     if folder.name.endswith(".failed"):
         raise VerificationError(
-            f"{folder} broke its promise, and is never published",
+            f"the conversion in {folder} did not keep its promise, and is never published",
             hint="convert again; upcycle verify says what is wrong",
         )
     if folder.is_dir():
-        settle(folder)  # a conversion that was killed in its last second
+        settle(folder)  # completes a conversion that was killed while it put its result in place
     unfinished = any((folder / name).exists() for name in (*UNFINISHED, INSIDE))
     partial = folder.name.endswith((".partial", INSIDE)) or unfinished
     if partial or (not folder.exists() and working_folder(real_path(folder)).is_dir()):
-        raise UsageError(f"{folder} is not finished", hint="give the conversion's command again: it continues")
+        raise UsageError(f"{folder} is not finished", hint="run the conversion's command again, which continues it")
     if not folder.is_dir():
-        raise UsageError(f"no such folder: {folder}", hint="name the folder that upcycle convert wrote")
+        raise UsageError(f"no such folder: {folder}", hint="name a folder that upcycle convert wrote")
 
 
 def _verified(folder: Path, force: bool) -> str | None:
-    """Why it should not be published, or None."""
+    """Return why a model should not be relied on, or None where it is verified."""
     verification = records.read_verification(folder)
     if verification is None:
         if not force:
             raise UsageError(
                 f"{folder} was not verified since its files were written",
-                hint=f"upcycle verify {folder}; or --force publishes it, and its card will say so",
+                hint=f"run upcycle verify {folder}; or publish it with --force, and its card will say so",
             )
         return "It was published without being verified."
     if verification.get("verdict") not in ("exact", "approximate"):
         why = verification.get("explanation", "no verdict")
         if not force:
             raise VerificationError(
-                f"{folder} is broken: {why}", hint="convert again; or --force publishes it, and its card will say so"
+                f"{folder} is broken: {why}", hint="convert again; or publish it with --force, and its card will say so"
             )
         return f"Its verification failed: {why}."
     return None
@@ -118,5 +126,7 @@ def _upload(folder: Path, name: str, digest: str) -> Upload:
         return Upload(name, path.stat().st_size, digest, path)
     upload = Upload.of(name, path.read_bytes())
     if upload.sha256 != digest:
-        raise CheckpointError(f"{path} was changed while it was read", hint="upcycle verify finds out what it is now")
+        raise CheckpointError(
+            f"{path} was changed while it was read", hint="run upcycle verify, then the same command again"
+        )
     return upload

@@ -1,9 +1,8 @@
-"""Publishes a converted model on the Hugging Face hub, as one commit.
+"""Publishes a converted model on the Hugging Face hub, in one commit.
 
-Large files are sent first, each for itself: the hub keeps every one that arrives whole (with hf_xet every piece), so that the same
-command, given again after a cut, does not send them twice. Then one commit makes all of them appear, and what the model
-consisted of before disappear, at once. ``HfApi.upload_folder`` is not used: it commits a large folder in several steps, between
-which the repository is no model.
+Large files are sent first, one by one. The hub keeps each that has arrived (with hf_xet, each part), so that the same command does
+not send it again after a lost connection. Then a single commit makes all files appear, and removes the files of an earlier model.
+``HfApi.upload_folder`` is not used, since it commits a large folder in several steps, between which the repository is no model.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from upcycle.publishing.publishable_files import REPORTS, Publishable, publishab
 from upcycle.publishing.upload import Upload
 from upcycle.version import __version__
 
-_ATTRIBUTES = ".gitattributes"  # which files are large: every repository has it from the beginning
+_ATTRIBUTES = ".gitattributes"  # says which files are large; every repository has it from the beginning
 
 
 @dataclass(frozen=True)
 class PushedFile:
-    """A file and what becomes of it: ``new``, ``changed``, ``unchanged`` or ``deleted``."""
+    """Holds a file and what happens to it: ``new``, ``changed``, ``unchanged`` or ``deleted``."""
 
     name: str
     size: int
@@ -47,10 +46,10 @@ class PushedFile:
 
 @dataclass(frozen=True)
 class Push:
-    """What was published, or with ``dry_run`` would be. ``as_dict`` has the documented JSON keys.
+    """Holds what was published or, with ``dry_run``, would be. ``as_dict`` has the documented JSON keys.
 
-    ``bytes_to_send`` are those of files that are not there yet as they are; ``commit`` is None where nothing had changed;
-    ``searched`` files hold no keys, and nothing that tells of this machine.
+    ``bytes_to_send`` counts the files that the repository does not have yet; ``commit`` is None where nothing had changed;
+    ``searched`` is the number of files that were searched for private text.
     """
 
     repo: str
@@ -69,7 +68,7 @@ class Push:
     searched: int = 0
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
@@ -92,30 +91,31 @@ def push(
     endpoint: str | None = None,
     progress: Progress = SILENT,
 ) -> Push:
-    """Publish a folder that :func:`upcycle.convert` wrote, with a model card. The token is that of the environment
-    (``HF_TOKEN``) or of ``hf auth login``; it is sent to the hub and nowhere else.
+    """Publish a folder that :func:`upcycle.convert` wrote, with a model card.
+
+    The token is that of the environment (``HF_TOKEN``) or of ``hf auth login``; it is sent to the hub and nowhere else.
 
     Args:
         out: the converted model.
-        repo: ``owner/name``; made where there is none.
-        private: make it a private one.
-        revision: the branch to commit to, made where there is none; default: main.
-        create_pr: open a pull request instead.
-        collection: slug or title of a collection to add it to.
-        dry_run: only say what would be done.
-        force: publish what was not verified or is broken; the card says so.
-        overwrite: delete what else the repository holds. It stays in its history.
+        repo: ``owner/name``; created if it does not exist.
+        private: create a private repository.
+        revision: the branch to commit to, created if it does not exist; default: main.
+        create_pr: open a pull request instead of committing.
+        collection: slug or title of a collection to add the model to.
+        dry_run: only return what would be done.
+        force: publish a model that is broken or was not verified; the card says so.
+        overwrite: delete other files in the repository, which keeps them in its history.
         license, license_name, license_link, base_model: see :func:`upcycle.publishing.model_card.write_card`.
-        allow: texts that may be published although they tell of this machine: a folder, the user's or the machine's name.
-        endpoint: another hub; default: ``HF_ENDPOINT``, or huggingface.co.
-        progress: where to report.
+        allow: texts that may be published although they are private to this machine: a folder, a user's or the machine's name.
+        endpoint: address of another hub; default: ``HF_ENDPOINT``, or huggingface.co.
+        progress: receives the progress.
 
     Raises:
-        UsageError: a name that is none, a folder that is unfinished or unverified or holds what is private, a repository that
-            holds something else or is public although a private one was asked for, or licences that differ.
-        VerificationError: the conversion broke its promise.
-        CheckpointError: the folder is not ours, or a file was changed since it was verified.
-        EnvironmentFault: no token, no permission, no network, or a hub that does not answer.
+        UsageError: a name is malformed; the folder is unfinished, unverified or holds private text; the repository holds
+            something else, or is public although ``private`` is set; or the sources' licences differ.
+        VerificationError: the conversion did not keep its promise.
+        CheckpointError: upcycle did not write the folder, or a file was changed since it was verified.
+        EnvironmentFault: there is no token, no permission or no network, or the hub does not answer.
         UpcycleError: the repository was changed meanwhile.
     """
     check_repo_name(repo)
@@ -133,7 +133,7 @@ def push(
             _check_contents(there, repo, private, overwrite)
         published = repository.text(CARD_FILE, there) if there and FILE in there.files else ""
         if published and own_section(published, f"the card in {repo}") is None:
-            progress.note(f"the card in {repo} has no marked section: it is replaced (and stays in the history)")
+            progress.note(f"the card in {repo} has no marked section, so it is replaced; the history keeps it")
         card = make_card(
             local.folder, repo, license=chosen, base_model=base_model, mark=local.mark, published=published
         )
@@ -166,7 +166,7 @@ def push(
         if revision and not on_branch:
             repository.create_branch(revision)
         made = _publish(repository, made, files, there, create_pr, progress)
-        with suppress(OSError):  # what is on the hub is what counts
+        with suppress(OSError):  # the card on the hub is the one that matters
             write_text_whole(local.folder / CARD_FILE, card)
         if collection:
             made = _collected(repository, made, collection)
@@ -179,7 +179,7 @@ save_to_hub = push
 def _publish(
     repository: Repository, made: Push, files: list[Upload], there: State, create_pr: bool, progress: Progress
 ) -> Push:
-    """Send what is not there, and commit it."""
+    """Send the files that the repository does not have, and commit them."""
     missing = [file for file in files if not there.has(file)]
     gone = [file.name for file in made.files if file.status == "deleted"]
     if not missing and not gone:
@@ -208,8 +208,8 @@ def _publish(
     lost = [file.name for file in files if state and not state.has(file)]
     if state and state.sha == commit and lost:
         raise UpcycleError(
-            f"{made.repo} has not taken {', '.join(lost)}",
-            hint=f"a .gitignore there may exclude it: look at {made.url}",
+            f"{made.repo} did not accept {', '.join(lost)}",
+            hint=f"a .gitignore in it may exclude that: see {made.url}",
         )
     return made
 
@@ -222,15 +222,15 @@ def _collected(repository: Repository, made: Push, collection: str) -> Push:
 
 
 def _notes(local: Publishable) -> Iterator[str]:
-    """What somebody who publishes might not expect."""
+    """Yield what the user might not expect."""
     if local.skipped:
-        yield f"not published, because upcycle did not record them: {', '.join(local.skipped)}"
+        yield f"not published, because they are not in upcycle's record: {', '.join(local.skipped)}"
     if local.mark:
-        yield f"published all the same (--force): {local.mark}"
+        yield f"published because of --force: {local.mark}"
 
 
 def _connect(repo: str, endpoint: str | None, dry_run: bool, progress: Progress) -> tuple[Repository, str]:
-    """The repository, and the URL of its page.
+    """Return the repository, and the URL of its page.
 
     Raises:
         EnvironmentFault: there is no token.
@@ -244,17 +244,17 @@ def _connect(repo: str, endpoint: str | None, dry_run: bool, progress: Progress)
             hint="hf auth login, or set HF_TOKEN (https://huggingface.co/settings/tokens)",
         )
     if not all("!" <= letter <= "~" for letter in token):
-        raise EnvironmentFault("the token for the hub holds characters that none has", hint="hf auth login")
+        raise EnvironmentFault("the token for the hub holds characters that tokens cannot have", hint="hf auth login")
     api = HfApi(endpoint=endpoint, token=token or False, library_name="upcycle", library_version=__version__)
-    shown = without_password(api.endpoint)
-    hub = Hub(shown, repo, token, from_environment(token))
-    return Repository(api, hub, progress), f"{shown}/{repo}"
+    address = without_password(api.endpoint)
+    hub = Hub(address, repo, token, from_environment(token))
+    return Repository(api, hub, progress), f"{address}/{repo}"
 
 
 def _look(
     repository: Repository, revision: str | None, create_pr: bool, dry_run: bool, progress: Progress
 ) -> tuple[State | None, bool]:
-    """What is there, and whether that is the wanted branch or, because there is no such branch, what it will be made of."""
+    """Return what the repository holds, and whether that is the wanted branch; if not, the branch will be created from it."""
     try:
         there = repository.look(revision)
         if there or not revision:
@@ -264,7 +264,7 @@ def _look(
     except EnvironmentFault as error:
         if not dry_run:
             raise
-        progress.note(f"the hub was not asked what is there: {error.message}")
+        progress.note(f"what the repository holds is not known: {error.message}")
         return None, True
     if not found and (create_pr or (revision or "").startswith("refs/")):
         what = f"revision '{revision}' in {repository.name}" if revision else f"repository {repository.name}"
@@ -273,26 +273,26 @@ def _look(
 
 
 def _check_contents(there: State, repo: str, private: bool, overwrite: bool) -> None:
-    """Refuse to publish where nobody would expect it.
+    """Refuse to publish into a repository that the user cannot mean.
 
     Raises:
-        UsageError: the repository is public and should be private, or holds something that is not ours.
+        UsageError: the repository is public and should be private, or holds something that upcycle did not publish.
     """
     if private and not there.private:
         raise UsageError(
-            f"{repo} exists, and is public", hint="make it private in its settings first, or choose another name"
+            f"{repo} exists and is public", hint="make it private in its settings first, or choose another name"
         )
     others = sorted(set(there.files) - {_ATTRIBUTES})
     if others and FILE not in there.files and not overwrite:
         listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise UsageError(
             f"{repo} holds something else: {listed}",
-            hint="choose another name; or --overwrite replaces it (it stays in the repository's history)",
+            hint="choose another name; or replace it with --overwrite (the repository's history keeps it)",
         )
 
 
 def _deletions(files: list[Upload], repository: Repository, there: State, overwrite: bool) -> list[PushedFile]:
-    """What is there of the model before this one, and must not stay beside it; with ``overwrite`` everything else, too."""
+    """Return the files of an earlier model, which must not stay beside the new one; with ``overwrite``, all other files, too."""
     ours = repository.record(FILE, there).get("files")
     candidates = {VERIFICATION_FILE, EVALUATION_FILE, *REPORTS, *(ours if isinstance(ours, dict) else ())}
     if overwrite:
@@ -309,7 +309,7 @@ def _status(file: Upload, there: State | None) -> str:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """The client's warnings name URLs that are signed; what they say, we say."""
+    """Silence the client's warnings in the ``with`` block: they contain signed URLs, and upcycle's own messages say the same."""
     from huggingface_hub.utils import logging as client
 
     before = client.get_verbosity()

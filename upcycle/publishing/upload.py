@@ -1,4 +1,4 @@
-"""One file that is published, and where it comes from."""
+"""Describes one file that is published, and where its content is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from upcycle.files.hashing import hash_bytes
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to publish: small ones are held as they were when they were checked, weights stay where they are.
+    """A file to publish. Small files are held in memory as they were checked; weights stay on the disk.
 
-    ``sha256`` is what their content was checked against: a file that is changed meanwhile cannot be uploaded under it.
+    ``sha256`` is the hash that the content was checked against, so that a file that is changed meanwhile cannot be uploaded.
     """
 
     name: str
@@ -23,11 +23,11 @@ class Upload:
 
     @classmethod
     def of(cls, name: str, content: bytes) -> Upload:
-        """One that is held in memory."""
+        """Return a file that is held in memory."""
         return cls(name, len(content), hash_bytes(content), content)
 
     def is_at(self, oid: str) -> bool:
-        """Whether that is what the hub has: the SHA-256 of a large file, git's SHA-1 of a small one."""
+        """Return whether ``oid``, the hub's id of a file (SHA-256 if large, git's SHA-1 if small), is that of this file."""
         if oid == self.sha256:
             return True
         if isinstance(self.content, Path):

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides a conversion, validated before anything is read."""
+"""Validates the recipe, which holds everything that decides a conversion, before any weight is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class RouterRecipe(StrictSettings):
-    """Which router initialiser, with its parameters."""
+    """Names a router initialiser and its parameters."""
 
     name: str = Field(
         "auto",
@@ -29,7 +29,7 @@ class RouterRecipe(StrictSettings):
 
 
 class CalibrationRecipe(StrictSettings):
-    """The text that calibrated methods, routers and refits look at."""
+    """Names the text on which methods, routers and refits are calibrated."""
 
     text: str | list[str] | None = Field(
         None,
@@ -54,18 +54,20 @@ class CalibrationRecipe(StrictSettings):
 
 
 class SourceRecipe(StrictSettings):
-    """One of several sources."""
+    """Describes one of several sources."""
 
     name: str = Field(description="local folder, hub id, or .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="weight in the average of what is not an expert")
-    positive_prompts: list[str] = Field(
-        default_factory=list, description="what its expert is for (hidden, cheap_embed)"
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="weight in the average of tensors that belong to no expert"
     )
-    negative_prompts: list[str] = Field(default_factory=list, description="what its expert is not for")
-    text: str | list[str] | None = Field(None, description="UTF-8 sample texts of its domain (domain_ridge)")
+    positive_prompts: list[str] = Field(
+        default_factory=list, description="texts that its expert should get (routers hidden, cheap_embed)"
+    )
+    negative_prompts: list[str] = Field(default_factory=list, description="texts that its expert should not get")
+    text: str | list[str] | None = Field(None, description="UTF-8 sample texts of its domain (router domain_ridge)")
     shared: bool = Field(False, description="its expert is always on beside the routed ones, at full weight")
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on what its expert adds")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on the output of its expert")
     noise: float = Field(
         0.0,
         ge=0,
@@ -75,7 +77,7 @@ class SourceRecipe(StrictSettings):
 
     @property
     def role(self) -> str | None:
-        """The first key by which its expert is not simply its FFN, routed; ``None`` where there is none."""
+        """The first key that makes its expert something else than its FFN as a routed expert; None where there is none."""
         usual = {"shared": False, "scale": 1.0, "noise": 0.0}
         return next((key for key, value in usual.items() if getattr(self, key) != value), None)
 
@@ -86,7 +88,7 @@ class SourceRecipe(StrictSettings):
 
 
 class VerificationRecipe(StrictSettings):
-    """How the result is checked."""
+    """Says how the result is verified."""
 
     enabled: bool = Field(True, description="compare the result with the dense model after converting")
     text: str | None = Field(None, description="UTF-8 text file to check on; default: the embedded validation texts")
@@ -94,10 +96,10 @@ class VerificationRecipe(StrictSettings):
 
 
 class Recipe(StrictSettings):
-    """A conversion. The field order is the order in the written ``recipe.yaml``."""
+    """Holds all settings of a conversion, in the order in which ``recipe.yaml`` has them."""
 
     source: str = Field(
-        description="local folder, hub id, .gguf file, or demo; of several sources the one whose config and tokenizer are taken"
+        description="local folder, hub id, .gguf file, or demo; of several sources the one whose config and tokenizer are used"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     sources: list[SourceRecipe] = Field(
@@ -115,10 +117,12 @@ class Recipe(StrictSettings):
         lt=1,
         description="fraction of the FFN neurons that run per token, all layers together: sets experts, top_k and shared of a split",
     )
-    pieces: int = Field(192, ge=4, description="with active: the most experts an FFN is cut into, shared ones included")
+    pieces: int = Field(
+        192, ge=4, description="with active: the most experts an FFN is split into, shared ones included"
+    )
     shared_unheld: Literal["refuse", "route"] = Field(
         "refuse",
-        description="where the target holds no shared experts: refuse, or make them routed ones (K grows by S)",
+        description="if the target holds no shared experts: refuse, or make them routed ones (top-k grows by their number)",
     )
     layers: str | list[int] = Field(
         "all",
@@ -126,7 +130,7 @@ class Recipe(StrictSettings):
         "such as 0,2,4",
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
-    calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="what calibrated parts look at")
+    calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="the text to calibrate on")
     refit: Literal["auto", "down", "scale", "none"] = Field(
         "auto",
         description="closed-form fit to the dense output: down projections, a scale per layer, or none (auto: down if calibrated)",
@@ -142,7 +146,7 @@ class Recipe(StrictSettings):
     )
     dtype: Literal["keep", "bfloat16", "float16", "float32"] = Field("keep", description="dtype of the written weights")
     max_shard_size: str = Field("5GB", description="largest weight file, e.g. 500MB or 5GB; a layer is never divided")
-    tokenizer: Literal["copy", "none"] = Field("copy", description="copy the tokenizer, or none to go without")
+    tokenizer: Literal["copy", "none"] = Field("copy", description="copy the tokenizer, or write none")
     seed: int = Field(0, ge=0, description="seed of every random choice")
     verification: VerificationRecipe = Field(default=VerificationRecipe(), description="the check at the end")
 
@@ -158,7 +162,7 @@ class Recipe(StrictSettings):
     @model_validator(mode="before")
     @classmethod
     def _first_of_several(cls, content: Any) -> Any:
-        """Without a ``source`` the first of ``sources`` is the one, at its revision."""
+        """Take the first of ``sources``, at its revision, as ``source`` where that is missing."""
         if not isinstance(content, dict) or content.get("source") or not content.get("sources"):
             return content
         named = cls._sources_by_name(content["sources"])
@@ -166,7 +170,7 @@ class Recipe(StrictSettings):
         if isinstance(first, SourceRecipe):
             first = first.model_dump()
         if not isinstance(first, dict) or not isinstance(first.get("name"), str):
-            return {**content, "source": "?"}  # the check of sources, which fails, says what is wrong
+            return {**content, "source": "?"}  # validating sources fails next, and says what is wrong
         return {**content, "source": first["name"], "revision": first.get("revision")}
 
     @field_validator("router", mode="before")
@@ -201,21 +205,21 @@ class Recipe(StrictSettings):
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Recipe:
-        # Where none are named, the method's parameters may say how many there are: prepare() looks again.
+        # Without the key experts, the method's parameters may say how many there are; then prepare() checks this.
         if self.top_k > self.experts and "experts" in self.model_fields_set:
             raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
         return self
 
     def dump(self, keys: set[str] | None = None) -> str:
-        """The resolved recipe as YAML, every key (or those of ``keys``) written out."""
+        """Return the recipe as YAML with all keys, or with those in ``keys``."""
         return dump_yaml(self.model_dump(include=keys))
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``5GB``, ``500MB``, ``1.5 GB`` or a plain number.
+    """Return the bytes in ``5GB``, ``500MB``, ``1.5 GB`` or a plain number.
 
     Raises:
-        ValueError: not a size.
+        ValueError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", text.upper())
     if not match or float(match[1]) <= 0:
@@ -224,10 +228,10 @@ def parse_size(text: str) -> int:
 
 
 def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
-    """Turn the ``layers`` key into layer numbers.
+    """Return the layer numbers that the key ``layers`` stands for in a model of ``count`` layers, ascending.
 
     Raises:
-        UsageError: an unknown word or a layer the model does not have.
+        UsageError: the word is unknown, or the model has no such layer.
     """
     everything = tuple(range(count))
     if isinstance(layers, list):
@@ -260,10 +264,14 @@ def layer_selection(layers: str | list[int], count: int) -> tuple[int, ...]:
 
 
 def parse_recipe(content: Any, where: str) -> Recipe:
-    """Validate a mapping.
+    """Validate a mapping, and return the recipe.
+
+    Args:
+        content: the mapping.
+        where: what it comes from, for messages.
 
     Raises:
-        UsageError: names the key path, the value and ``where`` it stands.
+        UsageError: a key or value is wrong; the message names both.
     """
     if not isinstance(content, dict):
         raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
@@ -274,8 +282,9 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML recipe as a plain mapping; flags are laid over it before validation. One that lies in a model's folder gets
-    back the paths that its names stand for on this machine.
+    """Return a YAML recipe as a plain mapping that is not validated yet, so that options can override its keys.
+
+    In a recipe from a model's folder, names are replaced by the paths that they stand for on this machine.
 
     Raises:
         UsageError: the file is missing or not YAML.
@@ -290,7 +299,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def set_key(content: dict[str, Any], path: str, value: Any) -> None:
-    """Lay ``value`` over the key at the dotted ``path``; ``router: zero`` becomes ``router: {name: zero}`` on the way."""
+    """Set the key at the dotted ``path``; a short form such as ``router: zero`` becomes ``router: {name: zero}`` first."""
     *parents, last = path.split(".")
     for parent in parents:
         inner = content.get(parent)
@@ -303,10 +312,10 @@ def set_key(content: dict[str, Any], path: str, value: Any) -> None:
 
 
 def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
-    """Validate a plug-in's own parameters.
+    """Validate a plug-in's parameters, and return them as ``model``.
 
     Raises:
-        UsageError: an unknown parameter or a value of the wrong type.
+        UsageError: a parameter is unknown, or its value is wrong.
     """
     try:
         return model.model_validate(values)
@@ -315,11 +324,10 @@ def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str)
 
 
 def explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
-    """What is wrong with a recipe of ``model``, as a message that names the key, and ``where`` it stands."""
+    """Return the error for a mapping that is not a valid ``model``; the message names the key, and ``where`` it is."""
     found = error.errors(include_url=False)
-    first = next(
-        (fault for fault in found if fault["type"] == "extra_forbidden"), found[0]
-    )  # a misspelt key is missing, too
+    # A misspelt key is reported as unknown and the right one as missing; the former says more.
+    first = next((fault for fault in found if fault["type"] == "extra_forbidden"), found[0])
     path = [str(part) for part in first["loc"]]
     key, known = ".".join(path), _keys_at(model, path[:-1])
     if first["type"] == "extra_forbidden":
@@ -330,20 +338,22 @@ def explained(error: ValidationError, where: str, model: type[BaseModel] = Recip
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return UsageError(f"{where}: {message}")
-    # A union reports the branch it tried as part of the path: keep what is a key.
+    # A union reports the branch that it tried as part of the path, which is not a key.
     key = ".".join(part for i, part in enumerate(path) if part in _keys_at(model, path[:i]))
     field = model.model_fields.get(path[0])
     described = f"{path[0]}: {field.description}" if field and field.description else None
-    got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"  # a mapping is quoted by its own keys
+    got = (
+        "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    )  # of a mapping, messages name the keys
     return UsageError(f"{where}: key '{key}': {message}{got}", hint=described)
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
-        if part.isdigit():  # one of a list, whose kind is known already
+        if part.isdigit():  # the index of a list's element, whose kind is known already
             continue
         inner = model.model_fields[part].annotation if part in model.model_fields else None
-        while get_args(inner) and get_origin(inner) is not dict:  # a list of them, or none
+        while get_args(inner) and get_origin(inner) is not dict:  # a list of models, or an optional one
             inner = get_args(inner)[0]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []

@@ -124,7 +124,7 @@ def test_an_engine_that_cannot_hold_it(
     assert isinstance(result.exception, UsageError)
     assert says in result.exception.message
     assert "--target" in (result.exception.hint or "")
-    assert f"it cannot hold this model: {'vLLM' if engine == 'vllm' else 'llama.cpp'}" in loading(
+    assert f"it cannot run this model: {'vLLM' if engine == 'vllm' else 'llama.cpp'}" in loading(
         out, "vLLM" if engine == "vllm" else "llama.cpp"
     )
 

@@ -1,8 +1,8 @@
-"""What an inference engine is to this tool: a program that is given token ids and answers with those it writes greedily.
+"""Defines what upcycle needs of an inference engine: given token ids, it answers with those that it generates greedily.
 
-Every engine runs in a process of its own, with a Python of its own if need be: engines pin other versions of torch and
-transformers than this tool does, and what they leave in memory or on a GPU ends with them. The scripts in ``workers/``
-import nothing of upcycle, and speak JSON.
+Every engine runs in a process of its own, if need be with another Python, since engines pin other versions of torch and transformers
+than upcycle; and what they leave in memory or on a GPU ends with the process. The scripts in ``workers/`` import nothing of upcycle,
+and exchange JSON with it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WORKERS = Path(__file__).with_name("workers")
 
 
 class NotHeld(UpcycleError):  # noqa: N818 - it is an answer
-    """The engine cannot hold this model: the message says why."""
+    """The engine cannot run this model; the message says why."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an engine is asked: to go on from ``prompts`` (token ids) by ``tokens`` tokens each, and to tokenize ``texts``."""
+class Request:
+    """Asks an engine to continue each of ``prompts`` (token ids) by ``tokens`` tokens, and to tokenize ``texts``."""
 
     prompts: list[list[int]]
     tokens: int
@@ -39,14 +39,17 @@ class Asked:
 
     @property
     def context(self) -> int:
-        """Positions that the longest prompt needs."""
+        """The positions that the longest prompt needs with its continuation."""
         return max(map(len, self.prompts)) + self.tokens
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an engine wrote after one prompt: token ids, and at each the two most probable ones and how far their logits are apart
-    (None where it does not say).
+    """Holds what an engine generated after one prompt.
+
+    Attributes:
+        tokens: the token ids.
+        rivals: for each, the two most probable tokens and the difference of their logits; None where the engine does not tell.
     """
 
     tokens: list[int]
@@ -55,7 +58,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine said. ``tokenized`` is None where it tokenizes with transformers' own tokenizer."""
+    """Holds an engine's answer; ``tokenized`` is None where the engine uses transformers' tokenizer."""
 
     version: str
     dtype: str
@@ -66,35 +69,35 @@ class Answer:
 class Engine(Protocol):
     """One inference engine.
 
-    ``name`` is that of ``--with``; ``reads`` says whose tokenizer it uses.
+    ``name`` is the value of ``--with``, ``title`` the name in messages.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
 
-    def ask(self, model: Path, config: dict[str, Any], asked: Asked, work: Path, python: str) -> Answer:
+    def ask(self, model: Path, config: dict[str, Any], request: Request, work: Path, python: str) -> Answer:
         """Run the model.
 
         Args:
             model: a stock transformers folder.
             config: its ``config.json``.
-            asked: what to write.
-            work: an empty folder for what is only needed meanwhile.
-            python: the interpreter that has the engine.
+            request: what to write.
+            work: an empty folder for temporary files.
+            python: the Python in which the engine is installed.
 
         Raises:
-            EnvironmentFault: the engine is not there, or its process died.
-            NotHeld: it cannot hold the model.
+            EnvironmentFault: the engine is not installed, or its process died.
+            NotHeld: the engine cannot run the model.
         """
 
     def known_difference(self, config: dict[str, Any]) -> str | None:
-        """Why it is known to compute something else than transformers, if it is."""
+        """Return why the engine is known to compute something else than transformers, or None."""
 
 
 def run_worker(
     engine: Engine, script: str, question: dict[str, Any], work: Path, python: str, hint: str, **environment: str
 ) -> dict[str, Any]:
-    """Run a worker script with one JSON document on its standard input; its answer is one on its standard output.
+    """Run a worker script with a JSON document on its standard input, and return the one on its standard output.
 
     Raises:
         EnvironmentFault: there is no such Python, the engine is not installed there, or its process died.
@@ -126,7 +129,7 @@ def run_worker(
     except CheckpointError:
         raise EnvironmentFault(
             f"{engine.title}'s process ended ({_ending(process.returncode)}) without an answer:\n{last_lines(log)}",
-            hint="perhaps for lack of memory; its last words are above",
+            hint="it may have run out of memory; the last lines of its output are above",
         ) from None
     if "missing" in answer:
         raise EnvironmentFault(f"{engine.title} is not installed for {python}: {answer['missing']}", hint=hint)
@@ -146,10 +149,10 @@ def _ending(code: int) -> str:
 
 
 def last_lines(log: Path) -> str:
-    """The end of what a process wrote."""
+    """Return the last lines of a log file."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-TAIL:])
 
 
 def read_written(answer: dict[str, Any]) -> list[Written]:
-    """The texts of a worker's answer."""
+    """Return the continuations in a worker's answer."""
     return [Written(one["tokens"], [tuple(two) if two else None for two in one["rivals"]]) for one in answer["written"]]

@@ -1,4 +1,4 @@
-"""llama.cpp as an engine to compare with: its own converter makes a GGUF file in fp32, its own server runs that on the CPU."""
+"""Runs models with llama.cpp: its converter makes a GGUF file in fp32, and its server runs that on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upcycle.errors import EnvironmentFault
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.child_processes import engine_environment, run_script
-from upcycle.verification.engines.engine import Answer, Asked, NotHeld, last_lines, read_written, run_worker
+from upcycle.verification.engines.engine import Answer, NotHeld, Request, last_lines, read_written, run_worker
 
 VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
@@ -26,29 +26,29 @@ _HINT = (
 
 
 class LlamaCpp:
-    """Its architectures are those of its converter; weights stay fp32, so that rounding explains little."""
+    """Runs the architectures that llama.cpp's converter knows; weights stay in fp32, so that rounding explains little."""
 
     name: ClassVar[str] = "llama.cpp"
     title: ClassVar[str] = "llama.cpp"
 
-    def ask(self, model: Path, config: dict[str, Any], asked: Asked, work: Path, python: str) -> Answer:
+    def ask(self, model: Path, config: dict[str, Any], request: Request, work: Path, python: str) -> Answer:
         """See :class:`~upcycle.verification.engines.engine.Engine`."""
         file = work / "model.gguf"
         _convert(model, file, work, python)
         question = {
             "model": str(file),
-            "context": max(asked.context + 1, 256),
+            "context": max(request.context + 1, 256),
             "threads": torch.get_num_threads(),  # more than there are free cores would wait for each other
             "server": _found("llama-server"),
-            "prompts": asked.prompts,
-            "tokens": asked.tokens,
-            "texts": asked.texts,
+            "prompts": request.prompts,
+            "tokens": request.tokens,
+            "texts": request.texts,
         }
         found = run_worker(self, "llama_cpp_worker.py", question, work, python, _HINT)
         return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
 
     def known_difference(self, config: dict[str, Any]) -> str | None:
-        """What ``norm_topk_prob`` says is fixed in its graphs, and Qwen2-MoE's sigmoid is ``silu(x) / x``.
+        """Return why llama.cpp differs: its graphs ignore ``norm_topk_prob``, and compute Qwen2-MoE's sigmoid as ``silu(x) / x``.
 
         https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp
         """
@@ -70,8 +70,8 @@ def _convert(model: Path, file: Path, work: Path, python: str) -> None:
     """Run the converter.
 
     Raises:
-        EnvironmentFault: it is not there, a package of its is not, or the disk is full.
-        NotHeld: it does not know the architecture, the tokenizer or a tensor.
+        EnvironmentFault: the converter or a package that it needs is missing, or the disk has no room.
+        NotHeld: the converter does not know the architecture, the tokenizer or a tensor.
     """
     converter = _found(_CONVERTER)
     if converter is None:
@@ -96,18 +96,18 @@ def _convert(model: Path, file: Path, work: Path, python: str) -> None:
         )
     if done.returncode == 0 and file.is_file():
         return
-    said = last_lines(log)
-    last = said.splitlines()[-1].removeprefix("ERROR:hf-to-gguf:") if said else f"code {done.returncode}"
+    end = last_lines(log)
+    last = end.splitlines()[-1].removeprefix("ERROR:hf-to-gguf:") if end else f"code {done.returncode}"
     if "ModuleNotFoundError" in last:
         package = last.split("'")[1] if "'" in last else "what it imports"
         raise EnvironmentFault(f"llama.cpp's converter needs {package}", hint=f"pip install {package} for {python}")
-    if "pre-tokenizer was not recognized" in said:
+    if "pre-tokenizer was not recognized" in end:
         last = "it does not know this tokenizer"
     raise NotHeld(f"llama.cpp's converter cannot convert it: {last}")
 
 
 def _found(program: str) -> str | None:
-    """A program or script of llama.cpp: in its folder, on the PATH, or beside what is there."""
+    """Return the path of a program or script of llama.cpp, from its folder, the PATH, or the folder of llama-server; or None."""
     for folder in _folders():
         if (folder / program).is_file():
             return str(folder / program)

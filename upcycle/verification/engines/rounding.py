@@ -1,4 +1,4 @@
-"""What an engine wrote, beside what stock transformers would have written in its place."""
+"""Compares what an engine generated with what stock transformers would have generated, and tells what rounding explains."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from upcycle.verification.verdict import EXACT_TOLERANCE
 
 @dataclass(frozen=True)
 class Place:
-    """One token of one text. ``expected`` is transformers' most probable one there, ``margin`` how far its logit is above that of
-    the engine's token ``found``, ``allowed`` the margin that rounding can explain, ``gap_error`` by how much the distance of the
-    engine's two best logits is another than transformers' (0 where it does not say, infinite where
-    it says NaN).
+    """Holds the comparison of one generated token.
+
+    Attributes:
+        prompt: the index of the prompt.
+        position: the index of the token after the prompt.
+        expected: the most probable token in transformers.
+        found: the engine's token.
+        margin: how much larger the logit of ``expected`` is than that of ``found``.
+        allowed: the largest margin that rounding can explain.
+        gap_error: by how much the gap between the engine's two best logits differs from that in transformers; 0 where the engine
+            does not tell, infinite where it computes NaN.
     """
 
     prompt: int
@@ -31,9 +38,9 @@ class Place:
 
 
 def places(model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Written], tolerance: float) -> Iterator[Place]:
-    """Every token that the engine wrote: transformers reads the engine's text, so that each stands for itself.
+    """Yield the comparison of every token that the engine generated.
 
-    Up to the first difference that is greedy writing of both; after it, both go on from the engine's.
+    Transformers reads the engine's text, so that each token is compared given the same tokens before it.
 
     Rounding: if logits ``z [V]`` are off by ``tolerance`` relative to their norm, spread like noise over all of them, the
     largest single error is about ``tolerance * rms(z) * sqrt(2 ln V)`` (the maximum of V normal numbers); two of them can add
@@ -66,8 +73,10 @@ def _gap_error(z: torch.Tensor, rivals: tuple[int, int, float] | None) -> float:
 
 
 def tolerance_of(model: Any, exact: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Written]) -> float:
-    """Twice the relative error of ``model``'s logits, which computes in the engine's dtype: the engine rounds in its own way, as
-    often. In fp32 (``model`` is None) it is what is promised of an exact conversion.
+    """Return the relative error of logits that rounding in the engine's dtype can explain.
+
+    It is twice the error of ``model``, which computes in that dtype, relative to ``exact``, since the engine rounds in other places
+    but as often. For fp32, where ``model`` is None, it is the tolerance of an exact conversion.
     """
     if model is None:
         return EXACT_TOLERANCE
@@ -81,7 +90,7 @@ def tolerance_of(model: Any, exact: Any, prompts: Sequence[Sequence[int]], texts
 
 @torch.no_grad()
 def _logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """Logits ``[T, V]`` from which each of the tokens was chosen."""
+    """Return the logits ``[T, V]`` from which each of the tokens was chosen."""
     ids = torch.tensor([[*prompt, *tokens]], device=model.device)
     last = len(tokens) + 1  # of a long prompt there would be gigabytes of logits
     logits: torch.Tensor = model(ids, use_cache=False, logits_to_keep=last).logits[0, -last:-1]

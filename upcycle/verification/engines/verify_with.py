@@ -1,4 +1,4 @@
-"""``upcycle verify OUT --with ENGINE``: whether an inference engine writes what stock transformers writes."""
+"""Verifies that an inference engine generates what stock transformers generates (``upcycle verify OUT --with ENGINE``)."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from upcycle.progress import SILENT, Progress
 from upcycle.text.reach import MOST_WORK, Reach, reach_of
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 from upcycle.text.windows import encode, windows_of
-from upcycle.verification.engines.engine import Answer, Asked, Engine, NotHeld
+from upcycle.verification.engines.engine import Answer, Engine, NotHeld, Request
 from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
 from upcycle.verification.engines.rounding import Place, places, tolerance_of
 from upcycle.verification.engines.vllm_engine import Vllm
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (LlamaCpp(), Vllm())}
 PROMPT, WRITTEN, TOKENS = 16, 32, 128
-# What tokenizers disagree about: digits, spaces, accents, other scripts, emoji.
+# Text on which tokenizers often disagree: digits, spaces, accents, other scripts, emoji.
 _TRAPS = "In 2024, 1234567 people  don't\n\n\tréservé   naïve — 你好,世界 🙂 x==y\r\n"
 
 
 @dataclass(frozen=True)
 class ServingCheck:
-    """What was compared with an engine. ``as_dict`` has the documented JSON keys.
+    """Holds the comparison of an engine with transformers. ``as_dict`` has the documented JSON keys.
 
-    ``same``: every token is transformers', but for near ties that rounding explains, and so are the distances between the two
-    best logits. ``different``: one is not. ``not held``: the engine cannot load the model, and all numbers are zero.
-    ``first_difference`` is the first token that is another, tie or not; ``gap_error`` the largest difference of the distance
-    between the two best logits (None: the engine computes NaN), ``gap_allowed`` what rounding explains there. ``positions`` is
-    how long the longest text was, and beyond ``positions_needed`` (0: nowhere) a model with windows or scaled positions computes
-    otherwise than one without.
+    The verdict is ``same`` if every token, and every gap between the two best logits, equals that of transformers except for
+    differences that rounding explains; ``different`` if not; ``not held`` if the engine cannot load the model, and then all numbers
+    are zero.
+
+    ``first_difference`` is the first token that differs, whether or not it is a near tie. ``gap_error`` is the largest difference of
+    a gap (None: the engine computes NaN), and ``gap_allowed`` what rounding explains there. ``positions`` is the length of the
+    longest text; only after ``positions_needed`` (0: never) do attention windows and scaled positions matter.
     """
 
     engine: str
@@ -64,7 +65,7 @@ class ServingCheck:
     positions_needed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
@@ -77,20 +78,20 @@ def verify_with(
     python: str | None = None,
     progress: Progress = SILENT,
 ) -> ServingCheck:
-    """Compare what an engine writes greedily with what stock transformers writes in fp32; the result is kept in ``evaluation.json``.
+    """Compare an engine's greedy text with that of stock transformers in fp32, and save the result in ``evaluation.json``.
 
     Args:
-        out: a folder that :func:`upcycle.convert` wrote, or :func:`upcycle.export`.
+        out: a folder that :func:`upcycle.convert` or :func:`upcycle.export` wrote.
         engine: ``llama.cpp`` or ``vllm``.
-        text: UTF-8 file that prompts are taken from; default: the embedded validation texts.
-        tokens: how many the engine writes, 32 after each prompt.
-        python: the interpreter that has the engine; default: this one.
-        progress: where to report.
+        text: UTF-8 file from which prompts are taken; default: the embedded validation texts.
+        tokens: tokens that the engine generates, 32 after each prompt.
+        python: the Python in which the engine is installed; default: this one.
+        progress: receives the progress.
 
     Raises:
         CheckpointError: a file is missing or has changed since it was written.
-        EnvironmentFault: the engine is not installed, its process died, or the model does not fit in memory.
-        UsageError: no engine of that name.
+        EnvironmentFault: the engine is not installed, its process died, or the model does not fit into memory.
+        UsageError: there is no engine of that name.
     """
     if engine not in ENGINES:
         raise UsageError(f"unknown engine '{engine}'", hint=f"one of: {', '.join(ENGINES)}")
@@ -101,17 +102,16 @@ def verify_with(
         progress.advance()
     tokenizer = _tokenizer(folder)
     reach = reach_of(build_config(config, str(folder)))
-    asked = _question(tokenizer, config, text, tokens, _long_prompt(folder, reach, config, tokens))
+    request = _question(tokenizer, config, text, tokens, _long_prompt(folder, reach, config, tokens))
     with progress.phase(f"running {chosen.title}, then transformers", 2), scratch("serving") as work:
         try:
-            with view(
-                folder, weights=True, tokenizer=True
-            ) as shown:  # what a stranger's folder says beside is not for engines, too
-                answer = chosen.ask(shown, config, asked, work, python or sys.executable)
+            # Engines, too, see a view of the folder without settings that name code or files elsewhere.
+            with view(folder, weights=True, tokenizer=True) as safe_view:
+                answer = chosen.ask(safe_view, config, request, work, python or sys.executable)
         except NotHeld as refusal:
             return _kept(folder, _not_held(chosen, refusal.message), progress)
         progress.advance()
-        found = _compare(folder, config, asked, answer, tokenizer, chosen, reach)
+        found = _compare(folder, config, request, answer, tokenizer, chosen, reach)
         progress.advance()
     return _kept(folder, found, progress)
 
@@ -121,7 +121,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _long_prompt(folder: Path, reach: Reach, config: dict[str, Any], tokens: int) -> int:
-    """How long one prompt must be, so that what is written after it lies behind every window; 0: none is, or it is too dear."""
+    """Return the length of a prompt after which attention windows matter; 0: there are none, or it would take too long."""
     parameters = sum(spec.elements for spec in SafetensorsFolder(folder).specs.values())
     if not reach.border or reach.work(parameters) > MOST_WORK:
         return 0
@@ -129,22 +129,22 @@ def _long_prompt(folder: Path, reach: Reach, config: dict[str, Any], tokens: int
     return max(0, min(reach.length, room))
 
 
-def _question(tokenizer: Any, config: dict[str, Any], text: str | None, tokens: int, long: int) -> Asked:
-    """Prompts of 16 tokens, and the first of ``long`` ones where that is more."""
+def _question(tokenizer: Any, config: dict[str, Any], text: str | None, tokens: int, long: int) -> Request:
+    """Return the request: prompts of 16 tokens, the first of ``long`` tokens if that is more, and texts to tokenize."""
     count, length = max(1, tokens // WRITTEN), min(tokens, WRITTEN)
     if tokenizer is None:
         rng = torch.Generator().manual_seed(0)
         prompts = torch.randint(config["vocab_size"], (count, PROMPT), generator=rng)
         whole = torch.randint(config["vocab_size"], (max(long, 1),), generator=rng)
-        return Asked(_with_long(prompts, whole, long), length, [])
+        return Request(_with_long(prompts, whole, long), length, [])
     contents = [read_text(name) for name in ([text] if text else DEMO_TEXTS)]
     encoded = [encode(tokenizer, content) for content in contents]
     prompts = windows_of(encoded, count * PROMPT, PROMPT)
-    return Asked(_with_long(prompts, torch.cat(encoded), long), length, [_TRAPS, *(one[:2000] for one in contents)])
+    return Request(_with_long(prompts, torch.cat(encoded), long), length, [_TRAPS, *(one[:2000] for one in contents)])
 
 
 def _with_long(prompts: torch.Tensor, ids: torch.Tensor, long: int) -> list[list[int]]:
-    """Some short prompts ``[N, 16]``, the first of which is made long, of ``ids``, repeated where they are too short."""
+    """Return the short prompts ``[N, 16]``, the first replaced by ``long`` tokens of ``ids``, which are repeated if need be."""
     found: list[list[int]] = prompts.tolist()
     if long > PROMPT:
         found[0] = Reach(0, long).text(ids)[0].tolist()
@@ -152,18 +152,18 @@ def _with_long(prompts: torch.Tensor, ids: torch.Tensor, long: int) -> list[list
 
 
 def _compare(
-    folder: Path, config: dict[str, Any], asked: Asked, answer: Answer, tokenizer: Any, engine: Engine, reach: Reach
+    folder: Path, config: dict[str, Any], request: Request, answer: Answer, tokenizer: Any, engine: Engine, reach: Reach
 ) -> ServingCheck:
     model = load_model(str(folder))
     rounded = None if answer.dtype == "float32" else load_model(str(folder), dtype=getattr(torch, answer.dtype))
-    tolerance = tolerance_of(rounded, model, asked.prompts, answer.written)
-    found = list(places(model, asked.prompts, answer.written, tolerance))
+    tolerance = tolerance_of(rounded, model, request.prompts, answer.written)
+    found = list(places(model, request.prompts, answer.written, tolerance))
     if not found:
-        raise EnvironmentFault(f"{engine.title} wrote nothing", hint="give another --text")
+        raise EnvironmentFault(f"{engine.title} generated nothing", hint="choose another --text")
     others = [place for place in found if place.found != place.expected]
     wrong = next((place for place in others if place.margin > place.allowed), None)
     off = max(found, key=lambda place: place.gap_error / place.allowed)
-    tokenized = _tokenized_alike(tokenizer, asked.texts, answer.tokenized)
+    tokenized = _tokenized_alike(tokenizer, request.texts, answer.tokenized)
     verdict, why = "same", f"{len(found) - len(others)} of {len(found)} greedy tokens are transformers'"
     if math.isinf(off.gap_error):
         verdict, why = "different", f"{engine.title} computes NaN"
@@ -180,7 +180,7 @@ def _compare(
         verdict, why = "different", "it tokenizes text in another way than the model's tokenizer"
     if verdict == "different" and (reason := engine.known_difference(config)):
         why += f": {reason}"
-    positions = max(len(one) + len(text.tokens) for one, text in zip(asked.prompts, answer.written, strict=True))
+    positions = max(len(one) + len(text.tokens) for one, text in zip(request.prompts, answer.written, strict=True))
     why += f", up to position {positions:,} of {model.config.max_position_embeddings:,}"
     if positions <= reach.border:
         why += f"; from {reach.border:,} on windows or scaled positions begin, and nobody looked there"
@@ -191,7 +191,7 @@ def _compare(
         verdict=verdict,  # type: ignore[arg-type]
         explanation=why,
         dtype=answer.dtype,
-        prompts=len(asked.prompts),
+        prompts=len(request.prompts),
         tokens=len(found),
         equal_tokens=len(found) - len(others),
         near_ties=sum(place.margin <= place.allowed for place in others),
@@ -230,7 +230,7 @@ def _not_held(engine: Engine, why: str) -> ServingCheck:
 
 
 def _kept(folder: Path, found: ServingCheck, progress: Progress) -> ServingCheck:
-    """Put it beside what other engines said of the same files."""
+    """Save the result beside those of other engines about the same files, and return it."""
     before = (records.read_evaluation(folder) or {}).get("serving", {})
     try:
         records.write_evaluation(folder, {"serving": {**before, found.engine: found.as_dict()}})

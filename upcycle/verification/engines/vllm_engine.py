@@ -1,35 +1,35 @@
-"""vLLM as an engine to compare with."""
+"""Runs models with vLLM."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
 
-from upcycle.verification.engines.engine import Answer, Asked, read_written, run_worker
+from upcycle.verification.engines.engine import Answer, Request, read_written, run_worker
 
 
 class Vllm:
-    """Reads the stock folder itself, in the checkpoint's 16-bit dtype on a GPU and in fp32 on a CPU."""
+    """Runs the stock folder as it is, in the checkpoint's 16-bit dtype on a GPU and in fp32 on a CPU."""
 
     name: ClassVar[str] = "vllm"
     title: ClassVar[str] = "vLLM"
 
-    def ask(self, model: Path, config: dict[str, Any], asked: Asked, work: Path, python: str) -> Answer:
+    def ask(self, model: Path, config: dict[str, Any], request: Request, work: Path, python: str) -> Answer:
         """See :class:`~upcycle.verification.engines.engine.Engine`."""
         stored = config.get("dtype") or config.get("torch_dtype")
         question = {
             "model": str(model.absolute()),
             "dtype": stored if stored in ("bfloat16", "float16") else "bfloat16",
-            "context": asked.context,
-            "prompts": asked.prompts,
-            "tokens": asked.tokens,
+            "context": request.context,
+            "prompts": request.prompts,
+            "tokens": request.tokens,
         }
         hint = "pip install vllm in an environment of its own, then --engine-python PATH/bin/python"
-        # One process more would only hide its errors: this one is the engine's own already.
+        # The worker is a process of its own already; one more inside vLLM would only hide its errors.
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         found = run_worker(self, "vllm_worker.py", question, work, python, hint, **own)
         return Answer(f"vLLM {found['version']}", found["dtype"], read_written(found), None)
 
     def known_difference(self, config: dict[str, Any]) -> str | None:
-        """None is known."""
+        """Return None: no difference is known."""
         return None

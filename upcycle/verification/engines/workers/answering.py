@@ -1,4 +1,7 @@
-"""One question on standard input, one answer on standard output, and an end with whoever asked. Only the standard library."""
+"""Reads a question from standard input, answers on standard output, and ends when the process that asked has ended.
+
+It uses only the standard library.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     asking = int(os.environ.get(PARENT, os.getppid()))
     threading.Thread(target=_end_with, args=(asking,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps what libraries print out of the answer
     asked = json.load(sys.stdin)
     try:
         found = answer(asked)
@@ -32,12 +35,12 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
         found = {"refused": str(refusal)}
     json.dump(found, answers)
     answers.flush()
-    os._exit(0)  # an engine's threads have nothing left to do
+    os._exit(0)  # does not wait for the engine's threads
 
 
 def _end_with(asking: int) -> None:
-    # A signal that ends the process that asked does not reach this one, and a model is too large to be forgotten in memory.
-    parent = os.getppid()  # another one where a script of the user's starts the engine's Python
+    # A signal that ends the process that asked does not reach this one, which would keep a large model in memory.
+    parent = os.getppid()  # not the process that asked, if the user's script starts the engine's Python
     while os.getppid() == parent and _alive(asking):
         time.sleep(0.5)
     os._exit(1)

@@ -1,6 +1,6 @@
-"""llama.cpp's server in a process of its own: the Python binding xllamacpp, or the program llama-server; both speak HTTP.
+"""Runs llama.cpp's server in a process of its own: the Python binding xllamacpp or the program llama-server, over HTTP.
 
-Reads ``{"model", "context", "threads", "server", "prompts", "tokens", "texts"}``, answers
+Reads ``{"model", "context", "threads", "server", "prompts", "tokens", "texts"}``, and answers
 ``{"version", "written", "tokenized"}``, or ``missing`` or ``refused`` with the reason. HTTP interface:
 https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md.
 """
@@ -22,7 +22,7 @@ PATIENCE = 600  # seconds until the model must be loaded
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Write greedily after every prompt, and tokenize the texts."""
+    """Continue every prompt greedily, and tokenize the texts."""
     address, version, process = start_program(asked) if asked["server"] else start_binding(asked)
     try:
         return {
@@ -36,7 +36,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_binding(asked: dict[str, Any]) -> tuple[str, str, Any]:
-    """The server inside this process, with keys and values in fp32 and no approximation of attention."""
+    """Start the server inside this process, with keys and values in fp32 and exact attention; return address, version, server."""
     import xllamacpp
     from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
 
@@ -57,7 +57,7 @@ def start_binding(asked: dict[str, Any]) -> tuple[str, str, Any]:
 
 
 def start_program(asked: dict[str, Any]) -> tuple[str, str, Any]:
-    """The same of a program."""
+    """Start the program llama-server in the same way; return address, version and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,9 +82,9 @@ def start_program(asked: dict[str, Any]) -> tuple[str, str, Any]:
 
 
 def write(address: str, prompt: list[int], tokens: int) -> dict[str, Any]:
-    """Greedy tokens after a prompt of token ids, and the two most probable ones of every place.
+    """Return greedy tokens after a prompt of token ids, and for each the two most probable ones.
 
-    The server says no probabilities of a token that ends inside a character of several bytes: None stands there.
+    The server gives no probabilities for a token that ends inside a character of several bytes; None stands for them.
     """
     wanted = {"prompt": prompt, "n_predict": tokens, "temperature": -1, "n_probs": 2, "return_tokens": True}
     said = post(address + "/completion", {**wanted, "cache_prompt": False})
@@ -101,7 +101,7 @@ def write(address: str, prompt: list[int], tokens: int) -> dict[str, Any]:
 
 
 def tokenize(address: str, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
+    """Return the token ids of a text, without special tokens."""
     found: list[int] = post(address + "/tokenize", {"content": text, "add_special": False, "parse_special": False})[
         "tokens"
     ]
@@ -109,7 +109,7 @@ def tokenize(address: str, text: str) -> list[int]:
 
 
 def post(url: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Ask the server."""
+    """Send a request to the server, and return its answer."""
     request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         found: dict[str, Any] = json.load(response)

@@ -1,6 +1,6 @@
-"""vLLM in a process of its own.
+"""Runs vLLM in a process of its own.
 
-Reads ``{"model", "dtype", "context", "prompts", "tokens"}``, answers ``{"version", "dtype", "written"}``, or ``missing`` or
+Reads ``{"model", "dtype", "context", "prompts", "tokens"}``, and answers ``{"version", "dtype", "written"}``, or ``missing`` or
 ``refused`` with the reason. Python API: https://docs.vllm.ai/en/latest/api/vllm/.
 """
 
@@ -12,12 +12,12 @@ from answering import Refused, serve
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Write greedily after every prompt."""
+    """Continue every prompt greedily."""
     import vllm
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    # On a CPU vLLM computes in fp32; its GPU kernels for experts would round fp32 to TF32, so that 16 bits say as much.
+    # On a CPU vLLM computes in fp32. On a GPU its kernels for experts would round fp32 to TF32, which is no better than 16 bits.
     dtype = "float32" if current_platform.is_cpu() else asked["dtype"]
     try:
         engine = LLM(
@@ -40,7 +40,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(completion: Any) -> dict[str, Any]:
-    """Tokens, and the two most probable ones of every place."""
+    """Return the tokens of a completion, and for each the two most probable ones."""
     rivals = []
     for place in completion.logprobs:
         (a, first), (b, second) = sorted(place.items(), key=lambda item: -item[1].logprob)[:2]
@@ -49,7 +49,7 @@ def written(completion: Any) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What a failure says, without its details."""
+    """Return the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
