@@ -86,7 +86,7 @@ def test_the_committed_tasks_pass(folder: Path) -> None:
         ("group: g\ntask: [7]\n", "names 7, which is not a task"),
         ("task: [t]\n", "key 'task' must be a name"),
         ("task: [t\n", "is not YAML"),
-        ("- t\n", "is no task"),
+        ("- t\n", "is not a task"),
     ],
 )
 @pytest.mark.parametrize("name", ["more.yaml", "deep/more.yaml"])

@@ -134,7 +134,7 @@ def test_a_file_that_the_hub_ignores_is_missed(hub: HubServer, out: Path) -> Non
     )
     (out / "recipe.yaml").write_text((out / "recipe.yaml").read_text() + "# more\n")
     record_again(out)
-    with pytest.raises(UpcycleError, match=r"has not taken recipe.yaml"):
+    with pytest.raises(UpcycleError, match=r"did not accept recipe.yaml"):
         push(out, hub)
 
 
