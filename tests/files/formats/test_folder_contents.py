@@ -59,7 +59,7 @@ def message(source: Path) -> str:
     with pytest.raises(UpcycleError) as caught:
         DenseCheckpoint.open(str(source))
     assert caught.value.hint
-    assert "fault in upcycle" not in caught.value.hint
+    assert "bug in upcycle" not in caught.value.hint
     return f"{caught.value.message} | {caught.value.hint}"
 
 

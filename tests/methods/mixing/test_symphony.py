@@ -124,7 +124,7 @@ def test_shuffled_copies_are_put_into_the_anchors_order(
     for layer in result.layers:
         assert layer["similarity_aligned"] == pytest.approx(1, abs=1e-5)
         assert abs(layer["similarity_stored"]) < 0.2
-    assert dict(calibration_facts(result.layers))["neurons"].endswith("as stored, by 1.00 to 1.00 aligned")
+    assert dict(calibration_facts(result.layers))["neurons"].endswith("as stored, 1.00 to 1.00 once aligned")
     assert result.verification is not None
     assert result.verification.all_experts_error is not None
     assert result.verification.all_experts_error < 1e-6

@@ -179,7 +179,7 @@ def test_wrong_arguments(out: Path) -> None:
         verify_with(out, "vllm", python="/no/such/python")
     for flags, says in (
         (["--source", "x", "--with", "vllm"], "no --source"),
-        (["--engine-python", "x"], "is for --with"),
+        (["--engine-python", "x"], "needs --with"),
     ):
         result = CliRunner().invoke(cli, ["verify", str(out), *flags])
         assert isinstance(result.exception, UsageError)
