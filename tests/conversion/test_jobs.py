@@ -22,7 +22,7 @@ from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_o
 from upcycle.conversion.job import TokensRead
 from upcycle.conversion.jobs import JOBS, job_for
 from upcycle.errors import UsageError
-from upcycle.files.records import read
+from upcycle.files.records import read_record
 from upcycle.methods.base import AnyMethod
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import Plan, files_of
@@ -158,7 +158,7 @@ def test_a_third_kind_of_job_goes_through_the_conversion(
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert result.verification is not None
     assert result.verification.explanation == "a layer is missing"
-    assert read(out)["plan"]["kind"] == "compressing"
+    assert read_record(out)["plan"]["kind"] == "compressing"
 
 
 def asked_what_job(text: str) -> list[int]:
