@@ -346,7 +346,7 @@ def test_an_activation_that_is_not_finite_names_layer_and_neuron(dense: Path, tm
 def test_too_little_memory_is_said_before_anything_is_read(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upcycle.hardware.memory.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("upcycle.planning.expert_job.available_memory", lambda: 1_000_000)
     with pytest.raises(EnvironmentFault, match="calibration needs about"):
         upcycle.convert(str(pico("llama")), tmp_path / "out", **SPLIT)
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from upcycle.errors import RefusalError
 from upcycle.files import hashing, records
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.registry import FAMILIES, TARGETS, load
-from upcycle.verification import verify
+from upcycle.verification import verify_experts
 
 RANDOM_IDS = {"tokenizer": "none"}  # to verify on: tokenizing the embedded texts would take longer than all the rest
 UPCYCLED = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **RANDOM_IDS}
@@ -102,7 +102,7 @@ def test_every_family_and_target_has_a_cell() -> None:
 def test_both_layouts_load_bit_equal_and_stream(
     target: str, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "available_memory", lambda: 0)
+    monkeypatch.setattr(verify_experts, "available_memory", lambda: 0)
     source, states = str(pico(ONE_PER_TARGET[target])), []
     keys = split_for(target) | {"target": target, "verification": {"tokens": 64}}
     for layout in ("per-expert", "fused"):

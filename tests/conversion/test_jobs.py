@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -100,6 +100,8 @@ class ShorteningJob:
         made = {"method": self.method.name, "router": "none", "refit": "none", "kind": self.method.kind}
         promise = {"promise": self.promise[0], "promise_reason": self.promise[1]}
         return Plan([], **names, **made, **promise, **sizes, calibration_tokens=0, shards=files_of(self.shards))
+
+    takes_blueprints: ClassVar[bool] = False
 
     def given(self, blueprint: Path) -> ShorteningJob:
         raise UsageError("no blueprints here")

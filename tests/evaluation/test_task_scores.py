@@ -187,7 +187,7 @@ def test_numbers_that_are_none_are_left_out_and_said() -> None:
         "group_subtasks": {"all": ["t", "u"]},
     }
     scores = _read(result, Notes())
-    assert notes == ["t: ppl is inf, and is left out"]
+    assert notes == ["t: ppl is inf and is left out"]
     assert [(s.task, s.metric, s.filter, s.samples, s.value, s.stderr, s.higher_is_better) for s in scores] == [
         ("all", "acc", "none", 7, 0.5, None, None),
         ("t", "acc", "none", 4, 0.25, None, True),

@@ -18,7 +18,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import VerificationError
 from upcycle.files import hashing, records
 from upcycle.text.reach import Reach, reach_of
-from upcycle.verification import measure
+from upcycle.verification import measure, verify_experts, verify_growth
 
 Pico = Callable[[str], Path]
 IDS = torch.arange(3, 67)[None] * 11
@@ -57,8 +57,8 @@ def test_what_this_tool_misreads_is_found(
 ) -> None:
     """The judge does not share the defendant's eyes: it would see the same wrong tensor and call the result exact."""
     if streamed:
-        for module in ("verification", "growth_verification"):
-            monkeypatch.setattr(f"upcycle.{module}.available_memory", lambda: 0)
+        for module in (verify_experts, verify_growth):
+            monkeypatch.setattr(module, "available_memory", lambda: 0)
     keys: dict[str, Any] = {
         "copies": {"source": str(pico("llama")), "experts": 2},
         "dense growth": {"source": str(pico("llama")), "method": "depth_stack", "parameters": {"growth": 1}},

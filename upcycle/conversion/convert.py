@@ -17,9 +17,9 @@ from upcycle.checkpoints.tokenizer_files import check_companions, copy_companion
 from upcycle.conversion import record as conversion_record
 from upcycle.conversion.decide_merges import decide_merges
 from upcycle.conversion.job import ConversionJob
-from upcycle.conversion.jobs import job_for
+from upcycle.conversion.jobs import JOBS, job_for
 from upcycle.conversion.threads import torch_threads
-from upcycle.errors import EnvironmentFault, VerificationError
+from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.files import records
 from upcycle.files.formats.parsing import dump_yaml, parse_yaml
 from upcycle.files.local_names import LocalNames
@@ -110,6 +110,8 @@ def run_recipe(
     out = user_path(out).absolute()
     check_output(out, overwrite)
     method = method_of(recipe)
+    if blueprint and not JOBS[method.kind].takes_blueprints:
+        raise UsageError(f"{method.name} makes no blueprints and reads none", hint="leave --blueprint out")
     checkpoint = open_sources(recipe, method)
     for path in checkpoint.paths:
         check_apart(out, path, "the source")

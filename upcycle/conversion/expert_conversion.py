@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.calibration.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
 from upcycle.calibration.decide_layer import decide
@@ -38,6 +38,8 @@ class ExpertConversion(ExpertJob):
 
     ``saved`` is the blueprint that was given, in place of deciding.
     """
+
+    takes_blueprints: ClassVar[bool] = True
 
     saved: BlueprintFile | None = None
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit
 from upcycle.conversion.job import TokensRead
-from upcycle.errors import UsageError
 from upcycle.methods.base import AnyMethod
 from upcycle.methods.growing.base import Described
 from upcycle.planning.from_configs import describe_dense, describe_moe
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 class GrowthConversion(GrowthJob):
     """A job that writes whole tensors of its source. Implements :class:`upcycle.conversion.job.ConversionJob`."""
 
+    takes_blueprints: ClassVar[bool] = False
+
     @classmethod
     def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
         """Plan a step on an opened model, dense or not."""
@@ -46,12 +47,8 @@ class GrowthConversion(GrowthJob):
         return prepare_growth(cls, recipe, method, described, mix=found.mix)
 
     def given(self, blueprint: Path) -> Self:
-        """Refuse: a growth step has no blueprints.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(f"{self.method.name} makes no blueprints and reads none", hint="leave --blueprint out")
+        """Never called: ``takes_blueprints`` says so."""
+        raise AssertionError(f"{self.method.name} takes no blueprint, such as {blueprint}")
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
         """Read the text that experts are chosen on, where the step looks at one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from upcycle.planning.job import PlannedJob
 
@@ -46,6 +46,9 @@ class ConversionJob(PlannedJob, Protocol):
     Nothing that is given to a job is changed by it, and no job is: what decides returns another one.
     """
 
+    takes_blueprints: ClassVar[bool]
+    """Whether a saved ``blueprint.safetensors`` can decide such a conversion."""
+
     @classmethod
     def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
         """Plan a recipe on an opened checkpoint.
@@ -63,7 +66,7 @@ class ConversionJob(PlannedJob, Protocol):
         """Return the job with everything decided by a saved ``blueprint.safetensors``.
 
         Raises:
-            UsageError: the file does not fit, or this kind of conversion reads none.
+            UsageError: the file does not fit.
         """
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:

@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_not_exported(pico_moe: Model, tmp_path: Path) -
 
 
 def test_what_is_no_checkpoint_is_refused(pico_moe: Model, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         export(pico_moe("mixtral"), tmp_path / "out")
 
 

@@ -19,6 +19,7 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.trainers.checkpoints import write
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.checkpoints.write import finished
+from upcycle.trainers.distributed import launcher
 from upcycle.trainers.distributed.signals import STOPPING, Stopped
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.run import stage
@@ -161,13 +162,14 @@ def test_the_command_says_130_and_how_to_continue(
         os.kill(os.getpid(), signal.SIGHUP)
         return original(self, engine, batches, progress)
 
+    monkeypatch.delenv(launcher.COMMAND, raising=False)  # as nothing but a launcher sets it
     words = ["train", str(tmp_path / "r.yaml"), "--restart", "--set", "clip=2"]
     monkeypatch.setattr("sys.argv", ["upcycle", *words])
     monkeypatch.setattr(Stepper, "step", stepping)
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 130
-    assert f"upcycle train {tmp_path / 'r.yaml'} --set clip=2   continues" in capsys.readouterr().out
+    assert f"upcycle train {tmp_path / 'r.yaml'} --set clip=2   (continues)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
