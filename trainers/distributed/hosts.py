@@ -109,7 +109,7 @@ def launch_hosts(arguments: Sequence[str], hostfile: Path, nproc: int | None) ->
     if code == _SSH_FAILED and lost:
         raise EnvironmentFault(
             f"the ssh connection to {lost} failed or broke",
-            hint=f"`ssh {lost} true` must work without a password; the same command continues",
+            hint=f"`ssh {lost} true` must work without a password; run the same command again to continue",
         )
     return code
 
