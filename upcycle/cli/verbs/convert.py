@@ -168,7 +168,7 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
         facts.append(
             (
                 "refit",
-                f"relative error of layers {before} before, {spread('error_after', '.2f')} after (held-out tokens)",
+                f"layers differ by {before} before, {spread('error_after', '.2f')} after, relative (held-out tokens)",
             )
         )
     return facts

@@ -62,7 +62,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
         print_json({"conversions": conversions, "prompt": PROMPT, "continuations": texts, "report": report})
         return
     print_table(
-        ["conversion", "target", "parameters", "active", "FLOPs", "logit error", "perplexity", "verdict"],
+        ["conversion", "target", "parameters", "active", "FLOPs", "logits differ by", "perplexity", "verdict"],
         [_row(title, result) for (title, _, _), result in zip(CONVERSIONS, results, strict=True)],
         right=range(2, 7),
     )

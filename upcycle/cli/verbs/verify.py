@@ -119,7 +119,10 @@ def _serving_facts(result: Any) -> list[tuple[str, Cell]]:
 
 
 def verification_facts(result: Any) -> list[tuple[str, Cell]]:
-    """Return the verdict and its numbers as names and texts, one pair per printed line."""
+    """Return the verdict and its numbers as names and texts, one pair per printed line.
+
+    None of them says "error": what is searched for that word in a log should be faults alone.
+    """
     from upcycle.verification.verdict import said, span
 
     before, after = ("before", "after") if result.compared_tensors else ("dense", "MoE")
@@ -128,8 +131,8 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     facts: list[tuple[str, Cell]] = [
         ("verdict", verdict(result.verdict, style, result.explanation)),
         (
-            "logit error",
-            f"{said(result.relative_logit_error, '.1e')} relative{limit}, KL {said(result.kl, '.1e')} nats, "
+            "logits",
+            f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}, KL {said(result.kl, '.1e')} nats, "
             f"top-1 agreement {result.top1_agreement:.1%}",
         ),
         (
@@ -142,14 +145,14 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
         facts.append(
             (
                 "long text",
-                f"{said(result.far_error, '.1e')} relative after position {result.positions_needed:,}, where attention windows "
-                "and scaled positions matter",
+                f"differs by {said(result.far_error, '.1e')}, relative, after position {result.positions_needed:,}, where "
+                "attention windows and scaled positions matter",
             )
         )
     if result.compared_tensors:
         facts.append(("tensors", f"{result.compared_tensors:,}, each equal bit for bit to what it was made from"))
     if result.layer_errors:
-        facts.append(("layers", f"relative error {span(result.layer_errors)}"))
+        facts.append(("layers", f"differ by {span(result.layer_errors)}, relative"))
     if result.all_experts_error is not None:
         facts.append(
             ("all experts on", f"equal to {result.all_experts_reference} within {result.all_experts_error:.1e}")
