@@ -15,7 +15,7 @@ Printed by `python -m upcycle.kernels.gpu.compile_gate`, which compiles every sh
 when one spills, needs too much shared memory, or lacks tensor-core instructions or asynchronous copies.
 
 Registers, stack and shared memory are the assembler's, instructions are counted in PTX; blocks per multiprocessor, bytes and
-floors are *estimates* from shapes and data sheets. Times on a GPU: [kernels.md](kernels.md).
+floors are *estimates* from shapes and data sheets. Times on a GPU: [kernels_gpu.md](kernels_gpu.md).
 """
 
 
