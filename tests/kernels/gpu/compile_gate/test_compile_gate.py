@@ -81,7 +81,7 @@ def test_blocks_per_multiprocessor(shipped: list[KernelVariant]) -> None:
 def test_the_report_names_what_it_is(shipped: list[KernelVariant]) -> None:
     text = static_report.report([good(variant) for variant in shipped])
     assert "*estimate*" in text
-    assert "Times on a GPU: [kernels.md]" in text
+    assert "Times on a GPU: [kernels_gpu.md](kernels_gpu.md)" in text
     assert text.count("\n| sm") == len(shipped)
 
 
