@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ from upcycle.trainers.run import stage
 from upcycle.trainers.run.step import Stepper
 
 Model = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def hangups_count() -> Iterator[None]:
+    """A run under ``nohup`` ignores SIGHUP, as it should; these tests send it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_learns_logs_and_keeps_its_newest_checkpoints(pico_moe: Model, tmp_path: Path) -> None:
