@@ -219,6 +219,17 @@ def test_missing_path(source: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert source.removeprefix("./") in message
 
 
+@pytest.mark.parametrize("words", ["verify", "card", "report", "evaluate", "export OUT", "push me/moe --dry-run"])
+def test_a_folder_that_is_not_there_is_said_to_be_missing(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, *others = words.replace("OUT", str(tmp_path / "out")).split()
+    found, message = run([verb, str(tmp_path / "nothing"), *others], capsys)
+    assert found == USAGE
+    assert "no such f" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.hashing import hash_file
@@ -107,8 +107,11 @@ def open_checkpoint(folder: Path) -> SavedRun:
     """The checkpoint in ``folder``; the contents of its files are not compared with their hashes yet.
 
     Raises:
+        UsageError: there is no such folder.
         CheckpointError: it is not a complete checkpoint, or a file of it is damaged.
     """
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="name a folder such as RUN/checkpoints/step-00000100")
     path = folder / STATE_FILE
     if not path.is_file():
         raise CheckpointError(

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.hashing import hash_file
@@ -52,8 +52,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return the content of ``upcycle.json``.
 
     Raises:
+        UsageError: there is no such folder.
         CheckpointError: the folder has none, so upcycle did not write it; or its content is not of the form that upcycle writes.
     """
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="name a folder that upcycle convert wrote")
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}", hint="name a folder that upcycle convert wrote")
     record = read_json(folder / FILE)

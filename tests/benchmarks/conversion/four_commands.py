@@ -1,7 +1,7 @@
 """Runs four commands and prints a hash of every weight that they write: before and after a change that must change nothing.
 
-    python tests/benchmarks/conversion/four_commands.py --command .venv/bin/upcycle --out /tmp/before
-    python tests/benchmarks/conversion/four_commands.py --command .venv/bin/upcycle --out /tmp/after --same-as /tmp/before
+    python tests/benchmarks/conversion/four_commands.py --command .venv/bin/upcycle --out before
+    python tests/benchmarks/conversion/four_commands.py --command .venv/bin/upcycle --out after --same-as before
 
 A conversion by copies, a calibrated split, a mix of two sources and a training run of four steps, all of the demo model.
 Ends with 1 where a byte differs. About two minutes on two cores.
