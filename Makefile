@@ -30,7 +30,7 @@ kernels: $(READY)       # every kernel in Triton's interpreter, and the gate tha
 	$(BIN)/python -P -m upcycle.kernels.gpu.compile_gate --check docs/measured/kernels_static.md > /dev/null
 
 slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
-	$(BIN)/python -P -m pytest -m slow --ignore tests/kernels/gpu/triton_code tests
+	$(BIN)/python -P -m pytest -n 2 --durations=10 --dist worksteal -m slow --ignore tests/kernels/gpu/triton_code tests
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)
 	$(BIN)/python -P -m pytest -m real tests/end_to_end

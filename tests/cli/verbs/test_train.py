@@ -48,7 +48,7 @@ def test_train_then_export(recipe: Path, tmp_path: Path) -> None:
         (["train", "RECIPE", "--set", "zero.stage=7"], 2, "key 'zero.stage'"),
         (["train", "RECIPE", "--model", "nowhere"], 2, "no such file or folder: nowhere"),
         (["train", "RECIPE", "--hostfile", "none"], 2, "no such host file: none"),
-        (["export", "nowhere", "out"], 1, "nowhere is not a checkpoint of a training run"),
+        (["export", "nowhere", "out"], 2, "no such folder: nowhere"),
     ],
 )
 def test_faults(
