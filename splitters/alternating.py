@@ -61,7 +61,7 @@ class Alternating(PlainSumPartition):
         activations: Activations | None,
     ) -> torch.Tensor:
         """Cluster the predicted profiles: the first guess."""
-        sums = _Sums(required(activations, self.name), ffn, self.parameters.tokens)
+        sums = _BatchSums(required(activations, self.name), ffn, self.parameters.tokens)
         return self._clusters(sums, neurons, experts, rng)
 
     def blueprint(
@@ -74,7 +74,7 @@ class Alternating(PlainSumPartition):
     ) -> LayerBlueprint:
         """Assign neurons and fit routers in turn, and keep the best assignment; see the class."""
         given = required(activations, self.name)
-        sums = _Sums(given, ffn, self.parameters.tokens)
+        sums = _BatchSums(given, ffn, self.parameters.tokens)
         pieces, size = shape.shared + shape.experts, shape.expert_size
         # Pieces 0..S-1 are the shared experts.
         piece = torch.zeros(ffn.intermediate_size, dtype=torch.long)
@@ -95,12 +95,12 @@ class Alternating(PlainSumPartition):
         specs = [ExpertSpec(filled(neurons, size)) for neurons in members]
         return LayerBlueprint(ffn.layer, tuple(specs[shape.shared :]), shape.top_k, scale, tuple(specs[: shape.shared]))
 
-    def _clusters(self, sums: _Sums, neurons: torch.Tensor, experts: int, rng: torch.Generator) -> torch.Tensor:
+    def _clusters(self, sums: _BatchSums, neurons: torch.Tensor, experts: int, rng: torch.Generator) -> torch.Tensor:
         predicted = sums.predicted(self.parameters.strength)[neurons]
         profiles = predicted / sums.energy[neurons].sqrt().clamp(min=1e-30)[:, None]
         return balanced_kmeans(profiles.float(), experts, seed=draw_seed(rng))
 
-    def _gain(self, sums: _Sums, activations: Activations, piece: torch.Tensor, shape: MoeShape) -> torch.Tensor:
+    def _gain(self, sums: _BatchSums, activations: Activations, piece: torch.Tensor, shape: MoeShape) -> torch.Tensor:
         """Return fp32 ``[F, S + E]``: what each neuron would add in each piece under the router that fits ``piece`` best."""
         member = torch.zeros(len(piece), shape.experts, dtype=torch.float64)
         routed = (piece >= shape.shared).nonzero().flatten()
@@ -117,7 +117,7 @@ class Alternating(PlainSumPartition):
         return torch.cat([always, gain], dim=1)
 
 
-class _Sums:
+class _BatchSums:
     """Sums over some batches, in fp64.
 
     Attributes:

@@ -140,7 +140,7 @@ class Importance(Partition):
                 f"importance needs a cluster of texts for each of {experts} experts, and found {0 if found is None else len(found)}",
                 hint="name more text with --calibration, or choose fewer --experts",
             )
-        return merged(found.float(), experts)
+        return merge_similar(found.float(), experts)
 
 
 def most_wanted(order: torch.Tensor, count: int, size: int) -> torch.Tensor:
@@ -163,7 +163,7 @@ def most_wanted(order: torch.Tensor, count: int, size: int) -> torch.Tensor:
     return torch.cat(chosen)
 
 
-def merged(vectors: torch.Tensor, count: int) -> torch.Tensor:
+def merge_similar(vectors: torch.Tensor, count: int) -> torch.Tensor:
     """Return ``[count, F]``: ``vectors`` ``[C, F]``, of which the two with the highest cosine are averaged until few enough are left.
 
     An average weighs as much as all vectors that went into it.

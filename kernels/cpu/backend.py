@@ -14,7 +14,7 @@ from upcycle.kernels.cpu.expert_groups import CpuPass, Group
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
 from upcycle.kernels.layout.dispatch import Dispatch
-from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, Part
+from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, UpPart
 
 
 def forward(
@@ -161,7 +161,7 @@ def _zero(weights: ExpertWeights, expert: int, made: Gradients) -> None:
         made.down_bias[expert].zero_()
 
 
-def _parts(weights: ExpertWeights, z: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
+def _parts(weights: ExpertWeights, z: torch.Tensor) -> Iterator[tuple[UpPart, torch.Tensor]]:
     """The parts of z that one product computes: all of it, or gate and up apart where their rows alternate."""
     if weights.gated and weights.interleaved:
         gate, up = z.chunk(2, 1)

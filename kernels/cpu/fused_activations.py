@@ -13,8 +13,8 @@ from upcycle.kernels.cpu.activations import activate, activation_gradient
 from upcycle.kernels.cpu.native.compile import Function, function
 from upcycle.kernels.layout.plain_memory import is_plain
 
-KINDS = {"silu": 0, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}  # of activations.cpp
-ARGUMENTS = (
+FUSED_CODES = {"silu": 0, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}  # of activations.cpp
+FUSED_ARGUMENTS = (
     *[ctypes.c_int] * 2,
     *[ctypes.c_void_p] * 3,
     *[ctypes.c_int64] * 2,
@@ -25,7 +25,7 @@ ARGUMENTS = (
 
 def kernel() -> Function | None:
     """``upcycle_activations`` of ``activations.cpp``; ``None`` where it cannot be compiled."""
-    return function("activations", "activations", ARGUMENTS)
+    return function("activations", "activations", FUSED_ARGUMENTS)
 
 
 def hidden(activation: str, gated: bool, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -97,10 +97,10 @@ def _run(
     """Whether the compiled kernel did it: that takes fp32, contiguous tensors, and an activation that it has."""
     tensors = (z, dh, scale, h, dz, products)
     fits = is_plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
-    run = kernel() if fits and activation in KINDS else None
+    run = kernel() if fits and activation in FUSED_CODES else None
     if run is None:
         return False
     z_at, dh_at, scale_at, h_at, dz_at, products_at = (None if t is None else t.data_ptr() for t in tensors)
     threads = torch.get_num_threads()
-    refused = run(KINDS[activation], gated, z_at, dh_at, scale_at, *h.shape, h_at, dz_at, products_at, threads)
+    refused = run(FUSED_CODES[activation], gated, z_at, dh_at, scale_at, *h.shape, h_at, dz_at, products_at, threads)
     return not refused

@@ -15,7 +15,7 @@ from upcycle.kernels.layout.devices import interpreted, why_not
 from upcycle.kernels.layout.expert_weights import Backend
 
 TRITON, CPU, REFERENCE = "triton", "cpu", "reference"
-VARIABLE = "UPCYCLE_KERNELS"
+KERNELS_VARIABLE = "UPCYCLE_KERNELS"
 NAME, LEAN = "upcycle", "upcycle_lean"
 _MODULES = {
     TRITON: "upcycle.kernels.gpu.backend",
@@ -32,7 +32,7 @@ def chosen(device: torch.device, dtype: torch.dtype) -> str:
         UsageError: ``UPCYCLE_KERNELS`` names no path, or one that does not run on the device.
         EnvironmentFault: it names Triton, which is not installed or does not know the GPU.
     """
-    return _chosen(device.type, device.index, dtype, os.environ.get(VARIABLE, ""))
+    return _chosen(device.type, device.index, dtype, os.environ.get(KERNELS_VARIABLE, ""))
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -55,19 +55,27 @@ def _chosen(kind: str, index: int | None, dtype: torch.dtype, wanted: str) -> st
 
 def _choice(kind: str, index: int | None, dtype: torch.dtype, wanted: str) -> tuple[str, str]:
     if wanted not in ("", TRITON, CPU, REFERENCE):
-        raise UsageError(f"{VARIABLE} is '{wanted}'", hint=f"set it to {TRITON}, {CPU} or {REFERENCE}, or unset it")
+        raise UsageError(
+            f"{KERNELS_VARIABLE} is '{wanted}'", hint=f"set it to {TRITON}, {CPU} or {REFERENCE}, or unset it"
+        )
     if wanted == REFERENCE:
-        return REFERENCE, f"{VARIABLE} asks for it"
+        return REFERENCE, f"{KERNELS_VARIABLE} asks for it"
     if kind == "cpu":
         if wanted == TRITON and not interpreted():
-            raise UsageError(f"{VARIABLE} is '{TRITON}', and the tensors are on the CPU", hint=f"unset {VARIABLE}")
+            raise UsageError(
+                f"{KERNELS_VARIABLE} is '{TRITON}', and the tensors are on the CPU", hint=f"unset {KERNELS_VARIABLE}"
+            )
         return (TRITON, "interpreted") if wanted == TRITON else (CPU, "the tensors are there")
     if wanted == CPU:
-        raise UsageError(f"{VARIABLE} is '{CPU}', and the tensors are on {kind}", hint=f"unset {VARIABLE}")
+        raise UsageError(
+            f"{KERNELS_VARIABLE} is '{CPU}', and the tensors are on {kind}", hint=f"unset {KERNELS_VARIABLE}"
+        )
     device = torch.device(kind if index is None else f"{kind}:{index}")
     obstacle = "the Triton kernels sum in fp32" if dtype == torch.float64 else why_not(device)
     if obstacle is None:
         return TRITON, "a GPU that it knows"
     if wanted == TRITON:
-        raise EnvironmentFault(f"{VARIABLE} is '{TRITON}': {obstacle}", hint=f"unset {VARIABLE} for the slow reference")
+        raise EnvironmentFault(
+            f"{KERNELS_VARIABLE} is '{TRITON}': {obstacle}", hint=f"unset {KERNELS_VARIABLE} for the slow reference"
+        )
     return REFERENCE, f"{obstacle}; it is slow: take another experts_implementation"

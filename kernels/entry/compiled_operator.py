@@ -16,7 +16,7 @@ import torch
 from upcycle.kernels.entry.check_input import check_input, dispatched
 from upcycle.kernels.entry.choose_backend import backend
 from upcycle.kernels.layout.dispatch import RouterChoice
-from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, Layout, WeightTensors
+from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, WeightLayout, WeightTensors
 
 Saved = Literal["z", "none"]
 
@@ -30,7 +30,7 @@ _LENGTH = 14
 
 
 def compiled_output(
-    x: torch.Tensor, tensors: WeightTensors, layout: Layout, choice: RouterChoice, save: Saved = "z"
+    x: torch.Tensor, tensors: WeightTensors, layout: WeightLayout, choice: RouterChoice, save: Saved = "z"
 ) -> torch.Tensor:
     """``[T, H]`` like ``x``: :func:`upcycle.kernels.entry.operator.experts_output` as an operator.
 
@@ -48,7 +48,7 @@ class _Input(NamedTuple):
     x: torch.Tensor
     tensors: WeightTensors
     choice: RouterChoice
-    layout: Layout
+    layout: WeightLayout
 
     @property
     def weights(self) -> ExpertWeights:
@@ -71,7 +71,7 @@ def _unflattened(arguments: Sequence[Any]) -> _Input:
         arguments[0],
         WeightTensors(*arguments[1:5]),
         RouterChoice(*arguments[5:9]),
-        Layout(activation, gated, interleaved, transposed, None if widths is None else tuple(widths)),
+        WeightLayout(activation, gated, interleaved, transposed, None if widths is None else tuple(widths)),
     )
 
 

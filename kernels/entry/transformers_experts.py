@@ -14,7 +14,7 @@ from upcycle.kernels.entry.choose_backend import LEAN, NAME
 from upcycle.kernels.entry.compiled_operator import Saved, compiled_output
 from upcycle.kernels.entry.operator import experts_output
 from upcycle.kernels.layout.dispatch import RouterChoice
-from upcycle.kernels.layout.expert_weights import ExpertWeights, Layout, WeightTensors, state_of
+from upcycle.kernels.layout.expert_weights import ExpertWeights, WeightLayout, WeightTensors, state_of
 from upcycle.kernels.layout.plain_memory import is_subclass, without_numbers
 
 _log = logging.getLogger("upcycle.kernels")
@@ -51,7 +51,7 @@ def stock_experts(
         return own
     assert activation is not None
     assert tensors is not None
-    layout = Layout(activation, self.has_gate, self.has_gate and not self.is_concatenated, self.is_transposed)
+    layout = WeightLayout(activation, self.has_gate, self.has_gate and not self.is_concatenated, self.is_transposed)
     x = hidden_states.to(tensors.up.dtype)
     if torch.compiler.is_compiling() or without_numbers(x, tensors.up):
         scores = top_k_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -24,7 +24,7 @@ from upcycle.kernels.layout.devices import why_not
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def forward(
@@ -186,7 +186,7 @@ def _check(x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: 
     reason = why_not(x.device)
     if reason:
         raise EnvironmentFault(reason, hint="UPCYCLE_KERNELS=cpu or reference runs the experts without Triton")
-    if x.dtype not in DTYPES:
+    if x.dtype not in GPU_DTYPES:
         raise UsageError(f"x is {x.dtype}; Triton kernels compute bfloat16, float16 and float32")
     if x.ndim != 2 or x.shape != (dispatch.tokens, weights.hidden):
         raise UsageError(f"x has the shape {tuple(x.shape)}, not {(dispatch.tokens, weights.hidden)}")

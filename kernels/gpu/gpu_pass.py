@@ -8,7 +8,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.kernels.gpu.row_tiles import RowTiles
-from upcycle.kernels.gpu.tile_table import ROWS_OF_THEIR_OWN, VARIABLE, Tile, TileTable
+from upcycle.kernels.gpu.tile_table import ROWS_OF_THEIR_OWN, TILES_VARIABLE, Tile, TileTable
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights
 
@@ -49,7 +49,7 @@ class GpuPass:
         if family not in ROWS_OF_THEIR_OWN and tile.m != self.row_tiles.block:
             raise UsageError(
                 f"the table's tile of {family} has {tile.m} rows, the list of row tiles {self.row_tiles.block}",
-                hint=f"every family needs the same buckets; unset {VARIABLE}, or tune again: upcycle tune-kernels",
+                hint=f"every family needs the same buckets; unset {TILES_VARIABLE}, or tune again: upcycle tune-kernels",
             )
         return tile
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from upcycle.kernels.gpu.gpu_pass import GpuPass
-from upcycle.kernels.gpu.launch_log import launch
+from upcycle.kernels.gpu.launch_log import launch_kernel
 from upcycle.kernels.gpu.triton_code.activation_backward import activation_backward_kernel
 from upcycle.kernels.gpu.triton_code.bias_gradient import bias_gradient_kernel
 from upcycle.kernels.gpu.triton_code.combine import combine_kernel
@@ -83,7 +83,7 @@ def _rows_times(
     weights, tile = run.weights, run.tile(family)
     bias = matrix.bias if family != "down_backward" else None
     columns = _tiles_of(run.widest, tile.n)
-    launch(
+    launch_kernel(
         family,
         up_kernel,
         (run.row_tiles.count * columns,),
@@ -125,7 +125,7 @@ def gemm(run: GpuPass, a: torch.Tensor, which: Which, out: torch.Tensor) -> None
     weights, matrix, tile = run.weights, projection(run.weights, which), run.tile("gemm")
     bias = matrix.bias if which == "down" else None
     columns = _tiles_of(weights.hidden, tile.n)
-    launch(
+    launch_kernel(
         "gemm",
         gemm_kernel,
         (run.row_tiles.count * columns,),
@@ -163,7 +163,7 @@ def combine(run: GpuPass, values: torch.Tensor, weighted: bool, out: torch.Tenso
     """
     dispatch, tile = run.dispatch, run.tile("combine")
     scores = run.scores if weighted else None
-    launch(
+    launch_kernel(
         "combine",
         combine_kernel,
         (_tiles_of(dispatch.tokens, tile.m), _tiles_of(out.shape[1], tile.n)),
@@ -196,7 +196,7 @@ def activation_backward(
     weights, scores, tile = run.weights, run.scores, run.tile("combine")
     found = None if scores is None else torch.zeros_like(scores)
     rows = min(tile.m, run.row_tiles.block)  # more would reach into the expert's next tile
-    launch(
+    launch_kernel(
         "combine",
         activation_backward_kernel,
         (run.row_tiles.count * _tiles_of(run.row_tiles.block, rows),),
@@ -245,7 +245,7 @@ def weight_gradient(
     """
     weights, matrix, tile = run.weights, projection(run.weights, which), run.tile("weight_gradient")
     columns = _tiles_of(weights.hidden, tile.n)
-    launch(
+    launch_kernel(
         "weight_gradient",
         xty_kernel,
         (columns * _tiles_of(run.widest * matrix.rows_per_neuron, tile.m), weights.num_experts),
@@ -277,7 +277,7 @@ def bias_gradient(run: GpuPass, values: torch.Tensor, which: Which, out: torch.T
     """Fill ``out``: like ``up_bias`` from dz in rows, or like ``down_bias`` from the output's gradient in tokens."""
     weights, tile, of_down = run.weights, run.tile("combine"), which == "down"
     scores = run.scores if of_down else None
-    launch(
+    launch_kernel(
         "combine",
         bias_gradient_kernel,
         (

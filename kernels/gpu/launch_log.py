@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upcycle.kernels.gpu.tile_table import Tile, kind_of
+from upcycle.kernels.gpu.tile_table import Tile, gpu_kind
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Record:
+class LaunchRecord:
     """Launches that were recorded for one kind of GPU."""
 
     kind: str
     launches: list[Launch]
 
 
-_recording: ContextVar[Record | None] = ContextVar("recording", default=None)
+_recording: ContextVar[LaunchRecord | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def recorded(kind: str) -> Iterator[list[Launch]]:
 
     Nothing runs meanwhile, and tensors may be on the meta device.
     """
-    record = Record(kind, [])
+    record = LaunchRecord(kind, [])
     token = _recording.set(record)
     try:
         yield record.launches
@@ -55,10 +55,10 @@ def kind_for(device: torch.device) -> str:
     record = _recording.get()
     if record is not None:
         return record.kind
-    return kind_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm80"
+    return gpu_kind(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm80"
 
 
-def launch(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+def launch_kernel(family: str, kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Start a kernel, or add it to the record inside :func:`recorded`."""
     one = Launch(family, kernel, arguments, tile, grid)
     record = _recording.get()

@@ -18,7 +18,7 @@ from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.formats.parsing import read_json
 
-FAMILIES = (
+KERNEL_FAMILIES = (
     "up/plain",
     "up/interleaved",
     "up/concatenated",
@@ -29,10 +29,10 @@ FAMILIES = (
 )
 ROWS_OF_THEIR_OWN = ("weight_gradient", "combine")
 """Families with an ``m`` of their own; all others share the ``m`` of the list of row tiles."""
-KINDS = ("sm80", "sm90", "sm100")
+GPU_KINDS = ("sm80", "sm90", "sm100")
 SIZES = (2, 4)  # bytes per element
 BUCKETS = (16, 32, 64, 128)
-VARIABLE = "UPCYCLE_TILES"
+TILES_VARIABLE = "UPCYCLE_TILES"
 _FILE = Path(__file__).with_name("tiles.json")
 _WARPS = (1, 2, 4, 8, 16)
 
@@ -74,7 +74,7 @@ class TileTable:
         if held is None:
             raise UsageError(
                 f"no tile for {family}, {kind}, {size} bytes per element",
-                hint=f"unset {VARIABLE}, or tune again: upcycle tune-kernels",
+                hint=f"unset {TILES_VARIABLE}, or tune again: upcycle tune-kernels",
             )
         fitting = min((bucket for bucket in held if bucket >= rows), default=max(held))
         return self.entries[kind, size, family, fitting]
@@ -106,7 +106,7 @@ class TileTable:
         write_text_whole(path, text + "\n")
 
 
-def kind_of(capability: tuple[int, int]) -> str:
+def gpu_kind(capability: tuple[int, int]) -> str:
     """The part of the table that a GPU of this compute capability uses.
 
     Only Hopper and data-centre Blackwell have tiles of their own; all others, consumer Blackwell too, have the instructions
@@ -121,7 +121,7 @@ def default_table() -> TileTable:
     Raises:
         UsageError: that file cannot be used.
     """
-    named = os.environ.get(VARIABLE)
+    named = os.environ.get(TILES_VARIABLE)
     return load_table(Path(named) if named else _FILE)
 
 
@@ -142,15 +142,15 @@ def load_table(path: Path) -> TileTable:
             for rows, numbers in buckets.items()
         ]
     except (CheckpointError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not a table of tiles: {error}", hint=f"unset {VARIABLE}") from None
+        raise UsageError(f"{path} is not a table of tiles: {error}", hint=f"unset {TILES_VARIABLE}") from None
     return TileTable({key: _tile(path, key, numbers) for key, numbers in listed})
 
 
 def _tile(path: Path, key: Key, numbers: Any) -> Tile:
     where = f"{path}, {' '.join(map(str, key))}"
     kind, size, family, rows = key
-    if kind not in KINDS or size not in SIZES or family not in FAMILIES or rows not in BUCKETS:
-        raise UsageError(f"{where}: no such place in a table of tiles", hint=f"families: {', '.join(FAMILIES)}")
+    if kind not in GPU_KINDS or size not in SIZES or family not in KERNEL_FAMILIES or rows not in BUCKETS:
+        raise UsageError(f"{where}: no such place in a table of tiles", hint=f"families: {', '.join(KERNEL_FAMILIES)}")
     if not isinstance(numbers, list) or len(numbers) != 6 or not all(type(number) is int for number in numbers):
         raise UsageError(f"{where}: {numbers} is not [m, n, k, group, warps, stages]")
     tile = Tile(*numbers)

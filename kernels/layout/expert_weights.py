@@ -24,11 +24,11 @@ from upcycle.errors import UsageError
 from upcycle.kernels.layout.dispatch import Dispatch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
-Part: TypeAlias = Literal["all", "gate", "up"]
+UpPart: TypeAlias = Literal["all", "gate", "up"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """How the numbers of an :class:`ExpertWeights` are to be read; fields as there."""
 
     activation: str
@@ -83,7 +83,7 @@ class ExpertWeights:
         object.__setattr__(self, "checked", state_of(*self.tensors))
 
     @classmethod
-    def of(cls, tensors: WeightTensors, layout: Layout) -> ExpertWeights:
+    def of(cls, tensors: WeightTensors, layout: WeightLayout) -> ExpertWeights:
         """The experts that ``tensors`` hold in ``layout``.
 
         Raises:
@@ -100,9 +100,9 @@ class ExpertWeights:
         return WeightTensors(self.up, self.down, self.up_bias, self.down_bias)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> WeightLayout:
         """How the tensors are to be read."""
-        return Layout(self.activation, self.gated, self.interleaved, self.transposed, self.widths)
+        return WeightLayout(self.activation, self.gated, self.interleaved, self.transposed, self.widths)
 
     def without_memory(self) -> ExpertWeights:
         """A copy with shapes in place of numbers, which may be kept while the weights come and go."""
@@ -158,11 +158,11 @@ class ExpertWeights:
         """I of one expert."""
         return self.all_widths[expert]
 
-    def up_of(self, expert: int, which: Part = "all") -> torch.Tensor:
+    def up_of(self, expert: int, which: UpPart = "all") -> torch.Tensor:
         """A view of one expert's ``up`` ``[2I, H]`` (``[I, H]`` without a gate), or of its gate or up rows, ``[I, H]``."""
         return self.pick(self.up, expert, which)
 
-    def pick(self, tensor: torch.Tensor, expert: int, which: Part = "all") -> torch.Tensor:
+    def pick(self, tensor: torch.Tensor, expert: int, which: UpPart = "all") -> torch.Tensor:
         """A view as :meth:`up_of` gives one, of a tensor like ``up``, such as its gradient."""
         if self.packed:
             rows = self.rows_per_neuron
@@ -171,7 +171,7 @@ class ExpertWeights:
             view = tensor[expert].T if self.transposed else tensor[expert]
         return self.half(view, which)
 
-    def half(self, rows: torch.Tensor, which: Part) -> torch.Tensor:
+    def half(self, rows: torch.Tensor, which: UpPart) -> torch.Tensor:
         """A view of the gate or up rows of ``[2I, ...]``, which are in the order of ``up``; without a gate all are up rows."""
         if which == "all" or not self.gated:
             return rows
@@ -190,7 +190,7 @@ class ExpertWeights:
 
     def matrices(
         self,
-        which: Part | Literal["down"],
+        which: UpPart | Literal["down"],
         experts: Sequence[int],
         like: torch.Tensor | None = None,
         turned: bool = False,

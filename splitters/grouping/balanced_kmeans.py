@@ -126,7 +126,7 @@ class _Means:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _ClusteringRun:
     labels: torch.Tensor
     means: _Means
     iterations: int
@@ -139,7 +139,7 @@ def _best(
     max_iter: int,
     tolerance: float,
     rough: bool = False,
-) -> _Run:
+) -> _ClusteringRun:
     """Return the run that ends with the least inertia."""
     starts = (_Means(centroids) for centroids in seeds)
     runs = (_lloyd(points, squares, start, max_iter, tolerance, rough) for start in starts)
@@ -148,7 +148,7 @@ def _best(
 
 def _lloyd(
     points: torch.Tensor, squares: float, start: _Means, max_iter: int, tolerance: float, rough: bool = False
-) -> _Run:
+) -> _ClusteringRun:
     """Assign and average in turn until another pass would gain too little; ``squares`` is the points' sum of squares.
 
     ``rough`` clusters have only nearly the same size, which is enough where a better run follows.
@@ -162,7 +162,7 @@ def _lloyd(
         # Not from `within`, a small difference of large numbers when the points lie far from the origin.
         if means.between - before.between <= tolerance * means.within:
             break
-    return _Run(labels, means, iteration)
+    return _ClusteringRun(labels, means, iteration)
 
 
 def _main_directions(points: torch.Tensor, directions: int, rng: torch.Generator) -> torch.Tensor:

@@ -23,7 +23,7 @@ from upcycle.architectures.stock import (
     clean_generation,
     clean_tokenizer,
     empty_model,
-    load_model,
+    load_stock_model,
     load_tokenizer,
     view,
 )
@@ -240,7 +240,7 @@ def test_a_hostile_folder_is_loaded_as_if_it_said_nothing(hostile: Path, traps: 
     import torch
 
     (hostile / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    plain, loaded = load_model(DEMO_FOLDER / "model"), load_model(hostile)
+    plain, loaded = load_stock_model(DEMO_FOLDER / "model"), load_stock_model(hostile)
     ids = torch.arange(12)[None]
     assert torch.equal(plain(ids).logits, loaded(ids).logits)
     assert loaded.name_or_path == loaded.config.name_or_path == ""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kill_points import Killed, killed_at
 
-from upcycle.calibration.blueprint_join import decided_layer, join_layers, joined, keep_layer, layer_file
+from upcycle.calibration.blueprint_join import decided_layer, join_layers, joined_blueprint, keep_layer, layer_file
 from upcycle.errors import CheckpointError
 from upcycle.ffn.blueprint import BlueprintFile, ExpertSpec, LayerBlueprint
 from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
@@ -33,10 +33,10 @@ def decide(folder: Path, layers: tuple[int, ...] = LAYERS) -> None:
 
 def test_all_layers_are_joined_and_then_the_parts_go(tmp_path: Path) -> None:
     decide(tmp_path)
-    assert joined(job(), tmp_path) is None
+    assert joined_blueprint(job(), tmp_path) is None
     join_layers(job(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["blueprint.safetensors"]
-    found = joined(job(), tmp_path)
+    found = joined_blueprint(job(), tmp_path)
     assert found
     assert found.layers == list(LAYERS)
     for layer in LAYERS:
@@ -62,7 +62,7 @@ def test_a_blueprint_of_some_layers_or_of_half_the_bytes_is_joined_again(tmp_pat
     whole = (tmp_path / "blueprint.safetensors").read_bytes()
     for content in (whole[:-8], b"", whole.replace(rb"\"11\"", rb"\"12\"")):
         (tmp_path / "blueprint.safetensors").write_bytes(content)
-        assert joined(job(), tmp_path) is None
+        assert joined_blueprint(job(), tmp_path) is None
         decide(tmp_path)
         join_layers(job(), tmp_path)
         assert (tmp_path / "blueprint.safetensors").read_bytes() == whole

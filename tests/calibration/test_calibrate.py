@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
 
 import upcycle
-from upcycle.architectures.stock import load_model, load_tokenizer
+from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.calibration.calibrate import Calibration
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.ffn.blueprint import BlueprintFile
@@ -51,7 +51,7 @@ class Seen:
     """FFN inputs, layer outputs and what FFN outputs are added to, of a stock model."""
 
     def __init__(self, folder: Path, ids: torch.Tensor) -> None:
-        model = load_model(folder)
+        model = load_stock_model(folder)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         self.x: list[torch.Tensor] = []

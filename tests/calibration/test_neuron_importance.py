@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from upcycle.architectures.stock import load_model
+from upcycle.architectures.stock import load_stock_model
 from upcycle.calibration.neuron_importance import _text_clusters, read_importance, write_importance
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.conversion.jobs import job_of
@@ -59,7 +59,7 @@ def test_importance_is_what_autograd_says_of_the_whole_model(
     write_importance(tmp_path / "importance.safetensors", runner, checkpoint, ids, clusters, job, SILENT)
     found = read_importance(tmp_path / "importance.safetensors")
 
-    model = load_model(dense).double()
+    model = load_stock_model(dense).double()
     hidden: list[torch.Tensor] = []
     final: list[torch.Tensor] = []
 

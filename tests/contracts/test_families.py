@@ -19,7 +19,7 @@ import upcycle
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.checkpoints.find_family import family_of
 from upcycle.errors import RefusalError, UpcycleError
-from upcycle.files.formats.settings import ACTIVATIONS, COMMON, HARMLESS
+from upcycle.files.formats.settings import COMMON, HARMLESS, STOCK_ACTIVATIONS
 from upcycle.models.layer_runner import LayerRunner, logits_of
 from upcycle.models.stock_model import dense_reader, skeleton
 from upcycle.registry import FAMILIES, load
@@ -234,7 +234,7 @@ def test_nonsense_is_refused_by_file_key_and_value(changes: dict[str, Any], mess
 
 
 def test_activations_are_those_that_stock_transformers_has_without_weights() -> None:
-    assert set(ACT2FN) - {"prelu", "xielu"} == set(ACTIVATIONS)
+    assert set(ACT2FN) - {"prelu", "xielu"} == set(STOCK_ACTIVATIONS)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi3"])

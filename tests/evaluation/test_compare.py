@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch.nn.functional import cross_entropy, linear, silu
 
 import upcycle
-from upcycle.architectures.stock import load_model, load_tokenizer
+from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
 from upcycle.ffn.feed_forward import FeedForward
@@ -40,7 +40,7 @@ def test_numbers_are_those_of_the_checkpoint_that_convert_writes(pico: Pico, tmp
     result = CliRunner().invoke(cli, [*arguments, *flags])
     assert result.exit_code == 0, result.output
 
-    model = load_model(tmp_path / "out")
+    model = load_stock_model(tmp_path / "out")
     model.set_experts_implementation("eager")
     for name in ("code", "prose"):
         content = demo_parts(name)[0]

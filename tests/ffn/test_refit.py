@@ -14,7 +14,7 @@ from upcycle.ffn.activations import Activations, ExpertActivations
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import FfnForm
-from upcycle.ffn.refit import STRENGTHS, Routing, fit_down, fit_scale
+from upcycle.ffn.refit import REFIT_STRENGTHS, Routing, fit_down, fit_scale
 
 D, F, T, K, BATCH = 5, 12, 640, 2, 16
 SHARED, ROUTED = ([0, 1, 2],), ([3, 4, 5], [6, 7, ZERO_NEURON], [8, 9, 10])
@@ -83,7 +83,7 @@ def test_down_is_the_ridge_solution_of_what_the_bias_leaves(form: FfnForm) -> No
     case = Case(form)
     routing, active, targets = case.started()
     found, report = fit_down(routing, active, targets)
-    losses = {strength: case.error(case.ridge(strength, ~case.held_out)) for strength in STRENGTHS}
+    losses = {strength: case.error(case.ridge(strength, ~case.held_out)) for strength in REFIT_STRENGTHS}
     assert report.strength is not None
     assert losses[report.strength] <= min(losses.values()) * (1 + 1e-3)
     expected = case.ridge(report.strength, np.ones(T, dtype=bool))

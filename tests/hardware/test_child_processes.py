@@ -52,14 +52,14 @@ def test_scripts_find_what_lies_beside_them_and_nothing_where_they_run(downloade
     (own / "script.py").write_text("import sys\nimport beside\nprint(beside.word, __name__, sys.argv[1:])\n")
     command = [*run_script(own / "script.py", sys.executable), "a"]
     assert said(command, downloaded) == "\"found\" __main__ ['a']\n"
-    assert said(command, downloaded, **{child_processes.VARIABLE: "1"}) == "\"found\" __main__ ['a']\n"
+    assert said(command, downloaded, **{child_processes.SAFE_PATH_VARIABLE: "1"}) == "\"found\" __main__ ['a']\n"
 
 
 def test_what_they_start_themselves_is_safe_too(downloaded: Path) -> None:
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no PYTHONSAFEPATH")
     inner = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import json'], check=True)"
-    assert safe_environment({})[child_processes.VARIABLE] == "1"
+    assert safe_environment({})[child_processes.SAFE_PATH_VARIABLE] == "1"
     said([sys.executable, "-P", "-c", inner], downloaded, **safe_environment({}))
 
 

@@ -7,12 +7,23 @@ import importlib.util
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("upcycle", "splitters", "trainers", "kernels")
+SHARED_NAMES = {
+    *("F", "T"),  # type variables
+    *(
+        "command",
+        "main",
+        "answer",
+    ),  # a verb's command, a module's entry point, a worker's answer: looked up by this name
+    *("activation", "experts_output", "forward", "backward"),  # one operation, implemented by several kernel backends
+}
 
 
 def git(*arguments: str) -> str:
@@ -63,6 +74,28 @@ def test_public_definitions_say_what_they_do() -> None:
                 if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                     bare += [f"{path.name}:{node.name}"] if not ast.get_docstring(node) else []
     assert not bare
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """The classes, functions, constants and type aliases that a module defines for others."""
+    for node in tree.body:
+        names = [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_a_public_name_is_defined_once() -> None:
+    """Two things of one name are mistaken for each other; a name that needs its module to be understood says too little."""
+    places = defaultdict(set)
+    for folder in SOURCES:
+        for path in tracked(f"{folder}/*.py"):
+            for name in public_names(ast.parse(path.read_text())):
+                places[name].add(str(path.relative_to(ROOT)))
+    repeated = {name: sorted(found) for name, found in places.items() if len(found) > 1}
+    assert not {name: found for name, found in repeated.items() if name not in SHARED_NAMES}
+    assert set(repeated) == SHARED_NAMES, "the list names what no longer repeats"
 
 
 def test_no_pickle_and_no_remote_code() -> None:

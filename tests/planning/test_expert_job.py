@@ -13,7 +13,7 @@ from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.expert_job import ExpertJob, is_power_of_two
 from upcycle.planning.job import PlannedJob, check_tokenizer, method_of
-from upcycle.planning.prepare_experts import pieces_of, prepare
+from upcycle.planning.prepare_experts import pieces_of, prepare_experts
 from upcycle.recipe.conversion_recipe import parse_recipe
 
 CONFIG = {
@@ -35,7 +35,7 @@ def job_of(dtype: str = "bfloat16", **keys: Any) -> ExpertJob:
     family = Llama()
     dense = family.config(CONFIG)
     specs = {name: TensorSpec(shape, dtype) for name, shape in family.all_stored_specs(dense).items()}
-    return prepare(ExpertJob, recipe, method_of(recipe), family, dense, specs)
+    return prepare_experts(ExpertJob, recipe, method_of(recipe), family, dense, specs)
 
 
 def test_copies_are_exact_and_hold_every_tensor_once() -> None:
@@ -116,7 +116,7 @@ def test_a_job_is_a_planned_job_and_changes_nothing_that_it_is_given() -> None:
     specs = {name: TensorSpec(shape, "bfloat16") for name, shape in family.all_stored_specs(dense).items()}
     given = (recipe, vars(method), vars(family), dense, specs)
     before = deepcopy(given)
-    job: PlannedJob = prepare(ExpertJob, recipe, method, family, dense, specs)
+    job: PlannedJob = prepare_experts(ExpertJob, recipe, method, family, dense, specs)
     job.cost()
     assert given == before
     assert job.recipe != recipe, "the numbers were worked out in a copy"

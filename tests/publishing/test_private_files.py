@@ -17,7 +17,15 @@ import upcycle
 from upcycle.errors import CheckpointError, UpcycleError, UsageError
 from upcycle.files import private_text
 from upcycle.files.hashing import hash_file
-from upcycle.files.local_names import FILE, LocalNames, file_name, here, is_path, without_folders, without_paths
+from upcycle.files.local_names import (
+    LOCAL_NAMES_FILE,
+    LocalNames,
+    file_name,
+    here,
+    is_path,
+    records_without_folders,
+    without_paths,
+)
 from upcycle.files.private_text import machine_in, scrub, scrub_machine, secrets_in, this_machine, without_password
 from upcycle.recipe.conversion_recipe import read_recipe
 
@@ -272,8 +280,8 @@ def test_everything_that_is_made_from_her_folders_is_clean_and_can_be_verified_a
     assert again["source"] == str(source)
     assert again["dtype"] == "keep"
     assert push(out, hub).commit
-    assert FILE not in hub.repos[REPO].files()
-    (out / FILE).unlink()
+    assert LOCAL_NAMES_FILE not in hub.repos[REPO].files()
+    (out / LOCAL_NAMES_FILE).unlink()
     with pytest.raises(UsageError, match="the dense model is needed") as refused:
         upcycle.verify(out, tokens=64)
     assert "--source" in (refused.value.hint or "")
@@ -305,7 +313,7 @@ def test_names(alice: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     (tmp_path / "recipe.yaml").write_text("another recipe")
     assert here(tmp_path, published) == published
     assert without_paths(["a/m", 3, None]) == ["m", 3, None]
-    assert without_folders({"why": f"{alice}/llama is not it; see https://a.b/c/d"}) == {
+    assert records_without_folders({"why": f"{alice}/llama is not it; see https://a.b/c/d"}) == {
         "why": "llama is not it; see https://a.b/c/d"
     }
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from upcycle.cli.main import cli, main
 from upcycle.errors import UsageError
 from upcycle.recipe.conversion_recipe import read_recipe
-from upcycle.recipe.shipped_recipes import VERBS, needed_recipe_file, recipe_file, shipped, summary
+from upcycle.recipe.shipped_recipes import RECIPE_VERBS, needed_recipe_file, recipe_file, shipped, summary
 from upcycle.trainers.forecast.plan_training import read_planned
 
 
@@ -98,11 +98,11 @@ def test_train_takes_a_shipped_recipe_by_its_name(tmp_path: Path, monkeypatch: p
 def test_the_list_has_every_shipped_recipe_with_its_command() -> None:
     listed = json.loads(run("list", "recipes", "--json").stdout)["recipes"]
     assert [(entry["name"], entry["command"]) for entry in listed] == [
-        (name, f"upcycle {verb} {name}") for verb in VERBS for name in shipped(verb)
+        (name, f"upcycle {verb} {name}") for verb in RECIPE_VERBS for name in shipped(verb)
     ]
     assert {"split_50", "heal_split"} <= {entry["name"] for entry in listed}
     assert "demo_model" not in {entry["name"] for entry in listed}
-    for verb in VERBS:
+    for verb in RECIPE_VERBS:
         for path in shipped(verb).values():
             assert path.read_text().startswith("# " + summary(path))
             assert read_recipe(path)

@@ -11,7 +11,7 @@ from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.ffn.router_capture import captured
 from upcycle.routers.calibrated.ridge import RidgeParameters, RidgeRouter
-from upcycle.splitters.alternating import Alternating, AlternatingParameters, _Sums
+from upcycle.splitters.alternating import Alternating, AlternatingParameters, _BatchSums
 
 D, GROUPS, PER_GROUP, ALWAYS = 12, 4, 6, 6
 
@@ -60,7 +60,7 @@ def test_gain_is_what_a_neuron_would_add_where_the_router_finds_it() -> None:
     shape = MoeShape(3, 2, 1, 6, (0,))
     piece = torch.arange(24) % 4
     method = Alternating(AlternatingParameters(strength=1e-2))
-    found = method._gain(_Sums(activations, ffn, 10**6), activations, piece, shape).numpy()
+    found = method._gain(_BatchSums(activations, ffn, 10**6), activations, piece, shape).numpy()
 
     batches = list(activations.batches())
     x = torch.cat([batch.x for batch in batches]).double().numpy()
@@ -91,7 +91,7 @@ def test_more_rounds_never_capture_less_and_sometimes_more() -> None:
             piece = torch.empty(24, dtype=torch.long)
             for number, expert in enumerate(blueprint.shared + blueprint.routed):
                 piece[expert.neurons] = number
-            gain = method._gain(_Sums(activations, ffn, 10**6), activations, piece, shape)
+            gain = method._gain(_BatchSums(activations, ffn, 10**6), activations, piece, shape)
             shares.append(gain.gather(1, piece[:, None]).sum().item())
         assert shares[0] <= shares[1] <= shares[2]
         improved += shares[0] < shares[2]

@@ -14,7 +14,7 @@ from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Method
-from upcycle.splitters.importance import Importance, ImportanceParameters, merged
+from upcycle.splitters.importance import Importance, ImportanceParameters, merge_similar
 
 D, F, E = 6, 40, 4
 
@@ -144,8 +144,8 @@ def test_too_few_clusters() -> None:
 def test_too_many_clusters_are_merged() -> None:
     few = torch.eye(3, 8) * torch.tensor([[1.0], [2.0], [3.0]])
     many = torch.cat([few, few[1:2] * 1.5, few[1:2] * 2])  # three vectors along the second axis
-    assert torch.allclose(merged(many, 3), torch.diag(torch.tensor([1, 3.0, 3, 0, 0, 0, 0, 0]))[:3])
-    assert torch.equal(merged(few, 3), few)
+    assert torch.allclose(merge_similar(many, 3), torch.diag(torch.tensor([1, 3.0, 3, 0, 0, 0, 0, 0]))[:3])
+    assert torch.equal(merge_similar(few, 3), few)
     assert len(split(vectors(7)).routed) == E
 
 

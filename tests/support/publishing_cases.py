@@ -11,7 +11,7 @@ from typing import Any
 from hub_server import HubServer
 
 import upcycle
-from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import LOCAL_NAMES_FILE as LOCAL_FILE
 from upcycle.progress import Progress
 
 REPO = "alice/moe"

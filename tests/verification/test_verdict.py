@@ -17,7 +17,7 @@ import upcycle
 from upcycle.errors import VerificationError
 from upcycle.ffn.blueprint import BlueprintFile, blueprint_recipe
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.verification.verdict import Totals, finite, perplexity_of, relative, said, span
+from upcycle.verification.verdict import Totals, json_numbers, perplexity_of, relative, said, span
 
 Pico = Callable[[str], Path]
 
@@ -104,7 +104,7 @@ def test_the_arithmetic() -> None:
     assert relative(4.0, 16.0) == 0.5
     assert perplexity_of(2.0) == math.exp(2.0)
     assert perplexity_of(710.0) == math.inf
-    assert finite({"a": [1.0, math.nan], "b": math.inf, "c": "x"}) == {"a": [1.0, None], "b": None, "c": "x"}
+    assert json_numbers({"a": [1.0, math.nan], "b": math.inf, "c": "x"}) == {"a": [1.0, None], "b": None, "c": "x"}
     assert said(None, ".1e") == said(math.inf, ".1e") == "not finite"
     assert said(1.5, ".1f") == "1.5"
     assert span([0.5, None, 0.25]) == "2.5e-01 to 5.0e-01, 1 not finite"

@@ -26,7 +26,7 @@ from upcycle.files.locate import Source
 from upcycle.files.records import BLUEPRINT_FILE, RECIPE_FILE
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import method_of
-from upcycle.planning.prepare_experts import prepare
+from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.trainers.checkpoints.prepare_model import stored_form
 from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
@@ -66,7 +66,9 @@ class DenseStates:
         if method.kind == "growth":
             raise UsageError(f"dense_states: {recipe.method} makes no experts of a dense model", hint=_HINT)
         dense = self.dense
-        job = prepare(ExpertJob, recipe, method, dense.family, dense.config, dense.store.specs, dense.has_tokenizer)
+        job = prepare_experts(
+            ExpertJob, recipe, method, dense.family, dense.config, dense.store.specs, dense.has_tokenizer
+        )
         self.job = job
         self.blueprints = BlueprintFile(model / BLUEPRINT_FILE)
         self.copied = {entry.name: entry.origin for unit in job.units for entry in unit.entries if entry.origin}

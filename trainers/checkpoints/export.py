@@ -25,7 +25,7 @@ from upcycle.files.links import copy_inside, inside
 from upcycle.files.local_names import without_paths
 from upcycle.files.names import TRAINED
 from upcycle.files.output.ownership import CHECKPOINTS, check_apart, check_output
-from upcycle.files.output.workspace import Workspace, explained, sweep
+from upcycle.files.output.workspace import Workspace, explained_system_errors, sweep
 from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import parse_size
@@ -98,7 +98,7 @@ def export(
     fingerprint = json.dumps([saved.state["files"], dtype, layout, max_shard_size], sort_keys=True)
     fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
     with (
-        explained(out),
+        explained_system_errors(out),
         Workspace(out, fingerprint, overwrite, kind="export", disposable=True, note=progress.note) as workspace,
     ):
         if not workspace.finished:

@@ -15,7 +15,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.links import copy_inside
-from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import LOCAL_NAMES_FILE as LOCAL_FILE
 from upcycle.files.local_names import here
 from upcycle.files.locate import locate
 from upcycle.models.experts import has_experts
@@ -26,7 +26,7 @@ _CONVERSION_FILES = ("upcycle.json", "recipe.yaml", LOCAL_FILE)
 STORED_FILE = "stored.json"  # how the trained model's weights are to be stored when they are exported
 
 
-def prepare(model: Any, *, checkpointing: bool, activation: str | None, where: str) -> None:
+def prepare_model(model: Any, *, checkpointing: bool, activation: str | None, where: str) -> None:
     """Set how a model computes.
 
     Raises:

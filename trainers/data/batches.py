@@ -17,9 +17,9 @@ from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_mixture import Mixture
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
-from upcycle.trainers.data.packing import Row
+from upcycle.trainers.data.packing import PackedRow
 from upcycle.trainers.data.token_shards import Encoder, TokenCache
-from upcycle.trainers.data.validation_rows import split, validation_rows
+from upcycle.trainers.data.validation_rows import held_out_documents, validation_rows
 from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe
 
 _VERSION = 1  # of the order of rows: a checkpoint of another one cannot be continued
@@ -30,7 +30,7 @@ _LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are anno
 class PackedBatch:
     """Rows of token ids, each of which holds one or more documents or parts of them.
 
-    :func:`upcycle.trainers.data.packed_attention.forward` runs a model on it so that documents do not see each other.
+    :func:`upcycle.trainers.data.packed_attention.packed_forward` runs a model on it so that documents do not see each other.
 
     ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, and not the first token of a
     document or part; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and nowhere else; ``domains``
@@ -107,7 +107,7 @@ class TokenStream:
         names = list(self._domains)
         drawn = self._mixture.draw(self._row, self._micro_batch * self._world_size)
         before, mine, after = np.split(drawn, [self._rank * self._micro_batch, (self._rank + 1) * self._micro_batch])
-        rows: dict[int, Row] = {}
+        rows: dict[int, PackedRow] = {}
         for number, name in enumerate(names):
             domain = self._domains[name]
             cursor = domain.skip(self._cursors[name], int((before == number).sum()))
@@ -193,12 +193,14 @@ def open_stream(
         UpcycleError: a domain cannot be read or is empty.
     """
     encoder = Encoder(tokenizer, data.end_of_text)
-    cache = TokenCache(cache_folder(data), encoder)
+    cache = TokenCache(token_cache_folder(data), encoder)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     domains = []
     for domain in data.domains:
         corpus = _corpus(data, domain)
-        held_out = split(domain.name, corpus, _validation_corpus(data, domain), cache, data.validation.fraction)
+        held_out = held_out_documents(
+            domain.name, corpus, _validation_corpus(data, domain), cache, data.validation.fraction
+        )
         domains.append(
             DomainRows(
                 domain.name, corpus, cache, held_out,
@@ -226,14 +228,14 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
     Raises:
         UsageError: a fraction is to be held out, but no document falls into it.
     """
-    cache = TokenCache(cache_folder(data), Encoder(tokenizer, data.end_of_text))
+    cache = TokenCache(token_cache_folder(data), Encoder(tokenizer, data.end_of_text))
     found = {}
     for domain in data.domains:
         files = _validation_corpus(data, domain)
         if not files and not data.validation.fraction:
             continue
         corpus = files or _corpus(data, domain)
-        held_out = None if files else split(domain.name, corpus, None, cache, data.validation.fraction)
+        held_out = None if files else held_out_documents(domain.name, corpus, None, cache, data.validation.fraction)
         rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length)
         size = data.validation.batch
         found[domain.name] = [
@@ -243,13 +245,13 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
     return found
 
 
-def make_batch(rows: list[Row], domains: list[str]) -> PackedBatch:
+def make_batch(rows: list[PackedRow], domains: list[str]) -> PackedBatch:
     """A batch of rows, of which each is ids, positions and targets ``[L]``; ``domains`` has one name per row."""
     ids, positions, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return PackedBatch(ids, targets, positions, tuple(domains))
 
 
-def cache_folder(data: DataRecipe) -> Path:
+def token_cache_folder(data: DataRecipe) -> Path:
     """The folder in which tokenised text is kept.
 
     Raises:
@@ -283,7 +285,7 @@ def check_data(data: DataRecipe, say: Callable[[str], None]) -> None:
         weight = sum(corpus.weight for corpus in corpora)
         if weight > _LONG_CHECK:
             say(f"domain {domain.name}: checking every row of {weight / 1e9:.1f} GB, once")
-        checks = [corpus.check(cache_folder(data)) for corpus in corpora]
+        checks = [corpus.check(token_cache_folder(data)) for corpus in corpora]
         if corpora[0].column is not None and checks[0].documents:
             say(f"domain {domain.name}: {checks[0].documents:,} rows, whose text is in column '{corpora[0].column}'")
         for found in checks:

@@ -14,7 +14,7 @@ from upcycle.errors import UsageError
 from upcycle.text.reading.columns import Broken, choose_column, text_of
 from upcycle.text.reading.documents import FilePiece, Reading, find_pieces, first_row
 from upcycle.text.reading.file_kinds import Format
-from upcycle.trainers.data.file_checks import FileCheck, check_file
+from upcycle.trainers.data.file_checks import FileCheck, check_file_rows
 
 _WHOLE = 1 << 20  # bytes up to which a file is hashed as a whole; of larger ones, samples are
 _SAMPLES, _SAMPLE = 64, 1 << 14  # how many, and bytes of each
@@ -106,7 +106,7 @@ class LocalCorpus(Corpus):
         found = FileCheck()
         for piece in self._firsts:
             key = repr((str(piece.path.resolve()), _modified(piece.path), self._prints[piece.path], self._reading))
-            found += check_file(piece.path, piece.kind, self._reading, cache, key)
+            found += check_file_rows(piece.path, piece.kind, self._reading, cache, key)
         return found
 
     def documents(self, shard: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
-from upcycle.trainers.data.packing import Row, Rows, layout, pack
+from upcycle.trainers.data.packing import PackedRow, Rows, layout, pack_documents
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.recipe.data_recipe import Packing
 
@@ -110,7 +110,7 @@ class DomainRows:
                 found = found or len(block.order) > 0
                 number += 1
 
-    def row(self, cursor: Cursor) -> Row:
+    def row(self, cursor: Cursor) -> PackedRow:
         """Ids, positions and targets, ``[L]`` each, of the row at a position that :meth:`skip` returned."""
         block = self._block(cursor.epoch, cursor.block)
         assert block is not None
@@ -165,7 +165,7 @@ class DomainRows:
         begin = np.concatenate([(np.cumsum(s.lengths) - s.lengths)[k] for s, k in zip(shards, kept, strict=True)])
         lengths = np.concatenate([s.lengths[k] for s, k in zip(shards, kept, strict=True)])
         order = permutation(len(lengths), *key, "documents")
-        rows = pack(lengths[order], self._length, self._packing)
+        rows = pack_documents(lengths[order], self._length, self._packing)
         return _Block(shards, shard[order], begin[order], rows, permutation(len(rows), *key, "rows"))
 
     def _tokenise_ahead(self, epoch: int, number: int) -> None:
@@ -185,7 +185,7 @@ class DomainRows:
 
 def read_row(
     shards: list[TokenShard], shard: Any, begin: Any, rows: Rows, number: int, length: int, padding: int
-) -> Row:
+) -> PackedRow:
     """Ids, positions and targets of one packed row, ``[L]`` each.
 
     Args:

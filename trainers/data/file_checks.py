@@ -14,7 +14,7 @@ from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.output.locks import one_at_a_time
 from upcycle.text.reading.documents import FilePiece, Reading
-from upcycle.text.reading.file_kinds import Kind
+from upcycle.text.reading.file_kinds import FileKind
 
 _VERSION = "1"
 _SHOWN = 3  # broken rows that are named, at most
@@ -35,7 +35,7 @@ class FileCheck:
         return FileCheck(self.documents + other.documents, self.empty + other.empty, self.broken + other.broken, first)
 
 
-def check_file(path: Path, kind: Kind, reading: Reading, cache: Path, key: str) -> FileCheck:
+def check_file_rows(path: Path, kind: FileKind, reading: Reading, cache: Path, key: str) -> FileCheck:
     """Check every row of a file, once: the result is kept in ``cache``, and other processes wait for it.
 
     Args:
@@ -66,7 +66,7 @@ def check_file(path: Path, kind: Kind, reading: Reading, cache: Path, key: str) 
         return found
 
 
-def _look(path: Path, kind: Kind, reading: Reading) -> FileCheck:
+def _look(path: Path, kind: FileKind, reading: Reading) -> FileCheck:
     try:
         size = path.stat().st_size
         if kind == "text":

@@ -14,7 +14,7 @@ from upcycle.trainers.data.batches import PackedBatch
 _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
 
 
-def forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
+def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
     """A causal language model's output for a batch, whose documents do not see each other.
 
     Args:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from upcycle.trainers.recipe.data_recipe import Packing
 
 Int64 = NDArray[np.int64]
-Row = tuple[Int64, Int64, NDArray[np.bool_]]  # ids, positions and targets of one row, [L] each
+PackedRow = tuple[Int64, Int64, NDArray[np.bool_]]  # ids, positions and targets of one row, [L] each
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rows:
         return len(self.first) - 1
 
 
-def pack(lengths: Int64, row: int, how: Packing) -> Rows:
+def pack_documents(lengths: Int64, row: int, how: Packing) -> Rows:
     """Pack documents of ``lengths`` ``[N]``, in this order, into rows of ``row`` tokens; every token comes once.
 
     - ``concatenate``: one document after another, cut at every row's end; only the last row is not full.

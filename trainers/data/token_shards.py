@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.output.locks import one_at_a_time
 from upcycle.trainers.data.corpus import Corpus
+from upcycle.trainers.data.packing import Int64
 
 _FORMAT = "1"  # part of every key: raise it, and older shards are not read
 _TOGETHER = 1 << 19  # characters that are tokenised in one call
 
 Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 

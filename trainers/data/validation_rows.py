@@ -11,7 +11,7 @@ import numpy as np
 from upcycle.errors import UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
-from upcycle.trainers.data.packing import Row, pack
+from upcycle.trainers.data.packing import PackedRow, pack_documents
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 
 _NO_HASHES = np.empty(0, np.uint64)
@@ -28,7 +28,9 @@ def held_out_hashes(corpus: Corpus | None, cache: TokenCache) -> Hashes:
     return np.concatenate([_NO_HASHES, *(shard.hashes for shard in _shards(corpus, cache))])
 
 
-def split(domain: str, corpus: Corpus, files: Corpus | None, cache: TokenCache, fraction: float) -> HeldOut:
+def held_out_documents(
+    domain: str, corpus: Corpus, files: Corpus | None, cache: TokenCache, fraction: float
+) -> HeldOut:
     """Which documents of a domain are held out: those of ``files``, or else a fraction of all, chosen by their hash.
 
     A corpus that fits into one block has at least one document held out, the one with the smallest hash, and at least one to
@@ -67,7 +69,7 @@ def split(domain: str, corpus: Corpus, files: Corpus | None, cache: TokenCache, 
 
 def validation_rows(
     domain: str, corpus: Corpus, cache: TokenCache, held_out: HeldOut | None, tokens: int, length: int
-) -> list[Row]:
+) -> list[PackedRow]:
     """Rows of a domain's first ``tokens`` held-out tokens; the last row may be padded.
 
     Args:
@@ -105,7 +107,7 @@ def validation_rows(
     size = np.concatenate(lengths)
     last = tokens - int(size[:-1].sum())  # the last document is cut where the tokens are enough
     size[-1] = min(int(size[-1]), last)
-    rows = pack(size, length, "concatenate")
+    rows = pack_documents(size, length, "concatenate")
     return [
         read_row(shards, np.concatenate(chosen), np.concatenate(begins), rows, number, length, 0)
         for number in range(len(rows))

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from upcycle.files.formats.parsing import read_yaml
 from upcycle.plugins import StrictSettings
-from upcycle.trainers.demo.demo_text import Document, split
+from upcycle.trainers.demo.demo_text import Document, demo_documents
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -106,7 +106,7 @@ def learning_rate(step: int, recipe: DemoRecipe) -> float:
     return recipe.peak_learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: LlamaForCausalLM, windows: torch.Tensor, recipe: DemoRecipe) -> None:
+def train_demo_model(model: LlamaForCausalLM, windows: torch.Tensor, recipe: DemoRecipe) -> None:
     """Train ``model`` on all ``windows`` once, with AdamW in fp32."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -133,7 +133,7 @@ def main(recipe_path: str, out: str) -> None:
     recipe = DemoRecipe.model_validate(read_yaml(Path(recipe_path)))
     torch.manual_seed(recipe.seed)
     rng = torch.Generator().manual_seed(recipe.seed)
-    training, validation = split()
+    training, validation = demo_documents()
     tokenizer = train_tokenizer(training, recipe)
     windows = training_windows(training, tokenizer, recipe, rng)
     model = LlamaForCausalLM(
@@ -151,7 +151,7 @@ def main(recipe_path: str, out: str) -> None:
             pad_token_id=None,
         )
     )
-    train(model, windows, recipe)
+    train_demo_model(model, windows, recipe)
     folder = Path(out)
     model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

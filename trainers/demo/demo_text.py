@@ -33,7 +33,7 @@ class Document(NamedTuple):
     validation: bool
 
 
-def split() -> tuple[list[Document], list[Document]]:
+def demo_documents() -> tuple[list[Document], list[Document]]:
     """The training documents and the validation documents of the running interpreter, in a fixed order.
 
     Topics of the language reference quote one another (``compound`` holds the text of ``for``). So every long paragraph of a

@@ -107,7 +107,7 @@ def expert_target_losses(
         record, k = records[layer.index], layer.rule.top_k
         x, y = (part.detach().flatten(0, -2) for part in (record.inputs, record.outputs))
         logits = widened(layer.router(x)[0]) / unit
-        errors, norms = expert_outputs(layer, x, scale * k / layer.rule.experts * left_to_routed(layer, x, y))
+        errors, norms = expert_errors(layer, x, scale * k / layer.rule.experts * left_to_routed(layer, x, y))
         for name, of_layers in found.items():
             if name == "prior_approximate":
                 value = _prior(logits, errors, k)
@@ -134,7 +134,7 @@ def left_to_routed(layer: MoeLayer, x: torch.Tensor, output: torch.Tensor) -> to
 
 
 @torch.no_grad()
-def expert_outputs(layer: MoeLayer, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_errors(layer: MoeLayer, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every expert's mean squared error from ``target`` ``[T, D]`` and its output's norm, for inputs ``[T, D]``; ``[T, E]`` each."""
     experts: Any = layer.experts
     errors, norms = [], []

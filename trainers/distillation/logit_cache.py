@@ -87,7 +87,7 @@ class LogitCache:
             CheckpointError: a file of the cache is damaged.
             EnvironmentFault: a row cannot be written.
         """
-        return joined([self._row(_one(batch, row), run) for row in range(len(batch.ids))])
+        return joined_rows([self._row(_one(batch, row), run) for row in range(len(batch.ids))])
 
     def _row(self, row: PackedBatch, run: Callable[[PackedBatch], torch.Tensor]) -> TopLogits:
         path = self._path(row)
@@ -114,7 +114,7 @@ class LogitCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
 
-def joined(rows: Sequence[TopLogits]) -> TopLogits:
+def joined_rows(rows: Sequence[TopLogits]) -> TopLogits:
     """Several rows as one; those with fewer tokens per position are padded as :class:`TopLogits` describes."""
     width = max(row.tokens.shape[1] for row in rows)
     tokens, kept = [], []

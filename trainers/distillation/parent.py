@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.data.packed_attention import forward
+from upcycle.trainers.data.packed_attention import packed_forward
 from upcycle.trainers.distillation.expert_targets import FfnRecord, capture_ffns
 from upcycle.trainers.distillation.logit_cache import LogitCache
 from upcycle.trainers.distillation.losses import OutputRecord, capture_outputs, layer_outputs, parent_sizes
@@ -45,7 +45,7 @@ class Parent:
     @torch.no_grad()
     def logits(self, batch: PackedBatch, last: int = 0) -> torch.Tensor:
         """Logits ``[B, L, V]`` of a batch on the model's device, or ``[B, last, V]`` of its last positions alone."""
-        logits: torch.Tensor = forward(self.model, batch, last).logits
+        logits: torch.Tensor = packed_forward(self.model, batch, last).logits
         return logits
 
     def sizes(self, batch: PackedBatch) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from upcycle.errors import UsageError
 
 # model_type -> DeepSpeed's preset. Its "qwen3_moe" covers Qwen2-MoE, too: it knows both names of the shared expert.
-PRESETS = {
+AUTOEP_PRESETS = {
     "mixtral": "mixtral",
     "qwen2_moe": "qwen3_moe",
     "qwen3_moe": "qwen3_moe",
@@ -47,10 +47,10 @@ def check(model_type: str, experts: int, size: int, world_size: int) -> None:
     Raises:
         UsageError: with the reason.
     """
-    if model_type not in PRESETS:
+    if model_type not in AUTOEP_PRESETS:
         raise UsageError(
             f"expert_parallel {size}: {_REFUSED.get(model_type, _UNKNOWN)} ({model_type})",
-            hint=f"set expert_parallel to 1, or convert to one of {', '.join(PRESETS)}",
+            hint=f"set expert_parallel to 1, or convert to one of {', '.join(AUTOEP_PRESETS)}",
         )
     if experts % size:
         raise UsageError(f"expert_parallel {size} does not divide {experts} experts", hint="choose a divisor of both")
@@ -64,7 +64,7 @@ def configuration(model_type: str, size: int) -> dict[str, Any]:
     return {
         "enabled": True,
         "autoep_size": size,
-        "preset_model": PRESETS[model_type],
+        "preset_model": AUTOEP_PRESETS[model_type],
         "use_grouped_mm": torch.cuda.is_available(),
     }
 

@@ -53,10 +53,10 @@ def read_hosts(path: Path, nproc: int | None) -> list[Host]:
 
     Args:
         path: the file.
-        nproc: ranks on each machine; ``None``: as many as it has slots.
+        nproc: ranks on each machine; ``None``: as many as its line gives.
 
     Raises:
-        UsageError: the file is missing, empty or malformed, or a machine is listed twice or has fewer than ``nproc`` slots.
+        UsageError: the file is missing, empty or malformed, or a machine is listed twice or its line gives fewer than ``nproc`` ranks.
     """
     if not path.is_file():
         raise UsageError(f"no such host file: {path}", hint=_HINT)
@@ -77,7 +77,7 @@ def read_hosts(path: Path, nproc: int | None) -> list[Host]:
             )
         if nproc and nproc > host.ranks:
             raise UsageError(
-                f"{path}: {host.name} has {host.ranks} slots, and --nproc is {nproc}", hint="lower --nproc"
+                f"{path}: {host.name} has slots={host.ranks}, and --nproc is {nproc}", hint="lower --nproc"
             )
         found.append(Host(host.name, nproc or host.ranks))
     if not found:

@@ -68,7 +68,7 @@ class Local:
         self.process.wait()
 
 
-def launch(arguments: Sequence[str], nproc: int) -> int:
+def launch_ranks(arguments: Sequence[str], nproc: int) -> int:
     """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks on this machine; returns the exit code that :func:`wait` gives."""
     place = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     return wait(start_ranks(arguments, range(nproc), {**os.environ, **place}))

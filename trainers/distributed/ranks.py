@@ -129,7 +129,7 @@ def first_rank() -> bool:
 
 
 @contextmanager
-def joined(timeout: float) -> Iterator[Ranks]:
+def process_group(timeout: float) -> Iterator[Ranks]:
     """Join the process group of the launcher, or make one of this process alone, and leave it when the block ends.
 
     Raises:

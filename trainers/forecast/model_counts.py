@@ -10,7 +10,7 @@ from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import empty_model
 from upcycle.models.experts import use_experts
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
-from upcycle.trainers.optimizing.parameter_groups import Part, parts, select
+from upcycle.trainers.optimizing.parameter_groups import ParameterPart, parts, select
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 
@@ -23,7 +23,7 @@ class Weight:
 
     name: str
     elements: int
-    part: Part
+    part: ParameterPart
     trained: bool
     fetched_with: str
 

@@ -14,16 +14,16 @@ from upcycle.errors import UsageError
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
 
-Part = Literal["router", "experts", "rest"]
-PARTS: tuple[Part, ...] = ("router", "experts", "rest")
+ParameterPart = Literal["router", "experts", "rest"]
+PARTS: tuple[ParameterPart, ...] = ("router", "experts", "rest")
 
 
-def parts(model: nn.Module) -> dict[str, Part]:
+def parts(model: nn.Module) -> dict[str, ParameterPart]:
     """The part that each parameter of a model belongs to, by name; in a dense model all are ``rest``.
 
     Shared experts and a shared expert's gate are ``rest``: they are always active, as attention is.
     """
-    found: dict[str, Part] = {name: "rest" for name, _ in model.named_parameters()}
+    found: dict[str, ParameterPart] = {name: "rest" for name, _ in model.named_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer in moe_layers(model):
         for parameter in layer.router.parameters():
@@ -33,7 +33,7 @@ def parts(model: nn.Module) -> dict[str, Part]:
     return found
 
 
-def select(model: nn.Module, trained: Sequence[str]) -> dict[str, Part]:
+def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]:
     """Make exactly the parameters that ``trained`` names require gradients; returns their names and parts.
 
     Args:
@@ -71,7 +71,7 @@ def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]
         UsageError: no parameter requires gradients.
     """
     belongs = parts(model)
-    members: dict[tuple[Part, bool], list[torch.Tensor]] = defaultdict(list)
+    members: dict[tuple[ParameterPart, bool], list[torch.Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[belongs[name], parameter.ndim > 1].append(parameter)
@@ -94,7 +94,7 @@ def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]
     return made
 
 
-def _decay(parameters: GroupParameters, part: Part) -> float:
+def _decay(parameters: GroupParameters, part: ParameterPart) -> float:
     of_routers = parameters.router_weight_decay
     return of_routers if part == "router" and of_routers is not None else parameters.weight_decay
 

@@ -13,7 +13,7 @@ from upcycle.trainers.optimizing.parameter_groups import parts
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 
 UNTAUGHT = ("random", "zero", "cool")  # routers that were taught nothing
-LARGE = 0.1  # a step of this fraction of a weight's size: after a few of them, nothing is left of the weight
+LARGE_STEP = 0.1  # a step of this fraction of a weight's size: after a few of them, nothing is left of the weight
 SMALL = 0.01  # a step of this fraction is harmless
 
 
@@ -40,7 +40,7 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
         return None
     size = math.sqrt(sum(float(weight.detach().float().square().mean()) for weight in learning) / len(learning))
     step = rates.learning_rate * rates.router
-    if not size or step <= LARGE * size:
+    if not size or step <= LARGE_STEP * size:
         return None
     factor = 10 ** math.floor(math.log10(SMALL * size / rates.learning_rate))
     return (

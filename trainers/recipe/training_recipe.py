@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml
 from upcycle.plugins import StrictSettings
-from upcycle.recipe.conversion_recipe import explained, read_recipe
+from upcycle.recipe.conversion_recipe import read_recipe, recipe_error
 from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import LOSSES, suggestion
 from upcycle.trainers.recipe.data_recipe import DataRecipe, written_out
@@ -301,7 +301,7 @@ def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
     try:
         return TrainRecipe.model_validate(content)
     except ValidationError as error:
-        raise explained(error, where, TrainRecipe) from None
+        raise recipe_error(error, where, TrainRecipe) from None
 
 
 def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:

@@ -11,10 +11,10 @@ from torch import nn
 
 from upcycle.errors import UsageError
 
-Record = TypeVar("Record")
+Recorded = TypeVar("Recorded")
 
 
-class Recorder(Generic[Record]):
+class Recorder(Generic[Recorded]):
     """Records of one forward pass of ``model`` at a time, with the gradients they came with; a context manager.
 
     Only what runs inside ``model(...)`` is recorded. Activation checkpointing runs layers again in the backward pass,
@@ -23,14 +23,14 @@ class Recorder(Generic[Record]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._records: list[Record] = []
+        self._records: list[Recorded] = []
         self._open = self._gradients = False
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._start),
             model.register_forward_hook(self._stop, always_call=True),
         ]
 
-    def watch(self, module: nn.Module, record: Callable[[tuple[Any, ...], Any], Record]) -> None:
+    def watch(self, module: nn.Module, record: Callable[[tuple[Any, ...], Any], Recorded]) -> None:
         """Record ``record(inputs, output)`` whenever ``module`` runs within the model."""
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -45,7 +45,7 @@ class Recorder(Generic[Record]):
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def take(self) -> list[Record]:
+    def take(self) -> list[Recorded]:
         """The records of the last forward pass, in the order the modules ran; they are handed over and forgotten here."""
         taken, self._records = self._records, []
         return taken
@@ -57,7 +57,7 @@ class Recorder(Generic[Record]):
         self._handles.clear()
         self._records.clear()
 
-    def __enter__(self) -> Recorder[Record]:
+    def __enter__(self) -> Recorder[Recorded]:
         return self
 
     def __exit__(

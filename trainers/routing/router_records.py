@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from upcycle.trainers.distributed.expert_parallel import is_parallel, read_router
-from upcycle.trainers.routing.recorder import Record, Recorder
+from upcycle.trainers.routing.recorder import Recorded, Recorder
 from upcycle.trainers.routing.router_control import Noise, RouterControl
 from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, require_moe_layers, widened
 
@@ -99,15 +99,15 @@ def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., Rou
 
 
 def watch_router(
-    recorder: Recorder[Record],
+    recorder: Recorder[Recorded],
     block: nn.Module,
     router: nn.Module,
-    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Record],
+    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Recorded],
 ) -> None:
     """Record ``read(logits, weights, experts)`` of a router, ``[T, E]`` and twice ``[T, K]``, whoever made its ``block``."""
     of_parallel = read_router(block) if is_parallel(block) else None
 
-    def hook(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Record:
+    def hook(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Recorded:
         return read(*(of_parallel(output) if of_parallel else output))
 
     recorder.watch(router, hook)

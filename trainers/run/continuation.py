@@ -37,7 +37,7 @@ MAY_CHANGE = (
 _MISSING = "nothing"
 
 
-def identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
+def run_identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
     """What must be the same on all ranks: the fingerprint of the weights that a run began with, and keys of its recipe."""
     content = recipe.model_dump(mode="json")
     keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")

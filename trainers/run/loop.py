@@ -22,14 +22,14 @@ from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, pare
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
 from upcycle.trainers.data.batches import PackedBatch, check_data
-from upcycle.trainers.distributed.ranks import Ranks, first_rank, joined
+from upcycle.trainers.distributed.ranks import Ranks, first_rank, process_group
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
 from upcycle.trainers.optimizing.optimizers import set_rates
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.run.alarms import NanPolicy, expert_similarity
-from upcycle.trainers.run.continuation import Change, accepted_changes, consequence, identity
+from upcycle.trainers.run.continuation import Change, accepted_changes, consequence, run_identity
 from upcycle.trainers.run.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.run.run_folder import (
     check_run_folder,
@@ -92,7 +92,7 @@ def train(
     elif not isinstance(recipe, TrainRecipe):
         recipe = parse_train_recipe(dict(recipe), "recipe")
     first_says = say if first_rank() else _silent
-    with StopSignals(first_says) as signals, joined(recipe.timeout) as ranks:
+    with StopSignals(first_says) as signals, process_group(recipe.timeout) as ranks:
         return _Run(recipe, ranks, first_says, restart, signals).run()
 
 
@@ -109,7 +109,7 @@ class _Run:
         self.origin = locate(recipe.model).path
         self.tokenizer = tokenizer_of(self.origin)
         self._check_inputs()
-        self.identity = identity(recipe, self.origin)
+        self.identity = run_identity(recipe, self.origin)
         ranks.require_same("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
         ranks.require_same("versions", versions())
         self.progress = RunProgress(recipe, say, ranks.world_size)

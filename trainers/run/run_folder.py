@@ -19,10 +19,11 @@ from upcycle.files.output.ownership import (
     cannot_write,
     check_apart,
     check_output,
+    folder_kind,
     is_run,
-    kind_of,
     real_path,
 )
+from upcycle.files.records import RECIPE_FILE
 from upcycle.progress import Progress
 from upcycle.trainers.checkpoints.prepare_model import collect_small_files
 from upcycle.trainers.checkpoints.write import put_aside, remove_unfinished
@@ -32,7 +33,6 @@ from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.run_start import faults_together
 from upcycle.trainers.run.step_reports import LOG, Reports
 
-RECIPE_FILE = "recipe.yaml"
 MODEL_FOLDER = "model"  # what a run exports at its end
 
 
@@ -58,7 +58,7 @@ def _check_run_folder(real: Path, origin: Path, exports: bool) -> None:
     if real.exists() and not real.is_dir():
         raise UsageError(f"{real} is a file; a run needs a folder", hint="choose another output")
     if not is_run(real):
-        if kind_of(real) in ("result", "working"):
+        if folder_kind(real) in ("result", "working"):
             raise UsageError(f"{real} holds a model, not a training run", hint="choose another output")
         names = (RUN, RECIPE_FILE, LOG, CHECKPOINTS, MODEL_FOLDER)
         if taken := next((name for name in names if _holds_something(real / name)), None):

@@ -14,7 +14,7 @@ from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.trainers.checkpoints.dense_states import DenseStates
-from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare
+from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
@@ -72,7 +72,7 @@ class Stage:
         check_fits(self.model.config, tokenizer, recipe.length)
         leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
-        prepare(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
+        prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
         divided = recipe.expert_parallel > 1
         if divided and stage_recipe.control != ControlParameters():

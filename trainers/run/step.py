@@ -15,7 +15,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.data.packed_attention import forward
+from upcycle.trainers.data.packed_attention import packed_forward
 from upcycle.trainers.distillation.expert_targets import expert_target_losses
 from upcycle.trainers.distillation.losses import (
     OutputRecord,
@@ -187,7 +187,7 @@ class Stepper:
             for number, batch in enumerate(batches):
                 if survey.student:
                     self._announce(batch, number)
-                    forward(engine, batch, last=1)
+                    packed_forward(engine, batch, last=1)
                     terms = loss_terms(self.losses, self._read(self._routers()), batch.real)
                     sums.append(torch.cat([term.sums.double() for term in terms]))
                 if survey.parent and self.parent is not None:
@@ -217,7 +217,7 @@ class Stepper:
         self, engine: Any, batch: PackedBatch, weight: float, progress: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, list[RouterRecord]]:
         """The loss to differentiate, its other parts by name, next-token losses ``[B, L - 1]``, and the routers' records."""
-        logits = forward(engine, batch).logits
+        logits = packed_forward(engine, batch).logits
         nats = next_token_losses(logits, batch.ids) * batch.mask[:, 1:]
         distillation = self.parent.recipe if self.parent else None
         loss = nats.sum() * weight * (distillation.next_token if distillation else 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.data.packed_attention import forward
+from upcycle.trainers.data.packed_attention import packed_forward
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.losses.next_token import next_token_losses
 from upcycle.trainers.routing.router_control import RouterControl
@@ -37,7 +37,7 @@ def validate(
                 batch = on_device(batches[place if counts else 0], ranks.device)
                 if control is not None:
                     control.rows(batch.real)
-                logits = forward(engine, batch).logits
+                logits = packed_forward(engine, batch).logits
                 if counts:
                     mask = batch.mask[:, 1:]
                     nats += float((next_token_losses(logits, batch.ids) * mask).double().sum())

@@ -7,11 +7,13 @@ from typing import Any
 
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.folder_contents import shortened
-from upcycle.files.formats.settings import FLAG, NUMBER, PART, POSITIVE, SIZE, Kind, check_value, is_number
+from upcycle.files.formats.settings import FLAG, NUMBER, PART, POSITIVE, SIZE, ValueKind, check_value, is_number
 
-_FACTORS = Kind("a list of positive numbers", lambda v: isinstance(v, list) and all(is_number(n) and n > 0 for n in v))
+_FACTORS = ValueKind(
+    "a list of positive numbers", lambda v: isinstance(v, list) and all(is_number(n) and n > 0 for n in v)
+)
 # type -> what it must have, and what it may have
-_NEEDED: Mapping[str, Mapping[str, Kind]] = {
+_NEEDED: Mapping[str, Mapping[str, ValueKind]] = {
     "default": {},
     "linear": {"factor": POSITIVE},
     "dynamic": {"factor": POSITIVE},
@@ -19,7 +21,7 @@ _NEEDED: Mapping[str, Mapping[str, Kind]] = {
     "longrope": {"short_factor": _FACTORS, "long_factor": _FACTORS},
     "llama3": {"factor": POSITIVE, "low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE},
 }
-_OPTIONAL: Mapping[str, Kind] = {
+_OPTIONAL: Mapping[str, ValueKind] = {
     "rope_theta": POSITIVE,
     "partial_rotary_factor": PART,
     "factor": POSITIVE.optional,

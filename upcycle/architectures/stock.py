@@ -204,7 +204,7 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
 
 
-def load_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
+def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
     """The stock causal language model of a folder or ``.gguf`` file, on the CPU, as ``AutoModelForCausalLM`` loads it.
 
     Args:

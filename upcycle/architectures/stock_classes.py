@@ -10,7 +10,7 @@ import torch
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import build_config, empty_model
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 
 def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / LAYER_BLUEPRINTS / f"{layer:05d}.safetensors"
 
 
-def joined(job: ExpertJob, folder: Path) -> BlueprintFile | None:
+def joined_blueprint(job: ExpertJob, folder: Path) -> BlueprintFile | None:
     """The joined blueprint, or None: there is none yet, or it lacks layers of the job or is damaged, and is made again."""
     from upcycle.ffn.blueprint import BlueprintFile
 
@@ -47,7 +47,7 @@ def decided_layer(job: ExpertJob, folder: Path, layer: int) -> LayerBlueprint | 
     kept = layer_file(folder, layer)
     if kept.exists():
         return BlueprintFile(kept).layer(layer)
-    whole = joined(job, folder)
+    whole = joined_blueprint(job, folder)
     return whole.layer(layer) if whole else None
 
 
@@ -68,7 +68,7 @@ def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
     """
     from upcycle.ffn.blueprint import join_blueprints
 
-    if joined(job, folder) is None:
+    if joined_blueprint(job, folder) is None:
         parts = [layer_file(folder, layer) for layer in sorted(job.shape.moe_layers)]
         if lost := [path.name for path in parts if not path.exists()]:
             raise CheckpointError(f"{folder}: {lost[0]} of {LAYER_BLUEPRINTS} is missing", hint="--restart begins anew")

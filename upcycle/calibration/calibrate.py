@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from upcycle.calibration.blueprint_join import joined, layer_file
+from upcycle.calibration.blueprint_join import joined_blueprint, layer_file
 from upcycle.calibration.decide_layer import Decision, activations_of, decide, decide_layer, targets_of
 from upcycle.calibration.source_walks import SourceWalks, attend, feed
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
@@ -265,6 +265,6 @@ def calibrate(
     """
     reuse_freed_memory(REUSED_BYTES)
     calibration = Calibration(job, checkpoint, windows, folder, progress, samples)
-    if joined(job, folder) is None:  # else an earlier run was stopped after everything was decided
+    if joined_blueprint(job, folder) is None:  # else an earlier run was stopped after everything was decided
         calibration.run()
     return calibration.record

@@ -78,7 +78,7 @@ def chosen_license(id: str | None, name: str | None = None, link: str | None = N
     if known not in LICENSE_IDS:
         hint = "for a licence that it does not know: --license other --license-name NAME --license-link https://..."
         raise UsageError(
-            f"--license {id!r} is not a licence that the hub knows", hint=suggestion(known, LICENSE_IDS, hint)
+            f"--license {id!r} is not a licence that the hub knows", hint=license_suggestion(known, LICENSE_IDS, hint)
         )
     if known != OTHER and (name or link):
         raise UsageError(
@@ -97,7 +97,7 @@ def chosen_license(id: str | None, name: str | None = None, link: str | None = N
     return License(known, name.strip() if name else None, link)
 
 
-def suggestion(found: str, known: Iterable[str], otherwise: str) -> str:
+def license_suggestion(found: str, known: Iterable[str], otherwise: str) -> str:
     """Return a hint with the known names most like ``found``, if any, followed by ``otherwise``."""
     near = get_close_matches(found, sorted(known), n=3)
     return f"did you mean {' or '.join(near)}? {otherwise}" if near else otherwise

@@ -180,7 +180,7 @@ class MergedCheckpoint(JoinedCheckpoint):
         self.fingerprint = hashlib.sha256((self.fingerprint + self.store.fingerprint).encode()).hexdigest()
 
 
-def merged(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
+def weighted_mean(recipe: Recipe, base: DenseCheckpoint, parts: Mapping[DenseCheckpoint, float]) -> DenseCheckpoint:
     """Return the weighted mean of sources, or the source itself where only one has a weight other than 0.
 
     Raises:

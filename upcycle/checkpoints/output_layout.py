@@ -65,7 +65,7 @@ def shards_of(units: list[Unit], most_bytes: int) -> tuple[Shard, ...]:
     )
 
 
-def finite(entry: OutputEntry, block: torch.Tensor) -> torch.Tensor:
+def checked_finite(entry: OutputEntry, block: torch.Tensor) -> torch.Tensor:
     """Return a built block after checking it, as scaling or a refit can make weights too large for their dtype.
 
     Raises:

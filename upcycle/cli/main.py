@@ -10,7 +10,7 @@ import click
 
 from upcycle.cli.shared.output import flush_streams, prepare_streams, print_error, print_message, print_traceback
 from upcycle.errors import UpcycleError, UsageError
-from upcycle.hardware.child_processes import VARIABLE
+from upcycle.hardware.child_processes import SAFE_PATH_VARIABLE
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
 from upcycle.version import __version__
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
-    os.environ.setdefault(VARIABLE, "1")  # for processes that libraries start, such as compilers of kernels
+    os.environ.setdefault(SAFE_PATH_VARIABLE, "1")  # for processes that libraries start, such as compilers of kernels
     # Upcycle shows its own progress bars; the hub's would be drawn across them.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in arguments or bool(os.environ.get("UPCYCLE_DEBUG"))

@@ -24,7 +24,7 @@ from upcycle.files import records
 from upcycle.files.formats.parsing import dump_yaml, parse_yaml
 from upcycle.files.local_names import LocalNames
 from upcycle.files.output.ownership import check_apart, check_output
-from upcycle.files.output.workspace import Workspace, explained, sweep
+from upcycle.files.output.workspace import Workspace, explained_system_errors, sweep
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import peak_memory
 from upcycle.planning.cost import Plan
@@ -128,7 +128,7 @@ def run_recipe(
     identity = conversion_record.fingerprint(job, checkpoint, blueprint, tokens.ids)
     settings = recipe.verification.model_dump()
     with (
-        explained(out),
+        explained_system_errors(out),
         Workspace(out, identity, overwrite, restart, settings=settings, note=progress.note) as workspace,
     ):
         if not workspace.finished:
@@ -145,7 +145,7 @@ def run_recipe(
             checkpoint.check_unchanged()
             _warn_of_degenerate_rows(_write_companions(job, checkpoint, workspace.folder), progress)
             sweep(workspace.folder)
-            conversion_record.write(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
+            conversion_record.write_record(workspace.folder, job, made, checkpoint, hashes, calibration, merging)
             verification = _verify(job, checkpoint, workspace.folder, judged, progress)
             checkpoint.check_unchanged()
         else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.conversion.job import ConversionJob
 from upcycle.conversion.jobs import job_for
-from upcycle.files.measured import Measured
+from upcycle.files.measured import MeasurementCache
 from upcycle.files.names import MEASURED
 from upcycle.methods.base import AnyMethod
 from upcycle.methods.mixing.base import mixing
@@ -42,7 +42,7 @@ def decide_merges(
     """
     mixes = mixing(method)
     assert mixes is not None, "only methods that mix can be undecided"
-    decided = mixes.decide(checkpoint, recipe, windows, Measured(folder / MEASURED), progress)
+    decided = mixes.decide(checkpoint, recipe, windows, MeasurementCache(folder / MEASURED), progress)
     assert decided is not None, "only methods that say so are asked"
     coefficients, report = decided
     recipe = recipe.model_copy(update={"parameters": {**recipe.parameters, "coefficients": coefficients}})

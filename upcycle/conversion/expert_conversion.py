@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from upcycle.calibration.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
 from upcycle.calibration.decide_layer import decide
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
-from upcycle.checkpoints.output_layout import OutputEntry, Unit, finite
+from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.job import TokensRead
 from upcycle.conversion.threads import torch_threads
 from upcycle.errors import UsageError
@@ -20,7 +20,7 @@ from upcycle.methods.base import AnyMethod
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.from_configs import describe_dense
 from upcycle.planning.open_sources import mix_of
-from upcycle.planning.prepare_experts import prepare
+from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -47,7 +47,7 @@ class ExpertConversion(ExpertJob):
     def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
         """Plan a recipe on an opened dense model, or several."""
         assert isinstance(checkpoint, DenseCheckpoint)
-        return prepare(
+        return prepare_experts(
             cls,
             recipe,
             method,
@@ -63,7 +63,7 @@ class ExpertConversion(ExpertJob):
     def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
         """Plan a recipe from its sources' ``config.json`` alone."""
         found = describe_dense(recipe, method)
-        return prepare(cls, recipe, method, found.family, found.dense, found.specs, mix=found.mix)
+        return prepare_experts(cls, recipe, method, found.family, found.dense, found.specs, mix=found.mix)
 
     def given(self, blueprint: Path) -> Self:
         """Return the job with every layer decided by a saved blueprint.
@@ -175,4 +175,4 @@ class ExpertConversion(ExpertJob):
 def _built(entry: OutputEntry, experts: ExpertTensors) -> Iterator[torch.Tensor]:
     """The blocks of a tensor that no source has."""
     assert entry.built is not None
-    return (finite(entry, experts.part(part)) for part in entry.built.parts)
+    return (checked_finite(entry, experts.part(part)) for part in entry.built.parts)

@@ -38,7 +38,7 @@ def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None,
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write(
+def write_record(
     folder: Path,
     job: PlannedJob,
     plan: Plan,

@@ -24,7 +24,7 @@ from upcycle.hardware.memory import available_memory
 from upcycle.planning.cost import Plan
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import method_of
-from upcycle.planning.prepare_experts import prepare
+from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import CalibrationRecipe, parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
@@ -221,7 +221,7 @@ class _Options:
         checkpoint = self._checkpoint
         parsed = parse_recipe({"source": self._source, **recipe}, "compare")
         dense = (checkpoint.family, checkpoint.config, checkpoint.store.specs, checkpoint.has_tokenizer)
-        return prepare(ExpertJob, parsed, method_of(parsed), *dense)
+        return prepare_experts(ExpertJob, parsed, method_of(parsed), *dense)
 
     def command(self, candidate: Candidate) -> str:
         """Return the command that converts as a candidate does."""

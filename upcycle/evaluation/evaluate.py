@@ -23,7 +23,7 @@ from upcycle.text.held_out import unseen
 from upcycle.text.reading.plain_text import DEMO_TEXTS
 from upcycle.text.windows import encode
 from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_counts
-from upcycle.verification.verdict import finite, perplexity_of
+from upcycle.verification.verdict import json_numbers, perplexity_of
 
 _BATCH_LOGIT_BYTES = 1 << 28
 
@@ -60,7 +60,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
-        content: dict[str, Any] = finite(asdict(self))
+        content: dict[str, Any] = json_numbers(asdict(self))
         return content
 
 

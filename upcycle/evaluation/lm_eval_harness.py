@@ -17,7 +17,7 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.evaluation.task_folder import checked_tasks, write_tasks
 from upcycle.files.output.scratch import scratch
 
-MISSING_EXTRA = "pip install 'upcycle[tasks]'"
+INSTALL_TASKS = "pip install 'upcycle[tasks]'"
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def guarded() -> Iterator[None]:
         EnvironmentFault: the extra ``tasks`` is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise EnvironmentFault("tasks need lm-eval, which is not installed", hint=MISSING_EXTRA)
+        raise EnvironmentFault("tasks need lm-eval, which is not installed", hint=INSTALL_TASKS)
     import datasets
     import evaluate as hub_metrics
     from jinja2.sandbox import SandboxedEnvironment
@@ -93,7 +93,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> list[tuple[Any, Any
             found = dict.fromkeys(matching, manager) | found
         loaded: list[tuple[Any, Any]] = []
         for name, manager in found.items():
-            with explained(f"the task '{name}' cannot be loaded", name):
+            with explained_harness_errors(f"the task '{name}' cannot be loaded", name):
                 tasks = manager.load([name])
             groups = [group for group in tasks.get("groups", {}).values() if group.name == name]
             loaded += [(manager, task) for task in groups or tasks["tasks"].values()]
@@ -107,7 +107,7 @@ def _unknown(name: str, known: Sequence[str], folder: Path | None) -> UsageError
 
 
 @contextmanager
-def explained(what: str, task: str) -> Iterator[None]:
+def explained_harness_errors(what: str, task: str) -> Iterator[None]:
     """Turn what the harness and its datasets raise in the ``with`` block into upcycle's errors.
 
     Raises:

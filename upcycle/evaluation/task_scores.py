@@ -11,7 +11,7 @@ from typing import Any
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.evaluation.lm_eval_harness import explained, guarded, load_tasks
+from upcycle.evaluation.lm_eval_harness import explained_harness_errors, guarded, load_tasks
 from upcycle.files.locate import locate
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
@@ -136,7 +136,7 @@ def _scores_of(
         adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         for manager, task in tasks:
             title = getattr(task, "name", None) or task.task_name
-            with explained(f"the task '{title}' failed", title):
+            with explained_harness_errors(f"the task '{title}' failed", title):
                 scores += _read(ask(adapter, manager, task), progress)
             progress.advance()
     return scores

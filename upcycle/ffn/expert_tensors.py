@@ -14,7 +14,7 @@ import torch
 from upcycle.errors import RefusalError
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.ffn.form import MATRICES, Matrix
+from upcycle.ffn.form import MATRICES, MatrixName
 from upcycle.ffn.moe_shape import Part
 from upcycle.ffn.random_weights import redrawn
 
@@ -177,9 +177,9 @@ class ExpertTensors:
         return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
 
 
-def _matrix(name: str) -> Matrix:
+def _matrix(name: str) -> MatrixName:
     """The projection that ``name`` is, or is the bias of."""
-    return cast(Matrix, name.removesuffix(_BIAS))
+    return cast(MatrixName, name.removesuffix(_BIAS))
 
 
 def _times(weight: torch.Tensor, factor: float) -> torch.Tensor:

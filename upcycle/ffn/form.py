@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Matrix = Literal["gate", "up", "down"]
-MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")  # as the rows of ExpertSpec.fresh and the powers of a spread
+MatrixName = Literal["gate", "up", "down"]
+MATRICES: tuple[MatrixName, ...] = ("gate", "up", "down")  # as the rows of ExpertSpec.fresh and the powers of a spread
 # The p for which act(s z) = s**p act(z) for every s > 0; no other activation has one.
 _DEGREES: Mapping[str, int] = {"relu": 1, "relu2": 2}
 
@@ -23,15 +23,15 @@ class FfnForm:
 
     activation: str = "silu"
     gated: bool = True
-    biases: frozenset[Matrix] = frozenset()
+    biases: frozenset[MatrixName] = frozenset()
 
     @property
-    def matrices(self) -> tuple[Matrix, ...]:
+    def matrices(self) -> tuple[MatrixName, ...]:
         """The projections that exist, in the order of :data:`MATRICES`."""
         return MATRICES if self.gated else MATRICES[1:]
 
     @property
-    def activated(self) -> Matrix:
+    def activated(self) -> MatrixName:
         """The projection whose output goes through the activation."""
         return self.matrices[0]
 

@@ -27,7 +27,7 @@ from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.ffn.router_capture import of_largest
 
-STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+REFIT_STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def fit_down(start: Applied, active: ExpertActivations, targets: Iterable[torch.
     if not sums.finite:
         raise _not_finite(active.layer)
     before = sums.subtract(start.down.T.double())
-    choice = sums.best(STRENGTHS)
+    choice = sums.best(REFIT_STRENGTHS)
     solution = sums.solve(choice.strength, condition=True)
     report = Refit(before, before * choice.held_out_loss, choice.strength, solution.condition)
     return start.down + solution.weights.T.float(), report

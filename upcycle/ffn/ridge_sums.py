@@ -27,7 +27,7 @@ class RidgeSolution(NamedTuple):
     condition: float | None
 
 
-class Choice(NamedTuple):
+class ChosenStrength(NamedTuple):
     """A strength and the squared error it leaves on held-out tokens, as a share of the targets' squares."""
 
     strength: float
@@ -191,7 +191,7 @@ class RidgeSums:
         """Return the squared error of fp64 ``weights`` ``[M, N]`` over the targets' squares, on held-out tokens if there are any."""
         return (self._held_out or self._train).loss(weights)
 
-    def best(self, strengths: Sequence[float] = STRENGTHS) -> Choice:
+    def best(self, strengths: Sequence[float] = STRENGTHS) -> ChosenStrength:
         """Choose the strength whose fit to the other tokens has the least loss on held-out ones; among equals the strongest.
 
         The loss falls and then rises as the ridge weakens, so the search begins in the middle and goes where it falls.
@@ -213,7 +213,7 @@ class RidgeSums:
             best -= 1
         while best + 1 < len(ordered) and loss(best + 1) < loss(best):
             best += 1
-        return Choice(ordered[best], self.loss(self.solve(ordered[best], everything=False).weights))
+        return ChosenStrength(ordered[best], self.loss(self.solve(ordered[best], everything=False).weights))
 
     def _projected(self, targets: int) -> RidgeSums:
         """Return the regression of ``targets`` random combinations of the targets, or this one if it has no more of them.

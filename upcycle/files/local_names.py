@@ -1,8 +1,8 @@
 """Keeps this machine's paths out of what is published about a model, and remembers them beside it.
 
-Records hold names: a hub repository's, or that of a folder or file without the folders around it. The paths that these names stand
-for on this machine are in :data:`FILE`, which :func:`upcycle.publishing.publishable_files.publishable` never sends. A model from
-another machine lacks that file; there the user names the path with ``--source``.
+Records hold names: a hub repository's, or that of a folder or file without the folders around it. The paths that these names
+stand for on this machine are in :data:`LOCAL_NAMES_FILE`, which :func:`upcycle.publishing.publishable_files.publishable` never
+sends. A model from another machine lacks that file; there the user names the path with ``--source``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from upcycle.files.formats.parsing import read_json
 from upcycle.files.private_text import path_in_value
 from upcycle.files.user_paths import user_path
 
-FILE = ".upcycle-local.json"
+LOCAL_NAMES_FILE = ".upcycle-local.json"
 # Names of the embedded model and texts, which no path may be given.
 _TAKEN = ("demo", "prose", "code")
 # Keys whose values are prompts and never paths.
@@ -59,7 +59,7 @@ class LocalNames:
         """Write names and absolute paths into ``folder``, marked as belonging to ``recipe``, the text of its recipe.yaml."""
         absolute = {name: str(user_path(path).absolute()) for name, path in self.paths.items()}
         content = {"about": _hash(recipe.encode()), "paths": absolute}
-        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / LOCAL_NAMES_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def without_paths(content: Any) -> Any:
@@ -67,9 +67,9 @@ def without_paths(content: Any) -> Any:
     return LocalNames.of(content).published(content)
 
 
-def without_folders(content: Any) -> Any:
+def records_without_folders(content: Any) -> Any:
     """Return records with names in place of paths, also of those inside sentences."""
-    return _replaced(without_paths(content), private_text.without_folders)
+    return _replaced(without_paths(content), private_text.text_without_folders)
 
 
 def here(folder: Path, content: Any) -> Any:
@@ -79,7 +79,7 @@ def here(folder: Path, content: Any) -> Any:
 
 
 def _remembered(folder: Path) -> dict[str, str]:
-    recipe, file = folder / "recipe.yaml", folder / FILE
+    recipe, file = folder / "recipe.yaml", folder / LOCAL_NAMES_FILE
     if not (recipe.is_file() and file.is_file()):
         return {}
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from upcycle.files.formats.parsing import read_lines
 
 
-class Measured:
+class MeasurementCache:
     """Measures each key once and keeps the result as a JSON line in the file ``path``."""
 
     def __init__(self, path: Path) -> None:

@@ -137,7 +137,7 @@ def path_in_value(value: str) -> Finding | None:
     return Finding("a folder of a machine", value) if plain and value.strip("/~") and "\n" not in value else None
 
 
-def without_folders(text: str) -> str:
+def text_without_folders(text: str) -> str:
     """Return a text in which every path is cut down to its last part."""
     return _WINDOWS.sub(lambda match: _last(match[0]), _PATH.sub(lambda match: _last(match[1]), text))
 

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.settings import MAPPING, NAME, NAMES, Kind, check_value
+from upcycle.files.formats.settings import MAPPING, NAME, NAMES, ValueKind, check_value
 
-_HASHES = Kind(
+_HASHES = ValueKind(
     "a mapping of file names to SHA-256 hashes",
     lambda v: isinstance(v, Mapping) and all(isinstance(k, str) and isinstance(h, str) for k, h in v.items()),
 )
-_SOURCES = Kind(
+_SOURCES = ValueKind(
     "a list of mappings with a name",
     lambda v: isinstance(v, list) and all(isinstance(s, Mapping) and isinstance(s.get("name"), str) for s in v),
 )
-_VERSIONS = Kind(
+_VERSIONS = ValueKind(
     "a mapping of packages to versions",
     lambda v: isinstance(v, Mapping) and all(isinstance(version, str) for version in v.values()),
 )
 # Key -> what its value must be; a dot leads into a mapping. Keys that are not listed are only shown to users.
-_REQUIRED: Mapping[str, Kind] = {
+_REQUIRED: Mapping[str, ValueKind] = {
     "versions": _VERSIONS,
     "versions.upcycle": NAME,
     "versions.transformers": NAME,
@@ -41,7 +41,7 @@ _REQUIRED: Mapping[str, Kind] = {
     "plan.warnings": NAMES,
     "files": _HASHES,
 }
-_OPTIONAL: Mapping[str, Kind] = {
+_OPTIONAL: Mapping[str, ValueKind] = {
     "source.revision": NAME.optional,
     "sources": _SOURCES.optional,
     "router": MAPPING.optional,

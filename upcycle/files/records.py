@@ -13,7 +13,7 @@ from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.hashing import hash_file
-from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import LOCAL_NAMES_FILE as LOCAL_FILE
 from upcycle.files.local_names import without_paths
 from upcycle.files.names import LOCKS, RECORD, UNFINISHED
 from upcycle.files.record_shape import check_record

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-VARIABLE = "PYTHONSAFEPATH"
+SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
 # sys is part of the interpreter: importing it looks into no folder.
 _CLEAN = "import sys; sys.path[:] = [place for place in sys.path if place]; import runpy; "
 
@@ -36,9 +36,9 @@ def engine_environment() -> dict[str, str]:
 
     Start it with :func:`run_script`, or in an empty folder.
     """
-    return {key: value for key, value in os.environ.items() if key != VARIABLE}
+    return {key: value for key, value in os.environ.items() if key != SAFE_PATH_VARIABLE}
 
 
 def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """``environment`` (by default this process') with ``PYTHONSAFEPATH`` set."""
-    return {**(os.environ if environment is None else environment), VARIABLE: "1"}
+    return {**(os.environ if environment is None else environment), SAFE_PATH_VARIABLE: "1"}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
-Kind = Literal["copies", "partition", "overlap", "growth"]
+MethodKind = Literal["copies", "partition", "overlap", "growth"]
 
 
 class AnyMethod(ABC):
@@ -43,7 +43,7 @@ class AnyMethod(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str | None]
-    kind: Kind
+    kind: MethodKind
     takes: ClassVar[Literal["dense", "moe"]] = "dense"
     calibrated: ClassVar[bool] = False
     takes_sources: ClassVar[bool] = False
@@ -176,7 +176,7 @@ class Partition(Method):
     shared.
     """
 
-    kind: Kind = "partition"
+    kind: MethodKind = "partition"
 
     @abstractmethod
     def labels(

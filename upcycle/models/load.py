@@ -48,7 +48,7 @@ def load_model(
     elif not training:
         _check_memory(path, str(source), dtype)
     wanted = "auto" if isinstance(dtype, str) else dtype
-    model = stock.load_model(path, wanted, surplus=not (training or path.is_file()))
+    model = stock.load_stock_model(path, wanted, surplus=not (training or path.is_file()))
     if device is not None:
         model.to(device)
     model.train(training)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from upcycle.architectures.module_paths import ModulePaths, find_module_paths
-from upcycle.architectures.stock import build_config, clean_file, empty_model, load_model, quiet_transformers
+from upcycle.architectures.stock import build_config, clean_file, empty_model, load_stock_model, quiet_transformers
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.first_calls import settle_code_paths
@@ -173,7 +173,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
         read = [layers_of(part, outside=outside) for part, _ in parts]
         return MeanLayers(read, [weight for _, weight in parts], rounding, outside)
     if checkpoint.source.path.is_file():
-        whole = WholeLayers(load_model(checkpoint.source.path, torch.float32).eval())
+        whole = WholeLayers(load_stock_model(checkpoint.source.path, torch.float32).eval())
         for index in (None, *range(len(_layers(whole.model)))):
             round_weights(whole.model, index, rounding)
         return whole
@@ -189,7 +189,7 @@ def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
         for index in range(len(_layers(layers.model))):
             layers.load(index)
         return layers.model
-    model = load_model(checkpoint.source.path, torch.float32, surplus=True).eval()
+    model = load_stock_model(checkpoint.source.path, torch.float32, surplus=True).eval()
     if dtype is not None:
         for index in (None, *range(len(_layers(model)))):
             round_weights(model, index, partial(_rounded, checkpoint, dtype))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.module_paths import find_module_paths
-from upcycle.architectures.stock import build_config, empty_model, load_model
-from upcycle.architectures.stock_classes import State
+from upcycle.architectures.stock import build_config, empty_model, load_stock_model
+from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
 from upcycle.models.experts import use_eager_experts
 from upcycle.models.first_calls import settle_code_paths
@@ -19,7 +19,7 @@ from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, l
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 
-Reader = Callable[[int | None], State]
+Reader = Callable[[int | None], StateDict]
 
 
 class StockModel:
@@ -61,7 +61,7 @@ class StockModel:
         return result
 
 
-def skeleton(config: Mapping[str, Any], outside: State) -> Any:
+def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     """The stock class of ``config`` in fp32, its decoder layers without weights, ``outside`` in place around them.
 
     Raises:
@@ -83,7 +83,7 @@ def skeleton(config: Mapping[str, Any], outside: State) -> Any:
     return model
 
 
-def fill(layer: torch.nn.Module, prefix: str, state: State) -> None:
+def fill(layer: torch.nn.Module, prefix: str, state: StateDict) -> None:
     """Give one decoder layer its weights: ``state`` by name in the model, where all names begin with ``prefix`` and a dot.
 
     Raises:
@@ -114,7 +114,7 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
     """A function that reads a layer's weights, or (None) those outside the layers: rounded to ``dtype``, then fp32."""
     family, config = checkpoint.family, checkpoint.config
 
-    def read(layer: int | None) -> State:
+    def read(layer: int | None) -> StateDict:
         return {name: checkpoint.read(name, dtype).float() for name in family.stored_specs(config, layer)}
 
     return read
@@ -123,6 +123,6 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
 def folder_model(folder: Path, streamed: bool) -> StockModel:
     """Load a folder that this tool wrote as every user would, or stream it with the same code of transformers."""
     if not streamed:
-        return StockModel(load_model(folder, torch.float32))
+        return StockModel(load_stock_model(folder, torch.float32))
     layers = FolderLayers(folder)
     return StockModel(layers.model, layers)

@@ -286,11 +286,11 @@ def calibration_memory(job: ExpertJob) -> int:
     dense, layer = job.dense, job.shape.moe_layers[0]
     weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
     d, width = dense.hidden_size, dense.intermediate_size
-    slots = 0 if job.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
-    batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, slots))
+    neurons = 0 if job.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
+    batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, neurons))
     kept = 0 if job.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
     # fp64: sums of train and held-out tokens, their total, and what a solution takes: a copy, its factor, products.
-    fit = 12 * slots * (slots + d) if job.refit == "down" else 2 * slots * d
+    fit = 12 * neurons * (neurons + d) if job.refit == "down" else 2 * neurons * d
     compared = 0
     if job.method.calibrated and job.members:
         # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.

@@ -17,7 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
-from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece
+from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Piece
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import RESIDENT_BYTES, Plan, file_warnings, files_of
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
@@ -250,7 +250,7 @@ def decided_growth(job: G, folder: Path) -> G:
     return job if experts is None else _chosen(job, {int(layer): tuple(taken) for layer, taken in experts.items()})
 
 
-def _chosen(job: G, choice: Choice) -> G:
+def _chosen(job: G, choice: CopiedExperts) -> G:
     grown = job.method.grow(job.source, job.recipe, choice)
     return replace(job, grown=grown, shards=_shards(job.recipe, job.source, grown))
 

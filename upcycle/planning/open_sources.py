@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.checkpoints.licenses import license_record
-from upcycle.checkpoints.merged_checkpoint import merged
+from upcycle.checkpoints.merged_checkpoint import weighted_mean
 from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
 from upcycle.errors import UsageError
 from upcycle.files.locate import is_local
@@ -50,7 +50,7 @@ def mix_sources(
     merges = method.merges
     weights, members = mixing_weights(recipe, merges), list(sources)
     if merges is not None:
-        members = [merged(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
+        members = [weighted_mean(recipe, base, dict(zip(sources, row, strict=True))) for row in merges]
     mixed = MixedCheckpoint(
         base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources, method.experts_only
     )

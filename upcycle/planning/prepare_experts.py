@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 J = TypeVar("J", bound=ExpertJob)
 
 
-def prepare(
+def prepare_experts(
     kind: type[J],
     recipe: Recipe,
     method: AnyMethod,

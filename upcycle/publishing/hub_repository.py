@@ -54,7 +54,7 @@ def check_revision(revision: str) -> None:
 
 
 @dataclass(frozen=True)
-class State:
+class RevisionState:
     """Holds a revision's commit and the object id of each of its files (SHA-256 of large files, git's SHA-1 of small ones)."""
 
     sha: str
@@ -73,7 +73,7 @@ class Repository:
         self._api, self._hub, self._progress = api, hub, progress
         self.name = hub.repo
 
-    def look(self, revision: str | None = None) -> State | None:
+    def look(self, revision: str | None = None) -> RevisionState | None:
         """Return what a revision holds; None where there is no such repository or revision.
 
         Raises:
@@ -89,7 +89,7 @@ class Repository:
                     raise
                 return None
         files = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id or "" for file in info.siblings or []}
-        return State(info.sha or "", bool(info.private), files)
+        return RevisionState(info.sha or "", bool(info.private), files)
 
     def create(self, private: bool) -> None:
         """Create the repository."""
@@ -102,7 +102,7 @@ class Repository:
         with self._hub.explained(f"create the branch {branch}"):
             patiently(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True), self._progress)
 
-    def text(self, name: str, state: State) -> str:
+    def text(self, name: str, state: RevisionState) -> str:
         """Return the text of a small file in the repository; empty where there is no such file."""
         if name not in state.files:
             return ""
@@ -110,7 +110,7 @@ class Repository:
             path = self._api.hf_hub_download(self.name, name, revision=state.sha, local_dir=folder)
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
-    def record(self, name: str, state: State) -> dict[str, Any]:
+    def record(self, name: str, state: RevisionState) -> dict[str, Any]:
         """Return a JSON object in the repository; empty where there is no such file."""
         try:
             found = parse_json(self.text(name, state) or "{}", name)
@@ -159,10 +159,10 @@ class Repository:
     def commit(
         self,
         operations: Sequence[CommitOperationAdd | CommitOperationDelete],
-        parent: State,
+        parent: RevisionState,
         message: str,
         revision: str | None,
-        arrived: Callable[[State], bool],
+        arrived: Callable[[RevisionState], bool],
     ) -> str:
         """Make one commit on top of ``parent``, and return its id.
 
@@ -195,7 +195,7 @@ class Repository:
     def propose(
         self,
         operations: Sequence[CommitOperationAdd | CommitOperationDelete],
-        parent: State,
+        parent: RevisionState,
         message: str,
         revision: str | None,
     ) -> tuple[str, str, str]:
@@ -220,7 +220,7 @@ class Repository:
         return str(info.oid), without_password(str(info.pr_url)), str(info.pr_revision)
 
     def _commit(
-        self, operations: Sequence[Any], parent: State, message: str, revision: str | None, create_pr: bool
+        self, operations: Sequence[Any], parent: RevisionState, message: str, revision: str | None, create_pr: bool
     ) -> Any:
         return self._api.create_commit(
             self.name,

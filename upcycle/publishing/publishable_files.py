@@ -10,7 +10,7 @@ from typing import Any
 from upcycle.errors import CheckpointError, UsageError, VerificationError
 from upcycle.files import records
 from upcycle.files.links import inside
-from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import LOCAL_NAMES_FILE as LOCAL_FILE
 from upcycle.files.names import UNFINISHED
 from upcycle.files.output.ownership import INSIDE, real_path, working_folder
 from upcycle.files.output.workspace import settle

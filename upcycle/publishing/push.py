@@ -25,7 +25,7 @@ from upcycle.files.records import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION
 from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
 from upcycle.publishing.hub_errors import Hub, from_environment
-from upcycle.publishing.hub_repository import Repository, State, check_repo_name, check_revision, operation_of
+from upcycle.publishing.hub_repository import Repository, RevisionState, check_repo_name, check_revision, operation_of
 from upcycle.publishing.model_card import make_card
 from upcycle.publishing.private_files import check_private
 from upcycle.publishing.publishable_files import REPORTS, Publishable, publishable
@@ -162,7 +162,7 @@ def push(
         repository.check_card(card)
         if there is None:
             repository.create(private)
-            there = repository.look() or State("", private, {})
+            there = repository.look() or RevisionState("", private, {})
         if revision and not on_branch:
             repository.create_branch(revision)
         made = _publish(repository, made, files, there, create_pr, progress)
@@ -177,7 +177,7 @@ save_to_hub = push
 
 
 def _publish(
-    repository: Repository, made: Push, files: list[Upload], there: State, create_pr: bool, progress: Progress
+    repository: Repository, made: Push, files: list[Upload], there: RevisionState, create_pr: bool, progress: Progress
 ) -> Push:
     """Send the files that the repository does not have, and commit them."""
     missing = [file for file in files if not there.has(file)]
@@ -192,7 +192,7 @@ def _publish(
             progress.advance()
     deletions = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in gone]
 
-    def complete(state: State) -> bool:
+    def complete(state: RevisionState) -> bool:
         return all(map(state.has, files)) and not set(gone) & set(state.files)
 
     message = f"Upload a model by upcycle {__version__}"
@@ -253,7 +253,7 @@ def _connect(repo: str, endpoint: str | None, dry_run: bool, progress: Progress)
 
 def _look(
     repository: Repository, revision: str | None, create_pr: bool, dry_run: bool, progress: Progress
-) -> tuple[State | None, bool]:
+) -> tuple[RevisionState | None, bool]:
     """Return what the repository holds, and whether that is the wanted branch; if not, the branch will be created from it."""
     try:
         there = repository.look(revision)
@@ -272,7 +272,7 @@ def _look(
     return there, found
 
 
-def _check_contents(there: State, repo: str, private: bool, overwrite: bool) -> None:
+def _check_contents(there: RevisionState, repo: str, private: bool, overwrite: bool) -> None:
     """Refuse to publish into a repository that the user cannot mean.
 
     Raises:
@@ -291,7 +291,7 @@ def _check_contents(there: State, repo: str, private: bool, overwrite: bool) -> 
         )
 
 
-def _deletions(files: list[Upload], repository: Repository, there: State, overwrite: bool) -> list[PushedFile]:
+def _deletions(files: list[Upload], repository: Repository, there: RevisionState, overwrite: bool) -> list[PushedFile]:
     """Return the files of an earlier model, which must not stay beside the new one; with ``overwrite``, all other files, too."""
     ours = repository.record(FILE, there).get("files")
     candidates = {VERIFICATION_FILE, EVALUATION_FILE, *REPORTS, *(ours if isinstance(ours, dict) else ())}
@@ -301,7 +301,7 @@ def _deletions(files: list[Upload], repository: Repository, there: State, overwr
     return [PushedFile(name, 0, "deleted") for name in sorted(names)]
 
 
-def _status(file: Upload, there: State | None) -> str:
+def _status(file: Upload, there: RevisionState | None) -> str:
     if there is None or file.name not in there.files:
         return "new"
     return "unchanged" if there.has(file) else "changed"

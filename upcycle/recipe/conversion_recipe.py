@@ -278,7 +278,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise explained(error, where) from None
+        raise recipe_error(error, where) from None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -320,10 +320,10 @@ def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise explained(error, where, model) from None
+        raise recipe_error(error, where, model) from None
 
 
-def explained(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
+def recipe_error(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
     """Return the error for a mapping that is not a valid ``model``; the message names the key, and ``where`` it is."""
     found = error.errors(include_url=False)
     # A misspelt key is reported as unknown and the right one as missing; the former says more.

@@ -12,7 +12,7 @@ from upcycle.files.locate import is_local
 from upcycle.files.user_paths import user_path
 
 Verb = Literal["convert", "train"]
-VERBS: tuple[Verb, ...] = ("convert", "train")
+RECIPE_VERBS: tuple[Verb, ...] = ("convert", "train")
 _SUFFIXES = (".yaml", ".yml")
 _NO_RECIPES = ("demo_model",)  # the settings with which the embedded model was trained, read by a module of its own
 
@@ -76,7 +76,7 @@ def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:
     recipes = shipped(verb)
     if name in recipes:
         return recipes[name]
-    for other in VERBS:
+    for other in RECIPE_VERBS:
         if name in shipped(other):
             more = " --model MODEL --output OUT --set data=TEXT" if other == "train" else " OUT --source SOURCE"
             raise UsageError(f"'{name}' is a recipe of upcycle {other}", hint=f"upcycle {other} {name}{more}")

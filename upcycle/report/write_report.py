@@ -10,13 +10,13 @@ from typing import Any
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.atomic_files import write_text_whole
-from upcycle.files.output.ownership import cannot_write, check_file, holds_keys
+from upcycle.files.output.ownership import cannot_write, check_overwritable, holds_keys
 from upcycle.files.user_paths import user_path
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.collect import Wanted, collect
 
 _GENERATOR = '<meta name="generator" content="upcycle report">'
-MISSING_EXTRA = "pip install 'upcycle[report]'"
+INSTALL_REPORT = "pip install 'upcycle[report]'"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def write_report(
         UpcycleError: there is nothing to report on.
     """
     if not can_draw():
-        raise EnvironmentFault("a report needs jinja2, which is not installed", hint=MISSING_EXTRA)
+        raise EnvironmentFault("a report needs jinja2, which is not installed", hint=INSTALL_REPORT)
     from upcycle.report.page import draw_page
 
     html = user_path(out) if out else None
@@ -78,8 +78,8 @@ def check_report(html: Path) -> None:
     Raises:
         UsageError: there is such a file.
     """
-    check_file(html, lambda text: _GENERATOR in text[:4096])
-    check_file(html.with_suffix(".json"), holds_keys("out", "upcycle", "summary", "provenance"))
+    check_overwritable(html, lambda text: _GENERATOR in text[:4096])
+    check_overwritable(html.with_suffix(".json"), holds_keys("out", "upcycle", "summary", "provenance"))
 
 
 def _write(path: Path, text: str) -> None:

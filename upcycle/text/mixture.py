@@ -16,7 +16,7 @@ from upcycle.text.held_out import Parts, by_document, by_position, sketch
 from upcycle.text.hub_dataset import hub_rows, is_dataset
 from upcycle.text.reading.columns import Broken
 from upcycle.text.reading.documents import Reading, find_pieces
-from upcycle.text.reading.file_kinds import kind_of
+from upcycle.text.reading.file_kinds import file_kind
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 from upcycle.text.windows import encode
 
@@ -130,7 +130,7 @@ def _text(name: str, column: str, characters: int) -> Parts:
     if name in DEMO_TEXTS:
         return by_position(read_text(name))
     if path.is_file():
-        kind = kind_of(path)
+        kind = file_kind(path)
         return by_position(read_text(name)) if kind == "text" else by_document(_rows(path, column), characters)
     if not is_dataset(name):
         raise UsageError(

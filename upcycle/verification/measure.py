@@ -44,7 +44,7 @@ def load_sides(checkpoint: Checkpoint, dtype: str, streamed: bool) -> Sides:
 
 
 @dataclass
-class Measured:
+class ModelDifference:
     """``totals`` compare the result with the source as it is stored. ``conversion`` is the relative error of its logits against the
     source in the result's dtype, ``rounding`` that one's against the source (None: the dtype changes nothing). ``far`` is the
     error behind the last border of ``reach`` (None: not looked at), ``positions`` how long the longest text was.
@@ -100,7 +100,7 @@ def batch_size(vocab_size: int, ids: torch.Tensor, streamed: bool) -> int:
     return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * vocab_size))
 
 
-def measure(
+def measure_difference(
     sides: Sides,
     result: StockModel,
     ids: torch.Tensor,
@@ -108,7 +108,7 @@ def measure(
     parameters: int,
     progress: Progress,
     watched: Callable[[StockModel], AbstractContextManager[None]] | None = None,
-) -> Measured:
+) -> ModelDifference:
     """Run both on token ids ``[N, W]``, ``batch`` windows at a time, and on one text that is long enough to pass every window.
 
     Args:
@@ -144,7 +144,7 @@ def measure(
             behind.add(result.logits(text, reach.judged), expected)
             far = behind.relative
             progress.advance()
-    return Measured(
+    return ModelDifference(
         totals=totals,
         conversion=against.relative,
         rounding=rounding.relative if sides.rounded else None,

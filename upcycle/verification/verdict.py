@@ -63,17 +63,17 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``: what is not finite is null."""
-        content: dict[str, Any] = finite(asdict(self))
+        content: dict[str, Any] = json_numbers(asdict(self))
         return content
 
 
-def finite(value: Any) -> Any:
+def json_numbers(value: Any) -> Any:
     """The same value, with None in the place of every number that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: json_numbers(inner) for key, inner in value.items()}
+    return [json_numbers(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def said(value: float | None, form: str) -> str:

@@ -13,7 +13,7 @@ from upcycle.models.stock_model import folder_model
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
-from upcycle.verification.measure import Measured, batch_size, load_sides, measure
+from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def verify_experts(
         progress.advance()
     layers = LayerErrors(job, moe, checkpoint)
     batch = batch_size(job.vocab_size, ids, streamed)
-    measured = measure(sides, moe, ids, batch, elements, progress, layers.measured_on)
+    measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
     if training is not None:
         return _trained(layers, measured, label, streamed, training)
     return _judge(job, layers, measured, label, streamed)
@@ -84,7 +84,7 @@ def check_keys(job: PlannedJob, folder: Path) -> None:
 
 
 def _trained(
-    layers: LayerErrors, measured: Measured, label: str, streamed: bool, training: dict[str, Any]
+    layers: LayerErrors, measured: ModelDifference, label: str, streamed: bool, training: dict[str, Any]
 ) -> Verification:
     """A trained model is another function than its dense parent: what is promised is that it is whole, and finite."""
     done = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens, since it was converted"
@@ -102,7 +102,7 @@ def _trained(
     )
 
 
-def _judge(job: ExpertJob, layers: LayerErrors, measured: Measured, label: str, streamed: bool) -> Verification:
+def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label: str, streamed: bool) -> Verification:
     promise, reason = job.promise
     error = measured.worst
     roundoff = _ROUNDOFF[job.dtype]

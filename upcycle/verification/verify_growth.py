@@ -14,7 +14,7 @@ from upcycle.hardware.memory import available_memory
 from upcycle.models.stock_model import folder_model
 from upcycle.planning.growth_job import GrowthJob, decided_growth
 from upcycle.progress import Progress
-from upcycle.verification.measure import batch_size, load_sides, measure
+from upcycle.verification.measure import batch_size, load_sides, measure_difference
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 from upcycle.verification.verify_experts import check_keys
 
@@ -39,7 +39,7 @@ def verify_growth(
         progress.advance()
         after = folder_model(folder, streamed)
         progress.advance()
-    measured = measure(sides, after, ids, batch_size(job.vocab_size, ids, streamed), elements, progress)
+    measured = measure_difference(sides, after, ids, batch_size(job.vocab_size, ids, streamed), elements, progress)
     promise, explanation = job.promise
     tolerance = EXACT_TOLERANCE if promise == "exact" else None
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"

@@ -24,7 +24,7 @@ from pathlib import Path
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.user_paths import cache_folder, only_ours
 
-VARIABLE = "UPCYCLE_COMPILE"
+COMPILE_VARIABLE = "UPCYCLE_COMPILE"
 HEADER = Path(__file__).with_name("vectors.hpp")
 SECONDS = 120  # that a compiler gets
 ALWAYS = ("-O3", "-std=c++17", "-fPIC", "-shared")
@@ -61,8 +61,8 @@ def function(name: str, what: str, arguments: tuple[type, ...], *flags: str) -> 
 
 def _library(source: Path, flags: tuple[str, ...]) -> tuple[Path, ctypes.CDLL]:
     """The library's file and the loaded library, compiled if there is no whole one."""
-    if os.environ.get(VARIABLE, "1") == "0":
-        raise NotCompiledError(f"{VARIABLE} is 0")
+    if os.environ.get(COMPILE_VARIABLE, "1") == "0":
+        raise NotCompiledError(f"{COMPILE_VARIABLE} is 0")
     compiler = _compiler()
     name = f"{source.stem}-{_identity(compiler, source, flags)}.so"
     folder = cache_folder()

@@ -10,21 +10,21 @@ from upcycle.kernels.cpu.native.compile import Function, function
 from upcycle.kernels.layout.expert_weights import ExpertWeights
 from upcycle.kernels.layout.plain_memory import is_plain
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-ARGUMENTS = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 4)
+ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+FEW_ROWS_ARGUMENTS = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 4)
 
 
 def few_rows() -> Function | None:
     """``upcycle_few_rows`` of ``few_rows.cpp``; ``None`` where it cannot be compiled."""
     # A token gives the same bits whatever stands beside it only if the compiler fuses no multiplication and addition.
-    return function("few_rows", "a few tokens", ARGUMENTS, "-ffp-contract=off")
+    return function("few_rows", "a few tokens", FEW_ROWS_ARGUMENTS, "-ffp-contract=off")
 
 
 def takes(weights: ExpertWeights, experts: torch.Tensor) -> bool:
     """Whether the kernel can run these experts: stacked as most models store them, without biases, in fp32 or bf16."""
     layout = not weights.packed and not weights.transposed and weights.up_bias is None and weights.down_bias is None
-    stored = weights.up.dtype in KINDS and weights.up.is_contiguous() and weights.down.is_contiguous()
+    stored = weights.up.dtype in DTYPE_CODES and weights.up.is_contiguous() and weights.down.is_contiguous()
     return layout and stored and experts.shape[-1] <= weights.num_experts
 
 
@@ -51,9 +51,9 @@ def few_rows_output(
     if not is_plain(x, weights.up, weights.down, experts, factors, out):
         return None
     refused = kernel(
-        KINDS[x.dtype], x.data_ptr(), weights.up.data_ptr(), weights.down.data_ptr(), experts.data_ptr(),
+        DTYPE_CODES[x.dtype], x.data_ptr(), weights.up.data_ptr(), weights.down.data_ptr(), experts.data_ptr(),
         None if factors is None else factors.data_ptr(), out.data_ptr(),
         len(x), experts.shape[1], weights.num_experts, weights.hidden, weights.width(0),
-        ACTIVATIONS[weights.activation], weights.gated, weights.interleaved, torch.get_num_threads(),
+        ACTIVATION_CODES[weights.activation], weights.gated, weights.interleaved, torch.get_num_threads(),
     )  # fmt: skip
     return None if refused else out

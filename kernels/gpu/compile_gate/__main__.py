@@ -21,7 +21,7 @@ from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel, KernelVaria
 from upcycle.kernels.gpu.compile_gate.rules import faults
 from upcycle.kernels.gpu.compile_gate.static_report import compiler, report
 from upcycle.kernels.gpu.compile_gate.variants import variants
-from upcycle.kernels.gpu.tile_table import KINDS, TileTable, default_table
+from upcycle.kernels.gpu.tile_table import GPU_KINDS, TileTable, default_table
 from upcycle.kernels.layout.devices import interpreted
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m upcycle.kernels.gpu.compile_gate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of GPU")
+    parser.add_argument("--kind", choices=GPU_KINDS, action="append", help="only this kind of GPU")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--write", type=Path, help="save the report in this file")
     parser.add_argument("--check", type=Path, help="fail unless this file is the report")
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.choose:
         return choose_all(options.choose, options.processes)
     table = default_table()
-    todo = [variant for variant in variants(table) if variant.kind in (options.kind or KINDS)]
+    todo = [variant for variant in variants(table) if variant.kind in (options.kind or GPU_KINDS)]
     results = compile_all(todo, options.processes)
     wrong = [f"{result.variant.title}: {fault}" for result in results for fault in faults(result)]
     text = report(results)

@@ -6,7 +6,7 @@ a GPU, ``upcycle tune-kernels`` times all of them. A tile is ``(m, n, k, group, 
 
 from __future__ import annotations
 
-from upcycle.kernels.gpu.tile_table import FAMILIES, KINDS, SIZES, Key, Tile, TileTable
+from upcycle.kernels.gpu.tile_table import GPU_KINDS, KERNEL_FAMILIES, SIZES, Key, Tile, TileTable
 
 _Numbers = tuple[int, int, int, int, int, int]
 
@@ -96,9 +96,9 @@ def first_guess() -> TileTable:
     return TileTable(
         {
             (kind, size, family, rows): tiles[0]
-            for kind in KINDS
+            for kind in GPU_KINDS
             for size in SIZES
-            for family in FAMILIES
+            for family in KERNEL_FAMILIES
             for rows, tiles in candidates(size, family).items()
         }
     )

@@ -20,7 +20,7 @@ from upcycle.kernels.layout.devices import gpu
 from upcycle.kernels.layout.dispatch import Dispatch, route
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
 
-Candidate = tuple[str, Callable[[], object]]
+TimedRun = tuple[str, Callable[[], object]]
 
 
 def layer(
@@ -60,7 +60,7 @@ def ours(
     return run
 
 
-def grouped(
+def grouped_products(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor, training: bool
 ) -> Callable[[], object]:
     """A function that runs the same layer on torch's grouped products, differentiated by autograd."""
@@ -102,9 +102,9 @@ def rows(shape: Shape, device: torch.device, skew: float, training: bool) -> lis
     from triton.testing import do_bench, do_bench_cudagraph
 
     arguments = layer(shape, device, skew)
-    runs: list[Candidate] = [("upcycle", ours(*arguments, training)), ("dense", dense(shape, device, training))]
+    runs: list[TimedRun] = [("upcycle", ours(*arguments, training)), ("dense", dense(shape, device, training))]
     if hasattr(F, "grouped_mm"):
-        runs.insert(1, ("torch grouped_mm", grouped(*arguments, training)))
+        runs.insert(1, ("torch grouped_mm", grouped_products(*arguments, training)))
     flops, found = total(shape, training).flops, []
     for name, run in runs:
         run()

@@ -10,7 +10,7 @@ from upcycle.kernels.gpu.backend import backward, forward
 from upcycle.kernels.gpu.compile_gate.candidates import candidates
 from upcycle.kernels.gpu.launch import form_of
 from upcycle.kernels.gpu.launch_log import Launch, recorded, start
-from upcycle.kernels.gpu.tile_table import FAMILIES, Tile, TileTable, default_table
+from upcycle.kernels.gpu.tile_table import KERNEL_FAMILIES, Tile, TileTable, default_table
 from upcycle.kernels.layout.dispatch import Dispatch, route
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients
 
@@ -36,7 +36,7 @@ def tune(
         told: called with one line per decision.
     """
     table, size = default_table(), weights.up.element_size()
-    families = [name for name in FAMILIES if not name.startswith("up/") or name == f"up/{form_of(weights)}"]
+    families = [name for name in KERNEL_FAMILIES if not name.startswith("up/") or name == f"up/{form_of(weights)}"]
     for number in tokens:
         rows = -(-number * top_k // weights.num_experts)
         x = torch.randn(number, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)

@@ -20,7 +20,7 @@ from typing import Any
 
 from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel, KernelVariant, build_kernel
 from upcycle.kernels.gpu.compile_gate.rules import SHARED_LIMIT
-from upcycle.kernels.gpu.tile_table import KINDS, Tile
+from upcycle.kernels.gpu.tile_table import GPU_KINDS, Tile
 
 HIDDEN, WIDTH, EXPERTS = 2048, 768, 8
 LIGER, DEEPSPEED = "liger_kernel.ops.fused_moe_kernels", "deepspeed.ops.triton_ops.group_gemm_triton"
@@ -128,7 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--kind", choices=GPU_KINDS, action="append")
     parser.add_argument("--project", choices=PEERS, action="append")
     options = parser.parse_args()
     import triton
@@ -136,7 +136,7 @@ def main() -> int:
     text = INTRODUCTION.format(triton=triton.__version__, hidden=HIDDEN, width=WIDTH).splitlines()
     print("\n".join(text), flush=True)
     for project in options.project or PEERS:
-        for line in lines(project, options.processes, options.kind or list(KINDS)):
+        for line in lines(project, options.processes, options.kind or list(GPU_KINDS)):
             print(line, flush=True)
             text.append(line)
     if options.write:

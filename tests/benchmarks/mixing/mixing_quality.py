@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.trainers.demo.demo_model import DemoRecipe, train, training_windows
+from upcycle.trainers.demo.demo_model import DemoRecipe, train_demo_model, training_windows
 from upcycle.trainers.demo.demo_text import Document
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,7 +71,9 @@ def fine_tuned(text: str, recipe: DemoRecipe, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
     documents = [Document(out.name, out.name, text, validation=False)]
-    train(model, training_windows(documents, tokenizer, recipe, torch.Generator().manual_seed(recipe.seed)), recipe)
+    train_demo_model(
+        model, training_windows(documents, tokenizer, recipe, torch.Generator().manual_seed(recipe.seed)), recipe
+    )
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -31,7 +31,7 @@ from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import method_of
-from upcycle.planning.prepare_experts import prepare
+from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.text.mixture import mixed_windows
@@ -89,7 +89,7 @@ def candidates_of(
             variants.append((CMOE, None, changes))
         for label, baseline, changes in variants:
             recipe = parse_recipe({**content, **changes}, label)
-            job = prepare(
+            job = prepare_experts(
                 ExpertJob, recipe, method_of(recipe), checkpoint.family, checkpoint.config, checkpoint.store.specs
             )
             found.append(Candidate(job, percent / 100, label, baseline))

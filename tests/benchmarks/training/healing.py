@@ -31,7 +31,7 @@ from training_curves import Curve, plot, trained, validation_loss, write_domains
 import upcycle
 from upcycle.files.locate import locate
 from upcycle.recipe.conversion_recipe import read_recipe
-from upcycle.trainers.demo.demo_text import split
+from upcycle.trainers.demo.demo_text import demo_documents
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARES = (0.5, 0.8, 0.9)
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="healing-"))
-    training, held_out = split()
+    training, held_out = demo_documents()
     texts = {
         domain: [[each.text for each in side if each.domain == domain] for side in (training, held_out)]
         for domain in DOMAINS

@@ -26,8 +26,8 @@ from upcycle.text.reading.documents import Reading
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.keyed_random import permutation
-from upcycle.trainers.data.packing import pack
-from upcycle.trainers.data.token_shards import Encoder, Int64, TokenCache
+from upcycle.trainers.data.packing import Int64, pack_documents
+from upcycle.trainers.data.token_shards import Encoder, TokenCache
 from upcycle.trainers.demo.demo_text import documents
 from upcycle.trainers.recipe.data_recipe import DataRecipe, Packing
 
@@ -86,8 +86,8 @@ def packed(name: str, lengths: Int64) -> list[str]:
     missed = []
     for how in WAYS:
         for row in LENGTHS:
-            seconds = timed(lambda how=how, row=row: pack(lengths, row, how))
-            rows = pack(lengths, row, how)
+            seconds = timed(lambda how=how, row=row: pack_documents(lengths, row, how))
+            rows = pack_documents(lengths, row, how)
             positions = len(rows) * row
             filled = int(rows.length.sum()) / positions
             targets = (int(rows.length.sum()) - len(rows.length)) / positions

@@ -53,7 +53,7 @@ class Terminal(io.StringIO):
 
 
 def _in_a_phase(text: str) -> None:
-    bars = output.Bars(quiet=False)
+    bars = output.ProgressBars(quiet=False)
     with bars.phase(text, 1):
         bars.advance()
         bars.note(text)
@@ -116,7 +116,7 @@ def test_a_bar_takes_its_title_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("COLUMNS", "500")
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    with output.Bars(quiet=False).phase("asking \x1b]0;evil\x07[/]", 1):
+    with output.ProgressBars(quiet=False).phase("asking \x1b]0;evil\x07[/]", 1):
         pass
     assert r"asking \x1b]0;evil\x07[/]" in shown.getvalue()
 

@@ -73,7 +73,7 @@ def test_ranks_are_not_started_by_a_rank(tmp_path: Path, monkeypatch: pytest.Mon
     from upcycle.trainers.distributed import hosts, launcher
 
     started: list[Any] = []
-    monkeypatch.setattr(launcher, "launch", lambda *a: started.append(a) or 0)
+    monkeypatch.setattr(launcher, "launch_ranks", lambda *a: started.append(a) or 0)
     monkeypatch.setattr(hosts, "launch_hosts", lambda *a: started.append(a) or 0)
     monkeypatch.setenv(launcher.COMMAND, "")
     recipe = tmp_path / "r.yaml"

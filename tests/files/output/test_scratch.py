@@ -10,7 +10,7 @@ import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.names import LOCK
-from upcycle.files.output.ownership import check_file, holds_keys
+from upcycle.files.output.ownership import check_overwritable, holds_keys
 from upcycle.files.output.scratch import scratch
 
 
@@ -47,15 +47,15 @@ def test_what_a_killed_command_left_goes_with_the_next(tmp_path: Path) -> None:
 
 def test_a_file_is_written_over_only_if_it_is_of_its_kind(tmp_path: Path) -> None:
     ours, path = holds_keys("out", "summary"), tmp_path / "report.json"
-    check_file(path, ours)
+    check_overwritable(path, ours)
     for text in ("", '{"out": 1, "summary": 2, "more": 3}'):
         path.write_text(text)
-        check_file(path, ours)
+        check_overwritable(path, ours)
     for text in ("{", "[]", '{"out": 1}', "mine"):
         path.write_text(text)
         with pytest.raises(UsageError, match="upcycle did not write it"):
-            check_file(path, ours)
+            check_overwritable(path, ours)
     with pytest.raises(UsageError, match="upcycle did not write it"):
-        check_file(tmp_path, ours)
+        check_overwritable(tmp_path, ours)
     with pytest.raises(UsageError, match="no such folder"):
-        check_file(tmp_path / "nowhere" / "report.json", ours)
+        check_overwritable(tmp_path / "nowhere" / "report.json", ours)

@@ -10,7 +10,7 @@ import torch
 from expert_cases import apart
 from torch.nn import functional
 
-from upcycle.kernels.cpu.fused_activations import KINDS, hidden, hidden_and_gradient, kernel
+from upcycle.kernels.cpu.fused_activations import FUSED_CODES, hidden, hidden_and_gradient, kernel
 from upcycle.kernels.entry.process_state import forget
 from upcycle.kernels.layout.expert_weights import ACTIVATIONS
 
@@ -61,7 +61,7 @@ def test_values_and_gradients(activation: str, gated: bool, rows_width: tuple[in
         assert ((products.double() - terms.sum(1)).abs() <= rounding).all(), way
 
 
-@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("activation", FUSED_CODES)
 def test_extremes(activation: str, way: str) -> None:
     z = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e10, torch.inf, torch.nan, 3e-3]])
     h, dz = torch.empty_like(z), torch.empty_like(z)

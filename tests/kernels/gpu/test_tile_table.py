@@ -11,7 +11,16 @@ import pytest
 from upcycle.errors import UsageError
 from upcycle.kernels.gpu import tile_table
 from upcycle.kernels.gpu.compile_gate.candidates import candidates
-from upcycle.kernels.gpu.tile_table import FAMILIES, KINDS, SIZES, Tile, TileTable, default_table, kind_of, load_table
+from upcycle.kernels.gpu.tile_table import (
+    GPU_KINDS,
+    KERNEL_FAMILIES,
+    SIZES,
+    Tile,
+    TileTable,
+    default_table,
+    gpu_kind,
+    load_table,
+)
 
 SMALL = Tile(16, 32, 64, 8, 4, 3)
 
@@ -39,16 +48,16 @@ def test_missing(place: tuple[str, int, str]) -> None:
     [((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((10, 3), "sm100"), ((12, 0), "sm80")],
 )
 def test_kinds(capability: tuple[int, int], kind: str) -> None:
-    assert kind_of(capability) == kind
+    assert gpu_kind(capability) == kind
 
 
 def test_the_committed_table_has_every_place() -> None:
     table = default_table()
     expected = {
         (kind, size, family, rows)
-        for kind in KINDS
+        for kind in GPU_KINDS
         for size in SIZES
-        for family in FAMILIES
+        for family in KERNEL_FAMILIES
         for rows in candidates(size, family)
     }
     assert set(table) == expected
@@ -62,10 +71,10 @@ def test_the_committed_table_is_one_of_the_candidates() -> None:
 
 def test_one_row_tile_for_all_kernels_that_share_the_list() -> None:
     table = default_table()
-    for kind in KINDS:
+    for kind in GPU_KINDS:
         for size in SIZES:
             for rows in (1, 16, 17, 40, 100, 1000):
-                names = [name for name in FAMILIES if name not in ("weight_gradient", "combine")]
+                names = [name for name in KERNEL_FAMILIES if name not in ("weight_gradient", "combine")]
                 assert len({table.find(kind, size, name, rows).m for name in names}) == 1
 
 

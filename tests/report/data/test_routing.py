@@ -12,7 +12,7 @@ import torch
 
 import upcycle
 from upcycle.report.data.collect import Wanted, collect
-from upcycle.report.data.experts import expert_outputs, mean_cosine
+from upcycle.report.data.experts import mean_cosine, output_directions
 from upcycle.report.data.routing import Choices, coselection, routing_data, row_cosine, spread, top_tokens
 
 T, E, K = 60, 5, 2
@@ -179,7 +179,7 @@ def test_cosines_of_outputs() -> None:
         act_fn = staticmethod(torch.nn.functional.silu)
 
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
-    cosine = mean_cosine(expert_outputs(Experts(), x))
+    cosine = mean_cosine(output_directions(Experts(), x))
     outputs = []
     for expert in range(3):
         gate, up = Experts.gate_up_proj[expert, :4].double(), Experts.gate_up_proj[expert, 4:].double()

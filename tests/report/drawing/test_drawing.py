@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from upcycle.report.data.routing import Choices, routing_data
-from upcycle.report.drawing.bars import Bar, Bars
+from upcycle.report.drawing.bars import Bar, BarChart
 from upcycle.report.drawing.diagram import layers_diagram
 from upcycle.report.drawing.frame import cell_ticks, nice_ticks, number
 from upcycle.report.drawing.lines import Series, lines
@@ -97,7 +97,7 @@ def test_a_logarithmic_axis_leaves_out_what_it_cannot_hold() -> None:
 
 
 def test_bars_are_as_long_as_their_numbers() -> None:
-    page = Bars("T.", "R.", [Bar("a", 2.0, "two", 0), Bar("<b>", 1.0, "one", 1)], "unit").__html__()
+    page = BarChart("T.", "R.", [Bar("a", 2.0, "two", 0), Bar("<b>", 1.0, "one", 1)], "unit").__html__()
     assert re.findall(r"width:([\d.]+)%", page) == ["100.00", "50.00"]
     assert "<b>" not in page
     assert "&lt;b&gt;" in page

@@ -14,7 +14,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec
 from upcycle.ffn.ridge_sums import UNJUDGED_STRENGTH
 from upcycle.ffn.router_capture import ExpertMap
-from upcycle.routers.calibrated.ridge import RidgeParameters, RidgeRouter, Target, targets
+from upcycle.routers.calibrated.ridge import RidgeParameters, RidgeRouter, RidgeTarget, targets
 
 
 def target_by_loops(kind: str, planted: Any, blueprint: Any, x: torch.Tensor) -> torch.Tensor:
@@ -38,9 +38,9 @@ def target_by_loops(kind: str, planted: Any, blueprint: Any, x: torch.Tensor) ->
     return result
 
 
-@pytest.mark.parametrize("kind", get_args(Target))
+@pytest.mark.parametrize("kind", get_args(RidgeTarget))
 @pytest.mark.parametrize("shared", [False, True])
-def test_targets(planted: Any, kind: Target, shared: bool) -> None:
+def test_targets(planted: Any, kind: RidgeTarget, shared: bool) -> None:
     blueprint = replace(planted.blueprint, top_k=2)
     if shared:  # takes two neurons from the routed experts
         taken = blueprint.routed[0].neurons[:2]

@@ -11,7 +11,7 @@ import torch
 from training_runs import recipe_for, run
 
 import upcycle
-from upcycle.architectures.stock import load_model
+from upcycle.architectures.stock import load_stock_model
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.output.workspace import Workspace
@@ -37,10 +37,10 @@ def test_the_export_is_stored_as_the_model_was_and_holds_the_trained_weights(
     assert out.specs == source.specs
     saved = latest(Path(recipe.output))
     assert saved
-    trained, loaded = load_model(saved.folder).state_dict(), load_model(tmp_path / "out").state_dict()
+    trained, loaded = load_stock_model(saved.folder).state_dict(), load_stock_model(tmp_path / "out").state_dict()
     assert set(trained) == set(loaded)
     assert all(torch.equal(trained[key], loaded[key]) for key in trained)
-    before = load_model(pico_moe(name)).state_dict()
+    before = load_stock_model(pico_moe(name)).state_dict()
     assert any(not torch.equal(before[key], loaded[key]) for key in loaded)
 
 
@@ -54,7 +54,7 @@ def test_other_layouts_and_dtypes(pico_moe: Model, tmp_path: Path) -> None:
     specs = SafetensorsFolder(tmp_path / "fused").specs
     assert {spec.dtype for spec in specs.values()} == {"bfloat16"}
     assert "model.layers.0.mlp.experts.gate_up_proj" in specs
-    one, two = load_model(tmp_path / "fused").state_dict(), load_model(tmp_path / "plain").state_dict()
+    one, two = load_stock_model(tmp_path / "fused").state_dict(), load_stock_model(tmp_path / "plain").state_dict()
     assert all(torch.equal(one[key], two[key].bfloat16().float()) for key in two)
 
 

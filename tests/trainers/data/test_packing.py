@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from upcycle.trainers.data.packing import Rows, layout, pack
+from upcycle.trainers.data.packing import Rows, layout, pack_documents
 from upcycle.trainers.recipe.data_recipe import Packing
 
 ROW = 16
@@ -28,7 +28,7 @@ def fragments(rows: Rows) -> list[list[tuple[int, int, int]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_token_once(case: str, how: Packing) -> None:
     lengths = CASES[case]
-    found = fragments(pack(np.array(lengths, np.int64), ROW, how))
+    found = fragments(pack_documents(np.array(lengths, np.int64), ROW, how))
     assert all(0 < sum(size for *_, size in row) <= ROW for row in found)
     tokens = sorted(
         (document, at) for row in found for document, start, size in row for at in range(start, start + size)
@@ -39,7 +39,7 @@ def test_every_token_once(case: str, how: Packing) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_concatenation_is_the_documents_in_order(case: str) -> None:
     lengths = CASES[case]
-    found = fragments(pack(np.array(lengths, np.int64), ROW, "concatenate"))
+    found = fragments(pack_documents(np.array(lengths, np.int64), ROW, "concatenate"))
     stream = [(document, at) for document, size in enumerate(lengths) for at in range(size)]
     assert [[(d, at) for d, start, size in row for at in range(start, start + size)] for row in found] == [
         stream[at : at + ROW] for at in range(0, len(stream), ROW)
@@ -57,7 +57,7 @@ def test_best_fit_decreasing(case: str) -> None:
             rooms[rooms.index(min(fitting))] -= size
         else:
             rooms.append(ROW - size)
-    found = fragments(pack(np.array(lengths, np.int64), ROW, "best_fit"))
+    found = fragments(pack_documents(np.array(lengths, np.int64), ROW, "best_fit"))
     full = [row for row in found if len(row) == 1 and row[0][2] == ROW]
     assert len(full) == sum(size // ROW for size in lengths)
     assert sorted(ROW - sum(size for *_, size in row) for row in found if row not in full) == sorted(rooms)
@@ -65,7 +65,7 @@ def test_best_fit_decreasing(case: str) -> None:
 
 
 def test_alone_is_one_document_a_row() -> None:
-    assert {len(row) for row in fragments(pack(np.array(CASES["mixed"]), ROW, "alone"))} == {1}
+    assert {len(row) for row in fragments(pack_documents(np.array(CASES["mixed"]), ROW, "alone"))} == {1}
 
 
 @pytest.mark.parametrize(

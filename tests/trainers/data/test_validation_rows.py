@@ -13,7 +13,7 @@ from upcycle.text.reading.documents import Reading
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.domain_rows import HeldOut
 from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash
-from upcycle.trainers.data.validation_rows import held_out_hashes, split, validation_rows
+from upcycle.trainers.data.validation_rows import held_out_documents, held_out_hashes, validation_rows
 
 TEXTS = [f"document {number} " + chr(200 + number) * (number % 9) for number in range(80)]
 
@@ -53,9 +53,9 @@ def test_one_document_cannot_be_on_both_sides(tmp_path: Path, cache: TokenCache)
     (tmp_path / "book.txt").write_text("one long book")
     book = LocalCorpus([str(tmp_path / "book.txt")], Reading(), 10**6)
     with pytest.raises(UsageError, match=r"domain 'x' is one document") as caught:
-        split("x", book, None, cache, 0.02)
+        held_out_documents("x", book, None, cache, 0.02)
     assert "separator" in str(caught.value.hint)
-    assert not split("x", book, None, cache, 0.0).chosen(held_out_hashes(book, cache)).any()
+    assert not held_out_documents("x", book, None, cache, 0.0).chosen(held_out_hashes(book, cache)).any()
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
@@ -66,7 +66,7 @@ def test_something_is_held_out_and_something_trained_on(
     (tmp_path / "a.txt").write_text("#".join(text + "\n" for text in TEXTS[:count]))
     corpus = LocalCorpus([str(tmp_path / "a.txt")], Reading(separator="\n#"), 10**6)
     hashes = held_out_hashes(corpus, cache)
-    found = split("x", corpus, None, cache, fraction)
+    found = held_out_documents("x", corpus, None, cache, fraction)
     chosen = found.chosen(hashes)
     assert chosen.any()
     assert not chosen.all()

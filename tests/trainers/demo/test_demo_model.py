@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from upcycle.trainers.demo.demo_model import DemoRecipe, learning_rate, train, train_tokenizer, training_windows
+from upcycle.trainers.demo.demo_model import (
+    DemoRecipe,
+    learning_rate,
+    train_demo_model,
+    train_tokenizer,
+    training_windows,
+)
 from upcycle.trainers.demo.demo_text import Document
 
 RECIPE = DemoRecipe(
@@ -34,7 +40,7 @@ def test_training_lowers_the_loss() -> None:
             return model(windows[:8, :-1], labels=windows[:8, :-1]).loss.item()
 
     before = loss()
-    train(model, windows, RECIPE)
+    train_demo_model(model, windows, RECIPE)
     assert loss() < 0.3 * before
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from upcycle.trainers.demo.demo_text import Document, split
+from upcycle.trainers.demo.demo_text import Document, demo_documents
 
 Sides = tuple[list[Document], list[Document]]
 
@@ -12,7 +12,7 @@ Sides = tuple[list[Document], list[Document]]
 @pytest.fixture(scope="module")
 def sides() -> Sides:
     """All of the standard library: read once."""
-    return split()
+    return demo_documents()
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ import torch
 
 import upcycle
 from upcycle.architectures.dense.base import Feature
-from upcycle.architectures.stock import load_model
+from upcycle.architectures.stock import load_stock_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import UsageError
 from upcycle.ffn.blueprint import BlueprintFile
@@ -47,7 +47,7 @@ class Case:
     def __init__(self, dense: Path, out: Path, keys: dict[str, Any]) -> None:
         told = {"method": "factor", "verification": {"enabled": False}, "router": "cool", "layout": "fused", **keys}
         upcycle.convert(str(dense), out, **told)
-        self.folder, self.model = out, load_model(out, "float32").double()
+        self.folder, self.model = out, load_stock_model(out, "float32").double()
         checkpoint, blueprints = DenseCheckpoint.open(str(dense)), BlueprintFile(out / "blueprint.safetensors")
         rng = torch.Generator().manual_seed(1)
         self.top_k, self.experts = keys["top_k"], keys["experts"]
@@ -182,7 +182,7 @@ def test_shared_experts_are_taken_off_in_every_architecture(target: str, pico: P
     dense = pico(WITH_SHARED[target])
     keys: dict[str, Any] = {"target": target, "method": "random_split", "shared": 4, "experts": 8, "top_k": 2}
     upcycle.convert(str(dense), tmp_path / "out", **keys, verification={"enabled": False})
-    layer = moe_layers(load_model(tmp_path / "out", "float32"))[-1]
+    layer = moe_layers(load_stock_model(tmp_path / "out", "float32"))[-1]
     ffn = DenseCheckpoint.open(str(dense)).feed_forward(layer.index, "float32")
     taken = torch.cat(
         [e.neurons for e in BlueprintFile(tmp_path / "out" / "blueprint.safetensors").layer(layer.index).shared]
@@ -203,9 +203,9 @@ def test_the_scale_is_the_records(tmp_path: Path) -> None:
 
 
 def test_what_the_parents_ffns_did_is_recorded(pico: Callable[[str], Path], ids: torch.Tensor) -> None:
-    from upcycle.architectures.stock import load_model
+    from upcycle.architectures.stock import load_stock_model
 
-    dense = load_model(pico("llama"))
+    dense = load_stock_model(pico("llama"))
     with capture_ffns(dense) as recorder, torch.no_grad():
         dense(ids)
         records = recorder.take()

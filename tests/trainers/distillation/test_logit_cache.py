@@ -17,7 +17,7 @@ pytest.importorskip("deepspeed")
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.distillation.logit_cache import LogitCache, joined, parent_identity, prepare_cache
+from upcycle.trainers.distillation.logit_cache import LogitCache, joined_rows, parent_identity, prepare_cache
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run import stage as stages
@@ -155,7 +155,9 @@ def test_narrow_rows_are_filled_up() -> None:
     one, other = TopLogits.of(sharp, 0.9, 9), TopLogits.of(flat, 0.9, 9)
     assert one.tokens.shape[1] < other.tokens.shape[1]
     student = torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(joined([one, other]).kl(student), torch.cat([one.kl(student[:1]), other.kl(student[1:])]))
+    assert torch.allclose(
+        joined_rows([one, other]).kl(student), torch.cat([one.kl(student[:1]), other.kl(student[1:])])
+    )
 
 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 def test_presets_are_deepspeeds() -> None:
     from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
 
-    for model_type, preset in expert_parallel.PRESETS.items():
+    for model_type, preset in expert_parallel.AUTOEP_PRESETS.items():
         assert model_type in PRESET_MODELS[preset].hf_model_types
         assert model_type in TARGETS
 
@@ -26,7 +26,7 @@ def test_what_deepspeed_has_presets_for_is_offered_or_refused_with_a_reason() ->
 
     for model_type in TARGETS:
         if preset_name_for_hf_model_type(model_type):
-            assert model_type in expert_parallel.PRESETS or model_type in expert_parallel._REFUSED
+            assert model_type in expert_parallel.AUTOEP_PRESETS or model_type in expert_parallel._REFUSED
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ PLACES = (
 
 def test_every_rank_gets_its_place_and_the_arguments(script: Path, tmp_path: Path) -> None:
     script.write_text(PLACES)
-    assert launcher.launch([str(tmp_path), "a b"], 3) == 0
+    assert launcher.launch_ranks([str(tmp_path), "a b"], 3) == 0
     for rank in range(3):
         assert (tmp_path / str(rank)).read_text() == f"{rank} {rank} 3 {tmp_path} a b"
 
@@ -88,13 +88,13 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
 ) -> None:
     monkeypatch.setattr(launcher, "_AFTER_FAILURE", 0.2)
     script.write_text("import os, sys, time\nsys.exit(4) if os.environ['RANK'] == '1' else time.sleep(60)\n")
-    assert launcher.launch([], 2) == 4
+    assert launcher.launch_ranks([], 2) == 4
     assert hosts.launch_hosts([], hostfile(tmp_path, "one slots=1", "two slots=1"), None) == 4
 
 
 def test_a_rank_ended_by_a_signal_fails_like_in_a_shell(script: Path) -> None:
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    assert launcher.launch([], 1) == 137
+    assert launcher.launch_ranks([], 1) == 137
 
 
 SAVES = (  # says that it runs, and saves when it is told to
@@ -112,7 +112,7 @@ START = (
     "import sys; from pathlib import Path; from upcycle.trainers.distributed import hosts, launcher\n"
     "launcher._MODULE, hosts.AGENT = 'rank_script', 'agent_script'\n"
     "a, b = sys.argv[1:]\n"
-    "sys.exit(launcher.launch([a], 2) if b == 'nproc' else hosts.launch_hosts([a], Path(b), None))\n"
+    "sys.exit(launcher.launch_ranks([a], 2) if b == 'nproc' else hosts.launch_hosts([a], Path(b), None))\n"
 )
 
 
@@ -216,7 +216,7 @@ def test_a_second_signal_ends_a_step_that_does_not_end(second: str) -> None:
         (["a slots=2", "b slots=none"], None, "cannot read 'b slots=none' in line 2"),
         (["-oProxyCommand=x slots=2"], None, "is not the name of a machine"),
         (["a slots=1", "a slots=1"], None, "'a' is listed twice"),
-        (["a slots=1"], 2, "a has 1 slots, and --nproc is 2"),
+        (["a slots=1"], 2, "a has slots=1, and --nproc is 2"),
         (["# nothing"], None, "lists no machine"),
     ],
 )

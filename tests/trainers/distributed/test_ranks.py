@@ -11,7 +11,7 @@ import torch
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.trainers.distributed import ranks
-from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed, joined, lost_ranks
+from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed, lost_ranks, process_group
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ def test_incomplete_launch_variables_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(EnvironmentFault, match="RANK, MASTER_ADDR, MASTER_PORT is not set"), joined(1):
+    with pytest.raises(EnvironmentFault, match="RANK, MASTER_ADDR, MASTER_PORT is not set"), process_group(1):
         pass
 
 

@@ -32,9 +32,9 @@ def with_eager_attention(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["llama", "llama-rope"])
 def test_a_dense_model(pico: Callable[[str], Path], name: str) -> None:
-    from upcycle.architectures.stock import load_model
+    from upcycle.architectures.stock import load_stock_model
 
-    model = with_eager_attention(load_model(pico(name)))
+    model = with_eager_attention(load_stock_model(pico(name)))
     found = training_flops(model, LENGTH)
     config = model.config
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 4)

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 from training_runs import run, steps, write_text
 
-from upcycle.architectures.stock import load_model
+from upcycle.architectures.stock import load_stock_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
 from upcycle.ffn.blueprint import BlueprintFile
@@ -69,7 +69,7 @@ def trained(name: str, model: Path, folder: Path, **changes: Any) -> tuple[Any, 
 
 
 def moe_of(folder: Path) -> Any:
-    return use_eager_experts(load_model(folder, "float32"))
+    return use_eager_experts(load_stock_model(folder, "float32"))
 
 
 def ffns(dense: Path) -> list[Any]:
@@ -139,7 +139,7 @@ def test_d2dmoe_is_a_plain_sum_of_experts_before_and_after_its_routers_are_taugh
     _, result, lines = trained("d2dmoe_sparsify", pico("llama"), tmp_path / "sparsified")
     assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/hoyer"}
     dense = Path(str(result.model))
-    assert load_model(dense).config.hidden_act == "relu"
+    assert load_stock_model(dense).config.hidden_act == "relu"
     split = converted("d2dmoe_router", dense, tmp_path / "split")
     compare(moe_of(split), dense, summed(split, 1.0, 8), EQUAL)
     _, result, lines = trained("d2dmoe_router", split, tmp_path / "taught")

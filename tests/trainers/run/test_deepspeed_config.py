@@ -68,9 +68,9 @@ def test_one_rank_divides_nothing_unless_it_must() -> None:
 
 
 def test_a_dense_model_has_no_experts(pico: Callable[[str], Path]) -> None:
-    from upcycle.architectures.stock import load_model
+    from upcycle.architectures.stock import load_stock_model
 
-    model = load_model(pico("llama"))
+    model = load_stock_model(pico("llama"))
     assert "leaf_module" not in deepspeed_config(recipe(zero={"stage": 3}), model, 1)["zero_optimization"]
     with pytest.raises(UsageError, match="no preset for this architecture"):
         deepspeed_config(recipe(expert_parallel=2), model, 2)

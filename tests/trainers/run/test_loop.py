@@ -65,12 +65,12 @@ def test_a_run_from_python_with_keys_or_a_file(pico_moe: Model, tmp_path: Path) 
 
 
 def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Path) -> None:
-    from upcycle.architectures.stock import load_model, load_tokenizer
+    from upcycle.architectures.stock import load_stock_model, load_tokenizer
     from upcycle.trainers.data.batches import open_stream
 
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1})
     run(recipe)
-    model = load_model(pico_moe("mixtral"))
+    model = load_stock_model(pico_moe("mixtral"))
     stream = open_stream(
         recipe.data, load_tokenizer(pico_moe("mixtral")), length=32, micro_batch=4, rank=0, world_size=1, seed=0
     )

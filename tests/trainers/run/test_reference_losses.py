@@ -12,7 +12,7 @@ import torch
 from training_runs import recipe_for, run, write_text
 
 import upcycle
-from upcycle.architectures.stock import load_model as load_stock
+from upcycle.architectures.stock import load_stock_model as load_stock
 from upcycle.errors import UsageError
 from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
 from upcycle.trainers.checkpoints.read import latest

@@ -13,7 +13,7 @@ from upcycle.architectures.rope import rope_parameters
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.folder_contents import shortened
-from upcycle.files.formats.settings import Kind, checked
+from upcycle.files.formats.settings import ValueKind, checked
 from upcycle.files.formats.tensor_files import widest
 from upcycle.files.formats.tensor_names import refuse_quantized, unlike_family
 from upcycle.files.formats.tensor_spec import TensorSpec
@@ -52,7 +52,7 @@ class Family(ABC):
         "tie_word_embeddings": False,
     }
     aliases: ClassVar[Mapping[str, str]] = {}
-    keys: ClassVar[Mapping[str, Kind]] = {}  # the family's own keys, and common ones that are otherwise here
+    keys: ClassVar[Mapping[str, ValueKind]] = {}  # the family's own keys, and common ones that are otherwise here
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # what layer_types can say
     token_defaults: ClassVar[Mapping[str, Any]] = {}
     rope_theta: ClassVar[float] = 10000.0

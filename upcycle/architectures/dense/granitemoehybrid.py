@@ -10,7 +10,7 @@ from upcycle.architectures.dense.granite import MULTIPLIERS, Granite
 from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.settings import COUNT, DECIMAL, FLAG, NAME, NAMES, POSITIVE, SIZE, Kind, is_number
+from upcycle.files.formats.settings import COUNT, DECIMAL, FLAG, NAME, NAMES, POSITIVE, SIZE, ValueKind, is_number
 
 
 def _are_limits(value: object) -> bool:
@@ -45,13 +45,13 @@ class GraniteMoeHybrid(Granite):
         "mamba_n_heads": SIZE,
         "mamba_n_groups": SIZE.optional,
         "mamba_d_state": SIZE.optional,
-        "mamba_d_head": Kind("a positive integer or auto", lambda v: v == "auto" or SIZE.fits(v)),
+        "mamba_d_head": ValueKind("a positive integer or auto", lambda v: v == "auto" or SIZE.fits(v)),
         "mamba_d_conv": SIZE.optional,
         "mamba_expand": SIZE,
         "mamba_chunk_size": SIZE.optional,
         "mamba_conv_bias": FLAG.optional,
         "mamba_proj_bias": FLAG.optional,
-        "time_step_limit": Kind("a list of two numbers", _are_limits, null=True),
+        "time_step_limit": ValueKind("a list of two numbers", _are_limits, null=True),
         "time_step_min": POSITIVE.optional,
         "time_step_max": POSITIVE.optional,
     }

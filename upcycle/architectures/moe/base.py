@@ -13,7 +13,7 @@ from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import RefusalError
 from upcycle.ffn.moe_shape import MoeShape, Part
 
-Layout = Literal["per-expert", "fused"]
+ExpertLayout = Literal["per-expert", "fused"]
 Score = Literal["softmax", "sigmoid"]
 
 
@@ -62,7 +62,7 @@ class Target(ABC):
         """The keys of ``config.json`` that only this architecture has."""
 
     @abstractmethod
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """Every tensor of one MoE block, experts in order."""
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
@@ -138,7 +138,7 @@ class Target(ABC):
 
 
 def expert_tensors(
-    prefix: str, names: tuple[str, str, str], dense: DenseConfig, shape: MoeShape, layout: Layout
+    prefix: str, names: tuple[str, str, str], dense: DenseConfig, shape: MoeShape, layout: ExpertLayout
 ) -> list[OutputTensor]:
     """The routed experts below ``prefix``: one tensor per expert and matrix, or the fused layout transformers 5 keeps in memory.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import (
-    Layout,
+    ExpertLayout,
     OutputTensor,
     Target,
     expert_tensors,
@@ -64,7 +64,7 @@ class Cohere2Moe(Target):
             "prefix_dense_sliding_window_pattern": 2,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router, the shared experts where there are any, then the routed experts."""
         prefix, size = self.module_paths.block_of(layer), shape.shared * shape.expert_size
         shared = gated_tensors(f"{prefix}.shared_experts", shared_parts(shape, 0), dense, size) if shape.shared else []

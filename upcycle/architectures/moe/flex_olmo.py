@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors, router_tensor
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target, expert_tensors, router_tensor
 from upcycle.ffn.moe_shape import MoeShape
 
 
@@ -30,7 +30,7 @@ class FlexOlmo(Target):
             "attention_bias": dense.qkv_bias,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router, then the routed experts."""
         prefix, names = self.module_paths.block_of(layer), ("gate_proj", "up_proj", "down_proj")
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.module_paths import ModulePaths
-from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target, expert_tensors
 from upcycle.ffn.moe_shape import MoeShape, Part
 
 
@@ -37,7 +37,7 @@ class GraniteMoe(Target):
             "logits_scaling": 1.0 / dense.logits_multiplier,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router, and all experts in two tensors: this architecture stores them fused, under names of its own."""
         prefix, fused = self.module_paths.block_of(layer), layout == "fused"
         experts = expert_tensors("experts", ("", "", ""), dense, shape, "fused")

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.module_paths import ModulePaths
-from upcycle.architectures.moe.base import Layout, OutputTensor
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor
 from upcycle.architectures.moe.granitemoe import GraniteMoe
 from upcycle.ffn.moe_shape import MoeShape, Part
 
@@ -24,7 +24,7 @@ class GraniteMoeShared(GraniteMoe):
         """All shared experts are one wide FFN."""
         return {**super().config(dense, shape), "shared_intermediate_size": shape.shared * shape.expert_size}
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The shared FFN's gate and up rows are one tensor."""
         routed = super().moe_tensors(dense, shape, layer, layout)
         if not shape.shared:

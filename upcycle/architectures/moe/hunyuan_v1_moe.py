@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import (
-    Layout,
+    ExpertLayout,
     OutputTensor,
     Target,
     expert_tensors,
@@ -40,7 +40,7 @@ class HunyuanV1Moe(Target):
             "attention_bias": dense.qkv_bias,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router, the idle shared expert, then the routed experts."""
         prefix, size = self.module_paths.block_of(layer), shape.expert_size
         return [

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.module_paths import ModulePaths
-from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors, router_tensor
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target, expert_tensors, router_tensor
 from upcycle.ffn.moe_shape import MoeShape, Part
 
 
@@ -38,7 +38,7 @@ class Lfm2Moe(Target):
             "routed_scaling_factor": 1.0,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router and its bias, then w1 (gate), w3 (up) and w2 (down) of each expert."""
         prefix = self.module_paths.block_of(layer)
         zeros = (Part("zeros", size=shape.experts),)

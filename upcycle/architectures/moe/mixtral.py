@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import Layout, OutputTensor, Target, expert_tensors, router_tensor
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target, expert_tensors, router_tensor
 from upcycle.ffn.moe_shape import MoeShape
 
 
@@ -27,7 +27,7 @@ class Mixtral(Target):
             "router_jitter_noise": 0.0,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router, then w1 (gate), w3 (up) and w2 (down) of each expert."""
         # The fused layout is the in-memory one; on disk the block keeps the name of the first Mixtral release.
         paths = self.module_paths

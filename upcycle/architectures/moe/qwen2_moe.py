@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.moe.base import (
-    Layout,
+    ExpertLayout,
     OutputTensor,
     Target,
     expert_tensors,
@@ -63,7 +63,7 @@ class Qwen2Moe(Target):
             "layer_types": dense.layer_types,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router, the shared gate, the shared expert, then the routed experts."""
         prefix, d, size = self.module_paths.block_of(layer), dense.hidden_size, shared_size(dense, shape)
         return [

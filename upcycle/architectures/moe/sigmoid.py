@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig
 from upcycle.architectures.moe.base import (
-    Layout,
+    ExpertLayout,
     OutputTensor,
     Target,
     expert_tensors,
@@ -45,7 +45,7 @@ class SigmoidTarget(Target):
             "attention_bias": dense.qkv_bias,
         }
 
-    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: Layout) -> list[OutputTensor]:
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """The router and its bias, the shared expert, then the routed experts."""
         prefix, experts = self.module_paths.block_of(layer), shape.experts
         zeros = (Part("zeros", size=experts),)

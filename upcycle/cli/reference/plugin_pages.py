@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.cli.reference.docstrings import as_markdown
 from upcycle.cli.reference.recipe_pages import fields_table
-from upcycle.cli.shared.plugin_tables import markdown, papers, plugins
+from upcycle.cli.shared.plugin_tables import papers, plugin_table, plugins
 from upcycle.registry import KINDS as REGISTRY
 
 _INTRODUCTIONS = {
@@ -26,7 +26,7 @@ _INTRODUCTIONS = {
 
 def plugin_page(kind: str) -> str:
     """Return the page of all plug-ins of ``kind`` (a plural, such as ``methods``)."""
-    parts = [f"# {kind.capitalize()}", _INTRODUCTIONS[kind], markdown(kind)]
+    parts = [f"# {kind.capitalize()}", _INTRODUCTIONS[kind], plugin_table(kind)]
     parts += [_section(kind, name, plugin) for name, plugin in plugins(kind).items()]
     return "\n\n".join(parts)
 

@@ -36,7 +36,7 @@ def page(name: str) -> str:
     return _MARK + PAGES[name]() + "\n"
 
 
-def write(folder: Path) -> None:
+def write_pages(folder: Path) -> None:
     """Write every page into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in PAGES:
@@ -44,4 +44,4 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write_pages(Path(sys.argv[1]))

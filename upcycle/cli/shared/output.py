@@ -262,7 +262,7 @@ def _print_tagged(tag: str, style: str, message: str) -> None:
     _print(sys.stderr, Text(tag, style=style), Text(paragraph(scrub(message))))
 
 
-class Bars(Progress):
+class ProgressBars(Progress):
     """Draws a bar with the remaining time for each phase, on stderr; draws nothing where stderr is no terminal."""
 
     def __init__(self, quiet: bool) -> None:

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle.recipe.shipped_recipes import VERBS, shipped, summary
+from upcycle.recipe.shipped_recipes import RECIPE_VERBS, shipped, summary
 from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.registry import KINDS as REGISTRY
 
-KINDS = ("methods", "routers", "families", "targets", "losses", "recipes")
+LISTED_KINDS = ("methods", "routers", "families", "targets", "losses", "recipes")
 _SINGULAR = {"methods": "method", "routers": "router", "families": "family", "targets": "target", "losses": "loss"}
 
 
 def plugins(kind: str) -> dict[str, Any]:
-    """Return the plug-in classes of ``kind`` (a plural of :data:`KINDS`) by name, in registry order."""
+    """Return the plug-in classes of ``kind`` (a plural of :data:`LISTED_KINDS`) by name, in registry order."""
     singular = _SINGULAR[kind]
     return {name: load(singular, name) for name in REGISTRY[singular]}
 
@@ -25,7 +25,7 @@ def entries(kind: str) -> list[dict[str, Any]]:
     if kind == "recipes":
         return [
             {"name": name, "command": f"upcycle {verb} {name}", "what": summary(path), "path": str(path)}
-            for verb in VERBS
+            for verb in RECIPE_VERBS
             for name, path in shipped(verb).items()
         ]
     found = []
@@ -55,7 +55,7 @@ def matrix() -> list[list[str]]:
     ]
 
 
-def markdown(kind: str) -> str:
+def plugin_table(kind: str) -> str:
     """Return all plug-ins of ``kind`` as one Markdown table, a row each."""
     if kind == "families":
         header, *ranks = matrix()

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import Bars, print_facts, print_json, print_table, warn
+from upcycle.cli.shared.output import ProgressBars, print_facts, print_json, print_table, warn
 from upcycle.errors import UsageError
 from upcycle.files.atomic_files import write_text_whole
-from upcycle.files.output.ownership import cannot_write, check_file, holds_keys
+from upcycle.files.output.ownership import cannot_write, check_overwritable, holds_keys
 from upcycle.formatting import count, duration, size
 
 
@@ -79,13 +79,13 @@ def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bo
     from upcycle.evaluation.compare import compare
 
     if out:
-        check_file(out, _is_table if out.suffix == ".md" else holds_keys("source", "dense", "results"))
+        check_overwritable(out, _is_table if out.suffix == ".md" else holds_keys("source", "dense", "results"))
     calibration = options.pop("calibration")
-    found = compare(source, calibration=calibration, progress=Bars(quiet), **options)
+    found = compare(source, calibration=calibration, progress=ProgressBars(quiet), **options)
     for note in found.skipped:
         warn(f"left out: {note}")
     if out:
-        text = markdown(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n"
+        text = comparison_table(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n"
         try:
             write_text_whole(out, text)
         except OSError as error:
@@ -153,7 +153,7 @@ def _verdicts(found: Any) -> list[tuple[str, str]]:
     return facts
 
 
-def markdown(found: Any) -> str:
+def comparison_table(found: Any) -> str:
     """Return the table, with the recommendations below it, as Markdown."""
     columns = _columns(found)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

@@ -9,9 +9,9 @@ import click
 
 from upcycle.cli.shared.merging_facts import merging_facts
 from upcycle.cli.shared.options import build_recipe, common_options, quiet_option, recipe_options
-from upcycle.cli.shared.output import Bars, Cell, note, print_facts, print_json
+from upcycle.cli.shared.output import Cell, ProgressBars, note, print_facts, print_json
 from upcycle.errors import UsageError
-from upcycle.files.output.ownership import kind_of, real_path
+from upcycle.files.output.ownership import folder_kind, real_path
 from upcycle.formatting import count, duration, size
 
 
@@ -77,7 +77,7 @@ def command(
         return
     from upcycle.conversion.convert import run_recipe
 
-    result = run_recipe(recipe, out, overwrite, restart, blueprint, Bars(quiet))
+    result = run_recipe(recipe, out, overwrite, restart, blueprint, ProgressBars(quiet))
     if as_json:
         print_json(result.as_dict())
         return
@@ -91,7 +91,7 @@ def _check_not_a_source(out: Path, sources: Any) -> None:
         UsageError: OUT is a model that upcycle did not write.
     """
     folder = real_path(out)
-    if (folder / "config.json").is_file() and kind_of(folder) == "foreign":
+    if (folder / "config.json").is_file() and folder_kind(folder) == "foreign":
         raise UsageError(
             f"OUT is {out}, which is a model that upcycle did not write",
             hint=f"if it is one of the sources, put a comma before it and name an OUT: --sources {sources},{out} OUT",

@@ -10,8 +10,8 @@ import click
 from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import (
     VERDICT_STYLE,
-    Bars,
     Cell,
+    ProgressBars,
     print_json,
     print_line,
     print_message,
@@ -54,7 +54,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
         if not quiet:
             print_message(f"{title}: upcycle convert demo {out / folder} {_flags(keys)}")
         # Folders of an earlier demo are replaced; others were refused above.
-        results.append(convert("demo", out / folder, overwrite=True, progress=Bars(quiet=True), **keys))
+        results.append(convert("demo", out / folder, overwrite=True, progress=ProgressBars(quiet=True), **keys))
     report = _report(out)
     texts = {name: _continuation(folder) for name, folder in (("dense", None), ("4 copies, top-2", out / "upcycled"))}
     if as_json:
@@ -117,9 +117,9 @@ def _row(title: str, result: Any) -> list[Cell]:
 
 def _continuation(folder: Path | None) -> str:
     """Return what stock transformers continues the prompt with, greedily; None stands for the dense model."""
-    from upcycle.architectures.stock import load_model, load_tokenizer
+    from upcycle.architectures.stock import load_stock_model, load_tokenizer
     from upcycle.files.locate import locate
     from upcycle.text.windows import continuation
 
     path = folder or locate("demo").path
-    return continuation(load_model(path), load_tokenizer(path), PROMPT)
+    return continuation(load_stock_model(path), load_tokenizer(path), PROMPT)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import Bars, note, print_json, print_table
+from upcycle.cli.shared.output import ProgressBars, note, print_json, print_table
 from upcycle.evaluation.score_table import score_rows
 from upcycle.evaluation.speed_table import speed_rows
 
@@ -88,7 +88,7 @@ def command(
         limit=limit,
         batch=batch,
         speed=speed,
-        progress=Bars(quiet),
+        progress=ProgressBars(quiet),
     )
     if as_json:
         print_json(result.as_dict())

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import Bars, print_facts, print_json
+from upcycle.cli.shared.output import ProgressBars, print_facts, print_json
 from upcycle.formatting import size
 
 
@@ -58,7 +58,7 @@ def command(
         layout=layout,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-        progress=Bars(quiet),
+        progress=ProgressBars(quiet),
     )
     if as_json:
         print_json(result.as_dict())

@@ -8,12 +8,12 @@ import click
 
 from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import print_json, print_markdown, print_table
-from upcycle.cli.shared.plugin_tables import KINDS, entries, markdown, matrix
+from upcycle.cli.shared.plugin_tables import LISTED_KINDS, entries, matrix, plugin_table
 from upcycle.errors import UsageError
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(KINDS), required=False)
+@click.argument("kind", type=click.Choice(LISTED_KINDS), required=False)
 @click.option("--markdown", "as_markdown", is_flag=True, help="print the table of KIND in Markdown")
 @common_options
 def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
@@ -21,9 +21,9 @@ def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> 
     if as_markdown:
         if kind is None:
             raise UsageError("--markdown prints one table: name a KIND", hint="upcycle list methods --markdown")
-        print_markdown(markdown(kind))
+        print_markdown(plugin_table(kind))
         return
-    listing = {name: entries(name) for name in ([kind] if kind else KINDS)}
+    listing = {name: entries(name) for name in ([kind] if kind else LISTED_KINDS)}
     if as_json:
         print_json(listing)
         return

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import card_options, common_options, quiet_option
-from upcycle.cli.shared.output import Bars, print_facts, print_json, print_line, print_table
+from upcycle.cli.shared.output import ProgressBars, print_facts, print_json, print_line, print_table
 from upcycle.formatting import size
 
 
@@ -47,7 +47,7 @@ def command(out: Path, repo: str, quiet: bool, as_json: bool, debug: bool, **opt
     """
     from upcycle.publishing.push import push
 
-    result = push(out, repo, progress=Bars(quiet), **options)
+    result = push(out, repo, progress=ProgressBars(quiet), **options)
     if as_json:
         print_json(result.as_dict())
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import Bars, print_facts, print_json
+from upcycle.cli.shared.output import ProgressBars, print_facts, print_json
 from upcycle.formatting import size
 
 
@@ -68,7 +68,7 @@ def command(
     from upcycle.report.write_report import write_report
 
     wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run)
-    report = write_report(out_folder, out, wanted, Bars(quiet))
+    report = write_report(out_folder, out, wanted, ProgressBars(quiet))
     if as_json:
         print_json(report.data)
         return

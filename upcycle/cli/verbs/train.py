@@ -86,7 +86,7 @@ def command(
     parsed = read_train_recipe(recipe, overrides)
     arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
     if (nproc or hostfile) and _starts_ranks(nproc, hostfile):
-        from upcycle.trainers.distributed.launcher import COMMAND, command_to_repeat, launch
+        from upcycle.trainers.distributed.launcher import COMMAND, command_to_repeat, launch_ranks
 
         os.environ[COMMAND] = command_to_repeat(sys.argv[1:])
         if hostfile:
@@ -94,7 +94,7 @@ def command(
 
             code = launch_hosts(arguments, hostfile, nproc)
         else:
-            code = launch(arguments, nproc or 1)
+            code = launch_ranks(arguments, nproc or 1)
         if code:
             sys.exit(code)
         return

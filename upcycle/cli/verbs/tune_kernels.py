@@ -10,7 +10,7 @@ import click
 from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import note, print_facts, print_json
 from upcycle.errors import UsageError
-from upcycle.files.output.ownership import check_file, holds_keys
+from upcycle.files.output.ownership import check_overwritable, holds_keys
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -58,11 +58,11 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
             f"--top-k is {options['top_k']}, but --experts only {options['experts']}",
             hint="choose at most as many experts per token as there are experts",
         )
-    check_file(out, _is_tiles)
+    check_overwritable(out, _is_tiles)
     device = gpu()
     import torch
 
-    from upcycle.kernels.gpu.tile_table import kind_of
+    from upcycle.kernels.gpu.tile_table import gpu_kind
     from upcycle.kernels.gpu.timing.tune import tune
     from upcycle.kernels.layout.expert_weights import ExpertWeights
 
@@ -78,7 +78,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool, **options: Any) 
         if options["stacked"]
         else ExpertWeights(up, down, interleaved=True, widths=(width,) * experts)
     )
-    kind = kind_of(torch.cuda.get_device_capability(device))
+    kind = gpu_kind(torch.cuda.get_device_capability(device))
     table = tune(weights, options["tokens"], options["top_k"], kind, _seconds, (lambda _: None) if quiet else note)
     table.save(out)
     facts = {"output": str(out), "gpu": torch.cuda.get_device_name(device), "kind": kind}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import VERDICT_STYLE, Bars, Cell, print_facts, print_json, verdict
+from upcycle.cli.shared.output import VERDICT_STYLE, Cell, ProgressBars, print_facts, print_json, verdict
 from upcycle.errors import RefusalError, UsageError, VerificationError
 
 
@@ -67,7 +67,7 @@ def command(
 def _verify(out: Path, source: str | None, text: str | None, tokens: int, quiet: bool, as_json: bool) -> None:
     from upcycle.conversion.verify import verify
 
-    result = verify(out, source=source, text=text, tokens=tokens, progress=Bars(quiet))
+    result = verify(out, source=source, text=text, tokens=tokens, progress=ProgressBars(quiet))
     if as_json:
         print_json(result.as_dict())
     else:
@@ -83,7 +83,7 @@ def _verify_with(
 ) -> None:
     from upcycle.verification.engines.verify_with import TOKENS, verify_with
 
-    result = verify_with(out, engine, text=text, tokens=tokens or TOKENS, python=python, progress=Bars(quiet))
+    result = verify_with(out, engine, text=text, tokens=tokens or TOKENS, python=python, progress=ProgressBars(quiet))
     if as_json:
         print_json(result.as_dict())
     else:

@@ -22,7 +22,7 @@ _FURTHEST_ID = 2**62
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """Describes what the value of a key can be, in words and as a test; ``null`` says whether it may be null."""
 
     what: str
@@ -30,9 +30,9 @@ class Kind:
     null: bool = False
 
     @property
-    def optional(self) -> Kind:
+    def optional(self) -> ValueKind:
         """This kind, with null allowed."""
-        return Kind(f"{self.what} or null", self.fits, null=True)
+        return ValueKind(f"{self.what} or null", self.fits, null=True)
 
 
 def is_number(value: object) -> bool:
@@ -54,38 +54,42 @@ def _is_numbered(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and key.isdecimal() for key in value)
 
 
-ANY = Kind("anything", lambda _: True, null=True)
-SIZE = Kind("a positive integer", lambda v: _is_integer(v, 1, _MOST))
-LAYERS = Kind(f"a positive integer up to {MOST_LAYERS}", lambda v: _is_integer(v, 1, MOST_LAYERS))
-COUNT = Kind("an integer that is not negative", lambda v: _is_integer(v, 0, _MOST))
-FLAG = Kind("true or false", lambda v: isinstance(v, bool))
-NUMBER = Kind("a number", is_number)
-POSITIVE = Kind("a positive number", lambda v: is_number(v) and v > 0)
-DECIMAL = Kind("a positive number with a decimal point", lambda v: isinstance(v, float) and math.isfinite(v) and v > 0)
-FRACTION = Kind("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
-SPREAD = Kind("a number from 0.0 to 1.0 with a decimal point", lambda v: isinstance(v, float) and 0 <= v <= 1)
-PART = Kind("a number above 0 and up to 1", lambda v: is_number(v) and 0 < v <= 1)
-NAME = Kind("text", lambda v: isinstance(v, str))
-NAMES = Kind("a list of text", lambda v: _all(v, lambda name: isinstance(name, str)))
-COUNTS = Kind("a list of integers that are not negative", lambda v: _all(v, lambda n: _is_integer(n, 0, _MOST)))
-MAPPING = Kind("a mapping", lambda v: isinstance(v, Mapping))
-TOKEN = Kind("a token id", lambda v: _is_integer(v, -_FURTHEST_ID, _FURTHEST_ID), null=True)
-TOKENS = Kind(
+ANY = ValueKind("anything", lambda _: True, null=True)
+SIZE = ValueKind("a positive integer", lambda v: _is_integer(v, 1, _MOST))
+LAYERS = ValueKind(f"a positive integer up to {MOST_LAYERS}", lambda v: _is_integer(v, 1, MOST_LAYERS))
+COUNT = ValueKind("an integer that is not negative", lambda v: _is_integer(v, 0, _MOST))
+FLAG = ValueKind("true or false", lambda v: isinstance(v, bool))
+NUMBER = ValueKind("a number", is_number)
+POSITIVE = ValueKind("a positive number", lambda v: is_number(v) and v > 0)
+DECIMAL = ValueKind(
+    "a positive number with a decimal point", lambda v: isinstance(v, float) and math.isfinite(v) and v > 0
+)
+FRACTION = ValueKind("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
+SPREAD = ValueKind("a number from 0.0 to 1.0 with a decimal point", lambda v: isinstance(v, float) and 0 <= v <= 1)
+PART = ValueKind("a number above 0 and up to 1", lambda v: is_number(v) and 0 < v <= 1)
+NAME = ValueKind("text", lambda v: isinstance(v, str))
+NAMES = ValueKind("a list of text", lambda v: _all(v, lambda name: isinstance(name, str)))
+COUNTS = ValueKind("a list of integers that are not negative", lambda v: _all(v, lambda n: _is_integer(n, 0, _MOST)))
+MAPPING = ValueKind("a mapping", lambda v: isinstance(v, Mapping))
+TOKEN = ValueKind("a token id", lambda v: _is_integer(v, -_FURTHEST_ID, _FURTHEST_ID), null=True)
+TOKENS = ValueKind(
     "a token id or a list of them",
     lambda v: TOKEN.fits(v) or _all(v, TOKEN.fits),
     null=True,
 )
 # All names in transformers' own table, except those of functions that have weights.
-ACTIVATIONS = (
+STOCK_ACTIVATIONS = (
     *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
     *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2"),
     *("relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh"),
 )
-ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda v: isinstance(v, str) and v in ACTIVATIONS)
-DTYPE = Kind("float64, float32, float16 or bfloat16", lambda v: v in ("float64", "float32", "float16", "bfloat16"))
+ACTIVATION = ValueKind(
+    f"one of {', '.join(STOCK_ACTIVATIONS)}", lambda v: isinstance(v, str) and v in STOCK_ACTIVATIONS
+)
+DTYPE = ValueKind("float64, float32, float16 or bfloat16", lambda v: v in ("float64", "float32", "float16", "bfloat16"))
 
 # Keys by the names that DenseConfig has; a family may spell them in another way.
-COMMON: Mapping[str, Kind] = {
+COMMON: Mapping[str, ValueKind] = {
     "model_type": NAME,
     "vocab_size": SIZE,
     "hidden_size": SIZE,
@@ -110,19 +114,19 @@ COMMON: Mapping[str, Kind] = {
     "pad_token_id": TOKEN,
     "dtype": DTYPE.optional,
     "torch_dtype": DTYPE.optional,
-    "no_rope_layers": Kind("a list of 0 and 1", lambda v: _all(v, lambda n: n in (0, 1))).optional,
+    "no_rope_layers": ValueKind("a list of 0 and 1", lambda v: _all(v, lambda n: n in (0, 1))).optional,
 }
 # Keys of stock classes that do not change the function, or that matter only in training or generation.
-HARMLESS: Mapping[str, Kind] = {
+HARMLESS: Mapping[str, ValueKind] = {
     "architectures": NAMES.optional,
     "chunk_size_feed_forward": ANY,
     "eod_token_id": TOKEN,
     "embd_pdrop": FRACTION,
-    "id2label": Kind("a mapping of numbers to labels", _is_numbered).optional,
+    "id2label": ValueKind("a mapping of numbers to labels", _is_numbered).optional,
     "is_encoder_decoder": ANY,
     "label2id": MAPPING.optional,
     "output_hidden_states": ANY,
-    "pretraining_tp": Kind("an integer", lambda v: type(v) is int),
+    "pretraining_tp": ValueKind("an integer", lambda v: type(v) is int),
     "problem_type": ANY,
     "resid_pdrop": FRACTION,
     "residual_dropout": FRACTION,
@@ -139,7 +143,9 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def checked(raw: Mapping[str, Any], own: Mapping[str, Kind], aliases: Mapping[str, str], where: str) -> dict[str, Any]:
+def checked(
+    raw: Mapping[str, Any], own: Mapping[str, ValueKind], aliases: Mapping[str, str], where: str
+) -> dict[str, Any]:
     """Return the keys of ``config.json`` that a family reads, after checking that each value is of its kind.
 
     Args:
@@ -178,7 +184,7 @@ def model_type(raw: Mapping[str, Any], where: str) -> str:
     return str(raw["model_type"])
 
 
-def check_value(key: str, value: object, kind: Kind, where: str, hint: str = _CORRECT) -> None:
+def check_value(key: str, value: object, kind: ValueKind, where: str, hint: str = _CORRECT) -> None:
     """Check that the value of ``key`` is of its kind.
 
     Raises:

@@ -16,7 +16,7 @@ from upcycle.errors import CheckpointError
 from upcycle.files.formats.folder_contents import no_config, no_weights, refuse_adapter, shortened, something_else
 from upcycle.files.formats.parsing import parse_json, read_json
 from upcycle.files.formats.tensor_names import quantized_weights
-from upcycle.files.formats.tensor_spec import DTYPES, TensorSpec
+from upcycle.files.formats.tensor_spec import STORED_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ class SafetensorsFile:
 
     def _checked(self, name: str, entry: dict) -> tuple[TensorSpec, int]:
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(code, str) or code not in (*DTYPES, *_OTHER_DTYPES):
+        if not isinstance(code, str) or code not in (*STORED_DTYPES, *_OTHER_DTYPES):
             raise self._damaged(f"tensor '{shortened(name)}' has dtype {shortened(code)}")
         if code in _OTHER_DTYPES:
             raise quantized_weights({}, str(self.path), f"tensor '{shortened(name)}' has dtype {shortened(code)}")
@@ -110,7 +110,7 @@ class SafetensorsFile:
             raise self._damaged(f"tensor '{shortened(name)}' has the shape {shortened(shape)}")
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
             raise self._damaged(f"tensor '{shortened(name)}' has the data_offsets {shortened(offsets)}")
-        spec = TensorSpec(tuple(shape), DTYPES[code][0])
+        spec = TensorSpec(tuple(shape), STORED_DTYPES[code][0])
         start, end = offsets
         if end - start != spec.nbytes:
             raise self._damaged(f"tensor '{shortened(name)}' claims {end - start} bytes for shape {shortened(shape)}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 # safetensors name -> (torch name, bytes per element)
-DTYPES = {
+STORED_DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -18,8 +18,8 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-ITEM_SIZE = dict(DTYPES.values())
-CODES = {torch_name: code for code, (torch_name, _) in DTYPES.items()}
+ITEM_SIZE = dict(STORED_DTYPES.values())
+CODES = {torch_name: code for code, (torch_name, _) in STORED_DTYPES.items()}
 
 
 @dataclass(frozen=True)

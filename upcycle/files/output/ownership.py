@@ -15,7 +15,7 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.atomic_files import TEMPORARY
 from upcycle.files.formats.parsing import parse_json, read_json
 from upcycle.files.hashing import hash_file
-from upcycle.files.local_names import FILE as LOCAL_FILE
+from upcycle.files.local_names import LOCAL_NAMES_FILE as LOCAL_FILE
 from upcycle.files.names import LOCKS, RECORD, STATE, TRAINED, check_name, sibling
 from upcycle.files.user_paths import user_path
 
@@ -31,7 +31,7 @@ _UNLISTED = {
     LOCAL_FILE,
 }
 _CARD = "README.md"
-Kind = Literal["empty", "result", "run", "working", "foreign"]
+FolderKind = Literal["empty", "result", "run", "working", "foreign"]
 
 
 def real_path(out: str | Path) -> Path:
@@ -52,7 +52,7 @@ def real_path(out: str | Path) -> Path:
     return target
 
 
-def kind_of(folder: Path) -> Kind:
+def folder_kind(folder: Path) -> FolderKind:
     """Return what a folder is; one that cannot be read is ``foreign``."""
     try:
         names = [entry.name for entry in os.scandir(folder) if not is_scrap(entry.name)]
@@ -139,7 +139,7 @@ def _has_own_words(card: Path) -> bool:
     return section is None or bool(section.strip())
 
 
-def identity(folder: Path) -> tuple[int, int, str] | None:
+def folder_identity(folder: Path) -> tuple[int, int, str] | None:
     """Return device, inode and record hashes of a folder; None where it is missing or empty.
 
     Two equal results mean the same folder with unchanged records.
@@ -154,7 +154,7 @@ def identity(folder: Path) -> tuple[int, int, str] | None:
 def contents(folder: Path) -> list[str]:
     """Return the names in an output folder, without the locks and the working folder that upcycle has in it."""
     ours: set[str] = set()
-    if not (folder / INSIDE).is_symlink() and kind_of(folder / INSIDE) in ("working", "empty"):
+    if not (folder / INSIDE).is_symlink() and folder_kind(folder / INSIDE) in ("working", "empty"):
         state = read_state(folder / INSIDE) or {}
         ours = {INSIDE, *([str(state["replaced"])] if state.get("inside") else [])}
     return sorted(entry.name for entry in os.scandir(folder) if not is_scrap(entry.name) and entry.name not in ours)
@@ -177,7 +177,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise cannot_write(out, error) from None
     if not present:
         return
-    kind = kind_of(out)
+    kind = folder_kind(out)
     if kind == "working":
         if "finished" in (read_state(out) or {}):
             return  # a command was killed while it put OUT in place: the workspace completes that and checks again
@@ -198,7 +198,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         )
 
 
-def check_file(path: Path, ours: Callable[[str], bool]) -> None:
+def check_overwritable(path: Path, ours: Callable[[str], bool]) -> None:
     """Refuse to overwrite a file that upcycle did not write. A link is replaced, so that the file it points at stays.
 
     Args:
@@ -297,6 +297,6 @@ def working_folder(out: Path) -> Path:
     """Return the working folder of OUT, whether or not it exists: beside OUT, or inside where OUT cannot be replaced by renaming."""
     beside, inside = sibling(out, ".partial"), out / INSIDE
     for found in (inside, beside):
-        if not found.is_symlink() and kind_of(found) == "working":
+        if not found.is_symlink() and folder_kind(found) == "working":
             return found
     return inside if must_be_inside(out) else beside

@@ -23,10 +23,10 @@ from upcycle.files.names import LOCK, RECORD, STATE, TRAINED, free_sibling, sibl
 from upcycle.files.output.ownership import (
     REPLACED_INSIDE,
     contents,
+    folder_identity,
+    folder_kind,
     foreign_files,
-    identity,
     is_scrap,
-    kind_of,
     read_state,
 )
 
@@ -106,7 +106,7 @@ def _make_way(working: Path, out: Path, state: dict[str, Any], allowed: Identity
     inside = working.parent == out
     old = _replaced(out, state)
     if old is None or not old.is_dir():  # otherwise an earlier call was stopped while it moved the replaced files
-        if allowed is None or identity(out) != allowed:
+        if allowed is None or folder_identity(out) != allowed:
             raise _filled(working, out)
         old = free_sibling(out / REPLACED_INSIDE, "") if inside else free_sibling(out, ".replaced")
         state |= {"replaced": old.name, "inside": inside, "old": present}
@@ -243,7 +243,7 @@ def _explained(working: Path, out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        where = working if kind_of(working) == "working" else out
+        where = working if folder_kind(working) == "working" else out
         raise EnvironmentFault(
             f"{out} could not be put in place: {what}; the finished model is in {where}",
             hint="remove the cause, then run the same command again: nothing is done twice",

@@ -23,9 +23,9 @@ from upcycle.files.output.ownership import (
     MADE_BY,
     cannot_write,
     check_output,
-    identity,
+    folder_identity,
+    folder_kind,
     is_scrap,
-    kind_of,
     read_state,
     real_path,
     working_folder,
@@ -101,7 +101,7 @@ class Workspace:
         try:
             self._claim()
             check_output(self.out, self._overwrite)
-            self._allowed = identity(self.out)
+            self._allowed = folder_identity(self.out)
         except OSError as error:
             self._lock.release()
             raise _full(self.out, error) or cannot_write(self.folder, error) from None
@@ -197,14 +197,14 @@ class Workspace:
             destination = self.folder
         else:
             destination = self.out if self._state["finished"] == "out" else self._failed()
-        allowed = self._allowed if destination == self.out else identity(destination)
+        allowed = self._allowed if destination == self.out else folder_identity(destination)
         place(self.folder, destination, self._state, allowed, self._note, set(UNFINISHED))
         self.folder = destination
         return destination
 
     def _failed(self) -> Path:
         found = sibling(self.out, ".failed")
-        ours = not found.is_symlink() and kind_of(found) in ("empty", "result")
+        ours = not found.is_symlink() and folder_kind(found) in ("empty", "result")
         return found if ours or not os.path.lexists(found) else free_sibling(self.out, ".failed")
 
     def __exit__(
@@ -245,7 +245,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def explained(out: Path) -> Iterator[None]:
+def explained_system_errors(out: Path) -> Iterator[None]:
     """Turn a system's error in the ``with`` block into one that tells the user what to do.
 
     Raises:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from upcycle.progress import Progress
     from upcycle.recipe.conversion_recipe import Recipe
 
-Choice = dict[int, tuple[int, ...]]  # layer -> the source's expert that each expert of the result is
+CopiedExperts = dict[int, tuple[int, ...]]  # layer -> the source's expert that each expert of the result is
 Promise = tuple[Literal["exact", "approximate"], str]
 
 
@@ -76,7 +76,7 @@ class Growth(AnyMethod):
     next_step: ClassVar[str]
 
     @abstractmethod
-    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+    def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
         """What is written; ``choice`` is what :meth:`choose` decided, before that any choice has the same shapes.
 
         Raises:
@@ -95,7 +95,7 @@ class Growth(AnyMethod):
 
     def choose(
         self, checkpoint: MoeCheckpoint, recipe: Recipe, windows: torch.Tensor | None, progress: Progress
-    ) -> tuple[Choice, dict[str, Any]] | None:
+    ) -> tuple[CopiedExperts, dict[str, Any]] | None:
         """Decide what depends on the weights, with what it was decided by, as plain data; ``None``: nothing does."""
         return None
 
@@ -122,7 +122,7 @@ class DenseGrowth(Growth):
         """What the user should think twice about."""
         return ()
 
-    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+    def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
         """See the class."""
         from upcycle.checkpoints.find_family import family_of
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
-from upcycle.methods.growing.base import Choice, Described, Grown, Growth, Piece, Promise
+from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Piece, Promise
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ExpertUpcycling(Growth):
         utility = self.parameters.utility
         return f"utility={utility}" if utility in ("load", "saliency", "gradient") else None
 
-    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+    def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
         """See the class."""
         model = MoeModel.read(source.raw, source.specs, source.where)
         named = recipe.model_fields_set
@@ -147,7 +147,7 @@ class ExpertUpcycling(Growth):
             return ()
         return ("noise=0: copies that are chosen together get the same gradient, and stay the same in training",)
 
-    def _pieces(self, model: MoeModel, choice: Choice, seed: int) -> list[Piece]:
+    def _pieces(self, model: MoeModel, choice: CopiedExperts, seed: int) -> list[Piece]:
         names, noise = model.names, self.parameters.noise
         outside = {name: Origin(name) for name in names[None]}
         first = {name: origin for name, origin in outside.items() if "embed" in name}
@@ -170,7 +170,7 @@ class ExpertUpcycling(Growth):
 
     def choose(
         self, checkpoint: MoeCheckpoint, recipe: Recipe, windows: torch.Tensor | None, progress: Progress
-    ) -> tuple[Choice, dict[str, Any]] | None:
+    ) -> tuple[CopiedExperts, dict[str, Any]] | None:
         """The most useful experts of every layer."""
         utility = self.parameters.utility
         if utility == "uniform":

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from upcycle.architectures.module_paths import find_module_paths
-from upcycle.architectures.stock import load_model
+from upcycle.architectures.stock import load_stock_model
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import EnvironmentFault
 from upcycle.hardware.memory import available_memory
@@ -41,7 +41,7 @@ def expert_utility(
         return _norms(checkpoint, progress)
     assert windows is not None
     _check_memory(checkpoint.model, windows.shape[1], gradients=utility != "load")
-    model: Any = use_eager_experts(load_model(checkpoint.source.path).eval().requires_grad_(False))
+    model: Any = use_eager_experts(load_stock_model(checkpoint.source.path).eval().requires_grad_(False))
     return _load(model, windows, progress) if utility == "load" else _from_gradients(model, windows, utility, progress)
 
 

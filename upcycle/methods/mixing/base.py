@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
-    from upcycle.files.measured import Measured
+    from upcycle.files.measured import MeasurementCache
     from upcycle.progress import Progress
     from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
 
@@ -80,7 +80,7 @@ class MixingMethod(AnyMethod):
         checkpoint: MixedCheckpoint,
         recipe: Recipe,
         windows: torch.Tensor,
-        measured: Measured,
+        measured: MeasurementCache,
         progress: Progress,
     ) -> tuple[list[Any], dict[str, Any]] | None:
         """Find the coefficients, and return them with what they were decided by, as plain data; None: nothing is to be decided.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from upcycle.errors import UsageError
-from upcycle.methods.growing.base import Choice, DenseGrowth, Described, Grown, Promise
+from upcycle.methods.growing.base import CopiedExperts, DenseGrowth, Described, Grown, Promise
 from upcycle.methods.mixing.base import MixingMethod
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
-    from upcycle.files.measured import Measured
+    from upcycle.files.measured import MeasurementCache
     from upcycle.progress import Progress
 
 
@@ -76,7 +76,7 @@ class BranchTrainMerge(MixingMethod, DenseGrowth):
         checkpoint: MixedCheckpoint,
         recipe: Recipe,
         windows: torch.Tensor,
-        measured: Measured,
+        measured: MeasurementCache,
         progress: Progress,
     ) -> tuple[list[float], dict[str, Any]]:
         """The posteriors, and what they were decided by. One model is in memory at a time."""
@@ -113,7 +113,7 @@ class BranchTrainMerge(MixingMethod, DenseGrowth):
         """All of them, in their places."""
         return range(count)
 
-    def grow(self, source: Described, recipe: Recipe, choice: Choice | None = None) -> Grown:
+    def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
         """The source's tensors, which are read as means."""
         assert self.rest is not None
         parts = self.rest[:-1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 
-from upcycle.checkpoints.merged_checkpoint import merged
+from upcycle.checkpoints.merged_checkpoint import weighted_mean
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.errors import UsageError
 from upcycle.ffn.moe_shape import MoeShape
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
-    from upcycle.files.measured import Measured
+    from upcycle.files.measured import MeasurementCache
     from upcycle.progress import Progress
 
-Row = dict[int, float]  # source -> its coefficient in a merge; of sum 1
+MergeWeights = dict[int, float]  # source -> its coefficient in a merge; of sum 1
 _SEARCHED = tuple(i / 10 for i in range(1, 10))
 
 
@@ -102,7 +102,7 @@ class ModelGlue(BranchTrainMix):
         checkpoint: MixedCheckpoint,
         recipe: Recipe,
         windows: torch.Tensor,
-        measured: Measured,
+        measured: MeasurementCache,
         progress: Progress,
     ) -> tuple[list[list[float]], dict[str, Any]]:
         """See the class and :func:`~upcycle.methods.mixing.model_glue.glue`."""
@@ -191,8 +191,8 @@ def clusters_of(similarity: torch.Tensor, threshold: float) -> list[list[int]]:
 
 
 def merge_greedily(
-    cluster: Sequence[int], alone: Mapping[int, float], perplexity: Callable[[Row], float], search: bool
-) -> tuple[Row, list[Step]]:
+    cluster: Sequence[int], alone: Mapping[int, float], perplexity: Callable[[MergeWeights], float], search: bool
+) -> tuple[MergeWeights, list[Step]]:
     """Merge the sources of a cluster one after another, best first, leaving out those that harm.
 
     Args:
@@ -221,7 +221,7 @@ def glue(
     recipe: Recipe,
     windows: torch.Tensor,
     parameters: ModelGlueParameters,
-    measured: Measured,
+    measured: MeasurementCache,
     progress: Progress,
 ) -> tuple[list[list[float]], dict[str, Any]]:
     """The coefficients of every cluster's merge, a row per cluster with a number per source, and what they were decided by.
@@ -244,9 +244,9 @@ def glue(
             "model of them",
         )
 
-    def perplexity(row: Row) -> float:
+    def perplexity(row: MergeWeights) -> float:
         def measure() -> float:
-            model = merged(recipe, base, {sources[i]: weight for i, weight in row.items()})
+            model = weighted_mean(recipe, base, {sources[i]: weight for i, weight in row.items()})
             return math.exp(-log_likelihoods(model, windows, recipe.dtype, progress).mean().item())
 
         return float(measured(repr(sorted(row.items())), measure))
@@ -254,7 +254,7 @@ def glue(
     alone: dict[int, float] = {}
     coefficients, steps = [], []
     for number, cluster in enumerate(clusters):
-        row: Row = {cluster[0]: 1.0}
+        row: MergeWeights = {cluster[0]: 1.0}
         tried: list[Step] = []
         if len(cluster) > 1:
             alone |= {source: perplexity({source: 1.0}) for source in cluster}

@@ -9,7 +9,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.files import private_text
-from upcycle.files.local_names import without_folders
+from upcycle.files.local_names import records_without_folders
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.compared import comparison_data
 from upcycle.report.data.cost import cost_data
@@ -20,7 +20,7 @@ from upcycle.report.data.provenance import provenance_data
 from upcycle.report.data.subject import Subject, find_subject, missing, reason_of
 from upcycle.report.data.summary import summary_data
 from upcycle.report.data.training import training_data
-from upcycle.verification.verdict import finite
+from upcycle.verification.verdict import json_numbers
 from upcycle.version import __version__
 
 PROMPTS = ("def read_file(path):\n    ", "The most important thing about ")
@@ -78,12 +78,12 @@ def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Sub
 def _public(data: dict[str, Any]) -> dict[str, Any]:
     """Return the data without the folders of this machine; what models wrote and read stays as it is."""
     written = data["quality"].get("samples")
-    found: dict[str, Any] = without_folders({key: part for key, part in data.items() if key != "routing"})
+    found: dict[str, Any] = records_without_folders({key: part for key, part in data.items() if key != "routing"})
     if written is not None:
         found["quality"]["samples"] = written
     reason = data["routing"].get("missing")
     return {key: found.get(key, data[key]) for key in data} | (
-        {"routing": missing(private_text.without_folders(reason))} if reason else {}
+        {"routing": missing(private_text.text_without_folders(reason))} if reason else {}
     )
 
 
@@ -130,14 +130,14 @@ def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]
     from upcycle.report.data.models import load_models
     from upcycle.report.data.quality import quality_data
     from upcycle.report.data.routing import routing_data
-    from upcycle.report.data.run_models import measure, write_samples
+    from upcycle.report.data.run_models import run_models, write_samples
     from upcycle.report.data.texts import read_domains
 
     with progress.phase("loading models", 1):
         tokenizer, domains = read_domains(subject, wanted.texts, wanted.tokens)
         models = load_models(subject, wanted.source)
         progress.advance()
-    measured = measure(models, domains, progress)
+    measured = run_models(models, domains, progress)
     compared = models.reference is not None
     quality = {
         "names": subject.sides,
@@ -150,5 +150,5 @@ def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]
         reason = "no layer has a router" if not subject.moe_layers else str(measured.no_routing)
         return {"quality": quality, "routing": missing(reason), "experts": missing(reason)}
     rows = {layer.index: next(layer.router.parameters()) for layer in measured.layers}
-    routing = finite(routing_data(measured.choices, rows, lambda token: str(tokenizer.decode([token]))))
-    return {"quality": quality, "routing": routing, "experts": finite(experts_data(models, measured, progress))}
+    routing = json_numbers(routing_data(measured.choices, rows, lambda token: str(tokenizer.decode([token]))))
+    return {"quality": quality, "routing": routing, "experts": json_numbers(experts_data(models, measured, progress))}

@@ -9,7 +9,7 @@ from torch.nn.functional import linear, normalize
 
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.models import Models
-from upcycle.report.data.routing import MOST_SHOWN, rounded, spread
+from upcycle.report.data.routing import MOST_SHOWN, four_decimals, spread
 from upcycle.report.data.run_models import Measurements
 
 _MOST_ELEMENTS = 1 << 25
@@ -31,7 +31,7 @@ def experts_data(models: Models, measured: Measurements, progress: Progress = SI
             x = measured.inputs[layer.index]
             x = x[: max(1, _MOST_ELEMENTS // (count * x.shape[1]))]
             sample = len(x)
-            outputs = expert_outputs(experts, x)
+            outputs = output_directions(experts, x)
             cosine = mean_cosine(outputs)
             others = (cosine.sum() - cosine.trace()).item() / (count * (count - 1)) if count > 1 else 1.0
             dense = _dense_output(models, layer.index, x)
@@ -39,17 +39,17 @@ def experts_data(models: Models, measured: Measurements, progress: Progress = SI
             layers.append(
                 {
                     "layer": layer.index,
-                    "to_dense": None if to_dense is None else rounded(to_dense),
+                    "to_dense": None if to_dense is None else four_decimals(to_dense),
                     "to_each_other": others,
                 }
             )
             if layer.index in shown:
-                matrices.append({"layer": layer.index, "cosine": rounded(cosine)})
+                matrices.append({"layer": layer.index, "cosine": four_decimals(cosine)})
             progress.advance()
     return {"tokens": sample, "layers": layers, "shown": matrices}
 
 
-def expert_outputs(experts: Any, x: torch.Tensor) -> torch.Tensor:
+def output_directions(experts: Any, x: torch.Tensor) -> torch.Tensor:
     """Return each routed expert's output on every input ``[S, d]`` as unit vectors ``[E, S, d]``; zero stays zero."""
     outputs = []
     with torch.no_grad():

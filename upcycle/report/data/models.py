@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.architectures.stock import load_model
+from upcycle.architectures.stock import load_stock_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.conversion.verify import reopen
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
@@ -42,7 +42,7 @@ def load_models(subject: Subject, source: str | None) -> Models:
     needed = 4 * sum(spec.elements for spec in subject.specs.values())
     _check_fits(needed, subject.name)
     try:
-        model = StockModel(load_model(subject.folder))
+        model = StockModel(load_stock_model(subject.folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"transformers cannot load {subject.name}: {first}") from None

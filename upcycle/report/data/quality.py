@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.verification.verdict import Totals, finite, perplexity_of
+from upcycle.verification.verdict import Totals, json_numbers, perplexity_of
 
 _NEEDS_PARENT = ("relative_logit_error", "kl", "top1_agreement", "perplexity_dense")
 
@@ -26,5 +26,5 @@ def quality_data(totals: Mapping[str, Totals], compared: bool) -> dict[str, Any]
         domains.append({"text": name, "tokens": numbers["tokens"], "perplexity": numbers["perplexity"], **beside})
     logs = [(total.loss - total.loss_dense) / total.predictions for total in totals.values()]
     ratio = perplexity_of(sum(logs) / len(logs)) if compared else None
-    content: dict[str, Any] = finite({"ratio": ratio, "domains": domains})
+    content: dict[str, Any] = json_numbers({"ratio": ratio, "domains": domains})
     return content

@@ -81,7 +81,7 @@ def _layer(choices: Choices, layer: int, rows: torch.Tensor) -> dict[str, Any]:
         "experts": experts,
         "top_k": picks.shape[1],
         "counts": counts.tolist(),
-        "load": rounded(share * experts),
+        "load": four_decimals(share * experts),
         "max_violation": (share.max() * experts - 1).item(),
         "entropy": -torch.xlogy(share, share).sum().item() / math.log(experts) if experts > 1 else 1.0,
         "dead_experts": torch.nonzero(counts == 0).flatten().tolist(),
@@ -122,9 +122,9 @@ def _matrices(choices: Choices, layer: int, rows: torch.Tensor, decode: Callable
     loads = domain_loads(choices, layer)
     return {
         "layer": layer,
-        "router_cosine": rounded(row_cosine(rows)),
+        "router_cosine": four_decimals(row_cosine(rows)),
         "coselection": coselection(choices, layer),
-        "domain_load": rounded(loads * choices.counts[layer]),
+        "domain_load": four_decimals(loads * choices.counts[layer]),
         "top_tokens": top_tokens(choices, layer, decode),
     }
 
@@ -145,7 +145,7 @@ def coselection(choices: Choices, layer: int) -> list[list[float | None]] | None
     even = load[:, None] * load[None] / len(chosen) * (experts * (top_k - 1)) / (top_k * (experts - 1))
     ratio = together / even
     ratio.fill_diagonal_(torch.nan)
-    return rounded(ratio)
+    return four_decimals(ratio)
 
 
 def top_tokens(choices: Choices, layer: int, decode: Callable[[int], str]) -> list[list[dict[str, Any]]]:
@@ -176,7 +176,7 @@ def top_tokens(choices: Choices, layer: int, decode: Callable[[int], str]) -> li
     return found
 
 
-def rounded(values: torch.Tensor) -> list[Any]:
+def four_decimals(values: torch.Tensor) -> list[Any]:
     """Return nested lists of numbers with four decimals; None stands for numbers that are not finite, which JSON lacks."""
 
     def plain(item: Any) -> Any:

@@ -43,7 +43,7 @@ class Measurements:
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def measure(models: Models, domains: Sequence[Domain], progress: Progress = SILENT) -> Measurements:
+def run_models(models: Models, domains: Sequence[Domain], progress: Progress = SILENT) -> Measurements:
     """Run both models on every window of every domain."""
     model = models.model.model
     try:

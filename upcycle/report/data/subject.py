@@ -20,7 +20,7 @@ from upcycle.files.output.ownership import real_path, working_folder
 from upcycle.files.user_paths import user_path
 
 TRAINING_LOG = "log.jsonl"
-State = Literal["finished", "failed", "unfinished"]
+SubjectState = Literal["finished", "failed", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Subject:
 
     name: str
     folder: Path
-    state: State
+    state: SubjectState
     record: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
     log: Path | None = None
@@ -109,7 +109,7 @@ def find_subject(name: str, training: Path | None = None) -> Subject:
             hint="name a folder that upcycle convert or train wrote, or another model's folder",
         )
     record = records.read_record(folder) if (folder / records.FILE).is_file() else None
-    state: State = "failed" if folder.name.endswith(".failed") else "finished"
+    state: SubjectState = "failed" if folder.name.endswith(".failed") else "finished"
     if folder.name.endswith(".partial"):
         state = "unfinished"
     return Subject(name, folder, state, record, read_json(folder / "config.json"), log)

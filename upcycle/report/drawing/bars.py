@@ -19,8 +19,8 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """Bars that begin at zero and share one scale; ``unit`` is the label of the axis."""
+class BarChart:
+    """Bars in rows that begin at zero and share one scale; ``unit`` is the label of the axis."""
 
     title: str
     reading: str

@@ -9,11 +9,11 @@ from markupsafe import Markup
 from upcycle.report.drawing.frame import Axis, Plot, cell_ticks
 from upcycle.report.drawing.png import STOPS, png_uri
 
-Matrix = Sequence[Sequence[float | None]]
+Grid = Sequence[Sequence[float | None]]
 
 
 def heatmap(
-    matrix: Matrix,
+    matrix: Grid,
     *,
     title: str,
     reading: str,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from upcycle.formatting import count, size
-from upcycle.report.drawing.bars import Bar, Bars
+from upcycle.report.drawing.bars import Bar, BarChart
 
 _NAMES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "parameters", count),
@@ -30,5 +30,5 @@ def cost_view(data: Mapping[str, Any]) -> dict[str, Any]:
     plot = None
     if bars:
         reading = "; ".join(f"{name} {ratio}" for name, _, _, ratio in rows if ratio != "-")
-        plot = Bars("What does it cost, relative to its parent?", f"{reading}.", bars, "ratio to the parent")
+        plot = BarChart("What does it cost, relative to its parent?", f"{reading}.", bars, "ratio to the parent")
     return {"columns": ["", parent, model, "ratio"], "rows": rows, "plot": plot}

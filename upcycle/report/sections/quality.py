@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.report.drawing.bars import Bar, Bars
+from upcycle.report.drawing.bars import Bar, BarChart
 from upcycle.verification.verdict import said
 
 
@@ -30,7 +30,7 @@ def quality_view(data: Mapping[str, Any]) -> dict[str, Any]:
     if ratio is not None:
         reading += f" The geometric mean over the texts is {ratio:.3f}x the parent's."
     reading += "".join(f" {name}: {remark}." for name, remark in data.get("remarks", {}).items())
-    plot = Bars("How well does it predict each kind of text?", reading, bars, "perplexity")
+    plot = BarChart("How well does it predict each kind of text?", reading, bars, "perplexity")
     columns = ["perplexity", parent, model, "change", "KL (nats)", "same top token", "tokens"]
     return {
         "columns": columns,

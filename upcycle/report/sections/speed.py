@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.evaluation.speed_table import speed_rows
-from upcycle.report.drawing.bars import Bar, Bars
+from upcycle.report.drawing.bars import Bar, BarChart
 
 
 def speed_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,5 +20,5 @@ def speed_view(data: Mapping[str, Any]) -> dict[str, Any]:
             value = float(ratio.removesuffix("x"))
             bars += [Bar(f"{title}, {parent}", 1.0, "1.00x", 0), Bar(f"{title}, {model}", value, ratio, 1)]
         reading = "More tokens per second are better, and less memory."
-        plot = Bars("How fast is it, relative to its parent?", reading, bars, "ratio to the parent")
+        plot = BarChart("How fast is it, relative to its parent?", reading, bars, "ratio to the parent")
     return {"columns": columns, "rows": rows, "about": about, "plot": plot}

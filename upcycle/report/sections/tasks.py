@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.evaluation.score_table import score_rows
-from upcycle.report.drawing.bars import Bar, Bars
+from upcycle.report.drawing.bars import Bar, BarChart
 
 
 def tasks_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,5 +31,5 @@ def tasks_view(data: Mapping[str, Any]) -> dict[str, Any]:
             reading += (
                 f" {lost} of {compared} are below the parent's; compare this with the standard errors in the table."
             )
-        plot = Bars("How well does it do on tasks?", reading, bars, "score")
+        plot = BarChart("How well does it do on tasks?", reading, bars, "score")
     return {"columns": columns, "rows": rows, "plot": plot, "harness": data["harness"], "limit": data["limit"]}

@@ -15,13 +15,13 @@ from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.ffn.router_capture import ExpertMap, of_largest
 from upcycle.routers.calibrated.base import CalibratedParameters, CalibratedRouter
 
-Target = Literal["contribution", "energy", "output_norm", "one_hot", "prior_approximate"]
+RidgeTarget = Literal["contribution", "energy", "output_norm", "one_hot", "prior_approximate"]
 
 
 class RidgeParameters(CalibratedParameters):
     """Parameters of :class:`RidgeRouter`."""
 
-    target: Target = Field(
+    target: RidgeTarget = Field(
         "contribution",
         description="what the rows predict: an expert's contribution (root of its energy), its energy, the norm of its "
         "output (D2DMoE), 1 for the k experts of largest energy (DUME), or for the k nearest the output (FactorLLM)",
@@ -86,7 +86,7 @@ def centred(target: torch.Tensor) -> torch.Tensor:
 
 
 def targets(
-    kind: Target, batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward, expert_map: ExpertMap
+    kind: RidgeTarget, batch: TokenActivations, blueprint: LayerBlueprint, ffn: FeedForward, expert_map: ExpertMap
 ) -> torch.Tensor:
     """Return fp32 ``[t, E]``: what the rows are to predict for each token; see :class:`RidgeRouter`."""
     if kind == "output_norm":

@@ -15,7 +15,7 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.user_paths import user_path
 from upcycle.text.reading.columns import Broken, text_of
-from upcycle.text.reading.file_kinds import Format, Kind, kind_of
+from upcycle.text.reading.file_kinds import FileKind, Format, file_kind
 from upcycle.text.reading.parquet_files import open_parquet, parquet_columns, parquet_texts
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
@@ -44,7 +44,7 @@ class FilePiece:
     """A part of a file: the lines that begin in bytes ``start`` to ``stop``, or, of Parquet, those row groups."""
 
     path: Path
-    kind: Kind
+    kind: FileKind
     start: int
     stop: int
     size: int  # bytes
@@ -179,7 +179,7 @@ def find_pieces(texts: list[str], size: int, named: Format | None = None) -> lis
     """
     pieces = []
     for path in _paths(texts):
-        kind, total = kind_of(path, named), path.stat().st_size
+        kind, total = file_kind(path, named), path.stat().st_size
         if kind == "parquet":
             pieces += _row_groups(path, size)
         elif kind in ("text", "jsonl"):

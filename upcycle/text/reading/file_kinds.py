@@ -10,7 +10,7 @@ from upcycle.files.formats.parsing import parse_json
 from upcycle.text.reading.plain_text import DEMO_TEXTS
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
-Kind = Literal["demo", "text", "jsonl", "json", "csv", "tsv", "parquet"]
+FileKind = Literal["demo", "text", "jsonl", "json", "csv", "tsv", "parquet"]
 
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -33,7 +33,7 @@ _BEGINNING = 1 << 16  # bytes at the beginning of a file that are checked
 _MARK = b"\xef\xbb\xbf"
 
 
-def kind_of(path: Path, named: Format | None = None) -> Kind:
+def file_kind(path: Path, named: Format | None = None) -> FileKind:
     """Return the format in which a file is read: ``named``, or the one of its ending; files with other endings are plain text.
 
     Raises:

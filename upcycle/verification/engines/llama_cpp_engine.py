@@ -17,10 +17,10 @@ from upcycle.files.user_paths import user_path
 from upcycle.hardware.child_processes import engine_environment, run_script
 from upcycle.verification.engines.engine import Answer, NotHeld, Request, last_lines, read_written, run_worker
 
-VARIABLE = "LLAMA_CPP"
+LLAMA_CPP_VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
 _HINT = (
-    f"git clone https://github.com/ggml-org/llama.cpp, set {VARIABLE} to that folder (its {_CONVERTER} is needed), and "
+    f"git clone https://github.com/ggml-org/llama.cpp, set {LLAMA_CPP_VARIABLE} to that folder (its {_CONVERTER} is needed), and "
     "pip install xllamacpp sentencepiece, or have llama-server on the PATH"
 )
 
@@ -115,7 +115,7 @@ def _found(program: str) -> str | None:
 
 
 def _folders() -> Iterator[Path]:
-    if named := os.environ.get(VARIABLE):
+    if named := os.environ.get(LLAMA_CPP_VARIABLE):
         root = user_path(named).absolute()
         yield from (root, root / "bin", root / "build" / "bin")
     if server := shutil.which("llama-server"):

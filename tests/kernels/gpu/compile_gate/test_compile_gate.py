@@ -15,7 +15,7 @@ from upcycle.kernels.gpu.compile_gate.__main__ import stale
 from upcycle.kernels.gpu.compile_gate.compile import CompiledKernel, KernelVariant, build
 from upcycle.kernels.gpu.compile_gate.rules import faults
 from upcycle.kernels.gpu.compile_gate.variants import place_variants, variants
-from upcycle.kernels.gpu.tile_table import KINDS, TileTable, default_table
+from upcycle.kernels.gpu.tile_table import GPU_KINDS, TileTable, default_table
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def find(shipped: list[KernelVariant], name: str, kind: str = "sm90", rows: int 
 
 def test_everything_is_compiled_for_every_kind_once(shipped: list[KernelVariant]) -> None:
     assert len(shipped) == len(set(shipped))
-    names = {kind: Counter(variant.name for variant in shipped if variant.kind == kind) for kind in KINDS}
+    names = {kind: Counter(variant.name for variant in shipped if variant.kind == kind) for kind in GPU_KINDS}
     assert set(names["sm80"]) == set(names["sm90"]) == set(names["sm100"])
     for name in ("up interleaved", "up concatenated", "up plain", "gemm", "gemm hidden first", "down_backward",
                  "down_backward hidden first", "activation_backward interleaved", "activation_backward concatenated",

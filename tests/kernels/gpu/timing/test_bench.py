@@ -24,14 +24,14 @@ def test_the_baseline_is_the_same_layer(skew: float) -> None:
 
     exact = replace(weights, up=wide[1], down=wide[2])
     output, z = forward(wide[0], exact, dispatch, wide[3], True)
-    found = bench.grouped(x, weights, dispatch, scores, False)()
+    found = bench.grouped_products(x, weights, dispatch, scores, False)()
     u = torch.finfo(torch.bfloat16).eps / 2
     # z, h, values, their products with scores and sums are rounded.
     assert (found.double() - output).norm() < 2 * 6**0.5 * u * output.norm()
     needs = Gradients(x=wide[0], up=wide[1], down=wide[2], scores=wide[3])
     wanted = backward(found.double(), wide[0], exact, dispatch, wide[3], z, needs)
     pairs = zip(
-        bench.grouped(x, weights, dispatch, scores, True)(),
+        bench.grouped_products(x, weights, dispatch, scores, True)(),
         (wanted.x, wanted.up, wanted.down, wanted.scores),
         strict=True,
     )

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from upcycle.kernels.gpu.tile_table import BUCKETS, FAMILIES, KINDS, SIZES, Tile, TileTable, default_table
+from upcycle.kernels.gpu.tile_table import BUCKETS, GPU_KINDS, KERNEL_FAMILIES, SIZES, Tile, TileTable, default_table
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ def small_table(n: int = 16, k: int = 16) -> TileTable:
     """Tiles so small that small shapes need several of them in every direction."""
     tile = Tile(16, n, k, 2, 4, 2)
     return TileTable(
-        {(kind, size, family, BUCKETS[0]): tile for kind in KINDS for size in SIZES for family in FAMILIES}
+        {(kind, size, family, BUCKETS[0]): tile for kind in GPU_KINDS for size in SIZES for family in KERNEL_FAMILIES}
     )
 
 

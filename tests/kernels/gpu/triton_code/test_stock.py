@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_oracle import cosine, relative
 
-from upcycle.kernels.gpu.tile_table import VARIABLE, TileTable
+from upcycle.kernels.gpu.tile_table import TILES_VARIABLE, TileTable
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_mixtral(device: torch.device, table: TileTable, tmp_path: Path, monkeyp
     from upcycle.kernels.entry.transformers_experts import register_kernels
 
     table.save(tmp_path / "tiles.json")
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "tiles.json"))
+    monkeypatch.setenv(TILES_VARIABLE, str(tmp_path / "tiles.json"))
     monkeypatch.setenv("UPCYCLE_KERNELS", "triton")
     register_kernels()
     torch.manual_seed(0)

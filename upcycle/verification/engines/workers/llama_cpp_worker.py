@@ -27,7 +27,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     try:
         return {
             "version": version,
-            "written": [write(address, prompt, asked["tokens"]) for prompt in asked["prompts"]],
+            "written": [greedy_tokens(address, prompt, asked["tokens"]) for prompt in asked["prompts"]],
             "tokenized": [tokenize(address, text) for text in asked["texts"]],
         }
     finally:
@@ -81,7 +81,7 @@ def start_program(asked: dict[str, Any]) -> tuple[str, str, Any]:
     return address, "llama-server " + (lines[0].replace("version: ", "") if lines else "of unknown version"), process
 
 
-def write(address: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+def greedy_tokens(address: str, prompt: list[int], tokens: int) -> dict[str, Any]:
     """Return greedy tokens after a prompt of token ids, and for each the two most probable ones.
 
     The server gives no probabilities for a token that ends inside a character of several bytes; None stands for them.
