@@ -114,10 +114,10 @@ class Calibration:
     @property
     def _samples_of(self) -> list[str]:
         assert self._job.mixing is not None
-        told = self._job.mixing.told(self._job.recipe.sources)
+        recipes = self._job.mixing.source_recipes(self._job.recipe.sources)
         if self._job.router.samples == "text":
-            return [name for source in told for name in source.texts]
-        return [f"prompts of {source.name}" for source in told]
+            return [name for source in recipes for name in source.texts]
+        return [f"prompts of {source.name}" for source in recipes]
 
     def _start(self) -> None:
         """Write the tokens' embeddings, wherever they are to be read."""

@@ -26,8 +26,8 @@ def read_samples(job: ExpertJob, checkpoint: DenseCheckpoint) -> Samples:
     """
     tokenizer = load_tokenizer(checkpoint.source.path)
     assert job.mixing is not None
-    told = job.mixing.told(job.recipe.sources)
-    sources = [told[i] for i in job.members]
+    recipes = job.mixing.source_recipes(job.recipe.sources)
+    sources = [recipes[i] for i in job.members]
     if job.router.samples == "text":
         return _from_texts(job, tokenizer, sources)
     return from_prompts(tokenizer, sources, job.dense.max_position_embeddings, job.router.last_token)

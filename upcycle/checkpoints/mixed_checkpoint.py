@@ -28,13 +28,13 @@ class Mix:
         weights: the recipe's weight of each model, which is a source or a merge of sources.
         alike: whether all models and the base hold the same numbers, so that any mix of them is the dense function.
         base: the index of the recipe's ``source`` among the models; their number where it is not among them.
-        told: what the recipe says about each model, in the same order.
+        recipes: what the recipe says about each model, in the same order.
     """
 
     weights: tuple[float, ...]
     alike: bool
     base: int
-    told: tuple[SourceRecipe, ...] = ()
+    recipes: tuple[SourceRecipe, ...] = ()
 
     @property
     def count(self) -> int:

@@ -20,10 +20,10 @@ RESIDENT_BYTES = _INTERPRETER_BYTES + _STOCK_CLASSES  # before a weight is read
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the conversion will cost, and what it promises. ``as_dict`` has the documented JSON keys.
+    """Holds what a conversion will cost and what it promises. ``as_dict`` has the documented JSON keys.
 
-    ``sources`` is empty where there is one. ``kind`` is the method's; of a growth step ``summary`` says what becomes of what,
-    and what is called dense is its source, a MoE or not.
+    ``sources`` is empty where there is one source. ``kind`` is the method's. In a growth step, ``summary`` says what is copied
+    into what, and the fields named dense describe the source, whether it is a MoE or not.
     """
 
     sources: list[dict[str, Any]]
@@ -49,19 +49,19 @@ class Plan:
     shards: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
 def files_of(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """Return what a plan says of every weight file: its name, its bytes and the units in it."""
+    """Return the entry of a plan for every weight file: its name, its bytes and the names of its units."""
     return [
         {"file": shard.file, "bytes": shard.nbytes, "units": [unit.name for unit in shard.units]} for shard in shards
     ]
 
 
 def file_warnings(shards: Sequence[Shard], most: str) -> list[str]:
-    """Return a warning where a weight file is larger than ``most`` (the recipe's ``max_shard_size``)."""
+    """Return a warning where a weight file is larger than ``most``, the recipe's ``max_shard_size``; otherwise nothing."""
     largest, wanted = max(shard.nbytes for shard in shards), parse_size(most)
     if largest <= wanted:
         return []

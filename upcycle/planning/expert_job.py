@@ -1,4 +1,4 @@
-"""A validated conversion into experts: the parts that a recipe names, the shapes, what is promised, and what it costs."""
+"""The job that converts a dense model into experts: the recipe's parts, the shapes, the promise, and the cost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """A validated conversion of a dense model into one with experts: its parts, its shapes, and the files to write."""
+    """Describes a validated conversion of a dense model into experts: its parts, its shapes, and the files to write."""
 
     recipe: Recipe
     dense: DenseConfig
@@ -51,12 +51,12 @@ class ExpertJob:
     refit: Literal["down", "scale", "none"]
     shards: tuple[Shard, ...]
     dense_specs: Mapping[str, TensorSpec]
-    targets: tuple[Target, ...] = ()  # all that hold the family, in the order in which they are tried
-    note: str | None = None  # what the source says of how it is read
+    targets: tuple[Target, ...] = ()  # all targets of the family, in the order in which they are tried
+    note: str | None = None  # a remark of the source on how it is read, for the plan's warnings
 
     @property
     def units(self) -> Iterator[Unit]:
-        """All units in the order they are written."""
+        """All units, in the order in which they are written."""
         return (unit for shard in self.shards for unit in shard.units)
 
     @property
@@ -71,27 +71,30 @@ class ExpertJob:
 
     @property
     def mixing(self) -> MixingMethod | None:
-        """The method where it mixes several models; None: there is one source."""
+        """The method, where it mixes several models; None where there is one source."""
         return mixing(self.method)
 
     @property
     def members(self) -> list[int]:
-        """The sources whose FFN is a routed expert, as indices (their number for the base); empty for a single model."""
+        """The indices of the sources whose FFN becomes a routed expert; the base's is their number. Empty for a single model."""
         return self.mixing.members if self.mixing else []
 
     @property
     def shared_members(self) -> list[int]:
-        """The sources whose FFN is a shared expert, as indices."""
+        """The indices of the sources whose FFN becomes a shared expert."""
         return self.mixing.shared_members if self.mixing else []
 
     @property
     def sampled(self) -> bool:
-        """Whether layers are decided on what the recipe's sources name: prompts or texts."""
+        """Whether layers are decided on the prompts or texts that the recipe gives for each source."""
         return self.router.samples is not None
 
     @property
     def calibration_mode(self) -> Literal["parallel", "sequential"]:
-        """Where a layer's inputs come from. Converted layers that equal the dense ones feed the next what those would."""
+        """The model whose states a layer is calibrated on: the dense one (parallel) or the converted one (sequential).
+
+        Converted layers that equal the dense ones put out the same states, so that parallel is enough for them.
+        """
         wanted = self.recipe.calibration.mode
         if self.method.kind == "copies":
             return "parallel"
@@ -101,15 +104,15 @@ class ExpertJob:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the experts, which is the one ``config.json`` names."""
+        """The dtype of the experts, which ``config.json`` names."""
         layers = self.shape.moe_layers if self.recipe.dtype == "keep" else self.shape.moe_layers[:1]
         return widest(self.family.ffn_dtype(self.dense, self.dense_specs, i, self.recipe.dtype) for i in layers)
 
     @property
     def promise(self) -> tuple[str, str]:
-        """``exact``, ``rounded`` or ``approximate``, and why.
+        """The promise, ``exact``, ``rounded`` or ``approximate``, and the reason for it.
 
-        ``rounded``: exact but for a factor that the stored dtype cannot apply without rounding.
+        ``rounded``: exact except for a factor that the stored dtype cannot apply without rounding.
         """
         experts, top_k = self.shape.experts, self.shape.top_k
         if reason := self.method.inexact(self.shape, self.scale):
@@ -141,7 +144,7 @@ class ExpertJob:
 
     @property
     def vocab_size(self) -> int:
-        """Of the dense model and the result."""
+        """The vocabulary size of the dense model and the result."""
         return self.dense.vocab_size
 
     @property
@@ -151,12 +154,12 @@ class ExpertJob:
 
     @property
     def recipe_text(self) -> str:
-        """The resolved recipe."""
+        """The resolved recipe as YAML."""
         return self.recipe.dump()
 
     @property
     def record(self) -> dict[str, Any]:
-        """What only this kind of conversion has to say in ``upcycle.json``."""
+        """The keys that only this kind of conversion adds to ``upcycle.json``."""
         return {
             "router": {"name": self.router_name, "title": self.router.title, "paper": self.router.paper},
             "target": self.target.name,
@@ -167,21 +170,22 @@ class ExpertJob:
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """What the routed experts' gate, up and down are multiplied by."""
+        """The factors of the routed experts' gate, up and down projections."""
         return tuple(self.scale**power for power in self.method.spread)
 
     @property
     def rounding_factors(self) -> list[float]:
-        """Those of all factors on experts that the stored dtype cannot apply without rounding."""
-        own = map(self.mixing.told_scale, self.members + self.shared_members) if self.mixing else ()
+        """The factors on experts, routed or shared, that the stored dtype cannot apply without rounding."""
+        own = map(self.mixing.source_scale, self.members + self.shared_members) if self.mixing else ()
         return (
             [] if self.dtype in ("float32", "float64") else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
         )
 
     @property
     def working_bytes(self) -> int:
-        """Bytes that a calibration keeps in the working folder: a few streams of states (of every source, where their
-        neurons are compared), and refitted projections twice.
+        """Bytes that a calibration keeps in the working folder.
+
+        These are a few streams of states, once per source where the sources' neurons are compared, and refitted projections twice.
         """
         if not (self.calibrated or self.sampled):
             return 0
@@ -200,7 +204,7 @@ class ExpertJob:
         """Refuse a calibration that cannot fit into memory.
 
         Raises:
-            EnvironmentFault: more is needed than is free.
+            EnvironmentFault: the calibration needs more memory than is free.
         """
         needed, free = calibration_memory(self), available_memory()
         if needed > free:
@@ -211,7 +215,10 @@ class ExpertJob:
 
 
 def looks_at_text(method: Method, router: Router) -> bool:
-    """Whether a calibration text is read where there is one: every split is refitted on it, copies need a reason."""
+    """Return whether a calibration text is read if the recipe has one.
+
+    Splits always read it, for their refit; copies only if the method or the router is calibrated.
+    """
     return method.kind != "copies" or method.calibrated or router.calibrated
 
 
@@ -251,23 +258,28 @@ def _expert_plan(job: ExpertJob) -> Plan:
 
 
 def _flops(dense: DenseConfig, parameters: int) -> int:
-    """Two per weight used in a matrix product. The embedding look-up is none; a tied one is used again as the head.
+    """Return the FLOPs per token: two for each weight that takes part in a matrix product.
 
-    Attention over the context is left out: it depends on the context and is the same before and after.
+    The embedding look-up is no product; a tied embedding counts as the head. Attention over the context is left out: it
+    depends on the context's length and is the same before and after.
     """
     embedding = 0 if dense.tie_word_embeddings else dense.vocab_size * dense.hidden_size
     return 2 * (parameters - embedding)
 
 
 def _peak_memory(job: ExpertJob) -> int:
-    """The interpreter, one dense FFN as read, blocks waiting for the disk, and the largest piece built or copied at once."""
+    """Return the peak memory of a conversion in bytes.
+
+    It is the sum of the interpreter, one dense FFN as stored, the blocks that wait for the disk, and the largest piece that is
+    built or copied at once.
+    """
     d, size = job.dense.hidden_size, job.shape.expert_size
     ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0]).values()
     item = TensorSpec((1,), job.dtype).nbytes
     read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
     if job.method.draws:
-        built += size * d * (item + 4 + 8)  # a copy, the normal numbers, and what they are measured by in fp64
+        built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
         stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
@@ -280,8 +292,10 @@ def _peak_memory(job: ExpertJob) -> int:
 
 
 def calibration_memory(job: ExpertJob) -> int:
-    """One decoder layer in fp32, its FFN again as stored, the batch at hand and what a pass keeps, and the sums of a fit or
-    of a comparison of neurons.
+    """Return the peak memory of a calibration in bytes.
+
+    It holds one decoder layer in fp32 and its FFN again as stored, one batch, the activations that a pass keeps, and the sums
+    of a fit or of a comparison of neurons.
     """
     dense, layer = job.dense, job.shape.moe_layers[0]
     weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
@@ -289,7 +303,7 @@ def calibration_memory(job: ExpertJob) -> int:
     neurons = 0 if job.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
     batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, neurons))
     kept = 0 if job.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
-    # fp64: sums of train and held-out tokens, their total, and what a solution takes: a copy, its factor, products.
+    # fp64: the sums over fitted and over held-out tokens, their total, and the solver's copy, factor and products.
     fit = 12 * neurons * (neurons + d) if job.refit == "down" else 2 * neurons * d
     compared = 0
     if job.method.calibrated and job.members:
@@ -350,5 +364,5 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
 
 
 def is_power_of_two(value: float) -> bool:
-    """Whether multiplying by ``value`` is exact in every floating-point dtype (bar overflow)."""
+    """Return whether ``value`` is a power of two, by which every floating-point dtype multiplies exactly (bar overflow)."""
     return value > 0 and math.frexp(value)[0] == 0.5

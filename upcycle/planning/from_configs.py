@@ -1,4 +1,4 @@
-"""What a recipe's sources are, as far as their ``config.json`` says it: for plans of models that are not downloaded."""
+"""Describes a recipe's sources from their ``config.json`` alone, to plan conversions of models that are not downloaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ from upcycle.recipe.conversion_recipe import Recipe
 
 
 class DenseDescribed(NamedTuple):
-    """A dense model that was not opened: ``config.json`` as it is and as it was read, the tensors it must have, and the
-    other sources, where there are several.
+    """Describes a dense model that was not opened.
+
+    Attributes:
+        raw: its ``config.json``.
+        family: its architecture.
+        dense: the configuration that was read from ``raw``.
+        specs: shape and dtype of every tensor that it must have.
+        mix: the sources that are mixed; None: there is one.
     """
 
     raw: dict[str, Any]
@@ -38,7 +44,7 @@ def describe_dense(recipe: Recipe, method: AnyMethod) -> DenseDescribed:
     """Read the ``config.json`` of every source of a recipe, and no weights.
 
     Raises:
-        UpcycleError: one is not found, is no dense model that is known, or they do not belong together.
+        UpcycleError: a source is not found or is not a dense model of a known family, or the sources do not belong together.
     """
     raw, family, dense = _config(recipe.source, recipe.revision)
     mix = None
@@ -61,7 +67,7 @@ def describe_moe(recipe: Recipe) -> Described:
     """Read the ``config.json`` of a recipe's source, a Mixture-of-Experts, and no weights.
 
     Raises:
-        UpcycleError: it is not found, or no MoE that is known.
+        UpcycleError: the source is not found, or is not a MoE of a known architecture.
     """
     raw = read_config(locate(recipe.source, recipe.revision, config_only=True).path)
     moe_family(raw, recipe.source)

@@ -1,4 +1,4 @@
-"""A validated growth step: every tensor of the result with its origin and its file, and what it costs."""
+"""The job that grows a model: every tensor of the result with its origin and its file, and the cost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KEYS = {"source", "revision", "method", "parameters", "max_shard_size", "tokeni
 
 @dataclass(frozen=True)
 class GrowthJob:
-    """A validated growth step, which copies whole tensors."""
+    """Describes a validated growth step, which copies whole tensors."""
 
     recipe: Recipe
     method: Growth
@@ -46,12 +46,12 @@ class GrowthJob:
 
     @property
     def units(self) -> Iterator[Unit]:
-        """All units in the order they are written."""
+        """All units, in the order in which they are written."""
         return (unit for shard in self.shards for unit in shard.units)
 
     @property
     def calibrated(self) -> bool:
-        """Whether text is looked at."""
+        """Whether calibration text is read."""
         return self.method.text_for is not None or self.undecided
 
     @property
@@ -62,12 +62,12 @@ class GrowthJob:
 
     @property
     def promise(self) -> tuple[str, str]:
-        """``exact`` or ``approximate``, and why."""
+        """The promise, ``exact`` or ``approximate``, and the reason for it."""
         return self.grown.promise
 
     @property
     def family_name(self) -> str:
-        """The architecture, the same before and after."""
+        """The architecture of source and result."""
         return str(self.source.raw["model_type"])
 
     @property
@@ -77,7 +77,7 @@ class GrowthJob:
 
     @property
     def vocab_size(self) -> int:
-        """Of source and result."""
+        """The vocabulary size of source and result."""
         return self.grown.vocab_size
 
     @property
@@ -91,17 +91,17 @@ class GrowthJob:
 
     @property
     def recipe_text(self) -> str:
-        """The resolved recipe with the keys that the step reads."""
+        """The resolved recipe as YAML, with only the keys that the step reads."""
         return self.recipe.dump(known_keys(self.method))
 
     @property
     def record(self) -> dict[str, Any]:
-        """What only this kind of conversion has to say in ``upcycle.json``."""
+        """The keys that only this kind of conversion adds to ``upcycle.json``."""
         return {"target": self.family_name, "growth": self.grown.summary}
 
     @property
     def working_bytes(self) -> int:
-        """Nothing: what is decided is a few numbers."""
+        """Bytes that the working folder needs in addition to the output: 0, as a decision is a few numbers."""
         return 0
 
     def cost(self) -> Plan:
@@ -113,15 +113,15 @@ G = TypeVar("G", bound=GrowthJob)
 
 
 def known_keys(method: Growth) -> set[str]:
-    """The recipe keys that a step reads."""
+    """Return the recipe keys that a growth step reads."""
     return _KEYS | method.keys | ({"sources"} if method.takes_sources else set())
 
 
 def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
-    """The recipe's growth step, told of its sources.
+    """Return the recipe's growth step with its sources.
 
     Raises:
-        UsageError: the recipe sets a key that means nothing here, or lacks the text that the step looks at.
+        UsageError: the recipe sets a key that the step does not read, or lacks the text that it needs.
     """
     method = method.joined(mix, recipe)
     assert isinstance(method, Growth)
@@ -144,19 +144,19 @@ def prepare_growth(
     has_tokenizer: bool = True,
     mix: Mix | None = None,
 ) -> G:
-    """Work out every output tensor of a growth step. Nothing that is given is changed.
+    """Work out every output tensor of a growth step. No argument is changed.
 
     Args:
-        kind: the class of the job.
-        recipe: what is wanted.
-        method: the recipe's, before it is told of any sources.
+        kind: the class of the job to return.
+        recipe: the user's recipe.
+        method: the recipe's method, without the sources.
         source: the model that grows.
         has_tokenizer: whether a tokenizer lies beside it.
         mix: the sources, where there are several.
 
     Raises:
         UsageError: the recipe cannot be carried out on this model.
-        RefusalError: the model is none that the step takes.
+        RefusalError: the step does not take this model.
     """
     check_tokenizer(recipe, has_tokenizer)
     step = _checked(recipe, method, mix)
@@ -220,9 +220,19 @@ def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> t
 def decide_growth(
     job: G, checkpoint: Checkpoint, windows: torch.Tensor | None, folder: Path, progress: Progress
 ) -> tuple[G, dict[str, Any] | None]:
-    """The job with what depends on weights and text decided, and what is to be said of the text.
+    """Decide what depends on weights and text.
 
-    The decision is written to ``folder``; what an earlier run decided there is not decided again.
+    The decision is written to ``folder``; one that an earlier run wrote there is kept.
+
+    Args:
+        job: the growth step.
+        checkpoint: its source.
+        windows: the text, token ids ``[N, W]``; None: the step reads none.
+        folder: where the decision is kept.
+        progress: where to report.
+
+    Returns:
+        The job with its decision, and what ``upcycle.json`` says of the text (None: none was read).
     """
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
@@ -245,7 +255,7 @@ def decide_growth(
 
 
 def decided_growth(job: G, folder: Path) -> G:
-    """The job as it was decided when ``folder`` was written."""
+    """Return the job with the decision that is written in ``folder``."""
     experts = read_json(folder / DECISION_FILE).get("experts")
     return job if experts is None else _chosen(job, {int(layer): tuple(taken) for layer, taken in experts.items()})
 
@@ -256,7 +266,7 @@ def _chosen(job: G, choice: CopiedExperts) -> G:
 
 
 def growth_reports(folder: Path) -> list[dict[str, Any]]:
-    """What was decided of every layer, by what; empty where nothing was."""
+    """Return, for every layer, the decision and the numbers behind it; empty where nothing was decided."""
     content = read_json(folder / DECISION_FILE)
     utility = content.get("utility", {})
     return [

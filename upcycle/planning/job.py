@@ -1,4 +1,4 @@
-"""What every kind of conversion has planned before a weight is read, and what all kinds do to plan it."""
+"""The interface of a planned conversion of any kind, before a weight is read, and the steps that all kinds share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
 
 
 class PlannedJob(Protocol):
-    """A validated conversion: its parts, its shapes, and every tensor of the output with its file.
+    """Describes a validated conversion: its parts, its shapes, and every tensor of the output with its file.
 
-    How it is carried out is added above this room, see :class:`upcycle.conversion.job.ConversionJob`.
+    :class:`upcycle.conversion.job.ConversionJob`, in a room above this one, adds how it is carried out.
     """
 
     @property
@@ -47,7 +47,7 @@ class PlannedJob(Protocol):
 
     @property
     def promise(self) -> tuple[str, str]:
-        """``exact``, ``rounded`` or ``approximate``, and why."""
+        """The promise, ``exact``, ``rounded`` or ``approximate``, and the reason for it."""
 
     @property
     def family_name(self) -> str:
@@ -59,7 +59,7 @@ class PlannedJob(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens that source and result know."""
+        """The vocabulary size of the source and the result."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,18 +71,18 @@ class PlannedJob(Protocol):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What only this kind of conversion has to say in ``upcycle.json``."""
+        """The keys that only this kind of conversion adds to ``upcycle.json``."""
 
     @property
     def working_bytes(self) -> int:
-        """Bytes that the working folder needs beside the output."""
+        """Bytes that the working folder needs in addition to the output."""
 
     def cost(self) -> Plan:
         """Work out what the conversion will write and need, from headers alone."""
 
 
 def method_of(recipe: Recipe) -> AnyMethod:
-    """The method that a recipe names, with its parameters.
+    """Return the method that a recipe names, with its parameters.
 
     Raises:
         UsageError: there is no such method, or a parameter is wrong.
@@ -93,10 +93,10 @@ def method_of(recipe: Recipe) -> AnyMethod:
 
 
 def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
-    """Refuse to copy a tokenizer that is not there.
+    """Refuse a recipe that copies the tokenizer of a source without one.
 
     Raises:
-        UsageError: there is none beside the weights.
+        UsageError: the recipe copies the tokenizer, and there is none beside the weights.
     """
     if recipe.tokenizer == "copy" and not has_tokenizer:
         is_gguf, files = recipe.source.endswith(".gguf"), "tokenizer.json, tokenizer.model, vocab.json, tekken.json"

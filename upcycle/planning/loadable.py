@@ -1,6 +1,7 @@
-"""Whether stock transformers takes what a conversion reads and what it will write: asked before the first byte is written.
+"""Checks, before the first byte is written, that stock transformers loads what a conversion reads and what it will write.
 
-Models are built on the meta device, which costs no memory; the tokenizer is loaded, and the text of the verification read with it.
+Models are built on the meta device, which costs no memory; the tokenizer is loaded, and the text of the verification is
+read with it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ def check_loadable(job: PlannedJob, checkpoint: Checkpoint, decided: bool = Fals
     """Build source and result as stock models without weights, and load the tokenizer.
 
     Args:
-        job: what is to be made.
+        job: the conversion.
         checkpoint: its source.
         decided: whether its layers are decided already, so that no calibration text is opened.
 
     Returns:
-        What the result will be verified on: token ids ``[N, W]`` and what they are from; None where it will not be.
+        The text to verify the result on, as int64 token ids ``[N, W]`` and a label; None where it will not be verified.
 
     Raises:
-        CheckpointError: a stock class refuses a configuration, and the message names the key; or it would find no weight.
+        CheckpointError: a stock class refuses a configuration (the message names the key), or finds no weight for a parameter.
         EnvironmentFault: the tokenizer cannot be loaded.
         UsageError: the text to verify on cannot be used.
     """
@@ -59,10 +60,10 @@ def check_loadable(job: PlannedJob, checkpoint: Checkpoint, decided: bool = Fals
 
 
 def check_config(raw: Mapping[str, Any], where: str) -> Any:
-    """The stock model of a ``config.json``, on the meta device.
+    """Build the stock model of a ``config.json`` on the meta device.
 
     Raises:
-        CheckpointError: there is none; names the key that forbids it.
+        CheckpointError: stock transformers builds none; the message names the key that forbids it, if a single one does.
     """
     try:
         return empty_model(raw, where)
@@ -78,7 +79,7 @@ def check_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _culprit(raw: Mapping[str, Any], where: str) -> str | None:
-    """The first key without which there is a model."""
+    """Return the first key without which stock transformers builds a model, or None."""
     for key in raw:
         if key == "model_type":
             continue

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
-    """Open the checkpoint of a recipe and its method: one model, or several behind the same interface.
+    """Open the checkpoint that a recipe and its method convert: one model, or several behind the same interface.
 
     Raises:
-        UpcycleError: one cannot be opened, or they do not belong together.
+        UpcycleError: a source cannot be opened, or the sources do not belong together.
     """
     if method.takes == "moe":
         from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
@@ -42,10 +42,10 @@ def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
 def mix_sources(
     recipe: Recipe, method: MixingMethod, base: DenseCheckpoint, sources: Sequence[DenseCheckpoint]
 ) -> MixedCheckpoint:
-    """Return the opened sources side by side, or in their place the merges of them that the method makes.
+    """Return the opened sources as one checkpoint; where the method merges them, its merges take their place.
 
     Raises:
-        UsageError: they do not belong together, or the merges are of another number of sources.
+        UsageError: the sources do not belong together, or a merge has coefficients for another number of sources.
     """
     merges = method.merges
     weights, members = mixing_weights(recipe, merges), list(sources)
@@ -54,13 +54,14 @@ def mix_sources(
     mixed = MixedCheckpoint(
         base, members, weights, recipe.dtype, recipe.tokenizer == "copy", sources, method.experts_only
     )
-    told = method.joined(mixed.mix, recipe)
-    return mixed.joining(told.rest, told.slerp)
+    joined = method.joined(mixed.mix, recipe)
+    return mixed.joining(joined.rest, joined.slerp)
 
 
 def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
-    """What every mixed model weighs in the average of what is no expert: a source its ``weight``, a merge the mean of its
-    sources'.
+    """Return the weight of every mixed model in the average of the tensors outside experts.
+
+    A source weighs its ``weight``; a merge weighs the mean of its sources' weights, by its coefficients.
 
     Raises:
         UsageError: a merge has more or fewer coefficients than there are sources.
@@ -78,12 +79,12 @@ def mixing_weights(recipe: Recipe, merges: Merges | None) -> list[float]:
 
 
 def mix_of(checkpoint: Checkpoint) -> Mix | None:
-    """What there is to mix; ``None`` for a single model."""
+    """Return the mix that a checkpoint holds; ``None`` for a single model."""
     return checkpoint.mix if isinstance(checkpoint, MixedCheckpoint) else None
 
 
 def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any]]:
-    """What ``upcycle.json`` says of several sources; empty for one."""
+    """Return the entries of ``sources`` in ``upcycle.json``, one per source; empty for a single model."""
     if not isinstance(checkpoint, MixedCheckpoint):
         return []
     return [
@@ -99,5 +100,5 @@ def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any
 
 
 def all_local(recipe: Recipe) -> bool:
-    """Whether nothing needs to be downloaded."""
+    """Return whether every source of a recipe is on this machine, so that nothing is downloaded."""
     return all(is_local(name) for name in (recipe.source, *(source.name for source in recipe.sources)))

@@ -1,4 +1,4 @@
-"""Turns a recipe and a dense model into the job that makes experts of it: parts, shapes, and every tensor of the output."""
+"""Turns a recipe and a dense model into the job that makes experts of it: its parts, shapes and output tensors."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def prepare_experts(
     mix: Mix | None = None,
     note: str | None = None,
 ) -> J:
-    """Choose the parts that a recipe names and work out every output tensor. Nothing that is given is changed.
+    """Choose the parts that a recipe names and work out every output tensor. No argument is changed.
 
     Args:
-        kind: the class of the job.
-        recipe: what is wanted.
-        method: the recipe's, before it is told of any sources.
+        kind: the class of the job to return.
+        recipe: the user's recipe.
+        method: the recipe's method, without the sources.
         family: the architecture of the dense model.
         dense: its configuration.
-        specs: its tensors.
+        specs: shape and dtype of each of its tensors.
         has_tokenizer: whether a tokenizer lies beside them.
         mix: the sources, where there are several.
-        note: what the source says of how it is read.
+        note: a remark of the source on how it is read, for the plan's warnings.
 
     Raises:
         UsageError: the recipe cannot be carried out on this model.
-        RefusalError: no target, or not the wanted one, can hold the result.
+        RefusalError: no target can hold the result, or the one that the recipe names cannot.
     """
     check_tokenizer(recipe, has_tokenizer)
     method = method.joined(mix, recipe)
@@ -78,8 +78,8 @@ def prepare_experts(
     router.check(recipe.experts, recipe.top_k)
     mixes = mixing(method)
     members = mixes.members if mixes else []
-    told = recipe.model_copy(update={"sources": mixes.told(recipe.sources)}) if mixes else recipe
-    router.check_sources(told, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
+    with_merges = recipe.model_copy(update={"sources": mixes.source_recipes(recipe.sources)}) if mixes else recipe
+    router.check_sources(with_merges, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
     refit = _refit(recipe, method, sparse)
     if mixes and mixes.undecided(recipe) and not texts:
         raise UsageError(
@@ -112,10 +112,10 @@ def prepare_experts(
 
 
 def _with_implied(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe with the numbers that follow from the method's parameters.
+    """Return the recipe with the numbers of experts that follow from the method's parameters filled in.
 
     Raises:
-        UsageError: the recipe names other ones, or fewer experts than are to run.
+        UsageError: the recipe gives other numbers, or a top-k above its number of experts.
     """
     named = [getattr(recipe, key) if key in recipe.model_fields_set else None for key in ("experts", "top_k")]
     experts, top_k = method.sizes(*named)
@@ -123,21 +123,23 @@ def _with_implied(recipe: Recipe, method: Method) -> Recipe:
     top_k = recipe.top_k if top_k is None else top_k
     mixes = mixing(method)
     shared = mixes.shared_experts if mixes else None
-    if shared is None or recipe.shared:  # another number than the sources' is refused with the widths
+    if shared is None or recipe.shared:  # a number that differs from the sources' is refused later, with the widths
         shared = recipe.shared
     if top_k > experts:
         raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
     return recipe.model_copy(update={"experts": experts, "top_k": top_k, "shared": shared})
 
 
-_ALWAYS_ON = 0.5  # of what runs, where a recipe names a fraction and no numbers
+_ALWAYS_ON = 0.5  # the shared experts' part of what is active, where a recipe gives a fraction and no numbers
 
 
 def _with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
-    """The recipe with the numbers that its active fraction comes to; layers that stay dense run whole and count.
+    """Return the recipe with the numbers of experts that its active fraction comes to.
+
+    Layers that stay dense are active as a whole, and count towards the fraction.
 
     Raises:
-        UsageError: the fraction leaves nothing to choose among.
+        UsageError: the fraction leaves the router no choice.
     """
     if recipe.active is None:
         return recipe
@@ -161,24 +163,29 @@ def _with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
 
 
 def pieces_of(intermediate_size: int, most: int) -> int:
-    """The most equal experts, up to ``most``, whose width is a multiple of 8; ``most`` itself (padded) if there are none."""
+    """Return the largest number of equal experts, up to ``most``, whose width is a multiple of 8.
+
+    Where there is no such number, it is ``most`` itself, and the experts are padded.
+    """
     fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
     return max(fitting, default=most)
 
 
 def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:
-    """All targets that a recipe may mean, by name: those of the family in the order in which they are tried, and the one
-    that the recipe names, if there is one of that name.
+    """Return the targets that a recipe may mean, by name.
+
+    These are the targets of the family, in the order in which they are tried, and the target that the recipe names, if it
+    exists.
     """
     named = (recipe.target,) if recipe.target in TARGETS else ()
     return {name: load("target", name)() for name in (*family.targets, *named)}
 
 
 def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Target]) -> Recipe:
-    """The recipe, or where no target of the family holds shared experts and it allows that, one that routes them all."""
+    """Return the recipe; where no target holds its shared experts, and it leaves that open, with all experts routed."""
     if recipe.shared_unheld == "refuse" or not recipe.shared or recipe.target not in ("auto", *targets):
         return recipe
-    if method.kind == "copies":  # their routed experts are not like the shared ones
+    if method.kind == "copies":  # routed and shared experts are of different kinds: none can take the other's place
         return recipe
     meant = targets.values() if recipe.target == "auto" else [targets[recipe.target]]
     if any(Feature.SHARED_EXPERTS in target.holds for target in meant):
@@ -188,7 +195,7 @@ def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Targ
 
 
 def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "scale", "none"]:
-    """What is fitted. Copies, and splits with all experts on, are exact already: a refit leaves them alone."""
+    """Return what is refitted. Copies, and splits with all experts active, are exact already and are left as they are."""
     texts = recipe.calibration.texts
     if recipe.refit in ("down", "scale") and not texts:
         raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=CALIBRATION_HINT)

@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from upcycle.planning.job import PlannedJob
     from upcycle.recipe.conversion_recipe import CalibrationRecipe
 
-_WINDOW, _LEAST = 256, 16
+_WINDOW, _LEAST = 256, 16  # tokens: of a window, and of a held-out text that is long enough to measure on
 
 
 def token_windows(
     job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool | None = None
 ) -> tuple[torch.Tensor, str]:
-    """Token ids ``[N, W]`` to measure on, and what they are from: of a calibrated model what was held out of its texts.
+    """Return token ids, int64 ``[N, W]``, to measure on, and a label that says which text they are from.
+
+    A calibrated model is measured on the part of its calibration texts that was held out.
 
     Args:
         job: the conversion.
-        checkpoint: whose tokenizer is taken.
-        text: UTF-8 file to measure on; None: what was held out, or the embedded validation texts.
-        tokens: how many.
-        calibrated: whether its calibration texts were read; None: the job says it.
+        checkpoint: its source, whose tokenizer is used.
+        text: UTF-8 file to measure on; None: the held-out part, or the embedded validation texts.
+        tokens: the number of tokens wanted.
+        calibrated: whether the calibration texts were read; None: as the job says.
 
     Raises:
         UsageError: the text cannot be read, or is shorter than one window.
@@ -79,7 +81,7 @@ def token_windows(
 
 
 def _calibration_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
-    """The calibration texts; of a model from elsewhere they may not be here, and then nothing is known of them."""
+    """Read the calibration texts; empty where they cannot be read, as a model from elsewhere comes without them."""
     try:
         return read_parts(wanted)
     except UpcycleError:

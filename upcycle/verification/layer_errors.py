@@ -78,7 +78,7 @@ class LayerErrors:
             layers = self._sources[source]
             layers.load(index)
             block = layers.model.get_submodule(job.family.module_paths.block_of(index))
-            total += block(x) * (part * job.mixing.told_scale(source))
+            total += block(x) * (part * job.mixing.source_scale(source))
             layers.drop(index)
         return total
 

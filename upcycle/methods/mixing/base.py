@@ -51,7 +51,7 @@ class MixingMethod(AnyMethod):
         if not self.takes_roles:
             refuse_roles(self, recipe.sources)
         method = copy(self)
-        method.join(mix and replace(mix, told=tuple(self.told(recipe.sources))))
+        method.join(mix and replace(mix, recipes=tuple(self.source_recipes(recipe.sources))))
         return method
 
     @abstractmethod
@@ -62,7 +62,7 @@ class MixingMethod(AnyMethod):
             UsageError: see :meth:`joined`.
         """
 
-    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
+    def source_recipes(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
         """Return what the recipe says of every model that is mixed, in order; of the generalist it says nothing."""
         return list(sources)
 
@@ -119,7 +119,7 @@ class MixingMethod(AnyMethod):
         """How many shared experts there are, where the sources decide that; None leaves it to the recipe."""
         return None
 
-    def told_scale(self, member: int) -> float:
+    def source_scale(self, member: int) -> float:
         """Return what the recipe multiplies a member's expert by."""
         return 1.0
 

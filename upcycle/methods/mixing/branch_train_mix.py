@@ -92,8 +92,8 @@ class BranchTrainMix(MixingMethod, Copies):
                 f"{self.name} routes between several sources, and {len(self.members)} of {mix.count} are not 'shared'",
                 hint="leave 'shared: true' out of some",
             )
-        self.draws = self.parameters.noise > 0 or any(source.noise for source in mix.told)
-        self.exact_when_all_active = mix.alike and not self.draws and not any(source.role for source in mix.told)
+        self.draws = self.parameters.noise > 0 or any(source.noise for source in mix.recipes)
+        self.exact_when_all_active = mix.alike and not self.draws and not any(source.role for source in mix.recipes)
 
     @property
     def members(self) -> list[int]:
@@ -106,21 +106,21 @@ class BranchTrainMix(MixingMethod, Copies):
     @property
     def shared_members(self) -> list[int]:
         """Those that the recipe calls shared."""
-        return [i for i, source in enumerate(self.mix.told) if source.shared] if self.mix else []
+        return [i for i, source in enumerate(self.mix.recipes) if source.shared] if self.mix else []
 
     @property
     def shared_experts(self) -> int:
         """All chunks of every shared source."""
         return len(self.shared_members) * self.parameters.chunks
 
-    def told_scale(self, member: int) -> float:
+    def source_scale(self, member: int) -> float:
         """The recipe's; the generalist has none."""
-        return self._said(member).scale
+        return self._recipe_of(member).scale
 
-    def _said(self, member: int | None) -> SourceRecipe:
+    def _recipe_of(self, member: int | None) -> SourceRecipe:
         """What the recipe says of a member: nothing of the generalist, nor without sources."""
-        told = self.mix.told if self.mix else ()
-        return told[member] if member is not None and member < len(told) else SourceRecipe(name="?")
+        recipes = self.mix.recipes if self.mix else ()
+        return recipes[member] if member is not None and member < len(recipes) else SourceRecipe(name="?")
 
     @property
     def experts_only(self) -> bool:
@@ -169,7 +169,9 @@ class BranchTrainMix(MixingMethod, Copies):
                 else "the source's own layers around them"
             )
             return f"experts of {len(self.members)} different models, {rest}; compared with the model 'source'"
-        roles = [f"{source.name} has '{source.role}'" for source in (self.mix.told if self.mix else ()) if source.role]
+        roles = [
+            f"{source.name} has '{source.role}'" for source in (self.mix.recipes if self.mix else ()) if source.role
+        ]
         if roles:
             return f"{roles[0]}: the layer is not the average of the sources' FFNs"
         if self.draws:
@@ -221,7 +223,7 @@ class BranchTrainMix(MixingMethod, Copies):
         whose: list[int | None] = [*self.members, *self.shared_members] or [None]
 
         def pieces(source: int | None, order: torch.Tensor) -> Iterator[ExpertSpec]:
-            said = self._said(source)
+            said = self._recipe_of(source)
             for piece in shards(order, self.parameters.chunks, shape.expert_size):
                 yield replace(piece, source=source, scale=said.scale, noise=said.noise)
 

@@ -122,7 +122,7 @@ class ModelGlue(BranchTrainMix):
                 hint="set 'source' to the model that the sources were branched from",
             )
 
-    def told(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
+    def source_recipes(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
         """Of a merge all that is said of its sources."""
         if self.merges is None:
             return list(sources)
