@@ -1,7 +1,7 @@
-"""The blueprints of a conversion that is under way: one file per decided layer, at the end joined into one.
+"""Keeps the blueprints of a conversion that is under way: one file per decided layer, joined into one at the end.
 
-A name proves nothing here, either: what counts as decided is complete for the job, and parts are removed only after the whole
-is on the disk.
+That a file exists proves nothing, as in the rest of the working folder: the joined file counts only if it holds every layer of
+the job, and the layers' files are removed only once it is on the disk.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def layer_file(folder: Path, layer: int) -> Path:
-    """Where the blueprint of one layer is kept until all are joined."""
+    """Return the file that holds the blueprint of one layer until all are joined."""
     return folder / LAYER_BLUEPRINTS / f"{layer:05d}.safetensors"
 
 
 def joined_blueprint(job: ExpertJob, folder: Path) -> BlueprintFile | None:
-    """The joined blueprint, or None: there is none yet, or it lacks layers of the job or is damaged, and is made again."""
+    """Return the joined blueprint; None where there is none yet, or it is damaged or lacks layers of the job."""
     from upcycle.ffn.blueprint import BlueprintFile
 
     path = folder / BLUEPRINT_FILE
@@ -41,7 +41,7 @@ def joined_blueprint(job: ExpertJob, folder: Path) -> BlueprintFile | None:
 
 
 def decided_layer(job: ExpertJob, folder: Path, layer: int) -> LayerBlueprint | None:
-    """What an earlier run, or the calibration, decided of a layer."""
+    """Return the blueprint that the calibration or an earlier run decided for a layer, or None."""
     from upcycle.ffn.blueprint import BlueprintFile
 
     kept = layer_file(folder, layer)
@@ -52,7 +52,7 @@ def decided_layer(job: ExpertJob, folder: Path, layer: int) -> LayerBlueprint | 
 
 
 def keep_layer(folder: Path, blueprint: LayerBlueprint) -> None:
-    """Keep what was decided of a layer."""
+    """Write a layer's blueprint to its :func:`layer_file`."""
     from upcycle.ffn.blueprint import save_blueprint
 
     path = layer_file(folder, blueprint.layer)
@@ -61,7 +61,7 @@ def keep_layer(folder: Path, blueprint: LayerBlueprint) -> None:
 
 
 def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
-    """Join the files of all layers into ``blueprint.safetensors``, and only then remove them; what was measured of every layer.
+    """Join the files of all layers into ``blueprint.safetensors``, and remove them then; return :func:`blueprint_reports`.
 
     Raises:
         CheckpointError: a layer of the job was never decided (a fault in this program).
@@ -81,7 +81,7 @@ def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
 
 
 def blueprint_reports(folder: Path) -> list[dict[str, Any]]:
-    """What was measured and decided of every layer of a conversion whose blueprint is joined."""
+    """Return what was measured and decided of every layer of a conversion whose blueprint is joined."""
     from upcycle.ffn.blueprint import BlueprintFile
 
     return BlueprintFile(folder / BLUEPRINT_FILE).reports

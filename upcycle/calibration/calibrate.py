@@ -1,8 +1,8 @@
 """Layer-wise calibration: decides every layer's blueprint on real text, with one decoder layer in memory.
 
-The residual streams of all calibration tokens are kept in files. In ``parallel`` mode every layer sees what the dense
-model feeds it; in ``sequential`` mode what the already converted layers below feed it, beside the dense model's stream,
-which says what the layer should have put out (the order of GPTQ and SparseGPT).
+The residual streams of all calibration tokens are kept in files. In ``parallel`` mode every layer reads the dense model's
+stream. In ``sequential`` mode it reads the stream of the converted layers below it, and is fitted to the output of the dense
+model's stream, which runs beside it (the order of GPTQ, arXiv 2210.17323, and SparseGPT, arXiv 2301.00774).
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ if TYPE_CHECKING:
 
 
 class Calibration:
-    """The walk through the layers of one conversion.
+    """Walks through the layers of one conversion, and decides each.
 
     Args:
         job: the conversion; its recipe names the text.
         checkpoint: the dense model.
-        windows: the calibration tokens, ids ``[N, W]``. A method that mixes models has every one of them walk on these.
-        folder: where token files are kept while it lasts, and the finished blueprints in ``layer_blueprints``.
+        windows: the calibration tokens, ids ``[N, W]``. A method that mixes models runs each of them on these.
+        folder: receives the finished blueprints in ``layer_blueprints``, and holds token files until the last layer is decided.
         progress: where to report.
-        samples: where a router tells several sources apart: the tokens that the dense model walks on, and whose they are.
+        samples: the tokens on which a router tells several sources apart, with the source that each belongs to; the dense
+            model then runs on them. None: there is nothing to tell apart.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Calibration:
         self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
 
     def run(self) -> None:
-        """Decide all layers that an earlier run did not; leaves one blueprint file per MoE layer.
+        """Decide all layers that an earlier run did not, and write one blueprint file per MoE layer.
 
         Raises:
             CheckpointError: activations or fits are not finite.
@@ -104,7 +105,7 @@ class Calibration:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``upcycle.json`` says about the text: how much, and the SHA-256 of the token ids."""
+        """What ``upcycle.json`` says about the text: its names, its length, and the SHA-256 of the token ids."""
         texts = self._job.recipe.calibration.texts
         said = {**_read(self._samples_of if self._samples else texts, self.windows), "mode": self._job.calibration_mode}
         if self._samples and self._sources:
@@ -120,15 +121,17 @@ class Calibration:
         return [f"prompts of {source.name}" for source in recipes]
 
     def _start(self) -> None:
-        """Write the tokens' embeddings, wherever they are to be read."""
+        """Write the tokens' embeddings for every model that will read them."""
         if self._walks or self._samples:
             self._stream("dense", 0).write(map(self._runner.embed, self.windows.flatten().split(self._batch)))
         if self._sources:
             self._sources.start()
 
     def _of_sources(self, index: int, inputs: TokenFile) -> None:
-        """Decide a layer of several sources. ``inputs`` are those of a router that tells them apart, where there is one:
-        the FFN's, or embeddings, and then no layer of the dense model runs.
+        """Decide a layer of several sources.
+
+        ``inputs`` are what a router that tells the sources apart reads, where there is one: the inputs of the FFN, or embeddings,
+        for which no layer of the dense model runs.
         """
         from upcycle.routers.for_mixing.base import condition, own_expert
 
@@ -148,7 +151,7 @@ class Calibration:
         save_blueprint(self._file(index), blueprint, report)
 
     def _of_source(self, index: int, source: int, sources: Callable[[int], Activations] | None = None) -> Activations:
-        """What one source's FFN does on its own states."""
+        """Return the activations of one source's FFN on that source's own states."""
         assert self._sources
         assert isinstance(self._checkpoint, MixedCheckpoint)
         ffn = self._checkpoint.members[source].feed_forward(index, self._job.recipe.dtype)
@@ -158,7 +161,7 @@ class Calibration:
         return TokenFile(self._tokens_folder / f"{name}.{index}", self._checkpoint.config.hidden_size)
 
     def _resume_at(self) -> int:
-        """The first layer that is not decided and whose inputs are there."""
+        """Return the layer at which to continue: the last, up to the first undecided one, whose inputs are on the disk."""
         undecided = [layer for layer in self._job.shape.moe_layers if not self._file(layer).exists()]
         last = undecided[0] if undecided else max(self._job.shape.moe_layers) + 1
         for index in range(last, 0, -1):
@@ -167,7 +170,7 @@ class Calibration:
         return last if not undecided else 0
 
     def _holds(self, index: int) -> bool:
-        """Whether everything is there that layer ``index`` begins with."""
+        """Return whether every stream that layer ``index`` reads is on the disk."""
         needed = [("dense", index)] if self._walks else [("dense", 0)] if self._samples else []
         if self._differs(index):
             needed.append(("moe", index))
@@ -176,14 +179,14 @@ class Calibration:
         return there and (self._sources is None or self._sources.holds(index))
 
     def _differs(self, index: int) -> bool:
-        """Whether the converted model's stream is another than the dense model's at the input of layer ``index``."""
+        """Return whether the converted model's stream differs from the dense model's at the input of layer ``index``."""
         return self._sequential and index > min(self._job.shape.moe_layers)
 
     def _file(self, layer: int) -> Path:
         return layer_file(self._folder, layer)
 
     def _importance(self) -> dict[int, torch.Tensor]:
-        """Every layer's importance, from one pass forward and one backward through the dense model."""
+        """Return every layer's importance, fp32 ``[C, F]``, from one pass forward and one backward through the dense model."""
         from upcycle.calibration.neuron_importance import read_importance, write_importance
 
         path = self._tokens_folder / "importance.safetensors"
@@ -232,7 +235,7 @@ class Calibration:
         residual.release()
 
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
-        """Write the converted model's stream after this layer, computed with the weights as they will be stored."""
+        """Write the converted model's stream after this layer, computed with the weights in the dtype that is stored."""
         down = decision.routing.stored(decision.blueprint)
         pairs = zip(residual.blocks(self._batch), decision.active.batches(), strict=True)
         outputs = (before + linear(batch.hidden, down, decision.routing.bias) for before, batch in pairs)
@@ -240,7 +243,10 @@ class Calibration:
 
 
 def _batch_of(windows: torch.Tensor) -> int:
-    """Tokens at a time: at least eight batches, so that some can be held out; at most what keeps matrix products busy."""
+    """Return the tokens of a batch.
+
+    There are at least eight batches, of which every eighth is held out; a batch is no larger than matrix products need it.
+    """
     count, window = windows.shape
     return max(1, min(CALIBRATION_BATCH_TOKENS // window, count // HELD_OUT_EVERY)) * window
 
@@ -258,10 +264,15 @@ def calibrate(
     progress: Progress,
     samples: Samples | None = None,
 ) -> dict[str, Any]:
-    """Decide every MoE layer of ``job``, leaving one file per layer in ``folder/layer_blueprints``.
+    """Decide every MoE layer of ``job``, and write one file per layer to ``folder/layer_blueprints``.
+
+    The arguments are those of :class:`Calibration`.
 
     Returns:
-        What was read, for ``upcycle.json``.
+        :attr:`Calibration.record`: what ``upcycle.json`` says about the text.
+
+    Raises:
+        CheckpointError: activations or fits are not finite.
     """
     reuse_freed_memory(REUSED_BYTES)
     calibration = Calibration(job, checkpoint, windows, folder, progress, samples)

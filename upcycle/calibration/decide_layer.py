@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = None) -> LayerBlueprint:
-    """The blueprint of one layer. Depends on the recipe, the seed, this layer and its calibration tokens alone, so that a
-    resumed run agrees.
+    """Return the blueprint of one layer, with its router.
+
+    It depends on the recipe, the seed, this layer and its calibration tokens alone, so that a resumed run decides the same.
     """
     seed, shape = job.recipe.seed, job.shape
     blueprint = job.method.blueprint(ffn, shape, job.scale, generator(seed, ffn.layer, "method"), activations)
@@ -35,7 +36,7 @@ def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = N
 
 
 def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
-    """An independent stream of random numbers for every layer and purpose."""
+    """Return a stream of random numbers that is independent for every layer and purpose."""
     from upcycle.ffn.random_weights import stream
 
     return stream(seed, layer, purpose)
@@ -50,7 +51,7 @@ def activations_of(
     samples: Samples | None = None,
     sources: Callable[[int], Activations] | None = None,
 ) -> Activations:
-    """The activations of a layer whose FFN inputs are in a file, ``batch`` tokens at a time, every eighth batch held out."""
+    """Return the activations of a layer whose FFN inputs are in a file: ``batch`` tokens at a time, every eighth batch held out."""
 
     def batches() -> Iterator[Inputs]:
         for number, x in enumerate(inputs.blocks(batch)):
@@ -60,7 +61,10 @@ def activations_of(
 
 
 def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[], Iterator[torch.Tensor]]:
-    """What a layer's experts should put out: the dense model's stream after it, less the converted one's before its FFN."""
+    """Return a function that yields the outputs to fit a layer's experts to, fp32 ``[t, d]`` per batch.
+
+    They are the dense model's stream after the layer, less the converted model's stream before its FFN.
+    """
 
     def targets() -> Iterator[torch.Tensor]:
         pairs = zip(dense.blocks(batch), residual.blocks(batch), strict=True)
@@ -70,7 +74,7 @@ def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[]
 
 
 class Decision(NamedTuple):
-    """What became of a layer: its blueprint, what was measured on the way, and the activations of its neurons."""
+    """Holds the decision on a layer: its blueprint, what was measured on the way, and the activations of its neurons."""
 
     blueprint: LayerBlueprint
     report: dict[str, Any]
@@ -81,13 +85,13 @@ class Decision(NamedTuple):
 def decide_layer(
     job: ExpertJob, ffn: FeedForward, activations: Activations, targets: Callable[[], Iterator[torch.Tensor]]
 ) -> Decision:
-    """A layer's blueprint with its router and refitted down projections, and what was measured on the way.
+    """Decide a layer's blueprint with its router, and refit its down projections or its scale.
 
     Args:
-        job: names method, router and refit.
-        ffn: the dense layer.
-        activations: its calibration tokens.
-        targets: starts a pass over what the layer should put out, fp32 ``[t, d]`` for every batch.
+        job: the conversion, which names method, router and refit.
+        ffn: the dense layer's FFN.
+        activations: its activations on the calibration tokens.
+        targets: starts a pass over the outputs that the layer is fitted to, fp32 ``[t, d]`` per batch.
 
     Raises:
         CheckpointError: the fit is not finite in the stored dtype.

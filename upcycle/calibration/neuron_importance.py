@@ -1,4 +1,4 @@
-"""Importance of every neuron for every kind of text: |h * dL/dh|, one decoder layer in memory.
+"""Measures the importance of every neuron for every kind of text, |h * dL/dh|, with one decoder layer in memory.
 
 LLaMA-MoE (arXiv 2406.16554) clusters the text and, per cluster and neuron, averages over tokens the first-order Taylor
 estimate of what removing the neuron does to the loss. Forward, the inputs of all layers are kept in files; backward, each
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.planning.expert_job import ExpertJob
 
-_LOGIT_BYTES = 1 << 28
+_LOGIT_BYTES = 1 << 28  # of the fp32 logits of a batch, at most
 SHORTEST_PIECE = 32  # tokens
 
 
@@ -42,7 +42,7 @@ def write_importance(
     """Measure all layers on ``windows`` ``[N, W]`` and write fp32 ``importance.L`` ``[clusters, F]`` for each.
 
     Raises:
-        UsageError: fewer pieces of text than clusters.
+        UsageError: there are fewer pieces of text than clusters.
     """
     from safetensors.torch import save
 
@@ -82,14 +82,14 @@ def write_importance(
 
 
 def read_importance(path: Path) -> dict[int, torch.Tensor]:
-    """Layer -> fp32 ``[C, F]``."""
+    """Return the importance that :func:`write_importance` wrote: layer -> fp32 ``[C, F]``."""
     from safetensors.torch import load_file
 
     return {int(name.split(".")[1]): tensor for name, tensor in load_file(path).items()}
 
 
 def _text_clusters(final: TokenFile, piece: int, batch: int, clusters: int, seed: int) -> torch.Tensor:
-    """Int64 ``[N]``: the cluster of every piece of text."""
+    """Return the cluster of every piece of text, int64 ``[N]``."""
     from sklearn.cluster import KMeans
 
     means = [block.view(-1, piece, block.shape[1]).mean(1) / block.norm(dim=1).mean() for block in final.blocks(batch)]
@@ -135,7 +135,7 @@ def _backward(
     batch: int,
     piece: int,
 ) -> torch.Tensor:
-    """One layer's importance ``[C, F]``; writes the gradient of its input."""
+    """Return one layer's importance, fp32 ``[C, F]``, and write the gradient of its input."""
     sums: torch.Tensor | None = None
     tokens = torch.zeros(clusters, dtype=torch.float64)
     window = runner.window

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def calibration_windows(job: PlannedJob, checkpoint: Checkpoint, progress: Progress) -> torch.Tensor:
-    """The calibration tokens of a conversion: ids ``[N, W]``.
+    """Return the calibration tokens of a conversion, int64 ids ``[N, W]``.
 
     Raises:
-        UsageError: a text cannot be read, has no such column, or is shorter than one window.
+        UsageError: the recipe leaves no tokenizer, or a text cannot be read, has no such column, or is shorter than one window.
     """
     wanted = job.recipe.calibration
     if job.recipe.tokenizer == "none":

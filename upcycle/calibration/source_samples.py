@@ -1,4 +1,4 @@
-"""Tokens that tell what each of several sources is for: their prompts, or a sample text of their domain."""
+"""Reads the tokens that show what each of several sources is for: its prompts, or a sample text of its domain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_samples(job: ExpertJob, checkpoint: DenseCheckpoint) -> Samples:
-    """What the job's router looks at: prompts, or texts.
+    """Read the prompts or the texts that the job's router is made from.
 
     Raises:
         UsageError: a text cannot be read, or is shorter than one window; a prompt is longer than the model's context.
@@ -34,11 +34,21 @@ def read_samples(job: ExpertJob, checkpoint: DenseCheckpoint) -> Samples:
 
 
 def from_prompts(tokenizer: Any, sources: list[SourceRecipe], most: int, last: bool = False) -> Samples:
-    """A window per prompt, filled up on the right, where a causal model cannot see it.
+    """Return a window per prompt, padded on the right, where a causal model does not see the padding.
 
-    Every prompt of a kind counts the same, and so does every token of a prompt but special ones: the first token's state
-    is hundreds of times longer than the others' in many models, and says nothing about the prompt. With ``last``, only the
-    last of these tokens counts, which has seen the whole prompt.
+    A source's positive prompts weigh 1 in all and its negative ones -1, each prompt the same; a prompt's weight is divided
+    evenly among its tokens. Special tokens weigh nothing: the first token's state is hundreds of times longer than the others'
+    in many models, and says nothing about the prompt. With ``last``, only the last token that is not special counts, which has
+    seen the whole prompt.
+
+    Args:
+        tokenizer: the base model's.
+        sources: the sources, with their prompts.
+        most: the longest prompt in tokens that the model takes.
+        last: whether only a prompt's last token counts.
+
+    Raises:
+        UsageError: a prompt has no tokens but special ones, or more than ``most``.
     """
     rows: list[torch.Tensor] = []
     owners: list[int] = []
@@ -69,7 +79,7 @@ def from_prompts(tokenizer: Any, sources: list[SourceRecipe], most: int, last: b
 
 
 def _from_texts(job: ExpertJob, tokenizer: Any, sources: list[SourceRecipe]) -> Samples:
-    """As many windows of each text, in turns, so that those held out are of every domain."""
+    """Return equally many windows of each source's texts, in turns, so that every domain has some among those held out."""
     wanted = job.recipe.calibration
     window = min(wanted.window, job.dense.max_position_embeddings)
     texts = [{name: read_text(name) for name in source.texts} for source in sources]
@@ -79,7 +89,10 @@ def _from_texts(job: ExpertJob, tokenizer: Any, sources: list[SourceRecipe]) -> 
 
 
 def in_turns(pieces: list[torch.Tensor]) -> Samples:
-    """Windows ``[n_i, W]`` of every owner, the k-th of each before the next of any; each owner counts 1 in all."""
+    """Return the windows ``[n_i, W]`` of every owner in turns, the k-th of each before the next of any.
+
+    Each owner's tokens weigh 1 in all.
+    """
     order = sorted((k, owner) for owner, piece in enumerate(pieces) for k in range(len(piece)))
     windows = torch.stack([pieces[owner][k] for k, owner in order])
     width = windows.shape[1]

@@ -1,4 +1,4 @@
-"""A whole text through single layers, in files, and the sources of a mix side by side: every one sees its own states."""
+"""Runs a whole text through single layers, with states in files, for each source of a mix: each reads its own states."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class SourceWalks:
-    """Several models of one shape on the same tokens, with one decoder layer of one of them in memory.
+    """Runs several models of one shape on the same tokens, with one decoder layer of one of them in memory.
 
     Args:
-        members: the models, by the index that their experts have.
-        dtype: their weights are rounded to this dtype first.
+        members: the models, by the index of their experts.
+        dtype: the dtype that their weights are rounded to first.
         windows: the tokens, ids ``[N, W]``.
-        folder: where token files are kept while it lasts.
+        folder: where the states are kept until they are released.
         batch: tokens at a time, a multiple of ``W``.
     """
 
@@ -37,12 +37,12 @@ class SourceWalks:
         self._width = first.config.hidden_size
 
     def start(self) -> None:
-        """Write every model's embeddings of the tokens, the states that layer 0 begins with."""
+        """Write every model's embeddings of the tokens, which are the input of layer 0."""
         for source, runner in self._runners.items():
             self._states(source, 0).write(map(runner.embed, self.windows.flatten().split(self.batch)))
 
     def step(self, index: int, is_moe: bool) -> None:
-        """Run layer ``index`` of every model; keeps what it began with, and of a layer to be converted the FFN's inputs."""
+        """Run layer ``index`` of every model; keep its input, and the FFN's input where the layer is converted (``is_moe``)."""
         for source, runner in self._runners.items():
             before, after = self._states(source, index), self._states(source, index + 1)
             with runner.loaded(index), torch.no_grad():
@@ -55,15 +55,15 @@ class SourceWalks:
                     after.write(runner.whole(index, states) for states in before.blocks(self.batch))
 
     def inputs(self, source: int, index: int) -> TokenFile:
-        """What one model's FFN of a layer reads, once :meth:`step` has run it."""
+        """Return the inputs of one model's FFN in a layer that :meth:`step` has run."""
         return self._file("x", source, index)
 
     def holds(self, index: int) -> bool:
-        """Whether the states are there that layer ``index`` begins with."""
+        """Return whether the inputs of layer ``index`` are on the disk for every model."""
         return all(self._states(source, index).holds(self.windows.numel()) for source in self._runners)
 
     def release(self, index: int) -> None:
-        """Give up what layer ``index`` began with and what was read in it."""
+        """Remove the inputs of layer ``index`` and of its FFN."""
         for source in self._runners:
             self._states(source, index).release()
             self.inputs(source, index).release()
@@ -78,14 +78,14 @@ class SourceWalks:
 def attend(
     runner: LayerRunner, index: int, states: TokenFile, inputs: TokenFile, residual: TokenFile, batch: int
 ) -> None:
-    """Write what the FFN of a layer reads and what its output is added to."""
+    """Write the inputs of a layer's FFN, and the residual that the FFN's output is added to."""
     write_together([inputs, residual], (runner.around(index, block) for block in states.blocks(batch)))
 
 
 def feed(
     runner: LayerRunner, index: int, inputs: TokenFile, residual: TokenFile, states: TokenFile, batch: int
 ) -> None:
-    """Write a layer's output, from what :func:`attend` has written."""
+    """Write a layer's output, from the inputs and the residual that :func:`attend` has written."""
     ffn = runner.block(index)
     pairs = zip(residual.blocks(batch), inputs.blocks(batch), strict=True)
     states.write(before + ffn(x) for before, x in pairs)

@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What happened. ``as_dict`` has the documented JSON keys; ``layers`` holds what calibration measured of each layer,
-    ``merging`` what merges of sources were decided by.
+    """Holds the outcome of a conversion. ``as_dict`` has the documented JSON keys.
+
+    ``layers`` holds what the calibration measured of each layer, ``merging`` the merges of sources and the numbers that
+    decided them.
     """
 
     out: Path
@@ -56,7 +58,7 @@ class Conversion:
     merging: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {**asdict(self), "out": str(self.out), "plan": self.plan.as_dict()}
 
 
@@ -76,13 +78,13 @@ def convert(
         source: local folder, hub id, ``.gguf`` file or ``demo``.
         out: folder to write; it appears complete or not at all.
         overwrite: replace an ``out`` that upcycle wrote, once the new model is complete.
-        restart: throw an unfinished conversion of another recipe away.
+        restart: throw away an unfinished conversion of another recipe.
         blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding anew.
         progress: where to report.
         **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`).
 
     Returns:
-        What was done, with the verification's numbers.
+        The outcome, with the plan and the verification's numbers.
 
     Raises:
         UpcycleError: a subclass with the exit code the command would end with. A conversion that breaks its promise
@@ -105,7 +107,7 @@ def run_recipe(
     blueprint: Path | None = None,
     progress: Progress = SILENT,
 ) -> Conversion:
-    """Convert by a validated recipe; see :func:`convert`."""
+    """Carry out a validated recipe; see :func:`convert`."""
     started = time.monotonic()
     out = user_path(out).absolute()
     check_output(out, overwrite)
@@ -119,7 +121,7 @@ def run_recipe(
     job = job_for(recipe, method, checkpoint)
     if blueprint:
         job = job.given(blueprint)
-    # What stock transformers would not load is better refused now than after the conversion.
+    # A result that stock transformers cannot load is refused now, not after hours of conversion.
     judged = check_loadable(job, checkpoint, decided=blueprint is not None)
     made = job.cost()
     _warn(made, judged, progress)
@@ -192,7 +194,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 
 def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, str]:
-    """Write every shard; returns file name -> SHA-256."""
+    """Write every shard; return the SHA-256 of each file by its name."""
     journal = Journal(folder)
     hashes: dict[str, str] = {}
     with progress.phase("converting", sum(1 for _ in job.units)), torch_threads(1) as threads:
@@ -210,7 +212,7 @@ def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, pro
 
 
 def _write_companions(job: ConversionJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
-    """Everything but weights and provenance; returns what was measured and decided of every layer."""
+    """Write everything but the weights and ``upcycle.json``; return what was measured and decided of every layer."""
     (folder / "config.json").write_text(json.dumps(clean_config(job.config), indent=2) + "\n", encoding="utf-8")
     names = LocalNames.of(job.recipe.model_dump())
     text = dump_yaml(names.published(parse_yaml(job.recipe_text, records.RECIPE_FILE)))
@@ -238,7 +240,10 @@ def _verify(
 
 
 def _verified(folder: Path, recipe: Recipe) -> Verification | None:
-    """What an earlier run found of these very files; the workspace has removed what was found under other settings."""
+    """Return the verification that an earlier run wrote of these files, or None.
+
+    It belongs to these settings: the workspace has removed any other.
+    """
     found = records.read_verification(folder) if recipe.verification.enabled else None
     if found is None:
         return None

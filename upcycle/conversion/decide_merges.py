@@ -1,4 +1,7 @@
-"""Which means of the sources a method makes, where it finds that out from weights and text: once, before anything is written."""
+"""Decides which sources a method merges, and with which weights, where it finds that out from weights and text.
+
+This happens once, before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,20 @@ def decide_merges(
     folder: Path,
     progress: Progress,
 ) -> tuple[ConversionJob, MixedCheckpoint, dict[str, Any]]:
-    """The job and its checkpoint with the coefficients of every merge decided, and what they were decided by.
+    """Decide the coefficients of every merge.
 
-    They become the method's parameter ``coefficients``, which the written recipe holds: nobody has to decide again.
+    They become the method's parameter ``coefficients`` in the recipe that is written, so that a later run need not decide again.
 
     Args:
-        method: the recipe's.
-        recipe: as it was given, before its method worked out sizes.
+        method: the recipe's method.
+        recipe: the user's recipe, before its method worked out sizes.
         checkpoint: its sources.
         windows: the calibration tokens, ids ``[N, W]``.
         folder: where measurements are kept.
         progress: where to report.
+
+    Returns:
+        The job and its checkpoint with the coefficients, and the measurements that decided them, as plain data.
     """
     mixes = mixing(method)
     assert mixes is not None, "only methods that mix can be undecided"

@@ -1,4 +1,4 @@
-"""Carries out conversions of dense models into experts: calibrates, decides every layer, builds experts, compares."""
+"""Carries out conversions of dense models into experts: calibrates, decides every layer, builds experts, verifies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class ExpertConversion(ExpertJob):
     """A job that makes experts of a dense model's FFNs. Implements :class:`upcycle.conversion.job.ConversionJob`.
 
-    ``saved`` is the blueprint that was given, in place of deciding.
+    ``saved`` is a blueprint that the user gave; nothing is decided then.
     """
 
     takes_blueprints: ClassVar[bool] = True
@@ -69,7 +69,7 @@ class ExpertConversion(ExpertJob):
         """Return the job with every layer decided by a saved blueprint.
 
         Raises:
-            UsageError: it has other experts than the recipe asks for.
+            UsageError: its experts are not those that the recipe asks for.
         """
         saved, shape = BlueprintFile(blueprint), self.shape
         for layer in shape.moe_layers:
@@ -88,7 +88,7 @@ class ExpertConversion(ExpertJob):
         return 0 if self.saved else super().working_bytes
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
-        """Read the calibration text, and what tells several sources apart."""
+        """Read the calibration text, and the prompts or texts that tell several sources apart."""
         windows = samples = None
         assert isinstance(checkpoint, DenseCheckpoint)
         if self.saved:
@@ -107,7 +107,7 @@ class ExpertConversion(ExpertJob):
     def decide(
         self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
     ) -> tuple[Self, dict[str, Any] | None]:
-        """Decide every layer on its text; without text layers are decided when they are written."""
+        """Decide every layer on the text; without text, layers are decided when they are written."""
         if not tokens.ids:
             return self, None
         from upcycle.calibration.calibrate import calibrate
@@ -120,7 +120,7 @@ class ExpertConversion(ExpertJob):
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
-        """Return every tensor of one unit as blocks of rows: copied, or built by the layer's blueprint."""
+        """Yield every tensor of one unit as blocks of rows: copied, or built by the layer's blueprint."""
         dtype = self.recipe.dtype
         experts: ExpertTensors | None = None
         for entry in unit.entries:
@@ -137,7 +137,7 @@ class ExpertConversion(ExpertJob):
             yield entry, _built(entry, experts)
 
     def _blueprint(self, ffn: FeedForward, folder: Path) -> LayerBlueprint:
-        """A layer's blueprint: given, decided by the calibration, or decided now; kept until all layers are done."""
+        """Return a layer's blueprint, decided by the calibration, saved or decided now, and keep it until all are joined."""
         if (found := decided_layer(self, folder, ffn.layer)) is not None:
             return found
         if self.saved:
@@ -154,7 +154,7 @@ class ExpertConversion(ExpertJob):
         return join_layers(self, folder)
 
     def reports(self, folder: Path) -> list[dict[str, Any]]:
-        """Return what was measured and decided of every layer."""
+        """Return what was measured and decided of every layer, as plain data."""
         return blueprint_reports(folder)
 
     def verify(
@@ -165,7 +165,7 @@ class ExpertConversion(ExpertJob):
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:
-        """Compare logits and layers with the dense model's."""
+        """Compare the result's logits and layers with the dense model's."""
         from upcycle.verification.verify_experts import verify_experts
 
         assert isinstance(checkpoint, DenseCheckpoint)
@@ -173,6 +173,6 @@ class ExpertConversion(ExpertJob):
 
 
 def _built(entry: OutputEntry, experts: ExpertTensors) -> Iterator[torch.Tensor]:
-    """The blocks of a tensor that no source has."""
+    """Yield the blocks of a tensor that is built and not copied."""
     assert entry.built is not None
     return (checked_finite(entry, experts.part(part)) for part in entry.built.parts)

@@ -47,11 +47,11 @@ class GrowthConversion(GrowthJob):
         return prepare_growth(cls, recipe, method, described, mix=found.mix)
 
     def given(self, blueprint: Path) -> Self:
-        """Never called: ``takes_blueprints`` says so."""
+        """Return the job unchanged: ``takes_blueprints`` is false, so that this is never called."""
         raise AssertionError(f"{self.method.name} takes no blueprint, such as {blueprint}")
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
-        """Read the text that experts are chosen on, where the step looks at one."""
+        """Read the text on which experts are chosen, where the step needs one."""
         if not self.calibrated:
             return TokensRead()
         from upcycle.calibration.read_tokens import calibration_windows
@@ -70,17 +70,17 @@ class GrowthConversion(GrowthJob):
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
-        """Return every tensor of one unit as blocks of rows of the source's."""
+        """Yield every tensor of one unit as blocks of rows of the source's."""
         for entry in unit.entries:
             assert entry.origin is not None
             yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
-        """Return what was decided; the file that holds it is final already."""
+        """Return :meth:`reports`; the file that holds the decision is final already."""
         return growth_reports(folder)
 
     def reports(self, folder: Path) -> list[dict[str, Any]]:
-        """Return which experts every layer is made of, and by what they were chosen."""
+        """Return which of the source's experts every layer is made of, and the utilities that chose them."""
         return growth_reports(folder)
 
     def verify(
@@ -91,7 +91,7 @@ class GrowthConversion(GrowthJob):
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:
-        """Compare every tensor with its origin, and what both models compute."""
+        """Compare every tensor with its origin, and the logits of both models."""
         from upcycle.verification.verify_growth import verify_growth
 
         return verify_growth(self, checkpoint, folder, windows, progress)

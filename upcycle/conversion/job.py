@@ -1,4 +1,4 @@
-"""What a conversion asks of a job, whatever kind of model it makes."""
+"""The interface between a conversion and its job, whatever kind of model the job makes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokensRead:
-    """The token ids that decide a conversion.
+    """Holds the token ids that decide a conversion.
 
     Attributes:
-        windows: of the calibration text, ``[N, W]``; None: none is read.
+        windows: the calibration text's, int64 ``[N, W]``; None: no text is read.
         samples: those that tell several sources apart; None: nothing needs them.
     """
 
@@ -36,14 +36,14 @@ class TokensRead:
 
     @property
     def ids(self) -> list[torch.Tensor]:
-        """All of them, samples first."""
+        """All token ids that are read, samples first."""
         return [ids for ids in (self.samples.windows if self.samples else None, self.windows) if ids is not None]
 
 
 class ConversionJob(PlannedJob, Protocol):
     """A planned job that can be carried out: one class per kind of conversion, listed in :data:`upcycle.conversion.jobs.JOBS`.
 
-    Nothing that is given to a job is changed by it, and no job is: what decides returns another one.
+    A job changes neither its arguments nor itself: methods that decide something return a new job.
     """
 
     takes_blueprints: ClassVar[bool]
@@ -83,7 +83,7 @@ class ConversionJob(PlannedJob, Protocol):
         """Decide what depends on text and weights, and keep it in ``folder``, where another run finds it.
 
         Returns:
-            The job with what was decided, and what ``upcycle.json`` says of the text (None: none was read).
+            The job with its decisions, and what ``upcycle.json`` says of the text (None: none was read).
         """
 
     def blocks(
@@ -92,14 +92,14 @@ class ConversionJob(PlannedJob, Protocol):
         """Return every tensor of one unit as blocks of rows, in the order of the unit.
 
         Args:
-            unit: one of the job's.
+            unit: a unit of the job.
             checkpoint: the source.
             folder: where decisions are kept until the conversion is complete.
-            threads: how many torch may use where it computes; what is copied moves on one.
+            threads: the number that torch may use where it computes; copies use one.
         """
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
-        """Put what was decided into its final form in ``folder``, and return :meth:`reports`."""
+        """Put the decisions into their final form in ``folder``, and return :meth:`reports`."""
 
     def reports(self, folder: Path) -> list[dict[str, Any]]:
         """Return what was measured and decided of every layer of a finished conversion, as plain data."""
@@ -112,15 +112,15 @@ class ConversionJob(PlannedJob, Protocol):
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:
-        """Compare what was written with the source.
+        """Compare the result with the source.
 
         Args:
             checkpoint: the source.
             folder: the result.
-            windows: token ids ``[N, W]`` to measure on, and what they are from.
+            windows: token ids ``[N, W]`` to measure on, and a label that says which text they are from.
             progress: where to report.
             training: how the result was trained since, if it was.
 
         Raises:
-            CheckpointError: the folder is not what was planned, or stock transformers does not load it cleanly.
+            CheckpointError: the folder's tensors are not those of the plan, or stock transformers does not load it cleanly.
         """

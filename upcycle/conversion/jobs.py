@@ -1,4 +1,4 @@
-"""The kinds of conversions there are, and the job of a recipe."""
+"""Lists the kinds of conversions, and finds the job of a recipe."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ JOBS: dict[str, type[ConversionJob]] = {
     "overlap": ExpertConversion,
     "growth": GrowthConversion,
 }
-"""What a method makes (its ``kind``) -> the job that makes it."""
+"""The job's class, by the ``kind`` of its method."""
 
 
 def job_for(recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> ConversionJob:
-    """Plan a recipe on an opened checkpoint. Nothing that is given is changed.
+    """Plan a recipe on an opened checkpoint. No argument is changed.
 
     Args:
-        recipe: what is wanted.
-        method: the recipe's (:func:`upcycle.planning.job.method_of`).
-        checkpoint: its sources (:func:`upcycle.planning.open_sources.open_sources`).
+        recipe: the user's recipe.
+        method: the recipe's method (:func:`upcycle.planning.job.method_of`).
+        checkpoint: the recipe's sources (:func:`upcycle.planning.open_sources.open_sources`).
 
     Raises:
         UsageError: the recipe cannot be carried out on this model.
@@ -43,8 +43,11 @@ def job_for(recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Conver
 def job_of(recipe: Recipe) -> ConversionJob:
     """Plan a recipe from local checkpoints' headers, or from the ``config.json`` of hub repositories.
 
-    Stock transformers is asked whether it takes the sources and the result, as before a conversion; of a repository of the hub
-    there is ``config.json`` alone to ask about.
+    As before a conversion, this checks that stock transformers loads the sources and the result; of a hub repository, only
+    ``config.json`` is checked.
+
+    Raises:
+        UpcycleError: whatever :func:`upcycle.convert` would refuse before reading weights.
     """
     method = method_of(recipe)
     if all_local(recipe):

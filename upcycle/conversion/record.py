@@ -1,4 +1,4 @@
-"""Where a converted model came from: versions, recipe, source and file hashes, in ``upcycle.json``.
+"""Records where a converted model came from, in ``upcycle.json``: versions, recipe, source and file hashes.
 
 Nothing in it depends on the clock or the machine, so that the same inputs give the same bytes.
 """
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 
 def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None, read: Sequence[torch.Tensor]) -> str:
-    """Identifies a job for resuming: the resolved recipe, the source's content, the calibration tokens and the code's version.
+    """Return a SHA-256 by which an unfinished conversion is recognised as the same job, and resumed.
 
-    ``read`` are the token ids that decide layers. How the result is checked does not change it.
+    It covers the resolved recipe, the source's content, the blueprint that was given, the calibration tokens ``read`` and the
+    versions of upcycle and torch. How the result is verified does not change it.
     """
     recipe = job.recipe.model_dump(exclude={"verification"})
     given = hash_file(blueprint) if blueprint else None
@@ -47,7 +48,7 @@ def write_record(
     calibration: dict[str, Any] | None,
     merging: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``upcycle.json``; weight files were hashed while they were written, the small ones are hashed here."""
+    """Write ``upcycle.json``. Weight files were hashed while they were written; the small files are hashed here."""
     hashes = dict(shard_hashes)
     for path in sorted(folder.iterdir()):
         if (

@@ -1,4 +1,4 @@
-"""How many threads torch uses while a conversion moves blocks."""
+"""Sets how many threads torch uses while a conversion copies blocks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[int]:
-    """Let torch use ``count`` threads for a while; gives how many it used before.
+    """Let torch use ``count`` threads inside the ``with`` block; yield the number it used before.
 
-    Blocks are moved on one: hashing and writing fill the other cores, and torch's idle threads would spin beside them.
+    Blocks are copied on one thread: hashing and writing fill the other cores, and torch's idle threads would spin beside them.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Proves a conversion again: opens the source, runs both models on the same text, and says how equal they are."""
+"""Verifies a converted model again: opens its source, runs both models on the same text, and measures the difference."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def verify(
     Args:
         out: the converted model.
         source: the dense model, when it is no longer where ``recipe.yaml`` says.
-        text: UTF-8 file to measure on; default: the embedded validation texts.
-        tokens: how many tokens of it.
+        text: UTF-8 file to measure on; default: the recipe's, or else what was held out of the calibration text, or else the
+            embedded validation texts.
+        tokens: the number of tokens to measure on.
         progress: where to report.
 
     Raises:
         CheckpointError: a file is missing or has changed since it was written, or the source is not the one converted.
+        UsageError: the source is not found, or the text cannot be read.
     """
     folder = user_path(out)
     record = records.read_record(folder)
@@ -58,11 +60,11 @@ def verify(
 
 
 def reopen(folder: Path, record: dict[str, Any], source: str | None = None) -> tuple[ConversionJob, Checkpoint]:
-    """The job that wrote ``folder`` and the checkpoint it was made from, found again by its recipe and its record.
+    """Return the job that wrote ``folder``, and the checkpoint that it converted, from the folder's recipe and record.
 
     Raises:
-        UsageError: the source is not there.
-        CheckpointError: it is not the one that was converted.
+        UsageError: the source is not found.
+        CheckpointError: the source is not the one that was converted.
     """
     content = read_recipe(folder / records.RECIPE_FILE)
     if source:
