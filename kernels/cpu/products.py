@@ -56,9 +56,8 @@ class Products:
         for left, right, out in zip(rows, weights, outs, strict=True):
             if self._same:
                 out.addmm_(left, right)
-            elif (
-                self._native or len(left) == 1
-            ):  # one row reads every weight once: a cast would take longer than the product
+            elif self._native or len(left) == 1:
+                # A single row reads every weight once: a cast would take longer than the product.
                 made = left.to(self.dtype) @ right
                 _ = out.add_(made) if add else out.copy_(made)
             else:

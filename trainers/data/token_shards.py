@@ -108,9 +108,8 @@ class TokenCache:
         lengths: list[int] = []
         hashes: list[int] = []
         digest, read = hashlib.sha256(), 0
-        temporary = stem.with_name(
-            f"{stem.name}.{os.getpid()}.tokens.tmp"
-        )  # of this process: without file locks, two may write it
+        # The name is this process's own: where files cannot be locked, two may write the same shard.
+        temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tokens.tmp")
         with temporary.open("wb") as file:
             for batch in _batches(corpus.documents(number)):
                 read += len(batch)

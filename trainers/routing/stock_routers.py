@@ -36,9 +36,8 @@ class RoutingRule:
     normalized: bool = True
     factor: float = 1.0
     epsilon: float = 0.0
-    bias: Callable[[], torch.Tensor | None] = lambda: (
-        None
-    )  # [E]; asked for anew, as casting a model replaces its buffers
+    # Returns [E] or None. Asked for every time, as casting a model replaces its buffers.
+    bias: Callable[[], torch.Tensor | None] = lambda: None
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``[T, E]`` in at least fp32: the softmax, or the sigmoid of every logit."""

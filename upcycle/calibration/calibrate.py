@@ -44,8 +44,8 @@ class Calibration:
         windows: the calibration tokens, ids ``[N, W]``. A method that mixes models runs each of them on these.
         folder: receives the finished blueprints in ``layer_blueprints``, and holds token files until the last layer is decided.
         progress: where to report.
-        samples: the tokens on which a router tells several sources apart, with the source that each belongs to; the dense
-            model then runs on them. None: there is nothing to tell apart.
+        samples: the tokens by which a router tells several sources apart, each with the source that it belongs to; None: the
+            router reads none.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whether a stock model has experts, and how they are computed."""
+"""Tells whether a stock model has experts, and chooses how they are computed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.registry import find, suggestion
 
-_ALIGNMENT = 16  # bytes that grouped products of transformers' kernels want rows to be a multiple of
+_ALIGNMENT = 16  # bytes: transformers' grouped products need rows of a multiple of this size
 
 
 def has_experts(model: Any) -> bool:
-    """Whether a model is a MoE, with routers of whatever kind: stock classes call what holds experts ``experts``."""
+    """Return whether a model is a MoE, whatever its router: every stock class names the module of its experts ``experts``."""
     return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
 
 
@@ -26,7 +26,7 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     Args:
         model: a stock causal language model.
         name: transformers' implementation of experts, or ``auto``.
-        device: type of the devices it will run on; its own by default.
+        device: type of the devices that it will run on; default: the one that it is on.
 
     Raises:
         UsageError: transformers has no such implementation.
@@ -43,8 +43,8 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     if not has_experts(model) or not hasattr(model, "set_experts_implementation"):
         return
     if name == "auto" and find("target", model.config.model_type) is None:
-        return  # the kernels were compared on targets alone: others are computed as transformers does
-    # Of a plan's devices only the type is known: its GPUs are such as the kernels run on.
+        return  # the kernels were tested on the targets alone: other architectures keep transformers' own computation
+    # A plan knows only the type of its devices: its GPUs are assumed to run the kernels.
     if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
         from upcycle.kernels.entry.choose_backend import NAME
 
@@ -63,7 +63,7 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
 
 
 def use_eager_experts(model: Any) -> Any:
-    """The same model, its experts run one after another: transformers' own default (grouped_mm) refuses narrow ones."""
+    """Return the same model with experts that run one after another: transformers' default, grouped_mm, refuses narrow ones."""
     use_experts(model, "eager")
     return model
 

@@ -43,13 +43,13 @@ class LayerRunner:
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     def reading(self, checkpoint: DenseCheckpoint) -> LayerRunner:
-        """A runner of another model of this shape that shares the modules: only one of the two may have a layer loaded."""
+        """Return a runner for another model of this shape, which shares the modules: only one of the two may load a layer."""
         other = copy(self)
         other._checkpoint, other._read = checkpoint, dense_reader(checkpoint, self._dtype)
         return other
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Fp32 states ``[T, d]`` for token ids ``[T]``, reading the table block by block: it is never whole in memory."""
+        """Return the fp32 states ``[T, d]`` of token ids ``[T]``; the table is read block by block, never as a whole."""
         config = self._checkpoint.config
         (name,) = self._checkpoint.family.first_specs(config)
         found = torch.empty(len(ids), config.hidden_size)
@@ -62,18 +62,18 @@ class LayerRunner:
         return found if factor == 1 else found * factor
 
     def block(self, index: int) -> torch.nn.Module:
-        """The dense FFN of a layer."""
+        """Return the dense FFN of a layer."""
         block: torch.nn.Module = self.layers[index].get_submodule(self._checkpoint.family.module_paths.block)
         return block
 
     def down(self, index: int) -> torch.nn.Module:
-        """The FFN's down projection, whose input are the activations."""
+        """Return the FFN's down projection, whose input is the activations."""
         name = self._checkpoint.family.ffn_origins(self._checkpoint.config, index)["down"].name
         module: torch.nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
         return module
 
     def forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """The layer's output ``[N, window, d]`` for its input, by the stock code."""
+        """Return the layer's output ``[N, window, d]`` for its input of the same shape, by the stock code."""
         stream = states if self._unit == 1 else states * self._unit
         outcome = self.layers[index].forward(stream, **self.arguments(index, len(states)))
         output: torch.Tensor = outcome[0] if isinstance(outcome, tuple) else outcome
@@ -81,7 +81,7 @@ class LayerRunner:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Load layer ``index`` for the time of this context."""
+        """Load the weights of layer ``index`` inside the ``with`` block."""
         fill(self.layers[index], self._checkpoint.family.module_paths.layer(index), self._read(index))
         try:
             yield
@@ -89,12 +89,12 @@ class LayerRunner:
             self.layers[index].to("meta")
 
     def whole(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """The layer's output ``[t, d]`` for its input ``[t, d]``; ``t`` is a multiple of the window."""
+        """Return the layer's output ``[t, d]`` for its input ``[t, d]``; ``t`` is a multiple of the window."""
         output, _ = self._run(index, states, None)
         return output
 
     def around(self, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input of the layer's FFN and the residual that its output is added to, each ``[t, d]``."""
+        """Return the input of the layer's FFN and the residual that its output is added to, each ``[t, d]``."""
         residual, x = self._run(index, states, torch.zeros_like)
         return x, residual
 
@@ -118,9 +118,9 @@ class LayerRunner:
         return _flat(output), _flat(seen[0])
 
     def arguments(self, index: int, windows: int) -> dict[str, Any]:
-        """Keyword arguments that the stock model passes to layer ``index`` beside the states: masks, positions and so on.
+        """Return the keyword arguments that the stock model passes to layer ``index``: masks, positions and so on.
 
-        The stock model computes them, in a pass through layers that do nothing, so that every family's masks are its own.
+        The stock model computes them itself, in a pass through layers that do nothing, so that no family's masks are copied here.
         """
         if windows not in self._arguments:
             seen: list[dict[str, Any]] = []
@@ -149,7 +149,7 @@ class LayerRunner:
 
 
 def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:
-    """Logits ``[N, T, V]`` for the states ``[N, T, d]`` of a :class:`LayerRunner` behind the last layer.
+    """Return the logits ``[N, T, V]`` for the states ``[N, T, d]`` of a :class:`LayerRunner` behind the last layer.
 
     ``model`` is the dense model's :func:`~upcycle.models.stock_model.skeleton`.
     """

@@ -1,4 +1,4 @@
-"""Any model that can be named, dense or MoE, in memory as stock transformers runs it."""
+"""Loads any model that can be named, dense or MoE, into memory as stock transformers runs it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def load_model(
 
     Args:
         source: a folder; a name may also be a hub id, a ``.gguf`` file or ``demo``.
-        dtype: of its weights; ``auto``: as stored. A ``.gguf`` file is read in fp32.
-        device: where they go; left out, they stay on the CPU.
+        dtype: the dtype of its weights; ``auto``: as stored. A ``.gguf`` file is read in fp32.
+        device: the device of its weights; default: the CPU.
         experts: transformers' implementation of experts, ``auto`` for the fastest here (see
             :func:`~upcycle.models.experts.use_experts`), or None for transformers' own choice.
         training: return it in training mode and without a cache, and refuse stored weights that the model does not have: an

@@ -1,8 +1,8 @@
 """Reads a model's weights with stock transformers, one decoder layer at a time.
 
-A verification must not read its reference with the code that it judges. So transformers' own loading code alone decides here which
-stored tensor becomes which weight, what is renamed, split or fused on the way, and what is tied. This tool's families and targets
-answer one question: which module of the stock class holds the layers.
+A verification must not read its reference with the code that it judges. So transformers' own loading code alone decides here
+which stored tensor becomes which weight, what is renamed, split or fused on the way, and what is tied. Upcycle's families and
+targets are asked one thing: which module of the stock class holds the layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class Layers(Protocol):
-    """A stock model whose decoder layers are loaded and dropped one by one; what is outside the layers stays loaded."""
+    """A stock model whose decoder layers are loaded and dropped one by one; weights outside the layers stay loaded."""
 
     model: Any
 
@@ -39,12 +39,12 @@ class Layers(Protocol):
 
 
 class FolderLayers:
-    """The layers of a transformers folder.
+    """Reads the layers of a transformers folder.
 
     Args:
-        folder: dense or MoE, with safetensors weights.
+        folder: the folder of a dense model or a MoE, with safetensors weights.
         rounding: rounds a weight that was read, given its name and value.
-        outside: whether to read what is outside the layers, too.
+        outside: whether to read the weights outside the layers, too.
 
     Raises:
         CheckpointError: the stock class misses a weight, or finds one of another shape.
@@ -77,7 +77,7 @@ class FolderLayers:
         _layers(self.model)[index].to("meta")
 
     def _read(self, index: int | None) -> set[str]:
-        """Pass a layer's tensors, or (None) those outside the layers, to transformers; return the names it still misses."""
+        """Pass a layer's tensors, or (None) those outside the layers, to transformers; return the weights still missing."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -94,7 +94,7 @@ class FolderLayers:
 
 
 class WholeLayers:
-    """A model that is in memory as a whole: there is nothing to load."""
+    """Holds a model that is in memory as a whole: there is nothing to load."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -107,13 +107,13 @@ class WholeLayers:
 
 
 class MeanLayers:
-    """The weighted mean of models of one shape, summed in fp64 and rounded once.
+    """Averages the layers of models of one shape, in fp64, rounded once.
 
     Args:
         parts: the models.
-        weights: one per model; they need not sum to 1.
+        weights: a weight per model; they need not sum to 1.
         rounding: rounds a mean, given its name and value.
-        outside: whether to average what is outside the layers, too.
+        outside: whether to average the weights outside the layers, too.
     """
 
     def __init__(
@@ -160,8 +160,8 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
     """Open a source to be read one layer at a time, as stock transformers reads it; a ``.gguf`` file is read as a whole.
 
     Args:
-        checkpoint: dense, MoE, a mix (of which it is the base) or a mean of several.
-        dtype: round weights to this one, as a recipe's ``dtype`` means it; None: nothing is rounded.
+        checkpoint: a dense model, a MoE, a mix (of which the base is read) or a mean of several models.
+        dtype: the dtype to round weights to, as a recipe's ``dtype`` means it; None: nothing is rounded.
         outside: whether to read embeddings, the last norm and the head, too.
     """
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
@@ -169,7 +169,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
     rounding = None if dtype is None else partial(_rounded, checkpoint, dtype)
     if isinstance(checkpoint, MergedCheckpoint):
         parts = checkpoint.parts
-        # The mean is stored in its own dtype before anything else: that is what the source of a conversion is then.
+        # A conversion's source is the mean rounded to its stored dtype: MeanLayers rounds before anything else is done.
         read = [layers_of(part, outside=outside) for part, _ in parts]
         return MeanLayers(read, [weight for _, weight in parts], rounding, outside)
     if checkpoint.source.path.is_file():
@@ -181,7 +181,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
 
 
 def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
-    """Load the same source as a whole; for a folder this is what ``from_pretrained`` returns."""
+    """Load the source that :func:`layers_of` opens as a whole; of a folder, this is what ``from_pretrained`` returns."""
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
     if isinstance(checkpoint, MergedCheckpoint) or checkpoint.source.path.is_file():
@@ -197,7 +197,7 @@ def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
 
 
 def rounds(model: Any, checkpoint: Checkpoint, dtype: str) -> bool:
-    """Whether a recipe's ``dtype`` changes a weight of a model that is in memory."""
+    """Return whether a recipe's ``dtype`` changes a weight of a model that is in memory."""
     return any(
         not torch.equal(_rounded(checkpoint, dtype, name, weight), weight)
         for name, weight in model.state_dict().items()
@@ -205,7 +205,7 @@ def rounds(model: Any, checkpoint: Checkpoint, dtype: str) -> bool:
 
 
 def may_round(checkpoint: Checkpoint, dtype: str) -> bool:
-    """Whether a recipe's ``dtype`` can change a weight, judged by the stored dtypes: for a model that is not in memory."""
+    """Return whether a recipe's ``dtype`` can change a weight, judged by the stored dtypes of a model that is not in memory."""
     if checkpoint.source.path.is_file():
         return True
     specs = checkpoint.store.specs
@@ -220,12 +220,12 @@ def _holds(wide: str, narrow: str) -> bool:
 def _rounded(checkpoint: Checkpoint, dtype: str, name: str, weight: torch.Tensor) -> torch.Tensor:
     specs = checkpoint.store.specs
     if name not in specs and dtype == "keep":
-        return weight  # as it is stored, under another name
+        return weight  # stored under another name, and kept as it is
     return weight.to(getattr(torch, checkpoint.dtype_of(name, dtype) if name in specs else dtype)).float()
 
 
 def round_weights(model: Any, index: int | None, rounding: Rounding | None) -> None:
-    """Round the weights of a layer, or (None) of what is outside the layers, in place."""
+    """Round the weights of a layer, or (None) those outside the layers, in place."""
     if rounding is None:
         return
     with torch.no_grad():
@@ -234,7 +234,7 @@ def round_weights(model: Any, index: int | None, rounding: Rounding | None) -> N
 
 
 def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and stored buffers of a layer or (None) outside the layers, by their names in the model."""
+    """Return the parameters and stored buffers of a layer, or (None) those outside the layers, with their names in the model."""
     paths = _paths(model)
     if index is not None:
         held = paths.layers_in(model)[index].state_dict(keep_vars=True)
@@ -244,7 +244,7 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
 
 
 def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
-    """Stored names by the layer that transformers puts them in."""
+    """Return the stored names by the layer that transformers puts them in; None: outside the layers."""
     found: dict[int | None, list[str]] = {}
     for name, renamed in _renamed(model, stored).items():
         found.setdefault(_paths(model).layer_of(renamed), []).append(name)
@@ -252,9 +252,9 @@ def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
 
 
 def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
-    """Names of weights that transformers would find neither under a stored name nor tied to another weight.
+    """Return the names of weights that transformers finds neither under a stored name nor tied to another weight.
 
-    Empty where transformers has a rule that makes several weights of one tensor: names do not tell which it makes.
+    The list is empty where transformers has a rule that makes several weights of one tensor: names do not tell which it makes.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -270,7 +270,7 @@ def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
 
 
 def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Stored name -> name of the weight that transformers makes of that tensor, alone or with others."""
+    """Return, by stored name, the name of the weight that transformers makes of that tensor, alone or with others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -25,7 +25,7 @@ Reader = Callable[[int | None], StateDict]
 class StockModel:
     """Runs a stock causal language model in fp32, in memory as a whole or (with ``layers``) streamed.
 
-    A streamed model's layer is read before it runs and dropped afterwards, so that a model larger than memory can run.
+    A layer of a streamed model is read before it runs and dropped afterwards, so that a model larger than memory can run.
     """
 
     def __init__(self, model: Any, layers: Layers | None = None) -> None:
@@ -40,29 +40,29 @@ class StockModel:
                 layer.register_forward_hook(lambda *_, index=index: self.drop(index))
 
     def load(self, index: int) -> None:
-        """Read one layer into memory, when it is streamed."""
+        """Read one layer into memory, if the model is streamed."""
         if self._streamed:
             self._streamed.load(index)
 
     def drop(self, index: int) -> None:
-        """Free the weights of a streamed layer."""
+        """Free the weights of one layer, if the model is streamed."""
         if self._streamed:
             self._streamed.drop(index)
 
     def blocks(self, index: int) -> list[torch.nn.Module]:
-        """The modules of a layer that add up to its FFN or MoE block, in memory until it is dropped."""
+        """Return the modules whose outputs add up to a layer's FFN or MoE block; they are in memory until it is dropped."""
         self.load(index)
         return self._paths.blocks_in(self.layers[index])
 
     def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
-        """Fp32 ``[N, T, V]`` for token ids ``[N, T]``, or of the ``last`` positions alone."""
+        """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``; with ``last``, of the last positions alone."""
         with torch.no_grad():
             result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
         return result
 
 
 def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
-    """The stock class of ``config`` in fp32, its decoder layers without weights, ``outside`` in place around them.
+    """Build the stock model of ``config`` in fp32, with the weights ``outside`` the layers and decoder layers without weights.
 
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape.
@@ -84,7 +84,7 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
 
 
 def fill(layer: torch.nn.Module, prefix: str, state: StateDict) -> None:
-    """Give one decoder layer its weights: ``state`` by name in the model, where all names begin with ``prefix`` and a dot.
+    """Give one decoder layer its weights: ``state`` has them by name in the model, and every name begins with ``prefix.``.
 
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape.
@@ -100,9 +100,9 @@ def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> S
     """Load a source in fp32, as stock transformers reads its files.
 
     Args:
-        checkpoint: dense or MoE; of a mix, the base is loaded.
-        dtype: round the weights to this one, as a recipe's ``dtype`` means it; None: leave them as stored.
-        streamed: keep one layer at a time in memory. A ``.gguf`` file is loaded as a whole all the same.
+        checkpoint: a dense model or a MoE; of a mix, the base is loaded.
+        dtype: the dtype to round the weights to, as a recipe's ``dtype`` means it; None: leave them as stored.
+        streamed: keep one layer at a time in memory. A ``.gguf`` file is loaded as a whole even so.
     """
     if not streamed:
         return StockModel(whole_model(checkpoint, dtype))
@@ -111,7 +111,7 @@ def source_model(checkpoint: Checkpoint, dtype: str | None, streamed: bool) -> S
 
 
 def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
-    """A function that reads a layer's weights, or (None) those outside the layers: rounded to ``dtype``, then fp32."""
+    """Return a function that reads a layer's weights, or (None) those outside the layers, rounded to ``dtype``, as fp32."""
     family, config = checkpoint.family, checkpoint.config
 
     def read(layer: int | None) -> StateDict:
@@ -121,7 +121,7 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
 
 
 def folder_model(folder: Path, streamed: bool) -> StockModel:
-    """Load a folder that this tool wrote as every user would, or stream it with the same code of transformers."""
+    """Load a folder that upcycle wrote as every user would, or stream it with the same code of transformers."""
     if not streamed:
         return StockModel(load_stock_model(folder, torch.float32))
     layers = FolderLayers(folder)

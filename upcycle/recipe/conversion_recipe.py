@@ -342,9 +342,8 @@ def recipe_error(error: ValidationError, where: str, model: type[BaseModel] = Re
     key = ".".join(part for i, part in enumerate(path) if part in _keys_at(model, path[:i]))
     field = model.model_fields.get(path[0])
     described = f"{path[0]}: {field.description}" if field and field.description else None
-    got = (
-        "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
-    )  # of a mapping, messages name the keys
+    # A mapping is not repeated: the message names its key.
+    got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
     return UsageError(f"{where}: key '{key}': {message}{got}", hint=described)
 
 

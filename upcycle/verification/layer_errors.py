@@ -1,4 +1,4 @@
-"""Errors of single blocks: what a converted layer adds to the stream, beside what the dense one does."""
+"""Measures the errors of single blocks: what a converted layer adds to the stream, against what the dense layer adds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class LayerErrors:
-    """Squared errors and norms of every block on the dense model's FFN inputs."""
+    """Adds up squared errors and norms of every block, in fp64, on the inputs of the dense model's FFNs.
+
+    Args:
+        job: the conversion.
+        moe: its result.
+        checkpoint: its source.
+    """
 
     def __init__(self, job: ExpertJob, moe: StockModel, checkpoint: DenseCheckpoint) -> None:
         self._job = job
@@ -34,13 +40,13 @@ class LayerErrors:
         self._sources: dict[int, Layers] = {}
         count = job.dense.num_hidden_layers
         self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
-        # A refit changes the experts, and overlapping ones never added up: there is nothing to compare.
+        # After a refit, or with overlapping experts, all experts together are not the dense FFN: there is nothing to compare.
         comparable = (job.method.exact_when_all_active or mixes) and job.refit == "none"
         self.all_experts_measured = job.promise[0] == "approximate" and comparable
 
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
-        """Compare block by block while the dense model runs."""
+        """Compare block by block while the dense model runs inside the ``with`` block."""
         hooks = [
             layer.get_submodule(self._job.family.module_paths.block).register_forward_hook(
                 lambda _, args, output, i=i: self._compare(i, args[0], output)
@@ -67,7 +73,7 @@ class LayerErrors:
             self._moe.drop(index)
 
     def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """What the layer is where the router weighs all experts equally: computed from the sources, one in memory."""
+        """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory."""
         assert self._mixed is not None
         job, total = self._job, torch.zeros_like(x)
         assert job.mixing is not None
@@ -84,19 +90,19 @@ class LayerErrors:
 
     @property
     def reference(self) -> str:
-        """What a layer with all experts on is compared with."""
+        """What a layer with all experts active is compared with, in words."""
         if not self._mixed:
             return "the dense FFN"
         return "the mean of the sources' FFNs" + (" and the shared ones" if self._job.shared_members else "")
 
     @property
     def relative(self) -> list[float]:
-        """Relative error of every layer."""
+        """The relative error of every layer."""
         return [relative(error, norm) for error, norm in zip(*self._squares[[0, 2]].tolist(), strict=True)]
 
     @property
     def remark(self) -> str:
-        """Which layers of the dense model add nothing, so that any error there is of zero; empty as a rule."""
+        """A remark that names the layers whose dense FFN adds nothing, where a relative error is 0 or infinite; else empty."""
         silent = [str(layer) for layer, norm in enumerate(self._squares[2].tolist()) if norm == 0]
         if not silent:
             return ""
@@ -105,7 +111,7 @@ class LayerErrors:
 
     @property
     def all_experts(self) -> float | None:
-        """Largest relative error of any layer with all experts active."""
+        """The largest relative error of a layer with all experts active; None: it is not measured."""
         if not self.all_experts_measured:
             return None
         errors, norms = self._squares[[1, 3]].tolist()
@@ -114,7 +120,7 @@ class LayerErrors:
 
 
 def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch.Tensor:
-    """The block with every expert active at equal weight and the scale that makes that the dense FFN."""
+    """Return the block's output with every expert active at equal weight, scaled so that it equals the dense FFN's."""
     block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts
     factor = job.method.scale("exact", count, count) / (job.scale * count)

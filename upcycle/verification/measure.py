@@ -1,4 +1,4 @@
-"""Runs a source and what was made of it beside each other, and adds up what both say."""
+"""Runs a source and its conversion side by side, and adds up the differences of their logits."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.progress import Progress
 
-_LOGIT_BYTES = 1 << 26
+_LOGIT_BYTES = 1 << 26  # of the fp32 logits of a batch, at most
 LOADED = "stock transformers, from the source's own files"
 
 
 @dataclass
 class Sides:
-    """The source as it is stored, and where the conversion's dtype changes its weights, the source rounded to that."""
+    """Holds the source as it is stored, and where the conversion's dtype changes its weights, the source in that dtype."""
 
     plain: StockModel
     rounded: StockModel | None
 
     @property
     def judge(self) -> StockModel:
-        """What the result must equal: the source in the dtype of the result."""
+        """The model that the result must equal: the source in the result's dtype."""
         return self.rounded or self.plain
 
 
 def load_sides(checkpoint: Checkpoint, dtype: str, streamed: bool) -> Sides:
-    """Load a source with stock transformers, once or twice."""
+    """Load a source with stock transformers, a second time in ``dtype`` where that changes a weight."""
     plain = source_model(checkpoint, None, streamed)
     changes = may_round(checkpoint, dtype) if streamed else rounds(plain.model, checkpoint, dtype)
     return Sides(plain, source_model(checkpoint, dtype, streamed) if changes else None)
@@ -45,9 +45,15 @@ def load_sides(checkpoint: Checkpoint, dtype: str, streamed: bool) -> Sides:
 
 @dataclass
 class ModelDifference:
-    """``totals`` compare the result with the source as it is stored. ``conversion`` is the relative error of its logits against the
-    source in the result's dtype, ``rounding`` that one's against the source (None: the dtype changes nothing). ``far`` is the
-    error behind the last border of ``reach`` (None: not looked at), ``positions`` how long the longest text was.
+    """Holds the difference between a result and its source.
+
+    Attributes:
+        totals: compares the result with the source as it is stored.
+        conversion: the relative error of the result's logits against the source in the result's dtype.
+        rounding: the relative error of the source's logits in that dtype; None: the dtype changes no weight.
+        far: the relative error behind the last border of ``reach``; None: not measured.
+        reach: the positions from which windows and scaled positions matter.
+        positions: the length of the longest text that was read.
     """
 
     totals: Totals
@@ -59,19 +65,22 @@ class ModelDifference:
 
     @property
     def worst(self) -> float:
-        """The larger of the errors that the conversion answers for."""
+        """The larger of the errors that are due to the conversion; NaN if one is."""
         errors = [self.conversion, *([] if self.far is None else [self.far])]
         return next((error for error in errors if math.isnan(error)), max(errors))
 
     def allowed(self, tolerance: float | None) -> float | None:
-        """What the relative logit error may be: the tolerance, and what rounding the source alone costs (triangle inequality)."""
+        """Return the largest allowed relative logit error: the tolerance plus the error of rounding the source alone.
+
+        By the triangle inequality, a result within ``tolerance`` of the rounded source is within this of the stored one.
+        """
         if tolerance is None or self.rounding is None:
             return tolerance
         return self.rounding + tolerance * (1 + self.rounding)
 
     @property
     def remarks(self) -> str:
-        """What a reader of the numbers has to know of them; empty as a rule."""
+        """Remarks on the numbers, to append to an explanation; empty where there is nothing to remark."""
         text = self.totals.remark
         if self.rounding is not None:
             text += f"; rounding the source's weights alone moves its logits by {said(self.rounding, '.1e')}"
@@ -84,7 +93,7 @@ class ModelDifference:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """As :class:`~upcycle.verification.verdict.Verification` names them."""
+        """The numbers by the names that :class:`~upcycle.verification.verdict.Verification` has for them."""
         return {
             **self.totals.numbers,
             "reference": LOADED,
@@ -96,7 +105,7 @@ class ModelDifference:
 
 
 def batch_size(vocab_size: int, ids: torch.Tensor, streamed: bool) -> int:
-    """Windows per batch. Streaming reads every weight once per batch: larger ones cost memory, and save that."""
+    """Return the windows per batch. A streamed model reads every weight once per batch, so that larger ones are worth memory."""
     return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * vocab_size))
 
 
@@ -109,16 +118,18 @@ def measure_difference(
     progress: Progress,
     watched: Callable[[StockModel], AbstractContextManager[None]] | None = None,
 ) -> ModelDifference:
-    """Run both on token ids ``[N, W]``, ``batch`` windows at a time, and on one text that is long enough to pass every window.
+    """Measure how far a result's logits are from its source's.
+
+    Both read ``ids``, and one text that is long enough to pass every attention window, unless that would take too long.
 
     Args:
         sides: the source.
-        result: what was made of it.
-        ids: the text.
+        result: the converted model.
+        ids: the text, token ids ``[N, W]``.
         batch: windows per pass.
-        parameters: of the larger model, which says what a long text costs.
+        parameters: those of both models, from which the cost of the long text is estimated.
         progress: where to report.
-        watched: a context in which the model that is judged by runs.
+        watched: returns a context inside which the source runs, for what hooks measure there.
     """
     totals, batches = Totals(), ids.split(batch)
     against, rounding = _Error(), _Error()
@@ -155,7 +166,7 @@ def measure_difference(
 
 
 class _Error:
-    """Sums of squares of a difference and of what it is relative to, in fp64."""
+    """Sums, in fp64, the squares of differences and of the values that they are relative to."""
 
     def __init__(self) -> None:
         self._error = self._norm = 0.0

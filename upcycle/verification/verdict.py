@@ -1,4 +1,4 @@
-"""What a verification measures and says: sums over tokens, the numbers made of them, and how they are written down.
+"""The numbers and the verdict of a verification: sums over tokens, what is computed from them, and how they are written.
 
 Nothing here divides zero by zero, and nothing that is written is NaN or infinite: JSON has neither.
 """
@@ -17,23 +17,23 @@ EXACT_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Verification:
-    """What was promised, what was measured, and the verdict. ``as_dict`` has the documented JSON keys.
+    """Holds what was promised, what was measured, and the verdict. ``as_dict`` has the documented JSON keys.
 
-    Errors are relative: ``||moe - dense|| / ||dense||`` over all tokens; 0 where both are zero, and infinite (in JSON null)
-    where the dense side alone is. ``all_experts_error`` is the largest error of any
-    layer with every expert active, measured where fewer are used, against ``all_experts_reference``: the dense FFN, or where
-    several models are mixed the mean of theirs. ``layer_errors`` are those of each block on the
-    dense model's own FFN inputs. ``kl`` is the mean KL(dense || moe) of next-token distributions in nats, ``loss`` the mean
-    cross entropy of the next token in nats, of which ``perplexity`` is the exponential: infinite (null) from 710 nats on.
+    Errors are relative: ``||moe - dense|| / ||dense||`` over all tokens; 0 where both are zero, and infinite (null in JSON)
+    where the dense side alone is. ``layer_errors`` are those of each block on the inputs of the dense model's FFNs.
+    ``all_experts_error`` is the largest error of a layer with every expert active, measured where fewer are used, against
+    ``all_experts_reference``: the dense FFN, or where several models are mixed, the mean of the sources' FFNs. ``kl`` is the mean
+    KL(dense || moe) of next-token distributions in nats, ``loss`` the mean cross entropy of the next token in nats, and
+    ``perplexity`` its exponential: infinite (null) from 710 nats on.
 
-    The dense side is ``reference``, its weights as they are stored. Where the conversion's dtype changes them, ``rounding_error``
-    is what that alone does to the logits, ``tolerance`` includes it, and what is promised is equality with the rounded model,
-    which layers are compared with, too. ``positions`` is the longest text that was read; beyond ``positions_needed`` (0: nowhere)
-    a model with windows or scaled positions computes otherwise than one without, and ``far_error`` is the relative error of the
-    logits there (None: not looked at).
+    The dense side is ``reference``, its weights as they are stored. Where the conversion's dtype changes them, the promise is
+    equality with the rounded model, and layers are compared with that model, too; ``rounding_error`` is the error of rounding
+    alone, and ``tolerance`` includes it. ``positions`` is the length of the longest text that was read. Beyond
+    ``positions_needed`` (0: nowhere), attention windows and scaled positions matter, and ``far_error`` is the relative error of
+    the logits there (None: not measured).
 
-    Of a growth step what is called dense is its source; ``compared_tensors`` of its result were found to be the source's
-    bit for bit (or what the step says it made of them), which is all of them, and there are no layer errors.
+    For a growth step, the fields named dense describe its source. ``compared_tensors`` is the number of tensors that equal the
+    source's bit for bit, or what the step is declared to make of them: all of them. There are no layer errors.
     """
 
     verdict: Literal["exact", "approximate", "broken"]
@@ -62,13 +62,13 @@ class Verification:
     far_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``: what is not finite is null."""
+        """Return plain data for ``--json``; numbers that are not finite are null."""
         content: dict[str, Any] = json_numbers(asdict(self))
         return content
 
 
 def json_numbers(value: Any) -> Any:
-    """The same value, with None in the place of every number that JSON cannot hold."""
+    """Return the same plain data with None in place of every number that is not finite, which JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -77,12 +77,12 @@ def json_numbers(value: Any) -> Any:
 
 
 def said(value: float | None, form: str) -> str:
-    """A number as text; one that is not there or not finite is said to be so."""
+    """Return a number as text; ``not finite`` for None and for what is not finite."""
     return "not finite" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def span(values: list[float] | list[float | None]) -> str:
-    """From the smallest to the largest of some errors, as text; those that are not finite are counted."""
+    """Return the range of some errors as text, from the smallest to the largest; errors that are not finite are counted."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     inside = f"{min(known):.1e} to {max(known):.1e}" if known else ""
     unknown = f"{len(values) - len(known)} not finite" if len(known) < len(values) else ""
@@ -90,14 +90,14 @@ def span(values: list[float] | list[float | None]) -> str:
 
 
 def relative(error: float, norm: float) -> float:
-    """The root of ``error / norm``, which are sums of squares: 0 where both are 0, infinite where ``norm`` alone is."""
+    """Return the root of ``error / norm``, two sums of squares: 0 where both are 0, infinite where ``norm`` alone is."""
     if norm == 0:
         return error if error == 0 or math.isnan(error) else math.inf
     return math.sqrt(error / norm)
 
 
 def perplexity_of(loss: float) -> float:
-    """``exp(loss)``, infinite where that is more than a number holds."""
+    """Return ``exp(loss)``; infinite where a float cannot hold it."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -105,7 +105,7 @@ def perplexity_of(loss: float) -> float:
 
 
 class Totals:
-    """Sums over tokens, in fp64."""
+    """Sums differences, KL, losses and agreement over tokens, in fp64."""
 
     def __init__(self) -> None:
         self.error = self.norm = self.kl = self.loss_dense = self.loss = 0.0
@@ -113,7 +113,7 @@ class Totals:
         self.agreeing = self.tokens = self.predictions = 0
 
     def add(self, ids: torch.Tensor, dense: torch.Tensor, moe: torch.Tensor) -> None:
-        """Compare two sets of logits ``[N, T, V]``."""
+        """Add the comparison of two sets of fp32 logits ``[N, T, V]`` for token ids ``[N, T]``."""
         difference = moe - dense
         self.error += difference.double().square().sum().item()
         self.norm += dense.double().square().sum().item()
@@ -136,7 +136,7 @@ class Totals:
 
     @property
     def fault(self) -> str | None:
-        """What forbids any other verdict than broken: numbers that are not finite, and whose they are."""
+        """The reason why the verdict must be broken, as some logits are not finite; None: they are all finite."""
         if not math.isfinite(self.norm):
             return "the logits of the dense side are not finite in fp32: there is nothing to compare with"
         if not math.isfinite(self.error):
@@ -145,12 +145,12 @@ class Totals:
 
     @property
     def remark(self) -> str:
-        """What a reader of the numbers has to know of them; empty as a rule."""
+        """A remark on the numbers, to append to an explanation; empty where there is nothing to remark."""
         return "" if self.norm else "; every logit of the dense side is zero"
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """As :class:`Verification` names them."""
+        """The numbers by the names that :class:`Verification` has for them."""
         loss_dense, loss = (total / max(1, self.predictions) for total in (self.loss_dense, self.loss))
         return {
             "relative_logit_error": self.relative_error,

@@ -1,4 +1,4 @@
-"""Says how equal a converted model is to its dense parent: measured in fp32, on real text, with stock modelling code."""
+"""Measures how far a converted model is from its dense parent: in fp32, on real text, with stock modelling code."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.progress import Progress
 
-# Unit roundoff: the largest relative error of storing one number.
+# Unit roundoff: the largest relative error of storing one number. Logits are computed in fp32, whatever the stored dtype.
 _ROUNDOFF = {
     "bfloat16": 2.0**-8,
     "float16": 2.0**-11,
     "float32": 2.0**-24,
     "float64": 2.0**-24,
-}  # logits are computed in fp32
+}
 
 
 def verify_experts(
@@ -42,15 +42,15 @@ def verify_experts(
     """Compare ``folder`` with the dense model that it was made from, in fp32: logits, and every layer.
 
     Args:
-        job: what was to be made.
+        job: the conversion.
         checkpoint: the dense model.
         folder: the result.
-        windows: token ids ``[N, W]`` to measure on, and what they are from.
+        windows: token ids ``[N, W]`` to measure on, and a label that says which text they are from.
         progress: where to report.
         training: how the result was trained since, if it was.
 
     Raises:
-        CheckpointError: the folder is not what was planned, or stock transformers does not load it cleanly.
+        CheckpointError: the folder's tensors are not those of the plan, or stock transformers does not load it cleanly.
     """
     check_keys(job, folder)
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
@@ -74,7 +74,7 @@ def check_keys(job: PlannedJob, folder: Path) -> None:
     """Compare the stored names, shapes and dtypes with the plan.
 
     Raises:
-        CheckpointError: one differs.
+        CheckpointError: a tensor is missing, unexpected, or of another shape or dtype.
     """
     stored = SafetensorsFolder(folder).specs
     planned = {entry.name: entry.spec for unit in job.units for entry in unit.entries}
@@ -86,7 +86,10 @@ def check_keys(job: PlannedJob, folder: Path) -> None:
 def _trained(
     layers: LayerErrors, measured: ModelDifference, label: str, streamed: bool, training: dict[str, Any]
 ) -> Verification:
-    """A trained model is another function than its dense parent: what is promised is that it is whole, and finite."""
+    """Return the verdict on a model that was trained since its conversion.
+
+    It computes another function than its dense parent; the promise is only that it is whole and its logits are finite.
+    """
     done = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens, since it was converted"
     return Verification(
         verdict="broken" if measured.totals.fault else "approximate",
@@ -106,7 +109,7 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
     promise, reason = job.promise
     error = measured.worst
     roundoff = _ROUNDOFF[job.dtype]
-    # Layers' rounding errors are independent: they add up like a random walk.
+    # The rounding errors of the layers are independent: like a random walk, they grow with the root of their number.
     tolerance = {"exact": EXACT_TOLERANCE, "rounded": roundoff * math.sqrt(job.dense.num_hidden_layers)}.get(promise)
     everyone = layers.all_experts
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"

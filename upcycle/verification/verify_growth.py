@@ -1,4 +1,4 @@
-"""Says whether the result of a growth step is what it is declared to be: every tensor, and what it computes."""
+"""Verifies that the result of a growth step is what the step declares: every tensor, and the logits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from upcycle.verification.verify_experts import check_keys
 def verify_growth(
     job: GrowthJob, checkpoint: Checkpoint, folder: Path, windows: tuple[torch.Tensor, str], progress: Progress
 ) -> Verification:
-    """Compare ``folder`` with the source, tensor by tensor and then in what both compute, in fp32.
+    """Compare ``folder`` with the source, tensor by tensor and then by the logits of both models, in fp32.
 
     Raises:
-        CheckpointError: a tensor is not the one it was made from, or the stock class does not load the folder cleanly.
+        CheckpointError: a tensor differs from its origin, or the stock class does not load the folder cleanly.
     """
     job = decided_growth(job, folder)
     check_keys(job, folder)
@@ -65,10 +65,10 @@ def verify_growth(
 
 
 def _compare_tensors(job: GrowthJob, checkpoint: Checkpoint, folder: Path, progress: Progress) -> int:
-    """Compare every tensor with its origin, bit for bit, in blocks; returns how many there are.
+    """Compare every tensor with its origin, bit for bit, in blocks; return the number of tensors.
 
     Raises:
-        CheckpointError: one differs.
+        CheckpointError: a tensor differs.
     """
     written, compared = SafetensorsFolder(folder), 0
     with progress.phase("comparing tensors", sum(1 for _ in job.units)):
@@ -90,5 +90,5 @@ def _compare_tensors(job: GrowthJob, checkpoint: Checkpoint, folder: Path, progr
 
 
 def _bits(block: torch.Tensor) -> torch.Tensor:
-    """As bytes: minus zero is not zero."""
+    """Return a block as bytes, so that minus zero differs from zero and NaN equals itself."""
     return block.contiguous().view(-1).view(torch.uint8)

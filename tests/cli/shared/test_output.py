@@ -78,7 +78,7 @@ PRINTERS: dict[str, Callable[[str], Any]] = {
     "warn": output.warn,
     "note": output.note,
     "print_message": output.print_message,
-    "Bars": _in_a_phase,
+    "ProgressBars": _in_a_phase,
 }
 SILENT = {"prepare_streams", "is_coloured", "flush_streams", "styled", "verdict"}
 
@@ -105,7 +105,7 @@ def test_nothing_is_obeyed_and_nothing_is_markup(name: str, monkeypatch: pytest.
     PRINTERS[name](HOSTILE)
     text = shown.getvalue()
     assert not obeyed(text), text
-    if name != "Bars":  # a dumb terminal is shown no bars, and its note is what is seen
+    if name != "ProgressBars":  # a dumb terminal is shown no bars, and its note is what is seen
         assert text.count("[/][red]:boom:") >= text.count("evil") >= 1, text
 
 
@@ -121,7 +121,7 @@ def test_a_bar_takes_its_title_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert r"asking \x1b]0;evil\x07[/]" in shown.getvalue()
 
 
-@pytest.mark.parametrize("name", ["print_error", "print_traceback", "warn", "note", "print_message", "Bars"])
+@pytest.mark.parametrize("name", ["print_error", "print_traceback", "warn", "note", "print_message", "ProgressBars"])
 def test_no_token_is_printed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
     PRINTERS[name](f"GET https://alice:hunter22@hub.example/x failed: {TOKEN}, correct-horse-battery")
