@@ -1,4 +1,4 @@
-"""The protocols of methods: what all have in common, and those that go from a dense FFN to a blueprint."""
+"""The protocols of methods: the one that all share, and those of methods that make a blueprint from a dense FFN."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ MethodKind = Literal["copies", "partition", "overlap", "growth"]
 
 
 class AnyMethod(ABC):
-    """What every entry of ``upcycle list methods`` has: a name, a paper, parameters of its own, and what its source is.
+    """Describes an entry of ``upcycle list methods``: its name, its paper, its parameters, and the source that it takes.
 
     Attributes:
-        name: what recipes call it.
-        title: what people call it.
-        paper: address of the paper; None: there is none.
+        name: its name in recipes.
+        title: its name in prose.
+        paper: the paper's URL; None: there is none.
         kind: what it makes, which decides the class of the job (:data:`upcycle.conversion.jobs.JOBS`).
         takes: whether its source is a dense model or a Mixture-of-Experts.
-        calibrated: whether it must be given text.
+        calibrated: whether it needs calibration text.
         takes_sources: whether it mixes several models (:class:`upcycle.methods.mixing.base.MixingMethod`).
     """
 
@@ -53,14 +53,14 @@ class AnyMethod(ABC):
         self.parameters = parameters
 
     def joined(self, mix: Mix | None, recipe: Recipe) -> Self:
-        """Return the method as it is for these sources: itself, since it takes one.
+        """Return the method for these sources: itself, since it takes one source.
 
         Args:
             mix: the sources; None: there is one.
-            recipe: what it says of every source.
+            recipe: the recipe, which may give each source a role.
 
         Raises:
-            UsageError: there are several sources, or one is given a role.
+            UsageError: there are several sources, or a source has a role.
         """
         refuse_roles(self, recipe.sources)
         if mix is not None:
@@ -81,10 +81,10 @@ def refuse_sources(method: AnyMethod, count: int) -> NoReturn:
 
 
 def refuse_roles(method: AnyMethod, sources: Sequence[SourceRecipe]) -> None:
-    """Refuse whatever the recipe says of the expert that a single source becomes.
+    """Refuse roles of sources: settings for the expert that a single source becomes.
 
     Raises:
-        UsageError: a source has a role; names the source and the key.
+        UsageError: a source has a role; the message names the source and the key.
     """
     for source in sources:
         if source.role:
@@ -95,13 +95,16 @@ def refuse_roles(method: AnyMethod, sources: Sequence[SourceRecipe]) -> None:
 
 
 class Method(AnyMethod):
-    """Makes blueprints. Never reads or writes a file, never knows the target.
+    """Makes blueprints. It neither reads nor writes a file, and does not know the target.
 
-    ``exact_when_all_active`` promises that with top-k = all experts and equal router weights the layer equals the dense
-    FFN; ``exact_with_any_router`` that it does with any router whose top-k weights sum to 1. ``calibrated`` methods must be
-    given activations, those with ``needs_gradients`` also ``activations.importance``. ``normalized`` says that the chosen
-    experts' weights are to sum to 1, ``spread`` to which powers of the scale gate, up and down are multiplied,
-    ``default_scale`` which convention is taken where none is asked for, ``draws`` that weights are drawn at random.
+    Attributes:
+        exact_when_all_active: with top-k = all experts and equal router weights, the layer equals the dense FFN.
+        exact_with_any_router: it does so with any router whose top-k weights sum to 1.
+        normalized: the weights of the chosen experts are to sum to 1.
+        spread: the powers of the scale that gate, up and down are multiplied by.
+        draws: some weights are drawn at random.
+        default_scale: the convention of the scale where the recipe names none.
+        needs_gradients: the method reads ``activations.importance``. A ``calibrated`` method always gets activations.
     """
 
     exact_when_all_active: bool = True
@@ -113,7 +116,7 @@ class Method(AnyMethod):
     needs_gradients: ClassVar[bool] = False
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int | None, int | None]:
-        """Routed experts and top-k, given those that the recipe names; ``None`` leaves a number to the recipe's default.
+        """Return the routed experts and top-k, given those of the recipe; ``None`` leaves a number to the recipe's default.
 
         Raises:
             UsageError: the recipe's numbers contradict the method's parameters.
@@ -121,25 +124,29 @@ class Method(AnyMethod):
         return experts, top_k
 
     def check(self, shape: MoeShape) -> None:
-        """Refuse shapes that make no sense; most methods refuse none that ``expert_size`` allows."""
+        """Refuse shapes that the method cannot make; most methods make every shape that ``expert_size`` allows.
+
+        Raises:
+            UsageError: the method cannot make this shape.
+        """
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """Why the layer differs from the dense FFN however it is routed; ``None`` where the router and the scale decide."""
+        """Return why the layer differs from the dense FFN whatever the router; ``None`` where router and scale decide that."""
         if self.exact_when_all_active:
             return None
         return f"{self.name} lets experts overlap: they do not add up to the dense FFN"
 
     def tie(self, rows: torch.Tensor) -> torch.Tensor:
-        """The router's rows ``[E, d]`` with what the method demands of them: nothing, unless experts form groups.
+        """Return the router's rows ``[E, d]`` as the method needs them: unchanged, unless experts form groups that share a row.
 
         Raises:
-            UsageError: these rows cannot serve.
+            UsageError: the method cannot use these rows.
         """
         return rows
 
     @abstractmethod
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """Neurons per expert.
+        """Return the number of neurons per expert.
 
         Raises:
             UsageError: the dense FFN cannot be divided that way.
@@ -147,7 +154,7 @@ class Method(AnyMethod):
 
     @abstractmethod
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """Factor on the routed experts' down projection, for a router whose top-k weights sum to 1.
+        """Return the factor on the routed experts' down projection, for a router whose top-k weights sum to 1.
 
         Raises:
             UsageError: the convention has no meaning for this method.
@@ -162,18 +169,28 @@ class Method(AnyMethod):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """Decide the neurons of every expert of one layer; the router is filled in afterwards."""
+        """Decide the neurons of every expert of one layer; the router is added afterwards.
+
+        Args:
+            ffn: the dense FFN.
+            shape: the numbers and the size of the experts.
+            scale: the factor on the routed experts.
+            rng: the method's random numbers for this layer.
+            activations: the activations of ``ffn`` on the calibration text; None: there is none.
+        """
 
 
 class Partition(Method):
-    """A splitting method: every neuron belongs to exactly one expert. Subclasses group the neurons of the routed experts.
+    """Splits the FFN: every neuron belongs to exactly one expert. Subclasses group the neurons of the routed experts.
 
     The shared experts come first and take the neurons that matter most. The dense FFN is the unweighted sum of all
-    experts, hence the conventions for routers whose weights sum to 1: ``exact`` = E (expected output of a random choice,
-    equal to the dense FFN at K = E), ``sum`` = K (plain sum of the chosen experts, as in MoEfication), ``paper`` = what
-    the method's paper does, unless a subclass says otherwise that of LLaMA-MoE (arXiv 2406.16554): all experts over those
-    that run, shared ones counted in both. That is its E/K, and the 4.0 of its script for 7 routed experts, one of them chosen, and one
-    shared.
+    experts, hence the conventions of the scale for routers whose weights sum to 1:
+
+    - ``exact`` = E: the expected output of a random choice, equal to the dense FFN at K = E.
+    - ``sum`` = K: the plain sum of the chosen experts, as in MoEfication (arXiv 2110.01786).
+    - ``paper``: as the method's paper does; unless a subclass says otherwise, as LLaMA-MoE (arXiv 2406.16554) does: all experts
+      over those that run, shared ones counted in both. That is its E/K, and the 4.0 of its script for one shared expert and 7
+      routed ones, one of them chosen.
     """
 
     kind: MethodKind = "partition"
@@ -187,17 +204,17 @@ class Partition(Method):
         rng: torch.Generator,
         activations: Activations | None,
     ) -> torch.Tensor:
-        """Group ``neurons`` (int64 ``[M]``, ascending) into ``experts``: int64 ``[M]`` in ``0..experts-1``.
+        """Return the expert, ``0..experts-1``, of each of ``neurons`` (int64 ``[M]``, ascending), int64 ``[M]``.
 
-        Group sizes differ by at most one, so they are equal whenever ``experts`` divides ``M``.
+        The sizes of the groups differ by at most one, so that they are equal whenever ``experts`` divides ``M``.
         """
 
     def shared_neurons(
         self, count: int, ffn: FeedForward, rng: torch.Generator, activations: Activations | None
     ) -> torch.Tensor:
-        """Int64 ``[count]``: the neurons of the shared experts.
+        """Return the neurons of the shared experts, int64 ``[count]``.
 
-        Those that add most to the output on the calibration text; without one, those with the largest weights.
+        They are those that add most to the output on the calibration text; without one, those with the largest weights.
         """
         if activations is not None:
             score = contributions(activations)
@@ -209,11 +226,11 @@ class Partition(Method):
         return score.argsort(descending=True, stable=True)[:count]
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """``F / (E + S)``, rounded up to a multiple of 8 when padding is allowed."""
+        """Return ``F / (E + S)``, rounded up to a multiple of 8 when padding is allowed."""
         return piece_size(intermediate_size, experts, shared, pad)
 
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """See the class."""
+        """Return ``E``, ``K`` or the paper's scale, by the convention; see the class."""
         paper = (experts + shared) / (top_k + shared)
         return {"exact": float(experts), "sum": float(top_k), "paper": paper}[convention]
 
@@ -225,7 +242,7 @@ class Partition(Method):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """Choose the shared neurons, group the others, and fill up with zero neurons where sizes demand it."""
+        """Choose the shared neurons, group the others, and pad experts with zero neurons to equal sizes."""
         size, everyone = shape.expert_size, torch.arange(ffn.intermediate_size)
         shared: tuple[ExpertSpec, ...] = ()
         if shape.shared:
@@ -238,15 +255,22 @@ class Partition(Method):
 
 
 def filled(neurons: torch.Tensor, size: int) -> torch.Tensor:
-    """``neurons`` with zero neurons after them up to ``size``."""
+    """Return ``neurons`` (int64 ``[M]``) followed by zero neurons, int64 ``[size]``."""
     return torch.cat([neurons, neurons.new_full((size - len(neurons),), ZERO_NEURON)])
 
 
 def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool, what: str = "") -> int:
-    """Neurons per expert when ``F`` is cut into ``experts + shared`` equal pieces, which an error calls ``what``.
+    """Return the neurons per expert when ``F`` is cut into ``experts + shared`` equal pieces.
+
+    Args:
+        intermediate_size: ``F``.
+        experts: the number of routed experts.
+        shared: the number of shared experts.
+        pad: whether zero neurons may fill up the pieces, to a multiple of 8.
+        what: the name of the pieces in an error; default: the numbers of experts.
 
     Raises:
-        UsageError: ``F`` does not divide and ``pad`` is off, or some expert would get no neuron.
+        UsageError: ``F`` does not divide and ``pad`` is off, or an expert would get no neuron.
     """
     pieces = experts + shared
     size, rest = divmod(intermediate_size, pieces)
@@ -259,7 +283,7 @@ def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool, wha
             hint=f"--pad fills up to {padded} with zero neurons (exact), or choose a total of {_some(divisors)}",
         )
     if pad:
-        # Whole 16-byte lines in bfloat16, or transformers' default kernel (grouped_mm) refuses the expert.
+        # transformers' default for experts, grouped_mm, refuses rows that are not a multiple of 16 bytes: 8 numbers in bfloat16.
         size = -(-intermediate_size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE
     if intermediate_size - shared * size < experts:
         raise UsageError(
@@ -271,7 +295,7 @@ def piece_size(intermediate_size: int, experts: int, shared: int, pad: bool, wha
 
 
 def balanced_blocks(count: int, experts: int) -> torch.Tensor:
-    """Int64 ``[count]``: ``0..experts-1`` in runs whose lengths differ by at most one."""
+    """Return ``0..experts-1`` in runs whose lengths differ by at most one, int64 ``[count]``."""
     return torch.arange(count) * experts // count
 
 

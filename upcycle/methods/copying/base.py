@@ -1,4 +1,4 @@
-"""What methods share whose experts are copies of the dense FFN or of pieces of it."""
+"""The base classes of methods whose experts are copies of the dense FFN or of pieces of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CopiesParameters(PluginParameters):
 
 
 class Copies(Method):
-    """A method whose experts repeat neurons. Weights that sum to 1 average the chosen experts, so a plain sum has no meaning.
+    """Makes experts that repeat neurons. Weights that sum to 1 average the chosen experts, so a plain sum has no meaning.
 
     With ``gate=softmax`` the chosen experts weigh less than 1 together (unless all run). No factor can undo that, because the
     sum differs from token to token.
@@ -80,7 +80,7 @@ class Copies(Method):
         """Refuse shared experts.
 
         Raises:
-            UsageError: there are some.
+            UsageError: ``shared`` is not 0; the message says ``why``.
         """
         if shared:
             raise UsageError(
@@ -90,9 +90,9 @@ class Copies(Method):
 
 
 class WholeCopies(Copies):
-    """A method whose routed experts are the whole FFN each, changed at random or not, without shared experts.
+    """Makes routed experts that are the whole FFN each, changed at random or not, and no shared experts.
 
-    ``whole`` says in a refusal what every expert is.
+    ``whole`` says what every expert is, for the message that refuses shared ones.
     """
 
     whole: ClassVar[str] = "every expert is the whole FFN"
@@ -130,5 +130,5 @@ def chosen_mask(count: int, chosen: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def part_of(ratio: float, count: int) -> int:
-    """Return ``floor(ratio * count)``, not one less where the product falls short by its rounding alone (0.29 * 100)."""
+    """Return ``floor(ratio * count)``, computed so that rounding cannot lose one (``0.29 * 100`` is below 29)."""
     return int(ratio * count * (1 + 1e-12))

@@ -24,7 +24,7 @@ class DropUpcyclingParameters(CopiesParameters):
 
 
 class DropUpcycling(WholeCopies):
-    """Nakamura et al., ICLR 2025, arXiv 2502.19261.
+    """Implements Drop-Upcycling (Nakamura et al., ICLR 2025, arXiv 2502.19261).
 
     Every expert is a copy in which ``floor(r * F)`` random neurons take new weights: in each of gate, up and down, normal
     numbers with the mean and the standard deviation of all the weights they replace there. Biases of gate and up are drawn

@@ -26,7 +26,7 @@ class QwenFineGrainedParameters(CopiesParameters):
 
 
 class QwenFineGrained(Copies):
-    """The recipe in the Qwen2 technical report (arXiv 2407.10671) for Qwen2-57B-A14B, and Qwen1.5-MoE's layout.
+    """Implements the recipe of the Qwen2 technical report (arXiv 2407.10671) for Qwen2-57B-A14B, and Qwen1.5-MoE's layout.
 
     ``r = ceil(n h_E / F)`` copies of the FFN, each with its neurons in a random order of its own, are laid one after
     another and cut into n experts of ``h_E`` neurons; the rest is dropped. Half of each expert (``reset``) is drawn anew.

@@ -24,7 +24,7 @@ class SharedPlusRoutedParameters(VirtualGroupsParameters):
 
 
 class SharedPlusRouted(VirtualGroups):
-    """The layer of DeepSeekMoE (Dai et al., arXiv 2401.06066), filled from a dense FFN.
+    """Fills the layer of DeepSeekMoE (Dai et al., arXiv 2401.06066) from a dense FFN.
 
     The FFN is cut into S + G shards of consecutive neurons. The first S are shared experts, always on at weight 1. The
     other G are routed, in E replicas: E * G routed experts. DeepSeekMoE-16B's layer (quarter-width experts, 2 shared, 6 of

@@ -23,7 +23,7 @@ class SparseUpcyclingParameters(CopiesParameters):
 
 
 class SparseUpcycling(WholeCopies):
-    """Komatsuzaki et al., ICLR 2023, arXiv 2212.05055.
+    """Implements sparse upcycling (Komatsuzaki et al., ICLR 2023, arXiv 2212.05055).
 
     Here the top-k weights are renormalised to sum to 1, which preserves the dense function at any k and helps vision
     models; the paper's language models leave them as the softmax gives them (``gate=softmax``) and start from about k/E of
@@ -41,7 +41,7 @@ class SparseUpcycling(WholeCopies):
     parameters: SparseUpcyclingParameters
 
     def random_change(self) -> str | None:
-        """Return how much noise there is, if any."""
+        """Return the noise on every expert, for messages; ``None`` without noise."""
         noise = self.parameters.noise
         return f"every expert has noise of {noise:g} of its weights' standard deviation" if noise else None
 

@@ -15,7 +15,7 @@ from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Scale, balanced_blocks, filled, piece_size
 from upcycle.methods.copying.base import Copies, CopiesParameters
 
-_TOLD_APART = 2.0**-8  # bfloat16's unit roundoff
+_TOLD_APART = 2.0**-8  # bfloat16's unit roundoff: rows that are closer than this may round to the same numbers
 _SPREADS = {"down": DOWN_ONLY, "up_down": (0.0, 1 / 2, 1 / 2), "paper": (1 / 3, 1 / 3, 1 / 3)}
 
 
@@ -35,7 +35,7 @@ class VirtualGroupsParameters(CopiesParameters):
 
 
 class VirtualGroups(Copies):
-    """He et al. (NVIDIA), arXiv 2410.07524, "Upcycling Large Language Models into Mixture of Experts".
+    """Implements virtual groups (He et al., NVIDIA, "Upcycling Large Language Models into Mixture of Experts", arXiv 2410.07524).
 
     Expert ``g * G + s`` is shard ``s`` of replica ``g``: F/G consecutive neurons. The G shards of a replica have one router
     row, so they are chosen together and weigh the same; with weights that sum to 1 and ``T = n G`` of them chosen, their

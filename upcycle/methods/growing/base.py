@@ -1,4 +1,4 @@
-"""The protocol of growth steps: what is written are whole tensors of the source, not experts made of its neurons."""
+"""The protocol of growth steps, which write whole tensors of the source, not experts made of its neurons."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from upcycle.progress import Progress
     from upcycle.recipe.conversion_recipe import Recipe
 
-CopiedExperts = dict[int, tuple[int, ...]]  # layer -> the source's expert that each expert of the result is
+CopiedExperts = dict[int, tuple[int, ...]]  # layer -> for each expert of the result, the source's expert that it copies
 Promise = tuple[Literal["exact", "approximate"], str]
 
 
 @dataclass(frozen=True)
 class Described:
-    """A checkpoint as its ``config.json`` and its tensors' headers describe it; ``where`` is its name in messages."""
+    """Describes a checkpoint by its ``config.json`` and its tensors' headers; ``where`` is its name in messages."""
 
     raw: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
@@ -34,7 +34,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is written in one go: a name, its layer or ``None``, and where each of its tensors comes from."""
+    """A part of the result that is written in one go: its name, its layer or ``None``, and the origin of each tensor."""
 
     name: str
     layer: int | None
@@ -43,11 +43,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Grown:
-    """The result of a growth step, before a weight is read.
+    """Describes the result of a growth step, before a weight is read.
 
-    ``config`` is its ``config.json``. ``idle`` counts the numbers in experts that a token does not use, and ``source_idle``
-    the same of the source; ``resolved`` are recipe keys that the step worked out. ``summary`` says in a few words what was
-    done, ``made`` what was decided (written as ``growth.json``).
+    Attributes:
+        config: its ``config.json``.
+        pieces: all its tensors, in the order in which they are written.
+        promise: ``exact`` or ``approximate``, and the reason.
+        summary: what the step does, in a few words.
+        made: what was decided, which is written as ``growth.json``.
+        context: the longest input in tokens.
+        vocab_size: its vocabulary size.
+        hidden_size: its hidden size.
+        tied: whether the embedding is the head.
+        idle: the parameters in experts that a token does not use.
+        source_idle: the same number for the source.
+        resolved: recipe keys that the step worked out.
+        warnings: remarks for the plan.
     """
 
     config: dict[str, Any]
@@ -66,9 +77,11 @@ class Grown:
 
 
 class Growth(AnyMethod):
-    """Makes a larger (or averaged) model of the same architecture by copying tensors. Never writes a file.
+    """Makes a larger (or averaged) model of the same architecture by copying tensors. It writes no file.
 
-    ``keys`` are the recipe keys that it reads beside those that every step does, ``next_step`` is what the command suggests.
+    Attributes:
+        keys: the recipe keys that it reads in addition to those that every step reads.
+        next_step: the command to suggest to the user afterwards.
     """
 
     kind = "growth"
@@ -77,33 +90,42 @@ class Growth(AnyMethod):
 
     @abstractmethod
     def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
-        """What is written; ``choice`` is what :meth:`choose` decided, before that any choice has the same shapes.
+        """Describe the result.
+
+        Args:
+            source: the model that grows.
+            recipe: the recipe.
+            choice: what :meth:`choose` decided; None: it is not decided yet, and any choice has the same shapes.
 
         Raises:
             UsageError: the recipe cannot be carried out on this model.
-            RefusalError: the model is none that this step takes.
+            RefusalError: the step does not take this model.
         """
 
     @property
     def text_for(self) -> str | None:
-        """What calibration text is needed for; ``None`` where none is looked at."""
+        """What calibration text is needed for, in words; ``None``: none is read."""
         return None
 
     def memory(self, source: Described, recipe: Recipe) -> int:
-        """Bytes that a look at text takes."""
+        """Return the bytes of memory that running the model on text takes; 0 where no text is read."""
         return 0
 
     def choose(
         self, checkpoint: MoeCheckpoint, recipe: Recipe, windows: torch.Tensor | None, progress: Progress
     ) -> tuple[CopiedExperts, dict[str, Any]] | None:
-        """Decide what depends on the weights, with what it was decided by, as plain data; ``None``: nothing does."""
+        """Decide what depends on weights or text.
+
+        Returns:
+            The copied experts, and the measurements that decided them, as plain data; ``None``: there is nothing to decide.
+        """
         return None
 
 
 class DenseGrowth(Growth):
-    """A dense model of the same family, each of whose layers is one of the source's; all else is copied.
+    """Makes a dense model of the same family, each of whose layers is one of the source's; all other tensors are copied.
 
-    The tensors keep the names and the form in which the source stores them.
+    Tensors keep the form in which the source stores them, and their names but for the layer's number.
     """
 
     takes = "dense"
@@ -112,18 +134,18 @@ class DenseGrowth(Growth):
 
     @abstractmethod
     def layers(self, count: int) -> Sequence[int]:
-        """For every layer of the result, the layer of the source (of ``count``) that it is."""
+        """Return, for every layer of the result, the layer of the source (of ``count``) that it copies."""
 
     @abstractmethod
     def promise(self, count: int) -> Promise:
-        """What is promised of the result of a source with ``count`` layers."""
+        """Return the promise for a source with ``count`` layers, and the reason for it."""
 
     def warnings(self, count: int) -> tuple[str, ...]:
-        """What the user should think twice about."""
+        """Return remarks for the plan about a source with ``count`` layers."""
         return ()
 
     def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
-        """See the class."""
+        """Describe the result; see :meth:`Growth.grow`."""
         from upcycle.checkpoints.find_family import family_of
 
         family = family_of(source.raw, source.where)
@@ -152,18 +174,18 @@ class DenseGrowth(Growth):
 
 
 def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """``config.json`` of a model whose layers are those ``layers`` of the source, everything per layer in the new order.
+    """Return the ``config.json`` of a model whose layers are the ``layers`` of the source, with per-layer settings reordered.
 
     Which layers have a window, attend or convolve may be a rule over layer numbers (``max_window_layers``,
-    ``sliding_window_pattern``, ``full_attention_interval``, ``full_attn_idxs``), which a repeated stack breaks: where it
-    does, it is written out as ``layer_types``.
+    ``sliding_window_pattern``, ``full_attention_interval``, ``full_attn_idxs``). Where a repeated stack breaks the rule, the
+    layers are listed as ``layer_types``.
     """
     config = {key: value for key, value in raw.items() if key not in ("auto_map", "full_attn_idxs", "layer_types")}
     config["num_hidden_layers"] = len(layers)
     if raw.get("no_rope_layers"):
         config["no_rope_layers"] = [raw["no_rope_layers"][layer] for layer in layers]
     windows = tuple(dense.windows[layer] for layer in layers)
-    if "max_window_layers" in raw:  # all that loaders before transformers 5 look at
+    if "max_window_layers" in raw:  # the only key that loaders before transformers 5 read
         config["max_window_layers"] = next((i for i, window in enumerate(windows) if window), len(layers))
     kinds = dense.extra.get("layer_types") or dense.layer_types
     if "layer_types" in raw or "layer_types" in dense.extra or family.config(config).windows != windows:

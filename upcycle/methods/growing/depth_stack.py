@@ -15,7 +15,7 @@ class DepthStackParameters(PluginParameters):
 
 
 class DepthStack(DenseGrowth):
-    """Du et al., NeurIPS 2024, arXiv 2405.15319: layer ``i`` of the result is layer ``i mod L`` of the source.
+    """Implements Gstack (Du et al., NeurIPS 2024, arXiv 2405.15319): layer ``i`` of the result is layer ``i mod L`` of the source.
 
     The stack is repeated as a whole, not every layer in its place. Embeddings, the final norm and the head are copied. The
     paper's factor is 4, after a short training of the small model (10 billion tokens in its runs); its optimum lies
@@ -33,17 +33,17 @@ class DepthStack(DenseGrowth):
     parameters: DepthStackParameters
 
     def layers(self, count: int) -> list[int]:
-        """``i mod L``."""
+        """Return ``i mod L`` for every layer ``i``."""
         return [i % count for i in range(self.parameters.growth * count)]
 
     def warnings(self, count: int) -> tuple[str, ...]:
-        """The paper's findings."""
+        """Return what the paper found about such growth factors."""
         if count == 1 and self.parameters.growth > 1:
             return ("a stack of one layer: the paper found that copies of a single layer do not learn",)
         return ()
 
     def promise(self, count: int) -> Promise:
-        """Only one stack is the same function."""
+        """Return ``exact`` for a single stack, which is the source; else ``approximate``."""
         growth = self.parameters.growth
         if growth == 1:
             return "exact", "growth=1 copies the model"

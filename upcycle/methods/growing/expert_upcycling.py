@@ -40,19 +40,21 @@ class ExpertUpcyclingParameters(PluginParameters):
 
 
 class ExpertUpcycling(Growth):
-    """Dwivedi et al. 2026, arXiv 2604.19835: from E to E' experts, each with a router row; top-k stays what it was.
+    """Implements expert upcycling (Dwivedi et al. 2026, arXiv 2604.19835): from E to E' experts, with top-k unchanged.
+
+    Every expert, old or new, has a router row of its own.
 
     Every expert of the source is kept in its place; the added ones stand behind them. With ``utility=uniform`` each is copied
     equally often; with another one the most useful expert of a layer gets ``most_copies`` copies, then the next, until
     all are given out (the greedy rule of the authors' code, github.com/amazon-science/expert-upcycling, as is the limit).
 
-    What becomes of the function. Let expert e have ``n`` copies with the same row, and so the same logit. Top-k fills its
-    slots with copies of the best expert first. With K slots and n = m for all, it is the source with top-(K/m), whose
-    weights are renormalised over fewer experts: not the source's function. With m K slots (``--top-k``) the m K chosen are
-    all copies of the source's K, each of which weighs 1/m of what it did: the same function, at m times the compute, whether
-    the weights are renormalised or left as the softmax gives them; with sigmoid scores only if they are. Unequal numbers of
-    copies never give the same function, for a twice copied expert takes two slots, and stock routers have no bias that
-    counts into the weights.
+    What becomes of the function. Let expert e have ``n`` copies with the same row, and so the same logit. Top-k chooses the
+    copies of the best expert first. With top-k K and n = m for all, the result is the source with top-(K/m), whose weights
+    are renormalised over fewer experts: not the source's function. With top-k m K (``--top-k``), the m K chosen are all copies
+    of the source's K, each of which weighs 1/m of what it did: the same function, at m times the compute, whether the weights
+    are renormalised or left as the softmax gives them; with sigmoid scores only if they are renormalised. Unequal numbers of
+    copies never give the same function, for an expert with two copies is chosen twice, and stock routers have no bias that
+    enters the weights.
 
     Copies that are chosen together with the same weight get the same gradient and never part. The paper leaves that to noise
     on a bias by which its router is balanced. Deviation: stock softmax routers have no such bias, so ``noise`` is put on the
@@ -74,7 +76,7 @@ class ExpertUpcycling(Growth):
 
     @property
     def text_for(self) -> str | None:
-        """Load and gradients are measured."""
+        """What calibration text is needed for: load and gradients are measured on it; ``None`` for other utilities."""
         utility = self.parameters.utility
         return f"utility={utility}" if utility in ("load", "saliency", "gradient") else None
 
@@ -159,7 +161,7 @@ class ExpertUpcycling(Growth):
         return [*pieces, Piece("final norm", None, rest)]
 
     def memory(self, source: Described, recipe: Recipe) -> int:
-        """The model in fp32, and gradients where they are looked at."""
+        """Return the bytes of the model in fp32, and of the experts' gradients where the utility needs them."""
         if self.text_for is None:
             return 0
         from upcycle.methods.growing.expert_utility import needed_memory
@@ -171,7 +173,7 @@ class ExpertUpcycling(Growth):
     def choose(
         self, checkpoint: MoeCheckpoint, recipe: Recipe, windows: torch.Tensor | None, progress: Progress
     ) -> tuple[CopiedExperts, dict[str, Any]] | None:
-        """The most useful experts of every layer."""
+        """Choose the most useful experts of every layer for copying."""
         utility = self.parameters.utility
         if utility == "uniform":
             return None
@@ -183,18 +185,18 @@ class ExpertUpcycling(Growth):
         return choice, {"utility": {str(layer): found[layer].tolist() for layer in choice}}
 
     def chosen(self, utility: np.ndarray, experts: int) -> list[int]:
-        """The source's expert behind each of ``experts``, given the utility fp64 ``[E]`` of one layer."""
+        """Return, for each of ``experts``, the source's expert that it copies, given one layer's utility, fp64 ``[E]``."""
         best_first = np.argsort(-utility, kind="stable")
         added = np.repeat(best_first, self.parameters.most_copies)[: experts - len(utility)]
         return [*range(len(utility)), *added.tolist()]
 
 
 def _same_as(model: MoeModel, times: int, top_k: int) -> int:
-    """The source's top-k that ``times`` copies of every expert, without noise, are with ``top_k`` slots; 0: none.
+    """Return the top-k of the source whose function ``times`` copies of every expert have with ``top_k``; 0: there is none.
 
-    Copies of one expert have the same score and are chosen together. Normalised, they have its weight between them however many
-    there are. Of a softmax over all experts each copy has a share, so that all of them are needed; sigmoids are not shared, and a
-    second copy adds the expert once more.
+    Copies of one expert, without noise, have the same score and are chosen together. If weights are renormalised, the copies
+    share its weight, however many are chosen. Of a softmax over all experts each copy has its share, so that all copies must be
+    chosen. Sigmoid scores are not shared: a second copy adds the expert once more.
     """
     if model.normalized and top_k <= times:
         return 1
@@ -204,7 +206,7 @@ def _same_as(model: MoeModel, times: int, top_k: int) -> int:
 
 
 def _config(model: MoeModel, experts: int, top_k: int) -> dict[str, Any]:
-    """``config.json`` with the new numbers, under every spelling that it has."""
+    """Return ``config.json`` with the new numbers under every key that spells them."""
     config = {key: value for key, value in model.raw.items() if key != "auto_map"}
     spelt = {"num_experts", "num_local_experts"} & set(config) or {model.family.experts_key}
     return {**config, **dict.fromkeys(spelt, experts), model.family.top_k_key: top_k}

@@ -1,4 +1,4 @@
-"""How useful each expert of a Mixture-of-Experts is: by its weights, by how often it is chosen, or by gradients."""
+"""Measures how useful each expert of a Mixture-of-Experts is: by its weights, by how often it is chosen, or by gradients."""
 
 from __future__ import annotations
 
@@ -27,15 +27,23 @@ Utility = dict[int, np.ndarray]  # layer -> fp64 [E]
 def expert_utility(
     checkpoint: MoeCheckpoint, utility: str, windows: torch.Tensor | None, progress: Progress
 ) -> Utility:
-    """The utility of every expert: layer -> fp64 ``[E]``.
+    """Return the utility of every expert: layer -> fp64 ``[E]``.
 
-    ``norm``: the Frobenius norm of all its weights, read expert by expert. ``load``: how many (token, slot) pairs of ``windows``
-    ``[N, W]`` choose it. ``saliency`` and ``gradient``: the sums over its weights of ``|w g|`` and ``g^2``, where ``g`` is the
-    gradient of the mean next-token loss of all windows. What looks at text holds the model in memory in fp32, and for
-    gradients those of all experts beside it.
+    - ``norm``: the Frobenius norm of all its weights, read expert by expert.
+    - ``load``: the number of tokens of ``windows`` that choose it.
+    - ``saliency`` and ``gradient``: the sums over its weights of ``|w g|`` and ``g^2``, where ``g`` is the gradient of the mean
+      next-token loss of all windows.
+
+    All but ``norm`` hold the model in memory in fp32; the last two also hold the gradients of all experts.
+
+    Args:
+        checkpoint: the MoE.
+        utility: one of the four names above.
+        windows: the text, token ids ``[N, W]``; None for ``norm``.
+        progress: where to report.
 
     Raises:
-        EnvironmentFault: there is not that much memory.
+        EnvironmentFault: there is not enough memory.
     """
     if utility == "norm":
         return _norms(checkpoint, progress)
@@ -46,7 +54,7 @@ def expert_utility(
 
 
 def needed_memory(model: MoeModel, window: int, gradients: bool) -> int:
-    """Bytes that a look at text takes: weights in fp32, the gradients of all experts, what one window leaves behind."""
+    """Return the bytes that running the model takes: weights in fp32, the experts' gradients, one window's activations."""
     total = sum(spec.elements for spec in model.specs.values())
     logits = window * model.vocab_size
     if not gradients:
@@ -80,7 +88,7 @@ def _norms(checkpoint: MoeCheckpoint, progress: Progress) -> Utility:
 def _load(model: Any, windows: torch.Tensor, progress: Progress) -> Utility:
     with load_counts(model) as counts, torch.no_grad():
         for ids in _one_by_one(windows, progress):
-            model(ids, use_cache=False, logits_to_keep=1)  # of no use here
+            model(ids, use_cache=False, logits_to_keep=1)  # the logits themselves are not needed
     return {layer: count.double().numpy() for layer, count in counts.items()}
 
 
@@ -103,9 +111,9 @@ def _from_gradients(model: Any, windows: torch.Tensor, utility: str, progress: P
 
 
 def _taken_apart(layer: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """The matrices of every expert of a layer, each a leaf of its own in the same memory.
+    """Return the matrices of every expert of a layer, each as a leaf tensor of its own in the same memory.
 
-    A gradient of one expert's slice would be as large as all experts, once per expert.
+    The gradient of a slice is as large as the whole tensor: one per expert would take E times the memory of all experts.
     """
     apart: list[tuple[torch.nn.Parameter, ...]] = []
     for module in [module for name, module in layer.named_modules() if name.endswith(".experts")]:
@@ -118,7 +126,7 @@ def _taken_apart(layer: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
 
 def _effect(matrices: list[torch.nn.Parameter], utility: str) -> float:
-    """Sum over an expert's weights; nothing flowed through one that was never chosen."""
+    """Return the sum of a utility over an expert's weights; an expert that was never chosen has no gradient, and counts 0."""
     total = 0.0
     for weight in matrices:
         if weight.grad is not None:

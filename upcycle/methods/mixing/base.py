@@ -1,4 +1,4 @@
-"""The protocol of methods that make one model of several: which of them become experts, and how the rest is averaged."""
+"""The protocol of methods that make one model of several: which models become experts, and how the rest is averaged."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Merges = tuple[tuple[float, ...], ...]
 
 
 class MixingMethod(AnyMethod):
-    """What only methods need that mix several models.
+    """Adds what only methods that mix several models need.
 
     Attributes:
-        takes_roles: whether the recipe may ask for another expert of a source than its FFN, routed.
-        mix: the sources, once :meth:`joined` was called.
-        slerp: whether in ``rest`` matrices of attention are interpolated on the sphere instead of averaged.
+        takes_roles: whether the recipe may give a source a role, such as a shared or a scaled expert.
+        mix: the sources, once :meth:`joined` has been called.
+        slerp: whether matrices of attention are interpolated on the sphere in ``rest``, instead of averaged.
     """
 
     takes_sources = True
@@ -42,10 +42,10 @@ class MixingMethod(AnyMethod):
 
         Args:
             mix: the sources; None: there is one.
-            recipe: what it says of every source.
+            recipe: the recipe, which may give each source a role.
 
         Raises:
-            UsageError: there is one source, a source has a role that the method has no use for, or the method's parameters
+            UsageError: there is one source, a source has a role that the method does not take, or the method's parameters
                 do not fit the sources.
         """
         if not self.takes_roles:
@@ -63,12 +63,15 @@ class MixingMethod(AnyMethod):
         """
 
     def source_recipes(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
-        """Return what the recipe says of every model that is mixed, in order; of the generalist it says nothing."""
+        """Return the recipe's entry for every model that is mixed, in order; the generalist has none."""
         return list(sources)
 
     @property
     def merges(self) -> Merges | None:
-        """The models that are mixed in place of the sources, a row each with the part of every source; None: the sources."""
+        """The merges that are mixed in place of the sources: a row each with the coefficient of every source.
+
+        None: the sources themselves are mixed.
+        """
         return None
 
     def undecided(self, recipe: Recipe) -> bool:
@@ -83,44 +86,50 @@ class MixingMethod(AnyMethod):
         measured: MeasurementCache,
         progress: Progress,
     ) -> tuple[list[Any], dict[str, Any]] | None:
-        """Find the coefficients, and return them with what they were decided by, as plain data; None: nothing is to be decided.
+        """Find the coefficients of the merges.
 
         Args:
             checkpoint: the sources.
-            recipe: as it was given.
+            recipe: the user's recipe.
             windows: the calibration tokens, ids ``[N, W]``.
-            measured: keeps what takes long to measure.
+            measured: keeps measurements that take long, for a run that continues.
             progress: where to report.
+
+        Returns:
+            The coefficients, and the measurements that decided them, as plain data; None: nothing is to be decided.
         """
         return None
 
     @property
     def rest(self) -> tuple[float, ...] | None:
-        """Weights of the sources (and the base behind them) in the mean of all that is no expert; None: the base's."""
+        """The weights of the sources, and of the base behind them, in the mean of all tensors outside experts.
+
+        None: those tensors are the base's.
+        """
         return None
 
     @property
     def experts_only(self) -> bool:
-        """Whether of sources that are not the base only FFNs are read: whatever else differs does not matter then."""
+        """Whether only FFNs are read from sources other than the base, so that their other tensors may differ."""
         return False
 
     @property
     def members(self) -> list[int]:
-        """The sources whose FFN is a routed expert, as indices (their number for the base)."""
+        """The indices of the sources whose FFN is a routed expert; the base's is their number."""
         return []
 
     @property
     def shared_members(self) -> list[int]:
-        """The sources whose FFN is a shared expert, as indices."""
+        """The indices of the sources whose FFN is a shared expert."""
         return []
 
     @property
     def shared_experts(self) -> int | None:
-        """How many shared experts there are, where the sources decide that; None leaves it to the recipe."""
+        """The number of shared experts, where the sources decide that; None leaves it to the recipe."""
         return None
 
     def source_scale(self, member: int) -> float:
-        """Return what the recipe multiplies a member's expert by."""
+        """Return the factor that the recipe gives a member's expert."""
         return 1.0
 
 

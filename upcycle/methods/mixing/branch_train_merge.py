@@ -37,7 +37,7 @@ class BranchTrainMergeParameters(PluginParameters):
 
 
 class BranchTrainMerge(MixingMethod, DenseGrowth):
-    """Li et al., arXiv 2208.03306, "Branch-Train-Merge": every weight is the weighted mean of the sources'.
+    """Implements Branch-Train-Merge (Li et al., arXiv 2208.03306): every weight is the weighted mean of the sources'.
 
     Without calibration text the sources' ``weight`` are the weights. With one, they are the prior ``p(D=j)``, and the weights
     are the posteriors of the sources on that text: ``p(D=j | x_<t)``, proportional to ``p(x_<t | D=j) p(D=j)``, averaged over
@@ -56,7 +56,7 @@ class BranchTrainMerge(MixingMethod, DenseGrowth):
     parameters: BranchTrainMergeParameters
 
     def join(self, mix: Mix | None) -> None:
-        """Take at least two sources, and a coefficient of each where there are any."""
+        """Take at least two sources, and a coefficient for each where there are coefficients."""
         if mix is None or mix.count < 2:
             raise UsageError(f"{self.name} averages several sources, and there is one", hint="--sources A,B,C")
         given = self.parameters.coefficients
@@ -68,7 +68,7 @@ class BranchTrainMerge(MixingMethod, DenseGrowth):
         self.mix = mix
 
     def undecided(self, recipe: Recipe) -> bool:
-        """Where there is a text and no coefficients."""
+        """Return whether there is a calibration text and no coefficients."""
         return self.parameters.coefficients is None and bool(recipe.calibration.texts)
 
     def decide(
@@ -79,7 +79,7 @@ class BranchTrainMerge(MixingMethod, DenseGrowth):
         measured: MeasurementCache,
         progress: Progress,
     ) -> tuple[list[float], dict[str, Any]]:
-        """The posteriors, and what they were decided by. One model is in memory at a time."""
+        """Return the posteriors, and the measurements that decided them. One model is in memory at a time."""
         import torch
 
         from upcycle.methods.mixing.log_likelihoods import log_likelihoods
@@ -104,24 +104,24 @@ class BranchTrainMerge(MixingMethod, DenseGrowth):
 
     @property
     def rest(self) -> tuple[float, ...] | None:
-        """See the class."""
+        """The weights of the sources in every mean; see the class."""
         if self.mix is None:
             return None
         return (*(self.parameters.coefficients or self.mix.weights), 0.0)
 
     def layers(self, count: int) -> Sequence[int]:
-        """All of them, in their places."""
+        """Return all layers, in their order."""
         return range(count)
 
     def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
-        """The source's tensors, which are read as means."""
+        """Return the source's tensors; the checkpoint reads each as the mean of the sources."""
         assert self.rest is not None
         parts = self.rest[:-1]
         what = f"the mean of {sum(map(bool, parts))} models"
         return replace(super().grow(source, recipe, choice), summary=what, made={"coefficients": list(parts)})
 
     def promise(self, count: int) -> Promise:
-        """Only the mean of copies is what they are."""
+        """Return ``exact`` where the sources are copies of one model, whose mean is that model; else ``approximate``."""
         if self.mix is not None and self.mix.alike:
             return "exact", "the sources hold the same numbers"
         return "approximate", "the mean of different models; compared with the model 'source'"

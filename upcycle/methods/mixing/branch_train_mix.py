@@ -41,7 +41,7 @@ class BranchTrainMixParameters(CopiesParameters):
 
 
 class BranchTrainMix(MixingMethod, Copies):
-    """Sukhbaatar et al., arXiv 2403.07816, "Branch-Train-MiX".
+    """Implements Branch-Train-MiX (Sukhbaatar et al., arXiv 2403.07816).
 
     Expert i is source i's FFN. Everything else is the arithmetic mean of the sources, summed in fp64; ``weight`` of a
     source counts there alone. The generalist, the model that the sources were branched from, is one expert more and has
@@ -97,7 +97,7 @@ class BranchTrainMix(MixingMethod, Copies):
 
     @property
     def members(self) -> list[int]:
-        """Whose FFN every uncut routed expert is."""
+        """The index of the model whose FFN each routed expert is, before it is cut into chunks."""
         if self.mix is None:
             return []
         routed = [source for source in range(self.mix.count) if source not in self.shared_members]
@@ -105,31 +105,31 @@ class BranchTrainMix(MixingMethod, Copies):
 
     @property
     def shared_members(self) -> list[int]:
-        """Those that the recipe calls shared."""
+        """The indices of the sources that the recipe calls shared."""
         return [i for i, source in enumerate(self.mix.recipes) if source.shared] if self.mix else []
 
     @property
     def shared_experts(self) -> int:
-        """All chunks of every shared source."""
+        """The number of shared experts: all chunks of every shared source."""
         return len(self.shared_members) * self.parameters.chunks
 
     def source_scale(self, member: int) -> float:
-        """The recipe's; the generalist has none."""
+        """Return the recipe's scale for a member; 1 for the generalist."""
         return self._recipe_of(member).scale
 
     def _recipe_of(self, member: int | None) -> SourceRecipe:
-        """What the recipe says of a member: nothing of the generalist, nor without sources."""
+        """Return the recipe's entry for a member; a default one for the generalist, or where there are no sources."""
         recipes = self.mix.recipes if self.mix else ()
         return recipes[member] if member is not None and member < len(recipes) else SourceRecipe(name="?")
 
     @property
     def experts_only(self) -> bool:
-        """With ``rest=base`` everything but the FFNs is the base's."""
+        """Whether only FFNs are read from sources other than the base: with ``rest=base``, unless activations are compared."""
         return self.parameters.rest == "base" and not self.calibrated
 
     @property
     def rest(self) -> tuple[float, ...] | None:
-        """See the class."""
+        """The weights of the models in the mean of all tensors outside experts; None: those tensors are the base's."""
         if self.mix is None or self.parameters.rest == "base":
             return None
         return (*self.mix.weights, float(self.parameters.generalist))
@@ -139,7 +139,7 @@ class BranchTrainMix(MixingMethod, Copies):
         return self.parameters.chunks if self.parameters.tied else 1
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int, int]:
-        """One expert per source and chunk, or a multiple of that; two sources per token."""
+        """Return one expert per source and chunk, or a multiple of that, and a top-k of two sources."""
         chunks, members = self.parameters.chunks, max(1, len(self.members))
         count = members * chunks if experts is None else experts
         if count % (members * chunks):
@@ -161,7 +161,7 @@ class BranchTrainMix(MixingMethod, Copies):
             )
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """The sources differ, or their chunks are chosen one by one."""
+        """Name the sources that differ, their roles, or chunks that are chosen one by one."""
         if self.mix is not None and not self.mix.alike:
             rest = (
                 "their average around them"
@@ -181,11 +181,11 @@ class BranchTrainMix(MixingMethod, Copies):
         return super().inexact(shape, scale)
 
     def tie(self, rows: torch.Tensor) -> torch.Tensor:
-        """One row for all chunks of a source."""
+        """Return one row for all chunks of a source, or with ``tied=false`` the rows as they are."""
         return rows if self._group == 1 else tied_rows(rows, self._group, self.name)
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
-        """``F / C``, rounded up to a multiple of 8 when padding is allowed."""
+        """Return ``F / C``, rounded up to a multiple of 8 when padding is allowed."""
         if shared != self.shared_experts:
             raise UsageError(
                 f"{self.name} has {self.shared_experts or 'no'} shared experts, not {shared}: a recipe's sources say 'shared: true'",
@@ -199,15 +199,15 @@ class BranchTrainMix(MixingMethod, Copies):
         )
 
     def scale(self, convention: Scale, experts: int, top_k: int, shared: int = 0) -> float:
-        """``C``; with the softmax's own weights ``E C / T`` as in virtual groups."""
+        """Return ``C``; with the softmax's own weights ``E C / T``, as in virtual groups."""
         super().scale(convention, experts, top_k, shared)
         chunks = float(self.parameters.chunks)
         return chunks if self.normalized or chunks == 1 else experts * chunks / top_k
 
     def orders(self, ffn: FeedForward, activations: Activations | None) -> list[torch.Tensor]:
-        """Int64 ``[F]`` per member, shared ones last: its neurons in the order in which they are cut, here as they are stored.
+        """Return, per member, its neurons in the order in which they are cut, int64 ``[F]``; here, as they are stored.
 
-        Without sources, which a conversion never leaves out, one for the layer at hand.
+        Shared members come last. Without sources, which a conversion always has, there is one order, for ``ffn``.
         """
         return [torch.arange(ffn.intermediate_size)] * max(1, len(self.members) + len(self.shared_members))
 
@@ -219,7 +219,7 @@ class BranchTrainMix(MixingMethod, Copies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """The chunks of every source, in order; again for copies."""
+        """Return the chunks of every source, in order, repeated where there are more experts than chunks."""
         whose: list[int | None] = [*self.members, *self.shared_members] or [None]
 
         def pieces(source: int | None, order: torch.Tensor) -> Iterator[ExpertSpec]:

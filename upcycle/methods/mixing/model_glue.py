@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from upcycle.files.measured import MeasurementCache
     from upcycle.progress import Progress
 
-MergeWeights = dict[int, float]  # source -> its coefficient in a merge; of sum 1
+MergeWeights = dict[int, float]  # source -> its coefficient in a merge; they sum to 1
 _SEARCHED = tuple(i / 10 for i in range(1, 10))
 
 
@@ -53,7 +53,7 @@ class ModelGlueParameters(BranchTrainMixParameters):
 
 
 class ModelGlue(BranchTrainMix):
-    """Zhao et al., NeurIPS 2024 Datasets and Benchmarks, arXiv 2410.05357, and its code (``merging/heuristic_merge.py``).
+    """Implements Model-GLUE (Zhao et al., NeurIPS 2024, arXiv 2410.05357), after its code ``merging/heuristic_merge.py``.
 
     Three steps. *Cluster*: a source joins the first cluster whose first member's attention and FFN it resembles (mean cosine
     of the columns, :func:`~upcycle.methods.mixing.weight_similarity.similarities`), or opens one. *Merge*: inside a cluster
@@ -78,10 +78,10 @@ class ModelGlue(BranchTrainMix):
 
     @property
     def merges(self) -> Merges | None:
-        """See the class.
+        """The merges that ``coefficients`` describe; None: they are not decided yet.
 
         Raises:
-            UsageError: the coefficients are no merges.
+            UsageError: the coefficients describe no merges.
         """
         rows = self.parameters.coefficients
         if rows is None:
@@ -94,7 +94,7 @@ class ModelGlue(BranchTrainMix):
         return tuple(map(tuple, rows))
 
     def undecided(self, recipe: Recipe) -> bool:
-        """Unless there are coefficients."""
+        """Return whether there are no coefficients yet."""
         return self.parameters.coefficients is None
 
     def decide(
@@ -105,11 +105,11 @@ class ModelGlue(BranchTrainMix):
         measured: MeasurementCache,
         progress: Progress,
     ) -> tuple[list[list[float]], dict[str, Any]]:
-        """See the class and :func:`~upcycle.methods.mixing.model_glue.glue`."""
+        """Decide the merges as :func:`~upcycle.methods.mixing.model_glue.glue` does."""
         return glue(checkpoint, recipe, windows, self.parameters, measured, progress)
 
     def join(self, mix: Mix | None) -> None:
-        """Take at least two sources; for differences, a base that is none of them."""
+        """Take at least two sources; to compare differences, also a base that is none of them."""
         super().join(mix)
         if (
             self.parameters.coefficients is None
@@ -123,13 +123,13 @@ class ModelGlue(BranchTrainMix):
             )
 
     def source_recipes(self, sources: Sequence[SourceRecipe]) -> list[SourceRecipe]:
-        """Of a merge all that is said of its sources."""
+        """Return an entry for every merge, with the prompts and texts of all its sources."""
         if self.merges is None:
             return list(sources)
         return [_together([s for s, part in zip(sources, row, strict=True) if part]) for row in self.merges]
 
     def sizes(self, experts: int | None, top_k: int | None) -> tuple[int, int]:
-        """As many experts as clusters; until there are any, as sources."""
+        """Return an expert per cluster, or per source until the clusters are decided."""
         if self.parameters.coefficients is None and experts is not None:
             raise UsageError(
                 f"{self.name} makes as many experts as it finds clusters, and {experts} are asked for",
@@ -138,7 +138,7 @@ class ModelGlue(BranchTrainMix):
         return super().sizes(experts, top_k)
 
     def inexact(self, shape: MoeShape, scale: float) -> str | None:
-        """As many models as there turn out to be."""
+        """Name the merges of different sources that the experts are."""
         if self.parameters.coefficients is None and self.mix is not None:
             return f"experts of merges of {self.mix.count} models; compared with the model 'source'"
         return super().inexact(shape, scale)
@@ -160,9 +160,9 @@ def _together(sources: list[SourceRecipe]) -> SourceRecipe:
 
 @dataclass(frozen=True)
 class Step:
-    """One attempt to merge: ``coefficient`` times what was merged before, the rest of 1 times ``source``.
+    """Holds one attempt to merge: ``coefficient`` times the merge so far plus ``1 - coefficient`` times ``source``.
 
-    ``kept`` where the perplexity did not grow from ``before``.
+    It is ``kept`` where the perplexity is not above ``before``, that of the merge so far.
     """
 
     source: int
@@ -173,12 +173,11 @@ class Step:
 
 
 def clusters_of(similarity: torch.Tensor, threshold: float) -> list[list[int]]:
-    """The families of a zoo, in one pass: a model joins the first family whose first member it resembles by more than
-    ``threshold``, and opens a new one where there is none.
+    """Cluster models in one pass: a model joins the first cluster whose first member it resembles, or opens a new one.
 
     Args:
-        similarity: ``[S, S]``.
-        threshold: see above.
+        similarity: of every pair of models, fp64 ``[S, S]``.
+        threshold: the similarity above which two models resemble each other.
     """
     families: list[list[int]] = []
     for model in range(len(similarity)):
@@ -193,14 +192,17 @@ def clusters_of(similarity: torch.Tensor, threshold: float) -> list[list[int]]:
 def merge_greedily(
     cluster: Sequence[int], alone: Mapping[int, float], perplexity: Callable[[MergeWeights], float], search: bool
 ) -> tuple[MergeWeights, list[Step]]:
-    """Merge the sources of a cluster one after another, best first, leaving out those that harm.
+    """Merge the sources of a cluster one after another, best first, and leave out those that raise the perplexity.
 
     Args:
         cluster: the sources.
-        alone: the perplexity of each.
-        perplexity: that of a merge.
-        search: take the best of the coefficients 0.1 to 0.9, instead of that of a running average, ``(s + 1) / (s + 2)``
-            after s merges.
+        alone: the perplexity of each source.
+        perplexity: measures the perplexity of a merge.
+        search: take the best of the coefficients 0.1 to 0.9, instead of the running average's, ``(s + 1) / (s + 2)`` after s
+            merges.
+
+    Returns:
+        The coefficients of the merge, and every attempt.
     """
     first, *candidates = sorted(cluster, key=lambda source: (alone[source], source))
     current, best, steps = {first: 1.0}, alone[first], []
@@ -224,7 +226,10 @@ def glue(
     measured: MeasurementCache,
     progress: Progress,
 ) -> tuple[list[list[float]], dict[str, Any]]:
-    """The coefficients of every cluster's merge, a row per cluster with a number per source, and what they were decided by.
+    """Cluster the sources and merge every cluster.
+
+    Returns:
+        The coefficients, a row per cluster with a number per source, and the measurements that decided them, as plain data.
 
     Raises:
         UsageError: all sources are alike.
@@ -276,7 +281,7 @@ def glue(
 
 
 def _between(similarity: float) -> str:
-    """A threshold just above a similarity, in as few digits as lie between it and 1."""
+    """Return a threshold just above a similarity and below 1, with as few digits as possible."""
     digits = 3
     while digits < 15 and round(similarity, digits) + 10.0**-digits >= 1:
         digits += 1

@@ -1,4 +1,4 @@
-"""Which source a text speaks for: posteriors of the domains, by Bayes, from the sources' likelihoods of it.
+"""Computes which source a text belongs to: the posteriors of the domains, by Bayes, from the sources' likelihoods.
 
 N sequences, T positions in each, S sources. Everything is in logarithms and fp64.
 """
@@ -15,17 +15,17 @@ import torch
 def source_posteriors(
     likelihoods: torch.Tensor, prior: Sequence[float], kind: Literal["fixed", "cached"] = "fixed", decay: float = 0.3
 ) -> torch.Tensor:
-    """The mean over all positions of ``p(D=j | x_<t)``, proportional to ``p(x_<t | D=j) p(D=j)``: fp64 ``[S]``, of sum 1.
+    """Return the mean over all positions of ``p(D=j | x_<t)``, proportional to ``p(x_<t | D=j) p(D=j)``: fp64 ``[S]``, sum 1.
 
-    Li et al., arXiv 2208.03306, section 2. At the first position of a sequence nothing was seen, and the posterior is the
-    prior.
+    Li et al., arXiv 2208.03306, section 2. At the first position of a sequence no token has been read, and the posterior is
+    the prior.
 
     Args:
         likelihoods: ``ln p(x_t | x_<t, D=j)``, fp64 ``[S, N, T]``.
-        prior: ``p(D=j)`` up to a factor; of ``cached`` the one before the first sequence.
+        prior: ``p(D=j)`` up to a factor; with ``cached``, the one before the first sequence.
         kind: ``fixed``, or ``cached``: after every sequence the prior becomes ``decay`` times itself and ``1 - decay`` times
             the posterior behind the sequence's last token but one, ``p(D=j | x_<T)``.
-        decay: what the cached prior keeps of itself.
+        decay: the share that the cached prior keeps of itself.
     """
     before = likelihoods.cumsum(-1) - likelihoods
     log_prior = torch.tensor(prior, dtype=torch.float64).log()
@@ -43,7 +43,7 @@ def source_posteriors(
 
 
 def largest(weights: torch.Tensor, count: int | None) -> torch.Tensor:
-    """``weights`` ``[S]`` with all but the ``count`` largest at 0, of sum 1; of equal ones the first are kept."""
+    """Return ``weights`` ``[S]`` with all but the ``count`` largest at 0, scaled to sum 1; of equal ones the first are kept."""
     if count is None or count >= len(weights):
         return weights
     kept = torch.zeros_like(weights)

@@ -24,10 +24,10 @@ class SymphonyParameters(BranchTrainMixParameters):
 
 
 class Symphony(BranchTrainMix):
-    """Wang, Peng and Yu, "Symphony-MoE", AAAI 2026, arXiv 2509.18542; its first, training-free stage.
+    """Implements the first, training-free stage of Symphony-MoE (Wang, Peng and Yu, AAAI 2026, arXiv 2509.18542).
 
-    As :class:`~upcycle.methods.mixing.branch_train_mix.BranchTrainMix`, but for two things. Matrices of attention (or of what
-    a family has in its place) are joined on the sphere, see :func:`~upcycle.checkpoints.slerp.slerp_coefficients`; embeddings,
+    It differs from :class:`~upcycle.methods.mixing.branch_train_mix.BranchTrainMix` in two things. Matrices of attention (or of
+    what a family has in its place) are joined on the sphere, see :func:`~upcycle.checkpoints.slerp.slerp_coefficients`; embeddings,
     head, norms and biases are averaged. And every other source's neurons are put into the order of the anchor's: of all
     permutations the one with the largest sum of similarities between neurons in the same place, an assignment that is solved
     for every layer and source. The similarity of two neurons is the cosine of their activations over the calibration tokens;
@@ -65,7 +65,7 @@ class Symphony(BranchTrainMix):
             )
 
     def orders(self, ffn: FeedForward, activations: Activations | None) -> list[torch.Tensor]:
-        """Int64 ``[F]`` per member: which of its neurons stands where the anchor's j-th does.
+        """Return, per member, the neuron that takes the place of each of the anchor's neurons, int64 ``[F]``.
 
         Raises:
             UsageError: there are no activations.
@@ -91,9 +91,9 @@ class Symphony(BranchTrainMix):
 
 
 def similarity(one: Activations, other: Activations) -> torch.Tensor:
-    """Fp32 ``[F, F]``: the cosine between each neuron of ``one`` and each of ``other``, as vectors over the same tokens.
+    """Return the cosine between each neuron of ``one`` and each of ``other`` over the same tokens, fp32 ``[F, F]``.
 
-    Neurons that are silent on all tokens are like none. Summed batch by batch.
+    A neuron that is silent on all tokens has similarity 0 with every other. Sums are taken batch by batch.
     """
     width = one.ffn.intermediate_size
     products, squares = torch.zeros(width, width), torch.zeros(2, width, dtype=torch.float64)
@@ -105,7 +105,7 @@ def similarity(one: Activations, other: Activations) -> torch.Tensor:
 
 
 def matched(likeness: torch.Tensor) -> torch.Tensor:
-    """Int64 ``[F]``: for each row of ``[F, F]`` a column of its own, so that the sum of the chosen entries is largest."""
+    """Return a different column for each row of ``likeness`` ``[F, F]``, int64 ``[F]``, with the largest sum of entries."""
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(likeness.double().neg_().numpy())[1])

@@ -1,4 +1,4 @@
-"""How alike fine-tunes of one model are: the mean cosine of their weights' columns."""
+"""Measures how alike fine-tunes of one model are: the mean cosine of their weights' columns."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 def similarities(
     members: Sequence[DenseCheckpoint], base: DenseCheckpoint | None = None, progress: Progress = SILENT
 ) -> torch.Tensor:
-    """The similarity of every pair of ``members``: fp64 ``[S, S]``, symmetric, 1 on the diagonal.
+    """Return the similarity of every pair of ``members``: fp64 ``[S, S]``, symmetric, 1 on the diagonal.
 
-    As in Model-GLUE (arXiv 2410.05357, ``merging/heuristic_merge.py``): of every tensor named ``self_attn`` or ``mlp`` the
-    cosine of each column (dimension 0), their mean, and the mean of all tensors. With a ``base`` what is compared are
-    differences from it.
+    As in Model-GLUE (arXiv 2410.05357, ``merging/heuristic_merge.py``), it is the mean over all tensors named ``self_attn`` or
+    ``mlp`` of the mean cosine of the tensor's columns (dimension 0). With a ``base``, differences from it are compared.
 
-    A column that is zero in both models says nothing and does not count (frozen tensors, where differences are compared); one
-    that is zero in one of them counts 0. Models without a column that counts are the same there, and their similarity is 1.
-    All models are read side by side, once, some rows of one tensor in memory.
+    A column that is zero in both models does not count (a frozen tensor, where differences are compared); one that is zero in
+    one of them counts as 0. Where no column counts, the models are equal, and their similarity is 1. All models are read
+    once, side by side, with some rows of one tensor in memory.
     """
     first, count = members[0], len(members)
     total, tensors = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
@@ -44,7 +43,7 @@ def similarities(
 
 
 def _compared(checkpoint: DenseCheckpoint, layer: int) -> list[str]:
-    """The tensors of attention and of the FFN, which not every family calls mlp, as they are stored."""
+    """Return the stored names of the tensors of attention and of the FFN, which not every family calls ``mlp``."""
     origins = checkpoint.family.ffn_origins(checkpoint.config, layer)
     ffn = {origin.name for part, origin in origins.items() if part != "norm"}
     stored = checkpoint.family.stored_specs(checkpoint.config, layer)
@@ -54,7 +53,7 @@ def _compared(checkpoint: DenseCheckpoint, layer: int) -> list[str]:
 def _cosines(
     members: Sequence[DenseCheckpoint], base: DenseCheckpoint | None, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one tensor the mean cosine ``[S, S]`` and the number of columns that count ``[S, S]``, fp64."""
+    """Return one tensor's mean cosine and its number of columns that count, each fp64 ``[S, S]``."""
     count = len(members)
     products: torch.Tensor | None = None  # [S, S, C]
     for blocks in _side_by_side(members, base, name):
@@ -76,7 +75,7 @@ def _cosines(
 def _side_by_side(
     members: Sequence[DenseCheckpoint], base: DenseCheckpoint | None, name: str
 ) -> Iterator[torch.Tensor]:
-    """The same rows of every member, less the base's, fp64 ``[S, R, C]``; a vector is one column."""
+    """Yield the same rows of every member, less the base's, fp64 ``[S, R, C]``; a vector is one column."""
     shape = members[0].store.specs[name].shape
     for rows in row_blocks(TensorSpec(shape, "float64"), SUM_BYTES // len(members)):
         origin = Origin(name, rows)
