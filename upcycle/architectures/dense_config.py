@@ -1,4 +1,4 @@
-"""A dense model's configuration as the rest of the tool sees it, and what of it not every target can hold."""
+"""A dense model's configuration, read out with its defaults, and the features of it that not every target can hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.ffn.form import FfnForm
 
 
 class Feature(Enum):
-    """Something a dense model or a blueprint needs and a target may be unable to hold."""
+    """A feature that a dense model or a blueprint needs, and that a target may be unable to hold."""
 
     PLAIN_QUERIES = "queries and keys without norms"
     QUERY_NORMS = "per-head query and key norms"
@@ -47,11 +47,11 @@ _OTHER_QUERIES = {
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """A dense model's ``config.json``, read out with the defaults of its stock transformers class.
+    """Holds a dense model's ``config.json``, read out with the defaults of its stock transformers class.
 
-    ``special`` are features of the block that only the family's own relatives have, and ``extra`` the configuration keys
-    that come with them. Embeddings, attention scores, what a block adds to the stream, and logits are multiplied by the
-    four multipliers (``attention_multiplier`` None: one over the square root of the head size).
+    The four multipliers apply to embeddings, to attention scores (None: one over the square root of the head size), to what a
+    block adds to the stream, and to logits. ``special`` are features of the block that only related architectures have, and
+    ``extra`` the configuration keys that come with them.
     """
 
     family: str
@@ -86,16 +86,16 @@ class DenseConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What query-key products are multiplied by."""
+        """The factor on query-key products."""
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @property
     def window(self) -> int | None:
-        """The sliding window of the layers that have one."""
+        """The sliding window, in tokens, of the layers that have one; None where no layer has one."""
         return next((window for window in self.windows if window is not None), None)
 
     def settings(self, feature: Feature) -> dict[str, Any]:
-        """The configuration keys that bring a feature about, with their values: what a refusal names."""
+        """Return the configuration keys that turn a feature on, with their values, for the message of a refusal."""
         biases = {"attention_bias": self.qkv_bias or self.output_bias}
         multipliers = {
             "embedding_multiplier": self.embedding_multiplier,
@@ -117,18 +117,18 @@ class DenseConfig:
 
     @property
     def ffn_form(self) -> FfnForm:
-        """Which projections and biases an FFN has. Biases stand on all of its projections or on none."""
+        """The projections and biases of an FFN, which has biases on all of its projections or on none."""
         form = FfnForm(self.hidden_act, self.mlp_gated)
         return replace(form, biases=frozenset(form.matrices)) if self.mlp_bias else form
 
     @property
     def layer_types(self) -> list[str]:
-        """``layer_types`` as most configuration classes want it."""
+        """The value of ``layer_types`` as most configuration classes take it."""
         return ["full_attention" if window is None else "sliding_attention" for window in self.windows]
 
     @property
     def features(self) -> frozenset[Feature]:
-        """What a target must hold to reproduce this model's attention and FFN."""
+        """The features that a target must hold to reproduce this model's attention and FFN."""
         kinds = set(self.windows)
         plain_scores = math.isclose(self.attention_scale, self.head_dim**-0.5, rel_tol=1e-9)
         multiplied = self.embedding_multiplier != 1 or self.residual_multiplier != 1 or not plain_scores

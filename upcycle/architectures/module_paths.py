@@ -1,4 +1,4 @@
-"""Where a stock causal language model keeps its parts: one description per architecture, asked wherever one of them is needed."""
+"""Describes where a stock causal language model keeps its parts: one description per architecture, used wherever one is needed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ BELONG_TOGETHER = "compare config.json with the weights: do they belong together
 
 @dataclass(frozen=True)
 class ModulePaths:
-    """Dotted paths of a model's parts in its stock class; the defaults are Llama's, which most architectures share.
+    """Holds the dotted paths of a model's parts in its stock class; the defaults are Llama's, which most architectures share.
 
-    With ``.weight`` they are the names of stored tensors, too.
+    With ``.weight`` appended, they are the names of stored tensors, too.
 
     Args:
         body: everything but the head; it takes token ids or embeddings and returns hidden states.
         layers: the list of decoder layers.
         embedding: the table of token embeddings.
         final_norm: the norm behind the last layer.
-        head: what makes logits of normed hidden states.
-        blocks: the modules of a layer whose outputs add up to the FFN's, the dense FFN or the routed experts first. An
-            architecture may have shared experts beside them.
+        head: the projection from normed hidden states to logits.
+        blocks: the modules of a layer whose outputs add up to its FFN: the dense FFN, or the routed experts and then, in some
+            architectures, the shared ones.
     """
 
     body: str = "model"
@@ -45,34 +45,34 @@ class ModulePaths:
 
     @property
     def embedding_weight(self) -> str:
-        """The tensor ``[V, d]`` of token embeddings."""
+        """The name of the token embeddings ``[V, d]``."""
         return f"{self.embedding}.weight"
 
     @property
     def final_norm_weight(self) -> str:
-        """The tensor ``[d]`` of the norm behind the last layer."""
+        """The name of the weight ``[d]`` of the norm behind the last layer."""
         return f"{self.final_norm}.weight"
 
     @property
     def head_weight(self) -> str:
-        """The tensor ``[V, d]`` that makes logits; not stored where it is tied to the embeddings."""
+        """The name of the head's weight ``[V, d]``, which is not stored where it is tied to the embeddings."""
         return f"{self.head}.weight"
 
     @property
     def block(self) -> str:
-        """The first of ``blocks``: in a dense model its FFN."""
+        """The first of ``blocks``, which is the FFN in a dense model."""
         return self.blocks[0]
 
     def layer(self, index: int) -> str:
-        """The path of one decoder layer."""
+        """Return the path of one decoder layer."""
         return f"{self.layers}.{index}"
 
     def block_of(self, index: int, which: int = 0) -> str:
-        """The path of one of a layer's ``blocks``."""
+        """Return the path of one of a layer's ``blocks``."""
         return f"{self.layers}.{index}.{self.blocks[which]}"
 
     def layer_of(self, name: str) -> int | None:
-        """The index of the layer that a tensor or module lies in; None outside the layers."""
+        """Return the index of the layer that a tensor or module belongs to; None outside the layers."""
         match = self._in_a_layer.match(name)
         return int(match[1]) if match else None
 
@@ -81,7 +81,7 @@ class ModulePaths:
         return re.compile(re.escape(self.layers) + r"\.(\d{1,9})\.")
 
     def renamed(self, name: str, other: ModulePaths) -> str:
-        """The name that a tensor of this architecture has in ``other``; what is inside a layer keeps its own."""
+        """Return the name that a tensor of this architecture has in ``other``; the part of it inside a layer stays the same."""
         if (layer := self.layer_of(name)) is not None:
             return other.layer(layer) + name.removeprefix(self.layer(layer))
         for mine, its in (
@@ -94,23 +94,23 @@ class ModulePaths:
         return name
 
     def body_in(self, model: Any) -> Any:
-        """The module that gives hidden states.
+        """Return the module that computes hidden states.
 
         Raises:
-            UsageError: the model is of an architecture that is not described, and that keeps it elsewhere.
+            UsageError: the model's architecture is not described here, and keeps that module elsewhere.
         """
         return _submodule(model, self.body)
 
     def layers_in(self, model: Any) -> Any:
-        """The list of decoder layers.
+        """Return the list of decoder layers.
 
         Raises:
-            UsageError: as :meth:`body_in`.
+            UsageError: see :meth:`body_in`.
         """
         return _submodule(model, self.layers)
 
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
-        """Those of ``blocks`` that a layer has."""
+        """Return those of ``blocks`` that a layer has."""
         found = [getattr(layer, name, None) for name in self.blocks]
         return [block for block in found if block is not None]
 
@@ -128,10 +128,10 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePath
     """Refuse a number of layers that the weights do not have, before anything is built or listed per layer.
 
     Args:
-        layers: what ``config.json`` says.
+        layers: the number in ``config.json``.
         specs: the stored tensors, by name.
         paths: where the architecture keeps its layers.
-        where: what messages call the model.
+        where: the model's name in messages.
 
     Raises:
         CheckpointError: the weights have another number of layers.
@@ -145,7 +145,7 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePath
 
 
 def find_module_paths(model_type: str) -> ModulePaths:
-    """The description that a family or a target of this ``model_type`` carries; Llama's for what is neither."""
+    """Return the description of the family or target of this ``model_type``; Llama's for any other."""
     for kind in ("target", "family"):
         if (architecture := find(kind, model_type)) is not None:
             found: ModulePaths = architecture.module_paths

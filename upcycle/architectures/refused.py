@@ -1,4 +1,4 @@
-"""Dense families that are refused, each with what is missing, so that nobody has to find out from garbage output."""
+"""Lists the dense families that are refused, each with the reason, so that nobody has to find out from garbage output."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 
 
 def text_model(raw: Mapping[str, Any]) -> str | None:
-    """The name of a multimodal configuration's text model, quoted for messages; None if the model is not multimodal."""
+    """Return the name of a multimodal configuration's text model, quoted for messages; None if it is not multimodal."""
     for key in _TEXT_CONFIGS:
         if isinstance(raw.get(key), Mapping):
             return f"'{shortened(raw[key].get('model_type') or key)}'"
@@ -87,7 +87,7 @@ def text_model(raw: Mapping[str, Any]) -> str | None:
 
 
 def reason(model_type: str, inner: str | None = None) -> str:
-    """Why a family that is not registered is refused; ``inner`` is the text model of a multimodal one."""
+    """Return why a family that is not registered is refused; ``inner`` is the text model of a multimodal one."""
     if inner:
         return f"it is multimodal (vision or audio beside a text model, {inner})"
     return REASONS.get(model_type, "this version has no family for it")

@@ -1,4 +1,4 @@
-"""The description of a rotary embedding, read out and checked as transformers' own functions need it."""
+"""Reads and checks the description of a rotary embedding, as transformers' own functions need it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.files.formats.settings import FLAG, NUMBER, PART, POSITIVE, SIZE, V
 _FACTORS = ValueKind(
     "a list of positive numbers", lambda v: isinstance(v, list) and all(is_number(n) and n > 0 for n in v)
 )
-# type -> what it must have, and what it may have
+# The keys that a description must have and may have, by its type.
 _NEEDED: Mapping[str, Mapping[str, ValueKind]] = {
     "default": {},
     "linear": {"factor": POSITIVE},
@@ -45,15 +45,21 @@ def rope_parameters(
     context: int | None = None,
     where: str = "config.json",
 ) -> dict[str, Any]:
-    """The whole rope description, from today's ``rope_parameters`` or the older ``rope_theta`` + ``rope_scaling``.
+    """Return the whole description, from today's ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
 
-    Always written out: the defaults ``theta`` and ``partial`` (rotary factor) differ between configuration classes. The
-    length that a scaling switches at may lie beside the description, and counts before one inside; ``context`` is its
-    default.
+    Theta and the rotary factor are always written out, as their defaults differ between configuration classes.
+
+    Args:
+        raw: a ``config.json``.
+        theta: the class's default of theta.
+        partial: the class's default of the rotary factor; None: it has none.
+        context: the default of the length at which a scaling switches. That length may stand beside the description, where it
+            takes precedence over one inside.
+        where: the name of the configuration in messages.
 
     Raises:
-        RefusalError: layer types have different rotary embeddings, or it is of a kind that no text model has.
-        CheckpointError: a value is missing, or is not what it must be.
+        RefusalError: layer types have different rotary embeddings, or the type is one that no text model has.
+        CheckpointError: a value is missing or invalid.
     """
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in rope.values()):

@@ -1,10 +1,10 @@
-"""The one place that hands files and settings of other people to transformers.
+"""Hands files and settings of other people to transformers, which no other module does.
 
 A folder is data from a stranger, and transformers does what its files say: ``auto_map`` names Python files to import,
 ``attn_implementation`` a repository whose native code is loaded, ``adapter_config.json`` another model, ``tokenizer_config.json``
-files anywhere. So transformers never sees the folder. It sees a view of it: links to weights and tokenizer files of known names,
-and ``config.json``, ``generation_config.json`` and ``tokenizer_config.json`` without what names code, a kernel, a repository or a
-path. ``trust_remote_code=False`` and ``local_files_only=True`` go with every call, so that nothing is asked and nothing fetched.
+files anywhere. So transformers never reads the folder itself. It reads a view of it: links to weights and tokenizer files with
+known names, and ``config.json``, ``generation_config.json`` and ``tokenizer_config.json`` without the settings that name code, a
+kernel, a repository or a path. With ``trust_remote_code=False`` and ``local_files_only=True``, no call asks or downloads anything.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 
-# Keys of a configuration, on any level, that transformers follows to code, to a kernel, to another repository or to a file, or
-# that replace parts of the stock class. What has the same name in a module of the model itself is not among them.
+# Keys of a configuration, on any level, that lead transformers to code, to a kernel, to another repository or to a file, or
+# that replace parts of the stock class. A key that the model's own module reads under the same name is not among them.
 _CODE = frozenset(
     (
         "auto_map",
@@ -84,11 +84,11 @@ _CODE = frozenset(
         "_commit_hash",
     )
 )
-# Attributes of transformers' base class that config.json is known to hold and that are plain data.
+# Attributes of transformers' base class that appear in config.json files and are plain data.
 _PLAIN_ATTRIBUTES = frozenset(
     ("model_type", "rope_scaling", "num_labels", "output_attentions", "torch_dtype", "per_layer_config")
 )
-# Ways to write text that transformers has moved to repositories with code, or that compile code: generate() refuses or warns.
+# Settings of generate() that transformers has moved to repositories with code, or that compile code: it refuses them or warns.
 _GENERATION_CODE = frozenset(
     (
         "penalty_alpha",
@@ -110,10 +110,7 @@ _OUT_OF_MEMORY = ("allocate memory", "out of memory")
 
 
 def clean_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json``, on every level, without what names code, a kernel, a repository or a path.
-
-    The rest is as it was, in its order: what is left means to the stock class what it meant before.
-    """
+    """Return a ``config.json`` without the keys, on any level, that name code, a kernel, a repository or a path; others stay."""
     return {
         key: _clean(value)
         for key, value in raw.items()
@@ -122,7 +119,7 @@ def clean_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean_generation(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``generation_config.json``, cleaned as :func:`clean_config` does."""
+    """Return a ``generation_config.json``, cleaned as :func:`clean_config` does."""
     return {
         key: _clean(value)
         for key, value in raw.items()
@@ -131,8 +128,9 @@ def clean_generation(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean_tokenizer(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``tokenizer_config.json`` or ``special_tokens_map.json`` likewise; a class that transformers does not have is left out,
-    too. Transformers opens what these say a vocabulary's file is, wherever that lies.
+    """Return a ``tokenizer_config.json`` or ``special_tokens_map.json``, cleaned as :func:`clean_config` does.
+
+    It also loses vocabulary files, which transformers would open wherever they lie, and a class that transformers does not have.
     """
     kept = {}
     for key, value in raw.items():
@@ -151,19 +149,19 @@ CLEANERS = {CONFIG: clean_config, GENERATION: clean_generation, TOKENIZER: clean
 
 
 def clean_file(path: Path) -> dict[str, Any]:
-    """One of the settings files (:data:`CLEANERS`), as it may be handed to transformers or written.
+    """Return the content of one of the settings files (:data:`CLEANERS`), cleaned for transformers or for writing.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: the file is not a JSON object.
     """
     return CLEANERS[path.name](read_json(path))
 
 
 def build_config(raw: Mapping[str, Any], where: str) -> Any:
-    """The stock configuration that ``AutoConfig`` makes of a ``config.json``, its dtype left open.
+    """Return the stock configuration that ``AutoConfig`` makes of a ``config.json``, without a dtype.
 
     Raises:
-        CheckpointError: transformers does not know the model, or a value is not what it takes.
+        CheckpointError: transformers does not know the model, or refuses a value.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -181,15 +179,15 @@ def build_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | None = None) -> Any:
-    """The stock causal language model of a configuration, on the meta device: shapes without memory.
+    """Build the stock causal language model of a configuration on the meta device: shapes without memory.
 
     Args:
-        raw: a ``config.json``, or what :func:`build_config` made of one.
-        where: what messages call it.
-        dtype: of its weights; torch's default otherwise.
+        raw: a ``config.json``, or the result of :func:`build_config`.
+        where: its name in messages.
+        dtype: the dtype of its weights; default: torch's default.
 
     Raises:
-        CheckpointError: transformers does not know such a model, or a value is not what it takes.
+        CheckpointError: transformers does not know such a model, or refuses a value.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -205,12 +203,12 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
 
 
 def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
-    """The stock causal language model of a folder or ``.gguf`` file, on the CPU, as ``AutoModelForCausalLM`` loads it.
+    """Load the stock causal language model of a folder or ``.gguf`` file on the CPU, as ``AutoModelForCausalLM`` does.
 
     Args:
         folder: a transformers folder with safetensors weights, or a ``.gguf`` file.
-        dtype: of all weights; ``auto``: as stored.
-        surplus: whether there may be weights that the model does not have, as transformers permits.
+        dtype: the dtype of all weights; ``auto``: as stored.
+        surplus: whether the files may hold weights that the model does not have, as transformers permits.
 
     Raises:
         CheckpointError: transformers cannot load it, or a weight is missing, unexpected or of another shape.
@@ -234,7 +232,7 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
 
 
 def _gguf_config(clean: Path, path: Path) -> Any:
-    """What transformers reads of a ``.gguf`` file, with what it does not look for there: biases, and how many tokens there are."""
+    """Return the configuration that transformers reads of a ``.gguf`` file, with what it does not read: biases, vocabulary size."""
     from transformers import AutoConfig
 
     from upcycle.files.formats.gguf_file import GgufFile
@@ -246,11 +244,11 @@ def _gguf_config(clean: Path, path: Path) -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The stock tokenizer of a folder, or of a ``.gguf`` file alone.
+    """Load the stock tokenizer of a folder or of a ``.gguf`` file.
 
     Raises:
-        CheckpointError: its settings are no JSON.
-        EnvironmentFault: it cannot be loaded.
+        CheckpointError: a settings file is not a JSON object.
+        EnvironmentFault: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -271,15 +269,15 @@ def load_tokenizer(path: Path) -> Any:
 
 @contextmanager
 def view(path: Path, weights: bool = False, tokenizer: bool = False) -> Iterator[Path]:
-    """A folder, for the time being, that shows transformers the known files of another one and nothing else.
+    """Yield a temporary folder that shows transformers the known files of another folder and nothing else.
 
     Args:
         path: a transformers folder, or a ``.gguf`` file.
-        weights: link the weights.
-        tokenizer: link the tokenizer's files.
+        weights: whether to link the weights.
+        tokenizer: whether to link the tokenizer's files.
 
     Raises:
-        CheckpointError: a settings file is no JSON object.
+        CheckpointError: a settings file is not a JSON object.
         EnvironmentFault: the system's folder for temporary files cannot be written.
     """
     patterns = (WEIGHT_FILES if weights else ()) + (TOKENIZER_FILES if tokenizer else ())
@@ -304,7 +302,7 @@ def view(path: Path, weights: bool = False, tokenizer: bool = False) -> Iterator
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the terminal."""
+    """Keep transformers' own progress bars and advice off the terminal inside the ``with`` block."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -331,15 +329,15 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _names_code(key: object, config: bool = True) -> bool:
-    # What is no text is a number, in a configuration that was never a file: of a label, say.
-    if not isinstance(key, str) or key == "__float__":  # how transformers writes an infinity
+    # A key that is a number (of a label, say) was never in a file; "__float__" is how transformers writes an infinity.
+    if not isinstance(key, str) or key == "__float__":
         return False
     return key in _CODE or key.startswith("_") or (config and key in _class_attributes())
 
 
 @cache
 def _class_attributes() -> frozenset[str]:
-    """Methods and class settings of transformers' base class, which a key of the same name would replace."""
+    """Return the names of methods and settings of transformers' base class, which a key of the same name would replace."""
     from dataclasses import fields
 
     from transformers import PreTrainedConfig
@@ -363,7 +361,7 @@ def _is_stock_tokenizer(name: Any) -> bool:
     found = tokenizer_class_from_name(name) or tokenizer_class_from_name(name.removesuffix("Fast"))
     if not isinstance(found, type) or not found.__module__.startswith("transformers."):
         return False
-    # The second: one whose own library is not installed, and which says so when it is used.
+    # A class with _backends stands for a tokenizer whose library is not installed; it says so when it is used.
     return issubclass(found, PreTrainedTokenizerBase) or hasattr(found, "_backends")
 
 
@@ -377,11 +375,11 @@ def _tokenizer_hint(path: Path) -> str:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Every error that transformers raises of bad settings, as one of the checkpoint.
+    """Turn every error that transformers raises in the ``with`` block into an error of the checkpoint or of the machine.
 
     Raises:
-        CheckpointError: any error but a lack of memory.
-        EnvironmentFault: a lack of memory.
+        CheckpointError: transformers raised any error other than a lack of memory.
+        EnvironmentFault: there is not enough memory.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The shapes of the tensors that a stock class holds, from its configuration alone."""
+"""Computes the shapes of the tensors that a stock class holds, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ StateDict = dict[str, torch.Tensor]
 
 
 def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a configuration's stock class, the head only where it is not tied."""
+    """Return the names and shapes of all tensors of a configuration's stock class; the head only where it is not tied."""
     settings = build_config(raw, "config.json")
     model = empty_model(settings, "config.json")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Stock MoE architectures as sources: which keys count their experts, and which tensors hold what of each expert."""
+"""Describes stock MoE architectures as sources: which keys count their experts, and which tensors hold each expert."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ Role = Literal["expert", "experts", "router", "bias", "other"]
 
 @dataclass(frozen=True)
 class MoeFamily:
-    """What tells one MoE architecture from another. ``renames`` lead from stored names to those of the stock modules.
+    """Describes what tells one MoE architecture from another.
 
-    ``sigmoid``: scores are sigmoids of the logits, so that what the chosen ones add up to depends on how many there are,
-    unless they are normalised.
+    Attributes:
+        name: its ``model_type``.
+        experts_key: the configuration key with the number of routed experts.
+        top_k_key: the configuration key with the number of experts per token.
+        sigmoid: scores are sigmoids of the logits; unless they are normalised, their sum depends on how many are chosen.
+        renames: pairs of texts, the second of which replaces the first in a stored name to give the stock module's name.
     """
 
     name: str
@@ -68,9 +72,9 @@ _MATRICES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2
 
 @dataclass(frozen=True)
 class ExpertRows(Origin):
-    """A tensor whose first dimension counts experts: those of ``taken`` are written, in that order.
+    """The origin of a tensor whose first dimension counts experts: the experts ``taken`` are written, in that order.
 
-    ``noise`` times the tensor's standard deviation is drawn onto those after the first ``kept``.
+    Normal noise, ``noise`` times the tensor's standard deviation, is added to all but the first ``kept`` of them.
     """
 
     taken: tuple[int, ...] = ()
@@ -81,9 +85,9 @@ class ExpertRows(Origin):
 
 @dataclass(frozen=True)
 class MoeModel:
-    """A MoE as its ``config.json`` and its tensors' headers describe it.
+    """Describes a MoE by its ``config.json`` and its tensors' headers.
 
-    ``normalized`` says that the chosen experts' weights sum to 1. ``context`` is the longest input.
+    ``normalized`` says that the chosen experts' weights sum to 1. ``context`` is the longest input in tokens.
     """
 
     family: MoeFamily
@@ -100,11 +104,11 @@ class MoeModel:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: str) -> MoeModel:
-        """Read out a configuration with the defaults of its stock class.
+        """Read a configuration with the defaults of its stock class.
 
         Raises:
-            RefusalError: not a MoE, or not one that is known here, or its experts cannot be copied one by one.
-            CheckpointError: a value is not what the stock class takes.
+            RefusalError: it is not a MoE of a known architecture, or its experts cannot be copied one by one.
+            CheckpointError: the stock class would refuse a value.
         """
         family = moe_family(raw, where)
         if "num_hidden_layers" in raw:
@@ -136,12 +140,15 @@ class MoeModel:
 
     @cached_property
     def module_paths(self) -> ModulePaths:
-        """Where the stock class keeps its parts."""
+        """The paths of the parts in the stock class."""
         return find_module_paths(self.family.name)
 
     @cached_property
     def names(self) -> dict[int | None, list[str]]:
-        """Layer (None: outside the layers) -> its tensors; a stored copy of a tied head and inverse frequencies are none."""
+        """The names of the tensors of each layer (None: outside the layers).
+
+        A stored copy of a tied head and inverse frequencies are left out.
+        """
         found: dict[int | None, list[str]] = {None: []}
         for name in sorted(self.specs, key=_natural):
             if name.endswith("rotary_emb.inv_freq") or (self.tied and name == self.module_paths.head_weight):
@@ -150,7 +157,7 @@ class MoeModel:
         return found
 
     def role(self, name: str) -> Role:
-        """What a tensor holds: a matrix of one expert or of all, the router's rows, the router's bias, or anything else."""
+        """Return what a tensor holds: a matrix of one expert or of all, the router's rows, the router's bias, or anything else."""
         if self.module_paths.layer_of(name) is None:
             return "other"
         if _EXPERT.fullmatch(name):
@@ -168,11 +175,14 @@ class MoeModel:
 
     @property
     def expert_elements(self) -> int:
-        """Numbers in all routed experts of all layers."""
+        """The number of parameters in all routed experts of all layers."""
         return sum(self.specs[name].elements for name in self.specs if self.role(name) in ("expert", "experts"))
 
     def origins(self, layer: int, taken: Sequence[int], noise: float, seed: int) -> Iterator[tuple[str, Origin]]:
-        """Names and origins of a layer with the experts ``taken`` of this one, the first of which are all of them."""
+        """Yield the names and origins of the tensors of a layer that has the experts ``taken`` of this model's layer.
+
+        The first of ``taken`` are all experts of this layer, and keep their places.
+        """
         places: dict[int, list[int]] = {}
         for place, expert in enumerate(taken):
             places.setdefault(expert, []).append(place)
@@ -189,7 +199,7 @@ class MoeModel:
                 yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
 
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
-        """Every tensor, or part of one, that holds matrices of a single expert, with that expert."""
+        """Yield every tensor, or part of one, that holds matrices of a single expert, after that expert's index."""
         for name in self.names[layer]:
             role, match = self.role(name), _EXPERT.fullmatch(name)
             if role == "expert" and match:
@@ -198,7 +208,7 @@ class MoeModel:
                 yield from ((expert, ExpertRows(name, taken=(expert,))) for expert in range(self.experts))
 
     def stock_parts(self, layer: int | None) -> dict[str, list[str]]:
-        """Tensor of the stock module -> the stored tensors that lie in it, one after another."""
+        """Return, for each tensor of the stock module, the stored tensors that it is made of, one after another."""
         parts: dict[str, list[str]] = {}
         single: dict[str, dict[tuple[int, str], str]] = {}
         for name in self.names[layer]:
@@ -217,7 +227,7 @@ class MoeModel:
         """Compare the tensors with those of the stock class (``shapes``, of the whole model).
 
         Raises:
-            CheckpointError: one is missing, unexpected or of another size; names it.
+            CheckpointError: a tensor is missing, unexpected or of another size; the message names it.
         """
         parts = {name: stored for layer in self.names for name, stored in self.stock_parts(layer).items()}
         for name, shape in shapes.items():
@@ -247,10 +257,10 @@ class MoeModel:
 
 
 def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
-    """The architecture of a configuration.
+    """Return the architecture of a configuration.
 
     Raises:
-        RefusalError: a dense model, a quantized one, or a MoE that is not known here.
+        RefusalError: it is a dense model, a quantized one, or a MoE of an unknown architecture.
     """
     model_type = settings.model_type(raw, where)
     if model_type in FAMILIES:
@@ -269,5 +279,5 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
 
 
 def _natural(name: str) -> list[Any]:
-    """A sort key that compares the numbers in names as numbers."""
+    """Return a sort key that compares the numbers in names as numbers."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Where an output tensor comes from: a stored tensor, or some of its rows, in another order, added to or multiplied."""
+"""Describes where an output tensor comes from: a stored tensor or some of its rows, perhaps reordered, shifted or scaled."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ Order = Literal["halves", "pairs"]
 
 @dataclass(frozen=True)
 class Origin:
-    """A tensor of the converted model, in terms of the checkpoint.
+    """Describes a tensor of the converted model in terms of the checkpoint.
 
-    ``rows`` are first row and count of a part of ``name`` (None: all of it). ``order`` puts the rows of every attention
-    head of ``head`` rows, stored in the other order, into ``halves`` (a rotation turns row i with row i + head/2, as in
-    Llama) or ``pairs`` (2i with 2i + 1). ``add`` is added to every element: norms stored as ``w`` and applied as
-    ``1 + w``; ``times`` multiplies it: embeddings of a model that multiplies them, for one that does not. What comes of
-    half precision is kept in fp32, where the sum does not round, nor the product more than in the model itself.
+    A sum or product of half-precision numbers is kept in fp32, where the sum does not round, and the product rounds no more
+    than in the model itself.
+
+    Attributes:
+        name: the stored tensor.
+        rows: first row and number of rows of the part that is taken; None: all of it.
+        order: the order into which the rows of every attention head are put, from the other one: ``halves`` (the rotary embedding
+            turns row i with row i + head/2, as in Llama) or ``pairs`` (row 2i with row 2i + 1); None: they stay.
+        head: rows of one attention head.
+        add: added to every element, for norms that are stored as ``w`` and applied as ``1 + w``.
+        times: multiplies every element, for embeddings that the source multiplies and the target does not.
     """
 
     name: str
@@ -30,18 +36,18 @@ class Origin:
     times: float = 1.0
 
     def ordered(self, order: Order, head: int) -> Origin:
-        """The same origin with its rows put into ``order``; an order and its inverse cancel out."""
+        """Return the same origin with its rows put into ``order``; an order and its inverse cancel out."""
         if self.order is None:
             return replace(self, order=order, head=head)
         assert self.order != order, "rows are in this order already"
         return replace(self, order=None, head=1)
 
     def dtype(self, dtype: str) -> str:
-        """The dtype that the tensor is written in where the recipe says ``dtype``."""
+        """Return the dtype in which the tensor is written where the recipe says ``dtype``."""
         return "float32" if self.add or self.times != 1 else dtype
 
     def apply(self, block: torch.Tensor) -> torch.Tensor:
-        """The origin's rows from the stored ones, for a block of whole heads; fp32 where they are added to or multiplied."""
+        """Return the origin's rows for a block of stored rows of whole heads; fp32 where they are shifted or scaled."""
         if self.order:
             inner = (self.head // 2, 2) if self.order == "halves" else (2, self.head // 2)
             heads = block.reshape(-1, *inner, *block.shape[1:])
@@ -51,5 +57,5 @@ class Origin:
 
 
 def is_rotated(name: str) -> bool:
-    """Whether the rows of a tensor are dimensions that the rotary embedding turns."""
+    """Return whether the rows of a tensor are dimensions that the rotary embedding turns."""
     return name.rsplit(".", 2)[-2] in ("q_proj", "k_proj", "q_norm", "k_norm")

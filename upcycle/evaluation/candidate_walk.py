@@ -1,4 +1,4 @@
-"""Runs many conversions of one model through its layers side by side, and runs what they have in common only once.
+"""Runs many conversions of one model through its layers side by side, and computes what they have in common only once.
 
 No checkpoint is written. Each candidate's residual streams, of the calibration tokens and of the evaluation tokens, are in files. A
 layer is decided by the same code as in a conversion, and then applied to both. Up to its first MoE layer, a candidate is the dense
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from upcycle.ffn.feed_forward import FeedForward
     from upcycle.planning.expert_job import ExpertJob
 
-_LOGIT_BYTES = 1 << 27
+_LOGIT_BYTES = 1 << 27  # of the fp32 logits of a batch, at most
 Targets = Callable[[], Iterator[torch.Tensor]]
 
 
@@ -69,15 +69,26 @@ class StaticPruning:
 
 @dataclass
 class Candidate:
-    """One way to convert, with what was measured; ``baseline`` names a baseline, which only this comparison can run."""
+    """Holds one way to convert and its measurements.
+
+    Attributes:
+        job: the conversion.
+        active: the fraction of the FFN neurons that run per token, all layers together.
+        label: its active fraction, method, router, refit and baseline, by which candidates are told apart.
+        baseline: ``static`` or ``oracle``, which only this comparison can run; None: a conversion.
+        seconds: the time that deciding and running its layers took.
+        captured: the router's share of what an oracle's choices contribute, per MoE layer.
+        nats: the mean loss per token, per domain.
+        kl: the mean KL(dense || candidate) of next-token distributions, in nats.
+    """
 
     job: ExpertJob
     active: float
     label: str
-    baseline: str | None = None  # static or oracle
+    baseline: str | None = None
     seconds: float = 0.0
     captured: list[float] = field(default_factory=list)
-    nats: list[float] = field(default_factory=list)  # per domain
+    nats: list[float] = field(default_factory=list)
     kl: float = 0.0
 
 

@@ -183,7 +183,7 @@ class _Options:
         self._calibration: dict[str, Any] = {"text": calibration, "tokens": tokens, "window": window}
 
     def recipe(self, active: float, method: str, router: str, refit: str) -> dict[str, Any]:
-        """The recipe of one candidate, without its source."""
+        """Return the recipe of one candidate, without its source."""
         name, _, assignments = method.partition(":")
         return {
             "method": name,
@@ -293,7 +293,7 @@ def _named(candidate: Candidate) -> tuple[str, str]:
 
 
 def _workers(candidates: Sequence[Candidate]) -> int:
-    """As many at a time as there are threads, if half of what memory is free has room for that many conversions."""
+    """Return how many candidates run at a time: one per thread, as far as half of the free memory has room for them."""
     largest = max((candidate.job.cost().peak_memory_bytes for candidate in candidates), default=1)
     return max(1, min(torch.get_num_threads(), len(candidates), available_memory() // 2 // largest))
 

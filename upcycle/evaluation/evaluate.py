@@ -25,12 +25,12 @@ from upcycle.text.windows import encode
 from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_counts
 from upcycle.verification.verdict import json_numbers, perplexity_of
 
-_BATCH_LOGIT_BYTES = 1 << 28
+_BATCH_LOGIT_BYTES = 1 << 28  # of the fp32 logits of a batch, at most
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """Holds what one model reached on one text; ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens.
+    """Holds the result of one model on one text; ``nats_per_token`` is the mean negative log likelihood of ``predicted`` tokens.
 
     ``remark`` says which part of the text was used, or how much of it the model was calibrated on; it is usually empty.
     """

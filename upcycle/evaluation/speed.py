@@ -27,7 +27,7 @@ PROMPT, GENERATE, ROUNDS = 256, 32, 5
 class ModelSpeed:
     """Holds medians over the rounds, with one sequence at a time.
 
-    ``peak_memory_bytes`` is that of the process on a CPU (including Python, libraries and mapped weight files), and that allocated
+    ``peak_memory_bytes`` is the process's on a CPU (including Python, libraries and mapped weight files), and torch's allocations
     on a GPU. ``experts`` is transformers' implementation of experts, None for a dense model.
     """
 
@@ -137,7 +137,7 @@ def _summary(runs: Sequence[dict[str, float]], prompt: int, generate: int, exper
 
 
 class _Worker:
-    """The process of one model."""
+    """Runs one model in a process of its own, and asks it for times."""
 
     def __init__(self, name: str) -> None:
         self.name = name

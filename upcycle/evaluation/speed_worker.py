@@ -1,4 +1,4 @@
-"""Times one model in a process of its own, so that its peak memory can be told from that of others.
+"""Times one model in a process of its own, so that its peak memory is not mixed with another model's.
 
 :mod:`upcycle.evaluation.speed` writes requests as lines of JSON to its standard input and reads answers from its standard output.
 """
@@ -20,7 +20,7 @@ from upcycle.models.load import load_model
 
 
 class TimedModel:
-    """A model as transformers runs it by default: in its stored dtype on a GPU, in fp32 on a CPU.
+    """Runs a model as transformers does by default, in its stored dtype on a GPU or in fp32 on a CPU, and times it.
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``.

@@ -109,7 +109,7 @@ def score_tasks(
 
 
 def _compared(score: TaskScore, other: TaskScore | None) -> TaskScore:
-    if other is None:  # the reference has no such number
+    if other is None:  # the harness gave no such number for the reference
         return score
     return replace(score, reference=other.value, reference_stderr=other.stderr, difference=score.value - other.value)
 

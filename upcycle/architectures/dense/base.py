@@ -1,4 +1,4 @@
-"""What the rest of the tool knows about a dense architecture: its read-out configuration and where its tensors are."""
+"""The description of a dense architecture: how its configuration is read, and where its tensors are."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ __all__ = ["DenseConfig", "Family", "Feature", "rope_parameters"]
 
 
 class Family(ABC):
-    """A dense architecture. Subclasses state the stock defaults of their configuration class and override what differs.
+    """Describes a dense architecture. Subclasses state the defaults of their stock configuration class, and override what differs.
 
     ``defaults`` holds the value that transformers' class takes when ``config.json`` lacks the key. A wrong default would be
     a silent error, so a contract test compares every one with the class itself. ``aliases`` gives the family's own
     spelling of a key.
 
-    Two sets of names: what the checkpoint holds (:meth:`stored_specs`), and what targets write (the other ``_specs``),
-    which are Llama's, with the rows of rotated projections in halves. :meth:`origin` leads from the second to the first.
+    There are two sets of tensor names: those in the checkpoint (:meth:`stored_specs`), and those that targets read (the other
+    ``_specs``), which are Llama's, with the rows of rotated projections in halves. :meth:`origin` leads from the second to the
+    first.
     """
 
     name: ClassVar[str]
@@ -52,8 +53,8 @@ class Family(ABC):
         "tie_word_embeddings": False,
     }
     aliases: ClassVar[Mapping[str, str]] = {}
-    keys: ClassVar[Mapping[str, ValueKind]] = {}  # the family's own keys, and common ones that are otherwise here
-    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # what layer_types can say
+    keys: ClassVar[Mapping[str, ValueKind]] = {}  # the family's own keys, and common keys that take other values here
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # the values of layer_types
     token_defaults: ClassVar[Mapping[str, Any]] = {}
     rope_theta: ClassVar[float] = 10000.0
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
@@ -62,11 +63,11 @@ class Family(ABC):
     uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
-        """Read out ``config.json``; ``where`` names it in messages.
+        """Read ``config.json``; ``where`` is its name in messages.
 
         Raises:
-            RefusalError: the configuration asks for something no target can hold.
-            CheckpointError: a value is not what the key must be.
+            RefusalError: the configuration needs something that no target can hold.
+            CheckpointError: a value is invalid.
         """
         raw = checked(raw, self.keys, self.aliases, where)
         self._refuse_unheld(raw, where)
@@ -106,10 +107,10 @@ class Family(ABC):
             )
 
     def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
-        """Refuse values that are each allowed and contradict one another.
+        """Refuse values that are allowed by themselves but contradict one another.
 
         Raises:
-            CheckpointError: two disagree; names the keys and both values.
+            CheckpointError: two values disagree; the message names the keys and both values.
         """
         heads, key_heads, kinds = config.num_attention_heads, config.num_key_value_heads, raw.get("layer_types")
         rope, length = (
@@ -140,7 +141,7 @@ class Family(ABC):
             raise CheckpointError(f"{where}: {wrong}", hint="correct the key, or download config.json again")
 
     def rope(self, raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The rotary embedding.
+        """Return the description of the rotary embedding, :func:`~upcycle.architectures.rope.rope_parameters`.
 
         Raises:
             RefusalError: the stock class would not rotate as the configuration says.
@@ -156,21 +157,21 @@ class Family(ABC):
         return rope
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of ``defaults`` and ``head_dim``, from ``config.json`` where it has them. Null stays null."""
+        """Return the values of the keys of ``defaults`` and ``head_dim``, from ``config.json`` where it has them; null stays null."""
         defaults = {"head_dim": None, **self.defaults}
         spelt = {key: self.aliases.get(key, key) for key in defaults}
         return {**defaults, **{key: raw[own] for key, own in spelt.items() if own in raw}}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """Sliding window of every layer."""
+        """Return the sliding window of every layer, in tokens; None attends to everything."""
         return (None,) * layers
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Which biases, norms, multipliers and special features there are, as keyword arguments of DenseConfig."""
+        """Return the biases, norms, multipliers and special features, as keyword arguments of DenseConfig."""
         return {}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """Names of the tensors of one dense FFN: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, its input ``norm`` ``[d]``.
+        """Return the names of one dense FFN's tensors: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, input ``norm`` ``[d]``.
 
         Without a norm before the FFN there is no ``norm``.
         """
@@ -179,7 +180,7 @@ class Family(ABC):
         return {**names, "norm": f"{prefix}.post_attention_layernorm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of everything in one decoder layer but its FFN."""
+        """Return the names and shapes of one decoder layer's tensors outside the FFN."""
         d, head = config.hidden_size, config.head_dim
         q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
         shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
@@ -196,60 +197,60 @@ class Family(ABC):
         return {f"{self.module_paths.layer(layer)}.{name}": shape for name, shape in shapes.items()}
 
     def ffn_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the three matrices (and biases) of one dense FFN."""
+        """Return the names and shapes of the matrices and biases of one dense FFN."""
         d, width, names = config.hidden_size, config.intermediate_size, self.ffn_names(layer)
         shapes: dict[str, tuple[int, ...]] = {
             names["gate"]: (width, d),
             names["up"]: (width, d),
             names["down"]: (d, width),
         }
-        if config.mlp_bias:  # known, so that the refusal names the feature and not a stray tensor
+        if config.mlp_bias:  # listed, so that a refusal names the feature and not an unexpected tensor
             shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
         return shapes
 
     def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what comes before the layers: the embeddings."""
+        """Return the names and shapes of the tensors before the layers: the embeddings."""
         return {self.module_paths.embedding_weight: (config.vocab_size, config.hidden_size)}
 
     def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what comes after the layers: the final norm, and the head unless it is tied."""
+        """Return the names and shapes of the tensors after the layers: the final norm, and the head unless it is tied."""
         size, paths = (config.vocab_size, config.hidden_size), self.module_paths
         head = {} if config.tie_word_embeddings else {paths.head_weight: size}
         return {paths.final_norm_weight: (config.hidden_size,), **head}
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what the checkpoint holds of one layer, or (None) outside the layers."""
+        """Return the names and shapes of the tensors that the checkpoint holds for one layer, or (None) outside the layers."""
         if layer is None:
             return {**self.first_specs(config), **self.last_specs(config)}
         return {**self.layer_specs(config, layer), **self.ffn_specs(config, layer)}
 
     def all_stored_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of everything the checkpoint holds."""
+        """Return the names and shapes of all tensors that the checkpoint holds."""
         specs = self.stored_specs(config, None)
         for layer in range(config.num_hidden_layers):
             specs |= self.stored_specs(config, layer)
         return specs
 
     def origin(self, config: DenseConfig, name: str) -> Origin:
-        """Where the tensor that targets know as ``name`` comes from."""
+        """Return where the tensor that targets call ``name`` comes from."""
         origin = Origin(name)
         return origin.ordered("halves", config.head_dim) if self.rotates_pairs and is_rotated(name) else origin
 
     def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
-        """Where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies."""
+        """Return where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies."""
         return {part: self.origin(config, name) for part, name in self.ffn_names(layer).items()}
 
     def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
-        """The dtype of a layer's experts: ``dtype``, or for ``keep`` the narrowest that holds the stored FFN's matrices."""
+        """Return the dtype of a layer's experts: ``dtype``, or for ``keep`` the narrowest that holds the stored FFN's matrices."""
         if dtype != "keep":
             return dtype
         origins = self.ffn_origins(config, layer)
         return widest(specs[origins[part].name].dtype for part in ("gate", "up", "down"))
 
     def norms_below(self, layer: int) -> list[str]:
-        """Names of the norms of everything that was added to the stream below an FFN that reads the stream itself.
+        """Return the names of the norms of all outputs added to the stream below an FFN that reads the stream without a norm.
 
-        They bound how long its input can be. Empty where a norm comes before the FFN.
+        They bound the length of the FFN's input. Empty where a norm comes before the FFN.
         """
         return []
 
@@ -260,10 +261,16 @@ class Family(ABC):
         where: str,
         raw: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Compare a checkpoint's tensors with what its configuration, ``raw`` as it was read, promises.
+        """Compare a checkpoint's tensors with those that its configuration calls for.
+
+        Args:
+            config: the configuration, as it was read.
+            specs: shape and dtype of every stored tensor.
+            where: the checkpoint's name in messages.
+            raw: its ``config.json``.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected, or of another shape; names it.
+            CheckpointError: a tensor is missing, unexpected, or of another shape; the message names it.
         """
         refuse_quantized(specs, raw, where)
         check_layers(config.num_hidden_layers, specs, self.module_paths, where)
@@ -291,7 +298,7 @@ class Family(ABC):
             )
 
 
-_LEAST_ODD_HEAD = 4  # stock classes let smaller heads be odd
+_LEAST_ODD_HEAD = 4  # above this size, stock classes refuse an odd head
 _INCOMPLETE = "the file is incomplete: download it again"
 
 

@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import DECIMAL, FLAG, NAMES, SIZE
 
 
 class Cohere2(Family):
-    """Rotated in pairs; logits are multiplied by ``logit_scale``. The FFN reads what attention reads."""
+    """Describes Cohere2: rotated in pairs, with logits times ``logit_scale``; the FFN has the same input as attention."""
 
     name = "cohere2"
     title = "Cohere2 (Command R7B, Command A)"
@@ -41,7 +41,7 @@ class Cohere2(Family):
     token_defaults = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """``layer_types``, else every layer but each ``sliding_window_pattern``-th."""
+        """Return the windows by ``layer_types``; without it, on every layer but each ``sliding_window_pattern``-th."""
         window, pattern = raw.get("sliding_window", 4096), raw.get("sliding_window_pattern", 4)
         kinds = raw.get("layer_types") or [
             "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)
@@ -49,7 +49,7 @@ class Cohere2(Family):
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """``attention_bias`` puts a bias on all four projections."""
+        """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
         scale = raw.get("logit_scale", 0.0625)
         return {
@@ -60,11 +60,11 @@ class Cohere2(Family):
         }
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """Names as in Llama; the FFN reads what the layer's only norm gives."""
+        """Return Llama's names; the input norm is the layer's only one."""
         return {**super().ffn_names(layer), "norm": f"{self.module_paths.layer(layer)}.input_layernorm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Llama's layer without its second norm."""
+        """Return Llama's layer without its second norm."""
         specs = super().layer_specs(config, layer)
         del specs[f"{self.module_paths.layer(layer)}.post_attention_layernorm.weight"]
         return specs

@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import FLAG
 
 
 class Ernie45(Family):
-    """``use_bias`` puts biases on everything, the FFN included."""
+    """Describes ERNIE 4.5: ``use_bias`` puts biases on all projections, those of the FFN included."""
 
     name = "ernie4_5"
     title = "ERNIE 4.5"
@@ -37,6 +37,6 @@ class Ernie45(Family):
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """All biases or none."""
+        """Return all biases or none."""
         bias = bool(raw.get("use_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bias}

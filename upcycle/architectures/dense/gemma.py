@@ -12,10 +12,11 @@ from upcycle.files.formats.settings import FLAG, SIZE
 
 
 class Gemma(Family):
-    """Norms are written as ``1 + w`` in fp32, where the sum does not round. A loader that casts them to bfloat16 rounds them.
+    """Describes Gemma: norms apply ``1 + w``, and embeddings are multiplied by the square root of the hidden size.
 
-    For targets without multipliers the embeddings are written multiplied, in fp32 too, and the tied head as they were. A
-    loader that casts them rounds the products, as the dense model does that runs in bfloat16.
+    Norms are written as ``1 + w`` in fp32, where the sum does not round; a loader that casts them to bfloat16 rounds them. For
+    targets without multipliers, the embeddings are written multiplied, also in fp32, and the tied head as it was. A loader
+    that casts them rounds the products, as the dense model does when it runs in bfloat16.
     """
 
     name = "gemma"
@@ -40,15 +41,15 @@ class Gemma(Family):
     token_defaults = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The stock class reads ``gelu`` as the tanh approximation it was trained with."""
+        """Return the values; ``gelu`` means the tanh approximation, as the stock class reads it."""
         values = super().values(raw)
         return {**values, "hidden_act": "gelu_pytorch_tanh"} if values["hidden_act"] == "gelu" else values
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """``attention_bias`` puts a bias on all four projections.
+        """Return the biases: ``attention_bias`` puts one on all four projections.
 
         Raises:
-            RefusalError: it attends in both directions.
+            RefusalError: attention is bidirectional.
         """
         if raw.get("use_bidirectional_attention"):
             raise RefusalError("config.json: 'use_bidirectional_attention' is set, and every target here is causal")
@@ -56,5 +57,5 @@ class Gemma(Family):
         return {"qkv_bias": bias, "output_bias": bias, "embedding_multiplier": values["hidden_size"] ** 0.5}
 
     def origin(self, config: DenseConfig, name: str) -> Origin:
-        """Norms are stored as what is added to 1."""
+        """Return where a tensor comes from; to a norm, 1 is added."""
         return Origin(name, add=1.0) if name.endswith("norm.weight") else super().origin(config, name)

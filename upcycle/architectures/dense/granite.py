@@ -17,7 +17,7 @@ MULTIPLIERS = {
 
 
 class Granite(Family):
-    """All four multipliers default to 1, the one on attention scores too. ``logits_scaling`` divides."""
+    """Describes Granite: all four multipliers default to 1, even the one on attention scores; ``logits_scaling`` divides."""
 
     name = "granite"
     title = "Granite 3"
@@ -27,7 +27,7 @@ class Granite(Family):
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """``attention_bias`` puts a bias on all four projections."""
+        """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
         return {
             "qkv_bias": bias,

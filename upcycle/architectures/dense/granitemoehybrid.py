@@ -14,15 +14,15 @@ from upcycle.files.formats.settings import COUNT, DECIMAL, FLAG, NAME, NAMES, PO
 
 
 def _are_limits(value: object) -> bool:
-    """Two numbers; infinity is written as a mapping, as JSON has none."""
+    """Return whether a value is two numbers; infinity is written as a mapping, as JSON has none."""
     infinite = {"__float__": "Infinity"}
     return isinstance(value, list) and len(value) == 2 and all(is_number(n) or n == infinite for n in value)
 
 
 class GraniteMoeHybrid(Granite):
-    """Granite's block; the FFN is what the MoEs call their shared expert, with gate and up in one tensor.
+    """Describes dense Granite 4: Granite's block, whose FFN is stored as a shared expert, with gate and up in one tensor.
 
-    A model with experts is a MoE already, one with Mamba layers or without rotary embeddings has no target here.
+    A model with experts is a MoE already; one with Mamba layers or without rotary embeddings has no target here.
     """
 
     name = "granitemoehybrid"
@@ -37,7 +37,7 @@ class GraniteMoeHybrid(Granite):
         "num_local_experts": COUNT.optional,
         "layer_types": NAMES.optional,
         "position_embedding_type": NAME.optional,
-        # Of experts and of Mamba layers, of which there are none here.
+        # Keys of experts and of Mamba layers, which a dense model lacks.
         "intermediate_size": SIZE,
         "num_experts_per_tok": COUNT.optional,
         "output_router_logits": FLAG.optional,
@@ -58,15 +58,16 @@ class GraniteMoeHybrid(Granite):
     layer_kinds = ("attention", "full_attention")
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
-        """``layers_block_type`` is the older name of ``layer_types``."""
+        """Read the configuration; ``layers_block_type`` is the older name of ``layer_types``."""
         older = raw.get("layers_block_type")
         return super().config({**raw, "layer_types": older} if older else raw, where)
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """As Granite's; no biases in the FFN.
+        """Return Granite's details, without biases in the FFN.
 
         Raises:
-            RefusalError: it has experts, layers that do not attend, or no rotary embedding.
+            RefusalError: the model has experts, layers without attention, or no rotary embedding.
+            CheckpointError: the sizes of its Mamba layers contradict one another, though it has none.
         """
         experts = raw.get("num_local_experts", 8)
         if experts:
@@ -99,7 +100,7 @@ class GraniteMoeHybrid(Granite):
         return super().details(given, values)
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
-        """Gate and up in one tensor below ``shared_mlp``, down in another."""
+        """Return the stored tensors: gate and up in one below ``shared_mlp``, down in another."""
         specs = super().stored_specs(config, layer)
         if layer is None:
             return specs
@@ -109,7 +110,7 @@ class GraniteMoeHybrid(Granite):
         return {**{name: shape for name, shape in specs.items() if name not in ours}, **fused}
 
     def origin(self, config: DenseConfig, name: str) -> Origin:
-        """Rows of the fused tensor, and the other name of down."""
+        """Return rows of the fused tensor for gate and up, and down under its other name."""
         prefix, _, part = name.removesuffix(".weight").rpartition(".mlp.")
         width = config.intermediate_size
         rows = {"gate_proj": (0, width), "up_proj": (width, width)}

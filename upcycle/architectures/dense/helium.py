@@ -11,7 +11,7 @@ from upcycle.files.formats.settings import FLAG, SIZE
 
 
 class Helium(Family):
-    """``attention_bias`` means q, k and v only, and all heads together must be as wide as the stream."""
+    """Describes Helium: ``attention_bias`` means q, k and v only, and all heads together must be as wide as the stream."""
 
     name = "helium"
     title = "Helium"
@@ -38,10 +38,10 @@ class Helium(Family):
     token_defaults = {"pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Biases by flag.
+        """Return the biases, by ``attention_bias``.
 
         Raises:
-            RefusalError: the sizes are ones the stock class cannot run.
+            RefusalError: the stock class cannot run these sizes.
         """
         heads, head, width = (values[key] for key in ("num_attention_heads", "head_dim", "hidden_size"))
         if heads * (head or width // heads) != width:

@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import FLAG
 
 
 class HunyuanV1Dense(Family):
-    """A ``dynamic`` rope with ``alpha`` is static here and in its MoE relative, and nowhere else."""
+    """Describes Hunyuan dense: here and in its MoE relative alone, a ``dynamic`` rope with ``alpha`` is static."""
 
     name = "hunyuan_v1_dense"
     title = "Hunyuan dense"
@@ -20,12 +20,12 @@ class HunyuanV1Dense(Family):
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """``attention_bias`` puts a bias on all four projections."""
+        """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "special": frozenset({Feature.ROTATED_QUERY_NORMS})}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Llama's layer with two more norms, as long as one head."""
+        """Return Llama's layer with two more norms, as long as one head."""
         prefix = f"{self.module_paths.layer(layer)}.self_attn"
         norms = {f"{prefix}.{part}_layernorm.weight": (config.head_dim,) for part in ("query", "key")}
         return {**super().layer_specs(config, layer), **norms}

@@ -11,7 +11,7 @@ from upcycle.files.formats.settings import COUNTS, FLAG, NAMES, POSITIVE, SIZE
 
 
 class Lfm2(Family):
-    """Names differ from Llama's and are those of its MoE relative. What is called the embedding's norm is the final one."""
+    """Describes LFM2: its names are those of its MoE relative, and the one called the embedding's norm is the final norm."""
 
     name = "lfm2"
     title = "LFM2"
@@ -48,7 +48,7 @@ class Lfm2(Family):
     token_defaults = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The FFN is as wide as ``block_ff_dim`` or ``intermediate_size`` says, unless that is to be adjusted."""
+        """Return the values; the FFN's width is ``block_ff_dim`` or ``intermediate_size``, adjusted where the keys say so."""
         values = super().values(raw)
         width = raw.get("block_ff_dim", values["intermediate_size"])
         if raw.get("block_auto_adjust_ff_dim", True):
@@ -59,7 +59,7 @@ class Lfm2(Family):
         return {**values, "intermediate_size": width, "tie_word_embeddings": tied}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Which layers attend, and the convolutions' keys."""
+        """Return which layers attend, and the convolutions' keys."""
         layers = range(values["num_hidden_layers"])
         attend = raw.get("full_attn_idxs")
         kinds = raw.get("layer_types") or [
@@ -73,14 +73,14 @@ class Lfm2(Family):
         return {"special": frozenset({Feature.CONVOLUTIONS}), "extra": extra}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """Gate, up and down are called w1, w3 and w2, as in Mixtral's experts."""
+        """Return the names; gate, up and down are called w1, w3 and w2, as in Mixtral's experts."""
         block = self.module_paths.block_of(layer)
         names = {"gate": "w1", "up": "w3", "down": "w2"}
         tensors = {part: f"{block}.{name}.weight" for part, name in names.items()}
         return {**tensors, "norm": f"{self.module_paths.layer(layer)}.ffn_norm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Attention with norms on queries and keys, or a convolution between two projections."""
+        """Return the tensors of attention with norms on queries and keys, or of a convolution between two projections."""
         d, head = config.hidden_size, config.head_dim
         q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
         shapes: dict[str, tuple[int, ...]] = {"operator_norm.weight": (d,), "ffn_norm.weight": (d,)}

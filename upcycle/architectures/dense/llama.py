@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import FLAG
 
 
 class Llama(Family):
-    """RMSNorm, rotary attention, SwiGLU. Mixtral is the same block with a router."""
+    """Describes Llama: RMSNorm, rotary attention, SwiGLU. Mixtral is the same block with a router."""
 
     name = "llama"
     title = "Llama"
@@ -22,6 +22,6 @@ class Llama(Family):
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """``attention_bias`` puts a bias on all four projections."""
+        """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias"))}

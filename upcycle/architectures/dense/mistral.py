@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import SIZE
 
 
 class Mistral(Family):
-    """Llama's block with one optional sliding window."""
+    """Describes Mistral: Llama's block with one optional sliding window."""
 
     name = "mistral"
     title = "Mistral"
@@ -25,5 +25,5 @@ class Mistral(Family):
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """A missing key means 4096, an explicit null means none: that is how the stock class reads it."""
+        """Return the window; as in the stock class, a missing key means 4096 and an explicit null means none."""
         return (raw.get("sliding_window", 4096),) * layers

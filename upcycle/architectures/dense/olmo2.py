@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import FLAG
 
 
 class Olmo2(Family):
-    """The FFN, and so a router, reads the residual stream itself."""
+    """Describes OLMo 2: the FFN, and so a router, reads the residual stream without a norm."""
 
     name = "olmo2"
     title = "OLMo 2"
@@ -21,17 +21,17 @@ class Olmo2(Family):
     token_defaults = {"pad_token_id": 1, "eos_token_id": 50279}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """``attention_bias`` puts a bias on all four projections."""
+        """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
         special = frozenset({Feature.POST_NORMS, Feature.FULL_QUERY_NORMS})
         return {"qkv_bias": bias, "output_bias": bias, "special": special}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
-        """Gate, up and down alone: there is no norm before the FFN."""
+        """Return the names of gate, up and down alone: there is no norm before the FFN."""
         return {part: name for part, name in super().ffn_names(layer).items() if part != "norm"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Llama's layer with both norms behind their blocks, and with norms over all heads of queries and keys."""
+        """Return Llama's layer with both norms behind their blocks, and norms over all heads of queries and keys."""
         specs, prefix = super().layer_specs(config, layer), self.module_paths.layer(layer)
         del specs[f"{prefix}.input_layernorm.weight"]
         for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
@@ -39,7 +39,7 @@ class Olmo2(Family):
         return {**specs, f"{prefix}.post_feedforward_layernorm.weight": (config.hidden_size,)}
 
     def norms_below(self, layer: int) -> list[str]:
-        """The norms behind attention and FFN of every layer below, and behind this layer's attention."""
+        """Return the norms behind attention and FFN of every layer below, and behind this layer's attention."""
         at = self.module_paths.layer
         below = [f"{at(i)}.post_{part}_layernorm.weight" for i in range(layer) for part in _ADDED]
         return [*below, f"{at(layer)}.post_attention_layernorm.weight"]

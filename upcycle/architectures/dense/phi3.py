@@ -14,9 +14,9 @@ _LENGTH = "original_max_position_embeddings"
 
 
 class Phi3(Family):
-    """``qkv_proj`` holds q, k and v, and ``gate_up_proj`` gate and up, one below the other.
+    """Describes Phi-3: ``qkv_proj`` holds q, k and v, and ``gate_up_proj`` holds gate and up, one below the other.
 
-    ``original_max_position_embeddings`` lies beside the rope's description here, and says where ``longrope`` switches.
+    ``original_max_position_embeddings`` stands beside the rope's description, and is the length at which ``longrope`` switches.
     """
 
     name = "phi3"
@@ -41,14 +41,14 @@ class Phi3(Family):
     token_defaults = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """The length the rope was trained with."""
+        """Return the length with which the rope was trained."""
         return {"extra": {_LENGTH: raw.get(_LENGTH, 4096)}}
 
     def rope(self, raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """As the stock class reads it: older names of ``longrope``, and no other scaling.
+        """Return the rope as the stock class reads it: with older names of ``longrope``, and no other scaling.
 
         Raises:
-            CheckpointError: another scaling.
+            CheckpointError: the rope has another scaling.
         """
         settings = {_LENGTH: 4096, **raw}
         for key in ("rope_scaling", "rope_parameters"):
@@ -64,11 +64,11 @@ class Phi3(Family):
         return rope
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """The same window on every layer, or none."""
+        """Return the same window for every layer, or none."""
         return (raw.get("sliding_window"),) * layers
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
-        """Names and shapes with two fused tensors in place of five."""
+        """Return the stored names and shapes, with two fused tensors in place of five."""
         specs = super().stored_specs(config, layer)
         if layer is None:
             return specs
@@ -80,7 +80,7 @@ class Phi3(Family):
         return fused
 
     def origin(self, config: DenseConfig, name: str) -> Origin:
-        """The rows of the fused tensor that hold a part, or the tensor of the same name."""
+        """Return the rows of a fused tensor that hold a part, or the tensor of the same name."""
         prefix, _, part = name.removesuffix(".weight").rpartition(".")
         q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         width = config.intermediate_size

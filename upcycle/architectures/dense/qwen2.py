@@ -17,7 +17,7 @@ WINDOW_KEYS = {
 
 
 class Qwen2(Family):
-    """Biases on q, k and v always; the output projection has none."""
+    """Describes Qwen2: q, k and v always have biases; the output projection has none."""
 
     name = "qwen2"
     title = "Qwen2, Qwen2.5"
@@ -40,16 +40,16 @@ class Qwen2(Family):
     keys = WINDOW_KEYS
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Biases on q, k and v: no key of this family turns them off."""
+        """Return the biases on q, k and v, which no key of this family turns off."""
         return {"qkv_bias": True}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """``layer_types`` when given, else the layers from ``max_window_layers`` on."""
+        """Return the windows by ``layer_types``; without it, on the layers from ``max_window_layers`` on."""
         return upper_layer_windows(raw, layers)
 
 
 def upper_layer_windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """How Qwen2 and Qwen3 place sliding windows (their configuration classes, transformers 5)."""
+    """Return the sliding windows as Qwen2's and Qwen3's configuration classes place them (transformers 5)."""
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
     kinds = raw.get("layer_types") or [

@@ -11,7 +11,7 @@ from upcycle.files.formats.settings import FLAG, SIZE
 
 
 class Qwen3(Family):
-    """Query and key norms; ``attention_bias`` puts a bias on all four projections."""
+    """Describes Qwen3: query and key norms; ``attention_bias`` puts a bias on all four projections."""
 
     name = "qwen3"
     title = "Qwen3"
@@ -34,10 +34,10 @@ class Qwen3(Family):
     keys = {**WINDOW_KEYS, "attention_bias": FLAG, "head_dim": SIZE}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Norms on queries and keys always, biases by flag."""
+        """Return the norms on queries and keys, which are always there, and the biases, by ``attention_bias``."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "query_norms": True}
 
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-        """Sliding windows on the upper layers, as in Qwen2."""
+        """Return sliding windows on the upper layers, as in Qwen2."""
         return upper_layer_windows(raw, layers)

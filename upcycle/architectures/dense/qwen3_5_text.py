@@ -19,7 +19,7 @@ _LINEAR = {
 
 
 class Qwen35Text(Family):
-    """Its MoE relative has the same layers and norms the same way; only a router's bound needs the ``1 + w``."""
+    """Describes Qwen3.5's text model. Norms apply ``1 + w``, as in its MoE relative: only a router's bound needs the sum."""
 
     name = "qwen3_5_text"
     title = "Qwen3.5 (text)"
@@ -50,7 +50,7 @@ class Qwen35Text(Family):
     layer_kinds = ("full_attention", "linear_attention")
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Which layers are linear, and their keys; ``attention_bias`` puts a bias on all four projections of the others."""
+        """Return the linear layers and their keys; ``attention_bias`` puts a bias on all four projections of the others."""
         bias, interval = bool(raw.get("attention_bias")), raw.get("full_attention_interval", 4)
         kinds = raw.get("layer_types") or [
             "linear_attention" if (layer + 1) % interval else "full_attention"
@@ -61,12 +61,12 @@ class Qwen35Text(Family):
         return {"qkv_bias": bias, "output_bias": bias, "special": special, "extra": extra}
 
     def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
-        """Llama's origins; the norm applies ``1 + w``, so 1 is added to what is stored."""
+        """Return Llama's origins; the norm applies ``1 + w``, so 1 is added to the stored weight."""
         origins = super().ffn_origins(config, layer)
         return {**origins, "norm": Origin(origins["norm"].name, add=1.0)}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Llama's layer with a gate beside the queries, or with a gated delta net in place of attention."""
+        """Return Llama's layer with a gate beside the queries, or with a gated delta net in place of attention."""
         specs, prefix = super().layer_specs(config, layer), self.module_paths.layer(layer)
         if config.extra["layer_types"][layer] == "linear_attention":
             others = {name: shape for name, shape in specs.items() if ".self_attn." not in name}

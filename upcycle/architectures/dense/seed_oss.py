@@ -10,7 +10,7 @@ from upcycle.files.formats.settings import FLAG
 
 
 class SeedOss(Family):
-    """Biases on q, k and v by default, none on the output projection."""
+    """Describes Seed-OSS: biases on q, k and v by default, none on the output projection."""
 
     name = "seed_oss"
     title = "Seed-OSS"
@@ -38,7 +38,7 @@ class SeedOss(Family):
     token_defaults = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Three flags. ``residual_dropout`` is for training and no target has it."""
+        """Return the biases, by three flags. ``residual_dropout`` is for training, and no target has it."""
         return {
             "qkv_bias": bool(raw.get("attention_bias", True)),
             "output_bias": bool(raw.get("attention_out_bias", False)),

@@ -1,4 +1,4 @@
-"""How a MoE architecture stores a layer: plain descriptions of tensors, used to write them, to plan them and to read them back."""
+"""The description of a MoE architecture: how it stores a layer, as plain data to write tensors, to plan them and to read them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Score = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor on disk: its parts, laid one after another along the first dimension (or a new one), fill its shape.
+    """Describes a tensor on disk: its parts, one after another along the first dimension (or a new one), fill its shape.
 
-    ``dtype`` is given where the stock class keeps another one than the experts'.
+    ``dtype`` is set where the stock class keeps the tensor in another dtype than the experts.
     """
 
     name: str
@@ -34,12 +34,22 @@ _WINDOWS = frozenset({Feature.WINDOW, Feature.MIXED_WINDOWS})
 
 
 class Target(ABC):
-    """A stock MoE architecture of transformers.
+    """Describes a stock MoE architecture of transformers.
 
-    ``name`` is its ``model_type``, ``module_paths`` says where its parts are. ``router`` is the module in the block with the
-    routed experts that returns the logits ``[T, E]``, the weights ``[T, K]`` and the experts ``[T, K]``, ``score`` what it
-    makes of logits, ``shared`` the shared expert beside it, and ``shared_switch`` what its output is multiplied by the
-    sigmoid of.
+    Attributes:
+        name: its ``model_type``.
+        title: its name in prose.
+        architecture: the class of its causal language model.
+        holds: the features of dense models and blueprints that it can hold.
+        router_semantics: how it turns logits into weights, in words.
+        holds_unnormalized: whether the chosen experts' weights may stay as the softmax gives them.
+        rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
+        module_paths: where its parts are.
+        router: the module, in the block with the routed experts, that returns logits ``[T, E]``, weights ``[T, K]`` and experts
+            ``[T, K]``.
+        score: the function that turns logits into scores.
+        shared: the module of the shared expert in that block; None: it has none.
+        shared_switch: the module whose sigmoid multiplies the shared expert's output; None: it has none.
     """
 
     name: ClassVar[str]
@@ -47,10 +57,8 @@ class Target(ABC):
     architecture: ClassVar[str]
     holds: ClassVar[frozenset[Feature]]
     router_semantics: ClassVar[str]
-    holds_unnormalized: ClassVar[bool] = (
-        False  # whether the chosen experts' weights may be left as the softmax gives them
-    )
-    rotates_pairs: ClassVar[bool] = False  # as in a family
+    holds_unnormalized: ClassVar[bool] = False
+    rotates_pairs: ClassVar[bool] = False
     module_paths: ClassVar[ModulePaths] = ModulePaths()
     router: ClassVar[str] = "gate"
     score: ClassVar[Score] = "softmax"
@@ -59,14 +67,14 @@ class Target(ABC):
 
     @abstractmethod
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """The keys of ``config.json`` that only this architecture has."""
+        """Return the keys of ``config.json`` that only this architecture has."""
 
     @abstractmethod
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """Every tensor of one MoE block, experts in order."""
+        """Return every tensor of one MoE block, experts in order."""
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
-        """Where a tensor that is no expert's comes from, with its rows as this architecture rotates them.
+        """Return where a tensor outside the experts comes from, with its rows in the order that this architecture rotates.
 
         ``name`` is the family's; the tensor is written as ``family.module_paths.renamed(name, self.module_paths)``.
         """
@@ -79,10 +87,10 @@ class Target(ABC):
         return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
 
     def stored(self, dense: DenseConfig) -> DenseConfig:
-        """The dense configuration in terms that this architecture can express.
+        """Return the dense configuration in terms that this architecture can express.
 
-        Without multipliers, the embeddings are stored multiplied; a head that was tied to them has a tensor of its own then.
-        Without windows, one that is as long as the context is left out: it is never reached.
+        An architecture without multipliers stores the embeddings multiplied; a head that was tied to them then has a tensor of
+        its own. One without windows leaves out a window as long as the context, which is never reached.
         """
         if not dense.features & _WINDOWS <= self.holds:
             context = dense.max_position_embeddings
@@ -93,15 +101,15 @@ class Target(ABC):
         return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
 
     def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
-        """Features of a dense model, and of ``more`` that its conversion needs, that this architecture cannot hold."""
+        """Return the features of a dense model, and of ``more`` that its conversion needs, that this architecture cannot hold."""
         needed = {*self.stored(dense).features, *more} - self.holds
         return [feature for feature in Feature if feature in needed]
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
-        """A complete ``config.json``: nothing is left to a default that could differ from the dense model's.
+        """Return a complete ``config.json``, which leaves nothing to a default that could differ from the dense model's.
 
-        ``rope_theta`` and ``rope_scaling`` repeat ``rope_parameters`` for loaders that predate transformers 5: without
-        them those fall back to a theta of their own and answer with garbage.
+        ``rope_theta`` and ``rope_scaling`` repeat ``rope_parameters`` for loaders that predate transformers 5, which would
+        otherwise fall back to a theta of their own and answer with garbage.
         """
         dense = self.stored(dense)
         rope = dict(dense.rope_parameters)
@@ -140,7 +148,7 @@ class Target(ABC):
 def expert_tensors(
     prefix: str, names: tuple[str, str, str], dense: DenseConfig, shape: MoeShape, layout: ExpertLayout
 ) -> list[OutputTensor]:
-    """The routed experts below ``prefix``: one tensor per expert and matrix, or the fused layout transformers 5 keeps in memory.
+    """Return the routed experts' tensors below ``prefix``: one per expert and matrix, or fused as transformers 5 has them in memory.
 
     ``names`` are the per-expert names of gate, up and down. Fused: ``gate_up_proj [E, 2m, d]``, ``down_proj [E, d, m]``.
     """
@@ -165,14 +173,14 @@ def expert_tensors(
 
 
 def router_tensor(name: str, dense: DenseConfig, shape: MoeShape) -> OutputTensor:
-    """The router's rows ``[E, d]``."""
+    """Return the tensor of the router's rows ``[E, d]``."""
     return OutputTensor(name, (shape.experts, dense.hidden_size), (Part("router"),))
 
 
 def shared_parts(shape: MoeShape, idle_size: int, factor: float = 1.0) -> tuple[Part, Part, Part]:
-    """Gate, up and down of the shared experts, or of one of ``idle_size`` neurons that adds nothing.
+    """Return gate, up and down of the shared experts, or of an idle expert of ``idle_size`` neurons, which adds nothing.
 
-    An idle expert has a zero down projection; unlike zero gate and up rows it can still learn.
+    An idle expert has a zero down projection; with zero gate and up rows instead, it could not learn.
     """
     if shape.shared:
         return Part("shared_gate"), Part("shared_up"), Part("shared_down", factor=factor)
@@ -180,7 +188,7 @@ def shared_parts(shape: MoeShape, idle_size: int, factor: float = 1.0) -> tuple[
 
 
 def gated_tensors(prefix: str, parts: tuple[Part, Part, Part], dense: DenseConfig, size: int) -> list[OutputTensor]:
-    """A gated FFN of ``size`` neurons below ``prefix``, under the usual names."""
+    """Return the tensors of a gated FFN of ``size`` neurons below ``prefix``, under the usual names."""
     d, (gate, up, down) = dense.hidden_size, parts
     return [
         OutputTensor(f"{prefix}.gate_proj.weight", (size, d), (gate,)),
@@ -192,12 +200,17 @@ def gated_tensors(prefix: str, parts: tuple[Part, Part, Part], dense: DenseConfi
 def refuse_unheld(
     target: Target, family: Family, dense: DenseConfig, more: Collection[Feature], others: Sequence[Target]
 ) -> None:
-    """Refuse what ``target`` cannot hold, naming the feature, the keys that ask for it, and the target that could.
+    """Refuse features that ``target`` cannot hold; the message names the feature, its keys, and a target that holds it.
 
-    ``more`` is what the conversion needs beyond the dense model's features.
+    Args:
+        target: the target.
+        family: the dense architecture.
+        dense: its configuration.
+        more: features that the conversion needs beyond the dense model's.
+        others: the targets that may be named instead.
 
     Raises:
-        RefusalError: at least one needed feature is not held, or the pair is not one of the tested ones.
+        RefusalError: a feature is not held, or this pair of family and target is not tested.
     """
     lacking = target.lacks(dense, more)
     if not lacking:

@@ -18,7 +18,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Cohere2Moe(Target):
-    """Softmax of the top-k logits; shared experts are added (``sum``: by default the class averages).
+    """Routes by a softmax of the top-k logits; shared experts are added (``sum``; by default the class averages).
 
     ``rms_norm_eps`` must be null: a number would turn every LayerNorm into an RMSNorm. A dense layer is given rotary
     embeddings whatever its window unless ``prefix_dense_sliding_window_pattern`` differs from 1.
@@ -45,7 +45,7 @@ class Cohere2Moe(Target):
     shared = "shared_experts"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``intermediate_size`` is one expert's; shared experts are as wide."""
+        """Return its own keys; ``intermediate_size`` is the width of one expert, routed or shared."""
         return {
             "intermediate_size": shape.expert_size,
             "num_experts": shape.experts,
@@ -65,7 +65,7 @@ class Cohere2Moe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, the shared experts where there are any, then the routed experts."""
+        """Return the router, the shared experts where there are any, then the routed experts."""
         prefix, size = self.module_paths.block_of(layer), shape.shared * shape.expert_size
         shared = gated_tensors(f"{prefix}.shared_experts", shared_parts(shape, 0), dense, size) if shape.shared else []
         return [

@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Dots1(SigmoidTarget):
-    """Takes what Qwen3-MoE cannot: shared experts and sliding windows on some layers."""
+    """Holds what Qwen3-MoE cannot: shared experts, and sliding windows on some layers."""
 
     name = "dots1"
     title = "dots.llm1"
@@ -27,7 +27,7 @@ class Dots1(SigmoidTarget):
     )
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``layer_types`` is written out: its default differs from the dense family's."""
+        """Return its own keys; ``layer_types`` is written out, as its default differs from the dense family's."""
         return {
             **super().config(dense, shape),
             "intermediate_size": dense.intermediate_size,

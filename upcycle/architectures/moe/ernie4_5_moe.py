@@ -18,7 +18,7 @@ from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class Ernie45Moe(Target):
-    """Top-k of ``softmax + bias``, weights always normalised (their sum clamped at ``moe_norm_min``).
+    """Routes by the top-k of ``softmax + bias``, with weights always normalised (their sum clamped at ``moe_norm_min``).
 
     Rows of q and k are put into pairs. ``use_bias`` would put biases on the experts too, so it stays off.
     """
@@ -32,7 +32,7 @@ class Ernie45Moe(Target):
     shared = "shared_experts"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """Dense layers come first: ``moe_layer_start_index``."""
+        """Return its own keys; dense layers come first, up to ``moe_layer_start_index``."""
         return {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": shape.expert_size,
@@ -47,7 +47,7 @@ class Ernie45Moe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router and its bias, the shared experts where there are any, then the routed experts."""
+        """Return the router and its bias, the shared experts where there are any, then the routed experts."""
         prefix, size = self.module_paths.block_of(layer), shape.shared * shape.expert_size
         shared = gated_tensors(f"{prefix}.shared_experts", shared_parts(shape, 0), dense, size) if shape.shared else []
         statics = f"{prefix}.gate.moe_statics" if layout == "fused" else f"{prefix}.moe_statics"

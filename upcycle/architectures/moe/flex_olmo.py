@@ -10,9 +10,9 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class FlexOlmo(Target):
-    """Softmax, top-k, normalised by flag (off by default). The router reads the residual stream itself, un-normed.
+    """Routes by a softmax and top-k, normalised by flag (off by default). The router reads the residual stream without a norm.
 
-    The norm behind the experts takes any factor common to all of them out again, bar its eps.
+    The norm behind the experts cancels any factor common to all of them, but for its eps.
     """
 
     name = "flex_olmo"
@@ -22,7 +22,7 @@ class FlexOlmo(Target):
     router_semantics = "top-k of softmax, normalised to sum 1 (norm_topk_prob)"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``intermediate_size`` is one expert's."""
+        """Return its own keys; ``intermediate_size`` is the width of one expert."""
         return {
             "intermediate_size": shape.expert_size,
             "num_experts": shape.experts,
@@ -31,7 +31,7 @@ class FlexOlmo(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, then the routed experts."""
+        """Return the router, then the routed experts."""
         prefix, names = self.module_paths.block_of(layer), ("gate_proj", "up_proj", "down_proj")
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         return [router, *expert_tensors(f"{prefix}.experts", names, dense, shape, layout)]

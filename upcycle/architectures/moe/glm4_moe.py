@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Glm4Moe(SigmoidTarget):
-    """The only target for partial rotary embeddings. Its biases are on q, k and v, never on the output projection."""
+    """Holds partial rotary embeddings, as no other target does. Biases are on q, k and v, never on the output projection."""
 
     name = "glm4_moe"
     title = "GLM-4.5-MoE"
@@ -27,7 +27,7 @@ class Glm4Moe(SigmoidTarget):
     )
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``partial_rotary_factor`` is 0.5 by default: written where the class looks first. No multi-token prediction."""
+        """Return its own keys: ``partial_rotary_factor`` (default 0.5) where the class reads it first, no multi-token prediction."""
         factor = dense.rope_parameters.get("partial_rotary_factor", 1.0)
         return {
             **super().config(dense, shape),

@@ -11,7 +11,7 @@ from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class GraniteMoe(Target):
-    """Top-k of the logits, then a softmax over those: the same as a normalised top-k of the softmax.
+    """Routes by the top-k of the logits and a softmax over those, which equals a normalised top-k of the softmax.
 
     All four multipliers are written. ``attention_multiplier`` is 1 by default, where every other family means one over the
     square root of the head size; ``logits_scaling`` divides.
@@ -26,7 +26,7 @@ class GraniteMoe(Target):
     router = "router"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``intermediate_size`` is one expert's."""
+        """Return its own keys; ``intermediate_size`` is the width of one expert."""
         return {
             "intermediate_size": shape.expert_size,
             "num_local_experts": shape.experts,
@@ -38,7 +38,7 @@ class GraniteMoe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, and all experts in two tensors: this architecture stores them fused, under names of its own."""
+        """Return the router, and all experts in two tensors: this architecture stores them fused, under its own names."""
         prefix, fused = self.module_paths.block_of(layer), layout == "fused"
         experts = expert_tensors("experts", ("", "", ""), dense, shape, "fused")
         names = (

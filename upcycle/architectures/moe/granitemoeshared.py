@@ -12,7 +12,7 @@ from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class GraniteMoeShared(GraniteMoe):
-    """Granite-MoE plus ``shared_mlp(x)``; without shared experts its size is 0 and the stock class makes none."""
+    """Adds ``shared_mlp(x)`` to Granite-MoE; without shared experts its size is 0, and the stock class makes none."""
 
     name = "granitemoeshared"
     title = "Granite-MoE with shared experts"
@@ -21,11 +21,11 @@ class GraniteMoeShared(GraniteMoe):
     module_paths = ModulePaths(blocks=("block_sparse_moe", "shared_mlp"))
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """All shared experts are one wide FFN."""
+        """Return Granite-MoE's keys, and the width of one FFN that is all shared experts."""
         return {**super().config(dense, shape), "shared_intermediate_size": shape.shared * shape.expert_size}
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The shared FFN's gate and up rows are one tensor."""
+        """Return Granite-MoE's tensors and the shared FFN, whose gate and up rows are one tensor."""
         routed = super().moe_tensors(dense, shape, layer, layout)
         if not shape.shared:
             return routed

@@ -18,10 +18,10 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class HunyuanV1Moe(Target):
-    """Softmax, top-k, always normalised.
+    """Routes by a softmax and top-k, always normalised.
 
-    ``shared_mlp`` is mandatory, ungated, and exactly as wide as one routed expert, so shared experts are not held: an
-    idle one is written.
+    ``shared_mlp`` is mandatory, ungated, and exactly as wide as one routed expert. So shared experts are not held, and an idle
+    one is written.
     """
 
     name = "hunyuan_v1_moe"
@@ -32,7 +32,7 @@ class HunyuanV1Moe(Target):
     shared = "shared_mlp"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``intermediate_size`` is one expert's, and the shared one's."""
+        """Return its own keys; ``intermediate_size`` is the width of one expert, and of the shared one."""
         return {
             "intermediate_size": shape.expert_size,
             "num_experts": shape.experts,
@@ -41,7 +41,7 @@ class HunyuanV1Moe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, the idle shared expert, then the routed experts."""
+        """Return the router, the idle shared expert, then the routed experts."""
         prefix, size = self.module_paths.block_of(layer), shape.expert_size
         return [
             router_tensor(f"{prefix}.gate.wg.weight", dense, shape),

@@ -11,10 +11,10 @@ from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class Lfm2Moe(Target):
-    """Top-k of ``sigmoid(logits) + bias``, weights normalised by flag, times ``routed_scaling_factor`` (1).
+    """Routes by the top-k of ``sigmoid(logits) + bias``, with weights normalised by flag, times ``routed_scaling_factor`` (1).
 
-    The normaliser adds 1e-6 to the sum of the chosen scores, so the weights add up to ``1 - 1e-6 / sum``: a relative error
-    of 1e-6 at scores of a half, which nothing can compensate.
+    The normaliser adds 1e-6 to the sum of the chosen scores, so that the weights add up to ``1 - 1e-6 / sum``: a relative error
+    of 1e-6 at scores of a half, which nothing can make up for.
     """
 
     name = "lfm2_moe"
@@ -26,7 +26,7 @@ class Lfm2Moe(Target):
     score = "sigmoid"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """The convolutions' keys come with the dense model."""
+        """Return its own keys; the convolutions' keys are the dense model's."""
         return {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": shape.expert_size,
@@ -39,7 +39,7 @@ class Lfm2Moe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router and its bias, then w1 (gate), w3 (up) and w2 (down) of each expert."""
+        """Return the router and its bias, then w1 (gate), w3 (up) and w2 (down) of each expert."""
         prefix = self.module_paths.block_of(layer)
         zeros = (Part("zeros", size=shape.experts),)
         return [

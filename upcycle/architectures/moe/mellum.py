@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Mellum(Qwen3Moe):
-    """The tensors are Qwen3-MoE's; which layer has a window, experts and which rope stands in lists."""
+    """Has Qwen3-MoE's tensors; lists say which layers have a window, experts and which rope."""
 
     name = "mellum"
     title = "Mellum"
@@ -18,7 +18,7 @@ class Mellum(Qwen3Moe):
     holds = Qwen3Moe.holds | {Feature.MIXED_WINDOWS}
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """Both kinds of layers get the dense model's rope: the defaults differ per kind."""
+        """Return its own keys, with the dense model's rope for both kinds of layers, whose defaults differ."""
         return {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": shape.expert_size,
@@ -32,7 +32,7 @@ class Mellum(Qwen3Moe):
         }
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
-        """Without the older spelling of the rope: no loader that predates this architecture knows it."""
+        """Return ``config.json`` without the older spelling of the rope: loaders that need it do not know this architecture."""
         config = super().full_config(dense, shape, dtype)
         rope = {kind: dict(dense.rope_parameters) for kind in ("full_attention", "sliding_attention")}
         return {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")} | {

@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Mixtral(Target):
-    """Softmax over all experts, top-k, renormalised to sum 1 (arXiv 2401.04088 and the stock implementation)."""
+    """Routes by a softmax over all experts and top-k, renormalised to sum to 1 (arXiv 2401.04088 and the stock implementation)."""
 
     name = "mixtral"
     title = "Mixtral"
@@ -19,7 +19,7 @@ class Mixtral(Target):
     router_semantics = "top-k of softmax, normalised to sum 1"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``intermediate_size`` is one expert's."""
+        """Return its own keys; ``intermediate_size`` is the width of one expert."""
         return {
             "intermediate_size": shape.expert_size,
             "num_local_experts": shape.experts,
@@ -28,8 +28,8 @@ class Mixtral(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, then w1 (gate), w3 (up) and w2 (down) of each expert."""
-        # The fused layout is the in-memory one; on disk the block keeps the name of the first Mixtral release.
+        """Return the router, then w1 (gate), w3 (up) and w2 (down) of each expert."""
+        # Fused tensors are named as in memory; per-expert ones keep the block's name of the first Mixtral release.
         paths = self.module_paths
         prefix = paths.block_of(layer) if layout == "fused" else f"{paths.layer(layer)}.block_sparse_moe"
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)

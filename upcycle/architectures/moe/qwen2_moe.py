@@ -16,16 +16,16 @@ from upcycle.architectures.moe.base import (
 )
 from upcycle.ffn.moe_shape import MoeShape, Part
 
-# A Qwen2-MoE block always has a shared expert. Where none is wanted it gets this few neurons and a zero down
-# projection: it adds nothing, and unlike zero gate and up rows it can still learn.
+# A Qwen2-MoE block always has a shared expert. Where none is wanted, it gets so few neurons and a zero down projection: it
+# adds nothing, and unlike with zero gate and up rows, it can still learn.
 _IDLE_SHARED_SIZE = 64
 
 
 class Qwen2Moe(Target):
-    """Softmax, top-k, normalised by flag (off by default: always written); plus ``sigmoid(w x) * shared(x)``.
+    """Routes by a softmax and top-k, normalised by a flag that is off by default, and adds ``sigmoid(w x) * shared(x)``.
 
-    The shared gate ``w`` is written as zeros, so its sigmoid is 1/2 for every token and the shared expert's down
-    projection is doubled to make up for it.
+    The switch ``w`` of the shared expert is written as zeros. Its sigmoid is then 1/2 for every token, and the shared expert's
+    down projection is doubled to make up for it.
     """
 
     name = "qwen2_moe"
@@ -47,7 +47,7 @@ class Qwen2Moe(Target):
     router_semantics = "top-k of softmax, normalised to sum 1 (norm_topk_prob); shared expert times sigmoid"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """``layer_types`` is written out: its default differs from the dense family's."""
+        """Return its own keys; ``layer_types`` is written out, as its default differs from the dense family's."""
         return {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": shape.expert_size,
@@ -64,7 +64,7 @@ class Qwen2Moe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, the shared gate, the shared expert, then the routed experts."""
+        """Return the router, the shared gate, the shared expert, then the routed experts."""
         prefix, d, size = self.module_paths.block_of(layer), dense.hidden_size, shared_size(dense, shape)
         return [
             router_tensor(f"{prefix}.gate.weight", dense, shape),
@@ -75,5 +75,5 @@ class Qwen2Moe(Target):
 
 
 def shared_size(dense: DenseConfig, shape: MoeShape) -> int:
-    """Width of the shared expert, idle or not."""
+    """Return the width of the shared expert, idle or not."""
     return shape.shared * shape.expert_size if shape.shared else min(_IDLE_SHARED_SIZE, dense.intermediate_size)

@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Qwen35MoeText(Qwen2Moe):
-    """The block is Qwen2-MoE's, its weights always normalised. Every layer is MoE."""
+    """Has Qwen2-MoE's block, with weights that are always normalised. Every layer is a MoE layer."""
 
     name = "qwen3_5_moe_text"
     title = "Qwen3.5-MoE (text)"
@@ -19,7 +19,7 @@ class Qwen35MoeText(Qwen2Moe):
     router_semantics = "top-k of softmax, normalised to sum 1; shared expert times sigmoid"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """The linear attention's keys come with the dense model."""
+        """Return its own keys; those of linear attention are the dense model's."""
         return {
             "moe_intermediate_size": shape.expert_size,
             "shared_expert_intermediate_size": shared_size(dense, shape),

@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Qwen3Moe(Target):
-    """Softmax, top-k, normalised by flag. The flag is off by default and must be on (error 1.75 on the logits without)."""
+    """Routes by a softmax and top-k, normalised by a flag that is off by default and must be on (error 1.75 on the logits without)."""
 
     name = "qwen3_moe"
     title = "Qwen3-MoE"
@@ -22,7 +22,7 @@ class Qwen3Moe(Target):
     router_semantics = "top-k of softmax, normalised to sum 1 (norm_topk_prob)"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """One ``sliding_window`` for all layers or none."""
+        """Return its own keys, with one ``sliding_window`` for all layers or none."""
         return {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": shape.expert_size,
@@ -36,7 +36,7 @@ class Qwen3Moe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router, then the routed experts."""
+        """Return the router, then the routed experts."""
         prefix = self.module_paths.block_of(layer)
         router = router_tensor(f"{prefix}.gate.weight", dense, shape)
         names = ("gate_proj", "up_proj", "down_proj")

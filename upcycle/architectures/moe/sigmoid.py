@@ -1,4 +1,4 @@
-"""What DeepSeek-V3-style routers have in common: sigmoid scores, a bias on the choice, an ungated shared expert."""
+"""The base of targets with DeepSeek-V3's router: sigmoid scores, a bias on the choice, an ungated shared expert."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from upcycle.ffn.moe_shape import MoeShape, Part
 
 
 class SigmoidTarget(Target):
-    """Top-k of ``sigmoid(logits) + bias``, weights normalised by flag and multiplied by ``routed_scaling_factor``.
+    """Routes by the top-k of ``sigmoid(logits) + bias``, with weights normalised by flag, times ``routed_scaling_factor``.
 
-    Written: the flag on, the factor 1, the bias (fp32, no gradient reaches it) zeros, one group. The normaliser adds 1e-20
-    to the sum, which changes no fp32 number. Equal logits give equal weights here too, and two weights differ by less
-    than under a softmax: ``sigmoid(a) / sigmoid(b) <= exp(a - b)`` for ``a >= b``.
+    The flag is written as on, the factor as 1, the bias (fp32, without gradients) as zeros, and one group. The normaliser adds
+    1e-20 to the sum, which changes no fp32 number. Equal logits give equal weights, and two weights differ by less than under
+    a softmax: ``sigmoid(a) / sigmoid(b) <= exp(a - b)`` for ``a >= b``.
 
-    The shared expert is mandatory, ungated, and as wide as a whole number of routed ones: an idle one takes the room and
-    the time of a routed one.
+    The shared expert is mandatory, ungated, and as wide as a whole number of routed ones: an idle one takes the memory and the
+    time of a routed one.
     """
 
     router_semantics = "top-k of sigmoid, normalised to sum 1 (norm_topk_prob); shared experts ungated"
@@ -33,7 +33,7 @@ class SigmoidTarget(Target):
     shared = "shared_experts"
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
-        """The router's keys, none left to its default."""
+        """Return its own keys, with all of the router's: none is left to its default."""
         return {
             "moe_intermediate_size": shape.expert_size,
             "n_routed_experts": shape.experts,
@@ -46,7 +46,7 @@ class SigmoidTarget(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """The router and its bias, the shared expert, then the routed experts."""
+        """Return the router and its bias, the shared expert, then the routed experts."""
         prefix, experts = self.module_paths.block_of(layer), shape.experts
         zeros = (Part("zeros", size=experts),)
         size = max(1, shape.shared) * shape.expert_size

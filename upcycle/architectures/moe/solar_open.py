@@ -7,7 +7,7 @@ from upcycle.architectures.moe.sigmoid import SigmoidTarget
 
 
 class SolarOpen(SigmoidTarget):
-    """Every layer is MoE, and no layer has a window."""
+    """Has a MoE in every layer, and a window in none."""
 
     name = "solar_open"
     title = "Solar Open"

@@ -25,6 +25,7 @@ TITLES = {
     "2202.08906": "ST-MoE: Designing Stable and Transferable Sparse Expert Models",
     "2208.03306": "Branch-Train-Merge: Embarrassingly Parallel Training of Expert Language Models",
     "2208.11580": "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
+    "2210.17323": "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     "2212.05055": "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
     "2301.00774": "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     "2310.04361": "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion",
