@@ -201,9 +201,8 @@ def test_nested_settings_are_cleaned_and_the_rest_is_what_it_was() -> None:
     assert clean_tokenizer(template | {"tokenizer_class": "PreTrainedTokenizerFast"}) == template | {
         "tokenizer_class": "PreTrainedTokenizerFast"
     }
-    assert (
-        clean_tokenizer({"tokenizer_class": "AutoModelForCausalLM"}) == {}
-    )  # transformers has it, but it is no tokenizer
+    # transformers has this class, but it is no tokenizer.
+    assert clean_tokenizer({"tokenizer_class": "AutoModelForCausalLM"}) == {}
     assert clean_tokenizer({"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.2.json"]})
 
 

@@ -62,9 +62,8 @@ def test_defaults_are_those_of_the_stock_class(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tensors_are_those_of_the_stock_class(name: str) -> None:
-    sizes = {"num_hidden_layers": 4} | (
-        {"head_dim": 128} if name == "hunyuan_v1_dense" else {}
-    )  # it runs with none other
+    # Hunyuan's class runs with no other head size.
+    sizes = {"num_hidden_layers": 4} | ({"head_dim": 128} if name == "hunyuan_v1_dense" else {})
     sizes |= {**CONDITIONS[name], "layer_types": ["attention"] * 4} if name in CONDITIONS else {}
     stock, family = AutoConfig.for_model(name, **sizes), load("family", name)()
     with torch.device("meta"):

@@ -163,7 +163,7 @@ def test_a_third_kind_of_job_goes_through_the_conversion(
     assert read_record(out)["plan"]["kind"] == "compressing"
 
 
-def asked_what_job(text: str) -> list[int]:
+def lines_that_test_a_jobs_class(text: str) -> list[int]:
     """Lines of ``isinstance`` on a job."""
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and len(node.args) == 2]
     asked = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "isinstance"]
@@ -175,13 +175,13 @@ def asked_what_job(text: str) -> list[int]:
     ]
 
 
-def test_nobody_asks_what_kind_of_job_it_is() -> None:
-    assert asked_what_job("if isinstance(job, (GrowthJob, int)):\n    pass\nisinstance(job, str)") == [1]
-    found = {path: asked_what_job((ROOT / path).read_text(encoding="utf-8")) for path in source_files()}
+def test_no_source_file_tests_the_class_of_a_job() -> None:
+    assert lines_that_test_a_jobs_class("if isinstance(job, (GrowthJob, int)):\n    pass\nisinstance(job, str)") == [1]
+    found = {path: lines_that_test_a_jobs_class((ROOT / path).read_text(encoding="utf-8")) for path in source_files()}
     assert {path: lines for path, lines in found.items() if lines} == {}
 
 
-def test_a_job_changes_nothing_that_it_is_given(pico: Pico, branches: Callable[..., list[Path]]) -> None:
+def test_a_job_changes_no_argument(pico: Pico, branches: Callable[..., list[Path]]) -> None:
     keys = {"sources": list(map(str, branches(2))), "method": "branch_train_mix", "tokenizer": "none"}
     for given in (keys, {"source": str(pico("llama")), "method": "depth_stack", "tokenizer": "none"}):
         recipe = parse_recipe(given, "test")
@@ -194,7 +194,7 @@ def test_a_job_changes_nothing_that_it_is_given(pico: Pico, branches: Callable[.
     assert isinstance(open_sources(parse_recipe(keys, "test"), method_of(parse_recipe(keys, "test"))), MixedCheckpoint)
 
 
-def test_a_mixing_method_that_knows_its_sources_is_another_one(branches: Callable[..., list[Path]]) -> None:
+def test_joining_sources_returns_a_new_mixing_method(branches: Callable[..., list[Path]]) -> None:
     keys = {"sources": list(map(str, branches(2))), "method": "branch_train_mix", "tokenizer": "none"}
     recipe = parse_recipe(keys, "test")
     method = method_of(recipe)

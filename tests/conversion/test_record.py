@@ -14,7 +14,7 @@ from upcycle.files import records
 from upcycle.files.formats.tensor_files import INDEX, SINGLE
 
 
-def test_a_verification_is_about_one_record(tmp_path: Path) -> None:
+def test_a_verification_belongs_to_one_record(tmp_path: Path) -> None:
     (tmp_path / "upcycle.json").write_text("{}")
     assert records.read_verification(tmp_path) is None
     records.write_verification(tmp_path, {"verdict": "exact"})
@@ -23,7 +23,7 @@ def test_a_verification_is_about_one_record(tmp_path: Path) -> None:
     assert records.read_verification(tmp_path) is None
 
 
-def test_verify_keeps_what_it_found(pico: Callable[[str], Path], tmp_path: Path) -> None:
+def test_verify_saves_its_result(pico: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     upcycle.convert(str(pico("llama")), out, experts=2, verification={"enabled": False})
     assert records.read_verification(out) is None

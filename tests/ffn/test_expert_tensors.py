@@ -95,9 +95,8 @@ def test_the_down_bias_is_whole_in_every_routed_expert_and_in_no_shared_piece() 
 def test_experts_of_other_models_bring_their_weights_and_their_bias_once() -> None:
     models = [ffn_of(EVERY_BIAS, F, D, seed=seed) for seed in (1, 2)]
     routed = tuple(ExpertSpec(torch.tensor(neurons), source=0, scale=0.5) for neurons in ROUTED)
-    shared = tuple(
-        ExpertSpec(torch.tensor(neurons), source=1, scale=4.0) for neurons in SHARED
-    )  # two pieces of one FFN
+    # Two pieces of one FFN.
+    shared = tuple(ExpertSpec(torch.tensor(neurons), source=1, scale=4.0) for neurons in SHARED)
 
     def read(source: int, name: str) -> torch.Tensor:
         found = models[source].tensor(name)

@@ -17,11 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("upcycle", "splitters", "trainers", "kernels")
 SHARED_NAMES = {
     *("F", "T"),  # type variables
-    *(
-        "command",
-        "main",
-        "answer",
-    ),  # a verb's command, a module's entry point, a worker's answer: looked up by this name
+    *("command", "main", "answer"),  # looked up by this name in every verb, program and worker
     *("activation", "experts_output", "forward", "backward"),  # one operation, implemented by several kernel backends
 }
 

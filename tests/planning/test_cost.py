@@ -97,7 +97,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(pico: Pico, tmp_path: Path, m
         ({"method": "random_split", "experts": 8, "top_k": 8}, "not a multiple of 8"),
     ],
 )
-def test_warnings(keys: dict[str, Any], part: str, pico: Pico) -> None:
+def test_a_plan_warns_of_what_the_user_may_not_expect(keys: dict[str, Any], part: str, pico: Pico) -> None:
     assert any(part in warning for warning in upcycle.plan(str(pico("llama")), **keys).warnings)
 
 
@@ -114,7 +114,7 @@ def test_warnings(keys: dict[str, Any], part: str, pico: Pico) -> None:
         ({"method": "random_split", "top_k": 4}, "approximate"),
     ],
 )
-def test_promises(keys: dict[str, Any], promise: str, pico: Pico) -> None:
+def test_a_plan_states_the_promise_of_its_recipe(keys: dict[str, Any], promise: str, pico: Pico) -> None:
     assert upcycle.plan(str(pico("llama")), **keys).promise == promise
 
 

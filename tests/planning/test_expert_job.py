@@ -66,7 +66,7 @@ def test_a_split_is_exact_only_where_all_experts_run_alike(keys: dict[str, Any],
     assert why in reason
 
 
-def test_a_scale_that_the_dtype_rounds_is_said() -> None:
+def test_a_scale_that_the_dtype_rounds_makes_the_promise_rounded() -> None:
     split = {"method": "contiguous_split", "experts": 6, "top_k": 6, "pad": True}
     rounded, exact = job_of(**split), job_of("float32", **split)
     assert rounded.promise[0] == "rounded"
@@ -75,7 +75,7 @@ def test_a_scale_that_the_dtype_rounds_is_said() -> None:
     assert [value for value in (0.25, 1, 3, 4, -2) if is_power_of_two(value)] == [0.25, 1, 4]
 
 
-def test_text_brings_a_fitted_router_and_a_refit_and_takes_room() -> None:
+def test_text_adds_a_fitted_router_a_refit_and_working_bytes() -> None:
     job = job_of(method="contiguous_split", experts=4, top_k=2, **TEXT)
     assert (job.router_name, job.refit, job.calibrated, job.scale) == ("ridge", "down", True, 2.0)
     assert job.calibration_mode == "sequential"
@@ -98,7 +98,7 @@ def test_where_no_target_holds_shared_experts_they_may_be_routed() -> None:
     assert (job.shape.experts, job.shape.top_k, job.shape.shared) == (8, 4, 0)
 
 
-def test_the_cost_counts_parameters_and_what_runs() -> None:
+def test_the_cost_counts_total_and_active_parameters() -> None:
     plan = job_of(experts=4, top_k=2).cost()
     expert, router = 3 * 32 * 64, 4 * 32
     assert plan.parameters_total - plan.parameters_dense == 3 * (3 * expert + router)
@@ -107,7 +107,7 @@ def test_the_cost_counts_parameters_and_what_runs() -> None:
     assert plan.bytes_output == 2 * plan.parameters_total
 
 
-def test_a_job_is_a_planned_job_and_changes_nothing_that_it_is_given() -> None:
+def test_a_job_is_a_planned_job_and_changes_no_argument() -> None:
     keys: dict[str, Any] = {"source": "nowhere", "method": "contiguous_split", "active": 0.5, "pieces": 8, **TEXT}
     recipe = parse_recipe({**keys, "target": "qwen2_moe"}, "test")
     method: AnyMethod = method_of(recipe)
@@ -123,7 +123,7 @@ def test_a_job_is_a_planned_job_and_changes_nothing_that_it_is_given() -> None:
     assert job.method is method, "it was looked up once"
 
 
-def test_a_tokenizer_that_is_not_there_cannot_be_copied() -> None:
+def test_a_missing_tokenizer_cannot_be_copied() -> None:
     recipe = parse_recipe({"source": "nowhere"}, "test")
     check_tokenizer(recipe, True)
     check_tokenizer(recipe.model_copy(update={"tokenizer": "none"}), False)

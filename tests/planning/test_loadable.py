@@ -43,12 +43,12 @@ def refused(tmp_path: Path, kind: type[UpcycleError], match: str, **keys: Any) -
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_a_config_that_stock_refuses(key: str, pico: Pico, tmp_path: Path) -> None:
+def test_a_config_that_stock_refuses_is_refused_by_its_key(key: str, pico: Pico, tmp_path: Path) -> None:
     source = copied(pico("llama"), tmp_path / "dense", **WRONG[key])
     refused(tmp_path, CheckpointError, f"config.*{key}", source=str(source))
 
 
-def test_the_key_is_found_by_leaving_it_out(pico: Pico, tmp_path: Path) -> None:
+def test_the_refused_key_is_found_by_leaving_keys_out(pico: Pico, tmp_path: Path) -> None:
     raw = json.loads((copied(pico("llama"), tmp_path / "d", pad_token_id=9999) / "config.json").read_text())
     with pytest.raises(CheckpointError, match="'pad_token_id': 9999") as caught:
         loadable.check_config(raw, "somewhere")
@@ -56,7 +56,7 @@ def test_the_key_is_found_by_leaving_it_out(pico: Pico, tmp_path: Path) -> None:
     assert loadable.check_config({**raw, "pad_token_id": 4095}, "somewhere").config.vocab_size == 4096
 
 
-def test_one_of_several_sources(branches: Callable[..., list[Path]], tmp_path: Path) -> None:
+def test_a_refused_config_is_named_among_several_sources(branches: Callable[..., list[Path]], tmp_path: Path) -> None:
     one, two = branches(2)
     wrong = copied(two, tmp_path / "two", pad_token_id=9999)
     refused(
@@ -65,7 +65,7 @@ def test_one_of_several_sources(branches: Callable[..., list[Path]], tmp_path: P
     )  # fmt: skip
 
 
-def test_what_is_grown(pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
+def test_growth_refuses_a_config_that_stock_refuses(pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
     dense = copied(pico("llama"), tmp_path / "dense", pad_token_id=9999)
     keys: dict[str, Any] = {"method": "depth_stack", "parameters": {"growth": 2}}
     for verified in (True, False):
@@ -91,7 +91,9 @@ def test_what_is_grown(pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_tokenizer_that_cannot_be_loaded(files: dict[str, str], hint: str, dense: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(
+    files: dict[str, str], hint: str, dense: Path, tmp_path: Path
+) -> None:
     for name, text in files.items():
         (dense / name).write_text(text)
     refused(tmp_path, EnvironmentFault, "tokenizer in .* cannot be loaded", source=str(dense))
@@ -102,8 +104,8 @@ def test_a_tokenizer_that_cannot_be_loaded(files: dict[str, str], hint: str, den
     assert result.out.is_dir()
 
 
-def test_a_tokenizer_of_another_model(pico: Pico, tmp_path: Path) -> None:
-    """Tokens that the model does not have end in an index error deep inside torch: asked before."""
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pico: Pico, tmp_path: Path) -> None:
+    """Otherwise, tokens that the model does not have end in an index error deep inside torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,15 +122,17 @@ def test_a_tokenizer_of_another_model(pico: Pico, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_text_to_verify_on_that_is_too_short(pico: Pico, tmp_path: Path) -> None:
+def test_a_verification_text_that_is_too_short_is_refused(pico: Pico, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("short")
     with pytest.raises(UsageError, match="fewer than"):
         upcycle.convert(str(pico("llama")), tmp_path / "out", verification={"text": str(tmp_path / "t.txt")})
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_result_that_stock_refuses(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in a target: its configuration is one that no stock class takes."""
+def test_a_result_that_stock_refuses_is_never_written(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A faulty target writes a configuration that no stock class takes."""
     from upcycle.architectures.moe.base import Target
 
     right = Target.full_config
@@ -136,8 +140,10 @@ def test_a_result_that_stock_refuses(pico: Pico, tmp_path: Path, monkeypatch: py
     refused(tmp_path, CheckpointError, "num_local_experts", source=str(pico("llama")))
 
 
-def test_a_weight_that_stock_would_not_find(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own reading is content with what is stored, stock transformers is not: what it would make up is named."""
+def test_a_weight_that_stock_would_not_find_is_named(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upcycle's own reader takes the stored tensors; a weight that stock transformers would have to make up is named."""
     from upcycle.architectures.dense.base import Family
 
     source = copied(pico("llama"), tmp_path / "dense", attention_bias=True)

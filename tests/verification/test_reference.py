@@ -46,7 +46,7 @@ def misread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("misread")
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", ["copies", "dense growth", "moe growth", "alike mix"])
-def test_what_this_tool_misreads_is_found(
+def test_a_tensor_that_upcycle_misreads_is_found(
     kind: str,
     streamed: bool,
     pico: Pico,
@@ -72,7 +72,7 @@ def test_what_this_tool_misreads_is_found(
         upcycle.convert(out=tmp_path / "out", verification={"tokens": 32}, **keys)
 
 
-def test_a_dtype_that_rounds_is_a_number_of_its_own(pico: Pico, tmp_path: Path) -> None:
+def test_the_error_of_rounding_is_reported_by_itself(pico: Pico, tmp_path: Path) -> None:
     """Promised is the dense model in bfloat16; compared with is the one in fp32, and what rounding costs is said."""
     keys = {"experts": 2, "dtype": "bfloat16", "verification": {"tokens": 64}}
     result = upcycle.convert(str(pico("llama")), tmp_path / "out", **keys).verification
@@ -164,7 +164,9 @@ LONG = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_type": "longr
         ),
     ],
 )
-def test_how_far_a_text_must_reach(kind: str, changes: dict[str, Any], expected: tuple[int, int]) -> None:
+def test_reach_is_the_length_that_passes_every_window(
+    kind: str, changes: dict[str, Any], expected: tuple[int, int]
+) -> None:
     from pico_models import COMMON
 
     reach = reach_of(AutoConfig.for_model(kind, **{**COMMON, **changes}))

@@ -66,7 +66,7 @@ def test_a_stored_copy_of_the_embedding_is_no_head(pico: Pico, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("kind", "method"), [("dense", "depth_stack"), ("moe", "expert_upcycling")])
-def test_growth_keeps_it(kind: str, method: str, pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
+def test_growth_keeps_the_stored_head(kind: str, method: str, pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
     source = with_head(pico("llama") if kind == "dense" else pico_moe("mixtral"), tmp_path / "source", 0.5)
     keys: dict[str, Any] = {"parameters": {"growth": 1}} if kind == "dense" else {"experts": 8}
     upcycle.convert(str(source), tmp_path / "out", method=method, verification={"tokens": 32}, **keys)

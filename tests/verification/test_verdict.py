@@ -55,8 +55,8 @@ def test_a_layer_that_adds_nothing_is_converted_without_an_error(
     assert strict(tmp_path / "out" / "verification.json")["layer_errors"][1] == 0
 
 
-def test_something_where_there_was_nothing_is_broken(pico: Pico, tmp_path: Path) -> None:
-    """One expert of a layer that adds nothing adds something: there is no ratio, and no doubt."""
+def test_output_of_a_layer_that_added_nothing_is_broken(pico: Pico, tmp_path: Path) -> None:
+    """A relative error against zero is infinite: the verdict cannot be anything but broken."""
     source = changed(pico("llama"), tmp_path / "dense", silence)
     keys = {"method": "random_split", "top_k": 4, "verification": {"enabled": False}}
     upcycle.convert(str(source), tmp_path / "out", **keys)
@@ -97,7 +97,7 @@ def test_logits_of_zero_and_losses_beyond_a_number(
     json.dumps(texts, allow_nan=False)
 
 
-def test_the_arithmetic() -> None:
+def test_ratios_and_texts_of_numbers_that_are_not_finite() -> None:
     assert relative(0.0, 0.0) == 0
     assert relative(4.0, 0.0) == math.inf
     assert math.isnan(relative(math.nan, 0.0))
@@ -112,8 +112,8 @@ def test_the_arithmetic() -> None:
 
 
 @pytest.mark.parametrize("side", ["dense", "moe"])
-def test_logits_that_are_no_numbers_are_nobodys_exactness(side: str) -> None:
-    """Also not where the last batch is a good one: a maximum and a sum must not forget."""
+def test_logits_that_are_not_finite_are_a_fault_even_if_later_ones_are(side: str) -> None:
+    """A later batch with finite logits must not hide them: neither the maximum nor the sums forget."""
     totals, ids = Totals(), torch.tensor([[1, 2, 3]])
     good, bad = torch.ones(1, 3, 5), torch.full((1, 3, 5), math.nan)
     totals.add(ids, bad if side == "dense" else good, bad if side == "moe" else good)
@@ -151,7 +151,7 @@ def test_a_blueprint_says_how_layers_are_built_and_nothing_else(pico: Pico, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_of_a_model_that_says_nothing(pico: Pico, tmp_path: Path) -> None:
+def test_a_report_on_logits_of_zero_holds_only_json_numbers(pico: Pico, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     from upcycle.report.data.collect import Wanted
     from upcycle.report.write_report import write_report

@@ -119,7 +119,7 @@ def test_another_source_is_refused(sparse: Path, pico: Pico) -> None:
         upcycle.verify(sparse, source=str(pico("mistral")))
 
 
-def test_a_source_that_moved_is_asked_for(dense: Path, tmp_path: Path) -> None:
+def test_a_source_that_moved_is_an_error_that_names_the_option(dense: Path, tmp_path: Path) -> None:
     upcycle.convert(str(dense), tmp_path / "out", experts=2, verification={"enabled": False})
     moved = dense.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="the dense model is needed") as caught:
@@ -128,7 +128,7 @@ def test_a_source_that_moved_is_asked_for(dense: Path, tmp_path: Path) -> None:
     assert upcycle.verify(tmp_path / "out", source=str(moved), tokens=64).verdict == "exact"
 
 
-def test_a_folder_of_somebody_else(pico: Pico) -> None:
+def test_a_folder_that_upcycle_did_not_write_is_refused(pico: Pico) -> None:
     with pytest.raises(CheckpointError, match=r"has no upcycle\.json"):
         upcycle.verify(pico("llama"))
 
@@ -136,7 +136,7 @@ def test_a_folder_of_somebody_else(pico: Pico) -> None:
 @pytest.mark.parametrize(
     ("content", "message"), [("", "is empty"), ("short", "fewer than"), (None, "no such text file")]
 )
-def test_texts_that_cannot_be_used(content: str | None, message: str, sparse: Path, tmp_path: Path) -> None:
+def test_texts_that_cannot_be_used_are_refused(content: str | None, message: str, sparse: Path, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "t.txt").write_text(content)
     with pytest.raises(UsageError, match=message):

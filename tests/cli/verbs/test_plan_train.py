@@ -82,9 +82,8 @@ def test_plans_of_conversions_go_on(
     assert json.loads(dense.stdout)["parameters_dense"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train").symlink_to(pico("llama"))
-    assert (
-        CliRunner().invoke(cli, ["plan", "train", "--json"]).exit_code == 2
-    )  # an option is no recipe: RECIPE is missing
+    # An option is no recipe: RECIPE is missing.
+    assert CliRunner().invoke(cli, ["plan", "train", "--json"]).exit_code == 2
     assert json.loads(CliRunner().invoke(cli, ["plan", "./train", "--json"]).stdout)["parameters_dense"]
     assert json.loads(CliRunner().invoke(cli, ["plan", "--json", "train"]).stdout)["parameters_dense"]
 

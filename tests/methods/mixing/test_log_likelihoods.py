@@ -26,9 +26,8 @@ def test_against_the_softmax_of_stock_logits(
     streamed: bool, pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(likelihood, "available_memory", lambda: 1 if streamed else 1 << 40)
-    monkeypatch.setattr(
-        likelihood, "_LOGIT_BYTES", 8 * 12 * 4096 * 2 // (8 if streamed else 1)
-    )  # two windows at a time
+    # Two windows at a time.
+    monkeypatch.setattr(likelihood, "_LOGIT_BYTES", 8 * 12 * 4096 * 2 // (8 if streamed else 1))
     found = log_likelihoods(DenseCheckpoint.open(str(pico("llama"))), IDS, "keep", SILENT)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(pico("llama"))(IDS).logits.double().numpy()

@@ -103,7 +103,7 @@ def test_slices_have_the_moments_of_their_neurons(dense_run: TrainRecipe, tmp_pa
                 assert torch.equal(downs[expert][:, place], down[:, neuron])
 
 
-def test_what_is_no_copy_is_refused(dense_run: TrainRecipe, tmp_path: Path) -> None:
+def test_weights_that_are_no_plain_copy_are_refused(dense_run: TrainRecipe, tmp_path: Path) -> None:
     noisy = convert(dense_run, tmp_path / "noisy", experts=2, parameters={"noise": 0.1})
     scaled = convert(dense_run, tmp_path / "scaled", method="random_split", experts=4, top_k=4)
     for model in (noisy, scaled):
@@ -112,7 +112,7 @@ def test_what_is_no_copy_is_refused(dense_run: TrainRecipe, tmp_path: Path) -> N
         assert "leave out dense_states" in str(error.value.hint)
 
 
-def test_faults(
+def test_states_of_another_run_or_optimizer_are_refused(
     dense_run: TrainRecipe, converted: Callable[..., Path], pico_moe: Callable[[str], Path], tmp_path: Path
 ) -> None:
     other = recipe_for(converted("moe", experts=2), tmp_path / "a", dense_states=dense_run.output, stage={"steps": 1})

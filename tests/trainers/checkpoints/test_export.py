@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_not_exported(pico_moe: Model, tmp_path: Path) -
         run(recipe)
 
 
-def test_what_is_no_checkpoint_is_refused(pico_moe: Model, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(pico_moe: Model, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         export(pico_moe("mixtral"), tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""What is read of a model folder before training, and what a checkpoint carries of it."""
+"""What a run reads of a model folder before it trains, and what a checkpoint keeps of that folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_a_model_is_loaded_to_train(pico_moe: Model) -> None:
     ("obstacle", "hidden", "wanted"),
     [(None, 32, "upcycle"), ("it is sm_75", 32, "grouped_mm"), ("it is sm_75", 30, "eager")],
 )
-def test_what_a_gpu_gets(obstacle: str | None, hidden: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_experts_on_a_gpu_are_kernels_or_a_grouped_product(
+    obstacle: str | None, hidden: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Triton kernels, else a grouped product where rows are aligned."""
     from transformers import MixtralConfig, MixtralForCausalLM
 

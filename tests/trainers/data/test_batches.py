@@ -29,7 +29,7 @@ def tokenizer(pico: Callable[[str], Path]) -> Any:
 
 
 def write(path: Path, name: str, documents: int, words: int = 9) -> str:
-    """A .jsonl file whose every document is told apart by its numbers."""
+    """Write a .jsonl file whose documents can be told apart by their numbers."""
     rows = [
         {"text": " ".join(f"{name} {number}.{word}" for word in range(1 + number % words))}
         for number in range(documents)
@@ -124,7 +124,9 @@ def opened(data: DataRecipe, tokenizer: Any, **options: Any) -> TokenStream:
     return open_stream(data, tokenizer, **options)
 
 
-def test_files_of_their_own_to_validate_on(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
+def test_validation_files_of_their_own_are_read(
+    recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path
+) -> None:
     texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     (tmp_path / "v.txt").write_text("#".join([*texts[:40], "something else"]))
     domain = {"text": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "v.txt"), "separator": "#"}
@@ -139,7 +141,7 @@ def test_files_of_their_own_to_validate_on(recipe: Callable[..., DataRecipe], to
     assert trained == set(texts[40:]), "all others, and none that is validated on, though it stands in the file"
 
 
-def test_no_validation_is_wanted(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
+def test_a_fraction_of_0_makes_no_validation(recipe: Callable[..., DataRecipe], tokenizer: Any) -> None:
     assert open_validation(recipe(validation={"fraction": 0}), tokenizer, length=LENGTH) == {}
 
 
@@ -223,7 +225,7 @@ def add_file(folder: Path) -> dict[str, Any]:
         (lambda _: {"end_of_text": False}, "data: tokenizer was "),
     ],
 )
-def test_what_is_not_the_run_that_was_saved(
+def test_a_stream_with_other_data_cannot_be_restored(
     recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path, change: Callable[[Path], Any], message: str
 ) -> None:
     write(tmp_path / "a1.jsonl", "more", 5)
@@ -276,7 +278,9 @@ def test_a_mended_file_goes_on_at_its_place(recipe: Callable[..., DataRecipe], t
     assert rows_of(take(again, 12)).equal(rows_of(take(anew, 12)))
 
 
-def test_other_domains(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
+def test_a_stream_with_other_domains_cannot_be_restored(
+    recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path
+) -> None:
     state = opened(recipe(), tokenizer).state()
     with pytest.raises(UsageError, match="the domains were a, b and are now a, c"):
         opened(recipe(domains={"a": str(tmp_path / "a.jsonl"), "c": str(tmp_path / "b.jsonl")}), tokenizer).restore(
@@ -284,7 +288,7 @@ def test_other_domains(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_pa
         )
 
 
-def test_the_embedded_texts(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_embedded_texts_make_batches(tokenizer: Any, tmp_path: Path) -> None:
     data = parse_parameters(DataRecipe, {"domains": {"p": "prose", "c": "code"}, "cache": str(tmp_path)}, "data")
     batch = opened(data, tokenizer, length=128).next_batch()
     assert batch.ids.shape == batch.mask.shape == batch.positions.shape == (4, 128)

@@ -100,7 +100,9 @@ def test_a_hub_dataset_is_streamed_in_shards(hub: list[int]) -> None:
         (["org/none"], None, EnvironmentFault, "dataset org/none cannot be read: Dataset 'org/none' doesn't exist"),
     ],
 )
-def test_what_is_refused(hub: list[int], texts: list[str], revision: str | None, error: type, message: str) -> None:
+def test_texts_that_cannot_be_opened_are_refused(
+    hub: list[int], texts: list[str], revision: str | None, error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         list(open_corpus(texts, None, None, revision, 1000, "x").documents(0))
 

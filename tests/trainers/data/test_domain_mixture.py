@@ -36,7 +36,7 @@ def code(rate: float, floor: float) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.5])
-def test_both_rules(rate: float) -> None:
+def test_both_rules_equal_their_formulas(rate: float) -> None:
     found = updated_weights(WEIGHTS, LOSSES, REFERENCE, DynamicWeights(form="paper", rate=rate))
     assert found == pytest.approx(paper(rate), rel=1e-14)
     found = updated_weights(WEIGHTS, LOSSES, REFERENCE, DynamicWeights(form="code", rate=rate, floor=0.01))

@@ -89,7 +89,7 @@ def test_documents_are_shuffled_over_the_shards_of_a_block(opened: Opened) -> No
     assert shards != set(range(SHARDS_TOGETHER)), "the shards of a block are not neighbours"
 
 
-def test_skipping_is_reading_without_looking(opened: Opened) -> None:
+def test_skipping_ends_at_the_cursor_that_reading_does(opened: Opened) -> None:
     domain = opened(Numbers())
     cursor = start = domain.skip(Cursor(), 0)
     for passed in range(150):

@@ -24,18 +24,18 @@ def philox(key: int, words: int) -> list[int]:
     return found[:words]
 
 
-def test_they_are_philox() -> None:
+def test_random_words_are_philox_outputs() -> None:
     key = int.from_bytes(hashlib.sha256(b"('prose', 1)").digest()[:16], "little")
     assert random_words(11, "prose", 1).tolist() == philox(key, 11)
 
 
-def test_a_permutation_has_everything_once() -> None:
+def test_a_permutation_has_every_index_once() -> None:
     assert sorted(permutation(1000, 1).tolist()) == list(range(1000))
     assert permutation(1000, 1).tolist() != permutation(1000, 2).tolist()
     assert permutation(0, 1).tolist() == []
 
 
-def test_uniform() -> None:
+def test_uniform_numbers_are_in_range_with_the_right_mean() -> None:
     found = uniform(100_000, 3)
     assert found.min() >= 0
     assert found.max() < 1

@@ -54,7 +54,7 @@ def test_a_packed_document_is_the_document_alone_or_the_leak_is_named(target: st
 
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
 @torch.no_grad()
-def test_what_would_break_it(target: str, stock: Callable[..., Any]) -> None:
+def test_a_cache_would_leak_and_flat_rows_do_not(target: str, stock: Callable[..., Any]) -> None:
     model = stock(target).eval()
     batch = packed(rows=1)
     expected = alone(model, batch.ids)
@@ -71,7 +71,7 @@ def test_flash_attention_is_for_one_row() -> None:
     assert "batch of one row, and micro_batch is 4" in str(packing_leak(config, 4))
 
 
-def test_what_does_not_fit() -> None:
+def test_rows_and_tokenizers_that_do_not_fit_are_refused() -> None:
     config = SimpleNamespace(max_position_embeddings=64, vocab_size=3)
     check_fits(config, "abc", 64)
     with pytest.raises(UsageError, match="rows of 65 tokens are longer than the model's context of 64"):

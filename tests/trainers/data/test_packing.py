@@ -26,7 +26,7 @@ def fragments(rows: Rows) -> list[list[tuple[int, int, int]]]:
 
 @pytest.mark.parametrize("how", ["best_fit", "concatenate", "alone"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_token_once(case: str, how: Packing) -> None:
+def test_packing_places_every_token_once(case: str, how: Packing) -> None:
     lengths = CASES[case]
     found = fragments(pack_documents(np.array(lengths, np.int64), ROW, how))
     assert all(0 < sum(size for *_, size in row) <= ROW for row in found)
@@ -64,7 +64,7 @@ def test_best_fit_decreasing(case: str) -> None:
     assert all(start % ROW == 0 for row in found for _, start, _ in row), "only documents longer than a row are cut"
 
 
-def test_alone_is_one_document_a_row() -> None:
+def test_packing_alone_gives_each_document_its_rows() -> None:
     assert {len(row) for row in fragments(pack_documents(np.array(CASES["mixed"]), ROW, "alone"))} == {1}
 
 
@@ -77,7 +77,9 @@ def test_alone_is_one_document_a_row() -> None:
         ([6], [0, 1, 2, 3, 4, 5], "011111"),
     ],
 )
-def test_layout(lengths: list[int], positions: list[int], targets: str) -> None:
+def test_positions_restart_and_document_ends_have_no_target(
+    lengths: list[int], positions: list[int], targets: str
+) -> None:
     found, mask = layout(np.array(lengths), 6)
     assert found.tolist() == positions
     assert "".join("01"[int(m)] for m in mask) == targets

@@ -49,7 +49,7 @@ def test_ids_lengths_and_hashes(tmp_path: Path, letters: Any, monkeypatch: pytes
     assert isinstance(shard.tokens, np.memmap), "mapped, not read"
 
 
-def test_once_for_all_who_ask(tmp_path: Path, letters: Any) -> None:
+def test_threads_that_ask_at_once_share_one_tokenisation(tmp_path: Path, letters: Any) -> None:
     corpora = [Listed(DOCUMENTS) for _ in range(6)]
     work = [threading.Thread(target=TokenCache(tmp_path, Encoder(letters)).shard, args=(c, 0)) for c in corpora]
     for thread in work:
@@ -60,7 +60,7 @@ def test_once_for_all_who_ask(tmp_path: Path, letters: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["index", "tokens", "short", "garbage"])
-def test_half_a_shard_is_none(tmp_path: Path, letters: Any, damage: str) -> None:
+def test_a_damaged_shard_is_made_again(tmp_path: Path, letters: Any, damage: str) -> None:
     cache, corpus = TokenCache(tmp_path, Encoder(letters)), Listed(DOCUMENTS)
     expected = cache.shard(corpus, 0).tokens.tolist()
     (index,), (tokens,) = tmp_path.rglob("*.safetensors"), tmp_path.rglob("*.tokens")

@@ -42,14 +42,14 @@ def test_held_out_documents_in_order(corpus: LocalCorpus, cache: TokenCache, tok
     assert len(found) - len(expected) < 32
 
 
-def test_all_of_a_corpus_of_its_own(corpus: LocalCorpus, cache: TokenCache) -> None:
+def test_a_validation_corpus_of_its_own_is_read_as_a_whole(corpus: LocalCorpus, cache: TokenCache) -> None:
     rows = validation_rows("x", corpus, cache, None, 10**6, 32)
     assert sum(int((positions == 0).sum()) for _, positions, _ in rows) >= len(TEXTS)
     assert len(held_out_hashes(corpus, cache)) == len(TEXTS)
     assert len(held_out_hashes(None, cache)) == 0
 
 
-def test_one_document_cannot_be_on_both_sides(tmp_path: Path, cache: TokenCache) -> None:
+def test_a_domain_of_one_document_cannot_be_divided(tmp_path: Path, cache: TokenCache) -> None:
     (tmp_path / "book.txt").write_text("one long book")
     book = LocalCorpus([str(tmp_path / "book.txt")], Reading(), 10**6)
     with pytest.raises(UsageError, match=r"domain 'x' is one document") as caught:
@@ -60,7 +60,7 @@ def test_one_document_cannot_be_on_both_sides(tmp_path: Path, cache: TokenCache)
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 80])
-def test_something_is_held_out_and_something_trained_on(
+def test_some_documents_are_held_out_and_some_trained_on(
     tmp_path: Path, cache: TokenCache, fraction: float, count: int
 ) -> None:
     (tmp_path / "a.txt").write_text("#".join(text + "\n" for text in TEXTS[:count]))

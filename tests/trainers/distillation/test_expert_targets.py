@@ -114,7 +114,7 @@ def restated(case: Case, mask: torch.Tensor) -> dict[str, float]:
     return {name: value / int(mask.sum()) for name, value in found.items()}
 
 
-def test_the_formulas(case: Case) -> None:
+def test_losses_equal_the_papers_formulas(case: Case) -> None:
     mask = torch.ones(B, S, dtype=torch.bool)
     mask[0, 0] = mask[1, 3] = False
     wanted = restated(case, mask)

@@ -107,7 +107,7 @@ def test_a_stale_cache_is_refused(student: Any, tmp_path: Path) -> None:
         run(distilled(student, tmp_path, "fourth", cache=str(full)))
 
 
-def test_what_a_cache_cannot_hold(student: Any, tmp_path: Path) -> None:
+def test_settings_that_a_cache_cannot_hold_are_refused(student: Any, tmp_path: Path) -> None:
     for keys, message in (
         ({"hidden": 1.0}, "hidden needs the running parent"),
         ({"temperature": 2.0}, "temperature 1"),
@@ -149,7 +149,7 @@ def test_rows_are_found_again_in_any_order(tmp_path: Path) -> None:
     assert len(asked) == 6  # the same tokens at other positions are another row
 
 
-def test_narrow_rows_are_filled_up() -> None:
+def test_rows_with_fewer_tokens_are_padded_when_joined() -> None:
     sharp, flat = torch.zeros(1, 2, 9), torch.zeros(1, 2, 9)
     sharp[..., 3] = 40
     one, other = TopLogits.of(sharp, 0.9, 9), TopLogits.of(flat, 0.9, 9)

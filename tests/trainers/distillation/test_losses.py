@@ -47,7 +47,9 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_kl(temperature: float, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_kl_equals_a_naive_loop_and_its_gradient_is_right(
+    temperature: float, pair: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     student, parent = pair
     mask = torch.tensor([[True, True, False], [True, False, True]])
     expected = naive_kl(student.detach(), parent, temperature, mask.flatten().tolist())
@@ -132,7 +134,7 @@ def test_both_blocks_of_a_shared_expert_beside_the_routed_add_up(stock: Any, ids
     assert torch.equal(found[0].ffn, seen[0] + seen[1])
 
 
-def test_a_dense_parent(ids: torch.Tensor) -> None:
+def test_outputs_of_a_dense_parent_are_captured(ids: torch.Tensor) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON))

@@ -1,4 +1,4 @@
-"""Cached distributions: what is kept, what becomes of the tail, and that the cut KL bounds the full one."""
+"""Cached distributions: which tokens are kept, where the tail goes, and that the truncated KL bounds the full one from below."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_all_mass_on_the_kept_tokens_is_not_the_best(pair: tuple[torch.Tensor, t
     torch.testing.assert_close(cached.kl(parent), torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_files(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_cached_logits_survive_a_file_and_a_damaged_file_is_refused(
+    tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     student, parent = pair
     cached = TopLogits.of(parent.view(2, 3, V), 0.8)
     assert cached.tokens.shape[0] == N
@@ -90,7 +92,7 @@ def test_files(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
         TopLogits.load(path)
 
 
-def test_bad_numbers(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_wrong_positions_and_bad_top_p_are_refused(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     student, parent = pair
     with pytest.raises(UsageError, match="cached logits of 6 positions, but the student has 5"):
         TopLogits.of(parent).kl(student[:5])

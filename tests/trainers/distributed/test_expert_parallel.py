@@ -39,7 +39,9 @@ def test_what_deepspeed_has_presets_for_is_offered_or_refused_with_a_reason() ->
         ("mixtral", 6, 3, 4, "does not divide 4 ranks"),
     ],
 )
-def test_refusals(model_type: str, experts: int, size: int, world: int, message: str) -> None:
+def test_divisions_that_deepspeed_cannot_run_are_refused(
+    model_type: str, experts: int, size: int, world: int, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         expert_parallel.check(model_type, experts, size, world)
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], Ranks]:
-    """A rank whose exchanges give what is listed."""
+    """Return the second of two ranks, whose exchanges return the listed values."""
 
     def make(everyone: list[Any]) -> Ranks:
         def gather(found: list[Any], value: Any) -> None:
@@ -48,7 +48,7 @@ def test_disagreement_names_the_key(second_of_two: Callable[[list[Any]], Ranks])
         second_of_two([{"model": 1, "seed": 3}, ...]).require_same("the recipe", {"model": 1, "seed": 4})
 
 
-def test_one_ranks_failure_is_everyones(second_of_two: Callable[[list[Any]], Ranks]) -> None:
+def test_a_failure_on_one_rank_is_raised_on_all(second_of_two: Callable[[list[Any]], Ranks]) -> None:
     told = (EnvironmentFault, "the disk is full", "make room")
     with pytest.raises(EnvironmentFault, match="rank 0: the disk is full") as error:
         second_of_two([told, ...]).raise_together(None)
@@ -62,7 +62,7 @@ def test_one_ranks_failure_is_everyones(second_of_two: Callable[[list[Any]], Ran
 @pytest.mark.parametrize(
     "message", ["[gloo] Connection closed by peer [127.0.0.1]:1", "Timed out waiting 1000ms for recv"]
 )
-def test_a_lost_rank_is_called_so(message: str) -> None:
+def test_a_lost_rank_is_named_in_the_error(message: str) -> None:
     with pytest.raises(EnvironmentFault, match="another rank was lost") as error, lost_ranks():
         raise RuntimeError(message)
     assert error.value.hint

@@ -35,7 +35,7 @@ def payloads(own: Division) -> list[tuple[str, float, int]]:
     return [(each.kind, each.payload, each.ranks) for each in forecast_communication(own).traffic]
 
 
-def test_whole_experts() -> None:
+def test_messages_of_experts_that_every_rank_holds() -> None:
     rest, passes = LARGE + SMALL, 2
     assert payloads(division(0)) == [("all_reduce", 4 * rest, 16), ("all_reduce", 4 * EXPERTS, 16)]
     assert payloads(division(1)) == [
@@ -57,7 +57,7 @@ def test_whole_experts() -> None:
     ]
 
 
-def test_weights_that_are_let_go_are_gathered_again() -> None:
+def test_weights_that_are_released_are_gathered_again() -> None:
     short = {"settings": {"max_reuse_distance": 2 * EXPERTS}}
     # Nothing is behind the experts; behind the embedding are more than the distance allows.
     assert payloads(division(3, zero=short))[0][1] == 4 * (SMALL + 2 * 2 * LARGE)
@@ -66,7 +66,7 @@ def test_weights_that_are_let_go_are_gathered_again() -> None:
     assert payloads(again)[0][1] == 4 * (SMALL + 2 * 3 * LARGE)
 
 
-def test_divided_experts() -> None:
+def test_messages_of_experts_divided_among_ranks() -> None:
     tokens, passes = 2 * 128, 2
     found = payloads(division(1, parallel=4))
     assert found[2:] == [
@@ -85,7 +85,7 @@ def test_one_rank_sends_nothing() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_rings_step_by_step(ranks: int) -> None:
+def test_sent_bytes_equal_a_ring_step_by_step(ranks: int) -> None:
     """A ring passes ``1 / n`` of the tensor on ``n - 1`` times to scatter sums, and as often to gather them."""
     scattered = sum(120 / ranks for _ in range(ranks - 1))
     assert Traffic("reduce_scatter", 120, ranks).sent == pytest.approx(scattered)
@@ -107,6 +107,6 @@ def test_seconds_within_a_machine_and_between() -> None:
     assert Traffic("all_to_all", 8e9, 16).seconds(four) == pytest.approx(8e9 / 2 / 25e9)
 
 
-def test_kinds_add_up() -> None:
+def test_the_total_is_the_sum_over_kinds_of_messages() -> None:
     told = forecast_communication(division(2, parallel=4)).as_dict()
     assert told["total"] == pytest.approx(sum(size for kind, size in told.items() if kind != "total"))

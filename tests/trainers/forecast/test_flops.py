@@ -31,7 +31,7 @@ def with_eager_attention(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-rope"])
-def test_a_dense_model(pico: Callable[[str], Path], name: str) -> None:
+def test_flops_of_a_dense_model_are_those_that_torch_counts(pico: Callable[[str], Path], name: str) -> None:
     from upcycle.architectures.stock import load_stock_model
 
     model = with_eager_attention(load_stock_model(pico(name)))
@@ -44,7 +44,7 @@ def test_a_dense_model(pico: Callable[[str], Path], name: str) -> None:
     assert found.total + 3 * attention == pytest.approx(counted(model, True), rel=0.01)
 
 
-def test_a_token_meets_some_experts(stock: Callable[..., Any]) -> None:
+def test_flops_count_the_chosen_experts_alone(stock: Callable[..., Any]) -> None:
     two, four = (training_flops(stock("mixtral", experts=4, top_k=k), LENGTH) for k in (2, 4))
     model = stock("mixtral", experts=4, top_k=2)
     experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
@@ -52,7 +52,7 @@ def test_a_token_meets_some_experts(stock: Callable[..., Any]) -> None:
     assert four.weights - two.weights == pytest.approx(2 * experts / 2)
 
 
-def test_what_is_frozen_has_no_gradient_of_weights(stock: Callable[..., Any]) -> None:
+def test_flops_leave_out_weight_gradients_of_frozen_parts(stock: Callable[..., Any]) -> None:
     model = stock("mixtral")
     everything = training_flops(model, LENGTH)
     for name, weight in model.named_parameters():

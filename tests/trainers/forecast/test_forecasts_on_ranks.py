@@ -111,7 +111,7 @@ def test_weights_that_cannot_stay_are_gathered_twice_a_pass(pico_moe: Model, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_bfloat16(pico_moe: Model, tmp_path: Path, stage: int) -> None:
+def test_two_ranks_in_bfloat16_hold_and_send_what_was_forecast(pico_moe: Model, tmp_path: Path, stage: int) -> None:
     division, found = planned(pico_moe("mixtral"), tmp_path, stage, dtype="bfloat16")
     check_sent(division, found)
     check_held(division, found)
@@ -119,9 +119,12 @@ def test_bfloat16(pico_moe: Model, tmp_path: Path, stage: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_divided_experts(pico_moe: Model, tmp_path: Path, stage: int) -> None:
-    """Each rank has experts of its own, whose gradients nobody else wants: they are in no message. At stage 3 what is sent is
-    copied message by message, and not all at once as the forecast has it, which then is above what is held.
+def test_two_ranks_with_divided_experts_hold_and_send_what_was_forecast(
+    pico_moe: Model, tmp_path: Path, stage: int
+) -> None:
+    """Each rank has its own experts, whose gradients no other rank needs: they are in no message.
+
+    At stage 3, buffers are copied message by message, and not all at once as in the forecast, which is then above the memory used.
     """
     division, found = planned(pico_moe("mixtral"), tmp_path, stage, expert_parallel=2)
     check_sent(division, found)

@@ -72,7 +72,7 @@ def test_states_weight_by_weight(stage: int, parallel: int, dtype: str) -> None:
     assert optimizer_bytes(own) == pytest.approx(states)
 
 
-def test_what_does_not_train_has_no_states() -> None:
+def test_frozen_weights_have_no_states() -> None:
     frozen = counts(weights=tuple(replace(each, trained=each.part == "router") for each in counts().weights))
     for stage in range(4):
         own = division(stage, 4, model=frozen)

@@ -49,7 +49,7 @@ def test_widths_and_operations_are_those_of_the_model(stock: Callable[..., Any])
     assert (first.experts, first.shared) == (0, model.config.intermediate_size)
 
 
-def test_a_dense_model_and_what_trains_of_a_moe(pico: Model, pico_moe: Model) -> None:
+def test_a_dense_model_and_the_trained_part_of_a_moe_are_counted(pico: Model, pico_moe: Model) -> None:
     dense = count_model(read_json(pico("llama") / "config.json"), "llama", 32)
     assert (dense.experts, dense.moe_layers, dense.active) == (0, (), dense.elements)
     raw = read_json(pico_moe("mixtral") / "config.json")
@@ -60,6 +60,6 @@ def test_a_dense_model_and_what_trains_of_a_moe(pico: Model, pico_moe: Model) ->
         count_model(raw, "m", 32, ["nothing"])
 
 
-def test_an_unknown_architecture() -> None:
+def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(CheckpointError, match="transformers has no 'no_such_model' model"):
         count_model({"model_type": "no_such_model"}, "it", 32)

@@ -28,7 +28,7 @@ def keys(model: Path, **changes: Any) -> dict[str, Any]:
     return {"model": str(model), "stages": stage, "length": 64, "global_batch": 16, "dtype": "bfloat16", **changes}
 
 
-def test_every_division_the_trainer_takes(pico_moe: Model) -> None:
+def test_a_plan_lists_every_division_that_the_trainer_takes(pico_moe: Model) -> None:
     plan = plan_training(keys(pico_moe("mixtral")), EIGHT)
     pairs = [(option.zero_stage, option.expert_parallel) for option in plan.options]
     assert pairs == [(stage, size) for stage in (1, 2, 3) for size in (1, 2, 4)]
@@ -101,7 +101,7 @@ def test_thousands_of_ranks(pico_moe: Model) -> None:
         ({}, "8xH900", "unknown device 'H900'"),
     ],
 )
-def test_refusals(pico_moe: Model, changes: dict[str, Any], world: Any, message: str) -> None:
+def test_plans_that_cannot_run_are_refused(pico_moe: Model, changes: dict[str, Any], world: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         plan_training({**keys(pico_moe("mixtral")), **changes}, world)
     assert error.value.hint or "zero.stage" in error.value.message
@@ -135,7 +135,7 @@ def test_warnings_that_from_scratch_is_better(converted: Callable[..., Path], pi
     assert plan_training(split, EIGHT, dense_tokens=1e3, dense=str(pico("llama"))) is not None
 
 
-def test_a_parent_is_counted(converted: Callable[..., Path], pico: Model) -> None:
+def test_a_parent_costs_memory_and_time(converted: Callable[..., Path], pico: Model) -> None:
     stage = {"tokens": 100_000, "learning_rate": 0.001, "distillation": {}}
     recipe = keys(converted("moe", experts=2), stages=stage)
     with_it = plan_training(recipe, EIGHT).options[0]

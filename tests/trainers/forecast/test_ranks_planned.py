@@ -40,13 +40,13 @@ def test_ranks_on_this_machines_cpus_share_it(text: str) -> None:
         ("2x2xcpu", "for this machine alone"),
     ],
 )
-def test_bad_worlds(text: str, message: str) -> None:
+def test_bad_worlds_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         parse_world(text)
     assert error.value.hint
 
 
-def test_without_one_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_world_the_plan_is_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert (parse_world(None).device.name, parse_world(None).size) == ("cpu", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -33,7 +33,7 @@ def division(stage: int = 1, implementation: str = "grouped_mm", **keys: Any) ->
     return Division(recipe, model(implementation), 16, stage)
 
 
-def test_computing() -> None:
+def test_the_time_of_computing_is_flops_over_the_peak() -> None:
     own = division()
     assert flops_per_token(own, None) == 33
     assert flops_per_token(division(activation_checkpointing=True), None) == 43

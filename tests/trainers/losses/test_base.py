@@ -43,7 +43,7 @@ def test_the_exchange_is_one_for_all_losses_and_layers(record: Any) -> None:
     assert calls == [(3 * (2 * 4 + 1) + 3 * 2,)]
 
 
-def test_ramps(record: Any) -> None:
+def test_a_ramp_scales_the_loss_up_to_its_end(record: Any) -> None:
     records = {"router": [record(torch.randn(6, 4))]}
     flat, rising = make_losses({"router_z": {}}), make_losses({"router_z": {"ramp": 0.5}})
     full = auxiliary_losses(flat, records)["router_z"]

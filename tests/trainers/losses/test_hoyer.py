@@ -34,7 +34,7 @@ def test_formula() -> None:
     assert value(z, of="preactivations", clamp=-3.0) == pytest.approx(expected, rel=1e-13)
 
 
-def test_it_counts_equal_neurons() -> None:
+def test_hoyer_counts_equal_neurons() -> None:
     z = torch.tensor([[2.0, 2.0, -1.0, -1.0, 2.0, -5.0]], dtype=torch.float64)
     assert value(z) == pytest.approx(3, rel=1e-14)
     assert value(-z.abs()) == 0  # a token without any active neuron

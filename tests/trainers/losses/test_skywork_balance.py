@@ -1,4 +1,4 @@
-"""Skywork's loss against its formula, and its coefficients against theirs."""
+"""Skywork's loss against its formula, and its coefficients against the paper's rule."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def test_the_bias_follows_the_load_of_all_tokens_that_are_there(stock: Any, monk
             torch.testing.assert_close(after[layer].flatten(), wanted)  # type: ignore[union-attr]
 
 
-def test_a_loss_of_every_pass_is_another_one_and_costs_no_pass(model: Any, parent: Any) -> None:
+def test_a_loss_per_pass_has_another_value_and_costs_no_survey(model: Any, parent: Any) -> None:
     stage = STAGES["balances"]
     whole, _, twice = step(model, parent, stage, 1, 4)
     apart, _, once = step(model, parent, {**stage, "losses_over": "pass"}, 1, 4)
@@ -247,12 +247,11 @@ def test_a_loss_of_every_pass_is_another_one_and_costs_no_pass(model: Any, paren
     assert step(model, parent, STAGES["means"], 1, 4)[2].calls == 4
     for name in ("switch_balance", "mutual_information", "importance_cv2"):
         assert abs(apart.parts[name] / whole.parts[name] - 1) > 1e-3
-    assert (
-        apart.parts["router_z"] != whole.parts["router_z"]
-    )  # the mean of passes' means: passes have unlike numbers of tokens
+    # A mean of the passes' means differs, as passes have unlike numbers of tokens.
+    assert apart.parts["router_z"] != whole.parts["router_z"]
 
 
-def test_what_is_surveyed() -> None:
+def test_a_survey_runs_only_for_losses_of_the_whole_batch() -> None:
     assert needed({"switch_balance": {}}, None, 2, "batch") == Survey(student=True)
     assert needed({"switch_balance": {}}, None, 1, "batch") == Survey()
     assert needed({"switch_balance": {}}, None, 2, "pass") == Survey()

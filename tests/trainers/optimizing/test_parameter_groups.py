@@ -14,7 +14,7 @@ from upcycle.trainers.recipe.part_recipes import GroupParameters
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_parts(target: str, stock: Any) -> None:
+def test_every_parameter_is_router_experts_or_rest(target: str, stock: Any) -> None:
     model = stock(target)
     found = parts(model)
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -25,7 +25,7 @@ def test_parts(target: str, stock: Any) -> None:
     assert {"router", "experts", "rest"} == set(found.values())
 
 
-def test_select(stock: Any) -> None:
+def test_select_trains_the_named_parts_and_patterns(stock: Any) -> None:
     model = stock("qwen2_moe")
     for words, expected in (
         (["router"], lambda name: ".mlp.gate." in name),
@@ -49,7 +49,7 @@ def test_the_bias_on_the_choice_never_trains(stock: Any) -> None:
     assert not any(w.requires_grad for name, w in model.named_parameters() if "e_score_correction_bias" in name)
 
 
-def test_groups(stock: Any) -> None:
+def test_groups_have_their_own_rate_and_weight_decay(stock: Any) -> None:
     model = stock("qwen3_moe")
     select(model, ["all"])
     made = groups(model, GroupParameters(learning_rate=1e-3, router=0.1, experts=2.0, router_weight_decay=0.0))

@@ -33,7 +33,9 @@ def cooled(stock: Callable[..., Any]) -> Any:
     return model
 
 
-def test_a_rate_that_undoes_them_is_warned_of_and_the_one_it_names_is_not(cooled: Any, tmp_path: Path) -> None:
+def test_a_rate_that_undoes_calibrated_routers_is_warned_of_and_the_suggested_one_is_not(
+    cooled: Any, tmp_path: Path
+) -> None:
     origin = taught(tmp_path, "ridge")
     warning = router_warning(cooled, GroupParameters(learning_rate=1e-4), origin)
     assert warning
@@ -44,7 +46,7 @@ def test_a_rate_that_undoes_them_is_warned_of_and_the_one_it_names_is_not(cooled
     assert router_warning(cooled, GroupParameters(learning_rate=1e-4, router=0.001), origin) is None
 
 
-def test_not_where_nothing_is_lost(cooled: Any, tmp_path: Path, stock: Callable[..., Any]) -> None:
+def test_no_warning_where_no_calibrated_router_is_lost(cooled: Any, tmp_path: Path, stock: Callable[..., Any]) -> None:
     fast = GroupParameters(learning_rate=1e-3)
     assert router_warning(cooled, fast, tmp_path) is None, "no conversion"
     assert router_warning(cooled, fast, taught(tmp_path, "cool")) is None

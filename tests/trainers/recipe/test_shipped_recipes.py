@@ -217,7 +217,7 @@ def test_nvidias_upcycling_spreads_its_scale_over_three_matrices_and_weighs_by_t
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("d2dmoe", "factorllm"))])
-def test_it_trains(name: str, pico: Pico, tmp_path: Path) -> None:
+def test_every_shipped_recipe_trains(name: str, pico: Pico, tmp_path: Path) -> None:
     model = converted(name, pico("llama"), tmp_path / "moe")
     recipe, result, found = trained(name, model, tmp_path / "run")
     assert len(found) == 2 * len(recipe.stages)

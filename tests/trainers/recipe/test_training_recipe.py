@@ -1,4 +1,4 @@
-"""Training recipes: what is understood, and how every fault names its key."""
+"""Training recipes: the forms that are read, and faults that name their key."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def biases(model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("target", BIASED)
-def test_the_update(target: str, stock: Any, ids: torch.Tensor) -> None:
+def test_the_bias_moves_by_the_sign_of_the_load(target: str, stock: Any, ids: torch.Tensor) -> None:
     model = stock(target)
     own, expected = balance(model), [bias.clone() for bias in biases(model)]
     mask = torch.ones_like(ids).bool()
@@ -53,7 +53,7 @@ def test_the_update(target: str, stock: Any, ids: torch.Tensor) -> None:
     assert all(torch.equal(a, b) for a, b in zip(biases(model), before, strict=True))
 
 
-def test_it_balances(stock: Any) -> None:
+def test_balancing_spreads_a_skewed_router(stock: Any) -> None:
     """A router that prefers two of its experts for every token uses all of them after enough steps; no weight changed."""
     model = stock("glm4_moe", experts=8, top_k=2)
     for bias in biases(model):
@@ -120,7 +120,7 @@ def test_a_target_without_a_bias_is_refused(stock: Any) -> None:
     assert "switch_balance" in str(caught.value.hint)
 
 
-def test_loads() -> None:
+def test_loads_report_the_largest_share_and_dead_experts() -> None:
     (first, second) = loads({3: torch.tensor([6, 0, 2, 0]), 5: torch.tensor([0, 0])})
     assert (first.layer, first.largest_over_mean, first.dead) == (3, 3.0, 2)
     assert (second.largest_over_mean, second.dead) == (0.0, 2)

@@ -48,7 +48,7 @@ def naive(
 @pytest.mark.parametrize("drop", ["position", "probability"])
 @pytest.mark.parametrize(("factor", "least"), [(1.0, 1), (0.45, 1), (0.1, 4), (8.0, 1)])
 @pytest.mark.parametrize("divided", [False, True])
-def test_every_choice(drop: str, factor: float, least: int, divided: bool) -> None:
+def test_capacity_equals_a_naive_loop_over_choices(drop: str, factor: float, least: int, divided: bool) -> None:
     rng = torch.Generator().manual_seed(3)
     logits = torch.randn(G * S, E, generator=rng) + torch.tensor([2.0, 1.0, 0.0, 0.0])
     weights, experts = RoutingRule("softmax", E, K).route(logits)
@@ -72,6 +72,6 @@ def test_first_choices_come_before_second_ones() -> None:
     assert found.tolist() == [[True, False], [True, True]]
 
 
-def test_rows_of_another_size_are_refused() -> None:
+def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(UsageError, match="a mask of 6 tokens for 4"):
         within_capacity(torch.ones(4, 1), torch.zeros(4, 1).long(), 2, 1.0, real=torch.ones(2, 3).bool())

@@ -45,7 +45,7 @@ def made(model_type: str, **changes: Any) -> Any:
         ("deepseek_v3", {**DEEPSEEK, "routed_scaling_factor": 2.5}, ("sigmoid", 2, True, 2.5)),
     ],
 )
-def test_a_router_is_known_by_what_it_gives(
+def test_a_router_is_recognised_by_its_outputs(
     model_type: str, changes: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     model = made(model_type, **changes)

@@ -266,7 +266,7 @@ def test_choices_held_back_by_chance_ask_for_no_room_and_are_not_dropped(stock: 
         ({"normalize_logits": 2.0, "accept_unexported": True}, True),
     ],
 )
-def test_what_acts_in_evaluation(stock: Any, ids: torch.Tensor, keys: dict[str, Any], acts: bool) -> None:
+def test_which_controls_act_in_evaluation(stock: Any, ids: torch.Tensor, keys: dict[str, Any], acts: bool) -> None:
     """Of a model in evaluation mode, which is what validation runs."""
     model = stock("mixtral").eval()
     _, before = run(model, ids)

@@ -26,7 +26,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("target", "changes"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "")
-def test_the_rule_is_the_router(target: str, changes: dict[str, Any], stock: Any) -> None:
+def test_the_rule_routes_as_the_stock_router_does(target: str, changes: dict[str, Any], stock: Any) -> None:
     model = stock(target, experts=6, top_k=2, **changes)
     rng = torch.Generator().manual_seed(1)
     for layer in moe_layers(model):

@@ -32,7 +32,7 @@ def test_every_dead_expert_is_named() -> None:
     assert "expert 1, 2 in 1 steps" in alarm.message
 
 
-def test_collapse() -> None:
+def test_router_collapse_is_alarmed_once() -> None:
     alarms = Alarms(AlarmParameters(collapse_steps=2, dead_steps=1000))
     steps = [counts(8, 8, 8, 8), counts(16, 16, 1, 1), counts(16, 16, 0, 0), counts(16, 16, 0, 0), counts(16, 16, 0, 0)]
     kinds = [[alarm.kind for alarm in alarms.loads(step, load, top_k=2)] for step, load in enumerate(steps)]
@@ -53,7 +53,7 @@ def test_load_entropy_formula() -> None:
     assert load_entropy(torch.tensor([6, 5, 4, 1]), 2) == pytest.approx(expected, rel=1e-12)
 
 
-def test_identical_experts() -> None:
+def test_identical_experts_are_alarmed_after_the_given_step() -> None:
     alarms = Alarms(AlarmParameters(identical_after=100))
     assert alarms.similarities(99, {0: 1.0, 1: 0.5}) == []
     (alarm,) = alarms.similarities(100, {0: 1.0, 1: 0.5})
@@ -108,7 +108,7 @@ def test_state_survives_a_checkpoint() -> None:
     assert again.similarities(2001, {2: 1.0}) == []
 
 
-def test_nan_policy() -> None:
+def test_steps_that_are_not_finite_are_skipped_up_to_the_limit() -> None:
     policy = NanPolicy(most=2)
     values = [1.0, math.nan, math.inf, 2.0, math.nan, -math.inf, math.nan]
     assert [policy.decide(value, 1.0) for value in values] == ["go", "skip", "skip", "go", "skip", "skip", "stop"]

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told."""
+"""The configuration that a recipe gives DeepSpeed."""
 
 from __future__ import annotations
 

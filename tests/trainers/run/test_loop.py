@@ -356,7 +356,9 @@ def test_a_checkpoint_of_another_run_is_refused(pico_moe: Model, tmp_path: Path)
         ({"expert_parallel": 2}, "does not divide 1 ranks"),
     ],
 )
-def test_what_does_not_fit_is_refused(pico_moe: Model, tmp_path: Path, changes: Any, message: str) -> None:
+def test_recipes_that_do_not_fit_the_model_are_refused(
+    pico_moe: Model, tmp_path: Path, changes: Any, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         run(recipe_for(pico_moe("mixtral"), tmp_path, **changes))
     assert not finished(tmp_path / "run")

@@ -63,7 +63,9 @@ def test_one_rank_trains_the_same_part_under_every_stage(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["router", "experts", "both"])
 @pytest.mark.parametrize(("zero", "divided"), [(0, 1), (3, 1), (2, 2), (3, 2)])
-def test_two_ranks_train_a_part(pico_moe: Model, tmp_path: Path, name: str, zero: int, divided: int) -> None:
+def test_two_ranks_train_the_same_part_as_one(
+    pico_moe: Model, tmp_path: Path, name: str, zero: int, divided: int
+) -> None:
     alone = recipe_for(pico_moe("mixtral"), tmp_path / "one", stage={"steps": 2, "train": TRAINED[name], "losses": {}})
     run(alone)
     both = two_ranks(alone, tmp_path / "two", zero={"stage": zero}, expert_parallel=divided)

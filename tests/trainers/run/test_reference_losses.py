@@ -54,7 +54,7 @@ def restated(folder: Path, recipe: TrainRecipe) -> dict[str, float]:
     return found
 
 
-def test_they_are_the_dense_parents_and_weights_follow_what_is_above_them(
+def test_reference_losses_are_the_dense_parents_and_weights_follow_the_excess(
     half: Path, pico: Pico, tmp_path: Path
 ) -> None:
     recipe = two_domains(half, tmp_path, {"rate": 50.0})
@@ -84,7 +84,7 @@ def test_they_are_the_dense_parents_and_weights_follow_what_is_above_them(
 
 
 @pytest.mark.long
-def test_a_stage_after_it_and_a_continued_run_keep_them(
+def test_later_stages_and_continued_runs_keep_the_reference_losses(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = two_domains(half, tmp_path, {})
@@ -102,7 +102,7 @@ def test_a_stage_after_it_and_a_continued_run_keep_them(
     assert saved.state["data"]["mixture"]["reference"] == measured[0]
 
 
-def test_given_ones_need_no_parent(half: Path, tmp_path: Path) -> None:
+def test_reference_losses_of_the_recipe_need_no_parent(half: Path, tmp_path: Path) -> None:
     (half / "upcycle.json").unlink()
     recipe = two_domains(half, tmp_path, {"reference": {"book": 1.0, "code": 2.0}})
     run(recipe)

@@ -33,7 +33,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_what_was_read_is_kept(tmp_path: Path) -> None:
+def test_batches_of_a_step_are_saved(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     ids = torch.arange(6).view(2, 3)
@@ -65,7 +65,7 @@ def test_a_run_is_kept_apart_from_its_model(converted: Callable[..., Path], tmp_
 @pytest.mark.parametrize(
     "name", ["recipe.yaml", "log.jsonl", "run.json", "checkpoints/mine", "model/config.json", "upcycle.json"]
 )
-def test_a_folder_with_files_of_somebody_else_is_no_run(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_files_is_not_taken_for_a_run(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")

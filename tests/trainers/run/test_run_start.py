@@ -1,4 +1,4 @@
-"""What is looked at before a run begins or goes on: one folder, one checkpoint, the weights that were written, room on the disk."""
+"""Checks before a run begins or continues: one folder for all ranks, one checkpoint, undamaged weights, room on the disk."""
 
 from __future__ import annotations
 

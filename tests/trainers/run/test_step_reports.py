@@ -37,7 +37,7 @@ def report(step: int = 3, **changes: Any) -> StepReport:
     return StepReport(**{**content, **changes})
 
 
-def test_the_line_has_everything() -> None:
+def test_the_line_of_a_step_shows_all_its_numbers() -> None:
     assert report().line() == (
         "heal 3/10  loss 2.5000  switch_balance 0.0123  kl 0.5  lr 1.00e-03  norm 0.75  1,234 tok/s  42% of peak  "
         "1.50 GB  load 1.70x  dropped 12.5%  dead 2"

@@ -67,7 +67,7 @@ def test_noise_of_the_tolerated_size_stays_within_what_is_allowed() -> None:
         assert least <= sum(place.gap_error <= place.allowed for place in found) <= most
 
 
-def test_the_yardstick_of_sixteen_bits_is_the_models_own_error() -> None:
+def test_the_tolerance_in_16_bits_is_twice_the_models_own_rounding_error() -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     rounded = rows + torch.tensor([[0.3, 0.4], [0.0, 0.0]])
     text = [Written([1], [(1, 0, 1.0)])]

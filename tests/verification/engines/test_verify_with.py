@@ -1,4 +1,4 @@
-"""``verify --with``: engines that write the same, something else, nothing, or are not there; what is recorded and said."""
+"""``verify --with``: engines that generate the same tokens, others or none, or are missing; what is recorded and printed."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loading(folder: Path, engine: str) -> str:
-    """What the card says of an engine."""
+    """The card's line about an engine."""
     text = upcycle.write_card(folder, license="mit").read_text()
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {engine} |")]
     return row
 
 
 @pytest.mark.long
-def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
+def test_an_engine_that_generates_the_same_tokens_is_the_same(out: Path, vllm: None) -> None:
     found = verify_with(out, "vllm", tokens=64)
     assert (found.verdict, found.tokens, found.equal_tokens, found.prompts) == ("same", 64, 64, 2)
     assert found.first_difference is None
@@ -67,10 +67,10 @@ def test_an_engine_that_writes_the_same(out: Path, vllm: None) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("vllm")
-def test_an_engine_that_ignores_a_window(
+def test_an_engine_that_ignores_a_window_is_different(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The window is longer than any prompt was and what is written after it: one prompt reaches past it."""
+    """The window is longer than the usual prompts with their continuation, so that one prompt is made to reach past it."""
     source, out = shutil.copytree(pico("mistral"), tmp_path / "dense"), tmp_path / "moe"
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "sliding_window": 100}))
@@ -87,7 +87,7 @@ def test_an_engine_that_ignores_a_window(
 
 @pytest.mark.long
 @pytest.mark.usefixtures("llama_cpp")
-def test_an_engine_that_writes_something_else(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_generates_other_tokens_is_different(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 3, the first difference with what rounding explains, and the card warns. What another engine said is kept."""
     before = {"verdict": "same", "version": "vLLM 1", "dtype": "float32", "explanation": "it was compared before"}
     records.write_evaluation(out, {"tasks": None, "serving": {"vllm": before}})
@@ -116,7 +116,7 @@ def test_an_engine_that_writes_something_else(out: Path, monkeypatch: pytest.Mon
     ],
 )
 @pytest.mark.usefixtures("vllm", "llama_cpp")
-def test_an_engine_that_cannot_hold_it(
+def test_a_model_that_the_engine_cannot_load_is_not_held(
     engine: str, wrong: str, says: str, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAND_IN", wrong)
@@ -137,7 +137,7 @@ def test_an_engine_that_cannot_hold_it(
         ("llama.cpp", "convert_hf_to_gguf.py was not found", "LLAMA_CPP"),
     ],
 )
-def test_an_engine_that_is_not_there(engine: str, says: str, hint: str, out: Path) -> None:
+def test_a_missing_engine_is_an_error_with_a_hint(engine: str, says: str, hint: str, out: Path) -> None:
     with pytest.raises(EnvironmentFault, match=says) as caught:
         verify_with(out, engine)
     assert hint in (caught.value.hint or "")
@@ -145,7 +145,9 @@ def test_an_engine_that_is_not_there(engine: str, says: str, hint: str, out: Pat
 
 
 @pytest.mark.long
-def test_a_python_is_found_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+def test_a_relative_path_of_python_means_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
     python = tmp_path / "engine" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{make_vllm(tmp_path / "site")}" exec "{sys.executable}" "$@"\n')
@@ -157,7 +159,7 @@ def test_a_python_is_found_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("vllm")
-def test_an_engine_that_dies(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_dies_is_an_error_with_its_last_lines(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN", "die")
     with pytest.raises(EnvironmentFault, match=r"(?s)ended \(signal SIGKILL\).*out of memory") as caught:
         verify_with(out, "vllm")
@@ -172,7 +174,7 @@ def test_what_the_converter_needs_is_named(out: Path, monkeypatch: pytest.Monkey
     assert "pip install a_package_that_is_not_there" in (caught.value.hint or "")
 
 
-def test_wrong_arguments(out: Path) -> None:
+def test_wrong_arguments_are_refused(out: Path) -> None:
     with pytest.raises(UsageError, match="unknown engine 'ollama'"):
         verify_with(out, "ollama")
     with pytest.raises(EnvironmentFault, match="/no/such/python cannot be run"):
@@ -189,7 +191,7 @@ def test_wrong_arguments(out: Path) -> None:
         verify_with(out, "vllm")
 
 
-def test_a_worker_ends_with_whoever_asked() -> None:
+def test_a_worker_ends_when_its_parent_has_ended() -> None:
     """Killed before it could say so, too."""
     worker = Path(upcycle.__file__).parent / "verification" / "engines" / "workers"
     asked = f"import sys, time; sys.path.insert(0, {str(worker)!r}); import answering; answering.serve(lambda _: time.sleep(600))"
@@ -209,7 +211,7 @@ def test_a_worker_ends_with_whoever_asked() -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_why_llama_cpp_is_known_to_differ() -> None:
+def test_known_differences_of_llama_cpp_are_explained() -> None:
     """``norm_topk_prob`` is fixed in its graphs; with all experts on, the weights sum to 1 anyway."""
     engine = LlamaCpp()
     config = {"model_type": "qwen2_moe", "norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
