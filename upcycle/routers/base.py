@@ -49,7 +49,7 @@ class Router(ABC):
 
         Args:
             recipe: the conversion's.
-            members: indices of the mixed models (:attr:`~upcycle.methods.base.Method.members`); empty for one.
+            members: indices of the mixed models (:attr:`~upcycle.methods.mixing.base.MixingMethod.members`); empty for one.
             copies: whether several experts are the same FFN, or the same chunk of it.
 
         Raises:
