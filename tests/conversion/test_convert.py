@@ -117,7 +117,7 @@ def test_a_broken_promise_ends_in_failed_and_raises(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ExpertJob, "promise", property(lambda job: ("exact", "so it claims")))
-    with pytest.raises(VerificationError, match="broke its promise") as caught:
+    with pytest.raises(VerificationError, match="did not keep its promise") as caught:
         upcycle.convert(str(pico("llama")), tmp_path / "out", method="random_split", top_k=2, **QUICK)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()

@@ -127,10 +127,10 @@ def test_a_window_that_is_lost_is_found(pico: Pico, tmp_path: Path, monkeypatch:
     assert result.verdict == "broken"
     assert "behind position 300" in result.explanation
     assert result.relative_logit_error < 1e-5
-    monkeypatch.setattr(measure, "MOST_WORK", 0)  # too dear: what was not looked at is said
+    monkeypatch.setattr(measure, "MOST_WORK", 0)  # too dear: what was not compared is said
     result = upcycle.verify(out, tokens=256)
     assert (result.verdict, result.positions, result.far_error) == ("exact", 256, None)
-    assert "looked at 256 positions only" in result.explanation
+    assert "only the first 256 positions were compared" in result.explanation
     assert "--tokens 337" in result.explanation
     assert upcycle.verify(out, tokens=512).verdict == "broken"  # who asks for more tokens gets them
 

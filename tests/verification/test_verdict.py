@@ -146,7 +146,7 @@ def test_a_blueprint_says_how_layers_are_built_and_nothing_else(pico: Pico, tmp_
     assert not {"verification", "source", "revision", "sources", "tokenizer", "trust_remote_code"} & set(brought)
     assert brought["calibration"] == {"text": ["notes.txt", "org/data", "prose"], "tokens": 64}
     assert (brought["method"], brought["experts"], brought["seed"]) == ("random_split", 8, 0)
-    with pytest.raises(VerificationError, match="broke its promise"):
+    with pytest.raises(VerificationError, match="did not keep its promise"):
         upcycle.convert(str(pico("llama")), tmp_path / "out", blueprint=forged)
     assert not (tmp_path / "out").exists()
 

@@ -51,7 +51,7 @@ def remove_unfinished(run: Path) -> None:
 
 
 def put_aside(run: Path) -> None:
-    """Rename the checkpoints of a run that is begun anew; they are removed when its first new one is complete."""
+    """Rename the checkpoints of a run that begins again; they are removed when its first new one is complete."""
     found = finished(run)
     if found:
         _remove_replaced(run)  # those of an earlier restart
@@ -263,7 +263,7 @@ def disk_fault(fault: OSError, folder: Path) -> EnvironmentFault:
     if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return EnvironmentFault(
             f"the disk is full: {folder} could not be written; earlier checkpoints are complete",
-            hint="make room, or lower saving.keep; the same command then continues from the last checkpoint",
+            hint="make room, or lower saving.keep; then run the same command again to continue from the last checkpoint",
         )
     return EnvironmentFault(
         f"cannot write {folder}: {fault.strerror or fault}", hint="choose an output you may write to"

@@ -139,8 +139,8 @@ class TokenStream:
     def restore(self, state: Mapping[str, Any]) -> list[str]:
         """Continue from :meth:`state`, on any number of ranks.
 
-        Files may have been mended since. If the block in use holds the same documents, the position is exact; otherwise it is the
-        same number of rows into that block. Later blocks are read as they are now.
+        Files may have been mended since. If the current block holds the same documents, the position is exact; otherwise it is
+        the same row number in that block. Later blocks are read as they are now.
 
         Returns:
             A sentence for every domain whose files have changed.
@@ -317,12 +317,12 @@ def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str])
     """The files that have other contents now.
 
     Raises:
-        UsageError: a file is gone, or new, which would change the order of all that follows.
+        UsageError: a file was removed or added, which would change the order of all that follows.
     """
     for path in {**then, **now}:
         if path not in then or path not in now:
             raise UsageError(
-                f"domain '{domain}': {path} is {'gone' if path in then else 'new'} since the checkpoint was saved",
+                f"domain '{domain}': {path} was {'removed' if path in then else 'added'} after the checkpoint was saved",
                 hint="use the same files (their contents may be mended), or start a new run from the checkpoint's weights",
             )
     return [path for path in now if then[path] != now[path]]
@@ -331,9 +331,9 @@ def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str])
 def _mended(domain: str, changed: list[str], cursor: Cursor, same: bool) -> str:
     where = f"epoch {cursor.epoch}, block {cursor.block}, row {cursor.row}"
     kept = (
-        f"the block in use is unchanged, so reading continues exactly where it was ({where})"
+        f"the current block of text is unchanged, so the run continues at exactly the same position ({where})"
         if same
-        else f"reading continues at the same number of rows ({where}), but this block and later ones hold the new documents: in "
-        "this epoch some may come twice or not at all"
+        else f"the current block of text has changed: the run continues at the same row number in it ({where}), and in this "
+        "epoch some documents may be read twice or not at all"
     )
     return f"domain '{domain}': {', '.join(changed)} changed since the checkpoint was saved; {kept}"

@@ -144,7 +144,7 @@ def _wait(started: Sequence[Started]) -> int:
 
 
 def command_to_repeat(arguments: Sequence[str]) -> str:
-    """The command line to give again to continue: ``--restart``, which would throw the checkpoints away, is left out."""
+    """The command line that continues the run: without ``--restart``, which would discard the checkpoints."""
     return shlex.join(["upcycle", *(argument for argument in arguments if argument != "--restart")])
 
 

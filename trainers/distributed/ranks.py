@@ -205,7 +205,7 @@ def lost_ranks() -> Iterator[None]:
             raise
         raise EnvironmentFault(
             f"another rank was lost: {_first_line(error)}",
-            hint="see the other ranks' messages, then run the same command again: it continues from the last checkpoint",
+            hint="see the other ranks' messages, then run the same command again to continue from the last checkpoint",
         ) from error
 
 

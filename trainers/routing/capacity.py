@@ -48,7 +48,7 @@ def within_capacity(
     tokens, top_k = experts.shape
     real = real if real is not None else torch.ones(1, tokens, dtype=torch.bool, device=experts.device)
     if real.numel() != tokens:
-        raise UsageError(f"a mask of {real.numel()} tokens for {tokens} routed ones")
+        raise UsageError(f"the padding mask is of {real.numel()} tokens, but {tokens} tokens were routed")
     groups = len(real)
     asking = real.reshape(-1, 1).expand(-1, top_k)
     if asked is not None:

@@ -94,8 +94,8 @@ def accepted_changes(saved: SavedRun, recipe: TrainRecipe, model: str) -> list[C
     if refused:
         raise UsageError(
             f"{saved.folder} is a checkpoint of another run: " + "; ".join(map(str, refused)),
-            hint=f"undo these changes ({MAY_CHANGE} may change), give the run another output, or use --restart to throw its "
-            "checkpoints away",
+            hint=f"undo these changes ({MAY_CHANGE} may change), give the run another output, or use --restart to discard its "
+            "checkpoints and begin again",
         )
     steps = recipe.steps_of(recipe.stages[at])
     if steps < done:

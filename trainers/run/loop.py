@@ -79,7 +79,7 @@ def train(
     Args:
         recipe: a recipe, its keys, or its file.
         say: called with each line of the run's report, on the first rank alone.
-        restart: throw the run's checkpoints away and begin anew.
+        restart: discard the run's checkpoints and begin again.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the run after its current step, which is saved (``stopped`` in the result).
 
@@ -243,9 +243,7 @@ class _Run:
                 self._save(index, stage, number + 1)
             if self.stop:
                 name = signal.Signals(received).name
-                self.say(
-                    f"stopped by {name} after step {progress.step}, which is saved; the same command continues the run"
-                )
+                self.say(f"stopped by {name}; step {progress.step} is saved; to continue, run the same command again")
                 return
 
     def _first_validation(self, stage: Stage) -> None:
@@ -279,8 +277,8 @@ class _Run:
         raise UpcycleError(
             f"loss {result.loss} and gradient norm {result.gradient_norm} at step {self.progress.step}, not finite "
             f"{self.recipe.bad_steps + 1} steps in a row; the batch is in {path}; {kept}",
-            hint="lower learning_rate or clip, raise bad_steps, or mend the data; the same command then continues from the "
-            "checkpoint",
+            hint="lower learning_rate or clip, raise bad_steps, or mend the data; then run the same command again to continue "
+            "from the checkpoint",
         )
 
     def _save(self, index: int, stage: Stage, stage_step: int) -> None:

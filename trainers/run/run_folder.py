@@ -126,7 +126,7 @@ def open_run(
         folder: its output.
         origin: folder of the model that training begins with.
         ranks: all of them; the first one does the work.
-        restart: whether the run begins anew.
+        restart: whether the run begins again from its first step.
         say: called with each line that the reports print.
         step: the step that the run continues from.
 

@@ -71,7 +71,9 @@ def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
     if joined_blueprint(job, folder) is None:
         parts = [layer_file(folder, layer) for layer in sorted(job.shape.moe_layers)]
         if lost := [path.name for path in parts if not path.exists()]:
-            raise CheckpointError(f"{folder}: {lost[0]} of {LAYER_BLUEPRINTS} is missing", hint="--restart begins anew")
+            raise CheckpointError(
+                f"{folder}: {lost[0]} of {LAYER_BLUEPRINTS} is missing", hint="--restart discards it and begins again"
+            )
         recipe = job.recipe.model_dump(exclude={"source", "revision", "sources", "verification"})
         public = LocalNames.of(job.recipe.model_dump()).published(recipe)
         write_whole(folder / BLUEPRINT_FILE, lambda partial: join_blueprints(parts, partial, public))

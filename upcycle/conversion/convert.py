@@ -78,7 +78,7 @@ def convert(
         source: local folder, hub id, ``.gguf`` file or ``demo``.
         out: folder to write; it appears complete or not at all.
         overwrite: replace an ``out`` that upcycle wrote, once the new model is complete.
-        restart: throw away an unfinished conversion of another recipe.
+        restart: discard an unfinished conversion of another recipe.
         blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding anew.
         progress: where to report.
         **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`).
@@ -87,7 +87,7 @@ def convert(
         The outcome, with the plan and the verification's numbers.
 
     Raises:
-        UpcycleError: a subclass with the exit code the command would end with. A conversion that breaks its promise
+        UpcycleError: a subclass with the exit code the command would end with. A conversion that does not keep its promise
             raises VerificationError and is left in ``out`` + ``.failed``.
     """
     saved = Path(blueprint) if blueprint else None
@@ -157,7 +157,7 @@ def run_recipe(
         final = workspace.publish(failed=broken)
     if broken and verification is not None:
         raise VerificationError(
-            f"the conversion broke its promise: {verification.explanation}",
+            f"the conversion did not keep its promise: {verification.explanation}",
             hint=f"the result is in {final}; please report this with the output of: upcycle env",
         )
     seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""A conversation, and the token ids of it that a model continues."""
+"""A conversation, as messages and as the token ids that a model continues."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from upcycle.errors import UsageError
 
 
 class Conversation:
-    """Lines and answers. ``templated`` says whether the tokenizer has a chat template; without one, they are lines of plain text.
+    """The user's messages and the model's answers, in turn.
+
+    ``templated`` says whether the tokenizer has a chat template. Without one, all messages are joined as lines of plain text.
 
     Args:
-        tokenizer: stock; its chat template is run in transformers' sandbox.
-        context: the most tokens that the model reads; None: any number.
-        system: the system message; left out where there is no template.
+        tokenizer: a tokenizer of transformers, which runs the chat template in a sandbox.
+        context: the most tokens that the model can read; None: any number.
+        system: the system message; ignored without a chat template.
     """
 
     def __init__(self, tokenizer: Any, context: int | None, system: str | None = None) -> None:
@@ -25,12 +27,13 @@ class Conversation:
         self._said: list[dict[str, str]] = []
 
     def say(self, line: str, room: int) -> tuple[list[int], int]:
-        """Add a line of the user's.
+        """Add a message of the user's.
 
-        Returns the token ids to continue, and how many earlier messages had to be forgotten to leave room for ``room`` tokens.
+        Returns the token ids that the model continues, and how many of the oldest messages were dropped so that an answer of
+        ``room`` tokens still fits.
 
         Raises:
-            UsageError: the line alone is too long, or the template refuses the messages.
+            UsageError: the message alone is too long, or the chat template refuses the conversation.
         """
         self._said.append({"role": "user", "content": line})
         dropped = 0
@@ -38,12 +41,12 @@ class Conversation:
             ids = self._encode(self._said)
             if self._context is None or len(ids) + room <= self._context or len(self._said) == 1:
                 break
-            # A question goes with its answer: templates want them in turns.
+            # A question is dropped with its answer, because templates require turns.
             del self._said[:2]
             dropped += 2
         if self._context is not None and len(ids) >= self._context:
             self._said.clear()
-            raise UsageError(f"the line has {len(ids):,} tokens, and the model reads {self._context:,}")
+            raise UsageError(f"this message has {len(ids):,} tokens, but the model reads at most {self._context:,}")
         return ids, dropped
 
     def answered(self, text: str) -> None:
@@ -61,6 +64,8 @@ class Conversation:
                 [*self._system, *said], add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
-            raise UsageError(f"the chat template refuses this: {error}", hint="leave --system out") from None
+            raise UsageError(
+                f"the chat template refuses this conversation: {error}", hint="try without --system"
+            ) from None
         templated: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return templated

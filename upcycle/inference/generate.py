@@ -1,4 +1,4 @@
-"""Text that a model writes, token by token, with the experts that read every token in one layer. T tokens, K top-k."""
+"""Generates text token by token, and reports which experts read each token in one layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from upcycle.models.load import load_model
 
 @dataclass(frozen=True)
 class Token:
-    """One token: ``text`` is what it adds (nothing, while a character is not complete).
+    """One token of the prompt (``prompt`` is true) or of the model's text.
 
-    ``experts`` are those that the router chose where the token was read, the heaviest first, with their ``weights``; both are
-    empty of a dense model. ``prompt`` says whether it was given, and not written.
+    ``text`` is what the token adds to the text: nothing, while the bytes of a character are incomplete. ``experts`` are those
+    that the router chose for the token, the one with the largest routing weight first, and ``weights`` are their routing
+    weights; both are empty if the model is dense.
     """
 
     id: int
@@ -34,7 +35,7 @@ class Writer:
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
-        layer: the layer whose experts are reported; by default the middle one of those that have some.
+        layer: the layer whose experts are reported; by default the middle MoE layer.
         experts: whether experts are reported at all.
 
     Raises:
@@ -80,10 +81,10 @@ class Writer:
         return {end for end in ends if end is not None}
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with what the tokenizer puts before it.
+        """The token ids of a prompt, with the special tokens that the tokenizer adds.
 
         Raises:
-            UsageError: there is nothing in it.
+            UsageError: the prompt is empty.
         """
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         if not prompt or not ids:
@@ -91,19 +92,19 @@ class Writer:
         return ids
 
     def write(self, ids: Sequence[int], tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[Token]:
-        """Yield the prompt's tokens and then at most ``tokens`` of the model's, each as soon as its experts are known.
+        """Yield the prompt's tokens, then at most ``tokens`` that the model writes, each as soon as its experts are known.
 
         Args:
             ids: the prompt, at least one token.
-            tokens: how many to write at most; a token that ends a text ends it earlier, and so does the model's context.
-            temperature: 0 takes the likeliest token every time.
-            seed: of the draws; the same seed writes the same text.
+            tokens: the most tokens to write; an end-of-text token or a full context ends the text earlier.
+            temperature: 0 always takes the likeliest token.
+            seed: seed for sampling; the same seed writes the same text.
 
         Raises:
-            UsageError: the prompt leaves no room in the context.
+            UsageError: the prompt alone fills the context.
         """
         if self.context is not None and len(ids) >= self.context:
-            raise UsageError(f"the prompt has {len(ids):,} tokens, and the model reads {self.context:,}")
+            raise UsageError(f"the prompt has {len(ids):,} tokens, but the model reads at most {self.context:,}")
         rng = torch.Generator().manual_seed(seed)
         pieces = Pieces(self.tokenizer)
         logits, cache, chosen = self._read(list(ids), None)
@@ -124,7 +125,7 @@ class Writer:
 
     @torch.no_grad()
     def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any, list[tuple[list[int], list[float]]]]:
-        """The logits ``[V]`` behind the last token, the cache, and every token's experts and weights."""
+        """Read tokens: the logits ``[V]`` after the last one, the cache, and each token's experts and routing weights."""
         output = self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
         chosen: list[tuple[list[int], list[float]]] = [([], []) for _ in ids]
         if self._recorder:
@@ -136,15 +137,15 @@ class Writer:
 
 
 class Pieces:
-    """Turns tokens into text one by one; the bytes of a character that is not complete wait for the others."""
+    """Turns tokens into text one by one. The bytes of an incomplete character are kept back until the rest has come."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._before = self._done = 0  # what is decoded again for its context, and what was shown
+        self._before = self._done = 0  # decoding starts at the first; what lies before the second was shown
 
     def add(self, token: int) -> str:
-        """The text that ``token`` completes; empty while a character is not complete."""
+        """The text that ``token`` completes; empty while a character is incomplete."""
         self._ids.append(token)
         text, shown = self._decode(len(self._ids)), self._decode(self._done)
         if text.endswith("\ufffd"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _VERDICTS = {
     "exact": "**Exact.** It computes the same function as the dense model, up to rounding in fp32.",
     "approximate": "**Approximate.** It is not the same function as the dense model; the numbers below say by how much it differs.",
-    "broken": "**Broken.** It does not keep the promise of its conversion.",
+    "broken": "**Broken.** The conversion did not keep its promise.",
 }
 
 

@@ -86,8 +86,8 @@ class ModelDifference:
             text += f"; rounding the source's weights alone moves its logits by {said(self.rounding, '.1e')}"
         if self.reach.border >= self.positions:
             text += (
-                f"; looked at {self.positions:,} positions only, and from position {self.reach.border:,} on windows or scaled "
-                f"positions begin: --tokens {self.reach.length} looks behind it"
+                f"; only the first {self.positions:,} positions were compared, and sliding windows or scaled positions begin at "
+                f"{self.reach.border:,}: --tokens {self.reach.length} compares beyond that"
             )
         return text
 

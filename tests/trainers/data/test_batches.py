@@ -215,8 +215,8 @@ def add_file(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove_file, r"domain 'a': .*a1\.jsonl is gone since the checkpoint was saved"),
-        (add_file, r"domain 'a': .*a2\.jsonl is new since the checkpoint was saved"),
+        (remove_file, r"domain 'a': .*a1\.jsonl was removed after the checkpoint was saved"),
+        (add_file, r"domain 'a': .*a2\.jsonl was added after the checkpoint was saved"),
         (
             lambda _: {"packing": "concatenate"},
             "data: packing was 'best_fit' when the checkpoint was saved and is now 'conc",
@@ -263,7 +263,10 @@ def test_a_mended_file_goes_on_at_its_place(recipe: Callable[..., DataRecipe], t
     mended(tmp_path / "a.jsonl", later, "mended")
     again = opened(data, tokenizer)
     (note,) = again.restore(state)
-    assert "the block in use is unchanged, so reading continues exactly where it was (epoch 0, block 0, row " in note
+    assert (
+        "the current block of text is unchanged, so the run continues at exactly the same position (epoch 0, block 0, row "
+        in note
+    )
     assert rows_of(take(again, 1)).equal(as_it_was)
     anew = opened(data, tokenizer)
     take(anew, 3)
@@ -273,7 +276,7 @@ def test_a_mended_file_goes_on_at_its_place(recipe: Callable[..., DataRecipe], t
     mended(tmp_path / "a.jsonl", inside, "also mended")
     again, anew = opened(data, tokenizer), opened(data, tokenizer)
     (note,) = again.restore(state)
-    assert "reading continues at the same number of rows (epoch 0, block 0, row " in note
+    assert "the run continues at the same row number in it (epoch 0, block 0, row " in note
     take(anew, 2)
     assert rows_of(take(again, 12)).equal(rows_of(take(anew, 12)))
 

@@ -66,7 +66,7 @@ def test_a_lost_rank_is_named_in_the_error(message: str) -> None:
     with pytest.raises(EnvironmentFault, match="another rank was lost") as error, lost_ranks():
         raise RuntimeError(message)
     assert error.value.hint
-    assert "continues from the last checkpoint" in error.value.hint
+    assert "to continue from the last checkpoint" in error.value.hint
     with pytest.raises(RuntimeError, match="shapes"), lost_ranks():
         raise RuntimeError("shapes do not fit")
 

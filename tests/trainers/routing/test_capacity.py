@@ -73,5 +73,5 @@ def test_first_choices_come_before_second_ones() -> None:
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
-    with pytest.raises(UsageError, match="a mask of 6 tokens for 4"):
+    with pytest.raises(UsageError, match="mask is of 6 tokens, but 4"):
         within_capacity(torch.ones(4, 1), torch.zeros(4, 1).long(), 2, 1.0, real=torch.ones(2, 3).bool())

@@ -132,7 +132,7 @@ def _stopped_at(recipe: Any, step: int, number: int = signal.SIGTERM) -> None:
     assert result.step == step
     assert result.checkpoint.endswith(f"step-{step:08d}")
     name = signal.Signals(number).name
-    assert said[-1] == f"stopped by {name} after step {step}, which is saved; the same command continues the run"
+    assert said[-1] == f"stopped by {name}; step {step} is saved; to continue, run the same command again"
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -177,7 +177,8 @@ def test_the_command_says_130_and_how_to_continue(
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 130
-    assert f"upcycle train {tmp_path / 'r.yaml'} --set clip=2   (continues)" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"to continue upcycle train {tmp_path / 'r.yaml'} --set clip=2" in said
 
 
 @pytest.mark.slow

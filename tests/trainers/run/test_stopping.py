@@ -78,7 +78,7 @@ def test_a_signal_saves_and_the_run_continues(pico_moe: Model, tmp_path: Path, w
         assert process.returncode == 130, said[-3000:]
         assert f"stopped by {name}" in said
         options = " ".join(WAYS[way][6:]).replace("HOSTS", str(tmp_path / "parts" / "hosts"))
-        again = f"upcycle train {tmp_path / 'parts' / 'r.yaml'} {options} (continues)"
+        again = f"to continue upcycle train {tmp_path / 'parts' / 'r.yaml'} {options}"
         assert "".join(again.split()) in "".join(said.split()), "whatever the width that long lines are folded to"
     end = time.monotonic() + 60
     while not nobody_trains(parts) and time.monotonic() < end:

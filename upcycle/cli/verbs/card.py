@@ -10,7 +10,7 @@ from upcycle.cli.shared.options import card_options, common_options
 from upcycle.cli.shared.output import print_facts, print_json
 
 
-@click.command("card")
+@click.command("card", short_help="Write a model card")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--name", help="the model's name on the card  [default: the folder's name]")
 @card_options

@@ -1,4 +1,4 @@
-"""``upcycle chat``: a conversation with a model, line by line."""
+"""``upcycle chat``: a conversation with a model, one line at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.cli.shared.output import note, print_json_line, warn
 from upcycle.cli.verbs.generate import writing_options
 
 
-@click.command("chat")
+@click.command("chat", short_help="Chat with a model")
 @click.argument("model")
 @click.option("--system", metavar="TEXT", help="system prompt, if the model's chat template has one")
 @writing_options
@@ -30,9 +30,9 @@ def command(
 ) -> None:
     """Chat with MODEL: type a line and read the answer as it is written, each token in the colour of its expert.
 
-    The tokenizer's chat template is used; without one, the model continues the whole conversation as plain text. Ctrl-C stops
-    an answer; Ctrl-D, or Ctrl-C at the input line, ends the conversation. Lines may be piped in. --json prints one JSON object
-    per answer, each on a line.
+    The tokenizer's chat template is used; without one, the model continues the whole conversation as plain text. When the
+    context is full, the oldest messages are forgotten. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C at the input line, ends the
+    conversation. Lines may also be piped in. --json prints one JSON object per answer, each on a line of its own.
 
     \b
     upcycle chat ./moe
@@ -53,7 +53,7 @@ def command(
         answer, interrupted = "", False
         ids, dropped = conversation.say(line, room=tokens)
         if dropped:
-            note(f"the context is full: the model no longer sees the first {dropped} lines of the conversation")
+            note(f"the context is full: the model no longer sees the {dropped} oldest messages")
         try:
             for token in writer.write(ids, tokens, temperature, seed):
                 if token.prompt:

@@ -27,7 +27,7 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
         raise UsageError(f"--active takes fractions, got '{value}'", hint="--active 0.75,0.5,0.25") from None
 
 
-@click.command("compare")
+@click.command("compare", short_help="Find the best split of a model")
 @click.argument("source")
 @click.option(
     "--methods", default="all", callback=_list, help="splitting methods: NAME or NAME:KEY=VALUE  [default: all]"

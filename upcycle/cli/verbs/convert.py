@@ -15,7 +15,7 @@ from upcycle.files.output.ownership import folder_kind, real_path
 from upcycle.formatting import count, duration, size
 
 
-@click.command("convert")
+@click.command("convert", short_help="Convert SOURCE into a MoE and verify it")
 @click.argument("source", required=False)
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @recipe_options

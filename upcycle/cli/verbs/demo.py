@@ -33,7 +33,7 @@ REPORT = "report.html"
 PROMPT = "def read_file(path):\n    "
 
 
-@click.command("demo")
+@click.command("demo", short_help="Convert the embedded model in four ways")
 @click.argument("out", type=click.Path(path_type=Path), default=Path("upcycle-demo"))
 @quiet_option
 @common_options

@@ -26,7 +26,7 @@ _OPTIONAL = (
 _VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "UPCYCLE_DEBUG")
 
 
-@click.command("env")
+@click.command("env", short_help="Print versions and hardware")
 @common_options
 def command(as_json: bool, debug: bool) -> None:
     """Print versions and hardware, to paste into a bug report. None of your tokens or paths is printed."""

@@ -14,7 +14,7 @@ from upcycle.evaluation.score_table import score_rows
 from upcycle.evaluation.speed_table import speed_rows
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Measure perplexity, expert load or speed")
 @click.argument("model")
 @click.option(
     "--text",

@@ -11,7 +11,7 @@ from upcycle.cli.shared.output import ProgressBars, print_facts, print_json
 from upcycle.formatting import size
 
 
-@click.command("export")
+@click.command("export", short_help="Write a checkpoint for transformers")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(

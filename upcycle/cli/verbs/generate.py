@@ -35,7 +35,7 @@ def writing_options(function: F) -> F:
     return function
 
 
-@click.command("generate")
+@click.command("generate", short_help="Continue a prompt and show the experts")
 @click.argument("model")
 @click.option("--prompt", required=True, metavar="TEXT", help="text that the model continues")
 @writing_options
@@ -53,9 +53,9 @@ def command(
 ) -> None:
     """Continue a prompt with MODEL, and print each token in the colour of the expert that read it in one layer.
 
-    MODEL is a folder, a hub id, a .gguf file or demo: a MoE of any target, or a dense model, whose tokens have no colour. Where
-    stdout shows no colours, the expert's number follows each token: " the<3>". Of several chosen experts, the one with the
-    largest routing weight is shown; --json prints all of them with their weights.
+    MODEL is a folder, a hub id, a .gguf file or demo: a MoE of any target, or a dense model, whose tokens have no colour. If
+    several experts read a token, the one with the largest routing weight is shown; --json prints all of them with their
+    weights. Where colours cannot be shown, the expert's number follows each token: " the<3>".
 
     \b
     upcycle generate ./moe --prompt "def read_file(path):"

@@ -12,15 +12,15 @@ from upcycle.cli.shared.plugin_tables import LISTED_KINDS, entries, matrix, plug
 from upcycle.errors import UsageError
 
 
-@click.command("list")
+@click.command("list", short_help="List methods, routers, targets and more")
 @click.argument("kind", type=click.Choice(LISTED_KINDS), required=False)
-@click.option("--markdown", "as_markdown", is_flag=True, help="print the table of KIND in Markdown")
+@click.option("--markdown", "as_markdown", is_flag=True, help="print one of them as a Markdown table")
 @common_options
 def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
-    """List the methods, routers, families, targets, losses or recipes that there are; without KIND, all of these."""
+    """List the methods, routers, families, targets, losses or recipes that there are, or all of these."""
     if as_markdown:
         if kind is None:
-            raise UsageError("--markdown prints one table: name a KIND", hint="upcycle list methods --markdown")
+            raise UsageError("--markdown prints one table: say which", hint="upcycle list methods --markdown")
         print_markdown(plugin_table(kind))
         return
     listing = {name: entries(name) for name in ([kind] if kind else LISTED_KINDS)}

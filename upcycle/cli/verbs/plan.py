@@ -23,7 +23,7 @@ class _Plan(click.Command):
         return super().make_context(info_name, args, parent, **extra)
 
 
-@click.command("plan", cls=_Plan)
+@click.command("plan", cls=_Plan, short_help="Print what a conversion would cost")
 @click.argument("source", required=False)
 @recipe_options
 @common_options

@@ -12,7 +12,7 @@ from upcycle.cli.shared.output import ProgressBars, print_facts, print_json, pri
 from upcycle.formatting import size
 
 
-@click.command("push")
+@click.command("push", short_help="Publish a model on the Hugging Face hub")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="make a private repository")

@@ -11,7 +11,7 @@ from upcycle.cli.shared.output import ProgressBars, print_facts, print_json
 from upcycle.formatting import size
 
 
-@click.command("report")
+@click.command("report", short_help="Write an HTML page about a model")
 @click.argument("out_folder", metavar="OUT")
 @click.option("--out", type=click.Path(path_type=Path), help="the HTML file  [default: report.html in OUT]")
 @click.option("--source", metavar="DENSE", help="the dense model, if it is no longer where recipe.yaml says")

@@ -41,7 +41,7 @@ set_option = click.option(
 )
 
 
-@click.command("train")
+@click.command("train", short_help="Train a model, on one rank or many")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--model", help="train this model instead of the one in the recipe")
 @click.option("--output", help="folder of the run, instead of the one in the recipe")
@@ -71,9 +71,9 @@ def command(
 
     RECIPE is a YAML file, or the name of a recipe that comes with upcycle (upcycle list recipes).
 
-    To continue a run that was stopped from its newest checkpoint, run the same command again, on any number of ranks. On
-    Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its step, saves, and exits with 130; a second signal ends it at once.
-    Started by torchrun, the command is one of torchrun's ranks.
+    On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its step, saves a checkpoint, and exits with 130; a second signal
+    ends it at once. To continue, run the same command again: it starts from the newest checkpoint, on any number of ranks.
+    torchrun can start it, too; then every process is one rank.
 
     \b
     upcycle train heal_split --model ./half --output ./healed --set data=corpus.jsonl
@@ -155,10 +155,10 @@ def _facts(result: Any) -> list[tuple[str, str]]:
     ]
     if result.model:
         facts += [("model", result.model), ("next", f"upcycle evaluate {result.model}")]
+    elif result.stopped:
+        facts.append(("to continue", _again()))
     else:
-        facts.append(
-            ("next", f"{_again()}   (continues)" if result.stopped else f"upcycle export {result.checkpoint} OUT")
-        )
+        facts.append(("next", f"upcycle export {result.checkpoint} OUT"))
     return facts
 
 

@@ -30,7 +30,7 @@ def _is_tiles(text: str) -> bool:
     return holds_keys()(text) and text.lstrip().startswith(('{\n "sm', '{\n "gfx'))
 
 
-@click.command("tune-kernels")
+@click.command("tune-kernels", short_help="Find the fastest kernel tiles on a GPU")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--hidden", type=click.IntRange(1), required=True, help="hidden size of the model")
 @click.option("--width", type=click.IntRange(1), required=True, help="intermediate size of one expert")

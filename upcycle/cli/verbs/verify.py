@@ -12,7 +12,7 @@ from upcycle.cli.shared.output import VERDICT_STYLE, Cell, ProgressBars, print_f
 from upcycle.errors import RefusalError, UsageError, VerificationError
 
 
-@click.command("verify")
+@click.command("verify", short_help="Compare a converted model with its source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", help="the dense model, if it is no longer where recipe.yaml says")
 @click.option("--text", metavar="FILE", help="UTF-8 text file to measure on  [default: embedded validation texts]")

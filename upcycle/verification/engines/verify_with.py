@@ -183,7 +183,7 @@ def _compare(
     positions = max(len(one) + len(text.tokens) for one, text in zip(request.prompts, answer.written, strict=True))
     why += f", up to position {positions:,} of {model.config.max_position_embeddings:,}"
     if positions <= reach.border:
-        why += f"; from {reach.border:,} on windows or scaled positions begin, which was not compared"
+        why += f"; sliding windows or scaled positions begin at {reach.border:,}, which was not compared"
     return ServingCheck(
         engine=engine.name,
         version=answer.version,
