@@ -167,7 +167,7 @@ def test_list_shows_every_plugin_with_its_paper() -> None:
     assert "lfm2_moe" in run("list", "families").stdout
     assert "switch_balance" in run("list", "losses").stdout
     assert "| `alternating` |" in run("list", "methods", "--markdown").stdout
-    assert "name a KIND" in str(run("list", "--markdown").exception)
+    assert "say which" in str(run("list", "--markdown").exception)
 
 
 def test_env_prints_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_a_refit_replaces_the_columns_of_down_and_nothing_else() -> None:
 
 
 def drawn(draws: Draws, width: int = 4000) -> tuple[FeedForward, ExpertTensors, torch.Tensor]:
-    """An expert with every other neuron drawn anew, of an FFN whose biases are not centred."""
+    """An expert with every other neuron re-initialised, of an FFN whose biases are not centred."""
     ffn = ffn_of(EVERY_BIAS, width, D)
     assert ffn.up_bias is not None
     ffn = replace(ffn, up_bias=ffn.up_bias + 5)

@@ -1,4 +1,4 @@
-"""Weights drawn anew have the moments of what they replace, noise those it was asked for; the statistics are taken here again."""
+"""Re-initialised weights have the moments of what they replace, noise those it was asked for; the statistics are taken here again."""
 
 from __future__ import annotations
 

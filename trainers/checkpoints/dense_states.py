@@ -215,6 +215,6 @@ def _check_copies(blueprint: LayerBlueprint, model: Path) -> None:
 
 def _changed(what: str, model: Path) -> UsageError:
     return UsageError(
-        f"dense_states: {what} of {model} is not a plain copy or permutation of dense weights (scaled, drawn anew or fitted)",
+        f"dense_states: {what} of {model} is not a plain copy or permutation of dense weights (scaled, re-initialised or fitted)",
         hint=_HINT,
     )

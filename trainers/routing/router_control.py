@@ -89,14 +89,14 @@ class RouterControl:
         weights_are_constant = rule.top_k == 1 and rule.normalized
         if options.normalize_logits and not options.accept_unexported and not weights_are_constant:
             raise UsageError(
-                "normalize_logits: no stock architecture normalises logits, so the exported model would weigh experts otherwise "
-                "than the trained one",
+                "normalize_logits: no stock architecture normalises logits, so the exported model would weigh experts differently "
+                "from the trained one",
                 hint="leave it out, or set accept_unexported: true",
             )
         if options.normalize_logits and not weights_are_constant:
             self.unexported = (
-                "normalize_logits acts in training and validation; the exported model chooses the same experts and weighs them "
-                "by logits as they are, so evaluate it before it is used"
+                "normalize_logits acts in training and validation; the exported model chooses the same experts but weighs them "
+                "by logits that are not normalised: evaluate it before you use it"
             )
         if options.noise == "learned" and not hasattr(layer.router, NOISE_WEIGHT):
             rows = next(layer.router.parameters())

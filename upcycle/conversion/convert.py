@@ -79,7 +79,7 @@ def convert(
         out: folder to write; it appears complete or not at all.
         overwrite: replace an ``out`` that upcycle wrote, once the new model is complete.
         restart: discard an unfinished conversion of another recipe.
-        blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding anew.
+        blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding again.
         progress: where to report.
         **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`).
 

@@ -31,7 +31,7 @@ class ExpertSpec:
     """One expert: int64 ``[m]`` neuron indices into the dense FFN; ``ZERO_NEURON`` stands for a neuron of zeros.
 
     ``fresh`` (bool ``[3, m]``: gate, up, down; the first row says nothing of an FFN without a gate) marks the neurons whose
-    weights are drawn anew, by the layer's ``Draws``. ``source`` says which model's FFN it is taken from, where several are
+    weights are re-initialised, by the layer's ``Draws``. ``source`` says which model's FFN it is taken from, where several are
     mixed: an index into the recipe's sources, or their number for the recipe's ``source`` itself. ``scale`` multiplies what
     this expert adds: its down projection and down bias. ``noise`` is the standard deviation of normal noise on its gate, up
     and down.
@@ -98,7 +98,7 @@ class LayerBlueprint:
 def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
     """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``,
     ``layers.L.down`` where there was a refit, and bool ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where
-    weights are drawn anew. ``report`` holds what was measured of the layer, as plain data.
+    weights are re-initialised. ``report`` holds what was measured of the layer, as plain data.
     """
     from safetensors.torch import save
 

@@ -19,7 +19,7 @@ def stream(seed: int, *names: object) -> torch.Generator:
 def redrawn(
     weight: torch.Tensor, fresh: torch.Tensor | None, draws: Draws, relative: float, noise: float, *names: object
 ) -> torch.Tensor:
-    """Return a copy of ``weight`` ``[m, d]`` with its ``fresh`` rows drawn anew and noise on all rows.
+    """Return a copy of ``weight`` ``[m, d]`` with its ``fresh`` rows re-initialised and noise on all rows.
 
     Mean and standard deviation are those, in fp64, of all numbers that are replaced together (the population's, without
     Bessel's correction); the normal numbers are fp32, rounded once to the dtype of ``weight``.

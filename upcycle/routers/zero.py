@@ -45,7 +45,8 @@ class ZeroRouter(Router):
             raise UsageError(
                 f"a zero router with top-k {top_k} of {experts} sends every token to the same {top_k} experts; without noise on its "
                 "logits the others never learn",
-                hint="use --router cool; or --router-param noisy=true for training with control.noise, inference_only=true for none",
+                hint="use --router cool; or --router-param noisy=true if you will train with control.noise, or "
+                "inference_only=true if you will not train",
             )
 
     def rows(

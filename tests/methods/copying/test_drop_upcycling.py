@@ -1,4 +1,4 @@
-"""Drop-Upcycling against arXiv 2502.19261: which neurons are drawn anew, and as what; the numbers themselves in test_draws.py."""
+"""Drop-Upcycling against arXiv 2502.19261: which neurons are re-initialised, and as what; the numbers themselves in test_draws.py."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_conversions_are_approximate_and_load(
     result = upcycle.convert(str(pico(name)), tmp_path / "out", dtype=dtype, **QUICK)
     assert result.verification is not None
     assert result.verification.verdict == "approximate"
-    assert result.verification.explanation.startswith("50% of every expert's neurons are drawn anew")
+    assert result.verification.explanation.startswith("50% of every expert's neurons are re-initialised")
     assert result.verification.relative_logit_error > 0.01
     assert result.verification.all_experts_error is None
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -73,7 +73,7 @@ def test_qwen15_layout_end_to_end(pico: Callable[[str], Path], tmp_path: Path) -
     result = upcycle.convert(str(pico("qwen2")), tmp_path / "out", **QUICK, **keys)
     assert result.verification is not None
     assert result.verification.verdict == "approximate"
-    assert result.verification.explanation == "experts are random pieces of shuffled copies, 50% of each drawn anew"
+    assert result.verification.explanation == "experts are random pieces of shuffled copies, 50% of each re-initialised"
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     assert (model.config.num_experts, model.config.shared_expert_intermediate_size) == (12, 96)

@@ -81,7 +81,7 @@ def test_an_engine_that_ignores_a_window_is_different(
     monkeypatch.setattr("upcycle.verification.engines.verify_with.MOST_WORK", 0)
     found = verify_with(out, "vllm", tokens=32)
     assert (found.verdict, found.positions) == ("same", 48)
-    assert "up to position 48 of 512; from 100 on windows" in found.explanation
+    assert "up to position 48 of 512; sliding windows or scaled positions begin at 100" in found.explanation
     assert "which was not compared" in loading(out, "vLLM")
 
 

@@ -28,7 +28,7 @@ def commands_page() -> str:
         verb_context = click.Context(command, info_name=verb, parent=context)
         sections += _command(command, verb_context)
         for name, inner in INNER.get(verb, {}).items():
-            sections += _command(inner, click.Context(inner, info_name=name, parent=verb_context))
+            sections += _command(inner, click.Context(inner, info_name=f"{verb} {name}", parent=context))
     return "\n\n".join(sections)
 
 

@@ -1,4 +1,4 @@
-"""Drop-Upcycling: copies of the dense FFN, each with some of its neurons drawn anew."""
+"""Drop-Upcycling: copies of the dense FFN, each with some of its neurons re-initialised."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class DropUpcyclingParameters(CopiesParameters):
     """Parameters of :class:`DropUpcycling`."""
 
     ratio: float = Field(
-        0.5, ge=0, le=1, description="share of every expert's neurons that are drawn anew; 0: plain copies"
+        0.5, ge=0, le=1, description="share of every expert's neurons that are re-initialised; 0: plain copies"
     )
     shared_indices: bool = Field(
-        True, description="draw the same neurons anew in gate, up and down (false: other ones in each matrix)"
+        True, description="re-initialise the same neurons in gate, up and down (false: other ones in each matrix)"
     )
 
 
@@ -27,8 +27,8 @@ class DropUpcycling(WholeCopies):
     """Implements Drop-Upcycling (Nakamura et al., ICLR 2025, arXiv 2502.19261).
 
     Every expert is a copy in which ``floor(r * F)`` random neurons take new weights: in each of gate, up and down, normal
-    numbers with the mean and the standard deviation of all the weights they replace there. Biases of gate and up are drawn
-    anew with their neurons, by the same rule; the down bias belongs to no neuron and stays.
+    numbers with the mean and the standard deviation of all the weights they replace there. Biases of gate and up are
+    re-initialised with their neurons, by the same rule; the down bias belongs to no neuron and stays.
 
     Deviations: the paper's text has one index set for the three matrices of an expert (``shared_indices``, the default);
     its code, as we have it at second hand, draws one for each, which touches more neurons. That code also permutes an
@@ -41,12 +41,12 @@ class DropUpcycling(WholeCopies):
     Parameters = DropUpcyclingParameters
     parameters: DropUpcyclingParameters
 
-    whole = "every expert is the whole FFN, partly drawn anew"
+    whole = "every expert is the whole FFN, partly re-initialised"
 
     def random_change(self) -> str | None:
-        """Return the share of neurons that are drawn anew, if any are."""
+        """Return the share of neurons that are re-initialised, if any are."""
         ratio = self.parameters.ratio
-        return f"{ratio:.0%} of every expert's neurons are drawn anew" if ratio else None
+        return f"{ratio:.0%} of every expert's neurons are re-initialised" if ratio else None
 
     def blueprint(
         self,
@@ -56,7 +56,7 @@ class DropUpcycling(WholeCopies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """Take all neurons E times; which of them are drawn anew differs from expert to expert."""
+        """Take all neurons E times; which of them are re-initialised differs from expert to expert."""
         everything, count = torch.arange(ffn.intermediate_size), part_of(self.parameters.ratio, ffn.intermediate_size)
         if not count:
             return LayerBlueprint(ffn.layer, (ExpertSpec(everything),) * shape.experts, shape.top_k, scale)

@@ -1,4 +1,4 @@
-"""Qwen2-57B-A14B's initialisation: narrow experts cut from shuffled copies of the dense FFN, half of each drawn anew."""
+"""Qwen2-57B-A14B's initialisation: narrow experts cut from shuffled copies of the dense FFN, half of each re-initialised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class QwenFineGrainedParameters(CopiesParameters):
 
     segments: int = Field(4, ge=1, description="experts that one copy of the FFN is cut into")
     expert_size: int = Field(0, ge=0, description="neurons per expert, instead of segments; 0: F / segments")
-    reset: float = Field(0.5, ge=0, le=1, description="share of every expert's neurons that are drawn anew")
+    reset: float = Field(0.5, ge=0, le=1, description="share of every expert's neurons that are re-initialised")
     std: float | None = Field(
         None, gt=0, description="standard deviation of the new weights; default: the model's initializer_range"
     )
@@ -29,7 +29,7 @@ class QwenFineGrained(Copies):
     """Implements the recipe of the Qwen2 technical report (arXiv 2407.10671) for Qwen2-57B-A14B, and Qwen1.5-MoE's layout.
 
     ``r = ceil(n h_E / F)`` copies of the FFN, each with its neurons in a random order of its own, are laid one after
-    another and cut into n experts of ``h_E`` neurons; the rest is dropped. Half of each expert (``reset``) is drawn anew.
+    another and cut into n experts of ``h_E`` neurons; the rest is dropped. Half of each expert (``reset``) is re-initialised.
     Qwen1.5-MoE's layout is ``--shared 4 --experts 60 --top-k 4``. Its authors speak of 64 experts, so n counts the shared
     ones, too: they are cut from the same copies.
 
@@ -56,7 +56,7 @@ class QwenFineGrained(Copies):
 
     def inexact(self, shape: MoeShape, scale: float) -> str:
         """Name the shuffled pieces: only by coincidence do they add up to the dense FFN."""
-        drawn = f", {self.parameters.reset:.0%} of each drawn anew" if self.draws else ""
+        drawn = f", {self.parameters.reset:.0%} of each re-initialised" if self.draws else ""
         return f"experts are random pieces of shuffled copies{drawn}"
 
     def expert_size(self, intermediate_size: int, experts: int, shared: int, pad: bool) -> int:
@@ -102,7 +102,7 @@ class QwenFineGrained(Copies):
         rng: torch.Generator,
         activations: Activations | None = None,
     ) -> LayerBlueprint:
-        """Cut the shuffled copies into experts, the shared ones first, and mark which neurons are drawn anew."""
+        """Cut the shuffled copies into experts, the shared ones first, and mark which neurons are re-initialised."""
         size, pieces = shape.expert_size, shape.shared + shape.experts
         copies = -(-pieces * size // ffn.intermediate_size)
         pool = torch.cat([torch.randperm(ffn.intermediate_size, generator=rng) for _ in range(copies)])

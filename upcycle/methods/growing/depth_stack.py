@@ -23,7 +23,7 @@ class DepthStack(DenseGrowth):
 
     When to stack is not decided here: the paper's law is ``log10(d) = 0.88 log10(N) + 163.27 / log10(C) - 5.74``, with d the tokens
     that the small model is trained on, N the parameters of the large one without embeddings, and C the FLOPs of all training. The
-    paper starts the optimizer anew, which is up to the training that follows.
+    paper starts training with a fresh optimizer, which is up to the training that follows.
     """
 
     name = "depth_stack"

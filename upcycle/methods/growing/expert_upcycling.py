@@ -61,8 +61,9 @@ class ExpertUpcycling(Growth):
     added rows (``copy_noise`` in the authors' code), at their default of 0.01; 0 leaves exact copies.
 
     Deviation: ``saliency`` is the sum over an expert's weights of ``|w dL/dw|``, the first-order estimate; the authors' code
-    multiplies the norms of both, which bounds it. ``gradient`` is the squared norm of the gradient, as theirs. All
-    matrices of an expert count, theirs looks at the first by default. The loss is that of the calibration text.
+    multiplies the norms of both, which bounds it. ``gradient`` is the squared norm of the gradient, as in
+    their code. All matrices of an expert count; in their code, by default, only the first. The loss is that of the
+    calibration text.
     """
 
     name = "expert_upcycling"
