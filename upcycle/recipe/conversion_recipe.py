@@ -38,7 +38,8 @@ class CalibrationRecipe(StrictSettings):
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
     mode: Literal["auto", "parallel", "sequential"] = Field(
-        "auto", description="inputs from the dense model, or from the converted layers below (auto: for sparse splits)"
+        "auto",
+        description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
     )
     column: str = Field("text", description="column of a dataset or file of rows that holds the text")
 
@@ -91,8 +92,8 @@ class VerificationRecipe(StrictSettings):
     """Says how the result is verified."""
 
     enabled: bool = Field(True, description="compare the result with the dense model after converting")
-    text: str | None = Field(None, description="UTF-8 text file to check on; default: the embedded validation texts")
-    tokens: int = Field(1024, ge=16, description="tokens to check on")
+    text: str | None = Field(None, description="UTF-8 text file to verify on; default: the embedded validation texts")
+    tokens: int = Field(1024, ge=16, description="tokens to verify on")
 
 
 class Recipe(StrictSettings):
@@ -104,7 +105,7 @@ class Recipe(StrictSettings):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     sources: list[SourceRecipe] = Field(
         default_factory=list,
-        description="fine-tunes of one model, names or mappings: a mixing method makes experts of them; the first is the usual source",
+        description="fine-tunes of one model, names or mappings: a mixing method makes experts of them; the first is the source if none is named",
     )
     method: str = Field("sparse_upcycling", description="how experts are made (upcycle list methods)")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters")
@@ -142,7 +143,8 @@ class Recipe(StrictSettings):
     pad: bool = Field(False, description="pad the FFN with zero neurons when the experts do not divide it (exact)")
     target: str = Field("auto", description="MoE architecture to write (upcycle list targets), or auto")
     layout: Literal["per-expert", "fused"] = Field(
-        "per-expert", description="per-expert loads everywhere, fused is transformers 5's in-memory layout"
+        "per-expert",
+        description="per-expert: old and new releases load it; fused: as transformers 5 holds it in memory",
     )
     dtype: Literal["keep", "bfloat16", "float16", "float32"] = Field("keep", description="dtype of the written weights")
     max_shard_size: str = Field("5GB", description="largest weight file, e.g. 500MB or 5GB; a layer is never divided")
