@@ -105,7 +105,7 @@ class Recipe(StrictSettings):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     sources: list[SourceRecipe] = Field(
         default_factory=list,
-        description="fine-tunes of one model, names or mappings: a mixing method makes experts of them; the first is the source if none is named",
+        description="fine-tunes of one model, names or mappings: a mixing method makes experts of them; source defaults to the first",
     )
     method: str = Field("sparse_upcycling", description="how experts are made (upcycle list methods)")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters")
