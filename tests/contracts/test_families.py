@@ -216,6 +216,7 @@ def test_a_value_that_the_stock_class_does_not_take_is_refused_with_its_key(name
         ({"rope_parameters": [1]}, "'rope_parameters' must be a mapping"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "has 1 numbers"),
         ({"num_key_value_heads": 5}, "not a multiple of 'num_key_value_heads' 5"),
+        ({"hidden_size": 4100, "head_dim": 128}, "'hidden_size' 4100 is not a multiple of 'num_attention_heads' 32"),
         ({"pad_token_id": 32000}, "'pad_token_id' is 32000, 'vocab_size' 32000"),
         ({"num_hidden_layers": 20_000_000}, "'num_hidden_layers' must be a positive integer up to"),
         ({"dtype": "auto"}, "'dtype' must be"),

@@ -250,13 +250,14 @@ TRAP_OF: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"rms_norm_eps": 1e-4},
 }
 SET = {(PICO[name][0], target) for name, target, _ in TRAPS}
-TRAPS += [(name, cell[1], TRAP_OF[cell[1]]) for cell, name in FIRST.items() if cell not in SET]
+TRAPS += [(name, cell[1], TRAP_OF.get(cell[1], {})) for cell, name in FIRST.items() if cell not in SET]
 
 
 @pytest.mark.parametrize(("name", "target", "changes"), TRAPS)
 def test_a_wrong_key_is_found_by_verify(
     name: str, target: str, changes: dict[str, Any], pico: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    assert changes, f"TRAP_OF has no key of {target} with a wrong value for it"
     out, keys = tmp_path / "out", {"target": target, "verification": {"enabled": False}, **UPCYCLED}
     upcycle.convert(str(pico(name)), out, **keys)
     config = json.loads((out / "config.json").read_text())
