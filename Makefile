@@ -13,8 +13,8 @@ test: $(READY)          # every test that needs no download; the slowest ten are
 	$(BIN)/python -P -m pytest -n 2 --durations=10 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 --durations=10 -m "not slow" tests/kernels/gpu/triton_code
 
-long: $(READY)          # the tests that take longest: a model larger than memory, processes, whole conversions
-	$(BIN)/python -P -m pytest -n 2 -m long
+long: $(READY)          # the tests that take longest, and the cases that make test leaves out
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m long
 
 lint: $(READY)
 	$(BIN)/ruff check .

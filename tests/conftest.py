@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,19 @@ import torch
 from pico_models import COMMON, MOE_COMMON, PICO, PICO_MOE
 
 from upcycle.files.locate import DEMO_FOLDER
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Carry out ``one_in(count)``: of a test's cases all but the first, and then one in so many, are ``long``."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("one_in")
+        if marker is not None:
+            test = item.nodeid.split("[")[0]
+            if cases[test] % marker.args[0]:
+                item.add_marker(pytest.mark.long)
+            cases[test] += 1
 
 
 def make_dense(folder: Path, model_type: str, dtype: str = "float32", **changes: Any) -> Path:

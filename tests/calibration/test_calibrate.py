@@ -100,6 +100,7 @@ def held_out(tokens: int) -> np.ndarray:
     return kept
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_refit_is_the_least_squares_solution_on_what_stock_models_see(pico: Pico, tmp_path: Path, mode: str) -> None:
     dense = pico("llama")
@@ -133,6 +134,7 @@ def test_all_experts_on_stays_exact_and_refit_touches_nothing(pico: Pico, tmp_pa
     assert BlueprintFile(tmp_path / "out" / "blueprint.safetensors").layer(0).down is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("mode", "near"), [("parallel", 1e-4), ("sequential", 1e-2)])
 def test_the_factor_of_a_layer_is_its_least_squares_solution(
     mode: str, near: float, pico: Pico, tmp_path: Path
@@ -156,6 +158,7 @@ def test_the_factor_of_a_layer_is_its_least_squares_solution(
         assert report["error_after"] == pytest.approx(left, rel=near)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", ["qwen2-windows", "qwen3-bias", "mistral-window", "llama-rope"])
 def test_layers_see_what_the_stock_model_feeds_them(pico: Pico, tmp_path: Path, kind: str) -> None:
     """Masks, windows and rotary embeddings of every family: sequential calibration ends where the stock model does."""
@@ -260,6 +263,7 @@ class FakeDatasets:
         return [{"body": demo_parts("prose")[0][i : i + 400], "id": i} for i in range(0, 20_000, 400)]
 
 
+@pytest.mark.long
 def test_hub_datasets(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets)
     calibration = {"text": "org/data:en:validation", "tokens": 512, "window": WINDOW}
@@ -272,6 +276,7 @@ def test_hub_datasets(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(result.layers) == 3
 
 
+@pytest.mark.long
 def test_a_blueprint_repeats_a_calibrated_conversion_without_its_text(pico: Pico, tmp_path: Path) -> None:
     dense = str(pico("llama"))
     first = upcycle.convert(dense, tmp_path / "first", **SPLIT)
@@ -305,6 +310,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(("changes", "kind", "message"), BAD, ids=[message for _, _, message in BAD])
 def test_bad_input(pico: Pico, tmp_path: Path, changes: dict[str, Any], kind: type[Exception], message: str) -> None:
     (tmp_path / "short.txt").write_text("a few words")

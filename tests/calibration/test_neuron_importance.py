@@ -30,6 +30,7 @@ def is_settled(points: torch.Tensor, labels: torch.Tensor, clusters: int) -> boo
     return torch.equal(torch.cdist(points, means).argmin(1), labels)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [W, 4 * W])
 @pytest.mark.parametrize("piece", [W, W // 2])
 def test_texts_of_one_direction_are_one_cluster_whatever_their_length(batch: int, piece: int, tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_texts_of_one_direction_are_one_cluster_whatever_their_length(batch: int
     assert {kind for kind, _ in names} == {label for _, label in names} == {0, 1, 2}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("clusters", "piece"), [(1, W), (3, W), (9, W // 2)])
 def test_importance_is_what_autograd_says_of_the_whole_model(
     clusters: int, piece: int, pico: Callable[[str], Path], tmp_path: Path

@@ -45,6 +45,7 @@ def stored_as(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     return to
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("block", [1 << 24, 8 * 32 * 7])  # whole tensors, and rows of the embedding by sevens
 def test_every_tensor_is_the_mean_rounded_once(
     block: int, branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,6 +102,7 @@ def test_the_widest_dtype_where_they_differ(branches: Branches, tmp_path: Path) 
     assert np.allclose(store.read(DOWN), mean_of(folders, (1.0, 1.0))[DOWN], rtol=2.0**-24, atol=0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["phi3", "gemma", "helium"])  # fused tensors, norms of 1 + w, rows in pairs
 def test_a_merge_converts_as_a_folder_with_the_same_numbers_does(
     name: str, branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,6 +158,7 @@ def test_unlike_members_are_refused(branches: Branches, tmp_path: Path) -> None:
         merge([one, two], (1.0, 1.0))
 
 
+@pytest.mark.long
 def test_copies_are_their_mean_to_the_last_bit(branches: Branches, tmp_path: Path) -> None:
     copies = branches(3, 0.0)
     found = merge(copies, (1.0, 1.0, 1.0)).store

@@ -278,6 +278,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_only_ffns_are_read_of_may_differ_elsewhere(
     what: str, pico: Callable[[str], Path], branches: Branches, dense_maker: Callable[..., Path], tmp_path: Path

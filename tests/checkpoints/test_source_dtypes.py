@@ -27,6 +27,7 @@ def changed(dense: Path, folder: Path, change: Callable[[str, torch.Tensor], tor
     return folder
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(
     ("dtypes", "experts"),
     [

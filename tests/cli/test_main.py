@@ -26,6 +26,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(cli, list(arguments))
 
 
+@pytest.mark.one_in(17)
 @pytest.mark.parametrize("verb", [None, *VERBS])
 def test_help_needs_no_torch(verb: str | None) -> None:
     arguments = [verb, "--help"] if verb else ["--help"]
@@ -75,6 +76,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
     assert made.router.parameters == {"std": 0.5}
 
 
+@pytest.mark.long
 def test_a_parameter_with_a_flag_of_its_own(pico: Pico) -> None:
     grouped = ("plan", str(pico("llama")), "--method", "virtual_groups", "--json")
     for placement, promise in (("down", "exact"), ("up_down", "exact"), ("paper", "approximate")):
@@ -92,6 +94,7 @@ def test_source_flag_gives_a_recipe_its_source(tmp_path: Path) -> None:
     assert run("plan", str(tmp_path / "r.yaml"), "--source", "demo").exit_code == 0
 
 
+@pytest.mark.long
 def test_convert_prints_the_verdict_and_the_next_command(pico: Pico, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     result = run("convert", str(pico("llama")), out, "-e", "4", "--verify-tokens", "64")
@@ -118,6 +121,7 @@ def test_sparse_split_hints_to_heal_and_exits_0(pico: Pico, tmp_path: Path) -> N
     assert "all experts on" in result.stdout
 
 
+@pytest.mark.long
 def test_json_is_the_python_functions_result(pico: Pico, tmp_path: Path) -> None:
     dense, out = str(pico("llama")), tmp_path / "out"
     result = run("convert", dense, str(out), "-e", "4", "--verify-tokens", "64", "--json")

@@ -66,6 +66,7 @@ def test_names_papers_and_help_texts(name: str) -> None:
     cls(cls.Parameters())  # every parameter has a default
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_finite_and_differentiable(name: str, score: str, z: torch.Tensor) -> None:

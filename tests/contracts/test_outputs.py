@@ -37,6 +37,7 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
                 yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_trees_are_removed_and_locks_taken_in_one_place() -> None:
     removing, locking = set(), set()
     for name, tree in modules():
@@ -78,6 +79,7 @@ def _trained(recipe: Any) -> str:
     return str(recipe.output)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("verb", ["convert", "mix", "grow", "demo", "train", "export", "report", "compare"])
 def test_what_is_somebody_elses_is_refused_before_any_work(
     commands: dict[str, Any], verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.long
 def test_same_inputs_and_seed_give_byte_equal_files(pico: Pico, tmp_path: Path) -> None:
     keys = {"method": "random_split", "top_k": 4, "max_shard_size": "300KB", **QUICK}
     for name in ("one", "two"):
@@ -63,6 +64,7 @@ def test_all_experts_of_a_layer_share_a_shard_below_the_wanted_size(pico: Pico, 
     assert all(f"-of-{len(set(where.values())):05d}." in file for file in where.values())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtype_is_written_and_named(pico: Pico, tmp_path: Path, dtype: str) -> None:
     result = upcycle.convert(str(pico("llama")), tmp_path / "out", experts=2, dtype=dtype, **QUICK)

@@ -335,6 +335,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
     assert "the conversion needs" in message
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_ends_cleanly_and_resumes(
     pico: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

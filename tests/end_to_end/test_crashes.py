@@ -113,6 +113,7 @@ def killed_everywhere(job: Job, tmp_path: Path, last: int | None = None, spread:
         assert [path.name for path in place.iterdir()] == ["out"], f"{at} {done[-1]}"
 
 
+@pytest.mark.long
 def test_killed_at_some_changes_it_ends_the_same(work: Callable[[str], Job], tmp_path: Path) -> None:
     killed_everywhere(work("copies"), tmp_path, last=1, spread=2)
 

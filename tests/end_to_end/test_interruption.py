@@ -98,6 +98,7 @@ def test_resuming_does_not_convert_finished_layers_again(
     assert written == ["layer 2", "final norm"]
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(pico: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(pico("llama"), out, 1)
@@ -126,6 +127,7 @@ def test_a_second_process_is_turned_away(pico: Callable[[str], Path], tmp_path: 
     first.wait()
 
 
+@pytest.mark.long
 def test_a_changed_source_is_not_resumed(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(dense, out, 1)

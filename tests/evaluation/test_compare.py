@@ -96,6 +96,7 @@ def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -
     assert pieces_of(size, most) == pieces
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -19,6 +19,7 @@ from upcycle.text.windows import encode
 Pico = Callable[[str], Path]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("tokens", "window", "stride"), [(100, 32, 16), (100, 32, 31), (97, 64, 10), (20, 64, None), (33, 32, 16)]
 )

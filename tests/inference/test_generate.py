@@ -30,6 +30,7 @@ def greedy(folder: Path, ids: list[int], tokens: int) -> tuple[Any, list[int]]:
     return model, written[0].tolist()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", KNOWN)
 def test_greedy_text_and_the_experts_of_every_token(name: str, pico_moe: Callable[..., Path]) -> None:
     """Every MoE, of a target or not: tokens are those of ``generate``, experts what the routers give for the whole text."""

@@ -35,11 +35,13 @@ def check(folder: Path) -> None:
     assert all(weight.is_meta for weight in layers.model.model.layers[0].parameters())
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", PICO)
 def test_dense(name: str, pico: Pico) -> None:
     check(pico(name))
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 @pytest.mark.parametrize("name", PICO_MOE)
 def test_moe(name: str, fused: bool, pico_moe: Pico) -> None:

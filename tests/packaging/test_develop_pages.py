@@ -215,6 +215,7 @@ def test_the_loss(register: Callable[[str], str]) -> None:
     promises.test_half_precision_logits_are_summed_in_single(name, z)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernel(tmp_path: Path) -> None:
     (source,) = blocks("change_a_kernel", "python")

@@ -50,6 +50,7 @@ def test_a_checkout_without_links_has_small_files_in_their_place(checkout: Check
     assert len(checkout.installed) > 300
 
 
+@pytest.mark.long
 def test_wheel_and_sdist_hold_every_file_and_no_other(checkout: Checkout, tmp_path: Path) -> None:
     wheel = build(checkout.folder, "wheel", tmp_path / "wheel")
     assert contents(wheel) == set(checkout.installed)

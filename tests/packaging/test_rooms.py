@@ -35,8 +35,8 @@ def test_no_folder_is_crowded() -> None:
 
 
 def test_every_room_is_described() -> None:
-    """One line each: `folder/`, a dash or a colon, and what it is for."""
-    described = re.findall(r"^[-|*]?\s*`([\w/]+)/`", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
+    """One row of the table each: `folder/`, and what it is for."""
+    described = re.findall(r"^\| `([\w/]+)/` \| \S", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
     rooms = {str(Path(path).parent) for path in source_files()}
     assert sorted(described) == sorted(set(described))
     assert set(described) == rooms

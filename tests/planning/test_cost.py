@@ -18,6 +18,7 @@ Pico = Callable[[str], Path]
 ACTIVE: dict[str, Any] = {"method": "random_split"}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
@@ -85,6 +86,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(pico: Pico, tmp_path: Path, m
     assert there == here
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("keys", "part"),
     [
@@ -101,6 +103,7 @@ def test_a_plan_warns_of_what_the_user_may_not_expect(keys: dict[str, Any], part
     assert any(part in warning for warning in upcycle.plan(str(pico("llama")), **keys).warnings)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("keys", "promise"),
     [

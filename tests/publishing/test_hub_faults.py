@@ -63,6 +63,7 @@ def test_a_busy_hub_is_given_the_time_it_asks_for(hub: HubServer, out: Path) -> 
     assert sum("did not answer" in note for note in progress.notes) == 1
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     ("status", "headers", "code", "words"),
     [

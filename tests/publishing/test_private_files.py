@@ -181,6 +181,7 @@ FILES = [
 ]
 
 
+@pytest.mark.one_in(15)
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_of_a_push_is_searched(name: str, out: Path, hub: HubServer, alice: Path) -> None:
     before = (out / name).read_bytes() if (out / name).exists() else None

@@ -19,6 +19,7 @@ from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.recipe.conversion_recipe import read_recipe
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("chunk", [None, 50_000], ids=["whole", "in parts"])
 def test_what_is_downloaded_is_what_was_pushed(hub: HubServer, out: Path, tmp_path: Path, chunk: int | None) -> None:
     hub.chunk = chunk

@@ -57,6 +57,7 @@ def test_our_own_recipes_are_not_mergekits() -> None:
     assert not is_mergekit({"sources": ["a", "b"], "method": "branch_train_mix"})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mode", "name"), [("hidden", "hidden"), ("cheap_embed", "cheap_embed"), ("random", "random")])
 def test_gate_modes_end_to_end(
     mode: str,

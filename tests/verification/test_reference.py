@@ -43,6 +43,7 @@ def misread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "_checked", wrong)
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.usefixtures("misread")
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", ["copies", "dense growth", "moe growth", "alike mix"])
@@ -111,6 +112,7 @@ def test_what_is_stored_in_the_dtype_that_is_written_does_not_round(pico: Pico, 
     assert result.verification.rounding_error is None
 
 
+@pytest.mark.long
 def test_a_window_that_is_lost_is_found(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of the text have 256 tokens, the model's has 300: nothing shows before."""
     source, out = shutil.copytree(pico("mistral"), tmp_path / "dense"), tmp_path / "out"

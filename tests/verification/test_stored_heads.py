@@ -50,6 +50,7 @@ def same(one: Path, other: Path) -> bool:
     return bool((a - b).norm() <= 1e-5 * a.norm())
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", ["llama", "gemma", "granite", "cohere2", "lfm2", "phi4-mini", "qwen2"])
 def test_the_stored_head_is_kept(name: str, pico: Pico, tmp_path: Path) -> None:
     source = with_head(pico(name), tmp_path / "dense", 0.5)
@@ -65,6 +66,7 @@ def test_a_stored_copy_of_the_embedding_is_no_head(pico: Pico, tmp_path: Path) -
     assert checkpoint.config.tie_word_embeddings
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("kind", "method"), [("dense", "depth_stack"), ("moe", "expert_upcycling")])
 def test_growth_keeps_the_stored_head(kind: str, method: str, pico: Pico, pico_moe: Pico, tmp_path: Path) -> None:
     source = with_head(pico("llama") if kind == "dense" else pico_moe("mixtral"), tmp_path / "source", 0.5)

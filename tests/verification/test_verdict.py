@@ -42,6 +42,7 @@ def silence(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"].zero_()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("keys", [{"method": "random_split", "top_k": 4}, {"experts": 2}], ids=["split", "copies"])
 def test_a_layer_that_adds_nothing_is_converted_without_an_error(
     keys: dict[str, Any], pico: Pico, tmp_path: Path
@@ -75,6 +76,7 @@ def test_output_of_a_layer_that_added_nothing_is_broken(pico: Pico, tmp_path: Pa
     assert content["layer_errors"][0] > 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("factor", "loss"), [(0.0, math.log(4096)), (1e5, None)], ids=["silent", "loud"])
 def test_logits_of_zero_and_losses_beyond_a_number(
     factor: float, loss: float | None, pico: Pico, tmp_path: Path

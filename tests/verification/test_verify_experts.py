@@ -56,6 +56,7 @@ def test_numbers_are_those_of_a_plain_computation(pico: Pico, sparse: Path, tmp_
     assert all(error > 0.01 for error in result.layer_errors)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
 def test_streaming_gives_the_same_numbers(
     target: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +73,7 @@ def test_streaming_gives_the_same_numbers(
     assert streamed.layer_errors == pytest.approx(whole.layer_errors, rel=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
 def test_streaming_reads_both_layouts(layout: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_experts, "available_memory", lambda: 0)

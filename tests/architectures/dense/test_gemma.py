@@ -19,6 +19,7 @@ UNCHECKED: dict[str, Any] = {"experts": 2, "verification": {"enabled": False}}
 EMBEDDINGS = "model.embed_tokens.weight"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("name", ["gemma", "gemma-bfloat16"])
 def test_embeddings_are_multiplied_and_the_head_is_not(

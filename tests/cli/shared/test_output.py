@@ -154,6 +154,7 @@ def test_debug_shows_where_and_not_whose(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "no such file or folder" in message
 
 
+@pytest.mark.long
 def test_nothing_else_prints() -> None:
     """One place prints, so that one place makes sure of what is printed."""
     # Workers answer the process that started them; the others are tools of developers, started by python -m.

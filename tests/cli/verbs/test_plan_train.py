@@ -75,6 +75,7 @@ def test_faults(arguments: list[str], more: list[str], message: str, capsys: Any
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_plans_of_conversions_go_on(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

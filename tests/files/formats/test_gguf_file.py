@@ -83,6 +83,7 @@ def write_gguf(
     return path
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_tensors_are_those_stock_transformers_reads(
     pico: Callable[[str], Path], tmp_path: Path, quantized: bool

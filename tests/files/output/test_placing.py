@@ -95,6 +95,7 @@ def test_what_fails_at_the_last_moment_is_not_done_again(
 BEFORE = ["nothing", "old", "mine"]
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("way", ["renamed", "inside", "refused"])
 @pytest.mark.parametrize("before", BEFORE)
 def test_a_kill_at_any_change_of_the_disk_loses_nothing(
@@ -140,6 +141,7 @@ def test_a_kill_at_any_change_of_the_disk_loses_nothing(
         assert names(place) == (["out", "out.replaced"] if before == "mine" and way != "inside" else ["out"]), done[-1]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("way", ["renamed", "refused"])
 def test_another_job_finds_out_as_a_killed_one_should_have_left_it(
     place: Path, new: dict[str, str], monkeypatch: pytest.MonkeyPatch, way: str

@@ -94,6 +94,7 @@ def in_double(weights: ExpertWeights) -> ExpertWeights:
     return replace(weights, **{name: t if t is None else t.detach().double() for name, t in parts.items()})
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kind", ["plain", "idle", "one", "all", "single", "dynamic"])
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed", "ragged"])

@@ -108,6 +108,7 @@ def test_what_is_kept_has_a_name() -> None:
     assert caught.value.hint == "one of: z, none"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", ["stacked", "ragged"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck(layout: str, keep: bool) -> None:

@@ -58,6 +58,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(19)
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_logits_and_gradients(name: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -216,6 +217,7 @@ def test_weights_of_a_class_of_their_own_are_left_to_the_modules_own_code(caplog
     assert "weights of the class Elsewhere" in caplog.text
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("tokens", [3, 80])
 def test_no_weight_is_kept_alive(tokens: int) -> None:
     """Offloading gives a module weights for one call and takes them back; adapters compute them anew for every call."""

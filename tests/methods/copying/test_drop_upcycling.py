@@ -62,6 +62,7 @@ def test_floor_is_taken_of_the_exact_product() -> None:
     assert [part_of(0.29, 100), part_of(0.7, 10), part_of(0.5, 7), part_of(1.0, 3)] == [29, 7, 3, 3]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "dtype"), [("llama", "keep"), ("qwen2", "bfloat16"), ("qwen3", "float16")])
 def test_conversions_are_approximate_and_load(
     name: str, dtype: str, pico: Callable[[str], Path], tmp_path: Path

@@ -68,6 +68,7 @@ def test_whole_copies_with_nothing_new_add_up_to_the_dense_ffn(make: Callable, x
     assert layer.method.scale("paper", 8, 2) == 1.0
 
 
+@pytest.mark.long
 def test_qwen15_layout_end_to_end(pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"experts": 12, "top_k": 4, "shared": 4, "parameters": {"segments": 4, "gate": "softmax"}}
     result = upcycle.convert(str(pico("qwen2")), tmp_path / "out", **QUICK, **keys)
@@ -86,6 +87,7 @@ def test_qwen15_layout_end_to_end(pico: Callable[[str], Path], tmp_path: Path) -
     assert one == two
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("std", "expected"), [(None, 0.02), (0.1, 0.1)])
 def test_new_weights_have_the_models_deviation_or_the_given_one(
     std: float | None, expected: float, pico: Callable[[str], Path], tmp_path: Path

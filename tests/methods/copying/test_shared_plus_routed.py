@@ -67,6 +67,7 @@ def test_padding_goes_to_the_routed_shards(make: Callable, x: np.ndarray) -> Non
     assert layer.error(x) < EXACT
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("name", "keys", "verdict"),
     [

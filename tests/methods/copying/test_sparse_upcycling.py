@@ -53,6 +53,7 @@ def test_noise_is_relative_to_each_matrix_and_another_for_each_expert(make: Call
     assert np.abs(np.corrcoef(flat) - np.eye(12)).max() < 5 / np.sqrt(192)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "target"), [("llama", "qwen2_moe"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")])
 def test_softmax_gate_end_to_end(name: str, target: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     gate = {"parameters": {"gate": "softmax"}}
@@ -70,6 +71,7 @@ def test_softmax_gate_end_to_end(name: str, target: str, pico: Callable[[str], P
     assert whole.verification.verdict == "exact"
 
 
+@pytest.mark.long
 def test_noise_end_to_end(pico: Callable[[str], Path], tmp_path: Path) -> None:
     errors = []
     for noise in (0.01, 0.1):
@@ -88,6 +90,7 @@ def test_noise_end_to_end(pico: Callable[[str], Path], tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("layers", "dense"), [("last-half", [0, 1]), ("every-other", [0, 2]), ([0], [1, 2])])
 def test_half_of_the_layers(layers: Any, dense: list[int], pico: Callable[[str], Path], tmp_path: Path) -> None:
     result = upcycle.convert(str(pico("qwen3")), tmp_path / "out", layers=layers, **QUICK)

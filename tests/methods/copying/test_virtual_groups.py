@@ -106,6 +106,7 @@ def test_a_width_that_does_not_divide_is_padded_evenly(make: Callable, x: np.nda
     assert layer.error(x) < EXACT
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("name", "keys", "target"),
     [
@@ -139,6 +140,7 @@ def test_rounding_is_promised_where_a_root_is_no_power_of_two(pico: Callable[[st
     assert result.verification.verdict == "approximate"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("keys", "reason", "everyone"),
     [
@@ -161,6 +163,7 @@ def test_what_is_not_exact_says_why_and_is_measured(
     assert result.verification.all_experts_error is None or result.verification.all_experts_error < 1e-6
 
 
+@pytest.mark.long
 def test_the_plan_counts_the_model_that_is_written(pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"parameters": {"expansion": 4, "granularity": 4}, "top_k": 8}
     result = upcycle.convert(str(pico("llama")), tmp_path / "out", **QUICK, **keys)
@@ -174,6 +177,7 @@ def test_the_plan_counts_the_model_that_is_written(pico: Callable[[str], Path], 
     assert any("2x the neurons of the FFN" in warning for warning in result.plan.warnings)
 
 
+@pytest.mark.long
 def test_a_saved_blueprint_rebuilds_the_same_bytes(pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"parameters": {"scale_placement": "up_down"}}
     upcycle.convert(str(pico("llama")), tmp_path / "one", **QUICK, **keys)
@@ -204,6 +208,7 @@ def test_bad_input(keys: dict, message: str, hint: str, pico: Callable[[str], Pa
     assert hint in (caught.value.hint or "")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "router", ["centroid", "ridge", {"name": "zero", "parameters": {"inference_only": True}}], ids=str
 )

@@ -36,6 +36,7 @@ def stacked_by_hand(folder: Path, growth: int) -> Any:
     return model
 
 
+@pytest.mark.one_in(19)
 @pytest.mark.parametrize("name", PICO)
 def test_the_result_computes_what_the_repeated_layers_compute(name: str, pico: Pico, tmp_path: Path) -> None:
     upcycle.convert(str(pico(name)), tmp_path / "out", method="depth_stack", parameters={"growth": 3}, **UNCHECKED)

@@ -65,6 +65,7 @@ def likelihoods(folder: Path, text: Path) -> np.ndarray:
     return found
 
 
+@pytest.mark.long
 def test_given_weights(branches: Branches, tmp_path: Path) -> None:
     folders = branches(3)
     sources = [{"name": str(folder), "weight": weight} for folder, weight in zip(folders, (1, 2, 5), strict=True)]

@@ -106,6 +106,7 @@ def silu(z: np.ndarray) -> np.ndarray:
     return z / (1 + np.exp(-z))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("count", "parameters", "top_k"), [(3, {}, 2), (3, {"chunks": 2}, 4), (4, {}, 1), (2, {}, 2)])
 def test_the_layer_is_the_papers_formula(
     count: int, parameters: dict[str, Any], top_k: int, branches: Branches, tmp_path: Path
@@ -132,6 +133,7 @@ def test_the_layer_is_the_papers_formula(
     assert np.linalg.norm(actual - expected) < 64 * 2.0**-24 * np.linalg.norm(expected)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("parameters", [{}, {"chunks": 4}, {"rest": "base"}])
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_sources_that_are_the_same_are_exact(
@@ -167,6 +169,7 @@ def test_other_families(name: str, branches: Branches, tmp_path: Path) -> None:
     assert same.verification.verdict == "exact"
 
 
+@pytest.mark.long
 def test_a_real_mix_says_what_it_was_compared_with(branches: Branches, tmp_path: Path) -> None:
     checked = mix(tmp_path / "out", branches(3)).verification
     assert checked is not None

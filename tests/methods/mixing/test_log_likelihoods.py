@@ -21,6 +21,7 @@ from upcycle.progress import SILENT
 IDS = torch.randint(4096, (5, 12), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_against_the_softmax_of_stock_logits(
     streamed: bool, pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

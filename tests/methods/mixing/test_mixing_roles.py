@@ -34,6 +34,7 @@ def fp64(folder: Path) -> dict[str, np.ndarray]:
     return {name: tensor.double().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "target", "chunks"), [("llama", "qwen2_moe", 1), ("llama", "glm4_moe", 2), ("qwen3", "dots1", 1)]
 )
@@ -92,6 +93,7 @@ def test_noise_is_as_large_as_asked_for_on_its_own_expert(branches: Branches, tm
         assert (made[shared.format(part)] / switch - parents[2][MLP.format(part)]).std() == close
 
 
+@pytest.mark.long
 def test_a_blueprint_repeats_it(branches: Branches, tmp_path: Path) -> None:
     listed = told(branches(3), {"scale": 0.3}, {"noise": 0.1}, {"shared": True, "scale": 0.7, "noise": 0.2})
     upcycle.convert(None, tmp_path / "one", sources=listed, **MIX)
@@ -122,6 +124,7 @@ def test_copies_of_one_model_with_a_shared_one_are_not_promised_exact(branches: 
     assert result.verification.all_experts_error < 1e-6
 
 
+@pytest.mark.long
 def test_symphony_aligns_the_shared_one_too(branches: Branches, tmp_path: Path) -> None:
     listed = told(branches(3), {}, {}, {"shared": True})
     keys = {**MIX, "method": "symphony", "calibration": {"text": "demo", "tokens": 256, "window": 64}}

@@ -110,6 +110,7 @@ def test_fusion_by_averages_is_that_of_branch_train_mix(branches: Branches, tmp_
     assert all(np.array_equal(made[name], plain[name]) for name in plain if ".experts." not in name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("anchor", "chunks"), [(0, 1), (1, 4)])
 def test_shuffled_copies_are_put_into_the_anchors_order(
     anchor: int, chunks: int, pico: Callable[[str], Path], tmp_path: Path
@@ -139,6 +140,7 @@ def own_activations(folder: Path, ids: torch.Tensor, layer: int) -> np.ndarray:
     return seen[0].reshape(-1, F).double().numpy()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dense_layer", [False, True])
 def test_the_order_is_the_best_by_each_models_own_activations(
     dense_layer: bool, branches: Branches, tmp_path: Path
@@ -188,6 +190,7 @@ def test_a_tiny_case_by_trying_all_permutations() -> None:
     assert matched(likeness).tolist() == list(best)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("parameters", [{}, {"chunks": 4}, {"rest": "base"}])
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_sources_that_are_the_same_are_exact(
@@ -231,6 +234,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("router", ["hidden", "cheap_embed", "domain_ridge"])
 def test_routers_read_their_samples_and_neurons_the_text(router: str, branches: Branches, tmp_path: Path) -> None:
     sources = [{"name": str(source), **told} for source, told in zip(branches(2), PROMPTS, strict=True)]

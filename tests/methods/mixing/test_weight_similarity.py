@@ -49,6 +49,7 @@ def attention_and_ffn(name: str) -> bool:
     return "self_attn" in name or "mlp" in name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3", "lfm2"])
 @pytest.mark.parametrize("rows", [None, 7])
 def test_against_plain_loops(

@@ -123,6 +123,7 @@ def test_shown_layers_are_spread() -> None:
     assert spread(list(range(30)), 4) == [0, 10, 19, 29]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("dense", "keys"),
     [

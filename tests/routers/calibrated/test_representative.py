@@ -14,6 +14,7 @@ from upcycle.ffn.feed_forward import FeedForward
 from upcycle.routers.calibrated.representative import representatives
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("nearest", ["l1", "cosine"])
 @pytest.mark.parametrize("k_act", [1, 5])
 def test_representatives(nearest: Literal["l1", "cosine"], k_act: int) -> None:

@@ -79,6 +79,7 @@ def prompt_rows(base: Path, layer: int, name: str, last: bool) -> np.ndarray:
     return np.stack(rows)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(("name", "parameters"), [("hidden", {}), ("hidden", {"tokens": "last"}), ("cheap_embed", {})])
 @pytest.mark.parametrize("family", ["llama", "granite"])
 def test_rows_are_the_prompts_means_where_the_router_reads(

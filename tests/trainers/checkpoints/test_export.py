@@ -25,6 +25,7 @@ EXPORTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_export_is_stored_as_the_model_was_and_holds_the_trained_weights(
     pico_moe: Model, tmp_path: Path, name: str

@@ -114,6 +114,7 @@ def restated(case: Case, mask: torch.Tensor) -> dict[str, float]:
     return {name: value / int(mask.sum()) for name, value in found.items()}
 
 
+@pytest.mark.one_in(3)
 def test_losses_equal_the_papers_formulas(case: Case) -> None:
     mask = torch.ones(B, S, dtype=torch.bool)
     mask[0, 0] = mask[1, 3] = False
@@ -125,6 +126,7 @@ def test_losses_equal_the_papers_formulas(case: Case) -> None:
     assert not weights
 
 
+@pytest.mark.one_in(2)
 def test_routers_that_tell_the_norms_leave_no_error_and_weigh_the_chosen_alike(case: Case) -> None:
     """What D2DMoE's loss asks for is about equal weights, whatever the norms."""
     records = case.records()
@@ -145,6 +147,7 @@ def test_routers_that_tell_the_norms_leave_no_error_and_weigh_the_chosen_alike(c
     assert case.losses(mask, records, output_norms=1.0)["output_norms"] < 1e-9  # of squared norms of order one, in fp32
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["prior_approximate", "prior_balance", "output_norms"])
 def test_gradient_reaches_routers_alone_and_is_that_of_finite_differences(
     kind: str, pico: Pico, tmp_path: Path
@@ -177,6 +180,7 @@ def test_every_target_with_shared_experts_is_tried() -> None:
     assert set(WITH_SHARED) == {name for name in TARGETS if Feature.SHARED_EXPERTS in load("target", name).holds}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("target", WITH_SHARED)
 def test_shared_experts_are_taken_off_in_every_architecture(target: str, pico: Pico, tmp_path: Path) -> None:
     dense = pico(WITH_SHARED[target])

@@ -82,6 +82,7 @@ def olmoe(pico_moe: Model, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_olmoe_trains_with_balance_and_load(olmoe: Path, tmp_path: Path) -> None:
     recipe = recipe_for(olmoe, tmp_path, stage={"steps": 2}, saving={"every": 9, "export": True})
     result, _ = run(recipe)

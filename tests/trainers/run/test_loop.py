@@ -88,6 +88,7 @@ def test_the_loss_is_what_stock_transformers_says(pico_moe: Model, tmp_path: Pat
     assert losses(recipe)[0] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -135,6 +136,7 @@ def _stopped_at(recipe: Any, step: int, number: int = signal.SIGTERM) -> None:
     assert said[-1] == f"stopped by {name}; step {step} is saved; to continue, run the same command again"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("number", STOPPING)
 def test_every_signal_that_stops_a_run_saves_its_step(pico_moe: Model, tmp_path: Path, number: int) -> None:
     before = [signal.getsignal(each) for each in STOPPING]

@@ -43,6 +43,7 @@ def same_weights(one: Path, two: Path) -> float:
     return found
 
 
+@pytest.mark.long
 def test_two_ranks_give_the_curve_of_one(pico_moe: Model, tmp_path: Path) -> None:
     balances = {"switch_balance": {"coefficient": 0.1}, "mutual_information": {"coefficient": 0.1}, "router_z": {}}
     alone = one_rank(pico_moe("mixtral"), tmp_path / "one", stage={"steps": 3, "losses": balances})

@@ -107,6 +107,7 @@ def test_an_engine_that_generates_other_tokens_is_different(out: Path, monkeypat
     assert "**do not use it**" in loading(out, "llama.cpp")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("engine", "wrong", "says"),
     [
@@ -129,6 +130,7 @@ def test_a_model_that_the_engine_cannot_load_is_not_held(
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("nothing")
 @pytest.mark.parametrize(
     ("engine", "says", "hint"),

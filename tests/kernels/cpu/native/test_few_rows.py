@@ -158,6 +158,7 @@ def test_what_others_could_have_written_is_not_loaded(what: str, fresh: Path) ->
     assert few_rows.few_rows() is not None
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_cut_library_is_never_run_and_made_again(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
