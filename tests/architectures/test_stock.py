@@ -273,6 +273,7 @@ def test_a_tokenizer_of_its_own_code_is_refused_by_name(hostile: Path) -> None:
         load_tokenizer(hostile)
 
 
+@pytest.mark.long
 def test_a_grown_model_keeps_none_of_it(pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
     """A growth step copies the configuration of its source."""
     import upcycle

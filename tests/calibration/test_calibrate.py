@@ -127,6 +127,7 @@ def test_refit_is_the_least_squares_solution_on_what_stock_models_see(pico: Pico
         assert report["captured"] > report["random"]
 
 
+@pytest.mark.long
 def test_all_experts_on_stays_exact_and_refit_touches_nothing(pico: Pico, tmp_path: Path) -> None:
     result = upcycle.convert(str(pico("llama")), tmp_path / "out", **{**SPLIT, "top_k": E})
     assert result.verification is not None
@@ -203,6 +204,7 @@ def test_a_stopped_calibration_continues_to_the_same_bytes(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_a_stopped_calibration_is_not_continued_on_another_text(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_blueprint_repeats_a_calibrated_conversion_without_its_text(pico: Pico
     assert again.verification is not None
 
 
+@pytest.mark.long
 def test_provenance_names_the_text_and_its_tokens(pico: Pico, tmp_path: Path) -> None:
     upcycle.convert(str(pico("llama")), tmp_path / "out", **SPLIT)
     record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
@@ -338,6 +341,7 @@ def test_rows_are_read_by_column_whatever_the_ending(tmp_path: Path, name: str) 
     assert sorted([*parts.read.split("\n\n"), *parts.held_out.split("\n\n")]) == sorted(texts)
 
 
+@pytest.mark.long
 def test_an_activation_that_is_not_finite_names_layer_and_neuron(dense: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

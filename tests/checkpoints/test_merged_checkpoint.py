@@ -63,6 +63,7 @@ def test_every_tensor_is_the_mean_rounded_once(
             assert np.all(np.abs(found.double().numpy() - mean) <= half * (1 + 2.0**-40) * np.abs(mean))
 
 
+@pytest.mark.long
 def test_blocks_and_parts_are_rows_of_the_whole(branches: Branches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merged_checkpoint, "SUM_BYTES", 8 * 32 * 5)
     store = merge(branches(3)).store

@@ -89,6 +89,7 @@ def test_a_parameter_with_a_flag_of_its_own(pico: Pico) -> None:
     assert "unknown key 'scale_placement'" in str(refused.exception)
 
 
+@pytest.mark.long
 def test_source_flag_gives_a_recipe_its_source(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("experts: 4\n")
     assert run("plan", str(tmp_path / "r.yaml"), "--source", "demo").exit_code == 0
@@ -112,6 +113,7 @@ def test_convert_prints_the_verdict_and_the_next_command(pico: Pico, tmp_path: P
     assert run("convert", str(pico("llama")), str(tmp_path / "b"), "-e", "4", "--no-verify", "-q").stderr == ""
 
 
+@pytest.mark.long
 def test_sparse_split_hints_to_heal_and_exits_0(pico: Pico, tmp_path: Path) -> None:
     arguments = ("-m", "random_split", "-e", "8", "-k", "4", "--verify-tokens", "64")
     result = run("convert", str(pico("llama")), str(tmp_path / "out"), *arguments)

@@ -46,6 +46,7 @@ def test_recorded_hashes_are_those_of_the_files(pico: Pico, tmp_path: Path) -> N
     assert record["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.long
 def test_the_written_recipe_repeats_the_conversion(pico: Pico, tmp_path: Path) -> None:
     from upcycle.conversion.convert import run_recipe
     from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
@@ -84,6 +85,7 @@ def test_experts_hold_the_scaled_dense_neurons(pico: Pico, tmp_path: Path) -> No
     assert torch.equal(moe[f"{expert}.w2.weight"], dense.read("model.layers.1.mlp.down_proj.weight")[:, 24:36] * 3)
 
 
+@pytest.mark.long
 def test_a_saved_blueprint_builds_the_same_model_and_can_be_changed(pico: Pico, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     upcycle.convert(str(pico("llama")), first, method="random_split", top_k=4, seed=9, **QUICK)

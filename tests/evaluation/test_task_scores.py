@@ -93,6 +93,7 @@ def test_scores_are_those_of_likelihoods_summed_by_hand(half: Path, scored: Eval
     assert passages.higher_is_better is False
 
 
+@pytest.mark.long
 @harness
 def test_bits_per_byte_are_those_of_the_text(half: Path, scored: Evaluation) -> None:
     assert scored.tasks

@@ -111,6 +111,7 @@ def test_layers_run_one_by_one_and_end_in_the_same_logits(renamed: tuple[Path, P
     )
 
 
+@pytest.mark.long
 def test_the_converted_model_has_the_names_of_its_target(renamed: tuple[Path, Path], tmp_path: Path) -> None:
     llama, folder = renamed
     keys = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "target": "mixtral", "verification": {"tokens": 64}}

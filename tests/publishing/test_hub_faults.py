@@ -15,6 +15,7 @@ from publishing_cases import REPO, Notes, contents, push, weights
 from upcycle.errors import EnvironmentFault, UpcycleError
 
 
+@pytest.mark.long
 def test_a_cut_in_the_middle_of_an_upload_is_made_good(hub: HubServer, out: Path) -> None:
     fault = hub.fail("PUT", "/lfs/", cut=10_000)
     push(out, hub)

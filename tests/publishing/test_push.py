@@ -53,6 +53,7 @@ def test_a_pushed_model_loads_in_stock_transformers(hub: HubServer, out: Path, t
     assert hub.repos[REPO].private
 
 
+@pytest.mark.long
 def test_pushing_again_sends_what_changed_and_removes_what_is_gone(hub: HubServer, out: Path) -> None:
     push(out, hub)
     assert push(out, hub).commit is None
@@ -82,6 +83,7 @@ def test_a_pull_request_leaves_main_alone(hub: HubServer, out: Path, monkeypatch
     assert set(repo.files("refs/pr/1")) == set(contents(out)) | {".gitattributes"}
 
 
+@pytest.mark.long
 def test_a_branch_and_a_collection(hub: HubServer, out: Path) -> None:
     result = push(out, hub, revision="v2", collection="My experts")
     assert result.url == f"{hub.url}/{REPO}/tree/v2"
@@ -139,6 +141,7 @@ def test_a_file_that_the_hub_ignores_is_missed(hub: HubServer, out: Path) -> Non
         push(out, hub)
 
 
+@pytest.mark.long
 def test_the_users_section_is_kept_here_and_there(hub: HubServer, out: Path) -> None:
     from upcycle.files.card_section import BEGIN, own_section
 

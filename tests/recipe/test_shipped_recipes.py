@@ -27,6 +27,7 @@ def fault(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long
 def test_convert_takes_a_shipped_recipe_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for told in ("split_50", "split_50.yaml", str(shipped("convert")["split_50"])):

@@ -169,6 +169,7 @@ def test_a_file_that_changed_is_told(pico: Pico, tmp_path: Path) -> None:
     assert precious.read_text() == "precious"
 
 
+@pytest.mark.long
 def test_weights_that_are_not_finite_are_told(pico: Pico, tmp_path: Path) -> None:
     out = convert(pico, tmp_path / "out")
     path = out / "model.safetensors"
@@ -240,6 +241,7 @@ def test_a_moe_that_is_no_target_and_a_dense_model(pico: Pico, pico_moe: Callabl
         read(report)
 
 
+@pytest.mark.long
 def test_a_growth_step(pico: Pico, tmp_path: Path) -> None:
     out = tmp_path / "deep"
     upcycle.convert(str(pico("llama")), out, method="depth_stack", verification={"tokens": 64})
@@ -249,6 +251,7 @@ def test_a_growth_step(pico: Pico, tmp_path: Path) -> None:
     read(report)
 
 
+@pytest.mark.long
 def test_the_parent_has_moved(pico: Pico, dense: Path, tmp_path: Path) -> None:
     upcycle.convert(str(dense), tmp_path / "out", experts=4, top_k=2, verification={"enabled": False})
     moved = dense.rename(tmp_path / "moved")

@@ -180,6 +180,7 @@ def test_a_text_that_is_too_short_is_repeated() -> None:
     assert Reach(4, 7).text(torch.tensor([[1, 2], [3, 4]])).tolist() == [[1, 2, 3, 4, 1, 2, 3]]
 
 
+@pytest.mark.long
 def test_a_mix_is_compared_with_what_stock_reads_of_every_source(
     branches: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

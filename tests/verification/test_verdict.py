@@ -153,6 +153,7 @@ def test_a_blueprint_says_how_layers_are_built_and_nothing_else(pico: Pico, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_report_on_logits_of_zero_holds_only_json_numbers(pico: Pico, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     from upcycle.report.data.collect import Wanted

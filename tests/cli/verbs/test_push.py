@@ -16,6 +16,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(cli, list(arguments))
 
 
+@pytest.mark.long
 def test_the_url_comes_last(hub: Any, out: Path) -> None:
     dry = run("push", str(out), "alice/moe", "--dry-run")
     assert dry.exit_code == 0, dry.output

@@ -80,6 +80,7 @@ def test_logits_and_gradients(name: str, mode: str, caplog: pytest.LogCaptureFix
     assert not [record for record in caplog.records if "instead" in record.getMessage()]
 
 
+@pytest.mark.long
 def test_from_pretrained(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -80,6 +80,7 @@ def test_conversions_are_approximate_and_load(
     assert one == two
 
 
+@pytest.mark.long
 def test_ratio_zero_verifies_exact(pico: Callable[[str], Path], tmp_path: Path) -> None:
     result = upcycle.convert(str(pico("llama")), tmp_path / "out", parameters={"ratio": 0}, **QUICK)
     assert result.verification is not None

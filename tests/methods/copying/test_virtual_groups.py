@@ -131,6 +131,7 @@ def test_conversions_verify_exact_and_load_in_stock_transformers(
     assert torch.linalg.norm(moe - dense) < 2e-6 * torch.linalg.norm(dense)
 
 
+@pytest.mark.long
 def test_rounding_is_promised_where_a_root_is_no_power_of_two(pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"parameters": {"granularity": 2, "scale_placement": "up_down"}, "dtype": "bfloat16"}
     result = upcycle.convert(str(pico("llama")), tmp_path / "out", **QUICK, **keys)

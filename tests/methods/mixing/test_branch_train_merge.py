@@ -123,6 +123,7 @@ def test_weights_are_the_posteriors_on_a_text(
     assert upcycle.verify(tmp_path / "out", tokens=64) == result.verification
 
 
+@pytest.mark.long
 def test_a_tensor_that_is_not_the_mean_is_found(branches: Branches, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -140,6 +141,7 @@ def test_a_tensor_that_is_not_the_mean_is_found(branches: Branches, tmp_path: Pa
         upcycle.verify(out, tokens=64)
 
 
+@pytest.mark.long
 def test_a_plan(branches: Branches, text: dict[str, Any]) -> None:
     keys = {"method": "branch_train_merge", "sources": list(map(str, branches(3)))}
     plan = upcycle.plan(None, **keys, **text)

@@ -181,6 +181,7 @@ def test_a_real_mix_says_what_it_was_compared_with(branches: Branches, tmp_path:
     assert upcycle.verify(tmp_path / "out", tokens=128).all_experts_error == checked.all_experts_error
 
 
+@pytest.mark.long
 def test_an_expert_of_the_wrong_source_is_broken(
     branches: Branches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_an_expert_of_the_wrong_source_is_broken(
         mix(tmp_path / "out", branches(3))
 
 
+@pytest.mark.long
 def test_untied_chunks_are_not_promised(branches: Branches) -> None:
     plan = upcycle.plan(
         None,

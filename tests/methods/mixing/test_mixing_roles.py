@@ -68,6 +68,7 @@ def test_the_layer_is_the_routed_average_and_the_shared_ones(
     assert np.linalg.norm(actual - expected) < 3e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.long
 def test_shared_sources_count_in_the_average_of_the_rest(branches: Branches, tmp_path: Path) -> None:
     sources, name = branches(3), "model.layers.1.self_attn.q_proj.weight"
     upcycle.convert(None, tmp_path / "out", sources=told(sources, {}, {}, {"shared": True}), **MIX)
@@ -75,6 +76,7 @@ def test_shared_sources_count_in_the_average_of_the_rest(branches: Branches, tmp
     assert np.allclose(fp64(tmp_path / "out")[name], mean, rtol=2.0**-23, atol=0)
 
 
+@pytest.mark.long
 def test_noise_is_as_large_as_asked_for_on_its_own_expert(branches: Branches, tmp_path: Path) -> None:
     sources = branches(3)
     listed = told(sources, {}, {"noise": 0.05, "scale": 4.0}, {"noise": 0.01, "shared": True})
@@ -102,6 +104,7 @@ def test_a_blueprint_repeats_it(branches: Branches, tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.long
 def test_half_precision_rounds_a_scaled_expert_once(branches: Branches, tmp_path: Path) -> None:
     sources = branches(3)
     listed = told(sources, {"scale": 0.1}, {}, {"shared": True, "scale": 0.1})
@@ -114,6 +117,7 @@ def test_half_precision_rounds_a_scaled_expert_once(branches: Branches, tmp_path
         assert torch.equal(made[f"model.layers.1.mlp.{where}.down_proj.weight"], dense * factor)
 
 
+@pytest.mark.long
 def test_copies_of_one_model_with_a_shared_one_are_not_promised_exact(branches: Branches, tmp_path: Path) -> None:
     listed = told(branches(3, 0.0), {}, {}, {"shared": True})
     result = upcycle.convert(None, tmp_path / "out", sources=listed, **MIX)

@@ -217,6 +217,7 @@ def test_killed_then_resumed_is_byte_equal(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.long
 def test_differences_from_the_ancestor(zoo: Zoo, pico: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
     sources = list(map(str, zoo("aab")))
     keys = {"method": "model_glue", "sources": sources, "calibration": {"text": str(text), "tokens": 96, "window": 32}}

@@ -106,6 +106,7 @@ def test_chunks_of_a_source_share_its_row(branches: Branches, tmp_path: Path) ->
     assert rows.norm(dim=1).tolist() == pytest.approx([3.0] * 4, rel=1e-6)
 
 
+@pytest.mark.long
 def test_the_model_loads_verifies_and_repeats(branches: Branches, tmp_path: Path) -> None:
     keys = {"method": "branch_train_mix", "router": "hidden", "top_k": 1, "verification": {"tokens": 128}}
     for out in ("one", "two"):

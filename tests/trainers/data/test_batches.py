@@ -245,6 +245,7 @@ def mended(path: Path, number: int, text: str) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.long
 def test_a_mended_file_goes_on_at_its_place(recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path) -> None:
     """Shards of 256 bytes, 8 to a block, so that 150 documents are several blocks."""
     data = recipe(domains={"a": str(tmp_path / "a.jsonl")}, shuffle="2KB", validation={"fraction": 0.0})

@@ -53,6 +53,7 @@ def test_a_whole_cache_gives_the_losses_of_the_running_parent(student: Any, tmp_
     )
 
 
+@pytest.mark.long
 def test_a_second_run_reads_what_the_first_wrote_without_the_parent(
     student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_second_run_reads_what_the_first_wrote_without_the_parent(
     assert not list((tmp_path / "kept").rglob("*.partial"))
 
 
+@pytest.mark.long
 def test_what_is_cut_off_only_lowers_the_divergence(student: Any, tmp_path: Path) -> None:
     """Merging the tail into one outcome gives a lower bound; the first step, before weights differ, shows it."""
     live, cut = (

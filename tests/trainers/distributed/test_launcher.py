@@ -200,8 +200,8 @@ def test_a_second_signal_ends_a_step_that_does_not_end(second: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "runs\n"
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)  # at once: the same event, passed on by somebody
     assert process.stdout.readline().startswith("SIGTERM: finishing and saving the current step")
+    process.send_signal(signal.SIGINT)  # so soon after: the same event, passed on by somebody
     time.sleep(launcher.TOGETHER)
     assert process.poll() is None
     process.send_signal(signal.Signals[second])

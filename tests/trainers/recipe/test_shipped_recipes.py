@@ -151,6 +151,7 @@ def test_d2dmoe_is_a_plain_sum_of_experts_before_and_after_its_routers_are_taugh
     assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)}
 
 
+@pytest.mark.long
 def test_factorllm_is_a_sum_times_e_over_k_and_learns_by_its_own_losses(pico: Pico, tmp_path: Path) -> None:
     split = converted("factorllm", pico("llama"), tmp_path / "split")
     compare(moe_of(split), pico("llama"), summed(split, 4 / 2, 2), EQUAL)

@@ -53,6 +53,7 @@ def test_the_bias_moves_by_the_sign_of_the_load(target: str, stock: Any, ids: to
     assert all(torch.equal(a, b) for a, b in zip(biases(model), before, strict=True))
 
 
+@pytest.mark.long
 def test_balancing_spreads_a_skewed_router(stock: Any) -> None:
     """A router that prefers two of its experts for every token uses all of them after enough steps; no weight changed."""
     model = stock("glm4_moe", experts=8, top_k=2)

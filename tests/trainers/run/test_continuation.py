@@ -144,6 +144,7 @@ def test_the_list_names_only_keys_that_there_are() -> None:
         assert pattern.partition(".")[0] in set(named(StageRecipe)), pattern
 
 
+@pytest.mark.long
 def test_a_run_that_was_not_finite_goes_on_as_its_hint_says(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, bad_steps=0)
     original = Stepper._losses
@@ -175,6 +176,7 @@ def test_a_run_that_was_not_finite_goes_on_as_its_hint_says(pico_moe: Model, tmp
     assert any("the schedule now spans 8 steps: the learning rate of step 3 is" in line for line in said)
 
 
+@pytest.mark.long
 def test_a_mended_file_is_said_and_logged(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 2})
     run(recipe)

@@ -383,6 +383,7 @@ def test_a_tracker_that_is_not_installed_is_named(pico_moe: Model, tmp_path: Pat
         run(recipe_for(pico_moe("mixtral"), tmp_path, log={"trackers": ["trackio"]}))
 
 
+@pytest.mark.long
 def test_the_log_of_a_killed_run_is_cut_where_it_continues(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path)
     _stopped_at(recipe, 4)

@@ -54,6 +54,7 @@ def restated(folder: Path, recipe: TrainRecipe) -> dict[str, float]:
     return found
 
 
+@pytest.mark.long
 def test_reference_losses_are_the_dense_parents_and_weights_follow_the_excess(
     half: Path, pico: Pico, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_reference_losses_of_the_recipe_need_no_parent(half: Path, tmp_path: Pat
     assert not [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "reference"]
 
 
+@pytest.mark.long
 def test_a_parent_that_is_not_known_is_missed_before_anything_is_made(half: Path, pico: Pico, tmp_path: Path) -> None:
     (half / "upcycle.json").unlink()
     with pytest.raises(UsageError, match=r"data.dynamic.parent: .* does not say what it was converted from") as caught:

@@ -56,6 +56,7 @@ def test_the_fastest_is_taken(started: list[Launch]) -> None:
     assert table.entries["sm90", 2, "up/plain", 16] == default_table().entries["sm90", 2, "up/plain", 16]
 
 
+@pytest.mark.long
 def test_every_batch_decides_its_bucket(started: list[Launch]) -> None:
     lines: list[str] = []
     tune.tune(layer(), [4, 2048], 2, "sm90", clock(started, lambda launch: 1.0), lines.append)
