@@ -52,7 +52,7 @@ def test_the_committed_tasks_pass(folder: Path) -> None:
         ("task: t\ndataset_path: sql\n", "'dataset_path': 'sql' is neither"),
         ("task: t\ndataset_path: webdataset\n", "'dataset_path': 'webdataset' is neither"),
         ("task: t\ndataset_path: ./mine\n", "'dataset_path': './mine' is neither"),
-        ("task: t\ndataset_path: /tmp/mine.py\n", "is neither"),
+        ("task: t\ndataset_path: /elsewhere/mine.py\n", "is neither"),
         ("task: t\nunsafe_code: true\n", "key 'unsafe_code' is not allowed"),
         ("task: t\nunsafe_code: false\n", "key 'unsafe_code' is not allowed"),
         (
