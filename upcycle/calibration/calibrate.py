@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear
 
 from upcycle.calibration.blueprint_join import joined_blueprint, layer_file
 from upcycle.calibration.decide_layer import Decision, activations_of, decide, decide_layer, targets_of
@@ -236,9 +235,8 @@ class Calibration:
 
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
         """Write the converted model's stream after this layer, computed with the weights in the dtype that is stored."""
-        down = decision.routing.stored(decision.blueprint)
-        pairs = zip(residual.blocks(self._batch), decision.active.batches(), strict=True)
-        outputs = (before + linear(batch.hidden, down, decision.routing.bias) for before, batch in pairs)
+        pairs = zip(residual.blocks(self._batch), decision.outputs.on_calibration(), strict=True)
+        outputs = (before + made for before, made in pairs)
         self._stream("moe", index + 1).write(outputs)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from torch.nn.functional import linear
 
 from upcycle.errors import CheckpointError
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, Inputs
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.ffn.refit import Routing, fit_down, fit_scale
+from upcycle.ffn.reconstruction import BlockFit, LayerFunction, Schedule, reconstruct
+from upcycle.ffn.refit import Applied, Routing, fit_down, fit_scale
 from upcycle.ffn.router_capture import captured
 from upcycle.files.formats.token_files import TokenFile
 from upcycle.planning.expert_job import ExpertJob
@@ -73,19 +75,68 @@ def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[]
     return targets
 
 
+class Outputs(Protocol):
+    """A decided layer as the converted model will compute it, with its weights in the dtype that is stored."""
+
+    def on_calibration(self) -> Iterator[torch.Tensor]:
+        """Yield the layer's outputs for the calibration tokens, fp32 ``[t, d]`` per batch."""
+
+    def of(self, activations: Activations) -> Iterator[torch.Tensor]:
+        """Yield the layer's outputs for other tokens, fp32 ``[t, d]`` per batch."""
+
+
+@dataclass(frozen=True)
+class ActiveNeurons:
+    """Implements :class:`Outputs` for a layer whose gate and up are the dense ones.
+
+    Attributes:
+        applied: which neurons are active.
+        active: their activations on the calibration tokens.
+        down: fp32 ``[d, N]``, with all factors.
+    """
+
+    applied: Applied
+    active: ExpertActivations
+    down: torch.Tensor
+
+    def on_calibration(self) -> Iterator[torch.Tensor]:
+        """Yield the outputs for the calibration tokens."""
+        return (linear(batch.hidden, self.down, self.applied.bias) for batch in self.active.batches())
+
+    def of(self, activations: Activations) -> Iterator[torch.Tensor]:
+        """Yield the outputs for other tokens."""
+        active = ExpertActivations(activations, self.applied.active)
+        return (linear(batch.hidden, self.down, self.applied.bias) for batch in active.batches())
+
+
+@dataclass(frozen=True)
+class OwnTensors:
+    """Implements :class:`Outputs` for a layer whose gate, up and down were all fitted."""
+
+    layer: LayerFunction
+    activations: Activations
+
+    def on_calibration(self) -> Iterator[torch.Tensor]:
+        """Yield the outputs for the calibration tokens."""
+        return self.of(self.activations)
+
+    def of(self, activations: Activations) -> Iterator[torch.Tensor]:
+        """Yield the outputs for other tokens."""
+        return (self.layer.output(given.x) for given in activations.inputs())
+
+
 class Decision(NamedTuple):
-    """Holds the decision on a layer: its blueprint, what was measured on the way, and the activations of its neurons."""
+    """Holds the decision on a layer: its blueprint, what was measured on the way, and what it computes."""
 
     blueprint: LayerBlueprint
     report: dict[str, Any]
-    routing: Routing
-    active: ExpertActivations
+    outputs: Outputs
 
 
 def decide_layer(
     job: ExpertJob, ffn: FeedForward, activations: Activations, targets: Callable[[], Iterator[torch.Tensor]]
 ) -> Decision:
-    """Decide a layer's blueprint with its router, and refit its down projections or its scale.
+    """Decide a layer's blueprint with its router, and refit its down projections, its scale or all its projections.
 
     Args:
         job: the conversion, which names method, router and refit.
@@ -104,13 +155,42 @@ def decide_layer(
     routing = Routing(blueprint, ffn)
     active = ExpertActivations(activations, routing.active)
     if job.refit == "none":
-        return Decision(blueprint, report, routing, active)
+        return Decision(blueprint, report, ActiveNeurons(routing, active, routing.stored(blueprint)))
     if job.refit == "scale":
         factor, fit = fit_scale(routing, active, targets())
         blueprint = replace(blueprint, scale=job.shape.top_k * factor)
-        return Decision(blueprint, report | fit.as_dict(), routing, active)
-    down, fit = fit_down(routing, active, targets())
-    stored = down.to(ffn.down.dtype)
-    if not bool((stored * blueprint.scale).isfinite().all()):
+        return Decision(blueprint, report | fit.as_dict(), ActiveNeurons(routing, active, routing.stored(blueprint)))
+    down, fit = fit_down(routing, active, targets(), everything=job.refit == "down")
+    blueprint = replace(blueprint, down=down.to(ffn.down.dtype))
+    _check_finite(blueprint, ffn)
+    report |= fit.as_dict()
+    if job.refit == "blocks":
+        del active  # the activations of the closed form: training makes its own
+        blueprint, trained = reconstruct_layer(job, blueprint, ffn, activations, targets)
+        _check_finite(blueprint, ffn)
+        return Decision(blueprint, report | trained.as_dict(), OwnTensors(LayerFunction(ffn, blueprint), activations))
+    return Decision(blueprint, report, ActiveNeurons(routing, active, routing.stored(blueprint)))
+
+
+def reconstruct_layer(
+    job: ExpertJob,
+    blueprint: LayerBlueprint,
+    ffn: FeedForward,
+    activations: Activations,
+    targets: Callable[[], Iterator[torch.Tensor]],
+) -> tuple[LayerBlueprint, BlockFit]:
+    """Train all projections of a refitted layer as the recipe's ``reconstruction`` says; see :func:`reconstruct`."""
+    asked = job.recipe.reconstruction
+    schedule = Schedule(asked.passes, asked.batch, asked.rate)
+
+    def batches() -> Iterator[tuple[Inputs, torch.Tensor]]:
+        return zip(activations.inputs(), targets(), strict=True)
+
+    return reconstruct(blueprint, ffn, batches, schedule, generator(job.recipe.seed, ffn.layer, "reconstruction"))
+
+
+def _check_finite(blueprint: LayerBlueprint, ffn: FeedForward) -> None:
+    """Refuse fitted projections that their dtype cannot hold."""
+    assert blueprint.down is not None
+    if not bool((blueprint.down * blueprint.scale).isfinite().all()):
         raise CheckpointError(f"layer {ffn.layer}: the refit overflows {ffn.down.dtype}", hint="--dtype bfloat16")
-    return Decision(replace(blueprint, down=stored), report | fit.as_dict(), routing, active)

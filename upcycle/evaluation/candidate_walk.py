@@ -18,9 +18,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import kl_div, linear, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
-from upcycle.calibration.decide_layer import activations_of, decide_layer, targets_of
+from upcycle.calibration.decide_layer import ActiveNeurons, Outputs, activations_of, decide_layer, targets_of
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, TokenActivations, contributions
 from upcycle.ffn.refit import Applied, Routing, fit_down
 from upcycle.ffn.router_capture import ExpertMap, of_largest
@@ -239,14 +239,13 @@ class Walk:
         inputs, residual = (self._file(source, f"{part}.calibration") for part in ("x", "residual"))
         activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
         targets = targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
-        applied, active, down = self._decide(candidate, ffn, activations, targets)
-        self._continue(name, "calibration", index, active, down, applied.bias, residual)
+        decided = self._decide(candidate, ffn, activations, targets)
+        self._continue(name, "calibration", index, decided.on_calibration(), residual)
         candidate.seconds += time.monotonic() - started
         if index > first:
             self._attention(runner, index, name, "evaluation")
         inputs, residual = (self._file(source, f"{part}.evaluation") for part in ("x", "residual"))
-        active = ExpertActivations(activations_of(ffn, inputs, self._batch), applied.active)
-        self._continue(name, "evaluation", index, active, down, applied.bias, residual)
+        self._continue(name, "evaluation", index, decided.of(activations_of(ffn, inputs, self._batch)), residual)
 
     def _attention(self, runner: LayerRunner, index: int, name: str, what: str) -> None:
         """Write the inputs of the layer's FFN, and the residual to which its output is added, to the files ``x`` and ``residual``."""
@@ -254,10 +253,8 @@ class Walk:
         files = [self._file(name, f"{part}.{what}") for part in ("x", "residual")]
         write_together(files, (runner.around(index, block) for block in states))
 
-    def _decide(
-        self, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
-    ) -> tuple[Applied, ExpertActivations, torch.Tensor]:
-        """Decide the layer: how it computes, its activations on the calibration tokens, and its down ``[d, N]`` with all factors."""
+    def _decide(self, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets) -> Outputs:
+        """Decide the layer and return what it computes."""
         if candidate.baseline == "static":
             shape = candidate.job.shape
             kept = (shape.shared + shape.top_k) / (shape.shared + shape.experts) * ffn.intermediate_size
@@ -269,23 +266,14 @@ class Walk:
             oracle = OracleRouting(decide(candidate.job, ffn, activations), ffn)
             candidate.captured.append(1.0)
             return _fitted(oracle, candidate, ffn, activations, targets)
-        blueprint, report, routing, active = decide_layer(candidate.job, ffn, activations, targets)
+        _, report, outputs = decide_layer(candidate.job, ffn, activations, targets)
         candidate.captured += [report["captured"]] if "captured" in report else []
-        return routing, active, routing.stored(blueprint)
+        return outputs
 
-    def _continue(
-        self,
-        name: str,
-        what: str,
-        index: int,
-        active: ExpertActivations,
-        down: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: TokenFile,
-    ) -> None:
-        pairs = zip(residual.blocks(self._batch), active.batches(), strict=True)
-        outputs = (before + linear(batch.hidden, down, bias) for before, batch in pairs)
-        self._stream(name, what, index + 1).write(outputs)
+    def _continue(self, name: str, what: str, index: int, outputs: Iterator[torch.Tensor], residual: TokenFile) -> None:
+        """Write the candidate's stream after the layer."""
+        pairs = zip(residual.blocks(self._batch), outputs, strict=True)
+        self._stream(name, what, index + 1).write(before + made for before, made in pairs)
 
     def _measure(self, names: Sequence[str], layers: int, pool: ThreadPoolExecutor) -> list[tuple[list[float], float]]:
         """Return, for the dense model and each candidate, mean nats per token of each domain, and mean KL(dense || it)."""
@@ -326,13 +314,13 @@ class Walk:
 
 def _fitted(
     applied: Applied, candidate: Candidate, ffn: FeedForward, activations: Activations, targets: Targets
-) -> tuple[Applied, ExpertActivations, torch.Tensor]:
+) -> Outputs:
     """Return a baseline with its down projection after the same refit and rounding as the candidates'."""
     active = ExpertActivations(activations, applied.active)
     if candidate.job.refit != "down":
-        return applied, active, applied.down
+        return ActiveNeurons(applied, active, applied.down)
     down, _ = fit_down(applied, active, targets())
-    return applied, active, down.to(ffn.down.dtype).float()
+    return ActiveNeurons(applied, active, down.to(ffn.down.dtype).float())
 
 
 def _first(candidate: Candidate) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from upcycle.errors import CheckpointError
+from upcycle.ffn.form import MATRICES
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.formats.tensor_spec import CODES, ITEM_SIZE
@@ -71,7 +72,8 @@ class LayerBlueprint:
     ``scale`` multiplies what the routed experts' neurons add: gate, up and down by its powers ``spread``, which is the down
     projection alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser
     has filled it in. ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column
-    for each of :attr:`neurons`. ``draws`` is there where weights are random.
+    for each of :attr:`neurons`; so do ``gate`` and ``up`` ``[(S + E) * m, d]`` where a reconstruction did. ``draws`` is there
+    where weights are random.
     """
 
     layer: int
@@ -81,6 +83,8 @@ class LayerBlueprint:
     shared: tuple[ExpertSpec, ...] = ()
     router: torch.Tensor | None = field(default=None, compare=False)
     down: torch.Tensor | None = field(default=None, compare=False)
+    gate: torch.Tensor | None = field(default=None, compare=False)
+    up: torch.Tensor | None = field(default=None, compare=False)
     spread: tuple[float, float, float] = DOWN_ONLY
     draws: Draws | None = None
 
@@ -88,6 +92,10 @@ class LayerBlueprint:
     def intermediate_size(self) -> int:
         """Neurons per expert."""
         return len(self.routed[0].neurons)
+
+    def fitted(self, name: str) -> torch.Tensor | None:
+        """Return the projection ``gate``, ``up`` or ``down`` that was fitted in the dense one's place, if one was."""
+        return {"gate": self.gate, "up": self.up, "down": self.down}.get(name)
 
     @property
     def neurons(self) -> torch.Tensor:
@@ -97,8 +105,9 @@ class LayerBlueprint:
 
 def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
     """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``,
-    ``layers.L.down`` where there was a refit, and bool ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where
-    weights are re-initialised. ``report`` holds what was measured of the layer, as plain data.
+    ``layers.L.down`` where there was a refit, ``layers.L.gate`` and ``layers.L.up`` where there was a reconstruction, and bool
+    ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where weights are re-initialised. ``report`` holds what was
+    measured of the layer, as plain data.
     """
     from safetensors.torch import save
 
@@ -112,8 +121,10 @@ def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, A
             tensors[f"{prefix}.{kind}_fresh"] = torch.stack(fresh)
     if blueprint.router is not None:
         tensors[f"{prefix}.router"] = blueprint.router.float().contiguous()
-    if blueprint.down is not None:
-        tensors[f"{prefix}.down"] = blueprint.down.contiguous()
+    for name in MATRICES:
+        fitted = blueprint.fitted(name)
+        if fitted is not None:
+            tensors[f"{prefix}.{name}"] = fitted.contiguous()
     numbers: dict[str, Any] = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
     if blueprint.spread != DOWN_ONLY:
         numbers["spread"] = list(blueprint.spread)
@@ -194,7 +205,7 @@ class BlueprintFile:
         numbers = self.header["layers"][str(layer)]
         found = {
             kind: self.tensors.read(f"layers.{layer}.{kind}")
-            for kind in ("routed", "shared", "router", "down", "routed_fresh", "shared_fresh")
+            for kind in ("routed", "shared", "router", *MATRICES, "routed_fresh", "shared_fresh")
             if f"layers.{layer}.{kind}" in self.tensors.specs
         }
         return LayerBlueprint(
@@ -205,6 +216,8 @@ class BlueprintFile:
             scale=numbers["scale"],
             router=found.get("router"),
             down=found.get("down"),
+            gate=found.get("gate"),
+            up=found.get("up"),
             spread=tuple(numbers.get("spread", DOWN_ONLY)),
             draws=Draws(**numbers["draws"]) if "draws" in numbers else None,
         )

@@ -122,17 +122,17 @@ class ExpertTensors:
 
     def _routed_tensor(self, name: str, expert: int, factor: float) -> torch.Tensor:
         """Build a projection or bias of one routed expert."""
-        refitted = self._refitted("", expert) if name == "down" else None
-        if refitted is not None:
-            return _times(refitted, factor)
+        fitted = self._fitted(name, "", expert)
+        if fitted is not None:
+            return _times(fitted, factor)
         return self._expert(self._routed[expert], self._blueprint.routed[expert], name, "routed", expert, factor)
 
     def _shared_tensor(self, name: str, factor: float) -> torch.Tensor:
         """Build a projection or bias of all shared experts, side by side."""
         assert self._shared is not None
-        refitted = self._refitted("shared", 0) if name == "down" else None
-        if refitted is not None:
-            return _times(refitted, factor)
+        fitted = self._fitted(name, "shared", 0)
+        if fitted is not None:
+            return _times(fitted, factor)
         shared = self._blueprint.shared
         if all(spec.plain for spec in shared):
             return _times(self._shared.taken(self._dense(None, name), name), factor)
@@ -168,13 +168,15 @@ class ExpertTensors:
             return redrawn(weight.T, fresh, draws, relative, noise, where, expert, name).T
         return redrawn(weight, fresh, draws, relative, noise, where, expert, name)
 
-    def _refitted(self, where: str, expert: int) -> torch.Tensor | None:
-        """Return the expert's columns of the refitted down projection, if there is one."""
-        if self._blueprint.down is None:
+    def _fitted(self, name: str, where: str, expert: int) -> torch.Tensor | None:
+        """Return the expert's rows of a fitted gate or up projection, or its columns of a fitted down projection, if there is one."""
+        whole = self._blueprint.fitted(name)
+        if whole is None:
             return None
         shared, size = len(self._blueprint.shared), self._blueprint.intermediate_size
         first, count = (0, shared) if where == "shared" else (shared + expert, 1)
-        return self._blueprint.down[:, first * size : (first + count) * size].to(self._ffn.down.dtype)
+        some = slice(first * size, (first + count) * size)
+        return (whole[:, some] if name == "down" else whole[some]).to(self._ffn.dtype)
 
 
 def _matrix(name: str) -> MatrixName:

@@ -113,13 +113,16 @@ class Routing:
         return linear(shared, self.down[:, : self._always]), linear(routed, self.down[:, self._always :])
 
 
-def fit_down(start: Applied, active: ExpertActivations, targets: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Refit]:
+def fit_down(
+    start: Applied, active: ExpertActivations, targets: Iterable[torch.Tensor], everything: bool = True
+) -> tuple[torch.Tensor, Refit]:
     """Fit all down projections of a layer.
 
     Args:
         start: the layer with the down projections to begin with.
         active: the activations of its neurons on the calibration tokens.
         targets: fp32 ``[t, d]`` for every batch, in order.
+        everything: fit all tokens at the end, or only those that are not held out, so that they can go on judging.
 
     Returns:
         The new down projections, fp32 ``[d, N]``, and how well they fit.
@@ -135,7 +138,7 @@ def fit_down(start: Applied, active: ExpertActivations, targets: Iterable[torch.
         raise _not_finite(active.layer)
     before = sums.subtract(start.down.T.double())
     choice = sums.best(REFIT_STRENGTHS)
-    solution = sums.solve(choice.strength, condition=True)
+    solution = sums.solve(choice.strength, everything, condition=True)
     report = Refit(before, before * choice.held_out_loss, choice.strength, solution.condition)
     return start.down + solution.weights.T.float(), report
 

@@ -29,7 +29,7 @@ from upcycle.planning.cost import (
     file_warnings,
     files_of,
 )
-from upcycle.recipe.conversion_recipe import Recipe
+from upcycle.recipe.conversion_recipe import Recipe, RefitKind
 from upcycle.routers.base import Router
 
 _MALLOC_KEEPS = 1 << 26  # what glibc holds back from freed blocks, at most
@@ -48,7 +48,7 @@ class ExpertJob:
     router_name: str
     shape: MoeShape
     scale: float
-    refit: Literal["down", "scale", "none"]
+    refit: RefitKind
     shards: tuple[Shard, ...]
     dense_specs: Mapping[str, TensorSpec]
     targets: tuple[Target, ...] = ()  # all targets of the family, in the order in which they are tried
@@ -194,7 +194,8 @@ class ExpertJob:
         states = (8 + 4 * walks) * 4 * self.recipe.calibration.tokens * dense.hidden_size
         item = TensorSpec((1,), self.dtype).nbytes
         down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * item
-        return states + (2 * len(shape.moe_layers) * down if self.refit == "down" else 0)
+        fitted = {"down": 1, "blocks": 3}.get(self.refit, 0)
+        return states + 2 * len(shape.moe_layers) * fitted * down
 
     def cost(self) -> Plan:
         """Work out what the conversion will write and need, from headers alone."""
@@ -304,13 +305,21 @@ def calibration_memory(job: ExpertJob) -> int:
     batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, neurons))
     kept = 0 if job.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
     # fp64: the sums over fitted and over held-out tokens, their total, and the solver's copy, factor and products.
-    fit = 12 * neurons * (neurons + d) if job.refit == "down" else 2 * neurons * d
+    fit = 12 * neurons * (neurons + d) if job.refit in ("down", "blocks") else 2 * neurons * d
+    # fp32: gate, up and down, their gradients and two moments each; what a step keeps of its batch, a few values per neuron.
+    trained = (12 * d + 8 * job.recipe.reconstruction.batch) * neurons if job.refit == "blocks" else 0
     compared = 0
     if job.method.calibrated and job.members:
         # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.
         compared = 2 * (3 * TensorSpec((1,), job.dtype).nbytes + 2 * 4) * width * d
         compared += 4 * CALIBRATION_BATCH_TOKENS * (width + d) + (4 + 8) * width * width
-    return RESIDENT_BYTES + 4 * (2 * weights + batch + kept) + 8 * fit + compared + min(REUSED_BYTES, 4 * kept)
+    return (
+        RESIDENT_BYTES
+        + 4 * (2 * weights + batch + kept)
+        + max(8 * fit, 4 * trained)
+        + compared
+        + min(REUSED_BYTES, 4 * kept)
+    )
 
 
 def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.moe.base import Target, refuse_unheld
@@ -16,7 +16,7 @@ from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
-from upcycle.recipe.conversion_recipe import Recipe, layer_selection, parse_parameters, parse_size
+from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
 from upcycle.routers.base import Router
 
@@ -93,7 +93,7 @@ def prepare_experts(
     if scale == "auto":
         scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
     factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k, recipe.shared)
-    if refit == "down" and factor != recipe.top_k:
+    if refit in ("down", "blocks") and factor != recipe.top_k:
         raise UsageError(
             f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
             hint="leave --scale out, or use --refit none",
@@ -194,10 +194,10 @@ def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Targ
     return recipe.model_copy(update=sizes)
 
 
-def _refit(recipe: Recipe, method: Method, sparse: bool) -> Literal["down", "scale", "none"]:
+def _refit(recipe: Recipe, method: Method, sparse: bool) -> RefitKind:
     """Return what is refitted. Copies, and splits with all experts active, are exact already and are left as they are."""
     texts = recipe.calibration.texts
-    if recipe.refit in ("down", "scale") and not texts:
+    if recipe.refit not in ("auto", "none") and not texts:
         raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=CALIBRATION_HINT)
     if method.kind == "copies" or not sparse or not texts:
         return "none"

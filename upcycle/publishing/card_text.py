@@ -77,7 +77,12 @@ def _method(facts: Facts) -> str:
     if "router" in record:
         rows.append(("router", _titled(record["router"])))
     if record.get("refit", "none") != "none":
-        rows.append(("refit", code(record["refit"]) + ", solved in closed form on the calibration text"))
+        how = (
+            "solved in closed form"
+            if record["refit"] != "blocks"
+            else "solved in closed form, then trained layer by layer,"
+        )
+        rows.append(("refit", f"{code(record['refit'])}, {how} on the calibration text"))
     if seen := record.get("calibration"):
         texts = ", ".join(code(public_name(text)) for text in seen["text"])
         rows.append(("calibrated on", f"{texts} ({seen['tokens']:,} tokens)"))

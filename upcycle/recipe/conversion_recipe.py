@@ -15,6 +15,7 @@ from upcycle.files.local_names import here
 from upcycle.plugins import StrictSettings
 from upcycle.registry import suggestion
 
+RefitKind = Literal["down", "blocks", "scale", "none"]
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -52,6 +53,20 @@ class CalibrationRecipe(StrictSettings):
     def texts(self) -> list[str]:
         """The texts as a list; empty when there is no calibration."""
         return [self.text] if isinstance(self.text, str) else self.text or []
+
+
+class ReconstructionRecipe(StrictSettings):
+    """Says how refit: blocks trains each layer."""
+
+    passes: int = Field(4, ge=1, le=1000, description="how often every layer is trained on all calibration tokens")
+    batch: int = Field(1024, ge=16, description="tokens per step")
+    rate: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="highest learning rate, as a fraction of each matrix's root mean square",
+    )
 
 
 class SourceRecipe(StrictSettings):
@@ -132,9 +147,13 @@ class Recipe(StrictSettings):
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="the text to calibrate on")
-    refit: Literal["auto", "down", "scale", "none"] = Field(
+    refit: Literal["auto", "down", "blocks", "scale", "none"] = Field(
         "auto",
-        description="closed-form fit to the dense output: down projections, a scale per layer, or none (auto: down if calibrated)",
+        description="fit to the dense output: down projections (closed form), blocks (then all projections of a layer are "
+        "trained), a scale per layer, or none (auto: down if calibrated)",
+    )
+    reconstruction: ReconstructionRecipe = Field(
+        default=ReconstructionRecipe(), description="how refit: blocks trains each layer"
     )
     scale: Literal["auto", "exact", "sum", "paper"] | float = Field(
         "auto",

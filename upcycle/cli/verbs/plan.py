@@ -78,7 +78,12 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
     active = plan.parameters_active / plan.parameters_dense
     if plan.kind == "growth":
         return _growth_facts(plan)
-    fitted = {"down": "down projections refitted", "scale": "one scale per layer fitted", "none": "nothing refitted"}
+    fitted = {
+        "down": "down projections refitted",
+        "blocks": "all projections trained, layer by layer",
+        "scale": "one scale per layer fitted",
+        "none": "nothing refitted",
+    }
     calibration = f"on {plan.calibration_tokens:,} tokens, {fitted[plan.refit]}" if plan.calibration_tokens else "none"
     return [
         ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),

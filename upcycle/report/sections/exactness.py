@@ -77,11 +77,17 @@ def _calibration(reports: list[dict[str, Any]]) -> list[Plot]:
         layers = [report["layer"] for report in fitted]
         before = [report["error_before"] for report in fitted]
         after = [report["error_after"] for report in fitted]
+        series = [Series("before", layers, before), Series("after", layers, after)]
+        means = f"Mean error {sum(before) / len(before):.2f} before, {sum(after) / len(after):.2f} after"
+        if all("error_trained" in report for report in fitted):
+            trained = [report["error_trained"] for report in fitted]
+            series.append(Series("after training", layers, trained))
+            means += f", {sum(trained) / len(trained):.2f} after training"
         plots.append(
             lines(
-                [Series("before", layers, before), Series("after", layers, after)],
+                series,
                 title="What did the refit repair?",
-                reading=f"Mean error {sum(before) / len(before):.2f} before, {sum(after) / len(after):.2f} after, on held-out tokens.",
+                reading=f"{means}, on held-out tokens.",
                 x="layer",
                 y="relative error",
                 include=(0.0,),
