@@ -20,7 +20,7 @@ from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.calibration.calibrate import Calibration
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.ffn.blueprint import BlueprintFile
-from upcycle.recipe.conversion_recipe import CalibrationRecipe
+from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.mixture import read_parts
 from upcycle.text.windows import demo_parts, encode
 

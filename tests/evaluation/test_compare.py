@@ -17,7 +17,6 @@ from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.planning.prepare_experts import pieces_of
 from upcycle.text.mixture import mixed_windows
 from upcycle.text.windows import demo_parts
 
@@ -87,13 +86,6 @@ def test_a_target_without_shared_experts_routes_them_all(pico: Pico) -> None:
     command = found.best(0.5).command
     assert command is not None
     assert "--shared-unheld route" in command
-
-
-@pytest.mark.parametrize(
-    ("size", "most", "pieces"), [(1536, 192, 192), (11008, 192, 172), (14336, 192, 128), (97, 96, 96)]
-)
-def test_pieces_divide_into_widths_of_eight(size: int, most: int, pieces: int) -> None:
-    assert pieces_of(size, most) == pieces
 
 
 @pytest.mark.one_in(4)

@@ -13,7 +13,7 @@ from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.expert_job import ExpertJob, is_power_of_two
 from upcycle.planning.job import PlannedJob, check_tokenizer, method_of
-from upcycle.planning.prepare_experts import pieces_of, prepare_experts
+from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.recipe.conversion_recipe import parse_recipe
 
 CONFIG = {
@@ -87,9 +87,24 @@ def test_text_adds_a_fitted_router_a_refit_and_working_bytes() -> None:
 def test_a_fraction_becomes_numbers_of_experts() -> None:
     job = job_of(method="contiguous_split", active=0.5, pieces=8, target="qwen2_moe")
     assert (job.recipe.experts, job.recipe.top_k, job.recipe.shared, job.recipe.active) == (6, 2, 2, None)
-    assert [pieces_of(64, most) for most in (8, 9, 3)] == [8, 8, 3]
     with pytest.raises(UsageError, match="copies whole FFNs"):
         job_of(active=0.5)
+
+
+@pytest.mark.parametrize(("refit", "kinds"), [("down", 1), ("blocks", 3)])
+def test_fitted_projections_are_kept_twice_until_all_layers_are_decided(refit: str, kinds: int) -> None:
+    job = job_of(method="contiguous_split", experts=4, top_k=2, refit=refit, **TEXT)
+    states, matrix = 8 * 4 * 512 * 32, 32 * 64 * 2
+    assert job.working_bytes == states + 2 * 3 * kinds * matrix
+
+
+def test_experts_that_no_engine_gains_from_are_named_with_a_width_that_helps() -> None:
+    plan = job_of(method="contiguous_split", experts=8, top_k=4, **TEXT).cost()
+    (warning,) = [each for each in plan.warnings if "too narrow" in each]
+    assert warning.startswith("experts of 8 neurons")
+    assert "--width 32" in warning
+    whole = job_of(method="contiguous_split", experts=8, top_k=8).cost()
+    assert not [each for each in whole.warnings if "too narrow" in each], "all run: no one gathers"
 
 
 def test_where_no_target_holds_shared_experts_they_may_be_routed() -> None:

@@ -12,7 +12,7 @@ import pytest
 import upcycle
 from upcycle.files import records
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.recipe.conversion_recipe import CalibrationRecipe
+from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.held_out import by_document, by_position, seen_share, sketch, unseen
 from upcycle.text.mixture import read_parts
 from upcycle.text.windows import encode

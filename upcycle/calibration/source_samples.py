@@ -9,7 +9,7 @@ import torch
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.ffn.source_samples import Samples
-from upcycle.recipe.conversion_recipe import SourceRecipe
+from upcycle.recipe.recipe_parts import SourceRecipe
 from upcycle.text.mixture import mixed_windows
 from upcycle.text.reading.plain_text import read_text
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.ffn.feed_forward import FeedForward
-    from upcycle.recipe.conversion_recipe import SourceRecipe
+    from upcycle.recipe.recipe_parts import SourceRecipe
 
 
 @dataclass(frozen=True)

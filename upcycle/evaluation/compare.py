@@ -26,7 +26,8 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import method_of
 from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.progress import SILENT, Progress
-from upcycle.recipe.conversion_recipe import CalibrationRecipe, parse_recipe
+from upcycle.recipe.conversion_recipe import parse_recipe
+from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.registry import METHODS, ROUTERS, load
 from upcycle.text.mixture import mixed_windows, read_texts
 from upcycle.text.reading.plain_text import read_text
@@ -94,7 +95,7 @@ def compare(
     window: int = 256,
     text: Sequence[str] = (),
     tokens: int = 2048,
-    pieces: int = 192,
+    pieces: int = 24,
     layers: str = "except-first:1",
     grid: str = "staged",
     seed: int = 0,
@@ -112,7 +113,7 @@ def compare(
         window: tokens per window.
         text: texts to measure on, one domain each; default: the last quarter of every calibration text.
         tokens: tokens to measure on, per domain.
-        pieces: most experts that an FFN is split into, shared ones included.
+        pieces: about how many experts an FFN is split into, shared ones included; see the recipe key.
         layers: the layers that are split (as the recipe key); the others stay dense. ``active`` counts the neurons of all layers.
         grid: ``staged`` tries all methods with the ridge router, then all routers and refits with the best method; ``full`` tries
             every combination.

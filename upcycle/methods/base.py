@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.checkpoints.mixed_checkpoint import Mix
-    from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
+    from upcycle.recipe.conversion_recipe import Recipe
+    from upcycle.recipe.recipe_parts import SourceRecipe
 
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8

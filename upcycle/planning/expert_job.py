@@ -29,6 +29,7 @@ from upcycle.planning.cost import (
     file_warnings,
     files_of,
 )
+from upcycle.planning.split_sizes import least_width, widths
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind
 from upcycle.routers.base import Router
 
@@ -353,6 +354,14 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"experts of {shape.expert_size} neurons are not a multiple of {PREFERRED_MULTIPLE}: transformers' default kernel "
             'refuses them (load with experts_implementation="eager", or use --pad)'
+        )
+    sparse = shape.top_k < shape.experts
+    if job.method.kind == "partition" and sparse and shape.expert_size < least_width(job.dense.hidden_size):
+        fitting = widths(job.dense.intermediate_size, job.dense.hidden_size)
+        wider = fitting[0] if fitting and fitting[0] > shape.expert_size else least_width(job.dense.hidden_size)
+        warnings.append(
+            f"experts of {shape.expert_size} neurons are too narrow to be faster than the dense model in any engine: finding and "
+            f"starting them takes longer than they save (--active with --width {wider}, or fewer experts)"
         )
     if job.target.stored(job.dense).windows != job.dense.windows:
         warnings.append(

@@ -12,10 +12,11 @@ from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
+from upcycle.methods.base import AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
+from upcycle.planning.split_sizes import with_sizes
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
 from upcycle.routers.base import Router
@@ -58,7 +59,7 @@ def prepare_experts(
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
     targets = _targets(recipe, family)
-    recipe = _with_shared_held(_with_sizes(recipe, method, dense), method, targets)
+    recipe = _with_shared_held(with_sizes(recipe, method, dense), method, targets)
     recipe = _with_implied(recipe, method)
     layers = layer_selection(recipe.layers, dense.num_hidden_layers)
     size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
@@ -128,47 +129,6 @@ def _with_implied(recipe: Recipe, method: Method) -> Recipe:
     if top_k > experts:
         raise UsageError(f"top_k is {top_k}, but there are only {experts} experts", hint="a smaller --top-k")
     return recipe.model_copy(update={"experts": experts, "top_k": top_k, "shared": shared})
-
-
-_ALWAYS_ON = 0.5  # the shared experts' part of what is active, where a recipe gives a fraction and no numbers
-
-
-def _with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
-    """Return the recipe with the numbers of experts that its active fraction comes to.
-
-    Layers that stay dense are active as a whole, and count towards the fraction.
-
-    Raises:
-        UsageError: the fraction leaves the router no choice.
-    """
-    if recipe.active is None:
-        return recipe
-    if method.kind == "copies":
-        raise UsageError(
-            f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
-            hint="--experts and --top-k, or --method alternating",
-        )
-    total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
-    pieces = pieces_of(dense.intermediate_size, recipe.pieces)
-    running = round(pieces * (recipe.active * total - (total - split)) / split)
-    if not 2 <= running < pieces:
-        raise UsageError(
-            f"active {recipe.active:g} would run {max(0, running)} of {pieces} experts in each of {split} layers",
-            hint="a larger active or pieces, or more layers",
-        )
-    shared = max(1, round(_ALWAYS_ON * running))
-    pad = recipe.pad or dense.intermediate_size % (pieces * PREFERRED_MULTIPLE) > 0
-    sizes = {"experts": pieces - shared, "top_k": running - shared, "shared": shared, "active": None, "pad": pad}
-    return recipe.model_copy(update=sizes)
-
-
-def pieces_of(intermediate_size: int, most: int) -> int:
-    """Return the largest number of equal experts, up to ``most``, whose width is a multiple of 8.
-
-    Where there is no such number, it is ``most`` itself, and the experts are padded.
-    """
-    fitting = [n for n in range(4, most + 1) if intermediate_size % (n * PREFERRED_MULTIPLE) == 0]
-    return max(fitting, default=most)
 
 
 def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:

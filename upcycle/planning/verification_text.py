@@ -16,7 +16,7 @@ from upcycle.text.windows import demo_parts, encode, windows_of
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.planning.job import PlannedJob
-    from upcycle.recipe.conversion_recipe import CalibrationRecipe
+    from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 _WINDOW, _LEAST = 256, 16  # tokens: of a window, and of a held-out text that is long enough to measure on
 

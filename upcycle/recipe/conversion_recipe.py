@@ -13,102 +13,17 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml, read_yaml
 from upcycle.files.local_names import here
 from upcycle.plugins import StrictSettings
+from upcycle.recipe.recipe_parts import (
+    CalibrationRecipe,
+    ReconstructionRecipe,
+    RouterRecipe,
+    SourceRecipe,
+    VerificationRecipe,
+)
 from upcycle.registry import suggestion
 
 RefitKind = Literal["down", "blocks", "scale", "none"]
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-class RouterRecipe(StrictSettings):
-    """Names a router initialiser and its parameters."""
-
-    name: str = Field(
-        "auto",
-        description="router initialiser, or auto: random for copies; zero, cool or (calibrated) ridge for splits",
-    )
-    parameters: dict[str, Any] = Field(default_factory=dict, description="the initialiser's own parameters")
-
-
-class CalibrationRecipe(StrictSettings):
-    """Names the text on which methods, routers and refits are calibrated."""
-
-    text: str | list[str] | None = Field(
-        None,
-        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo; several are mixed evenly",
-    )
-    tokens: int = Field(65536, ge=16, description="calibration tokens")
-    window: int = Field(512, ge=8, description="tokens per calibration window")
-    mode: Literal["auto", "parallel", "sequential"] = Field(
-        "auto",
-        description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
-    )
-    column: str = Field("text", description="column of a dataset or file of rows that holds the text")
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts as a list; empty when there is no calibration."""
-        return [self.text] if isinstance(self.text, str) else self.text or []
-
-
-class ReconstructionRecipe(StrictSettings):
-    """Says how refit: blocks trains each layer."""
-
-    passes: int = Field(4, ge=1, le=1000, description="how often every layer is trained on all calibration tokens")
-    batch: int = Field(1024, ge=16, description="tokens per step")
-    rate: float = Field(
-        0.02,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="highest learning rate, as a fraction of each matrix's root mean square",
-    )
-
-
-class SourceRecipe(StrictSettings):
-    """Describes one of several sources."""
-
-    name: str = Field(description="local folder, hub id, or .gguf file")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="weight in the average of tensors that belong to no expert"
-    )
-    positive_prompts: list[str] = Field(
-        default_factory=list, description="texts that its expert should get (routers hidden, cheap_embed)"
-    )
-    negative_prompts: list[str] = Field(default_factory=list, description="texts that its expert should not get")
-    text: str | list[str] | None = Field(None, description="UTF-8 sample texts of its domain (router domain_ridge)")
-    shared: bool = Field(False, description="its expert is always on beside the routed ones, at full weight")
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on the output of its expert")
-    noise: float = Field(
-        0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="standard deviation of normal noise on its expert's gate, up and down",
-    )
-
-    @property
-    def role(self) -> str | None:
-        """The first key that makes its expert something else than its FFN as a routed expert; None where there is none."""
-        usual = {"shared": False, "scale": 1.0, "noise": 0.0}
-        return next((key for key, value in usual.items() if getattr(self, key) != value), None)
-
-    @property
-    def texts(self) -> list[str]:
-        """The sample texts as a list."""
-        return [self.text] if isinstance(self.text, str) else self.text or []
-
-
-class VerificationRecipe(StrictSettings):
-    """Says how the result is verified."""
-
-    enabled: bool = Field(True, description="compare the result with the dense model after converting")
-    text: str | None = Field(None, description="UTF-8 text file to verify on; default: the embedded validation texts")
-    tokens: int = Field(1024, ge=16, description="tokens to verify on")
 
 
 class Recipe(StrictSettings):
@@ -134,7 +49,14 @@ class Recipe(StrictSettings):
         description="fraction of the FFN neurons that run per token, all layers together: sets experts, top_k and shared of a split",
     )
     pieces: int = Field(
-        192, ge=4, description="with active: the most experts an FFN is split into, shared ones included"
+        24,
+        ge=4,
+        description="with active: about how many experts an FFN is split into, shared ones included: the nearest number whose "
+        "width hardware has (64, 128, ... neurons; below a hidden size of 1,024: 32, 48, ...)",
+    )
+    width: int | None = Field(None, ge=1, description="with active: the neurons per expert, in the place of pieces")
+    always_on: float = Field(
+        0.5, gt=0, lt=1, description="with active: the part of the running neurons that is in shared experts"
     )
     shared_unheld: Literal["refuse", "route"] = Field(
         "refuse",

@@ -21,7 +21,7 @@ from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 from upcycle.text.windows import encode
 
 if TYPE_CHECKING:
-    from upcycle.recipe.conversion_recipe import CalibrationRecipe
+    from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 _CHARACTERS_PER_TOKEN = 8  # characters read from a stream for each token wanted; most texts need half of that
 _WHOLE = 1 << 62  # bytes; a piece of this size is the whole file

@@ -152,7 +152,7 @@ def test_domain_ridge_end_to_end(branches: Branches, tmp_path: Path) -> None:
 
 
 def test_padding_and_special_tokens_count_nothing() -> None:
-    from upcycle.recipe.conversion_recipe import SourceRecipe
+    from upcycle.recipe.recipe_parts import SourceRecipe
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
     sources = [

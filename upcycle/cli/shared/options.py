@@ -12,16 +12,9 @@ from pydantic_core import PydanticUndefined
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.locate import is_local
-from upcycle.recipe.conversion_recipe import (
-    CalibrationRecipe,
-    Recipe,
-    RouterRecipe,
-    VerificationRecipe,
-    parse_recipe,
-    read_recipe,
-    set_key,
-)
+from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe, set_key
 from upcycle.recipe.mergekit_recipe import is_mergekit, translate
+from upcycle.recipe.recipe_parts import CalibrationRecipe, ReconstructionRecipe, RouterRecipe, VerificationRecipe
 from upcycle.recipe.shipped_recipes import recipe_file, recipe_hint
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +27,8 @@ _FLAGS = {
     ("--shared",): "shared",
     ("--active",): "active",
     ("--pieces",): "pieces",
+    ("--width",): "width",
+    ("--always-on",): "always_on",
     ("--shared-unheld",): "shared_unheld",
     ("--layers",): "layers",
     ("--router",): "router.name",
@@ -65,6 +60,7 @@ _PARAMETERS = {
 _INNER: dict[str, type[BaseModel]] = {
     "router": RouterRecipe,
     "calibration": CalibrationRecipe,
+    "reconstruction": ReconstructionRecipe,
     "verification": VerificationRecipe,
 }
 

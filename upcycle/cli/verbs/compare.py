@@ -51,7 +51,9 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     help="texts to measure on  [default: the last quarter of each calibration text]",
 )
 @click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
-@click.option("--pieces", default=192, help="most experts an FFN is split into, shared ones included  [default: 192]")
+@click.option(
+    "--pieces", default=24, help="about how many experts an FFN is split into, shared ones included  [default: 24]"
+)
 @click.option(
     "--layers", default="except-first:1", help="layers that are split; the others stay dense  [default: except-first:1]"
 )

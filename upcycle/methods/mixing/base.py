@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
     from upcycle.files.measured import MeasurementCache
     from upcycle.progress import Progress
-    from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
+    from upcycle.recipe.conversion_recipe import Recipe
+    from upcycle.recipe.recipe_parts import SourceRecipe
 
 Merges = tuple[tuple[float, ...], ...]
 

@@ -19,7 +19,7 @@ from upcycle.methods.base import Scale, piece_size
 from upcycle.methods.copying.base import Copies, CopiesParameters, seeded
 from upcycle.methods.copying.virtual_groups import shards, tied_rows
 from upcycle.methods.mixing.base import MixingMethod
-from upcycle.recipe.conversion_recipe import SourceRecipe
+from upcycle.recipe.recipe_parts import SourceRecipe
 
 
 class BranchTrainMixParameters(CopiesParameters):

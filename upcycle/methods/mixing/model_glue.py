@@ -19,7 +19,8 @@ from upcycle.methods.mixing.branch_train_mix import BranchTrainMix, BranchTrainM
 from upcycle.methods.mixing.log_likelihoods import log_likelihoods
 from upcycle.methods.mixing.weight_similarity import similarities
 from upcycle.progress import Progress
-from upcycle.recipe.conversion_recipe import Recipe, SourceRecipe
+from upcycle.recipe.conversion_recipe import Recipe
+from upcycle.recipe.recipe_parts import SourceRecipe
 from upcycle.text.text_record import text_record
 
 if TYPE_CHECKING:

@@ -1,0 +1,110 @@
+"""How many experts a split has, and how wide they are, where a recipe says how much of the FFN is to run per token."""
+
+from __future__ import annotations
+
+import math
+
+from upcycle.architectures.dense_config import DenseConfig
+from upcycle.errors import UsageError
+from upcycle.methods.base import PREFERRED_MULTIPLE, Method
+from upcycle.recipe.conversion_recipe import Recipe, layer_selection
+
+FEWEST_PIECES = 4
+_LARGE_HIDDEN_SIZE = 1024
+# Widths that matrix units and caches are made for. A narrower expert costs more to find and start than its FLOPs save.
+_LARGE, _SMALL = (64, 64), (32, 16)  # the least width, and what it is a multiple of
+
+
+def least_width(hidden_size: int) -> int:
+    """Return the narrowest expert that is worth routing to, in neurons."""
+    return (_LARGE if hidden_size >= _LARGE_HIDDEN_SIZE else _SMALL)[0]
+
+
+def widths(intermediate_size: int, hidden_size: int) -> list[int]:
+    """Return the widths that hardware has and that divide an FFN into at least four experts, ascending.
+
+    Where none does, multiples of 8 that divide it; where none of these does either, nothing.
+    """
+    for least, step in (_LARGE if hidden_size >= _LARGE_HIDDEN_SIZE else _SMALL, (PREFERRED_MULTIPLE,) * 2):
+        found = [w for w in range(least, intermediate_size // FEWEST_PIECES + 1, step) if intermediate_size % w == 0]
+        if found:
+            return found
+    return []
+
+
+def pieces_of(intermediate_size: int, hidden_size: int, about: int) -> int:
+    """Return the number of equal experts nearest to ``about`` whose width is among :func:`widths`.
+
+    Where there is no such width, it is ``about`` itself, and the experts are padded.
+    """
+    fitting = [intermediate_size // width for width in widths(intermediate_size, hidden_size)]
+    return min(fitting, key=lambda pieces: abs(math.log(pieces / about)), default=about)
+
+
+def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
+    """Return the recipe with the numbers of experts that its active fraction comes to.
+
+    Layers that stay dense are active as a whole, and count towards the fraction.
+
+    Raises:
+        UsageError: the fraction leaves the router no choice, or the width does not divide the FFN.
+    """
+    if recipe.active is None:
+        if recipe.width is not None:
+            raise UsageError(
+                "width says how wide the experts of an active fraction are", hint="--active 0.5 --width ..."
+            )
+        return recipe
+    if method.kind == "copies":
+        raise UsageError(
+            f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
+            hint="--experts and --top-k, or --method alternating",
+        )
+    pieces = _pieces(recipe, dense)
+    total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
+    running = round(pieces * (recipe.active * total - (total - split)) / split)
+    if not 2 <= running < pieces:
+        raise UsageError(
+            f"active {recipe.active:g} would run {max(0, running)} of {pieces} experts in each of {split} layers",
+            hint="a larger active, more pieces (or a smaller width), or more layers",
+        )
+    shared = min(running - 1, max(1, round(recipe.always_on * running)))
+    pad = recipe.pad or dense.intermediate_size % (pieces * PREFERRED_MULTIPLE) > 0
+    sizes = {"experts": pieces - shared, "top_k": running - shared, "shared": shared, "pad": pad}
+    return recipe.model_copy(update={**sizes, "active": None, "width": None})
+
+
+def _pieces(recipe: Recipe, dense: DenseConfig) -> int:
+    """Return how many experts an FFN is split into."""
+    size, width = dense.intermediate_size, recipe.width
+    if width is None:
+        return pieces_of(size, dense.hidden_size, recipe.pieces)
+    pieces = -(-size // width)
+    zeros = pieces * width - size
+    if pieces < FEWEST_PIECES:
+        raise UsageError(
+            f"experts of {width} neurons make {pieces} of an FFN of {size}", hint=_nearest(size, dense, width)
+        )
+    filled = -(-size // (pieces * PREFERRED_MULTIPLE)) * PREFERRED_MULTIPLE
+    if recipe.pad and width % PREFERRED_MULTIPLE == 0 and filled < width:
+        raise UsageError(
+            f"{pieces} experts of {width} neurons are more than an FFN of {size} fills", hint=f"--width {filled}"
+        )
+    if (zeros or width % PREFERRED_MULTIPLE) and not recipe.pad:
+        cost = f"--pad fills up the last expert with {zeros} zero neurons per layer ({zeros / size:.1%} more)"
+        raise UsageError(
+            f"experts of {width} neurons do not divide an FFN of {size}"
+            if zeros
+            else f"experts of {width} neurons are not a multiple of {PREFERRED_MULTIPLE}",
+            hint=f"{_nearest(size, dense, width)}; {cost}" if zeros else _nearest(size, dense, width),
+        )
+    return pieces
+
+
+def _nearest(size: int, dense: DenseConfig, width: int) -> str:
+    """Name the widths on both sides of ``width`` that divide the FFN."""
+    fitting = widths(size, dense.hidden_size)
+    below = [w for w in fitting if w < width][-1:]
+    above = [w for w in fitting if w > width][:1]
+    named = " or ".join(f"--width {w}" for w in below + above)
+    return f"the nearest that do: {named}" if named else f"no width divides {size} into four experts or more"

@@ -1,0 +1,101 @@
+"""The parts of a conversion recipe: router, calibration, reconstruction, sources and verification."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from upcycle.plugins import StrictSettings
+
+
+class RouterRecipe(StrictSettings):
+    """Names a router initialiser and its parameters."""
+
+    name: str = Field(
+        "auto",
+        description="router initialiser, or auto: random for copies; zero, cool or (calibrated) ridge for splits",
+    )
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the initialiser's own parameters")
+
+
+class CalibrationRecipe(StrictSettings):
+    """Names the text on which methods, routers and refits are calibrated."""
+
+    text: str | list[str] | None = Field(
+        None,
+        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo; several are mixed evenly",
+    )
+    tokens: int = Field(65536, ge=16, description="calibration tokens")
+    window: int = Field(512, ge=8, description="tokens per calibration window")
+    mode: Literal["auto", "parallel", "sequential"] = Field(
+        "auto",
+        description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
+    )
+    column: str = Field("text", description="column of a dataset or file of rows that holds the text")
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts as a list; empty when there is no calibration."""
+        return [self.text] if isinstance(self.text, str) else self.text or []
+
+
+class ReconstructionRecipe(StrictSettings):
+    """Says how refit: blocks trains each layer."""
+
+    passes: int = Field(4, ge=1, le=1000, description="how often every layer is trained on all calibration tokens")
+    batch: int = Field(1024, ge=16, description="tokens per step")
+    rate: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="highest learning rate, as a fraction of each matrix's root mean square",
+    )
+
+
+class SourceRecipe(StrictSettings):
+    """Describes one of several sources."""
+
+    name: str = Field(description="local folder, hub id, or .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="weight in the average of tensors that belong to no expert"
+    )
+    positive_prompts: list[str] = Field(
+        default_factory=list, description="texts that its expert should get (routers hidden, cheap_embed)"
+    )
+    negative_prompts: list[str] = Field(default_factory=list, description="texts that its expert should not get")
+    text: str | list[str] | None = Field(None, description="UTF-8 sample texts of its domain (router domain_ridge)")
+    shared: bool = Field(False, description="its expert is always on beside the routed ones, at full weight")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on the output of its expert")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard deviation of normal noise on its expert's gate, up and down",
+    )
+
+    @property
+    def role(self) -> str | None:
+        """The first key that makes its expert something else than its FFN as a routed expert; None where there is none."""
+        usual = {"shared": False, "scale": 1.0, "noise": 0.0}
+        return next((key for key, value in usual.items() if getattr(self, key) != value), None)
+
+    @property
+    def texts(self) -> list[str]:
+        """The sample texts as a list."""
+        return [self.text] if isinstance(self.text, str) else self.text or []
+
+
+class VerificationRecipe(StrictSettings):
+    """Says how the result is verified."""
+
+    enabled: bool = Field(True, description="compare the result with the dense model after converting")
+    text: str | None = Field(None, description="UTF-8 text file to verify on; default: the embedded validation texts")
+    tokens: int = Field(1024, ge=16, description="tokens to verify on")
