@@ -21,7 +21,13 @@ from upcycle.text.mixture import mixed_windows
 from upcycle.text.windows import demo_parts
 
 Pico = Callable[[str], Path]
-SMALL = {"active": [0.5], "pieces": 8, "calibration_tokens": 1024, "tokens": 256, "window": 64}
+SMALL = {
+    "active": [0.5],
+    "pieces": 8,
+    "calibration_tokens": 1024,
+    "tokens": 256,
+    "window": 64,
+}
 
 
 def test_numbers_are_those_of_the_checkpoint_that_convert_writes(pico: Pico, tmp_path: Path) -> None:
@@ -88,6 +94,42 @@ def test_a_target_without_shared_experts_routes_them_all(pico: Pico) -> None:
     assert "--shared-unheld route" in command
 
 
+def test_a_goal_recommends_one_row_by_its_time(pico: Pico, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upcycle.evaluation import compare_times
+    from upcycle.evaluation.shape_speed import OWN, STOCK, Times
+
+    def clock(raw: dict, shapes: dict, *_: int, **__: object) -> tuple:
+        times = {}
+        for name, (config, _) in shapes.items():
+            share = config["intermediate_size"] / raw["intermediate_size"]
+            if "pruned" not in name:  # shared and chosen experts, of the same number of neurons; own kernels take half
+                running = config["shared_expert_intermediate_size"] + (
+                    config["num_experts_per_tok"] * config["moe_intermediate_size"]
+                )
+                share = running / raw["intermediate_size"]
+            times |= {(name, STOCK): Times(share, share), (name, OWN): Times(share / 2, share / 2)}
+        return Times(2.0, 0.5), times
+
+    monkeypatch.setattr(compare_times, "relative_times", clock)
+    sizes = {**SMALL, "active": [0.8, 0.6], "pieces": 12, "methods": ["random_split"], "routers": ["ridge"]}
+    found = upcycle.compare(str(pico("llama")), faster=2.5, **sizes)
+    (chosen,) = found.recommended
+    fast = [row for row in found.results if row.baseline is None and row.time is not None and row.time <= 0.4]
+    assert chosen.ratio == min(row.ratio for row in fast)
+    assert (chosen.baseline, found.goal) == (None, {"faster": 2.5})
+    assert chosen.times is not None
+    assert chosen.time == pytest.approx(chosen.times["upcycle"]["decode"])
+    assert chosen.command is not None
+    assert all(row.command is None for row in found.results if not row.recommended)
+    assert [row for row in found.results if row.frontier]
+    assert any(row.baseline == "static" and row.time is not None for row in found.results)
+    assert all(row.time is None or row.baseline != "oracle" for row in found.results if row.frontier)
+    quick = upcycle.compare(str(pico("llama")), within=100.0, **sizes).recommended
+    assert [row.active for row in quick] == [0.6]
+    with pytest.raises(UsageError, match="no conversion is 9x as fast"):
+        upcycle.compare(str(pico("llama")), faster=9.0, **sizes)
+
+
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -97,6 +139,10 @@ def test_a_target_without_shared_experts_routes_them_all(pico: Pico) -> None:
         ({"methods": ["kmeans"]}, "unknown method 'kmeans'"),
         ({"routers": ["rigde"]}, "unknown router 'rigde'"),
         ({"text": ["nowhere.txt"]}, "no such text file"),
+        ({"faster": 1.2, "within": 1.1}, "two goals"),
+        ({"faster": 0.9}, "factor above 1"),
+        ({"within": 1.0}, "factor above 1"),
+        ({"within": 1.1, "timed": False}, "a goal needs times"),
         ({"methods": ["depth_stack"]}, "depth_stack makes no experts from a dense FFN"),
     ],
 )

@@ -36,10 +36,17 @@ def sized(size: int = 1536, hidden: int = 576, **keys: Any) -> Recipe:
 
 @pytest.mark.parametrize(
     ("size", "hidden", "width"),
-    [(1536, 576, 64), (5632, 2048, 256), (8960, 1536, 320), (11008, 4096, 256), (14336, 4096, 512), (18944, 3584, 512)],
+    [
+        (1536, 576, 128),
+        (5632, 2048, 512),
+        (8960, 1536, 640),
+        (11008, 4096, 256),
+        (14336, 4096, 1024),
+        (18944, 3584, 2368),
+    ],
 )
 def test_usual_ffns_get_a_width_that_hardware_has(size: int, hidden: int, width: int) -> None:
-    pieces = pieces_of(size, hidden, 24)
+    pieces = pieces_of(size, hidden, 12)
     assert size == pieces * width
     assert width % 64 == 0
     assert width >= least_width(hidden)
@@ -56,9 +63,9 @@ def test_widths_are_multiples_of_64_or_for_small_models_of_16() -> None:
 
 def test_a_fraction_and_a_width_become_numbers_of_experts() -> None:
     found = sized(width=128)
-    assert (found.experts, found.top_k, found.shared, found.active, found.width) == (9, 3, 3, None, None)
-    found = sized(width=128, always_on=0.8)
-    assert (found.experts, found.top_k, found.shared) == (7, 1, 5)
+    assert (found.experts, found.top_k, found.shared, found.active, found.width) == (7, 1, 5, None, None)
+    found = sized(width=128, always_on=0.5)
+    assert (found.experts, found.top_k, found.shared) == (9, 3, 3)
     found = sized(always_on=0.99)
     assert found.top_k == 1, "one routed expert runs, however little is left to choose"
 

@@ -10,6 +10,7 @@ from upcycle.methods.base import PREFERRED_MULTIPLE, Method
 from upcycle.recipe.conversion_recipe import Recipe, layer_selection
 
 FEWEST_PIECES = 4
+_ENOUGH_PIECES = 8  # fewer leave a router little to choose from
 _LARGE_HIDDEN_SIZE = 1024
 # Widths that matrix units and caches are made for. A narrower expert costs more to find and start than its FLOPs save.
 _LARGE, _SMALL = (64, 64), (32, 16)  # the least width, and what it is a multiple of
@@ -33,11 +34,12 @@ def widths(intermediate_size: int, hidden_size: int) -> list[int]:
 
 
 def pieces_of(intermediate_size: int, hidden_size: int, about: int) -> int:
-    """Return the number of equal experts nearest to ``about`` whose width is among :func:`widths`.
+    """Return the number of equal experts nearest to ``about`` whose width is among :func:`widths`: eight or more, where there is one.
 
     Where there is no such width, it is ``about`` itself, and the experts are padded.
     """
     fitting = [intermediate_size // width for width in widths(intermediate_size, hidden_size)]
+    fitting = [pieces for pieces in fitting if pieces >= min(_ENOUGH_PIECES, about)] or fitting
     return min(fitting, key=lambda pieces: abs(math.log(pieces / about)), default=about)
 
 

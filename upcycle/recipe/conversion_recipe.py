@@ -49,14 +49,14 @@ class Recipe(StrictSettings):
         description="fraction of the FFN neurons that run per token, all layers together: sets experts, top_k and shared of a split",
     )
     pieces: int = Field(
-        24,
+        12,
         ge=4,
         description="with active: about how many experts an FFN is split into, shared ones included: the nearest number whose "
         "width hardware has (64, 128, ... neurons; below a hidden size of 1,024: 32, 48, ...)",
     )
     width: int | None = Field(None, ge=1, description="with active: the neurons per expert, in the place of pieces")
     always_on: float = Field(
-        0.5, gt=0, lt=1, description="with active: the part of the running neurons that is in shared experts"
+        0.8, gt=0, lt=1, description="with active: the part of the running neurons that is in shared experts"
     )
     shared_unheld: Literal["refuse", "route"] = Field(
         "refuse",

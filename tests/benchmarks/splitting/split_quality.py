@@ -71,7 +71,12 @@ class Lines(Progress):
 
 
 def candidates_of(
-    checkpoint: DenseCheckpoint, tokens: int | None, percents: list[int], oracle: bool, calibration: list[Path]
+    checkpoint: DenseCheckpoint,
+    tokens: int | None,
+    percents: list[int],
+    oracle: bool,
+    calibration: list[Path],
+    refit: str | None,
 ) -> list[Candidate]:
     """The recipes and what they are compared with."""
     found = []
@@ -81,9 +86,10 @@ def candidates_of(
         content["calibration"] |= {"text": [str(path) for path in calibration]}
         if tokens:
             content["calibration"]["tokens"] = tokens
-        variants: list[tuple[str, str | None, dict]] = [(RECIPE, None, {}), (STATIC, "static", {})]
+        content["refit"] = refit or content["refit"]
+        variants: list[tuple[str, str | None, dict]] = [(RECIPE, None, {}), (STATIC, "static", {"refit": "down"})]
         if oracle:
-            variants.append(("oracle routing, refit", "oracle", {}))
+            variants.append(("oracle routing, refit", "oracle", {"refit": "down"}))
         if percent == 50:
             changes = {"method": "cmoe", "parameters": {}, "router": "representative", "refit": "none", "scale": "sum"}
             variants.append((CMOE, None, changes))
@@ -96,12 +102,12 @@ def candidates_of(
     return found
 
 
-def quality(model: Path, tokens: int | None, percents: list[int], oracle: bool) -> int:
+def quality(model: Path, tokens: int | None, percents: list[int], oracle: bool, refit: str | None) -> int:
     """Measure all recipes side by side and print them; returns the exit code."""
     calibration, evaluation = texts()
     _, (foreign,) = texts([FOREIGN])
     checkpoint = DenseCheckpoint.open(str(model), None)
-    candidates = candidates_of(checkpoint, tokens, percents, oracle, calibration)
+    candidates = candidates_of(checkpoint, tokens, percents, oracle, calibration, refit)
     window = candidates[0].job.recipe.calibration.window
     tokenizer = load_tokenizer(checkpoint.source.path)
     measured = {
@@ -194,6 +200,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="calibration tokens; default: the recipes'")
     parser.add_argument("--active", type=int, nargs="+", choices=TARGETS, default=list(TARGETS), help="percentages")
     parser.add_argument("--oracle", action="store_true", help="also run the limit of all routing")
+    parser.add_argument("--refit", choices=("down", "blocks"), help="default: the recipes'")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--no-quality", action="store_true")
     arguments = parser.parse_args()
@@ -206,7 +213,11 @@ def main() -> int:
         ).stdout.split("\n")[-2]
     )
     code = 0 if arguments.no_speed else speed(model)
-    return code | (0 if arguments.no_quality else quality(model, arguments.tokens, arguments.active, arguments.oracle))
+    return code | (
+        0
+        if arguments.no_quality
+        else quality(model, arguments.tokens, arguments.active, arguments.oracle, arguments.refit)
+    )
 
 
 if __name__ == "__main__":

@@ -24,12 +24,15 @@ JSON_KEYS = {
     "verify with an engine": "engine version transformers verdict explanation dtype prompts tokens equal_tokens near_ties "
     "first_difference gap_error gap_allowed tokenizer positions positions_needed",
     "convert layers": "layer captured random oracle_share error_before error_after strength condition",
+    "convert layers with refit blocks": "layer captured random oracle_share error_before error_after strength condition steps "
+    "error_trained",
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",
     "convert layers of symphony": "layer similarity_stored similarity_aligned",
-    "compare": "source dense calibration_tokens evaluation_tokens results skipped",
+    "compare": "source dense calibration_tokens evaluation_tokens results skipped timing goal",
     "compare results": "active method router refit baseline perplexity ratio kl captured parameters_active flops_ratio seconds "
-    "peak_memory_bytes recommended command",
+    "peak_memory_bytes times time frontier recommended command",
+    "compare timing": "device instructions threads dtype batch prompt_tokens generated_tokens prefill_seconds decode_seconds",
     "card": "card",
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
     "dry_run searched",

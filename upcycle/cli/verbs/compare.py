@@ -13,7 +13,7 @@ from upcycle.cli.shared.output import ProgressBars, print_facts, print_json, pri
 from upcycle.errors import UsageError
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.output.ownership import cannot_write, check_overwritable, holds_keys
-from upcycle.formatting import count, duration, size
+from upcycle.formatting import duration, size
 
 
 def _list(_: Any, __: Any, value: str) -> list[str]:
@@ -52,7 +52,7 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
 )
 @click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
 @click.option(
-    "--pieces", default=24, help="about how many experts an FFN is split into, shared ones included  [default: 24]"
+    "--pieces", default=12, help="about how many experts an FFN is split into, shared ones included  [default: 12]"
 )
 @click.option(
     "--layers", default="except-first:1", help="layers that are split; the others stay dense  [default: except-first:1]"
@@ -63,6 +63,17 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     default="staged",
     help="staged: all methods with one router, then all routers with the best method; full: every combination  [default: staged]",
 )
+@click.option(
+    "--faster", type=float, metavar="X", help="recommend the best quality among those at least X times as fast as dense"
+)
+@click.option(
+    "--within",
+    type=float,
+    metavar="X",
+    help="recommend the fastest with a perplexity of at most X times the dense one's",
+)
+@click.option("--batch", default=1, help="sequences at a time, where speed is measured  [default: 1]")
+@click.option("--no-time", "timed", is_flag=True, flag_value=False, default=True, help="measure no speed")
 @click.option("--seed", default=0, help="seed of every random choice  [default: 0]")
 @click.option("--out", type=click.Path(path_type=Path), help="save the table as JSON, or as Markdown (.md)")
 @quiet_option
@@ -71,11 +82,13 @@ def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bo
     """Compare splitting methods, routers and refits on SOURCE, and recommend a command.
 
     No checkpoint is written: layers are split and run in memory, one by one. Every row of the table is measured on text that
-    nothing was fitted to. Static pruning with the same refit, and routing by an oracle, are always among the rows.
+    nothing was fitted to, and models of its shape are timed beside the dense one. Static pruning with the same refit, and routing
+    by an oracle, are always among the rows.
 
     \b
     upcycle compare demo
-    upcycle compare ./llama --calibration docs.txt,code.txt,news.txt --active 0.5
+    upcycle compare ./llama --calibration docs.txt,code.txt,news.txt --faster 1.25
+    upcycle compare ./llama --calibration docs.txt,code.txt,news.txt --within 1.10
     upcycle compare ./llama --methods coactivation_kmeans,coactivation_kmeans:features=gram --routers ridge
     """
     from upcycle.evaluation.compare import compare
@@ -95,9 +108,10 @@ def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bo
     if as_json:
         print_json(found.as_dict())
         return
-    right = range(4, 12)
-    print_table(_columns(found), [_cells(row, found) for row in found.results], right=right)
+    print_table(_columns(found), [_cells(row, found) for row in found.results], right=range(4, 13 + len(found.dense)))
     print_facts(_verdicts(found))
+    for note in _warnings(found):
+        warn(note)
 
 
 def _is_table(text: str) -> bool:
@@ -106,6 +120,7 @@ def _is_table(text: str) -> bool:
 
 def _columns(found: Any) -> list[str]:
     domains = [Path(name).stem for name in found.dense]
+    times = ["prefill", "decode"] if found.timing else []
     return [
         "active",
         "method",
@@ -115,14 +130,16 @@ def _columns(found: Any) -> list[str]:
         "ratio",
         "KL",
         "captured",
-        "parameters",
         "FLOPs",
-        "time",
+        *times,
+        "to convert",
         "memory",
     ]
 
 
 def _cells(row: Any, found: Any) -> list[str]:
+    times = ["prefill", "decode"] if found.timing else []
+    best = _best_times(row)
     return [
         f"{row.active:.0%}",
         row.method + (" *" if row.recommended else ""),
@@ -132,27 +149,71 @@ def _cells(row: Any, found: Any) -> list[str]:
         f"{row.ratio:.3f}x",
         f"{row.kl:.3f}",
         "-" if row.captured is None else f"{row.captured:.0%}",
-        count(row.parameters_active),
         f"{row.flops_ratio:.2f}x",
+        *(f"{best[each]:.2f}x" if best else "-" for each in times),
         duration(row.seconds),
         size(row.peak_memory_bytes),
     ]
 
 
+def _best_times(row: Any) -> dict[str, float]:
+    """Return the times of the implementation with which a whole request is fastest; empty where nothing was timed."""
+    return min(row.times.values(), key=lambda each: each["prefill"] + each["decode"]) if row.times else {}
+
+
 def _verdicts(found: Any) -> list[tuple[str, str]]:
     dense = ", ".join(f"{Path(name).stem} {value:.2f}" for name, value in found.dense.items())
     facts = [("dense", f"perplexity {dense} ({found.evaluation_tokens:,} tokens nothing was fitted to)")]
-    for active in dict.fromkeys(row.active for row in found.results):
-        best, static = found.best(active), found.baseline(active, "static")
-        beats = "beats" if best.ratio < static.ratio else "does NOT beat"
+    if found.timing:
+        facts.append(("times", _how_timed(found.timing)))
+    for best in found.recommended:
+        goal = "".join(f"{key} {value:g}: " for key, value in found.goal.items())
         facts.append(
-            (
-                f"at {active:.0%}",
-                f"{best.method}, {best.router}: {best.ratio:.3f}x; {beats} static pruning ({static.ratio:.3f}x)",
-            )
+            (f"at {best.active:.0%}", f"{goal}{best.method}, {best.router}, refit {best.refit}: {best.ratio:.3f}x")
         )
+        if best.times:
+            facts += [("", f"{_NAMES[how]}: {_times_text(times)}") for how, times in best.times.items()]
+        static = found.baseline(best.active, "static")
+        beats = "beats" if best.ratio < static.ratio else "does NOT beat"
+        pruned = f" at {static.time:.2f}x the time" if static.time is not None and best.time is not None else ""
+        mine = f" at {best.time:.2f}x" if pruned else ""
+        facts.append(("", f"{beats} static pruning: {best.ratio:.3f}x{mine} against {static.ratio:.3f}x{pruned}"))
         facts.append(("", best.command or ""))
     return facts
+
+
+_NAMES = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's kernels"}
+
+
+def _times_text(times: dict[str, float]) -> str:
+    return f"reads a prompt in {times['prefill']:.2f}x, writes a token in {times['decode']:.2f}x the dense model's time"
+
+
+def _how_timed(timing: dict[str, Any]) -> str:
+    sequences = "one sequence" if timing["batch"] == 1 else f"{timing['batch']} sequences"
+    threads = f"{timing['threads']} thread{'s' * (timing['threads'] != 1)}"
+    return (
+        f"relative to the dense model's {timing['prefill_seconds']:.3g} s for {timing['prompt_tokens']} tokens and "
+        f"{timing['decode_seconds']:.3g} s per token, {sequences}, {timing['dtype']} on this {timing['device']} "
+        f"({timing['instructions']}, {threads}), with random weights"
+    )
+
+
+def _warnings(found: Any) -> list[str]:
+    """Return what a user must know of the recommended rows: that routing is worth nothing, or saves no time."""
+    notes = []
+    for best in found.recommended:
+        if best.time is not None and best.time >= 1:
+            notes.append(
+                f"at {best.active:.0%}, the split is not faster than the dense model on this machine: {best.time:.2f}x its time"
+            )
+        pruned = [row for row in found.results if row.baseline == "static" and row.time is not None]
+        rival = min((row for row in pruned if row.ratio <= best.ratio), key=lambda row: row.time, default=None)
+        if rival is not None and best.time is not None and rival.time <= best.time:
+            notes.append(
+                f"at {best.active:.0%}, static pruning is as good and as fast: {rival.ratio:.3f}x at {rival.time:.2f}x the time"
+            )
+    return notes
 
 
 def comparison_table(found: Any) -> str:

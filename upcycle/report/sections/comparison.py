@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.report.drawing.lines import Series, lines
+from upcycle.report.drawing.lines import Plot, Series, lines
 
 
 def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table's rows, and a plot of the recommended splits beside static pruning and oracle routing."""
+    """Return the table's rows, a plot of the splits beside static pruning and oracle routing, and one of quality against time."""
     rows = [
         (
             f"{row['active']:.0%}",
@@ -18,6 +18,7 @@ def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
             row["refit"],
             f"{row['ratio']:.3f}x",
             f"{row['kl']:.3f}",
+            "-" if row.get("time") is None else f"{row['time']:.2f}x",
             bool(row["recommended"]),
         )
         for row in data["results"]
@@ -40,4 +41,32 @@ def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
         y="perplexity relative to dense",
         include=(1.0,),
     )
-    return {"source": data["source"], "rows": rows, "plot": plot}
+    return {"source": data["source"], "rows": rows, "plots": [plot, *_by_time(data)]}
+
+
+def _by_time(data: Mapping[str, Any]) -> list[Plot]:
+    """Return a plot of quality against measured time; nothing where ``compare`` measured no time."""
+    timed = [row for row in data["results"] if row.get("time") is not None and row["baseline"] != "oracle"]
+    if not timed:
+        return []
+    series = []
+    for words, wanted in (
+        ("conversions", [row for row in timed if row["frontier"] and row["baseline"] is None]),
+        ("static pruning", [row for row in timed if row["baseline"] == "static" and row["refit"] != "none"]),
+    ):
+        points = sorted((row["time"], row["ratio"]) for row in wanted)
+        if points:
+            series.append(Series(words, [x for x, _ in points], [y for _, y in points]))
+    best = min(timed, key=lambda row: row["time"])
+    about = data["timing"]
+    return [
+        lines(
+            series,
+            title="What does a second buy?",
+            reading=f"Lower and further left is better; 1 is the dense model. The fastest takes {best['time']:.2f}x its time for "
+            f"{about['prompt_tokens']} tokens read and {about['generated_tokens']} written, at {best['ratio']:.3f}x its perplexity.",
+            x="time relative to dense",
+            y="perplexity relative to dense",
+            include=(1.0,),
+        )
+    ]

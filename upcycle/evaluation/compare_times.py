@@ -1,0 +1,89 @@
+"""Times the shapes of a comparison's candidates beside the dense parent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.evaluation.candidate_walk import Candidate
+from upcycle.evaluation.shape_speed import GENERATE, OWN, PROMPT, STOCK, Key, Times, relative_times
+from upcycle.progress import Progress
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Holds the times of shapes relative to the dense model's, and the dense model's own.
+
+    ``about`` says how they were measured, as plain data.
+    """
+
+    dense: Times
+    shapes: Mapping[Key, Times]
+    about: dict[str, Any]
+
+    def times(self, candidate: Candidate) -> dict[str, dict[str, float]] | None:
+        """Return ``prefill`` and ``decode`` relative to the dense model's, for each implementation of experts."""
+        name = shape_name(candidate)
+        found = {how: self.shapes.get((name, how)) for how in (STOCK, OWN)}
+        return {how: {"prefill": t.prefill, "decode": t.decode} for how, t in found.items() if t} or None
+
+    def request(self, candidate: Candidate) -> float | None:
+        """Return the time of a whole request with the faster implementation, relative to the dense model's."""
+        name = shape_name(candidate)
+        relative = [self.shapes[name, how] for how in (STOCK, OWN) if (name, how) in self.shapes]
+        seconds = [Times(t.prefill * self.dense.prefill, t.decode * self.dense.decode).request() for t in relative]
+        return min(seconds) / self.dense.request() if seconds else None
+
+
+def shape_name(candidate: Candidate) -> str:
+    """Name what a candidate's time depends on."""
+    shape = candidate.job.shape
+    if candidate.baseline == "static":
+        return f"pruned to {kept_neurons(candidate)}"
+    return f"{shape.experts} experts, {shape.top_k} chosen, {shape.shared} shared, of {shape.expert_size}"
+
+
+def kept_neurons(candidate: Candidate) -> int:
+    """Return how many neurons static pruning keeps per layer: as many as the candidate runs per token."""
+    shape = candidate.job.shape
+    share = (shape.shared + shape.top_k) / (shape.shared + shape.experts)
+    return round(share * candidate.job.dense.intermediate_size)
+
+
+def time_candidates(
+    checkpoint: DenseCheckpoint, candidates: Sequence[Candidate], batch: int, progress: Progress
+) -> Timing:
+    """Time every shape among the candidates once."""
+    raw, dense = checkpoint.raw_config, checkpoint.config
+    shapes: dict[str, tuple[Mapping[str, Any], int]] = {}
+    for candidate in candidates:
+        job = candidate.job
+        count = len(job.shape.moe_layers)
+        if candidate.baseline == "static" and raw.get("intermediate_size") == dense.intermediate_size:
+            shapes[shape_name(candidate)] = {**raw, "intermediate_size": kept_neurons(candidate)}, count
+        elif candidate.baseline is None:
+            everywhere = replace(job.shape, moe_layers=tuple(range(dense.num_hidden_layers)))
+            shapes[shape_name(candidate)] = job.target.full_config(job.dense, everywhere, "float32"), count
+    stored = checkpoint.family.stored_specs(dense, 0).values()
+    parent, relative = relative_times(
+        raw, shapes, 4 * sum(math.prod(shape) for shape in stored), batch=batch, progress=progress
+    )
+    about = {
+        "device": "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "batch": batch,
+        "prompt_tokens": PROMPT,
+        "generated_tokens": GENERATE,
+        "prefill_seconds": parent.prefill,
+        "decode_seconds": parent.decode,
+    }
+    return Timing(parent, relative, about)

@@ -1,0 +1,166 @@
+"""Times models of given shapes beside the dense parent, in turns: how long a model takes depends on its shapes, not on its weights.
+
+Every model is a stock one with random weights, in one process, so that whatever slows the machine slows all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from upcycle.models.experts import has_experts, use_experts
+from upcycle.models.random_model import random_model
+from upcycle.progress import SILENT, Progress
+
+PROMPT, GENERATE, ROUNDS = 256, 32, 5
+STOCK, OWN = "grouped_mm", "upcycle"
+_TIMED_TOKENS = 8  # of the generated ones; each takes as long as the others but for a longer context
+_LEAST_BYTES = 1 << 28  # of the layers that are timed, so that they fill no cache
+Key = tuple[str, str]  # a name, and how its experts are computed: STOCK or OWN; a dense model is under both
+
+
+@dataclass(frozen=True)
+class Times:
+    """Holds seconds: of reading the prompt, and of one further token (per step, whatever the batch).
+
+    They are the least of all rounds: what else a machine does can only add to a time, and differences of times are taken.
+    """
+
+    prefill: float
+    decode: float
+
+    def request(self, generate: int = GENERATE) -> float:
+        """Return the seconds of a whole request: the prompt, and ``generate`` tokens after it."""
+        return self.prefill + generate * self.decode
+
+    def over(self, other: Times) -> Times:
+        """Return these times relative to another model's."""
+        return Times(self.prefill / other.prefill, self.decode / other.decode)
+
+
+def measure_shapes(
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    prompt: int = PROMPT,
+    batch: int = 1,
+    rounds: int = ROUNDS,
+    progress: Progress = SILENT,
+) -> dict[Key, Times]:
+    """Time models of some configurations in fp32 on the CPU.
+
+    Args:
+        configs: complete ``config.json`` contents, by name.
+        prompt: tokens of each prompt, fewer where a context is shorter.
+        batch: sequences at a time.
+        rounds: how often each model is timed, after a first pass that is not.
+        progress: receives the progress.
+    """
+    contexts = [config.get("max_position_embeddings") or prompt + _TIMED_TOKENS for config in configs.values()]
+    length = max(1, min(prompt, *(context - _TIMED_TOKENS for context in contexts)))
+    timed: list[_Timed] = []
+    with progress.phase("loading shapes", len(configs)), torch.no_grad():
+        for name, config in configs.items():
+            model = random_model(config, torch.float32)
+            timed += [_Timed(name, model, how) for how in ((STOCK, OWN) if has_experts(model) else (STOCK,))]
+            progress.advance()
+    found: dict[Key, list[tuple[float, float]]] = {(each.name, each.how): [] for each in timed}
+    with progress.phase("timing shapes", rounds + 1), torch.no_grad():
+        for number in range(rounds + 1):
+            for each in timed if number % 2 else reversed(timed):
+                seconds = each.run(length, batch)
+                if number:
+                    found[each.name, each.how].append(seconds)
+            progress.advance()
+    times = {key: Times(*(min(column) for column in zip(*runs, strict=True))) for key, runs in found.items()}
+    dense = {(name, OWN): times[name, STOCK] for name in configs if (name, OWN) not in times}
+    return times | dense
+
+
+class _Timed:
+    """Runs one model with one implementation of experts; two implementations share the weights."""
+
+    def __init__(self, name: str, model: Any, how: str) -> None:
+        self.name, self.how = name, how
+        self._model = model
+
+    def run(self, prompt: int, batch: int) -> tuple[float, float]:
+        """Return the seconds of reading a prompt and of one more token."""
+        if has_experts(self._model):
+            use_experts(self._model, self.how)
+        ids = torch.arange(prompt + _TIMED_TOKENS) % self._model.config.vocab_size
+        rows = ids.expand(batch, -1)
+        start = perf_counter()
+        output = self._model(rows[:, :prompt], use_cache=True, logits_to_keep=1)
+        read = perf_counter()
+        for position in range(prompt, prompt + _TIMED_TOKENS):
+            token = rows[:, position : position + 1]
+            output = self._model(token, past_key_values=output.past_key_values, use_cache=True)
+        return read - start, (perf_counter() - read) / _TIMED_TOKENS
+
+
+def relative_times(
+    dense: Mapping[str, Any],
+    shapes: Mapping[str, tuple[Mapping[str, Any], int]],
+    layer_bytes: int,
+    *,
+    batch: int = 1,
+    rounds: int = ROUNDS,
+    progress: Progress = SILENT,
+) -> tuple[Times, dict[Key, Times]]:
+    """Return the dense parent's times in seconds, and those of the shapes relative to it.
+
+    A model of few and small layers is timed whole. Of others two depths are timed, in which all layers are of the shape; from these
+    follow the time of one such layer, and of what is around the layers.
+
+    Args:
+        dense: the parent's ``config.json``.
+        shapes: by name, the ``config.json`` of a model of which every layer has the shape, and how many layers of the parent get it.
+        layer_bytes: of one dense layer in fp32.
+        batch: sequences at a time.
+        rounds: how often each model is timed.
+        progress: receives the progress.
+    """
+    layers = dense["num_hidden_layers"]
+    deep = min(layers, max(2, -(-_LEAST_BYTES // max(1, layer_bytes))))
+    shallow = max(1, deep // 2)
+    depths = [deep] if deep == layers == 1 else [shallow, deep]
+    configs = {
+        f"{name} {depth}": cut(config, depth)
+        for name, config in {"": dense, **{name: config for name, (config, _) in shapes.items()}}.items()
+        for depth in depths
+    }
+    found = measure_shapes(configs, batch=batch, rounds=rounds, progress=progress)
+
+    def layer(name: str, how: str) -> Times:
+        """The time of one layer."""
+        if len(depths) == 1:
+            return found[f"{name} {deep}", how]
+        more, less = found[f"{name} {deep}", how], found[f"{name} {shallow}", how]
+        return Times((more.prefill - less.prefill) / (deep - shallow), (more.decode - less.decode) / (deep - shallow))
+
+    whole, one = found[f" {deep}", STOCK], layer("", STOCK)
+    parent = Times(*(getattr(whole, part) + (layers - deep) * getattr(one, part) for part in ("prefill", "decode")))
+
+    def ratio(part: str, name: str, how: str, count: int) -> float:
+        change = getattr(layer(name, how), part) - getattr(one, part)
+        return float((getattr(parent, part) + count * change) / getattr(parent, part))
+
+    return parent, {
+        (name, how): Times(*(ratio(part, name, how, count) for part in ("prefill", "decode")))
+        for name, (_, count) in shapes.items()
+        for how in (STOCK, OWN)
+    }
+
+
+def cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Return a configuration with the first ``layers`` layers alone: lists with one entry per layer are cut, too."""
+    whole = config["num_hidden_layers"]
+    shorter = {
+        key: value[:layers] if isinstance(value, list) and len(value) == whole else value
+        for key, value in config.items()
+    }
+    return {**shorter, "num_hidden_layers": layers}
