@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +96,13 @@ def test_a_wish_that_cannot_be_met(keys: dict[str, Any], message: str, hint: str
     with pytest.raises(UsageError, match=message) as caught:
         sized(**keys)
     assert hint in (caught.value.hint or "")
+
+
+def test_the_guides_table_of_widths_is_what_the_code_does() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "splitting.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| (\d+) \| (\d+) \| ([\d, ]+) \|$", guide, re.MULTILINE)
+    assert len(rows) == 7
+    for size, hidden, pieces, width, others in rows:
+        neurons, hidden_size = int(size.replace(",", "")), int(hidden.replace(",", ""))
+        assert pieces_of(neurons, hidden_size, 12) == int(pieces) == neurons // int(width)
+        assert widths(neurons, hidden_size) == sorted([int(width), *map(int, others.split(", "))])
