@@ -29,7 +29,6 @@ TITLES = {
     "2208.11580": "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
     "2210.17323": "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     "2212.05055": "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
-    "2102.05426": "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction",
     "2301.00774": "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     "2310.04361": "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion",
     "2310.06694": "Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning",

@@ -71,7 +71,7 @@ class Subject:
     @property
     def sides(self) -> tuple[str, str]:
         """What the parent and the model are called where they are compared."""
-        kind = self.record["plan"]["kind"] if self.record else None
+        kind = str(self.record["plan"]["kind"]) if self.record else ""
         usual = ("dense", "MoE") if self.moe_layers else ("parent", "model")
         return {"growth": ("before", "after"), "pruning": ("dense", "pruned")}.get(kind, usual)
 
