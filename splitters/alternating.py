@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import linear, normalize
 
-from upcycle.ffn.activations import Activations
+from upcycle.ffn.activations import Activations, required
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
@@ -16,7 +16,7 @@ from upcycle.methods.base import filled
 from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.balanced_assignment import balanced_assignment
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
-from upcycle.splitters.grouping.neuron_profiles import draw_seed, required
+from upcycle.splitters.grouping.neuron_profiles import draw_seed
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
 

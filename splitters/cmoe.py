@@ -7,12 +7,11 @@ from weakref import WeakKeyDictionary
 import torch
 from pydantic import Field
 
-from upcycle.ffn.activations import Activations
+from upcycle.ffn.activations import Activations, required
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.neurons import Neurons
 from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.marker_assignment import marker_assignment
-from upcycle.splitters.grouping.neuron_profiles import required
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
 

@@ -11,11 +11,11 @@ from pydantic import Field
 from torch.nn.functional import one_hot
 
 from upcycle.errors import EnvironmentFault
-from upcycle.ffn.activations import Activations
+from upcycle.ffn.activations import Activations, required
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
-from upcycle.splitters.grouping.neuron_profiles import coactivation, draw_seed, required
+from upcycle.splitters.grouping.neuron_profiles import coactivation, draw_seed
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition
 
 # A little less than 1, so that the edge at the percentile itself is kept, with weight one.

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from upcycle.ffn.activations import Activations
+from upcycle.ffn.activations import Activations, required
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.balanced_kmeans import balanced_kmeans
@@ -16,7 +16,6 @@ from upcycle.splitters.grouping.neuron_profiles import (
     coactivation,
     draw_seed,
     principal_profiles,
-    required,
     sketched_profiles,
 )
 from upcycle.splitters.grouping.plain_sum import PlainSumPartition

@@ -9,14 +9,13 @@ from pydantic import Field
 from torch.nn.functional import normalize
 
 from upcycle.errors import UsageError
-from upcycle.ffn.activations import Activations
+from upcycle.ffn.activations import Activations, required
 from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.methods.base import Partition, filled
 from upcycle.plugins import PluginParameters
 from upcycle.splitters.grouping.greedy_assignment import greedy_assignment
-from upcycle.splitters.grouping.neuron_profiles import required
 
 
 class ImportanceParameters(PluginParameters):

@@ -18,6 +18,7 @@ METHODS = {
     "symphony": "upcycle.methods.mixing.symphony:Symphony",
     "model_glue": "upcycle.methods.mixing.model_glue:ModelGlue",
     "branch_train_merge": "upcycle.methods.mixing.branch_train_merge:BranchTrainMerge",
+    "static_prune": "upcycle.methods.compressing.static_prune:StaticPrune",
     "depth_stack": "upcycle.methods.growing.depth_stack:DepthStack",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",

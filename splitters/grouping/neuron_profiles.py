@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations, TokenActivations
 
 _CLIP = 1.0  # MoEfication's released code clips the summed co-activation of a few tokens at one
 _POWER_STEPS = 4
 _OVERSAMPLING = 16
-
-
-def required(activations: Activations | None, method: str) -> Activations:
-    """Return the activations that a calibrated method must have been given.
-
-    Raises:
-        UsageError: there are none.
-    """
-    if activations is None:
-        raise UsageError(f"the method {method} looks at calibration text", hint="name some with --calibration")
-    return activations
 
 
 def draw_seed(rng: torch.Generator) -> int:

@@ -19,8 +19,8 @@ LAYERS = (0, 2, 11)
 
 
 def job() -> Any:
-    recipe = SimpleNamespace(model_dump=lambda exclude=(): {"method": "random_split"})
-    return SimpleNamespace(shape=SimpleNamespace(moe_layers=LAYERS), recipe=recipe)
+    recipe = SimpleNamespace(model_dump=lambda include=None, exclude=(): {"method": "random_split"})
+    return SimpleNamespace(shape=SimpleNamespace(moe_layers=LAYERS), recipe=recipe, recipe_keys=None)
 
 
 def decide(folder: Path, layers: tuple[int, ...] = LAYERS) -> None:

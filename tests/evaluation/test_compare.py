@@ -144,6 +144,7 @@ def test_a_goal_recommends_one_row_by_its_time(pico: Pico, monkeypatch: pytest.M
         ({"within": 1.0}, "factor above 1"),
         ({"within": 1.1, "timed": False}, "a goal needs times"),
         ({"methods": ["depth_stack"]}, "depth_stack makes no experts from a dense FFN"),
+        ({"methods": ["static_prune"]}, "static_prune makes no experts from a dense FFN"),
     ],
 )
 def test_bad_input(pico: Pico, changes: dict, message: str) -> None:

@@ -74,7 +74,9 @@ def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
             raise CheckpointError(
                 f"{folder}: {lost[0]} of {LAYER_BLUEPRINTS} is missing", hint="--restart discards it and begins again"
             )
-        recipe = job.recipe.model_dump(exclude={"source", "revision", "sources", "verification"})
+        recipe = job.recipe.model_dump(
+            include=job.recipe_keys, exclude={"source", "revision", "sources", "verification"}
+        )
         public = LocalNames.of(job.recipe.model_dump()).published(recipe)
         write_whole(folder / BLUEPRINT_FILE, lambda partial: join_blueprints(parts, partial, public))
     shutil.rmtree(folder / LAYER_BLUEPRINTS, ignore_errors=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = None) -> LayerBlueprint:
-    """Return the blueprint of one layer, with its router.
+    """Return the blueprint of one layer, with its router where there are experts to choose from.
 
     It depends on the recipe, the seed, this layer and its calibration tokens alone, so that a resumed run decides the same.
     """
@@ -33,6 +33,8 @@ def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = N
     draws = blueprint.draws
     if draws is not None and draws.rule == "initializer" and draws.std is None:
         blueprint = replace(blueprint, draws=replace(draws, std=job.dense.initializer_range))
+    if not blueprint.routed:
+        return blueprint
     rows = job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router"), activations)
     return replace(blueprint, router=job.method.tie(rows))
 

@@ -40,6 +40,7 @@ class ExpertConversion(ExpertJob):
     """
 
     takes_blueprints: ClassVar[bool] = True
+    brought: ClassVar[str] = "--experts, --shared and --layers"  # options that a saved blueprint decides
 
     saved: BlueprintFile | None = None
 
@@ -78,7 +79,7 @@ class ExpertConversion(ExpertJob):
             if numbers != wanted:
                 raise UsageError(
                     f"{blueprint}: layer {layer} has (experts, shared, neurons each) = {numbers}, the recipe needs {wanted}",
-                    hint="leave --experts, --shared and --layers out: the blueprint brings its own recipe",
+                    hint=f"leave {self.brought} out: the blueprint brings its own recipe",
                 )
         return replace(self, saved=saved)
 

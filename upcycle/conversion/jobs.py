@@ -8,6 +8,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.expert_conversion import ExpertConversion
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import ConversionJob
+from upcycle.conversion.prune_conversion import PruneConversion
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.cost import Plan
 from upcycle.planning.job import method_of
@@ -19,6 +20,7 @@ JOBS: dict[str, type[ConversionJob]] = {
     "copies": ExpertConversion,
     "partition": ExpertConversion,
     "overlap": ExpertConversion,
+    "pruning": PruneConversion,
     "growth": GrowthConversion,
 }
 """The job's class, by the ``kind`` of its method."""

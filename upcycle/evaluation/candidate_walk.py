@@ -21,7 +21,13 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from upcycle.calibration.decide_layer import ActiveNeurons, Outputs, activations_of, decide_layer, targets_of
-from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, TokenActivations, contributions
+from upcycle.ffn.activations import (
+    HELD_OUT_EVERY,
+    Activations,
+    ExpertActivations,
+    TokenActivations,
+    most_contributing,
+)
 from upcycle.ffn.refit import Applied, Routing, fit_down
 from upcycle.ffn.router_capture import ExpertMap, of_largest
 from upcycle.files.formats.token_files import TokenFile, write_together
@@ -57,8 +63,7 @@ class StaticPruning:
     """Runs the same neurons for every token: those that contribute most on the calibration text. Routing must beat this baseline."""
 
     def __init__(self, activations: Activations, count: int) -> None:
-        order = contributions(activations).argsort(descending=True, stable=True)
-        self._kept = order[:count].sort().values
+        self._kept = most_contributing(activations, count)
         self.down = activations.ffn.down.float()[:, self._kept]
         self.bias = None if activations.ffn.down_bias is None else activations.ffn.down_bias.float()
 

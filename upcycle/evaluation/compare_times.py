@@ -66,8 +66,8 @@ def time_candidates(
     for candidate in candidates:
         job = candidate.job
         count = len(job.shape.moe_layers)
-        if candidate.baseline == "static" and raw.get("intermediate_size") == dense.intermediate_size:
-            shapes[shape_name(candidate)] = {**raw, "intermediate_size": kept_neurons(candidate)}, count
+        if candidate.baseline == "static":
+            shapes[shape_name(candidate)] = checkpoint.family.narrowed(raw, kept_neurons(candidate)), count
         elif candidate.baseline is None:
             everywhere = replace(job.shape, moe_layers=tuple(range(dense.num_hidden_layers)))
             shapes[shape_name(candidate)] = job.target.full_config(job.dense, everywhere, "float32"), count

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.neurons import Neurons
 
@@ -197,6 +197,17 @@ class ExpertActivations:
         self._kept = kept
 
 
+def required(activations: Activations | None, method: str) -> Activations:
+    """Return the activations that a calibrated method must have been given.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if activations is None:
+        raise UsageError(f"the method {method} looks at calibration text", hint="name some with --calibration")
+    return activations
+
+
 def contributions(activations: Activations) -> torch.Tensor:
     """Return fp64 ``[F]``: the weighted mean over tokens of ``(h_j * ||down_j||)^2``, the energy neuron j adds to the output."""
     norms = activations.ffn.down.double().square().sum(0)
@@ -206,3 +217,9 @@ def contributions(activations: Activations) -> torch.Tensor:
         total += batch.weight @ batch.hidden.square()
         weights += batch.weight.sum(dtype=torch.float64).item()
     return total * norms / weights
+
+
+def most_contributing(activations: Activations, count: int) -> torch.Tensor:
+    """Return int64 ``[count]``, ascending: the neurons of the largest :func:`contributions`, of equal ones the first."""
+    order = contributions(activations).argsort(descending=True, stable=True)
+    return order[:count].sort().values

@@ -67,7 +67,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class LayerBlueprint:
-    """One MoE layer before its weights exist.
+    """One MoE layer before its weights exist; or a pruned FFN, which is one shared expert and has no routed ones.
 
     ``scale`` multiplies what the routed experts' neurons add: gate, up and down by its powers ``spread``, which is the down
     projection alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser
@@ -91,7 +91,7 @@ class LayerBlueprint:
     @property
     def intermediate_size(self) -> int:
         """Neurons per expert."""
-        return len(self.routed[0].neurons)
+        return len((self.routed or self.shared)[0].neurons)
 
     def fitted(self, name: str) -> torch.Tensor | None:
         """Return the projection ``gate``, ``up`` or ``down`` that was fitted in the dense one's place, if one was."""
@@ -196,9 +196,9 @@ class BlueprintFile:
 
     def shape(self, layer: int) -> tuple[int, int, int]:
         """Return the number of routed experts, of shared experts, and of neurons in each."""
-        routed = self.tensors.specs[f"layers.{layer}.routed"].shape
-        shared = self.tensors.specs.get(f"layers.{layer}.shared")
-        return routed[0], shared.shape[0] if shared else 0, routed[1]
+        found = [self.tensors.specs.get(f"layers.{layer}.{kind}") for kind in ("routed", "shared")]
+        routed, shared = (spec.shape[0] if spec else 0 for spec in found)
+        return routed, shared, next(spec.shape[1] for spec in found if spec)
 
     def layer(self, layer: int) -> LayerBlueprint:
         """Read one layer's blueprint."""

@@ -33,7 +33,8 @@ class ExpertTensors:
     - The down bias ``c`` belongs to no neuron. Every routed expert holds the whole of it, without the blueprint's scale, and
       a shared expert that is a piece of the same FFN holds none. The router's weights sum to 1, so the layer adds
       ``sum_e w_e c = c``: exactly once for every router, every top-k and every scale. Weights that sum to less (the plain
-      softmax with fewer experts running than there are) shrink it as they shrink the experts.
+      softmax with fewer experts running than there are) shrink it as they shrink the experts. Without routed experts, the
+      shared ones hold it, once.
     - An expert that is another model's FFN holds that model's down bias, times ``ExpertSpec.scale``. Shared experts cut from
       one such FFN are all on, at weight 1, and hold its down bias once.
 
@@ -113,7 +114,7 @@ class ExpertTensors:
         if self._ffn.down_bias is None or where == "idle":
             return zero
         if where == "shared":
-            adding = [spec for spec in self._blueprint.shared if spec.source is not None]
+            adding = [e for e in self._blueprint.shared if e.source is not None or not self._blueprint.routed]
         else:
             adding = [self._blueprint.routed[part.expert]]
         scales = {spec.source: spec.scale for spec in adding}  # one entry for all pieces of one FFN

@@ -61,7 +61,7 @@ class Routing:
     Chosen experts weigh the same, so the layer is the plain sum of its shared and chosen experts.
 
     Args:
-        blueprint: the layer's, with a router; which neurons its experts hold.
+        blueprint: the layer's, with a router unless all its experts are shared; which neurons its experts hold.
         ffn: the dense layer, whose dtype the experts are stored in.
 
     Attributes:
@@ -70,8 +70,9 @@ class Routing:
     """
 
     def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
-        assert blueprint.router is not None
-        self._router = blueprint.router.to(ffn.dtype).float()  # chosen with the rows as they are stored
+        assert blueprint.router is not None or not blueprint.routed
+        # Experts are chosen with the rows as they are stored.
+        self._router = None if blueprint.router is None else blueprint.router.to(ffn.dtype).float()
         self._top_k, self._experts = blueprint.top_k, len(blueprint.routed)
         self._always = len(blueprint.shared) * blueprint.intermediate_size
         self._size = blueprint.intermediate_size
@@ -97,12 +98,13 @@ class Routing:
 
     def chosen(self, batch: TokenActivations) -> torch.Tensor:
         """Return multi-hot fp32 ``[t, E]``: the experts that the router chooses."""
+        assert self._router is not None
         return of_largest(linear(batch.x, self._router), self._top_k)
 
     def stored(self, blueprint: LayerBlueprint) -> torch.Tensor:
         """Return fp32 ``[d, N]``: what multiplies :meth:`active` in the finished model, factors included."""
         down = self.down if blueprint.down is None else blueprint.down.float()
-        factor = blueprint.scale / self._top_k
+        factor = blueprint.scale / self._top_k if self._experts else 1.0
         if factor == 1.0:
             return down
         return torch.cat([down[:, : self._always], down[:, self._always :] * factor], dim=1)

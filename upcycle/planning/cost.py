@@ -22,8 +22,9 @@ RESIDENT_BYTES = _INTERPRETER_BYTES + _STOCK_CLASSES  # before a weight is read
 class Plan:
     """Holds what a conversion will cost and what it promises. ``as_dict`` has the documented JSON keys.
 
-    ``sources`` is empty where there is one source. ``kind`` is the method's. In a growth step, ``summary`` says what is copied
-    into what, and the fields named dense describe the source, whether it is a MoE or not.
+    ``sources`` is empty where there is one source. ``kind`` is the method's. Where the result is not made of
+    experts, ``summary`` says what it is: in a growth step, what is copied into what, and in a pruning, how many neurons are kept. In
+    a growth step, the fields named dense describe the source, whether it is a MoE or not.
     """
 
     sources: list[dict[str, Any]]

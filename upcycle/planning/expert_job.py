@@ -154,9 +154,14 @@ class ExpertJob:
         return self.target.full_config(self.dense, self.shape, self.dtype)
 
     @property
+    def recipe_keys(self) -> set[str] | None:
+        """The recipe keys that the conversion reads; None: all."""
+        return None
+
+    @property
     def recipe_text(self) -> str:
-        """The resolved recipe as YAML."""
-        return self.recipe.dump()
+        """The resolved recipe as YAML, with the keys that the conversion reads."""
+        return self.recipe.dump(self.recipe_keys)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -212,7 +217,7 @@ class ExpertJob:
         if needed > free:
             raise EnvironmentFault(
                 f"calibration needs about {needed / 1e9:.1f} GB for one layer, and {free / 1e9:.1f} GB are free",
-                hint="free some memory; --refit scale needs less than --refit down",
+                hint="free some memory; --refit none (of a split also scale) needs less than --refit down",
             )
 
 

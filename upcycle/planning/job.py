@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from upcycle.architectures.dense.base import Family
 from upcycle.checkpoints.output_layout import Shard, Unit
-from upcycle.errors import UsageError
+from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.cost import Plan
 from upcycle.recipe.conversion_recipe import Recipe, parse_parameters
@@ -104,4 +105,31 @@ def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
         raise UsageError(
             f"{recipe.source} has no tokenizer (looked for {looked})",
             hint="put the tokenizer's files beside the weights, or go without: --tokenizer none",
+        )
+
+
+def check_text(recipe: Recipe, what: str) -> None:
+    """Refuse a recipe without calibration text.
+
+    Args:
+        recipe: the recipe.
+        what: what looks at the text, for the message.
+
+    Raises:
+        UsageError: the recipe names no text.
+    """
+    if not recipe.calibration.texts:
+        raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
+
+
+def check_calibrates(family: Family) -> None:
+    """Refuse to calibrate a model of a family that cannot be calibrated.
+
+    Raises:
+        RefusalError: it cannot; the message says why.
+    """
+    if family.uncalibrated:
+        raise RefusalError(
+            f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
+            hint="leave the calibration text out, and choose a method and a router that need none",
         )

@@ -15,7 +15,7 @@ from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
-from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
+from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text, check_tokenizer
 from upcycle.planning.split_sizes import with_sizes
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
@@ -88,8 +88,8 @@ def prepare_experts(
             hint=CALIBRATION_HINT,
         )
     for wants, what in ((method.calibrated, f"method {method.name}"), (router.calibrated, f"router {router_name}")):
-        if wants and not texts:
-            raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
+        if wants:
+            check_text(recipe, what)
     scale = recipe.scale
     if scale == "auto":
         scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
@@ -99,11 +99,8 @@ def prepare_experts(
             f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
             hint="leave --scale out, or use --refit none",
         )
-    if family.uncalibrated and (router.walks or (texts and looks_at_text(method, router))):
-        raise RefusalError(
-            f"a {family.name} model cannot be calibrated: {family.uncalibrated}",
-            hint="leave the calibration text out, and choose a method and a router that need none",
-        )
+    if router.walks or (texts and looks_at_text(method, router)):
+        check_calibrates(family)
     units = _units(recipe, family, dense, target, shape, specs)
     shards = shards_of(units, parse_size(recipe.max_shard_size))
     held = tuple(targets[name] for name in family.targets)

@@ -21,6 +21,11 @@ def least_width(hidden_size: int) -> int:
     return (_LARGE if hidden_size >= _LARGE_HIDDEN_SIZE else _SMALL)[0]
 
 
+def width_step(hidden_size: int) -> int:
+    """Return what the width of an FFN should be a multiple of."""
+    return (_LARGE if hidden_size >= _LARGE_HIDDEN_SIZE else _SMALL)[1]
+
+
 def widths(intermediate_size: int, hidden_size: int) -> list[int]:
     """Return the widths that hardware has and that divide an FFN into at least four experts, ascending.
 

@@ -52,9 +52,14 @@ class Facts:
         return bool(self.record["plan"]["kind"] == "growth")
 
     @property
+    def pruned(self) -> bool:
+        """Whether the model is a dense one with smaller FFNs."""
+        return bool(self.record["plan"]["kind"] == "pruning")
+
+    @property
     def moe(self) -> bool:
         """Whether the model has experts; a grown model may be dense."""
-        return not self.grown or any("experts" in key for key in self.config)
+        return not self.pruned and (not self.grown or any("experts" in key for key in self.config))
 
 
 def gather(

@@ -53,6 +53,11 @@ def _what(facts: Facts) -> str:
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
     if facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
+    elif facts.pruned:
+        first = (
+            f"A smaller dense model made from {made}: {plain(record['plan']['summary'])}, those that contributed most on the "
+            "calibration text. All other neurons of the feed-forward networks were pruned."
+        )
     else:
         layers = f"{len(record['moe_layers'])} of {facts.config['num_hidden_layers']} layers"
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""

@@ -46,7 +46,8 @@ class Recipe(StrictSettings):
         None,
         gt=0,
         lt=1,
-        description="fraction of the FFN neurons that run per token, all layers together: sets experts, top_k and shared of a split",
+        description="fraction of the FFN neurons that run per token, all layers together: sets experts, top_k and shared of a "
+        "split; of static_prune, the fraction that is kept",
     )
     pieces: int = Field(
         12,
@@ -54,7 +55,12 @@ class Recipe(StrictSettings):
         description="with active: about how many experts an FFN is split into, shared ones included: the nearest number whose "
         "width hardware has (64, 128, ... neurons; below a hidden size of 1,024: 32, 48, ...)",
     )
-    width: int | None = Field(None, ge=1, description="with active: the neurons per expert, in the place of pieces")
+    width: int | None = Field(
+        None,
+        ge=1,
+        description="with active: the neurons per expert, in the place of pieces; of static_prune, the neurons that every FFN "
+        "keeps, in the place of active",
+    )
     always_on: float = Field(
         0.8, gt=0, lt=1, description="with active: the part of the running neurons that is in shared experts"
     )

@@ -162,6 +162,19 @@ class Family(ABC):
         spelt = {key: self.aliases.get(key, key) for key in defaults}
         return {**defaults, **{key: raw[own] for key, own in spelt.items() if own in raw}}
 
+    def rewritten(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a ``config.json`` as a start for another model of this family: it names the stock class, and no other code."""
+        config = {key: value for key, value in raw.items() if key != "auto_map"}
+        if not config.get("architectures"):  # a .gguf file names none
+            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+            config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.name]]
+        return config
+
+    def narrowed(self, raw: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """Return the ``config.json`` of the same model with FFNs of ``width`` neurons."""
+        return {**self.rewritten(raw), self.aliases.get("intermediate_size", "intermediate_size"): width}
+
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         """Return the sliding window of every layer, in tokens; None attends to everything."""
         return (None,) * layers
@@ -237,8 +250,14 @@ class Family(ABC):
         return origin.ordered("halves", config.head_dim) if self.rotates_pairs and is_rotated(name) else origin
 
     def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
-        """Return where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies."""
-        return {part: self.origin(config, name) for part, name in self.ffn_names(layer).items()}
+        """Return where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies.
+
+        Where the FFN has biases, they are there, too: ``gate_bias``, ``up_bias`` and ``down_bias``.
+        """
+        names = self.ffn_names(layer)
+        if config.mlp_bias:
+            names |= {f"{part}_bias": f"{names[part].removesuffix('weight')}bias" for part in config.ffn_form.matrices}
+        return {part: self.origin(config, name) for part, name in names.items()}
 
     def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
         """Return the dtype of a layer's experts: ``dtype``, or for ``keep`` the narrowest that holds the stored FFN's matrices."""

@@ -58,6 +58,11 @@ class Lfm2(Family):
         tied = raw.get("tie_embedding", values["tie_word_embeddings"])
         return {**values, "intermediate_size": width, "tie_word_embeddings": tied}
 
+    def narrowed(self, raw: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """Return the configuration with the width under both of its names, and no rule that would adjust it."""
+        config = super().narrowed(raw, width)
+        return {**config, "block_ff_dim": width, "block_auto_adjust_ff_dim": False}
+
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return which layers attend, and the convolutions' keys."""
         layers = range(values["num_hidden_layers"])

@@ -52,14 +52,14 @@ class Target(ABC):
         shared_switch: the module whose sigmoid multiplies the shared expert's output; None: it has none.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
+    name: str
+    title: str
     architecture: ClassVar[str]
     holds: ClassVar[frozenset[Feature]]
     router_semantics: ClassVar[str]
     holds_unnormalized: ClassVar[bool] = False
     rotates_pairs: ClassVar[bool] = False
-    module_paths: ClassVar[ModulePaths] = ModulePaths()
+    module_paths: ModulePaths = ModulePaths()
     router: ClassVar[str] = "gate"
     score: ClassVar[Score] = "softmax"
     shared: ClassVar[str | None] = None

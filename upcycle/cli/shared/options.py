@@ -95,8 +95,8 @@ def recipe_options(function: F) -> F:
             settings["is_flag"] = True
         elif choices:
             settings["type"] = click.Choice(choices)
-        elif field.annotation in (int, float | None):
-            settings["type"] = int if field.annotation is int else float
+        elif field.annotation in (int, int | None, float, float | None):
+            settings["type"] = int if field.annotation in (int, int | None) else float
         function = click.option(*flags, key.replace(".", "__"), **settings)(function)
     return function
 

@@ -103,10 +103,9 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
     from upcycle.cli.verbs.verify import verification_facts
 
     plan = result.plan
-    grown = plan.kind == "growth"
     ratio = plan.flops_per_token / plan.flops_per_token_dense
-    reference = "source" if grown else "dense"
-    same = plan.parameters_active == plan.parameters_total and grown
+    reference = "source" if plan.kind == "growth" else "dense"
+    same = plan.parameters_active == plan.parameters_total and plan.router == "none"
     active = "" if same else f", {count(plan.parameters_active)} active"
     facts: list[tuple[str, Cell]] = [
         *merging_facts(result.merging),
@@ -114,7 +113,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
             "output",
             f"{out} ({plan.target}, {size(plan.bytes_output)} in {len(plan.shards)} weight file{'s' * (len(plan.shards) > 1)})",
         ),
-        *([("growth", plan.summary)] if grown else []),
+        *([(plan.kind, plan.summary)] if plan.summary else []),
         (
             "parameters",
             f"{count(plan.parameters_total)} total{active} ({reference} {count(plan.parameters_dense)})",

@@ -72,27 +72,46 @@ def _growth_facts(plan: Any) -> list[tuple[str, str]]:
     return [*facts, *_costs(plan, "the source")]
 
 
+def _pruning_facts(plan: Any) -> list[tuple[str, str]]:
+    """Return the plan of a pruning as names and texts."""
+    left = plan.parameters_total / plan.parameters_dense
+    return [
+        ("pruning", f"{plan.family} by {plan.method}: {plan.summary}"),
+        ("calibration", _calibration(plan)),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} ({left:.2f}x dense)"),
+        *_costs(plan, "dense"),
+    ]
+
+
+_WITHOUT_EXPERTS = {"growth": _growth_facts, "pruning": _pruning_facts}  # by the kind of plan
+
+
 def plan_facts(plan: Any) -> list[tuple[str, str]]:
     """Return a plan as names and texts, one pair per printed line."""
     total = plan.parameters_total / plan.parameters_dense
     active = plan.parameters_active / plan.parameters_dense
-    if plan.kind == "growth":
-        return _growth_facts(plan)
+    if plan.kind in _WITHOUT_EXPERTS:
+        return _WITHOUT_EXPERTS[plan.kind](plan)
+    return [
+        ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),
+        ("calibration", _calibration(plan)),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
+        ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
+        *_costs(plan, "dense"),
+    ]
+
+
+def _calibration(plan: Any) -> str:
+    """Return on how much text layers are decided, and what is fitted to it."""
     fitted = {
         "down": "down projections refitted",
         "blocks": "all projections trained, layer by layer",
         "scale": "one scale per layer fitted",
         "none": "nothing refitted",
     }
-    calibration = f"on {plan.calibration_tokens:,} tokens, {fitted[plan.refit]}" if plan.calibration_tokens else "none"
-    return [
-        ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),
-        ("calibration", calibration),
-        ("promise", f"{plan.promise}: {plan.promise_reason}"),
-        ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
-        ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
-        *_costs(plan, "dense"),
-    ]
+    return f"on {plan.calibration_tokens:,} tokens, {fitted[plan.refit]}" if plan.calibration_tokens else "none"
 
 
 def _costs(plan: Any, reference: str) -> list[tuple[str, str]]:

@@ -125,7 +125,7 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     """
     from upcycle.verification.verdict import said, span
 
-    before, after = ("before", "after") if result.compared_tensors else ("dense", "MoE")
+    before, after = ("before", "after") if result.compared_tensors else ("dense", "now")
     style = VERDICT_STYLE[result.verdict]
     limit = f" (promised below {result.tolerance:.0e})" if result.tolerance else ""
     facts: list[tuple[str, Cell]] = [

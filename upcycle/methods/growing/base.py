@@ -180,7 +180,7 @@ def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, l
     ``sliding_window_pattern``, ``full_attention_interval``, ``full_attn_idxs``). Where a repeated stack breaks the rule, the
     layers are listed as ``layer_types``.
     """
-    config = {key: value for key, value in raw.items() if key not in ("auto_map", "full_attn_idxs", "layer_types")}
+    config = {k: v for k, v in family.rewritten(raw).items() if k not in ("full_attn_idxs", "layer_types")}
     config["num_hidden_layers"] = len(layers)
     if raw.get("no_rope_layers"):
         config["no_rope_layers"] = [raw["no_rope_layers"][layer] for layer in layers]
@@ -191,8 +191,4 @@ def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, l
     if "layer_types" in raw or "layer_types" in dense.extra or family.config(config).windows != windows:
         config["layer_types"] = [kinds[layer] for layer in layers]
     assert family.config(config).windows == windows, "windows moved to other layers"
-    if not config.get("architectures"):  # a .gguf file names none
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name]]
     return config

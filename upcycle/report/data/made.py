@@ -30,6 +30,7 @@ def made_data(subject: Subject) -> dict[str, Any]:
         "scale": record.get("scale"),
         "refit": record.get("refit"),
         "calibration": record.get("calibration"),
+        "kind": record["plan"]["kind"],
         "summary": record["plan"].get("summary", ""),
         "promise": record["plan"]["promise"],
         "promise_reason": record["plan"]["promise_reason"],

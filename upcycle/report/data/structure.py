@@ -26,10 +26,10 @@ def layer_structure(subject: Subject) -> list[dict[str, Any]]:
     decided = BlueprintFile(blueprint) if subject.ours and blueprint.is_file() else None
     layers = []
     for layer in range(config.get("num_hidden_layers", 0)):
+        routed, shared, neurons = decided.shape(layer) if decided and layer in decided.layers else (0, 0, 0)
         if moe is None or layer not in subject.moe_layers:
-            layers.append(_entry(layer, "dense", 0, 0, 0, config.get("intermediate_size", 0), 0))
-        elif decided and layer in decided.layers:
-            routed, shared, neurons = decided.shape(layer)
+            layers.append(_entry(layer, "dense", 0, 0, 0, neurons or config.get("intermediate_size", 0), 0))
+        elif neurons:
             layers.append(_entry(layer, "moe", shared, routed, moe.top_k, neurons, shared * neurons))
         else:
             wide = _shared_neurons(subject, layer)

@@ -71,9 +71,9 @@ class Subject:
     @property
     def sides(self) -> tuple[str, str]:
         """What the parent and the model are called where they are compared."""
-        if self.record and self.record["plan"]["kind"] == "growth":
-            return "before", "after"
-        return ("dense", "MoE") if self.moe_layers else ("parent", "model")
+        kind = str(self.record["plan"]["kind"]) if self.record else ""
+        usual = ("dense", "MoE") if self.moe_layers else ("parent", "model")
+        return {"growth": ("before", "after"), "pruning": ("dense", "pruned")}.get(kind, usual)
 
     @property
     def moe_layers(self) -> list[int]:

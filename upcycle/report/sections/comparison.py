@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.report.drawing.lines import Plot, Series, lines
+from upcycle.report.drawing.frame import Plot
+from upcycle.report.drawing.lines import Series, lines
 
 
 def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
         facts.append(("mixed sources", ", ".join(data["sources"]), None))
     facts.append(("architecture", str(data["architecture"]), None))
     if data.get("summary"):
-        facts.append(("growth", data["summary"], None))
+        facts.append((data["kind"], data["summary"], None))
     for key, name in (("scale", "scale of routed experts"), ("refit", "refit")):
         if data.get(key) is not None:
             value = data[key]
