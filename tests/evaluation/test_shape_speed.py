@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from upcycle.evaluation import shape_speed
-from upcycle.evaluation.shape_speed import OWN, STOCK, Key, Times, cut, measure_shapes, relative_times
+from upcycle.evaluation.shape_speed import OWN, STOCK, ShapeKey, Times, first_layers, measure_shapes, relative_times
 
 Pico = Callable[[str], Path]
 
@@ -22,7 +22,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def test_a_cut_configuration_has_fewer_layers_and_lists() -> None:
     config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [1, 2], "hidden_size": 8}
-    assert cut(config, 2) == {
+    assert first_layers(config, 2) == {
         "num_hidden_layers": 2,
         "layer_types": ["a", "b"],
         "eos_token_id": [1, 2],
@@ -33,9 +33,9 @@ def test_a_cut_configuration_has_fewer_layers_and_lists() -> None:
 def test_the_time_of_all_layers_follows_from_two_depths(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, int] = {}
 
-    def clock(configs: dict[str, dict[str, Any]], **_: Any) -> dict[Key, Times]:
+    def clock(configs: dict[str, dict[str, Any]], **_: Any) -> dict[ShapeKey, Times]:
         asked.update({name: config["num_hidden_layers"] for name, config in configs.items()})
-        found: dict[Key, Times] = {}
+        found: dict[ShapeKey, Times] = {}
         for name, config in configs.items():  # 10 s around the layers, 4 s or 1 s in each; a token takes a tenth
             for how, factor in ((STOCK, 1.0), (OWN, 0.5)):
                 each = (1.0 if config["moe"] else 4.0) * (factor if config["moe"] else 1.0)

@@ -14,12 +14,12 @@ from upcycle.ffn.activations import HELD_OUT_EVERY, Inputs
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import FfnForm
-from upcycle.ffn.reconstruction import LayerFunction, Schedule, reconstruct
+from upcycle.ffn.reconstruction import BlockSchedule, LayerFunction, reconstruct
 
 D, F, T, K, BATCH = 6, 12, 1024, 2, 64
 SHARED, ROUTED = ([0, 1, 2],), ([3, 4, 5], [6, 7, ZERO_NEURON], [8, 9, 10])
 HELD = [j for each in (*SHARED, *ROUTED) for j in each]
-SCHEDULE = Schedule(passes=8, batch=32, rate=0.03)
+SCHEDULE = BlockSchedule(passes=8, batch=32, rate=0.03)
 FORM = pytest.mark.parametrize(
     "form",
     [FORMS["gated"], FORMS["gated, biases"], FORMS["ungated, biases"]],
@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_bits_and_no_input_changes() -> None:
 def test_a_layer_that_training_does_not_help_keeps_its_closed_form(rate: float, poison: float, message: str) -> None:
     case = Case(FORMS["gated"])
     case.targets[BATCH] *= poison
-    schedule = Schedule(passes=8, batch=32, rate=rate)
+    schedule = BlockSchedule(passes=8, batch=32, rate=rate)
     found, fit = reconstruct(case.blueprint, case.ffn, case.batches, schedule, torch.Generator().manual_seed(0))
     assert found is case.blueprint
     assert fit.reason is not None

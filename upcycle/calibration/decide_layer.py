@@ -13,7 +13,7 @@ from upcycle.errors import CheckpointError
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, Inputs
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.ffn.reconstruction import BlockFit, LayerFunction, Schedule, reconstruct
+from upcycle.ffn.reconstruction import BlockFit, BlockSchedule, LayerFunction, reconstruct
 from upcycle.ffn.refit import Applied, Routing, fit_down, fit_scale
 from upcycle.ffn.router_capture import captured
 from upcycle.files.formats.token_files import TokenFile
@@ -183,7 +183,7 @@ def reconstruct_layer(
 ) -> tuple[LayerBlueprint, BlockFit]:
     """Train all projections of a refitted layer as the recipe's ``reconstruction`` says; see :func:`reconstruct`."""
     asked = job.recipe.reconstruction
-    schedule = Schedule(asked.passes, asked.batch, asked.rate)
+    schedule = BlockSchedule(asked.passes, asked.batch, asked.rate)
 
     def batches() -> Iterator[tuple[Inputs, torch.Tensor]]:
         return zip(activations.inputs(), targets(), strict=True)

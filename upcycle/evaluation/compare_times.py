@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.evaluation.candidate_walk import Candidate
-from upcycle.evaluation.shape_speed import GENERATE, OWN, PROMPT, STOCK, Key, Times, relative_times
+from upcycle.evaluation.shape_speed import GENERATE, OWN, PROMPT, STOCK, ShapeKey, Times, relative_times
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Timing:
     """
 
     dense: Times
-    shapes: Mapping[Key, Times]
+    shapes: Mapping[ShapeKey, Times]
     about: dict[str, Any]
 
     def times(self, candidate: Candidate) -> dict[str, dict[str, float]] | None:

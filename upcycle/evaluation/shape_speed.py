@@ -20,7 +20,7 @@ PROMPT, GENERATE, ROUNDS = 256, 32, 5
 STOCK, OWN = "grouped_mm", "upcycle"
 _TIMED_TOKENS = 8  # of the generated ones; each takes as long as the others but for a longer context
 _LEAST_BYTES = 1 << 28  # of the layers that are timed, so that they fill no cache
-Key = tuple[str, str]  # a name, and how its experts are computed: STOCK or OWN; a dense model is under both
+ShapeKey = tuple[str, str]  # a name, and how its experts are computed: STOCK or OWN; a dense model is under both
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def measure_shapes(
     batch: int = 1,
     rounds: int = ROUNDS,
     progress: Progress = SILENT,
-) -> dict[Key, Times]:
+) -> dict[ShapeKey, Times]:
     """Time models of some configurations in fp32 on the CPU.
 
     Args:
@@ -67,7 +67,7 @@ def measure_shapes(
             model = random_model(config, torch.float32)
             timed += [_Timed(name, model, how) for how in ((STOCK, OWN) if has_experts(model) else (STOCK,))]
             progress.advance()
-    found: dict[Key, list[tuple[float, float]]] = {(each.name, each.how): [] for each in timed}
+    found: dict[ShapeKey, list[tuple[float, float]]] = {(each.name, each.how): [] for each in timed}
     with progress.phase("timing shapes", rounds + 1), torch.no_grad():
         for number in range(rounds + 1):
             for each in timed if number % 2 else reversed(timed):
@@ -110,7 +110,7 @@ def relative_times(
     batch: int = 1,
     rounds: int = ROUNDS,
     progress: Progress = SILENT,
-) -> tuple[Times, dict[Key, Times]]:
+) -> tuple[Times, dict[ShapeKey, Times]]:
     """Return the dense parent's times in seconds, and those of the shapes relative to it.
 
     A model of few and small layers is timed whole. Of others two depths are timed, in which all layers are of the shape; from these
@@ -129,7 +129,7 @@ def relative_times(
     shallow = max(1, deep // 2)
     depths = [deep] if deep == layers == 1 else [shallow, deep]
     configs = {
-        f"{name} {depth}": cut(config, depth)
+        f"{name} {depth}": first_layers(config, depth)
         for name, config in {"": dense, **{name: config for name, (config, _) in shapes.items()}}.items()
         for depth in depths
     }
@@ -156,7 +156,7 @@ def relative_times(
     }
 
 
-def cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def first_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return a configuration with the first ``layers`` layers alone: lists with one entry per layer are cut, too."""
     whole = config["num_hidden_layers"]
     shorter = {

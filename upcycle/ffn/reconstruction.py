@@ -32,7 +32,7 @@ _RISE = 1.1  # a pass whose mean loss is so much above the first one's has diver
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BlockSchedule:
     """How long and how fast a layer is trained.
 
     Attributes:
@@ -167,7 +167,7 @@ class LayerFunction:
 
 
 def reconstruct(
-    blueprint: LayerBlueprint, ffn: FeedForward, batches: Pass, schedule: Schedule, rng: torch.Generator
+    blueprint: LayerBlueprint, ffn: FeedForward, batches: Pass, schedule: BlockSchedule, rng: torch.Generator
 ) -> tuple[LayerBlueprint, BlockFit]:
     """Train a layer's gate, up and down towards its targets.
 
@@ -196,7 +196,9 @@ def reconstruct(
     return (trained, fit) if reason is None else (blueprint, fit)
 
 
-def _train(layer: LayerFunction, batches: Pass, schedule: Schedule, rng: torch.Generator) -> tuple[int, str | None]:
+def _train(
+    layer: LayerFunction, batches: Pass, schedule: BlockSchedule, rng: torch.Generator
+) -> tuple[int, str | None]:
     """Train ``layer`` in place; returns the steps taken, and why it was stopped early, if it was."""
     sizes = [len(given.x) for given, _ in batches() if not given.held_out]
     total = schedule.passes * sum(_pieces(size, schedule.batch) for size in sizes)
