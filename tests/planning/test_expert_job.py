@@ -86,7 +86,7 @@ def test_text_adds_a_fitted_router_a_refit_and_working_bytes() -> None:
 
 def test_a_fraction_becomes_numbers_of_experts() -> None:
     job = job_of(method="contiguous_split", active=0.5, pieces=8, target="qwen2_moe")
-    assert (job.recipe.experts, job.recipe.top_k, job.recipe.shared, job.recipe.active) == (6, 2, 2, None)
+    assert (job.recipe.experts, job.recipe.top_k, job.recipe.shared, job.recipe.active) == (5, 1, 3, None)
     with pytest.raises(UsageError, match="copies whole FFNs"):
         job_of(active=0.5)
 

@@ -36,6 +36,7 @@ _FLAGS = {
     ("--calibration-tokens",): "calibration.tokens",
     ("--calibration-mode",): "calibration.mode",
     ("--refit",): "refit",
+    ("--refit-passes",): "reconstruction.passes",
     ("--scale",): "scale",
     ("--pad",): "pad",
     ("--target",): "target",

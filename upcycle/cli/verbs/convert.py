@@ -170,4 +170,8 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
                 f"layers differ by {before} before, {spread('error_after', '.2f')} after, relative (held-out tokens)",
             )
         )
+    if trained := spread("error_trained", ".2f"):
+        kept = [layer for layer in layers if "not_trained" in layer]
+        left = f"; {len(kept)} of {len(layers)} keep the closed form, as training did not help" if kept else ""
+        facts.append(("training", f"layers differ by {trained} after it{left}"))
     return facts
