@@ -72,7 +72,7 @@ def _state(block: Any, x: torch.Tensor) -> tuple[list[object], tuple[torch.Tenso
             own = module.__dict__
             if "forward" in own or ((own["_forward_hooks"] or own["_forward_pre_hooks"]) and _listens(own)):
                 return None
-            state.append(type(module))
+            state += type(module), own["_parameters"].get("bias") is None
         for weight in weights:
             state += type(weight), weight.data_ptr(), weight.dtype, weight.shape, weight.is_contiguous()
     except (AttributeError, KeyError, RuntimeError):  # the last: of a tensor without memory
