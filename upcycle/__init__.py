@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.verify import verify
     from upcycle.evaluation.compare import compare
     from upcycle.evaluation.evaluate import evaluate
+    from upcycle.kernels.entry.transformers_blocks import use_kernels
     from upcycle.kernels.entry.transformers_experts import register_kernels
     from upcycle.publishing.model_card import write_card
     from upcycle.publishing.push import push, save_to_hub
@@ -34,6 +35,7 @@ __all__ = [
     "register_kernels",
     "save_to_hub",
     "train",
+    "use_kernels",
     "verify",
     "verify_with",
     "write_card",
@@ -57,6 +59,7 @@ _FUNCTIONS = {
     "register_kernels": "kernels.entry.transformers_experts",
     "save_to_hub": "publishing.push",
     "train": "trainers.run.loop",
+    "use_kernels": "kernels.entry.transformers_blocks",
     "verify": "conversion.verify",
     "verify_with": "verification.engines.verify_with",
     "write_card": "publishing.model_card",

@@ -40,8 +40,8 @@ def stock_experts(
         top_k_weights: router weights ``[T, K]``.
         save: see :func:`upcycle.kernels.entry.operator.experts_output`.
     """
-    activation = _activation(self)
-    obstacle = _obstacle(self, activation)
+    activation = activation_name(self)
+    obstacle = why_not_experts(self)
     tensors = None if obstacle else _tensors(self)
     if tensors is not None:
         obstacle = _foreign(*tensors)
@@ -86,7 +86,7 @@ def _foreign(*tensors: torch.Tensor | None) -> str | None:
     return None if found is None else f"weights of the class {type(found).__name__}"
 
 
-def _activation(module: Any) -> str | None:
+def activation_name(module: Any) -> str | None:
     """The name of a module's activation, ``None`` if the kernels lack it."""
     return _activations().get(type(getattr(module, "act_fn", None)))
 
@@ -100,7 +100,7 @@ def _activations() -> dict[type, str]:
     return {torch.nn.SiLU: "silu", torch.nn.ReLU: "relu", **{type(ACT2FN[name]): name for name in ACTIVATIONS}}
 
 
-def _obstacle(module: Any, activation: str | None) -> str | None:
+def why_not_experts(module: Any) -> str | None:
     """The reason why kernels cannot run a module; ``None`` if they can."""
     from transformers.integrations.moe import _default_apply_gate
 
@@ -108,7 +108,7 @@ def _obstacle(module: Any, activation: str | None) -> str | None:
         return "a gating of its own"
     if getattr(module, "has_post_expert_norm", False):
         return "a norm after every expert"
-    if activation is None:
+    if activation_name(module) is None:
         return f"the activation {type(getattr(module, 'act_fn', None)).__name__}"
     return None
 

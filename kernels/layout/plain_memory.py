@@ -29,10 +29,16 @@ def without_numbers(*tensors: torch.Tensor | None) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    if type(tensor) not in _TYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    # Asked of every tensor for every token: what is cheap to know comes first.
+    if type(tensor) not in _TYPES or not tensor.is_cpu or tensor.layout is not torch.strided:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_neg():
         return False
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= end
+    count = tensor.numel()
+    if count == 0:
+        return True
+    if tensor.is_contiguous():
+        last = count - 1
+    else:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.itemsize

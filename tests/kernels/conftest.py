@@ -1,8 +1,9 @@
-"""Poisons memory."""
+"""Poisons memory, and counts what compiled code is given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +23,19 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The inputs that the compiled kernel for whole blocks was given."""
+    from upcycle.kernels.entry import few_tokens_block
+
+    made: list[Any] = []
+    kernel = few_tokens_block.few_blocks_output
+
+    def note(*arguments: Any) -> Any:
+        made.append(arguments[2])
+        return kernel(*arguments)
+
+    monkeypatch.setattr(few_tokens_block, "few_blocks_output", note)
+    return made

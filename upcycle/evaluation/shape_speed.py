@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from upcycle.kernels.entry.transformers_blocks import use_kernels
 from upcycle.models.experts import has_experts, use_experts
 from upcycle.models.random_model import random_model
 from upcycle.progress import SILENT, Progress
@@ -20,7 +21,7 @@ PROMPT, GENERATE, ROUNDS = 256, 32, 5
 STOCK, OWN = "grouped_mm", "upcycle"
 _TIMED_TOKENS = 8  # of the generated ones; each takes as long as the others but for a longer context
 _LEAST_BYTES = 1 << 28  # of the layers that are timed, so that they fill no cache
-ShapeKey = tuple[str, str]  # a name, and how its experts are computed: STOCK or OWN; a dense model is under both
+ShapeKey = tuple[str, str]  # a name, and how its sparse blocks are computed: STOCK or OWN; a dense model is under both
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class _Timed:
     def run(self, prompt: int, batch: int) -> tuple[float, float]:
         """Return the seconds of reading a prompt and of one more token."""
         if has_experts(self._model):
+            use_kernels(self._model, off=self.how == STOCK)
             use_experts(self._model, self.how)
         ids = torch.arange(prompt + _TIMED_TOKENS) % self._model.config.vocab_size
         rows = ids.expand(batch, -1)

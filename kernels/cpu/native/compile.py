@@ -25,7 +25,6 @@ from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.user_paths import cache_folder, only_ours
 
 COMPILE_VARIABLE = "UPCYCLE_COMPILE"
-HEADER = Path(__file__).with_name("vectors.hpp")
 SECONDS = 120  # that a compiler gets
 ALWAYS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 WISHES = (("-march=native", "-fopenmp"), ("-march=native",), ())  # the first that the compiler understands
@@ -111,7 +110,7 @@ def _identity(compiler: list[str], source: Path, flags: tuple[str, ...]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise NotCompiledError(f"{shlex.join(compiler)} does not run: {error}") from error
     command = shlex.join([*compiler, *ALWAYS, *flags])
-    sources = source.read_bytes() + HEADER.read_bytes()
+    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp"))))
     parts = [sources, version, command.encode(), platform.machine().encode(), _processor()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

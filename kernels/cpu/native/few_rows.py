@@ -12,13 +12,14 @@ from upcycle.kernels.layout.plain_memory import is_plain
 
 ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+# A token gives the same bits whatever stands beside it only if the compiler fuses no multiplication and addition.
+FLAGS = ("-ffp-contract=off",)
 FEW_ROWS_ARGUMENTS = (ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 4)
 
 
 def few_rows() -> Function | None:
     """``upcycle_few_rows`` of ``few_rows.cpp``; ``None`` where it cannot be compiled."""
-    # A token gives the same bits whatever stands beside it only if the compiler fuses no multiplication and addition.
-    return function("few_rows", "a few tokens", FEW_ROWS_ARGUMENTS, "-ffp-contract=off")
+    return function("few_rows", "a few tokens", FEW_ROWS_ARGUMENTS, *FLAGS)
 
 
 def takes(weights: ExpertWeights, experts: torch.Tensor) -> bool:

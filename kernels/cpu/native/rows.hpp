@@ -1,0 +1,288 @@
+// A few rows through experts on a CPU, for all C++ that does so: an expert's weights are read from memory once, whatever number of
+// rows it has.
+//
+// Every dot product is summed in the same order whatever the number of rows and threads, so that a token's output does not
+// depend on the tokens beside it. T tokens, K experts per token, S = T K slots, H hidden, I width; n rows of an expert.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "vectors.hpp"
+
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // products: fewer are not worth waking another thread
+
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline Floats lanes(const float* at) { return *reinterpret_cast<const Unaligned*>(at); }
+
+inline Floats lanes(const bfloat16* at) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
+}
+
+// a b + c, rounded once where the processor can: told, or a compiler would here and there only, and bits would differ.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Floats>(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__ARM_FEATURE_FMA)
+  for (int lane = 0; lane < LANES; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+inline float widened(float value) { return value; }
+
+inline float widened(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float made;
+  std::memcpy(&made, &bits, sizeof made);
+  return made;
+}
+
+inline void store(float value, float* at) { *at = value; }
+
+inline void store(float value, bfloat16* at) {  // to nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  at->bits = std::isnan(value) ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// The first `count` lanes from there, and zeros: what is past the end is not read.
+template <class Number>
+inline Floats some_lanes(const Number* at, int64_t count) {
+  Floats found = {};
+  for (int64_t lane = 0; lane < count; ++lane) found[lane] = widened(at[lane]);
+  return found;
+}
+
+// out[r][n] = weights[r] . inputs[n]
+template <int R, int N, class Weight>
+inline void dots(const Weight* const (&weights)[R], const float* const* inputs, int64_t length, float (&out)[R][N]) {
+  Floats sums[R][N] = {};
+  int64_t i = 0;
+  for (; i + LANES <= length; i += LANES) {
+    Floats x[N];
+    for (int n = 0; n < N; ++n) x[n] = lanes(inputs[n] + i);
+    for (int r = 0; r < R; ++r) {
+      const Floats weight = lanes(weights[r] + i);
+      for (int n = 0; n < N; ++n) sums[r][n] = fused(weight, x[n], sums[r][n]);
+    }
+  }
+  if (i < length) {
+    Floats x[N];
+    for (int n = 0; n < N; ++n) x[n] = some_lanes(inputs[n] + i, length - i);
+    for (int r = 0; r < R; ++r) {
+      const Floats weight = some_lanes(weights[r] + i, length - i);
+      for (int n = 0; n < N; ++n) sums[r][n] = fused(weight, x[n], sums[r][n]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) {
+      float total = 0;
+      for (int lane = 0; lane < LANES; ++lane) total += sums[r][n][lane];
+      out[r][n] = total;
+    }
+}
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2 };
+
+inline float activated(int kind, float z) {
+  switch (kind) {
+    case SILU: return z / (1 + std::exp(-z));
+    case GELU: return 0.5f * z * (1 + std::erf(z * 0.70710678f));
+    case GELU_TANH: return 0.5f * z * (1 + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
+    case RELU: return z < 0 ? 0 : z;  // a NaN stays one
+    default: return z < 0 ? 0 : z * z;
+  }
+}
+
+// One expert's weights: gate (null without one) and up have a row [H] per neuron, `step` numbers apart; down is [H, I].
+template <class Weight>
+struct Matrices {
+  const Weight *gate, *up, *down;
+  int64_t width, step;
+};
+
+template <class Weight>
+struct Expert {
+  Matrices<Weight> weights;
+  int64_t first, rows;  // its slots are order[first .. first + rows)
+  int64_t h;            // where its activations [n, I] start
+};
+
+template <class Weight>
+struct Work {
+  int64_t hidden, top_k;
+  int activation;
+  const float* inputs;  // [T, H]
+  std::vector<Expert<Weight>> experts;
+  std::vector<int64_t> order;        // slots by expert
+  std::unique_ptr<float[]> h, made;  // [n, I] of every expert, and [S, H]: h in the order of experts, made in that of slots
+};
+
+// The activations of P neurons from `neuron` on, for N rows of an expert.
+template <int P, int N, class Weight>
+inline void neurons(const Work<Weight>& work, const Expert<Weight>& expert, int64_t neuron, int64_t row) {
+  const Matrices<Weight>& weights = expert.weights;
+  const float* inputs[N];
+  for (int n = 0; n < N; ++n)
+    inputs[n] = work.inputs + work.order[expert.first + row + n] / work.top_k * work.hidden;
+  float* h = work.h.get() + expert.h + row * weights.width + neuron;
+  if (weights.gate) {
+    const Weight* rows[2 * P];
+    for (int p = 0; p < P; ++p) {
+      rows[p] = weights.gate + (neuron + p) * weights.step;
+      rows[P + p] = weights.up + (neuron + p) * weights.step;
+    }
+    float z[2 * P][N];
+    dots<2 * P, N>(rows, inputs, work.hidden, z);
+    for (int n = 0; n < N; ++n)
+      for (int p = 0; p < P; ++p) h[n * weights.width + p] = activated(work.activation, z[p][n]) * z[P + p][n];
+  } else {
+    const Weight* rows[P];
+    for (int p = 0; p < P; ++p) rows[p] = weights.up + (neuron + p) * weights.step;
+    float z[P][N];
+    dots<P, N>(rows, inputs, work.hidden, z);
+    for (int n = 0; n < N; ++n)
+      for (int p = 0; p < P; ++p) h[n * weights.width + p] = activated(work.activation, z[p][n]);
+  }
+}
+
+// R elements of the output of N rows of an expert.
+template <int R, int N, class Weight>
+inline void outputs(const Work<Weight>& work, const Expert<Weight>& expert, int64_t element, int64_t row) {
+  const int64_t width = expert.weights.width;
+  const float* inputs[N];
+  for (int n = 0; n < N; ++n) inputs[n] = work.h.get() + expert.h + (row + n) * width;
+  const Weight* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = expert.weights.down + (element + r) * width;
+  float made[R][N];
+  dots<R, N>(rows, inputs, width, made);
+  for (int n = 0; n < N; ++n) {
+    float* out = work.made.get() + work.order[expert.first + row + n] * work.hidden + element;
+    for (int r = 0; r < R; ++r) out[r] = made[r][n];
+  }
+}
+
+enum class Part { UP, DOWN };
+
+template <Part part, int P, int N, class Weight>
+inline void block(const Work<Weight>& work, const Expert<Weight>& expert, int64_t at, int64_t row) {
+  if constexpr (part == Part::UP) neurons<P, N>(work, expert, at, row);
+  else outputs<P, N>(work, expert, at, row);
+}
+
+template <Part part, int P, class Weight>
+inline void all_rows(const Work<Weight>& work, const Expert<Weight>& expert, int64_t at) {
+  int64_t row = 0;
+  for (; row + 4 <= expert.rows; row += 4) block<part, P, 4>(work, expert, at, row);
+  if (row + 2 <= expert.rows) {
+    block<part, P, 2>(work, expert, at, row);
+    row += 2;
+  }
+  if (row < expert.rows) block<part, P, 1>(work, expert, at, row);
+}
+
+// What thread `thread` of `threads` has to do of the neurons, or elements of the output, of every expert: products in equal shares.
+template <Part part, class Weight>
+void share(const Work<Weight>& work, int64_t thread, int64_t threads) {
+  int64_t all = 0;
+  for (const Expert<Weight>& expert : work.experts) all += expert.weights.width * work.hidden;
+  const int64_t first = all * thread / threads, last = all * (thread + 1) / threads;
+  int64_t start = 0;  // of the expert
+  for (const Expert<Weight>& expert : work.experts) {
+    const int64_t width = expert.weights.width;
+    const int64_t size = part == Part::UP ? width : work.hidden, each = part == Part::UP ? work.hidden : width;
+    const auto place = [&](int64_t products) { return std::clamp<int64_t>((products - start + each - 1) / each, 0, size); };
+    int64_t at = first <= start ? 0 : place(first);
+    const int64_t end = last <= start ? 0 : place(last);
+    if (expert.rows == 1)  // as many sums at a time as of two rows and more
+      for (; at + 4 <= end; at += 4) block<part, 4, 1>(work, expert, at, 0);
+    for (; at + 2 <= end; at += 2) all_rows<part, 2>(work, expert, at);
+    for (; at < end; ++at) all_rows<part, 1>(work, expert, at);
+    start += width * work.hidden;
+  }
+}
+
+template <class Weight>
+void combine(const Work<Weight>& work, const int64_t* ids, const float* scores, int64_t num_experts, Weight* out,
+             int64_t first, int64_t last, int64_t tokens) {
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t element = first; element < last; ++element) {
+      float total = 0;
+      for (int64_t slot = token * work.top_k; slot < (token + 1) * work.top_k; ++slot)
+        if (ids[slot] < num_experts)
+          total = std::fma(scores ? scores[slot] : 1.0f, work.made[slot * work.hidden + element], total);
+      store(total, out + token * work.hidden + element);
+    }
+}
+
+// Tokens [T, H] as floats: themselves, or in `room`.
+inline const float* floats(const float* x, int64_t, std::unique_ptr<float[]>&) { return x; }
+
+inline const float* floats(const bfloat16* x, int64_t count, std::unique_ptr<float[]>& room) {
+  room.reset(new float[count]);
+  for (int64_t i = 0; i < count; ++i) room[i] = widened(x[i]);
+  return room.get();
+}
+
+// The output [T, H] of tokens [T, H] for ids [T, K], none negative, of which those of num_experts and more have no expert;
+// scores are [T, K], or null: all 1. `pick` gives the weights of an expert by its id.
+template <class Weight, class Pick>
+void run_experts(int64_t hidden, int64_t top_k, int activation, const float* inputs, const int64_t* ids,
+                 const float* scores, Weight* out, int64_t tokens, int64_t num_experts, int64_t most_threads, Pick pick) {
+  Work<Weight> work{hidden, top_k, activation, inputs, {}, {}, nullptr, nullptr};
+  for (int64_t slot = 0; slot < tokens * top_k; ++slot)
+    if (ids[slot] < num_experts) work.order.push_back(slot);
+  std::stable_sort(work.order.begin(), work.order.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+  int64_t last = -1, activations = 0;
+  for (int64_t place = 0; place < static_cast<int64_t>(work.order.size()); ++place) {
+    const int64_t id = ids[work.order[place]];
+    if (id != last) work.experts.push_back({pick(id), place, 0, activations});
+    last = id;
+    ++work.experts.back().rows;
+    activations += work.experts.back().weights.width;
+  }
+  work.h.reset(new float[activations]);
+  work.made.reset(new float[tokens * top_k * hidden]);
+  const int threads = static_cast<int>(std::min(most_threads, activations * hidden / WORTH_A_THREAD + 1));
+  const auto stages = [&](int64_t thread, int64_t count, auto wait) {
+    share<Part::UP>(work, thread, count);
+    wait();
+    share<Part::DOWN>(work, thread, count);
+    wait();
+    combine(work, ids, scores, num_experts, out, hidden * thread / count, hidden * (thread + 1) / count, tokens);
+  };
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    stages(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+    });
+    return;
+  }
+#endif
+  stages(0, 1, [] {});
+}
+
+}  // namespace
