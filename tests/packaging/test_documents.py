@@ -153,6 +153,10 @@ def test_json_keys(
         "calibration": {"text": "demo", "tokens": 512, "window": 64},
     }
     calibrated = upcycle.convert(dense, tmp_path / "split", **split, verification={"tokens": 64}).as_dict()
+    blocks = {**split, "refit": "blocks", "verification": {"enabled": False}}
+    trained_layers = upcycle.convert(dense, tmp_path / "blocks", **blocks).as_dict()
+    for layer in trained_layers["layers"]:
+        layer.pop("not_trained", None)  # the reason is there where training did not help
     told = [{"name": dense, "positive_prompts": [prompt]} for prompt in ("def f():", "She said")]
     mixing = {"method": "branch_train_mix", "sources": told, "router": "hidden", "verification": {"enabled": False}}
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
@@ -200,6 +204,7 @@ def test_json_keys(
         "verify": converted["verification"],
         "verify with an engine": keys_of(ServingCheck),
         "convert layers": calibrated["layers"][0],
+        "convert layers with refit blocks": trained_layers["layers"][0],
         "convert layers of a mix": mixed["layers"][0],
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],
@@ -207,6 +212,7 @@ def test_json_keys(
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
+        "compare timing": compared["timing"],
         "train": trained.as_dict(),
         "export": exported,
         "report": reported,

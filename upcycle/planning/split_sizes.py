@@ -38,13 +38,15 @@ def widths(intermediate_size: int, hidden_size: int) -> list[int]:
     return []
 
 
-def pieces_of(intermediate_size: int, hidden_size: int, about: int) -> int:
-    """Return the number of equal experts nearest to ``about`` whose width is among :func:`widths`: eight or more, where there is one.
+def pieces_of(intermediate_size: int, hidden_size: int, about: int, share: float = 1.0) -> int:
+    """Return the number of equal experts nearest to ``about`` whose width is among :func:`widths`.
 
-    Where there is no such width, it is ``about`` itself, and the experts are padded.
+    It is eight or more, and so many that ``share`` of them are two or more, where there is such a number. Where there is no such
+    width, it is ``about`` itself, and the experts are padded.
     """
     fitting = [intermediate_size // width for width in widths(intermediate_size, hidden_size)]
     fitting = [pieces for pieces in fitting if pieces >= min(_ENOUGH_PIECES, about)] or fitting
+    fitting = [pieces for pieces in fitting if round(pieces * share) >= 2] or fitting
     return min(fitting, key=lambda pieces: abs(math.log(pieces / about)), default=about)
 
 
@@ -67,9 +69,10 @@ def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
             f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
             hint="--experts and --top-k, or --method alternating",
         )
-    pieces = _pieces(recipe, dense)
     total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
-    running = round(pieces * (recipe.active * total - (total - split)) / split)
+    share = (recipe.active * total - (total - split)) / split
+    pieces = _pieces(recipe, dense, share)
+    running = round(pieces * share)
     if not 2 <= running < pieces:
         raise UsageError(
             f"active {recipe.active:g} would run {max(0, running)} of {pieces} experts in each of {split} layers",
@@ -81,11 +84,11 @@ def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
     return recipe.model_copy(update={**sizes, "active": None, "width": None})
 
 
-def _pieces(recipe: Recipe, dense: DenseConfig) -> int:
-    """Return how many experts an FFN is split into."""
+def _pieces(recipe: Recipe, dense: DenseConfig, share: float) -> int:
+    """Return how many experts an FFN is split into, if ``share`` of them run."""
     size, width = dense.intermediate_size, recipe.width
     if width is None:
-        return pieces_of(size, dense.hidden_size, recipe.pieces)
+        return pieces_of(size, dense.hidden_size, recipe.pieces, share)
     pieces = -(-size // width)
     zeros = pieces * width - size
     if pieces < FEWEST_PIECES:
