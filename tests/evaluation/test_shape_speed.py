@@ -45,11 +45,17 @@ def test_the_time_of_all_layers_follows_from_two_depths(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(shape_speed, "measure_shapes", clock)
     dense, shape = {"num_hidden_layers": 20, "moe": False}, {"num_hidden_layers": 20, "moe": True}
-    parent, found = relative_times(dense, {"split": (shape, 15)}, layer_bytes=1 << 26)
-    assert asked == {" 2": 2, " 4": 4, "split 2": 2, "split 4": 4}, "four layers of 64 MB fill every cache"
-    assert parent == Times(90.0, 9.0)
-    assert found["split", STOCK] == Times(pytest.approx((90 - 15 * 3) / 90), pytest.approx((90 - 15 * 3) / 90))
-    assert found["split", OWN].prefill == pytest.approx((90 - 15 * 3.5) / 90)
+    for layer_bytes, depths in (
+        (1 << 26, {" 2": 2, " 4": 4, "split 2": 2, "split 4": 4}),
+        (1, {" 20": 20, "split 20": 20}),
+    ):
+        asked.clear()
+        parent, found = relative_times(dense, {"split": (shape, 15)}, layer_bytes)
+        assert asked == depths, "four layers of 64 MB fill every cache, and twenty small ones are all timed"
+        assert parent == Times(90.0, 9.0)
+        assert found["split", STOCK].prefill == pytest.approx((90 - 15 * 3) / 90)
+        assert found["split", STOCK].decode == pytest.approx((90 - 15 * 3) / 90)
+        assert found["split", OWN].prefill == pytest.approx((90 - 15 * 3.5) / 90)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

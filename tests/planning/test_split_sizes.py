@@ -61,7 +61,9 @@ def test_widths_are_multiples_of_64_or_for_small_models_of_16() -> None:
     assert widths(97, 64) == []
     assert [pieces_of(1536, 576, about) for about in (1, 5, 24, 192)] == [4, 6, 24, 48]
     assert pieces_of(97, 64, 12) == 12, "padded"
-    assert [pieces_of(1536, 576, 12, share) for share in (0.2, 0.1, 0.01)] == [12, 16, 12], "two of them run, if they can"
+    assert [pieces_of(1536, 576, 12, share) for share in (0.2, 0.1, 0.01)] == [12, 16, 12], (
+        "two of them run, if they can"
+    )
 
 
 def test_a_fraction_and_a_width_become_numbers_of_experts() -> None:

@@ -20,7 +20,8 @@ from upcycle.progress import SILENT, Progress
 PROMPT, GENERATE, ROUNDS = 256, 32, 5
 STOCK, OWN = "grouped_mm", "upcycle"
 _TIMED_TOKENS = 8  # of the generated ones; each takes as long as the others but for a longer context
-_LEAST_BYTES = 1 << 28  # of the layers that are timed, so that they fill no cache
+_MOST_BYTES = 1 << 30  # layers of up to so many bytes are all timed
+_LEAST_BYTES = 1 << 28  # of the layers that are timed otherwise, so that they fill no cache
 ShapeKey = tuple[str, str]  # a name, and how its sparse blocks are computed: STOCK or OWN; a dense model is under both
 
 
@@ -115,8 +116,8 @@ def relative_times(
 ) -> tuple[Times, dict[ShapeKey, Times]]:
     """Return the dense parent's times in seconds, and those of the shapes relative to it.
 
-    A model of few and small layers is timed whole. Of others two depths are timed, in which all layers are of the shape; from these
-    follow the time of one such layer, and of what is around the layers.
+    A small model is timed whole. Of others two depths are timed, from which follows the time of all layers. Either way, all layers
+    of what is timed have the shape, and a model in which some stay dense is between that and its parent.
 
     Args:
         dense: the parent's ``config.json``.
@@ -127,9 +128,8 @@ def relative_times(
         progress: receives the progress.
     """
     layers = dense["num_hidden_layers"]
-    deep = min(layers, max(2, -(-_LEAST_BYTES // max(1, layer_bytes))))
-    shallow = max(1, deep // 2)
-    depths = [deep] if deep == layers == 1 else [shallow, deep]
+    deep = layers if layers * layer_bytes <= _MOST_BYTES else min(layers, max(2, -(-_LEAST_BYTES // layer_bytes)))
+    depths = [layers] if deep == layers else [deep // 2, deep]
     configs = {
         f"{name} {depth}": first_layers(config, depth)
         for name, config in {"": dense, **{name: config for name, (config, _) in shapes.items()}}.items()
@@ -137,25 +137,26 @@ def relative_times(
     }
     found = measure_shapes(configs, batch=batch, rounds=rounds, progress=progress)
 
-    def layer(name: str, how: str) -> Times:
-        """The time of one layer."""
-        if len(depths) == 1:
-            return found[f"{name} {deep}", how]
-        more, less = found[f"{name} {deep}", how], found[f"{name} {shallow}", how]
-        return Times((more.prefill - less.prefill) / (deep - shallow), (more.decode - less.decode) / (deep - shallow))
-
-    whole, one = found[f" {deep}", STOCK], layer("", STOCK)
-    parent = Times(*(getattr(whole, part) + (layers - deep) * getattr(one, part) for part in ("prefill", "decode")))
+    def seconds(part: str, name: str, how: str) -> float:
+        """Return the seconds of a model of which every layer has the shape."""
+        more = getattr(found[f"{name} {deep}", how], part)
+        if deep == layers:
+            return float(more)
+        less = getattr(found[f"{name} {deep // 2}", how], part)
+        return float(more + (layers - deep) * (more - less) / (deep - deep // 2))
 
     def ratio(part: str, name: str, how: str, count: int) -> float:
-        change = getattr(layer(name, how), part) - getattr(one, part)
-        return float((getattr(parent, part) + count * change) / getattr(parent, part))
+        """Return the time of a model of which ``count`` layers have the shape, relative to the parent's."""
+        parent: float = seconds(part, "", STOCK)
+        return 1.0 + count / layers * (seconds(part, name, how) - parent) / parent
 
-    return parent, {
-        (name, how): Times(*(ratio(part, name, how, count) for part in ("prefill", "decode")))
+    parts = ("prefill", "decode")
+    relative = {
+        (name, how): Times(*(ratio(part, name, how, count) for part in parts))
         for name, (_, count) in shapes.items()
         for how in (STOCK, OWN)
     }
+    return Times(*(seconds(part, "", STOCK) for part in parts)), relative
 
 
 def first_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
