@@ -25,24 +25,17 @@ inline float rounded(float value, const bfloat16*) {
   return widened(stored);
 }
 
-// out[n][r] = matrix[r] . inputs[n], for n tokens; R rows of the matrix at a time
-template <int R, class Weight>
-void some_products(const Weight* matrix, int64_t hidden, const float* inputs, int64_t tokens, float* out, int64_t stride) {
-  const Weight* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = matrix + r * hidden;
-  for (int64_t token = 0; token < tokens; ++token) {
-    const float* input[1] = {inputs + token * hidden};
-    float made[R][1];
-    dots<R, 1>(rows, input, hidden, made);
-    for (int r = 0; r < R; ++r) out[token * stride + r] = made[r][0];
-  }
-}
-
+// out[n][r] = matrix[r] . inputs[n], for n tokens
 template <class Weight>
 void products(const Weight* matrix, int64_t rows, int64_t hidden, const float* inputs, int64_t tokens, float* out) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) some_products<4>(matrix + row * hidden, hidden, inputs, tokens, out + row, rows);
-  for (; row < rows; ++row) some_products<1>(matrix + row * hidden, hidden, inputs, tokens, out + row, rows);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t token = 0; token < tokens; ++token) {
+      const Weight* const one[1] = {matrix + row * hidden};
+      const float* const input[1] = {inputs + token * hidden};
+      float made[1][1];
+      dots<1, 1>(one, input, hidden, made);
+      out[token * rows + row] = made[0][0];
+    }
 }
 
 void softmax(float* values, int64_t count) {

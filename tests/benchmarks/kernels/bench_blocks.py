@@ -133,6 +133,8 @@ def rows(found: dict[str, Contender]) -> list[Row]:
     """Every contender's decoding and text, against the dense model's."""
     made = []
     for what in ("decode", "prefill"):
+        if not getattr(found["dense"], what):
+            continue
         base = median(getattr(found["dense"], what))
         for name, contender in found.items():
             taken = median(getattr(contender, what))
@@ -151,7 +153,7 @@ def main() -> int:
     parser.add_argument("shapes", nargs="+", metavar="EXPERTS/K/WIDTH/SHARED", help="of qwen2_moe models")
     parser.add_argument("--rounds", type=int, default=25, help="rounds of tokens that count (default: 25)")
     parser.add_argument("--steps", type=int, default=2, help="tokens of each in a round (default: 2)")
-    parser.add_argument("--texts", type=int, default=5, help="rounds of texts that count (default: 5)")
+    parser.add_argument("--texts", type=int, default=5, help="rounds of texts that count; 0: none (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="more than one: wall time is measured (default: 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
@@ -168,7 +170,7 @@ def main() -> int:
             (arguments.rounds, lambda one: one.write(ids, arguments.steps, clock)),
             (arguments.texts, lambda one: one.read(ids, clock)),
         ):
-            for _ in range(rounds + 1):
+            for _ in range(rounds + 1 if rounds else 0):
                 draw.shuffle(order)
                 for contender in order:
                     turn(contender)
