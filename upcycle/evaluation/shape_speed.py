@@ -147,8 +147,9 @@ def relative_times(
 
     def ratio(part: str, name: str, how: str, count: int) -> float:
         """Return the time of a model of which ``count`` layers have the shape, relative to the parent's."""
-        parent: float = seconds(part, "", STOCK)
-        return 1.0 + count / layers * (seconds(part, name, how) - parent) / parent
+        parent = seconds(part, "", STOCK)
+        share: float = count / layers
+        return 1 + share * (seconds(part, name, how) - parent) / parent
 
     parts = ("prefill", "decode")
     relative = {
