@@ -16,6 +16,7 @@ import upcycle
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
+from upcycle.evaluation.comparison import recommend
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.text.mixture import mixed_windows
 from upcycle.text.windows import demo_parts
@@ -124,10 +125,10 @@ def test_a_goal_recommends_one_row_by_its_time(pico: Pico, monkeypatch: pytest.M
     assert [row for row in found.results if row.frontier]
     assert any(row.baseline == "static" and row.time is not None for row in found.results)
     assert all(row.time is None or row.baseline != "oracle" for row in found.results if row.frontier)
-    quick = upcycle.compare(str(pico("llama")), within=100.0, **sizes).recommended
-    assert [row.active for row in quick] == [0.6]
+    quick = recommend(found.results, None, 100.0)
+    assert [row.active for row in quick if row.recommended] == [0.6]
     with pytest.raises(UsageError, match="no conversion is 9x as fast"):
-        upcycle.compare(str(pico("llama")), faster=9.0, **sizes)
+        recommend(found.results, 9.0, None)
 
 
 @pytest.mark.one_in(4)

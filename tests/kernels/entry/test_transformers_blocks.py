@@ -47,6 +47,7 @@ def _decoded(model: Any, ids: torch.Tensor, cache: Any) -> list[torch.Tensor]:
 
 
 @needs_compiler
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("shared", [0, 28])

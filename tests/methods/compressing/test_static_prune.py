@@ -200,6 +200,7 @@ def test_trained_layers_are_what_the_stock_model_runs(name: str, source: Callabl
         assert report["error_trained"] < report["error_after"] < report["error_before"]
 
 
+@pytest.mark.long
 def test_without_a_refit_the_dense_weights_stay_and_stock_transformers_loads_them(biased: Path, tmp_path: Path) -> None:
     upcycle.convert(str(biased), tmp_path / "out", **{**PRUNE, "active": None, "width": 40}, refit="none")
     for index in range(3):
@@ -216,7 +217,7 @@ def test_without_a_refit_the_dense_weights_stay_and_stock_transformers_loads_the
     assert model.model.layers[0].mlp.down_proj.bias is not None
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize("refit", ["down", "blocks"])
 def test_a_stopped_pruning_continues_and_a_saved_blueprint_builds_to_the_same_bytes(
     refit: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

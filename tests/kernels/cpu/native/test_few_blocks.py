@@ -72,6 +72,7 @@ def run(x: torch.Tensor, weights: BlockWeights, rule: BlockRule) -> torch.Tensor
 
 @needs_compiler
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
