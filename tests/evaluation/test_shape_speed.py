@@ -73,4 +73,3 @@ def test_dense_and_moe_shapes_are_timed_in_both_implementations(pico: Pico, kind
 
 def test_a_request_is_a_prompt_and_the_tokens_after_it() -> None:
     assert Times(2.0, 0.5).request(4) == 4.0
-    assert Times(2.0, 0.5).over(Times(4.0, 0.25)) == Times(0.5, 2.0)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.evaluation.candidate_walk import Candidate
-from upcycle.evaluation.shape_speed import GENERATE, OWN, PROMPT, STOCK, ShapeKey, Times, relative_times
+from upcycle.evaluation.shape_speed import (
+    GENERATE,
+    OWN,
+    ROUNDS,
+    STOCK,
+    ShapeKey,
+    Times,
+    clock,
+    prompt_length,
+    relative_times,
+)
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,12 +44,14 @@ class Timing:
         found = {how: self.shapes.get((name, how)) for how in (STOCK, OWN)}
         return {how: {"prefill": t.prefill, "decode": t.decode} for how, t in found.items() if t} or None
 
-    def request(self, candidate: Candidate) -> float | None:
-        """Return the time of a whole request with the faster implementation, relative to the dense model's."""
-        name = shape_name(candidate)
-        relative = [self.shapes[name, how] for how in (STOCK, OWN) if (name, how) in self.shapes]
-        seconds = [Times(t.prefill * self.dense.prefill, t.decode * self.dense.decode).request() for t in relative]
-        return min(seconds) / self.dense.request() if seconds else None
+    def requests(self, candidate: Candidate) -> dict[str, float]:
+        """Return the time of a whole request relative to the dense model's, for each implementation of experts."""
+        name, dense = shape_name(candidate), self.dense
+        relative = {how: self.shapes[name, how] for how in (STOCK, OWN) if (name, how) in self.shapes}
+        return {
+            how: Times(t.prefill * dense.prefill, t.decode * dense.decode).request() / dense.request()
+            for how, t in relative.items()
+        }
 
 
 def shape_name(candidate: Candidate) -> str:
@@ -58,9 +70,9 @@ def kept_neurons(candidate: Candidate) -> int:
 
 
 def time_candidates(
-    checkpoint: DenseCheckpoint, candidates: Sequence[Candidate], batch: int, progress: Progress
+    checkpoint: DenseCheckpoint, candidates: Sequence[Candidate], batch: int, progress: Progress, rounds: int = ROUNDS
 ) -> Timing:
-    """Time every shape among the candidates once."""
+    """Time every shape among the candidates once; the arguments are those of :func:`relative_times`."""
     raw, dense = checkpoint.raw_config, checkpoint.config
     shapes: dict[str, tuple[Mapping[str, Any], int]] = {}
     for candidate in candidates:
@@ -73,7 +85,7 @@ def time_candidates(
             shapes[shape_name(candidate)] = job.target.full_config(job.dense, everywhere, "float32"), count
     stored = checkpoint.family.stored_specs(dense, 0).values()
     parent, relative = relative_times(
-        raw, shapes, 4 * sum(math.prod(shape) for shape in stored), batch=batch, progress=progress
+        raw, shapes, 4 * sum(math.prod(shape) for shape in stored), batch=batch, rounds=rounds, progress=progress
     )
     about = {
         "device": "cpu",
@@ -81,7 +93,8 @@ def time_candidates(
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "batch": batch,
-        "prompt_tokens": PROMPT,
+        "clock": clock().__name__,
+        "prompt_tokens": prompt_length({"": raw}),
         "generated_tokens": GENERATE,
         "prefill_seconds": parent.prefill,
         "decode_seconds": parent.decode,

@@ -21,8 +21,8 @@ class Result:
 
     ``ratio`` is the geometric mean over domains of perplexity relative to the dense model's. ``captured`` is the router's share of
     what an oracle's choices would contribute, averaged over layers. ``times`` has ``prefill`` and ``decode`` relative to the dense
-    model's (less is faster), for each implementation of experts; ``time`` is that of a whole request with the faster one, and
-    ``frontier`` says that no other row is better in time or ratio without being worse in the other.
+    model's (less is faster), for each implementation of experts; ``time`` is that of a whole request with the fastest one, whose name
+    is ``fastest``, and ``frontier`` says that no other row is better in time or ratio without being worse in the other.
     """
 
     active: float
@@ -40,6 +40,7 @@ class Result:
     peak_memory_bytes: int
     times: dict[str, dict[str, float]] | None
     time: float | None
+    fastest: str | None
     frontier: bool
     recommended: bool
     command: str | None
@@ -49,9 +50,10 @@ class Result:
 class Comparison:
     """Holds the table and the dense model's perplexities. ``as_dict`` has the documented JSON keys.
 
-    ``timing`` says how times were measured: ``device``, ``instructions``, ``threads``, ``batch``, ``prompt_tokens``,
-    ``generated_tokens``, and the dense model's ``prefill_seconds`` and ``decode_seconds``; None where nothing was timed. ``goal`` is
-    what was asked for: ``faster`` or ``within`` and its number; empty: the best at each fraction.
+    ``timing`` says how times were measured: ``device``, ``instructions``, ``threads``, ``clock`` (``process_time`` or
+    ``perf_counter``), ``batch``, ``prompt_tokens``, ``generated_tokens``, and the dense model's ``prefill_seconds`` and
+    ``decode_seconds``; None where nothing was timed. ``goal`` is what was asked for: ``faster`` or ``within`` and its number; empty:
+    the best at each fraction.
     """
 
     source: str
@@ -128,6 +130,8 @@ def _row(
     plan: Plan = candidate.job.cost()
     method, router = named_parts(candidate)
     captured = candidate.captured
+    requests = timing.requests(candidate) if timing else {}
+    fastest = min(requests, key=requests.__getitem__, default=None)
     return Result(
         active=candidate.active,
         method="-" if candidate.baseline == "static" else method,
@@ -143,7 +147,8 @@ def _row(
         seconds=candidate.seconds,
         peak_memory_bytes=plan.peak_memory_bytes,
         times=timing.times(candidate) if timing else None,
-        time=timing.request(candidate) if timing else None,
+        time=None if fastest is None else requests[fastest],
+        fastest=fastest,
         frontier=False,
         recommended=False,
         command=options.command(candidate) if candidate.baseline is None else None,

@@ -5,21 +5,25 @@ Every model is a stock one with random weights, in one process, so that whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
+from statistics import median
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 
+from upcycle.errors import EnvironmentFault
+from upcycle.formatting import size
+from upcycle.hardware.memory import available_memory
 from upcycle.kernels.entry.transformers_blocks import use_kernels
 from upcycle.models.experts import has_experts, use_experts
-from upcycle.models.random_model import random_model
+from upcycle.models.random_model import WeightPool, random_model
 from upcycle.progress import SILENT, Progress
 
 PROMPT, GENERATE, ROUNDS = 256, 32, 5
 STOCK, OWN = "grouped_mm", "upcycle"
-_TIMED_TOKENS = 8  # of the generated ones; each takes as long as the others but for a longer context
+_TURNS, _TOKENS = 4, 2  # after each prompt, all models write two tokens, four times in turn
 _MOST_BYTES = 1 << 30  # layers of up to so many bytes are all timed
 _LEAST_BYTES = 1 << 28  # of the layers that are timed otherwise, so that they fill no cache
 ShapeKey = tuple[str, str]  # a name, and how its sparse blocks are computed: STOCK or OWN; a dense model is under both
@@ -27,10 +31,7 @@ ShapeKey = tuple[str, str]  # a name, and how its sparse blocks are computed: ST
 
 @dataclass(frozen=True)
 class Times:
-    """Holds seconds: of reading the prompt, and of one further token (per step, whatever the batch).
-
-    They are the least of all rounds: what else a machine does can only add to a time, and differences of times are taken.
-    """
+    """Holds seconds: of reading the prompt, and of one further token (per step, whatever the batch)."""
 
     prefill: float
     decode: float
@@ -39,9 +40,17 @@ class Times:
         """Return the seconds of a whole request: the prompt, and ``generate`` tokens after it."""
         return self.prefill + generate * self.decode
 
-    def over(self, other: Times) -> Times:
-        """Return these times relative to another model's."""
-        return Times(self.prefill / other.prefill, self.decode / other.decode)
+
+def clock() -> Callable[[], float]:
+    """Return the clock to time with: the process's own time where it has one thread, which no other process can lengthen."""
+    return process_time if torch.get_num_threads() == 1 else perf_counter
+
+
+def prompt_length(configs: Mapping[str, Mapping[str, Any]], prompt: int = PROMPT) -> int:
+    """Return the tokens of a prompt that every model has room for, and for what is written after it."""
+    written = _TURNS * _TOKENS
+    contexts = [config.get("max_position_embeddings") or prompt + written for config in configs.values()]
+    return max(1, min(prompt, *(context - written for context in contexts)))
 
 
 def measure_shapes(
@@ -52,57 +61,94 @@ def measure_shapes(
     rounds: int = ROUNDS,
     progress: Progress = SILENT,
 ) -> dict[ShapeKey, Times]:
-    """Time models of some configurations in fp32 on the CPU.
+    """Time models of some configurations in fp32 on the CPU, and return the medians.
 
     Args:
         configs: complete ``config.json`` contents, by name.
         prompt: tokens of each prompt, fewer where a context is shorter.
         batch: sequences at a time.
-        rounds: how often each model is timed, after a first pass that is not.
+        rounds: how many prompts each model is timed with, after one that is not.
         progress: receives the progress.
+
+    Raises:
+        EnvironmentFault: the models do not fit in memory together.
     """
-    contexts = [config.get("max_position_embeddings") or prompt + _TIMED_TOKENS for config in configs.values()]
-    length = max(1, min(prompt, *(context - _TIMED_TOKENS for context in contexts)))
+    length = prompt_length(configs, prompt)
     timed: list[_Timed] = []
+    pool = WeightPool()
     with progress.phase("loading shapes", len(configs)), torch.no_grad():
         for name, config in configs.items():
-            model = random_model(config, torch.float32)
+            model = random_model(config, torch.float32, pool, _check_room)
             timed += [_Timed(name, model, how) for how in ((STOCK, OWN) if has_experts(model) else (STOCK,))]
             progress.advance()
-    found: dict[ShapeKey, list[tuple[float, float]]] = {(each.name, each.how): [] for each in timed}
     with progress.phase("timing shapes", rounds + 1), torch.no_grad():
         for number in range(rounds + 1):
-            for each in timed if number % 2 else reversed(timed):
-                seconds = each.run(length, batch)
-                if number:
-                    found[each.name, each.how].append(seconds)
+            turns = timed if number % 2 else timed[::-1]
+            for each in turns:
+                each.read(length, batch)
+            for _ in range(_TURNS):
+                for each in turns:
+                    each.write()
+            if number == 0:
+                for each in timed:
+                    each.forget()
             progress.advance()
-    times = {key: Times(*(min(column) for column in zip(*runs, strict=True))) for key, runs in found.items()}
+    times = {(each.name, each.how): each.times for each in timed}
     dense = {(name, OWN): times[name, STOCK] for name in configs if (name, OWN) not in times}
     return times | dense
 
 
+def _check_room(needed: int) -> None:
+    """Refuse weights that do not fit beside the others."""
+    free = available_memory()
+    if needed > free:
+        raise EnvironmentFault(
+            f"the shapes that are timed beside each other need {size(needed)} more, and {size(free)} are free",
+            hint="fewer fractions (--active 0.5), free memory, or --no-time",
+        )
+
+
 class _Timed:
-    """Runs one model with one implementation of experts; two implementations share the weights."""
+    """Runs one model with one implementation of sparse blocks; two implementations share the weights."""
 
     def __init__(self, name: str, model: Any, how: str) -> None:
         self.name, self.how = name, how
-        self._model = model
+        self._model, self._clock = model, clock()
+        self._prefill: list[float] = []
+        self._decode: list[float] = []
+        self._past: Any = None
+        self._next = torch.zeros(1, 1, dtype=torch.long)
 
-    def run(self, prompt: int, batch: int) -> tuple[float, float]:
-        """Return the seconds of reading a prompt and of one more token."""
+    def read(self, prompt: int, batch: int) -> None:
+        """Time the reading of a prompt."""
+        ids = (torch.arange(prompt) % self._model.config.vocab_size).expand(batch, -1)
+        self._next = ids[:, -1:]
+        self._past, seconds = self._run(ids, None)
+        self._prefill.append(seconds)
+
+    def write(self) -> None:
+        """Time some tokens after it."""
+        for _ in range(_TOKENS):
+            self._past, seconds = self._run(self._next, self._past)
+            self._decode.append(seconds)
+
+    def forget(self) -> None:
+        """Forget the times of a first pass, in which much happens for the only time."""
+        self._prefill.clear()
+        self._decode.clear()
+
+    @property
+    def times(self) -> Times:
+        """The medians."""
+        return Times(median(self._prefill), median(self._decode))
+
+    def _run(self, ids: torch.Tensor, past: Any) -> tuple[Any, float]:
         if has_experts(self._model):
             use_kernels(self._model, off=self.how == STOCK)
             use_experts(self._model, self.how)
-        ids = torch.arange(prompt + _TIMED_TOKENS) % self._model.config.vocab_size
-        rows = ids.expand(batch, -1)
-        start = perf_counter()
-        output = self._model(rows[:, :prompt], use_cache=True, logits_to_keep=1)
-        read = perf_counter()
-        for position in range(prompt, prompt + _TIMED_TOKENS):
-            token = rows[:, position : position + 1]
-            output = self._model(token, past_key_values=output.past_key_values, use_cache=True)
-        return read - start, (perf_counter() - read) / _TIMED_TOKENS
+        start = self._clock()
+        output = self._model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return output.past_key_values, self._clock() - start
 
 
 def relative_times(

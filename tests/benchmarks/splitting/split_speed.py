@@ -49,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--active", type=int, nargs="+", choices=TARGETS, default=list(TARGETS), help="percentages")
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="prompts that each model is timed with (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -56,7 +57,7 @@ def main() -> int:
     model = subprocess.run(smollm2, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
     checkpoint = DenseCheckpoint.open(model, None)
     candidates = candidates_of(checkpoint, arguments.active)
-    timing = time_candidates(checkpoint, candidates, arguments.batch, SILENT)
+    timing = time_candidates(checkpoint, candidates, arguments.batch, SILENT, arguments.rounds)
     about = timing.about
     rows = []
     for candidate in candidates:

@@ -139,7 +139,7 @@ def _columns(found: Any) -> list[str]:
 
 def _cells(row: Any, found: Any) -> list[str]:
     times = ["prefill", "decode"] if found.timing else []
-    best = _best_times(row)
+    best = row.times[row.fastest] if row.times else {}
     return [
         f"{row.active:.0%}",
         row.method + (" *" if row.recommended else ""),
@@ -154,11 +154,6 @@ def _cells(row: Any, found: Any) -> list[str]:
         duration(row.seconds),
         size(row.peak_memory_bytes),
     ]
-
-
-def _best_times(row: Any) -> dict[str, float]:
-    """Return the times of the implementation with which a whole request is fastest; empty where nothing was timed."""
-    return min(row.times.values(), key=lambda each: each["prefill"] + each["decode"]) if row.times else {}
 
 
 def _verdicts(found: Any) -> list[tuple[str, str]]:
@@ -211,7 +206,8 @@ def _warnings(found: Any) -> list[str]:
         rival = min((row for row in pruned if row.ratio <= best.ratio), key=lambda row: row.time, default=None)
         if rival is not None and best.time is not None and rival.time <= best.time:
             notes.append(
-                f"at {best.active:.0%}, static pruning is as good and as fast: {rival.ratio:.3f}x at {rival.time:.2f}x the time"
+                f"at {best.active:.0%}, static pruning to {rival.active:.0%} is as good and as fast: "
+                f"{rival.ratio:.3f}x at {rival.time:.2f}x the time"
             )
     return notes
 
