@@ -13,7 +13,7 @@ test: $(READY)          # every test that needs no download; the slowest ten are
 	$(BIN)/python -P -m pytest -n 2 --durations=10 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 --durations=10 -m "not slow" tests/kernels/gpu/triton_code
 
-long: $(READY)          # the tests that take longest, and the cases that make test leaves out
+long: $(READY)          # tests that take long, and one in three of the cases that make test leaves out
 	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m long
 
 lint: $(READY)
@@ -29,7 +29,7 @@ kernels: $(READY)       # every kernel in Triton's interpreter, and the gate tha
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 -m slow tests/kernels/gpu/triton_code
 	$(BIN)/python -P -m upcycle.kernels.gpu.compile_gate --check docs/measured/kernels_static.md > /dev/null
 
-slow: $(READY)          # runs of two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
+slow: $(READY)          # all other cases; two ranks under every ZeRO stage and with divided experts, kills, other numbers of ranks
 	$(BIN)/python -P -m pytest -n 2 --durations=10 --dist worksteal -m slow --ignore tests/kernels/gpu/triton_code tests
 
 real: $(READY)          # the checks on SmolLM2-135M (downloads 93 MB once)

@@ -21,14 +21,18 @@ from upcycle.files.locate import DEMO_FOLDER
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Carry out ``one_in(count)``: of a test's cases all but the first, and then one in so many, are ``long``."""
+    """Carry out ``one_in(count)``: of a test's cases the first, and then one in so many, are quick; of the others the first, and
+    then one in three, are ``long``, and the rest is ``slow``.
+    """
     cases: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     for item in items:
         marker = item.get_closest_marker("one_in")
         if marker is not None:
             test = item.nodeid.split("[")[0]
             if cases[test] % marker.args[0]:
-                item.add_marker(pytest.mark.long)
+                item.add_marker(pytest.mark.slow if left[test] % 3 else pytest.mark.long)
+                left[test] += 1
             cases[test] += 1
 
 
