@@ -123,11 +123,11 @@ def compare(
 def _check_goal(faster: float | None, within: float | None, timed: bool) -> None:
     """Refuse goals that exclude each other or cannot be met."""
     if faster is not None and within is not None:
-        raise UsageError("faster and within are two goals", hint="one of --faster 1.25 and --within 1.10")
+        raise UsageError("--faster and --within are two goals", hint="one of --faster 1.25 and --within 1.10")
     if faster is not None and not faster > 1:
-        raise UsageError(f"faster is a factor above 1, got {faster:g}", hint="--faster 1.25")
+        raise UsageError(f"--faster is a factor above 1, got {faster:g}", hint="--faster 1.25")
     if within is not None and not within > 1:
-        raise UsageError(f"within is a factor above 1, got {within:g}", hint="--within 1.10")
+        raise UsageError(f"--within is a factor above 1, got {within:g}", hint="--within 1.10")
     if (faster or within) and not timed:
         raise UsageError("a goal needs times, and they were left out", hint="leave --no-time out")
 

@@ -89,7 +89,7 @@ def recipe_options(function: F) -> F:
         field = _field(key)
         choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
         text = field.description
-        if field.default not in (None, False, PydanticUndefined):
+        if not any(field.default is nothing for nothing in (None, False, PydanticUndefined)):
             text += f"  [default: {field.default}]"
         settings: dict[str, Any] = {"help": text, "default": None}
         if field.annotation is bool:
@@ -194,7 +194,7 @@ def _override_by_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
     """Write every option that was given over the recipe key that it stands for."""
     for key in _FLAGS.values():
         value = flags[key.replace(".", "__")]
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is a value
             set_key(content, key, value)
     for flag in _PARAMETERS:
         name = flag.removeprefix("--").replace("-", "_")
