@@ -109,3 +109,10 @@ def test_the_guides_table_of_widths_is_what_the_code_does() -> None:
         neurons, hidden_size = int(size.replace(",", "")), int(hidden.replace(",", ""))
         assert pieces_of(neurons, hidden_size, 12) == int(pieces) == neurons // int(width)
         assert widths(neurons, hidden_size) == sorted([int(width), *map(int, others.split(", "))])
+
+
+@pytest.mark.parametrize("key", ["experts", "top_k", "shared"])
+def test_an_active_fraction_and_counts_are_two_answers(key: str) -> None:
+    """Neither is left out in silence."""
+    with pytest.raises(UsageError, match=f"and so does {key}"):
+        sized(**{key: 2})

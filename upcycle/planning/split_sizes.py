@@ -14,6 +14,7 @@ _ENOUGH_PIECES = 8  # fewer leave a router little to choose from
 _LARGE_HIDDEN_SIZE = 1024
 # Widths that matrix units and caches are made for. A narrower expert costs more to find and start than its FLOPs save.
 _LARGE, _SMALL = (64, 64), (32, 16)  # the least width, and what it is a multiple of
+_COUNTS = ("experts", "top_k", "shared")
 
 
 def least_width(hidden_size: int) -> int:
@@ -68,6 +69,12 @@ def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
         raise UsageError(
             f"active says how much of a split runs, and {recipe.method} copies whole FFNs",
             hint="--experts and --top-k, or --method alternating",
+        )
+    counted = [key for key in _COUNTS if key in recipe.model_fields_set]
+    if counted:
+        raise UsageError(
+            f"active says how many experts there are, and so does {' and '.join(counted)}",
+            hint="leave out active, or else experts, top_k and shared: with active, pieces or width say how many there are",
         )
     total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
     share = (recipe.active * total - (total - split)) / split

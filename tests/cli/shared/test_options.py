@@ -45,3 +45,8 @@ def test_zero_of_what_there_must_be_some_is_refused(tmp_path: Path, option: str)
     """Zero experts are none, and not the default."""
     with pytest.raises(UsageError, match="greater than or equal"):
         _built(tmp_path, option, "0")
+
+
+def test_an_active_fraction_takes_the_place_of_a_recipes_counts(tmp_path: Path) -> None:
+    """``--active`` with a recipe that counts its experts counts them anew."""
+    assert not {"experts", "top_k", "shared"} & _built(tmp_path, "--active", "0.5").model_fields_set

@@ -192,6 +192,9 @@ def _refuse_two(one: str, other: str | None, flag: str = "--source") -> None:
 
 def _override_by_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
     """Write every option that was given over the recipe key that it stands for."""
+    if flags["active"] is not None:  # in the place of a recipe's numbers
+        for key in ("experts", "top_k", "shared"):
+            content.pop(key, None)
     for key in _FLAGS.values():
         value = flags[key.replace(".", "__")]
         if value is not None and value is not False:  # 0 is a value
