@@ -21,7 +21,7 @@ from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.reference.write import PAGES, page
-from upcycle.evaluation.speed import ModelSpeed, Speed
+from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import METHODS
@@ -235,6 +235,7 @@ def test_json_keys(
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
         "evaluate speed": keys_of(Speed),
+        "evaluate speed kernels": keys_of(KernelSpeed),
         "evaluate speed model": keys_of(ModelSpeed),
     }
     documented = {name: set(keys.split()) for name, keys in JSON_KEYS.items()}

@@ -38,7 +38,7 @@ JSON_KEYS = {
     "dry_run searched",
     "push files": "name size status",
     "evaluate": "model reference window stride texts layers tasks speed",
-    "generate": "model prompt text layer experts stopped tokens",
+    "generate": "model prompt text layer experts stopped kernels tokens",
     "generate tokens": "id text experts weights prompt",
     "chat, a line for each answer": "said answer stopped",
     "train": "output step tokens stopped loss validation checkpoint model seconds",
@@ -48,7 +48,8 @@ JSON_KEYS = {
     "evaluate tasks": "harness reference limit scores",
     "evaluate tasks scores": "task metric filter samples value stderr higher_is_better reference reference_stderr difference",
     "evaluate speed": "device instructions dtype threads prompt_tokens generated_tokens rounds model reference_name reference "
-    "prefill_ratio decode_ratio memory_ratio",
+    "prefill_ratio decode_ratio memory_ratio kernels",
+    "evaluate speed kernels": "prefill_tokens_per_second decode_tokens_per_second experts prefill_ratio decode_ratio",
     "evaluate speed model": "prefill_tokens_per_second decode_tokens_per_second peak_memory_bytes experts",
     "report": "out upcycle summary made cost speed exactness quality tasks routing experts training comparison provenance",
     "report summary": "verdict explanation findings",
