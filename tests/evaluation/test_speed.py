@@ -18,8 +18,8 @@ from upcycle.cli.main import cli
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.evaluation import speed
 from upcycle.evaluation.speed import KernelSpeed, measure_speed
-from upcycle.evaluation.speed_worker import TimedModel
 from upcycle.evaluation.speed_table import ON_KERNELS, speed_rows
+from upcycle.evaluation.speed_worker import TimedModel
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.kernels.entry.transformers_blocks import WholeBlock

@@ -193,8 +193,10 @@ def test_json_keys(
     generated = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def"]).stdout)
     talked = json.loads(CliRunner().invoke(cli, ["chat", *writing], input="hello\n").stdout)
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
+    timed = upcycle.plan("demo", method="random_split", active=0.5, calibration="demo").as_dict()["time"]
     actual = {
         "plan": plan,
+        "plan time": timed,
         "plan train": {**planned, "command": ""},
         "plan train options": planned["options"][0],
         "plan train options memory": planned["options"][0]["memory"],

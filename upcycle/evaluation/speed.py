@@ -128,15 +128,14 @@ def measure_speed(
     )
     if sparse:
         fast = _summary(on_kernels, length, generate, on_kernels[0]["experts"])
-        ratios = [None, None]
+        prefill, decode = fast.prefill_tokens_per_second, fast.decode_tokens_per_second
+        kernels = KernelSpeed(prefill, decode, on_kernels[0]["experts"])
         if reference:
-            ratios = [
-                fast.prefill_tokens_per_second / timed[1].prefill_tokens_per_second,
-                fast.decode_tokens_per_second / timed[1].decode_tokens_per_second,
-            ]
-        kernels = KernelSpeed(
-            fast.prefill_tokens_per_second, fast.decode_tokens_per_second, on_kernels[0]["experts"], *ratios
-        )
+            prefill, decode = (
+                prefill / timed[1].prefill_tokens_per_second,
+                decode / timed[1].decode_tokens_per_second,
+            )
+            kernels = replace(kernels, prefill_ratio=prefill, decode_ratio=decode)
         shared = replace(shared, kernels=kernels)
     if not reference:
         return shared

@@ -84,7 +84,7 @@ class TimedModel:
                 self.run()
             return {**self.run(), "experts": name}
         finally:
-            if name is not None:
+            if self._default is not None:
                 use_kernels(self.model, off=True)
                 use_experts(self.model, self._default)
 
