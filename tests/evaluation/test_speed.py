@@ -146,6 +146,7 @@ def test_both_models_in_processes_of_their_own(converted: Callable[..., Path], p
     page = report.html.read_text(encoding="utf-8")
     assert "How fast is it, relative to its parent?" in page
     assert f"{timed['decode_ratio']:.2f}x" in page
+    assert page.count("on upcycle&#39;s kernels: ") == 2, "a bar for each time, in words"
 
 
 @pytest.mark.long
