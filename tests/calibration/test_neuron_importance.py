@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from upcycle.architectures.stock import load_stock_model
-from upcycle.calibration.neuron_importance import _text_clusters, read_importance, write_importance
+from upcycle.calibration.neuron_importance import _text_clusters, measure_importance, read_importance, write_importance
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.conversion.jobs import job_of
 from upcycle.files.formats.token_files import TokenFile
@@ -88,3 +88,29 @@ def test_importance_is_what_autograd_says_of_the_whole_model(
             mine = (labels == cluster).repeat_interleave(piece)
             expected = effect[mine].mean(0)
             assert torch.linalg.norm(found[index][cluster] - expected) <= 1e-4 * torch.linalg.norm(expected)
+
+
+def test_several_clusterings_are_measured_by_the_passes_of_one(
+    pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same numbers, bit for bit, where pieces of text are windows (three clusters) and where halves (nine)."""
+    dense = pico("llama")
+    job = job_of(parse_recipe({"source": str(dense), "method": "importance", "calibration": "demo"}, "test"))
+    checkpoint = DenseCheckpoint.open(str(dense), None)
+    ids = torch.randint(4096, (WINDOWS, W), generator=torch.Generator().manual_seed(2))
+    runner, passes = LayerRunner(checkpoint, "keep", W), []
+    monkeypatch.setattr(runner, "forward", lambda *args, own=runner.forward: passes.append(args[0]) or own(*args))
+
+    def measured(*clusters: int) -> dict[int, dict[int, torch.Tensor]]:
+        passes.clear()
+        return measure_importance(tmp_path, runner, checkpoint, ids, clusters, job, SILENT)
+
+    together, several = measured(9, 3), list(passes)
+    assert list(together) == [9, 3]
+    for count in (3, 9):
+        alone = measured(count)[count]
+        assert passes == several
+        assert sorted(alone) == sorted(together[count]) == [0, 1, 2]
+        for index, importance in alone.items():
+            assert importance.shape == (count, 96)
+            assert torch.equal(importance, together[count][index])

@@ -14,10 +14,13 @@ from torch.nn.functional import cross_entropy, linear, silu
 
 import upcycle
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
+from upcycle.conversion.threads import torch_threads
 from upcycle.errors import UsageError
 from upcycle.evaluation.comparison import recommend
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.progress import SILENT
 from upcycle.text.mixture import mixed_windows
 from upcycle.text.windows import demo_parts
 
@@ -129,6 +132,26 @@ def test_a_goal_recommends_one_row_by_its_time(pico: Pico, monkeypatch: pytest.M
     assert [row.active for row in quick if row.recommended] == [0.6]
     with pytest.raises(UsageError, match="no conversion is 9x as fast"):
         recommend(found.results, 9.0, None)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1 << 26, 1), (0, 2)])
+def test_small_models_are_timed_on_one_thread(
+    most: int, expected: int, pico: Pico, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upcycle.evaluation import compare_times
+    from upcycle.evaluation.shape_speed import Times
+
+    checkpoint = DenseCheckpoint.open(str(pico("llama")), None)
+    used: list[int] = []
+    monkeypatch.setattr(compare_times, "_SMALL_BYTES", most)
+    monkeypatch.setattr(
+        compare_times, "relative_times", lambda *_, **__: used.append(torch.get_num_threads()) or (Times(1.0, 1.0), {})
+    )
+    with torch_threads(2):
+        timing = compare_times.time_candidates(checkpoint, [], 1, SILENT)
+        assert torch.get_num_threads() == 2
+    assert used == [timing.about["threads"]] == [expected]
+    assert timing.about["clock"] == ("process_time" if expected == 1 else "perf_counter")
 
 
 @pytest.mark.one_in(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.inference.generate import Pieces, Writer
+from upcycle.kernels.entry import few_tokens_block
 
 Pico = Callable[[str], Path]
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 PROMPT = "def read(path):"
 KNOWN = list(PICO_MOE)
 
@@ -54,6 +57,35 @@ def test_greedy_text_and_the_experts_of_every_token(name: str, pico_moe: Callabl
         assert sorted(token.experts) == sorted(picked)
         assert token.weights == pytest.approx([weight for weight, _ in pairs], rel=1e-3, abs=1e-5)
         assert all(0 <= expert < writer.experts for expert in token.experts)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shown", [False, True])
+def test_blocks_run_on_kernels_as_a_whole_and_give_stock_logits(
+    shown: bool, pico_moe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A written token takes one compiled call per block, but where routers are watched: there, the block's own code runs."""
+    folder, calls = pico_moe("qwen2_moe"), []
+    compiled = few_tokens_block.few_blocks_output
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(few_tokens_block, "few_blocks_output", counted)
+    writer = Writer(str(folder), experts=shown)
+    assert writer.kernels == "upcycle, whole blocks"
+    ids = writer.encode(PROMPT)
+    logits, cache, _ = writer._read(ids, None)
+    calls.clear()
+    further, _, ((experts, _),) = writer._read([7], cache)
+    blocks = sum(hasattr(layer.mlp, "experts") for layer in writer.model.model.layers)
+    assert len(calls) == blocks - shown
+    assert bool(experts) == shown
+    stock, _ = greedy(folder, [5, 6], 1)
+    with torch.no_grad():
+        expected = stock(torch.tensor([[*ids, 7]])).logits[0, -2:]
+    assert (torch.stack([logits, further]) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_dense_model_writes_without_experts(pico: Pico) -> None:

@@ -21,7 +21,7 @@ from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.reference.write import PAGES, page
-from upcycle.evaluation.speed import ModelSpeed, Speed
+from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import METHODS
@@ -193,8 +193,10 @@ def test_json_keys(
     generated = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def"]).stdout)
     talked = json.loads(CliRunner().invoke(cli, ["chat", *writing], input="hello\n").stdout)
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
+    timed = upcycle.plan("demo", method="random_split", active=0.5, calibration="demo").as_dict()["time"]
     actual = {
         "plan": plan,
+        "plan time": timed,
         "plan train": {**planned, "command": ""},
         "plan train options": planned["options"][0],
         "plan train options memory": planned["options"][0]["memory"],
@@ -235,6 +237,7 @@ def test_json_keys(
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
         "evaluate speed": keys_of(Speed),
+        "evaluate speed kernels": keys_of(KernelSpeed),
         "evaluate speed model": keys_of(ModelSpeed),
     }
     documented = {name: set(keys.split()) for name, keys in JSON_KEYS.items()}

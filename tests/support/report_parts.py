@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from upcycle.evaluation.speed import ModelSpeed, Speed
+from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.files import records
 
@@ -28,7 +28,8 @@ def write_evaluated(out: Path) -> None:
     score = TaskScore(HOSTILE, "acc", "none", 20, 0.5, 0.11, True, 0.6, 0.1, -0.1)
     worse = TaskScore("passages", "word_perplexity", "none", 4, 300.0, None, False, 200.0, None, 100.0)
     dense, moe = ModelSpeed(4000.0, 90.0, 500_000_000, None), ModelSpeed(2000.0, 60.0, 525_000_000, "grouped_mm")
-    timed = Speed("cpu", "AVX2", "float32", 1, 256, 32, 5, moe, HOSTILE, dense, 0.5, 2 / 3, 1.05)
+    kernels = KernelSpeed(3000.0, 80.0, HOSTILE, 0.75, 8 / 9)
+    timed = Speed("cpu", "AVX2", "float32", 1, 256, 32, 5, moe, HOSTILE, dense, 0.5, 2 / 3, 1.05, kernels)
     scores = TaskScores("lm-eval 0.4.13", HOSTILE, None, [score, worse])
     records.write_evaluation(out, {"tasks": asdict(scores), "speed": asdict(timed)})
 

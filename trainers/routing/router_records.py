@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,19 +71,24 @@ class RouterRecord:
         return ~self.kept if self.skipped is None else ~self.kept & ~self.skipped
 
 
-def capture(model: nn.Module, control: RouterControl | None = None) -> Recorder[RouterRecord]:
+def capture(
+    model: nn.Module, control: RouterControl | None = None, layers: Container[int] | None = None
+) -> Recorder[RouterRecord]:
     """Record every router of ``model`` from now on, and let ``control`` change what they decide.
 
     Args:
         model: a stock MoE causal language model, not wrapped; call it through any wrapper.
         control: noise, jitter, normalised logits or capacity; acts in recomputed layers, too.
+        layers: the layers whose routers are recorded and controlled, by index; by default all.
 
     Raises:
         UsageError: ``model`` has no MoE layer, or its routers cannot be read.
     """
-    layers = require_moe_layers(model)
+    found = require_moe_layers(model)
     recorder: Recorder[RouterRecord] = Recorder(model)
-    for layer in layers:
+    for layer in found:
+        if layers is not None and layer.index not in layers:
+            continue
         if control is not None:
             control.attach(layer)
         watch_router(recorder, layer.block, layer.router, _reader(layer, control))

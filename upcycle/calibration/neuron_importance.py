@@ -10,7 +10,8 @@ embedding model. A piece is a window, or where that makes fewer than two per clu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,15 @@ _LOGIT_BYTES = 1 << 28  # of the fp32 logits of a batch, at most
 SHORTEST_PIECE = 32  # tokens
 
 
+@dataclass(frozen=True)
+class _Clustering:
+    """A division of the text into pieces of so many tokens, and the cluster of each, int64 ``[N]``."""
+
+    piece: int
+    labels: torch.Tensor
+    clusters: int
+
+
 def write_importance(
     path: Path,
     runner: LayerRunner,
@@ -46,6 +56,71 @@ def write_importance(
     """
     from safetensors.torch import save
 
+    (found,) = measure_importance(path.parent, runner, checkpoint, windows, [clusters], job, progress).values()
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(save({f"importance.{index}": tensor for index, tensor in found.items()}))
+    temporary.rename(path)
+
+
+def measure_importance(
+    folder: Path,
+    runner: LayerRunner,
+    checkpoint: DenseCheckpoint,
+    windows: torch.Tensor,
+    clusters: Collection[int],
+    job: ExpertJob,
+    progress: Progress,
+) -> dict[int, dict[int, torch.Tensor]]:
+    """Measure all layers on ``windows`` ``[N, W]``, for several numbers of clusters by one pass forward and one backward.
+
+    Args:
+        folder: for the files of states and gradients, which are removed.
+        runner: runs the dense model's layers.
+        checkpoint: the dense model.
+        windows: token ids.
+        clusters: into how many clusters the text is divided, one for every expert.
+        job: any conversion of the model, for its seed and dtype.
+        progress: receives the progress.
+
+    Returns:
+        For each number of clusters, layer -> fp32 ``[clusters, F]``.
+
+    Raises:
+        UsageError: there are fewer pieces of text than clusters.
+    """
+    pieces = {count: _piece(windows, count) for count in clusters}
+    width, layers = job.dense.hidden_size, job.dense.num_hidden_layers
+    vocabulary = 4 * windows.shape[1] * job.dense.vocab_size
+    batch = max(1, min(4096, _LOGIT_BYTES // vocabulary * windows.shape[1]) // windows.shape[1]) * windows.shape[1]
+    states = [TokenFile(folder / f"forward.{index}", width) for index in range(layers + 1)]
+    gradients = [TokenFile(folder / f"gradient.{index}", width) for index in range(layers + 1)]
+    with progress.phase("measuring importance", 2 * layers):
+        with torch.no_grad():
+            states[0].write(map(runner.embed, windows.flatten().split(batch)))
+            for index in range(layers):
+                with runner.loaded(index):
+                    states[index + 1].write(runner.whole(index, block) for block in states[index].blocks(batch))
+                progress.advance()
+        clusterings = [
+            _Clustering(piece, _text_clusters(states[layers], piece, batch, count, job.recipe.seed), count)
+            for count, piece in pieces.items()
+        ]
+        _loss_gradients(checkpoint, job, windows, states[layers], gradients[layers], batch)
+        found: dict[int, dict[int, torch.Tensor]] = {count: {} for count in pieces}
+        for index in reversed(range(layers)):
+            measured = _backward(runner, index, states, gradients, clusterings, batch)
+            for count, importance in zip(pieces, measured, strict=True):
+                found[count][index] = importance
+            states[index + 1].release()
+            gradients[index + 1].release()
+            progress.advance()
+    for file in (states[0], gradients[0]):
+        file.release()
+    return found
+
+
+def _piece(windows: torch.Tensor, clusters: int) -> int:
+    """Return the length of the pieces of text that are divided into so many clusters."""
     piece = windows.shape[1]
     while windows.numel() // piece < 2 * clusters and piece % 2 == 0 and piece > SHORTEST_PIECE:
         piece //= 2
@@ -54,31 +129,7 @@ def write_importance(
             f"{clusters} text clusters, one per expert, need as many pieces of text; there are {windows.numel() // piece}",
             hint="more --calibration-tokens, or fewer experts",
         )
-    width, layers = job.dense.hidden_size, job.dense.num_hidden_layers
-    vocabulary = 4 * windows.shape[1] * job.dense.vocab_size
-    batch = max(1, min(4096, _LOGIT_BYTES // vocabulary * windows.shape[1]) // windows.shape[1]) * windows.shape[1]
-    states = [TokenFile(path.parent / f"forward.{index}", width) for index in range(layers + 1)]
-    gradients = [TokenFile(path.parent / f"gradient.{index}", width) for index in range(layers + 1)]
-    with progress.phase("measuring importance", 2 * layers):
-        with torch.no_grad():
-            states[0].write(map(runner.embed, windows.flatten().split(batch)))
-            for index in range(layers):
-                with runner.loaded(index):
-                    states[index + 1].write(runner.whole(index, block) for block in states[index].blocks(batch))
-                progress.advance()
-        labels = _text_clusters(states[layers], piece, batch, clusters, job.recipe.seed)
-        _loss_gradients(checkpoint, job, windows, states[layers], gradients[layers], batch)
-        found = {}
-        for index in reversed(range(layers)):
-            found[f"importance.{index}"] = _backward(runner, index, states, gradients, labels, clusters, batch, piece)
-            states[index + 1].release()
-            gradients[index + 1].release()
-            progress.advance()
-    for file in (states[0], gradients[0]):
-        file.release()
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save(found))
-    temporary.rename(path)
+    return piece
 
 
 def read_importance(path: Path) -> dict[int, torch.Tensor]:
@@ -130,14 +181,11 @@ def _backward(
     index: int,
     states: list[TokenFile],
     gradients: list[TokenFile],
-    labels: torch.Tensor,
-    clusters: int,
+    clusterings: Sequence[_Clustering],
     batch: int,
-    piece: int,
-) -> torch.Tensor:
-    """Return one layer's importance, fp32 ``[C, F]``, and write the gradient of its input."""
-    sums: torch.Tensor | None = None
-    tokens = torch.zeros(clusters, dtype=torch.float64)
+) -> list[torch.Tensor]:
+    """Return one layer's importance by each clustering, fp32 ``[C, F]``, and write the gradient of its input."""
+    sums: list[torch.Tensor] = []
     window = runner.window
     with runner.loaded(index):
         layer = runner.layers[index]
@@ -147,26 +195,26 @@ def _backward(
         hook = runner.down(index).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
 
         def rows() -> Iterator[torch.Tensor]:
-            nonlocal sums
-            number = 0
+            first = 0  # token of the block
             for block, above in zip(states[index].blocks(batch), gradients[index + 1].blocks(batch), strict=True):
                 count = len(block) // window
                 leaf = block.view(count, window, -1).requires_grad_()
                 output = runner.forward(index, leaf)
                 hidden = seen.pop()
                 below, slope = torch.autograd.grad(output, (leaf, hidden), above.view_as(output))
-                effect = (hidden.detach() * slope).abs().double().view(count * window // piece, piece, -1).sum(1)
-                if sums is None:
-                    sums = torch.zeros(clusters, effect.shape[1], dtype=torch.float64)
-                mine = labels[number : number + len(effect)]
-                sums.index_add_(0, mine, effect)
-                tokens.index_add_(0, mine, torch.full((len(effect),), float(piece), dtype=torch.float64))
-                number += len(effect)
+                effect = (hidden.detach() * slope).abs().double().view(count * window, -1)
+                if not sums:
+                    width = effect.shape[1]
+                    sums.extend(torch.zeros(each.clusters, width, dtype=torch.float64) for each in clusterings)
+                for each, total in zip(clusterings, sums, strict=True):
+                    mine = each.labels[first // each.piece : (first + len(block)) // each.piece]
+                    total.index_add_(0, mine, effect.view(len(mine), each.piece, -1).sum(1))
+                first += len(block)
                 yield below.reshape(-1, below.shape[-1])
 
         try:
             gradients[index].write(rows())
         finally:
             hook.remove()
-    assert sums is not None
-    return (sums / tokens.clamp(min=1)[:, None]).float()
+    tokens = [each.piece * each.labels.bincount(minlength=each.clusters) for each in clusterings]
+    return [(total / count.clamp(min=1)[:, None]).float() for total, count in zip(sums, tokens, strict=True)]

@@ -115,6 +115,7 @@ class Walk:
         folder: folder for token files; the caller removes it.
         progress: receives the progress.
         workers: how many candidates run at a time, sharing torch's threads; each needs the memory of a conversion.
+        importance: what another walk over the same texts has measured, by number of experts and layer; it gets what this one does.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Walk:
         folder: Path,
         progress: Progress,
         workers: int = 1,
+        importance: dict[int, dict[int, torch.Tensor]] | None = None,
     ) -> None:
         self._checkpoint, self._dtype, self._texts = checkpoint, dtype, texts
         self._folder, self._progress = folder, progress
@@ -135,7 +137,7 @@ class Walk:
         self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4) // workers
         self._ids = {"calibration": texts.calibration, "evaluation": torch.cat(list(texts.evaluation.values()))}
         self._outside: Any = None
-        self._importance: dict[int, dict[int, torch.Tensor]] = {}
+        self._importance = {} if importance is None else importance
         self.dense_seconds = 0.0
 
     def run(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -151,7 +153,7 @@ class Walk:
 
     def _run(self, candidates: Sequence[Candidate], pool: ThreadPoolExecutor) -> list[float]:
         layers = self._checkpoint.config.num_hidden_layers
-        importance = {id(c): self._importance_of(c.job) for c in candidates if c.job.method.needs_gradients}
+        importance = self._importance_of([c for c in candidates if c.job.method.needs_gradients])
         names = ["dense", *map(str, range(len(candidates)))]
         runner, idle = self._runners[0], SimpleQueue[LayerRunner]()
         for each in self._runners:
@@ -207,17 +209,17 @@ class Walk:
         folder.mkdir(exist_ok=True)
         return TokenFile(folder / what, self._checkpoint.config.hidden_size)
 
-    def _importance_of(self, job: ExpertJob) -> dict[int, torch.Tensor]:
-        from upcycle.calibration.neuron_importance import read_importance, write_importance
+    def _importance_of(self, candidates: Sequence[Candidate]) -> dict[int, dict[int, torch.Tensor]]:
+        """Return by candidate's identity what the neurons of every layer matter to as many kinds of text as it has experts."""
+        from upcycle.calibration.neuron_importance import measure_importance
 
-        clusters = job.shape.experts
-        if clusters not in self._importance:
-            path = self._folder / "importance.safetensors"
-            write_importance(
-                path, self._runners[0], self._checkpoint, self._texts.calibration, clusters, job, self._progress
+        clusters = {id(candidate): candidate.job.shape.experts for candidate in candidates}
+        if fresh := sorted(set(clusters.values()) - self._importance.keys()):
+            runner, texts, job = self._runners[0], self._texts.calibration, candidates[0].job
+            self._importance |= measure_importance(
+                self._folder, runner, self._checkpoint, texts, fresh, job, self._progress
             )
-            self._importance[clusters] = read_importance(path)
-        return self._importance[clusters]
+        return {key: self._importance[count] for key, count in clusters.items()}
 
     def _layer(
         self,

@@ -85,12 +85,13 @@ def compare(
     splitting, routing = method_names(methods), router_names(routers)
     skipped: list[str] = []
     done: list[Candidate] = []
+    importance: dict[int, dict[int, torch.Tensor]] = {}
     with scratch("compare") as folder:
 
         def run(wanted: list[Candidate | None]) -> list[float]:
             known = {candidate.label for candidate in done}
             fresh = list({c.label: c for c in wanted if c is not None and c.label not in known}.values())
-            nats = Walk(checkpoint, "keep", texts, folder, progress, _workers(fresh)).run(fresh)
+            nats = Walk(checkpoint, "keep", texts, folder, progress, _workers(fresh), importance).run(fresh)
             done.extend(fresh)
             return nats
 

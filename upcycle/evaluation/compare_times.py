@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.conversion.threads import torch_threads
 from upcycle.evaluation.candidate_walk import Candidate
 from upcycle.evaluation.shape_speed import (
     GENERATE,
@@ -25,6 +26,8 @@ from upcycle.progress import Progress
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
+
+_SMALL_BYTES = 1 << 26  # of all layers in fp32
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ def kept_neurons(candidate: Candidate) -> int:
 def time_candidates(
     checkpoint: DenseCheckpoint, candidates: Sequence[Candidate], batch: int, progress: Progress, rounds: int = ROUNDS
 ) -> Timing:
-    """Time every shape among the candidates once; the arguments are those of :func:`relative_times`."""
+    """Time every shape among the candidates once; the arguments are those of :func:`relative_times`.
+
+    A small model is timed on one thread: its operations are over before a second thread has begun, and where other programs run, too,
+    threads that wait for each other take most of the time.
+    """
     raw, dense = checkpoint.raw_config, checkpoint.config
     shapes: dict[str, tuple[Mapping[str, Any], int]] = {}
     for candidate in candidates:
@@ -84,19 +91,20 @@ def time_candidates(
             everywhere = replace(job.shape, moe_layers=tuple(range(dense.num_hidden_layers)))
             shapes[shape_name(candidate)] = job.target.full_config(job.dense, everywhere, "float32"), count
     stored = checkpoint.family.stored_specs(dense, 0).values()
-    parent, relative = relative_times(
-        raw, shapes, 4 * sum(math.prod(shape) for shape in stored), batch=batch, rounds=rounds, progress=progress
-    )
-    about = {
-        "device": "cpu",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "batch": batch,
-        "clock": clock().__name__,
-        "prompt_tokens": prompt_length({"": raw}),
-        "generated_tokens": GENERATE,
-        "prefill_seconds": parent.prefill,
-        "decode_seconds": parent.decode,
-    }
+    layer_bytes = 4 * sum(math.prod(shape) for shape in stored)
+    small = layer_bytes * dense.num_hidden_layers <= _SMALL_BYTES
+    with torch_threads(1 if small else torch.get_num_threads()):
+        parent, relative = relative_times(raw, shapes, layer_bytes, batch=batch, rounds=rounds, progress=progress)
+        about = {
+            "device": "cpu",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "dtype": "float32",
+            "batch": batch,
+            "clock": clock().__name__,
+            "prompt_tokens": prompt_length({"": raw}),
+            "generated_tokens": GENERATE,
+            "prefill_seconds": parent.prefill,
+            "decode_seconds": parent.decode,
+        }
     return Timing(parent, relative, about)

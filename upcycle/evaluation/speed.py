@@ -38,8 +38,24 @@ class ModelSpeed:
 
 
 @dataclass(frozen=True)
+class KernelSpeed:
+    """Holds the medians of the same model on upcycle's kernels, and the ratios to the reference, if there is one.
+
+    ``experts`` says what ran: ``upcycle, whole blocks``, or ``upcycle`` for the experts alone.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    experts: str
+    prefill_ratio: float | None = None
+    decode_ratio: float | None = None
+
+
+@dataclass(frozen=True)
 class Speed:
     """Holds the speeds of both models, and the ratios model / reference.
+
+    ``kernels`` is the model on upcycle's kernels; None for a dense model, and for a MoE that they do not know.
 
     ``instructions`` are those that torch uses, where the device is a CPU: ``AVX2``, ``AVX512``, ``DEFAULT``.
     """
@@ -57,6 +73,7 @@ class Speed:
     prefill_ratio: float | None = None
     decode_ratio: float | None = None
     memory_ratio: float | None = None
+    kernels: KernelSpeed | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -95,15 +112,31 @@ def measure_speed(
             about.append(worker.start(ids[:length], generate))
             progress.advance()
         found: list[list[dict[str, float]]] = [[] for _ in workers]
+        on_kernels: list[dict[str, Any]] = []
+        sparse = about[0]["experts"] is not None
         for index in range(rounds):
             turns = range(len(workers)) if index % 2 == 0 else reversed(range(len(workers)))
             for turn in turns:
                 found[turn].append(workers[turn].run())
+            if sparse:
+                on_kernels.append(workers[0].run_on_kernels())
+                sparse = "prefill" in on_kernels[-1]
     timed = [_summary(runs, length, generate, facts["experts"]) for runs, facts in zip(found, about, strict=True)]
     where = about[0]
     shared = Speed(
         where["device"], where["instructions"], where["dtype"], where["threads"], length, generate, rounds, timed[0]
     )
+    if sparse:
+        fast = _summary(on_kernels, length, generate, on_kernels[0]["experts"])
+        prefill, decode = fast.prefill_tokens_per_second, fast.decode_tokens_per_second
+        kernels = KernelSpeed(prefill, decode, on_kernels[0]["experts"])
+        if reference:
+            prefill, decode = (
+                prefill / timed[1].prefill_tokens_per_second,
+                decode / timed[1].decode_tokens_per_second,
+            )
+            kernels = replace(kernels, prefill_ratio=prefill, decode_ratio=decode)
+        shared = replace(shared, kernels=kernels)
     if not reference:
         return shared
     first, second = timed
@@ -156,6 +189,10 @@ class _Worker:
     def run(self) -> dict[str, float]:
         """Time one round, and return its seconds and peak memory."""
         return self._ask({})
+
+    def run_on_kernels(self) -> dict[str, Any]:
+        """Time one round on upcycle's kernels; without seconds where they do not know the model."""
+        return self._ask({"kernels": True})
 
     def _ask(self, content: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin

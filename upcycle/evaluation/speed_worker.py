@@ -15,12 +15,16 @@ import torch
 from upcycle.errors import UpcycleError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.hardware.memory import peak_memory
-from upcycle.models.experts import use_eager_experts
+from upcycle.kernels.entry.choose_backend import NAME as KERNELS
+from upcycle.kernels.entry.transformers_blocks import use_kernels
+from upcycle.models.experts import has_experts, run_on_kernels, use_eager_experts, use_experts
 from upcycle.models.load import load_model
 
 
 class TimedModel:
     """Runs a model as transformers does by default, in its stored dtype on a GPU or in fp32 on a CPU, and times it.
+
+    A MoE that :mod:`upcycle.kernels` knows can be timed on them, too, with the same weights in memory.
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``.
@@ -34,22 +38,23 @@ class TimedModel:
         self.model = load_model(name, dtype=dtype, experts=None).to(self.device)
         self.prompt = torch.tensor([prompt], device=self.device)
         self.generate = generate
+        self._peak_before_kernels: int | None = None
         try:
             self.run()
         except (RuntimeError, ValueError):
             # The default kernel refuses experts whose rows are not a multiple of 16 bytes wide.
             use_eager_experts(self.model)
             self.run()
+        self._default = self.model.config._experts_implementation if has_experts(self.model) else None
 
     def about(self) -> dict[str, Any]:
         """Return what the numbers depend on: device, dtype, instructions, threads and implementation of experts."""
-        has_experts = any(name.endswith(".experts") for name, _ in self.model.named_modules())
         return {
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "instructions": torch.backends.cpu.get_cpu_capability() if self.device == "cpu" else None,
             "threads": torch.get_num_threads(),
-            "experts": self.model.config._experts_implementation if has_experts else None,
+            "experts": self._default,
         }
 
     @torch.no_grad()
@@ -63,12 +68,34 @@ class TimedModel:
             output = self.model(chosen, past_key_values=output.past_key_values, use_cache=True)
         return {"prefill": read - start, "decode": self._now() - read, "peak": self._peak()}
 
+    def run_on_kernels(self) -> dict[str, Any]:
+        """Return the seconds of prefill and of decoding on upcycle's kernels, and in ``experts`` what ran.
+
+        Without ``prefill`` and ``decode`` where these do not know the model; in the first call, after a pass that is not timed.
+        """
+        first = self._peak_before_kernels is None
+        if first:
+            self._peak_before_kernels = self._peak()
+        name = run_on_kernels(self.model)
+        try:
+            if name is None or not name.startswith(KERNELS):
+                return {"experts": name}
+            if first:
+                self.run()
+            return {**self.run(), "experts": name}
+        finally:
+            if self._default is not None:
+                use_kernels(self.model, off=True)
+                use_experts(self.model, self._default)
+
     def _now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def _peak(self) -> int:
+        if self._peak_before_kernels is not None:
+            return self._peak_before_kernels  # what runs as transformers does by default took
         if self.device == "cuda":
             return int(torch.cuda.max_memory_allocated())
         return peak_memory()
@@ -86,8 +113,8 @@ def main() -> None:
     try:
         model = TimedModel(request["name"], request["prompt"], request["generate"])
         answer(model.about())
-        for _ in sys.stdin:
-            answer(model.run())
+        for line in sys.stdin:
+            answer(model.run_on_kernels() if parse_json(line, "the request").get("kernels") else model.run())
     except UpcycleError as error:
         answer({"error": type(error).__name__, "message": error.message, "hint": error.hint})
     except (torch.OutOfMemoryError, MemoryError):

@@ -11,6 +11,7 @@ import torch
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import locate
+from upcycle.models.experts import run_on_kernels
 from upcycle.models.load import load_model
 
 
@@ -31,7 +32,10 @@ class Token:
 
 
 class Writer:
-    """Writes text with a model in fp32, one token at a time.
+    """Writes text with a model in fp32, one token at a time, on upcycle's kernels where these know the model.
+
+    ``kernels`` says what the model's experts run on (:func:`upcycle.models.experts.run_on_kernels`); None for a dense model. The
+    layer whose experts are reported runs its block's own code around them.
 
     Args:
         name: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
@@ -46,6 +50,7 @@ class Writer:
     def __init__(self, name: str, layer: int | None = None, experts: bool = True) -> None:
         self.tokenizer: Any = load_tokenizer(locate(name).path)
         self.model: Any = load_model(name)
+        self.kernels = run_on_kernels(self.model)
         self.layer: int | None = None
         self.experts = 0
         self._recorder: Any = None
@@ -72,7 +77,7 @@ class Writer:
             raise UsageError(f"layer {layer} of {name} has no experts", hint=f"--layer takes one of: {listed}")
         self.layer = list(rules)[len(rules) // 2] if layer is None else layer
         self.experts = rules[self.layer].experts
-        self._recorder = capture(self.model)
+        self._recorder = capture(self.model, layers={self.layer})
 
     def _end_tokens(self) -> set[int]:
         settings = getattr(self.model, "generation_config", None)
@@ -129,7 +134,7 @@ class Writer:
         output = self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
         chosen: list[tuple[list[int], list[float]]] = [([], []) for _ in ids]
         if self._recorder:
-            record = next(record for record in self._recorder.take() if record.layer == self.layer)
+            (record,) = self._recorder.take()
             weights, order = record.weights.float().sort(dim=-1, descending=True)
             experts = record.experts.gather(-1, order)
             chosen = list(zip(experts.tolist(), weights.tolist(), strict=True))

@@ -68,6 +68,29 @@ def use_eager_experts(model: Any) -> Any:
     return model
 
 
+def run_on_kernels(model: Any) -> str | None:
+    """Let a MoE run on :mod:`upcycle.kernels`, sparse blocks as a whole where they are known; return what it runs on.
+
+    That is ``upcycle, whole blocks``, ``upcycle`` for the experts alone, the implementation that the model has already where the
+    kernels do not know its architecture or its device, and None for a dense model.
+
+    Args:
+        model: a stock causal language model, on the device that it will run on.
+    """
+    if not has_experts(model):
+        return None
+    if find("target", model.config.model_type) is None or not _has_kernels(model.device):
+        return str(model.config._experts_implementation)
+    from upcycle.kernels.entry.stock_blocks import why_not_whole
+    from upcycle.kernels.entry.transformers_blocks import use_kernels
+
+    use_experts(model, "auto")
+    if all(why_not_whole(block) for block in model.modules() if "experts" in block._modules):
+        return str(model.config._experts_implementation)
+    use_kernels(model)
+    return f"{model.config._experts_implementation}, whole blocks"
+
+
 def _has_kernels(device: torch.device) -> bool:
     from upcycle.kernels.layout.devices import why_not
 

@@ -24,7 +24,8 @@ class Plan:
 
     ``sources`` is empty where there is one source. ``kind`` is the method's. Where the result is not made of
     experts, ``summary`` says what it is: in a growth step, what is copied into what, and in a pruning, how many neurons are kept. In
-    a growth step, the fields named dense describe the source, whether it is a MoE or not.
+    a growth step, the fields named dense describe the source, whether it is a MoE or not. ``time`` is what
+    :func:`upcycle.planning.speed.predict.predicted_time` returns; None where experts are copies.
     """
 
     sources: list[dict[str, Any]]
@@ -48,6 +49,7 @@ class Plan:
     summary: str = ""
     warnings: list[str] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
+    time: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""

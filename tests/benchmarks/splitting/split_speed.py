@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 
@@ -19,11 +21,12 @@ from measure import Row, report
 
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.evaluation.candidate_walk import Candidate
-from upcycle.evaluation.compare_times import shape_name, time_candidates
+from upcycle.evaluation.compare_times import Timing, kept_neurons, shape_name, time_candidates
 from upcycle.evaluation.shape_speed import OWN, STOCK
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import method_of
 from upcycle.planning.prepare_experts import prepare_experts
+from upcycle.planning.speed.predict import predicted_time
 from upcycle.progress import SILENT
 from upcycle.recipe.conversion_recipe import parse_recipe
 
@@ -42,6 +45,25 @@ def candidates_of(checkpoint: DenseCheckpoint, percents: list[int]) -> list[Cand
         job = prepare_experts(ExpertJob, recipe, method_of(recipe), *dense)
         found += [Candidate(job, percent / 100, f"{percent}", baseline) for baseline in (None, "static")]
     return found
+
+
+def print_predictions(candidates: list[Candidate], timing: Timing) -> None:
+    """Print what ``upcycle plan`` predicts beside what was measured, and how far it is off."""
+    off = []
+    for candidate in candidates:
+        job, times = candidate.job, timing.times(candidate)
+        assert times is not None
+        shape, target = job.shape, job.target.name
+        if candidate.baseline:
+            shape, target = replace(shape, experts=0, shared=1, expert_size=kept_neurons(candidate)), job.family.name
+        predicted = predicted_time(job.dense, shape, target)
+        for how in (STOCK,) if candidate.baseline else (OWN, STOCK):
+            for part, found in times[how].items():
+                said = predicted["relative"][how][part]
+                off.append(abs(said / found - 1))
+                what = f"{candidate.active:.0%} {candidate.baseline or how} {part}"
+                print(f"{what}: predicted {said:.2f}x, measured {found:.2f}x, {said / found - 1:+.0%}")
+    print(f"predictions are off by {median(off):.1%} in the median, {max(off):.1%} at worst, of {len(off)}")
 
 
 def main() -> int:
@@ -81,7 +103,9 @@ def main() -> int:
         f"SmolLM2-135M's shapes, relative to dense ({about['prefill_seconds']:.2f} s and {about['decode_seconds']:.3f} s), "
         f"{about['threads']} threads, {about['instructions']}, batch {about['batch']}"
     )
-    return report(title, ("prefill", "decode"), rows)
+    status = report(title, ("prefill", "decode"), rows)
+    print_predictions(candidates, timing)
+    return status
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from upcycle.cli.shared.plugin_tables import markdown_table
 JSON_KEYS = {
     "plan": "sources family target method router calibration_tokens refit promise promise_reason parameters_dense "
     "parameters_total parameters_active bytes_dense bytes_output peak_memory_bytes flops_per_token_dense "
-    "flops_per_token kind summary warnings shards",
+    "flops_per_token kind summary warnings shards time",
+    "plan time": "relative device instructions threads dtype prompt_tokens torch transformers error_median error_worst",
     "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
     "refused warnings command",
     "plan train options": "zero expert_parallel fits memory communication speed",
@@ -38,7 +39,7 @@ JSON_KEYS = {
     "dry_run searched",
     "push files": "name size status",
     "evaluate": "model reference window stride texts layers tasks speed",
-    "generate": "model prompt text layer experts stopped tokens",
+    "generate": "model prompt text layer experts stopped kernels tokens",
     "generate tokens": "id text experts weights prompt",
     "chat, a line for each answer": "said answer stopped",
     "train": "output step tokens stopped loss validation checkpoint model seconds",
@@ -48,7 +49,8 @@ JSON_KEYS = {
     "evaluate tasks": "harness reference limit scores",
     "evaluate tasks scores": "task metric filter samples value stderr higher_is_better reference reference_stderr difference",
     "evaluate speed": "device instructions dtype threads prompt_tokens generated_tokens rounds model reference_name reference "
-    "prefill_ratio decode_ratio memory_ratio",
+    "prefill_ratio decode_ratio memory_ratio kernels",
+    "evaluate speed kernels": "prefill_tokens_per_second decode_tokens_per_second experts prefill_ratio decode_ratio",
     "evaluate speed model": "prefill_tokens_per_second decode_tokens_per_second peak_memory_bytes experts",
     "report": "out upcycle summary made cost speed exactness quality tasks routing experts training comparison provenance",
     "report summary": "verdict explanation findings",

@@ -9,7 +9,7 @@ import click
 
 from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import note, print_json_line, warn
-from upcycle.cli.verbs.generate import writing_options
+from upcycle.cli.verbs.generate import say_kernels, writing_options
 
 
 @click.command("chat", short_help="Chat with a model")
@@ -43,6 +43,7 @@ def command(
     from upcycle.inference.generate import Writer
 
     writer = Writer(model, layer, experts=not no_experts)
+    say_kernels(writer)
     conversation = Conversation(writer.tokenizer, writer.context, system)
     if not conversation.templated:
         note("this tokenizer has no chat template: the model continues the conversation as plain text")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from upcycle.cli.shared.options import common_options
-from upcycle.cli.shared.output import print_json
+from upcycle.cli.shared.output import note, print_json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +33,12 @@ def writing_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def say_kernels(writer: Any) -> None:
+    """Note what a MoE's experts run on."""
+    if writer.kernels:
+        note(f"experts run on: {writer.kernels}")
 
 
 @click.command("generate", short_help="Continue a prompt and show the experts")
@@ -77,10 +83,12 @@ def command(
                 "layer": writer.layer,
                 "experts": writer.experts,
                 "stopped": writer.stopped,
+                "kernels": writer.kernels,
                 "tokens": written,
             }
         )
         return
+    say_kernels(writer)
     printer = ExpertText()
     for token in stream:
         printer.show(token)

@@ -117,15 +117,34 @@ def _calibration(plan: Any) -> str:
 def _costs(plan: Any, reference: str) -> list[tuple[str, str]]:
     """Return what the result takes to run and to store, and what making it takes."""
     ratio = plan.flops_per_token / plan.flops_per_token_dense
+    time = [("time", _time(plan.time))] if plan.time else []
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
     return [
         (
             "FLOPs",
             f"{count(plan.flops_per_token)} per token ({ratio:.2f}x {reference}; attention over the context not counted)",
         ),
+        *time,
         ("on disk", f"{size(plan.bytes_output)} in {files} ({reference} {size(plan.bytes_dense)})"),
         (
             "peak memory",
             f"about {size(plan.peak_memory_bytes)} to convert; verification holds both models in fp32 if they fit",
         ),
     ]
+
+
+def _time(time: dict[str, Any]) -> str:
+    """Return in words what is known about time before anything ran."""
+    if "unknown" in time:
+        return f"not predicted: {time['unknown']} (upcycle compare measures)"
+    own, stock = (time["relative"][how] for how in ("upcycle", "grouped_mm"))
+    said = f"about {own['prefill']:.2f}x of dense reading, {own['decode']:.2f}x writing"
+    if own != stock:
+        said += (
+            f" with upcycle's kernels; {stock['prefill']:.2f}x, {stock['decode']:.2f}x with transformers' grouped_mm"
+        )
+    threads = f"{time['threads']} thread{'s' * (time['threads'] != 1)}"
+    return (
+        f"{said} (predicted for {threads} of a {time['device'].upper()} with {time['instructions']}, {time['dtype']}; off by "
+        f"{time['error_median']:.0%} in the median, {time['error_worst']:.0%} at worst; upcycle compare measures)"
+    )
