@@ -25,7 +25,7 @@ from measure import report
 from upcycle.evaluation.shape_speed import OWN, PROMPT, STOCK, measure_shapes
 from upcycle.planning.speed.fit import errors, left_out, refitted
 from upcycle.planning.speed.table import TABLE
-from upcycle.planning.speed.work import HOWS, PARTS
+from upcycle.planning.speed.work import HOWS, TIMED_PARTS
 from upcycle.version import __version__
 
 STREAMED = 128 << 20  # bytes of the dense FFNs of a model, at least
@@ -140,7 +140,7 @@ def error_rows(table: Row) -> list[MeasuredRow]:
     """How far predictions of ratios to the dense parent are off, for models that the fit has not seen."""
     left = left_out(table)
     rows = []
-    for part in PARTS:
+    for part in TIMED_PARTS:
         for how in HOWS:
             some = errors([each for each in left if each.part == part and each.measured.how == how])
             rows.append(_row(f"{part}, {how}", some))

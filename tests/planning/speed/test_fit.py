@@ -10,13 +10,13 @@ import pytest
 from upcycle.evaluation import shape_speed
 from upcycle.planning.speed.fit import errors, fit, left_out, refitted
 from upcycle.planning.speed.table import TABLE, committed, measurements
-from upcycle.planning.speed.work import HOWS, PARTS, PROMPT, BlockShape, ModelShape, milliseconds, work
+from upcycle.planning.speed.work import HOWS, PROMPT_READ, TIMED_PARTS, BlockShape, ModelShape, milliseconds, work
 
 
 def made_up(seed: int = 0) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """The committed table with times that follow from drawn coefficients, and these."""
     draw = random.Random(seed)
-    truth: dict[str, dict[str, float]] = {part: {} for part in PARTS}
+    truth: dict[str, dict[str, float]] = {part: {} for part in TIMED_PARTS}
     sizes = [{**size, "models": [dict(row) for row in size["models"]]} for size in committed()["sizes"]]
     every = iter(list(measurements({"sizes": sizes})))
     for size in sizes:
@@ -25,17 +25,17 @@ def made_up(seed: int = 0) -> tuple[dict[str, Any], dict[str, dict[str, float]]]
                 if how not in row:
                     continue
                 shape = next(every).shape
-                for part in PARTS:
+                for part in TIMED_PARTS:
                     for name in work(shape, part, how):
                         truth[part].setdefault(name, draw.uniform(0.5, 2.0))
-                row[how] = [milliseconds(truth[part], shape, part, how) for part in PARTS]
+                row[how] = [milliseconds(truth[part], shape, part, how) for part in TIMED_PARTS]
     return {"sizes": sizes}, truth
 
 
 def test_fitting_the_committed_times_gives_the_committed_numbers() -> None:
     again = refitted(committed())
     for each in measurements(committed()):
-        for part in PARTS:
+        for part in TIMED_PARTS:
             said = milliseconds(committed()["milliseconds"][part], each.shape, part, each.how)
             assert said == pytest.approx(
                 milliseconds(again["milliseconds"][part], each.shape, part, each.how), rel=5e-3
@@ -47,7 +47,7 @@ def test_fitting_the_committed_times_gives_the_committed_numbers() -> None:
 def test_times_that_follow_the_model_are_predicted_without_having_been_seen() -> None:
     table, truth = made_up()
     every = list(measurements(table))
-    for part in PARTS:
+    for part in TIMED_PARTS:
         found = fit(every, part)
         assert set(found) == set(truth[part])
         for each in every:
@@ -61,7 +61,7 @@ def test_an_error_is_one_of_ratios_to_the_dense_parent() -> None:
     table, _ = made_up()
     left = left_out(table)
     ratios = [each.ratio for each in left]
-    assert len(left) == sum(each.sparse for each in measurements(table)) * len(PARTS)
+    assert len(left) == sum(each.sparse for each in measurements(table)) * len(TIMED_PARTS)
     for size in table["sizes"]:
         for row in size["models"]:
             row.update({how: [2 * time for time in row[how]] for how in HOWS if how in row})
@@ -77,8 +77,8 @@ def test_what_is_committed_is_small_and_says_what_it_was_measured_on() -> None:
     about = committed()["about"]
     assert (about["device"], about["threads"], about["dtype"]) == ("cpu", 1, "float32")
     assert about["instructions"] in ("AVX2", "AVX512", "DEFAULT")
-    assert (about["prompt_tokens"], HOWS) == (PROMPT, (shape_speed.STOCK, shape_speed.OWN))
-    assert shape_speed.PROMPT == PROMPT
+    assert (about["prompt_tokens"], HOWS) == (PROMPT_READ, (shape_speed.STOCK, shape_speed.OWN))
+    assert shape_speed.PROMPT == PROMPT_READ
     assert committed()["errors"]["without_size"]["median"] < 0.1
 
 
@@ -87,7 +87,7 @@ def test_work_grows_with_what_is_run_and_not_with_what_is_idle() -> None:
         block = BlockShape(**{"width": 64, "experts": 8, "top_k": 2, "shared": 128, **changed})
         return work(ModelShape(512, (8, 8, 64), 1000, ((block, 3),)), part, how)
 
-    for part in PARTS:
+    for part in TIMED_PARTS:
         for key in ("top_k", "width", "shared"):
             before, after = total(part), total(part, **{key: 2 * getattr(BlockShape(64, 8, 2, 128), key)})
             assert all(after[name] >= before[name] for name in before)

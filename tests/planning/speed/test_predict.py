@@ -15,7 +15,7 @@ from upcycle.cli.main import cli
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.planning.speed.predict import predicted_time
 from upcycle.planning.speed.table import committed, measurements
-from upcycle.planning.speed.work import HOWS, PARTS
+from upcycle.planning.speed.work import HOWS, TIMED_PARTS
 
 LAYERS = 30
 DENSE = Llama().config(
@@ -40,8 +40,8 @@ def split(layers: int = LAYERS, **changed: Any) -> MoeShape:
 
 def made_of(milliseconds: dict[str, float]) -> dict[str, Any]:
     """The committed table, with all time in a few amounts."""
-    fitted = {part: dict.fromkeys(committed()["milliseconds"][part], 0.0) for part in PARTS}
-    for part in PARTS:
+    fitted = {part: dict.fromkeys(committed()["milliseconds"][part], 0.0) for part in TIMED_PARTS}
+    for part in TIMED_PARTS:
         fitted[part].update(milliseconds)
     return {**committed(), "milliseconds": fitted}
 
@@ -95,7 +95,7 @@ def test_measured_splits_are_predicted_as_they_were_measured() -> None:
         shape = MoeShape(block.experts, block.top_k, block.shared // block.width, block.width, tuple(range(layers)))
         said = predicted_time(dense, shape, "qwen2_moe" if block.shared else "mixtral")
         (parent,) = (m for m in measurements(committed()) if m.shape == each.parent)
-        for part in PARTS:
+        for part in TIMED_PARTS:
             measured = each.milliseconds[part] / parent.milliseconds[part]
             assert said["relative"][each.how][part] == pytest.approx(
                 measured, rel=committed()["errors"]["without_size"]["worst"]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.planning.speed.table import Measured, measurements
-from upcycle.planning.speed.work import PARTS, Part, milliseconds, work
+from upcycle.planning.speed.table import MeasuredModel, measurements
+from upcycle.planning.speed.work import TIMED_PARTS, Part, milliseconds, work
 
 
-def fit(measured: Sequence[Measured], part: Part) -> dict[str, float]:
+def fit(measured: Sequence[MeasuredModel], part: Part) -> dict[str, float]:
     """Return the milliseconds of every amount, none negative, that make the sum of squared relative errors least.
 
     Args:
@@ -39,7 +39,7 @@ class LeftOut:
     ``without_shape`` is fitted to all models of other shapes, ``without_size`` to all models of other hidden sizes and FFNs.
     """
 
-    measured: Measured
+    measured: MeasuredModel
     part: Part
     ratio: float
     without_shape: float
@@ -49,7 +49,7 @@ class LeftOut:
 def left_out(table: Mapping[str, Any]) -> list[LeftOut]:
     """Predict each split of a table from the other models in it."""
     every, found = list(measurements(table)), []
-    for part in PARTS:
+    for part in TIMED_PARTS:
         dense = {each.shape: each.milliseconds[part] for each in every if not each.sparse}
         without_size = {
             key: fit([each for each in every if _size(each) != key], part) for key in {_size(each) for each in every}
@@ -66,7 +66,7 @@ def left_out(table: Mapping[str, Any]) -> list[LeftOut]:
     return found
 
 
-def _size(measured: Measured) -> tuple[int, int]:
+def _size(measured: MeasuredModel) -> tuple[int, int]:
     """Tell sizes of dense models apart."""
     return measured.parent.hidden, measured.ffn
 
@@ -83,4 +83,4 @@ def errors(left: Sequence[LeftOut]) -> dict[str, dict[str, float]]:
 def refitted(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is committed beside the times of a table: the coefficients of both parts, and the errors."""
     every = list(measurements(table))
-    return {"milliseconds": {part: fit(every, part) for part in PARTS}, "errors": errors(left_out(table))}
+    return {"milliseconds": {part: fit(every, part) for part in TIMED_PARTS}, "errors": errors(left_out(table))}

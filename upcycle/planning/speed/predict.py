@@ -8,8 +8,8 @@ from typing import Any
 from upcycle.architectures.dense_config import DenseConfig, Feature
 from upcycle.architectures.moe.qwen2_moe import Qwen2Moe, shared_size
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.planning.speed.table import Measured, committed, measurements
-from upcycle.planning.speed.work import HOWS, PARTS, BlockShape, ModelShape, milliseconds
+from upcycle.planning.speed.table import MeasuredModel, committed, measurements
+from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, milliseconds
 
 # Targets whose sparse blocks consist of the measured products: a softmax router, equal experts, at most one shared expert.
 _MEASURED_ALIKE = ("mixtral", "qwen2_moe", "qwen3_moe", "mellum", "flex_olmo")
@@ -43,7 +43,7 @@ def predicted_time(
     relative = {
         how: {
             part: round(milliseconds(fitted[part], child, part, how) / milliseconds(fitted[part], parent, part, how), 3)
-            for part in PARTS
+            for part in TIMED_PARTS
         }
         for how in HOWS
     }
@@ -77,7 +77,7 @@ def _unlike(dense: DenseConfig, shape: MoeShape, target: str) -> str | None:
     return None
 
 
-def _outside(parent: ModelShape, child: ModelShape, seen: list[Measured]) -> str | None:
+def _outside(parent: ModelShape, child: ModelShape, seen: list[MeasuredModel]) -> str | None:
     """Return which number lies outside of those that were timed."""
     ((ffn, _),) = parent.blocks
     blocks = [block for block, _ in child.blocks if block.experts]

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.files.formats.parsing import read_json
-from upcycle.planning.speed.work import HOWS, PARTS, BlockShape, ModelShape, Part
+from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, Part
 
 TABLE = Path(__file__).with_name("cpu.json")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """One measured model: its shape, how its sparse blocks were computed (any way, if it has none), and milliseconds.
 
     ``parent`` is the shape of the dense model that it was timed beside.
@@ -44,7 +44,7 @@ def committed() -> dict[str, Any]:
     return read_json(TABLE)
 
 
-def measurements(table: Mapping[str, Any]) -> Iterator[Measured]:
+def measurements(table: Mapping[str, Any]) -> Iterator[MeasuredModel]:
     """Yield all models of a table."""
     for size in table["sizes"]:
         hidden, heads, ffn = size["hidden"], tuple(size["heads"]), size["ffn"]
@@ -58,4 +58,4 @@ def measurements(table: Mapping[str, Any]) -> Iterator[Measured]:
             shape, parent = (ModelShape(hidden, heads, vocabulary, ((b, layers),)) for b in (block, BlockShape(ffn)))
             for how in ("dense", *HOWS):
                 if how in row:
-                    yield Measured(shape, parent, how, dict(zip(PARTS, row[how], strict=True)))
+                    yield MeasuredModel(shape, parent, how, dict(zip(TIMED_PARTS, row[how], strict=True)))

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-PROMPT = 256  # tokens that are read, and that a written one attends to
+PROMPT_READ = 256  # tokens that are read, and that a written one attends to
 HOWS = ("grouped_mm", "upcycle")  # how sparse blocks are computed: by transformers' own code, or by upcycle's kernels
 Part = Literal["prefill", "decode"]
-PARTS: tuple[Part, ...] = ("prefill", "decode")
+TIMED_PARTS: tuple[Part, ...] = ("prefill", "decode")
 Work = dict[str, float]
 
 
@@ -64,7 +64,7 @@ def _around(model: ModelShape, part: Part) -> Work:
     projections = layers * 2 * d * (queries + keys) * size
     head = d * model.vocabulary
     if part == "decode":
-        cache = layers * 2 * PROMPT * keys * size
+        cache = layers * 2 * PROMPT_READ * keys * size
         return {
             "model": 1.0,
             "layers": layers,
@@ -75,8 +75,8 @@ def _around(model: ModelShape, part: Part) -> Work:
     return {
         "model": 1.0,
         "layers": layers,
-        "projections": PROMPT * projections / 1e8,
-        "states": layers * PROMPT * d / 1e6,
+        "projections": PROMPT_READ * projections / 1e8,
+        "states": layers * PROMPT_READ * d / 1e6,
         "head": head / 1e6,
     }
 
@@ -85,12 +85,12 @@ def _dense(d: int, block: BlockShape, part: Part) -> Work:
     weights = 3 * d * block.width
     if part == "decode":
         return {"dense weights": weights / 1e6, "dense rows": (2 * block.width + d) / 1e3}
-    return {"dense products": PROMPT * weights / 1e8, "dense values": PROMPT * block.width / 1e6}
+    return {"dense products": PROMPT_READ * weights / 1e8, "dense values": PROMPT_READ * block.width / 1e6}
 
 
 def _sparse(d: int, block: BlockShape, part: Part, how: str) -> Work:
     routed, shared = 3 * d * block.width, 3 * d * block.shared
-    rows = PROMPT * block.top_k
+    rows = PROMPT_READ * block.top_k
     if part == "decode":
         amounts = {
             "blocks": 1.0,
@@ -109,7 +109,7 @@ def _sparse(d: int, block: BlockShape, part: Part, how: str) -> Work:
             "routed rows": rows * d / 1e6,
             "routed values": rows * block.width / 1e6,
             "routed weights": block.experts * routed / 1e6,
-            "shared products": PROMPT * shared / 1e8,
-            "shared values": PROMPT * block.shared / 1e6,
+            "shared products": PROMPT_READ * shared / 1e8,
+            "shared values": PROMPT_READ * block.shared / 1e6,
         }
     return {f"{how}: {name}": amount for name, amount in amounts.items()}
