@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from upcycle.planning.speed.table import MeasuredModel, measurements
-from upcycle.planning.speed.work import TIMED_PARTS, Part, milliseconds, work
+from upcycle.planning.speed.work import TIMED_PARTS, TimedPart, milliseconds, work
 
 
-def fit(measured: Sequence[MeasuredModel], part: Part) -> dict[str, float]:
+def fit(measured: Sequence[MeasuredModel], part: TimedPart) -> dict[str, float]:
     """Return the milliseconds of every amount, none negative, that make the sum of squared relative errors least.
 
     Args:
@@ -40,7 +40,7 @@ class LeftOut:
     """
 
     measured: MeasuredModel
-    part: Part
+    part: TimedPart
     ratio: float
     without_shape: float
     without_size: float

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.files.formats.parsing import read_json
-from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, Part
+from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, TimedPart
 
 TABLE = Path(__file__).with_name("cpu.json")
 
@@ -24,7 +24,7 @@ class MeasuredModel:
     shape: ModelShape
     parent: ModelShape
     how: str
-    milliseconds: Mapping[Part, float]
+    milliseconds: Mapping[TimedPart, float]
 
     @property
     def ffn(self) -> int:

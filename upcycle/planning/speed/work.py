@@ -11,8 +11,8 @@ from typing import Literal
 
 PROMPT_READ = 256  # tokens that are read, and that a written one attends to
 HOWS = ("grouped_mm", "upcycle")  # how sparse blocks are computed: by transformers' own code, or by upcycle's kernels
-Part = Literal["prefill", "decode"]
-TIMED_PARTS: tuple[Part, ...] = ("prefill", "decode")
+TimedPart = Literal["prefill", "decode"]
+TIMED_PARTS: tuple[TimedPart, ...] = ("prefill", "decode")
 Work = dict[str, float]
 
 
@@ -42,7 +42,7 @@ class ModelShape:
     blocks: tuple[tuple[BlockShape, int], ...]
 
 
-def work(model: ModelShape, part: Part, how: str) -> Work:
+def work(model: ModelShape, part: TimedPart, how: str) -> Work:
     """Return the amounts by name, in units in which each takes about a millisecond."""
     found = _around(model, part)
     for block, count in model.blocks:
@@ -52,12 +52,12 @@ def work(model: ModelShape, part: Part, how: str) -> Work:
     return found
 
 
-def milliseconds(fitted: Mapping[str, float], shape: ModelShape, part: Part, how: str) -> float:
+def milliseconds(fitted: Mapping[str, float], shape: ModelShape, part: TimedPart, how: str) -> float:
     """Return the predicted time of a model, given the milliseconds that were fitted to each amount."""
     return sum(fitted[name] * amount for name, amount in work(shape, part, how).items())
 
 
-def _around(model: ModelShape, part: Part) -> Work:
+def _around(model: ModelShape, part: TimedPart) -> Work:
     """Return the amounts of everything but FFNs."""
     layers, d = sum(count for _, count in model.blocks), model.hidden
     queries, keys, size = model.heads
@@ -81,14 +81,14 @@ def _around(model: ModelShape, part: Part) -> Work:
     }
 
 
-def _dense(d: int, block: BlockShape, part: Part) -> Work:
+def _dense(d: int, block: BlockShape, part: TimedPart) -> Work:
     weights = 3 * d * block.width
     if part == "decode":
         return {"dense weights": weights / 1e6, "dense rows": (2 * block.width + d) / 1e3}
     return {"dense products": PROMPT_READ * weights / 1e8, "dense values": PROMPT_READ * block.width / 1e6}
 
 
-def _sparse(d: int, block: BlockShape, part: Part, how: str) -> Work:
+def _sparse(d: int, block: BlockShape, part: TimedPart, how: str) -> Work:
     routed, shared = 3 * d * block.width, 3 * d * block.shared
     rows = PROMPT_READ * block.top_k
     if part == "decode":
