@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from stand_ins import make_llama_cpp, make_vllm
 
 import upcycle
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
+from upcycle.ffn.shared_switch import half_switch
 from upcycle.files import records
 from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
 from upcycle.verification.engines.verify_with import verify_with
@@ -213,13 +216,16 @@ def test_a_worker_ends_when_its_parent_has_ended() -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_known_differences_of_llama_cpp_are_explained() -> None:
-    """``norm_topk_prob`` is fixed in its graphs; with all experts on, the weights sum to 1 anyway."""
-    engine = LlamaCpp()
+@pytest.mark.parametrize("zero", [False, True])
+def test_known_differences_of_llama_cpp_are_explained(tmp_path: Path, zero: bool) -> None:
+    """``norm_topk_prob`` is fixed in its graphs; with all experts on, the weights sum to 1 anyway. A zero switch is looked for."""
+    engine, switch = LlamaCpp(), torch.zeros(1, 4) if zero else half_switch(4, torch.float32)
+    save_file({"model.layers.0.mlp.shared_expert_gate.weight": switch}, tmp_path / "model.safetensors")
     config = {"model_type": "qwen2_moe", "norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
     for changes, normalised in (({}, True), ({"num_experts_per_tok": 8}, False), ({"norm_topk_prob": False}, False)):
-        found = engine.known_difference(config | changes) or ""
-        assert "shared expert's switch" in found
+        found = engine.known_difference(tmp_path, config | changes) or ""
+        assert ("shared expert's switch" in found) == zero
         assert ("norm_topk_prob" in found) == normalised
-    assert "sum to 1" in (engine.known_difference(config | {"model_type": "qwen3_moe", "norm_topk_prob": False}) or "")
-    assert engine.known_difference(config | {"model_type": "qwen3_moe"}) is None
+    said = engine.known_difference(tmp_path, config | {"model_type": "qwen3_moe", "norm_topk_prob": False}) or ""
+    assert "sum to 1" in said
+    assert engine.known_difference(tmp_path, config | {"model_type": "qwen3_moe"}) is None

@@ -19,6 +19,7 @@ from upcycle.verification.engines.engine import Answer, NotHeld, Request, last_l
 
 LLAMA_CPP_VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
+_DIVIDES = "llama.cpp divides by the logit of the shared expert's switch, which is 0 in this model"
 _HINT = (
     f"git clone https://github.com/ggml-org/llama.cpp, set {LLAMA_CPP_VARIABLE} to that folder (its {_CONVERTER} is needed), and "
     "pip install xllamacpp sentencepiece, or have llama-server on the PATH"
@@ -47,23 +48,25 @@ class LlamaCpp:
         found = run_worker(self, "llama_cpp_worker.py", question, work, python, _HINT)
         return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
 
-    def known_difference(self, config: dict[str, Any]) -> str | None:
+    def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
         """Return why llama.cpp differs: its graphs ignore ``norm_topk_prob``, and compute Qwen2-MoE's sigmoid as ``silu(x) / x``.
 
         https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp
         """
         kind, normalized = config.get("model_type"), config.get("norm_topk_prob")
         if kind == "qwen2_moe":
-            why = (
-                "llama.cpp divides by the logit of the shared expert's switch, which is 0 in a Qwen2-MoE that was not trained since "
-                "it was converted"
-            )
+            why = [_DIVIDES] if _has_zero_switch(model) else []
             if normalized and config.get("num_experts_per_tok") != config.get("num_experts"):
-                why += ", and it does not make the weights of the chosen experts sum to 1 (norm_topk_prob)"
-            return why
+                why.append("llama.cpp does not make the weights of the chosen experts sum to 1 (norm_topk_prob)")
+            return ", and ".join(why) or None
         if kind in ("qwen3_moe", "mellum") and normalized is False:
             return "llama.cpp makes the weights of the chosen experts sum to 1, whatever norm_topk_prob says"
         return None
+
+
+def _has_zero_switch(model: Path) -> bool:
+    folder = SafetensorsFolder(model)
+    return any(not folder.read(name).any() for name in folder.specs if name.endswith(".shared_expert_gate.weight"))
 
 
 def _convert(model: Path, file: Path, work: Path, python: str) -> None:
