@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from stand_ins import make_llama_cpp, make_vllm
+from stand_ins import make_llama_cpp, make_llama_cpp_python, make_vllm
 
 import upcycle
 from upcycle.cli.main import cli
@@ -86,6 +86,23 @@ def test_an_engine_that_ignores_a_window_is_different(
     assert (found.verdict, found.positions) == ("same", 48)
     assert "up to position 48 of 512; sliding windows or scaled positions begin at 100" in found.explanation
     assert "which was not compared" in loading(out, "vLLM")
+
+
+@pytest.mark.usefixtures("nothing")
+def test_llama_cpp_runs_in_its_other_binding(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-cpp-python, where there is neither llama-server nor xllamacpp."""
+    folder = str(make_llama_cpp_python(tmp_path / "site"))
+    monkeypatch.setenv("LLAMA_CPP", folder)
+    monkeypatch.setenv("PYTHONPATH", folder)
+    found = verify_with(out, "llama.cpp", tokens=16)
+    assert (found.verdict, found.equal_tokens, found.tokenizer) == ("same", 16, "same")
+    assert found.version == "llama.cpp (llama-cpp-python 0.0-stand-in)"
+    monkeypatch.setenv("STAND_IN", "refuse")
+    found = verify_with(out, "llama.cpp", tokens=16)
+    assert (found.verdict, found.explanation) == (
+        "not held",
+        "llama.cpp cannot load it: Failed to load model from file",
+    )
 
 
 @pytest.mark.long
