@@ -57,10 +57,10 @@ def converted(source: Path, name: str, out: Path, tokens: int) -> Path:
 
 
 def shape_of(folder: Path) -> str:
-    """The experts of a converted model."""
-    if not (folder / BLUEPRINT_FILE).is_file():
-        return "no experts"
+    """What a converted model's FFNs consist of."""
     layer = BlueprintFile(folder / BLUEPRINT_FILE).layer(0)
+    if not layer.routed:
+        return f"{len(layer.shared) * layer.intermediate_size} neurons"
     shape = f"{layer.top_k} of {len(layer.routed)} experts of {layer.intermediate_size}"
     return f"{shape}, beside a shared one of {len(layer.shared) * layer.intermediate_size}" if layer.shared else shape
 
@@ -150,7 +150,13 @@ def main() -> int:
     parser.add_argument("--engine-python", default=sys.executable, help="the Python that has llama-cpp-python")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: all)")
     parser.add_argument("--kind", default="f32", help="f32, f16, bf16 or q8_0: how all files are stored (default: f32)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="numbers of threads (default: 1); 2 and more need an idle machine",
+    )
     parser.add_argument("--rounds", type=int, default=11, help="times each model is timed (default: 11)")
     parser.add_argument("--length", type=int, default=256, help="tokens of the prompt (default: 256)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens that are written (default: 16)")
