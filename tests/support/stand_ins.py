@@ -142,6 +142,41 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(flags["--port"])), Handler).serve_forever()
 """
+_BINDING = """
+import ctypes, os, torch
+from transformers import AutoTokenizer
+from writer import Writer
+
+__version__ = "0.0-stand-in"
+
+class Llama:
+    def __init__(self, file, **settings):
+        assert (settings["type_k"], settings["type_v"], settings["flash_attn"], settings["n_gpu_layers"]) == (0, 0, False, 0)
+        if os.environ.get("STAND_IN") == "refuse":
+            raise ValueError("Failed to load model from file")
+        folder = open(file).read()
+        self.ctx, self.ids, self.writer = self, [], Writer(folder, "float32")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def reset(self):
+        self.ids = []
+
+    def eval(self, tokens):
+        self.ids += tokens
+
+    def n_vocab(self):
+        return self.writer.model.config.vocab_size
+
+    def tokenize(self, text, add_bos, special):
+        assert not add_bos and not special
+        return self.tokenizer(text.decode(), add_special_tokens=False)["input_ids"]
+
+def llama_get_logits_ith(model, index):
+    assert index == -1
+    with torch.no_grad():
+        logits = model.writer.model(torch.tensor([model.ids])).logits[0, -1].tolist()
+    return (ctypes.c_float * len(logits))(*logits)
+"""
 
 
 def make_vllm(folder: Path) -> Path:
@@ -162,4 +197,13 @@ def make_llama_cpp(folder: Path) -> Path:
     server.chmod(0o755)
     (server.parent / "writer.py").write_text(_WRITER)
     assert os.access(server, os.X_OK)
+    return folder
+
+
+def make_llama_cpp_python(folder: Path) -> Path:
+    """A package ``llama_cpp`` in a folder for ``PYTHONPATH``, which holds llama.cpp's converter, too."""
+    (folder / "llama_cpp").mkdir(parents=True)
+    (folder / "llama_cpp" / "__init__.py").write_text(_BINDING)
+    (folder / "writer.py").write_text(_WRITER)
+    (folder / "convert_hf_to_gguf.py").write_text(_CONVERTER)
     return folder

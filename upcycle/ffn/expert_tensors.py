@@ -17,13 +17,14 @@ from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import MATRICES, MatrixName
 from upcycle.ffn.moe_shape import Part
 from upcycle.ffn.random_weights import redrawn
+from upcycle.ffn.shared_switch import half_switch
 
 Tensors = Callable[[int, str], torch.Tensor]
 _BIAS = "_bias"
 
 
 class ExpertTensors:
-    """The weights of one MoE layer, in the dtype of the dense FFN.
+    """The weights of one MoE layer, in the dtype of the dense FFN (but see :mod:`~upcycle.ffn.shared_switch`).
 
     How biases are divided, so that the layer is the dense FFN wherever its matrices alone would be. With
     ``h_j = act(gate_j x + a_j) * (up_j x + b_j)`` (or ``act(up_j x + b_j)``) the dense FFN is ``sum_j h_j down_j + c``.
@@ -66,7 +67,7 @@ class ExpertTensors:
             assert self._blueprint.router is not None
             return self._blueprint.router.to(dtype)
         if part.kind == "shared_switch":
-            return torch.zeros(1, width, dtype=dtype)
+            return half_switch(width, dtype)
         if part.kind == "zeros":
             return torch.zeros(part.size)
         if part.kind == "idle_down":

@@ -21,7 +21,7 @@ PartKind = Literal[
     "shared_gate_bias",
     "shared_up_bias",
     "shared_down_bias",
-    "shared_switch",  # the row whose sigmoid multiplies a shared expert: zeros
+    "shared_switch",  # the row whose sigmoid multiplies a shared expert, so small that it is 1/2
     "idle_gate",  # a shared expert that must exist but adds nothing: the first neurons, with a zero down projection
     "idle_up",
     "idle_down",

@@ -203,7 +203,7 @@ def _units(
         if layer in shape.moe_layers:
             expert_dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
             entries += [
-                OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.dtype or expert_dtype), built=tensor)
+                OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.stored_dtype(expert_dtype)), built=tensor)
                 for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
             ]
         else:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 
@@ -35,16 +36,17 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-LAYERS = {
+OWN_KEYS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "hunyuan_v1_dense": {"head_dim": 32},
 }
 
 
 def dense_model(family: str, folder: Path) -> Path:
     """A random model of a family, large enough in every weight that an error shows."""
     torch.manual_seed(0)
-    changes = SHAPE | LAYERS.get(family, {})
+    changes = SHAPE | OWN_KEYS.get(family, {})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
-from stand_ins import make_llama_cpp, make_vllm
+from safetensors.torch import save_file
+from stand_ins import make_llama_cpp, make_llama_cpp_python, make_vllm
 
 import upcycle
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
+from upcycle.ffn.shared_switch import half_switch
 from upcycle.files import records
 from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
 from upcycle.verification.engines.verify_with import verify_with
@@ -83,6 +86,23 @@ def test_an_engine_that_ignores_a_window_is_different(
     assert (found.verdict, found.positions) == ("same", 48)
     assert "up to position 48 of 512; sliding windows or scaled positions begin at 100" in found.explanation
     assert "which was not compared" in loading(out, "vLLM")
+
+
+@pytest.mark.usefixtures("nothing")
+def test_llama_cpp_runs_in_its_other_binding(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-cpp-python, where there is neither llama-server nor xllamacpp."""
+    folder = str(make_llama_cpp_python(tmp_path / "site"))
+    monkeypatch.setenv("LLAMA_CPP", folder)
+    monkeypatch.setenv("PYTHONPATH", folder)
+    found = verify_with(out, "llama.cpp", tokens=16)
+    assert (found.verdict, found.equal_tokens, found.tokenizer) == ("same", 16, "same")
+    assert found.version == "llama.cpp (llama-cpp-python 0.0-stand-in)"
+    monkeypatch.setenv("STAND_IN", "refuse")
+    found = verify_with(out, "llama.cpp", tokens=16)
+    assert (found.verdict, found.explanation) == (
+        "not held",
+        "llama.cpp cannot load it: Failed to load model from file",
+    )
 
 
 @pytest.mark.long
@@ -213,13 +233,16 @@ def test_a_worker_ends_when_its_parent_has_ended() -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_known_differences_of_llama_cpp_are_explained() -> None:
-    """``norm_topk_prob`` is fixed in its graphs; with all experts on, the weights sum to 1 anyway."""
-    engine = LlamaCpp()
+@pytest.mark.parametrize("zero", [False, True])
+def test_known_differences_of_llama_cpp_are_explained(tmp_path: Path, zero: bool) -> None:
+    """``norm_topk_prob`` is fixed in its graphs; with all experts on, the weights sum to 1 anyway. A zero switch is looked for."""
+    engine, switch = LlamaCpp(), torch.zeros(1, 4) if zero else half_switch(4, torch.float32)
+    save_file({"model.layers.0.mlp.shared_expert_gate.weight": switch}, tmp_path / "model.safetensors")
     config = {"model_type": "qwen2_moe", "norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
     for changes, normalised in (({}, True), ({"num_experts_per_tok": 8}, False), ({"norm_topk_prob": False}, False)):
-        found = engine.known_difference(config | changes) or ""
-        assert "shared expert's switch" in found
+        found = engine.known_difference(tmp_path, config | changes) or ""
+        assert ("shared expert's switch" in found) == zero
         assert ("norm_topk_prob" in found) == normalised
-    assert "sum to 1" in (engine.known_difference(config | {"model_type": "qwen3_moe", "norm_topk_prob": False}) or "")
-    assert engine.known_difference(config | {"model_type": "qwen3_moe"}) is None
+    said = engine.known_difference(tmp_path, config | {"model_type": "qwen3_moe", "norm_topk_prob": False}) or ""
+    assert "sum to 1" in said
+    assert engine.known_difference(tmp_path, config | {"model_type": "qwen3_moe"}) is None

@@ -12,6 +12,7 @@ from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.tensor_origin import Origin, is_rotated
 from upcycle.errors import RefusalError
 from upcycle.ffn.moe_shape import MoeShape, Part
+from upcycle.ffn.shared_switch import switch_dtype
 
 ExpertLayout = Literal["per-expert", "fused"]
 Score = Literal["softmax", "sigmoid"]
@@ -28,6 +29,12 @@ class OutputTensor:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     dtype: str | None = None
+
+    def stored_dtype(self, experts: str) -> str:
+        """Return the dtype in which it is written beside experts of a dtype."""
+        if any(part.kind == "shared_switch" for part in self.parts):
+            return self.dtype or switch_dtype(experts)
+        return self.dtype or experts
 
 
 _WINDOWS = frozenset({Feature.WINDOW, Feature.MIXED_WINDOWS})

@@ -90,8 +90,13 @@ class Engine(Protocol):
             NotHeld: the engine cannot run the model.
         """
 
-    def known_difference(self, config: dict[str, Any]) -> str | None:
-        """Return why the engine is known to compute something else than transformers, or None."""
+    def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
+        """Return why the engine is known to compute something else than transformers, or None.
+
+        Args:
+            model: a stock transformers folder.
+            config: its ``config.json``.
+        """
 
 
 def run_worker(

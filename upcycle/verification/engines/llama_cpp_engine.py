@@ -19,9 +19,10 @@ from upcycle.verification.engines.engine import Answer, NotHeld, Request, last_l
 
 LLAMA_CPP_VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
+_DIVIDES = "llama.cpp divides by the logit of the shared expert's switch, which is 0 in this model"
 _HINT = (
     f"git clone https://github.com/ggml-org/llama.cpp, set {LLAMA_CPP_VARIABLE} to that folder (its {_CONVERTER} is needed), and "
-    "pip install xllamacpp sentencepiece, or have llama-server on the PATH"
+    "pip install xllamacpp sentencepiece (or llama-cpp-python in its place), or have llama-server on the PATH"
 )
 
 
@@ -34,7 +35,7 @@ class LlamaCpp:
     def ask(self, model: Path, config: dict[str, Any], request: Request, work: Path, python: str) -> Answer:
         """See :class:`~upcycle.verification.engines.engine.Engine`."""
         file = work / "model.gguf"
-        _convert(model, file, work, python)
+        convert_to_gguf(model, file, work, python)
         question = {
             "model": str(file),
             "context": max(request.context + 1, 256),
@@ -47,27 +48,36 @@ class LlamaCpp:
         found = run_worker(self, "llama_cpp_worker.py", question, work, python, _HINT)
         return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
 
-    def known_difference(self, config: dict[str, Any]) -> str | None:
+    def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
         """Return why llama.cpp differs: its graphs ignore ``norm_topk_prob``, and compute Qwen2-MoE's sigmoid as ``silu(x) / x``.
 
         https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp
         """
         kind, normalized = config.get("model_type"), config.get("norm_topk_prob")
         if kind == "qwen2_moe":
-            why = (
-                "llama.cpp divides by the logit of the shared expert's switch, which is 0 in a Qwen2-MoE that was not trained since "
-                "it was converted"
-            )
+            why = [_DIVIDES] if _has_zero_switch(model) else []
             if normalized and config.get("num_experts_per_tok") != config.get("num_experts"):
-                why += ", and it does not make the weights of the chosen experts sum to 1 (norm_topk_prob)"
-            return why
+                why.append("llama.cpp does not make the weights of the chosen experts sum to 1 (norm_topk_prob)")
+            return ", and ".join(why) or None
         if kind in ("qwen3_moe", "mellum") and normalized is False:
             return "llama.cpp makes the weights of the chosen experts sum to 1, whatever norm_topk_prob says"
         return None
 
 
-def _convert(model: Path, file: Path, work: Path, python: str) -> None:
-    """Run the converter.
+def _has_zero_switch(model: Path) -> bool:
+    folder = SafetensorsFolder(model)
+    return any(not folder.read(name).any() for name in folder.specs if name.endswith(".shared_expert_gate.weight"))
+
+
+def convert_to_gguf(model: Path, file: Path, work: Path, python: str, kind: str = "f32") -> None:
+    """Write a GGUF file of a stock transformers folder with llama.cpp's converter.
+
+    Args:
+        model: the folder.
+        file: the file to write.
+        work: a folder for temporary files.
+        python: the Python that has what the converter needs.
+        kind: the converter's ``--outtype``: f32, f16, bf16 or q8_0.
 
     Raises:
         EnvironmentFault: the converter or a package that it needs is missing, or the disk has no room.
@@ -87,7 +97,7 @@ def _convert(model: Path, file: Path, work: Path, python: str) -> None:
             *run_script(Path(converter), python),
             str(model.absolute()),
             "--outtype",
-            "f32",
+            kind,
             "--outfile",
             str(file),
         ]
@@ -103,7 +113,7 @@ def _convert(model: Path, file: Path, work: Path, python: str) -> None:
         raise EnvironmentFault(f"llama.cpp's converter needs {package}", hint=f"pip install {package} for {python}")
     if "pre-tokenizer was not recognized" in end:
         last = "it does not know this tokenizer"
-    raise NotHeld(f"llama.cpp's converter cannot convert it: {last}")
+    raise NotHeld(f"llama.cpp's converter cannot convert it: {last.replace(str(model.absolute()) + os.sep, '')}")
 
 
 def _found(program: str) -> str | None:

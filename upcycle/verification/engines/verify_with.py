@@ -178,7 +178,7 @@ def _compare(
         why += f", and {len(others)} are as probable as far as rounding tells"
     if verdict == "same" and tokenized == "different":
         verdict, why = "different", "it tokenizes text in another way than the model's tokenizer"
-    if verdict == "different" and (reason := engine.known_difference(config)):
+    if verdict == "different" and (reason := engine.known_difference(folder, config)):
         why += f": {reason}"
     positions = max(len(one) + len(text.tokens) for one, text in zip(request.prompts, answer.written, strict=True))
     why += f", up to position {positions:,} of {model.config.max_position_embeddings:,}"

@@ -30,6 +30,6 @@ class Vllm:
         found = run_worker(self, "vllm_worker.py", question, work, python, hint, **own)
         return Answer(f"vLLM {found['version']}", found["dtype"], read_written(found), None)
 
-    def known_difference(self, config: dict[str, Any]) -> str | None:
+    def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
         """Return None: no difference is known."""
         return None

@@ -1,4 +1,4 @@
-"""Runs llama.cpp's server in a process of its own: the Python binding xllamacpp or the program llama-server, over HTTP.
+"""Runs llama.cpp in a process of its own: the program llama-server or the Python binding xllamacpp, over HTTP, or llama-cpp-python.
 
 Reads ``{"model", "context", "threads", "server", "prompts", "tokens", "texts"}``, and answers
 ``{"version", "written", "tokenized"}``, or ``missing`` or ``refused`` with the reason. HTTP interface:
@@ -14,6 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from typing import Any
 
 from answering import Refused, serve
@@ -23,6 +24,15 @@ PATIENCE = 600  # seconds until the model must be loaded
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Continue every prompt greedily, and tokenize the texts."""
+    if not asked["server"] and not find_spec("xllamacpp") and find_spec("llama_cpp"):
+        from llama_cpp_python import VERSION, Binding
+
+        binding = Binding(asked["model"], asked["context"], asked["threads"])
+        return {
+            "version": VERSION,
+            "written": [binding.greedy(prompt, asked["tokens"]) for prompt in asked["prompts"]],
+            "tokenized": [binding.tokenize(text) for text in asked["texts"]],
+        }
     address, version, process = start_program(asked) if asked["server"] else start_binding(asked)
     try:
         return {
