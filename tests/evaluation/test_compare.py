@@ -176,6 +176,14 @@ def test_bad_input(pico: Pico, changes: dict, message: str) -> None:
         upcycle.compare(str(pico("llama")), **{**SMALL, **changes})
 
 
+def test_a_fraction_that_no_method_reaches_is_left_out_with_the_reason(pico: Pico) -> None:
+    found = upcycle.compare(
+        str(pico("llama")), methods=["random_split"], routers=["cool"], timed=False, **{**SMALL, "active": [0.5, 0.3]}
+    )
+    assert {row.active for row in found.results} == {0.5}
+    assert any("active 0.3 would run" in note for note in found.skipped)
+
+
 def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> None:
     arguments = [
         "compare",

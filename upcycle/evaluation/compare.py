@@ -100,10 +100,17 @@ def compare(
 
         first = "ridge" if "ridge" in routing else routing[0]
         all_routers, refits = (routing, ("down", "none")) if grid == "full" else ([first], ("down",))
-        dense = run([candidate(a, m, r, f) for a in active for m in splitting for r in all_routers for f in refits])
+        tried = [candidate(a, m, r, f) for a in active for m in splitting for r in all_routers for f in refits]
+        possible = list(dict.fromkeys(one.active for one in tried if one is not None))
+        if not possible:
+            raise UsageError(
+                f"no method can split this model with {' or '.join(f'{a:g}' for a in active)} of its neurons active",
+                hint=skipped[0] if skipped else "--methods all",
+            )
+        dense = run(tried)
         last = []
-        for fraction in active:
-            best = _best([c for c in done if c.active == fraction], dense, fraction)
+        for fraction in possible:
+            best = _best([c for c in done if c.active == fraction], dense)
             method, router = named_parts(best)
             last += [candidate(fraction, method, name, "down") for name in routing]
             last += [candidate(fraction, method, router, refit) for refit in ("blocks", "scale", "none")]
@@ -167,8 +174,6 @@ def _workers(candidates: Sequence[Candidate]) -> int:
     return max(1, min(torch.get_num_threads(), len(candidates), available_memory() // 2 // largest))
 
 
-def _best(candidates: list[Candidate], dense: Sequence[float], active: float) -> Candidate:
+def _best(candidates: list[Candidate], dense: Sequence[float]) -> Candidate:
     storable = [c for c in candidates if c.baseline is None]
-    if not storable:
-        raise UsageError(f"no method can split this model with {active:g} of its neurons active", hint="--methods all")
     return min(storable, key=lambda candidate: ratio(candidate.nats, dense))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from upcycle.errors import UsageError
 from upcycle.evaluation.candidate_walk import Candidate, Texts, ratio
 from upcycle.evaluation.candidates import CandidateOptions, named_parts
 from upcycle.evaluation.compare_times import Timing
@@ -99,7 +98,7 @@ def recommend(rows: Sequence[Result], faster: float | None, within: float | None
     """Return the rows with those that are recommended marked; only they keep their command.
 
     Raises:
-        UsageError: no row meets the goal, or none can be converted at a fraction.
+        UsageError: no row meets the goal.
     """
     storable = [row for row in rows if row.baseline is None]
     if faster is not None:
@@ -113,15 +112,8 @@ def recommend(rows: Sequence[Result], faster: float | None, within: float | None
 
 
 def best_quality(rows: Sequence[Result], active: float) -> Result:
-    """Return the row of least perplexity at one fraction.
-
-    Raises:
-        UsageError: there is none.
-    """
-    mine = [row for row in rows if row.active == active]
-    if not mine:
-        raise UsageError(f"no method can split this model with {active:g} of its neurons active", hint="--methods all")
-    return min(mine, key=lambda row: row.ratio)
+    """Return the row of least perplexity at one fraction."""
+    return min((row for row in rows if row.active == active), key=lambda row: row.ratio)
 
 
 def _row(
