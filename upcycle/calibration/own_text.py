@@ -1,0 +1,169 @@
+"""Lets a model write the text that it is calibrated on, token by token, many windows side by side.
+
+The idea is that of LLM-QAT (arXiv 2305.17888, section 3.1) and of self-calibration (arXiv 2410.17170): text that is sampled from
+a model is of all the kinds that the model knows, and no file is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.calibration.repetition import judge, repetition
+from upcycle.errors import CheckpointError
+from upcycle.files.atomic_files import write_whole
+from upcycle.models.load import load_model
+from upcycle.planning.own_text import rows_at_once
+from upcycle.progress import Progress
+
+TEMPERATURE = 1.0  # the model's own distribution
+_TENSOR = "token_ids"
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Says how a model writes text: all that decides the tokens, beside its weights.
+
+    Attributes:
+        windows: how many windows it writes, ``N``.
+        window: tokens per window, ``W``.
+        seed: seed of the first tokens and of all draws.
+        vocabulary: only the first so many tokens are drawn; a model may have more rows than its tokenizer has tokens.
+        special: special tokens, none of which begins a window.
+        temperature: of all draws but the first.
+    """
+
+    windows: int
+    window: int
+    seed: int
+    vocabulary: int
+    special: tuple[int, ...] = ()
+    temperature: float = TEMPERATURE
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``upcycle.json`` says about it, as plain data."""
+        content = asdict(self)
+        return {key: content[key] for key in ("windows", "window", "seed", "temperature")} | {"first": "random token"}
+
+
+def with_own_text(
+    wanted: OwnText, read: torch.Tensor | None, model: Path, kept: Path, progress: Progress
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return windows that the model writes, evenly mixed with those that were read, int64 ids ``[N, W]``.
+
+    Args:
+        wanted: the windows to write.
+        read: windows of files, ids ``[M, W]``; None: there are none.
+        model: the model's folder or ``.gguf`` file.
+        kept: a file that keeps what is written; a run that was stopped continues from it.
+        progress: where to report.
+
+    Returns:
+        The windows, and what ``upcycle.json`` says about those that the model wrote.
+
+    Raises:
+        UsageError: nearly all of it is repetition.
+        CheckpointError: the model's logits are not finite.
+        EnvironmentFault: the model does not fit in memory.
+    """
+    written = write_windows(wanted, model, kept, progress)
+    found = repetition(written)
+    try:
+        judge(found, progress)
+    except Exception:
+        kept.unlink(missing_ok=True)  # there is nothing to continue, and another command can use the folder
+        raise
+    about = wanted.about | {"repetitive_windows": found.collapsed, "distinct_runs": round(found.distinct, 4)}
+    return evenly_mixed([written] if read is None else [written, read]), about
+
+
+def evenly_mixed(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the rows of all ``pieces``, each spread evenly over the whole: every eighth batch, which is held out, has some of each."""
+    places = torch.cat([(torch.arange(len(piece)) + 0.5) / len(piece) for piece in pieces])
+    return torch.cat(list(pieces))[places.argsort(stable=True)]
+
+
+def write_windows(wanted: OwnText, model: Path, kept: Path, progress: Progress) -> torch.Tensor:
+    """Return what the model writes, ids ``[N, W]``, as far as ``kept`` does not hold it already.
+
+    The draws of a batch depend on the seed and on the batch's number alone, so that a run that continues writes the same.
+
+    Raises:
+        CheckpointError: the model's logits are not finite.
+        EnvironmentFault: the model does not fit in memory.
+    """
+    done = _read(wanted, kept)
+    at_once = rows_at_once(wanted.window)
+    steps = wanted.window * -(-wanted.windows // at_once)
+    with progress.phase("writing calibration text", steps):
+        progress.advance(wanted.window * -(-len(done) // at_once))
+        if len(done) == wanted.windows:
+            return done
+        loaded = load_model(model)
+        for first in range(len(done), wanted.windows, at_once):
+            rows = min(at_once, wanted.windows - first)
+            done = torch.cat([done, _batch(wanted, loaded, first // at_once, rows, progress)])
+            _keep(done, kept)
+    return done
+
+
+@torch.no_grad()
+def _batch(wanted: OwnText, model: Any, number: int, rows: int, progress: Progress) -> torch.Tensor:
+    """Write some windows side by side, ids ``[rows, W]``.
+
+    What the model writes after the end of a text stays in the window, as the next text does in windows of files.
+    """
+    # Seeds of PyTorch's generators are spread over all bits, so that neighbours give unlike draws.
+    rng = torch.Generator().manual_seed((wanted.seed << 20) + number)
+    ids = torch.empty(rows, wanted.window, dtype=torch.long)
+    beginnings = torch.tensor(sorted(set(range(wanted.vocabulary)) - set(wanted.special)))
+    ids[:, 0] = beginnings[torch.randint(len(beginnings), (rows,), generator=rng)]
+    cache: Any = None
+    progress.advance()
+    for place in range(1, wanted.window):
+        # The cache that the model makes itself suits every architecture: windows, convolutions, linear attention.
+        output = model(ids[:, place - 1 : place], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        ids[:, place] = _draw(output.logits[:, -1, : wanted.vocabulary], wanted.temperature, rng)
+        progress.advance()
+    return ids
+
+
+def _draw(logits: torch.Tensor, temperature: float, rng: torch.Generator) -> torch.Tensor:
+    """Draw a token ``[B]`` from each row of logits ``[B, V]``, with one random number per row."""
+    sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    if not sums[:, -1].isfinite().all():
+        raise CheckpointError(
+            "the model writes no text: its logits are not finite",
+            hint="the checkpoint is damaged or its training diverged; download it again or use an earlier one",
+        )
+    places = torch.rand(len(sums), 1, dtype=torch.float64, generator=rng) * sums[:, -1:]
+    return torch.searchsorted(sums, places, right=True).clamp_(max=sums.shape[1] - 1)[:, 0]
+
+
+def _read(wanted: OwnText, kept: Path) -> torch.Tensor:
+    """Return the windows ``[n, W]`` that an earlier run kept; none where the file is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    nothing = torch.empty(0, wanted.window, dtype=torch.long)
+    if not kept.exists():
+        return nothing
+    try:
+        found = load_file(kept).get(_TENSOR)
+    except (OSError, SafetensorError):
+        return nothing
+    fits = found is not None and found.dtype == torch.long and found.dim() == 2 and found.shape[1] == wanted.window
+    whole = fits and (len(found) % rows_at_once(wanted.window) == 0 or len(found) == wanted.windows)
+    return found if found is not None and whole and len(found) <= wanted.windows else nothing
+
+
+def _keep(windows: torch.Tensor, kept: Path) -> None:
+    from safetensors.torch import save_file
+
+    write_whole(kept, lambda partial: save_file({_TENSOR: windows}, partial))
