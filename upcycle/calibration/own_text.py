@@ -83,7 +83,7 @@ def with_own_text(
 
 
 def evenly_mixed(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the rows of all ``pieces``, each spread evenly over the whole: every eighth batch, which is held out, has some of each."""
+    """Return the rows of all ``pieces``, each spread evenly over the whole, so that the batches that are held out have some of each."""
     places = torch.cat([(torch.arange(len(piece)) + 0.5) / len(piece) for piece in pieces])
     return torch.cat(list(pieces))[places.argsort(stable=True)]
 
@@ -158,9 +158,10 @@ def _read(wanted: OwnText, kept: Path) -> torch.Tensor:
         found = load_file(kept).get(_TENSOR)
     except (OSError, SafetensorError):
         return nothing
-    fits = found is not None and found.dtype == torch.long and found.dim() == 2 and found.shape[1] == wanted.window
-    whole = fits and (len(found) % rows_at_once(wanted.window) == 0 or len(found) == wanted.windows)
-    return found if found is not None and whole and len(found) <= wanted.windows else nothing
+    if found is None or found.dtype != torch.long or found.dim() != 2 or found.shape[1] != wanted.window:
+        return nothing
+    whole = len(found) == wanted.windows or len(found) % rows_at_once(wanted.window) == 0
+    return found if whole and len(found) <= wanted.windows else nothing
 
 
 def _keep(windows: torch.Tensor, kept: Path) -> None:
