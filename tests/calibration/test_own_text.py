@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.calibration import own_text
-from upcycle.calibration.own_text import OwnText, evenly_mixed, write_windows
+from upcycle.calibration.own_text import OwnText, evenly_mixed, uniform, write_windows
 from upcycle.calibration.repetition import repetition
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.files.records import hash_tokens, read_record
@@ -54,15 +54,14 @@ def test_tokens_are_drawn_from_the_models_own_distribution(pico: Pico, tmp_path:
     written = write_windows(SMALL, pico(name), tmp_path / "kept", SILENT)
     assert written.shape == (5, WINDOW)
     assert written.max() < 1000
-    rng = torch.Generator().manual_seed(3 << 20)
-    assert written[:, 0].equal(torch.arange(3, 1000)[torch.randint(997, (5,), generator=rng)])
+    draws = torch.stack([uniform(3, number, WINDOW) for number in range(5)])
+    assert written[:, 0].equal(3 + (997 * draws[:, 0]).long())
     with torch.no_grad():
         probabilities = load_stock_model(pico(name))(written).logits[:, :-1, :1000].double().softmax(-1)
     sums = torch.cat([torch.zeros(5, WINDOW - 1, 1), probabilities.cumsum(-1)], dim=-1)
-    numbers = torch.stack([torch.rand(5, 1, dtype=torch.float64, generator=rng) for _ in range(WINDOW - 1)], dim=1)
-    token = written[:, 1:, None]
-    assert (sums.gather(2, token) <= numbers + 1e-4).all()
-    assert (sums.gather(2, token + 1) >= numbers - 1e-4).all()
+    token, drawn = written[:, 1:, None], draws[:, 1:, None]
+    assert (sums.gather(2, token) <= drawn + 1e-4).all()
+    assert (sums.gather(2, token + 1) >= drawn - 1e-4).all()
 
 
 def test_a_stopped_run_does_not_write_again(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +173,8 @@ def test_a_file_called_self_is_reached_by_its_path(pico: Pico, tmp_path: Path, m
 
 
 def test_other_texts_cannot_be_self_written(pico: Pico, tmp_path: Path) -> None:
-    for keys in ({**SPLIT, "verification": {"text": "self"}},):
-        with pytest.raises(UsageError, match="self is text that the model writes itself"):
-            upcycle.convert(str(pico("llama")), tmp_path / "out", **keys)
+    with pytest.raises(UsageError, match="self is text that the model writes itself"):
+        upcycle.convert(str(pico("llama")), tmp_path / "out", **{**SPLIT, "verification": {"text": "self"}})
     with pytest.raises(UsageError, match="self is text that the model writes itself"):
         upcycle.evaluate(str(pico("llama")), text="self")
     assert not list(tmp_path.iterdir())

@@ -83,7 +83,7 @@ def with_own_text(
 
 
 def evenly_mixed(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the rows of all ``pieces``, each spread evenly over the whole, so that the batches that are held out have some of each."""
+    """Return the rows of all ``pieces``, each spread evenly over the whole, so that every batch has some of each."""
     places = torch.cat([(torch.arange(len(piece)) + 0.5) / len(piece) for piece in pieces])
     return torch.cat(list(pieces))[places.argsort(stable=True)]
 
@@ -91,7 +91,7 @@ def evenly_mixed(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 def write_windows(wanted: OwnText, model: Path, kept: Path, progress: Progress) -> torch.Tensor:
     """Return what the model writes, ids ``[N, W]``, as far as ``kept`` does not hold it already.
 
-    The draws of a batch depend on the seed and on the batch's number alone, so that a run that continues writes the same.
+    The draws of a window depend on the seed and on the window's number alone, so that a run that continues writes the same.
 
     Raises:
         CheckpointError: the model's logits are not finite.
@@ -107,43 +107,49 @@ def write_windows(wanted: OwnText, model: Path, kept: Path, progress: Progress) 
         loaded = load_model(model)
         for first in range(len(done), wanted.windows, at_once):
             rows = min(at_once, wanted.windows - first)
-            done = torch.cat([done, _batch(wanted, loaded, first // at_once, rows, progress)])
+            done = torch.cat([done, _batch(wanted, loaded, range(first, first + rows), progress)])
             _keep(done, kept)
     return done
 
 
 @torch.no_grad()
-def _batch(wanted: OwnText, model: Any, number: int, rows: int, progress: Progress) -> torch.Tensor:
-    """Write some windows side by side, ids ``[rows, W]``.
+def _batch(wanted: OwnText, model: Any, numbers: range, progress: Progress) -> torch.Tensor:
+    """Write the windows of these ``numbers`` side by side, ids ``[B, W]``.
 
     What the model writes after the end of a text stays in the window, as the next text does in windows of files.
     """
-    # Seeds of PyTorch's generators are spread over all bits, so that neighbours give unlike draws.
-    rng = torch.Generator().manual_seed((wanted.seed << 20) + number)
-    ids = torch.empty(rows, wanted.window, dtype=torch.long)
+    draws = torch.stack([uniform(wanted.seed, number, wanted.window) for number in numbers])
     beginnings = torch.tensor(sorted(set(range(wanted.vocabulary)) - set(wanted.special)))
-    ids[:, 0] = beginnings[torch.randint(len(beginnings), (rows,), generator=rng)]
+    ids = torch.empty(draws.shape, dtype=torch.long)
+    ids[:, 0] = beginnings[(draws[:, 0] * len(beginnings)).long()]
     cache: Any = None
     progress.advance()
     for place in range(1, wanted.window):
         # The cache that the model makes itself suits every architecture: windows, convolutions, linear attention.
         output = model(ids[:, place - 1 : place], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        ids[:, place] = _draw(output.logits[:, -1, : wanted.vocabulary], wanted.temperature, rng)
+        logits = output.logits[:, -1, : wanted.vocabulary].double() / wanted.temperature
+        ids[:, place] = _chosen(logits, draws[:, place])
         progress.advance()
     return ids
 
 
-def _draw(logits: torch.Tensor, temperature: float, rng: torch.Generator) -> torch.Tensor:
-    """Draw a token ``[B]`` from each row of logits ``[B, V]``, with one random number per row."""
-    sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
+def uniform(seed: int, number: int, count: int) -> torch.Tensor:
+    """Return ``count`` random numbers from 0 to 1, fp64 ``[count]``, that belong to one window."""
+    rng = torch.Generator().manual_seed((seed << 24) + number)
+    return torch.rand(count, dtype=torch.float64, generator=rng)
+
+
+def _chosen(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Return the token ``[B]`` at which each row's cumulated probabilities pass its draw ``[B]``; logits are fp64 ``[B, V]``."""
+    sums = logits.softmax(-1).cumsum(-1)
     if not sums[:, -1].isfinite().all():
         raise CheckpointError(
             "the model writes no text: its logits are not finite",
             hint="the checkpoint is damaged or its training diverged; download it again or use an earlier one",
         )
-    places = torch.rand(len(sums), 1, dtype=torch.float64, generator=rng) * sums[:, -1:]
-    return torch.searchsorted(sums, places, right=True).clamp_(max=sums.shape[1] - 1)[:, 0]
+    places = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
+    return places.clamp_(max=sums.shape[1] - 1)[:, 0]
 
 
 def _read(wanted: OwnText, kept: Path) -> torch.Tensor:

@@ -25,8 +25,8 @@ class CalibrationRecipe(StrictSettings):
 
     text: str | list[str] | None = Field(
         None,
-        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo, or self (the model writes "
-        "it); several are mixed evenly, self and all others half and half",
+        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo, or self (the model "
+        "writes it); several are mixed evenly, self and all others half and half",
     )
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
