@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.calibration import own_text
-from upcycle.calibration.own_text import OwnText, evenly_mixed, uniform, write_windows
+from upcycle.calibration.own_text import OwnText, draws_of, evenly_mixed, write_windows
 from upcycle.calibration.repetition import repetition
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.files.records import hash_tokens, read_record
 from upcycle.planning import own_text as planned
 from upcycle.progress import SILENT, Progress
+from upcycle.report.sections.made import made_view
 from upcycle.text.mixture import mixed_windows
 from upcycle.text.windows import demo_parts
 
@@ -54,7 +55,7 @@ def test_tokens_are_drawn_from_the_models_own_distribution(pico: Pico, tmp_path:
     written = write_windows(SMALL, pico(name), tmp_path / "kept", SILENT)
     assert written.shape == (5, WINDOW)
     assert written.max() < 1000
-    draws = torch.stack([uniform(3, number, WINDOW) for number in range(5)])
+    draws = torch.stack([draws_of(3, number, WINDOW) for number in range(5)])
     assert written[:, 0].equal(3 + (997 * draws[:, 0]).long())
     with torch.no_grad():
         probabilities = load_stock_model(pico(name))(written).logits[:, :-1, :1000].double().softmax(-1)
@@ -123,6 +124,14 @@ def test_a_conversion_says_what_it_was_calibrated_on(pico: Pico, tmp_path: Path)
     assert result.verification is not None
     assert result.verification.text == "embedded validation texts"
     assert upcycle.verify(first).text == "embedded validation texts"
+    said = (
+        "text the model wrote itself (16 windows of 32 tokens, from a random token, sampled at temperature 1.0, seed 0)"
+    )
+    upcycle.write_card(first)
+    card = (first / "README.md").read_text().replace("\\", "")
+    assert f"calibrated on: {said} (512 tokens)" in card
+    facts = made_view({"calibration": calibration, "architecture": "", "layers": []})["facts"]
+    assert ("calibrated on", f"512 tokens of {said}", None) in facts
 
 
 def test_half_of_a_mix_is_of_files(pico: Pico, tmp_path: Path) -> None:

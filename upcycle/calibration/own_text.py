@@ -118,7 +118,7 @@ def _batch(wanted: OwnText, model: Any, numbers: range, progress: Progress) -> t
 
     What the model writes after the end of a text stays in the window, as the next text does in windows of files.
     """
-    draws = torch.stack([uniform(wanted.seed, number, wanted.window) for number in numbers])
+    draws = torch.stack([draws_of(wanted.seed, number, wanted.window) for number in numbers])
     beginnings = torch.tensor(sorted(set(range(wanted.vocabulary)) - set(wanted.special)))
     ids = torch.empty(draws.shape, dtype=torch.long)
     ids[:, 0] = beginnings[(draws[:, 0] * len(beginnings)).long()]
@@ -134,7 +134,7 @@ def _batch(wanted: OwnText, model: Any, numbers: range, progress: Progress) -> t
     return ids
 
 
-def uniform(seed: int, number: int, count: int) -> torch.Tensor:
+def draws_of(seed: int, number: int, count: int) -> torch.Tensor:
     """Return ``count`` random numbers from 0 to 1, fp64 ``[count]``, that belong to one window."""
     rng = torch.Generator().manual_seed((seed << 24) + number)
     return torch.rand(count, dtype=torch.float64, generator=rng)
