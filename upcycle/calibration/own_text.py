@@ -136,7 +136,7 @@ def _batch(wanted: OwnText, model: Any, numbers: range, progress: Progress) -> t
 
 def draws_of(seed: int, number: int, count: int) -> torch.Tensor:
     """Return ``count`` random numbers from 0 to 1, fp64 ``[count]``, that belong to one window."""
-    rng = torch.Generator().manual_seed((seed << 24) + number)
+    rng = torch.Generator().manual_seed(((seed << 24) + number) % (1 << 63))
     return torch.rand(count, dtype=torch.float64, generator=rng)
 
 
