@@ -1,4 +1,4 @@
-"""Makes the record of the text that a result was calibrated on."""
+"""Makes the record of the text that a result was calibrated on, and puts what the model wrote itself into words."""
 
 from __future__ import annotations
 
