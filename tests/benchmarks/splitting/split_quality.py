@@ -46,7 +46,7 @@ RECIPES = Path(__file__).resolve().parents[3] / "configs" / "convert"
 TARGETS = {75: 1.10, 50: 1.28, 25: math.inf}
 MOST_OF_CMOE, MOST_TIME, MOST_BYTES, SPEED_TOKENS = 0.6, 3.0, 2_500_000_000, 65536
 RECIPE, STATIC, CMOE = "recipe", "static pruning, refit", "CMoE, no refit"
-EVALUATION_TOKENS = 4096  # per domain
+EVALUATION_TOKENS = 4096  # per domain, unless asked otherwise
 
 # One plain forward pass, in windows as the calibration reads them; prints its seconds.
 FORWARD = """
@@ -136,7 +136,7 @@ def quality(model: Path, wanted: argparse.Namespace) -> int:
     window = candidates[0].job.recipe.calibration.window
     tokenizer = load_tokenizer(checkpoint.source.path)
     measured = {
-        name: mixed_windows({name: path.read_text()}, tokenizer, EVALUATION_TOKENS, window)
+        name: mixed_windows({name: path.read_text()}, tokenizer, wanted.evaluation_tokens, window)
         for name, path in zip((*DOMAINS, FOREIGN), (*evaluation, foreign), strict=True)
     }
     contents = {str(path): path.read_text() for path in calibration}
@@ -229,6 +229,7 @@ def main() -> int:
     parser.add_argument("--oracle", action="store_true", help="also run the limit of all routing")
     parser.add_argument("--refit", choices=("down", "blocks"), help="default: the recipes'")
     parser.add_argument("--calibration", choices=("files", "self", "mixed"), default="files", help="default: files")
+    parser.add_argument("--evaluation-tokens", type=int, default=EVALUATION_TOKENS, help="per domain  [default: 4096]")
     parser.add_argument("--only-recipes", action="store_true", help="nothing that they are compared with")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--no-quality", action="store_true")
