@@ -260,3 +260,16 @@ def test_repetition_is_told_from_text(pico: Pico) -> None:
     assert repetition(same).collapsed == 0
     assert repetition(same).distinct < 0.25
     assert repetition(torch.cat([text[:6], loops[:2]])).collapsed == 2
+
+
+def test_experts_to_copy_are_chosen_on_what_the_moe_wrote(pico_moe: Callable[..., Path], tmp_path: Path) -> None:
+    keys = {
+        "method": "expert_upcycling",
+        "experts": 6,
+        "parameters": {"utility": "load"},
+        "verification": {"tokens": 64},
+    }
+    upcycle.convert(str(pico_moe("qwen3_moe")), tmp_path / "out", **keys, calibration=SPLIT["calibration"])
+    calibration = read_record(tmp_path / "out")["calibration"]
+    assert calibration["written"]["windows"] == 16
+    assert not list((tmp_path / "out").glob("written*"))
