@@ -214,3 +214,16 @@ def test_what_cannot_run_is_left_out_with_the_reason(pico: Pico) -> None:
     found = upcycle.compare(str(pico("llama")), methods=["importance", "d2d"], routers=["ridge"], **sizes)
     assert found.skipped == ["importance: too little calibration text to divide it into 10 kinds"]
     assert found.best(0.5).method == "d2d"
+
+
+@pytest.mark.parametrize(("calibration", "measured"), [("self", ["code", "prose"]), (["self", "prose"], ["prose"])])
+def test_nothing_is_measured_on_what_the_model_wrote(
+    pico: Pico, calibration: str | list[str], measured: list[str]
+) -> None:
+    quick = {"methods": ["random_split"], "routers": ["ridge"], "timed": False}
+    found = upcycle.compare(str(pico("llama")), calibration=calibration, **quick, **SMALL)
+    assert list(found.dense) == measured
+    assert found.calibration_tokens == SMALL["calibration_tokens"]
+    command = found.best(0.5).command
+    assert command is not None
+    assert f"--calibration {calibration if isinstance(calibration, str) else ','.join(calibration)}" in command

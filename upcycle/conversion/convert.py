@@ -127,7 +127,7 @@ def run_recipe(
     _warn(made, judged, progress)
     tokens = job.read(checkpoint, progress)
     merging = None
-    identity = conversion_record.fingerprint(job, checkpoint, blueprint, tokens.ids)
+    identity = conversion_record.fingerprint(job, checkpoint, blueprint, tokens)
     settings = recipe.verification.model_dump()
     with (
         explained_system_errors(out),
@@ -142,6 +142,7 @@ def run_recipe(
                 made = job.cost()
                 tokens = job.read(checkpoint, progress)
             _check_disk(workspace.folder, made.bytes_output + job.working_bytes)
+            tokens = tokens.written(checkpoint, workspace.folder, progress)
             job, calibration = job.decide(checkpoint, tokens, workspace.folder, progress)
             hashes = _write_weights(job, checkpoint, workspace.folder, progress)
             checkpoint.check_unchanged()

@@ -90,7 +90,7 @@ class ExpertConversion(ExpertJob):
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
         """Read the calibration text, and the prompts or texts that tell several sources apart."""
-        windows = samples = None
+        windows = samples = own = None
         assert isinstance(checkpoint, DenseCheckpoint)
         if self.saved:
             return TokensRead()
@@ -102,8 +102,8 @@ class ExpertConversion(ExpertJob):
             from upcycle.calibration.read_tokens import calibration_windows
 
             self.check_memory()
-            windows = calibration_windows(self, checkpoint, progress)
-        return TokensRead(windows, samples)
+            windows, own = calibration_windows(self, checkpoint, progress)
+        return TokensRead(windows, samples, own)
 
     def decide(
         self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
@@ -116,7 +116,7 @@ class ExpertConversion(ExpertJob):
 
         assert isinstance(checkpoint, DenseCheckpoint)
         record = calibrate(self, checkpoint, tokens.windows, folder, progress, tokens.samples)
-        return self, record if tokens.windows is None else {**record, **traces(self.recipe.calibration)}
+        return self, record if tokens.windows is None else {**record, **traces(self.recipe.calibration), **tokens.about}
 
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int

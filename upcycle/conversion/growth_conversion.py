@@ -56,7 +56,8 @@ class GrowthConversion(GrowthJob):
             return TokensRead()
         from upcycle.calibration.read_tokens import calibration_windows
 
-        return TokensRead(calibration_windows(self, checkpoint, progress))
+        windows, own = calibration_windows(self, checkpoint, progress)
+        return TokensRead(windows, own=own)
 
     def decide(
         self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
@@ -65,7 +66,7 @@ class GrowthConversion(GrowthJob):
         from upcycle.text.mixture import traces
 
         job, record = decide_growth(self, checkpoint, tokens.windows, folder, progress)
-        return job, record and {**record, **traces(self.recipe.calibration)}
+        return job, record and {**record, **traces(self.recipe.calibration), **tokens.about}
 
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from upcycle.files.names import WRITTEN
 from upcycle.planning.job import PlannedJob
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from upcycle.calibration.own_text import OwnText
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.checkpoints.output_layout import OutputEntry, Unit
     from upcycle.ffn.source_samples import Samples
@@ -29,15 +31,34 @@ class TokensRead:
     Attributes:
         windows: the calibration text's, int64 ``[N, W]``; None: no text is read.
         samples: those that tell several sources apart; None: nothing needs them.
+        own: the windows that the model still has to write itself; None: none.
+        about: what ``upcycle.json`` says about those that it has written.
     """
 
     windows: torch.Tensor | None = None
     samples: Samples | None = None
+    own: OwnText | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[torch.Tensor]:
         """All token ids that are read, samples first."""
         return [ids for ids in (self.samples.windows if self.samples else None, self.windows) if ids is not None]
+
+    def written(self, checkpoint: Checkpoint, folder: Path, progress: Progress) -> TokensRead:
+        """Return the tokens with those that the model writes, which are kept in ``folder`` until the conversion is complete.
+
+        Raises:
+            UsageError: what the model writes is repetition.
+            CheckpointError: its logits are not finite.
+            EnvironmentFault: it does not fit in memory.
+        """
+        if self.own is None:
+            return self
+        from upcycle.calibration.own_text import with_own_text
+
+        windows, about = with_own_text(self.own, self.windows, checkpoint.source.path, folder / WRITTEN, progress)
+        return replace(self, windows=windows, own=None, about={"written": about})
 
 
 class ConversionJob(PlannedJob, Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,19 @@ from upcycle.planning.job import PlannedJob
 from upcycle.planning.open_sources import sources_record
 
 if TYPE_CHECKING:
-    import torch
+    from upcycle.conversion.job import TokensRead
 
 
-def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None, read: Sequence[torch.Tensor]) -> str:
+def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None, read: TokensRead) -> str:
     """Return a SHA-256 by which an unfinished conversion is recognised as the same job, and resumed.
 
-    It covers the resolved recipe, the source's content, the blueprint that was given, the calibration tokens ``read`` and the
-    versions of upcycle and torch. How the result is verified does not change it.
+    It covers the resolved recipe, the source's content, the blueprint that was given, the calibration tokens ``read``, how the
+    model writes those that it writes itself, and the versions of upcycle and torch. How the result is verified does not change it.
     """
     recipe = job.recipe.model_dump(exclude={"verification"})
     given = hash_file(blueprint) if blueprint else None
-    tokens = [hash_tokens(windows) for windows in read]
+    tokens: list[Any] = [hash_tokens(windows) for windows in read.ids]
+    tokens += [asdict(read.own)] if read.own else []
     code = (versions()["upcycle"], versions()["torch"])
     parts = [recipe, checkpoint.fingerprint, checkpoint.version, given, tokens, *code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from upcycle.architectures.stock import load_tokenizer
+from upcycle.calibration.own_text import with_own_text
+from upcycle.calibration.read_tokens import tokens_of
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import UsageError
 from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
 from upcycle.evaluation.candidates import CandidateOptions, method_names, named_parts, router_names
 from upcycle.evaluation.compare_times import time_candidates
 from upcycle.evaluation.comparison import Comparison, recommend, rows_of
+from upcycle.files.names import WRITTEN
 from upcycle.files.output.scratch import scratch
 from upcycle.hardware.memory import available_memory
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.mixture import mixed_windows, read_texts
-from upcycle.text.reading.plain_text import read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
 
 def compare(
@@ -55,10 +59,11 @@ def compare(
         methods: names, or ``name:key=value``; ``all`` takes every splitting method.
         routers: names; ``all`` takes every calibrated router and ``cool``.
         active: fractions of the FFN neurons that run per token, all layers together.
-        calibration: texts to calibrate on; each is a domain.
+        calibration: texts to calibrate on; each is a domain. ``self`` is text that the model writes itself.
         calibration_tokens: tokens to calibrate on.
         window: tokens per window.
-        text: texts to measure on, one domain each; default: the last quarter of every calibration text.
+        text: texts to measure on, one domain each; default: the last quarter of every calibration text, or the embedded ones where
+            the model writes all of it.
         tokens: tokens to measure on, per domain.
         pieces: about how many experts an FFN is split into, shared ones included; see the recipe key.
         layers: the layers that are split (as the recipe key); the others stay dense. ``active`` counts the neurons of all layers.
@@ -81,12 +86,13 @@ def compare(
     _check_goal(faster, within, timed)
     checkpoint = DenseCheckpoint.open(source, None)
     options = CandidateOptions(checkpoint, source, pieces, layers, seed, calibration, calibration_tokens, window)
-    texts = _texts(checkpoint, calibration, calibration_tokens, min(window, _longest(checkpoint)), text, tokens)
     splitting, routing = method_names(methods), router_names(routers)
     skipped: list[str] = []
     done: list[Candidate] = []
     importance: dict[int, dict[int, torch.Tensor]] = {}
     with scratch("compare") as folder:
+        sizes = (calibration_tokens, min(window, _longest(checkpoint)), tokens)
+        texts = _texts(checkpoint, calibration, text, sizes, seed, folder, progress)
 
         def run(wanted: list[Candidate | None]) -> list[float]:
             known = {candidate.label for candidate in done}
@@ -147,25 +153,32 @@ def _longest(checkpoint: DenseCheckpoint) -> int:
 def _texts(
     checkpoint: DenseCheckpoint,
     calibration: str | Sequence[str],
-    calibration_tokens: int,
-    window: int,
     text: Sequence[str],
-    tokens: int,
+    sizes: tuple[int, int, int],
+    seed: int,
+    folder: Path,
+    progress: Progress,
 ) -> Texts:
+    """Return the tokens to calibrate on, and those to measure on: of ``sizes`` in all, per window, and per domain."""
+    calibration_tokens, window, tokens = sizes
     wanted = CalibrationRecipe(
         text=calibration if isinstance(calibration, str) else list(calibration), tokens=calibration_tokens
     )
     # The part of a text that is held out for verification must not decide which split is chosen, either.
     contents = read_texts(wanted)
-    if text:
-        measured = {name: read_text(name) for name in text}
+    if text or not contents:  # nothing is measured on text that the model wrote itself
+        measured = {name: read_text(name) for name in text or DEMO_TEXTS}
     else:
         cuts = {name: content.find("\n", 3 * len(content) // 4) + 1 for name, content in contents.items()}
         measured = {name: content[cuts[name] :] for name, content in contents.items()}
         contents = {name: content[: cuts[name]] for name, content in contents.items()}
     tokenizer = load_tokenizer(checkpoint.source.path)
     evaluation = {name: mixed_windows({name: content}, tokenizer, tokens, window) for name, content in measured.items()}
-    return Texts(mixed_windows(contents, tokenizer, calibration_tokens, window), evaluation)
+    windows, own = tokens_of(wanted, contents, window, tokenizer, checkpoint, seed)
+    if own:
+        windows, _ = with_own_text(own, windows, checkpoint.source.path, folder / WRITTEN, progress)
+    assert windows is not None
+    return Texts(windows, evaluation)
 
 
 def _workers(candidates: Sequence[Candidate]) -> int:

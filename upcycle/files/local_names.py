@@ -22,8 +22,8 @@ from upcycle.files.private_text import path_in_value
 from upcycle.files.user_paths import user_path
 
 LOCAL_NAMES_FILE = ".upcycle-local.json"
-# Names of the embedded model and texts, which no path may be given.
-_TAKEN = ("demo", "prose", "code")
+# Names of the embedded model and texts, and of text that a model writes itself, which no path may be given.
+_TAKEN = ("demo", "prose", "code", "self")
 # Keys whose values are prompts and never paths.
 _WORDS = {"positive_prompts", "negative_prompts"}
 _LONGEST_PATH = 4096

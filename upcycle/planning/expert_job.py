@@ -29,6 +29,7 @@ from upcycle.planning.cost import (
     file_warnings,
     files_of,
 )
+from upcycle.planning.own_text import own_text_bytes
 from upcycle.planning.speed.predict import predicted_time
 from upcycle.planning.split_sizes import least_width, widths
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind
@@ -297,6 +298,9 @@ def _peak_memory(job: ExpertJob) -> int:
     largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
     writing = RESIDENT_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
+    if job.calibrated:  # an own text is written first, by the whole model
+        weights = sum(spec.elements for spec in job.dense_specs.values())
+        writing = max(writing, own_text_bytes(weights, vars(job.dense), job.recipe))
     return max(writing, calibration_memory(job)) if job.calibrated or job.router.walks else writing
 
 

@@ -21,6 +21,7 @@ from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import RESIDENT_BYTES, Plan, file_warnings, files_of
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
+from upcycle.planning.own_text import check_own_text, own_text_bytes
 from upcycle.recipe.conversion_recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def prepare_growth(
         RefusalError: the step does not take this model.
     """
     check_tokenizer(recipe, has_tokenizer)
+    check_own_text(recipe)
     step = _checked(recipe, method, mix)
     grown = step.grow(source, recipe)
     recipe = recipe.model_copy(update=dict(grown.resolved))
@@ -182,6 +184,8 @@ def _growth_plan(job: GrowthJob) -> Plan:
     row = max(spec.nbytes // max(spec.shape[0], 1) for spec in specs.values() if spec.shape)
     copying = min(max(COPY_BLOCK_BYTES, row) + WAITING_BYTES, sum(shard.nbytes for shard in job.shards))
     looking = job.method.memory(job.source, recipe)
+    weights = sum(spec.elements for spec in specs.values())
+    writing = own_text_bytes(weights, job.source.raw, recipe) if job.calibrated else 0
     embedding = 0 if grown.tied else grown.vocab_size * grown.hidden_size
     return Plan(
         sources=[{"name": s.name, "revision": s.revision, "weight": s.weight} for s in recipe.sources],
@@ -198,7 +202,7 @@ def _growth_plan(job: GrowthJob) -> Plan:
         parameters_active=after - grown.idle,
         bytes_dense=sum(specs[name].nbytes for name in stored),
         bytes_output=sum(shard.nbytes for shard in job.shards),
-        peak_memory_bytes=RESIDENT_BYTES + max(copying, looking),
+        peak_memory_bytes=max(RESIDENT_BYTES + max(copying, looking), writing),
         flops_per_token_dense=2 * (before - grown.source_idle - embedding),
         flops_per_token=2 * (after - grown.idle - embedding),
         kind=job.method.kind,

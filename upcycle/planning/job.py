@@ -13,7 +13,7 @@ from upcycle.planning.cost import Plan
 from upcycle.recipe.conversion_recipe import Recipe, parse_parameters
 from upcycle.registry import load
 
-CALIBRATION_HINT = "--calibration demo, a text file, or a hub dataset"
+CALIBRATION_HINT = "--calibration demo, a text file, a hub dataset, or self"
 
 
 class PlannedJob(Protocol):

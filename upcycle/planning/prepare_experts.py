@@ -16,6 +16,7 @@ from upcycle.methods.base import AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text, check_tokenizer
+from upcycle.planning.own_text import check_own_text
 from upcycle.planning.split_sizes import with_sizes
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
 from upcycle.registry import TARGETS, load, suggestion
@@ -56,6 +57,7 @@ def prepare_experts(
         RefusalError: no target can hold the result, or the one that the recipe names cannot.
     """
     check_tokenizer(recipe, has_tokenizer)
+    check_own_text(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
     targets = _targets(recipe, family)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from upcycle.evaluation.score_table import score_rows
 from upcycle.publishing.card_facts import Facts, public_name, sources_of
 from upcycle.publishing.markdown import code, fenced, links, plain, table
+from upcycle.text.reading.plain_text import SELF_WRITTEN
+from upcycle.text.text_record import own_text_in
 from upcycle.verification.verdict import said, span
 
 if TYPE_CHECKING:
@@ -89,7 +91,8 @@ def _method(facts: Facts) -> str:
         )
         rows.append(("refit", f"{code(record['refit'])}, {how} on the calibration text"))
     if seen := record.get("calibration"):
-        texts = ", ".join(code(public_name(text)) for text in seen["text"])
+        own = own_text_in(seen)
+        texts = ", ".join(plain(own) if text == SELF_WRITTEN else code(public_name(text)) for text in seen["text"])
         rows.append(("calibrated on", f"{texts} ({seen['tokens']:,} tokens)"))
     if facts.datasets:
         rows.append(("datasets", ", ".join(map(code, facts.datasets))))

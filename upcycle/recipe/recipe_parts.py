@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from upcycle.plugins import StrictSettings
+from upcycle.text.reading.plain_text import SELF_WRITTEN
 
 
 class RouterRecipe(StrictSettings):
@@ -24,7 +25,8 @@ class CalibrationRecipe(StrictSettings):
 
     text: str | list[str] | None = Field(
         None,
-        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo; several are mixed evenly",
+        description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo, or self (the model "
+        "writes it); several are mixed evenly, self and all others half and half",
     )
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
@@ -43,6 +45,11 @@ class CalibrationRecipe(StrictSettings):
     def texts(self) -> list[str]:
         """The texts as a list; empty when there is no calibration."""
         return [self.text] if isinstance(self.text, str) else self.text or []
+
+    @property
+    def own(self) -> bool:
+        """Whether the model writes some of the text itself."""
+        return SELF_WRITTEN in self.texts
 
 
 class ReconstructionRecipe(StrictSettings):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, SELF_WRITTEN, read_text
 from upcycle.text.windows import divided
 
 HELD_OUT_DOCUMENTS = 8  # one in so many documents is held out
@@ -103,7 +103,7 @@ def unseen(name: str, calibration: Mapping[str, Any] | None) -> tuple[str, str]:
         UsageError: the text cannot be read.
     """
     content, record, remark = read_text(name), calibration or {}, ""
-    named = [PurePath(str(text)).name for text in record.get("text") or []]
+    named = [PurePath(str(text)).name for text in record.get("text") or [] if text != SELF_WRITTEN]
     if name in named or (name in DEMO_TEXTS and "demo" in named) or PurePath(name).name in named:
         content, remark = by_position(content).held_out, "the quarter that was held out of the calibration"
     share = seen_share(content, record.get("lines") or [])

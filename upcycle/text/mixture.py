@@ -17,7 +17,7 @@ from upcycle.text.hub_dataset import hub_rows, is_dataset
 from upcycle.text.reading.columns import Broken
 from upcycle.text.reading.documents import Reading, find_pieces
 from upcycle.text.reading.file_kinds import file_kind
-from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, SELF_WRITTEN, read_text
 from upcycle.text.windows import encode
 
 if TYPE_CHECKING:
@@ -40,10 +40,14 @@ def read_texts(wanted: CalibrationRecipe) -> dict[str, str]:
 def read_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:
     """Return, for the name of every calibration text, the part that is calibrated on and the part that is held out.
 
+    Text that the model writes itself is in neither: there is none before the model has written it, and nothing is measured on it.
+
     Raises:
         UsageError: a text cannot be read, or lacks the recipe's column.
     """
-    names = text_names(wanted.texts)
+    names = [name for name in text_names(wanted.texts) if name != SELF_WRITTEN]
+    if not names:
+        return {}
     enough = _CHARACTERS_PER_TOKEN * (wanted.tokens // len(names) + wanted.window)
     return dict(_parts(tuple(names), wanted.column, enough, tuple(map(_state, names))))
 
@@ -136,7 +140,7 @@ def _text(name: str, column: str, characters: int) -> Parts:
         raise UsageError(
             f"no such calibration text: {name}",
             hint="a UTF-8 file, rows (.jsonl, .json, .csv, .parquet), a hub dataset (org/name[:config[:split]]), demo, "
-            f"or one of: {', '.join(DEMO_TEXTS)}",
+            f"or self, or one of: {', '.join(DEMO_TEXTS)}",
         )
     return by_document((_column(row, column, name) for row in hub_rows(name)), characters)
 

@@ -40,7 +40,10 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     help="fractions of the FFN neurons that run per token, over all layers  [default: 0.75,0.5,0.25]",
 )
 @click.option(
-    "--calibration", default="demo", callback=_list, help="texts to calibrate on, one per domain  [default: demo]"
+    "--calibration",
+    default="demo",
+    callback=_list,
+    help="texts to calibrate on, one per domain; self: the model writes it  [default: demo]",
 )
 @click.option("--calibration-tokens", default=6144, help="tokens to calibrate on  [default: 6144]")
 @click.option("--window", default=256, help="tokens per window  [default: 256]")
@@ -48,7 +51,7 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     "--text",
     default="",
     callback=_list,
-    help="texts to measure on  [default: the last quarter of each calibration text]",
+    help="texts to measure on  [default: the last quarter of each calibration text; of self none, so the embedded ones]",
 )
 @click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
 @click.option(

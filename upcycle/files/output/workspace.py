@@ -17,7 +17,7 @@ from typing import Any
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.atomic_files import TEMPORARY, sync
-from upcycle.files.names import JOURNAL, LOCKS, MEASURED, STATE, UNFINISHED, free_sibling, sibling
+from upcycle.files.names import JOURNAL, LOCKS, MEASURED, STATE, UNFINISHED, WRITTEN, free_sibling, sibling
 from upcycle.files.output.locks import FolderLock
 from upcycle.files.output.ownership import (
     MADE_BY,
@@ -210,7 +210,7 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        begun = (self.folder / name for name in (LAYER_BLUEPRINTS, JOURNAL, MEASURED))
+        begun = (self.folder / name for name in (LAYER_BLUEPRINTS, JOURNAL, MEASURED, WRITTEN))
         nothing = "finished" not in self._state and not any(map(_holds_something, begun))
         if isinstance(error, UpcycleError) and nothing and self.folder != self.out:
             # There is nothing to continue, and a corrected command should not need --restart.

@@ -7,6 +7,8 @@ from typing import Any
 
 from upcycle.formatting import is_web_address
 from upcycle.report.drawing.diagram import layers_diagram
+from upcycle.text.reading.plain_text import SELF_WRITTEN
+from upcycle.text.text_record import own_text_in
 
 
 def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
             value = data[key]
             facts.append((name, f"{value:g}" if isinstance(value, float) else str(value), None))
     if calibration := data.get("calibration"):
-        texts = ", ".join(map(str, calibration.get("text") or []))
+        own = own_text_in(calibration)
+        texts = ", ".join(own if text == SELF_WRITTEN else str(text) for text in calibration.get("text") or [])
         facts.append(("calibrated on", f"{calibration.get('tokens', 0):,} tokens of {texts}", None))
     if data.get("promise"):
         facts.append(("promise", f"{data['promise']}: {data['promise_reason']}", None))

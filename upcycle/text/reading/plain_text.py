@@ -7,14 +7,21 @@ from upcycle.files.locate import DEMO_FOLDER
 from upcycle.files.user_paths import user_path
 
 DEMO_TEXTS = {path.stem: path for path in sorted((DEMO_FOLDER / "text").glob("*.txt"))}
+SELF_WRITTEN = "self"  # names text that the model writes itself; a file of that name is ./self
 
 
 def read_text(name: str) -> str:
     """Return the text of a UTF-8 file, or one of the embedded texts by name (``prose``, ``code``).
 
     Raises:
-        UsageError: there is no such file, or it is not UTF-8 or empty.
+        UsageError: there is no such file, or it is not UTF-8 or empty; or the name is that of self-written text, which can only
+            be calibrated on.
     """
+    if name == SELF_WRITTEN:
+        raise UsageError(
+            "self is text that the model writes itself: it can be calibrated on, and says nothing about quality",
+            hint="name a text file (a file that is called self is ./self)",
+        )
     path = DEMO_TEXTS.get(name, user_path(name))
     try:
         content = path.read_text(encoding="utf-8")
