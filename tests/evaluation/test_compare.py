@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import upcycle
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
+from upcycle.cli.verbs import compare as compare_verb
 from upcycle.conversion.threads import torch_threads
 from upcycle.errors import UsageError
 from upcycle.evaluation.comparison import recommend
@@ -184,6 +186,32 @@ def test_a_fraction_that_no_method_reaches_is_left_out_with_the_reason(pico: Pic
     assert any("active 0.3 would run" in note for note in found.skipped)
 
 
+def test_a_kind_of_text_that_was_not_calibrated_on_is_measured_beside_the_others(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text(demo_parts("prose")[0])
+    quick = {**SMALL, "methods": ["random_split"], "routers": ["cool"], "timed": False}
+    quick |= {"calibration": str(tmp_path / "mine.txt"), "text": ["prose"]}
+    found = upcycle.compare(str(pico("llama")), **quick)
+    assert (found.unseen, list(found.dense)) == (["code"], ["prose", "code"])
+    for row in found.results:
+        assert row.ratio == pytest.approx(row.perplexity["prose"] / found.dense["prose"])
+        assert row.unseen_ratio == pytest.approx(row.perplexity["code"] / found.dense["code"])
+
+    monkeypatch.setattr("upcycle.evaluation.compare.DEMO_TEXTS", {})
+    alone = upcycle.compare(str(pico("llama")), **quick)
+    assert alone.unseen == []
+    assert [row.unseen_ratio for row in alone.results] == [None] * len(alone.results)
+    assert [row.kl for row in alone.results] == pytest.approx([row.kl for row in found.results]), "of the same text"
+
+
+@pytest.mark.parametrize(("unseen", "warned"), [(1.5, False), (1.6, True), (None, False)])
+def test_much_loss_on_other_kinds_of_text_is_warned_of(unseen: float | None, warned: bool) -> None:
+    row = SimpleNamespace(active=0.5, ratio=1.2, unseen_ratio=unseen, time=None, baseline=None)
+    notes = compare_verb._warnings(SimpleNamespace(recommended=[row], results=[row]))
+    assert any("add self to --calibration" in note for note in notes) == warned
+
+
 def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> None:
     arguments = [
         "compare",
@@ -222,7 +250,7 @@ def test_nothing_is_measured_on_what_the_model_wrote(
 ) -> None:
     quick = {"methods": ["random_split"], "routers": ["ridge"], "timed": False}
     found = upcycle.compare(str(pico("llama")), calibration=calibration, **quick, **SMALL)
-    assert list(found.dense) == measured
+    assert [name for name in found.dense if name not in found.unseen] == measured
     assert found.calibration_tokens == SMALL["calibration_tokens"]
     command = found.best(0.5).command
     assert command is not None

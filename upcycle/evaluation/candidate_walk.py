@@ -99,10 +99,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Texts:
-    """Holds token ids ``[N, W]`` to calibrate on, and for each domain token ids to measure on."""
+    """Holds token ids ``[N, W]`` to calibrate on, and for each domain token ids to measure on.
+
+    ``unseen`` are the last domains of ``evaluation``, of whose kinds nothing was calibrated on: no candidate is chosen by them.
+    """
 
     calibration: torch.Tensor
     evaluation: dict[str, torch.Tensor]
+    unseen: tuple[str, ...] = ()
+
+    @property
+    def seen(self) -> int:
+        """The number of domains that candidates are chosen by."""
+        return len(self.evaluation) - len(self.unseen)
 
 
 class Walk:
@@ -283,7 +292,7 @@ class Walk:
         self._stream(name, what, index + 1).write(before + made for before, made in pairs)
 
     def _measure(self, names: Sequence[str], layers: int, pool: ThreadPoolExecutor) -> list[tuple[list[float], float]]:
-        """Return, for the dense model and each candidate, mean nats per token of each domain, and mean KL(dense || it)."""
+        """Return, for the dense model and each candidate, nats per token of each domain, and the mean KL(dense || it) of the seen."""
         self._outside = self._outside or skeleton(
             self._checkpoint.raw_config, dense_reader(self._checkpoint, self._dtype)(None)
         )
@@ -291,6 +300,7 @@ class Walk:
         domains = torch.repeat_interleave(
             torch.arange(len(self._texts.evaluation)), torch.tensor([len(v) for v in self._texts.evaluation.values()])
         )
+        seen = sum(len(windows) for windows in list(self._texts.evaluation.values())[: self._texts.seen])
         step = max(1, _LOGIT_BYTES // (4 * window * self._checkpoint.config.vocab_size)) * window
         losses, kl = torch.zeros(len(names), len(ids), dtype=torch.float64), [0.0] * len(names)
         streams = zip(*(self._stream(name, "evaluation", layers).blocks(step) for name in names), strict=True)
@@ -298,16 +308,18 @@ class Walk:
             rows = ids[first : first + len(reference) // window]
             p = self._log_softmax(reference, rows)
 
-            def judged(states: torch.Tensor, rows: torch.Tensor = rows, p: torch.Tensor = p) -> Any:
+            known = max(0, seen - first)  # of these rows
+
+            def judged(states: torch.Tensor, rows: torch.Tensor = rows, p: torch.Tensor = p, known: int = known) -> Any:
                 q = p if states is reference else self._log_softmax(states, rows)  # noqa: B023 - used in this round
                 nats = -q.gather(2, rows[:, 1:, None]).double().mean((1, 2))
-                return nats, kl_div(q, p, log_target=True, reduction="sum").item()
+                return nats, kl_div(q[:known], p[:known], log_target=True, reduction="sum").item()
 
             for number, (nats, divergence) in enumerate(pool.map(judged, (reference, *others))):
                 losses[number, first : first + len(rows)] = nats
                 kl[number] += divergence
         of_domain = [domains == domain for domain in range(len(self._texts.evaluation))]
-        tokens = len(ids) * (window - 1)
+        tokens = seen * (window - 1)
         return [
             ([mine[one].mean().item() for one in of_domain], max(0.0, kl[n] / tokens)) for n, mine in enumerate(losses)
         ]

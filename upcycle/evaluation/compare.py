@@ -116,7 +116,7 @@ def compare(
         dense = run(tried)
         last = []
         for fraction in possible:
-            best = _best([c for c in done if c.active == fraction], dense)
+            best = _best([c for c in done if c.active == fraction], dense, texts.seen)
             method, router = named_parts(best)
             last += [candidate(fraction, method, name, "down") for name in routing]
             last += [candidate(fraction, method, router, refit) for refit in ("blocks", "scale", "none")]
@@ -131,7 +131,8 @@ def compare(
     measured = sum(windows.numel() for windows in texts.evaluation.values())
     goal = {key: value for key, value in (("faster", faster), ("within", within)) if value is not None}
     about = timing.about if timing else None
-    return Comparison(source, perplexity, texts.calibration.numel(), measured, results, skipped, about, goal)
+    unseen = list(texts.unseen)
+    return Comparison(source, perplexity, unseen, texts.calibration.numel(), measured, results, skipped, about, goal)
 
 
 def _check_goal(faster: float | None, within: float | None, timed: bool) -> None:
@@ -166,19 +167,23 @@ def _texts(
     )
     # The part of a text that is held out for verification must not decide which split is chosen, either.
     contents = read_texts(wanted)
+    given = set(contents)
     if text or not contents:  # nothing is measured on text that the model wrote itself
         measured = {name: read_text(name) for name in text or DEMO_TEXTS}
     else:
         cuts = {name: content.find("\n", 3 * len(content) // 4) + 1 for name, content in contents.items()}
         measured = {name: content[cuts[name] :] for name, content in contents.items()}
         contents = {name: content[: cuts[name]] for name, content in contents.items()}
+    # The embedded texts stand for all that the model will read and was not calibrated on.
+    unseen = tuple(name for name in DEMO_TEXTS if name not in {*given, *measured})
+    measured |= {name: read_text(name) for name in unseen}
     tokenizer = load_tokenizer(checkpoint.source.path)
     evaluation = {name: mixed_windows({name: content}, tokenizer, tokens, window) for name, content in measured.items()}
     windows, own = tokens_of(wanted, contents, window, tokenizer, checkpoint, seed)
     if own:
         windows, _ = with_own_text(own, windows, checkpoint.source.path, folder / WRITTEN, progress)
     assert windows is not None
-    return Texts(windows, evaluation)
+    return Texts(windows, evaluation, unseen)
 
 
 def _workers(candidates: Sequence[Candidate]) -> int:
@@ -187,6 +192,6 @@ def _workers(candidates: Sequence[Candidate]) -> int:
     return max(1, min(torch.get_num_threads(), len(candidates), available_memory() // 2 // largest))
 
 
-def _best(candidates: list[Candidate], dense: Sequence[float]) -> Candidate:
+def _best(candidates: list[Candidate], dense: Sequence[float], seen: int) -> Candidate:
     storable = [c for c in candidates if c.baseline is None]
-    return min(storable, key=lambda candidate: ratio(candidate.nats, dense))
+    return min(storable, key=lambda candidate: ratio(candidate.nats[:seen], dense[:seen]))

@@ -18,7 +18,8 @@ from upcycle.planning.cost import Plan
 class Result:
     """Holds one row of the table.
 
-    ``ratio`` is the geometric mean over domains of perplexity relative to the dense model's. ``captured`` is the router's share of
+    ``ratio`` is the geometric mean over domains of perplexity relative to the dense model's, and ``unseen_ratio`` that over domains
+    of kinds that were not calibrated on, which are not in ``ratio``; None where there are none. ``captured`` is the router's share of
     what an oracle's choices would contribute, averaged over layers. ``times`` has ``prefill`` and ``decode`` relative to the dense
     model's (less is faster), for each implementation of experts; ``time`` is that of a whole request with the fastest one, whose name
     is ``fastest``, and ``frontier`` says that no other row is better in time or ratio without being worse in the other.
@@ -31,6 +32,7 @@ class Result:
     baseline: str | None
     perplexity: dict[str, float]
     ratio: float
+    unseen_ratio: float | None
     kl: float
     captured: float | None
     parameters_active: int
@@ -49,6 +51,8 @@ class Result:
 class Comparison:
     """Holds the table and the dense model's perplexities. ``as_dict`` has the documented JSON keys.
 
+    ``unseen`` names the domains of embedded text, of whose kind nothing was calibrated on.
+
     ``timing`` says how times were measured: ``device``, ``instructions``, ``threads``, ``clock`` (``process_time`` or
     ``perf_counter``), ``batch``, ``prompt_tokens``, ``generated_tokens``, and the dense model's ``prefill_seconds`` and
     ``decode_seconds``; None where nothing was timed. ``goal`` is what was asked for: ``faster`` or ``within`` and its number; empty:
@@ -57,6 +61,7 @@ class Comparison:
 
     source: str
     dense: dict[str, float]
+    unseen: list[str]
     calibration_tokens: int
     evaluation_tokens: int
     results: list[Result]
@@ -121,7 +126,7 @@ def _row(
 ) -> Result:
     plan: Plan = candidate.job.cost()
     method, router = named_parts(candidate)
-    captured = candidate.captured
+    captured, seen = candidate.captured, texts.seen
     requests = timing.requests(candidate) if timing else {}
     fastest = min(requests, key=requests.__getitem__, default=None)
     return Result(
@@ -131,7 +136,8 @@ def _row(
         refit=candidate.job.refit,
         baseline=candidate.baseline,
         perplexity=dict(zip(texts.evaluation, map(math.exp, candidate.nats), strict=True)),
-        ratio=ratio(candidate.nats, dense),
+        ratio=ratio(candidate.nats[:seen], dense[:seen]),
+        unseen_ratio=ratio(candidate.nats[seen:], dense[seen:]) if texts.unseen else None,
         kl=candidate.kl,
         captured=sum(captured) / len(captured) if captured else None,
         parameters_active=plan.parameters_active,

@@ -30,9 +30,9 @@ JSON_KEYS = {
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",
     "convert layers of symphony": "layer similarity_stored similarity_aligned",
-    "compare": "source dense calibration_tokens evaluation_tokens results skipped timing goal",
-    "compare results": "active method router refit baseline perplexity ratio kl captured parameters_active flops_ratio seconds "
-    "peak_memory_bytes times time fastest frontier recommended command",
+    "compare": "source dense unseen calibration_tokens evaluation_tokens results skipped timing goal",
+    "compare results": "active method router refit baseline perplexity ratio unseen_ratio kl captured parameters_active flops_ratio "
+    "seconds peak_memory_bytes times time fastest frontier recommended command",
     "compare timing": "device instructions threads dtype batch clock prompt_tokens generated_tokens prefill_seconds decode_seconds",
     "card": "card",
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "

@@ -111,7 +111,7 @@ def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bo
     if as_json:
         print_json(found.as_dict())
         return
-    print_table(_columns(found), [_cells(row, found) for row in found.results], right=range(4, 13 + len(found.dense)))
+    print_table(_columns(found), [_cells(row, found) for row in found.results], right=range(4, 14 + len(found.dense)))
     print_facts(_verdicts(found))
     for note in _warnings(found):
         warn(note)
@@ -121,8 +121,14 @@ def _is_table(text: str) -> bool:
     return text.startswith("| active | method | router | refit |")
 
 
+def _seen(found: Any) -> list[str]:
+    """Return the domains that rows are compared by."""
+    return [name for name in found.dense if name not in found.unseen]
+
+
 def _columns(found: Any) -> list[str]:
-    domains = [Path(name).stem for name in found.dense]
+    domains = [Path(name).stem for name in _seen(found)]
+    unseen = ["unseen"] if found.unseen else []
     times = ["prefill", "decode"] if found.timing else []
     return [
         "active",
@@ -131,6 +137,7 @@ def _columns(found: Any) -> list[str]:
         "refit",
         *domains,
         "ratio",
+        *unseen,
         "KL",
         "captured",
         "FLOPs",
@@ -148,8 +155,9 @@ def _cells(row: Any, found: Any) -> list[str]:
         row.method + (" *" if row.recommended else ""),
         row.router,
         row.refit,
-        *(f"{row.perplexity[name]:.2f}" for name in found.dense),
+        *(f"{row.perplexity[name]:.2f}" for name in _seen(found)),
         f"{row.ratio:.3f}x",
+        *([f"{row.unseen_ratio:.2f}x"] if found.unseen else []),
         f"{row.kl:.3f}",
         "-" if row.captured is None else f"{row.captured:.0%}",
         f"{row.flops_ratio:.2f}x",
@@ -176,10 +184,13 @@ def _verdicts(found: Any) -> list[tuple[str, str]]:
         pruned = f" at {static.time:.2f}x the time" if static.time is not None and best.time is not None else ""
         mine = f" at {best.time:.2f}x" if pruned else ""
         facts.append(("", f"{beats} static pruning: {best.ratio:.3f}x{mine} against {static.ratio:.3f}x{pruned}"))
+        if best.unseen_ratio is not None:
+            facts.append(("", f"on text of other kinds ({', '.join(found.unseen)}): {best.unseen_ratio:.2f}x"))
         facts.append(("", best.command or ""))
     return facts
 
 
+_MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
 _NAMES = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's kernels"}
 
 
@@ -198,12 +209,17 @@ def _how_timed(timing: dict[str, Any]) -> str:
 
 
 def _warnings(found: Any) -> list[str]:
-    """Return what a user must know of the recommended rows: that routing is worth nothing, or saves no time."""
+    """Return what a user must know of the recommended rows: that routing is worth nothing, saves no time, or where quality is lost."""
     notes = []
     for best in found.recommended:
         if best.time is not None and best.time >= 1:
             notes.append(
                 f"at {best.active:.0%}, the split is not faster than the dense model on this machine: {best.time:.2f}x its time"
+            )
+        if best.unseen_ratio is not None and best.unseen_ratio > _MUCH_WORSE * best.ratio:
+            notes.append(
+                f"at {best.active:.0%}, text of kinds that were not calibrated on loses much more: {best.unseen_ratio:.2f}x against "
+                f"{best.ratio:.2f}x; calibrate on all that the model will read, or add self to --calibration"
             )
         pruned = [row for row in found.results if row.baseline == "static" and row.time is not None]
         rival = min((row for row in pruned if row.ratio <= best.ratio), key=lambda row: row.time, default=None)
