@@ -45,7 +45,6 @@ SHORTER = (
     ("--calibration", "--calibration-tokens 1024"),
     ("split_50", "--calibration-tokens 1024"),
     ("upcycle compare", "--text check.txt --tokens 512 --out compare.json"),
-    ("--active 0.75,0.5,0.25", "--active 0.75,0.5"),  # small FFNs cannot be cut finely enough for less
     ("upcycle train", "--set length=64 --set global_batch=2 --set micro_batch=1 --set stages.heal.steps=2"),
     ("upcycle train", "--set stages.heal.tokens=null --set stages.heal.schedule.warmup=0 --set log.validation=0"),
     ("upcycle report", "--tokens 64"),
@@ -53,8 +52,10 @@ SHORTER = (
     ("upcycle chat", "--tokens 3"),
     ("upcycle generate", "--tokens 3"),
     ("--layer 3", "--layer 1"),
-    ("--with", "--tokens 16"),
+    ("--with ", "--tokens 16"),
 )
+# What is asked of a model that is large enough to gain time, and of one whose every operation takes longer to start than to do.
+GOALS = {"--faster 1.25": "--within 9", "--within 1.10": "--within 9"}
 # A part of the line, and why it is not run here.
 NOT_RUN = {
     "make demo": "make check does, in pieces: tests/cli/test_main.py runs upcycle demo",
@@ -93,6 +94,7 @@ def test_every_line_is_run_or_has_a_reason() -> None:
         assert reason(line) or line.startswith("upcycle "), line
     for part in NOT_RUN:
         assert any(part in line for line in lines), f"'{part}' is in no document"
+    assert any("--faster 1.25" in line for line in lines)
     for part, _ in SHORTER:
         assert any(part in line for line in lines), f"'{part}' is in no document"
 
@@ -140,7 +142,10 @@ def test_the_commands_of_all_documents_run() -> None:
     for line in commands():
         if reason(line):
             continue
-        _, *arguments = (word.replace("~/", "") for word in shlex.split(line, comments=True))
+        asked = line
+        for goal, easier in GOALS.items():
+            asked = asked.replace(goal, easier)
+        _, *arguments = (word.replace("~/", "") for word in shlex.split(asked, comments=True))
         for part, flags in SHORTER:
             if part in line:
                 arguments += shlex.split(flags)

@@ -40,3 +40,13 @@ def test_a_long_text_of_few_tokens_is_tokenised_whole(
     segments = mixed_windows({"prose": text}, tokenizer, 6 * WINDOW, WINDOW)
     monkeypatch.undo()
     assert segments.equal(mixed_windows({"prose": text}, tokenizer, 6 * WINDOW, WINDOW))
+
+
+@pytest.mark.parametrize("length", [1, 1000])
+def test_fewer_tokens_than_a_window_are_one_window(
+    pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Of a text that is tokenised whole, and of one that is not."""
+    tokenizer, text = load_tokenizer(pico("llama")), demo_parts("prose")[0]
+    monkeypatch.setattr(mixture, "_LONG", length * len(text))
+    assert mixed_windows({"prose": text}, tokenizer, WINDOW // 2, WINDOW).shape == (1, WINDOW)

@@ -76,7 +76,8 @@ def _parts(
 def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window: int) -> torch.Tensor:
     """Return windows of token ids ``[N, W]``, evenly spread over each text; consecutive windows come from different texts.
 
-    Where a text is too short for its share, there are fewer windows: an even mix matters more than their number.
+    Where a text is too short for its share, there are fewer windows: an even mix matters more than their number. There is one window
+    at least, even if fewer tokens are wanted.
 
     Args:
         texts: name -> text.
@@ -87,7 +88,7 @@ def mixed_windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, window:
     Raises:
         UsageError: a text is shorter than one window.
     """
-    share = -(-(tokens // window) // len(texts))
+    share = max(1, -(-(tokens // window) // len(texts)))
     pieces = []
     for name, text in texts.items():
         piece = _from_long(tokenizer, text, share, window)
