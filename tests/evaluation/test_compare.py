@@ -189,7 +189,8 @@ def test_a_fraction_that_no_method_reaches_is_left_out_with_the_reason(pico: Pic
 def test_a_kind_of_text_that_was_not_calibrated_on_is_measured_beside_the_others(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.txt").write_text(demo_parts("prose")[0])
+    tale = (f"On day {i} the ship with {7 * i} sailors saw {13 * i} gulls above the grey water." for i in range(500))
+    (tmp_path / "mine.txt").write_text("\n".join(tale))
     quick = {**SMALL, "methods": ["random_split"], "routers": ["cool"], "timed": False}
     quick |= {"calibration": str(tmp_path / "mine.txt"), "text": ["prose"]}
     found = upcycle.compare(str(pico("llama")), **quick)
@@ -203,6 +204,12 @@ def test_a_kind_of_text_that_was_not_calibrated_on_is_measured_beside_the_others
     assert alone.unseen == []
     assert [row.unseen_ratio for row in alone.results] == [None] * len(alone.results)
     assert [row.kl for row in alone.results] == pytest.approx([row.kl for row in found.results]), "of the same text"
+
+
+def test_embedded_text_whose_lines_were_calibrated_on_is_not_called_unseen(pico: Pico, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(demo_parts("prose")[0])  # a copy; "code" shares lines with it, too
+    quick = {**SMALL, "methods": ["random_split"], "routers": ["cool"], "timed": False}
+    assert upcycle.compare(str(pico("llama")), calibration=str(tmp_path / "mine.txt"), **quick).unseen == []
 
 
 @pytest.mark.parametrize(("unseen", "warned"), [(1.5, False), (1.6, True), (None, False)])

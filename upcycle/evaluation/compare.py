@@ -27,6 +27,7 @@ from upcycle.files.output.scratch import scratch
 from upcycle.hardware.memory import available_memory
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
+from upcycle.text.held_out import FLATTERING, seen_share, sketch
 from upcycle.text.mixture import mixed_windows, read_texts
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 
@@ -167,23 +168,24 @@ def _texts(
     )
     # The part of a text that is held out for verification must not decide which split is chosen, either.
     contents = read_texts(wanted)
-    given = set(contents)
     if text or not contents:  # nothing is measured on text that the model wrote itself
         measured = {name: read_text(name) for name in text or DEMO_TEXTS}
     else:
         cuts = {name: content.find("\n", 3 * len(content) // 4) + 1 for name, content in contents.items()}
         measured = {name: content[cuts[name] :] for name, content in contents.items()}
         contents = {name: content[: cuts[name]] for name, content in contents.items()}
-    # The embedded texts stand for all that the model will read and was not calibrated on.
-    unseen = tuple(name for name in DEMO_TEXTS if name not in {*given, *measured})
-    measured |= {name: read_text(name) for name in unseen}
+    # The embedded texts stand for all that the model will read and was not calibrated on, if no lines of theirs were.
+    lines = sketch(contents.values())
+    others = {name: read_text(name) for name in DEMO_TEXTS if name not in measured}
+    others = {name: content for name, content in others.items() if seen_share(content, lines) <= FLATTERING}
+    measured |= others
     tokenizer = load_tokenizer(checkpoint.source.path)
     evaluation = {name: mixed_windows({name: content}, tokenizer, tokens, window) for name, content in measured.items()}
     windows, own = tokens_of(wanted, contents, window, tokenizer, checkpoint, seed)
     if own:
         windows, _ = with_own_text(own, windows, checkpoint.source.path, folder / WRITTEN, progress)
     assert windows is not None
-    return Texts(windows, evaluation, unseen)
+    return Texts(windows, evaluation, tuple(others))
 
 
 def _workers(candidates: Sequence[Candidate]) -> int:

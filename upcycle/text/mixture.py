@@ -141,7 +141,7 @@ def _text(name: str, column: str, characters: int) -> Parts:
         raise UsageError(
             f"no such calibration text: {name}",
             hint="a UTF-8 file, rows (.jsonl, .json, .csv, .parquet), a hub dataset (org/name[:config[:split]]), demo, "
-            f"or self, or one of: {', '.join(DEMO_TEXTS)}",
+            f"self, or one of: {', '.join(DEMO_TEXTS)}",
         )
     return by_document((_column(row, column, name) for row in hub_rows(name)), characters)
 
