@@ -262,3 +262,10 @@ def test_nothing_is_measured_on_what_the_model_wrote(
     command = found.best(0.5).command
     assert command is not None
     assert f"--calibration {calibration if isinstance(calibration, str) else ','.join(calibration)}" in command
+
+
+@pytest.mark.parametrize("option", ["--batch", "--tokens", "--window", "--calibration-tokens"])
+def test_zero_is_refused_before_anything_runs(pico: Pico, option: str) -> None:
+    result = CliRunner().invoke(cli, ["compare", str(pico("llama")), option, "0"])
+    assert result.exit_code == 2
+    assert option in result.output

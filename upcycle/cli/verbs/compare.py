@@ -45,15 +45,17 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     callback=_list,
     help="texts to calibrate on, one per domain; self: the model writes it  [default: demo]",
 )
-@click.option("--calibration-tokens", default=6144, help="tokens to calibrate on  [default: 6144]")
-@click.option("--window", default=256, help="tokens per window  [default: 256]")
+@click.option(
+    "--calibration-tokens", type=click.IntRange(16), default=6144, help="tokens to calibrate on  [default: 6144]"
+)
+@click.option("--window", type=click.IntRange(8), default=256, help="tokens per window  [default: 256]")
 @click.option(
     "--text",
     default="",
     callback=_list,
     help="texts to measure on  [default: the last quarter of each calibration text; of self none, so the embedded ones]",
 )
-@click.option("--tokens", default=2048, help="tokens to measure on, per text  [default: 2048]")
+@click.option("--tokens", type=click.IntRange(2), default=2048, help="tokens to measure on, per text  [default: 2048]")
 @click.option(
     "--pieces", default=12, help="about how many experts an FFN is split into, shared ones included  [default: 12]"
 )
@@ -75,7 +77,9 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     metavar="X",
     help="recommend the fastest with a perplexity of at most X times the dense one's",
 )
-@click.option("--batch", default=1, help="sequences at a time, where speed is measured  [default: 1]")
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, help="sequences at a time, where speed is measured  [default: 1]"
+)
 @click.option("--no-time", "timed", is_flag=True, flag_value=False, default=True, help="measure no speed")
 @click.option("--seed", default=0, help="seed of every random choice  [default: 0]")
 @click.option("--out", type=click.Path(path_type=Path), help="save the table as JSON, or as Markdown (.md)")
