@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import upcycle
-from upcycle.architectures.dense.llama import Llama
+from upcycle.architectures.dense.llama_like.llama import Llama
 from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.files.formats.tensor_files import SafetensorsFolder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from upcycle.architectures.dense.llama import Llama
+from upcycle.architectures.dense.llama_like.llama import Llama
 from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from upcycle.architectures.dense.llama import Llama
+from upcycle.architectures.dense.llama_like.llama import Llama
 from upcycle.architectures.dense_config import DenseConfig
 from upcycle.errors import UsageError
 from upcycle.planning.job import method_of

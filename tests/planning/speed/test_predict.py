@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import upcycle
-from upcycle.architectures.dense.llama import Llama
+from upcycle.architectures.dense.llama_like.llama import Llama
 from upcycle.architectures.dense_config import DenseConfig, Feature
 from upcycle.cli.main import cli
 from upcycle.ffn.moe_shape import MoeShape

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense_config import DenseConfig, Feature
-from upcycle.architectures.moe.qwen2_moe import Qwen2Moe, shared_size
+from upcycle.architectures.moe.softmax.qwen2_moe import Qwen2Moe, shared_size
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.planning.speed.table import MeasuredModel, committed, measurements
 from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, milliseconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.sigmoid import SigmoidTarget
+from upcycle.architectures.moe.sigmoid.base import SigmoidTarget
 from upcycle.ffn.moe_shape import MoeShape
 
 

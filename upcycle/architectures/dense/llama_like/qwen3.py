@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import Family
-from upcycle.architectures.dense.qwen2 import WINDOW_KEYS, upper_layer_windows
+from upcycle.architectures.dense.llama_like.qwen2 import WINDOW_KEYS, upper_layer_windows
 from upcycle.files.formats.settings import FLAG, SIZE
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.dense.granite import MULTIPLIERS, Granite
+from upcycle.architectures.dense.llama_like.granite import MULTIPLIERS, Granite
 from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError

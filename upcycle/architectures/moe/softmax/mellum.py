@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.qwen3_moe import Qwen3Moe
+from upcycle.architectures.moe.softmax.qwen3_moe import Qwen3Moe
 from upcycle.ffn.moe_shape import MoeShape
 
 

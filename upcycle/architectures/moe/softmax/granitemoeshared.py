@@ -7,7 +7,7 @@ from typing import Any
 from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.moe.base import ExpertLayout, OutputTensor
-from upcycle.architectures.moe.granitemoe import GraniteMoe
+from upcycle.architectures.moe.softmax.granitemoe import GraniteMoe
 from upcycle.ffn.moe_shape import MoeShape, Part
 
 

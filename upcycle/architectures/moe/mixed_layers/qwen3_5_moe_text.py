@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.qwen2_moe import Qwen2Moe, shared_size
+from upcycle.architectures.moe.softmax.qwen2_moe import Qwen2Moe, shared_size
 from upcycle.ffn.moe_shape import MoeShape
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upcycle.architectures.dense.base import Feature
-from upcycle.architectures.moe.sigmoid import SigmoidTarget
+from upcycle.architectures.moe.sigmoid.base import SigmoidTarget
 
 
 class SolarOpen(SigmoidTarget):
