@@ -28,6 +28,7 @@ from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import Plan, files_of
 from upcycle.planning.job import method_of
 from upcycle.planning.open_sources import open_sources
+from upcycle.planning.verification_text import MeasuredText
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.registry import METHODS
@@ -131,7 +132,7 @@ class ShorteningJob:
         self,
         checkpoint: Checkpoint,
         folder: Path,
-        windows: tuple[torch.Tensor, str],
+        windows: MeasuredText,
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:

@@ -194,12 +194,14 @@ def test_a_kind_of_text_that_was_not_calibrated_on_is_measured_beside_the_others
     quick = {**SMALL, "methods": ["random_split"], "routers": ["cool"], "timed": False}
     quick |= {"calibration": str(tmp_path / "mine.txt"), "text": ["prose"]}
     found = upcycle.compare(str(pico("llama")), **quick)
-    assert (found.unseen, list(found.dense)) == (["code"], ["prose", "code"])
+    assert (found.unseen, list(found.dense)) == (["code", "everyday"], ["prose", "code", "everyday"])
     for row in found.results:
-        assert row.ratio == pytest.approx(row.perplexity["prose"] / found.dense["prose"])
-        assert row.unseen_ratio == pytest.approx(row.perplexity["code"] / found.dense["code"])
+        ratios = {name: row.perplexity[name] / found.dense[name] for name in found.dense}
+        assert row.ratio == pytest.approx(ratios["prose"])
+        assert row.unseen_ratio == pytest.approx((ratios["code"] * ratios["everyday"]) ** 0.5)
 
     monkeypatch.setattr("upcycle.evaluation.compare.DEMO_TEXTS", {})
+    monkeypatch.setattr("upcycle.evaluation.compare.seen_share", lambda *_: 1.0)
     alone = upcycle.compare(str(pico("llama")), **quick)
     assert alone.unseen == []
     assert [row.unseen_ratio for row in alone.results] == [None] * len(alone.results)
@@ -209,7 +211,7 @@ def test_a_kind_of_text_that_was_not_calibrated_on_is_measured_beside_the_others
 def test_embedded_text_whose_lines_were_calibrated_on_is_not_called_unseen(pico: Pico, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(demo_parts("prose")[0])  # a copy; "code" shares lines with it, too
     quick = {**SMALL, "methods": ["random_split"], "routers": ["cool"], "timed": False}
-    assert upcycle.compare(str(pico("llama")), calibration=str(tmp_path / "mine.txt"), **quick).unseen == []
+    assert upcycle.compare(str(pico("llama")), calibration=str(tmp_path / "mine.txt"), **quick).unseen == ["everyday"]
 
 
 @pytest.mark.parametrize(("unseen", "warned"), [(1.5, False), (1.6, True), (None, False)])

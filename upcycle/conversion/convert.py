@@ -37,6 +37,7 @@ from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 if TYPE_CHECKING:
     import torch
 
+    from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
 
 
@@ -228,7 +229,7 @@ def _verify(
     job: ConversionJob,
     checkpoint: Checkpoint,
     folder: Path,
-    windows: tuple[torch.Tensor, str] | None,
+    windows: MeasuredText | None,
     progress: Progress,
 ) -> Verification | None:
     if windows is None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
 
 
@@ -162,7 +163,7 @@ class ExpertConversion(ExpertJob):
         self,
         checkpoint: Checkpoint,
         folder: Path,
-        windows: tuple[torch.Tensor, str],
+        windows: MeasuredText,
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
 
 
@@ -88,7 +89,7 @@ class GrowthConversion(GrowthJob):
         self,
         checkpoint: Checkpoint,
         folder: Path,
-        windows: tuple[torch.Tensor, str],
+        windows: MeasuredText,
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.output_layout import OutputEntry, Unit
     from upcycle.ffn.source_samples import Samples
     from upcycle.methods.base import AnyMethod
+    from upcycle.planning.verification_text import MeasuredText
     from upcycle.progress import Progress
     from upcycle.recipe.conversion_recipe import Recipe
     from upcycle.verification.verdict import Verification
@@ -129,7 +130,7 @@ class ConversionJob(PlannedJob, Protocol):
         self,
         checkpoint: Checkpoint,
         folder: Path,
-        windows: tuple[torch.Tensor, str],
+        windows: MeasuredText,
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:
@@ -138,7 +139,7 @@ class ConversionJob(PlannedJob, Protocol):
         Args:
             checkpoint: the source.
             folder: the result.
-            windows: token ids ``[N, W]`` to measure on, and a label that says which text they are from.
+            windows: what to measure on.
             progress: where to report.
             training: how the result was trained since, if it was.
 

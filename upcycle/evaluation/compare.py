@@ -29,7 +29,7 @@ from upcycle.progress import SILENT, Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.held_out import FLATTERING, seen_share, sketch
 from upcycle.text.mixture import mixed_windows, read_texts
-from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, read_text
 
 
 def compare(
@@ -176,7 +176,7 @@ def _texts(
         contents = {name: content[: cuts[name]] for name, content in contents.items()}
     # The embedded texts stand for all that the model will read and was not calibrated on, if no lines of theirs were.
     lines = sketch(contents.values())
-    others = {name: read_text(name) for name in DEMO_TEXTS if name not in measured}
+    others = {name: read_text(name) for name in (*DEMO_TEXTS, EVERYDAY) if name not in measured}
     others = {name: content for name, content in others.items() if seen_share(content, lines) <= FLATTERING}
     measured |= others
     tokenizer = load_tokenizer(checkpoint.source.path)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import CheckpointError, UpcycleError
-from upcycle.text.held_out import Parts, flattered, seen_share, sketch
+from upcycle.text.held_out import FLATTERING, Parts, flattered, seen_share, sketch
 from upcycle.text.mixture import read_parts
-from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, read_text
 from upcycle.text.windows import demo_parts, encode, windows_of
 
 if TYPE_CHECKING:
@@ -21,10 +22,24 @@ if TYPE_CHECKING:
 _WINDOW, _LEAST = 256, 16  # tokens: of a window, and of a held-out text that is long enough to measure on
 
 
+class MeasuredText(NamedTuple):
+    """Holds what two models are compared on.
+
+    Attributes:
+        ids: token ids, int64 ``[N, W]``.
+        label: says which text they are from.
+        unseen: ids of a text of another kind than all that was calibrated on; None where nothing was, or this kind was, too.
+    """
+
+    ids: torch.Tensor
+    label: str
+    unseen: torch.Tensor | None = None
+
+
 def token_windows(
     job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool | None = None
-) -> tuple[torch.Tensor, str]:
-    """Return token ids, int64 ``[N, W]``, to measure on, and a label that says which text they are from.
+) -> MeasuredText:
+    """Return the token ids to measure on.
 
     A calibrated model is measured on the part of its calibration texts that was held out.
 
@@ -43,7 +58,7 @@ def token_windows(
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)
         ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
-        return ids, "random token ids (no tokenizer)"
+        return MeasuredText(ids, "random token ids (no tokenizer)")
     tokenizer = load_tokenizer(checkpoint.source.path)
     wanted = job.recipe.calibration
     if calibrated is None:
@@ -77,7 +92,17 @@ def token_windows(
             f"{checkpoint.source.path}: the tokenizer writes token {int(ids.max()):,}, and the model has {job.vocab_size:,}",
             hint="take the tokenizer that belongs to these weights",
         )
-    return ids, label
+    return MeasuredText(ids, label, _unseen(tokenizer, parts, tokens, min(_WINDOW, job.context)) if parts else None)
+
+
+def _unseen(tokenizer: Any, parts: Mapping[str, Parts], tokens: int, window: int) -> torch.Tensor | None:
+    """Return windows of embedded text of a kind that was not calibrated on; half as many tokens as are measured otherwise."""
+    content = read_text(EVERYDAY)
+    if seen_share(content, sketch(part.read for part in parts.values())) > FLATTERING:
+        return None
+    encoded = encode(tokenizer, content)
+    window = min(window, len(encoded))
+    return windows_of([encoded], min(len(encoded), max(tokens // 2, window)), window)
 
 
 def _calibration_parts(wanted: CalibrationRecipe) -> dict[str, Parts]:

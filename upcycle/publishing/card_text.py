@@ -11,7 +11,7 @@ from upcycle.publishing.card_facts import Facts, public_name, sources_of
 from upcycle.publishing.markdown import code, fenced, links, plain, table
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 from upcycle.text.text_record import own_text_in
-from upcycle.verification.verdict import said, span
+from upcycle.verification.verdict import said, span, unseen_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,6 +116,10 @@ def _comparison(facts: Facts) -> str:
     if measured:
         name = f"perplexity, {measured['tokens']:,} tokens of {code(public_name(measured['text']))}"
         rows.append((name, said(measured["perplexity_dense"], ".3f"), said(measured["perplexity"], ".3f")))
+        if unseen_ratio(measured) is not None:
+            other = measured["unseen"]
+            name = f"perplexity, {other['tokens']:,} tokens of everyday English, which was not calibrated on"
+            rows.append((name, f"{other['perplexity_dense']:.3f}", f"{other['perplexity']:.3f}"))
     return table(["", "source" if facts.grown else "dense", "this model"], rows)
 
 

@@ -165,6 +165,18 @@ def measure_difference(
     )
 
 
+def measure_losses(
+    source: StockModel, result: StockModel, ids: torch.Tensor, batch: int, progress: Progress
+) -> dict[str, Any]:
+    """Return the perplexities of both models on ``ids``, token ids ``[N, W]``, under the names of ``Verification.unseen``."""
+    totals, batches = Totals(), ids.split(batch)
+    with progress.phase("verifying on other text", len(batches)):
+        for some in batches:
+            totals.add(some, source.logits(some), result.logits(some))
+            progress.advance()
+    return {name: totals.numbers[name] for name in ("tokens", "perplexity_dense", "perplexity")}
+
+
 class _Error:
     """Sums, in fp64, the squares of differences and of the values that they are relative to."""
 

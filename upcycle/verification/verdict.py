@@ -6,6 +6,7 @@ Nothing here divides zero by zero, and nothing that is written is NaN or infinit
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 EXACT_TOLERANCE = 1e-5
+MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Verification:
     alone, and ``tolerance`` includes it. ``positions`` is the length of the longest text that was read. Beyond
     ``positions_needed`` (0: nowhere), attention windows and scaled positions matter, and ``far_error`` is the relative error of
     the logits there (None: not measured).
+
+    ``unseen`` has the ``tokens``, ``perplexity_dense`` and ``perplexity`` of embedded text of a kind that was not calibrated on
+    (None: nothing was calibrated, the model is exact, or this kind was calibrated on, too).
 
     For a growth step, the fields named dense describe its source. ``compared_tensors`` is the number of tensors that equal the
     source's bit for bit, or what the step is declared to make of them: all of them. There are no layer errors.
@@ -60,11 +65,28 @@ class Verification:
     positions: int = 0
     positions_needed: int = 0
     far_error: float | None = None
+    unseen: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""
         content: dict[str, Any] = json_numbers(asdict(self))
         return content
+
+
+def unseen_ratio(check: Mapping[str, Any]) -> float | None:
+    """Return how many times the dense perplexity the model has on text of a kind that was not calibrated on.
+
+    ``check`` is :meth:`Verification.as_dict`. None: that was not measured, or is not finite.
+    """
+    found = check.get("unseen") or {}
+    before, after = found.get("perplexity_dense"), found.get("perplexity")
+    return after / before if before and after else None
+
+
+def overfitted(check: Mapping[str, Any]) -> bool:
+    """Return whether a model loses much more on text of a kind that was not calibrated on; ``check`` as above."""
+    ratio, before, after = unseen_ratio(check), check["perplexity_dense"], check["perplexity"]
+    return ratio is not None and bool(before and after) and ratio > MUCH_WORSE * max(1.0, after / before)
 
 
 def json_numbers(value: Any) -> Any:

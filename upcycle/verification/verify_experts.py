@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,13 +14,12 @@ from upcycle.models.stock_model import folder_model
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
-from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference
+from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 
 if TYPE_CHECKING:
-    import torch
-
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.planning.verification_text import MeasuredText
     from upcycle.progress import Progress
 
 # Unit roundoff: the largest relative error of storing one number. Logits are computed in fp32, whatever the stored dtype.
@@ -35,7 +35,7 @@ def verify_experts(
     job: ExpertJob,
     checkpoint: DenseCheckpoint,
     folder: Path,
-    windows: tuple[torch.Tensor, str],
+    windows: MeasuredText,
     progress: Progress,
     training: dict[str, Any] | None = None,
 ) -> Verification:
@@ -45,7 +45,7 @@ def verify_experts(
         job: the conversion.
         checkpoint: the dense model.
         folder: the result.
-        windows: token ids ``[N, W]`` to measure on, and a label that says which text they are from.
+        windows: what to measure on.
         progress: where to report.
         training: how the result was trained since, if it was.
 
@@ -56,7 +56,7 @@ def verify_experts(
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    ids, label = windows
+    ids, label, unseen = windows
     with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
@@ -66,8 +66,12 @@ def verify_experts(
     batch = batch_size(job.vocab_size, ids, streamed)
     measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
     if training is not None:
-        return _trained(layers, measured, label, streamed, training)
-    return _judge(job, layers, measured, label, streamed)
+        result = _trained(layers, measured, label, streamed, training)
+    else:
+        result = _judge(job, layers, measured, label, streamed)
+    if unseen is None or result.verdict != "approximate":
+        return result
+    return replace(result, unseen=measure_losses(sides.plain, moe, unseen, batch, progress))
 
 
 def check_keys(job: PlannedJob, folder: Path) -> None:

@@ -13,6 +13,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.hardware.memory import available_memory
 from upcycle.models.stock_model import folder_model
 from upcycle.planning.growth_job import GrowthJob, decided_growth
+from upcycle.planning.verification_text import MeasuredText
 from upcycle.progress import Progress
 from upcycle.verification.measure import batch_size, load_sides, measure_difference
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
@@ -20,7 +21,7 @@ from upcycle.verification.verify_experts import check_keys
 
 
 def verify_growth(
-    job: GrowthJob, checkpoint: Checkpoint, folder: Path, windows: tuple[torch.Tensor, str], progress: Progress
+    job: GrowthJob, checkpoint: Checkpoint, folder: Path, windows: MeasuredText, progress: Progress
 ) -> Verification:
     """Compare ``folder`` with the source, tensor by tensor and then by the logits of both models, in fp32.
 
@@ -33,7 +34,7 @@ def verify_growth(
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    ids, label = windows
+    ids, label, _ = windows
     with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()

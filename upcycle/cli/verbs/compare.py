@@ -194,7 +194,6 @@ def _verdicts(found: Any) -> list[tuple[str, str]]:
     return facts
 
 
-_MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
 _NAMES = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's kernels"}
 
 
@@ -214,13 +213,15 @@ def _how_timed(timing: dict[str, Any]) -> str:
 
 def _warnings(found: Any) -> list[str]:
     """Return what a user must know of the recommended rows: that routing is worth nothing, saves no time, or where quality is lost."""
+    from upcycle.verification.verdict import MUCH_WORSE
+
     notes = []
     for best in found.recommended:
         if best.time is not None and best.time >= 1:
             notes.append(
                 f"at {best.active:.0%}, the split is not faster than the dense model on this machine: {best.time:.2f}x its time"
             )
-        if best.unseen_ratio is not None and best.unseen_ratio > _MUCH_WORSE * best.ratio:
+        if best.unseen_ratio is not None and best.unseen_ratio > MUCH_WORSE * best.ratio:
             notes.append(
                 f"at {best.active:.0%}, text of kinds that were not calibrated on loses much more: {best.unseen_ratio:.2f}x against "
                 f"{best.ratio:.2f}x; calibrate on all that the model will read, or add self to --calibration"

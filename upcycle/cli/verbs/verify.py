@@ -123,7 +123,7 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
 
     None of them says "error": what is searched for that word in a log should be faults alone.
     """
-    from upcycle.verification.verdict import said, span
+    from upcycle.verification.verdict import overfitted, said, span, unseen_ratio
 
     before, after = ("before", "after") if result.compared_tensors else ("dense", "now")
     style = VERDICT_STYLE[result.verdict]
@@ -141,6 +141,23 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
             f"({result.tokens:,} tokens, {result.text})",
         ),
     ]
+    check = result.as_dict()
+    if (ratio := unseen_ratio(check)) is not None:
+        other = check["unseen"]
+        facts.append(
+            (
+                "other text",
+                f"dense {said(other['perplexity_dense'], '.3f')}, now {said(other['perplexity'], '.3f')}, {ratio:.2f}x "
+                f"({other['tokens']:,} tokens of everyday English, which was not calibrated on)",
+            )
+        )
+        if overfitted(check):
+            facts.append(
+                (
+                    "",
+                    "much worse than on what it was calibrated on: calibrate on all that it will read, or add self to --calibration",
+                )
+            )
     if result.far_error is not None:
         facts.append(
             (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from upcycle.report.data.subject import Subject
+from upcycle.verification.verdict import overfitted, unseen_ratio
 
 Level = Literal["good", "caution", "bad"]
 _SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, is lost
@@ -60,6 +61,13 @@ def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any,
     elif verification:
         level: Level = {"exact": "good", "approximate": "caution"}.get(verification["verdict"], "bad")  # type: ignore[assignment]
         say(level, f"{verification['verdict']}: {verification['explanation']}")
+        if overfitted(verification):
+            lost, known = unseen_ratio(verification), verification["perplexity"] / verification["perplexity_dense"]
+            say(
+                "caution",
+                f"on everyday English, which was not calibrated on, perplexity is {lost:.2f}x the dense model's, and {known:.2f}x on "
+                "what was: calibrate on all that the model will read",
+            )
     elif subject.ours and subject.state == "finished":
         say("caution", "not verified: how equal it is to its dense parent is not known yet")
     elif not subject.ours:

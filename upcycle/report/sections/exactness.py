@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.report.drawing.frame import Plot
 from upcycle.report.drawing.lines import Series, lines
-from upcycle.verification.verdict import said
+from upcycle.verification.verdict import said, unseen_ratio
 
 
 def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,6 +23,15 @@ def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
         ("perplexity", f"dense {said(check['perplexity_dense'], '.3f')}, now {said(check['perplexity'], '.3f')}"),
         ("measured on", f"{check['tokens']:,} tokens, {check['text']}"),
     ]
+    if (ratio := unseen_ratio(check)) is not None:
+        other = check["unseen"]
+        rows.append(
+            (
+                "perplexity on text of another kind",
+                f"dense {other['perplexity_dense']:.3f}, now {other['perplexity']:.3f}, {ratio:.2f}x "
+                f"({other['tokens']:,} tokens of everyday English, which was not calibrated on)",
+            )
+        )
     if check["all_experts_error"] is not None:
         rows.append(
             ("all experts on", f"{check['all_experts_reference']} within {check['all_experts_error']:.1e}, relative")
