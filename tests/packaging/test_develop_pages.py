@@ -32,8 +32,8 @@ PAGES = (*EXAMPLES, "change_a_kernel")
 # What a reader makes. Everything else that a page names must be there.
 MADE = {
     "add_a_method": {"splitters/by_norm.py", "tests/splitters/test_by_norm.py"},
-    "add_a_family": {"upcycle/architectures/dense/iquestcoder.py"},
-    "add_a_target": {"upcycle/architectures/moe/hy_v3.py"},
+    "add_a_family": {"upcycle/architectures/dense/llama_like/iquestcoder.py"},
+    "add_a_target": {"upcycle/architectures/moe/sigmoid/hy_v3.py"},
     "add_a_loss": {"trainers/losses/local_entropy.py", "tests/trainers/losses/test_local_entropy.py"},
     "change_a_kernel": {"try_kernel.py"},
 }

@@ -35,8 +35,6 @@ from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
-    import torch
-
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
 
@@ -166,7 +164,7 @@ def run_recipe(
     return Conversion(final, made, verification, job.reports(final), seconds, peak_memory(), workspace.resumed, merging)
 
 
-def _warn(made: Plan, judged: tuple[torch.Tensor, str] | None, progress: Progress) -> None:
+def _warn(made: Plan, judged: MeasuredText | None, progress: Progress) -> None:
     for warning in made.warnings:
         progress.note(warning)
     if judged and "flatter" in judged[1]:

@@ -13,16 +13,14 @@ from upcycle.architectures.stock import empty_model, load_tokenizer, quiet_trans
 from upcycle.checkpoints.merged_checkpoint import JoinedCheckpoint
 from upcycle.errors import CheckpointError
 from upcycle.models.stock_layers import weights_not_found
-from upcycle.planning.verification_text import token_windows
+from upcycle.planning.verification_text import MeasuredText, token_windows
 
 if TYPE_CHECKING:
-    import torch
-
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.planning.job import PlannedJob
 
 
-def check_loadable(job: PlannedJob, checkpoint: Checkpoint, decided: bool = False) -> tuple[torch.Tensor, str] | None:
+def check_loadable(job: PlannedJob, checkpoint: Checkpoint, decided: bool = False) -> MeasuredText | None:
     """Build source and result as stock models without weights, and load the tokenizer.
 
     Args:
@@ -31,7 +29,7 @@ def check_loadable(job: PlannedJob, checkpoint: Checkpoint, decided: bool = Fals
         decided: whether its layers are decided already, so that no calibration text is opened.
 
     Returns:
-        The text to verify the result on, as int64 token ids ``[N, W]`` and a label; None where it will not be verified.
+        The text to verify the result on; None where it will not be verified.
 
     Raises:
         CheckpointError: a stock class refuses a configuration (the message names the key), or finds no weight for a parameter.
