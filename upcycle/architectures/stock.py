@@ -232,14 +232,15 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
 
 
 def _gguf_config(clean: Path, path: Path) -> Any:
-    """Return the configuration that transformers reads of a ``.gguf`` file, with what it does not read: biases, vocabulary size."""
+    """Return the configuration that transformers reads of a ``.gguf`` file, with what it does not read: biases, sizes."""
     from transformers import AutoConfig
 
     from upcycle.files.formats.gguf_file import GgufFile
 
     ours = GgufFile(path).config
     config: Any = AutoConfig.from_pretrained(clean, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
-    config.vocab_size, config.attention_bias = ours["vocab_size"], ours["attention_bias"]
+    for key in ours.keys() & {"vocab_size", "attention_bias", "head_dim", "pad_token_id"}:
+        setattr(config, key, ours[key])
     return config
 
 

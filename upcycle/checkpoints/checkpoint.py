@@ -80,7 +80,12 @@ class Checkpoint:
             self.raw_config = read_config(source.path)
             config_bytes = (source.path / CONFIG).read_bytes()
         self._identify()
-        self.store = gguf if source.path.is_file() else SafetensorsFolder(source.path)
+        if source.path.is_file():
+            family = family_of(self.raw_config, str(source.path))
+            gguf.name_tensors(list(family.all_stored_specs(family.config(self.raw_config, str(source.path)))))
+            self.store = gguf
+        else:
+            self.store = SafetensorsFolder(source.path)
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
             self.raw_config = untied(self.raw_config)
         self._opened = self.version

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from upcycle.architectures.stock import load_stock_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError, VerificationError
 from upcycle.files.formats.gguf_file import GgufFile
@@ -23,6 +24,8 @@ HF_TO_GGUF = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
 
 
@@ -36,7 +39,7 @@ def write_gguf(
     without: Sequence[str] = (),
     **extra: float,
 ) -> Path:
-    """What llama.cpp's converter writes for a Llama: renamed tensors, rotary rows interleaved."""
+    """What llama.cpp's converter writes: renamed tensors, in a Llama with rotary rows interleaved."""
     model = AutoModelForCausalLM.from_pretrained(dense)
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -48,7 +51,11 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head != config.hidden_size // config.num_attention_heads:
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
     writer.add_vocab_size(config.vocab_size)
     for key, value in (metadata or {}).items():
         add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
@@ -56,7 +63,7 @@ def write_gguf(
     for name, stored in model.state_dict().items():
         tensor = stored
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
+            if part in name and architecture == "llama":
                 tensor = tensor.view(heads, 2, len(tensor) // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
         stem, _, kind = name.rpartition(".")
         if stem.startswith("model.layers."):
@@ -85,21 +92,26 @@ def write_gguf(
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
 def test_tensors_are_those_stock_transformers_reads(
-    pico: Callable[[str], Path], tmp_path: Path, quantized: bool
+    pico: Callable[[str], Path], tmp_path: Path, quantized: bool, name: str
 ) -> None:
-    path = write_gguf(pico("llama"), tmp_path / "m.gguf", quantized=quantized)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    path = write_gguf(pico(name), tmp_path / "m.gguf", architecture=name, quantized=quantized)
+    stock = load_stock_model(path).state_dict()
     checkpoint = DenseCheckpoint.open(str(path))
+    if checkpoint.config.tie_word_embeddings:
+        del stock["lm_head.weight"]
     assert checkpoint.store.specs.keys() == stock.keys()
-    for name, tensor in stock.items():
-        assert torch.equal(checkpoint.read(name, "float32"), tensor), name
-        assert checkpoint.read(name).dtype == torch.float32
-        assert torch.equal(checkpoint.read(name), tensor), name
+    for key, tensor in stock.items():
+        assert torch.equal(checkpoint.read(key, "float32"), tensor), key
+        assert checkpoint.read(key).dtype == torch.float32
+        assert torch.equal(checkpoint.read(key), tensor), key
 
 
-def test_converts_and_verifies(pico: Callable[[str], Path], tmp_path: Path) -> None:
-    path = write_gguf(pico("llama"), tmp_path / "m.gguf", quantized=True)
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_converts_and_verifies(pico: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    path = write_gguf(pico(name), tmp_path / "m.gguf", architecture=name, quantized=True)
     result = upcycle.convert(str(path), tmp_path / "out", experts=4, tokenizer="none")
     assert result.verification is not None
     assert result.verification.verdict == "exact"
@@ -107,8 +119,11 @@ def test_converts_and_verifies(pico: Callable[[str], Path], tmp_path: Path) -> N
 
 
 def test_other_architectures_and_scaled_ropes_are_refused(pico: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(RefusalError, match="only llama GGUF files"):
-        GgufFile(write_gguf(pico("llama"), tmp_path / "q.gguf", architecture="qwen2"))
+    with pytest.raises(RefusalError, match=r"holds a 'qwen2moe' model; GGUF files of llama, qwen2, .* are read"):
+        GgufFile(write_gguf(pico("llama"), tmp_path / "q.gguf", architecture="qwen2moe"))
+    other = write_gguf(pico("qwen3"), tmp_path / "o.gguf", architecture="qwen2")
+    with pytest.raises(RefusalError, match=r"tensor 'blk.0.attn_k_norm.weight' is not part of a dense qwen2 model"):
+        DenseCheckpoint.open(str(other))
     with pytest.raises(RefusalError, match="scaled rotary frequencies"):
         GgufFile(write_gguf(pico("llama"), tmp_path / "r.gguf", rope_freqs=1))
 

@@ -1,39 +1,21 @@
-"""Reads a ``.gguf`` file of the Llama family as a dense checkpoint, and dequantizes its tensors one at a time.
-
-Names and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-"""
+"""Reads a ``.gguf`` file as a dense checkpoint, and dequantizes its tensors one at a time."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, EnvironmentFault, RefusalError
 from upcycle.files.formats.folder_contents import shortened, something_else
+from upcycle.files.formats.gguf_architectures import ARCHITECTURES
 from upcycle.files.formats.settings import DECIMAL, SIZE
 from upcycle.files.formats.tensor_files import SAMPLE_BYTES
 from upcycle.files.formats.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
-
-_ARCHITECTURE = "llama"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
 
 # Metadata keys of the architecture that this module reads.
 _READ = (
@@ -67,18 +49,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # half-precision scale and small integers, which have more bits than half precision holds.
 _KEPT = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTIZED = "float32"
+_SCALED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 _ELSEWHERE = "convert the safetensors checkpoint that it was made from"
 
 
 class GgufFile:
     """Gives the tensors of a ``.gguf`` file under their Hugging Face names, each in a dtype that holds all its values.
 
-    Every metadata key of the architecture is read or refused. Keys of other namespaces (``general``, ``tokenizer`` and those
-    of tools) are ignored, as no engine computes with them.
+    The file has names of its own: :meth:`name_tensors` must be called before a tensor is read. Every metadata key of the
+    architecture is read or refused. Keys of other namespaces (``general``, ``tokenizer`` and those of tools) are ignored, as no
+    engine computes with them.
 
     Raises:
         CheckpointError: the file is not a GGUF file, is damaged, or is a part of one.
-        RefusalError: its architecture is not llama, or a metadata key changes what the model computes.
+        RefusalError: its architecture is not read here, or a metadata key changes what the model computes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,29 +78,49 @@ class GgufFile:
         try:
             reader = gguf.GGUFReader(path)
             self._metadata = {name: _contents(name, field) for name, field in reader.fields.items()}
-            named = {tensor.name: tensor for tensor in reader.tensors}
+            self._stored = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # for a damaged file the package raises whatever error it runs into
             raise something_else(path) or CheckpointError(
                 f"{path} is not a readable GGUF file: {shortened(str(error))}", hint="download it again"
             ) from None
         self._dequantize = gguf.quants.dequantize
-        self._refuse_others(set(named))
-        self._tensors = {self._name(name): tensor for name, tensor in named.items()}
-        # GGUF lists dimensions innermost first.
-        self.specs = {
-            name: TensorSpec(
-                tuple(int(n) for n in reversed(tensor.shape)), _KEPT.get(tensor.tensor_type.name, _QUANTIZED)
-            )
-            for name, tensor in self._tensors.items()
-        }
+        self._architecture = self._readable()
+        self._described = ARCHITECTURES[self._architecture]
+        self._tensors: dict[str, Any] = {}
+        self.specs: dict[str, TensorSpec] = {}
         self.config = self._config()
         with path.open("rb") as file:
             self._header = reader.data_offset
             header = file.read(self._header)
         self.fingerprint = hashlib.sha256(header + str(path.stat().st_size).encode()).hexdigest()
 
-    def _refuse_others(self, tensors: set[str]) -> None:
-        """Refuse everything but a whole, dense Llama whose metadata leaves its function as stock code computes it."""
+    def name_tensors(self, names: Collection[str]) -> None:
+        """Give the tensors the names of the dense architecture, as the gguf package translates them.
+
+        Args:
+            names: those of all tensors that a checkpoint with this configuration has.
+
+        Raises:
+            RefusalError: the file has a tensor with none of these names.
+        """
+        import gguf
+
+        known = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+        table = gguf.get_tensor_name_map(known[self._architecture], self._number("block_count"))
+        found = {table.get_name(name, try_suffixes=(".weight", ".bias")): name for name in names}
+        if other := sorted(set(self._stored) - found.keys()):
+            raise RefusalError(
+                f"{self.path}: tensor '{shortened(other[0])}' is not part of a dense {self._architecture} model",
+                hint=_ELSEWHERE,
+            )
+        self._tensors = {found[name]: tensor for name, tensor in self._stored.items()}
+        self.specs = {name: _spec(tensor) for name, tensor in self._tensors.items()}
+
+    def _readable(self) -> str:
+        """Return the architecture of a whole, dense model whose metadata leaves its function as stock code computes it.
+
+        Everything else is refused.
+        """
         parts = self._metadata.get("split.count", 0)
         if parts not in (0, 1):
             raise CheckpointError(
@@ -124,19 +130,21 @@ class GgufFile:
         kind, architecture = (self._metadata.get(f"general.{key}") for key in ("type", "architecture"))
         if kind not in (None, "model"):
             raise RefusalError(f"{self.path} holds no model: 'general.type' is {shortened(kind)}", hint=_ELSEWHERE)
-        if architecture != _ARCHITECTURE:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise RefusalError(
-                f"{self.path} holds a '{shortened(architecture)}' model; only llama GGUF files are read",
+                f"{self.path} holds a '{shortened(architecture)}' model; GGUF files of {', '.join(ARCHITECTURES)} are read",
                 hint=_ELSEWHERE,
             )
-        if "rope_freqs.weight" in tensors:
+        if scaled := sorted(_SCALED & self._stored.keys()):
             raise RefusalError(
-                f"{self.path} has scaled rotary frequencies (Llama 3.1), whose settings GGUF does not keep",
+                f"{self.path} has scaled rotary frequencies ('{scaled[0]}'), whose settings GGUF does not keep",
                 hint=_ELSEWHERE,
             )
+        mine = ARCHITECTURES[architecture].keys
         for name, value in self._metadata.items():
             namespace, _, key = name.partition(".")
-            if namespace == _ARCHITECTURE and key not in _READ and value not in _NEUTRAL.get(key, ()):
+            known = key in _READ or key in mine
+            if namespace == architecture and not known and value not in _NEUTRAL.get(key, ()):
                 what = "scaled rotary frequencies: " if key.startswith("rope.scal") else ""
                 why = (
                     "changes what the model computes"
@@ -146,6 +154,7 @@ class GgufFile:
                 raise RefusalError(
                     f"{self.path} has {what}metadata key '{name}' = {shortened(value)}, which {why}", hint=_ELSEWHERE
                 )
+        return architecture
 
     def metadata(self, key: str) -> Any:
         """Return the value of a metadata key, or None."""
@@ -156,31 +165,18 @@ class GgufFile:
         """Whether the file holds a vocabulary, from which a tokenizer can be made."""
         return "tokenizer.ggml.model" in self._metadata and "tokenizer.ggml.tokens" in self._metadata
 
-    def _name(self, name: str) -> str:
-        stem, _, kind = name.rpartition(".")
-        if kind in ("weight", "bias"):
-            if stem.startswith("blk."):
-                _, layer, part = (stem + "..").split(".", 3)[:3]
-                if part in _LAYER and layer.isdecimal():
-                    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
-            elif stem in _GLOBAL:
-                return f"{_GLOBAL[stem]}.{kind}"
-        raise RefusalError(
-            f"{self.path}: tensor '{shortened(name)}' is not part of a dense Llama model", hint=_ELSEWHERE
-        )
-
     def _number(self, key: str, default: float | None = None, whole: bool = True) -> Any:
         """Return the number under one of the architecture's metadata keys.
 
         Raises:
             CheckpointError: it is missing, not a number, or different for each layer.
         """
-        value = self._metadata.get(f"{_ARCHITECTURE}.{key}", default)
+        value = self._metadata.get(f"{self._architecture}.{key}", default)
         if value is None or not (SIZE if whole else DECIMAL).fits(value):
             found = "is missing" if value is None else f"is {shortened(value)}"
             wanted = (SIZE if whole else DECIMAL).what
             raise CheckpointError(
-                f"{self.path}: metadata key '{_ARCHITECTURE}.{key}' {found}, and must be {wanted}",
+                f"{self.path}: metadata key '{self._architecture}.{key}' {found}, and must be {wanted}",
                 hint="download it again",
             )
         return value
@@ -191,16 +187,17 @@ class GgufFile:
         Raises:
             RefusalError: only some have biases.
         """
-        found = {name for name in self.specs if name.endswith(tuple(f".{part}.bias" for part in parts))}
+        found = {name for name in self._stored if name.endswith(tuple(f".{part}.bias" for part in parts))}
         if len(found) not in (0, len(parts) * self._number("block_count")):
             raise RefusalError(
-                f"{self.path}: only some projections have biases ('{min(found)}'), which no llama configuration can say",
+                f"{self.path}: only some projections have biases ('{min(found)}'), which no {self._architecture} "
+                "configuration can say",
                 hint=_ELSEWHERE,
             )
         return bool(found)
 
     def _config(self) -> dict[str, Any]:
-        embeddings = self.specs.get(EMBEDDING)
+        embeddings = self._stored.get("token_embd.weight")
         if embeddings is None:
             raise CheckpointError(f"{self.path}: tensor 'token_embd.weight' is missing", hint="download it again")
         heads, width = self._number("attention.head_count"), self._number("embedding_length")
@@ -208,12 +205,17 @@ class GgufFile:
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._number(key, head) != head:
                 raise RefusalError(
-                    f"{self.path} has metadata key '{_ARCHITECTURE}.{key}' = {self._number(key)} where a head has {head}",
+                    f"{self.path} has metadata key '{self._architecture}.{key}' = {self._number(key)} where a head has {head}",
                     hint=_ELSEWHERE,
                 )
-        first = self.specs.get("model.layers.0.mlp.gate_proj.weight")
+        first = self._stored.get("blk.0.ffn_up.weight")
+        described = self._described
+        tokens = {key: f"tokenizer.ggml.{name}_token_id" for key, name in _TOKENS.items()}
+        own = {
+            config: self._number(key) for key, config in described.keys.items() if self._metadata.get(self._key(key))
+        }
         return {
-            "model_type": "llama",
+            "model_type": described.model_type,
             "hidden_size": width,
             "intermediate_size": self._number("feed_forward_length"),
             "num_hidden_layers": self._number("block_count"),
@@ -223,20 +225,23 @@ class GgufFile:
             "rms_norm_eps": _shortest(self._number("attention.layer_norm_rms_epsilon", whole=False)),
             "max_position_embeddings": self._number("context_length"),
             "rope_theta": _shortest(self._number("rope.freq_base", 10000.0, whole=False)),
-            "vocab_size": embeddings.shape[0],
-            "tie_word_embeddings": HEAD not in self.specs,
-            "attention_bias": self._biases(("q_proj", "k_proj", "v_proj", "o_proj")),
-            "mlp_bias": self._biases(("gate_proj", "up_proj", "down_proj")),
-            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
-            "dtype": first.dtype if first else _QUANTIZED,
+            "vocab_size": _spec(embeddings).shape[0],
+            "tie_word_embeddings": "output.weight" not in self._stored,
+            **{key: self._biases(parts) for key, parts in described.biases.items()},
+            **{key: self._metadata.get(name) for key, name in tokens.items()},
+            "dtype": _spec(first).dtype if first else _QUANTIZED,
+            **described.constant,
+            **own,
         }
+
+    def _key(self, key: str) -> str:
+        """Return the whole name of one of the architecture's metadata keys."""
+        return f"{self._architecture}.{key}"
 
     @property
     def note(self) -> str | None:
         """A note for the user about the dtype of quantized tensors; None where there are none."""
-        kinds = sorted({t.tensor_type.name for t in self._tensors.values()} - set(_KEPT))
+        kinds = sorted({t.tensor_type.name for t in self._stored.values()} - set(_KEPT))
         if not kinds:
             return None
         return (
@@ -249,7 +254,7 @@ class GgufFile:
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             digest.update(file.read(self._header))
-            for tensor in self._tensors.values():
+            for tensor in self._stored.values():
                 last = max(int(tensor.n_bytes) - SAMPLE_BYTES, 0)
                 for position in sorted({0, last // 2, last}):
                     file.seek(int(tensor.data_offset) + position)
@@ -274,7 +279,7 @@ class GgufFile:
         import torch
 
         tensor, spec = self._tensors[name], self.specs[name]
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        heads = _HEADS.get(name.split(".")[-2]) if self._described.interleaved else None
         rows = slice(None) if heads else slice(first, first + count)  # the rows of a head must be reordered together
         try:
             values = torch.from_numpy(self._dequantize(tensor.data[rows], tensor.tensor_type).copy())
@@ -285,6 +290,12 @@ class GgufFile:
             ) from None
         values = values.view(-1, *spec.shape[1:])
         return _half_split(values, self.config[heads])[first : first + count] if heads else values
+
+
+def _spec(tensor: Any) -> TensorSpec:
+    """Return shape and dtype of a stored tensor; GGUF lists dimensions innermost first."""
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    return TensorSpec(shape, _KEPT.get(tensor.tensor_type.name, _QUANTIZED))
 
 
 def _contents(key: str, field: Any) -> Any:
