@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.other_formats import fp8_settings, gguf_config
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
 from upcycle.files.formats.parsing import parse_json, read_json
 
@@ -219,7 +220,10 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
         if folder.is_file():
-            named["config"] = _gguf_config(clean, folder)
+            named["config"] = gguf_config(clean, folder)
+        elif fp8 := fp8_settings(folder):
+            named["config"] = build_config(clean_file(clean / CONFIG), str(folder))
+            named["config"].quantization_config = fp8
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
         )
@@ -229,19 +233,6 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
     model.config.name_or_path = model.name_or_path = ""
     return model
-
-
-def _gguf_config(clean: Path, path: Path) -> Any:
-    """Return the configuration that transformers reads of a ``.gguf`` file, with what it does not read: biases, sizes."""
-    from transformers import AutoConfig
-
-    from upcycle.files.formats.gguf_file import GgufFile
-
-    ours = GgufFile(path).config
-    config: Any = AutoConfig.from_pretrained(clean, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
-    for key in ours.keys() & {"vocab_size", "attention_bias", "head_dim", "pad_token_id"}:
-        setattr(config, key, ours[key])
-    return config
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -13,7 +13,8 @@ from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.find_family import family_of
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.tensor_files import CONFIG, SafetensorsFolder, read_config
+from upcycle.files.formats.block_fp8 import tensors_of
+from upcycle.files.formats.tensor_files import CONFIG, read_config
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.locate import Source, locate
 
@@ -85,7 +86,7 @@ class Checkpoint:
             gguf.name_tensors(list(family.all_stored_specs(family.config(self.raw_config, str(source.path)))))
             self.store = gguf
         else:
-            self.store = SafetensorsFolder(source.path)
+            self.store = tensors_of(source.path, self.raw_config)
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
             self.raw_config = untied(self.raw_config)
         self._opened = self.version

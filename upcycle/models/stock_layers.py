@@ -17,7 +17,8 @@ import torch
 from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.stock import build_config, clean_file, empty_model, load_stock_model, quiet_transformers
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.formats.block_fp8 import BlockFp8Folder, tensors_of
+from upcycle.files.formats.tensor_files import read_config
 from upcycle.models.first_calls import settle_code_paths
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class FolderLayers:
 
     def __init__(self, folder: Path, rounding: Rounding | None = None, outside: bool = True) -> None:
         self._folder, self._rounding = folder, rounding
-        self._store = SafetensorsFolder(folder)
+        self._store = tensors_of(folder, read_config(folder))
         settings = build_config(clean_file(folder / "config.json"), str(folder))
         self.model: Any = empty_model(settings, str(folder), torch.float32).eval()
         self._stored = _by_layer(self.model, self._store.specs)
@@ -82,7 +83,7 @@ class FolderLayers:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        tensors = {name: self._store.read(name).float() for name in self._stored.get(index, ())}
+        tensors = {name: self._tensor(name) for name in self._stored.get(index, ())}
         mapping: Any = get_model_conversion_mapping(self.model)
         wanted = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping, use_safetensors=True)
         with quiet_transformers():
@@ -91,6 +92,18 @@ class FolderLayers:
             raise CheckpointError(f"{self._folder}: stock transformers cannot use a weight: {problems[0]}")
         round_weights(self.model, index, self._rounding)
         return set(report.missing_keys)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor in fp32; where it is stored in FP8, transformers multiplies it by its scales."""
+        if not isinstance(self._store, BlockFp8Folder):
+            return self._store.read(name).float()
+        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+        values, scales = self._store.stored(name)
+        if scales is None:
+            return values.float()
+        made: torch.Tensor = Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32)
+        return made
 
 
 class WholeLayers:

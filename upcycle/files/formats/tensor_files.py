@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Further dtypes of the format: quantized numbers, and types that weights do not have.
 _OTHER_DTYPES = (
-    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
+    *("F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
     *("U16", "U32", "U64", "C64"),
 )
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library

@@ -107,6 +107,12 @@ def _headless(odd: list[str], missing: set[str], wanted: set[str], where: str) -
     return None
 
 
+def is_block_fp8(raw: Mapping[str, Any]) -> bool:
+    """Return whether ``config.json`` says that matrices are stored in FP8 with scales."""
+    settings = raw.get("quantization_config")
+    return isinstance(settings, Mapping) and settings.get("quant_method") == "fp8"
+
+
 def refuse_quantized(specs: Mapping[str, TensorSpec], raw: Mapping[str, Any], where: str) -> None:
     """Refuse quantized weights, judged by the tensors' names and dtypes; a leftover ``quantization_config`` does not matter.
 
@@ -127,7 +133,10 @@ def refuse_said_quantized(raw: Mapping[str, Any], where: str) -> None:
         RefusalError: it has a ``quantization_config``.
     """
     if raw.get("quantization_config"):
-        raise quantized_weights(raw, where, "config.json has a 'quantization_config'")
+        found = quantized_weights(raw, where, "config.json has a 'quantization_config'")
+        if is_block_fp8(raw):
+            found.hint = "FP8 weights are read, but a plan needs their headers: download them, and plan from the folder"
+        raise found
 
 
 def quantized_weights(raw: Mapping[str, Any], where: str, what: str) -> RefusalError:
