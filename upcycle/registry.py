@@ -61,6 +61,9 @@ FAMILIES = {
     "hunyuan_v1_dense": "upcycle.architectures.dense.llama_like.hunyuan_v1_dense:HunyuanV1Dense",
     "seed_oss": "upcycle.architectures.dense.llama_like.seed_oss:SeedOss",
     "helium": "upcycle.architectures.dense.rearranged.helium:Helium",
+    "smollm3": "upcycle.architectures.dense.llama_like.smollm3:SmolLm3",
+    "ministral": "upcycle.architectures.dense.llama_like.ministral:Ministral",
+    "granite_swa": "upcycle.architectures.dense.llama_like.granite_swa:GraniteSwa",
     "lfm2": "upcycle.architectures.dense.mixed_layers.lfm2:Lfm2",
 }
 TARGETS = {
@@ -70,6 +73,7 @@ TARGETS = {
     "qwen3_5_moe_text": "upcycle.architectures.moe.mixed_layers.qwen3_5_moe_text:Qwen35MoeText",
     "granitemoe": "upcycle.architectures.moe.softmax.granitemoe:GraniteMoe",
     "granitemoeshared": "upcycle.architectures.moe.softmax.granitemoeshared:GraniteMoeShared",
+    "granitemoe_swa": "upcycle.architectures.moe.softmax.granitemoe_swa:GraniteMoeSwa",
     "flex_olmo": "upcycle.architectures.moe.softmax.flex_olmo:FlexOlmo",
     "glm4_moe": "upcycle.architectures.moe.sigmoid.glm4_moe:Glm4Moe",
     "dots1": "upcycle.architectures.moe.sigmoid.dots1:Dots1",

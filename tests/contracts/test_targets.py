@@ -252,6 +252,7 @@ TRAP_OF: dict[str, dict[str, Any]] = {
     "mellum": {"norm_topk_prob": False},
     "granitemoe": {"attention_multiplier": 1.0},
     "granitemoeshared": {"attention_multiplier": 1.0},
+    "granitemoe_swa": {"layer_rope_theta": [500.0] * 3},
     "qwen3_5_moe_text": {"rms_norm_eps": 1e-4},
 }
 SET = {(PICO[name][0], target) for name, target, _ in TRAPS}

@@ -57,7 +57,6 @@ REASONS = {
     "gemma2": "it soft-caps its logits and norms the FFN's output too (sandwich norms), and no stock MoE block does both",
     "gemma3": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "smollm3": "some of its layers have no rotary position embedding (NoPE), and no stock MoE architecture can skip it",
     "olmo": "its norms have no weights, and no stock MoE architecture with normalised routing has them",
     "olmo3": "it mixes sliding windows with post-norms, and no stock MoE architecture has both",
     "exaone4": "it norms after each block, and its MoE relative norms before",

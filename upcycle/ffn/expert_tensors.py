@@ -70,6 +70,8 @@ class ExpertTensors:
             return half_switch(width, dtype)
         if part.kind == "zeros":
             return torch.zeros(part.size)
+        if part.kind == "filled":
+            return torch.full((part.size,), part.factor, dtype=dtype)
         if part.kind == "idle_down":
             return torch.zeros(width, part.size, dtype=dtype)
         return self._of_ffn(part)

@@ -29,6 +29,7 @@ PartKind = Literal[
     "idle_up_bias",
     "idle_down_bias",
     "zeros",  # fp32: a bias on the choice of experts
+    "filled",  # a number (``factor``) for each of ``size`` elements: a parameter that the dense model lacks, and that is off
 ]
 
 

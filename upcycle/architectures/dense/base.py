@@ -94,6 +94,7 @@ class Family(ABC):
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
             windows=self.windows(raw, layers),
+            thetas=self.thetas(raw, layers, rope["rope_theta"]),
             **self.details(raw, values),
         )
         self._check_together(config, raw, where)
@@ -102,8 +103,9 @@ class Family(ABC):
     def _refuse_unheld(self, raw: Mapping[str, Any], where: str) -> None:
         if not all(raw.get("no_rope_layers") or [True]):
             raise RefusalError(
-                f"{where}: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), "
-                "and no stock MoE architecture can skip it"
+                f"{where}: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), and every layer of a "
+                f"{self.name} model has one",
+                hint="remove the key, or correct 'model_type' (smollm3 has such layers)",
             )
 
     def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
@@ -178,6 +180,10 @@ class Family(ABC):
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         """Return the sliding window of every layer, in tokens; None attends to everything."""
         return (None,) * layers
+
+    def thetas(self, raw: Mapping[str, Any], layers: int, theta: float) -> tuple[float, ...]:
+        """Return the theta of every layer's rotary embedding, 0 where it has none; empty: all have ``theta``."""
+        return ()
 
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the biases, norms, multipliers and special features, as keyword arguments of DenseConfig."""

@@ -184,6 +184,17 @@ def router_tensor(name: str, dense: DenseConfig, shape: MoeShape) -> OutputTenso
     return OutputTensor(name, (shape.experts, dense.hidden_size), (Part("router"),))
 
 
+def sink_tensors(prefix: str, dense: DenseConfig) -> list[OutputTensor]:
+    """Return the attention sinks ``[heads]`` below ``prefix``, so low that they do nothing; none where the dense model has them.
+
+    A sink adds ``exp(sink)`` to the sum of a softmax. ``exp(-1e4)`` is 0 in every dtype, and so is its gradient.
+    """
+    if Feature.SINKS in dense.special:
+        return []
+    heads = dense.num_attention_heads
+    return [OutputTensor(f"{prefix}.sinks", (heads,), (Part("filled", factor=-1e4, size=heads),))]
+
+
 def shared_parts(shape: MoeShape, idle_size: int, factor: float = 1.0) -> tuple[Part, Part, Part]:
     """Return gate, up and down of the shared experts, or of an idle expert of ``idle_size`` neurons, which adds nothing.
 
