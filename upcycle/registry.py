@@ -64,6 +64,9 @@ FAMILIES = {
     "smollm3": "upcycle.architectures.dense.llama_like.smollm3:SmolLm3",
     "ministral": "upcycle.architectures.dense.llama_like.ministral:Ministral",
     "granite_swa": "upcycle.architectures.dense.llama_like.granite_swa:GraniteSwa",
+    "internlm3": "upcycle.architectures.dense.llama_like.internlm3:InternLm3",
+    "arcee": "upcycle.architectures.dense.llama_like.arcee:Arcee",
+    "hyperclovax": "upcycle.architectures.dense.llama_like.hyperclovax:HyperClovaX",
     "lfm2": "upcycle.architectures.dense.mixed_layers.lfm2:Lfm2",
 }
 TARGETS = {

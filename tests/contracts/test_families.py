@@ -32,6 +32,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "ministral": {"head_dim": 128},
+    "hyperclovax": {"use_post_norm": False},
 }
 _TRIED: tuple[Any, ...] = (None, True, 1, 7.5, -3, "x", [1], ["x"], {}, {"x": 1}, float("nan"), float("inf"), 10**400)
 
@@ -156,7 +157,10 @@ def test_a_family_that_cannot_be_calibrated_says_so(pico: Callable[[str], Path],
 
 
 @pytest.mark.one_in(5)
-@pytest.mark.parametrize("name", ["granite", "gemma", "phi3", "lfm2", "cohere2", "smollm3", "ministral", "granite-swa"])
+@pytest.mark.parametrize(
+    "name",
+    ["granite", "gemma", "phi3", "lfm2", "cohere2", "smollm3", "ministral", "granite-swa", "arcee", "hyperclovax"],
+)
 def test_other_families_are_calibrated(name: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"method": "importance", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}
     calibration = {"text": "demo", "tokens": 1024, "window": 64}

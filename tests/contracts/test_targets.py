@@ -192,7 +192,7 @@ REFUSED = [
     ("qwen3", {"target": "qwen3_moe", "shared": 4, **SPLIT}, "cannot hold shared experts", "--target dots1"),
     ("qwen3-windows", {"target": "qwen3_moe", **UPCYCLED}, "some layers only", "--target mellum"),
     ("llama-bias", {"target": "mixtral", **UPCYCLED}, "a bias on the attention output", "--target granitemoe"),
-    ("phi3-partial", {"target": "mixtral", **UPCYCLED}, "partial_rotary_factor 0.5", "--target glm4_moe"),
+    ("phi3-partial", {"target": "solar_open", **UPCYCLED}, "partial_rotary_factor 0.5", "--target mixtral"),
     ("granite", {"target": "mixtral", **UPCYCLED}, "embedding_multiplier 3.0", "--target granitemoe"),
     ("olmo2", {"target": "qwen3_moe", **UPCYCLED}, "norms behind attention", "--target flex_olmo"),
     ("llama", {"target": "glm4_moe", "layers": [0], **UPCYCLED}, "dense layers between", "--target qwen2_moe"),
@@ -235,6 +235,11 @@ TRAPS: list[tuple[str, str, dict[str, Any]]] = [
         "phi3-partial",
         "glm4_moe",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "partial_rotary_factor": 1.0},
+    ),
+    (
+        "phi3-partial-longrope",
+        "mixtral",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_scaling": None},
     ),
     ("cohere2", "cohere2_moe", {"rms_norm_eps": 1e-5}),
     ("cohere2", "cohere2_moe", {"logit_scale": 1.0}),
@@ -285,8 +290,10 @@ def test_a_window_that_is_never_reached_is_left_out_where_there_is_none(pico: Ca
     assert target.lacks(dense) == [Feature.WINDOW]
     assert load("target", "mixtral")().stored(dense).windows == dense.windows
     with pytest.raises(RefusalError, match="a sliding window on every layer") as caught:
-        refuse_unheld(target, family, dense, (), [load("target", name)() for name in family.targets])
-    assert "mixtral: a rotary embedding of a part of each head" in str(caught.value.hint)
+        refuse_unheld(target, family, dense, (), [load("target", name)() for name in ("solar_open", "glm4_moe")])
+    assert "solar_open: a sliding window on every layer, a rotary embedding of a part of each head" in str(
+        caught.value.hint
+    )
     assert "glm4_moe: a sliding window on every layer" in str(caught.value.hint)
 
 

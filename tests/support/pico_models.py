@@ -93,6 +93,20 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3-partial": ("phi3", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    "phi3-partial-longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "attention_factor": 1.0,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.0, 4.0],
+            },
+        },
+    ),
     "phi3-idle-window": (  # as long as the context
         "phi3",
         {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}, "sliding_window": 512},
@@ -145,6 +159,20 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 5.0,
             "sliding_window": 16,
             "layer_rope_theta": [10000.0, 500.0, 0],
+            "attention_bias": True,
+        },
+    ),
+    "internlm3": ("internlm3", {"head_dim": 16}),
+    "arcee": ("arcee", {}),
+    "arcee-bias": ("arcee", {"attention_bias": True}),
+    "hyperclovax": (
+        "hyperclovax",
+        {
+            "use_post_norm": False,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 0.2,
             "attention_bias": True,
         },
     ),

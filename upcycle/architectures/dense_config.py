@@ -95,6 +95,11 @@ class DenseConfig:
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @property
+    def rotated_dim(self) -> int:
+        """How many dimensions of every head the rotary embedding turns."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1))
+
+    @property
     def window(self) -> int | None:
         """The sliding window, in tokens, of the layers that have one; None where no layer has one."""
         return next((window for window in self.windows if window is not None), None)

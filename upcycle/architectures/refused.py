@@ -61,7 +61,6 @@ REASONS = {
     "olmo3": "it mixes sliding windows with post-norms, and no stock MoE architecture has both",
     "exaone4": "it norms after each block, and its MoE relative norms before",
     "nemotron": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
-    "arcee": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
     "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
     "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
     "cohere": "it has rotary embeddings on every layer of its parallel block, and its MoE relative only where there is a window",

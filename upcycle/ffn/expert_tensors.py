@@ -60,7 +60,7 @@ class ExpertTensors:
         ``[E, d]``. A bias that the dense FFN does not have is zero.
 
         Raises:
-            RefusalError: a gate is asked for, and the dense FFN has none.
+            RefusalError: a gate is asked for, and the dense FFN has none that could be written as one.
         """
         width, dtype = self._ffn.hidden_size, self._ffn.dtype
         if part.kind == "router":
@@ -80,6 +80,8 @@ class ExpertTensors:
         """Build a part that the dense FFN's weights are in."""
         where, _, matrix = part.kind.removesuffix(_BIAS).rpartition("_")
         name = matrix + _BIAS if part.kind.endswith(_BIAS) else matrix
+        if self._ffn.gate is None and self._ffn.activation == "relu2":
+            name = name.replace("gate", "up")  # relu2(up x) is relu(up x) * up x
         if name == "down_bias":
             return self._down_bias(where, part)
         if self._ffn.tensor(name) is None:
