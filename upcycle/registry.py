@@ -67,6 +67,8 @@ FAMILIES = {
     "internlm3": "upcycle.architectures.dense.llama_like.internlm3:InternLm3",
     "arcee": "upcycle.architectures.dense.llama_like.arcee:Arcee",
     "hyperclovax": "upcycle.architectures.dense.llama_like.hyperclovax:HyperClovaX",
+    "glm": "upcycle.architectures.dense.rearranged.glm:Glm",
+    "cohere": "upcycle.architectures.dense.rearranged.cohere:Cohere",
     "lfm2": "upcycle.architectures.dense.mixed_layers.lfm2:Lfm2",
 }
 TARGETS = {

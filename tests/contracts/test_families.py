@@ -159,7 +159,20 @@ def test_a_family_that_cannot_be_calibrated_says_so(pico: Callable[[str], Path],
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "name",
-    ["granite", "gemma", "phi3", "lfm2", "cohere2", "smollm3", "ministral", "granite-swa", "arcee", "hyperclovax"],
+    [
+        "granite",
+        "gemma",
+        "phi3",
+        "lfm2",
+        "cohere2",
+        "smollm3",
+        "ministral",
+        "granite-swa",
+        "arcee",
+        "hyperclovax",
+        "glm",
+        "cohere",
+    ],
 )
 def test_other_families_are_calibrated(name: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"method": "importance", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}

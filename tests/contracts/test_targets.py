@@ -259,6 +259,7 @@ TRAP_OF: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"attention_multiplier": 1.0},
     "granitemoe_swa": {"layer_rope_theta": [500.0] * 3},
     "qwen3_5_moe_text": {"rms_norm_eps": 1e-4},
+    "cohere2_moe": {"logit_scale": 1.0},
 }
 SET = {(PICO[name][0], target) for name, target, _ in TRAPS}
 TRAPS += [(name, cell[1], TRAP_OF.get(cell[1], {})) for cell, name in FIRST.items() if cell not in SET]

@@ -176,6 +176,9 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm-plain": ("glm", {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 0.25}),
+    "cohere": ("cohere", {"attention_bias": True}),
     "lfm2": (
         "lfm2",
         {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_auto_adjust_ff_dim": False},

@@ -63,8 +63,6 @@ REASONS = {
     "nemotron": "its FFN is not gated (squared ReLU), and no stock MoE architecture with rotary attention has such experts",
     "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
     "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
-    "cohere": "it has rotary embeddings on every layer of its parallel block, and its MoE relative only where there is a window",
-    "glm": "its FFN is fused behind a partial rotation in pairs, and its MoE relative rotates halves",
     "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
     "qwen3_5": "it is multimodal; save its text model alone (model_type qwen3_5_text)",
     **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
