@@ -80,6 +80,7 @@ TARGETS = {
     "granitemoeshared": "upcycle.architectures.moe.softmax.granitemoeshared:GraniteMoeShared",
     "granitemoe_swa": "upcycle.architectures.moe.softmax.granitemoe_swa:GraniteMoeSwa",
     "flex_olmo": "upcycle.architectures.moe.softmax.flex_olmo:FlexOlmo",
+    "gpt_oss": "upcycle.architectures.moe.softmax.gpt_oss:GptOss",
     "glm4_moe": "upcycle.architectures.moe.sigmoid.glm4_moe:Glm4Moe",
     "dots1": "upcycle.architectures.moe.sigmoid.dots1:Dots1",
     "solar_open": "upcycle.architectures.moe.sigmoid.solar_open:SolarOpen",

@@ -260,6 +260,7 @@ TRAP_OF: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"layer_rope_theta": [500.0] * 3},
     "qwen3_5_moe_text": {"rms_norm_eps": 1e-4},
     "cohere2_moe": {"logit_scale": 1.0},
+    "gpt_oss": {"swiglu_alpha": 1.702},
 }
 SET = {(PICO[name][0], target) for name, target, _ in TRAPS}
 TRAPS += [(name, cell[1], TRAP_OF.get(cell[1], {})) for cell, name in FIRST.items() if cell not in SET]
@@ -308,6 +309,8 @@ def test_ffns_that_no_expert_of_a_target_can_be_are_refused_by_name(
 ) -> None:
     family, target = load("family", "llama")(), load("target", name)()
     dense = replace(dense_config("llama"), **changes)
+    if target.holds >= dense.features:
+        pytest.skip(f"{name} has such experts")
     assert (dense.ffn_form.gated, bool(dense.ffn_form.biases)) == ("mlp_gated" not in changes, "mlp_bias" in changes)
     with pytest.raises(RefusalError, match=f"{name} cannot hold .*{what}"):
         refuse_unheld(target, family, dense, (), [target])

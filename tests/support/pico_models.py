@@ -43,6 +43,7 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-bias": ("llama", {"attention_bias": True}),
     "llama-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16, "tie_word_embeddings": True}),
+    "llama-mlp-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
@@ -128,6 +129,7 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "ernie4.5": ("ernie4_5", {"head_dim": 16}),
+    "ernie4.5-bias": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
     "hunyuan": ("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True}),
     "hunyuan-alpha": (
         "hunyuan_v1_dense",
@@ -138,6 +140,8 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "seed-oss": ("seed_oss", {"head_dim": 16}),
     "seed-oss-bias": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
+    "seed-oss-every-bias": ("seed_oss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
+    "helium-mlp-bias": ("helium", {"head_dim": 8, "mlp_bias": True}),
     "helium": ("helium", {"head_dim": 8}),
     "smollm3": ("smollm3", {"attention_bias": True, "no_rope_layer_interval": 2}),
     "smollm3-windows": ("smollm3", {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 16}),
@@ -163,6 +167,7 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "internlm3": ("internlm3", {"head_dim": 16}),
+    "internlm3-bias": ("internlm3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "arcee": ("arcee", {}),
     "arcee-bias": ("arcee", {"attention_bias": True}),
     "hyperclovax": (

@@ -116,7 +116,7 @@ class DenseStates:
             experts = self._experts(layer, key)
             converted = []
             for part in tensor.parts:
-                if part.kind.startswith("idle") or (part.factor != 1 and part.kind not in _NEW):
+                if part.kind.startswith(("idle", "shifted")) or (part.factor != 1 and part.kind not in _NEW):
                     raise _changed(name, self.model)
                 value = experts.part(part)
                 converted.append(torch.zeros_like(value) if part.kind in _NEW else value)

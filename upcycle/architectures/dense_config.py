@@ -34,6 +34,7 @@ class Feature(Enum):
     GATED_ATTENTION = "gated attention between linear attention layers"
     LAYER_ROPES = "layers without rotary position embedding (NoPE), or with another theta than the rest"
     SINKS = "attention sinks"
+    ACTIVATION = "an activation that is not SiLU"
     SHARED_EXPERTS = "shared experts"
     DENSE_FIRST = "dense layers before the MoE layers"
     DENSE_LAYERS = "dense layers between MoE layers"
@@ -122,6 +123,7 @@ class DenseConfig:
             Feature.OUTPUT_BIAS: biases,
             Feature.ATTENTION_BIAS: biases,
             Feature.MLP_BIAS: {"mlp_bias": self.mlp_bias},
+            Feature.ACTIVATION: {"hidden_act": self.hidden_act},
             Feature.WINDOW: {"sliding_window": self.window},
             Feature.MIXED_WINDOWS: {"sliding_window": self.window},
             Feature.PARTIAL_ROTARY: {"partial_rotary_factor": self.rope_parameters.get("partial_rotary_factor")},

@@ -18,7 +18,6 @@ _MOES = (
         "deepseek_v2",
         "deepseek_v3",
         "exaone_moe",
-        "gpt_oss",
         "jamba",
         "jetmoe",
         "llama4",

@@ -18,7 +18,7 @@ class InternLm3(Llama):
 
     name = "internlm3"
     title = "InternLM 3"
-    targets = ("mixtral", "qwen2_moe")
+    targets = ("mixtral", "qwen2_moe", "gpt_oss")
     defaults = {
         **Llama.defaults,
         "vocab_size": 128512,

@@ -28,7 +28,7 @@ class GraniteMoeHybrid(Granite):
     name = "granitemoehybrid"
     title = "Granite 4 dense"
     targets = (*Granite.targets, "granitemoe_swa")
-    elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
+    elsewhere = {Feature.MLP_BIAS: "no stock architecture with multipliers has biases in its experts"}
     module_paths = ModulePaths(blocks=("shared_mlp",))
     aliases = {"intermediate_size": "shared_intermediate_size"}
     defaults = {**Granite.defaults, "intermediate_size": 1024}
