@@ -69,6 +69,8 @@ FAMILIES = {
     "hyperclovax": "upcycle.architectures.dense.llama_like.hyperclovax:HyperClovaX",
     "glm": "upcycle.architectures.dense.rearranged.glm:Glm",
     "cohere": "upcycle.architectures.dense.rearranged.cohere:Cohere",
+    "youtu": "upcycle.architectures.dense.rearranged.youtu:Youtu",
+    "minicpm3": "upcycle.architectures.dense.rearranged.minicpm3:MiniCpm3",
     "lfm2": "upcycle.architectures.dense.mixed_layers.lfm2:Lfm2",
 }
 TARGETS = {
@@ -82,6 +84,7 @@ TARGETS = {
     "flex_olmo": "upcycle.architectures.moe.softmax.flex_olmo:FlexOlmo",
     "gpt_oss": "upcycle.architectures.moe.softmax.gpt_oss:GptOss",
     "glm4_moe": "upcycle.architectures.moe.sigmoid.glm4_moe:Glm4Moe",
+    "deepseek_v3": "upcycle.architectures.moe.sigmoid.deepseek_v3:DeepseekV3",
     "dots1": "upcycle.architectures.moe.sigmoid.dots1:Dots1",
     "solar_open": "upcycle.architectures.moe.sigmoid.solar_open:SolarOpen",
     "mellum": "upcycle.architectures.moe.softmax.mellum:Mellum",

@@ -172,6 +172,7 @@ def test_a_family_that_cannot_be_calibrated_says_so(pico: Callable[[str], Path],
         "hyperclovax",
         "glm",
         "cohere",
+        "minicpm3",
     ],
 )
 def test_other_families_are_calibrated(name: str, pico: Callable[[str], Path], tmp_path: Path) -> None:

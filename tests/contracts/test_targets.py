@@ -236,6 +236,12 @@ TRAPS: list[tuple[str, str, dict[str, Any]]] = [
         "glm4_moe",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "partial_rotary_factor": 1.0},
     ),
+    ("youtu", "deepseek_v3", {"rope_interleave": False}),
+    (
+        "minicpm3",
+        "deepseek_v3",
+        {"rms_norm_eps": 0.01},
+    ),  # the model's own, before its residuals' multiplier was taken out
     (
         "phi3-partial-longrope",
         "mixtral",
@@ -254,6 +260,7 @@ TRAP_OF: dict[str, dict[str, Any]] = {
     "glm4_moe": {"norm_topk_prob": False},
     "solar_open": {"norm_topk_prob": False},
     "dots1": {"norm_topk_prob": False},
+    "deepseek_v3": {"routed_scaling_factor": 2.5},
     "mellum": {"norm_topk_prob": False},
     "granitemoe": {"attention_multiplier": 1.0},
     "granitemoeshared": {"attention_multiplier": 1.0},

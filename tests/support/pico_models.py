@@ -24,6 +24,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 GRANITE4: dict[str, Any] = {
     "shared_intermediate_size": 96,
     "num_local_experts": 0,
@@ -184,6 +185,19 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm", {"head_dim": 16}),
     "glm-plain": ("glm", {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 0.25}),
     "cohere": ("cohere", {"attention_bias": True}),
+    "youtu": ("youtu", {**LATENT, "attention_bias": True, "num_key_value_heads": 4}),
+    "youtu-halves": ("youtu", {**LATENT, "q_lora_rank": None, "rope_interleave": False, "num_key_value_heads": 4}),
+    "minicpm3": (
+        "minicpm3",
+        {
+            **LATENT,
+            "dim_model_base": 8,
+            "num_key_value_heads": 4,
+            "scale_emb": 2,
+            "scale_depth": 0.5,
+            "rms_norm_eps": 0.01,
+        },
+    ),
     "lfm2": (
         "lfm2",
         {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_auto_adjust_ff_dim": False},

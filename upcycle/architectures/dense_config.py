@@ -34,6 +34,7 @@ class Feature(Enum):
     GATED_ATTENTION = "gated attention between linear attention layers"
     LAYER_ROPES = "layers without rotary position embedding (NoPE), or with another theta than the rest"
     SINKS = "attention sinks"
+    LATENT_ATTENTION = "latent attention (MLA)"
     ACTIVATION = "an activation that is not SiLU"
     SHARED_EXPERTS = "shared experts"
     DENSE_FIRST = "dense layers before the MoE layers"
@@ -45,6 +46,7 @@ _OTHER_QUERIES = {
     Feature.FULL_QUERY_NORMS,
     Feature.CONVOLUTIONS,
     Feature.GATED_ATTENTION,
+    Feature.LATENT_ATTENTION,
 }
 
 

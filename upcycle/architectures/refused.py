@@ -16,7 +16,6 @@ _SANDWICH = "it norms the FFN's output too (sandwich norms), and no stock MoE bl
 _MOES = (
     *(
         "deepseek_v2",
-        "deepseek_v3",
         "exaone_moe",
         "jamba",
         "jetmoe",

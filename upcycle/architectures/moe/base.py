@@ -93,7 +93,11 @@ class Target(ABC):
             return family.origin(dense, embeddings)
         origin = family.origin(dense, name)
         if name == embeddings:
-            return replace(origin, times=dense.embedding_multiplier / self.stored(dense).embedding_multiplier)
+            stored = self.stored(dense)
+            by = dense.residual_multiplier / stored.residual_multiplier
+            return replace(origin, times=dense.embedding_multiplier / stored.embedding_multiplier / by)
+        if name == family.module_paths.final_norm_weight:
+            return replace(origin, times=dense.logits_multiplier / self.stored(dense).logits_multiplier)
         if is_rotated(name) and self.masks(dense):
             return origin.ordered(apart(dense.head_dim, dense.rotated_dim))
         if is_rotated(name) and self.rotates_pairs:
@@ -114,8 +118,9 @@ class Target(ABC):
         """Return the dense configuration in terms that this architecture can express.
 
         An architecture without multipliers stores the embeddings multiplied; a head that was tied to them then has a tensor of
-        its own. One without windows leaves out a window as long as the context, which is never reached. Gated experts are squared
-        ReLU without a gate where gate and up are equal: ``relu(up x) * up x``.
+        its own. The last norm's weight has the logits' multiplier in it. One without windows leaves out a window as long as the
+        context, which is never reached. Gated experts are squared ReLU without a gate where gate and up are equal:
+        ``relu(up x) * up x``.
         """
         if not dense.features & _WINDOWS <= self.holds:
             context = dense.max_position_embeddings
@@ -128,9 +133,9 @@ class Target(ABC):
             dense = replace(dense, rope_parameters=whole)
         if not dense.mlp_gated and dense.hidden_act == "relu2" and Feature.UNGATED_FFN not in self.holds:
             dense = replace(dense, hidden_act="relu", mlp_gated=True)
-        if Feature.MULTIPLIERS in self.holds or dense.embedding_multiplier == 1:
-            return dense
-        return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
+        if Feature.LOGIT_SCALE not in self.holds:
+            dense = replace(dense, logits_multiplier=1.0)
+        return dense if Feature.MULTIPLIERS in self.holds else _without_multipliers(dense)
 
     def notes(self, dense: DenseConfig) -> list[str]:
         """Return what users should know of the form in which this architecture stores a dense model."""
@@ -196,6 +201,22 @@ class Target(ABC):
         if rope["rope_type"] != "default":
             config["rope_scaling"] = older
         return config
+
+
+def _without_multipliers(dense: DenseConfig) -> DenseConfig:
+    """Return the configuration of the same model without multipliers on embeddings and residuals.
+
+    Where every block adds ``m`` times its output, the stream is divided by ``m``: the embeddings are, blocks add their output as it
+    is, and a norm of the stream is the same with an eps divided by ``m ** 2``. Norms of queries and keys have that eps, too, and their
+    input is not the stream.
+    """
+    residual = dense.residual_multiplier
+    if residual != 1 and dense.features & {Feature.QUERY_NORMS, Feature.ROTATED_QUERY_NORMS, Feature.FULL_QUERY_NORMS}:
+        return dense
+    if dense.embedding_multiplier != residual:
+        dense = replace(dense, tie_word_embeddings=False)
+    eps = dense.rms_norm_eps / residual**2
+    return replace(dense, embedding_multiplier=1.0, residual_multiplier=1.0, rms_norm_eps=eps)
 
 
 def expert_tensors(
