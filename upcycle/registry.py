@@ -67,6 +67,7 @@ FAMILIES = {
     "internlm3": "upcycle.architectures.dense.llama_like.internlm3:InternLm3",
     "arcee": "upcycle.architectures.dense.llama_like.arcee:Arcee",
     "hyperclovax": "upcycle.architectures.dense.llama_like.hyperclovax:HyperClovaX",
+    "ministral3": "upcycle.architectures.dense.llama_like.ministral3:Ministral3",
     "glm": "upcycle.architectures.dense.rearranged.glm:Glm",
     "cohere": "upcycle.architectures.dense.rearranged.cohere:Cohere",
     "youtu": "upcycle.architectures.dense.rearranged.youtu:Youtu",

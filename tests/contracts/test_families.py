@@ -49,7 +49,8 @@ def test_defaults_are_those_of_the_stock_class(name: str) -> None:
         default = {"attention_dropout": 0.0, "hidden_act": "silu"}.get(key)  # what a class without the key does
         assert getattr(read, key) == getattr(stock, own, default), key
     assert read.head_dim == getattr(stock, "head_dim", None) or stock.hidden_size // stock.num_attention_heads
-    assert dict(read.rope_parameters) == stock.rope_parameters
+    # A class may keep the old spelling of rope_type beside the new one.
+    assert dict(read.rope_parameters) == {key: value for key, value in stock.rope_parameters.items() if key != "type"}
     assert {key: getattr(stock, key) for key in read.token_ids} == dict(read.token_ids)
     for own, value in (
         ("embedding_multiplier", read.embedding_multiplier),
@@ -90,6 +91,9 @@ RAW: list[dict[str, Any]] = [
 def test_rope_is_read_as_the_stock_class_reads_it(name: str, raw: dict[str, Any]) -> None:
     if name == "phi3" and "rope_scaling" in raw:
         pytest.skip("the stock class knows longrope only")
+    if name == "ministral3":  # runs with these keys alone
+        needed = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
+        raw = {key: {**value, **needed} if isinstance(value, dict) else value for key, value in raw.items()}
     given = {"model_type": name, **CONDITIONS.get(name, {}), **raw}
     stock = AutoConfig.for_model(**json.loads(json.dumps(given)))
     read = load("family", name)().config(given)

@@ -34,6 +34,7 @@ class Feature(Enum):
     GATED_ATTENTION = "gated attention between linear attention layers"
     LAYER_ROPES = "layers without rotary position embedding (NoPE), or with another theta than the rest"
     SINKS = "attention sinks"
+    GROWING_SCORES = "attention scores that grow behind the length that the model was first trained with"
     LATENT_ATTENTION = "latent attention (MLA)"
     ACTIVATION = "an activation that is not SiLU"
     SHARED_EXPERTS = "shared experts"

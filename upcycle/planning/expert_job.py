@@ -143,7 +143,7 @@ class ExpertJob:
     @property
     def context(self) -> int:
         """The longest input in tokens."""
-        return self.dense.max_position_embeddings
+        return self.target.stored(self.dense).max_position_embeddings
 
     @property
     def vocab_size(self) -> int:

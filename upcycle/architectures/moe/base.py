@@ -120,8 +120,10 @@ class Target(ABC):
         An architecture without multipliers stores the embeddings multiplied; a head that was tied to them then has a tensor of
         its own. The last norm's weight has the logits' multiplier in it. One without windows leaves out a window as long as the
         context, which is never reached. Gated experts are squared ReLU without a gate where gate and up are equal:
-        ``relu(up x) * up x``.
+        ``relu(up x) * up x``. Scores that grow behind some length are those of a model with a context of that length.
         """
+        if Feature.GROWING_SCORES in dense.special - self.holds:
+            dense = _within_first_length(dense)
         if not dense.features & _WINDOWS <= self.holds:
             context = dense.max_position_embeddings
             reached = tuple(None if window is None or window >= context else window for window in dense.windows)
@@ -144,6 +146,11 @@ class Target(ABC):
             notes.append(
                 f"the sliding window of {dense.window} is never reached within {dense.max_position_embeddings} positions and is "
                 f"left out: {self.name} has none"
+            )
+        if stored.max_position_embeddings != dense.max_position_embeddings:
+            notes.append(
+                f"{self.name} holds this model up to position {stored.max_position_embeddings:,}, behind which its attention "
+                f"scores grow: its context is written as that, not as {dense.max_position_embeddings:,}"
             )
         if self.masks(dense):
             notes.append(
@@ -201,6 +208,16 @@ class Target(ABC):
         if rope["rope_type"] != "default":
             config["rope_scaling"] = older
         return config
+
+
+def _within_first_length(dense: DenseConfig) -> DenseConfig:
+    """Return the configuration of the same model up to the position from which on its attention scores grow."""
+    rope = dict(dense.rope_parameters)
+    length = min(dense.max_position_embeddings, rope["original_max_position_embeddings"])
+    for key in ("llama_4_scaling_beta", "max_position_embeddings"):
+        rope.pop(key, None)
+    special = dense.special - {Feature.GROWING_SCORES}
+    return replace(dense, max_position_embeddings=length, rope_parameters=rope, special=special)
 
 
 def _without_multipliers(dense: DenseConfig) -> DenseConfig:
