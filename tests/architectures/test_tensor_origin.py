@@ -8,23 +8,32 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upcycle.architectures.tensor_origin import Origin, is_rotated
+from upcycle.architectures.tensor_origin import Origin, apart, halves, is_rotated, pairs
 from upcycle.files.formats.tensor_files import SafetensorsFile
 
 
 def test_pairs_and_halves_by_hand() -> None:
     rows = torch.arange(8)
-    assert Origin("q").ordered("pairs", 4).apply(rows).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert Origin("q").ordered(pairs(4)).apply(rows).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     rows = torch.arange(6)
-    assert Origin("q").ordered("pairs", 6).apply(rows).tolist() == [0, 3, 1, 4, 2, 5]
-    assert Origin("q").ordered("halves", 6).apply(rows).tolist() == [0, 2, 4, 1, 3, 5]
+    assert Origin("q").ordered(pairs(6)).apply(rows).tolist() == [0, 3, 1, 4, 2, 5]
+    assert Origin("q").ordered(halves(6)).apply(rows).tolist() == [0, 2, 4, 1, 3, 5]
 
 
-def test_one_order_undoes_the_other() -> None:
+def test_dimensions_that_are_not_turned_stay_behind_or_go_between_by_hand() -> None:
+    rows = torch.arange(8)
+    assert Origin("q").ordered(halves(8, 4)).apply(rows).tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert Origin("q").ordered(pairs(8, 6)).apply(rows).tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
+    assert Origin("q").ordered(apart(8, 4)).apply(rows).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert Origin("q").ordered(halves(8, 4)).ordered(apart(8, 4)).apply(rows).tolist() == [0, 2, 4, 5, 1, 3, 6, 7]
+
+
+@pytest.mark.parametrize("rotated", [None, 8])
+def test_one_order_undoes_the_other(rotated: int | None) -> None:
     weight = torch.randn(24, 5)
-    pairs = Origin("q").ordered("pairs", 12).apply(weight)
-    assert torch.equal(Origin("q").ordered("halves", 12).apply(pairs), weight)
-    assert Origin("q").ordered("halves", 12).ordered("pairs", 12) == Origin("q")
+    paired = Origin("q").ordered(pairs(12, rotated)).apply(weight)
+    assert torch.equal(Origin("q").ordered(halves(12, rotated)).apply(paired), weight)
+    assert Origin("q").ordered(halves(12, rotated)).ordered(pairs(12, rotated)) == Origin("q")
 
 
 def test_a_sum_is_kept_in_fp32() -> None:

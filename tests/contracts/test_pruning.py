@@ -32,16 +32,20 @@ UNCALIBRATED = [name for name, (family, _) in PICO.items() if load("family", fam
 CELLS = [(method, name) for method in NAMES for name in PICO if name not in UNCALIBRATED]
 
 
-def projections(block: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gate, up and down of a stock FFN, whatever it calls them, in fp64."""
+def hidden_of(block: Any, x: torch.Tensor, kept: torch.Tensor, act: Any) -> torch.Tensor:
+    """What the down projection of a stock FFN reads from some neurons for ``x``, in fp64, whatever it calls its projections."""
     weights = {name.removesuffix(".weight"): weight.double() for name, weight in block.named_parameters()}
-    for fused, down in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
+    for fused in ("gate_up_proj", "input_linear"):
         if fused in weights:
             gate, up = weights[fused].chunk(2)
-            return gate, up, weights[down]
-    names = ("w1", "w3", "w2") if "w1" in weights else ("gate_proj", "up_proj", "down_proj")
-    gate, up, down = (weights[name] for name in names)
-    return gate, up, down
+            return act(linear(x, gate[kept])) * linear(x, up[kept])
+
+    def projected(name: str) -> torch.Tensor:
+        bias = weights.get(f"{name}.bias")
+        return linear(x, weights[name][kept], None if bias is None else bias[kept])
+
+    gate_name, up_name = ("w1", "w3") if "w1" in weights else ("gate_proj", "up_proj")
+    return act(projected(gate_name)) * projected(up_name) if gate_name in weights else act(projected(up_name))
 
 
 def test_every_family_is_here() -> None:
@@ -74,9 +78,9 @@ def test_stock_transformers_runs_the_kept_neurons(method: str, name: str, pico: 
         assert down is not None
         assert kept.tolist() == sorted(set(kept.tolist()))
         before, after = (model.get_submodule(paths.block_of(layer)) for model in (dense, pruned))
-        gate, up, _ = projections(before)
-        x = torch.randn(16, gate.shape[1], dtype=torch.float64)
-        expected = linear(act(linear(x, gate[kept])) * linear(x, up[kept]), down.double())
+        x = torch.randn(16, down.shape[0], dtype=torch.float64)
+        bias = dict(before.named_parameters()).get("down_proj.bias")
+        expected = linear(hidden_of(before, x, kept, act), down.double(), None if bias is None else bias.double())
         with torch.no_grad():
             found = after(x.float()[None])[0]
         assert torch.linalg.norm(found - expected) <= 1e-6 * torch.linalg.norm(expected)

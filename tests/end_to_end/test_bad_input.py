@@ -102,7 +102,6 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "no model_type": (config(model_type=None), [], FAIL, ["has no 'model_type'"]),
     "gpt2": (config(model_type="gpt2"), [], USAGE, ["'gpt2' model", "LayerNorms with biases", "llama, mistral"]),
     "gemma2": (config(model_type="gemma2"), [], USAGE, ["'gemma2' model", "soft-caps"]),
-    "smollm3 (NoPE)": (config(model_type="smollm3"), [], USAGE, ["no rotary position embedding (NoPE)"]),
     "already a MoE": (config(model_type="mixtral"), [], USAGE, ["is a Mixture-of-Experts already"]),
     "NoPE layers": (config(no_rope_layers=[1, 0, 1]), [], USAGE, ["NoPE"]),
     "quantized": (

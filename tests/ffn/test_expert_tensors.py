@@ -59,7 +59,8 @@ def test_parts_are_neurons_times_powers_of_the_scale(form: FfnForm) -> None:
 def test_every_kind_of_part_has_its_shape_and_dtype() -> None:
     ffn = ffn_of(EVERY_BIAS, F, D, dtype=torch.bfloat16)
     tensors, m, wide = ExpertTensors(ffn, blueprint()), 3, 6
-    shapes = {"router": (3, D), "shared_switch": (1, D), "zeros": (5,)}
+    shapes = {"router": (3, D), "shared_switch": (1, D), "zeros": (5,), "filled": (5,)}
+    shapes |= {"shifted_gate_up": (D, 2 * m), "shifted_gate_up_bias": (2 * m,), "shifted_down": (m, D)}
     for prefix, size in (("", m), ("shared_", wide), ("idle_", 5)):
         shapes |= {f"{prefix}{name}": (size, D) for name in ("gate", "up")} | {f"{prefix}down": (D, size)}
         shapes |= {f"{prefix}{name}_bias": (size,) for name in ("gate", "up")} | {f"{prefix}down_bias": (D,)}

@@ -33,7 +33,7 @@ from upcycle.trainers.checkpoints.read import SavedRun, latest, open_checkpoint
 from upcycle.trainers.checkpoints.whole_tensors import StockTensor, WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE
 
-_NEW = ("router", "shared_switch", "zeros")  # parts made without any dense weight: their states begin at zero
+_NEW = ("router", "shared_switch", "zeros", "filled")  # parts made without any dense weight: their states begin at zero
 _HINT = "leave out dense_states: the optimizer then begins without states"
 
 
@@ -116,7 +116,7 @@ class DenseStates:
             experts = self._experts(layer, key)
             converted = []
             for part in tensor.parts:
-                if part.kind.startswith("idle") or part.factor != 1:
+                if part.kind.startswith(("idle", "shifted")) or (part.factor != 1 and part.kind not in _NEW):
                     raise _changed(name, self.model)
                 value = experts.part(part)
                 converted.append(torch.zeros_like(value) if part.kind in _NEW else value)

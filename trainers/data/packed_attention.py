@@ -11,6 +11,9 @@ from typing import Any
 from upcycle.errors import UsageError
 from upcycle.trainers.data.batches import PackedBatch
 
+_MASK_WITHOUT_POSITIONS = (
+    "gpt_oss",
+)  # transformers 5.23: its model does not hand position_ids on to what makes the mask
 _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
 
 
@@ -60,6 +63,8 @@ def packing_leak(config: Any, rows: int) -> str | None:
     kinds = sorted({_RECURRENT[kind] for kind in getattr(config, "layer_types", None) or () if kind in _RECURRENT})
     if kinds:
         return f"{' and '.join(kinds)} layers of {config.model_type} run on from one document into the next"
+    if config.model_type in _MASK_WITHOUT_POSITIONS:
+        return f"the attention mask of {config.model_type} in transformers does not see where a document begins"
     attention = getattr(config, "_attn_implementation", None) or ""
     if "flash" in attention and rows > 1:
         return f"{attention} keeps documents apart only in a batch of one row, and micro_batch is {rows}"

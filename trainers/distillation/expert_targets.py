@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
-from upcycle.models.experts import has_experts
+from upcycle.models.experts import expert_outputs, has_experts
 from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
@@ -138,9 +137,7 @@ def expert_errors(layer: MoeLayer, x: torch.Tensor, target: torch.Tensor) -> tup
     """Every expert's mean squared error from ``target`` ``[T, D]`` and its output's norm, for inputs ``[T, D]``; ``[T, E]`` each."""
     experts: Any = layer.experts
     errors, norms = [], []
-    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-        gate, up = linear(x, gate_up).chunk(2, dim=-1)
-        output = widened(linear(experts.act_fn(gate) * up, down))
+    for output in map(widened, expert_outputs(experts, x)):
         errors.append((output - widened(target)).square().mean(-1))
         norms.append(output.norm(dim=-1))
     return torch.stack(errors, dim=-1), torch.stack(norms, dim=-1)

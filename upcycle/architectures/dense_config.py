@@ -32,6 +32,11 @@ class Feature(Enum):
     PARALLEL_BLOCK = "attention and FFN side by side behind one LayerNorm"
     CONVOLUTIONS = "short convolutions in place of some attention layers"
     GATED_ATTENTION = "gated attention between linear attention layers"
+    LAYER_ROPES = "layers without rotary position embedding (NoPE), or with another theta than the rest"
+    SINKS = "attention sinks"
+    GROWING_SCORES = "attention scores that grow behind the length that the model was first trained with"
+    LATENT_ATTENTION = "latent attention (MLA)"
+    ACTIVATION = "an activation that is not SiLU"
     SHARED_EXPERTS = "shared experts"
     DENSE_FIRST = "dense layers before the MoE layers"
     DENSE_LAYERS = "dense layers between MoE layers"
@@ -42,6 +47,7 @@ _OTHER_QUERIES = {
     Feature.FULL_QUERY_NORMS,
     Feature.CONVOLUTIONS,
     Feature.GATED_ATTENTION,
+    Feature.LATENT_ATTENTION,
 }
 
 
@@ -72,6 +78,9 @@ class DenseConfig:
     token_ids: Mapping[str, Any]
     dtype: str | None
     windows: tuple[int | None, ...]  # sliding window of every layer; None attends to everything
+    thetas: tuple[
+        float, ...
+    ] = ()  # theta of every layer's rotary embedding, 0: none; empty: all are as rope_parameters say
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -90,9 +99,19 @@ class DenseConfig:
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @property
+    def rotated_dim(self) -> int:
+        """How many dimensions of every head the rotary embedding turns."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1))
+
+    @property
     def window(self) -> int | None:
         """The sliding window, in tokens, of the layers that have one; None where no layer has one."""
         return next((window for window in self.windows if window is not None), None)
+
+    @property
+    def layer_thetas(self) -> list[float]:
+        """The theta of the rotary embedding of every layer; 0: it has none."""
+        return list(self.thetas) or [self.rope_parameters["rope_theta"]] * self.num_hidden_layers
 
     def settings(self, feature: Feature) -> dict[str, Any]:
         """Return the configuration keys that turn a feature on, with their values, for the message of a refusal."""
@@ -107,10 +126,12 @@ class DenseConfig:
             Feature.OUTPUT_BIAS: biases,
             Feature.ATTENTION_BIAS: biases,
             Feature.MLP_BIAS: {"mlp_bias": self.mlp_bias},
+            Feature.ACTIVATION: {"hidden_act": self.hidden_act},
             Feature.WINDOW: {"sliding_window": self.window},
             Feature.MIXED_WINDOWS: {"sliding_window": self.window},
             Feature.PARTIAL_ROTARY: {"partial_rotary_factor": self.rope_parameters.get("partial_rotary_factor")},
             Feature.MULTIPLIERS: multipliers,
+            Feature.LAYER_ROPES: {"layers without": self.layer_thetas.count(0)},
             Feature.LOGIT_SCALE: {"logits multiplier": self.logits_multiplier},
         }
         return keys.get(feature, {})
@@ -145,6 +166,7 @@ class DenseConfig:
             Feature.PARTIAL_ROTARY: self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0
             and Feature.GATED_ATTENTION not in self.special,
             Feature.MULTIPLIERS: multiplied,
+            Feature.LAYER_ROPES: set(self.layer_thetas) != {self.rope_parameters["rope_theta"]},
             Feature.LOGIT_SCALE: self.logits_multiplier != 1,
         }
         return self.special | {feature for feature, is_present in present.items() if is_present}

@@ -77,6 +77,46 @@ def rope_parameters(
     return rope
 
 
+def can_be_whole(rope: Mapping[str, Any], context: int) -> bool:
+    """Return whether :func:`whole_head_rope` can describe a rotary embedding.
+
+    A longrope for a longer context than it was trained with multiplies what it turns by a factor, unless that is given as 1; in
+    whole heads, it would multiply the other dimensions, too.
+    """
+    if rope["rope_type"] == "longrope":
+        given, longer = rope.get("attention_factor"), rope.get("factor") or context / rope[_LENGTH]
+        return given == 1 if given is not None else longer <= 1
+    return bool(rope["rope_type"] == "default")
+
+
+def whole_head_rope(rope: Mapping[str, Any], head: int, rotated: int, context: int) -> dict[str, Any]:
+    """Return a rotary embedding of whole heads that turns ``rotated`` of their dimensions as ``rope`` does, and no others.
+
+    It is a longrope with theta 1, so that its factors are the wavelengths themselves. transformers computes a frequency as
+    ``1 / (factor * theta ** exponent)`` in fp32: with the same fp32 numbers as factors, frequencies are equal to the last bit.
+    The other dimensions have a factor of 1e30, which turns them by less than 1e-24 anywhere. Rows of queries and keys must be put
+    :func:`~upcycle.architectures.tensor_origin.apart`.
+
+    Args:
+        rope: a description that :func:`can_be_whole`.
+        head: dimensions of a head.
+        rotated: those that are turned.
+        context: the model's longest input, to which a default rope does not change.
+    """
+    import torch
+
+    wavelengths = rope["rope_theta"] ** (torch.arange(0, rotated, 2, dtype=torch.float) / rotated)
+    stopped = [1e30] * ((head - rotated) // 2)
+    factors = {
+        key: [*(torch.tensor(rope.get(key, 1.0), dtype=torch.float) * wavelengths).tolist(), *stopped]
+        for key in ("short_factor", "long_factor")
+    }
+    kept = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    if rope["rope_type"] == "default":
+        kept |= {"attention_factor": 1.0, _LENGTH: context}
+    return {**kept, "rope_type": "longrope", "rope_theta": 1.0, **factors}
+
+
 def _check(rope: Mapping[str, Any], where: str) -> None:
     kind = rope["rope_type"]
     if kind == "mrope":

@@ -55,6 +55,7 @@ _LISTED = (
     MoeFamily("cohere2_moe"),
     MoeFamily("granitemoe", "num_local_experts", renames=_GRANITE),
     MoeFamily("granitemoeshared", "num_local_experts", renames=_GRANITE),
+    MoeFamily("granitemoe_swa", "num_local_experts"),
     MoeFamily("hunyuan_v1_moe", top_k_key="moe_topk"),
     MoeFamily("lfm2_moe", sigmoid=True),
     MoeFamily("glm4_moe", "n_routed_experts", sigmoid=True),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-Order = Literal["halves", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -21,26 +20,27 @@ class Origin:
     Attributes:
         name: the stored tensor.
         rows: first row and number of rows of the part that is taken; None: all of it.
-        order: the order into which the rows of every attention head are put, from the other one: ``halves`` (the rotary embedding
-            turns row i with row i + head/2, as in Llama) or ``pairs`` (row 2i with row 2i + 1); None: they stay.
-        head: rows of one attention head.
+        order: the order into which the rows of every attention head are put, as a list of their places before: one of
+            :func:`halves`, :func:`pairs` and :func:`apart`, or several, one after another; None: they stay.
         add: added to every element, for norms that are stored as ``w`` and applied as ``1 + w``.
         times: multiplies every element, for embeddings that the source multiplies and the target does not.
     """
 
     name: str
     rows: tuple[int, int] | None = None
-    order: Order | None = None
-    head: int = 1
+    order: tuple[int, ...] | None = None
     add: float = 0.0
     times: float = 1.0
 
-    def ordered(self, order: Order, head: int) -> Origin:
-        """Return the same origin with its rows put into ``order``; an order and its inverse cancel out."""
-        if self.order is None:
-            return replace(self, order=order, head=head)
-        assert self.order != order, "rows are in this order already"
-        return replace(self, order=None, head=1)
+    @property
+    def head(self) -> int:
+        """Rows that are put into another order together: those of one attention head."""
+        return len(self.order or (0,))
+
+    def ordered(self, order: Sequence[int]) -> Origin:
+        """Return the same origin with the rows of every head put into ``order`` at last; an order and its inverse cancel out."""
+        places = tuple(order) if self.order is None else tuple(self.order[place] for place in order)
+        return replace(self, order=None if places == tuple(range(len(places))) else places)
 
     def dtype(self, dtype: str) -> str:
         """Return the dtype in which the tensor is written where the recipe says ``dtype``."""
@@ -49,11 +49,35 @@ class Origin:
     def apply(self, block: torch.Tensor) -> torch.Tensor:
         """Return the origin's rows for a block of stored rows of whole heads; fp32 where they are shifted or scaled."""
         if self.order:
-            inner = (self.head // 2, 2) if self.order == "halves" else (2, self.head // 2)
-            heads = block.reshape(-1, *inner, *block.shape[1:])
-            block = heads.transpose(1, 2).reshape(block.shape)
+            block = block.reshape(-1, self.head, *block.shape[1:])[:, list(self.order)].reshape(block.shape)
         block = block.float() * self.times if self.times != 1 else block
         return block.float() + self.add if self.add else block
+
+
+def halves(head: int, rotated: int | None = None) -> tuple[int, ...]:
+    """Return the order that makes rows of which 2i and 2i + 1 are turned together those of which i and i + rotated/2 are (Llama's).
+
+    Args:
+        head: rows of one head.
+        rotated: how many of them are turned, the first ones; None: all.
+    """
+    turned = head if rotated is None else rotated
+    return (*range(0, turned, 2), *range(1, turned, 2), *range(turned, head))
+
+
+def pairs(head: int, rotated: int | None = None) -> tuple[int, ...]:
+    """Return the order that undoes :func:`halves`."""
+    turned = head if rotated is None else rotated
+    return (*(i // 2 + i % 2 * (turned // 2) for i in range(turned)), *range(turned, head))
+
+
+def apart(head: int, rotated: int) -> tuple[int, ...]:
+    """Return the order that puts half of the rows that are not turned between the halves of those that are.
+
+    Row i, which is turned together with row i + rotated/2 before, then is turned together with row i + head/2.
+    """
+    half, rest = rotated // 2, (head - rotated) // 2
+    return (*range(half), *range(rotated, rotated + rest), *range(half, rotated), *range(rotated + rest, head))
 
 
 def is_rotated(name: str) -> bool:

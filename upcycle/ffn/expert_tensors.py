@@ -18,6 +18,7 @@ from upcycle.ffn.form import MATRICES, MatrixName
 from upcycle.ffn.moe_shape import Part
 from upcycle.ffn.random_weights import redrawn
 from upcycle.ffn.shared_switch import half_switch
+from upcycle.ffn.shifted_up import in_turn, up_scale
 
 Tensors = Callable[[int, str], torch.Tensor]
 _BIAS = "_bias"
@@ -49,6 +50,7 @@ class ExpertTensors:
     def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint, tensors: Tensors | None = None) -> None:
         self._ffn = ffn
         self._tensors = tensors
+        self._up_scale: float | None = None
         self._blueprint = blueprint
         self._routed = [_NeuronList(expert.neurons) for expert in blueprint.routed]
         shared = [expert.neurons for expert in blueprint.shared]
@@ -60,7 +62,7 @@ class ExpertTensors:
         ``[E, d]``. A bias that the dense FFN does not have is zero.
 
         Raises:
-            RefusalError: a gate is asked for, and the dense FFN has none.
+            RefusalError: a gate is asked for, and the dense FFN has none that could be written as one.
         """
         width, dtype = self._ffn.hidden_size, self._ffn.dtype
         if part.kind == "router":
@@ -68,16 +70,34 @@ class ExpertTensors:
             return self._blueprint.router.to(dtype)
         if part.kind == "shared_switch":
             return half_switch(width, dtype)
-        if part.kind == "zeros":
-            return torch.zeros(part.size)
+        if part.kind in ("zeros", "filled"):
+            return (
+                torch.zeros(part.size) if part.kind == "zeros" else torch.full((part.size,), part.factor, dtype=dtype)
+            )
+        if part.kind.startswith("shifted"):
+            return self._shifted(part)
         if part.kind == "idle_down":
             return torch.zeros(width, part.size, dtype=dtype)
         return self._of_ffn(part)
+
+    def _shifted(self, part: Part) -> torch.Tensor:
+        """Build a routed expert's part for ``act(gate) * (up + 1)``; see :mod:`~upcycle.ffn.shifted_up`."""
+        if self._up_scale is None:
+            self._up_scale = up_scale(self._ffn)
+        up, gate = replace(part, factor=self._up_scale), replace(part, factor=1.0)
+        if part.kind == "shifted_down":
+            return self._of_ffn(replace(part, kind="down", factor=1 / self._up_scale)).T.contiguous()
+        if part.kind == "shifted_gate_up":
+            return in_turn(self._of_ffn(replace(gate, kind="gate")), self._of_ffn(replace(up, kind="up")))
+        bias = self._of_ffn(replace(up, kind="up_bias"))
+        return in_turn(self._of_ffn(replace(gate, kind="gate_bias")), bias - 1)
 
     def _of_ffn(self, part: Part) -> torch.Tensor:
         """Build a part that the dense FFN's weights are in."""
         where, _, matrix = part.kind.removesuffix(_BIAS).rpartition("_")
         name = matrix + _BIAS if part.kind.endswith(_BIAS) else matrix
+        if self._ffn.gate is None and self._ffn.activation == "relu2":
+            name = name.replace("gate", "up")  # relu2(up x) is relu(up x) * up x
         if name == "down_bias":
             return self._down_bias(where, part)
         if self._ffn.tensor(name) is None:

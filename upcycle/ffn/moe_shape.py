@@ -14,6 +14,9 @@ PartKind = Literal[
     "gate_bias",
     "up_bias",
     "down_bias",
+    "shifted_gate_up",  # of an expert that computes act(gate) * (up + 1): gate and up in turn, as columns
+    "shifted_gate_up_bias",
+    "shifted_down",  # transposed
     "router",
     "shared_gate",
     "shared_up",
@@ -29,6 +32,7 @@ PartKind = Literal[
     "idle_up_bias",
     "idle_down_bias",
     "zeros",  # fp32: a bias on the choice of experts
+    "filled",  # a number (``factor``) for each of ``size`` elements: a parameter that the dense model lacks, and that is off
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,6 +68,14 @@ def use_eager_experts(model: Any) -> Any:
     """Return the same model with experts that run one after another: transformers' default, grouped_mm, refuses narrow ones."""
     use_experts(model, "eager")
     return model
+
+
+def expert_outputs(experts: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the output ``[T, d]`` of every routed expert for inputs ``[T, d]``, biases included, by the stock class's own code."""
+    own = inspect.unwrap(type(experts).forward)
+    for expert in range(len(experts.down_proj)):
+        chosen = torch.full((len(x), 1), expert, device=x.device)
+        yield own(experts, x, chosen, torch.ones_like(chosen, dtype=x.dtype))
 
 
 def run_on_kernels(model: Any) -> str | None:

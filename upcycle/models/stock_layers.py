@@ -306,6 +306,9 @@ def compute_buffers(model: Any, settings: Any) -> None:
     """Compute the buffers that no file holds (rotary frequencies, Gemma's scale) for a model built on the meta device."""
     settle_code_paths()
     body = _paths(model).body_in(model)
+    rotaries: Any = getattr(body, "rotary_embs", ())  # one for every theta, each with a configuration of its own
+    for place, rotary in enumerate(rotaries):
+        rotaries[place] = type(rotary)(rotary.config)
     for name, module in body.named_children():
         if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):
             setattr(body, name, type(module)(settings))

@@ -61,6 +61,13 @@ class StockModel:
         return result
 
 
+def output_of(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what a block adds to the stream, for its input; some stock classes return the router's logits, too."""
+    output = block(x)
+    added: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return added
+
+
 def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     """Build the stock model of ``config`` in fp32, with the weights ``outside`` the layers and decoder layers without weights.
 

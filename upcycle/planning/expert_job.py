@@ -143,7 +143,7 @@ class ExpertJob:
     @property
     def context(self) -> int:
         """The longest input in tokens."""
-        return self.dense.max_position_embeddings
+        return self.target.stored(self.dense).max_position_embeddings
 
     @property
     def vocab_size(self) -> int:
@@ -291,7 +291,7 @@ def _peak_memory(job: ExpertJob) -> int:
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
-        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
+        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["up"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
@@ -374,11 +374,7 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
             f"experts of {shape.expert_size} neurons are too narrow to be faster than the dense model in any engine: finding and "
             f"starting them takes longer than they save (--active with --width {wider}, or fewer experts)"
         )
-    if job.target.stored(job.dense).windows != job.dense.windows:
-        warnings.append(
-            f"the sliding window of {job.dense.window} is never reached within {job.dense.max_position_embeddings} positions and is "
-            f"left out: {job.target.name} has none"
-        )
+    warnings += job.target.notes(job.dense)
     (embeddings,) = next(job.units).entries
     if embeddings.origin and embeddings.origin.times != 1:
         able = [target.name for target in job.targets if Feature.MULTIPLIERS in target.holds]

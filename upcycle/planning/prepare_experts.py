@@ -173,17 +173,21 @@ def _choose_target(
     candidates = [targets[name] for name in family.targets]
     weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
     if recipe.target == "auto":
-        chosen = next((target for target in weighing or candidates if not target.lacks(dense, needed)), candidates[0])
+        able = [target for target in weighing or candidates if not target.lacks(dense, needed)]
+        as_it_is = (
+            target for target in able if not target.masks(dense)
+        )  # more engines run a rotary embedding as it was
+        chosen = next(as_it_is, able[0] if able else candidates[0])
     elif recipe.target not in TARGETS:
         raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
     else:
         chosen = targets[recipe.target]
     refuse_unheld(chosen, family, dense, needed, weighing)
     if not (shape.normalized or chosen.holds_unnormalized):
-        able = [target.name for target in weighing if not target.lacks(dense, needed)]
+        names = [target.name for target in weighing if not target.lacks(dense, needed)]
         raise RefusalError(
             f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
-            hint=f"use --target {able[0]}" if able else "use --param gate=normalized",
+            hint=f"use --target {names[0]}" if names else "use --param gate=normalized",
         )
     return chosen
 

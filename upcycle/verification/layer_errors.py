@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
 
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.models.experts import expert_outputs
 from upcycle.models.stock_layers import layers_of
+from upcycle.models.stock_model import output_of
 from upcycle.verification.verdict import relative
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class LayerErrors:
     def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
         with torch.no_grad():
             blocks = self._moe.blocks(index)
-            actual: torch.Tensor = sum(block(x) for block in blocks)
+            actual: torch.Tensor = sum(output_of(block, x) for block in blocks)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
                 everyone = _all_experts(blocks, x, self._job)
@@ -124,11 +125,12 @@ def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch
     block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts
     factor = job.method.scale("exact", count, count) / (job.scale * count)
-    total = torch.zeros_like(x)
-    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):  # type: ignore[union-attr,arg-type]
-        gate, up = linear(x, gate_up).chunk(2, dim=-1)
-        total += linear(experts.act_fn(gate) * up, down)  # type: ignore[union-attr,operator]
-    total *= factor
+    # The router's weights sum to 1, so that the dense FFN's down bias, which every expert has unscaled, is there once.
+    bias = getattr(experts, "down_proj_bias", None)
+    bias = torch.zeros(x.shape[-1]) if bias is None else bias.mean(0)
+    total = bias.expand_as(x).clone()
+    for output in expert_outputs(experts, x.flatten(0, -2)):
+        total += (output.view_as(x) - bias) * factor
     shared = getattr(block, target.shared, None) if target.shared else None
     if shared is not None:
         switch = torch.sigmoid(block.get_submodule(target.shared_switch)(x)) if target.shared_switch else 1

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import upcycle
 from upcycle.report.data.collect import Wanted, collect
@@ -174,18 +176,16 @@ def test_a_pico_model_against_its_routers_own_outputs(
 
 
 def test_cosines_of_outputs() -> None:
-    class Experts:
-        gate_up_proj = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
-        down_proj = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
-        act_fn = staticmethod(torch.nn.functional.silu)
-
+    experts = MixtralExperts(MixtralConfig(hidden_size=5, intermediate_size=4, num_local_experts=3))
+    for seed, weight in enumerate((experts.gate_up_proj, experts.down_proj)):
+        weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
-    cosine = mean_cosine(output_directions(Experts(), x))
+    cosine = mean_cosine(output_directions(experts, x))
     outputs = []
     for expert in range(3):
-        gate, up = Experts.gate_up_proj[expert, :4].double(), Experts.gate_up_proj[expert, 4:].double()
+        gate, up = experts.gate_up_proj[expert].detach().double().split(4)
         hidden = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
-        outputs.append(hidden @ Experts.down_proj[expert].double().T)
+        outputs.append(hidden @ experts.down_proj[expert].detach().double().T)
     for i in range(3):
         for j in range(3):
             pairs = [torch.dot(a, b) / (a.norm() * b.norm()) for a, b in zip(outputs[i], outputs[j], strict=True)]

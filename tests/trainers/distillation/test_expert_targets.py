@@ -33,6 +33,7 @@ Pico = Callable[[str], Path]
 WITH_SHARED = {
     "qwen2_moe": "qwen2", "qwen3_5_moe_text": "qwen3.5", "granitemoeshared": "granite", "glm4_moe": "phi3-partial",
     "dots1": "qwen3", "solar_open": "llama", "cohere2_moe": "cohere2", "ernie4_5_moe": "ernie4.5",
+    "granitemoe_swa": "granite-swa", "deepseek_v3": "youtu",
 }  # fmt: skip
 CASES = {
     "exact": {"scale": "exact", "experts": 4, "top_k": 2},

@@ -108,7 +108,9 @@ def test_outputs_are_the_stock_models(target: str, stock: Any, ids: torch.Tensor
     model.gradient_checkpointing_enable({"use_reentrant": False})
     seen: dict[int, torch.Tensor] = {}
     for layer in moe_layers(model):
-        layer.block.register_forward_hook(lambda _, __, output, i=layer.index: seen.update({i: output.detach()}))
+        layer.block.register_forward_hook(
+            lambda _, __, out, i=layer.index: seen.update({i: (out[0] if isinstance(out, tuple) else out).detach()})
+        )
     with capture_outputs(model) as recorder:
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
         found = layer_outputs(recorder.take())

@@ -12,7 +12,7 @@ from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, require_moe_layers, selection_bias
 
-BIASED = {"glm4_moe", "dots1", "solar_open", "ernie4_5_moe", "lfm2_moe"}
+BIASED = {"glm4_moe", "deepseek_v3", "dots1", "solar_open", "ernie4_5_moe", "lfm2_moe"}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((target, {}) for target in TARGETS),
     ("qwen2_moe", {"norm_topk_prob": False}),

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from upcycle.architectures.dense_config import DenseConfig, Feature
 from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers
 from upcycle.architectures.rope import rope_parameters
-from upcycle.architectures.tensor_origin import Origin, is_rotated
+from upcycle.architectures.tensor_origin import Origin, halves, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
+from upcycle.ffn.form import FfnForm
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import ValueKind, checked
 from upcycle.files.formats.tensor_files import widest
@@ -58,6 +59,7 @@ class Family(ABC):
     token_defaults: ClassVar[Mapping[str, Any]] = {}
     rope_theta: ClassVar[float] = 10000.0
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
+    gated: ClassVar[bool] = True  # whether the FFN is down(act(gate x) * up x), or down(act(up x))
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
     module_paths: ClassVar[ModulePaths] = ModulePaths()
     uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
@@ -93,7 +95,9 @@ class Family(ABC):
             rope_parameters=rope,
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
+            mlp_gated=self.gated,
             windows=self.windows(raw, layers),
+            thetas=self.thetas(raw, layers, rope["rope_theta"]),
             **self.details(raw, values),
         )
         self._check_together(config, raw, where)
@@ -102,8 +106,9 @@ class Family(ABC):
     def _refuse_unheld(self, raw: Mapping[str, Any], where: str) -> None:
         if not all(raw.get("no_rope_layers") or [True]):
             raise RefusalError(
-                f"{where}: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), "
-                "and no stock MoE architecture can skip it"
+                f"{where}: 'no_rope_layers' asks for layers without rotary position embedding (NoPE), and every layer of a "
+                f"{self.name} model has one",
+                hint="remove the key, or correct 'model_type' (smollm3 has such layers)",
             )
 
     def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
@@ -115,7 +120,7 @@ class Family(ABC):
         heads, key_heads, kinds = config.num_attention_heads, config.num_key_value_heads, raw.get("layer_types")
         rope, length = (
             config.rope_parameters,
-            int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1)),
+            config.rotated_dim,
         )
         pad = config.token_ids["pad_token_id"]
         wrong = None
@@ -179,6 +184,10 @@ class Family(ABC):
         """Return the sliding window of every layer, in tokens; None attends to everything."""
         return (None,) * layers
 
+    def thetas(self, raw: Mapping[str, Any], layers: int, theta: float) -> tuple[float, ...]:
+        """Return the theta of every layer's rotary embedding, 0 where it has none; empty: all have ``theta``."""
+        return ()
+
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the biases, norms, multipliers and special features, as keyword arguments of DenseConfig."""
         return {}
@@ -186,10 +195,10 @@ class Family(ABC):
     def ffn_names(self, layer: int) -> dict[str, str]:
         """Return the names of one dense FFN's tensors: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, input ``norm`` ``[d]``.
 
-        Without a norm before the FFN there is no ``norm``.
+        Without a norm before the FFN there is no ``norm``, and without a gate no ``gate``.
         """
         prefix = self.module_paths.layer(layer)
-        names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+        names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in FfnForm(gated=self.gated).matrices}
         return {**names, "norm": f"{prefix}.post_attention_layernorm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
@@ -212,11 +221,8 @@ class Family(ABC):
     def ffn_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the matrices and biases of one dense FFN."""
         d, width, names = config.hidden_size, config.intermediate_size, self.ffn_names(layer)
-        shapes: dict[str, tuple[int, ...]] = {
-            names["gate"]: (width, d),
-            names["up"]: (width, d),
-            names["down"]: (d, width),
-        }
+        sizes = {"gate": (width, d), "up": (width, d), "down": (d, width)}
+        shapes: dict[str, tuple[int, ...]] = {names[part]: sizes[part] for part in config.ffn_form.matrices}
         if config.mlp_bias:  # listed, so that a refusal names the feature and not an unexpected tensor
             shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
         return shapes
@@ -247,7 +253,8 @@ class Family(ABC):
     def origin(self, config: DenseConfig, name: str) -> Origin:
         """Return where the tensor that targets call ``name`` comes from."""
         origin = Origin(name)
-        return origin.ordered("halves", config.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+        rotated = config.rotated_dim
+        return origin.ordered(halves(config.head_dim, rotated)) if self.rotates_pairs and is_rotated(name) else origin
 
     def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
         """Return where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies.
@@ -264,7 +271,7 @@ class Family(ABC):
         if dtype != "keep":
             return dtype
         origins = self.ffn_origins(config, layer)
-        return widest(specs[origins[part].name].dtype for part in ("gate", "up", "down"))
+        return widest(specs[origins[part].name].dtype for part in config.ffn_form.matrices)
 
     def norms_below(self, layer: int) -> list[str]:
         """Return the names of the norms of all outputs added to the stream below an FFN that reads the stream without a norm.

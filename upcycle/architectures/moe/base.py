@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.module_paths import ModulePaths
-from upcycle.architectures.tensor_origin import Origin, is_rotated
+from upcycle.architectures.rope import can_be_whole, whole_head_rope
+from upcycle.architectures.tensor_origin import Origin, apart, is_rotated, pairs
 from upcycle.errors import RefusalError
 from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.ffn.shared_switch import switch_dtype
@@ -51,6 +52,7 @@ class Target(ABC):
         router_semantics: how it turns logits into weights, in words.
         holds_unnormalized: whether the chosen experts' weights may stay as the softmax gives them.
         rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
+        masks_rotary: whether it may stop the rotation of a part of each head by factors.
         module_paths: where its parts are.
         router: the module, in the block with the routed experts, that returns logits ``[T, E]``, weights ``[T, K]`` and experts
             ``[T, K]``.
@@ -66,6 +68,7 @@ class Target(ABC):
     router_semantics: ClassVar[str]
     holds_unnormalized: ClassVar[bool] = False
     rotates_pairs: ClassVar[bool] = False
+    masks_rotary: ClassVar[bool] = False
     module_paths: ModulePaths = ModulePaths()
     router: ClassVar[str] = "gate"
     score: ClassVar[Score] = "softmax"
@@ -90,22 +93,77 @@ class Target(ABC):
             return family.origin(dense, embeddings)
         origin = family.origin(dense, name)
         if name == embeddings:
-            return replace(origin, times=dense.embedding_multiplier / self.stored(dense).embedding_multiplier)
-        return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+            stored = self.stored(dense)
+            by = dense.residual_multiplier / stored.residual_multiplier
+            return replace(origin, times=dense.embedding_multiplier / stored.embedding_multiplier / by)
+        if name == family.module_paths.final_norm_weight:
+            return replace(origin, times=dense.logits_multiplier / self.stored(dense).logits_multiplier)
+        if is_rotated(name) and self.masks(dense):
+            return origin.ordered(apart(dense.head_dim, dense.rotated_dim))
+        if is_rotated(name) and self.rotates_pairs:
+            return origin.ordered(pairs(dense.head_dim, dense.rotated_dim))
+        return origin
+
+    def masks(self, dense: DenseConfig) -> bool:
+        """Return whether a rotary embedding of a part of each head is written as one of whole heads that stops the rest.
+
+        See :func:`~upcycle.architectures.rope.whole_head_rope`.
+        """
+        if not self.masks_rotary or Feature.PARTIAL_ROTARY not in dense.features - self.holds:
+            return False
+        even = not dense.head_dim % 2 and not dense.rotated_dim % 2
+        return even and can_be_whole(dense.rope_parameters, dense.max_position_embeddings)
 
     def stored(self, dense: DenseConfig) -> DenseConfig:
         """Return the dense configuration in terms that this architecture can express.
 
         An architecture without multipliers stores the embeddings multiplied; a head that was tied to them then has a tensor of
-        its own. One without windows leaves out a window as long as the context, which is never reached.
+        its own. The last norm's weight has the logits' multiplier in it. One without windows leaves out a window as long as the
+        context, which is never reached. Gated experts are squared ReLU without a gate where gate and up are equal:
+        ``relu(up x) * up x``. Scores that grow behind some length are those of a model with a context of that length.
         """
+        if Feature.GROWING_SCORES in dense.special - self.holds:
+            dense = _within_first_length(dense)
         if not dense.features & _WINDOWS <= self.holds:
             context = dense.max_position_embeddings
             reached = tuple(None if window is None or window >= context else window for window in dense.windows)
             dense = replace(dense, windows=reached)
-        if Feature.MULTIPLIERS in self.holds or dense.embedding_multiplier == 1:
-            return dense
-        return replace(dense, embedding_multiplier=1.0, tie_word_embeddings=False)
+        if self.masks(dense):
+            whole = whole_head_rope(
+                dense.rope_parameters, dense.head_dim, dense.rotated_dim, dense.max_position_embeddings
+            )
+            dense = replace(dense, rope_parameters=whole)
+        if not dense.mlp_gated and dense.hidden_act == "relu2" and Feature.UNGATED_FFN not in self.holds:
+            dense = replace(dense, hidden_act="relu", mlp_gated=True)
+        if Feature.LOGIT_SCALE not in self.holds:
+            dense = replace(dense, logits_multiplier=1.0)
+        return dense if Feature.MULTIPLIERS in self.holds else _without_multipliers(dense)
+
+    def notes(self, dense: DenseConfig) -> list[str]:
+        """Return what users should know of the form in which this architecture stores a dense model."""
+        stored, notes = self.stored(dense), []
+        if stored.windows != dense.windows:
+            notes.append(
+                f"the sliding window of {dense.window} is never reached within {dense.max_position_embeddings} positions and is "
+                f"left out: {self.name} has none"
+            )
+        if stored.max_position_embeddings != dense.max_position_embeddings:
+            notes.append(
+                f"{self.name} holds this model up to position {stored.max_position_embeddings:,}, behind which its attention "
+                f"scores grow: its context is written as that, not as {dense.max_position_embeddings:,}"
+            )
+        if self.masks(dense):
+            notes.append(
+                f"{self.name} rotates whole heads: factors of a longrope with theta 1 turn {dense.rotated_dim} dimensions of each "
+                f"head as before and stop the other {dense.head_dim - dense.rotated_dim}. transformers and engines that apply "
+                "longrope to any architecture run that"
+            )
+        if stored.mlp_gated and not dense.mlp_gated:
+            notes.append(
+                f"{self.name} has gated experts: gate and up are both the dense up projection (squared ReLU is relu(x) * x), so "
+                "that an expert has half as many weights again"
+            )
+        return notes
 
     def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
         """Return the features of a dense model, and of ``more`` that its conversion needs, that this architecture cannot hold."""
@@ -152,6 +210,32 @@ class Target(ABC):
         return config
 
 
+def _within_first_length(dense: DenseConfig) -> DenseConfig:
+    """Return the configuration of the same model up to the position from which on its attention scores grow."""
+    rope = dict(dense.rope_parameters)
+    length = min(dense.max_position_embeddings, rope["original_max_position_embeddings"])
+    for key in ("llama_4_scaling_beta", "max_position_embeddings"):
+        rope.pop(key, None)
+    special = dense.special - {Feature.GROWING_SCORES}
+    return replace(dense, max_position_embeddings=length, rope_parameters=rope, special=special)
+
+
+def _without_multipliers(dense: DenseConfig) -> DenseConfig:
+    """Return the configuration of the same model without multipliers on embeddings and residuals.
+
+    Where every block adds ``m`` times its output, the stream is divided by ``m``: the embeddings are, blocks add their output as it
+    is, and a norm of the stream is the same with an eps divided by ``m ** 2``. Norms of queries and keys have that eps, too, and their
+    input is not the stream.
+    """
+    residual = dense.residual_multiplier
+    if residual != 1 and dense.features & {Feature.QUERY_NORMS, Feature.ROTATED_QUERY_NORMS, Feature.FULL_QUERY_NORMS}:
+        return dense
+    if dense.embedding_multiplier != residual:
+        dense = replace(dense, tie_word_embeddings=False)
+    eps = dense.rms_norm_eps / residual**2
+    return replace(dense, embedding_multiplier=1.0, residual_multiplier=1.0, rms_norm_eps=eps)
+
+
 def expert_tensors(
     prefix: str, names: tuple[str, str, str], dense: DenseConfig, shape: MoeShape, layout: ExpertLayout
 ) -> list[OutputTensor]:
@@ -182,6 +266,17 @@ def expert_tensors(
 def router_tensor(name: str, dense: DenseConfig, shape: MoeShape) -> OutputTensor:
     """Return the tensor of the router's rows ``[E, d]``."""
     return OutputTensor(name, (shape.experts, dense.hidden_size), (Part("router"),))
+
+
+def sink_tensors(prefix: str, dense: DenseConfig) -> list[OutputTensor]:
+    """Return the attention sinks ``[heads]`` below ``prefix``, so low that they do nothing; none where the dense model has them.
+
+    A sink adds ``exp(sink)`` to the sum of a softmax. ``exp(-1e4)`` is 0 in every dtype, and so is its gradient.
+    """
+    if Feature.SINKS in dense.special:
+        return []
+    heads = dense.num_attention_heads
+    return [OutputTensor(f"{prefix}.sinks", (heads,), (Part("filled", factor=-1e4, size=heads),))]
 
 
 def shared_parts(shape: MoeShape, idle_size: int, factor: float = 1.0) -> tuple[Part, Part, Part]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
+from upcycle.models.experts import expert_outputs
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.models import Models
 from upcycle.report.data.routing import MOST_SHOWN, four_decimals, spread
@@ -51,12 +52,8 @@ def experts_data(models: Models, measured: Measurements, progress: Progress = SI
 
 def output_directions(experts: Any, x: torch.Tensor) -> torch.Tensor:
     """Return each routed expert's output on every input ``[S, d]`` as unit vectors ``[E, S, d]``; zero stays zero."""
-    outputs = []
     with torch.no_grad():
-        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-            gate, up = linear(x, gate_up).chunk(2, dim=-1)
-            outputs.append(normalize(linear(experts.act_fn(gate) * up, down), dim=-1))
-    return torch.stack(outputs)
+        return torch.stack([normalize(output, dim=-1) for output in expert_outputs(experts, x)])
 
 
 def mean_cosine(units: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import Family, Feature
+from upcycle.architectures.dense.base import Family
 from upcycle.files.formats.settings import FLAG
 
 
@@ -14,8 +14,7 @@ class Ernie45(Family):
 
     name = "ernie4_5"
     title = "ERNIE 4.5"
-    targets = ("ernie4_5_moe", "mixtral", "qwen2_moe")
-    elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
+    targets = ("ernie4_5_moe", "mixtral", "qwen2_moe", "gpt_oss")
     rotates_pairs = True
     rope_theta = 500000.0
     defaults = {

@@ -22,7 +22,7 @@ class Granite(Family):
     name = "granite"
     title = "Granite 3"
     targets = ("granitemoe", "granitemoeshared")
-    elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
+    elsewhere = {Feature.MLP_BIAS: "no stock architecture with multipliers has biases in its experts"}
     keys = {"attention_bias": FLAG, "mlp_bias": FLAG, **MULTIPLIERS}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.settings import FLAG
 
@@ -15,10 +15,16 @@ class Llama(Family):
 
     name = "llama"
     title = "Llama"
-    targets = ("mixtral", "qwen2_moe", "granitemoe", "granitemoeshared", "glm4_moe", "solar_open", "ernie4_5_moe")
-    elsewhere = {
-        Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts",
-    }
+    targets = (
+        "mixtral",
+        "qwen2_moe",
+        "granitemoe",
+        "granitemoeshared",
+        "glm4_moe",
+        "solar_open",
+        "ernie4_5_moe",
+        "gpt_oss",
+    )
     keys = {"attention_bias": FLAG, "mlp_bias": FLAG}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}
 

@@ -14,9 +14,8 @@ class SeedOss(Family):
 
     name = "seed_oss"
     title = "Seed-OSS"
-    targets = ("qwen2_moe", "glm4_moe", "solar_open", "granitemoe", "granitemoeshared")
+    targets = ("qwen2_moe", "glm4_moe", "solar_open", "granitemoe", "granitemoeshared", "gpt_oss")
     elsewhere = {
-        Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts",
         Feature.OUTPUT_BIAS: "no stock architecture has that bias without the others",
     }
     defaults = {

@@ -22,12 +22,13 @@ def _are_limits(value: object) -> bool:
 class GraniteMoeHybrid(Granite):
     """Describes dense Granite 4: Granite's block, whose FFN is stored as a shared expert, with gate and up in one tensor.
 
-    A model with experts is a MoE already; one with Mamba layers or without rotary embeddings has no target here.
+    A model with experts is a MoE already; one with Mamba layers has no target here.
     """
 
     name = "granitemoehybrid"
     title = "Granite 4 dense"
-    elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
+    targets = (*Granite.targets, "granitemoe_swa")
+    elsewhere = {Feature.MLP_BIAS: "no stock architecture with multipliers has biases in its experts"}
     module_paths = ModulePaths(blocks=("shared_mlp",))
     aliases = {"intermediate_size": "shared_intermediate_size"}
     defaults = {**Granite.defaults, "intermediate_size": 1024}
@@ -66,7 +67,7 @@ class GraniteMoeHybrid(Granite):
         """Return Granite's details, without biases in the FFN.
 
         Raises:
-            RefusalError: the model has experts, layers without attention, or no rotary embedding.
+            RefusalError: the model has experts, or layers without attention.
             CheckpointError: the sizes of its Mamba layers contradict one another, though it has none.
         """
         experts = raw.get("num_local_experts", 8)
@@ -83,11 +84,6 @@ class GraniteMoeHybrid(Granite):
                 "layers ('layer_types'), and every target here attends in every layer",
                 hint="dense Granite 4 models with attention in every layer are converted (granite-4.0-350m, granite-4.0-1b)",
             )
-        if raw.get("position_embedding_type") != "rope":
-            raise RefusalError(
-                "cannot convert this 'granitemoehybrid' model: it has no rotary position embedding ('position_embedding_type' is "
-                f"{raw.get('position_embedding_type')!r}), and no stock MoE architecture can skip it"
-            )
         heads, width = raw.get("mamba_n_heads", 128), raw.get("mamba_expand", 2) * values["hidden_size"]
         head = raw.get("mamba_d_head", "auto")
         if width % heads or head not in ("auto", width // heads):
@@ -98,6 +94,10 @@ class GraniteMoeHybrid(Granite):
             )
         given = {key: value for key, value in raw.items() if value is not None or key not in MULTIPLIERS}
         return super().details(given, values)
+
+    def thetas(self, raw: Mapping[str, Any], layers: int, theta: float) -> tuple[float, ...]:
+        """Return theta 0 for all layers unless ``position_embedding_type`` is ``rope``: they have no rotary embedding."""
+        return () if raw.get("position_embedding_type") == "rope" else (0,) * layers
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
         """Return the stored tensors: gate and up in one below ``shared_mlp``, down in another."""

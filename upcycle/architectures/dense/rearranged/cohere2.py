@@ -48,6 +48,10 @@ class Cohere2(Family):
         ]
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
+    def thetas(self, raw: Mapping[str, Any], layers: int, theta: float) -> tuple[float, ...]:
+        """Return theta 0 for the layers without a window, which are not rotated."""
+        return tuple(0 if window is None else theta for window in self.windows(raw, layers))
+
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))

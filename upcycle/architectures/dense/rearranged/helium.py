@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import Family, Feature
+from upcycle.architectures.dense.base import Family
 from upcycle.errors import RefusalError
 from upcycle.files.formats.settings import FLAG, SIZE
 
@@ -15,8 +15,7 @@ class Helium(Family):
 
     name = "helium"
     title = "Helium"
-    targets = ("mixtral", "qwen2_moe", "ernie4_5_moe")
-    elsewhere = {Feature.MLP_BIAS: "no stock architecture has biases in SwiGLU experts"}
+    targets = ("mixtral", "qwen2_moe", "ernie4_5_moe", "gpt_oss")
     rotates_pairs = True
     rope_theta = 100000.0
     defaults = {

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.tensor_origin import Origin
+from upcycle.architectures.dense.rearranged.fused import FusedFamily
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.settings import PART, SIZE
 
 _LENGTH = "original_max_position_embeddings"
 
 
-class Phi3(Family):
+class Phi3(FusedFamily):
     """Describes Phi-3: ``qkv_proj`` holds q, k and v, and ``gate_up_proj`` holds gate and up, one below the other.
 
     ``original_max_position_embeddings`` stands beside the rope's description, and is the length at which ``longrope`` switches.
@@ -22,6 +21,7 @@ class Phi3(Family):
     name = "phi3"
     title = "Phi-3, Phi-3.5, Phi-4"
     targets = ("mixtral", "qwen2_moe", "glm4_moe")
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     partial_rotary_factor = 1.0
     defaults = {
         "vocab_size": 32064,
@@ -66,32 +66,3 @@ class Phi3(Family):
     def windows(self, raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         """Return the same window for every layer, or none."""
         return (raw.get("sliding_window"),) * layers
-
-    def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
-        """Return the stored names and shapes, with two fused tensors in place of five."""
-        specs = super().stored_specs(config, layer)
-        if layer is None:
-            return specs
-        fused: dict[str, tuple[int, ...]] = {}
-        for name, shape in specs.items():
-            stored = self.origin(config, name).name
-            rows = fused.get(stored, (0,))[0]
-            fused[stored] = (rows + shape[0], *shape[1:])
-        return fused
-
-    def origin(self, config: DenseConfig, name: str) -> Origin:
-        """Return the rows of a fused tensor that hold a part, or the tensor of the same name."""
-        prefix, _, part = name.removesuffix(".weight").rpartition(".")
-        q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-        width = config.intermediate_size
-        parts = {
-            "q_proj": (0, q),
-            "k_proj": (q, kv),
-            "v_proj": (q + kv, kv),
-            "gate_proj": (0, width),
-            "up_proj": (width, width),
-        }
-        if part not in parts:
-            return super().origin(config, name)
-        fused = "qkv_proj" if prefix.endswith("self_attn") else "gate_up_proj"
-        return Origin(f"{prefix}.{fused}.weight", rows=parts[part])

@@ -10,7 +10,7 @@ from upcycle.ffn.moe_shape import MoeShape
 
 
 class Glm4Moe(SigmoidTarget):
-    """Holds partial rotary embeddings, as no other target does. Biases are on q, k and v, never on the output projection."""
+    """Holds partial rotary embeddings as they are. Biases are on q, k and v, never on the output projection."""
 
     name = "glm4_moe"
     title = "GLM-4.5-MoE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
@@ -43,6 +44,24 @@ class Cohere2Moe(Target):
     router_semantics = "softmax of the top-k logits; shared experts ungated (sum)"
     rotates_pairs = True
     shared = "shared_experts"
+
+    def stored(self, dense: DenseConfig) -> DenseConfig:
+        """Return the configuration with a window as long as the context on rotated layers that have none.
+
+        Where exactly the layers with windows are rotated then, the class does so by itself, and no thetas are left.
+        """
+        dense = super().stored(dense)
+        theta, context = dense.rope_parameters["rope_theta"], dense.max_position_embeddings
+        rotated = dense.layer_thetas
+        windows = tuple(w or (context if layer else None) for w, layer in zip(dense.windows, rotated, strict=True))
+        if rotated == [theta if window else 0 for window in windows] and len({*windows} - {None}) == 1:
+            return replace(dense, windows=windows, thetas=())
+        return dense
+
+    def notes(self, dense: DenseConfig) -> list[str]:
+        """Return what users should know: a model without windows is given the longest one."""
+        given = f"{self.name} rotates layers with a window alone: all are given one of {dense.max_position_embeddings}, the context"
+        return [*super().notes(dense), *([given] if dense.window is None and dense.layer_thetas[0] else [])]
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """Return its own keys; ``intermediate_size`` is the width of one expert, routed or shared."""

@@ -17,6 +17,7 @@ class Mixtral(Target):
     architecture = "MixtralForCausalLM"
     holds = frozenset({Feature.PLAIN_QUERIES, Feature.WINDOW})
     router_semantics = "top-k of softmax, normalised to sum 1"
+    masks_rotary = True
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """Return its own keys; ``intermediate_size`` is the width of one expert."""

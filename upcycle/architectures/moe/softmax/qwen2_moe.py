@@ -46,6 +46,7 @@ class Qwen2Moe(Target):
     holds_unnormalized = True
     shared, shared_switch = "shared_expert", "shared_expert_gate"
     router_semantics = "top-k of softmax, normalised to sum 1 (norm_topk_prob); shared expert times sigmoid"
+    masks_rotary = True
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """Return its own keys; ``layer_types`` is written out, as its default differs from the dense family's."""
