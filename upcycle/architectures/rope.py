@@ -97,3 +97,72 @@ def _check(rope: Mapping[str, Any], where: str) -> None:
                 f"{where}: 'rope_parameters' of rope_type {kind} need the key '{key}'",
                 hint="correct 'rope_parameters' (or 'rope_scaling')",
             )
+
+
+_STOPPED = 1e30  # divides a frequency until no position turns anything
+
+
+def turned(rope: Mapping[str, Any], head: int) -> int:
+    """Return how many dimensions of a head are rotated."""
+    return int(head * rope.get("partial_rotary_factor", 1.0))
+
+
+def partly_turned(rope: Mapping[str, Any], head: int) -> tuple[int, ...]:
+    """Return the order of a head's rows in which a rotation of halves of whole heads turns the rows that a partial one turns.
+
+    A partial rotation of r rows turns row i with row i + r/2, the whole one row i with row i + head/2. Empty where all are turned.
+    """
+    part = turned(rope, head)
+    if part == head:
+        return ()
+    first, second, rest = range(part // 2), range(part // 2, part), range(part, head)
+    gap = (head - part) // 2
+    return (*first, *rest[:gap], *second, *rest[gap:])
+
+
+def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, Any]:
+    """Return a rotary embedding of whole heads that turns what a partial one (or one scaled by a factor) turns.
+
+    ``longrope`` divides every frequency by a factor of its own. The first r/2 factors turn the frequencies of a head into those of r
+    dimensions, found so that fp32 arithmetic gives the very same numbers wherever there are such factors; the others stop
+    the rest. Rows must be in the order of :func:`partly_turned`.
+
+    Args:
+        rope: a description of type ``default`` or ``linear``.
+        head: dimensions of a head.
+        context: positions; the short and the long factors are the same.
+    """
+    part, theta, factor = (
+        turned(rope, head),
+        rope["rope_theta"],
+        rope["factor"] if rope["rope_type"] == "linear" else 1.0,
+    )
+    if part == head and factor == 1:
+        return {"rope_type": "default", "rope_theta": theta}
+    factors = [*_factors(theta, head, part, factor), *[_STOPPED] * ((head - part) // 2)]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "short_mscale": 1.0,
+        "long_mscale": 1.0,
+        "original_max_position_embeddings": context,
+    }
+
+
+def _factors(theta: float, head: int, part: int, factor: float) -> list[float]:
+    """Return the numbers that fp32 multiplies a head's periods by to get those of ``part`` dimensions, times ``factor``."""
+    import torch
+
+    def periods(dimensions: int) -> torch.Tensor:
+        exponents = torch.arange(0, dimensions, 2, dtype=torch.int64).float() / dimensions
+        return theta**exponents
+
+    own, wanted = periods(head)[: part // 2], periods(part) if factor == 1 else 1 / (1 / periods(part) / factor)
+    found = (wanted.double() / own.double()).float()
+    tried = torch.stack([found, *(torch.nextafter(found, torch.full_like(found, to)) for to in (0.0, torch.inf))])
+    off = (tried * own - wanted).abs()
+    return tried.gather(0, off.argmin(0)[None])[0].tolist()

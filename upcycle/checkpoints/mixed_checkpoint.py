@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint
@@ -97,7 +97,7 @@ class MixedCheckpoint(JoinedCheckpoint):
 
         Means are computed in fp64 and rounded once.
         """
-        if self.rest is None:
+        if self.rest is None or origin.filled:
             yield from super().blocks(origin, dtype)
             return
         weights, total = self._weights(origin)
@@ -128,14 +128,15 @@ class MixedCheckpoint(JoinedCheckpoint):
         return [factors.get(i, 0.0) for i in range(len(self.rest))], 1.0
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
-        """Return the base's FFN, with the norm before it taken from the mix."""
+        """Return the base's FFN, with the norm before it (weight, and bias if it has one) taken from the mix."""
         ffn = super().feed_forward(layer, dtype)
-        norm = self.family.ffn_origins(self.config, layer).get("norm")
-        if self.rest is None or norm is None:
+        origins = {k: o for k, o in self.family.ffn_origins(self.config, layer).items() if k in ("norm", "norm_bias")}
+        if self.rest is None:
             return ffn
         import torch
 
-        return replace(ffn, norm=torch.cat(list(self.blocks(norm, dtype))))
+        mixed: dict[str, Any] = {part: torch.cat(list(self.blocks(o, dtype))) for part, o in origins.items()}
+        return replace(ffn, **mixed)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads ``gate``, ``up`` or ``down`` of a member's FFN.

@@ -126,14 +126,11 @@ class ExpertJob:
         if not self.method.exact_with_any_router:
             if top_k < experts:
                 return "approximate", f"{top_k} of {experts} experts run per token"
-            if not self.router.equal_weights:
+            if not (self.router.equal_weights or self.target.weight_of_chosen):
                 return "approximate", f"the {self.router_name} router does not weigh all experts equally"
-        if not self.rounding_factors:
-            return "exact", "the same function as the dense model"
-        return (
-            "rounded",
-            f"the factor {self.rounding_factors[0]:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact",
-        )
+        if self.rounding:
+            return "rounded", self.rounding
+        return "exact", "the same function as the dense model"
 
     @property
     def family_name(self) -> str:
@@ -190,6 +187,18 @@ class ExpertJob:
         )
 
     @property
+    def rounding(self) -> str | None:
+        """What the stored dtype cannot hold without rounding, though the method and the router change nothing; None: nothing."""
+        if self.rounding_factors:
+            return f"the factor {self.rounding_factors[0]:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
+        what = None if self.dtype in ("float32", "float64") else self.target.folded(self.dense)
+        return (
+            f"{what} are part of the experts' weights, which round in {self.dtype}; --dtype float32 is exact"
+            if what
+            else None
+        )
+
+    @property
     def working_bytes(self) -> int:
         """Bytes that a calibration keeps in the working folder.
 
@@ -236,7 +245,7 @@ def _expert_plan(job: ExpertJob) -> Plan:
     entries = [entry for unit in job.units for entry in unit.entries]
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
-    idle_per_layer = (shape.experts - shape.top_k) * 3 * shape.expert_size * dense.hidden_size
+    idle_per_layer = (shape.experts - shape.top_k) * 3 * job.target.stored_width(shape) * dense.hidden_size
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
     promise, why = job.promise
@@ -291,7 +300,7 @@ def _peak_memory(job: ExpertJob) -> int:
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
-        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
+        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["down"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
@@ -389,7 +398,7 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
     promise, why = job.promise
     if promise == "rounded":
         warnings.append(why)
-    return warnings
+    return [*warnings, *job.target.remarks(job.dense)]
 
 
 def is_power_of_two(value: float) -> bool:

@@ -38,6 +38,7 @@ class LayerErrors:
         self._mixed = checkpoint if isinstance(checkpoint, MixedCheckpoint) and mixes else None
         self._moe = moe
         self._sources: dict[int, Layers] = {}
+        self._own_input: torch.Tensor | None = None
         count = job.dense.num_hidden_layers
         self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
         # After a refit, or with overlapping experts, all experts together are not the dense FFN: there is nothing to compare.
@@ -47,25 +48,41 @@ class LayerErrors:
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs inside the ``with`` block."""
+        paths = self._job.family.module_paths
         hooks = [
-            layer.get_submodule(self._job.family.module_paths.block).register_forward_hook(
+            layer.get_submodule(paths.block).register_forward_hook(
                 lambda _, args, output, i=i: self._compare(i, args[0], output)
             )
             for i, layer in enumerate(dense.layers)
         ]
+        if self._job.target.folded(self._job.dense):
+            norm = self._job.family.ffn_names(0)["norm"].removesuffix(".weight").removeprefix(f"{paths.layer(0)}.")
+            hooks += [
+                layer.get_submodule(norm).register_forward_hook(
+                    lambda _, args, __, i=i: self._renormed(i, norm, args[0])
+                )
+                for i, layer in enumerate(dense.layers)
+            ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _renormed(self, index: int, norm: str, stream: torch.Tensor) -> None:
+        """Keep what the MoE's own norm makes of the stream before a dense FFN, where its experts read another input."""
+        with torch.no_grad():
+            self._moe.load(index)
+            self._own_input = self._moe.layers[index].get_submodule(norm)(stream)
+
     def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
         with torch.no_grad():
             blocks = self._moe.blocks(index)
-            actual: torch.Tensor = sum(block(x) for block in blocks)
+            own, self._own_input = x if self._own_input is None else self._own_input, None
+            actual: torch.Tensor = sum(block(own) for block in blocks)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
-                everyone = _all_experts(blocks, x, self._job)
+                everyone = _all_experts(blocks, own, self._job)
                 reference = self._mean_of_sources(index, x) if self._mixed else expected
                 self._squares[1, index] += (everyone - reference).double().square().sum()
                 self._squares[3, index] += reference.double().square().sum()
@@ -120,15 +137,21 @@ class LayerErrors:
 
 
 def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch.Tensor:
-    """Return the block's output with every expert active at equal weight, scaled so that it equals the dense FFN's."""
+    """Return the block's output with every expert active at equal weight, scaled so that it equals the dense FFN's.
+
+    Neurons behind an expert's own, which hold a down bias, belong to no neuron of the dense FFN and are not scaled.
+    """
     block, target = blocks[0], job.target
-    experts, count = block.experts, job.shape.experts
-    factor = job.method.scale("exact", count, count) / (job.scale * count)
+    experts, count, own = block.experts, job.shape.experts, job.shape.expert_size
+    each = target.weight_sum / count
+    factor = each * job.method.scale("exact", count, count) / job.scale
     total = torch.zeros_like(x)
     for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):  # type: ignore[union-attr,arg-type]
         gate, up = linear(x, gate_up).chunk(2, dim=-1)
-        total += linear(experts.act_fn(gate) * up, down)  # type: ignore[union-attr,operator]
-    total *= factor
+        hidden = experts.act_fn(gate) * up  # type: ignore[union-attr,operator]
+        total += factor * linear(hidden[..., :own], down[:, :own])
+        if down.shape[1] > own:
+            total += each * linear(hidden[..., own:], down[:, own:])
     shared = getattr(block, target.shared, None) if target.shared else None
     if shared is not None:
         switch = torch.sigmoid(block.get_submodule(target.shared_switch)(x)) if target.shared_switch else 1
