@@ -32,16 +32,29 @@ UNCALIBRATED = [name for name, (family, _) in PICO.items() if load("family", fam
 CELLS = [(method, name) for method in NAMES for name in PICO if name not in UNCALIBRATED]
 
 
-def projections(block: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gate, up and down of a stock FFN, whatever it calls them, in fp64."""
-    weights = {name.removesuffix(".weight"): weight.double() for name, weight in block.named_parameters()}
-    for fused, down in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
-        if fused in weights:
-            gate, up = weights[fused].chunk(2)
-            return gate, up, weights[down]
-    names = ("w1", "w3", "w2") if "w1" in weights else ("gate_proj", "up_proj", "down_proj")
-    gate, up, down = (weights[name] for name in names)
-    return gate, up, down
+def neurons(block: Any, kept: torch.Tensor | None, x: torch.Tensor, act: Any) -> torch.Tensor:
+    """What (some) neurons of a stock FFN put out, whatever it calls its projections, in fp64."""
+    tensors = {name: tensor.double() for name, tensor in block.named_parameters()}
+    some: Any = slice(None) if kept is None else kept
+    for fused in ("gate_up_proj", "input_linear"):
+        if f"{fused}.weight" in tensors:
+            gate, up = tensors[f"{fused}.weight"].chunk(2)
+            return act(linear(x, gate[some])) * linear(x, up[some])
+    outs = []
+    for module in ("w1", "w3", "gate_proj", "up_proj", "c_fc", "dense_h_to_4h"):
+        if f"{module}.weight" in tensors:
+            bias = tensors.get(f"{module}.bias")
+            outs.append(linear(x, tensors[f"{module}.weight"][some], None if bias is None else bias[some]))
+    return act(outs[0]) * outs[1] if len(outs) == 2 else act(outs[0])
+
+
+def bias_of_down(block: Any) -> torch.Tensor | None:
+    """Of the projection whose output the FFN gives."""
+    for module in ("down_proj", "c_proj", "dense_4h_to_h"):
+        bias = getattr(getattr(block, module, None), "bias", None)
+        if bias is not None:
+            return torch.as_tensor(bias.double())
+    return None
 
 
 def test_every_family_is_here() -> None:
@@ -74,9 +87,8 @@ def test_stock_transformers_runs_the_kept_neurons(method: str, name: str, pico: 
         assert down is not None
         assert kept.tolist() == sorted(set(kept.tolist()))
         before, after = (model.get_submodule(paths.block_of(layer)) for model in (dense, pruned))
-        gate, up, _ = projections(before)
-        x = torch.randn(16, gate.shape[1], dtype=torch.float64)
-        expected = linear(act(linear(x, gate[kept])) * linear(x, up[kept]), down.double())
+        x = torch.randn(16, down.shape[0], dtype=torch.float64)
+        expected = linear(neurons(before, kept, x, act), down.double(), bias_of_down(before))
         with torch.no_grad():
             found = after(x.float()[None])[0]
         assert torch.linalg.norm(found - expected) <= 1e-6 * torch.linalg.norm(expected)
