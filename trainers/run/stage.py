@@ -89,8 +89,8 @@ class Stage:
             )
         if distillation and distillation.taught and any(p.rule.constant is not None for p in moe_layers(self.model)):
             raise UsageError(
-                f"stage '{stage_recipe.name}': {distillation.taught[0]} compares experts with pieces of the parent's FFN on its inputs, "
-                f"and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
+                f"stage '{stage_recipe.name}': {distillation.taught[0]} compares experts with pieces of the parent's FFN, on its "
+                f"inputs, and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
                 hint="leave it out, or convert to another target",
             )
         if not divided:

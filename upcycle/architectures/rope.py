@@ -99,6 +99,7 @@ def _check(rope: Mapping[str, Any], where: str) -> None:
             )
 
 
+_NEIGHBOURS = 4  # numbers on either side of a factor that are tried
 _STOPPED = 1e30  # divides a frequency until no position turns anything
 
 
@@ -154,15 +155,20 @@ def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, A
 
 
 def _factors(theta: float, head: int, part: int, factor: float) -> list[float]:
-    """Return the numbers that fp32 multiplies a head's periods by to get those of ``part`` dimensions, times ``factor``."""
+    """Return the factors that give the frequencies of ``part`` dimensions, divided by ``factor``, in the place of a head's own."""
     import torch
 
-    def periods(dimensions: int) -> torch.Tensor:
-        exponents = torch.arange(0, dimensions, 2, dtype=torch.int64).float() / dimensions
-        return theta**exponents
+    def periods(dimensions: int) -> torch.Tensor:  # as stock classes compute them
+        return theta ** (torch.arange(0, dimensions, 2, dtype=torch.int64).float() / dimensions)
 
-    own, wanted = periods(head)[: part // 2], periods(part) if factor == 1 else 1 / (1 / periods(part) / factor)
-    found = (wanted.double() / own.double()).float()
-    tried = torch.stack([found, *(torch.nextafter(found, torch.full_like(found, to)) for to in (0.0, torch.inf))])
-    off = (tried * own - wanted).abs()
-    return tried.gather(0, off.argmin(0)[None])[0].tolist()
+    own, wanted = periods(head)[: part // 2], 1.0 / periods(part) / factor
+    tried = [(1 / wanted.double() / own.double()).float()]
+    for towards in (0.0, torch.inf):  # where rounding lets several factors give the same number, it is one of these
+        end = torch.full_like(own, towards)
+        near = tried[0]
+        for _ in range(_NEIGHBOURS):
+            near = torch.nextafter(near, end)
+            tried.append(near)
+    off = torch.stack([(1.0 / (each * own) - wanted).abs() for each in tried])
+    found: list[float] = torch.stack(tried).gather(0, off.argmin(0)[None])[0].tolist()
+    return found

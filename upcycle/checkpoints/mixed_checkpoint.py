@@ -130,13 +130,15 @@ class MixedCheckpoint(JoinedCheckpoint):
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """Return the base's FFN, with the norm before it (weight, and bias if it has one) taken from the mix."""
         ffn = super().feed_forward(layer, dtype)
-        origins = {k: o for k, o in self.family.ffn_origins(self.config, layer).items() if k in ("norm", "norm_bias")}
-        if self.rest is None:
-            return ffn
+        return ffn if self.rest is None else replace(ffn, **self.norm_before(layer, dtype))
+
+    def norm_before(self, layer: int, dtype: str = "keep") -> dict[str, Any]:
+        """Return the mix's ``norm`` and ``norm_bias`` before an FFN, those that there are, each ``[d]``."""
         import torch
 
-        mixed: dict[str, Any] = {part: torch.cat(list(self.blocks(o, dtype))) for part, o in origins.items()}
-        return replace(ffn, **mixed)
+        origins = self.family.ffn_origins(self.config, layer)
+        found = {part: origins[part] for part in ("norm", "norm_bias") if part in origins}
+        return {part: torch.cat(list(self.blocks(origin, dtype))) for part, origin in found.items()}
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads ``gate``, ``up`` or ``down`` of a member's FFN.

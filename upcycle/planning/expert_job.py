@@ -304,7 +304,7 @@ def _peak_memory(job: ExpertJob) -> int:
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
-    largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
+    largest_row_block = max(spec.nbytes // max(*spec.shape[:1], 1, 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
     writing = RESIDENT_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
     if job.calibrated:  # an own text is written first, by the whole model

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.ffn.gated_experts import ConstantInput
 from upcycle.models.stock_layers import layers_of
 from upcycle.verification.verdict import relative
 
@@ -83,15 +84,22 @@ class LayerErrors:
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
                 everyone = _all_experts(blocks, own, self._job)
-                reference = self._mean_of_sources(index, x) if self._mixed else expected
+                reference = self._mean_of_sources(index, x, own) if self._mixed else expected
                 self._squares[1, index] += (everyone - reference).double().square().sum()
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
             self._moe.drop(index)
 
-    def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory."""
+    def _mean_of_sources(self, index: int, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory.
+
+        ``x`` is what they read; where the norm is folded into the experts, it is the mix's norm of what they read (``own``).
+        """
         assert self._mixed is not None
+        if self._job.target.folded(self._job.dense):
+            norm = self._mixed.norm_before(index, self._job.recipe.dtype)
+            x = (own - ConstantInput(x.shape[-1]).level) * norm["norm"].float()
+            x = x + norm["norm_bias"].float() if "norm_bias" in norm else x
         job, total = self._job, torch.zeros_like(x)
         assert job.mixing is not None
         parts = [(source, 1 / len(job.members)) for source in job.members]

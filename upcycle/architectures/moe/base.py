@@ -94,7 +94,7 @@ class Target(ABC):
         return 1.0 if self.weight_of_chosen is None or self.top_k is None else self.weight_of_chosen * self.top_k
 
     def layer_specs(self, family: Family, dense: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Return the names (the family's) and shapes of one layer's tensors outside the FFN, those that only this class has included."""
+        """Return the names (the family's) and shapes of one layer's tensors outside the FFN, with those that the family lacks."""
         return family.layer_specs(dense, layer)
 
     def last_specs(self, family: Family, dense: DenseConfig) -> dict[str, tuple[int, ...]]:
