@@ -251,7 +251,8 @@ class DenseCheckpoint(Checkpoint):
         tensors = {part: self.whole(origin, dtype if part in own else matrices) for part, origin in origins.items()}
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
-        return FeedForward(layer=layer, activation=self.config.hidden_act, **{"gate": None, **tensors})
+        gate = tensors.pop("gate", None)
+        return FeedForward(layer=layer, gate=gate, activation=self.config.hidden_act, **tensors)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""

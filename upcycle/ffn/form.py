@@ -54,7 +54,7 @@ class FfnForm:
         return FfnForm(_FACTORS[self.activation] if self.doubles else self.activation)
 
     def width_as_gated(self, width: int) -> int:
-        """Return how many neurons such an expert has for ``width`` of this form: a down bias takes one, filled up to a multiple of 8."""
+        """Return how many neurons such an expert has for ``width`` of this form: a down bias takes one (and up to 7 fill up)."""
         return width if "down" not in self.biases else -(-(width + 1) // _MULTIPLE) * _MULTIPLE
 
     def scales_output(self, powers: tuple[float, float, float]) -> bool:

@@ -179,23 +179,17 @@ class ExpertJob:
         return tuple(self.scale**power for power in self.method.spread)
 
     @property
-    def rounding_factors(self) -> list[float]:
-        """The factors on experts, routed or shared, that the stored dtype cannot apply without rounding."""
-        own = map(self.mixing.source_scale, self.members + self.shared_members) if self.mixing else ()
-        return (
-            [] if self.dtype in ("float32", "float64") else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
-        )
-
-    @property
     def rounding(self) -> str | None:
-        """What the stored dtype cannot hold without rounding, though the method and the router change nothing; None: nothing."""
-        if self.rounding_factors:
-            return f"the factor {self.rounding_factors[0]:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
-        what = None if self.dtype in ("float32", "float64") else self.target.folded(self.dense)
+        """What the stored dtype cannot hold without rounding, though method and router change nothing; None: nothing."""
+        if self.dtype in ("float32", "float64"):
+            return None
+        own = map(self.mixing.source_scale, self.members + self.shared_members) if self.mixing else ()
+        factor = next((f for f in (*self.factors, *own) if not is_power_of_two(f)), None)
+        if factor is not None:
+            return f"the factor {factor:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
+        what = self.target.folded(self.dense)
         return (
-            f"{what} are part of the experts' weights, which round in {self.dtype}; --dtype float32 is exact"
-            if what
-            else None
+            f"{what} are parts of the experts, which round in {self.dtype}; --dtype float32 is exact" if what else None
         )
 
     @property
@@ -395,10 +389,8 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
             f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
             f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
         )
-    promise, why = job.promise
-    if promise == "rounded":
-        warnings.append(why)
-    return [*warnings, *job.target.remarks(job.dense)]
+    rounded = [job.promise[1]] if job.promise[0] == "rounded" else []
+    return [*warnings, *rounded, *job.target.remarks(job.dense)]
 
 
 def is_power_of_two(value: float) -> bool:

@@ -30,7 +30,7 @@ class PhiMoe(Target):
       ``1 - softmax``, which is 0). It learns with the 0.01 of Phi-3.5-MoE, which is not the dense function any more.
     - Where two of the best logits are equal, a chosen expert weighs 1/2. In fp32 that does not happen; bfloat16 has few digits,
       and loses a quarter of the FFN for a few tokens in a thousand per layer.
-    - Engines that fix the noise at 0.01 (vLLM) or normalise the weights (llama.cpp) compute another function.
+    - Engines compute another function: vLLM fixes the noise at 0.01, and silu; llama.cpp has RMSNorms, and normalises the weights.
 
     Everything else that its dense relatives have is expressed by weights. FFNs without a gate and biases are folded into gated
     experts by a constant direction of the LayerNorm's output (:mod:`~upcycle.ffn.gated_experts`); partial rotary embeddings by
