@@ -99,8 +99,7 @@ def _check(rope: Mapping[str, Any], where: str) -> None:
             )
 
 
-_NEIGHBOURS = 4  # numbers on either side of a factor that are tried
-_STOPPED = 1e30  # divides a frequency until no position turns anything
+_STOPPED = 1e30  # a period within which no position turns anything
 
 
 def turned(rope: Mapping[str, Any], head: int) -> int:
@@ -124,28 +123,24 @@ def partly_turned(rope: Mapping[str, Any], head: int) -> tuple[int, ...]:
 def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, Any]:
     """Return a rotary embedding of whole heads that turns what a partial one (or one scaled by a factor) turns.
 
-    ``longrope`` divides every frequency by a factor of its own. The first r/2 factors turn the frequencies of a head into those of r
-    dimensions, found so that fp32 arithmetic gives the very same numbers wherever there are such factors; the others stop
-    the rest. Rows must be in the order of :func:`partly_turned`.
+    ``longrope`` multiplies every period by a factor of its own. With theta 1 all periods are 1, so that the factors are the
+    periods, to the last bit: a difference would be multiplied by the position. The periods of rows that are not turned are so
+    long that no position turns them. Rows must be in the order of :func:`partly_turned`.
 
     Args:
         rope: a description of type ``default`` or ``linear``.
         head: dimensions of a head.
         context: positions; the short and the long factors are the same.
     """
-    part, theta, factor = (
-        turned(rope, head),
-        rope["rope_theta"],
-        rope["factor"] if rope["rope_type"] == "linear" else 1.0,
-    )
+    part, factor = turned(rope, head), rope["factor"] if rope["rope_type"] == "linear" else 1.0
     if part == head and factor == 1:
-        return {"rope_type": "default", "rope_theta": theta}
-    factors = [*_factors(theta, head, part, factor), *[_STOPPED] * ((head - part) // 2)]
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    periods = [*_periods(rope["rope_theta"], part, factor), *[_STOPPED] * ((head - part) // 2)]
     return {
         "rope_type": "longrope",
-        "rope_theta": theta,
-        "short_factor": factors,
-        "long_factor": factors,
+        "rope_theta": 1.0,
+        "short_factor": periods,
+        "long_factor": periods,
         "factor": 1.0,
         "attention_factor": 1.0,
         "short_mscale": 1.0,
@@ -154,21 +149,15 @@ def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, A
     }
 
 
-def _factors(theta: float, head: int, part: int, factor: float) -> list[float]:
-    """Return the factors that give the frequencies of ``part`` dimensions, divided by ``factor``, in the place of a head's own."""
+def _periods(theta: float, part: int, factor: float) -> list[float]:
+    """Return fp32 numbers whose inverses are the frequencies that stock classes compute for ``part`` dimensions."""
     import torch
 
-    def periods(dimensions: int) -> torch.Tensor:  # as stock classes compute them
-        return theta ** (torch.arange(0, dimensions, 2, dtype=torch.int64).float() / dimensions)
-
-    own, wanted = periods(head)[: part // 2], 1.0 / periods(part) / factor
-    tried = [(1 / wanted.double() / own.double()).float()]
-    for towards in (0.0, torch.inf):  # where rounding lets several factors give the same number, it is one of these
-        end = torch.full_like(own, towards)
-        near = tried[0]
-        for _ in range(_NEIGHBOURS):
-            near = torch.nextafter(near, end)
-            tried.append(near)
-    off = torch.stack([(1.0 / (each * own) - wanted).abs() for each in tried])
-    found: list[float] = torch.stack(tried).gather(0, off.argmin(0)[None])[0].tolist()
+    periods = theta ** (torch.arange(0, part, 2, dtype=torch.int64).float() / part)
+    if factor != 1:  # frequencies are divided, which rounds twice: of neighbours, the one whose inverse is nearest
+        wanted, near = 1.0 / periods / factor, 1.0 / (1.0 / periods / factor)
+        tried = [near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (0.0, torch.inf))]
+        off = torch.stack([(1.0 / each - wanted).abs() for each in tried])
+        periods = torch.stack(tried).gather(0, off.argmin(0)[None])[0]
+    found: list[float] = periods.tolist()
     return found

@@ -88,17 +88,15 @@ def converted(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     ],
 )
 @pytest.mark.parametrize("head", [64, 80, 96, 128])
-def test_frequencies_are_the_dense_models_or_their_neighbours(family: str, rope: dict[str, Any], head: int) -> None:
-    """A difference is multiplied by the position; to the bit, where the product of a head's period and some number is the other."""
+def test_frequencies_are_the_dense_models_to_the_bit(family: str, rope: dict[str, Any], head: int) -> None:
+    """A difference would be multiplied by the position. Not every number is an inverse: a scaled one may be its neighbour."""
     keys = {"hidden_size": 4 * head, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
     given = {"rope_type": "default", "rope_theta": 1e4, **rope}
     dense = _rotary(family, dict(given), keys)
     made = _rotary("phimoe", masked_rope(given, head, 4096), keys | {"head_dim": head})
     part = len(dense)
     off = (made[:part].double() / dense.double() - 1).abs()
-    assert off.max() <= 2.0**-22
-    assert (off == 0).float().mean() > 0.6
-    assert rope != {"partial_rotary_factor": 0.25} or not off.any()
+    assert off.max() <= (2.0**-23 if "factor" in rope else 0)
     assert (made[part:] * 1e6 < 1e-20).all()  # nothing turns within a million positions
 
 
