@@ -65,3 +65,12 @@ def test_which_tensors_are_rotated() -> None:
     assert is_rotated("model.layers.0.self_attn.k_proj.bias")
     assert not is_rotated("model.layers.0.self_attn.v_proj.weight")
     assert not is_rotated("lm_head.weight")
+
+
+def test_rows_of_every_group_are_taken_in_order() -> None:
+    rows = torch.arange(12.0)
+    taken = Origin("qkv", order=(2, 3), group=6)
+    assert taken.apply(rows).tolist() == [2, 3, 8, 9]
+    assert taken.apply(rows[:, None].expand(12, 5)).shape == (4, 5)
+    assert taken.ordered((1, 0)).apply(rows).tolist() == [3, 2, 9, 8]
+    assert Origin("q").ordered((2, 0, 1)).apply(rows[:6]).tolist() == [2, 0, 1, 5, 3, 4]

@@ -137,3 +137,67 @@ def _check(rope: Mapping[str, Any], where: str) -> None:
                 f"{where}: 'rope_parameters' of rope_type {kind} need the key '{key}'",
                 hint="correct 'rope_parameters' (or 'rope_scaling')",
             )
+
+
+_STOPPED = 1e30  # a period within which no position turns anything
+
+
+def turned(rope: Mapping[str, Any], head: int) -> int:
+    """Return how many dimensions of a head are rotated."""
+    return int(head * rope.get("partial_rotary_factor", 1.0))
+
+
+def partly_turned(rope: Mapping[str, Any], head: int) -> tuple[int, ...]:
+    """Return the order of a head's rows in which a rotation of halves of whole heads turns the rows that a partial one turns.
+
+    A partial rotation of r rows turns row i with row i + r/2, the whole one row i with row i + head/2. Empty where all are turned.
+    """
+    part = turned(rope, head)
+    if part == head:
+        return ()
+    first, second, rest = range(part // 2), range(part // 2, part), range(part, head)
+    gap = (head - part) // 2
+    return (*first, *rest[:gap], *second, *rest[gap:])
+
+
+def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, Any]:
+    """Return a rotary embedding of whole heads that turns what a partial one (or one scaled by a factor) turns.
+
+    ``longrope`` multiplies every period by a factor of its own. With theta 1 all periods are 1, so that the factors are the
+    periods, to the last bit: a difference would be multiplied by the position. The periods of rows that are not turned are so
+    long that no position turns them. Rows must be in the order of :func:`partly_turned`.
+
+    Args:
+        rope: a description of type ``default`` or ``linear``.
+        head: dimensions of a head.
+        context: positions; the short and the long factors are the same.
+    """
+    part, factor = turned(rope, head), rope["factor"] if rope["rope_type"] == "linear" else 1.0
+    if part == head and factor == 1:
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    periods = [*_periods(rope["rope_theta"], part, factor), *[_STOPPED] * ((head - part) // 2)]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1.0,
+        "short_factor": periods,
+        "long_factor": periods,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "short_mscale": 1.0,
+        "long_mscale": 1.0,
+        "original_max_position_embeddings": context,
+    }
+
+
+def _periods(theta: float, part: int, factor: float) -> list[float]:
+    """Return fp32 numbers whose inverses are the frequencies that stock classes compute for ``part`` dimensions."""
+    import torch
+
+    periods = theta ** (torch.arange(0, part, 2, dtype=torch.int64).float() / part)
+    if factor != 1:  # frequencies are divided, which rounds twice: of neighbours, the one whose inverse is nearest
+        wanted, near = 1.0 / periods / factor, 1.0 / (1.0 / periods / factor)
+        tried = [near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (0.0, torch.inf))]
+        off = torch.stack([(1.0 / each - wanted).abs() for each in tried])
+        periods = torch.stack(tried).gather(0, off.argmin(0)[None])[0]
+    found: list[float] = periods.tolist()
+    return found

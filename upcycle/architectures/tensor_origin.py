@@ -21,26 +21,31 @@ class Origin:
         name: the stored tensor.
         rows: first row and number of rows of the part that is taken; None: all of it.
         order: the order into which the rows of every attention head are put, as a list of their places before: one of
-            :func:`halves`, :func:`pairs` and :func:`apart`, or several, one after another; None: they stay.
+            :func:`halves`, :func:`pairs` and :func:`apart`, or several, one after another; None: they stay. It may leave rows out.
+        group: rows that are put into another order together, where ``order`` leaves some out.
         add: added to every element, for norms that are stored as ``w`` and applied as ``1 + w``.
         times: multiplies every element, for embeddings that the source multiplies and the target does not.
+        filled: shape and value of a tensor of equal numbers that the source does not store: a norm without a weight, a bias that
+            is not there. ``name`` then is a stored tensor whose dtype it is written in.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     order: tuple[int, ...] | None = None
+    group: int = 0
     add: float = 0.0
     times: float = 1.0
+    filled: tuple[tuple[int, ...], float] | None = None
 
     @property
     def head(self) -> int:
         """Rows that are put into another order together: those of one attention head."""
-        return len(self.order or (0,))
+        return self.group or len(self.order or (0,))
 
     def ordered(self, order: Sequence[int]) -> Origin:
         """Return the same origin with the rows of every head put into ``order`` at last; an order and its inverse cancel out."""
         places = tuple(order) if self.order is None else tuple(self.order[place] for place in order)
-        return replace(self, order=None if places == tuple(range(len(places))) else places)
+        return replace(self, order=None if places == tuple(range(self.group or len(places))) else places)
 
     def dtype(self, dtype: str) -> str:
         """Return the dtype in which the tensor is written where the recipe says ``dtype``."""
@@ -49,7 +54,7 @@ class Origin:
     def apply(self, block: torch.Tensor) -> torch.Tensor:
         """Return the origin's rows for a block of stored rows of whole heads; fp32 where they are shifted or scaled."""
         if self.order:
-            block = block.reshape(-1, self.head, *block.shape[1:])[:, list(self.order)].reshape(block.shape)
+            block = block.unflatten(0, (-1, self.head))[:, list(self.order)].flatten(0, 1)
         block = block.float() * self.times if self.times != 1 else block
         return block.float() + self.add if self.add else block
 

@@ -48,10 +48,10 @@ class ExpertTensors:
     """
 
     def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint, tensors: Tensors | None = None) -> None:
-        self._ffn = ffn
+        self.ffn = self._ffn = ffn
         self._tensors = tensors
         self._up_scale: float | None = None
-        self._blueprint = blueprint
+        self.blueprint = self._blueprint = blueprint
         self._routed = [_NeuronList(expert.neurons) for expert in blueprint.routed]
         shared = [expert.neurons for expert in blueprint.shared]
         # Shared experts are always summed, so every architecture stores them as one wide FFN.

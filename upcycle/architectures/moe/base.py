@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.module_paths import ModulePaths
@@ -14,6 +14,10 @@ from upcycle.architectures.tensor_origin import Origin, apart, is_rotated, pairs
 from upcycle.errors import RefusalError
 from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.ffn.shared_switch import switch_dtype
+
+if TYPE_CHECKING:
+    from upcycle.ffn.expert_tensors import ExpertTensors
+    from upcycle.ffn.gated_experts import BuildsParts
 
 ExpertLayout = Literal["per-expert", "fused"]
 Score = Literal["softmax", "sigmoid"]
@@ -51,6 +55,8 @@ class Target(ABC):
         holds: the features of dense models and blueprints that it can hold.
         router_semantics: how it turns logits into weights, in words.
         holds_unnormalized: whether the chosen experts' weights may stay as the softmax gives them.
+        top_k: the only number of experts per token that its router chooses; None: any.
+        weight_of_chosen: what every chosen expert weighs, whatever the logits, unless two of them are equal; None: the router says.
         rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
         masks_rotary: whether it may stop the rotation of a part of each head by factors.
         module_paths: where its parts are.
@@ -67,6 +73,8 @@ class Target(ABC):
     holds: ClassVar[frozenset[Feature]]
     router_semantics: ClassVar[str]
     holds_unnormalized: ClassVar[bool] = False
+    top_k: ClassVar[int | None] = None
+    weight_of_chosen: ClassVar[float | None] = None
     rotates_pairs: ClassVar[bool] = False
     masks_rotary: ClassVar[bool] = False
     module_paths: ModulePaths = ModulePaths()
@@ -82,6 +90,35 @@ class Target(ABC):
     @abstractmethod
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """Return every tensor of one MoE block, experts in order."""
+
+    @property
+    def weight_sum(self) -> float:
+        """What the chosen experts weigh together."""
+        return 1.0 if self.weight_of_chosen is None or self.top_k is None else self.weight_of_chosen * self.top_k
+
+    def layer_specs(self, family: Family, dense: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return the names (the family's) and shapes of one layer's tensors outside the FFN, with those that the family lacks."""
+        return family.layer_specs(dense, layer)
+
+    def last_specs(self, family: Family, dense: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """Return the names (the family's) and shapes of the tensors after the layers."""
+        return family.last_specs(self.stored(dense))
+
+    def stored_width(self, shape: MoeShape) -> int:
+        """Return how many neurons an expert has on disk."""
+        return shape.expert_size
+
+    def built(self, tensors: ExpertTensors) -> BuildsParts:
+        """Return what makes the parts of :meth:`moe_tensors` out of one layer's experts."""
+        return tensors
+
+    def folded(self, dense: DenseConfig) -> str | None:
+        """Return what is folded into the experts, in words; their input then is not the dense FFN's. None: nothing is."""
+        return None
+
+    def remarks(self, dense: DenseConfig) -> list[str]:
+        """Return what every user of a converted model should know, for the plan's warnings."""
+        return []
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
         """Return where a tensor outside the experts comes from, with its rows in the order that this architecture rotates.
