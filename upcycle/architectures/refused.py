@@ -24,7 +24,7 @@ _MOES = (
         "llama4",
         "llama4_text",
     ),
-    *("minimax", "minimax_m2", "olmoe", "phimoe", "qwen3_5_moe", "qwen3_next"),
+    *("minimax", "minimax_m2", "olmoe", "phimoe", "qwen3_5_moe", "qwen3_next", "qwen3_vl_moe"),
     *TARGETS,
 )
 
@@ -68,7 +68,6 @@ REASONS = {
     "cohere": "it has rotary embeddings on every layer of its parallel block, and its MoE relative only where there is a window",
     "glm": "its FFN is fused behind a partial rotation in pairs, and its MoE relative rotates halves",
     "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
-    "qwen3_5": "it is multimodal; save its text model alone (model_type qwen3_5_text)",
     **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
     **dict.fromkeys(_ENCODER_DECODERS, "it is an encoder-decoder, not a causal language model"),
     **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),

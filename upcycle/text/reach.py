@@ -45,7 +45,7 @@ class Reach:
 
 def reach_of(*configs: Any) -> Reach:
     """Return the reach of models with these stock configurations: the farthest border of any."""
-    found = [pair for config in configs for pair in _borders(config)]
+    found = [pair for config in configs for pair in _borders(getattr(config, "text_config", config))]
     border, longest = max(found, default=(0, 0))
     behind = min(max(border // 8, _LEAST_BEHIND), _MOST_BEHIND)
     return Reach(border, min(border + behind, longest) if border else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -33,10 +33,10 @@ class Family(ABC):
     first.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    targets: ClassVar[tuple[str, ...]]  # preferred first
-    elsewhere: ClassVar[Mapping[Feature, str]] = {}  # feature -> which target could hold it, for refusals
+    name: str
+    title: str
+    targets: tuple[str, ...]  # preferred first
+    elsewhere: Mapping[Feature, str] = {}  # feature -> which target could hold it, for refusals
     defaults: ClassVar[Mapping[str, Any]] = {  # Llama's, which several classes took over
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -52,15 +52,15 @@ class Family(ABC):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
-    aliases: ClassVar[Mapping[str, str]] = {}
+    aliases: Mapping[str, str] = {}
     keys: ClassVar[Mapping[str, ValueKind]] = {}  # the family's own keys, and common keys that take other values here
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # the values of layer_types
     token_defaults: ClassVar[Mapping[str, Any]] = {}
     rope_theta: ClassVar[float] = 10000.0
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
-    module_paths: ClassVar[ModulePaths] = ModulePaths()
-    uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
+    module_paths: ModulePaths = ModulePaths()
+    uncalibrated: str | None = None  # why calibration does not work here
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
         """Read ``config.json``; ``where`` is its name in messages.
@@ -237,9 +237,21 @@ class Family(ABC):
             return {**self.first_specs(config), **self.last_specs(config)}
         return {**self.layer_specs(config, layer), **self.ffn_specs(config, layer)}
 
+    def tower_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the tensors of parts other than the text model, which are kept as they are."""
+        return {}
+
+    def stock_names(self, raw: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]:
+        """Return the stored names by their names in the stock class; empty where all tensors are stored under the latter."""
+        return {}
+
+    def spelt(self, config: DenseConfig, names: Mapping[str, str]) -> DenseConfig:
+        """Return the configuration with the names that tensors have in the source's files, where it keeps them."""
+        return config
+
     def all_stored_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of all tensors that the checkpoint holds."""
-        specs = self.stored_specs(config, None)
+        specs = self.stored_specs(config, None) | self.tower_specs(config)
         for layer in range(config.num_hidden_layers):
             specs |= self.stored_specs(config, layer)
         return specs

@@ -62,15 +62,15 @@ class Target(ABC):
     name: str
     title: str
     architecture: ClassVar[str]
-    holds: ClassVar[frozenset[Feature]]
-    router_semantics: ClassVar[str]
-    holds_unnormalized: ClassVar[bool] = False
-    rotates_pairs: ClassVar[bool] = False
+    holds: frozenset[Feature]
+    router_semantics: str
+    holds_unnormalized: bool = False
+    rotates_pairs: bool = False
     module_paths: ModulePaths = ModulePaths()
-    router: ClassVar[str] = "gate"
-    score: ClassVar[Score] = "softmax"
-    shared: ClassVar[str | None] = None
-    shared_switch: ClassVar[str | None] = None
+    router: str = "gate"
+    score: Score = "softmax"
+    shared: str | None = None
+    shared_switch: str | None = None
 
     @abstractmethod
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -92,6 +92,10 @@ class Target(ABC):
         if name == embeddings:
             return replace(origin, times=dense.embedding_multiplier / self.stored(dense).embedding_multiplier)
         return origin.ordered("pairs", dense.head_dim) if self.rotates_pairs and is_rotated(name) else origin
+
+    def written(self, dense: DenseConfig, name: str) -> str:
+        """Return the name under which a tensor of this architecture is written."""
+        return name
 
     def stored(self, dense: DenseConfig) -> DenseConfig:
         """Return the dense configuration in terms that this architecture can express.
