@@ -28,6 +28,7 @@ class Feature(Enum):
     PARTIAL_ROTARY = "a rotary embedding of a part of each head"
     MULTIPLIERS = "multipliers on embeddings, attention scores or residuals"
     LOGIT_SCALE = "scaled logits"
+    IMAGE_SCALE = "images beside embeddings that are multiplied"
     POST_NORMS = "norms behind attention and FFN instead of before them"
     PARALLEL_BLOCK = "attention and FFN side by side behind one LayerNorm"
     CONVOLUTIONS = "short convolutions in place of some attention layers"

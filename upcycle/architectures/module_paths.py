@@ -171,9 +171,13 @@ def find_module_paths(model_type: str) -> ModulePaths:
     return ModulePaths()
 
 
+def text_config(config: Any) -> Any:
+    """Return the stock configuration of a model's text model: of a model of parts the part, of any other the whole."""
+    return getattr(config, "text_config", None) or config
+
+
 def module_paths_of(config: Any) -> ModulePaths:
     """Return the description of the stock model that a stock configuration is of; of a model of parts, that of its text model."""
+    paths = find_module_paths(text_config(config).model_type)
     wrapper = find("wrapper", config.model_type)
-    if wrapper is None:
-        return find_module_paths(config.model_type)
-    return find_module_paths(config.text_config.model_type).inside(wrapper.body)
+    return paths if wrapper is None else paths.inside(wrapper.body)

@@ -108,10 +108,10 @@ class Checkpoint:
         settings = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
         return [self.modified, settings, self.store.sample()]
 
-    @property
-    def note(self) -> str | None:
-        """A note for the user about the dtype in which tensors are read, or None."""
-        return getattr(self.store, "note", None)
+    def note(self, dtype: str) -> str | None:
+        """Return a note for the user on how tensors are read where a recipe says ``dtype``, or None."""
+        note = getattr(self.store, "note", None)
+        return note if dtype == "keep" or isinstance(self.store, RenamedStore) else None
 
     def check_unchanged(self) -> None:
         """Check that the source is the one that was opened.

@@ -57,7 +57,7 @@ class ExpertConversion(ExpertJob):
             checkpoint.store.specs,
             checkpoint.has_tokenizer,
             mix_of(checkpoint),
-            checkpoint.note if recipe.dtype == "keep" else None,
+            checkpoint.note(recipe.dtype),
         )
 
     @classmethod

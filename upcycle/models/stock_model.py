@@ -60,6 +60,12 @@ class StockModel:
             result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
         return result
 
+    def logits_of(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return fp32 logits ``[N, T, V]`` for all that a model of parts reads, by the names of its arguments."""
+        with torch.no_grad():
+            result: torch.Tensor = self.model(**inputs, use_cache=False).logits
+        return result
+
 
 def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     """Build the stock model of ``config`` in fp32, with the weights ``outside`` the layers and decoder layers without weights.

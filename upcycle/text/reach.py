@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
+
 MOST_WORK = (
     3e13  # most operations of a forward pass that a verification does without being asked: minutes on a few cores
 )
@@ -45,7 +47,7 @@ class Reach:
 
 def reach_of(*configs: Any) -> Reach:
     """Return the reach of models with these stock configurations: the farthest border of any."""
-    found = [pair for config in configs for pair in _borders(getattr(config, "text_config", config))]
+    found = [pair for config in configs for pair in _borders(text_config(config))]
     border, longest = max(found, default=(0, 0))
     behind = min(max(border // 8, _LEAST_BEHIND), _MOST_BEHIND)
     return Reach(border, min(border + behind, longest) if border else 0)

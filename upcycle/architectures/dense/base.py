@@ -249,6 +249,10 @@ class Family(ABC):
         """Return the configuration with the names that tensors have in the source's files, where it keeps them."""
         return config
 
+    def written(self, config: DenseConfig, name: str) -> str:
+        """Return the name under which a tensor is written into another model of this family."""
+        return name
+
     def all_stored_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of all tensors that the checkpoint holds."""
         specs = self.stored_specs(config, None) | self.tower_specs(config)

@@ -9,6 +9,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.dense_config import DenseConfig
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.architectures.refused import reason
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.architectures.stock_classes import names_in_stock
@@ -17,7 +18,7 @@ from upcycle.architectures.towers.wrapper import Wrapper
 from upcycle.errors import RefusalError
 from upcycle.files.formats.settings import model_type
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.registry import FAMILIES, load
+from upcycle.registry import FAMILIES, WRAPPERS, load
 
 TEXT = "text_config"
 _OF_THE_FILE = {TEXT, "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
@@ -108,6 +109,10 @@ class CompositeFamily(Family):
         assert isinstance(config, CompositeConfig)
         return replace(config, spelling=names)
 
+    def written(self, config: DenseConfig, name: str) -> str:
+        """Return the name that the source's files have, or would have, for a tensor."""
+        return written_name(self.module_paths, config, name)
+
     def rewritten(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return a ``config.json`` as a start for another model of this family, as the base class does."""
         text = _as_json(build_config(raw, self.name).text_config) | dict(raw.get(TEXT) or {})
@@ -169,6 +174,28 @@ class CompositeFamily(Family):
         return [self._outer(name) for name in self.inner.norms_below(layer)]
 
 
+def written_name(paths: ModulePaths, config: DenseConfig, name: str) -> str:
+    """Return the name under which a tensor of a model of parts is written: that of the source's files.
+
+    A tensor that the source does not have gets the prefix of those that it has.
+
+    Args:
+        paths: of the model that is written.
+        config: the source's configuration.
+        name: the tensor's name in the stock class.
+    """
+    assert isinstance(config, CompositeConfig)
+    spelling = config.spelling
+    if name in spelling or not spelling:
+        return spelling.get(name, name)
+    stock, stored = next(pair for pair in spelling.items() if pair[0].startswith(f"{paths.layers}."))
+    prefix = stored.removesuffix(stock.removeprefix(paths.body))
+    if name.startswith(f"{paths.body}."):
+        return prefix + name.removeprefix(paths.body)
+    around, _, last = prefix.rpartition(".")
+    return f"{around}.{name}" if last == ModulePaths().body and around else name  # the head, which was tied
+
+
 def _as_json(config: Any) -> dict[str, Any]:
     """Return a stock configuration as its file would hold it, with every value written out."""
     content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -195,3 +222,13 @@ def composite_family(raw: Mapping[str, Any], where: str) -> CompositeFamily:
             hint=f"text models that can be converted: {known}",
         )
     return CompositeFamily(wrapper, inner)
+
+
+def refuse_parts(model_type: object, what: str, hint: str | None = None) -> None:
+    """Refuse a model of parts where only text models are taken; ``what`` says who takes only these, and why.
+
+    Raises:
+        RefusalError: ``model_type`` is that of a wrapper.
+    """
+    if model_type in WRAPPERS:
+        raise RefusalError(f"a '{model_type}' model has other parts beside its text model, and {what}", hint=hint)

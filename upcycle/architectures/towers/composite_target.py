@@ -10,7 +10,7 @@ from upcycle.architectures.dense.base import Family
 from upcycle.architectures.dense_config import DenseConfig, Feature
 from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target
 from upcycle.architectures.tensor_origin import Origin
-from upcycle.architectures.towers.composite import TEXT, CompositeConfig, CompositeFamily
+from upcycle.architectures.towers.composite import TEXT, CompositeConfig, CompositeFamily, written_name
 from upcycle.architectures.towers.wrapper import Wrapper
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
@@ -76,20 +76,11 @@ class CompositeTarget(Target):
         assert isinstance(dense, CompositeConfig)
         if dense.embedding_multiplier == 1 or Feature.MULTIPLIERS in found:
             return found
-        return found if dense.scaled_table != (Feature.MULTIPLIERS in self.holds) else [*found, Feature.MULTIPLIERS]
+        return found if dense.scaled_table != (Feature.MULTIPLIERS in self.holds) else [*found, Feature.IMAGE_SCALE]
 
     def written(self, dense: DenseConfig, name: str) -> str:
         """Return the name under which a tensor is written: that of the source's files, or one with the prefix that they have."""
-        assert isinstance(dense, CompositeConfig)
-        paths, spelling = self.module_paths, dense.spelling
-        if name in spelling or not spelling:
-            return spelling.get(name, name)
-        stock, stored = next(pair for pair in spelling.items() if pair[0].startswith(f"{paths.layers}."))
-        prefix = stored.removesuffix(stock.removeprefix(paths.body))
-        if name.startswith(f"{paths.body}."):
-            return prefix + name.removeprefix(paths.body)
-        inner, _, last = prefix.rpartition(".")  # the head, which was tied
-        return f"{inner}.{name}" if last == self.inner.module_paths.body and inner else name
+        return written_name(self.module_paths, dense, name)
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
         """Return the source's ``config.json`` with the MoE's configuration as that of the text model."""

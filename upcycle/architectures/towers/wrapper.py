@@ -43,6 +43,11 @@ class Wrapper:
     typed: bool = False
 
     @property
+    def text_models(self) -> tuple[str, ...]:
+        """Which text models it can have, in words: of any family, unless its MoE's class builds a text model of its own."""
+        return ("of any family",) if self.moe is None else tuple(self.families) or (f"{self.name}_text",)
+
+    @property
     def result(self) -> str:
         """The ``model_type`` of the result."""
         return self.moe or self.name
