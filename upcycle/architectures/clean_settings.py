@@ -196,17 +196,23 @@ def _is_stock_processor(name: Any) -> bool:
 @cache
 def _stock_processors() -> frozenset[str]:
     """Return the names of all processors of transformers, without the ending of those that come in two kinds."""
-    from transformers.models.auto import feature_extraction_auto, image_processing_auto, processing_auto
-    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+    from importlib import import_module
 
-    tables: tuple[Mapping[str, Any], ...] = (
-        processing_auto.PROCESSOR_MAPPING_NAMES,
-        image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES,
-        feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES,
-        VIDEO_PROCESSOR_MAPPING_NAMES,
+    tables = (
+        ("processing", "PROCESSOR"),
+        ("image_processing", "IMAGE_PROCESSOR"),
+        ("feature_extraction", "FEATURE_EXTRACTOR"),
+        ("video_processing", "VIDEO_PROCESSOR"),
     )
+    entries = [
+        entry
+        for module, table in tables
+        for entry in getattr(
+            import_module(f"transformers.models.auto.{module}_auto"), f"{table}_MAPPING_NAMES"
+        ).values()
+    ]
     found: set[str] = set()
-    for entry in (entry for table in tables for entry in table.values()):
+    for entry in entries:
         several = (
             entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, tuple | list) else [entry]
         )
