@@ -78,11 +78,8 @@ class CompositeFamily(Family):
             RefusalError: the configuration needs something that no target can hold.
             CheckpointError: a value is invalid.
         """
-        place, given = f"{where}: {TEXT}", raw.get(TEXT)
-        if isinstance(given, Mapping):  # names a wrong key and its value, which the stock class does not always do
-            self.inner.config({**given, "model_type": self.inner.name}, place)
         stock = build_config(raw, where)
-        text = self.inner.config(_as_json(stock.text_config), place)
+        text = self.inner.config(_as_json(stock.text_config), f"{where}: {TEXT}")
         model = empty_model(stock, where)
         tied = bool(getattr(stock, "tie_word_embeddings", False))
         others = {key: value for key, value in raw.items() if key not in _OF_THE_FILE}
@@ -213,6 +210,12 @@ def composite_family(raw: Mapping[str, Any], where: str) -> CompositeFamily:
     wrapper: Wrapper = load("wrapper", name)
     if name == wrapper.moe:
         raise RefusalError(f"cannot convert a '{name}' model: {reason(name)}")
+    given = raw.get(TEXT)
+    said = given.get("model_type") if isinstance(given, Mapping) else None
+    if isinstance(said, str) and (inner := wrapper.family(said)) is not None:
+        inner.config(
+            given, f"{where}: config.json: {TEXT}"
+        )  # names a wrong key, which the stock class does not always do
     kind = build_config(raw, where).text_config.model_type
     inner = wrapper.family(kind)
     if inner is None:
