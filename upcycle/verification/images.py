@@ -11,15 +11,14 @@ import torch
 
 from upcycle.architectures.clean_settings import PROCESSORS
 from upcycle.architectures.stock import load_processor
+from upcycle.architectures.towers.images import ImageInputs
 from upcycle.errors import UpcycleError
 from upcycle.verification.verdict import relative
 
 if TYPE_CHECKING:
     from upcycle.architectures.towers.wrapper import Wrapper
     from upcycle.models.stock_model import StockModel
-    from upcycle.verification.measure import Sides
 
-Inputs = dict[str, torch.Tensor]
 _BEFORE, _BEHIND = 16, 32  # tokens of text around the image
 _SIDE = 96  # pixels of the image that a processor is given
 _TOKEN_KEY = re.compile(r"(^|_)token_(id|index|ids)$")
@@ -38,14 +37,14 @@ class ImageCheck:
     what: str
 
 
-def compare_images(sides: Sides, result: StockModel, wrapper: Wrapper, folder: Path, seed: int) -> ImageCheck:
+def compare_images(judge: StockModel, result: StockModel, wrapper: Wrapper, folder: Path, seed: int) -> ImageCheck:
     """Run both models on one text with a random image, in fp32, and measure how far their logits are apart.
 
     The image goes through the processor that lies beside the source. Without one, or where it cannot be used, it is made as the
     processor would put it out, from the sizes in the configuration.
 
     Args:
-        sides: the source.
+        judge: the source, in the dtype of the result.
         result: the conversion.
         wrapper: the class that both are of.
         folder: the source's folder, with its processor.
@@ -56,13 +55,14 @@ def compare_images(sides: Sides, result: StockModel, wrapper: Wrapper, folder: P
         if make is _processed and not any((folder / name).is_file() for name in PROCESSORS):
             continue
         try:
-            inputs = make(sides.judge.model, wrapper, folder, torch.Generator().manual_seed(seed))
-            expected = sides.judge.logits_of(inputs)
+            inputs = make(judge.model, wrapper, folder, torch.Generator().manual_seed(seed))
+            expected = judge.logits_of(inputs)
         except (MemoryError, AssertionError):
             raise
         except Exception as error:  # stock processors and models raise errors of many kinds
             message = error.message if isinstance(error, UpcycleError) else str(error)
-            faults.append(f"by {how}: {(message.strip().splitlines() or [type(error).__name__])[0]}")
+            first = (message.strip().splitlines() or [type(error).__name__])[0]
+            faults.append(f"by {how}: {first.replace(str(folder), 'the source')}")  # the result may be published
             continue
         found = result.logits_of(inputs)
         norm = expected.double().square().sum().item()
@@ -74,7 +74,7 @@ def compare_images(sides: Sides, result: StockModel, wrapper: Wrapper, folder: P
     return ImageCheck(None, f"images were not compared: {'; '.join(faults)}")
 
 
-def _processed(model: Any, wrapper: Wrapper, folder: Path, rng: torch.Generator) -> Inputs:
+def _processed(model: Any, wrapper: Wrapper, folder: Path, rng: torch.Generator) -> ImageInputs:
     """Return what the stock processor makes of a line of text with a random image."""
     processor = load_processor(folder)
     token = getattr(processor, "image_token", None)
@@ -85,7 +85,7 @@ def _processed(model: Any, wrapper: Wrapper, folder: Path, rng: torch.Generator)
     return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
 
-def _made(model: Any, wrapper: Wrapper, folder: Path, rng: torch.Generator) -> Inputs:
+def _made(model: Any, wrapper: Wrapper, folder: Path, rng: torch.Generator) -> ImageInputs:
     """Return a random image in the form that the stock class takes, with as many image tokens in a text as it has features."""
     config = model.config
     inputs = wrapper.images(config, rng)

@@ -16,7 +16,7 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.images import ImageCheck, compare_images
 from upcycle.verification.layer_errors import LayerErrors
-from upcycle.verification.measure import ModelDifference, Sides, batch_size, load_sides, measure_difference
+from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def verify_experts(
     batch = batch_size(job.vocab_size, ids, streamed)
     measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
     if isinstance(job.family, CompositeFamily):
-        measured = replace(measured, images=_images(job, job.family.wrapper, checkpoint, sides, moe, progress))
+        measured = replace(measured, images=_images(job, job.family.wrapper, checkpoint, sides.judge, moe, progress))
     if training is not None:
         return _trained(layers, measured, label, streamed, training)
     return _judge(job, layers, measured, label, streamed)
@@ -81,12 +81,12 @@ def _images(
     job: ExpertJob,
     wrapper: Wrapper,
     checkpoint: DenseCheckpoint,
-    sides: Sides,
+    judge: StockModel,
     moe: StockModel,
     progress: Progress,
 ) -> ImageCheck:
     with progress.phase("comparing on an image", 1):
-        found = compare_images(sides, moe, wrapper, checkpoint.source.path, job.recipe.seed)
+        found = compare_images(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
         progress.advance()
     if found.error is None:
         progress.note(found.what)

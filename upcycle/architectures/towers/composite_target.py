@@ -16,7 +16,7 @@ from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.registry import load
 
-PARTS = {
+_KEPT = {
     "vision": "an encoder of images has FFNs with biases and no gate, behind LayerNorms, and no stock MoE has such experts",
     "connector": "it is a projection between two parts, and no stock class has a MoE in its place",
 }
@@ -132,6 +132,6 @@ def check_part(family: Family, part: str) -> None:
             f"part: a {family.name} model is a text model, and has no part '{part}'", hint="leave the key 'part' out"
         )
     raise RefusalError(
-        f"part: the {part} of a {family.name} model cannot be converted: {PARTS[part]}",
+        f"part: the {part} of a {family.name} model cannot be converted: {_KEPT[part]}",
         hint="part: language converts its text model, and keeps the other parts as they are",
     )

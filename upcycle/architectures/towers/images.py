@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-Inputs = dict[str, "torch.Tensor"]
+ImageInputs = dict[str, "torch.Tensor"]
 _PATCHES = 4  # on each side of an image that may have any size, in patches that the connector takes together
 
 
-def single(config: Any, rng: torch.Generator) -> Inputs:
+def single(config: Any, rng: torch.Generator) -> ImageInputs:
     """Return one image of the encoder's own size, ``[1, C, H, W]``."""
     return {"pixel_values": _noise(config.vision_config, rng)[None]}
 
 
-def stacked(config: Any, rng: torch.Generator) -> Inputs:
+def stacked(config: Any, rng: torch.Generator) -> ImageInputs:
     """Return one image of the encoder's own size, as the only one of a list, ``[1, 1, C, H, W]``."""
     return {"pixel_values": _noise(config.vision_config, rng)[None, None]}
 
 
-def tiled(config: Any, rng: torch.Generator) -> Inputs:
+def tiled(config: Any, rng: torch.Generator) -> ImageInputs:
     """Return one image as an overview and the tiles of the first grid that the configuration lists, ``[1, 1 + tiles, C, H, W]``."""
     import torch
 
@@ -32,7 +32,7 @@ def tiled(config: Any, rng: torch.Generator) -> Inputs:
     return {"pixel_values": torch.stack(tiles)[None], "image_sizes": sizes}
 
 
-def sized(config: Any, rng: torch.Generator) -> Inputs:
+def sized(config: Any, rng: torch.Generator) -> ImageInputs:
     """Return one image, smaller than the largest, with its size, ``[1, C, H, W]`` and ``[1, 2]``."""
     import torch
 
@@ -44,7 +44,7 @@ def sized(config: Any, rng: torch.Generator) -> Inputs:
     }
 
 
-def patches(config: Any, rng: torch.Generator) -> Inputs:
+def patches(config: Any, rng: torch.Generator) -> ImageInputs:
     """Return one image as rows of patches, two frames of ``p x p`` pixels each: ``[rows, C 2 p p]``, with its grid ``[1, 3]``."""
     import torch
 
@@ -57,7 +57,7 @@ def patches(config: Any, rng: torch.Generator) -> Inputs:
     }
 
 
-def masked_patches(config: Any, rng: torch.Generator) -> Inputs:
+def masked_patches(config: Any, rng: torch.Generator) -> ImageInputs:
     """Return one image as rows of patches ``[1, rows, C p p]``, with its grid ``[1, 2]`` and the rows that count ``[1, rows]``."""
     import torch
 

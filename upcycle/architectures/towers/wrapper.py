@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.moe.base import Target
+from upcycle.architectures.towers.images import ImageInputs
 from upcycle.registry import find, load
 
 if TYPE_CHECKING:
     import torch
-
-Inputs = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Wrapper:
 
     name: str
     title: str
-    images: Callable[[Any, torch.Generator], Inputs]
+    images: Callable[[Any, torch.Generator], ImageInputs]
     body: str = "model.language_model"
     moe: str | None = None
     families: Mapping[str, type[Family]] = field(default_factory=dict)
