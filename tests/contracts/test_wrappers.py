@@ -40,7 +40,7 @@ def with_image(model: Any, wrapper: str) -> dict[str, torch.Tensor]:
     found = model.get_image_features(**inputs).pooler_output
     count = sum(each.numel() for each in found) // model.config.text_config.hidden_size
     ids = torch.tensor([[*range(5, 15), *[IMAGE] * count, *range(20, 40)]])
-    typed = {"mm_token_type_ids": (ids == IMAGE).long()} if wrapper.startswith("qwen3") else {}
+    typed = {"mm_token_type_ids": (ids == IMAGE).long()} if wrapper.startswith("qwen") else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs, **typed}
 
 
@@ -83,6 +83,14 @@ def test_other_parts_are_copied_bit_by_bit_under_their_names(
 ) -> None:
     source = tower(wrapper, text)
     upcycle.convert(str(source), tmp_path / "out", verification={"enabled": False}, **UPCYCLED)
+    body = load("wrapper", wrapper).body
+    dense, moe = loaded(source).state_dict(), loaded(tmp_path / "out").state_dict()
+    parts = {name for name in dense if not name.startswith((f"{body}.", "lm_head."))}
+    assert parts == {name for name in moe if not name.startswith((f"{body}.", "lm_head."))}
+    assert all(torch.equal(dense[name], moe[name]) for name in parts)
+    if load("wrapper", wrapper).moe is not None:
+        assert set(load_file(tmp_path / "out" / "model.safetensors")) >= parts  # as the modules of the result's class
+        return
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     prefixes = ("language_model.", "model.language_model.", "model.text_model.")
     (prefix,) = {each for each in prefixes if any(name.startswith(each) for name in before)}

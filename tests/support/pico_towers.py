@@ -32,7 +32,8 @@ _QWEN_TOKENS = {
     "vision_end_token_id": 4093,
 }
 _TILES = {"image_token_index": IMAGE, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {**_DEFAULT, "mrope_interleaved": True}
 # model_type -> what its config.json has beside the text model
 PARTS: dict[str, dict[str, Any]] = {
     "llava": {"vision_config": _CLIP, "image_token_index": IMAGE},
@@ -109,11 +110,20 @@ PARTS: dict[str, dict[str, Any]] = {
         "image_token_id": IMAGE,
         "downsample_factor": 2,
     },
+    "qwen2_5_vl": {
+        "vision_config": {**_QWEN, "depth": 4, "window_size": 16, "fullatt_block_indexes": [1, 3]},
+        **_QWEN_TOKENS,
+    },
     "qwen3_vl": {"vision_config": {**_QWEN, "deepstack_visual_indexes": [0, 1, 2]}, **_QWEN_TOKENS},
     "qwen3_5": {"vision_config": _QWEN, **_QWEN_TOKENS},
 }
 # Text models that are met in one wrapper only: name -> (model_type, what differs from COMMON)
 _OWN_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2.5-vl": ("qwen2_5_vl_text", {"rope_parameters": {**_DEFAULT, "mrope_section": [1, 2, 1]}}),
+    "qwen2.5-vl-mrope": (
+        "qwen2_5_vl_text",
+        {"rope_parameters": {"type": "mrope", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]}},
+    ),
     "qwen3-vl": ("qwen3_vl_text", {"head_dim": 16, "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}}),
     "qwen3-vl-bias": (
         "qwen3_vl_text",
@@ -161,6 +171,8 @@ CASES: tuple[tuple[str, str], ...] = (
     ("ovis2", "qwen3"),
     ("lfm2_vl", "lfm2"),
     ("lfm2_vl", "llama"),
+    ("qwen2_5_vl", "qwen2.5-vl"),
+    ("qwen2_5_vl", "qwen2.5-vl-mrope"),
     ("qwen3_vl", "qwen3-vl"),
     ("qwen3_vl", "qwen3-vl-bias"),
     ("qwen3_5", "qwen3.5-vl"),

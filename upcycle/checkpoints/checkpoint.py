@@ -215,6 +215,10 @@ class DenseCheckpoint(Checkpoint):
         self._spelling = self.family.stock_names(self.raw_config, store.specs)
         return RenamedStore(store, self._spelling) if self._spelling else store
 
+    def note(self, dtype: str) -> str | None:
+        """Return notes for the user on how tensors are read where a recipe says ``dtype``, and on the family; None: none."""
+        return "; ".join(filter(None, (super().note(dtype), self.family.remark))) or None
+
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """Return the FFN of a layer, with its matrices in ``dtype``, or for ``keep`` in one dtype that holds all of them."""
         from upcycle.ffn.feed_forward import FeedForward

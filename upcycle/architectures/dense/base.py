@@ -61,6 +61,7 @@ class Family(ABC):
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
     module_paths: ModulePaths = ModulePaths()
     uncalibrated: str | None = None  # why calibration does not work here
+    remark: str = ""  # what the user should know about every conversion of this family
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
         """Read ``config.json``; ``where`` is its name in messages.

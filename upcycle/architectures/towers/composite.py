@@ -58,7 +58,7 @@ class CompositeFamily(Family):
         self.name, self.title = wrapper.name, f"{wrapper.title} ({inner.title})"
         self.targets, self.elsewhere, self.aliases = inner.targets, inner.elsewhere, inner.aliases
         self.module_paths = inner.module_paths.inside(wrapper.body)
-        self.uncalibrated = inner.uncalibrated
+        self.uncalibrated, self.remark = inner.uncalibrated, wrapper.remark
 
     def _outer(self, name: str) -> str:
         return self.inner.module_paths.renamed(name, self.module_paths)
@@ -82,7 +82,11 @@ class CompositeFamily(Family):
         text = self.inner.config(_as_json(stock.text_config), f"{where}: {TEXT}")
         model = empty_model(stock, where)
         tied = bool(getattr(stock, "tie_word_embeddings", False))
-        others = {key: value for key, value in raw.items() if key not in _OF_THE_FILE}
+        known = {each.name for each in fields(stock)}
+        flat = (
+            () if TEXT in raw else set(stock.text_config.to_dict()) - known
+        )  # older files keep the text model's keys outside
+        others = {key: value for key, value in raw.items() if key not in _OF_THE_FILE and key not in flat}
         values = {each.name: getattr(text, each.name) for each in fields(DenseConfig)}
         changed = {
             "family": self.name,

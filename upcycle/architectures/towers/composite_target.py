@@ -79,8 +79,11 @@ class CompositeTarget(Target):
         return found if dense.scaled_table != (Feature.MULTIPLIERS in self.holds) else [*found, Feature.IMAGE_SCALE]
 
     def written(self, dense: DenseConfig, name: str) -> str:
-        """Return the name under which a tensor is written: that of the source's files, or one with the prefix that they have."""
-        return written_name(self.module_paths, dense, name)
+        """Return the name under which a tensor is written: that of the source's files, or one with the prefix that they have.
+
+        A class of its own reads the names of its modules, and not the older ones that the source's class may have.
+        """
+        return name if self.wrapper.moe else written_name(self.module_paths, dense, name)
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
         """Return the source's ``config.json`` with the MoE's configuration as that of the text model."""
@@ -93,17 +96,10 @@ class CompositeTarget(Target):
             "architectures": [MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]],
             "model_type": kind,
             "dtype": dtype,
-            **{key: self._renamed_kinds(value) for key, value in dense.parts.items()},
+            **self.wrapper.rewrite(dense.parts),
             "tie_word_embeddings": text["tie_word_embeddings"],
             TEXT: text,
         }
-
-    def _renamed_kinds(self, part: Any) -> Any:
-        """Return a part's configuration with the ``model_type`` that it has in the result's class."""
-        kind = part.get("model_type") if isinstance(part, dict) else None
-        if self.wrapper.moe is None or not isinstance(kind, str) or not kind.startswith(self.wrapper.name):
-            return part
-        return {**part, "model_type": self.wrapper.moe + kind.removeprefix(self.wrapper.name)}
 
 
 def target_of(family: Family, name: str) -> Target:

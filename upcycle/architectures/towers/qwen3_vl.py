@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
@@ -10,7 +11,7 @@ from upcycle.architectures.dense.llama_like.qwen3 import Qwen3
 from upcycle.architectures.moe.base import ExpertLayout, OutputTensor
 from upcycle.architectures.moe.softmax.qwen3_moe import Qwen3Moe
 from upcycle.architectures.towers import images
-from upcycle.architectures.towers.wrapper import Wrapper
+from upcycle.architectures.towers.wrapper import Wrapper, renamed_parts
 from upcycle.ffn.moe_shape import MoeShape
 
 
@@ -61,4 +62,5 @@ qwen3_vl = Wrapper(
     families={Qwen3VlText.name: Qwen3VlText},
     targets={Qwen3VlMoeText.name: Qwen3VlMoeText},
     typed=True,
+    rewrite=partial(renamed_parts, "qwen3_vl", "qwen3_vl_moe"),
 )

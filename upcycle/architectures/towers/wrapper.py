@@ -30,6 +30,8 @@ class Wrapper:
         families: dense text models that are met in this class only, by ``model_type``.
         targets: their MoEs, by name.
         typed: whether the stock class must be told which tokens are images (``mm_token_type_ids``).
+        rewrite: turns the keys of ``config.json`` outside the text model into those of the result's class.
+        remark: what the user should know about the result, or empty.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Wrapper:
     families: Mapping[str, type[Family]] = field(default_factory=dict)
     targets: Mapping[str, type[Target]] = field(default_factory=dict)
     typed: bool = False
+    rewrite: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    remark: str = ""
 
     @property
     def text_models(self) -> tuple[str, ...]:
@@ -65,3 +69,15 @@ class Wrapper:
         """
         target: Target = (self.targets.get(name) or load("target", name))()
         return target
+
+
+def renamed_parts(old: str, new: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configurations of parts with ``new`` in place of ``old`` where their ``model_type`` begins with it."""
+
+    def renamed(part: Any) -> Any:
+        kind = part.get("model_type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or not kind.startswith(old):
+            return part
+        return {**part, "model_type": new + kind.removeprefix(old)}
+
+    return {key: renamed(value) for key, value in parts.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from upcycle.architectures.towers import images
-from upcycle.architectures.towers.wrapper import Wrapper
+from upcycle.architectures.towers.wrapper import Wrapper, renamed_parts
 
 llava = Wrapper("llava", "LLaVA 1.5", images.single)
 llava_next = Wrapper("llava_next", "LLaVA-NeXT", images.tiled)
@@ -21,4 +23,11 @@ cohere2_vision = Wrapper("cohere2_vision", "Command A Vision", images.single)
 got_ocr2 = Wrapper("got_ocr2", "GOT-OCR2", images.single)
 ovis2 = Wrapper("ovis2", "Ovis2", images.single)
 lfm2_vl = Wrapper("lfm2_vl", "LFM2-VL", images.masked_patches)
-qwen3_5 = Wrapper("qwen3_5", "Qwen3.5", images.patches, moe="qwen3_5_moe", typed=True)
+qwen3_5 = Wrapper(
+    "qwen3_5",
+    "Qwen3.5",
+    images.patches,
+    moe="qwen3_5_moe",
+    typed=True,
+    rewrite=partial(renamed_parts, "qwen3_5", "qwen3_5_moe"),
+)
