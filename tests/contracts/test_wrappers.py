@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico_models import PICO
 from pico_towers import CASES, IMAGE, PARTS
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
@@ -135,6 +136,17 @@ def test_text_models_are_split_on_text(wrapper: str, text: str, tower: Callable[
     assert result.image_error is not None
     assert 1e-3 < result.image_error < 2  # a sparse split is another function
     loaded(tmp_path / "out")
+
+
+@pytest.mark.one_in(9)
+@pytest.mark.parametrize("text", PICO)
+def test_text_models_of_every_family_fit(text: str, tower: Callable[..., Path], tmp_path: Path) -> None:
+    """In one wrapper, as it is one mechanism: names, biases, windows and multipliers are those of the text model alone."""
+    result = upcycle.convert(str(tower("llava", text)), tmp_path / "out", verification={"tokens": 64}, **UPCYCLED)
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    assert result.verification.image_error is not None
+    assert result.verification.image_error < TOLERANCE.get(result.plan.target, 2e-6)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico_towers import PARTS, make_tower, tower_config
+from pico_towers import PARTS, make_tower
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
@@ -21,6 +21,7 @@ from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError
 from upcycle.evaluation.compare import compare
 from upcycle.files import hashing, records
+from upcycle.inference.generate import Writer
 from upcycle.models.load import load_model
 from upcycle.progress import Progress
 
@@ -370,8 +371,48 @@ def test_a_text_model_without_a_type_is_the_one_that_the_wrapper_builds(tmp_path
     assert result.verdict == "exact"
 
 
-def test_a_tower_config_is_what_the_tests_say() -> None:
-    assert tower_config("llava", "qwen2").text_config.model_type == "qwen2"
+def test_qwen2_5_vl_is_read_as_it_was_released(tower: Callable[..., Path], tmp_path: Path) -> None:
+    """Its files have the text model's keys outside text_config, a rotary embedding called mrope, and older names of tensors."""
+    source = tmp_path / "source"
+    shutil.copytree(tower("qwen2_5_vl", "qwen2.5-vl"), source)
+    raw = json.loads((source / "config.json").read_text())
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {key: value for key, value in text.items() if key not in ("model_type", "architectures", "dtype")}
+    released = {
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "rope_theta": rope["rope_theta"],
+    }
+    raw["vision_config"]["model_type"] = "qwen2_5_vl"
+    (source / "config.json").write_text(json.dumps(raw | flat | released))
+    names = load_file(source / "model.safetensors")
+    assert "visual.merger.mlp.0.weight" in names and "model.embed_tokens.weight" in names
+    result = upcycle.convert(str(source), tmp_path / "out", **CHECKED)
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    assert result.verification.image_error is not None
+    assert any("but not videos" in warning for warning in result.plan.warnings)
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert after["model_type"] == "glm46v"
+    assert (after["image_start_token_id"], after["vision_config"]["model_type"]) == (4092, "qwen2_5_vl_vision")
+    assert not {"hidden_size", "rope_scaling", "rope_theta", "vision_start_token_id"} & set(after)
+
+
+def test_text_is_written_and_evaluated(tower: Callable[..., Path], tmp_path: Path) -> None:
+    for wrapper, text in (("llava", "llama"), ("qwen3_vl", "qwen3-vl")):
+        source, out = tower(wrapper, text), tmp_path / wrapper
+        upcycle.convert(str(source), out, **{**UNCHECKED, "tokenizer": "copy"})
+        writer = Writer(str(out))
+        tokens = list(writer.write(writer.encode("Once upon a time"), 4))
+        assert (writer.experts, writer.context, len(tokens[-1].experts)) == (4, 512, 2)
+        ids = torch.tensor([[token.id for token in tokens if token.prompt]])
+        model = AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32)
+        written = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert [token.id for token in tokens] == written[0].tolist()
+        evaluated = upcycle.evaluate(out, reference=source, tokens=64)
+        for each in evaluated.texts:
+            assert each.perplexity == pytest.approx(each.reference_perplexity, rel=1e-5)
+        assert len(evaluated.layers) == 3
 
 
 @pytest.fixture(autouse=True)

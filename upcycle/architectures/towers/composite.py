@@ -82,10 +82,9 @@ class CompositeFamily(Family):
         text = self.inner.config(_as_json(stock.text_config), f"{where}: {TEXT}")
         model = empty_model(stock, where)
         tied = bool(getattr(stock, "tie_word_embeddings", False))
-        known = {each.name for each in fields(stock)}
-        flat = (
-            () if TEXT in raw else set(stock.text_config.to_dict()) - known
-        )  # older files keep the text model's keys outside
+        flat: set[str] = set()  # older files keep the text model's keys outside
+        if TEXT not in raw:
+            flat = {"rope_scaling", "rope_theta", *stock.text_config.to_dict()} - {each.name for each in fields(stock)}
         others = {key: value for key, value in raw.items() if key not in _OF_THE_FILE and key not in flat}
         values = {each.name: getattr(text, each.name) for each in fields(DenseConfig)}
         changed = {
