@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from pico_models import COMMON, MOE_COMMON, PICO, PICO_MOE
+from pico_towers import make_tower
 
 from upcycle.files.locate import DEMO_FOLDER
 
@@ -69,6 +70,20 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             model_type, changes = PICO[name]
             made[name] = make_dense(tmp_path_factory.mktemp(name), model_type, **changes)
         return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tower("llava", "llama")`` is a folder with that model of parts, made once; further keys are its text model's."""
+    made: dict[str, Path] = {}
+
+    def get(wrapper: str, text: str, **changes: Any) -> Path:
+        key = f"{wrapper}-{text}-{sorted(changes.items())}"
+        if key not in made:
+            made[key] = make_tower(tmp_path_factory.mktemp(f"{wrapper}-{text}"), wrapper, text, **changes)
+        return made[key]
 
     return get
 

@@ -101,6 +101,31 @@ TARGETS = {
     "phimoe": "upcycle.architectures.moe.softmax.phimoe:PhiMoe",
     "lfm2_moe": "upcycle.architectures.moe.mixed_layers.lfm2_moe:Lfm2Moe",
 }
+# Models of parts, by their model_type; those whose MoE is a class of its own under both names.
+WRAPPERS = {
+    "llava": "upcycle.architectures.towers.wrappers:llava",
+    "llava_next": "upcycle.architectures.towers.wrappers:llava_next",
+    "llava_next_video": "upcycle.architectures.towers.wrappers:llava_next_video",
+    "llava_onevision": "upcycle.architectures.towers.wrappers:llava_onevision",
+    "vipllava": "upcycle.architectures.towers.wrappers:vipllava",
+    "mistral3": "upcycle.architectures.towers.wrappers:mistral3",
+    "lighton_ocr": "upcycle.architectures.towers.wrappers:lighton_ocr",
+    "internvl": "upcycle.architectures.towers.wrappers:internvl",
+    "idefics2": "upcycle.architectures.towers.wrappers:idefics2",
+    "idefics3": "upcycle.architectures.towers.wrappers:idefics3",
+    "smolvlm": "upcycle.architectures.towers.wrappers:smolvlm",
+    "aya_vision": "upcycle.architectures.towers.wrappers:aya_vision",
+    "cohere2_vision": "upcycle.architectures.towers.wrappers:cohere2_vision",
+    "got_ocr2": "upcycle.architectures.towers.wrappers:got_ocr2",
+    "ovis2": "upcycle.architectures.towers.wrappers:ovis2",
+    "lfm2_vl": "upcycle.architectures.towers.wrappers:lfm2_vl",
+    "qwen2_5_vl": "upcycle.architectures.towers.qwen2_5_vl:qwen2_5_vl",
+    "glm46v": "upcycle.architectures.towers.qwen2_5_vl:qwen2_5_vl",
+    "qwen3_vl": "upcycle.architectures.towers.qwen3_vl:qwen3_vl",
+    "qwen3_vl_moe": "upcycle.architectures.towers.qwen3_vl:qwen3_vl",
+    "qwen3_5": "upcycle.architectures.towers.wrappers:qwen3_5",
+    "qwen3_5_moe": "upcycle.architectures.towers.wrappers:qwen3_5",
+}
 LOSSES = {
     "switch_balance": "upcycle.trainers.losses.switch_balance:SwitchBalance",
     "device_balance": "upcycle.trainers.losses.device_balance:DeviceBalance",
@@ -111,7 +136,14 @@ LOSSES = {
     "router_z": "upcycle.trainers.losses.router_z:RouterZ",
     "hoyer": "upcycle.trainers.losses.hoyer:Hoyer",
 }
-KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS, "loss": LOSSES}
+KINDS = {
+    "method": METHODS,
+    "router": ROUTERS,
+    "family": FAMILIES,
+    "target": TARGETS,
+    "wrapper": WRAPPERS,
+    "loss": LOSSES,
+}
 
 
 def load(kind: str, name: str) -> Any:

@@ -17,16 +17,8 @@ from typing import Any, NoReturn
 import pytest
 from click.testing import CliRunner
 
-from upcycle.architectures.stock import (
-    build_config,
-    clean_config,
-    clean_generation,
-    clean_tokenizer,
-    empty_model,
-    load_stock_model,
-    load_tokenizer,
-    view,
-)
+from upcycle.architectures.clean_settings import clean_config, clean_generation, clean_tokenizer
+from upcycle.architectures.stock import build_config, empty_model, load_stock_model, load_tokenizer, view
 from upcycle.cli.main import VERBS, cli
 from upcycle.errors import CheckpointError, EnvironmentFault
 from upcycle.files.locate import DEMO_FOLDER

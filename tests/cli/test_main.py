@@ -163,7 +163,7 @@ def test_verify_exits_3_when_broken(pico: Pico, tmp_path: Path, capsys: pytest.C
 
 def test_list_shows_every_plugin_with_its_paper() -> None:
     result = json.loads(run("list", "--json").stdout)
-    assert set(result) == {"methods", "routers", "families", "targets", "losses", "recipes"}
+    assert set(result) == {"methods", "routers", "families", "targets", "wrappers", "losses", "recipes"}
     ours = {method["name"] for method in result["methods"] if method["paper"] is None}
     assert ours == {"alternating"}
     assert all(method["paper"].startswith("https://") for method in result["methods"] if method["name"] not in ours)

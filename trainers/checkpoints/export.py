@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.clean_settings import clean_config
 from upcycle.architectures.module_paths import find_module_paths
-from upcycle.architectures.stock import clean_config, empty_model
+from upcycle.architectures.stock import empty_model
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
 from upcycle.errors import CheckpointError

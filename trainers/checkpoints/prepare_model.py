@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from upcycle.architectures import stock
+from upcycle.architectures.clean_settings import clean_config
 from upcycle.checkpoints.tokenizer_files import copy_files
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
@@ -146,7 +147,7 @@ def stored_form(model: Path) -> dict[str, Any]:
 
 def save_config(model: Any, folder: Path) -> None:
     """Write ``config.json`` as stock transformers does, with the dtype of a checkpoint's weights."""
-    config = stock.clean_config(_plain(model.config.to_dict())) | {"dtype": "float32", "use_cache": True}
+    config = clean_config(_plain(model.config.to_dict())) | {"dtype": "float32", "use_cache": True}
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from upcycle.architectures.module_paths import module_paths_of, text_config
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.models.experts import has_experts
@@ -178,8 +179,9 @@ def sampling_noise(layer: MoeLayer) -> float:
 
 def _places(model: nn.Module, target: Target) -> list[RouterPlace]:
     found = []
-    for index, layer in enumerate(target.module_paths.layers_in(model)):
-        blocks = target.module_paths.blocks_in(layer)
+    paths = module_paths_of(model.config)
+    for index, layer in enumerate(paths.layers_in(model)):
+        blocks = paths.blocks_in(layer)
         if blocks and hasattr(blocks[0], "experts"):
             block, *beside = blocks
             router: Any = block.router if is_parallel(block) else getattr(block, target.router)
@@ -278,7 +280,7 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
 
 def _model_type(model: Any) -> str:
-    return str(model.config.model_type)
+    return str(text_config(model.config).model_type)
 
 
 def _rule(target: Target, place: RouterPlace) -> RoutingRule:

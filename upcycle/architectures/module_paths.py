@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,24 @@ class ModulePaths:
     def _in_a_layer(self) -> re.Pattern[str]:
         return re.compile(re.escape(self.layers) + r"\.(\d{1,9})\.")
 
+    def inside(self, body: str) -> ModulePaths:
+        """Return the paths of the same architecture where its body is a part, ``body``, of a model that has the head itself."""
+
+        def moved(path: str) -> str:
+            return body + path.removeprefix(self.body)
+
+        return replace(
+            self,
+            body=body,
+            layers=moved(self.layers),
+            embedding=moved(self.embedding),
+            final_norm=moved(self.final_norm),
+        )
+
+    def has(self, name: str) -> bool:
+        """Return whether a tensor or module is inside the body or the head, and so not in another part of the model."""
+        return name.startswith((f"{self.body}.", f"{self.head}."))
+
     def renamed(self, name: str, other: ModulePaths) -> str:
         """Return the name that a tensor of this architecture has in ``other``; the part of it inside a layer stays the same."""
         if (layer := self.layer_of(name)) is not None:
@@ -153,3 +171,15 @@ def find_module_paths(model_type: str) -> ModulePaths:
             found: ModulePaths = architecture.module_paths
             return found
     return ModulePaths()
+
+
+def text_config(config: Any) -> Any:
+    """Return the stock configuration of a model's text model: of a model of parts the part, of any other the whole."""
+    return getattr(config, "text_config", None) or config
+
+
+def module_paths_of(config: Any) -> ModulePaths:
+    """Return the description of the stock model that a stock configuration is of; of a model of parts, that of its text model."""
+    paths = find_module_paths(text_config(config).model_type)
+    wrapper = find("wrapper", config.model_type)
+    return paths if wrapper is None else paths.inside(wrapper.body)

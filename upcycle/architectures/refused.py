@@ -22,7 +22,7 @@ _MOES = (
         "llama4",
         "llama4_text",
     ),
-    *("minimax", "minimax_m2", "olmoe", "qwen3_5_moe", "qwen3_next"),
+    *("minimax", "minimax_m2", "olmoe", "qwen3_5_moe", "qwen3_next", "qwen3_vl_moe"),
     *TARGETS,
 )
 
@@ -57,7 +57,6 @@ REASONS = {
     "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
     "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
     "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
-    "qwen3_5": "it is multimodal; save its text model alone (model_type qwen3_5_text)",
     **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
     **dict.fromkeys(_ENCODER_DECODERS, "it is an encoder-decoder, not a causal language model"),
     **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),

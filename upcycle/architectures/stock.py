@@ -10,24 +10,32 @@ kernel, a repository or a path. With ``trust_remote_code=False`` and ``local_fil
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.clean_settings import (
+    CONFIG,
+    GENERATION,
+    GENERATION_CODE,
+    PROCESSORS,
+    SPECIAL,
+    TOKENIZER,
+    clean_config,
+    clean_file,
+)
 from upcycle.architectures.other_formats import fp8_settings, gguf_config
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
 from upcycle.files.formats.parsing import parse_json, read_json
+from upcycle.registry import find
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
-SPECIAL = "special_tokens_map.json"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+_OUT_OF_MEMORY = ("allocate memory", "out of memory")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,117 +53,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-
-# Keys of a configuration, on any level, that lead transformers to code, to a kernel, to another repository or to a file, or
-# that replace parts of the stock class. A key that the model's own module reads under the same name is not among them.
-_CODE = frozenset(
-    (
-        "auto_map",
-        "custom_pipelines",
-        "custom_generate",
-        "trust_remote_code",
-        "code_revision",
-        "attn_implementation",
-        "experts_implementation",
-        "kernel_config",
-        "use_kernels",
-        "allow_all_kernels",
-        "fusion_config",
-        "distributed_config",
-        "quantization_config",
-        "compression_config",
-        "transformers_weights",
-        "name_or_path",
-        "adapter_kwargs",
-        "base_model_name_or_path",
-        "backbone",
-        "use_pretrained_backbone",
-        "use_timm_backbone",
-        "backbone_kwargs",
-        "processor_class",
-        "feature_extractor_type",
-        "image_processor_type",
-        "video_processor_type",
-        "tokenizer_file",
-        "vocab_file",
-        "merges_file",
-        "init_inputs",
-        "gguf_file",
-        "revision",
-        "_commit_hash",
-    )
-)
-# Attributes of transformers' base class that appear in config.json files and are plain data.
-_PLAIN_ATTRIBUTES = frozenset(
-    ("model_type", "rope_scaling", "num_labels", "output_attentions", "torch_dtype", "per_layer_config")
-)
-# Settings of generate() that transformers has moved to repositories with code, or that compile code: it refuses them or warns.
-_GENERATION_CODE = frozenset(
-    (
-        "penalty_alpha",
-        "dola_layers",
-        "num_beam_groups",
-        "diversity_penalty",
-        "constraints",
-        "force_words_ids",
-        "compile_config",
-        "cache_implementation",
-        "cache_config",
-        "assistant_lora",
-        "prompt_lookup_num_tokens",
-        "watermarking_config",
-    )
-)
-_TABLE = re.compile(r"tokenizer(\.[\w.-]+)?\.json")
-_OUT_OF_MEMORY = ("allocate memory", "out of memory")
-
-
-def clean_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``config.json`` without the keys, on any level, that name code, a kernel, a repository or a path; others stay."""
-    return {
-        key: _clean(value)
-        for key, value in raw.items()
-        if not _names_code(key) and (key != "tokenizer_class" or _is_stock_tokenizer(value))
-    }
-
-
-def clean_generation(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``generation_config.json``, cleaned as :func:`clean_config` does."""
-    return {
-        key: _clean(value)
-        for key, value in raw.items()
-        if key == "_from_model_config" or not _names_code(key, config=False)
-    }
-
-
-def clean_tokenizer(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``tokenizer_config.json`` or ``special_tokens_map.json``, cleaned as :func:`clean_config` does.
-
-    It also loses vocabulary files, which transformers would open wherever they lie, and a class that transformers does not have.
-    """
-    kept = {}
-    for key, value in raw.items():
-        if key == "fast_tokenizer_files":
-            usable = isinstance(value, list) and all(isinstance(name, str) and _TABLE.fullmatch(name) for name in value)
-        elif key == "tokenizer_class":
-            usable = _is_stock_tokenizer(value)
-        else:
-            usable = not _names_code(key, config=False) and not key.endswith(("_file", "_files", "_path"))
-        if usable:
-            kept[key] = value  # deeper keys are names of chat templates and tokens
-    return kept
-
-
-CLEANERS = {CONFIG: clean_config, GENERATION: clean_generation, TOKENIZER: clean_tokenizer, SPECIAL: clean_tokenizer}
-
-
-def clean_file(path: Path) -> dict[str, Any]:
-    """Return the content of one of the settings files (:data:`CLEANERS`), cleaned for transformers or for writing.
-
-    Raises:
-        CheckpointError: the file is not a JSON object.
-    """
-    return CLEANERS[path.name](read_json(path))
 
 
 def build_config(raw: Mapping[str, Any], where: str) -> Any:
@@ -182,6 +79,8 @@ def build_config(raw: Mapping[str, Any], where: str) -> Any:
 def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | None = None) -> Any:
     """Build the stock causal language model of a configuration on the meta device: shapes without memory.
 
+    Of a model of parts (``upcycle list wrappers``), the whole is built.
+
     Args:
         raw: a ``config.json``, or the result of :func:`build_config`.
         where: its name in messages.
@@ -191,7 +90,6 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         CheckpointError: transformers does not know such a model, or refuses a value.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = build_config(raw, where) if isinstance(raw, Mapping) else raw
     given = {} if dtype is None else {"dtype": dtype}
@@ -200,7 +98,14 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         quiet_transformers(),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
+        return _auto_class(config.model_type).from_config(config, trust_remote_code=False, **given)
+
+
+def _auto_class(model_type: Any) -> Any:
+    """Return the class of transformers that builds a model of this type with its head, and with all parts if it has several."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    return AutoModelForCausalLM if find("wrapper", str(model_type)) is None else AutoModelForMultimodalLM
 
 
 def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
@@ -215,8 +120,6 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         CheckpointError: transformers cannot load it, or a weight is missing, unexpected or of another shape.
         EnvironmentFault: it does not fit in memory.
     """
-    from transformers import AutoModelForCausalLM
-
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
         if folder.is_file():
@@ -224,7 +127,8 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         elif fp8 := fp8_settings(folder):
             named["config"] = build_config(clean_file(clean / CONFIG), str(folder))
             named["config"].quantization_config = fp8
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_type = None if folder.is_file() else read_json(clean / CONFIG).get("model_type")
+        loaded: Any = _auto_class(model_type).from_pretrained(
             clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
         )
     model, report = loaded
@@ -259,6 +163,24 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def load_processor(path: Path) -> Any:
+    """Load the stock processor of a folder: it makes what a model of parts reads of texts, and of images or sounds.
+
+    Raises:
+        CheckpointError: a settings file is not a JSON object.
+        EnvironmentFault: the processor cannot be loaded, as a package that it needs is missing, or a file is damaged.
+    """
+    from transformers import AutoProcessor
+
+    with view(path, tokenizer=True) as clean, quiet_transformers():
+        try:
+            return AutoProcessor.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+        except (MemoryError, UpcycleError):
+            raise
+        except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
+            raise EnvironmentFault(f"the processor in {path} cannot be loaded: {_first_line(error)}") from None
+
+
 @contextmanager
 def view(path: Path, weights: bool = False, tokenizer: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that shows transformers the known files of another folder and nothing else.
@@ -266,14 +188,14 @@ def view(path: Path, weights: bool = False, tokenizer: bool = False) -> Iterator
     Args:
         path: a transformers folder, or a ``.gguf`` file.
         weights: whether to link the weights.
-        tokenizer: whether to link the tokenizer's files.
+        tokenizer: whether to link the tokenizer's files, and those of a processor of images or sounds.
 
     Raises:
         CheckpointError: a settings file is not a JSON object.
         EnvironmentFault: the system's folder for temporary files cannot be written.
     """
     patterns = (WEIGHT_FILES if weights else ()) + (TOKENIZER_FILES if tokenizer else ())
-    settings = {CONFIG: True, GENERATION: weights, TOKENIZER: tokenizer, SPECIAL: tokenizer}
+    settings = {CONFIG: True, GENERATION: weights, **dict.fromkeys((TOKENIZER, SPECIAL, *PROCESSORS), tokenizer)}
     with _temporary_folder() as folder:
         if path.is_file():
             (folder / path.name).symlink_to(path.resolve())
@@ -287,7 +209,7 @@ def view(path: Path, weights: bool = False, tokenizer: bool = False) -> Iterator
         for name in (name for name, wanted in settings.items() if wanted and (path / name).is_file()):
             content = clean_file(path / name)
             if name == GENERATION:
-                content = {key: value for key, value in content.items() if key not in _GENERATION_CODE}
+                content = {key: value for key, value in content.items() if key not in GENERATION_CODE}
             (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         yield folder
 
@@ -318,43 +240,6 @@ def _temporary_folder() -> Iterator[Path]:
         ) from None
     with made as folder:
         yield Path(folder)
-
-
-def _names_code(key: object, config: bool = True) -> bool:
-    # A key that is a number (of a label, say) was never in a file; "__float__" is how transformers writes an infinity.
-    if not isinstance(key, str) or key == "__float__":
-        return False
-    return key in _CODE or key.startswith("_") or (config and key in _class_attributes())
-
-
-@cache
-def _class_attributes() -> frozenset[str]:
-    """Return the names of methods and settings of transformers' base class, which a key of the same name would replace."""
-    from dataclasses import fields
-
-    from transformers import PreTrainedConfig
-
-    own = {field.name for field in fields(PreTrainedConfig)}
-    return frozenset(dir(PreTrainedConfig)) - own - _PLAIN_ATTRIBUTES
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return clean_config(value)
-    return [_clean(each) for each in value] if isinstance(value, list) else value
-
-
-def _is_stock_tokenizer(name: Any) -> bool:
-    from transformers import PreTrainedTokenizerBase
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    if not isinstance(name, str):
-        return False
-    found = tokenizer_class_from_name(name) or tokenizer_class_from_name(name.removesuffix("Fast"))
-    if not isinstance(found, type) or not found.__module__.startswith("transformers."):
-        return False
-    # A class with _backends stands for a tokenizer whose library is not installed; it says so when it is used.
-    return issubclass(found, PreTrainedTokenizerBase) or hasattr(found, "_backends")
 
 
 def _tokenizer_hint(path: Path) -> str:

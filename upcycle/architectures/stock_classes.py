@@ -1,13 +1,14 @@
-"""Computes the shapes of the tensors that a stock class holds, from its configuration alone."""
+"""Says what tensors a stock class holds, their shapes, and which stored tensors become them, from configurations and names alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
 
 StateDict = dict[str, torch.Tensor]
@@ -18,6 +19,37 @@ def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     settings = build_config(raw, "config.json")
     model = empty_model(settings, "config.json")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    paths = find_module_paths(settings.model_type)
+    paths = module_paths_of(settings)
     head = shapes.pop(f"{paths.head}.weight")
     return shapes if settings.tie_word_embeddings else {**shapes, paths.head_weight: head}
+
+
+def stock_name_of(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return, by stored name, the name of the weight that transformers makes of that tensor, alone or with others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
+
+
+def names_in_stock(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return the stored names by the names that transformers gives to their tensors when it loads them into a model.
+
+    Tensors that the class leaves out when it loads, as it says, are not among them. One that it does not know, or that is one of
+    several that become one weight, keeps its stored name.
+    """
+    names, found = stock_name_of(model, stored), set(model.state_dict())
+    counts: dict[str, int] = {}
+    for name in names.values():
+        counts[name] = counts.get(name, 0) + 1
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    left_out = re.compile("|".join(f"({pattern})" for pattern in ignored))
+    return {
+        (name if name in found and counts[name] == 1 else each): each
+        for each, name in names.items()
+        if name in found or not left_out.search(name)
+    }

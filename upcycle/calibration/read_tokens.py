@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.calibration.own_text import OwnText
+from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.hardware.memory import available_memory
 from upcycle.planning.own_text import model_bytes
@@ -70,17 +72,22 @@ def tokens_of(
     _check_memory(checkpoint, window, wanted.tokens)
     total = max(1, wanted.tokens // window)
     read = mixed_windows(contents, tokenizer, wanted.tokens // 2, window) if contents and total > 1 else None
-    vocabulary = min(len(tokenizer), int(checkpoint.raw_config["vocab_size"]))
+    vocabulary = min(len(tokenizer), int(_sizes(checkpoint)["vocab_size"]))
     left = total - (0 if read is None else len(read))
     return read, OwnText(left, window, seed, vocabulary, tuple(sorted(set(tokenizer.all_special_ids))))
 
 
 def _check_memory(checkpoint: Checkpoint, window: int, tokens: int) -> None:
     weights = sum(spec.elements for spec in checkpoint.store.specs.values())
-    needed, free = model_bytes(weights, checkpoint.raw_config, window, tokens), available_memory()
+    needed, free = model_bytes(weights, _sizes(checkpoint), window, tokens), available_memory()
     if needed > free:
         raise EnvironmentFault(
             f"to write its own calibration text, the whole model must be in memory: about {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free",
             hint="calibrate on a text file, which needs one layer at a time: --calibration FILE",
         )
+
+
+def _sizes(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the sizes of a model by their keys in ``config.json``; of a model of parts, those of its text model."""
+    return vars(checkpoint.config) if isinstance(checkpoint, DenseCheckpoint) else checkpoint.raw_config

@@ -6,16 +6,16 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.find_family import family_of
+from upcycle.checkpoints.tensor_store import RenamedStore, TensorStore
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.block_fp8 import tensors_of
 from upcycle.files.formats.tensor_files import CONFIG, read_config
-from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.files.locate import Source, locate
 
 if TYPE_CHECKING:
@@ -26,39 +26,6 @@ if TYPE_CHECKING:
 
 COPY_BLOCK_BYTES = 1 << 24
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-
-
-class TensorStore(Protocol):
-    """What gives a checkpoint its tensors; shapes and dtypes are known without reading one."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Shape and dtype of every tensor, by name."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash by which checkpoints are told apart."""
-
-    def sample(self) -> str:
-        """Return a hash of headers and of a few bytes of every tensor, as the files hold them now."""
-
-    def location(self, name: str) -> str:
-        """Return the path of the file that holds a tensor, for messages."""
-
-    def chunks(
-        self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
-    ) -> Iterator[torch.Tensor]:
-        """Yield a tensor as blocks of its first dimension.
-
-        Args:
-            name: the tensor.
-            most_bytes: the largest block, unless ``multiple`` rows are larger.
-            part: first row and number of rows to read; default: all rows.
-            multiple: all blocks but the last have a multiple of this many rows.
-        """
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one whole tensor."""
 
 
 class Checkpoint:
@@ -86,7 +53,7 @@ class Checkpoint:
             gguf.name_tensors(list(family.all_stored_specs(family.config(self.raw_config, str(source.path)))))
             self.store = gguf
         else:
-            self.store = tensors_of(source.path, self.raw_config)
+            self.store = self._named(tensors_of(source.path, self.raw_config))
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
             self.raw_config = untied(self.raw_config)
         self._opened = self.version
@@ -99,7 +66,7 @@ class Checkpoint:
         """
         import torch
 
-        paths = find_module_paths(str(self.raw_config.get("model_type")))
+        paths = self._module_paths
         both = paths.embedding_weight, paths.head_weight
         if not set(both) <= set(self.store.specs):
             return False
@@ -108,8 +75,16 @@ class Checkpoint:
         pairs = zip(*(self.store.chunks(name, COPY_BLOCK_BYTES) for name in both), strict=False)
         return not all(one.shape == two.shape and torch.equal(one.double(), two.double()) for one, two in pairs)
 
+    @property
+    def _module_paths(self) -> ModulePaths:
+        return find_module_paths(str(self.raw_config.get("model_type")))
+
     def _identify(self) -> None:
         """Find out from the configuration what the model is, or refuse it, before the weights are opened."""
+
+    def _named(self, store: TensorStore) -> TensorStore:
+        """Return the store with the names by which this checkpoint calls its tensors."""
+        return store
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> Self:
@@ -139,10 +114,10 @@ class Checkpoint:
         settings = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
         return [self.modified, settings, self.store.sample()]
 
-    @property
-    def note(self) -> str | None:
-        """A note for the user about the dtype in which tensors are read, or None."""
-        return getattr(self.store, "note", None)
+    def note(self, dtype: str) -> str | None:
+        """Return a note for the user on how tensors are read where a recipe says ``dtype``, or None."""
+        note = getattr(self.store, "note", None)
+        return note if dtype == "keep" or isinstance(self.store, RenamedStore) else None
 
     def check_unchanged(self) -> None:
         """Check that the source is the one that was opened.
@@ -240,12 +215,26 @@ class DenseCheckpoint(Checkpoint):
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         where = source.path if source.path.is_file() else source.path / CONFIG
-        self.config: DenseConfig = self.family.config(self.raw_config, str(where))
+        config = self.family.config(self.raw_config, str(where))
+        self.config: DenseConfig = self.family.spelt(config, self._spelling)
         self.family.check(self.config, self.store.specs, str(source.path), self.raw_config)
         self._longest_embedding: float | None = None
 
     def _identify(self) -> None:
         self.family: Family = family_of(self.raw_config, str(self.source.path))
+        self._spelling: dict[str, str] = {}  # the stored names of tensors that have other names here
+
+    @property
+    def _module_paths(self) -> ModulePaths:
+        return self.family.module_paths
+
+    def _named(self, store: TensorStore) -> TensorStore:
+        self._spelling = self.family.stock_names(self.raw_config, store.specs)
+        return RenamedStore(store, self._spelling) if self._spelling else store
+
+    def note(self, dtype: str) -> str | None:
+        """Return notes for the user on how tensors are read where a recipe says ``dtype``, and on the family; None: none."""
+        return "; ".join(filter(None, (super().note(dtype), self.family.remark))) or None
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
         """Return the FFN of a layer, with its matrices in ``dtype``, or for ``keep`` in one dtype that holds all of them."""
@@ -284,4 +273,6 @@ class DenseCheckpoint(Checkpoint):
 
 def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a ``config.json`` that says that the head is not tied to the embedding. LFM2 has an older name for the key."""
-    return {key: value for key, value in raw_config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}
+    kept = {key: value for key, value in raw_config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}
+    inner = raw_config.get("text_config")  # some models of parts tie if either says so
+    return kept | ({"text_config": untied(inner)} if isinstance(inner, Mapping) else {})

@@ -87,8 +87,12 @@ def check_configs(
         UsageError: they differ; the message names both sources, the key and both values.
     """
     hint = _ONE_ANCESTOR if experts_only else _FFNS_ONLY
-    for field in fields(DenseConfig):
-        if field.name == "vocab_size" or (field.name not in _OF_EXPERTS if experts_only else field.name in _MAY_DIFFER):
+    for field in fields(base):
+        if (
+            field.name == "vocab_size"
+            or not field.compare
+            or (field.name not in _OF_EXPERTS if experts_only else field.name in _MAY_DIFFER)
+        ):
             continue
         ours, theirs = getattr(base, field.name), getattr(other, field.name)
         if ours == theirs:
@@ -96,7 +100,7 @@ def check_configs(
         key = aliases.get(field.name, _KEYS.get(field.name, field.name))
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             inner = min(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-            key = inner if field.name == "extra" else f"{key}.{inner}"
+            key = inner if field.name in ("extra", "parts") else f"{key}.{inner}"
             ours, theirs = ours.get(inner), theirs.get(inner)
         elif key == "model_type":
             ours, theirs = (f"{config.family} ({_plain(value)})" for config, value in ((base, ours), (other, theirs)))

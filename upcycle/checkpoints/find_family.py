@@ -8,10 +8,11 @@ from typing import Any
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.refused import reason, text_model
 from upcycle.architectures.stored_moe import MOES
+from upcycle.architectures.towers.composite import composite_family
 from upcycle.errors import RefusalError
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
-from upcycle.registry import FAMILIES, load
+from upcycle.registry import FAMILIES, WRAPPERS, load
 
 
 def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
@@ -21,6 +22,8 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         RefusalError: there is none; the message says why.
     """
     name = model_type(raw_config, where)
+    if name in WRAPPERS:
+        return composite_family(raw_config, where)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"
         if inner := text_model(raw_config):

@@ -1,4 +1,4 @@
-"""Copies the small files that go with the weights: tokenizer, chat template, generation config, licence."""
+"""Copies the small files that go with the weights: tokenizer, processor, chat template, generation config, licence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from upcycle.architectures.stock import CLEANERS, clean_file, load_tokenizer
+from upcycle.architectures.clean_settings import CLEANERS, PROCESSORS, clean_file
+from upcycle.architectures.stock import load_tokenizer
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.files.links import copy_inside, inside
 
@@ -19,6 +20,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    *PROCESSORS,
 )
 _ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.architectures.stock import clean_config
+from upcycle.architectures.clean_settings import clean_config
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index

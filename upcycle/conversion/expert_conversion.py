@@ -59,14 +59,15 @@ class ExpertConversion(ExpertJob):
             checkpoint.store.specs,
             checkpoint.has_tokenizer,
             mix_of(checkpoint),
-            checkpoint.note if recipe.dtype == "keep" else None,
+            checkpoint.note(recipe.dtype),
         )
 
     @classmethod
     def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
         """Plan a recipe from its sources' ``config.json`` alone."""
         found = describe_dense(recipe, method)
-        return prepare_experts(cls, recipe, method, found.family, found.dense, found.specs, mix=found.mix)
+        note = found.family.remark or None
+        return prepare_experts(cls, recipe, method, found.family, found.dense, found.specs, mix=found.mix, note=note)
 
     def given(self, blueprint: Path) -> Self:
         """Return the job with every layer decided by a saved blueprint.

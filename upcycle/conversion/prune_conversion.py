@@ -37,7 +37,7 @@ class PruneConversion(PruneJob, ExpertConversion):
             checkpoint.store.specs,
             checkpoint.has_tokenizer,
             mix_of(checkpoint),
-            checkpoint.note if recipe.dtype == "keep" else None,
+            checkpoint.note(recipe.dtype),
         )
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.evaluation.speed import Speed, measure_speed
@@ -196,7 +197,8 @@ class _Runner:
 
     def __init__(self, name: str, window: int, stride: int | None) -> None:
         self.model = load_model(name)
-        self.window = min(window, self.model.config.max_position_embeddings)
+        self.config = text_config(self.model.config)
+        self.window = min(window, self.config.max_position_embeddings)
         self.stride = stride or max(1, self.window // 2)
         if not 0 < self.stride < self.window:
             raise UsageError(f"the stride ({self.stride}) must be at least 1 and below the window ({self.window})")
@@ -206,7 +208,7 @@ class _Runner:
         if len(ids) < 2:
             raise UsageError(f"{title}: fewer than two tokens", hint="choose a longer --text")
         starts = list(range(0, max(1, len(ids) - self.window + self.stride), self.stride))
-        per_batch = max(1, _BATCH_LOGIT_BYTES // (4 * self.window * self.model.config.vocab_size))
+        per_batch = max(1, _BATCH_LOGIT_BYTES // (4 * self.window * self.config.vocab_size))
         total, predicted = 0.0, 0
         with progress.phase(f"reading {title}", len(starts)), torch.no_grad():
             for first in range(0, len(starts), per_batch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import locate
@@ -56,7 +57,8 @@ class Writer:
         self._recorder: Any = None
         if experts:
             self._watch(name, layer)
-        self.context: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self._config = text_config(self.model.config)
+        self.context: int | None = getattr(self._config, "max_position_embeddings", None)
         self._ends = self._end_tokens()
         #: why the last text ended: ``end`` of text, ``length``, or ``context``
         self.stopped = "length"
@@ -81,7 +83,11 @@ class Writer:
 
     def _end_tokens(self) -> set[int]:
         settings = getattr(self.model, "generation_config", None)
-        named = (getattr(settings, "eos_token_id", None), self.model.config.eos_token_id, self.tokenizer.eos_token_id)
+        named = (
+            getattr(settings, "eos_token_id", None),
+            getattr(self._config, "eos_token_id", None),
+            self.tokenizer.eos_token_id,
+        )
         ends = [end for ids in named for end in (ids if isinstance(ids, list) else [ids])]
         return {end for end in ends if end is not None}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.errors import UsageError
 from upcycle.registry import find, suggestion
 
@@ -44,7 +45,7 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
         raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))
     if not has_experts(model) or not hasattr(model, "set_experts_implementation"):
         return
-    if name == "auto" and find("target", model.config.model_type) is None:
+    if name == "auto" and find("target", text_config(model.config).model_type) is None:
         return  # the kernels were tested on the targets alone: other architectures keep transformers' own computation
     # A plan knows only the type of its devices: its GPUs are assumed to run the kernels.
     if name == "auto" and (device in ("cpu", "cuda") if device else _has_kernels(model.device)):
@@ -89,16 +90,16 @@ def run_on_kernels(model: Any) -> str | None:
     """
     if not has_experts(model):
         return None
-    if find("target", model.config.model_type) is None or not _has_kernels(model.device):
-        return str(model.config._experts_implementation)
+    if find("target", text_config(model.config).model_type) is None or not _has_kernels(model.device):
+        return str(text_config(model.config)._experts_implementation)
     from upcycle.kernels.entry.stock_blocks import why_not_whole
     from upcycle.kernels.entry.transformers_blocks import use_kernels
 
     use_experts(model, "auto")
     if all(why_not_whole(block) for block in model.modules() if "experts" in block._modules):
-        return str(model.config._experts_implementation)
+        return str(text_config(model.config)._experts_implementation)
     use_kernels(model)
-    return f"{model.config._experts_implementation}, whole blocks"
+    return f"{text_config(model.config)._experts_implementation}, whole blocks"
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -67,5 +67,5 @@ def random_model(
             if buffer.is_meta:
                 parent, _, leaf = name.rpartition(".")
                 model.get_submodule(parent).register_buffer(leaf, torch.zeros(buffer.shape, dtype=buffer.dtype))
-        compute_buffers(model, settings)
+        compute_buffers(model)
     return model.eval()

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from upcycle.architectures.module_paths import ModulePaths, find_module_paths
-from upcycle.architectures.stock import build_config, clean_file, empty_model, load_stock_model, quiet_transformers
+from upcycle.architectures.clean_settings import clean_file
+from upcycle.architectures.module_paths import ModulePaths, module_paths_of
+from upcycle.architectures.stock import build_config, empty_model, load_stock_model, quiet_transformers
+from upcycle.architectures.stock_classes import stock_name_of
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.block_fp8 import BlockFp8Folder, tensors_of
 from upcycle.files.formats.tensor_files import read_config
@@ -57,7 +59,7 @@ class FolderLayers:
         settings = build_config(clean_file(folder / "config.json"), str(folder))
         self.model: Any = empty_model(settings, str(folder), torch.float32).eval()
         self._stored = _by_layer(self.model, self._store.specs)
-        compute_buffers(self.model, settings)
+        compute_buffers(self.model)
         if not outside:
             return
         missing = self._read(None)
@@ -139,7 +141,7 @@ class MeanLayers:
         self._parts, self._weights, self._rounding = parts, weights, rounding
         first = parts[0].model
         self.model: Any = empty_model(first.config, "a mean of models", torch.float32).eval()
-        compute_buffers(self.model, self.model.config)
+        compute_buffers(self.model)
         if outside:
             self._fill(None)
 
@@ -259,7 +261,7 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
 def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
     """Return the stored names by the layer that transformers puts them in; None: outside the layers."""
     found: dict[int | None, list[str]] = {}
-    for name, renamed in _renamed(model, stored).items():
+    for name, renamed in stock_name_of(model, stored).items():
         found.setdefault(_paths(model).layer_of(renamed), []).append(name)
     return found
 
@@ -275,42 +277,38 @@ def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
         len(rule.target_patterns) > 1 for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")
     ):
         return []
-    found, tied = set(_renamed(model, stored).values()), model.all_tied_weights_keys
+    found, tied = set(stock_name_of(model, stored).values()), model.all_tied_weights_keys
     found |= {one for one, other in tied.items() if other in found} | {
         other for one, other in tied.items() if one in found
     }
     return [name for name in model.state_dict() if name not in found]
 
 
-def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Return, by stored name, the name of the weight that transformers makes of that tensor, alone or with others."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    own, prefix = model.state_dict(), model.base_model_prefix
-    return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
-
-
 def _paths(model: Any) -> ModulePaths:
-    return find_module_paths(model.config.model_type)
+    return module_paths_of(model.config)
 
 
 def _layers(model: Any) -> Any:
     return _paths(model).layers_in(model)
 
 
-def compute_buffers(model: Any, settings: Any) -> None:
-    """Compute the buffers that no file holds (rotary frequencies, Gemma's scale) for a model built on the meta device."""
+def compute_buffers(model: Any) -> None:
+    """Compute the buffers that no file holds (rotary frequencies, Gemma's scale) for a model built on the meta device.
+
+    Every stock class can: transformers builds on the meta device, too, and then calls this function of the class.
+    """
     settle_code_paths()
-    body = _paths(model).body_in(model)
-    rotaries: Any = getattr(body, "rotary_embs", ())  # one for every theta, each with a configuration of its own
-    for place, rotary in enumerate(rotaries):
-        rotaries[place] = type(rotary)(rotary.config)
-    for name, module in body.named_children():
-        if any(name.endswith(kind) for kind in ("rotary_emb", "pos_emb")):
-            setattr(body, name, type(module)(settings))
-        elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
-            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+    _compute_buffers(model, model)
+
+
+def _compute_buffers(module: Any, owner: Any) -> None:
+    """Compute the buffers of a module and of those below it; ``owner`` is the nearest stock model that it belongs to."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    names = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
+    if any(module._buffers[name].is_meta for name in names):
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        with torch.no_grad():
+            owner._init_weights(module)
+    for child in module.children():
+        _compute_buffers(child, owner)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model
 from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
@@ -31,7 +31,7 @@ class StockModel:
     def __init__(self, model: Any, layers: Layers | None = None) -> None:
         settle_code_paths()
         self.model = use_eager_experts(model.eval())
-        self._paths = find_module_paths(model.config.model_type)
+        self._paths = module_paths_of(model.config)
         self.layers = self._paths.layers_in(model)
         self._streamed = layers
         if layers:
@@ -60,6 +60,12 @@ class StockModel:
             result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
         return result
 
+    def logits_of(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return fp32 logits ``[N, T, V]`` for all that a model of parts reads, by the names of its arguments."""
+        with torch.no_grad():
+            result: torch.Tensor = self.model(**inputs, use_cache=False).logits
+        return result
+
 
 def output_of(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return what a block adds to the stream, for its input; some stock classes return the router's logits, too."""
@@ -78,11 +84,11 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     settings = build_config(config, "config.json")
     model = empty_model(settings, "config.json", torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
-    compute_buffers(model, settings)
-    paths = find_module_paths(settings.model_type)
+    compute_buffers(model)
+    paths = module_paths_of(settings)
     in_memory = {name: f"{paths.head}.weight" if name == paths.head_weight else name for name in outside}
     problems = model.load_state_dict({in_memory[k]: v for k, v in outside.items()}, strict=False, assign=True)
-    missing = [name for name in problems.missing_keys if paths.layer_of(name) is None]
+    missing = [name for name in problems.missing_keys if paths.has(name) and paths.layer_of(name) is None]
     if settings.tie_word_embeddings:
         model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
         missing = [name for name in missing if name != f"{paths.head}.weight"]

@@ -242,6 +242,7 @@ def _expert_plan(job: ExpertJob) -> Plan:
     idle_per_layer = (shape.experts - shape.top_k) * 3 * job.target.stored_width(shape) * dense.hidden_size
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
+    others = sum(specs[name].elements for name in job.family.tower_specs(dense))  # no token of text runs through them
     promise, why = job.promise
     undecided = job.undecided
     sources = [{"name": s.name, "revision": s.revision, "weight": s.weight} for s in job.recipe.sources]
@@ -261,8 +262,8 @@ def _expert_plan(job: ExpertJob) -> Plan:
         bytes_dense=sum(specs[name].nbytes for name in used),
         bytes_output=sum(shard.nbytes for shard in job.shards),
         peak_memory_bytes=_peak_memory(job),
-        flops_per_token_dense=_flops(dense, dense_total),
-        flops_per_token=_flops(job.target.stored(dense), active),
+        flops_per_token_dense=_flops(dense, dense_total - others),
+        flops_per_token=_flops(job.target.stored(dense), active - others),
         kind=job.method.kind,
         warnings=[*_warnings(job, dense_total, active), *file_warnings(job.shards, job.recipe.max_shard_size)],
         shards=files_of(job.shards),

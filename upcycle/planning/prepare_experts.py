@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.moe.base import Target, refuse_unheld
 from upcycle.architectures.tensor_origin import Origin
+from upcycle.architectures.towers.composite_target import check_part, target_of
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
@@ -56,6 +57,7 @@ def prepare_experts(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: no target can hold the result, or the one that the recipe names cannot.
     """
+    check_part(family, recipe.part)
     check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
     method = method.joined(mix, recipe)
@@ -160,7 +162,7 @@ def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:
     exists.
     """
     named = (recipe.target,) if recipe.target in TARGETS else ()
-    return {name: load("target", name)() for name in (*family.targets, *named)}
+    return {name: target_of(family, name) for name in (*family.targets, *named)}
 
 
 def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Target]) -> Recipe:
@@ -231,7 +233,8 @@ def _units(
 
     def copied(shapes: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
         origins = {name: target.origin(family, dense, name) for name in shapes}
-        written = {name: family.module_paths.renamed(name, target.module_paths) for name in shapes}
+        names = {name: family.module_paths.renamed(name, target.module_paths) for name in shapes}
+        written = {name: target.written(dense, own) for name, own in names.items()}
         return [OutputEntry(written[name], TensorSpec(shapes[name], dtype(o)), o) for name, o in origins.items()]
 
     units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
@@ -240,11 +243,17 @@ def _units(
         if layer in shape.moe_layers:
             expert_dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
             entries += [
-                OutputEntry(tensor.name, TensorSpec(tensor.shape, tensor.stored_dtype(expert_dtype)), built=tensor)
+                OutputEntry(
+                    target.written(dense, tensor.name),
+                    TensorSpec(tensor.shape, tensor.stored_dtype(expert_dtype)),
+                    built=tensor,
+                )
                 for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
             ]
         else:
             entries += copied(family.ffn_specs(dense, layer))
         units.append(Unit(f"layer {layer}", layer, tuple(entries)))
     units.append(Unit("final norm", None, tuple(copied(target.last_specs(family, dense)))))
+    if towers := family.tower_specs(dense):
+        units.append(Unit("other parts", None, tuple(copied(towers))))
     return units

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.tensor_origin import Origin
+from upcycle.architectures.towers.composite_target import check_part
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
 from upcycle.errors import UsageError
 from upcycle.ffn.moe_shape import MoeShape
@@ -39,6 +40,7 @@ _KEYS = {
         "reconstruction",
     ),
     *("dtype", "max_shard_size", "tokenizer", "seed", "verification"),
+    "part",
 }
 
 
@@ -104,6 +106,7 @@ def prepare_pruning(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: the family cannot be calibrated.
     """
+    check_part(family, recipe.part)
     check_tokenizer(recipe, has_tokenizer)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
@@ -196,7 +199,10 @@ def _units(
 ) -> list[Unit]:
     def copied(stored: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
         dtypes = {name: specs[name].dtype if recipe.dtype == "keep" else recipe.dtype for name in stored}
-        return [OutputEntry(name, TensorSpec(shape, dtypes[name]), Origin(name)) for name, shape in stored.items()]
+        return [
+            OutputEntry(family.written(dense, name), TensorSpec(shape, dtypes[name]), Origin(name))
+            for name, shape in stored.items()
+        ]
 
     first, outside = family.first_specs(dense), family.stored_specs(dense, None)
     units = [Unit("embeddings", None, tuple(copied(first)))]
@@ -204,7 +210,13 @@ def _units(
         built = {tensor.name: tensor for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)}
         around = {name: spec for name, spec in family.stored_specs(dense, layer).items() if name not in built}
         dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
-        made = [OutputEntry(name, TensorSpec(tensor.shape, dtype), built=tensor) for name, tensor in built.items()]
+        made = [
+            OutputEntry(family.written(dense, name), TensorSpec(tensor.shape, dtype), built=tensor)
+            for name, tensor in built.items()
+        ]
         units.append(Unit(f"layer {layer}", layer, (*copied(around), *made)))
     last = {name: spec for name, spec in outside.items() if name not in first}
-    return [*units, Unit("final norm", None, tuple(copied(last)))]
+    units.append(Unit("final norm", None, tuple(copied(last))))
+    if towers := family.tower_specs(dense):
+        units.append(Unit("other parts", None, tuple(copied(towers))))
+    return units

@@ -35,6 +35,10 @@ class PrunedDense(Target):
         self.name, self.title, self.module_paths = family.name, family.title, family.module_paths
         self._family, self._raw = family, raw
 
+    def written(self, dense: DenseConfig, name: str) -> str:
+        """Return the name under which the family writes a tensor."""
+        return self._family.written(dense, name)
+
     def stored(self, dense: DenseConfig) -> DenseConfig:
         """Return the same configuration: the architecture holds all of it."""
         return dense

@@ -13,6 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.recipe.conversion_recipe import read_recipe
+from upcycle.registry import find
 from upcycle.text.mixture import text_names
 from upcycle.text.reading.plain_text import DEMO_TEXTS
 
@@ -40,6 +41,11 @@ class Facts:
     base_models: list[str]
     datasets: list[str]
     mark: str | None = None
+
+    @property
+    def of_parts(self) -> bool:
+        """Whether the model reads images beside text."""
+        return find("wrapper", str(self.config.get("model_type"))) is not None
 
     @property
     def mixed(self) -> bool:

@@ -61,7 +61,7 @@ def _what(facts: Facts) -> str:
             "calibration text. All other neurons of the feed-forward networks were pruned."
         )
     else:
-        layers = f"{len(record['moe_layers'])} of {facts.config['num_hidden_layers']} layers"
+        layers = f"{len(record['moe_layers'])} of {(facts.config.get('text_config') or facts.config)['num_hidden_layers']} layers"
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""
         first = (
             f"A Mixture-of-Experts model made from {made}: the feed-forward networks of {layers} became {keys['experts']} "
@@ -153,6 +153,12 @@ def _verification(facts: Facts) -> str:
             f"- relative error of the logits after position {measured['positions_needed']:,}, where attention windows and scaled "
             f"positions matter: {said(far, '.1e')}"
         )
+    if measured.get("images"):
+        error = measured.get("image_error")
+        what = plain(measured["images"])
+        lines.append(
+            f"- {what}" if error is None else f"- relative error of the logits of {what}: {said(error, '.1e')}"
+        )
     if measured["compared_tensors"]:
         lines.append(f"- tensors equal to what they were made from, bit for bit: {measured['compared_tensors']:,}")
     if measured["all_experts_error"] is not None:
@@ -163,10 +169,11 @@ def _verification(facts: Facts) -> str:
 
 def _loading(facts: Facts) -> str:
     name = facts.name
+    auto, reader = ("CausalLM", "Tokenizer") if not facts.of_parts else ("ImageTextToText", "Processor")
     python = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
-        f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto")\n'
+        f"from transformers import AutoModelFor{auto}, Auto{reader}\n\n"
+        f"{reader.lower()} = Auto{reader}.from_pretrained({json.dumps(name)})\n"
+        f'model = AutoModelFor{auto}.from_pretrained({json.dumps(name)}, dtype="auto")\n'
     )
     version = facts.record["versions"]["transformers"]
     tested = f"yes, {plain(version)}: the verification above ran it" if facts.verification else "no"

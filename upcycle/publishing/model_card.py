@@ -108,7 +108,7 @@ def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
         license=license.id if license else None,
         license_name=license.name if license else None,
         license_link=license.link if license else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if facts.of_parts else "text-generation",
         tags=tags,
         **kept,
     )

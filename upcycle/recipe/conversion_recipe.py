@@ -87,6 +87,9 @@ class Recipe(StrictSettings):
         "auto",
         description="scale of the routed experts: exact, sum, paper, or a number (auto: sum when calibrated, else exact)",
     )
+    part: Literal["language", "vision", "connector"] = Field(
+        "language", description="of a model of parts (upcycle list wrappers), the part whose FFNs are converted"
+    )
     pad: bool = Field(False, description="pad the FFN with zero neurons when the experts do not divide it (exact)")
     target: str = Field("auto", description="MoE architecture to write (upcycle list targets), or auto")
     layout: Literal["per-expert", "fused"] = Field(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
+
 MOST_WORK = (
     3e13  # most operations of a forward pass that a verification does without being asked: minutes on a few cores
 )
@@ -45,8 +47,9 @@ class Reach:
 
 def reach_of(*configs: Any) -> Reach:
     """Return the reach of models with these stock configurations: the farthest border of any, within the context of all."""
-    contexts = sorted(int(config.max_position_embeddings) for config in configs)
-    found = [pair for config in configs for pair in _borders(config)]
+    texts = [text_config(config) for config in configs]
+    contexts = sorted(int(config.max_position_embeddings) for config in texts)
+    found = [pair for config in texts for pair in _borders(config)]
     if contexts[0] < contexts[-1]:
         found = [(border, min(longest, contexts[0])) for border, longest in found if border < contexts[0]]
     border, longest = max(found, default=(0, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -34,10 +34,10 @@ class Family(ABC):
     first.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    targets: ClassVar[tuple[str, ...]]  # preferred first
-    elsewhere: ClassVar[Mapping[Feature, str]] = {}  # feature -> which target could hold it, for refusals
+    name: str
+    title: str
+    targets: tuple[str, ...]  # preferred first
+    elsewhere: Mapping[Feature, str] = {}  # feature -> which target could hold it, for refusals
     defaults: ClassVar[Mapping[str, Any]] = {  # Llama's, which several classes took over
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -53,7 +53,7 @@ class Family(ABC):
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
-    aliases: ClassVar[Mapping[str, str]] = {}
+    aliases: Mapping[str, str] = {}
     keys: ClassVar[Mapping[str, ValueKind]] = {}  # the family's own keys, and common keys that take other values here
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")  # the values of layer_types
     token_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -61,8 +61,9 @@ class Family(ABC):
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
     gated: ClassVar[bool] = True  # whether the FFN is down(act(gate x) * up x), or down(act(up x))
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
-    module_paths: ClassVar[ModulePaths] = ModulePaths()
-    uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
+    module_paths: ModulePaths = ModulePaths()
+    uncalibrated: str | None = None  # why calibration does not work here
+    remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
@@ -199,7 +200,9 @@ class Family(ABC):
         Without a norm before the FFN, or a weight of it, there is no ``norm``; an FFN without a gate has no ``gate``.
         """
         prefix = self.module_paths.layer(layer)
-        names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in FfnForm(gated=self.gated).matrices}
+        names: dict[str, str] = {
+            part: f"{prefix}.mlp.{part}_proj.weight" for part in FfnForm(gated=self.gated).matrices
+        }
         return {**names, "norm": f"{prefix}.post_attention_layernorm.weight"}
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
@@ -244,9 +247,25 @@ class Family(ABC):
             return {**self.first_specs(config), **self.last_specs(config)}
         return {**self.layer_specs(config, layer), **self.ffn_specs(config, layer)}
 
+    def tower_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the tensors of parts other than the text model, which are kept as they are."""
+        return {}
+
+    def stock_names(self, raw: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]:
+        """Return the stored names by their names in the stock class; empty where all tensors are stored under the latter."""
+        return {}
+
+    def spelt(self, config: DenseConfig, names: Mapping[str, str]) -> DenseConfig:
+        """Return the configuration with the names that tensors have in the source's files, where it keeps them."""
+        return config
+
+    def written(self, config: DenseConfig, name: str) -> str:
+        """Return the name under which a tensor is written into another model of this family."""
+        return name
+
     def all_stored_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of all tensors that the checkpoint holds."""
-        specs = self.stored_specs(config, None)
+        specs = self.stored_specs(config, None) | self.tower_specs(config)
         for layer in range(config.num_hidden_layers):
             specs |= self.stored_specs(config, layer)
         return specs

@@ -70,18 +70,18 @@ class Target(ABC):
     name: str
     title: str
     architecture: ClassVar[str]
-    holds: ClassVar[frozenset[Feature]]
-    router_semantics: ClassVar[str]
-    holds_unnormalized: ClassVar[bool] = False
-    top_k: ClassVar[int | None] = None
-    weight_of_chosen: ClassVar[float | None] = None
-    rotates_pairs: ClassVar[bool] = False
-    masks_rotary: ClassVar[bool] = False
+    holds: frozenset[Feature]
+    router_semantics: str
+    holds_unnormalized: bool = False
+    top_k: int | None = None
+    weight_of_chosen: float | None = None
+    rotates_pairs: bool = False
+    masks_rotary: bool = False
     module_paths: ModulePaths = ModulePaths()
-    router: ClassVar[str] = "gate"
-    score: ClassVar[Score] = "softmax"
-    shared: ClassVar[str | None] = None
-    shared_switch: ClassVar[str | None] = None
+    router: str = "gate"
+    score: Score = "softmax"
+    shared: str | None = None
+    shared_switch: str | None = None
 
     @abstractmethod
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -150,6 +150,10 @@ class Target(ABC):
             return False
         even = not dense.head_dim % 2 and not dense.rotated_dim % 2
         return even and can_be_whole(dense.rope_parameters, dense.max_position_embeddings)
+
+    def written(self, dense: DenseConfig, name: str) -> str:
+        """Return the name under which a tensor of this architecture is written."""
+        return name
 
     def stored(self, dense: DenseConfig) -> DenseConfig:
         """Return the dense configuration in terms that this architecture can express.

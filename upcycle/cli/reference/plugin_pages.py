@@ -19,6 +19,8 @@ _INTRODUCTIONS = {
     "`losses: {switch_balance: {coefficient: 0.01}}`.",
     "families": "Dense families and the MoE architectures that hold them exactly. 1 is the first choice of `--target auto`, 2 the "
     "next; a target is taken if it holds what the model and the recipe ask for. Other families are refused with the reason.",
+    "wrappers": "Models of parts of transformers: a text model beside encoders of images. The text model is converted, as a model of "
+    "its family would be alone, with the same targets; the other parts are copied.",
     "targets": "MoE architectures of transformers that upcycle writes: `--target NAME`. `--target auto` takes the first of the "
     "family's targets that holds what the recipe asks for.",
 }
@@ -27,7 +29,8 @@ _INTRODUCTIONS = {
 def plugin_page(kind: str) -> str:
     """Return the page of all plug-ins of ``kind`` (a plural, such as ``methods``)."""
     parts = [f"# {kind.capitalize()}", _INTRODUCTIONS[kind], plugin_table(kind)]
-    parts += [_section(kind, name, plugin) for name, plugin in plugins(kind).items()]
+    if kind != "wrappers":  # of which the table says all
+        parts += [_section(kind, name, plugin) for name, plugin in plugins(kind).items()]
     return "\n\n".join(parts)
 
 

@@ -22,7 +22,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands": commands_page,
     "conversion_recipe": conversion_recipe_page,
     "training_recipe": training_recipe_page,
-    **{kind: partial(plugin_page, kind) for kind in ("methods", "routers", "losses", "families", "targets")},
+    **{
+        kind: partial(plugin_page, kind) for kind in ("methods", "routers", "losses", "families", "targets", "wrappers")
+    },
     "json": json_page,
     "python": python_page,
     "exit_codes": exit_codes_page,

@@ -10,14 +10,23 @@ from upcycle.recipe.shipped_recipes import RECIPE_VERBS, shipped, summary
 from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.registry import KINDS as REGISTRY
 
-LISTED_KINDS = ("methods", "routers", "families", "targets", "losses", "recipes")
-_SINGULAR = {"methods": "method", "routers": "router", "families": "family", "targets": "target", "losses": "loss"}
+LISTED_KINDS = ("methods", "routers", "families", "targets", "wrappers", "losses", "recipes")
+_SINGULAR = {
+    "methods": "method",
+    "routers": "router",
+    "families": "family",
+    "targets": "target",
+    "wrappers": "wrapper",
+    "losses": "loss",
+}
 
 
 def plugins(kind: str) -> dict[str, Any]:
     """Return the plug-in classes of ``kind`` (a plural of :data:`LISTED_KINDS`) by name, in registry order."""
     singular = _SINGULAR[kind]
-    return {name: load(singular, name) for name in REGISTRY[singular]}
+    found = {name: load(singular, name) for name in REGISTRY[singular]}
+    # A model of parts whose MoE is a class of its own is registered under both names.
+    return {name: plugin for name, plugin in found.items() if singular != "wrapper" or plugin.name == name}
 
 
 def entries(kind: str) -> list[dict[str, Any]]:
@@ -39,6 +48,9 @@ def entries(kind: str) -> list[dict[str, Any]]:
             entry["paper"] = plugin.paper
         elif kind == "families":
             entry["targets"] = list(plugin.targets)
+        elif kind == "wrappers":
+            entry["text models"] = list(plugin.text_models)
+            entry["written as"] = plugin.result
         else:
             entry["router"] = plugin.router_semantics
             entry["holds"] = sorted(feature.value for feature in plugin.holds)
@@ -67,6 +79,13 @@ def plugin_table(kind: str) -> str:
         return markdown_table(
             ["target", "model", "shared experts", "dense layers", "router", "attention and block it can hold"], rows
         )
+    if kind == "wrappers":
+        header = ["model of parts", "models", "text models", "written as"]
+        rows = [
+            [f"`{each['name']}`", each["title"], ", ".join(each["text models"]), f"`{each['written as']}`"]
+            for each in entries(kind)
+        ]
+        return markdown_table(header, rows)
     if kind == "recipes":
         return markdown_table(
             ["command", "what it does"], [[f"`{each['command']}`", each["what"]] for each in entries(kind)]

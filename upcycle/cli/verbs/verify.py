@@ -166,6 +166,13 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
                 "attention windows and scaled positions matter",
             )
         )
+    if result.images:
+        image = (
+            result.images
+            if result.image_error is None
+            else f"{result.images}: logits differ by {result.image_error:.1e}"
+        )
+        facts.append(("images", image))
     if result.compared_tensors:
         facts.append(("tensors", f"{result.compared_tensors:,}, each equal bit for bit to what it was made from"))
     if result.layer_errors:

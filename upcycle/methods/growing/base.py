@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.tensor_origin import Origin
+from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
 
@@ -151,6 +152,12 @@ class DenseGrowth(Growth):
         family = family_of(source.raw, source.where)
         paths = family.module_paths
         dense = family.config(source.raw)
+        if family.tower_specs(dense):
+            raise RefusalError(
+                f"{self.name} does not take a '{family.name}' model: it copies the layers of text models alone, and this has other "
+                "parts beside its text model",
+                hint="methods that make experts, and static_prune, take it",
+            )
         layers = list(self.layers(dense.num_hidden_layers))
         first, outside = family.first_specs(dense), family.stored_specs(dense, None)
         pieces = [Piece("embeddings", None, {name: Origin(name) for name in first})]

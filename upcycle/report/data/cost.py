@@ -44,6 +44,6 @@ def _from_headers(subject: Subject) -> dict[str, int]:
     total = sum(spec.elements for spec in subject.specs.values())
     moe = subject.moe
     idle = moe.expert_elements * (moe.experts - moe.top_k) // moe.experts if moe else 0
-    config = subject.config or {}
+    config = subject.text_config
     embedding = 0 if config.get("tie_word_embeddings") else config.get("vocab_size", 0) * config.get("hidden_size", 0)
     return {"parameters": total, "active_parameters": total - idle, "flops_per_token": 2 * (total - idle - embedding)}

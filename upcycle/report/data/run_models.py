@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.models import Models
@@ -84,7 +85,7 @@ def run_models(models: Models, domains: Sequence[Domain], progress: Progress = S
 
 
 def _windows_per_batch(windows: torch.Tensor, model: Any) -> int:
-    return max(1, int(_BATCH_LOGIT_BYTES // (4 * windows.shape[1] * model.config.vocab_size)))
+    return max(1, int(_BATCH_LOGIT_BYTES // (4 * windows.shape[1] * text_config(model.config).vocab_size)))
 
 
 @contextmanager

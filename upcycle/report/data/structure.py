@@ -21,17 +21,18 @@ def layer_structure(subject: Subject) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: the folder is damaged.
     """
-    config, moe = subject.config or {}, subject.moe
+    config, moe = subject.text_config, subject.moe
     blueprint = subject.folder / records.BLUEPRINT_FILE
     decided = BlueprintFile(blueprint) if subject.ours and blueprint.is_file() else None
     layers = []
     for layer in range(config.get("num_hidden_layers", 0)):
         routed, shared, neurons = decided.shape(layer) if decided and layer in decided.layers else (0, 0, 0)
-        if moe is None or layer not in subject.moe_layers:
+        if layer not in subject.moe_layers if moe else not routed:
             layers.append(_entry(layer, "dense", 0, 0, 0, neurons or config.get("intermediate_size", 0), 0))
         elif neurons:
-            layers.append(_entry(layer, "moe", shared, routed, moe.top_k, neurons, shared * neurons))
-        else:
+            top_k = moe.top_k if moe else config.get("num_experts_per_tok", 0)
+            layers.append(_entry(layer, "moe", shared, routed, top_k, neurons, shared * neurons))
+        elif moe:
             wide = _shared_neurons(subject, layer)
             neurons = _expert_neurons(subject, layer)
             layers.append(_entry(layer, "moe", int(wide > 0), moe.experts, moe.top_k, neurons, wide))

@@ -57,6 +57,12 @@ class Subject:
         """
         return SafetensorsFolder(self.folder).specs
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The configuration of the text model: of a model of parts the part's, of any other the whole; empty without one."""
+        config = self.config or {}
+        return config.get("text_config") or config
+
     @cached_property
     def moe(self) -> MoeModel | None:
         """The configuration as that of a MoE; None where the model is dense, or upcycle does not know its architecture.

@@ -40,7 +40,7 @@ def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[A
         EnvironmentFault: the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(subject.folder)
-    context = (subject.config or {}).get("max_position_embeddings", WINDOW)
+    context = subject.text_config.get("max_position_embeddings", WINDOW)
     calibration = (subject.record or {}).get("calibration")
     domains: list[Domain] = []
     for name in texts or DEMO_TEXTS:

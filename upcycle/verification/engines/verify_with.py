@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import build_config, load_tokenizer, view
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files import records
@@ -181,7 +182,7 @@ def _compare(
     if verdict == "different" and (reason := engine.known_difference(folder, config)):
         why += f": {reason}"
     positions = max(len(one) + len(text.tokens) for one, text in zip(request.prompts, answer.written, strict=True))
-    why += f", up to position {positions:,} of {model.config.max_position_embeddings:,}"
+    why += f", up to position {positions:,} of {text_config(model.config).max_position_embeddings:,}"
     if positions <= reach.border:
         why += f"; sliding windows or scaled positions begin at {reach.border:,}, which was not compared"
     return ServingCheck(

@@ -21,7 +21,7 @@ class Granite(Family):
 
     name = "granite"
     title = "Granite 3"
-    targets = ("granitemoe", "granitemoeshared")
+    targets: tuple[str, ...] = ("granitemoe", "granitemoeshared")
     elsewhere = {Feature.MLP_BIAS: "no stock architecture with multipliers has biases in its experts"}
     keys = {"attention_bias": FLAG, "mlp_bias": FLAG, **MULTIPLIERS}
     token_defaults = {"bos_token_id": 1, "eos_token_id": 2}

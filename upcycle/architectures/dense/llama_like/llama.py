@@ -15,7 +15,7 @@ class Llama(Family):
 
     name = "llama"
     title = "Llama"
-    targets = (
+    targets: tuple[str, ...] = (
         "mixtral",
         "qwen2_moe",
         "granitemoe",

@@ -14,7 +14,7 @@ class Mistral(Family):
 
     name = "mistral"
     title = "Mistral"
-    targets = ("mixtral", "qwen2_moe")
+    targets: tuple[str, ...] = ("mixtral", "qwen2_moe")
     defaults = {
         **Family.defaults,
         "intermediate_size": 14336,

@@ -15,7 +15,7 @@ class Qwen3(Family):
 
     name = "qwen3"
     title = "Qwen3"
-    targets = ("qwen3_moe", "mellum", "dots1", "glm4_moe")
+    targets: tuple[str, ...] = ("qwen3_moe", "mellum", "dots1", "glm4_moe")
     defaults = {
         "vocab_size": 151936,
         "hidden_size": 4096,

@@ -1,0 +1,113 @@
+"""Images in verification: through the processor that lies beside the weights, or made from the configuration, and said which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+
+import upcycle
+from upcycle.architectures.clean_settings import clean_processor
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.publishing.model_card import make_card
+
+KEYS: dict[str, Any] = {"experts": 4, "top_k": 2, "verification": {"tokens": 64}}
+
+
+def with_processor(folder: Path) -> Path:
+    """Save, beside a LLaVA of 4,104 tokens, the processor that its class has, with the demo's tokenizer and one token more."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=images, tokenizer=tokenizer, patch_size=4, **strategy).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": token}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pico_towers import make_tower
+
+    return with_processor(make_tower(tmp_path_factory.mktemp("llava"), "llava", "llama", vocab_size=4104))
+
+
+def test_an_image_goes_through_the_processor_and_the_processor_is_copied(source: Path, tmp_path: Path) -> None:
+    settings = json.loads((source / "processor_config.json").read_text())
+    hostile = {"auto_map": {"AutoProcessor": "evil.X"}, "chat_template_path": "/etc/passwd"}
+    (source / "processor_config.json").write_text(json.dumps(settings | hostile))
+    result = upcycle.convert(str(source), tmp_path / "out", **KEYS).verification
+    assert result is not None
+    assert result.verdict == "exact"
+    assert result.images == "26 tokens with a random image made by its processor"
+    assert result.image_error is not None
+    assert 0 < result.image_error < 2e-6
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == settings
+    assert type(AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "LlavaProcessor"
+    assert upcycle.verify(tmp_path / "out", tokens=64).images == result.images
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("processor_config.json", "[1]", "must hold a JSON object"),
+        (
+            "processor_config.json",
+            '{"processor_class": "LlavaProcessor", "image_processor": {"size": 3, "crop_size": "x"}}',
+            "",
+        ),
+    ],
+)
+def test_a_processor_that_cannot_be_used_is_said_and_the_configuration_serves(
+    file: str, content: str, why: str, source: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    (broken / file).write_text(content)
+    keys = {**KEYS, "tokenizer": "none"}
+    result = upcycle.convert(str(broken), tmp_path / "out", **keys).verification
+    assert result is not None
+    assert result.verdict == "exact"
+    assert "made by its configuration (by its processor: " in result.images
+    assert why in result.images
+    assert str(tmp_path) not in (tmp_path / "out" / "verification.json").read_text()
+    assert result.image_error is not None
+
+
+def test_settings_of_processors_lose_what_names_code_and_keep_stock_classes() -> None:
+    raw = {
+        "processor_class": "LlavaProcessor",
+        "image_processor_type": "CLIPImageProcessorFast",
+        "feature_extractor_type": "EvilExtractor",
+        "auto_map": {"AutoProcessor": "evil.X"},
+        "size": {"height": 3, "auto_map": 1},
+        "image_processor": {"image_processor_type": "CLIPImageProcessor", "_auto_class": "AutoImageProcessor"},
+        "tokenizer_class": "Evil",
+        "vocab_file": "/etc/passwd",
+    }
+    assert clean_processor(raw) == {
+        "processor_class": "LlavaProcessor",
+        "image_processor_type": "CLIPImageProcessorFast",
+        "size": {"height": 3},
+        "image_processor": {"image_processor_type": "CLIPImageProcessor"},
+    }
+
+
+def test_the_card_says_that_it_reads_images_and_how_that_was_verified(
+    tower: Callable[..., Path], tmp_path: Path
+) -> None:
+    upcycle.convert(str(tower("llava", "llama")), tmp_path / "out", **KEYS)
+    text = make_card(tmp_path / "out", "org/name")
+    assert "pipeline_tag: image-text-to-text" in text
+    assert "AutoModelForImageTextToText.from_pretrained" in text
+    assert "AutoProcessor" in text
+    assert "relative error of the logits of 64 tokens with a random image made by its configuration: " in text
+    assert "3 of 3 layers" in text

@@ -1,0 +1,133 @@
+"""A model of parts as a target: the text model's MoE, whose names get the wrapper's prefix, and the other parts as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from upcycle.architectures.dense.base import Family
+from upcycle.architectures.dense_config import DenseConfig, Feature
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target
+from upcycle.architectures.tensor_origin import Origin
+from upcycle.architectures.towers.composite import TEXT, CompositeConfig, CompositeFamily, written_name
+from upcycle.architectures.towers.wrapper import Wrapper
+from upcycle.errors import RefusalError, UsageError
+from upcycle.ffn.moe_shape import MoeShape
+from upcycle.registry import load
+
+_KEPT = {
+    "vision": "an encoder of images has FFNs with biases and no gate, behind LayerNorms, and no stock MoE has such experts",
+    "connector": "it is a projection between two parts, and no stock class has a MoE in its place",
+}
+
+
+class CompositeTarget(Target):
+    """Stores a model of parts whose text model is a MoE of ``inner``'s architecture.
+
+    Tensors are written under the names that the source's files have: other parts' as they are, the text model's with the same
+    prefix.
+
+    Args:
+        wrapper: the model of parts.
+        inner: the architecture of the text model's MoE.
+    """
+
+    def __init__(self, wrapper: Wrapper, inner: Target) -> None:
+        self.wrapper, self.inner = wrapper, inner
+        self.name, self.title = inner.name, f"{wrapper.title} ({inner.title})"
+        self.holds, self.holds_unnormalized = inner.holds, inner.holds_unnormalized
+        self.router_semantics, self.rotates_pairs = inner.router_semantics, inner.rotates_pairs
+        self.router, self.score = inner.router, inner.score
+        self.shared, self.shared_switch = inner.shared, inner.shared_switch
+        self.module_paths = inner.module_paths.inside(wrapper.body)
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """Return the keys of the text model's configuration that only its architecture has."""
+        return self.inner.config(dense, shape)
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
+        """Return every tensor of one MoE block of the text model."""
+        tensors = self.inner.moe_tensors(dense, shape, layer, layout)
+        return [replace(t, name=self.inner.module_paths.renamed(t.name, self.module_paths)) for t in tensors]
+
+    def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
+        """Return where a tensor outside the experts comes from."""
+        assert isinstance(family, CompositeFamily)
+        assert isinstance(dense, CompositeConfig)
+        if name in dense.towers:
+            return Origin(name)
+        plain = family.module_paths.renamed(name, family.inner.module_paths)
+        origin = self.inner.origin(family.inner, dense, plain)
+        return replace(origin, name=family.inner.module_paths.renamed(origin.name, family.module_paths))
+
+    def stored(self, dense: DenseConfig) -> DenseConfig:
+        """Return the dense configuration in terms that the text model's architecture can express."""
+        return self.inner.stored(dense)
+
+    def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
+        """Return the features that the text model's architecture cannot hold.
+
+        Where embeddings are multiplied, images go into the text model beside them. A table that multiplies, as Gemma's, leaves
+        images as they are; a text model that multiplies all that it reads, as Granite's, does not. Only a target that does the
+        same keeps both.
+        """
+        found = self.inner.lacks(dense, more)
+        assert isinstance(dense, CompositeConfig)
+        if dense.embedding_multiplier == 1 or Feature.MULTIPLIERS in found:
+            return found
+        return found if dense.scaled_table != (Feature.MULTIPLIERS in self.holds) else [*found, Feature.IMAGE_SCALE]
+
+    def written(self, dense: DenseConfig, name: str) -> str:
+        """Return the name under which a tensor is written: that of the source's files, or one with the prefix that they have.
+
+        A class of its own reads the names of its modules, and not the older ones that the source's class may have.
+        """
+        return name if self.wrapper.moe else written_name(self.module_paths, dense, name)
+
+    def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
+        """Return the source's ``config.json`` with the MoE's configuration as that of the text model."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+        assert isinstance(dense, CompositeConfig)
+        text = self.inner.full_config(dense, shape, dtype)
+        kind = self.wrapper.result
+        return {
+            "architectures": [MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]],
+            "model_type": kind,
+            "dtype": dtype,
+            **self.wrapper.rewrite(dense.parts),
+            "tie_word_embeddings": text["tie_word_embeddings"],
+            TEXT: text,
+        }
+
+
+def target_of(family: Family, name: str) -> Target:
+    """Return the target of this name as it holds a model of ``family``: of a model of parts, inside its wrapper.
+
+    Raises:
+        UsageError: there is no such target.
+    """
+    if isinstance(family, CompositeFamily):
+        return CompositeTarget(family.wrapper, family.wrapper.target(name))
+    target: Target = load("target", name)()
+    return target
+
+
+def check_part(family: Family, part: str) -> None:
+    """Refuse to convert another part of a model than its text model.
+
+    Raises:
+        UsageError: the model has a text model only.
+        RefusalError: the part cannot be converted; the message says why.
+    """
+    if part == "language":
+        return
+    if not isinstance(family, CompositeFamily):
+        raise UsageError(
+            f"part: a {family.name} model is a text model, and has no part '{part}'", hint="leave the key 'part' out"
+        )
+    raise RefusalError(
+        f"part: the {part} of a {family.name} model cannot be converted: {_KEPT[part]}",
+        hint="part: language converts its text model, and keeps the other parts as they are",
+    )
