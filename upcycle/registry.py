@@ -73,6 +73,12 @@ FAMILIES = {
     "youtu": "upcycle.architectures.dense.rearranged.youtu:Youtu",
     "minicpm3": "upcycle.architectures.dense.rearranged.minicpm3:MiniCpm3",
     "lfm2": "upcycle.architectures.dense.mixed_layers.lfm2:Lfm2",
+    "starcoder2": "upcycle.architectures.dense.layer_norm.starcoder2:Starcoder2",
+    "gpt_neox": "upcycle.architectures.dense.layer_norm.gpt_neox:GptNeoX",
+    "stablelm": "upcycle.architectures.dense.layer_norm.stablelm:StableLm",
+    "nemotron": "upcycle.architectures.dense.layer_norm.nemotron:Nemotron",
+    "jais2": "upcycle.architectures.dense.layer_norm.jais2:Jais2",
+    "olmo": "upcycle.architectures.dense.layer_norm.olmo:Olmo",
 }
 TARGETS = {
     "mixtral": "upcycle.architectures.moe.softmax.mixtral:Mixtral",
@@ -92,6 +98,7 @@ TARGETS = {
     "cohere2_moe": "upcycle.architectures.moe.softmax.cohere2_moe:Cohere2Moe",
     "ernie4_5_moe": "upcycle.architectures.moe.softmax.ernie4_5_moe:Ernie45Moe",
     "hunyuan_v1_moe": "upcycle.architectures.moe.softmax.hunyuan_v1_moe:HunyuanV1Moe",
+    "phimoe": "upcycle.architectures.moe.softmax.phimoe:PhiMoe",
     "lfm2_moe": "upcycle.architectures.moe.mixed_layers.lfm2_moe:Lfm2Moe",
 }
 LOSSES = {

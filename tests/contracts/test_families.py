@@ -33,6 +33,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     },
     "ministral": {"head_dim": 128},
     "hyperclovax": {"use_post_norm": False},
+    "gpt_neox": {"use_parallel_residual": False},
+    "nemotron": {"num_key_value_heads": 8},  # without it, the stock class builds no model
 }
 _TRIED: tuple[Any, ...] = (None, True, 1, 7.5, -3, "x", [1], ["x"], {}, {"x": 1}, float("nan"), float("inf"), 10**400)
 
@@ -46,7 +48,10 @@ def test_defaults_are_those_of_the_stock_class(name: str) -> None:
                 "rms_norm_eps", "max_position_embeddings", "initializer_range", "attention_dropout",
                 "tie_word_embeddings"):  # fmt: skip
         own = family.aliases.get(key, key)
-        default = {"attention_dropout": 0.0, "hidden_act": "silu"}.get(key)  # what a class without the key does
+        default = {"attention_dropout": 0.0, "hidden_act": "silu", "rms_norm_eps": 1e-5}.get(
+            key
+        )  # what a class without the key does
+        default = read.num_attention_heads if key == "num_key_value_heads" else default
         assert getattr(read, key) == getattr(stock, own, default), key
     assert read.head_dim == getattr(stock, "head_dim", None) or stock.hidden_size // stock.num_attention_heads
     # A class may keep the old spelling of rope_type beside the new one.
@@ -67,14 +72,15 @@ def test_defaults_are_those_of_the_stock_class(name: str) -> None:
 def test_tensors_are_those_of_the_stock_class(name: str) -> None:
     # Hunyuan's class runs with no other head size.
     sizes = {"num_hidden_layers": 4} | ({"head_dim": 128} if name == "hunyuan_v1_dense" else {})
-    sizes |= CONDITIONS.get(name, {}) | ({"layer_types": ["attention"] * 4} if name == "granitemoehybrid" else {})
+    sizes |= CONDITIONS.get(name, {})
+    sizes |= {"layer_types": ["attention"] * 4} if "layer_types" in sizes else {}
     stock, family = AutoConfig.for_model(name, **sizes), load("family", name)()
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(stock).state_dict()
     read = family.config({"model_type": name, **sizes})
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if stock.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+    head = shapes.pop("lm_head.weight")
+    shapes |= {} if stock.tie_word_embeddings else {family.module_paths.head_weight: head}
     assert family.all_stored_specs(read) == shapes
 
 
@@ -112,6 +118,10 @@ def test_a_rotary_factor_that_the_stock_class_would_ignore_is_refused() -> None:
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("helium", {"head_dim": 64}, "'head_dim' 64"),
         ("llama", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("gpt_neox", {}, "'use_parallel_residual' is true where it is not given"),
+        ("stablelm", {"use_parallel_residual": True}, "'use_parallel_residual' is true: attention and FFN"),
+        ("stablelm", {"qk_layernorm": True}, "'qk_layernorm' is true"),
+        ("olmo", {"clip_qkv": 8.0}, "'clip_qkv' is 8.0"),
     ],
 )
 def test_a_key_that_no_target_can_express_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
@@ -146,8 +156,11 @@ def test_layers_run_alone_as_they_do_in_the_stock_model(name: str, pico: Callabl
                 x, residual = runner.around(index, states)
                 if not checkpoint.family.uncalibrated:
                     torch.testing.assert_close(residual + runner.block(index)(x), output)
-                norm = checkpoint.feed_forward(index).norm.float()
-                assert ((x / norm).norm(dim=1) <= x.shape[1] ** 0.5 * (1 + 1e-5)).all()  # what routers rely on
+                ffn = checkpoint.feed_forward(index)
+                norm, added = ffn.norm.float(), 0 if ffn.norm_bias is None else ffn.norm_bias.float()
+                assert (
+                    ((x - added) / norm).norm(dim=1) <= x.shape[1] ** 0.5 * (1 + 1e-5)
+                ).all()  # what routers rely on
                 states = output
         model = skeleton(checkpoint.raw_config, dense_reader(checkpoint, "keep")(None))
         actual = logits_of(model, checkpoint, states.view(2, 48, -1))
@@ -177,6 +190,9 @@ def test_a_family_that_cannot_be_calibrated_says_so(pico: Callable[[str], Path],
         "glm",
         "cohere",
         "minicpm3",
+        "jais2",
+        "stablelm",
+        "gpt-neox",
     ],
 )
 def test_other_families_are_calibrated(name: str, pico: Callable[[str], Path], tmp_path: Path) -> None:

@@ -32,20 +32,29 @@ UNCALIBRATED = [name for name, (family, _) in PICO.items() if load("family", fam
 CELLS = [(method, name) for method in NAMES for name in PICO if name not in UNCALIBRATED]
 
 
-def hidden_of(block: Any, x: torch.Tensor, kept: torch.Tensor, act: Any) -> torch.Tensor:
-    """What the down projection of a stock FFN reads from some neurons for ``x``, in fp64, whatever it calls its projections."""
-    weights = {name.removesuffix(".weight"): weight.double() for name, weight in block.named_parameters()}
+def neurons(block: Any, kept: torch.Tensor | None, x: torch.Tensor, act: Any) -> torch.Tensor:
+    """What (some) neurons of a stock FFN put out, whatever it calls its projections, in fp64."""
+    tensors = {name: tensor.double() for name, tensor in block.named_parameters()}
+    some: Any = slice(None) if kept is None else kept
     for fused in ("gate_up_proj", "input_linear"):
-        if fused in weights:
-            gate, up = weights[fused].chunk(2)
-            return act(linear(x, gate[kept])) * linear(x, up[kept])
+        if f"{fused}.weight" in tensors:
+            gate, up = tensors[f"{fused}.weight"].chunk(2)
+            return act(linear(x, gate[some])) * linear(x, up[some])
+    outs = []
+    for module in ("w1", "w3", "gate_proj", "up_proj", "c_fc", "dense_h_to_4h"):
+        if f"{module}.weight" in tensors:
+            bias = tensors.get(f"{module}.bias")
+            outs.append(linear(x, tensors[f"{module}.weight"][some], None if bias is None else bias[some]))
+    return act(outs[0]) * outs[1] if len(outs) == 2 else act(outs[0])
 
-    def projected(name: str) -> torch.Tensor:
-        bias = weights.get(f"{name}.bias")
-        return linear(x, weights[name][kept], None if bias is None else bias[kept])
 
-    gate_name, up_name = ("w1", "w3") if "w1" in weights else ("gate_proj", "up_proj")
-    return act(projected(gate_name)) * projected(up_name) if gate_name in weights else act(projected(up_name))
+def bias_of_down(block: Any) -> torch.Tensor | None:
+    """Of the projection whose output the FFN gives."""
+    for module in ("down_proj", "c_proj", "dense_4h_to_h"):
+        bias = getattr(getattr(block, module, None), "bias", None)
+        if bias is not None:
+            return torch.as_tensor(bias.double())
+    return None
 
 
 def test_every_family_is_here() -> None:
@@ -79,8 +88,7 @@ def test_stock_transformers_runs_the_kept_neurons(method: str, name: str, pico: 
         assert kept.tolist() == sorted(set(kept.tolist()))
         before, after = (model.get_submodule(paths.block_of(layer)) for model in (dense, pruned))
         x = torch.randn(16, down.shape[0], dtype=torch.float64)
-        bias = dict(before.named_parameters()).get("down_proj.bias")
-        expected = linear(hidden_of(before, x, kept, act), down.double(), None if bias is None else bias.double())
+        expected = linear(neurons(before, kept, x, act), down.double(), bias_of_down(before))
         with torch.no_grad():
             found = after(x.float()[None])[0]
         assert torch.linalg.norm(found - expected) <= 1e-6 * torch.linalg.norm(expected)

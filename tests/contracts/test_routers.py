@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ffn_forms import FORMS, ffn_of
@@ -119,9 +121,13 @@ def test_calibrated_routers_ask_for_a_text(name: str) -> None:
         assert router.rows(*telling(), generator(0, 0, "router")).shape == (E, D)
 
 
+@pytest.mark.parametrize("bias", [0.0, 2.0])
 @pytest.mark.parametrize("tolerance", [0.01, 0.1])
-def test_cool_weights_differ_by_at_most_the_tolerance_on_the_worst_input(tolerance: float) -> None:
+def test_cool_weights_differ_by_at_most_the_tolerance_on_the_worst_input(tolerance: float, bias: float) -> None:
+    """A LayerNorm's bias, which lies nowhere near the worst input, is added on top."""
     blueprint, ffn = given()
+    added = bias * torch.randn(D, generator=torch.Generator().manual_seed(8))
+    ffn = replace(ffn, norm_bias=added) if bias else ffn
     rows = CoolRouter(CoolParameters(tolerance=tolerance)).rows(blueprint, ffn, generator(0, 0, "router"))
     rows = rows.bfloat16().double()  # as it is stored
     # Worst case for every pair: an input that lies along the difference of their rows, as long as an RMSNorm lets it be.
@@ -130,7 +136,7 @@ def test_cool_weights_differ_by_at_most_the_tolerance_on_the_worst_input(toleran
         for j in range(E):
             seen = (rows[i] - rows[j]) * ffn.norm.double()
             x = seen / seen.norm().clamp(min=1e-30) * D**0.5 * ffn.norm.double()
-            weights = torch.softmax(x @ rows.T, -1)
+            weights = torch.softmax((x + added.double()) @ rows.T, -1)
             worst = max(worst, (weights.max() / weights.min() - 1).item())
     assert 0.5 * tolerance < worst <= tolerance
 

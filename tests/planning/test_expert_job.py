@@ -70,8 +70,8 @@ def test_a_scale_that_the_dtype_rounds_makes_the_promise_rounded() -> None:
     split = {"method": "contiguous_split", "experts": 6, "top_k": 6, "pad": True}
     rounded, exact = job_of(**split), job_of("float32", **split)
     assert rounded.promise[0] == "rounded"
-    assert rounded.rounding_factors == [6.0]
-    assert (exact.promise[0], exact.rounding_factors) == ("exact", [])
+    assert str(rounded.rounding).startswith("the factor 6 rounds in")
+    assert (exact.promise[0], exact.rounding) == ("exact", None)
     assert [value for value in (0.25, 1, 3, 4, -2) if is_power_of_two(value)] == [0.25, 1, 4]
 
 

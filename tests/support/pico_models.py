@@ -217,6 +217,28 @@ PICO: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_auto_adjust_ff_dim": False},
     ),
+    "starcoder2": ("starcoder2", {"sliding_window": 16}),
+    "starcoder2-plain": ("starcoder2", {"use_bias": False, "hidden_size": 48}),  # not gated, and no down bias
+    "gpt-neox": ("gpt_neox", {"use_parallel_residual": False, "hidden_size": 64}),  # a quarter of 16 is turned
+    "gpt-neox-linear": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "rope_parameters": {
+                "rope_type": "linear",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "nemotron": ("nemotron", {"head_dim": 12}),
+    "nemotron-bias": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "jais2": ("jais2", {}),
+    "olmo": ("olmo", {"tie_word_embeddings": True}),
+    "olmo-bias": ("olmo", {"attention_bias": True}),
 }
 # Stock MoEs: name -> (model_type, what differs from MOE_COMMON and its key for four experts)
 MOE_COMMON: dict[str, Any] = COMMON | {

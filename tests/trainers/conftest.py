@@ -31,7 +31,7 @@ def stock() -> Models:
             if target not in load("family", model_type).targets:
                 continue
             dense = load("family", model_type)().config({**COMMON, **different, "model_type": model_type})
-            if dense.features <= load("target", target).holds:
+            if not load("target", target)().lacks(dense):
                 break
         holds = load("target", target).holds
         first = 1 if Feature.DENSE_FIRST in holds else 0

@@ -17,7 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
-from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, sampling_noise, widened
 
 NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
 _NORM_EPSILON = 1e-6
@@ -86,7 +86,13 @@ class RouterControl:
             UsageError: the architecture cannot express normalised logits, and that was not accepted.
         """
         options, rule = self.parameters, layer.rule
-        weights_are_constant = rule.top_k == 1 and rule.normalized
+        decides = options.noise != "none" or options.second == "sampled" or bool(options.normalize_logits)
+        if decides and rule.constant is not None and sampling_noise(layer):
+            raise UsageError(
+                f"control: with router_jitter_noise {sampling_noise(layer):g} these routers draw experts and weigh them by themselves",
+                hint="leave noise, second: sampled and normalize_logits out, or set router_jitter_noise to 0 in config.json",
+            )
+        weights_are_constant = rule.constant is not None or (rule.top_k == 1 and rule.normalized)
         if options.normalize_logits and not options.accept_unexported and not weights_are_constant:
             raise UsageError(
                 "normalize_logits: no stock architecture normalises logits, so the exported model would weigh experts differently "

@@ -27,7 +27,8 @@ class RoutingRule:
     """What turns logits into choices: scores, a bias that only the choice sees, and how the chosen scores become weights.
 
     The weights are ``factor * score / (sum of the chosen + epsilon)`` where ``normalized``, else ``factor * score``. A
-    softmax of the top-k logits is the same as a normalised top-k of the softmax.
+    softmax of the top-k logits is the same as a normalised top-k of the softmax. ``constant`` is what every chosen expert
+    weighs where no score matters.
     """
 
     score: Score
@@ -36,6 +37,7 @@ class RoutingRule:
     normalized: bool = True
     factor: float = 1.0
     epsilon: float = 0.0
+    constant: float | None = None
     # Returns [E] or None. Asked for every time, as casting a model replaces its buffers.
     bias: Callable[[], torch.Tensor | None] = lambda: None
 
@@ -60,6 +62,8 @@ class RoutingRule:
     def weigh(self, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Weights ``[T, K]`` of chosen experts, from all scores ``[T, E]``."""
         weights = scores.gather(1, experts)
+        if self.constant is not None:
+            return torch.full_like(weights, self.constant)
         if self.normalized:
             weights = weights / (weights.sum(-1, keepdim=True) + self.epsilon)
         return self.factor * weights
@@ -152,6 +156,24 @@ def unread_warning(model: nn.Module) -> str | None:
     """What training lacks where :func:`unread` gives a reason."""
     reason = unread(model)
     return f"{reason}: it trains as it is, without balance, load, alarms and router rates" if reason else None
+
+
+def untaught_warning(model: nn.Module) -> str | None:
+    """Say that routers are to train, and that no loss on the tokens reaches them, as their experts' weights are constant."""
+    untaught = [layer for layer in moe_layers(model) if layer.rule.constant is not None and not sampling_noise(layer)]
+    if not any(weight.requires_grad for layer in untaught for weight in layer.router.parameters()):
+        return None
+    return (
+        f"{_model_type(model)} with router_jitter_noise 0: chosen experts always weigh {untaught[0].rule.constant:g}, so that no "
+        "gradient of the loss on tokens reaches the routers, and only auxiliary losses move them; train: [experts, rest] "
+        "leaves them as they are, and router_jitter_noise 0.01 in config.json, with which Phi-3.5-MoE was trained, teaches "
+        "them (the model is not the dense function then)"
+    )
+
+
+def sampling_noise(layer: MoeLayer) -> float:
+    """How far below the best a logit may lie and still be drawn in training (SparseMixer); 0 where routers draw nothing."""
+    return float(getattr(layer.router, "router_jitter_noise", 0.0))
 
 
 def _places(model: nn.Module, target: Target) -> list[RouterPlace]:
@@ -278,5 +300,6 @@ def _rule(target: Target, place: RouterPlace) -> RoutingRule:
         normalized=getattr(router, "norm_topk_prob", True) or getattr(router, "expert_selection_fn", "") == "softmax",
         factor=getattr(router, "routed_scaling_factor", 1.0),
         epsilon=1e-6 if target.name == "lfm2_moe" else 0.0,
+        constant=target.weight_of_chosen,
         bias=lambda: selection_bias(block, router),
     )

@@ -30,7 +30,7 @@ from upcycle.trainers.optimizing.parameter_groups import groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
-from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning
+from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, untaught_warning
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
 from upcycle.trainers.run.step import Stepper
@@ -87,6 +87,12 @@ class Stage:
                 "holds only some of them",
                 hint="set expert_parallel: 1 and zero.stage below 3",
             )
+        if distillation and distillation.taught and any(p.rule.constant is not None for p in moe_layers(self.model)):
+            raise UsageError(
+                f"stage '{stage_recipe.name}': {distillation.taught[0]} compares experts with pieces of the parent's FFN, on its "
+                f"inputs, and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
+                hint="leave it out, or convert to another target",
+            )
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)
@@ -97,9 +103,8 @@ class Stage:
             )
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
-        self.warnings = [
-            text for text in (leak, lost, self.stepper.control.unexported, unread_warning(self.model)) if text
-        ]
+        read = unread_warning(self.model), untaught_warning(self.model)
+        self.warnings = [text for text in (leak, lost, self.stepper.control.unexported, *read) if text]
         self.flops = training_flops(self.model, recipe.length)
         if recipe.zero_stage(ranks.world_size) == 3:
             give_inputs_gradients(moe_layers(self.model))

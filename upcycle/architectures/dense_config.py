@@ -28,6 +28,8 @@ class Feature(Enum):
     PARTIAL_ROTARY = "a rotary embedding of a part of each head"
     MULTIPLIERS = "multipliers on embeddings, attention scores or residuals"
     LOGIT_SCALE = "scaled logits"
+    SCALED_ROPE = "a rotary embedding that is neither plain nor scaled by one factor"
+    LAYER_NORMS = "LayerNorms instead of RMSNorms"
     POST_NORMS = "norms behind attention and FFN instead of before them"
     PARALLEL_BLOCK = "attention and FFN side by side behind one LayerNorm"
     CONVOLUTIONS = "short convolutions in place of some attention layers"
@@ -130,6 +132,7 @@ class DenseConfig:
             Feature.WINDOW: {"sliding_window": self.window},
             Feature.MIXED_WINDOWS: {"sliding_window": self.window},
             Feature.PARTIAL_ROTARY: {"partial_rotary_factor": self.rope_parameters.get("partial_rotary_factor")},
+            Feature.SCALED_ROPE: {"rope_type": self.rope_parameters.get("rope_type")},
             Feature.MULTIPLIERS: multipliers,
             Feature.LAYER_ROPES: {"layers without": self.layer_thetas.count(0)},
             Feature.LOGIT_SCALE: {"logits multiplier": self.logits_multiplier},

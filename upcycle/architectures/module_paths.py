@@ -32,6 +32,7 @@ class ModulePaths:
         embedding: the table of token embeddings.
         final_norm: the norm behind the last layer.
         head: the projection from normed hidden states to logits.
+        stored_head: the head's name in files, where transformers renames it on loading; None: as in memory.
         blocks: the modules of a layer whose outputs add up to its FFN: the dense FFN, or the routed experts and then, in some
             architectures, the shared ones.
     """
@@ -41,6 +42,7 @@ class ModulePaths:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    stored_head: str | None = None
     blocks: tuple[str, ...] = ("mlp",)
 
     @property
@@ -55,8 +57,8 @@ class ModulePaths:
 
     @property
     def head_weight(self) -> str:
-        """The name of the head's weight ``[V, d]``, which is not stored where it is tied to the embeddings."""
-        return f"{self.head}.weight"
+        """The stored name of the head's weight ``[V, d]``, which is not stored where it is tied to the embeddings."""
+        return f"{self.stored_head or self.head}.weight"
 
     @property
     def block(self) -> str:
@@ -87,7 +89,7 @@ class ModulePaths:
         for mine, its in (
             (self.embedding, other.embedding),
             (self.final_norm, other.final_norm),
-            (self.head, other.head),
+            (self.stored_head or self.head, other.stored_head or other.head),
         ):
             if name.startswith(f"{mine}."):
                 return its + name.removeprefix(mine)

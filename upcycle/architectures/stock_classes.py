@@ -14,10 +14,10 @@ StateDict = dict[str, torch.Tensor]
 
 
 def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of all tensors of a configuration's stock class; the head only where it is not tied."""
+    """Return the stored names and shapes of all tensors of a configuration's stock class; the head only where it is not tied."""
     settings = build_config(raw, "config.json")
     model = empty_model(settings, "config.json")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if settings.tie_word_embeddings:
-        del shapes[find_module_paths(settings.model_type).head_weight]
-    return shapes
+    paths = find_module_paths(settings.model_type)
+    head = shapes.pop(f"{paths.head}.weight")
+    return shapes if settings.tie_word_embeddings else {**shapes, paths.head_weight: head}

@@ -20,27 +20,31 @@ class Origin:
     Attributes:
         name: the stored tensor.
         rows: first row and number of rows of the part that is taken; None: all of it.
-        order: the order into which the rows of every attention head are put, as a list of their places before: one of
-            :func:`halves`, :func:`pairs` and :func:`apart`, or several, one after another; None: they stay.
+        order: the rows that are taken of every group of ``head`` rows, in that order: of every attention head, one of :func:`halves`
+            and :func:`pairs`, or several orders, one after another; None: all, as they are.
+        head: rows of one such group.
         add: added to every element, for norms that are stored as ``w`` and applied as ``1 + w``.
         times: multiplies every element, for embeddings that the source multiplies and the target does not.
+        filled: shape and value of a tensor of equal numbers that the source does not store: a norm without a weight, a bias that
+            is not there. ``name`` then is a stored tensor whose dtype it is written in.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     order: tuple[int, ...] | None = None
+    head: int = 1
     add: float = 0.0
     times: float = 1.0
-
-    @property
-    def head(self) -> int:
-        """Rows that are put into another order together: those of one attention head."""
-        return len(self.order or (0,))
+    filled: tuple[tuple[int, ...], float] | None = None
 
     def ordered(self, order: Sequence[int]) -> Origin:
         """Return the same origin with the rows of every head put into ``order`` at last; an order and its inverse cancel out."""
-        places = tuple(order) if self.order is None else tuple(self.order[place] for place in order)
-        return replace(self, order=None if places == tuple(range(len(places))) else places)
+        places, head = (
+            (tuple(order), len(order)) if self.order is None else (tuple(self.order[i] for i in order), self.head)
+        )
+        if places == tuple(range(head)):
+            return replace(self, order=None, head=1)
+        return replace(self, order=places, head=head)
 
     def dtype(self, dtype: str) -> str:
         """Return the dtype in which the tensor is written where the recipe says ``dtype``."""
@@ -49,7 +53,7 @@ class Origin:
     def apply(self, block: torch.Tensor) -> torch.Tensor:
         """Return the origin's rows for a block of stored rows of whole heads; fp32 where they are shifted or scaled."""
         if self.order:
-            block = block.reshape(-1, self.head, *block.shape[1:])[:, list(self.order)].reshape(block.shape)
+            block = block.unflatten(0, (-1, self.head))[:, list(self.order)].flatten(0, 1)
         block = block.float() * self.times if self.times != 1 else block
         return block.float() + self.add if self.add else block
 
@@ -69,15 +73,6 @@ def pairs(head: int, rotated: int | None = None) -> tuple[int, ...]:
     """Return the order that undoes :func:`halves`."""
     turned = head if rotated is None else rotated
     return (*(i // 2 + i % 2 * (turned // 2) for i in range(turned)), *range(turned, head))
-
-
-def apart(head: int, rotated: int) -> tuple[int, ...]:
-    """Return the order that puts half of the rows that are not turned between the halves of those that are.
-
-    Row i, which is turned together with row i + rotated/2 before, then is turned together with row i + head/2.
-    """
-    half, rest = rotated // 2, (head - rotated) // 2
-    return (*range(half), *range(rotated, rotated + rest), *range(half, rotated), *range(rotated + rest, head))
 
 
 def is_rotated(name: str) -> bool:

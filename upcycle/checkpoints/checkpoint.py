@@ -175,16 +175,27 @@ class Checkpoint:
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the converted model as blocks, made from the tensor of this checkpoint that ``origin`` names."""
+        if origin.filled:
+            yield self._filled(origin, dtype)
+            return
         for block in self.store.chunks(origin.name, COPY_BLOCK_BYTES, origin.rows, origin.head):
             yield origin.apply(self._checked(origin.name, block, dtype))
 
     def whole(self, origin: Origin, dtype: str = "keep") -> torch.Tensor:
         """Return a tensor of the converted model whole, made from the tensor of this checkpoint that ``origin`` names."""
+        if origin.filled:
+            return self._filled(origin, dtype)
         if origin.rows is None:
             return origin.apply(self.read(origin.name, dtype))
         size = self.store.specs[origin.name].nbytes
         (block,) = self.store.chunks(origin.name, max(size, 1), origin.rows, origin.head)
         return origin.apply(self._checked(origin.name, block, dtype))
+
+    def _filled(self, origin: Origin, dtype: str) -> torch.Tensor:
+        import torch
+
+        assert origin.filled
+        return torch.full(*origin.filled, dtype=getattr(torch, self.dtype_of(origin.name, dtype)))
 
     def _checked(self, name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
         import torch
@@ -236,11 +247,12 @@ class DenseCheckpoint(Checkpoint):
 
         origins = self.family.ffn_origins(self.config, layer)
         matrices = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
-        tensors = {part: self.whole(origin, dtype if part == "norm" else matrices) for part, origin in origins.items()}
+        own = ("norm", "norm_bias")
+        tensors = {part: self.whole(origin, dtype if part in own else matrices) for part, origin in origins.items()}
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
         gate = tensors.pop("gate", None)
-        return FeedForward(layer=layer, activation=self.config.hidden_act, gate=gate, **tensors)
+        return FeedForward(layer=layer, gate=gate, activation=self.config.hidden_act, **tensors)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""

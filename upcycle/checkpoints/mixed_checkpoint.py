@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, DenseCheckpoint
@@ -97,7 +97,7 @@ class MixedCheckpoint(JoinedCheckpoint):
 
         Means are computed in fp64 and rounded once.
         """
-        if self.rest is None:
+        if self.rest is None or origin.filled:
             yield from super().blocks(origin, dtype)
             return
         weights, total = self._weights(origin)
@@ -128,14 +128,17 @@ class MixedCheckpoint(JoinedCheckpoint):
         return [factors.get(i, 0.0) for i in range(len(self.rest))], 1.0
 
     def feed_forward(self, layer: int, dtype: str = "keep") -> FeedForward:
-        """Return the base's FFN, with the norm before it taken from the mix."""
+        """Return the base's FFN, with the norm before it (weight, and bias if it has one) taken from the mix."""
         ffn = super().feed_forward(layer, dtype)
-        norm = self.family.ffn_origins(self.config, layer).get("norm")
-        if self.rest is None or norm is None:
-            return ffn
+        return ffn if self.rest is None else replace(ffn, **self.norm_before(layer, dtype))
+
+    def norm_before(self, layer: int, dtype: str = "keep") -> dict[str, Any]:
+        """Return the mix's ``norm`` and ``norm_bias`` before an FFN, those that there are, each ``[d]``."""
         import torch
 
-        return replace(ffn, norm=torch.cat(list(self.blocks(norm, dtype))))
+        origins = self.family.ffn_origins(self.config, layer)
+        found = {part: origins[part] for part in ("norm", "norm_bias") if part in origins}
+        return {part: torch.cat(list(self.blocks(origin, dtype))) for part, origin in found.items()}
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads ``gate``, ``up`` or ``down`` of a member's FFN.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.ffn.gated_experts import BuildsParts
     from upcycle.verification.verdict import Verification
 
 
@@ -123,7 +124,7 @@ class ExpertConversion(ExpertJob):
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks of rows: copied, or built by the layer's blueprint."""
         dtype = self.recipe.dtype
-        experts: ExpertTensors | None = None
+        experts: BuildsParts | None = None
         for entry in unit.entries:
             if entry.origin:
                 yield entry, checkpoint.blocks(entry.origin, dtype)
@@ -134,7 +135,8 @@ class ExpertConversion(ExpertJob):
                 ffn = checkpoint.feed_forward(unit.layer, dtype)
                 with torch_threads(threads):
                     blueprint = self._blueprint(ffn, folder)
-                experts = ExpertTensors(ffn, blueprint, checkpoint.expert_matrices(unit.layer, dtype))
+                matrices = checkpoint.expert_matrices(unit.layer, dtype)
+                experts = self.target.built(ExpertTensors(ffn, blueprint, matrices))
             yield entry, _built(entry, experts)
 
     def _blueprint(self, ffn: FeedForward, folder: Path) -> LayerBlueprint:
@@ -173,7 +175,7 @@ class ExpertConversion(ExpertJob):
         return verify_experts(self, checkpoint, folder, windows, progress, training)
 
 
-def _built(entry: OutputEntry, experts: ExpertTensors) -> Iterator[torch.Tensor]:
+def _built(entry: OutputEntry, experts: BuildsParts) -> Iterator[torch.Tensor]:
     """Yield the blocks of a tensor that is built and not copied."""
     assert entry.built is not None
     return (checked_finite(entry, experts.part(part)) for part in entry.built.parts)

@@ -48,10 +48,10 @@ class ExpertTensors:
     """
 
     def __init__(self, ffn: FeedForward, blueprint: LayerBlueprint, tensors: Tensors | None = None) -> None:
-        self._ffn = ffn
+        self.ffn = self._ffn = ffn
         self._tensors = tensors
         self._up_scale: float | None = None
-        self._blueprint = blueprint
+        self.blueprint = self._blueprint = blueprint
         self._routed = [_NeuronList(expert.neurons) for expert in blueprint.routed]
         shared = [expert.neurons for expert in blueprint.shared]
         # Shared experts are always summed, so every architecture stores them as one wide FFN.
@@ -96,7 +96,7 @@ class ExpertTensors:
         """Build a part that the dense FFN's weights are in."""
         where, _, matrix = part.kind.removesuffix(_BIAS).rpartition("_")
         name = matrix + _BIAS if part.kind.endswith(_BIAS) else matrix
-        if self._ffn.gate is None and self._ffn.activation == "relu2":
+        if self._ffn.form.doubles:
             name = name.replace("gate", "up")  # relu2(up x) is relu(up x) * up x
         if name == "down_bias":
             return self._down_bias(where, part)

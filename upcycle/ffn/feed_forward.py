@@ -23,6 +23,7 @@ class FeedForward:
         down: ``[d, F]``.
         norm: ``[d]``, the weight of the RMSNorm whose output the FFN (and so a router) reads: no input is longer than
             ``sqrt(d)`` after division by it. Where there is no such norm it bounds the stream in the same way.
+        norm_bias: ``[d]``, what a LayerNorm adds to its output, or ``None``: ``x - norm_bias`` is bounded then.
         activation: the configuration's ``hidden_act``.
         gate_bias: ``[F]``, or ``None``.
         up_bias: ``[F]``, or ``None``.
@@ -41,6 +42,7 @@ class FeedForward:
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    norm_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for matrix in MATRICES:

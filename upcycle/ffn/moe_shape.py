@@ -38,7 +38,9 @@ PartKind = Literal[
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a layer's :class:`~upcycle.ffn.expert_tensors.ExpertTensors`: a kind, its expert, a factor, a size for idle ones."""
+    """A piece of a layer's :class:`~upcycle.ffn.expert_tensors.ExpertTensors`: a kind, its expert, a factor, a size where it is not
+    the number of the expert's neurons.
+    """
 
     kind: PartKind
     expert: int = 0

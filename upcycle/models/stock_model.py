@@ -80,11 +80,12 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     # Buffers that are computed, not loaded, do not exist on the meta device.
     compute_buffers(model, settings)
     paths = find_module_paths(settings.model_type)
-    problems = model.load_state_dict(outside, strict=False, assign=True)
+    in_memory = {name: f"{paths.head}.weight" if name == paths.head_weight else name for name in outside}
+    problems = model.load_state_dict({in_memory[k]: v for k, v in outside.items()}, strict=False, assign=True)
     missing = [name for name in problems.missing_keys if paths.layer_of(name) is None]
     if settings.tie_word_embeddings:
         model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
-        missing = [name for name in missing if name != paths.head_weight]
+        missing = [name for name in missing if name != f"{paths.head}.weight"]
     if missing or problems.unexpected_keys:
         raise CheckpointError(f"weights do not fit {config['model_type']}: {missing or problems.unexpected_keys}")
     return model

@@ -126,14 +126,11 @@ class ExpertJob:
         if not self.method.exact_with_any_router:
             if top_k < experts:
                 return "approximate", f"{top_k} of {experts} experts run per token"
-            if not self.router.equal_weights:
+            if not (self.router.equal_weights or self.target.weight_of_chosen):
                 return "approximate", f"the {self.router_name} router does not weigh all experts equally"
-        if not self.rounding_factors:
-            return "exact", "the same function as the dense model"
-        return (
-            "rounded",
-            f"the factor {self.rounding_factors[0]:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact",
-        )
+        if self.rounding:
+            return "rounded", self.rounding
+        return "exact", "the same function as the dense model"
 
     @property
     def family_name(self) -> str:
@@ -182,11 +179,17 @@ class ExpertJob:
         return tuple(self.scale**power for power in self.method.spread)
 
     @property
-    def rounding_factors(self) -> list[float]:
-        """The factors on experts, routed or shared, that the stored dtype cannot apply without rounding."""
+    def rounding(self) -> str | None:
+        """What the stored dtype cannot hold without rounding, though method and router change nothing; None: nothing."""
+        if self.dtype in ("float32", "float64"):
+            return None
         own = map(self.mixing.source_scale, self.members + self.shared_members) if self.mixing else ()
+        factor = next((f for f in (*self.factors, *own) if not is_power_of_two(f)), None)
+        if factor is not None:
+            return f"the factor {factor:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
+        what = self.target.folded(self.dense)
         return (
-            [] if self.dtype in ("float32", "float64") else [f for f in (*self.factors, *own) if not is_power_of_two(f)]
+            f"{what} are parts of the experts, which round in {self.dtype}; --dtype float32 is exact" if what else None
         )
 
     @property
@@ -236,7 +239,7 @@ def _expert_plan(job: ExpertJob) -> Plan:
     entries = [entry for unit in job.units for entry in unit.entries]
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
-    idle_per_layer = (shape.experts - shape.top_k) * 3 * shape.expert_size * dense.hidden_size
+    idle_per_layer = (shape.experts - shape.top_k) * 3 * job.target.stored_width(shape) * dense.hidden_size
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
     promise, why = job.promise
@@ -291,11 +294,11 @@ def _peak_memory(job: ExpertJob) -> int:
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
-        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["up"].name
+        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["down"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
-    largest_row_block = max(spec.nbytes // max(spec.shape[0], 1) for spec in job.dense_specs.values())
+    largest_row_block = max(spec.nbytes // max(*spec.shape[:1], 1, 1) for spec in job.dense_specs.values())
     blocks = max(built, COPY_BLOCK_BYTES, largest_row_block) + WAITING_BYTES + min(read, _MALLOC_KEEPS)
     writing = RESIDENT_BYTES + read + min(blocks, sum(shard.nbytes for shard in job.shards))
     if job.calibrated:  # an own text is written first, by the whole model
@@ -374,7 +377,6 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
             f"experts of {shape.expert_size} neurons are too narrow to be faster than the dense model in any engine: finding and "
             f"starting them takes longer than they save (--active with --width {wider}, or fewer experts)"
         )
-    warnings += job.target.notes(job.dense)
     (embeddings,) = next(job.units).entries
     if embeddings.origin and embeddings.origin.times != 1:
         able = [target.name for target in job.targets if Feature.MULTIPLIERS in target.holds]
@@ -382,10 +384,8 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
             f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
             f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
         )
-    promise, why = job.promise
-    if promise == "rounded":
-        warnings.append(why)
-    return warnings
+    rounded = [job.promise[1]] if job.promise[0] == "rounded" else []
+    return [*warnings, *rounded, *job.target.remarks(job.dense)]
 
 
 def is_power_of_two(value: float) -> bool:

@@ -72,13 +72,15 @@ def prepare_experts(
     sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
     texts = recipe.calibration.texts
     if router_name == "auto":
-        split_name = ("ridge" if texts else "cool") if sparse else "zero"
+        all_equal = "random" if target.weight_of_chosen else "zero"  # there, equal logits are what makes weights differ
+        split_name = ("ridge" if texts else "cool") if sparse else all_equal
         router_name = "random" if method.kind == "copies" else split_name
     router_class = load("router", router_name)
     router: Router = router_class(
         parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
     )
     router.check(recipe.experts, recipe.top_k)
+    _check_ties(target, method, router, recipe.experts)
     mixes = mixing(method)
     members = mixes.members if mixes else []
     with_merges = recipe.model_copy(update={"sources": mixes.source_recipes(recipe.sources)}) if mixes else recipe
@@ -130,6 +132,27 @@ def _with_implied(recipe: Recipe, method: Method) -> Recipe:
     return recipe.model_copy(update={"experts": experts, "top_k": top_k, "shared": shared})
 
 
+def _check_ties(target: Target, method: Method, router: Router, experts: int) -> None:
+    """Refuse equal logits where they change the weights of the chosen experts.
+
+    Raises:
+        UsageError: the router, or the method, makes rows that are equal.
+    """
+    if not target.weight_of_chosen:
+        return
+    import torch
+
+    rows = torch.eye(experts)
+    what = (
+        f"the {router.name} router makes" if router.equal_weights else f"method {method.name} gives experts of a group"
+    )
+    if router.equal_weights or len(method.tie(rows).unique(dim=0)) < experts:
+        raise UsageError(
+            f"{what} equal rows, and {target.name} halves the weight of an expert whose logit another one has, too",
+            hint="--router random" if router.equal_weights else "another method, such as sparse_upcycling",
+        )
+
+
 def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:
     """Return the targets that a recipe may mean, by name.
 
@@ -172,6 +195,8 @@ def _choose_target(
         needed.add(Feature.DENSE_FIRST if min(shape.moe_layers) == stays_dense else Feature.DENSE_LAYERS)
     candidates = [targets[name] for name in family.targets]
     weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
+    running = [target for target in weighing if target.top_k in (None, shape.top_k)]
+    weighing = running or weighing
     if recipe.target == "auto":
         able = [target for target in weighing or candidates if not target.lacks(dense, needed)]
         as_it_is = (
@@ -189,6 +214,12 @@ def _choose_target(
             f"{chosen.name} always makes the chosen experts' weights sum to 1, gate=softmax leaves them as they are",
             hint=f"use --target {names[0]}" if names else "use --param gate=normalized",
         )
+    if chosen.top_k not in (None, shape.top_k):
+        able = [target.name for target in running if not target.lacks(dense, needed)]
+        raise RefusalError(
+            f"{chosen.name} always runs {chosen.top_k} experts per token, and 'top_k' is {shape.top_k}",
+            hint=f"--top-k {chosen.top_k}" + (f", or --target {able[0]}" if able else ""),
+        )
     return chosen
 
 
@@ -205,7 +236,7 @@ def _units(
 
     units = [Unit("embeddings", None, tuple(copied(family.first_specs(dense))))]
     for layer in range(dense.num_hidden_layers):
-        entries = copied(family.layer_specs(dense, layer))
+        entries = copied(target.layer_specs(family, dense, layer))
         if layer in shape.moe_layers:
             expert_dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
             entries += [
@@ -215,5 +246,5 @@ def _units(
         else:
             entries += copied(family.ffn_specs(dense, layer))
         units.append(Unit(f"layer {layer}", layer, tuple(entries)))
-    units.append(Unit("final norm", None, tuple(copied(family.last_specs(target.stored(dense))))))
+    units.append(Unit("final norm", None, tuple(copied(target.last_specs(family, dense)))))
     return units

@@ -29,8 +29,9 @@ class CoolRouter(Router):
     The bound holds for every possible token. The router reads ``x = w * u`` with ``w`` the norm's weight and
     ``||u|| <= sqrt(d)``, so two logits differ by at most ``sqrt(d) * ||w * (r_i - r_j)||``, and two softmax weights by a
     factor of at most its exponential. Sigmoid scores differ by less: ``sigmoid(a) / sigmoid(b) <= exp(a - b)`` for
-    ``a >= b``. A LayerNorm's output is as bounded as an RMSNorm's, and where nothing is normed before the FFN, ``w`` bounds
-    the stream (:class:`~upcycle.ffn.feed_forward.FeedForward`).
+    ``a >= b``. A LayerNorm's output is as bounded as an RMSNorm's; if it adds a bias ``b``, logits differ by up to
+    ``|b (r_i - r_j)|`` more. Where nothing is normed before the FFN, ``w`` bounds the stream
+    (:class:`~upcycle.ffn.feed_forward.FeedForward`).
     """
 
     name = "cool"
@@ -48,13 +49,16 @@ class CoolRouter(Router):
     ) -> torch.Tensor:
         """Return the rows, fp32 ``[E, d]``."""
         rows = torch.randn(len(blueprint.routed), ffn.hidden_size, generator=rng)
-        return cooled(rows, ffn.norm, self.parameters.tolerance)
+        return cooled(rows, ffn, self.parameters.tolerance)
 
 
-def cooled(rows: torch.Tensor, norm: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """Shorten ``rows`` ``[E, d]`` until any two experts' weights differ by at most ``tolerance`` on every input."""
-    seen = rows.double() * norm.double()
+def cooled(rows: torch.Tensor, ffn: FeedForward, tolerance: float) -> torch.Tensor:
+    """Shorten ``rows`` ``[E, d]`` until any two experts' weights differ by at most ``tolerance`` on every input of the FFN."""
+    seen = rows.double() * ffn.norm.double()
     spread = torch.cdist(seen, seen).max().item() * math.sqrt(rows.shape[1])
+    if ffn.norm_bias is not None:
+        added = rows.double() @ ffn.norm_bias.double()
+        spread += (added.max() - added.min()).item()
     if spread == 0:
         return rows
     return rows * min(1.0, _ROUNDING_MARGIN * math.log1p(tolerance) / spread)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import linear
 
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.ffn.gated_experts import ConstantInput
 from upcycle.models.experts import expert_outputs
 from upcycle.models.stock_layers import layers_of
 from upcycle.models.stock_model import output_of
@@ -39,6 +41,7 @@ class LayerErrors:
         self._mixed = checkpoint if isinstance(checkpoint, MixedCheckpoint) and mixes else None
         self._moe = moe
         self._sources: dict[int, Layers] = {}
+        self._own_input: torch.Tensor | None = None
         count = job.dense.num_hidden_layers
         self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
         # After a refit, or with overlapping experts, all experts together are not the dense FFN: there is nothing to compare.
@@ -48,34 +51,57 @@ class LayerErrors:
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs inside the ``with`` block."""
+        paths = self._job.family.module_paths
         hooks = [
-            layer.get_submodule(self._job.family.module_paths.block).register_forward_hook(
+            layer.get_submodule(paths.block).register_forward_hook(
                 lambda _, args, output, i=i: self._compare(i, args[0], output)
             )
             for i, layer in enumerate(dense.layers)
         ]
+        if self._job.target.folded(self._job.dense):
+            norm = self._job.family.ffn_names(0)["norm"].removesuffix(".weight").removeprefix(f"{paths.layer(0)}.")
+            hooks += [
+                layer.get_submodule(norm).register_forward_hook(
+                    lambda _, args, __, i=i: self._renormed(i, norm, args[0])
+                )
+                for i, layer in enumerate(dense.layers)
+            ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _renormed(self, index: int, norm: str, stream: torch.Tensor) -> None:
+        """Keep what the MoE's own norm makes of the stream before a dense FFN, where its experts read another input."""
+        with torch.no_grad():
+            self._moe.load(index)
+            self._own_input = self._moe.layers[index].get_submodule(norm)(stream)
+
     def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
         with torch.no_grad():
             blocks = self._moe.blocks(index)
-            actual: torch.Tensor = sum(output_of(block, x) for block in blocks)
+            own, self._own_input = x if self._own_input is None else self._own_input, None
+            actual: torch.Tensor = sum(output_of(block, own) for block in blocks)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
-                everyone = _all_experts(blocks, x, self._job)
-                reference = self._mean_of_sources(index, x) if self._mixed else expected
+                everyone = _all_experts(blocks, own, self._job)
+                reference = self._mean_of_sources(index, x, own) if self._mixed else expected
                 self._squares[1, index] += (everyone - reference).double().square().sum()
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
             self._moe.drop(index)
 
-    def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory."""
+    def _mean_of_sources(self, index: int, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory.
+
+        ``x`` is what they read; where the norm is folded into the experts, it is the mix's norm of what they read (``own``).
+        """
         assert self._mixed is not None
+        if self._job.target.folded(self._job.dense):
+            norm = self._mixed.norm_before(index, self._job.recipe.dtype)
+            x = (own - ConstantInput(x.shape[-1]).level) * norm["norm"].float()
+            x = x + norm["norm_bias"].float() if "norm_bias" in norm else x
         job, total = self._job, torch.zeros_like(x)
         assert job.mixing is not None
         parts = [(source, 1 / len(job.members)) for source in job.members]
@@ -120,17 +146,31 @@ class LayerErrors:
         return next((error for error in found if math.isnan(error)), max(found))
 
 
+def _down_bias(experts: Any, expert: int, x: torch.Tensor, own: int) -> torch.Tensor:
+    """Return what an expert adds beside its own neurons: the dense FFN's down bias, as a bias or as neurons behind its ``own``."""
+    bias: torch.Tensor | None = getattr(experts, "down_proj_bias", None)
+    if bias is not None:
+        return bias[expert]
+    down = experts.down_proj[expert]
+    if down.shape[1] <= own:
+        return torch.zeros(x.shape[-1])
+    gate, up = linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return linear((experts.act_fn(gate) * up)[..., own:], down[:, own:])
+
+
 def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch.Tensor:
-    """Return the block's output with every expert active at equal weight, scaled so that it equals the dense FFN's."""
+    """Return the block's output with every expert active at equal weight, scaled so that it equals the dense FFN's.
+
+    Neurons behind an expert's own, which hold a down bias, belong to no neuron of the dense FFN and are not scaled.
+    """
     block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts
-    factor = job.method.scale("exact", count, count) / (job.scale * count)
-    # The router's weights sum to 1, so that the dense FFN's down bias, which every expert has unscaled, is there once.
-    bias = getattr(experts, "down_proj_bias", None)
-    bias = torch.zeros(x.shape[-1]) if bias is None else bias.mean(0)
-    total = bias.expand_as(x).clone()
-    for output in expert_outputs(experts, x.flatten(0, -2)):
-        total += (output.view_as(x) - bias) * factor
+    each = target.weight_sum / count
+    factor = each * job.method.scale("exact", count, count) / job.scale
+    total = torch.zeros_like(x)
+    for expert, output in enumerate(expert_outputs(experts, x.flatten(0, -2))):
+        bias = _down_bias(experts, expert, x, job.shape.expert_size)
+        total += factor * (output.view_as(x) - bias) + each * bias
     shared = getattr(block, target.shared, None) if target.shared else None
     if shared is not None:
         switch = torch.sigmoid(block.get_submodule(target.shared_switch)(x)) if target.shared_switch else 1

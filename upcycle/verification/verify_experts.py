@@ -123,7 +123,7 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
         behind = f" behind position {measured.reach.border:,}" if error == measured.far else ""
         verdict = "broken"
         explanation = f"relative logit error {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
-    elif everyone is not None and not everyone <= (roundoff if job.rounding_factors else EXACT_TOLERANCE):
+    elif everyone is not None and not everyone <= (roundoff if job.rounding else EXACT_TOLERANCE):
         verdict = "broken"
         explanation = (
             f"with all experts active a layer is off by {said(everyone, '.1e')}, and it must equal {layers.reference}"

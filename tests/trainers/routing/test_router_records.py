@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.registry import TARGETS
+from upcycle.registry import TARGETS, load
 from upcycle.trainers.routing.router_records import capture
 from upcycle.trainers.routing.stock_routers import moe_layers
 
@@ -27,7 +27,8 @@ def test_records_are_the_stock_models_router_logits(target: str, stock: Any, ids
         assert record.weights.shape == record.experts.shape == (ids.numel(), 2)
         assert record.logits.requires_grad
         assert record.weights.requires_grad
-        torch.testing.assert_close(record.weights.sum(1), torch.ones(ids.numel()), rtol=0, atol=1e-5)
+        whole = load("target", target)().weight_sum
+        torch.testing.assert_close(record.weights.sum(1), torch.full((ids.numel(),), whole), rtol=0, atol=1e-5)
         assert torch.equal(record.chosen.sum(1), torch.full((ids.numel(),), 2.0))
         assert record.scores.shape == record.probabilities.shape == (ids.numel(), 4)
 

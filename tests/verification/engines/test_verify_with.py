@@ -24,6 +24,7 @@ from upcycle.ffn.shared_switch import half_switch
 from upcycle.files import records
 from upcycle.verification.engines.llama_cpp_engine import LlamaCpp
 from upcycle.verification.engines.verify_with import verify_with
+from upcycle.verification.engines.vllm_engine import Vllm
 
 
 @pytest.fixture
@@ -246,3 +247,17 @@ def test_known_differences_of_llama_cpp_are_explained(tmp_path: Path, zero: bool
     said = engine.known_difference(tmp_path, config | {"model_type": "qwen3_moe", "norm_topk_prob": False}) or ""
     assert "sum to 1" in said
     assert engine.known_difference(tmp_path, config | {"model_type": "qwen3_moe"}) is None
+    assert "RMSNorms" in (engine.known_difference(tmp_path, {"model_type": "phimoe"}) or "")
+
+
+def test_known_differences_of_vllm_are_explained(tmp_path: Path) -> None:
+    """What its class for Phi-3.5-MoE takes from no key."""
+    config = {"model_type": "phimoe", "hidden_act": "silu", "router_jitter_noise": 0.01, "sliding_window": None}
+    for changes, reason in (
+        ({"hidden_act": "relu"}, "silu where hidden_act is relu"),
+        ({"router_jitter_noise": 0.0}, "fixes router_jitter_noise at 0.01"),
+        ({"sliding_window": 16}, "no sliding window"),
+    ):
+        assert reason in (Vllm().known_difference(tmp_path, config | changes) or "")
+    assert Vllm().known_difference(tmp_path, config) is None
+    assert Vllm().known_difference(tmp_path, {"model_type": "mixtral"}) is None

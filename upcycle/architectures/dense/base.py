@@ -63,6 +63,7 @@ class Family(ABC):
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
     module_paths: ClassVar[ModulePaths] = ModulePaths()
     uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
+    unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
         """Read ``config.json``; ``where`` is its name in messages.
@@ -95,10 +96,9 @@ class Family(ABC):
             rope_parameters=rope,
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
-            mlp_gated=self.gated,
             windows=self.windows(raw, layers),
             thetas=self.thetas(raw, layers, rope["rope_theta"]),
-            **self.details(raw, values),
+            **{"mlp_gated": self.gated, **self.details(raw, values)},
         )
         self._check_together(config, raw, where)
         return config
@@ -195,7 +195,7 @@ class Family(ABC):
     def ffn_names(self, layer: int) -> dict[str, str]:
         """Return the names of one dense FFN's tensors: ``gate`` and ``up`` ``[F, d]``, ``down`` ``[d, F]``, input ``norm`` ``[d]``.
 
-        Without a norm before the FFN there is no ``norm``, and without a gate no ``gate``.
+        Without a norm before the FFN, or a weight of it, there is no ``norm``; an FFN without a gate has no ``gate``.
         """
         prefix = self.module_paths.layer(layer)
         names = {part: f"{prefix}.mlp.{part}_proj.weight" for part in FfnForm(gated=self.gated).matrices}
@@ -259,7 +259,8 @@ class Family(ABC):
     def ffn_origins(self, config: DenseConfig, layer: int) -> dict[str, Origin]:
         """Return where the tensors of :meth:`ffn_names` come from; ``norm`` is the factor that the norm applies.
 
-        Where the FFN has biases, they are there, too: ``gate_bias``, ``up_bias`` and ``down_bias``.
+        Where the FFN has biases, they are there, too: ``gate_bias``, ``up_bias`` and ``down_bias``; and where the norm adds a
+        bias, ``norm_bias``.
         """
         names = self.ffn_names(layer)
         if config.mlp_bias:
@@ -315,7 +316,7 @@ class Family(ABC):
                     hint=BELONG_TOGETHER,
                 )
         leftover = sorted(set(specs) - set(expected) - {self.module_paths.head_weight})
-        leftover = [name for name in leftover if not name.endswith("rotary_emb.inv_freq")]
+        leftover = [name for name in leftover if not name.endswith(self.unread)]
         if leftover:
             raise CheckpointError(
                 f"{where}: tensor '{shortened(leftover[0])}' is not part of a {self.name} model and would be lost"

@@ -45,7 +45,7 @@ def similarities(
 def _compared(checkpoint: DenseCheckpoint, layer: int) -> list[str]:
     """Return the stored names of the tensors of attention and of the FFN, which not every family calls ``mlp``."""
     origins = checkpoint.family.ffn_origins(checkpoint.config, layer)
-    ffn = {origin.name for part, origin in origins.items() if part != "norm"}
+    ffn = {origin.name for part, origin in origins.items() if part not in ("norm", "norm_bias")}
     stored = checkpoint.family.stored_specs(checkpoint.config, layer)
     return [name for name in stored if "self_attn" in name or "mlp" in name or name in ffn]
 

@@ -93,7 +93,7 @@ def settled(
     neurons = torch.stack([expert.neurons for expert in blueprint.routed]).sort(dim=1).values
     alike = bool((neurons == neurons[0]).all()) and blueprint.down is None
     if alike or apart == 0:
-        return cooled(torch.randn(rows.shape, generator=rng), ffn.norm, tolerance)
+        return cooled(torch.randn(rows.shape, generator=rng), ffn, tolerance)
     # ``cooled`` only ever shortens. Differences far below the tolerance would vanish in a softmax in fp32, and with them
     # the choice, where a target picks the largest weights instead of the largest logits.
-    return cooled((rows / apart).float(), ffn.norm, tolerance)
+    return cooled((rows / apart).float(), ffn, tolerance)

@@ -50,8 +50,9 @@ class LlamaCpp:
 
     def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
         """Return why llama.cpp differs: its graphs ignore ``norm_topk_prob``, and compute Qwen2-MoE's sigmoid as ``silu(x) / x``.
+        Phi-3.5-MoE has the graph of Phi-3 there.
 
-        https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp
+        https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen2moe.cpp and phi3.cpp
         """
         kind, normalized = config.get("model_type"), config.get("norm_topk_prob")
         if kind == "qwen2_moe":
@@ -61,6 +62,10 @@ class LlamaCpp:
             return ", and ".join(why) or None
         if kind in ("qwen3_moe", "mellum") and normalized is False:
             return "llama.cpp makes the weights of the chosen experts sum to 1, whatever norm_topk_prob says"
+        if kind == "phimoe":
+            return (
+                "llama.cpp computes RMSNorms and silu for phimoe, and makes the weights of the chosen experts sum to 1"
+            )
         return None
 
 

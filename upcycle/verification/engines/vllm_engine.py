@@ -31,5 +31,17 @@ class Vllm:
         return Answer(f"vLLM {found['version']}", found["dtype"], read_written(found), None)
 
     def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
-        """Return None: no difference is known."""
-        return None
+        """Return why vLLM differs: it fixes three settings of Phi-3.5-MoE.
+
+        https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/phimoe.py
+        """
+        if config.get("model_type") != "phimoe":
+            return None
+        why = []
+        if config.get("hidden_act") != "silu":
+            why.append(f"computes silu where hidden_act is {config.get('hidden_act')}")
+        if config.get("sliding_window"):
+            why.append("has no sliding window for phimoe")
+        if config.get("router_jitter_noise") != 0.01:
+            why.append("fixes router_jitter_noise at 0.01")
+        return f"vLLM {', and '.join(why)}" if why else None
