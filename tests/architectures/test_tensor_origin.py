@@ -76,3 +76,13 @@ def test_rows_of_every_group_are_taken_in_order() -> None:
     assert taken.apply(rows[:, None].expand(12, 5)).shape == (4, 5)
     assert taken.ordered((1, 0)).apply(rows).tolist() == [3, 2, 9, 8]
     assert Origin("q").ordered((2, 0, 1)).apply(rows[:6]).tolist() == [2, 0, 1, 5, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_are_taken_off_rows_or_columns(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1.0, 2.0, 6.0], [4.0, 5.0, 0.0]], dtype=dtype)
+    rows, columns = (Origin("a", centred="rows"), Origin("a", centred="columns", head=2))
+    assert rows.apply(weight).tolist() == [[-2, -1, 3], [1, 2, -3]]
+    assert columns.apply(weight).tolist() == [[-1.5, -1.5, 3], [1.5, 1.5, -3]]
+    assert columns.apply(weight[:, 0]).tolist() == [-1.5, 1.5]
+    assert rows.dtype("bfloat16") == columns.dtype("bfloat16") == "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ class Origin:
         head: rows of one such group.
         add: added to every element, for norms that are stored as ``w`` and applied as ``1 + w``.
         times: multiplies every element, for embeddings that the source multiplies and the target does not.
+        centred: whether the mean of every row is taken off (``rows``), or of every column in each group of ``head`` rows.
         filled: shape and value of a tensor of equal numbers that the source does not store: a norm without a weight, a bias that
             is not there. ``name`` then is a stored tensor whose dtype it is written in.
     """
@@ -35,6 +36,7 @@ class Origin:
     head: int = 1
     add: float = 0.0
     times: float = 1.0
+    centred: Literal["rows", "columns"] | None = None
     filled: tuple[tuple[int, ...], float] | None = None
 
     def ordered(self, order: Sequence[int]) -> Origin:
@@ -48,12 +50,16 @@ class Origin:
 
     def dtype(self, dtype: str) -> str:
         """Return the dtype in which the tensor is written where the recipe says ``dtype``."""
-        return "float32" if self.add or self.times != 1 else dtype
+        return "float32" if self.add or self.times != 1 or self.centred else dtype
 
     def apply(self, block: torch.Tensor) -> torch.Tensor:
-        """Return the origin's rows for a block of stored rows of whole heads; fp32 where they are shifted or scaled."""
+        """Return the origin's rows for a block of stored rows of whole heads; fp32 where they are changed."""
         if self.order:
             block = block.unflatten(0, (-1, self.head))[:, list(self.order)].flatten(0, 1)
+        if self.centred:
+            wide = block.double().unflatten(0, (-1, 1 if self.centred == "rows" else self.head))
+            means = wide.mean(-1 if self.centred == "rows" else 1, keepdim=True)
+            block = (wide - means).flatten(0, 1).float()
         block = block.float() * self.times if self.times != 1 else block
         return block.float() + self.add if self.add else block
 

@@ -187,7 +187,7 @@ class ExpertJob:
         factor = next((f for f in (*self.factors, *own) if not is_power_of_two(f)), None)
         if factor is not None:
             return f"the factor {factor:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
-        what = self.target.folded(self.dense)
+        what = self.target.folded(self.dense) or self.target.centred(self.dense)
         return (
             f"{what} are parts of the experts, which round in {self.dtype}; --dtype float32 is exact" if what else None
         )

@@ -82,11 +82,14 @@ class LayerErrors:
         with torch.no_grad():
             blocks = self._moe.blocks(index)
             own, self._own_input = x if self._own_input is None else self._own_input, None
+            centred = self._job.target.centred(self._job.dense) is not None
+            expected = _without_mean(expected) if centred else expected
             actual: torch.Tensor = sum(output_of(block, own) for block in blocks)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
                 everyone = _all_experts(blocks, own, self._job)
                 reference = self._mean_of_sources(index, x, own) if self._mixed else expected
+                reference = _without_mean(reference) if centred else reference
                 self._squares[1, index] += (everyone - reference).double().square().sum()
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
@@ -144,6 +147,11 @@ class LayerErrors:
         errors, norms = self._squares[[1, 3]].tolist()
         found = [relative(errors[layer], norms[layer]) for layer in self._job.shape.moe_layers]
         return next((error for error in found if math.isnan(error)), max(found))
+
+
+def _without_mean(output: torch.Tensor) -> torch.Tensor:
+    """Return what is left of an output behind a LayerNorm, where the MoE adds no mean to the stream."""
+    return output - output.mean(-1, keepdim=True)
 
 
 def _down_bias(experts: Any, expert: int, x: torch.Tensor, own: int) -> torch.Tensor:

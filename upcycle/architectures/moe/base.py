@@ -108,12 +108,16 @@ class Target(ABC):
         """Return how many neurons an expert has on disk."""
         return shape.expert_size
 
-    def built(self, tensors: ExpertTensors) -> BuildsParts:
+    def built(self, tensors: ExpertTensors, dense: DenseConfig) -> BuildsParts:
         """Return what makes the parts of :meth:`moe_tensors` out of one layer's experts."""
         return tensors
 
     def folded(self, dense: DenseConfig) -> str | None:
         """Return what is folded into the experts, in words; their input then is not the dense FFN's. None: nothing is."""
+        return None
+
+    def centred(self, dense: DenseConfig) -> str | None:
+        """Return what is taken off everything that adds to the stream, in words: outputs then differ from the dense by their means."""
         return None
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
