@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 import upcycle
-from upcycle.architectures.rope import can_be_whole, rope_parameters, whole_head_rope
+from upcycle.architectures.rope import can_be_masked, masked_rope, rope_parameters
 from upcycle.registry import load
 
 LONG: dict[str, Any] = {
@@ -31,8 +31,8 @@ def test_frequencies_are_equal_to_the_last_bit(theta: float, scaling: dict[str, 
     raw = {"rope_parameters": {**scaling, "rope_theta": theta, "partial_rotary_factor": 0.75}, **SIZES}
     raw["original_max_position_embeddings"] = 4096
     read = rope_parameters(raw, context=131072)
-    assert can_be_whole(read, 131072)
-    whole = whole_head_rope(read, 128, 96, 131072)
+    assert can_be_masked(read, 131072)
+    whole = masked_rope(read, 128, 131072)
     dense = Phi3RotaryEmbedding(AutoConfig.for_model("phi3", **raw))
     moe = MixtralRotaryEmbedding(
         AutoConfig.for_model(
@@ -51,11 +51,11 @@ def test_frequencies_are_equal_to_the_last_bit(theta: float, scaling: dict[str, 
 def test_a_longrope_that_multiplies_is_left_to_targets_that_rotate_a_part() -> None:
     family = load("family", "phi3")()
     dense = family.config({**COMMON, **PICO["phi4-mini"][1], "model_type": "phi3"})
-    assert not can_be_whole(dense.rope_parameters, 512)
+    assert not can_be_masked(dense.rope_parameters, 512)
     assert [t for t in family.targets if not load("target", t)().lacks(dense)] == ["glm4_moe"]
     whole_context = {**PICO["phi4-mini"][1], "original_max_position_embeddings": 512}
     dense = family.config({**COMMON, **whole_context, "model_type": "phi3"})
-    assert can_be_whole(dense.rope_parameters, 512)
+    assert can_be_masked(dense.rope_parameters, 512)
 
 
 def test_a_target_that_rotates_a_part_comes_first_and_another_says_what_it_does(pico: Any) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upcycle.architectures.tensor_origin import Origin, apart, halves, is_rotated, pairs
+from upcycle.architectures.rope import partly_turned
+from upcycle.architectures.tensor_origin import Origin, halves, is_rotated, pairs
 from upcycle.files.formats.tensor_files import SafetensorsFile
 
 
@@ -24,8 +25,9 @@ def test_dimensions_that_are_not_turned_stay_behind_or_go_between_by_hand() -> N
     rows = torch.arange(8)
     assert Origin("q").ordered(halves(8, 4)).apply(rows).tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
     assert Origin("q").ordered(pairs(8, 6)).apply(rows).tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
-    assert Origin("q").ordered(apart(8, 4)).apply(rows).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
-    assert Origin("q").ordered(halves(8, 4)).ordered(apart(8, 4)).apply(rows).tolist() == [0, 2, 4, 5, 1, 3, 6, 7]
+    apart = partly_turned({"partial_rotary_factor": 0.5}, 8)
+    assert Origin("q").ordered(apart).apply(rows).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert Origin("q").ordered(halves(8, 4)).ordered(apart).apply(rows).tolist() == [0, 2, 4, 5, 1, 3, 6, 7]
 
 
 @pytest.mark.parametrize("rotated", [None, 8])
@@ -69,8 +71,18 @@ def test_which_tensors_are_rotated() -> None:
 
 def test_rows_of_every_group_are_taken_in_order() -> None:
     rows = torch.arange(12.0)
-    taken = Origin("qkv", order=(2, 3), group=6)
+    taken = Origin("qkv", head=6, order=(2, 3))
     assert taken.apply(rows).tolist() == [2, 3, 8, 9]
     assert taken.apply(rows[:, None].expand(12, 5)).shape == (4, 5)
     assert taken.ordered((1, 0)).apply(rows).tolist() == [3, 2, 9, 8]
     assert Origin("q").ordered((2, 0, 1)).apply(rows[:6]).tolist() == [2, 0, 1, 5, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_are_taken_off_rows_or_columns(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1.0, 2.0, 6.0], [4.0, 5.0, 0.0]], dtype=dtype)
+    rows, columns = (Origin("a", centred="rows"), Origin("a", centred="columns", head=2))
+    assert rows.apply(weight).tolist() == [[-2, -1, 3], [1, 2, -3]]
+    assert columns.apply(weight).tolist() == [[-1.5, -1.5, 3], [1.5, 1.5, -3]]
+    assert columns.apply(weight[:, 0]).tolist() == [-1.5, 1.5]
+    assert rows.dtype("bfloat16") == columns.dtype("bfloat16") == "float32"

@@ -124,7 +124,7 @@ class DenseStates:
         origin = self.copied.get(name)
         if origin is None:
             raise UsageError(f"dense_states: '{name}' is not a tensor of the conversion {self.model}", hint=_HINT)
-        if origin.times != 1 or ((origin.add or origin.filled) and key):
+        if origin.times != 1 or origin.centred or ((origin.add or origin.filled) and key):
             raise _changed(name, self.model)
         return self._of(key).whole(origin)
 

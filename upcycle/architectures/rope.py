@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle.errors import CheckpointError, RefusalError
@@ -77,46 +77,6 @@ def rope_parameters(
     return rope
 
 
-def can_be_whole(rope: Mapping[str, Any], context: int) -> bool:
-    """Return whether :func:`whole_head_rope` can describe a rotary embedding.
-
-    A longrope for a longer context than it was trained with multiplies what it turns by a factor, unless that is given as 1; in
-    whole heads, it would multiply the other dimensions, too.
-    """
-    if rope["rope_type"] == "longrope":
-        given, longer = rope.get("attention_factor"), rope.get("factor") or context / rope[_LENGTH]
-        return given == 1 if given is not None else longer <= 1
-    return bool(rope["rope_type"] == "default")
-
-
-def whole_head_rope(rope: Mapping[str, Any], head: int, rotated: int, context: int) -> dict[str, Any]:
-    """Return a rotary embedding of whole heads that turns ``rotated`` of their dimensions as ``rope`` does, and no others.
-
-    It is a longrope with theta 1, so that its factors are the wavelengths themselves. transformers computes a frequency as
-    ``1 / (factor * theta ** exponent)`` in fp32: with the same fp32 numbers as factors, frequencies are equal to the last bit.
-    The other dimensions have a factor of 1e30, which turns them by less than 1e-24 anywhere. Rows of queries and keys must be put
-    :func:`~upcycle.architectures.tensor_origin.apart`.
-
-    Args:
-        rope: a description that :func:`can_be_whole`.
-        head: dimensions of a head.
-        rotated: those that are turned.
-        context: the model's longest input, to which a default rope does not change.
-    """
-    import torch
-
-    wavelengths = rope["rope_theta"] ** (torch.arange(0, rotated, 2, dtype=torch.float) / rotated)
-    stopped = [1e30] * ((head - rotated) // 2)
-    factors = {
-        key: [*(torch.tensor(rope.get(key, 1.0), dtype=torch.float) * wavelengths).tolist(), *stopped]
-        for key in ("short_factor", "long_factor")
-    }
-    kept = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-    if rope["rope_type"] == "default":
-        kept |= {"attention_factor": 1.0, _LENGTH: context}
-    return {**kept, "rope_type": "longrope", "rope_theta": 1.0, **factors}
-
-
 def _check(rope: Mapping[str, Any], where: str) -> None:
     kind = rope["rope_type"]
     if kind == "mrope":
@@ -160,6 +120,18 @@ def partly_turned(rope: Mapping[str, Any], head: int) -> tuple[int, ...]:
     return (*first, *rest[:gap], *second, *rest[gap:])
 
 
+def can_be_masked(rope: Mapping[str, Any], context: int) -> bool:
+    """Return whether :func:`masked_rope` can describe a rotary embedding.
+
+    A longrope for a longer context than it was trained with multiplies what it turns by a factor, unless that is given as 1; in
+    whole heads, it would multiply the other dimensions, too.
+    """
+    if rope["rope_type"] == "longrope":
+        given, longer = rope.get("attention_factor"), rope.get("factor") or context / rope[_LENGTH]
+        return given == 1 if given is not None else longer <= 1
+    return bool(rope["rope_type"] in ("default", "linear"))
+
+
 def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, Any]:
     """Return a rotary embedding of whole heads that turns what a partial one (or one scaled by a factor) turns.
 
@@ -168,32 +140,40 @@ def masked_rope(rope: Mapping[str, Any], head: int, context: int) -> dict[str, A
     long that no position turns them. Rows must be in the order of :func:`partly_turned`.
 
     Args:
-        rope: a description of type ``default`` or ``linear``.
+        rope: a description that :func:`can_be_masked`.
         head: dimensions of a head.
-        context: positions; the short and the long factors are the same.
+        context: positions; the short and the long factors of a rope that has none are the same.
     """
     part, factor = turned(rope, head), rope["factor"] if rope["rope_type"] == "linear" else 1.0
-    if part == head and factor == 1:
+    if part == head and factor == 1 and rope["rope_type"] != "longrope":
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    periods = [*_periods(rope["rope_theta"], part, factor), *[_STOPPED] * ((head - part) // 2)]
+    stopped = [_STOPPED] * ((head - part) // 2)
+    factors = {
+        key: [*_periods(rope["rope_theta"], part, factor, rope.get(key)), *stopped]
+        for key in ("short_factor", "long_factor")
+    }
     return {
         "rope_type": "longrope",
         "rope_theta": 1.0,
-        "short_factor": periods,
-        "long_factor": periods,
+        **factors,
         "factor": 1.0,
         "attention_factor": 1.0,
         "short_mscale": 1.0,
         "long_mscale": 1.0,
-        "original_max_position_embeddings": context,
+        _LENGTH: rope.get(_LENGTH) or context,
     }
 
 
-def _periods(theta: float, part: int, factor: float) -> list[float]:
-    """Return fp32 numbers whose inverses are the frequencies that stock classes compute for ``part`` dimensions."""
+def _periods(theta: float, part: int, factor: float, own: Sequence[float] | None) -> list[float]:
+    """Return fp32 numbers whose inverses are the frequencies that stock classes compute for ``part`` dimensions.
+
+    ``factor`` divides all frequencies, ``own`` multiplies each period.
+    """
     import torch
 
     periods = theta ** (torch.arange(0, part, 2, dtype=torch.int64).float() / part)
+    if own is not None:
+        periods = torch.tensor(own, dtype=torch.float) * periods
     if factor != 1:  # frequencies are divided, which rounds twice: of neighbours, the one whose inverse is nearest
         wanted, near = 1.0 / periods / factor, 1.0 / (1.0 / periods / factor)
         tried = [near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (0.0, torch.inf))]

@@ -26,9 +26,10 @@ from upcycle.architectures.clean_settings import (
     clean_config,
     clean_file,
 )
-from upcycle.architectures.other_formats import fp8_settings, gguf_config
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
 from upcycle.files.formats.parsing import parse_json, read_json
+from upcycle.files.formats.tensor_files import read_config
+from upcycle.files.formats.tensor_names import is_block_fp8
 from upcycle.registry import find
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
         if folder.is_file():
-            named["config"] = gguf_config(clean, folder)
-        elif fp8 := fp8_settings(folder):
+            named["config"] = _gguf_config(clean, folder)
+        elif fp8 := _fp8_settings(folder):
             named["config"] = build_config(clean_file(clean / CONFIG), str(folder))
             named["config"].quantization_config = fp8
         model_type = None if folder.is_file() else read_json(clean / CONFIG).get("model_type")
@@ -137,6 +138,36 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
     model.config.name_or_path = model.name_or_path = ""
     return model
+
+
+def _gguf_config(clean: Path, path: Path) -> Any:
+    """Return the configuration that transformers reads of a ``.gguf`` file, with what it does not read: biases, sizes.
+
+    Args:
+        clean: a folder that shows transformers this file.
+        path: the file.
+    """
+    from transformers import AutoConfig
+
+    from upcycle.files.formats.gguf_file import GgufFile
+
+    ours = GgufFile(path).config
+    config: Any = AutoConfig.from_pretrained(clean, gguf_file=path.name, trust_remote_code=False, local_files_only=True)
+    for key in ours.keys() & {"vocab_size", "attention_bias", "head_dim", "pad_token_id"}:
+        setattr(config, key, ours[key])
+    return config
+
+
+def _fp8_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` with which transformers multiplies FP8 weights by their scales; None without such weights.
+
+    Unless it is told to, it does that only where there is no GPU.
+    """
+    raw = read_config(folder)
+    if not is_block_fp8(raw):
+        return None
+    settings = raw["quantization_config"]
+    return {**{key: settings[key] for key in _FP8_SETTINGS if key in settings}, "dequantize": True}
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -247,7 +247,7 @@ class DenseCheckpoint(Checkpoint):
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
         gate = tensors.pop("gate", None)
-        return FeedForward(layer=layer, activation=self.config.hidden_act, gate=gate, **tensors)
+        return FeedForward(layer=layer, gate=gate, activation=self.config.hidden_act, **tensors)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""

@@ -138,7 +138,7 @@ class ExpertConversion(ExpertJob):
                 with torch_threads(threads):
                     blueprint = self._blueprint(ffn, folder)
                 matrices = checkpoint.expert_matrices(unit.layer, dtype)
-                experts = self.target.built(ExpertTensors(ffn, blueprint, matrices))
+                experts = self.target.built(ExpertTensors(ffn, blueprint, matrices), self.dense)
             yield entry, _built(entry, experts)
 
     def _blueprint(self, ffn: FeedForward, folder: Path) -> LayerBlueprint:

@@ -96,7 +96,7 @@ class ExpertTensors:
         """Build a part that the dense FFN's weights are in."""
         where, _, matrix = part.kind.removesuffix(_BIAS).rpartition("_")
         name = matrix + _BIAS if part.kind.endswith(_BIAS) else matrix
-        if self._ffn.gate is None and self._ffn.activation == "relu2":
+        if self._ffn.form.doubles:
             name = name.replace("gate", "up")  # relu2(up x) is relu(up x) * up x
         if name == "down_bias":
             return self._down_bias(where, part)

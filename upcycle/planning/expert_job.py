@@ -187,7 +187,7 @@ class ExpertJob:
         factor = next((f for f in (*self.factors, *own) if not is_power_of_two(f)), None)
         if factor is not None:
             return f"the factor {factor:g} rounds in {self.dtype}; --dtype float32 or a power of two is exact"
-        what = self.target.folded(self.dense)
+        what = self.target.folded(self.dense) or self.target.centred(self.dense)
         return (
             f"{what} are parts of the experts, which round in {self.dtype}; --dtype float32 is exact" if what else None
         )
@@ -378,7 +378,6 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
             f"experts of {shape.expert_size} neurons are too narrow to be faster than the dense model in any engine: finding and "
             f"starting them takes longer than they save (--active with --width {wider}, or fewer experts)"
         )
-    warnings += job.target.notes(job.dense)
     (embeddings,) = next(job.units).entries
     if embeddings.origin and embeddings.origin.times != 1:
         able = [target.name for target in job.targets if Feature.MULTIPLIERS in target.holds]

@@ -82,11 +82,14 @@ class LayerErrors:
         with torch.no_grad():
             blocks = self._moe.blocks(index)
             own, self._own_input = x if self._own_input is None else self._own_input, None
+            centred = self._job.target.centred(self._job.dense) is not None
+            expected = _without_mean(expected) if centred else expected
             actual = torch.stack([output_of(block, own) for block in blocks]).sum(0)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
                 everyone = _all_experts(blocks, own, self._job)
                 reference = self._mean_of_sources(index, x, own) if self._mixed else expected
+                reference = _without_mean(reference) if centred else reference
                 self._squares[1, index] += (everyone - reference).double().square().sum()
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
@@ -146,6 +149,23 @@ class LayerErrors:
         return next((error for error in found if math.isnan(error)), max(found))
 
 
+def _without_mean(output: torch.Tensor) -> torch.Tensor:
+    """Return what is left of an output behind a LayerNorm, where the MoE adds no mean to the stream."""
+    return output - output.mean(-1, keepdim=True)
+
+
+def _down_bias(experts: Any, expert: int, x: torch.Tensor, own: int) -> torch.Tensor:
+    """Return what an expert adds beside its own neurons: the dense FFN's down bias, as a bias or as neurons behind its ``own``."""
+    bias: torch.Tensor | None = getattr(experts, "down_proj_bias", None)
+    if bias is not None:
+        return bias[expert]
+    down = experts.down_proj[expert]
+    if down.shape[1] <= own:
+        return torch.zeros(x.shape[-1])
+    gate, up = linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return linear((experts.act_fn(gate) * up)[..., own:], down[:, own:])
+
+
 def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch.Tensor:
     """Return the block's output with every expert active at equal weight, scaled so that it equals the dense FFN's.
 
@@ -157,8 +177,8 @@ def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch
     factor = each * job.method.scale("exact", count, count) / job.scale
     total = torch.zeros_like(x)
     for expert, output in enumerate(expert_outputs(experts, x.flatten(0, -2))):
-        beside = _beside_neurons(experts, expert, x, job)
-        total += factor * (output.view_as(x) - beside) + each * beside
+        bias = _down_bias(experts, expert, x, job.shape.expert_size)
+        total += factor * (output.view_as(x) - bias) + each * bias
     shared = getattr(block, target.shared, None) if target.shared else None
     if shared is not None:
         switch = torch.sigmoid(block.get_submodule(target.shared_switch)(x)) if target.shared_switch else 1
@@ -166,15 +186,3 @@ def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch
     for other in blocks[1:]:
         total += other(x)
     return total
-
-
-def _beside_neurons(experts: Any, expert: int, x: torch.Tensor, job: ExpertJob) -> torch.Tensor:
-    """Return what an expert adds that belongs to no neuron of the dense FFN: its down bias, or the neurons that hold one."""
-    bias, own = getattr(experts, "down_proj_bias", None), job.shape.expert_size
-    if bias is not None:
-        return torch.as_tensor(bias[expert]).expand_as(x)
-    if not job.target.folded(job.dense):
-        return torch.zeros_like(x)
-    gate, up = linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    hidden = experts.act_fn(gate) * up
-    return linear(hidden[..., own:], experts.down_proj[expert][:, own:])

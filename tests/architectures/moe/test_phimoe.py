@@ -24,7 +24,13 @@ from upcycle.trainers.routing.router_control import ControlParameters, RouterCon
 from upcycle.trainers.routing.stock_routers import moe_layers, untaught_warning
 
 Pico = Callable[[str], Path]
-COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}
+COPIES: dict[str, Any] = {
+    "target": "phimoe",
+    "method": "sparse_upcycling",
+    "experts": 4,
+    "top_k": 2,
+    "verification": {"tokens": 64},
+}
 NAMES = [name for name, (family, _) in PICO.items() if "phimoe" in load("family", family).targets]
 FIRST = {PICO[name][0]: name for name in reversed(NAMES)}
 FOLDED = ("starcoder2", "gpt-neox", "jais2")
@@ -240,7 +246,7 @@ def test_a_saved_router_of_equal_rows_is_refused(pico: Pico, tmp_path: Path) -> 
     tensors["layers.1.router"][2] = tensors["layers.1.router"][0]
     save_file(tensors, saved, dict(metadata))
     with pytest.raises(RefusalError, match="layer 1: two rows of the router are equal"):
-        upcycle.convert(str(pico("olmo")), tmp_path / "out", blueprint=saved)
+        upcycle.convert(str(pico("olmo")), tmp_path / "out", blueprint=saved, target="phimoe")
 
 
 def test_the_plan_says_what_the_router_means(pico: Pico) -> None:
@@ -303,7 +309,13 @@ def test_heads_that_the_stock_class_cannot_run_are_refused(family: str, changes:
 def test_models_are_mixed(name: str, change: float, branches: Callable[..., list[Path]], tmp_path: Path) -> None:
     """The norms of the sources differ, and all experts read the mean of them."""
     sources = [str(folder) for folder in branches(2, change, name)]
-    keys = {"method": "branch_train_mix", "top_k": 2, "verification": {"tokens": 64}, "tokenizer": "none"}
+    keys = {
+        "target": "phimoe",
+        "method": "branch_train_mix",
+        "top_k": 2,
+        "verification": {"tokens": 64},
+        "tokenizer": "none",
+    }
     found = upcycle.convert(None, tmp_path / "out", sources=sources, **keys).verification
     assert found is not None
     assert found.verdict == ("approximate" if change else "exact")

@@ -97,10 +97,9 @@ class Family(ABC):
             rope_parameters=rope,
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
-            mlp_gated=self.gated,
             windows=self.windows(raw, layers),
             thetas=self.thetas(raw, layers, rope["rope_theta"]),
-            **self.details(raw, values),
+            **{"mlp_gated": self.gated, **self.details(raw, values)},
         )
         self._check_together(config, raw, where)
         return config

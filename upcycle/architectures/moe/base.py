@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.module_paths import ModulePaths
-from upcycle.architectures.rope import can_be_whole, whole_head_rope
-from upcycle.architectures.tensor_origin import Origin, apart, is_rotated, pairs
+from upcycle.architectures.rope import can_be_masked, masked_rope, partly_turned
+from upcycle.architectures.tensor_origin import Origin, is_rotated, pairs
 from upcycle.errors import RefusalError
 from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.ffn.shared_switch import switch_dtype
@@ -108,7 +108,7 @@ class Target(ABC):
         """Return how many neurons an expert has on disk."""
         return shape.expert_size
 
-    def built(self, tensors: ExpertTensors) -> BuildsParts:
+    def built(self, tensors: ExpertTensors, dense: DenseConfig) -> BuildsParts:
         """Return what makes the parts of :meth:`moe_tensors` out of one layer's experts."""
         return tensors
 
@@ -116,9 +116,9 @@ class Target(ABC):
         """Return what is folded into the experts, in words; their input then is not the dense FFN's. None: nothing is."""
         return None
 
-    def remarks(self, dense: DenseConfig) -> list[str]:
-        """Return what every user of a converted model should know, for the plan's warnings."""
-        return []
+    def centred(self, dense: DenseConfig) -> str | None:
+        """Return what is taken off everything that adds to the stream, in words: outputs then differ from the dense by their means."""
+        return None
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
         """Return where a tensor outside the experts comes from, with its rows in the order that this architecture rotates.
@@ -136,7 +136,7 @@ class Target(ABC):
         if name == family.module_paths.final_norm_weight:
             return replace(origin, times=dense.logits_multiplier / self.stored(dense).logits_multiplier)
         if is_rotated(name) and self.masks(dense):
-            return origin.ordered(apart(dense.head_dim, dense.rotated_dim))
+            return origin.ordered(partly_turned(dense.rope_parameters, dense.head_dim))
         if is_rotated(name) and self.rotates_pairs:
             return origin.ordered(pairs(dense.head_dim, dense.rotated_dim))
         return origin
@@ -144,12 +144,12 @@ class Target(ABC):
     def masks(self, dense: DenseConfig) -> bool:
         """Return whether a rotary embedding of a part of each head is written as one of whole heads that stops the rest.
 
-        See :func:`~upcycle.architectures.rope.whole_head_rope`.
+        See :func:`~upcycle.architectures.rope.masked_rope`.
         """
         if not self.masks_rotary or Feature.PARTIAL_ROTARY not in dense.features - self.holds:
             return False
         even = not dense.head_dim % 2 and not dense.rotated_dim % 2
-        return even and can_be_whole(dense.rope_parameters, dense.max_position_embeddings)
+        return even and can_be_masked(dense.rope_parameters, dense.max_position_embeddings)
 
     def written(self, dense: DenseConfig, name: str) -> str:
         """Return the name under which a tensor of this architecture is written."""
@@ -170,41 +170,39 @@ class Target(ABC):
             reached = tuple(None if window is None or window >= context else window for window in dense.windows)
             dense = replace(dense, windows=reached)
         if self.masks(dense):
-            whole = whole_head_rope(
-                dense.rope_parameters, dense.head_dim, dense.rotated_dim, dense.max_position_embeddings
-            )
+            whole = masked_rope(dense.rope_parameters, dense.head_dim, dense.max_position_embeddings)
             dense = replace(dense, rope_parameters=whole)
-        if not dense.mlp_gated and dense.hidden_act == "relu2" and Feature.UNGATED_FFN not in self.holds:
-            dense = replace(dense, hidden_act="relu", mlp_gated=True)
+        if dense.ffn_form.doubles and Feature.UNGATED_FFN not in self.holds:
+            dense = replace(dense, hidden_act=dense.ffn_form.as_gated.activation, mlp_gated=True)
         if Feature.LOGIT_SCALE not in self.holds:
             dense = replace(dense, logits_multiplier=1.0)
         return dense if Feature.MULTIPLIERS in self.holds else _without_multipliers(dense)
 
-    def notes(self, dense: DenseConfig) -> list[str]:
-        """Return what users should know of the form in which this architecture stores a dense model."""
-        stored, notes = self.stored(dense), []
+    def remarks(self, dense: DenseConfig) -> list[str]:
+        """Return what every user of a converted model should know, for the plan's warnings."""
+        stored, found = self.stored(dense), []
         if stored.windows != dense.windows:
-            notes.append(
+            found.append(
                 f"the sliding window of {dense.window} is never reached within {dense.max_position_embeddings} positions and is "
                 f"left out: {self.name} has none"
             )
         if stored.max_position_embeddings != dense.max_position_embeddings:
-            notes.append(
+            found.append(
                 f"{self.name} holds this model up to position {stored.max_position_embeddings:,}, behind which its attention "
                 f"scores grow: its context is written as that, not as {dense.max_position_embeddings:,}"
             )
         if self.masks(dense):
-            notes.append(
+            found.append(
                 f"{self.name} rotates whole heads: factors of a longrope with theta 1 turn {dense.rotated_dim} dimensions of each "
                 f"head as before and stop the other {dense.head_dim - dense.rotated_dim}. transformers and engines that apply "
                 "longrope to any architecture run that"
             )
-        if stored.mlp_gated and not dense.mlp_gated:
-            notes.append(
+        if stored.mlp_gated and dense.ffn_form.doubles:
+            found.append(
                 f"{self.name} has gated experts: gate and up are both the dense up projection (squared ReLU is relu(x) * x), so "
                 "that an expert has half as many weights again"
             )
-        return notes
+        return found
 
     def lacks(self, dense: DenseConfig, more: Iterable[Feature] = ()) -> list[Feature]:
         """Return the features of a dense model, and of ``more`` that its conversion needs, that this architecture cannot hold."""

@@ -17,7 +17,7 @@ class LayerNormFamily(Family):
     without ``gate`` computes ``down(act(up x))``.
     """
 
-    targets = ("phimoe",)
+    targets: tuple[str, ...] = ("phimoe",)
     ffn_modules: ClassVar[Mapping[str, str]] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     must_divide: ClassVar[bool] = False  # the stock class has no head size of its own
     parallel: ClassVar[bool] = False  # attention and FFN run side by side unless the configuration says otherwise

@@ -93,4 +93,4 @@ class GptNeoX(LayerNormFamily):
             return Origin(name)
         first, head = _FUSED[module] * config.head_dim, config.head_dim
         rows = tuple(range(first, first + head))
-        return Origin(f"{prefix}attention.query_key_value.{kind}", order=rows, group=3 * head)
+        return Origin(f"{prefix}attention.query_key_value.{kind}", order=rows, head=3 * head)

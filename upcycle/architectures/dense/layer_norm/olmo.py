@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import DenseConfig
+from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.dense.layer_norm.base import LayerNormFamily
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError
@@ -16,6 +16,7 @@ class Olmo(LayerNormFamily):
     """Describes OLMo 1: its norms add 1e-5 to the variance, whatever ``config.json`` says."""
 
     name, title = "olmo", "OLMo 1"
+    targets = ("mixtral", "phimoe")
     defaults = {
         "vocab_size": 50304,
         "hidden_size": 4096,
@@ -47,7 +48,8 @@ class Olmo(LayerNormFamily):
     def details(self, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
-        return {**super().details(raw, values), "qkv_bias": bias, "output_bias": bias}
+        special = frozenset({Feature.BARE_LAYER_NORMS})
+        return {**super().details(raw, values), "qkv_bias": bias, "output_bias": bias, "special": special}
 
     def ffn_names(self, layer: int) -> dict[str, str]:
         """Return the names of gate, up and down alone: the norm stores nothing."""

@@ -58,10 +58,10 @@ class Cohere2Moe(Target):
             return replace(dense, windows=windows, thetas=())
         return dense
 
-    def notes(self, dense: DenseConfig) -> list[str]:
+    def remarks(self, dense: DenseConfig) -> list[str]:
         """Return what users should know: a model without windows is given the longest one."""
         given = f"{self.name} rotates layers with a window alone: all are given one of {dense.max_position_embeddings}, the context"
-        return [*super().notes(dense), *([given] if dense.window is None and dense.layer_thetas[0] else [])]
+        return [*super().remarks(dense), *([given] if dense.window is None and dense.layer_thetas[0] else [])]
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """Return its own keys; ``intermediate_size`` is the width of one expert, routed or shared."""

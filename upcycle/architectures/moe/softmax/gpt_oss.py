@@ -35,13 +35,13 @@ class GptOss(Target):
         other = [] if dense.hidden_act in _GAINS else [Feature.ACTIVATION]
         return [*super().lacks(dense, more), *other]
 
-    def notes(self, dense: DenseConfig) -> list[str]:
+    def remarks(self, dense: DenseConfig) -> list[str]:
         """Return what users should know: which programs run it."""
         own = (
             "gpt_oss is the only stock MoE architecture with biases in its experts; transformers reads its swiglu_alpha and "
             "swiglu_limit from config.json, other engines take GPT-OSS's own: compare before you serve it (upcycle verify --engine)"
         )
-        return [*super().notes(dense), own]
+        return [*super().remarks(dense), own]
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
         """Return its own keys; the class makes the mask of a window even where no layer has one, so a size is always written."""

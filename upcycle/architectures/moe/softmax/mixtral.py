@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Feature
-from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target, expert_tensors, router_tensor
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, expert_tensors, router_tensor
+from upcycle.architectures.moe.centred import CentringTarget
 from upcycle.ffn.moe_shape import MoeShape
 
 
-class Mixtral(Target):
+class Mixtral(CentringTarget):
     """Routes by a softmax over all experts and top-k, renormalised to sum to 1 (arXiv 2401.04088 and the stock implementation)."""
 
     name = "mixtral"
     title = "Mixtral"
     architecture = "MixtralForCausalLM"
-    holds = frozenset({Feature.PLAIN_QUERIES, Feature.WINDOW})
+    holds = frozenset({Feature.PLAIN_QUERIES, Feature.WINDOW, Feature.BARE_LAYER_NORMS})
     router_semantics = "top-k of softmax, normalised to sum 1"
     masks_rotary = True
 

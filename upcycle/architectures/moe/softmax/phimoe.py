@@ -17,6 +17,7 @@ from upcycle.ffn.moe_shape import MoeShape, Part
 if TYPE_CHECKING:
     from upcycle.ffn.expert_tensors import ExpertTensors
 
+_LAYER_NORMS = {Feature.LAYER_NORMS, Feature.BARE_LAYER_NORMS}
 _PLAIN = ("default", "linear")  # kinds of rope whose frequencies do not depend on the length of the input
 
 
@@ -39,7 +40,7 @@ class PhiMoe(Target):
     """
 
     name, title, architecture = "phimoe", "Phi-3.5-MoE", "PhimoeForCausalLM"
-    holds = frozenset({Feature.PLAIN_QUERIES, Feature.ATTENTION_BIAS, Feature.WINDOW, Feature.LAYER_NORMS})
+    holds = frozenset({Feature.PLAIN_QUERIES, Feature.ATTENTION_BIAS, Feature.WINDOW, *_LAYER_NORMS})
     router_semantics = "top-2 of the logits, both weights 1 (SparseMixer without jitter)"
     top_k = 2
     weight_of_chosen = 1.0
@@ -48,7 +49,7 @@ class PhiMoe(Target):
     def stored(self, dense: DenseConfig) -> DenseConfig:
         """Return the configuration as this class has it: all biases, gated experts without biases, whole heads rotated."""
         dense = super().stored(dense)
-        if Feature.LAYER_NORMS not in dense.special:
+        if not dense.special & _LAYER_NORMS:
             return dense
         form = dense.ffn_form.as_gated
         dense = replace(
@@ -96,7 +97,7 @@ class PhiMoe(Target):
     def _sized(self, part: Part, size: int) -> Part:
         return replace(part, size=size, factor=1 / self.weight_sum if part.kind == "down" else 1.0)
 
-    def built(self, tensors: ExpertTensors) -> BuildsParts:
+    def built(self, tensors: ExpertTensors, dense: DenseConfig) -> BuildsParts:
         """Return the experts as gated ones.
 
         Raises:
@@ -130,6 +131,7 @@ class PhiMoe(Target):
         act = self.stored(dense).hidden_act
         other = "" if act == "silu" else f" and computes silu whatever hidden_act says ({act})"
         return [
+            *super().remarks(dense),
             *found,
             f"phimoe: vLLM fixes router_jitter_noise at 0.01{other}, llama.cpp normalises the weights: not this function",
         ]
