@@ -30,7 +30,7 @@ class Feature(Enum):
     LOGIT_SCALE = "scaled logits"
     SCALED_ROPE = "a rotary embedding that is neither plain nor scaled by one factor"
     LAYER_NORMS = "LayerNorms instead of RMSNorms"
-    IMAGE_SCALE = "images beside embeddings that are multiplied"
+    IMAGE_SCALE = "images beside embeddings that are multiplied or lose their means"
     BARE_LAYER_NORMS = "LayerNorms without weights and biases"
     POST_NORMS = "norms behind attention and FFN instead of before them"
     PARALLEL_BLOCK = "attention and FFN side by side behind one LayerNorm"

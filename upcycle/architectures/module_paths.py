@@ -94,6 +94,7 @@ class ModulePaths:
             layers=moved(self.layers),
             embedding=moved(self.embedding),
             final_norm=moved(self.final_norm),
+            stored_head=None,
         )
 
     def has(self, name: str) -> bool:

@@ -66,7 +66,8 @@ class CompositeFamily(Family):
     def _inner(self, name: str) -> str:
         return self.module_paths.renamed(name, self.inner.module_paths)
 
-    def _renamed(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    def outer(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return shapes by the names that the text model's tensors have inside the wrapper."""
         return {self._outer(name): shape for name, shape in shapes.items()}
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> CompositeConfig:
@@ -129,23 +130,23 @@ class CompositeFamily(Family):
 
     def layer_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of one decoder layer's tensors outside the FFN."""
-        return self._renamed(self.inner.layer_specs(config, layer))
+        return self.outer(self.inner.layer_specs(config, layer))
 
     def ffn_specs(self, config: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the matrices and biases of one dense FFN."""
-        return self._renamed(self.inner.ffn_specs(config, layer))
+        return self.outer(self.inner.ffn_specs(config, layer))
 
     def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of the embeddings."""
-        return self._renamed(self.inner.first_specs(config))
+        return self.outer(self.inner.first_specs(config))
 
     def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the final norm, and of the head unless it is tied."""
-        return self._renamed(self.inner.last_specs(config))
+        return self.outer(self.inner.last_specs(config))
 
     def stored_specs(self, config: DenseConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the text model's tensors of one layer, or (None) outside the layers."""
-        return self._renamed(self.inner.stored_specs(config, layer))
+        return self.outer(self.inner.stored_specs(config, layer))
 
     def tower_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the tensors outside text model and head."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.dense_config import DenseConfig, Feature
@@ -15,6 +15,10 @@ from upcycle.architectures.towers.wrapper import Wrapper
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.registry import load
+
+if TYPE_CHECKING:
+    from upcycle.ffn.expert_tensors import ExpertTensors
+    from upcycle.ffn.gated_experts import BuildsParts
 
 _KEPT = {
     "vision": "an encoder of images has FFNs with biases and no gate, behind LayerNorms, and no stock MoE has such experts",
@@ -40,6 +44,7 @@ class CompositeTarget(Target):
         self.router_semantics, self.rotates_pairs = inner.router_semantics, inner.rotates_pairs
         self.router, self.score = inner.router, inner.score
         self.shared, self.shared_switch = inner.shared, inner.shared_switch
+        self.top_k, self.weight_of_chosen = inner.top_k, inner.weight_of_chosen
         self.module_paths = inner.module_paths.inside(wrapper.body)
 
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -50,6 +55,37 @@ class CompositeTarget(Target):
         """Return every tensor of one MoE block of the text model."""
         tensors = self.inner.moe_tensors(dense, shape, layer, layout)
         return [replace(t, name=self.inner.module_paths.renamed(t.name, self.module_paths)) for t in tensors]
+
+    def layer_specs(self, family: Family, dense: DenseConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of one layer's tensors outside the FFN."""
+        assert isinstance(family, CompositeFamily)
+        return family.outer(self.inner.layer_specs(family.inner, dense, layer))
+
+    def last_specs(self, family: Family, dense: DenseConfig) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the text model's tensors after the layers; the head is the wrapper's own, without a bias."""
+        assert isinstance(family, CompositeFamily)
+        specs = self.inner.last_specs(family.inner, dense)
+        return family.outer({k: v for k, v in specs.items() if k != f"{family.inner.module_paths.head}.bias"})
+
+    def stored_width(self, shape: MoeShape) -> int:
+        """Return how many neurons an expert of the text model has on disk."""
+        return self.inner.stored_width(shape)
+
+    def built(self, tensors: ExpertTensors, dense: DenseConfig) -> BuildsParts:
+        """Return what makes the parts of the text model's tensors."""
+        return self.inner.built(tensors, dense)
+
+    def folded(self, dense: DenseConfig) -> str | None:
+        """Return what is folded into the text model's experts."""
+        return self.inner.folded(dense)
+
+    def masks(self, dense: DenseConfig) -> bool:
+        """Return whether the text model's rotary embedding is written as one of whole heads."""
+        return self.inner.masks(dense)
+
+    def remarks(self, dense: DenseConfig) -> list[str]:
+        """Return what every user of a converted model should know."""
+        return self.inner.remarks(dense)
 
     def origin(self, family: Family, dense: DenseConfig, name: str) -> Origin:
         """Return where a tensor outside the experts comes from."""
@@ -70,10 +106,13 @@ class CompositeTarget(Target):
 
         Where embeddings are multiplied, images go into the text model beside them. A table that multiplies, as Gemma's, leaves
         images as they are; a text model that multiplies all that it reads, as Granite's, does not. Only a target that does the
-        same keeps both.
+        same keeps both. Nor can images be divided, or lose their means, as a text model's stream is and does for some targets.
         """
         found = self.inner.lacks(dense, more)
         assert isinstance(dense, CompositeConfig)
+        divided = self.inner.stored(dense).residual_multiplier != dense.residual_multiplier
+        if divided or self.inner.centred(dense):
+            return [*found, Feature.IMAGE_SCALE]
         if dense.embedding_multiplier == 1 or Feature.MULTIPLIERS in found:
             return found
         return found if dense.scaled_table != (Feature.MULTIPLIERS in self.holds) else [*found, Feature.IMAGE_SCALE]
