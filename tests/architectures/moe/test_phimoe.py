@@ -243,6 +243,16 @@ def test_a_saved_router_of_equal_rows_is_refused(pico: Pico, tmp_path: Path) -> 
         upcycle.convert(str(pico("olmo")), tmp_path / "out", blueprint=saved)
 
 
+@pytest.mark.parametrize("scale", ["exact", "sum"])
+def test_no_scale_of_a_split_multiplies_the_down_bias(scale: str, pico: Pico, tmp_path: Path) -> None:
+    keys = {"method": "random_split", "experts": 8, "top_k": 2, "scale": scale, "verification": {"tokens": 64}}
+    found = upcycle.convert(str(pico("jais2")), tmp_path / "out", **keys).verification
+    assert found is not None
+    assert found.verdict == "approximate"
+    assert found.all_experts_error is not None
+    assert found.all_experts_error < 1e-6
+
+
 def test_the_plan_says_what_the_router_means(pico: Pico) -> None:
     told = "\n".join(upcycle.plan(str(pico("jais2")), experts=4).warnings)
     assert "no loss on the tokens reaches the router" in told
