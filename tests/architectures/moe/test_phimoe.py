@@ -258,6 +258,9 @@ def test_the_plan_says_what_the_router_means(pico: Pico) -> None:
     assert "no loss on the tokens reaches the router" in told
     assert "In bfloat16" in told
     assert "computes silu whatever hidden_act says (relu)" in told
+    assert "its experts have gates" in told
+    # Two experts of 104 neurons with three matrices each, in the place of 96 with two.
+    assert "each token runs 2 copies of the FFN: 3.25x its compute" in told
     assert "computes silu" not in "\n".join(upcycle.plan(str(pico("stablelm")), experts=4).warnings)
 
 
