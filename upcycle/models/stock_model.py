@@ -81,7 +81,7 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     paths = module_paths_of(settings)
     problems = model.load_state_dict(outside, strict=False, assign=True)
     missing = [name for name in problems.missing_keys if paths.has(name) and paths.layer_of(name) is None]
-    if settings.tie_word_embeddings:
+    if getattr(settings, "tie_word_embeddings", False):
         model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
         missing = [name for name in missing if name != paths.head_weight]
     if missing or problems.unexpected_keys:

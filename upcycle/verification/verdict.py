@@ -32,8 +32,8 @@ class Verification:
     ``positions_needed`` (0: nowhere), attention windows and scaled positions matter, and ``far_error`` is the relative error of
     the logits there (None: not measured).
 
-    Of a model of parts, ``image_error`` is the relative error of the logits of a text with a random image (None: not measured), and
-    ``images`` says what was read, or why nothing was.
+    Of a model of parts, ``media_error`` is the relative error of the logits of a text with a random image or sound (None: not
+    measured), and ``media`` says what was read, or why nothing was.
 
     For a growth step, the fields named dense describe its source. ``compared_tensors`` is the number of tensors that equal the
     source's bit for bit, or what the step is declared to make of them: all of them. There are no layer errors.
@@ -63,8 +63,8 @@ class Verification:
     positions: int = 0
     positions_needed: int = 0
     far_error: float | None = None
-    image_error: float | None = None
-    images: str = ""
+    media_error: float | None = None
+    media: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""
