@@ -21,7 +21,7 @@ class Qwen2(Family):
 
     name = "qwen2"
     title = "Qwen2, Qwen2.5"
-    targets = ("qwen2_moe", "glm4_moe", "solar_open")
+    targets: tuple[str, ...] = ("qwen2_moe", "glm4_moe", "solar_open")
     defaults = {
         "vocab_size": 151936,
         "hidden_size": 4096,
