@@ -17,6 +17,7 @@ from transformers import AutoModelForMultimodalLM
 import upcycle
 from upcycle.architectures.towers.wrappers import llava
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.find_family import family_of
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError
 from upcycle.evaluation.compare import compare
@@ -103,11 +104,21 @@ def test_text_models_that_cannot_be_converted_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_moe_of_parts_is_refused() -> None:
-    raw = {"model_type": "qwen3_vl_moe"}
-    from upcycle.checkpoints.find_family import family_of
-
-    with pytest.raises(RefusalError, match="'qwen3_vl_moe' model: it is a Mixture-of-Experts already"):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "qwen3_vl_moe"}, "'qwen3_vl_moe' model: it is a Mixture-of-Experts already"),
+        ({"model_type": "glm46v"}, "'glm46v' model: this version has no family for it"),
+        (
+            {"model_type": "paligemma", "text_config": {"model_type": "gemma"}},
+            "reads image and prompt in both directions",
+        ),
+        ({"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2"}}, "no conversion can be verified on one"),
+        ({"model_type": "other", "text_config": {"model_type": "qwen2"}}, "it is multimodal .*'qwen2'"),
+    ],
+)
+def test_models_of_parts_that_are_no_wrapper_of_a_dense_text_model_are_refused(raw: Any, message: str) -> None:
+    with pytest.raises(RefusalError, match=message):
         family_of(raw, "here")
 
 
