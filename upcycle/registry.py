@@ -119,6 +119,8 @@ WRAPPERS = {
     "got_ocr2": "upcycle.architectures.towers.wrappers:got_ocr2",
     "ovis2": "upcycle.architectures.towers.wrappers:ovis2",
     "lfm2_vl": "upcycle.architectures.towers.wrappers:lfm2_vl",
+    "voxtral": "upcycle.architectures.towers.wrappers:voxtral",
+    "glmasr": "upcycle.architectures.towers.wrappers:glmasr",
     "qwen2_5_vl": "upcycle.architectures.towers.qwen2_5_vl:qwen2_5_vl",
     "glm46v": "upcycle.architectures.towers.qwen2_5_vl:qwen2_5_vl",
     "qwen3_vl": "upcycle.architectures.towers.qwen3_vl:qwen3_vl",

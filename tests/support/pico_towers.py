@@ -11,11 +11,12 @@ from pico_models import COMMON, PICO
 
 from upcycle.files.locate import DEMO_FOLDER
 
-IMAGE = 4090  # the token of images; the ids after it are those of videos and of what stands around images
+IMAGE = 4090  # the token of images, or of sounds; the ids after it are those of videos and of what stands around images
 _NUMBERS = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIGLIP = {**_NUMBERS, "image_size": 16, "patch_size": 4}
 _CLIP = {"model_type": "clip_vision_model", **_SIGLIP, "num_hidden_layers": 3, "projection_dim": 16}
 _PIXTRAL = {"model_type": "pixtral", **_NUMBERS, "image_size": 32, "patch_size": 4, "head_dim": 8}
+_SOUND = {"num_mel_bins": 8, "max_source_positions": 32, "vocab_size": 99}
 _QWEN = {
     "depth": 3,
     "hidden_size": 32,
@@ -110,6 +111,20 @@ PARTS: dict[str, dict[str, Any]] = {
         "image_token_id": IMAGE,
         "downsample_factor": 2,
     },
+    "voxtral": {
+        "audio_config": {"model_type": "voxtral_encoder", **_NUMBERS, "intermediate_size": 128, **_SOUND},
+        "audio_token_id": IMAGE,
+    },
+    "glmasr": {
+        "audio_config": {
+            "model_type": "glmasr_encoder",
+            **_NUMBERS,
+            "intermediate_size": 128,
+            "num_mel_bins": 8,
+            "max_position_embeddings": 32,
+        },
+        "audio_token_id": IMAGE,
+    },
     "qwen2_5_vl": {
         "vision_config": {**_QWEN, "depth": 4, "window_size": 16, "fullatt_block_indexes": [1, 3]},
         **_QWEN_TOKENS,
@@ -171,6 +186,10 @@ CASES: tuple[tuple[str, str], ...] = (
     ("ovis2", "qwen3"),
     ("lfm2_vl", "lfm2"),
     ("lfm2_vl", "llama"),
+    ("voxtral", "llama"),
+    ("voxtral", "mistral"),
+    ("glmasr", "llama"),
+    ("glmasr", "qwen3"),
     ("qwen2_5_vl", "qwen2.5-vl"),
     ("qwen2_5_vl", "qwen2.5-vl-mrope"),
     ("qwen3_vl", "qwen3-vl"),

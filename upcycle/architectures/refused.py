@@ -63,6 +63,13 @@ REASONS = {
 }
 
 
+_OF_PARTS = {  # models of parts that do not load as those of upcycle/architectures/towers do
+    "paligemma": "its text model reads image and prompt in both directions, and no MoE text model of transformers does",
+    "mllama": "layers of its text model attend to images, and no MoE text model of transformers has such layers",
+    "qwen2_vl": "its class has no MoE text model, and no class that has one builds its encoder of images",
+    "qwen2_audio": "its class does not give the features of a sound by themselves, so that no conversion can be verified on one",
+    "granite_speech": "an adapter changes its text model where there is sound, and it would not fit the converted one",
+}
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder_config")
 
 
@@ -77,5 +84,5 @@ def text_model(raw: Mapping[str, Any]) -> str | None:
 def reason(model_type: str, inner: str | None = None) -> str:
     """Return why a family that is not registered is refused; ``inner`` is the text model of a multimodal one."""
     if inner:
-        return f"it is multimodal (vision or audio beside a text model, {inner})"
+        return _OF_PARTS.get(model_type) or f"it is multimodal (vision or audio beside a text model, {inner})"
     return REASONS.get(model_type, "this version has no family for it")

@@ -128,7 +128,7 @@ def can_be_masked(rope: Mapping[str, Any], context: int) -> bool:
     """
     if rope["rope_type"] == "longrope":
         given, longer = rope.get("attention_factor"), rope.get("factor") or context / rope[_LENGTH]
-        return given == 1 if given is not None else longer <= 1
+        return bool(given == 1 if given is not None else longer <= 1)
     return bool(rope["rope_type"] in ("default", "linear"))
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _OUT_OF_MEMORY = ("allocate memory", "out of memory")
+# Settings of FP8 weights that say what they are. Others could lead transformers to kernels of somebody's repository.
+_FP8_SETTINGS = ("quant_method", "weight_block_size", "activation_scheme", "modules_to_not_convert", "ignored_layers")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -89,7 +89,7 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     in_memory = {name: f"{paths.head}.weight" if name == paths.head_weight else name for name in outside}
     problems = model.load_state_dict({in_memory[k]: v for k, v in outside.items()}, strict=False, assign=True)
     missing = [name for name in problems.missing_keys if paths.has(name) and paths.layer_of(name) is None]
-    if settings.tie_word_embeddings:
+    if getattr(settings, "tie_word_embeddings", False):
         model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
         missing = [name for name in missing if name != f"{paths.head}.weight"]
     if missing or problems.unexpected_keys:

@@ -349,10 +349,11 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
     running = (shape.top_k + shape.shared) * shape.expert_size / job.dense.intermediate_size
     if job.method.kind == "copies" and running > 1:
         same = "" if job.promise[0] == "approximate" else ", the same output until trained"
+        compute = running * job.target.stored_width(shape) / shape.expert_size * 3 / len(shape.form.matrices)
         what = f"{shape.top_k} copies" if running == shape.top_k else f"{running:.3g}x the neurons"
         if len(set(job.members)) > 1:
             what = f"{running:.3g} sources' worth"
-        warnings.append(f"each token runs {what} of the FFN: {running:.3g}x its compute{same}")
+        warnings.append(f"each token runs {what} of the FFN: {compute:.3g}x its compute{same}")
     if job.undecided:
         warnings.append(
             f"which sources are merged is decided from their weights and the text: {shape.experts} experts are the most there can "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upcycle.checkpoints.licenses import License, common_license
 from upcycle.errors import UsageError
@@ -43,9 +43,10 @@ class Facts:
     mark: str | None = None
 
     @property
-    def of_parts(self) -> bool:
-        """Whether the model reads images beside text."""
-        return find("wrapper", str(self.config.get("model_type"))) is not None
+    def reads(self) -> Literal["text", "image", "sound"]:
+        """What the model reads, beside text."""
+        wrapper = find("wrapper", str(self.config.get("model_type")))
+        return "text" if wrapper is None else wrapper.kind
 
     @property
     def mixed(self) -> bool:

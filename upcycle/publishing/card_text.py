@@ -153,9 +153,9 @@ def _verification(facts: Facts) -> str:
             f"- relative error of the logits after position {measured['positions_needed']:,}, where attention windows and scaled "
             f"positions matter: {said(far, '.1e')}"
         )
-    if measured.get("images"):
-        error = measured.get("image_error")
-        what = plain(measured["images"])
+    if measured.get("media"):
+        error = measured.get("media_error")
+        what = plain(measured["media"])
         lines.append(
             f"- {what}" if error is None else f"- relative error of the logits of {what}: {said(error, '.1e')}"
         )
@@ -169,7 +169,8 @@ def _verification(facts: Facts) -> str:
 
 def _loading(facts: Facts) -> str:
     name = facts.name
-    auto, reader = ("CausalLM", "Tokenizer") if not facts.of_parts else ("ImageTextToText", "Processor")
+    kinds = {"text": "CausalLM", "image": "ImageTextToText", "sound": "MultimodalLM"}
+    auto, reader = kinds[facts.reads], "Tokenizer" if facts.reads == "text" else "Processor"
     python = (
         f"from transformers import AutoModelFor{auto}, Auto{reader}\n\n"
         f"{reader.lower()} = Auto{reader}.from_pretrained({json.dumps(name)})\n"

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 
+_PIPELINES = {"text": "text-generation", "image": "image-text-to-text", "sound": "audio-text-to-text"}
+
+
 def write_card(
     out: str | Path,
     *,
@@ -108,7 +111,7 @@ def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
         license=license.id if license else None,
         license_name=license.name if license else None,
         license_link=license.link if license else None,
-        pipeline_tag="image-text-to-text" if facts.of_parts else "text-generation",
+        pipeline_tag=_PIPELINES[facts.reads],
         tags=tags,
         **kept,
     )

@@ -13,7 +13,7 @@ import torch
 from upcycle.models.stock_layers import may_round, rounds
 from upcycle.models.stock_model import StockModel, source_model
 from upcycle.text.reach import MOST_WORK, Reach, reach_of
-from upcycle.verification.images import ImageCheck
+from upcycle.verification.media import MediaCheck
 from upcycle.verification.verdict import Totals, relative, said
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ModelDifference:
         far: the relative error behind the last border of ``reach``; None: not measured.
         reach: the positions from which windows and scaled positions matter.
         positions: the length of the longest text that was read.
-        images: the comparison on an image; None: the model reads none.
+        media: the comparison on an image or a sound; None: the model reads none.
     """
 
     totals: Totals
@@ -64,12 +64,12 @@ class ModelDifference:
     far: float | None
     reach: Reach
     positions: int
-    images: ImageCheck | None = None
+    media: MediaCheck | None = None
 
     @property
     def worst(self) -> float:
         """The larger of the errors that are due to the conversion; NaN if one is."""
-        more = [self.far, self.images.error if self.images else None]
+        more = [self.far, self.media.error if self.media else None]
         errors = [self.conversion, *(error for error in more if error is not None)]
         return next((error for error in errors if math.isnan(error)), max(errors))
 
@@ -88,8 +88,8 @@ class ModelDifference:
         text = self.totals.remark
         if self.rounding is not None:
             text += f"; rounding the source's weights alone moves its logits by {said(self.rounding, '.1e')}"
-        if self.images is not None and self.images.error is None:
-            text += f"; {self.images.what}"
+        if self.media is not None and self.media.error is None:
+            text += f"; {self.media.what}"
         if self.reach.border >= self.positions:
             text += (
                 f"; only the first {self.positions:,} positions were compared, and sliding windows or scaled positions begin at "
@@ -107,8 +107,8 @@ class ModelDifference:
             "positions": self.positions,
             "positions_needed": self.reach.border,
             "far_error": self.far,
-            "image_error": self.images.error if self.images else None,
-            "images": self.images.what if self.images else "",
+            "media_error": self.media.error if self.media else None,
+            "media": self.media.what if self.media else "",
         }
 
 

@@ -37,8 +37,8 @@ class Verification:
     ``unseen`` has the ``tokens``, ``perplexity_dense`` and ``perplexity`` of embedded text of a kind that was not calibrated on
     (None: nothing was calibrated, the model is exact, or this kind was calibrated on, too).
 
-    Of a model of parts, ``image_error`` is the relative error of the logits of a text with a random image (None: not measured), and
-    ``images`` says what was read, or why nothing was.
+    Of a model of parts, ``media_error`` is the relative error of the logits of a text with a random image or sound (None: not
+    measured), and ``media`` says what was read, or why nothing was.
 
     For a growth step, the fields named dense describe its source. ``compared_tensors`` is the number of tensors that equal the
     source's bit for bit, or what the step is declared to make of them: all of them. There are no layer errors.
@@ -69,8 +69,8 @@ class Verification:
     positions_needed: int = 0
     far_error: float | None = None
     unseen: dict[str, Any] | None = None
-    image_error: float | None = None
-    images: str = ""
+    media_error: float | None = None
+    media: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""

@@ -14,9 +14,9 @@ from upcycle.hardware.memory import available_memory
 from upcycle.models.stock_model import folder_model
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
-from upcycle.verification.images import ImageCheck, compare_images
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
+from upcycle.verification.media import MediaCheck, compare_media, with_article
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def verify_experts(
     batch = batch_size(job.vocab_size, ids, streamed)
     measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
     if isinstance(job.family, CompositeFamily):
-        measured = replace(measured, images=_images(job, job.family.wrapper, checkpoint, sides.judge, moe, progress))
+        measured = replace(measured, media=_media(job, job.family.wrapper, checkpoint, sides.judge, moe, progress))
     if training is not None:
         result = _trained(layers, measured, label, streamed, training)
     else:
@@ -80,16 +80,16 @@ def verify_experts(
     return replace(result, unseen=measure_losses(sides.plain, moe, unseen, batch, progress))
 
 
-def _images(
+def _media(
     job: ExpertJob,
     wrapper: Wrapper,
     checkpoint: DenseCheckpoint,
     judge: StockModel,
     moe: StockModel,
     progress: Progress,
-) -> ImageCheck:
-    with progress.phase("comparing on an image", 1):
-        found = compare_images(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
+) -> MediaCheck:
+    with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1):
+        found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
         progress.advance()
     if found.error is None:
         progress.note(found.what)
@@ -147,7 +147,11 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
         verdict, explanation = "broken", measured.totals.fault
     elif tolerance is not None and not error <= tolerance:
         behind = f" behind position {measured.reach.border:,}" if error == measured.far else ""
-        behind = " with an image" if measured.images is not None and error == measured.images.error else behind
+        behind = (
+            " with what its other parts read"
+            if measured.media is not None and error == measured.media.error
+            else behind
+        )
         verdict = "broken"
         explanation = f"relative logit error {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
     elif everyone is not None and not everyone <= (roundoff if job.rounding else EXACT_TOLERANCE):

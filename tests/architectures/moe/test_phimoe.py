@@ -249,11 +249,24 @@ def test_a_saved_router_of_equal_rows_is_refused(pico: Pico, tmp_path: Path) -> 
         upcycle.convert(str(pico("olmo")), tmp_path / "out", blueprint=saved, target="phimoe")
 
 
+@pytest.mark.parametrize("scale", ["exact", "sum"])
+def test_no_scale_of_a_split_multiplies_the_down_bias(scale: str, pico: Pico, tmp_path: Path) -> None:
+    keys = {"method": "random_split", "experts": 8, "top_k": 2, "scale": scale, "verification": {"tokens": 64}}
+    found = upcycle.convert(str(pico("jais2")), tmp_path / "out", **keys).verification
+    assert found is not None
+    assert found.verdict == "approximate"
+    assert found.all_experts_error is not None
+    assert found.all_experts_error < 1e-6
+
+
 def test_the_plan_says_what_the_router_means(pico: Pico) -> None:
     told = "\n".join(upcycle.plan(str(pico("jais2")), experts=4).warnings)
     assert "no loss on the tokens reaches the router" in told
     assert "In bfloat16" in told
     assert "computes silu whatever hidden_act says (relu)" in told
+    assert "its experts have gates" in told
+    # Two experts of 104 neurons with three matrices each, in the place of 96 with two.
+    assert "each token runs 2 copies of the FFN: 3.25x its compute" in told
     assert "computes silu" not in "\n".join(upcycle.plan(str(pico("stablelm")), experts=4).warnings)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForMultimodalLM
 import upcycle
 from upcycle.architectures.towers.wrappers import llava
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.checkpoints.find_family import family_of
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError
 from upcycle.evaluation.compare import compare
@@ -103,11 +104,21 @@ def test_text_models_that_cannot_be_converted_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_moe_of_parts_is_refused() -> None:
-    raw = {"model_type": "qwen3_vl_moe"}
-    from upcycle.checkpoints.find_family import family_of
-
-    with pytest.raises(RefusalError, match="'qwen3_vl_moe' model: it is a Mixture-of-Experts already"):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "qwen3_vl_moe"}, "'qwen3_vl_moe' model: it is a Mixture-of-Experts already"),
+        ({"model_type": "glm46v"}, "'glm46v' model: this version has no family for it"),
+        (
+            {"model_type": "paligemma", "text_config": {"model_type": "gemma"}},
+            "reads image and prompt in both directions",
+        ),
+        ({"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2"}}, "no conversion can be verified on one"),
+        ({"model_type": "other", "text_config": {"model_type": "qwen2"}}, "it is multimodal .*'qwen2'"),
+    ],
+)
+def test_models_of_parts_that_are_no_wrapper_of_a_dense_text_model_are_refused(raw: Any, message: str) -> None:
+    with pytest.raises(RefusalError, match=message):
         family_of(raw, "here")
 
 
@@ -260,8 +271,8 @@ def test_a_wrong_part_is_found_with_the_image_alone(tower: Callable[..., Path], 
     result = upcycle.verify(out, tokens=64)
     assert result.verdict == "broken"
     assert result.relative_logit_error < 1e-6
-    assert result.image_error is not None
-    assert result.image_error > 1e-5
+    assert result.media_error is not None
+    assert result.media_error > 1e-5
     assert result.explanation.startswith("relative logit error") and "with an image" in result.explanation
 
 
@@ -271,13 +282,13 @@ def test_an_image_that_cannot_be_made_is_said(
     def broken(config: Any, rng: torch.Generator) -> dict[str, torch.Tensor]:
         raise ValueError("no such size")
 
-    monkeypatch.setattr("upcycle.architectures.towers.wrappers.llava", type(llava)(**{**vars(llava), "images": broken}))
+    monkeypatch.setattr("upcycle.architectures.towers.wrappers.llava", type(llava)(**{**vars(llava), "sample": broken}))
     notes = Notes()
     result = upcycle.convert(str(tower("llava", "llama")), tmp_path / "out", progress=notes, **CHECKED).verification
     assert result is not None
-    assert (result.verdict, result.image_error) == ("exact", None)
+    assert (result.verdict, result.media_error) == ("exact", None)
     said = "images were not compared: by its configuration: no such size"
-    assert result.images == said
+    assert result.media == said
     assert said in result.explanation
     assert said in notes.notes
 
@@ -335,7 +346,7 @@ def test_a_pruned_text_model_leaves_the_parts_as_they_are(tower: Callable[..., P
     keys: dict[str, Any] = {"method": "static_prune", "width": 64, "calibration": calibration}
     result = upcycle.convert(str(source), tmp_path / "out", verification={"tokens": 64}, **keys)
     assert result.verification is not None
-    assert result.verification.image_error is not None
+    assert result.verification.media_error is not None
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("language_model."))
@@ -390,7 +401,7 @@ def test_qwen2_5_vl_is_read_as_it_was_released(tower: Callable[..., Path], tmp_p
     result = upcycle.convert(str(source), tmp_path / "out", **CHECKED)
     assert result.verification is not None
     assert result.verification.verdict == "exact"
-    assert result.verification.image_error is not None
+    assert result.verification.media_error is not None
     assert any("but not videos" in warning for warning in result.plan.warnings)
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert after["model_type"] == "glm46v"

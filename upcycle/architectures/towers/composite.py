@@ -214,12 +214,11 @@ def composite_family(raw: Mapping[str, Any], where: str) -> CompositeFamily:
     wrapper: Wrapper = load("wrapper", name)
     if name == wrapper.moe:
         raise RefusalError(f"cannot convert a '{name}' model: {reason(name)}")
-    given = raw.get(TEXT)
+    given: Any = raw.get(TEXT)
     said = given.get("model_type") if isinstance(given, Mapping) else None
-    if isinstance(given, Mapping) and isinstance(said, str) and (inner := wrapper.family(said)) is not None:
-        inner.config(
-            given, f"{where}: config.json: {TEXT}"
-        )  # names a wrong key, which the stock class does not always do
+    if isinstance(said, str) and (inner := wrapper.family(said)) is not None:
+        # It names a wrong key, which the stock class does not always do.
+        inner.config(given, f"{where}: config.json: {TEXT}")
     kind = build_config(raw, where).text_config.model_type
     inner = wrapper.family(kind)
     if inner is None:

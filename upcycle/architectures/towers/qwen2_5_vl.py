@@ -9,7 +9,7 @@ from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.dense.llama_like.qwen2 import Qwen2
 from upcycle.architectures.moe.base import ExpertLayout, OutputTensor
 from upcycle.architectures.moe.sigmoid.glm4_moe import Glm4Moe
-from upcycle.architectures.towers import images
+from upcycle.architectures.towers import samples
 from upcycle.architectures.towers.wrapper import Wrapper
 from upcycle.ffn.moe_shape import MoeShape
 
@@ -73,7 +73,7 @@ def _as_glm(parts: Mapping[str, Any]) -> dict[str, Any]:
 qwen2_5_vl = Wrapper(
     "qwen2_5_vl",
     "Qwen2.5-VL",
-    images.patches,
+    samples.patches,
     moe="glm46v",
     families={Qwen25VlText.name: Qwen25VlText},
     targets={Glm4vMoeText.name: Glm4vMoeText},

@@ -10,7 +10,7 @@ from upcycle.architectures.dense.base import DenseConfig, Feature
 from upcycle.architectures.dense.llama_like.qwen3 import Qwen3
 from upcycle.architectures.moe.base import ExpertLayout, OutputTensor
 from upcycle.architectures.moe.softmax.qwen3_moe import Qwen3Moe
-from upcycle.architectures.towers import images
+from upcycle.architectures.towers import samples
 from upcycle.architectures.towers.wrapper import Wrapper, renamed_parts
 from upcycle.ffn.moe_shape import MoeShape
 
@@ -57,7 +57,7 @@ class Qwen3VlMoeText(Qwen3Moe):
 qwen3_vl = Wrapper(
     "qwen3_vl",
     "Qwen3-VL",
-    images.patches,
+    samples.patches,
     moe="qwen3_vl_moe",
     families={Qwen3VlText.name: Qwen3VlText},
     targets={Qwen3VlMoeText.name: Qwen3VlMoeText},

@@ -1,14 +1,14 @@
-"""The description of a stock model of parts: a text model that is converted, beside encoders of images that stay as they are."""
+"""The description of a stock model of parts: a text model that is converted, beside encoders that stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.moe.base import Target
-from upcycle.architectures.towers.images import ImageInputs
+from upcycle.architectures.towers.samples import SampleInputs
 from upcycle.registry import find, load
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ class Wrapper:
     Attributes:
         name: its ``model_type``.
         title: its name in prose.
-        images: makes random images of a stock configuration as the stock class takes them, by the names of its arguments.
+        sample: makes a random image or sound for a stock configuration, as the stock class takes it, by the names of its arguments.
+        kind: what that is.
         body: the path of the text model.
         moe: the ``model_type`` of the result; None: the same class holds the MoE.
         families: dense text models that are met in this class only, by ``model_type``.
@@ -36,7 +37,8 @@ class Wrapper:
 
     name: str
     title: str
-    images: Callable[[Any, torch.Generator], ImageInputs]
+    sample: Callable[[Any, torch.Generator], SampleInputs]
+    kind: Literal["image", "sound"] = "image"
     body: str = "model.language_model"
     moe: str | None = None
     families: Mapping[str, type[Family]] = field(default_factory=dict)

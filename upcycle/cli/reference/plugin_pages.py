@@ -19,8 +19,8 @@ _INTRODUCTIONS = {
     "`losses: {switch_balance: {coefficient: 0.01}}`.",
     "families": "Dense families and the MoE architectures that hold them exactly. 1 is the first choice of `--target auto`, 2 the "
     "next; a target is taken if it holds what the model and the recipe ask for. Other families are refused with the reason.",
-    "wrappers": "Models of parts of transformers: a text model beside encoders of images. The text model is converted, as a model of "
-    "its family would be alone, with the same targets; the other parts are copied.",
+    "wrappers": "Models of parts of transformers: a text model beside encoders of images or sounds. The text model is converted, "
+    "as a model of its family would be alone, with the same targets; the other parts are copied.",
     "targets": "MoE architectures of transformers that upcycle writes: `--target NAME`. `--target auto` takes the first of the "
     "family's targets that holds what the recipe asks for.",
 }

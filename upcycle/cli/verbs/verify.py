@@ -166,13 +166,11 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
                 "attention windows and scaled positions matter",
             )
         )
-    if result.images:
+    if result.media:
         image = (
-            result.images
-            if result.image_error is None
-            else f"{result.images}: logits differ by {result.image_error:.1e}"
+            result.media if result.media_error is None else f"{result.media}: logits differ by {result.media_error:.1e}"
         )
-        facts.append(("images", image))
+        facts.append(("other parts", image))
     if result.compared_tensors:
         facts.append(("tensors", f"{result.compared_tensors:,}, each equal bit for bit to what it was made from"))
     if result.layer_errors:

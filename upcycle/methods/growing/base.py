@@ -183,19 +183,24 @@ class DenseGrowth(Growth):
 def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, layers: Sequence[int]) -> dict[str, Any]:
     """Return the ``config.json`` of a model whose layers are the ``layers`` of the source, with per-layer settings reordered.
 
-    Which layers have a window, attend or convolve may be a rule over layer numbers (``max_window_layers``,
-    ``sliding_window_pattern``, ``full_attention_interval``, ``full_attn_idxs``). Where a repeated stack breaks the rule, the
-    layers are listed as ``layer_types``.
+    Which layers have a window, attend, convolve or are rotated may be a rule over layer numbers (``max_window_layers``,
+    ``sliding_window_pattern``, ``full_attention_interval``, ``full_attn_idxs``, ``no_rope_layer_interval``). Where a repeated
+    stack breaks the rule, the layers are listed.
     """
     config = {k: v for k, v in family.rewritten(raw).items() if k not in ("full_attn_idxs", "layer_types")}
     config["num_hidden_layers"] = len(layers)
-    if raw.get("no_rope_layers"):
-        config["no_rope_layers"] = [raw["no_rope_layers"][layer] for layer in layers]
+    for key in ("no_rope_layers", "layer_rope_theta"):
+        if raw.get(key):
+            config[key] = [raw[key][layer] for layer in layers]
     windows = tuple(dense.windows[layer] for layer in layers)
     if "max_window_layers" in raw:  # the only key that loaders before transformers 5 read
         config["max_window_layers"] = next((i for i, window in enumerate(windows) if window), len(layers))
     kinds = dense.extra.get("layer_types") or dense.layer_types
     if "layer_types" in raw or "layer_types" in dense.extra or family.config(config).windows != windows:
         config["layer_types"] = [kinds[layer] for layer in layers]
-    assert family.config(config).windows == windows, "windows moved to other layers"
+    thetas = tuple(dense.thetas[layer] for layer in layers) if dense.thetas else ()
+    if family.config(config).thetas != thetas:  # a rule over layer numbers, no_rope_layer_interval
+        config["no_rope_layers"] = [int(theta != 0) for theta in thetas]
+    grown = family.config(config)
+    assert (grown.windows, grown.thetas) == (windows, thetas), "windows or rotary embeddings moved to other layers"
     return config

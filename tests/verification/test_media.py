@@ -45,12 +45,12 @@ def test_an_image_goes_through_the_processor_and_the_processor_is_copied(source:
     result = upcycle.convert(str(source), tmp_path / "out", **KEYS).verification
     assert result is not None
     assert result.verdict == "exact"
-    assert result.images == "26 tokens with a random image made by its processor"
-    assert result.image_error is not None
-    assert 0 < result.image_error < 2e-6
+    assert result.media == "27 tokens with a random image made by its processor"
+    assert result.media_error is not None
+    assert 0 < result.media_error < 2e-6
     assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == settings
     assert type(AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "LlavaProcessor"
-    assert upcycle.verify(tmp_path / "out", tokens=64).images == result.images
+    assert upcycle.verify(tmp_path / "out", tokens=64).media == result.media
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_a_processor_that_cannot_be_used_is_said_and_the_configuration_serves(
     result = upcycle.convert(str(broken), tmp_path / "out", **keys).verification
     assert result is not None
     assert result.verdict == "exact"
-    assert "made by its configuration (by its processor: " in result.images
-    assert why in result.images
+    assert "made by its configuration (by its processor: " in result.media
+    assert why in result.media
     assert str(tmp_path) not in (tmp_path / "out" / "verification.json").read_text()
-    assert result.image_error is not None
+    assert result.media_error is not None
 
 
 def test_settings_of_processors_lose_what_names_code_and_keep_stock_classes() -> None:

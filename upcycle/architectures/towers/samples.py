@@ -1,4 +1,4 @@
-"""Random images in the forms in which stock classes take them, made from a stock configuration where there is no processor."""
+"""Random images and sounds as stock classes take them, made from a stock configuration where there is no processor."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-ImageInputs = dict[str, "torch.Tensor"]
+SampleInputs = dict[str, "torch.Tensor"]
+_FRAMES = 64  # of a sound that may have any length
 _PATCHES = 4  # on each side of an image that may have any size, in patches that the connector takes together
 
 
-def single(config: Any, rng: torch.Generator) -> ImageInputs:
+def single(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one image of the encoder's own size, ``[1, C, H, W]``."""
     return {"pixel_values": _noise(config.vision_config, rng)[None]}
 
 
-def stacked(config: Any, rng: torch.Generator) -> ImageInputs:
+def stacked(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one image of the encoder's own size, as the only one of a list, ``[1, 1, C, H, W]``."""
     return {"pixel_values": _noise(config.vision_config, rng)[None, None]}
 
 
-def tiled(config: Any, rng: torch.Generator) -> ImageInputs:
+def tiled(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one image as an overview and the tiles of the first grid that the configuration lists, ``[1, 1 + tiles, C, H, W]``."""
     import torch
 
@@ -32,7 +33,7 @@ def tiled(config: Any, rng: torch.Generator) -> ImageInputs:
     return {"pixel_values": torch.stack(tiles)[None], "image_sizes": sizes}
 
 
-def sized(config: Any, rng: torch.Generator) -> ImageInputs:
+def sized(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one image, smaller than the largest, with its size, ``[1, C, H, W]`` and ``[1, 2]``."""
     import torch
 
@@ -44,7 +45,7 @@ def sized(config: Any, rng: torch.Generator) -> ImageInputs:
     }
 
 
-def patches(config: Any, rng: torch.Generator) -> ImageInputs:
+def patches(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one image as rows of patches, two frames of ``p x p`` pixels each: ``[rows, C 2 p p]``, with its grid ``[1, 3]``."""
     import torch
 
@@ -57,7 +58,7 @@ def patches(config: Any, rng: torch.Generator) -> ImageInputs:
     }
 
 
-def masked_patches(config: Any, rng: torch.Generator) -> ImageInputs:
+def masked_patches(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one image as rows of patches ``[1, rows, C p p]``, with its grid ``[1, 2]`` and the rows that count ``[1, rows]``."""
     import torch
 
@@ -68,6 +69,24 @@ def masked_patches(config: Any, rng: torch.Generator) -> ImageInputs:
         "pixel_values": torch.randn(1, side * side, numbers, generator=rng),
         "spatial_shapes": torch.tensor([[side, side]]),
         "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.int64),
+    }
+
+
+def spectrum(config: Any, rng: torch.Generator) -> SampleInputs:
+    """Return one sound of the encoder's own length, two frames of the spectrum per position, ``[1, bins, frames]``."""
+    import torch
+
+    audio = config.audio_config
+    return {"input_features": torch.randn(1, audio.num_mel_bins, 2 * audio.max_source_positions, generator=rng)}
+
+
+def masked_spectrum(config: Any, rng: torch.Generator) -> SampleInputs:
+    """Return one short sound ``[1, bins, frames]`` with the frames that count ``[1, frames]``."""
+    import torch
+
+    return {
+        "input_features": torch.randn(1, config.audio_config.num_mel_bins, _FRAMES, generator=rng),
+        "input_features_mask": torch.ones(1, _FRAMES, dtype=torch.int64),
     }
 
 
