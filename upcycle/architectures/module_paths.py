@@ -34,6 +34,8 @@ class ModulePaths:
         head: the projection from normed hidden states to logits.
         blocks: the modules of a layer whose outputs add up to its FFN: the dense FFN, or the routed experts and then, in some
             architectures, the shared ones.
+        ends: the module of a layer whose output is the FFN's, where ``blocks`` names only its first projection: the layer calls
+            the parts of its FFN itself. Experts take the place of that projection.
     """
 
     body: str = "model"
@@ -42,6 +44,7 @@ class ModulePaths:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     blocks: tuple[str, ...] = ("mlp",)
+    ends: str | None = None
 
     @property
     def embedding_weight(self) -> str:
@@ -111,8 +114,8 @@ class ModulePaths:
 
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
         """Return those of ``blocks`` that a layer has."""
-        found = [getattr(layer, name, None) for name in self.blocks]
-        return [block for block in found if block is not None]
+        held = dict(layer.named_modules())
+        return [held[name] for name in self.blocks if name in held]
 
 
 def _submodule(model: Any, path: str) -> Any:

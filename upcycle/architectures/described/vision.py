@@ -1,0 +1,23 @@
+"""Encoders of images, and of images and text."""
+
+from __future__ import annotations
+
+from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
+
+_FC = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
+
+
+def _two_towers(norm: str) -> tuple[FfnPlace, ...]:
+    return tuple(
+        FfnPlace(f"{tower}_model.encoder.layers.{{}}", **_FC, norm=norm, config=f"{tower}_config")
+        for tower in ("text", "vision")
+    )
+
+
+VISION = (
+    DescribedModel("vit", "ViT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),)),
+    DescribedModel("deit", "DeiT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),)),
+    DescribedModel("dinov2", "DINOv2", (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),)),
+    DescribedModel("clip", "CLIP", _two_towers("layer_norm2")),
+    DescribedModel("siglip", "SigLIP", _two_towers("layer_norm2")),
+)
