@@ -80,6 +80,35 @@ TARGETS = {
     "hunyuan_v1_moe": "upcycle.architectures.moe.softmax.hunyuan_v1_moe:HunyuanV1Moe",
     "lfm2_moe": "upcycle.architectures.moe.mixed_layers.lfm2_moe:Lfm2Moe",
 }
+DESCRIBED = {  # dense architectures that are described by their FFNs alone, for the wrapper
+    "gpt2": "upcycle.architectures.described.decoders:GPT2",
+    "gpt_neo": "upcycle.architectures.described.decoders:GPT_NEO",
+    "gptj": "upcycle.architectures.described.decoders:GPTJ",
+    "gpt_neox": "upcycle.architectures.described.decoders:GPT_NEOX",
+    "opt": "upcycle.architectures.described.decoders:OPT",
+    "bloom": "upcycle.architectures.described.decoders:BLOOM",
+    "phi": "upcycle.architectures.described.decoders:PHI",
+    "falcon": "upcycle.architectures.described.decoders:FALCON",
+    "gemma2": "upcycle.architectures.described.decoders:GEMMA2",
+    "olmo3": "upcycle.architectures.described.decoders:OLMO3",
+    "bert": "upcycle.architectures.described.encoders:BERT",
+    "roberta": "upcycle.architectures.described.encoders:ROBERTA",
+    "xlm-roberta": "upcycle.architectures.described.encoders:XLM_ROBERTA",
+    "electra": "upcycle.architectures.described.encoders:ELECTRA",
+    "mpnet": "upcycle.architectures.described.encoders:MPNET",
+    "distilbert": "upcycle.architectures.described.encoders:DISTILBERT",
+    "albert": "upcycle.architectures.described.encoders:ALBERT",
+    "modernbert": "upcycle.architectures.described.encoders:MODERNBERT",
+    "t5": "upcycle.architectures.described.encoder_decoders:T5_MODELS",
+    "bart": "upcycle.architectures.described.encoder_decoders:BART",
+    "whisper": "upcycle.architectures.described.encoder_decoders:WHISPER",
+    "vit": "upcycle.architectures.described.vision:VIT",
+    "deit": "upcycle.architectures.described.vision:DEIT",
+    "dinov2": "upcycle.architectures.described.vision:DINOV2",
+    "clip": "upcycle.architectures.described.vision:CLIP",
+    "siglip": "upcycle.architectures.described.vision:SIGLIP",
+}
+WRAPPERS = {"upcycle_moe": "upcycle.architectures.moe.wrapper:UpcycleMoe"}
 LOSSES = {
     "switch_balance": "upcycle.trainers.losses.switch_balance:SwitchBalance",
     "device_balance": "upcycle.trainers.losses.device_balance:DeviceBalance",
@@ -90,7 +119,15 @@ LOSSES = {
     "router_z": "upcycle.trainers.losses.router_z:RouterZ",
     "hoyer": "upcycle.trainers.losses.hoyer:Hoyer",
 }
-KINDS = {"method": METHODS, "router": ROUTERS, "family": FAMILIES, "target": TARGETS, "loss": LOSSES}
+KINDS = {
+    "method": METHODS,
+    "router": ROUTERS,
+    "family": FAMILIES,
+    "described": DESCRIBED,
+    "target": TARGETS,
+    "wrapper": WRAPPERS,
+    "loss": LOSSES,
+}
 
 
 def load(kind: str, name: str) -> Any:

@@ -14,12 +14,12 @@ from torch import nn
 
 import upcycle.models  # noqa: F401
 from upcycle.architectures.described.find_ffns import FoundFfn, find_ffns
-from upcycle.architectures.described.table import DESCRIBED
 from upcycle.models.own.configuration import wrapped_config
 from upcycle.models.own.modeling import wrapped_model_class
 from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.top_k import TopKRule
+from upcycle.registry import load
 
 D, F = 32, 64
 _PLAIN = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -167,7 +167,7 @@ def wrapped(
         widths: of the experts, which are then cut so.
         bias_of: ``down``: every expert has the second projection's bias; ``output``: it is added once.
     """
-    found = find_ffns(dense, DESCRIBED[dense.config.model_type])
+    found = find_ffns(dense, load("described", dense.config.model_type))
     replaced = []
     for ffn in found:
         cut = widths or ((ffn.width - shared) // pieces,) * (experts if pieces == 1 else pieces)

@@ -148,9 +148,15 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePath
 
 
 def find_module_paths(model_type: str) -> ModulePaths:
-    """Return the description of the family or target of this ``model_type``; Llama's for any other."""
+    """Return the description of the family, target or described model of this ``model_type``; Llama's for any other."""
     for kind in ("target", "family"):
         if (architecture := find(kind, model_type)) is not None:
             found: ModulePaths = architecture.module_paths
             return found
-    return ModulePaths()
+    described = find("described", model_type)
+    return ModulePaths() if described is None or described.paths is None else described.paths
+
+
+def paths_of(config: Any) -> ModulePaths:
+    """Return the description of a model by its configuration; a wrapped one has its parts where its base has them."""
+    return find_module_paths(getattr(config, "base_model_type", None) or config.model_type)

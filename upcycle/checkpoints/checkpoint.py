@@ -236,10 +236,15 @@ class DenseCheckpoint(Checkpoint):
 
         origins = self.family.ffn_origins(self.config, layer)
         matrices = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
-        tensors = {part: self.whole(origin, dtype if part == "norm" else matrices) for part, origin in origins.items()}
+        tensors = {
+            part: self.whole(origin, dtype if part.startswith("norm") else matrices) for part, origin in origins.items()
+        }
+        if "norm_bias" in tensors:
+            # A LayerNorm's output is w u + b with |u| <= sqrt(d): divided by sqrt(2) (|w| + |b|), it is no longer than that.
+            tensors["norm"] = math.sqrt(2) * (tensors["norm"].float().abs() + tensors.pop("norm_bias").float().abs())
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
-        return FeedForward(layer=layer, activation=self.config.hidden_act, **tensors)
+        return FeedForward(layer=layer, activation=self.config.hidden_act, **{"gate": None, **tensors})
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""

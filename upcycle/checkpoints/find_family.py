@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import Family
+from upcycle.architectures.described.family import described_family
 from upcycle.architectures.refused import reason, text_model
 from upcycle.architectures.stored_moe import MOES
 from upcycle.errors import RefusalError
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
-from upcycle.registry import FAMILIES, load
+from upcycle.registry import FAMILIES, find, load
 
 
 def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
@@ -21,6 +22,9 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         RefusalError: there is none; the message says why.
     """
     name = model_type(raw_config, where)
+    described = find("described", name)
+    if described is not None and described.paths is not None:
+        return described_family(described)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"
         if inner := text_model(raw_config):

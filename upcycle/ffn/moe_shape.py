@@ -14,6 +14,9 @@ PartKind = Literal[
     "gate_bias",
     "up_bias",
     "down_bias",
+    "gate_up",  # rows of gate and up alternating, as upcycle's kernels read them
+    "gate_up_bias",
+    "down_rows",  # the transpose of down
     "router",
     "shared_gate",
     "shared_up",

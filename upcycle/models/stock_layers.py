@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from upcycle.architectures.module_paths import ModulePaths, find_module_paths
+from upcycle.architectures.module_paths import ModulePaths, paths_of
 from upcycle.architectures.stock import build_config, clean_file, empty_model, load_stock_model, quiet_transformers
+from upcycle.architectures.stock_classes import loaded_names
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.first_calls import settle_code_paths
@@ -68,6 +69,7 @@ class FolderLayers:
     def load(self, index: int) -> None:
         """See :class:`Layers`."""
         self._read(index)
+        compute_layer_buffers(self.model, index)
         empty = [name for name, weight in _weights(self.model, index) if weight.is_meta]
         if empty:
             raise CheckpointError(f"{self._folder}: stock transformers finds no weight for '{empty[0]}'")
@@ -151,6 +153,8 @@ class MeanLayers:
         total = sum(self._weights)
         means = {name: (one / total).float() for name, one in sums.items()}
         self.model.load_state_dict(means, strict=False, assign=True)
+        if index is not None:
+            compute_layer_buffers(self.model, index)
         if index is None:
             self.model.tie_weights(missing_keys=set(), recompute_mapping=False)
         round_weights(self.model, index, self._rounding)
@@ -246,7 +250,7 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
 def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
     """Return the stored names by the layer that transformers puts them in; None: outside the layers."""
     found: dict[int | None, list[str]] = {}
-    for name, renamed in _renamed(model, stored).items():
+    for name, renamed in loaded_names(model, stored).items():
         found.setdefault(_paths(model).layer_of(renamed), []).append(name)
     return found
 
@@ -262,27 +266,15 @@ def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
         len(rule.target_patterns) > 1 for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")
     ):
         return []
-    found, tied = set(_renamed(model, stored).values()), model.all_tied_weights_keys
+    found, tied = set(loaded_names(model, stored).values()), model.all_tied_weights_keys
     found |= {one for one, other in tied.items() if other in found} | {
         other for one, other in tied.items() if one in found
     }
     return [name for name in model.state_dict() if name not in found]
 
 
-def _renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Return, by stored name, the name of the weight that transformers makes of that tensor, alone or with others."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    own, prefix = model.state_dict(), model.base_model_prefix
-    return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
-
-
 def _paths(model: Any) -> ModulePaths:
-    return find_module_paths(model.config.model_type)
+    return paths_of(model.config)
 
 
 def _layers(model: Any) -> Any:
@@ -298,3 +290,14 @@ def compute_buffers(model: Any, settings: Any) -> None:
             setattr(body, name, type(module)(settings))
         elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
+
+
+def compute_layer_buffers(model: Any, index: int) -> None:
+    """Compute the buffers of a layer that no file holds (masks, positions) as ``from_pretrained`` does, by the stock class."""
+    for module in _layers(model)[index].modules():
+        held = {name: module.get_buffer(name) for name in module._non_persistent_buffers_set if name in module._buffers}
+        empty = {name: buffer for name, buffer in held.items() if buffer.is_meta}
+        for name, buffer in empty.items():
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        if empty:
+            model._init_weights(module)

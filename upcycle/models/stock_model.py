@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import paths_of
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model
 from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
@@ -31,7 +31,7 @@ class StockModel:
     def __init__(self, model: Any, layers: Layers | None = None) -> None:
         settle_code_paths()
         self.model = use_eager_experts(model.eval())
-        self._paths = find_module_paths(model.config.model_type)
+        self._paths = paths_of(model.config)
         self.layers = self._paths.layers_in(model)
         self._streamed = layers
         if layers:
@@ -72,7 +72,7 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     model = empty_model(settings, "config.json", torch.float32)
     # Buffers that are computed, not loaded, do not exist on the meta device.
     compute_buffers(model, settings)
-    paths = find_module_paths(settings.model_type)
+    paths = paths_of(settings)
     problems = model.load_state_dict(outside, strict=False, assign=True)
     missing = [name for name in problems.missing_keys if paths.layer_of(name) is None]
     if settings.tie_word_embeddings:
@@ -115,7 +115,8 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
     family, config = checkpoint.family, checkpoint.config
 
     def read(layer: int | None) -> StateDict:
-        return {name: checkpoint.read(name, dtype).float() for name in family.stored_specs(config, layer)}
+        stored = family.stored_specs(config, layer)
+        return {family.model_name(name): checkpoint.read(name, dtype).float() for name in stored}
 
     return read
 

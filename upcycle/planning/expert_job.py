@@ -236,7 +236,8 @@ def _expert_plan(job: ExpertJob) -> Plan:
     entries = [entry for unit in job.units for entry in unit.entries]
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
-    idle_per_layer = (shape.experts - shape.top_k) * 3 * shape.expert_size * dense.hidden_size
+    matrices = len(dense.ffn_form.matrices)
+    idle_per_layer = (shape.experts - shape.top_k) * matrices * shape.expert_size * dense.hidden_size
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
     promise, why = job.promise
@@ -288,10 +289,12 @@ def _peak_memory(job: ExpertJob) -> int:
     item = TensorSpec((1,), job.dtype).nbytes
     read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
+    if job.target.keeps_names and job.dense.mlp_gated:
+        built *= 4  # gate, up, and both once more with their rows in turns
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
-        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["gate"].name
+        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["down"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
@@ -385,6 +388,10 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
             f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
+        )
+    if job.target.keeps_names:
+        warnings.append(
+            f"{job.target.name} is upcycle's own architecture: transformers loads it after `import upcycle.models`"
         )
     promise, why = job.promise
     if promise == "rounded":

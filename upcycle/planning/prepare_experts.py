@@ -16,10 +16,11 @@ from upcycle.methods.base import AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text, check_tokenizer
+from upcycle.planning.kept_units import kept_units
 from upcycle.planning.own_text import check_own_text
 from upcycle.planning.split_sizes import with_sizes
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
-from upcycle.registry import TARGETS, load, suggestion
+from upcycle.registry import TARGETS, WRAPPERS, load, suggestion
 from upcycle.routers.base import Router
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def prepare_experts(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: no target can hold the result, or the one that the recipe names cannot.
     """
+    if recipe.sources:
+        family.check_known_whole(method.name)
     check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
     method = method.joined(mix, recipe)
@@ -103,7 +106,8 @@ def prepare_experts(
         )
     if router.walks or (texts and looks_at_text(method, router)):
         check_calibrates(family)
-    units = _units(recipe, family, dense, target, shape, specs)
+    plan_units = kept_units if target.keeps_names else _units
+    units = plan_units(recipe, family, dense, target, shape, specs)
     shards = shards_of(units, parse_size(recipe.max_shard_size))
     held = tuple(targets[name] for name in family.targets)
     return kind(
@@ -136,8 +140,9 @@ def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:
     These are the targets of the family, in the order in which they are tried, and the target that the recipe names, if it
     exists.
     """
-    named = (recipe.target,) if recipe.target in TARGETS else ()
-    return {name: load("target", name)() for name in (*family.targets, *named)}
+    named = (recipe.target,) if recipe.target in (*TARGETS, *WRAPPERS) else ()
+    kinds = {name: "wrapper" if name in WRAPPERS else "target" for name in (*family.targets, *named)}
+    return {name: load(kind, name)().of(family) for name, kind in kinds.items()}
 
 
 def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Target]) -> Recipe:
@@ -174,8 +179,10 @@ def _choose_target(
     weighing = [target for target in candidates if shape.normalized or target.holds_unnormalized]
     if recipe.target == "auto":
         chosen = next((target for target in weighing or candidates if not target.lacks(dense, needed)), candidates[0])
-    elif recipe.target not in TARGETS:
-        raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
+    elif recipe.target not in targets:
+        raise UsageError(
+            f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS, *WRAPPERS])
+        )
     else:
         chosen = targets[recipe.target]
     refuse_unheld(chosen, family, dense, needed, weighing)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.tensor_origin import Origin
-from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
+from upcycle.checkpoints.output_layout import shards_of
 from upcycle.errors import UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.files.formats.tensor_spec import TensorSpec
@@ -16,6 +15,7 @@ from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
 from upcycle.planning.cost import Plan
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import check_calibrates, check_text, check_tokenizer
+from upcycle.planning.kept_units import kept_units
 from upcycle.planning.pruned_dense import PrunedDense
 from upcycle.planning.split_sizes import width_step
 from upcycle.plugins import PluginParameters
@@ -104,6 +104,7 @@ def prepare_pruning(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: the family cannot be calibrated.
     """
+    family.check_known_whole(method.name)
     check_tokenizer(recipe, has_tokenizer)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
@@ -113,7 +114,7 @@ def prepare_pruning(
     recipe = recipe.model_copy(update={"active": None, "width": width, "layers": "all"})
     target, router = PrunedDense(family, raw), NoRouter(PluginParameters())
     shape = MoeShape(0, 0, 1, width, layers, form=dense.ffn_form)
-    shards = shards_of(_units(recipe, family, dense, target, shape, specs), parse_size(recipe.max_shard_size))
+    shards = shards_of(kept_units(recipe, family, dense, target, shape, specs), parse_size(recipe.max_shard_size))
     return kind(recipe, dense, family, target, method, router, router.name, shape, 1.0, refit, shards, specs, note=note)
 
 
@@ -184,27 +185,3 @@ def _checked(recipe: Recipe, method: Method, dense: DenseConfig) -> tuple[tuple[
         )
     check_text(recipe, f"method {method.name}")
     return layers, "down" if recipe.refit == "auto" else recipe.refit
-
-
-def _units(
-    recipe: Recipe,
-    family: Family,
-    dense: DenseConfig,
-    target: PrunedDense,
-    shape: MoeShape,
-    specs: Mapping[str, TensorSpec],
-) -> list[Unit]:
-    def copied(stored: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
-        dtypes = {name: specs[name].dtype if recipe.dtype == "keep" else recipe.dtype for name in stored}
-        return [OutputEntry(name, TensorSpec(shape, dtypes[name]), Origin(name)) for name, shape in stored.items()]
-
-    first, outside = family.first_specs(dense), family.stored_specs(dense, None)
-    units = [Unit("embeddings", None, tuple(copied(first)))]
-    for layer in shape.moe_layers:
-        built = {tensor.name: tensor for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)}
-        around = {name: spec for name, spec in family.stored_specs(dense, layer).items() if name not in built}
-        dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
-        made = [OutputEntry(name, TensorSpec(tensor.shape, dtype), built=tensor) for name, tensor in built.items()]
-        units.append(Unit(f"layer {layer}", layer, (*copied(around), *made)))
-    last = {name: spec for name, spec in outside.items() if name not in first}
-    return [*units, Unit("final norm", None, tuple(copied(last)))]

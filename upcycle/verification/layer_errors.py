@@ -11,11 +11,13 @@ import torch
 from torch.nn.functional import linear
 
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
+from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.stock_layers import layers_of
 from upcycle.verification.verdict import relative
 
 if TYPE_CHECKING:
     from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
 
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.models.stock_layers import Layers
@@ -47,22 +49,25 @@ class LayerErrors:
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs inside the ``with`` block."""
-        hooks = [
-            layer.get_submodule(self._job.family.module_paths.block).register_forward_hook(
-                lambda _, args, output, i=i: self._compare(i, args[0], output)
-            )
-            for i, layer in enumerate(dense.layers)
-        ]
+        hooks = [hook for i, layer in enumerate(dense.layers) for hook in self._hooks(i, layer)]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _hooks(self, index: int, layer: Module) -> Iterator[RemovableHandle]:
+        """Yield hooks on the first and the last module of a layer's FFN, which are one in most architectures."""
+        paths, inputs = self._job.family.module_paths, list[torch.Tensor]()
+        first, last = layer.get_submodule(paths.block), layer.get_submodule(paths.ends or paths.block)
+        yield first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        # A layer may add to the output in place.
+        yield last.register_forward_hook(lambda _, args, output: self._compare(index, inputs.pop(), output.clone()))
+
     def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
         with torch.no_grad():
             blocks = self._moe.blocks(index)
-            actual: torch.Tensor = sum(block(x) for block in blocks)
+            actual = self._added(index, blocks, x)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
                 everyone = _all_experts(blocks, x, self._job)
@@ -71,6 +76,19 @@ class LayerErrors:
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
             self._moe.drop(index)
+
+    def _added(self, index: int, blocks: list[Module], x: torch.Tensor) -> torch.Tensor:
+        """Return what the result's layer computes of an FFN's input."""
+        family = self._job.family
+        if family.module_paths.ends is None:
+            total: torch.Tensor = sum(block(x) for block in blocks)
+            return total
+        base = (
+            self._moe.model.base_model
+        )  # in a layer that was left dense, the modules are a projection, an activation, a projection
+        for path in family.replaced_modules(index):
+            x = base.get_submodule(path)(x)
+        return x
 
     def _mean_of_sources(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory."""
@@ -124,6 +142,8 @@ def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch
     block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts
     factor = job.method.scale("exact", count, count) / (job.scale * count)
+    if isinstance(block, MoeBlock):
+        return block.everyone(x, factor)
     total = torch.zeros_like(x)
     for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):  # type: ignore[union-attr,arg-type]
         gate, up = linear(x, gate_up).chunk(2, dim=-1)

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from wrapped_models import SMALL, D, F, ffn_weights, inputs_of, output_of, relative_error, small_model
 
 from upcycle.architectures.described.find_ffns import FoundFfn, find_ffns
-from upcycle.architectures.described.table import DESCRIBED
 from upcycle.errors import RefusalError
+from upcycle.registry import load
 
 ROUNDING = 2e-6  # relative, of two fp32 products and sums of up to 64 terms
 
@@ -43,7 +43,7 @@ def stock_calls(model: Any, name: str, ffn: FoundFfn) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("name", SMALL)
 def test_the_described_formula_is_what_the_stock_modules_compute(name: str) -> None:
     model = small_model(name)
-    found = find_ffns(model, DESCRIBED[SMALL[name][0]])
+    found = find_ffns(model, load("described", SMALL[name][0]))
     assert len(found) == {"t5": 4, "flan-t5": 4, "bart": 4, "whisper": 4, "clip": 4, "siglip": 4}.get(name, 2)
     for ffn in found:
         assert (ffn.hidden, ffn.width) == (D, 4 * D if SMALL[name][0] == "bloom" else F)
@@ -58,7 +58,7 @@ def test_the_described_formula_is_what_the_stock_modules_compute(name: str) -> N
 @pytest.mark.parametrize("name", SMALL)
 def test_the_norm_before_an_ffn_is_the_one_whose_output_it_reads(name: str) -> None:
     model = small_model(name)
-    for ffn in find_ffns(model, DESCRIBED[SMALL[name][0]]):
+    for ffn in find_ffns(model, load("described", SMALL[name][0])):
         if ffn.norm is None:
             continue
         seen: list[torch.Tensor] = []
@@ -73,7 +73,7 @@ def test_sizes_are_read_on_the_meta_device() -> None:
     config = AutoConfig.for_model(SMALL["gpt2"][0], **SMALL["gpt2"][2])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    (first, second) = find_ffns(model, DESCRIBED["gpt2"])
+    (first, second) = find_ffns(model, load("described", "gpt2"))
     assert first.replaced == ("h.0.mlp",)
     assert second.path("up") == "h.1.mlp.c_fc"
     assert first.biases == {"up", "down"}
@@ -81,6 +81,6 @@ def test_sizes_are_read_on_the_meta_device() -> None:
 
 def test_ffns_of_another_form_are_refused() -> None:
     with pytest.raises(RefusalError, match="'slow_but_exact' is True"):
-        find_ffns(small_model("bloom", slow_but_exact=True), DESCRIBED["bloom"])
+        find_ffns(small_model("bloom", slow_but_exact=True), load("described", "bloom"))
     with pytest.raises(RefusalError, match="no FFN of the form"):
-        find_ffns(small_model("dinov2", use_swiglu_ffn=True), DESCRIBED["dinov2"])
+        find_ffns(small_model("dinov2", use_swiglu_ffn=True), load("described", "dinov2"))

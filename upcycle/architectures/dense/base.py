@@ -69,7 +69,7 @@ class Family(ABC):
             RefusalError: the configuration needs something that no target can hold.
             CheckpointError: a value is invalid.
         """
-        raw = checked(raw, self.keys, self.aliases, where)
+        file, raw = raw, checked(raw, self.keys, self.aliases, where)
         self._refuse_unheld(raw, where)
         values = self.values(raw)
         heads, hidden, layers = (values[k] for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
@@ -94,6 +94,7 @@ class Family(ABC):
             token_ids={key: raw.get(key, self.token_defaults.get(key)) for key in _TOKEN_IDS},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
             windows=self.windows(raw, layers),
+            raw=file,
             **self.details(raw, values),
         )
         self._check_together(config, raw, where)
@@ -258,6 +259,26 @@ class Family(ABC):
         if config.mlp_bias:
             names |= {f"{part}_bias": f"{names[part].removesuffix('weight')}bias" for part in config.ffn_form.matrices}
         return {part: self.origin(config, name) for part, name in names.items()}
+
+    def model_name(self, stored: str) -> str:
+        """Return the name that a stored tensor has in the stock class."""
+        return stored
+
+    def check_known_whole(self, method: str) -> None:
+        """Refuse a method that needs to know more of a model than its FFNs, where these are all that is described.
+
+        Raises:
+            RefusalError: this family is described by its FFNs alone.
+        """
+        return
+
+    def replaced_modules(self, layer: int) -> tuple[str, ...]:
+        """Return the modules, below the base model, that go where experts take the place of a layer's FFN; they stand at the first."""
+        return (self.module_paths.block_of(layer).removeprefix(f"{self.module_paths.body}."),)
+
+    def ffn_dropout(self, layer: int) -> float:
+        """Return the probability of a dropout inside those modules, at their end."""
+        return 0.0
 
     def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
         """Return the dtype of a layer's experts: ``dtype``, or for ``keep`` the narrowest that holds the stored FFN's matrices."""

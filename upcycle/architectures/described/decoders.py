@@ -22,122 +22,123 @@ _LLAMA = _paths("model", "layers", "embed_tokens", "norm")
 _GATED = {"layer": "layers.{}", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj", "whole": "mlp"}
 _4H = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
-DECODERS = (
-    DescribedModel(
-        "gpt2",
-        "GPT-2",
-        (
-            FfnPlace(
-                "h.{}",
-                "mlp.c_fc",
-                "mlp.c_proj",
-                whole="mlp",
-                norm="ln_2",
-                columns=True,
-                activation="activation_function",
-                dropout="resid_pdrop",
-            ),
+GPT2 = DescribedModel(
+    "gpt2",
+    "GPT-2",
+    (
+        FfnPlace(
+            "h.{}",
+            "mlp.c_fc",
+            "mlp.c_proj",
+            whole="mlp",
+            norm="ln_2",
+            columns=True,
+            activation="activation_function",
+            dropout="resid_pdrop",
         ),
-        _GPT2,
     ),
-    DescribedModel(
-        "gpt_neo",
-        "GPT-Neo",
-        (
-            FfnPlace(
-                "h.{}",
-                "mlp.c_fc",
-                "mlp.c_proj",
-                whole="mlp",
-                norm="ln_2",
-                activation="activation_function",
-                dropout="resid_dropout",
-            ),
+    _GPT2,
+)
+GPT_NEO = DescribedModel(
+    "gpt_neo",
+    "GPT-Neo",
+    (
+        FfnPlace(
+            "h.{}",
+            "mlp.c_fc",
+            "mlp.c_proj",
+            whole="mlp",
+            norm="ln_2",
+            activation="activation_function",
+            dropout="resid_dropout",
         ),
-        _GPT2,
     ),
-    DescribedModel(
-        "gptj",
-        "GPT-J",
-        (
-            FfnPlace(
-                "h.{}",
-                "mlp.fc_in",
-                "mlp.fc_out",
-                whole="mlp",
-                norm="ln_1",
-                activation="activation_function",
-                dropout="resid_pdrop",
-            ),
+    _GPT2,
+)
+GPTJ = DescribedModel(
+    "gptj",
+    "GPT-J",
+    (
+        FfnPlace(
+            "h.{}",
+            "mlp.fc_in",
+            "mlp.fc_out",
+            whole="mlp",
+            norm="ln_1",
+            activation="activation_function",
+            dropout="resid_pdrop",
         ),
-        _GPT2,
     ),
-    DescribedModel(
-        "gpt_neox",
-        "GPT-NeoX and Pythia",
-        (FfnPlace("layers.{}", **_4H, whole="mlp", norm="post_attention_layernorm"),),
-        _paths("gpt_neox", "layers", "embed_in", "final_layer_norm"),
-    ),
-    DescribedModel(
-        "opt",
-        "OPT",
-        (
-            FfnPlace(
-                "decoder.layers.{}",
-                "fc1",
-                "fc2",
-                act="activation_fn",
-                norm="final_layer_norm",
-                activation="activation_function",
-            ),
+    _GPT2,
+)
+GPT_NEOX = DescribedModel(
+    "gpt_neox",
+    "GPT-NeoX and Pythia",
+    (FfnPlace("layers.{}", **_4H, whole="mlp", norm="post_attention_layernorm"),),
+    _paths("gpt_neox", "layers", "embed_in", "final_layer_norm"),
+)
+OPT = DescribedModel(
+    "opt",
+    "OPT",
+    (
+        FfnPlace(
+            "decoder.layers.{}",
+            "fc1",
+            "fc2",
+            act="activation_fn",
+            norm="final_layer_norm",
+            activation="activation_function",
         ),
-        _paths("model", "decoder.layers", "decoder.embed_tokens", "decoder.final_layer_norm", "fc1", "fc2"),
-        refused={
-            "do_layer_norm_before": (
-                (True,),
-                "its layers norm behind the FFN, and there is no norm behind the last one",
-            ),
-            "_remove_final_layer_norm": ((False,), "there is no norm behind the last layer"),
-            "layer_norm_elementwise_affine": ((True,), "its norms have no weights"),
-        },
     ),
-    DescribedModel(
-        "bloom",
-        "BLOOM",
-        (
-            FfnPlace(
-                "h.{}", **_4H, act="mlp.gelu_impl", norm="post_attention_layernorm", activation="=gelu_pytorch_tanh"
-            ),
+    _paths("model", "decoder.layers", "decoder.embed_tokens", "decoder.final_layer_norm", "fc1", "fc2"),
+    refused={
+        "do_layer_norm_before": (
+            (True,),
+            "its layers norm behind the FFN, and there is no norm behind the last one",
         ),
-        _paths("transformer", "h", "word_embeddings", "ln_f", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        refused={"slow_but_exact": ((False,), "it multiplies by slices of its second projection")},
-    ),
-    DescribedModel(
-        "phi",
-        "Phi-1 and Phi-2",
-        (FfnPlace("layers.{}", "mlp.fc1", "mlp.fc2", whole="mlp", norm="input_layernorm"),),
-        _paths("model", "layers", "embed_tokens", "final_layernorm"),
-    ),
-    DescribedModel(
-        "falcon",
-        "Falcon",
-        (
-            FfnPlace(
-                "h.{}",
-                **_4H,
-                whole="mlp",
-                norm="ln_mlp|post_attention_layernorm|input_layernorm",
-                activation="activation",
-            ),
+        "_remove_final_layer_norm": ((False,), "there is no norm behind the last layer"),
+        "layer_norm_elementwise_affine": ((True,), "its norms have no weights"),
+    },
+)
+BLOOM = DescribedModel(
+    "bloom",
+    "BLOOM",
+    (FfnPlace("h.{}", **_4H, act="mlp.gelu_impl", norm="post_attention_layernorm", activation="=gelu_pytorch_tanh"),),
+    _paths("transformer", "h", "word_embeddings", "ln_f", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    refused={"slow_but_exact": ((False,), "it multiplies by slices of its second projection")},
+)
+PHI = DescribedModel(
+    "phi",
+    "Phi-1 and Phi-2",
+    (FfnPlace("layers.{}", "mlp.fc1", "mlp.fc2", whole="mlp", norm="input_layernorm"),),
+    _paths("model", "layers", "embed_tokens", "final_layernorm"),
+)
+FALCON = DescribedModel(
+    "falcon",
+    "Falcon",
+    (
+        FfnPlace(
+            "h.{}",
+            **_4H,
+            whole="mlp",
+            norm="ln_mlp|post_attention_layernorm|input_layernorm",
+            activation="activation",
         ),
-        _paths("transformer", "h", "word_embeddings", "ln_f"),
     ),
-    DescribedModel(
-        "gemma2",
-        "Gemma 2",
-        (FfnPlace(**_GATED, norm="pre_feedforward_layernorm", activation="hidden_activation"),),
-        _LLAMA,
-        uncalibrated=_NORMED,
-    ),
-    DescribedModel("olmo3", "OLMo 3", (FfnPlace(**_GATED),), _LLAMA, uncalibrated=_NORMED),
+    _paths("transformer", "h", "word_embeddings", "ln_f"),
+)
+GEMMA2 = DescribedModel(
+    "gemma2",
+    "Gemma 2",
+    (FfnPlace(**_GATED, norm="pre_feedforward_layernorm", norm_add=1.0, activation="hidden_activation"),),
+    _LLAMA,
+    uncalibrated=_NORMED,
+)
+OLMO3 = DescribedModel(
+    "olmo3",
+    "OLMo 3",
+    (FfnPlace(**_GATED),),
+    _LLAMA,
+    uncalibrated=_NORMED,
+    added=("post_attention_layernorm", "post_feedforward_layernorm"),
 )

@@ -23,8 +23,6 @@ def _bart(norm: str | None) -> tuple[FfnPlace, ...]:
     )
 
 
-ENCODER_DECODERS = (
-    DescribedModel("t5", "T5 and Flan-T5", (*_t5("wi", None), *_t5("wi_1", "wi_0"))),
-    DescribedModel("bart", "BART", _bart(None)),
-    DescribedModel("whisper", "Whisper", _bart("final_layer_norm")),
-)
+T5_MODELS = DescribedModel("t5", "T5 and Flan-T5", (*_t5("wi", None), *_t5("wi_1", "wi_0")))
+BART = DescribedModel("bart", "BART", _bart(None))
+WHISPER = DescribedModel("whisper", "Whisper", _bart("final_layer_norm"))

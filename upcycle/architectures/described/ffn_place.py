@@ -26,6 +26,7 @@ class FfnPlace:
         act: the activation, where there is no ``whole``.
         norm: the norm whose output the FFN reads, or several with ``|`` between them, of which the first that a layer has counts;
             None: it reads the residual stream.
+        norm_add: what that norm adds to its stored weight.
         columns: matrices are stored ``[in, out]``, as transformers' ``Conv1D`` does.
         activation: the configuration's key with the activation's name, or that name after ``=``.
         config: the part of the configuration that has that key.
@@ -40,6 +41,7 @@ class FfnPlace:
     whole: str | None = None
     act: str | None = None
     norm: str | None = None
+    norm_add: float = 0.0
     columns: bool = False
     activation: str = "hidden_act"
     config: str | None = None
@@ -69,6 +71,7 @@ class DescribedModel:
         ffns: its FFNs; several where it has several towers.
         paths: where its parts are, of causal language models.
         refused: settings under which its FFNs are not what this says: key -> (the values that it may have, why).
+        added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
     """
 
@@ -78,3 +81,4 @@ class DescribedModel:
     paths: ModulePaths | None = None
     refused: dict[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
     uncalibrated: str | None = None
+    added: tuple[str, ...] = ()

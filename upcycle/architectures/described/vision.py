@@ -14,10 +14,8 @@ def _two_towers(norm: str) -> tuple[FfnPlace, ...]:
     )
 
 
-VISION = (
-    DescribedModel("vit", "ViT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),)),
-    DescribedModel("deit", "DeiT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),)),
-    DescribedModel("dinov2", "DINOv2", (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),)),
-    DescribedModel("clip", "CLIP", _two_towers("layer_norm2")),
-    DescribedModel("siglip", "SigLIP", _two_towers("layer_norm2")),
-)
+VIT = DescribedModel("vit", "ViT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),))
+DEIT = DescribedModel("deit", "DeiT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),))
+DINOV2 = DescribedModel("dinov2", "DINOv2", (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),))
+CLIP = DescribedModel("clip", "CLIP", _two_towers("layer_norm2"))
+SIGLIP = DescribedModel("siglip", "SigLIP", _two_towers("layer_norm2"))

@@ -51,6 +51,7 @@ class Target(ABC):
         router_semantics: how it turns logits into weights, in words.
         holds_unnormalized: whether the chosen experts' weights may stay as the softmax gives them.
         rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
+        keeps_names: whether every tensor outside the FFNs keeps the name and form that it has in the dense model.
         module_paths: where its parts are.
         router: the module, in the block with the routed experts, that returns logits ``[T, E]``, weights ``[T, K]`` and experts
             ``[T, K]``.
@@ -66,11 +67,16 @@ class Target(ABC):
     router_semantics: ClassVar[str]
     holds_unnormalized: ClassVar[bool] = False
     rotates_pairs: ClassVar[bool] = False
+    keeps_names: ClassVar[bool] = False
     module_paths: ModulePaths = ModulePaths()
     router: ClassVar[str] = "gate"
     score: ClassVar[Score] = "softmax"
     shared: ClassVar[str | None] = None
     shared_switch: ClassVar[str | None] = None
+
+    def of(self, family: Family) -> Target:
+        """Return the target for models of one family: itself, where it is the same for all."""
+        return self
 
     @abstractmethod
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def refuse_unheld(
     """
     lacking = target.lacks(dense, more)
     if not lacking:
-        if target.name not in family.targets:
+        if target.name not in family.targets and not target.keeps_names:
             raise RefusalError(
                 f"{family.name} to {target.name} is not a conversion this version was tested with",
                 hint=f"use --target {family.targets[0]}; targets of {family.name}: {', '.join(family.targets)}",

@@ -149,6 +149,7 @@ class DenseGrowth(Growth):
         from upcycle.checkpoints.find_family import family_of
 
         family = family_of(source.raw, source.where)
+        family.check_known_whole(self.name)
         paths = family.module_paths
         dense = family.config(source.raw)
         layers = list(self.layers(dense.num_hidden_layers))

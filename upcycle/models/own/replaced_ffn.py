@@ -28,8 +28,8 @@ class ReplacedFfn:
         hidden_size: d, the length of input and output.
         activation: its name in transformers' table.
         gated: whether neurons are ``act(gate x) * up x``, or ``act(up x)``.
-        biases: which projections have one: ``down`` is every expert's own, weighted as its output is; ``output`` ``[d]`` belongs to
-            no expert and is added once.
+        biases: which projections have one: ``down`` is every expert's own (the shared one's, too), weighted as its output is;
+            ``output`` ``[d]`` belongs to no expert and is added once.
         widths: neurons of every routed expert.
         shared_width: neurons of the shared expert, which always runs at weight 1; 0: there is none.
         router_bias: whether the router adds a bias to its logits.
