@@ -236,7 +236,7 @@ class DenseCheckpoint(Checkpoint):
 
         origins = self.family.ffn_origins(self.config, layer)
         matrices = self.family.ffn_dtype(self.config, self.store.specs, layer, dtype)
-        tensors = {
+        tensors: dict[str, Any] = {
             part: self.whole(origin, dtype if part.startswith("norm") else matrices) for part, origin in origins.items()
         }
         if "norm_bias" in tensors:

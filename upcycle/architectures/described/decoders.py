@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
@@ -19,8 +21,14 @@ def _paths(
 
 _GPT2 = _paths("transformer", "h", "wte", "ln_f")
 _LLAMA = _paths("model", "layers", "embed_tokens", "norm")
-_GATED = {"layer": "layers.{}", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj", "whole": "mlp"}
-_4H = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+_GATED: dict[str, Any] = {
+    "layer": "layers.{}",
+    "up": "mlp.up_proj",
+    "gate": "mlp.gate_proj",
+    "down": "mlp.down_proj",
+    "whole": "mlp",
+}
+_4H: dict[str, Any] = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 GPT2 = DescribedModel(
     "gpt2",
@@ -54,6 +62,7 @@ GPT_NEO = DescribedModel(
         ),
     ),
     _GPT2,
+    returns_tuple=True,
 )
 GPTJ = DescribedModel(
     "gptj",
@@ -70,6 +79,7 @@ GPTJ = DescribedModel(
         ),
     ),
     _GPT2,
+    returns_tuple=True,
 )
 GPT_NEOX = DescribedModel(
     "gpt_neox",
@@ -106,6 +116,7 @@ BLOOM = DescribedModel(
     (FfnPlace("h.{}", **_4H, act="mlp.gelu_impl", norm="post_attention_layernorm", activation="=gelu_pytorch_tanh"),),
     _paths("transformer", "h", "word_embeddings", "ln_f", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     refused={"slow_but_exact": ((False,), "it multiplies by slices of its second projection")},
+    returns_tuple=True,
 )
 PHI = DescribedModel(
     "phi",
@@ -126,6 +137,7 @@ FALCON = DescribedModel(
         ),
     ),
     _paths("transformer", "h", "word_embeddings", "ln_f"),
+    returns_tuple=True,
 )
 GEMMA2 = DescribedModel(
     "gemma2",

@@ -43,6 +43,7 @@ class DescribedFamily(Family):
     """
 
     targets = ("upcycle_moe",)
+    embeds_tokens_alone = False
     described: ClassVar[DescribedModel]
 
     def __init__(self) -> None:
@@ -69,6 +70,7 @@ class DescribedFamily(Family):
         if first.biases and first.biases != {"up", "down"} | ({"gate"} if first.place.gated else set()):
             raise RefusalError(f"{where}: some projections of its FFN have biases and others have none")
         heads = settings.num_attention_heads
+        spread = [getattr(settings, key, None) for key in ("initializer_range", "init_std")]
         context = getattr(settings, "max_position_embeddings", None) or raw.get("seq_length")
         return DenseConfig(
             family=self.name,
@@ -82,7 +84,7 @@ class DescribedFamily(Family):
             hidden_act=first.activation,
             rms_norm_eps=1e-5,
             max_position_embeddings=context if type(context) is int and context > 0 else _NO_LIMIT,
-            initializer_range=getattr(settings, "initializer_range", None) or getattr(settings, "init_std", 0.02),
+            initializer_range=next((float(one) for one in spread if one), 0.02),
             attention_dropout=0.0,
             tie_word_embeddings=bool(settings.tie_word_embeddings),
             rope_parameters={},
@@ -141,10 +143,10 @@ class DescribedFamily(Family):
             found[part] = kind(self._where(f"{name}.weight"), rows)
             if part in ffn.biases:
                 found[f"{part}_bias"] = Origin(self._where(f"{name}.bias"), rows)
-        for part, end in (("norm", "weight"), ("norm_bias", "bias")):
+        for norm, end, add in (("norm", "weight", ffn.place.norm_add), ("norm_bias", "bias", 0.0)):
             name = f"{body}{ffn.norm}.{end}"
             if name in self._shapes:
-                found[part] = Origin(self._where(name), add=ffn.place.norm_add if part == "norm" else 0.0)
+                found[norm] = Origin(self._where(name), add=add)
         return found
 
     def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
@@ -233,5 +235,6 @@ def described_family(described: DescribedModel) -> Family:
         "title": described.title,
         "module_paths": described.paths,
         "uncalibrated": described.uncalibrated,
+        "returns_tuple": described.returns_tuple,
     }
     return cast(Family, type("Described", (DescribedFamily,), own)())

@@ -73,6 +73,7 @@ class DescribedModel:
         refused: settings under which its FFNs are not what this says: key -> (the values that it may have, why).
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
+        returns_tuple: whether a layer returns a tuple, whose first entry is the stream.
     """
 
     name: str
@@ -81,4 +82,5 @@ class DescribedModel:
     paths: ModulePaths | None = None
     refused: dict[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
     uncalibrated: str | None = None
+    returns_tuple: bool = False
     added: tuple[str, ...] = ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 
-_FC = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
+_FC: dict[str, Any] = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
 
 
 def _two_towers(norm: str) -> tuple[FfnPlace, ...]:
