@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from wrapped_models import SMALL, relative_error, small_model
 import upcycle
 import upcycle.models
 from upcycle.errors import CheckpointError, RefusalError
+from upcycle.files.locate import DEMO_FOLDER
+from upcycle.inference.generate import Writer
+from upcycle.models.load import load_model
+from upcycle.registry import load
+from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.verification import verify_experts
 
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
@@ -42,6 +48,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
+def with_tokenizer(folder: Path, name: str) -> Path:
+    """A small model with the demo's tokenizer and vocabulary."""
+    small_model(name, vocab_size=4096).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_FOLDER / "model" / file, folder / file)
+    return folder
+
+
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Of a folder loaded as any user would."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -55,6 +69,7 @@ def ids_below(most: int) -> torch.Tensor:
     return torch.randint(5, most, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("keys", [COPIES, SPLIT, SHARED], ids=["copies", "split", "shared"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_described_model_converts_exactly(
@@ -78,6 +93,42 @@ def test_sparse_splits_add_up_with_every_expert_active(name: str, small: Callabl
     assert result.verdict == "approximate"
     assert result.all_experts_error is not None
     assert result.all_experts_error < ROUNDING
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if load("described", SMALL[name][0]).uncalibrated is None])
+def test_splits_are_calibrated(name: str, tmp_path: Path) -> None:
+    """The refit must help: on held-out tokens, fitted layers are nearer to the dense ones than plain ones are."""
+    source = with_tokenizer(tmp_path / "dense", name)
+    keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
+    result = upcycle.convert(str(source), tmp_path / "out", verification={"tokens": 256}, **keys)
+    assert result.verification is not None
+    assert result.verification.verdict == "approximate"
+    plain = upcycle.convert(str(source), tmp_path / "plain", refit="none", verification={"tokens": 256}, **keys)
+    assert plain.verification is not None
+    assert max(result.verification.layer_errors) < max(plain.verification.layer_errors)
+
+
+def test_norms_behind_the_ffn_refuse_calibration(tmp_path: Path) -> None:
+    keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
+    with pytest.raises(RefusalError, match="a gemma2 model cannot be calibrated: it norms what its FFN adds"):
+        upcycle.convert(str(with_tokenizer(tmp_path / "dense", "gemma2")), tmp_path / "out", **keys)
+
+
+def test_text_is_written_and_measured_and_routers_are_read(tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path / "dense", "gpt2")
+    upcycle.convert(str(source), tmp_path / "out", **{**COPIES, "tokenizer": "copy"})
+    model = load_model(str(tmp_path / "out"))
+    assert [(layer.index, layer.rule.top_k, layer.rule.experts) for layer in moe_layers(model)] == [
+        (0, 2, 4),
+        (1, 2, 4),
+    ]
+    assert all(layer.rule.score == "softmax" and layer.rule.normalized for layer in moe_layers(model))
+    writer = Writer(str(tmp_path / "out"))
+    tokens = list(writer.write(writer.encode("hello"), 4))
+    assert writer.kernels == "upcycle"
+    assert all(len(token.experts) == 2 for token in tokens[:-1])
+    assert upcycle.verify(tmp_path / "out").verdict == "exact"
 
 
 @pytest.mark.one_in(5)

@@ -41,6 +41,7 @@ def with_router(model: Any) -> Any:
     return model
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", SMALL)
 def test_copies_and_whole_splits_are_the_dense_model(name: str) -> None:
     dense, inputs = small_model(name), inputs_of(name)
@@ -60,6 +61,7 @@ def test_copies_and_whole_splits_are_the_dense_model(name: str) -> None:
     assert relative_error(output_of(copies, inputs), expected) > 1e-4  # the experts do run
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", SMALL)
 def test_saved_models_load_by_the_auto_classes_with_every_weight(name: str, tmp_path: Path) -> None:
     model, inputs = with_router(wrapped(small_model(name), pieces=4, rule=TopKRule(2), shared=16)), inputs_of(name)
@@ -78,6 +80,7 @@ def test_saved_models_load_by_the_auto_classes_with_every_weight(name: str, tmp_
     assert pickle.loads(pickle.dumps(config)).to_dict() == deepcopy(config).to_dict() == config.to_dict()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", GENERATING)
 def test_generation_with_a_cache_gives_the_dense_models_tokens(name: str) -> None:
     dense, inputs = small_model(name), inputs_of(name)
@@ -88,6 +91,7 @@ def test_generation_with_a_cache_gives_the_dense_models_tokens(name: str) -> Non
     assert torch.equal(model.generate(**inputs, **settings, use_cache=False), expected)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", SMALL)
 def test_every_weight_of_a_block_learns(name: str) -> None:
     model = with_router(wrapped(small_model(name), pieces=4, rule=ReluRule(), shared=16, bias_of="output")).train()

@@ -53,7 +53,7 @@ def restated(made: MoeBlock, x: torch.Tensor) -> torch.Tensor:
     experts, act = made.experts, made.experts.act
     out = torch.zeros_like(x)
     for i, token in enumerate(x):
-        ids, weights = made.rule.route(made.router(token)[None])
+        ids, weights = made.rule.route((made.router.weight @ token + made.router.bias)[None])
         for e, weight in zip(ids[0].tolist(), weights[0], strict=True):
             if e == experts.count:
                 continue
@@ -87,7 +87,8 @@ def test_every_way_of_computing_is_the_formula(rule: RouterRule, widths: tuple[i
             made.experts.implementation = implementation
             assert torch.allclose(made(x), expected, rtol=1e-10, atol=1e-10), implementation
         flat = x.reshape(-1, D)
-        masked = made._whole(flat, made.experts._masked(flat, *made.rule.route(made.router(flat))))
+        _, weights, ids = made.router(flat)
+        masked = made._whole(flat, made.experts._masked(flat, ids, weights))
         assert torch.allclose(masked.view_as(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -164,3 +165,8 @@ def test_everyone_runs_whatever_the_router_says() -> None:
         ones.router.weight.zero_()
         ones.router.bias.fill_(0.5)
     assert torch.allclose(made.everyone(x, 0.5), ones(x), rtol=1e-10, atol=1e-10)
+    biased = block(TopKRule(1), shared=0, biases=frozenset({"down"}))
+    with torch.no_grad():
+        biased.load_state_dict(made.state_dict(), strict=False)
+        expected = ones(x) + biased.experts.down_bias.mean(0)
+    assert torch.allclose(biased.everyone(x, 0.5), expected, rtol=1e-10, atol=1e-10)

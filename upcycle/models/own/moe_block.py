@@ -16,6 +16,7 @@ from torch.nn import functional
 from upcycle.kernels.entry.transformers_experts import foreign_weights, module_output
 from upcycle.kernels.layout.expert_weights import WeightLayout, WeightTensors
 from upcycle.models.own.replaced_ffn import ReplacedFfn
+from upcycle.models.own.routing.base import RouterRule
 
 IMPLEMENTATIONS = ("upcycle", "eager")
 _SPREAD = 0.02  # of new weights
@@ -37,8 +38,7 @@ class MoeBlock(nn.Module):
     def __init__(self, ffn: ReplacedFfn) -> None:
         super().__init__()
         d, shared = ffn.hidden_size, ffn.shared_width
-        self.rule = ffn.rule
-        self.router = nn.Linear(d, ffn.experts, bias=ffn.router_bias)
+        self.router = TokenRouter(ffn)
         self.experts = PackedExperts(ffn)
         if shared:
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
@@ -51,17 +51,25 @@ class MoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See the class."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = self.router(x)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        ids, weights = self.rule.route(logits)
+        _, weights, ids = self.router(x)
         return self._whole(x, self.experts(x, ids, weights)).view_as(hidden_states)
 
+    @property
+    def rule(self) -> RouterRule:
+        """What the router's logits mean."""
+        return self.router.rule
+
     def everyone(self, x: torch.Tensor, weight: float) -> torch.Tensor:
-        """Return ``[..., d]`` with every expert active at one weight, whatever the router says."""
+        """Return ``[..., d]`` with every expert's neurons active at one weight, whatever the router says.
+
+        Down biases, which are not scaled as neurons are, are added as by weights that sum to 1.
+        """
         flat = x.reshape(-1, x.shape[-1])
         count = self.experts.count
         ids = torch.arange(count, device=x.device).expand(len(flat), count)
         routed = self.experts(flat, ids, torch.full(ids.shape, weight, dtype=x.dtype, device=x.device))
+        if self.experts.down_bias is not None:
+            routed = routed + self.experts.down_bias.sum(0) * (1 / count - weight)
         return self._whole(flat, routed).view_as(x)
 
     def _whole(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
@@ -74,6 +82,27 @@ class MoeBlock(nn.Module):
             routed = routed + self.output_bias
         out: torch.Tensor = self.dropout(routed)
         return out
+
+
+class TokenRouter(nn.Linear):
+    """Returns logits ``[T, E]``, weights ``[T, K]`` and ids of experts ``[T, K]``, as the routers of stock MoE classes do.
+
+    Attributes:
+        rule: what makes weights and ids of the logits.
+        top_k: experts per token, where that is a fixed number.
+    """
+
+    def __init__(self, ffn: ReplacedFfn) -> None:
+        super().__init__(ffn.hidden_size, ffn.experts, bias=ffn.router_bias)
+        self.rule = ffn.rule
+        self.top_k: int | None = getattr(ffn.rule, "top_k", None)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """See the class; ``x`` is ``[T, d]``."""
+        logits = super().forward(x)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        ids, weights = self.rule.route(logits)
+        return logits, weights, ids
 
 
 class PackedExperts(nn.Module):
