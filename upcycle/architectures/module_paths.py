@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,13 @@ class ModulePaths:
                 return its + name.removeprefix(mine)
         return name
 
+    def without_prefix(self) -> ModulePaths:
+        """Return the same description of the base model alone."""
+        body = f"{self.body}."
+        return replace(
+            self, body="", layers=self.layers.removeprefix(body), embedding=self.embedding.removeprefix(body)
+        )
+
     def body_in(self, model: Any) -> Any:
         """Return the module that computes hidden states.
 
@@ -158,5 +165,15 @@ def find_module_paths(model_type: str) -> ModulePaths:
 
 
 def paths_of(config: Any) -> ModulePaths:
-    """Return the description of a model by its configuration; a wrapped one has its parts where its base has them."""
-    return find_module_paths(getattr(config, "base_model_type", None) or config.model_type)
+    """Return the description of a model by its configuration; a wrapped one has its parts where its base has them.
+
+    An encoder without a head has no prefix before the paths.
+    """
+    base = getattr(config, "base_model_type", None) or config.model_type
+    paths = find_module_paths(base)
+    described = find("described", base)
+    if described is None or not described.encoder:
+        return paths
+    from upcycle.architectures.stock_auto import class_name
+
+    return paths.without_prefix() if class_name(config).endswith("Model") else paths

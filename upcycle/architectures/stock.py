@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.stock_auto import auto_class
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
 from upcycle.files.formats.parsing import parse_json, read_json
 
@@ -179,7 +180,7 @@ def build_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | None = None) -> Any:
-    """Build the stock causal language model of a configuration on the meta device: shapes without memory.
+    """Build the stock causal language model (or encoder) of a configuration on the meta device: shapes without memory.
 
     Args:
         raw: a ``config.json``, or the result of :func:`build_config`.
@@ -190,7 +191,6 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         CheckpointError: transformers does not know such a model, or refuses a value.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = build_config(raw, where) if isinstance(raw, Mapping) else raw
     given = {} if dtype is None else {"dtype": dtype}
@@ -199,11 +199,11 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         quiet_transformers(),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
+        return auto_class(config).from_config(config, trust_remote_code=False, **given)
 
 
 def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
-    """Load the stock causal language model of a folder or ``.gguf`` file on the CPU, as ``AutoModelForCausalLM`` does.
+    """Load the stock causal language model (or encoder) of a folder or ``.gguf`` file on the CPU, as Auto classes do.
 
     Args:
         folder: a transformers folder with safetensors weights, or a ``.gguf`` file.
@@ -214,13 +214,16 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         CheckpointError: transformers cannot load it, or a weight is missing, unexpected or of another shape.
         EnvironmentFault: it does not fit in memory.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
         if folder.is_file():
             named["config"] = _gguf_config(clean, folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = named.get("config") or AutoConfig.from_pretrained(
+            clean, trust_remote_code=False, local_files_only=True
+        )
+        loaded: Any = auto_class(config).from_pretrained(
             clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
         )
     model, report = loaded

@@ -290,11 +290,17 @@ def compute_buffers(model: Any, settings: Any) -> None:
             setattr(body, name, type(module)(settings))
         elif isinstance(getattr(module, "embed_scale", None), torch.Tensor):  # Gemma's embedding
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        elif name == "embeddings":  # an encoder's
+            _fill_buffers(model, module)
 
 
 def compute_layer_buffers(model: Any, index: int) -> None:
     """Compute the buffers of a layer that no file holds (masks, positions) as ``from_pretrained`` does, by the stock class."""
-    for module in _layers(model)[index].modules():
+    _fill_buffers(model, _layers(model)[index])
+
+
+def _fill_buffers(model: Any, part: Any) -> None:
+    for module in part.modules():
         held = {name: module.get_buffer(name) for name in module._non_persistent_buffers_set if name in module._buffers}
         empty = {name: buffer for name, buffer in held.items() if buffer.is_meta}
         for name, buffer in empty.items():

@@ -14,7 +14,7 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference
-from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
+from upcycle.verification.verdict import EXACT_TOLERANCE, STATES, Verification, said
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,8 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
     elif tolerance is not None and not error <= tolerance:
         behind = f" behind position {measured.reach.border:,}" if error == measured.far else ""
         verdict = "broken"
-        explanation = f"relative logit error {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
+        what = "relative logit error" if measured.totals.of_logits else f"relative error of the {STATES}"
+        explanation = f"{what} {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
     elif everyone is not None and not everyone <= (roundoff if job.rounding_factors else EXACT_TOLERANCE):
         verdict = "broken"
         explanation = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.described.ffn_place import DescribedModel
-from upcycle.architectures.module_paths import BELONG_TOGETHER
+from upcycle.architectures.module_paths import BELONG_TOGETHER, paths_of
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.folder_contents import shortened
@@ -61,6 +61,8 @@ class DescribedFamily(Family):
         settings = build_config(raw, where)
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
+        if self.described.encoder:
+            setattr(type(self), "module_paths", paths_of(settings))  # noqa: B010 - of a class that this instance has for itself
         tied = set(self._model.all_tied_weights_keys)
         self._shapes = {n: tuple(t.shape) for n, t in self._model.state_dict().items() if n not in tied}
         first = self._ffns[0]
@@ -72,6 +74,7 @@ class DescribedFamily(Family):
         heads = settings.num_attention_heads
         spread = [getattr(settings, key, None) for key in ("initializer_range", "init_std")]
         context = getattr(settings, "max_position_embeddings", None) or raw.get("seq_length")
+        skipped = (settings.pad_token_id or 0) + 1 if self.described.counts_from_padding else 0
         return DenseConfig(
             family=self.name,
             hidden_size=first.hidden,
@@ -83,7 +86,7 @@ class DescribedFamily(Family):
             vocab_size=settings.vocab_size,
             hidden_act=first.activation,
             rms_norm_eps=1e-5,
-            max_position_embeddings=context if type(context) is int and context > 0 else _NO_LIMIT,
+            max_position_embeddings=(context or _NO_LIMIT) - skipped,
             initializer_range=next((float(one) for one in spread if one), 0.02),
             attention_dropout=0.0,
             tie_word_embeddings=bool(settings.tie_word_embeddings),
@@ -223,7 +226,7 @@ class DescribedFamily(Family):
             raise CheckpointError(
                 f"{where}: tensor '{shortened(left[0])}' is not part of a {self.name} model and would be lost"
                 + (f" ({len(left)} such tensors)" if len(left) > 1 else ""),
-                hint="adapters must be merged first; a head for classes is not a language model's",
+                hint="adapters must be merged first; compare 'architectures' in config.json with the weights",
             )
 
 

@@ -69,10 +69,12 @@ class DescribedModel:
         name: its ``model_type``.
         title: its name in prose.
         ffns: its FFNs; several where it has several towers.
-        paths: where its parts are, of causal language models.
+        paths: where its parts are, of those that are converted: causal language models and encoders.
         refused: settings under which its FFNs are not what this says: key -> (the values that it may have, why).
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
+        encoder: whether it attends in both directions, and has no logits of a next token.
+        counts_from_padding: whether positions begin behind the number of the padding token.
         returns_tuple: whether a layer returns a tuple, whose first entry is the stream.
     """
 
@@ -83,4 +85,6 @@ class DescribedModel:
     refused: dict[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
     uncalibrated: str | None = None
     returns_tuple: bool = False
+    encoder: bool = False
+    counts_from_padding: bool = False
     added: tuple[str, ...] = ()

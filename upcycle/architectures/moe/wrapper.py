@@ -67,11 +67,16 @@ class UpcycleMoe(Target):
 
     def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
         """Return the dense model's ``config.json`` with what is replaced, the class, and the dtype that is written."""
-        from upcycle.architectures.stock import clean_config
+        from upcycle.architectures.stock import build_config, clean_config
+        from upcycle.architectures.stock_auto import class_name
 
         config: Mapping[str, Any] = clean_config(self.config(dense, shape))
         kept = {key: value for key, value in config.items() if key != "torch_dtype"}
-        return {**kept, "architectures": [f"{self.architecture}{_causal_class(dense.family)}"], "dtype": dtype}
+        return {
+            **kept,
+            "architectures": [f"{self.architecture}{class_name(build_config(dense.raw, 'config.json'))}"],
+            "dtype": dtype,
+        }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """Return the router, the packed experts, and the shared expert's projections; there is one layout only."""
@@ -104,9 +109,3 @@ class UpcycleMoe(Target):
             if matrix in form.biases:
                 tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
         return tensors
-
-
-def _causal_class(model_type: str) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
