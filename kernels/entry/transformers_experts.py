@@ -44,7 +44,7 @@ def stock_experts(
     obstacle = why_not_experts(self)
     tensors = None if obstacle else _tensors(self)
     if tensors is not None:
-        obstacle = _foreign(*tensors)
+        obstacle = foreign_weights(*tensors)
     if obstacle is not None:
         _warn(type(self).__name__, obstacle)
         own: torch.Tensor = inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
@@ -52,19 +52,40 @@ def stock_experts(
     assert activation is not None
     assert tensors is not None
     layout = WeightLayout(activation, self.has_gate, self.has_gate and not self.is_concatenated, self.is_transposed)
-    x = hidden_states.to(tensors.up.dtype)
-    if torch.compiler.is_compiling() or without_numbers(x, tensors.up):
-        scores = top_k_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        out = compiled_output(x, tensors, layout, RouterChoice(top_k_index, scores), save)
-    else:
-        known = _known.get(self)
-        if known is not None and (known.checked, known.layout) == (state_of(*tensors), layout):
-            weights = known.around(*tensors)
-        else:
-            weights = ExpertWeights.of(tensors, layout)
-            _known[self] = weights.without_memory()
-        out = experts_output(x, weights, top_k_index, top_k_weights, save=save)
+    out = module_output(self, hidden_states.to(tensors.up.dtype), tensors, layout, top_k_index, top_k_weights, save)
     return out.to(hidden_states.dtype)
+
+
+def module_output(
+    module: Any,
+    x: torch.Tensor,
+    tensors: WeightTensors,
+    layout: WeightLayout,
+    experts: torch.Tensor,
+    scores: torch.Tensor,
+    save: Saved = "z",
+) -> torch.Tensor:
+    """``[T, H]`` like ``x``: what the experts of a module compute, eagerly or where a compiler looks on.
+
+    Args:
+        module: whose weights they are; their layout is checked when they are first seen, and when they change.
+        x: ``[T, H]``, of the weights' dtype.
+        tensors: the weights.
+        layout: how they are to be read.
+        experts: expert ids ``[T, K]``.
+        scores: router weights ``[T, K]``.
+        save: see :func:`upcycle.kernels.entry.operator.experts_output`.
+    """
+    if torch.compiler.is_compiling() or without_numbers(x, tensors.up):
+        scores = scores.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return compiled_output(x, tensors, layout, RouterChoice(experts, scores), save)
+    known = _known.get(module)
+    if known is not None and (known.checked, known.layout) == (state_of(*tensors), layout):
+        weights = known.around(*tensors)
+    else:
+        weights = ExpertWeights.of(tensors, layout)
+        _known[module] = weights.without_memory()
+    return experts_output(x, weights, experts, scores, save=save)
 
 
 # Checked layouts of modules' weights, without the weights: checking again takes as long as a token's products.
@@ -78,7 +99,7 @@ def _tensors(module: Any) -> WeightTensors:
     return WeightTensors(up, module.down_proj, up_bias, module.down_proj_bias if module.has_bias else None)
 
 
-def _foreign(*tensors: torch.Tensor | None) -> str | None:
+def foreign_weights(*tensors: torch.Tensor | None) -> str | None:
     """The reason why the kernels refuse weights whose numbers are not plainly in memory; a compiler sees to such weights itself."""
     if torch.compiler.is_compiling():
         return None

@@ -59,8 +59,9 @@ def test_parts_are_neurons_times_powers_of_the_scale(form: FfnForm) -> None:
 def test_every_kind_of_part_has_its_shape_and_dtype() -> None:
     ffn = ffn_of(EVERY_BIAS, F, D, dtype=torch.bfloat16)
     tensors, m, wide = ExpertTensors(ffn, blueprint()), 3, 6
-    shapes = {"router": (3, D), "shared_switch": (1, D), "zeros": (5,), "filled": (5,)}
+    shapes: dict[str, tuple[int, ...]] = {"router": (3, D), "shared_switch": (1, D), "zeros": (5,), "filled": (5,)}
     shapes |= {"shifted_gate_up": (D, 2 * m), "shifted_gate_up_bias": (2 * m,), "shifted_down": (m, D)}
+    shapes |= {"gate_up": (2 * m, D), "gate_up_bias": (2 * m,), "down_rows": (m, D)}
     for prefix, size in (("", m), ("shared_", wide), ("idle_", 5)):
         shapes |= {f"{prefix}{name}": (size, D) for name in ("gate", "up")} | {f"{prefix}down": (D, size)}
         shapes |= {f"{prefix}{name}_bias": (size,) for name in ("gate", "up")} | {f"{prefix}down_bias": (D,)}
@@ -70,6 +71,15 @@ def test_every_kind_of_part_has_its_shape_and_dtype() -> None:
         assert tuple(found.shape) == shape
         assert found.dtype == (torch.float32 if kind == "zeros" else torch.bfloat16)
         assert tensors.part(Part(kind, size=5)).equal(found)  # type: ignore[arg-type]
+
+
+def test_parts_for_the_kernels_alternate_gate_and_up_and_turn_down() -> None:
+    tensors = ExpertTensors(ffn_of(EVERY_BIAS, F, D), blueprint())
+    for kind, end in (("gate_up", ""), ("gate_up_bias", "_bias")):
+        found = tensors.part(Part(kind, 1, factor=2.0))  # type: ignore[arg-type]
+        for first, matrix in enumerate(("gate", "up")):
+            assert found[first::2].equal(tensors.part(Part(f"{matrix}{end}", 1, factor=2.0)))  # type: ignore[arg-type]
+    assert tensors.part(Part("down_rows", 2)).equal(tensors.part(Part("down", 2)).T)
 
 
 def test_an_idle_expert_is_the_first_neurons_and_adds_nothing() -> None:

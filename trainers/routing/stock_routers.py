@@ -16,6 +16,7 @@ from upcycle.architectures.module_paths import module_paths_of, text_config
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.models.experts import has_experts
+from upcycle.models.own.moe_block import PackedExperts
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
 
@@ -203,11 +204,12 @@ def selection_bias(block: nn.Module, router: nn.Module) -> torch.Tensor | None:
 
 
 def _blocks(model: nn.Module) -> list[tuple[int, nn.Module]]:
-    """Layer and module of everything that has fused experts ``[E, ...]`` as a child, whatever it is called."""
+    """Layer and module of everything that has fused experts ``[E, ...]``, or packed ones, as a child, whatever it is called."""
     found: list[tuple[int, nn.Module]] = []
     for name, module in model.named_modules():
         experts = dict(module.named_children()).get("experts")
-        if experts is not None and any(weight.dim() > 2 for weight in experts.parameters(recurse=False)):
+        packed = isinstance(experts, PackedExperts)
+        if packed or (experts is not None and any(weight.dim() > 2 for weight in experts.parameters(recurse=False))):
             number = next((part for part in name.split(".") if part.isdigit()), str(len(found)))
             found.append((int(number), module))
     return found

@@ -61,7 +61,7 @@ class DenseConfig:
 
     The four multipliers apply to embeddings, to attention scores (None: one over the square root of the head size), to what a
     block adds to the stream, and to logits. ``special`` are features of the block that only related architectures have, and
-    ``extra`` the configuration keys that come with them.
+    ``extra`` the configuration keys that come with them. ``raw`` is the file's content, for a target that keeps all of it.
     """
 
     family: str
@@ -96,6 +96,7 @@ class DenseConfig:
     logits_multiplier: float = 1.0
     special: frozenset[Feature] = frozenset()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def attention_scale(self) -> float:

@@ -35,6 +35,8 @@ class ModulePaths:
         stored_head: the head's name in files, where transformers renames it on loading; None: as in memory.
         blocks: the modules of a layer whose outputs add up to its FFN: the dense FFN, or the routed experts and then, in some
             architectures, the shared ones.
+        ends: the module of a layer whose output is the FFN's, where ``blocks`` names only its first projection: the layer calls
+            the parts of its FFN itself. Experts take the place of that projection.
     """
 
     body: str = "model"
@@ -44,6 +46,7 @@ class ModulePaths:
     head: str = "lm_head"
     stored_head: str | None = None
     blocks: tuple[str, ...] = ("mlp",)
+    ends: str | None = None
 
     @property
     def embedding_weight(self) -> str:
@@ -114,6 +117,13 @@ class ModulePaths:
                 return its + name.removeprefix(mine)
         return name
 
+    def without_prefix(self) -> ModulePaths:
+        """Return the same description of the base model alone."""
+        body = f"{self.body}."
+        return replace(
+            self, body="", layers=self.layers.removeprefix(body), embedding=self.embedding.removeprefix(body)
+        )
+
     def body_in(self, model: Any) -> Any:
         """Return the module that computes hidden states.
 
@@ -132,8 +142,8 @@ class ModulePaths:
 
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
         """Return those of ``blocks`` that a layer has."""
-        found = [getattr(layer, name, None) for name in self.blocks]
-        return [block for block in found if block is not None]
+        held = dict(layer.named_modules())
+        return [held[name] for name in self.blocks if name in held]
 
 
 def _submodule(model: Any, path: str) -> Any:
@@ -166,12 +176,13 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePath
 
 
 def find_module_paths(model_type: str) -> ModulePaths:
-    """Return the description of the family or target of this ``model_type``; Llama's for any other."""
+    """Return the description of the family, target or described model of this ``model_type``; Llama's for any other."""
     for kind in ("target", "family"):
         if (architecture := find(kind, model_type)) is not None:
             found: ModulePaths = architecture.module_paths
             return found
-    return ModulePaths()
+    described = find("described", model_type)
+    return ModulePaths() if described is None or described.paths is None else described.paths
 
 
 def text_config(config: Any) -> Any:
@@ -180,7 +191,19 @@ def text_config(config: Any) -> Any:
 
 
 def module_paths_of(config: Any) -> ModulePaths:
-    """Return the description of the stock model that a stock configuration is of; of a model of parts, that of its text model."""
-    paths = find_module_paths(text_config(config).model_type)
+    """Return the description of the stock model that a stock configuration is of.
+
+    Of a model of parts, it is that of its text model. One of upcycle's own classes has its parts where its base has them. An
+    encoder without a head has no prefix before the paths.
+    """
     wrapper = find("wrapper", config.model_type)
-    return paths if wrapper is None else paths.inside(wrapper.body)
+    if wrapper is not None:
+        return find_module_paths(text_config(config).model_type).inside(wrapper.body)
+    base = getattr(config, "base_model_type", None) or config.model_type
+    paths = find_module_paths(base)
+    described = find("described", base)
+    if described is None or not described.encoder:
+        return paths
+    from upcycle.architectures.stock_auto import class_name
+
+    return paths.without_prefix() if class_name(config).endswith("Model") else paths

@@ -26,11 +26,11 @@ from upcycle.architectures.clean_settings import (
     clean_config,
     clean_file,
 )
+from upcycle.architectures.stock_auto import auto_class
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
-from upcycle.files.formats.parsing import parse_json, read_json
+from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
-from upcycle.registry import find
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def build_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | None = None) -> Any:
-    """Build the stock causal language model of a configuration on the meta device: shapes without memory.
+    """Build the stock causal language model (or encoder) of a configuration on the meta device: shapes without memory.
 
     Of a model of parts (``upcycle list wrappers``), the whole is built.
 
@@ -101,18 +101,11 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         quiet_transformers(),
         torch.device("meta"),
     ):
-        return _auto_class(config.model_type).from_config(config, trust_remote_code=False, **given)
-
-
-def _auto_class(model_type: Any) -> Any:
-    """Return the class of transformers that builds a model of this type with its head, and with all parts if it has several."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-
-    return AutoModelForCausalLM if find("wrapper", str(model_type)) is None else AutoModelForMultimodalLM
+        return auto_class(config).from_config(config, trust_remote_code=False, **given)
 
 
 def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
-    """Load the stock causal language model of a folder or ``.gguf`` file on the CPU, as ``AutoModelForCausalLM`` does.
+    """Load the stock causal language model (or encoder) of a folder or ``.gguf`` file on the CPU, as Auto classes do.
 
     Args:
         folder: a transformers folder with safetensors weights, or a ``.gguf`` file.
@@ -123,6 +116,8 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         CheckpointError: transformers cannot load it, or a weight is missing, unexpected or of another shape.
         EnvironmentFault: it does not fit in memory.
     """
+    from transformers import AutoConfig
+
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
         if folder.is_file():
@@ -130,8 +125,10 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         elif fp8 := _fp8_settings(folder):
             named["config"] = build_config(clean_file(clean / CONFIG), str(folder))
             named["config"].quantization_config = fp8
-        model_type = None if folder.is_file() else read_json(clean / CONFIG).get("model_type")
-        loaded: Any = _auto_class(model_type).from_pretrained(
+        config = named.get("config") or AutoConfig.from_pretrained(
+            clean, trust_remote_code=False, local_files_only=True
+        )
+        loaded: Any = auto_class(config).from_pretrained(
             clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
         )
     model, report = loaded

@@ -86,6 +86,5 @@ def feed(
     runner: LayerRunner, index: int, inputs: TokenFile, residual: TokenFile, states: TokenFile, batch: int
 ) -> None:
     """Write a layer's output, from the inputs and the residual that :func:`attend` has written."""
-    ffn = runner.block(index)
     pairs = zip(residual.blocks(batch), inputs.blocks(batch), strict=True)
-    states.write(before + ffn(x) for before, x in pairs)
+    states.write(before + runner.ffn(index, x) for before, x in pairs)

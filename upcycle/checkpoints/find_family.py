@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import Family
+from upcycle.architectures.described.family import described_family
 from upcycle.architectures.refused import reason, text_model
 from upcycle.architectures.stored_moe import MOES
 from upcycle.architectures.towers.composite import composite_family
 from upcycle.errors import RefusalError
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
-from upcycle.registry import FAMILIES, WRAPPERS, load
+from upcycle.registry import FAMILIES, WRAPPERS, find, load
 
 
 def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
@@ -24,6 +25,9 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     name = model_type(raw_config, where)
     if name in WRAPPERS:
         return composite_family(raw_config, where)
+    described = find("described", name)
+    if described is not None and described.paths is not None and not _held(name, raw_config, where):
+        return described_family(described)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"
         if inner := text_model(raw_config):
@@ -33,3 +37,14 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         raise RefusalError(f"cannot convert a '{shortened(name)}' model: {reason(name, inner)}", hint=hint)
     family: Family = load("family", name)()
     return family
+
+
+def _held(name: str, raw_config: Mapping[str, Any], where: str) -> bool:
+    """Return whether a family with stock targets reads the configuration, and not only the description of its FFNs."""
+    if name not in FAMILIES:
+        return False
+    try:
+        load("family", name)().config(raw_config, where)
+    except RefusalError:
+        return False
+    return True

@@ -15,13 +15,17 @@ from upcycle.errors import RefusalError
 from upcycle.ffn.blueprint import ZERO_NEURON, ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import MATRICES, MatrixName
-from upcycle.ffn.moe_shape import Part
+from upcycle.ffn.moe_shape import Part, PartKind
 from upcycle.ffn.random_weights import redrawn
 from upcycle.ffn.shared_switch import half_switch
 from upcycle.ffn.shifted_up import in_turn, up_scale
 
 Tensors = Callable[[int, str], torch.Tensor]
 _BIAS = "_bias"
+_ALTERNATING: dict[PartKind, tuple[PartKind, PartKind]] = {
+    "gate_up": ("gate", "up"),
+    "gate_up_bias": ("gate_bias", "up_bias"),
+}
 
 
 class ExpertTensors:
@@ -59,7 +63,8 @@ class ExpertTensors:
 
     def part(self, part: Part) -> torch.Tensor:
         """Build one part: gate and up are ``[m, d]``, down is ``[d, m]``, their biases ``[m]``, ``[m]`` and ``[d]``, the router
-        ``[E, d]``. A bias that the dense FFN does not have is zero.
+        ``[E, d]``, ``gate_up`` ``[2 m, d]`` with alternating rows, ``down_rows`` ``[m, d]``. A bias that the dense FFN does not
+        have is zero.
 
         Raises:
             RefusalError: a gate is asked for, and the dense FFN has none that could be written as one.
@@ -71,14 +76,25 @@ class ExpertTensors:
         if part.kind == "shared_switch":
             return half_switch(width, dtype)
         if part.kind in ("zeros", "filled"):
-            return (
-                torch.zeros(part.size) if part.kind == "zeros" else torch.full((part.size,), part.factor, dtype=dtype)
-            )
-        if part.kind.startswith("shifted"):
-            return self._shifted(part)
+            zeros = part.kind == "zeros"
+            return torch.full((part.size,), 0.0 if zeros else part.factor, dtype=torch.float32 if zeros else dtype)
         if part.kind == "idle_down":
             return torch.zeros(width, part.size, dtype=dtype)
-        return self._of_ffn(part)
+        return self._rearranged(part)
+
+    def _rearranged(self, part: Part) -> torch.Tensor:
+        """Build a part of the FFN's weights, transposed or in turns where its kind says so."""
+        if part.kind.startswith("shifted"):
+            return self._shifted(part)
+        if part.kind == "down_rows":
+            return self._of_ffn(replace(part, kind="down")).T.contiguous()
+        return self._alternating(part) if part.kind in _ALTERNATING else self._of_ffn(part)
+
+    def _alternating(self, part: Part) -> torch.Tensor:
+        """Build rows, or biases, of gate and up in turns."""
+        return torch.stack([self._of_ffn(replace(part, kind=kind)) for kind in _ALTERNATING[part.kind]], 1).flatten(
+            0, 1
+        )
 
     def _shifted(self, part: Part) -> torch.Tensor:
         """Build a routed expert's part for ``act(gate) * (up + 1)``; see :mod:`~upcycle.ffn.shifted_up`."""

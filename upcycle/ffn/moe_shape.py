@@ -17,6 +17,9 @@ PartKind = Literal[
     "shifted_gate_up",  # of an expert that computes act(gate) * (up + 1): gate and up in turn, as columns
     "shifted_gate_up_bias",
     "shifted_down",  # transposed
+    "gate_up",  # rows of gate and up alternating, as upcycle's kernels read them
+    "gate_up_bias",
+    "down_rows",  # the transpose of down
     "router",
     "shared_gate",
     "shared_up",

@@ -10,6 +10,7 @@ import torch
 
 from upcycle.architectures.module_paths import text_config
 from upcycle.errors import UsageError
+from upcycle.models.own.configuration import UpcycleMoeConfig
 from upcycle.registry import find, suggestion
 
 _ALIGNMENT = 16  # bytes: transformers' grouped products need rows of a multiple of this size
@@ -44,6 +45,9 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
     if name not in known:
         raise UsageError(f"experts: transformers has no '{name}'", hint=suggestion(name, known))
     if not has_experts(model) or not hasattr(model, "set_experts_implementation"):
+        return
+    if isinstance(model.config, UpcycleMoeConfig):
+        model.set_experts_implementation("eager" if name == "eager" else "upcycle")
         return
     if name == "auto" and find("target", text_config(model.config).model_type) is None:
         return  # the kernels were tested on the targets alone: other architectures keep transformers' own computation
@@ -90,6 +94,9 @@ def run_on_kernels(model: Any) -> str | None:
     """
     if not has_experts(model):
         return None
+    if isinstance(model.config, UpcycleMoeConfig):
+        use_experts(model, "auto")
+        return "upcycle"
     if find("target", text_config(model.config).model_type) is None or not _has_kernels(model.device):
         return str(text_config(model.config)._experts_implementation)
     from upcycle.kernels.entry.stock_blocks import why_not_whole

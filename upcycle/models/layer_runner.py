@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.models.stock_layers import compute_layer_buffers
 from upcycle.models.stock_model import dense_reader, fill, skeleton
 
 if TYPE_CHECKING:
@@ -37,8 +39,15 @@ class LayerRunner:
         family, config = checkpoint.family, checkpoint.config
         self._unit = config.residual_multiplier
         outside = family.stored_specs(config, None)
-        nothing = {name: torch.empty(shape, device="meta") for name, shape in outside.items()}
-        self.model: Any = skeleton(checkpoint.raw_config, nothing).eval()
+        head = {family.module_paths.head_weight, f"{family.module_paths.head}.bias"}
+        read = set() if family.embeds_tokens_alone else {n for n in outside if family.model_name(n) not in head}
+        weights = {
+            family.model_name(name): checkpoint.read(name, dtype).float()
+            if name in read
+            else torch.empty(shape, device="meta")
+            for name, shape in outside.items()
+        }
+        self.model: Any = skeleton(checkpoint.raw_config, weights).eval()
         self.layers = family.module_paths.layers_in(self.model)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
@@ -49,7 +58,14 @@ class LayerRunner:
         return other
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the fp32 states ``[T, d]`` of token ids ``[T]``; the table is read block by block, never as a whole."""
+        """Return the fp32 states ``[T, d]`` of token ids ``[T]``, of whole windows.
+
+        Where the first layer reads token embeddings alone, the table is read block by block, never as a whole. Elsewhere the stock
+        model adds positions, norms and so on itself, to a table in memory.
+        """
+        if not self._checkpoint.family.embeds_tokens_alone:
+            states, _ = self._pass(input_ids=ids.view(-1, self.window))
+            return _flat(states)
         config = self._checkpoint.config
         (name,) = self._checkpoint.family.first_specs(config)
         found = torch.empty(len(ids), config.hidden_size)
@@ -62,14 +78,25 @@ class LayerRunner:
         return found if factor == 1 else found * factor
 
     def block(self, index: int) -> torch.nn.Module:
-        """Return the dense FFN of a layer."""
+        """Return the dense FFN of a layer, or where the layer calls the parts of its FFN itself, the first of them."""
         block: torch.nn.Module = self.layers[index].get_submodule(self._checkpoint.family.module_paths.block)
         return block
+
+    def ffn(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what a layer's FFN makes of its input ``[t, d]``."""
+        if self._checkpoint.family.module_paths.ends is None:
+            made: torch.Tensor = self.block(index)(x)
+            return made
+        for path in self._checkpoint.family.replaced_modules(index):
+            x = self.model.base_model.get_submodule(path)(x)
+        return x
 
     def down(self, index: int) -> torch.nn.Module:
         """Return the FFN's down projection, whose input is the activations."""
         name = self._checkpoint.family.ffn_origins(self._checkpoint.config, index)["down"].name
-        module: torch.nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
+        module: torch.nn.Module = self.model.get_submodule(
+            self._checkpoint.family.model_name(name).removesuffix(".weight")
+        )
         return module
 
     def forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
@@ -83,6 +110,7 @@ class LayerRunner:
     def loaded(self, index: int) -> Iterator[None]:
         """Load the weights of layer ``index`` inside the ``with`` block."""
         fill(self.layers[index], self._checkpoint.family.module_paths.layer(index), self._read(index))
+        compute_layer_buffers(self.model, index)
         try:
             yield
         finally:
@@ -100,21 +128,26 @@ class LayerRunner:
 
     def _run(self, index: int, states: torch.Tensor, ffn: Ffn | None) -> tuple[torch.Tensor, torch.Tensor]:
         windows = states.view(-1, self.window, states.shape[-1])
-        block, seen = self.block(index), [states]
+        seen, block, ends = [states], self.block(index), self._checkpoint.family.module_paths.ends
+        last = block if ends is None else self.layers[index].get_submodule(ends)
 
         def capture(x: torch.Tensor) -> torch.Tensor:
             seen[0] = x
-            assert ffn is not None
-            return ffn(x)
+            return x
 
-        stock = block.forward
+        def replaced(x: torch.Tensor) -> torch.Tensor:
+            assert ffn is not None
+            return ffn(capture(x) if last is block else seen[0])
+
         if ffn is not None:
             block.forward = capture
+            last.forward = replaced
         try:
             with torch.no_grad():
                 output = self.forward(index, windows)
         finally:
-            block.forward = stock
+            for module in (block, last):
+                module.__dict__.pop("forward", None)
         return _flat(output), _flat(seen[0])
 
     def arguments(self, index: int, windows: int) -> dict[str, Any]:
@@ -123,29 +156,37 @@ class LayerRunner:
         The stock model computes them itself, in a pass through layers that do nothing, so that no family's masks are copied here.
         """
         if windows not in self._arguments:
-            seen: list[dict[str, Any]] = []
-
-            def nothing(states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-                seen.append(arguments)
-                return states
-
-            paths = self._checkpoint.family.module_paths
-            norm, body = self.model.get_submodule(paths.final_norm), paths.body_in(self.model)
-            normal = norm.forward
-            for layer in self.layers:
-                layer.forward = nothing
-            norm.forward = lambda states: states
-            try:
-                shape = (windows, self.window, self._checkpoint.config.hidden_size)
-                with torch.no_grad():
-                    body(inputs_embeds=torch.zeros(shape), use_cache=False)
-            finally:
-                for layer in self.layers:
-                    del layer.forward
-                norm.forward = normal
+            shape = (windows, self.window, self._checkpoint.config.hidden_size)
+            _, seen = self._pass(inputs_embeds=torch.zeros(shape))
             self._arguments.clear()
             self._arguments[windows] = seen
         return self._arguments[windows][index]
+
+    def _pass(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """Run the stock model with layers that do nothing; return what the first reads, and every layer's other arguments."""
+        first: list[torch.Tensor] = []
+        seen: list[dict[str, Any]] = []
+        paths, wraps = self._checkpoint.family.module_paths, self._checkpoint.family.returns_tuple
+        names = list(signature(type(self.layers[0]).forward).parameters)[2:]  # behind self and the states
+
+        def nothing(states: torch.Tensor, *positional: Any, **arguments: Any) -> Any:
+            first.append(states)
+            seen.append({**dict(zip(names, positional, strict=False)), **arguments})
+            return (states,) if wraps else states
+
+        norm, body = self.model.get_submodule(paths.final_norm), paths.body_in(self.model)
+        normal = norm.forward
+        for layer in self.layers:
+            layer.forward = nothing
+        norm.forward = lambda states: states
+        try:
+            with torch.no_grad():
+                body(**inputs, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+            norm.forward = normal
+        return first[0], seen
 
 
 def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:

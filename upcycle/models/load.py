@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
 from upcycle.architectures import stock
+from upcycle.architectures.clean_settings import CONFIG, clean_file
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.towers.composite import refuse_parts
-from upcycle.errors import EnvironmentFault
+from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
@@ -46,6 +49,11 @@ def load_model(
     """
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
+    if path.is_dir() and is_encoder(SimpleNamespace(**{"model_type": "", **clean_file(path / CONFIG)})):
+        raise UsageError(
+            f"{source} is an encoder: it writes no text, and has no perplexity",
+            hint="upcycle verify compares its hidden states; transformers' AutoModel loads it after `import upcycle.models`",
+        )
     if path.is_file():
         dtype = torch.float32
     elif not training:

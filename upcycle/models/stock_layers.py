@@ -71,6 +71,7 @@ class FolderLayers:
     def load(self, index: int) -> None:
         """See :class:`Layers`."""
         self._read(index)
+        compute_layer_buffers(self.model, index)
         empty = [name for name, weight in _weights(self.model, index) if weight.is_meta]
         if empty:
             raise CheckpointError(f"{self._folder}: stock transformers finds no weight for '{empty[0]}'")
@@ -166,6 +167,8 @@ class MeanLayers:
         total = sum(self._weights)
         means = {name: (one / total).float() for name, one in sums.items()}
         self.model.load_state_dict(means, strict=False, assign=True)
+        if index is not None:
+            compute_layer_buffers(self.model, index)
         if index is None:
             self.model.tie_weights(missing_keys=set(), recompute_mapping=False)
         round_weights(self.model, index, self._rounding)
@@ -299,6 +302,11 @@ def compute_buffers(model: Any) -> None:
     """
     settle_code_paths()
     _compute_buffers(model, model)
+
+
+def compute_layer_buffers(model: Any, index: int) -> None:
+    """Compute the buffers of a layer that no file holds (masks, positions) as ``from_pretrained`` does, by the stock class."""
+    _compute_buffers(_layers(model)[index], model)
 
 
 def _compute_buffers(module: Any, owner: Any) -> None:

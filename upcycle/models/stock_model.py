@@ -10,6 +10,7 @@ import torch
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
 from upcycle.models.experts import use_eager_experts
@@ -23,7 +24,7 @@ Reader = Callable[[int | None], StateDict]
 
 
 class StockModel:
-    """Runs a stock causal language model in fp32, in memory as a whole or (with ``layers``) streamed.
+    """Runs a stock causal language model or encoder in fp32, in memory as a whole or (with ``layers``) streamed.
 
     A layer of a streamed model is read before it runs and dropped afterwards, so that a model larger than memory can run.
     """
@@ -31,6 +32,7 @@ class StockModel:
     def __init__(self, model: Any, layers: Layers | None = None) -> None:
         settle_code_paths()
         self.model = use_eager_experts(model.eval())
+        self.gives_states = is_encoder(model.config)
         self._paths = module_paths_of(model.config)
         self.layers = self._paths.layers_in(model)
         self._streamed = layers
@@ -55,8 +57,14 @@ class StockModel:
         return self._paths.blocks_in(self.layers[index])
 
     def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
-        """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``; with ``last``, of the last positions alone."""
+        """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``, or an encoder's states ``[N, T, d]``.
+
+        With ``last``, of the last positions alone.
+        """
         with torch.no_grad():
+            if self.gives_states:
+                states: torch.Tensor = self.model.base_model(ids).last_hidden_state
+                return states[:, -last:] if last else states
             result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
         return result
 
@@ -129,7 +137,8 @@ def dense_reader(checkpoint: DenseCheckpoint, dtype: str) -> Reader:
     family, config = checkpoint.family, checkpoint.config
 
     def read(layer: int | None) -> StateDict:
-        return {name: checkpoint.read(name, dtype).float() for name in family.stored_specs(config, layer)}
+        stored = family.stored_specs(config, layer)
+        return {family.model_name(name): checkpoint.read(name, dtype).float() for name in stored}
 
     return read
 

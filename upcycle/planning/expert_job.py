@@ -239,7 +239,8 @@ def _expert_plan(job: ExpertJob) -> Plan:
     entries = [entry for unit in job.units for entry in unit.entries]
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
-    idle_per_layer = (shape.experts - shape.top_k) * 3 * job.target.stored_width(shape) * dense.hidden_size
+    matrices = len(dense.ffn_form.matrices) if job.target.keeps_names else 3  # stock experts have a gate
+    idle_per_layer = (shape.experts - shape.top_k) * matrices * job.target.stored_width(shape) * dense.hidden_size
     active = total - idle_per_layer * len(shape.moe_layers)
     dense_total = sum(specs[name].elements for name in used)
     others = sum(specs[name].elements for name in job.family.tower_specs(dense))  # no token of text runs through them
@@ -292,6 +293,8 @@ def _peak_memory(job: ExpertJob) -> int:
     item = TensorSpec((1,), job.dtype).nbytes
     read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
+    if job.target.keeps_names and job.dense.mlp_gated:
+        built *= 4  # gate, up, and both once more with their rows in turns
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":

@@ -17,10 +17,11 @@ from upcycle.methods.base import AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text, check_tokenizer
+from upcycle.planning.kept_units import kept_units
 from upcycle.planning.own_text import check_own_text
 from upcycle.planning.split_sizes import with_sizes
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
-from upcycle.registry import TARGETS, load, suggestion
+from upcycle.registry import OWN_TARGETS, TARGETS, load, suggestion
 from upcycle.routers.base import Router
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def prepare_experts(
         RefusalError: no target can hold the result, or the one that the recipe names cannot.
     """
     check_part(family, recipe.part)
+    if recipe.sources:
+        family.check_known_whole(method.name)
     check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
     method = method.joined(mix, recipe)
@@ -107,7 +110,8 @@ def prepare_experts(
         )
     if router.walks or (texts and looks_at_text(method, router)):
         check_calibrates(family)
-    units = _units(recipe, family, dense, target, shape, specs)
+    plan_units = kept_units if target.keeps_names else _units
+    units = plan_units(recipe, family, dense, target, shape, specs)
     shards = shards_of(units, parse_size(recipe.max_shard_size))
     held = tuple(targets[name] for name in family.targets)
     return kind(
@@ -161,7 +165,7 @@ def _targets(recipe: Recipe, family: Family) -> dict[str, Target]:
     These are the targets of the family, in the order in which they are tried, and the target that the recipe names, if it
     exists.
     """
-    named = (recipe.target,) if recipe.target in TARGETS else ()
+    named = (recipe.target,) if recipe.target in (*TARGETS, *OWN_TARGETS) else ()
     return {name: target_of(family, name) for name in (*family.targets, *named)}
 
 
@@ -201,12 +205,13 @@ def _choose_target(
     weighing = running or weighing
     if recipe.target == "auto":
         able = [target for target in weighing or candidates if not target.lacks(dense, needed)]
-        as_it_is = (
-            target for target in able if not target.masks(dense)
-        )  # more engines run a rotary embedding as it was
+        # More engines run a rotary embedding as it was.
+        as_it_is = (target for target in able if not target.masks(dense))
         chosen = next(as_it_is, able[0] if able else candidates[0])
-    elif recipe.target not in TARGETS:
-        raise UsageError(f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS]))
+    elif recipe.target not in targets:
+        raise UsageError(
+            f"unknown target '{recipe.target}'", hint=suggestion(recipe.target, ["auto", *TARGETS, *OWN_TARGETS])
+        )
     else:
         chosen = targets[recipe.target]
     refuse_unheld(chosen, family, dense, needed, weighing)

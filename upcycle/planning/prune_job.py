@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.tensor_origin import Origin
 from upcycle.architectures.towers.composite_target import check_part
-from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
+from upcycle.checkpoints.output_layout import shards_of
 from upcycle.errors import UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.files.formats.tensor_spec import TensorSpec
@@ -17,6 +16,7 @@ from upcycle.methods.base import PREFERRED_MULTIPLE, AnyMethod, Method
 from upcycle.planning.cost import Plan
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import check_calibrates, check_text, check_tokenizer
+from upcycle.planning.kept_units import kept_units
 from upcycle.planning.pruned_dense import PrunedDense
 from upcycle.planning.split_sizes import width_step
 from upcycle.plugins import PluginParameters
@@ -107,6 +107,7 @@ def prepare_pruning(
         RefusalError: the family cannot be calibrated.
     """
     check_part(family, recipe.part)
+    family.check_known_whole(method.name)
     check_tokenizer(recipe, has_tokenizer)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
@@ -116,7 +117,7 @@ def prepare_pruning(
     recipe = recipe.model_copy(update={"active": None, "width": width, "layers": "all"})
     target, router = PrunedDense(family, raw), NoRouter(PluginParameters())
     shape = MoeShape(0, 0, 1, width, layers, form=dense.ffn_form)
-    shards = shards_of(_units(recipe, family, dense, target, shape, specs), parse_size(recipe.max_shard_size))
+    shards = shards_of(kept_units(recipe, family, dense, target, shape, specs), parse_size(recipe.max_shard_size))
     return kind(recipe, dense, family, target, method, router, router.name, shape, 1.0, refit, shards, specs, note=note)
 
 
@@ -187,36 +188,3 @@ def _checked(recipe: Recipe, method: Method, dense: DenseConfig) -> tuple[tuple[
         )
     check_text(recipe, f"method {method.name}")
     return layers, "down" if recipe.refit == "auto" else recipe.refit
-
-
-def _units(
-    recipe: Recipe,
-    family: Family,
-    dense: DenseConfig,
-    target: PrunedDense,
-    shape: MoeShape,
-    specs: Mapping[str, TensorSpec],
-) -> list[Unit]:
-    def copied(stored: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
-        dtypes = {name: specs[name].dtype if recipe.dtype == "keep" else recipe.dtype for name in stored}
-        return [
-            OutputEntry(family.written(dense, name), TensorSpec(shape, dtypes[name]), Origin(name))
-            for name, shape in stored.items()
-        ]
-
-    first, outside = family.first_specs(dense), family.stored_specs(dense, None)
-    units = [Unit("embeddings", None, tuple(copied(first)))]
-    for layer in shape.moe_layers:
-        built = {tensor.name: tensor for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)}
-        around = {name: spec for name, spec in family.stored_specs(dense, layer).items() if name not in built}
-        dtype = family.ffn_dtype(dense, specs, layer, recipe.dtype)
-        made = [
-            OutputEntry(family.written(dense, name), TensorSpec(tensor.shape, dtype), built=tensor)
-            for name, tensor in built.items()
-        ]
-        units.append(Unit(f"layer {layer}", layer, (*copied(around), *made)))
-    last = {name: spec for name, spec in outside.items() if name not in first}
-    units.append(Unit("final norm", None, tuple(copied(last))))
-    if towers := family.tower_specs(dense):
-        units.append(Unit("other parts", None, tuple(copied(towers))))
-    return units

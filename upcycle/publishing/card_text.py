@@ -11,7 +11,7 @@ from upcycle.publishing.card_facts import Facts, public_name, sources_of
 from upcycle.publishing.markdown import code, fenced, links, plain, table
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 from upcycle.text.text_record import own_text_in
-from upcycle.verification.verdict import said, span, unseen_ratio
+from upcycle.verification.verdict import STATES, said, span, unseen_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +113,7 @@ def _comparison(facts: Facts) -> str:
         ("FLOPs per token", f"{plan['flops_per_token_dense']:,}", f"{plan['flops_per_token']:,}"),
         ("bytes of weights", f"{plan['bytes_dense']:,}", f"{plan['bytes_output']:,}"),
     ]
-    if measured:
+    if measured and measured.get("compared") != STATES:
         name = f"perplexity, {measured['tokens']:,} tokens of {code(public_name(measured['text']))}"
         rows.append((name, said(measured["perplexity_dense"], ".3f"), said(measured["perplexity"], ".3f")))
         if unseen_ratio(measured) is not None:
@@ -141,11 +141,14 @@ def _verification(facts: Facts) -> str:
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
         f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",
         "",
-        f"- relative error of the logits: {said(measured['relative_logit_error'], '.1e')}"
+        f"- relative error of the {measured.get('compared', 'logits')}: {said(measured['relative_logit_error'], '.1e')}"
         + (f" (promised below {measured['tolerance']:.0e})" if measured["tolerance"] else ""),
-        f"- KL divergence of the next-token distributions: {said(measured['kl'], '.1e')} nats",
-        f"- same most likely token: {measured['top1_agreement']:.1%}",
     ]
+    if measured.get("compared") != STATES:
+        lines += [
+            f"- KL divergence of the next-token distributions: {said(measured['kl'], '.1e')} nats",
+            f"- same most likely token: {measured['top1_agreement']:.1%}",
+        ]
     if measured["layer_errors"]:
         lines.append(f"- relative error of single layers: {span(measured['layer_errors'])}")
     if (far := measured.get("far_error")) is not None:

@@ -121,7 +121,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     """Return what was measured, for the hub's ``model-index``."""
     measured, tasks = facts.verification, facts.tasks
     results = []
-    if measured:
+    if measured and measured["perplexity"] is not None:
         text = public_name(measured["text"])
         arguments = {"tokens": measured["tokens"]}
         results.append(_result(text, arguments, "perplexity", "Perplexity", measured["perplexity"]))

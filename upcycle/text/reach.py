@@ -13,6 +13,7 @@ from upcycle.architectures.module_paths import text_config
 MOST_WORK = (
     3e13  # most operations of a forward pass that a verification does without being asked: minutes on a few cores
 )
+MOST_POSITIONS = 2**31  # of a model without position embeddings, whose configuration has no limit
 _LEAST_BEHIND, _MOST_BEHIND = 16, 256
 _JUDGED = 64  # positions after the last border whose logits are compared
 
@@ -59,7 +60,7 @@ def reach_of(*configs: Any) -> Reach:
 
 def _borders(config: Any) -> Iterator[tuple[int, int]]:
     """Yield a configuration's borders, each with the length of the longest text that the model reads."""
-    context = int(config.max_position_embeddings)
+    context = int(getattr(config, "max_position_embeddings", None) or MOST_POSITIONS)
     kinds = getattr(config, "layer_types", None)
     for key, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
         window = getattr(config, key, None)

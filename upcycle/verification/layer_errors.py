@@ -13,12 +13,14 @@ from torch.nn.functional import linear
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.ffn.gated_experts import ConstantInput
 from upcycle.models.experts import expert_outputs
+from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.stock_layers import layers_of
 from upcycle.models.stock_model import output_of
 from upcycle.verification.verdict import relative
 
 if TYPE_CHECKING:
     from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
 
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.models.stock_layers import Layers
@@ -51,26 +53,29 @@ class LayerErrors:
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs inside the ``with`` block."""
-        paths = self._job.family.module_paths
-        hooks = [
-            layer.get_submodule(paths.block).register_forward_hook(
-                lambda _, args, output, i=i: self._compare(i, args[0], output)
-            )
-            for i, layer in enumerate(dense.layers)
-        ]
-        if self._job.target.folded(self._job.dense):
-            norm = self._job.family.ffn_names(0)["norm"].removesuffix(".weight").removeprefix(f"{paths.layer(0)}.")
-            hooks += [
-                layer.get_submodule(norm).register_forward_hook(
-                    lambda _, args, __, i=i: self._renormed(i, norm, args[0])
-                )
-                for i, layer in enumerate(dense.layers)
-            ]
+        hooks = [hook for i, layer in enumerate(dense.layers) for hook in self._hooks(i, layer)]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _hooks(self, index: int, layer: Module) -> Iterator[RemovableHandle]:
+        """Yield hooks on the first and the last module of a layer's FFN, which are one in most architectures.
+
+        Where the norm is folded into the experts, there is one on the norm before it, too.
+        """
+        family, inputs = self._job.family, list[torch.Tensor]()
+        paths = family.module_paths
+        first, last = layer.get_submodule(paths.block), layer.get_submodule(paths.ends or paths.block)
+        yield first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        # A layer may add to the output in place.
+        yield last.register_forward_hook(lambda _, args, output: self._compare(index, inputs.pop(), output.clone()))
+        if self._job.target.folded(self._job.dense):
+            norm = family.ffn_names(0)["norm"].removesuffix(".weight").removeprefix(f"{paths.layer(0)}.")
+            yield layer.get_submodule(norm).register_forward_hook(
+                lambda _, args, __: self._renormed(index, norm, args[0])
+            )
 
     def _renormed(self, index: int, norm: str, stream: torch.Tensor) -> None:
         """Keep what the MoE's own norm makes of the stream before a dense FFN, where its experts read another input."""
@@ -84,7 +89,7 @@ class LayerErrors:
             own, self._own_input = x if self._own_input is None else self._own_input, None
             centred = self._job.target.centred(self._job.dense) is not None
             expected = _without_mean(expected) if centred else expected
-            actual = torch.stack([output_of(block, own) for block in blocks]).sum(0)
+            actual = self._added(index, blocks, own)
             self._squares[0, index] += (actual - expected).double().square().sum()
             if self.all_experts_measured and index in self._job.shape.moe_layers:
                 everyone = _all_experts(blocks, own, self._job)
@@ -94,6 +99,17 @@ class LayerErrors:
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
             self._moe.drop(index)
+
+    def _added(self, index: int, blocks: list[Module], x: torch.Tensor) -> torch.Tensor:
+        """Return what the result's layer computes of an FFN's input."""
+        family = self._job.family
+        if family.module_paths.ends is None:
+            return torch.stack([output_of(block, x) for block in blocks]).sum(0)
+        # In a layer that was left dense, the modules are a projection, an activation, a projection.
+        base = self._moe.model.base_model
+        for path in family.replaced_modules(index):
+            x = base.get_submodule(path)(x)
+        return x
 
     def _mean_of_sources(self, index: int, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer if its router weighed all experts equally, from the sources' FFNs, one in memory.
@@ -173,6 +189,8 @@ def _all_experts(blocks: list[Module], x: torch.Tensor, job: ExpertJob) -> torch
     """
     block, target = blocks[0], job.target
     experts, count = block.experts, job.shape.experts
+    if isinstance(block, MoeBlock):
+        return block.everyone(x, job.method.scale("exact", count, count) / (job.scale * count))
     each = target.weight_sum / count
     factor = each * job.method.scale("exact", count, count) / job.scale
     total = torch.zeros_like(x)

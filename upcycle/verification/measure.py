@@ -139,7 +139,7 @@ def measure_difference(
         progress: where to report.
         watched: returns a context inside which the source runs, for what hooks measure there.
     """
-    totals, batches = Totals(), ids.split(batch)
+    totals, batches = Totals(sides.plain.gives_states), ids.split(batch)
     against, rounding = _Error(), _Error()
     reach = reach_of(sides.plain.model.config, result.model.config)
     long = ids.shape[1] <= reach.border and (reach.work(parameters) <= MOST_WORK or ids.numel() >= reach.length)

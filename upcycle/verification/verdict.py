@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 EXACT_TOLERANCE = 1e-5
 MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
+STATES = "hidden states"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Verification:
 
     Of a model of parts, ``media_error`` is the relative error of the logits of a text with a random image or sound (None: not
     measured), and ``media`` says what was read, or why nothing was.
+
+    Of an encoder, the hidden states behind the last layer take the place of logits: ``compared`` says which it was. It has no KL,
+    losses and perplexity (null).
 
     For a growth step, the fields named dense describe its source. ``compared_tensors`` is the number of tensors that equal the
     source's bit for bit, or what the step is declared to make of them: all of them. There are no layer errors.
@@ -71,6 +75,7 @@ class Verification:
     unseen: dict[str, Any] | None = None
     media_error: float | None = None
     media: str = ""
+    compared: str = "logits"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""
@@ -132,9 +137,10 @@ def perplexity_of(loss: float) -> float:
 
 
 class Totals:
-    """Sums differences, KL, losses and agreement over tokens, in fp64."""
+    """Sums differences, KL, losses and agreement over tokens, in fp64; of an encoder's states, the differences alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: bool = False) -> None:
+        self.of_logits = not states
         self.error = self.norm = self.kl = self.loss_dense = self.loss = 0.0
         self.largest = 0.0
         self.agreeing = self.tokens = self.predictions = 0
@@ -147,6 +153,9 @@ class Totals:
         largest = difference.abs().max().item()
         if math.isnan(largest) or largest > self.largest:  # once it is NaN, nothing is larger
             self.largest = largest
+        if not self.of_logits:
+            self.tokens += ids.numel()
+            return
         self.agreeing += int((moe.argmax(-1) == dense.argmax(-1)).sum())
         self.tokens += ids.numel()
         p, q = log_softmax(dense, -1), log_softmax(moe, -1)
@@ -178,6 +187,16 @@ class Totals:
     @property
     def numbers(self) -> dict[str, Any]:
         """The numbers by the names that :class:`Verification` has for them."""
+        if not self.of_logits:
+            none = dict.fromkeys(
+                ("kl", "top1_agreement", "perplexity_dense", "perplexity", "loss_dense", "loss"), math.nan
+            )
+            found = {
+                "relative_logit_error": self.relative_error,
+                "max_logit_difference": self.largest,
+                "tokens": self.tokens,
+            }
+            return {**found, **none, "compared": STATES}
         loss_dense, loss = (total / max(1, self.predictions) for total in (self.loss_dense, self.loss))
         return {
             "relative_logit_error": self.relative_error,

@@ -17,7 +17,7 @@ from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
 from upcycle.verification.media import MediaCheck, compare_media, with_article
-from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
+from upcycle.verification.verdict import EXACT_TOLERANCE, STATES, Verification, said
 
 if TYPE_CHECKING:
     from upcycle.architectures.towers.wrapper import Wrapper
@@ -153,7 +153,8 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
             else behind
         )
         verdict = "broken"
-        explanation = f"relative logit error {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
+        what = "relative logit error" if measured.totals.of_logits else f"relative error of the {STATES}"
+        explanation = f"{what} {said(error, '.1e')}{behind}, promised below {tolerance:.1e}"
     elif everyone is not None and not everyone <= (roundoff if job.rounding else EXACT_TOLERANCE):
         verdict = "broken"
         explanation = (

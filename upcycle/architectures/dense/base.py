@@ -65,6 +65,9 @@ class Family(ABC):
     uncalibrated: str | None = None  # why calibration does not work here
     remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
+    # Whether the first layer reads token embeddings times a factor, and nothing else.
+    embeds_tokens_alone: ClassVar[bool] = True
+    returns_tuple: ClassVar[bool] = False  # a layer returns a tuple, whose first entry is the stream
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
         """Read ``config.json``; ``where`` is its name in messages.
@@ -73,7 +76,7 @@ class Family(ABC):
             RefusalError: the configuration needs something that no target can hold.
             CheckpointError: a value is invalid.
         """
-        raw = checked(raw, self.keys, self.aliases, where)
+        file, raw = raw, checked(raw, self.keys, self.aliases, where)
         self._refuse_unheld(raw, where)
         values = self.values(raw)
         heads, hidden, layers = (values[k] for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
@@ -99,6 +102,7 @@ class Family(ABC):
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
             windows=self.windows(raw, layers),
             thetas=self.thetas(raw, layers, rope["rope_theta"]),
+            raw=file,
             **{"mlp_gated": self.gated, **self.details(raw, values)},
         )
         self._check_together(config, raw, where)
@@ -285,6 +289,26 @@ class Family(ABC):
         if config.mlp_bias:
             names |= {f"{part}_bias": f"{names[part].removesuffix('weight')}bias" for part in config.ffn_form.matrices}
         return {part: self.origin(config, name) for part, name in names.items()}
+
+    def model_name(self, stored: str) -> str:
+        """Return the name that a stored tensor has in the stock class."""
+        return stored
+
+    def check_known_whole(self, method: str) -> None:
+        """Refuse a method that needs to know more of a model than its FFNs, where these are all that is described.
+
+        Raises:
+            RefusalError: this family is described by its FFNs alone.
+        """
+        return
+
+    def replaced_modules(self, layer: int) -> tuple[str, ...]:
+        """Return the modules, below the base model, that go where experts take the place of a layer's FFN; they stand at the first."""
+        return (self.module_paths.block_of(layer).removeprefix(f"{self.module_paths.body}."),)
+
+    def ffn_dropout(self, layer: int) -> float:
+        """Return the probability of a dropout inside those modules, at their end."""
+        return 0.0
 
     def ffn_dtype(self, config: DenseConfig, specs: Mapping[str, TensorSpec], layer: int, dtype: str = "keep") -> str:
         """Return the dtype of a layer's experts: ``dtype``, or for ``keep`` the narrowest that holds the stored FFN's matrices."""

@@ -59,6 +59,7 @@ class Target(ABC):
         weight_of_chosen: what every chosen expert weighs, whatever the logits, unless two of them are equal; None: the router says.
         rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
         masks_rotary: whether it may stop the rotation of a part of each head by factors.
+        keeps_names: whether every tensor outside the FFNs keeps the name and form that it has in the dense model.
         module_paths: where its parts are.
         router: the module, in the block with the routed experts, that returns logits ``[T, E]``, weights ``[T, K]`` and experts
             ``[T, K]``.
@@ -77,11 +78,16 @@ class Target(ABC):
     weight_of_chosen: float | None = None
     rotates_pairs: bool = False
     masks_rotary: bool = False
+    keeps_names: bool = False
     module_paths: ModulePaths = ModulePaths()
     router: str = "gate"
     score: Score = "softmax"
     shared: str | None = None
     shared_switch: str | None = None
+
+    def of(self, family: Family) -> Target:
+        """Return the target for models of one family: itself, where it is the same for all."""
+        return self
 
     @abstractmethod
     def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
@@ -355,7 +361,7 @@ def refuse_unheld(
     """
     lacking = target.lacks(dense, more)
     if not lacking:
-        if target.name not in family.targets:
+        if target.name not in family.targets and not target.keeps_names:
             raise RefusalError(
                 f"{family.name} to {target.name} is not a conversion this version was tested with",
                 hint=f"use --target {family.targets[0]}; targets of {family.name}: {', '.join(family.targets)}",

@@ -14,7 +14,7 @@ from upcycle.architectures.towers.composite import TEXT, CompositeConfig, Compos
 from upcycle.architectures.towers.wrapper import Wrapper
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.registry import load
+from upcycle.registry import OWN_TARGETS, load
 
 if TYPE_CHECKING:
     from upcycle.ffn.expert_tensors import ExpertTensors
@@ -149,8 +149,8 @@ def target_of(family: Family, name: str) -> Target:
     """
     if isinstance(family, CompositeFamily):
         return CompositeTarget(family.wrapper, family.wrapper.target(name))
-    target: Target = load("target", name)()
-    return target
+    target: Target = load("own_target" if name in OWN_TARGETS else "target", name)()
+    return target.of(family)
 
 
 def check_part(family: Family, part: str) -> None:

@@ -123,24 +123,27 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
 
     None of them says "error": what is searched for that word in a log should be faults alone.
     """
-    from upcycle.verification.verdict import overfitted, said, span, unseen_ratio
+    from upcycle.verification.verdict import STATES, overfitted, said, span, unseen_ratio
 
     before, after = ("before", "after") if result.compared_tensors else ("dense", "now")
     style = VERDICT_STYLE[result.verdict]
     limit = f" (promised below {result.tolerance:.0e})" if result.tolerance else ""
-    facts: list[tuple[str, Cell]] = [
-        ("verdict", verdict(result.verdict, style, result.explanation)),
-        (
-            "logits",
-            f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}, KL {said(result.kl, '.1e')} nats, "
-            f"top-1 agreement {result.top1_agreement:.1%}",
-        ),
-        (
-            "perplexity",
-            f"{before} {said(result.perplexity_dense, '.3f')}, {after} {said(result.perplexity, '.3f')} "
-            f"({result.tokens:,} tokens, {result.text})",
-        ),
-    ]
+    facts: list[tuple[str, Cell]] = [("verdict", verdict(result.verdict, style, result.explanation))]
+    difference = f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}"
+    if result.compared == STATES:
+        facts.append((STATES, f"{difference} ({result.tokens:,} tokens, {result.text})"))
+    else:
+        facts += [
+            (
+                "logits",
+                f"{difference}, KL {said(result.kl, '.1e')} nats, top-1 agreement {result.top1_agreement:.1%}",
+            ),
+            (
+                "perplexity",
+                f"{before} {said(result.perplexity_dense, '.3f')}, {after} {said(result.perplexity, '.3f')} "
+                f"({result.tokens:,} tokens, {result.text})",
+            ),
+        ]
     check = result.as_dict()
     if (ratio := unseen_ratio(check)) is not None:
         other = check["unseen"]

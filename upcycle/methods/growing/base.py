@@ -150,6 +150,7 @@ class DenseGrowth(Growth):
         from upcycle.checkpoints.find_family import family_of
 
         family = family_of(source.raw, source.where)
+        family.check_known_whole(self.name)
         paths = family.module_paths
         dense = family.config(source.raw)
         if family.tower_specs(dense):

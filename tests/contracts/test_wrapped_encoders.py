@@ -1,0 +1,84 @@
+"""Encoders that are wrapped: their hidden states are the dense model's, with and without a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+from wrapped_models import SMALL, auto_class, inputs_of, output_of, relative_error, small_model
+
+import upcycle
+import upcycle.models
+from upcycle.errors import RefusalError, UsageError, VerificationError
+from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.ffn.moe_shape import Part
+from upcycle.registry import load
+from upcycle.verification import verify_experts
+
+ENCODERS = [name for name, (kind, _, _) in SMALL.items() if load("described", kind).encoder]
+QUICK = {"tokenizer": "none", "verification": {"tokens": 64}}
+COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **QUICK}
+SPLIT: dict[str, Any] = {"method": "random_split", "experts": 6, "top_k": 6, "shared": 2, **QUICK}
+ROUNDING = 2e-6
+
+
+@pytest.mark.parametrize("keys", [COPIES, SPLIT], ids=["copies", "split"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_converts_exactly(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    dense = small_model(name)
+    dense.save_pretrained(tmp_path / "dense")
+    result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **keys).verification
+    assert result is not None
+    assert (result.verdict, result.compared) == ("exact", "hidden states")
+    assert result.as_dict()["perplexity"] is None
+    assert result.layer_errors is not None
+    assert max(result.layer_errors) < ROUNDING
+    model, report = auto_class(name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    assert relative_error(output_of(model, inputs_of(name)), output_of(dense, inputs_of(name))) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_encoders_without_a_head_are_converted_and_streamed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_experts, "available_memory", lambda: 0)
+    config = small_model(name).config
+    config.architectures = None
+    torch.manual_seed(0)
+    dense = AutoModel.from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **COPIES).verification
+    assert result is not None
+    assert result.streamed
+    assert result.verdict == "exact"
+    model, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    ids = inputs_of(name)["input_ids"]
+    with torch.no_grad():
+        assert relative_error(model(ids).last_hidden_state, dense(ids).last_hidden_state) < ROUNDING
+
+
+def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ExpertTensors.part
+
+    def wrong(self: ExpertTensors, part: Part) -> torch.Tensor:
+        made = right(self, part)
+        return -made if (part.kind, part.expert) == ("down_rows", 1) else made
+
+    monkeypatch.setattr(ExpertTensors, "part", wrong)
+    small_model("bert").save_pretrained(tmp_path / "dense")
+    with pytest.raises(VerificationError, match="relative error of the hidden states"):
+        upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **COPIES)
+
+
+def test_what_encoders_cannot_do_is_refused(tmp_path: Path) -> None:
+    small_model("bert").save_pretrained(tmp_path / "dense")
+    with pytest.raises(UsageError, match="is an encoder: it writes no text"):
+        upcycle.evaluate(str(tmp_path / "dense"))
+    keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
+    with pytest.raises(RefusalError, match="encoders are not calibrated"):
+        upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **keys, **QUICK)

@@ -1,0 +1,138 @@
+"""What every routing rule promises, and each paper's formula in fp64, written anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from upcycle.models.own.routing.base import RoutedTokens, RouterRule
+from upcycle.models.own.routing.dynamic_k import DynamicKRule
+from upcycle.models.own.routing.relu import ReluRule
+from upcycle.models.own.routing.rules import RULES
+from upcycle.models.own.routing.threshold import ThresholdRule
+from upcycle.models.own.routing.top_k import TopKRule
+
+T, E = 11, 6
+EVERY: list[RouterRule] = [
+    TopKRule(2),
+    TopKRule(3, normalized=False),
+    TopKRule(2, scores="sigmoid"),
+    TopKRule(1, scores="sigmoid", normalized=False),
+    DynamicKRule(0.4),
+    ThresholdRule(0.7),
+    ReluRule(),
+]
+
+
+def logits() -> torch.Tensor:
+    return torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def dense(routed: RoutedTokens) -> torch.Tensor:
+    """``[T, E]``: the weight of every expert, 0 where it does not run."""
+    every = torch.zeros(len(routed.experts), E + 1, dtype=routed.weights.dtype)
+    return every.scatter_add(1, routed.experts, routed.weights)[:, :E]
+
+
+def active(routed: RoutedTokens) -> torch.Tensor:
+    """bool ``[T, E]``."""
+    every = torch.zeros(len(routed.experts), E + 1, dtype=torch.bool)
+    return every.scatter(1, routed.experts, True)[:, :E]
+
+
+def restated(rule: RouterRule, z: list[float]) -> list[float]:
+    """One token's weights by the rule's formula, in plain Python; 0 of an expert that does not run."""
+    import math
+
+    top = max(z)
+    soft = [math.exp(one - top) for one in z]
+    soft = [one / sum(soft) for one in soft]
+    match rule:
+        case TopKRule():
+            scores = soft if rule.scores == "softmax" else [1 / (1 + math.exp(-one)) for one in z]
+            chosen = sorted(range(len(z)), key=lambda e: -scores[e])[: rule.top_k]
+            total = sum(scores[e] for e in chosen) if rule.normalized else 1.0
+            return [scores[e] / total if e in chosen else 0.0 for e in range(len(z))]
+        case DynamicKRule():
+            return [float(abs(one) >= rule.tau * max(map(abs, z))) for one in z]
+        case ThresholdRule():
+            return [len(z) * one if len(z) * one > rule.threshold else 0.0 for one in soft]
+        case ReluRule():
+            return [max(one, 0.0) for one in z]
+    raise AssertionError(rule)
+
+
+def test_every_rule_is_tested() -> None:
+    assert {rule.name for rule in EVERY} == set(RULES)
+    assert all(rule.title and rule.paper.startswith("https://") for rule in RULES.values())
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+def test_weights_are_those_of_the_formula(rule: RouterRule) -> None:
+    z = logits()
+    expected = torch.tensor([restated(rule, row) for row in z.tolist()], dtype=torch.float64)
+    assert torch.allclose(dense(rule.route(z)), expected, rtol=1e-12, atol=0)
+    assert torch.equal(active(rule.route(z)), expected > 0)
+    assert rule.route(z).experts.shape[1] == rule.most_experts(E)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+def test_the_order_of_tokens_and_of_experts_does_not_matter(rule: RouterRule) -> None:
+    z, generator = logits(), torch.Generator().manual_seed(1)
+    tokens, experts = torch.randperm(T, generator=generator), torch.randperm(E, generator=generator)
+    assert torch.equal(dense(rule.route(z[tokens])), dense(rule.route(z))[tokens])
+    assert torch.allclose(dense(rule.route(z[:, experts])), dense(rule.route(z))[:, experts], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+def test_a_token_depends_on_no_other_where_that_is_claimed(rule: RouterRule) -> None:
+    z = logits()
+    other = z.clone()
+    other[5:] = torch.randn(T - 5, E, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 9
+    assert rule.per_token
+    assert torch.equal(dense(rule.route(z))[:5], dense(rule.route(other))[:5])
+    assert not torch.equal(dense(rule.route(z))[5:], dense(rule.route(other))[5:])
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+def test_sums_are_one_where_that_is_claimed(rule: RouterRule) -> None:
+    sums = dense(rule.route(logits())).sum(1)
+    assert torch.allclose(sums, torch.ones_like(sums), rtol=1e-12) == rule.sums_to_one
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+def test_gradients_are_finite_differences(rule: RouterRule) -> None:
+    z = logits().requires_grad_()
+
+    def weights(values: torch.Tensor) -> torch.Tensor:
+        return dense(rule.route(values))
+
+    if isinstance(rule, DynamicKRule):
+        assert not weights(z).requires_grad
+    else:
+        assert torch.autograd.gradcheck(weights, (z,))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("top_k", {"top_k": 0}, "'top_k' must be a positive integer, got 0"),
+        ("top_k", {"top_k": True}, "'top_k' must be a positive integer"),
+        ("top_k", {"scores": "soft"}, "'scores' must be softmax or sigmoid, got 'soft'"),
+        ("top_k", {"normalized": 1}, "'normalized' must be true or false"),
+        ("top_k", {"tau": 1}, "'tau' is no parameter of the rule top_k: it has top_k, scores, normalized"),
+        ("dynamic_k", {"tau": 1.5}, "'tau' must be a number from 0 to 1, got 1.5"),
+        ("threshold", {"threshold": float("nan")}, "'threshold' must be a number that is not negative"),
+        ("relu", {"threshold": 1}, "'threshold' is no parameter of the rule relu"),
+    ],
+)
+def test_impossible_parameters_are_named(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RULES[name].of(parameters)
+
+
+def test_more_experts_than_there_are_is_a_problem() -> None:
+    assert TopKRule(7).check(E) == "'top_k' is 7, and there are 6 experts"
+    assert TopKRule(6).check(E) is None

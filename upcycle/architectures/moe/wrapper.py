@@ -1,0 +1,116 @@
+"""upcycle_moe: the dense model's own stock class, whose FFNs are experts. It holds any dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target
+from upcycle.ffn.moe_shape import MoeShape, Part, PartKind
+
+
+class UpcycleMoe(Target):
+    """Keeps every tensor outside the FFNs under its own name. What is written loads after ``import upcycle.models``.
+
+    Args:
+        family: the dense architecture; without one, the target can only be asked what it holds.
+    """
+
+    name, title, architecture = "upcycle_moe", "Any stock class, with experts", "UpcycleMoe"
+    holds = frozenset(Feature)
+    router_semantics = (
+        "softmax over all experts, top-k, and the chosen weights divided by their sum unless told otherwise"
+    )
+    holds_unnormalized = True
+    keeps_names = True
+    router, shared = "router", None
+
+    def __init__(self, family: Family | None = None) -> None:
+        self._family = family
+        if family is not None:
+            self.module_paths = family.module_paths
+
+    def of(self, family: Family) -> Target:
+        """Return the target for models of one family."""
+        return UpcycleMoe(family)
+
+    def remarks(self, dense: DenseConfig) -> list[str]:
+        """Return how it is loaded."""
+        return [f"{self.name} is upcycle's own architecture: transformers loads it after `import upcycle.models`"]
+
+    def stored(self, dense: DenseConfig) -> DenseConfig:
+        """Return the same configuration: the architecture holds all of it."""
+        return dense
+
+    def config(self, dense: DenseConfig, shape: MoeShape) -> dict[str, Any]:
+        """Return ``base_model_type`` and ``replaced_ffns``, and the dense model's keys."""
+        from upcycle.models.own.configuration import wrapped_json
+        from upcycle.models.own.replaced_ffn import ReplacedFfn
+        from upcycle.models.own.routing.top_k import TopKRule
+
+        assert self._family is not None
+        form, family = dense.ffn_form, self._family
+        dropouts = {family.ffn_dropout(layer) for layer in shape.moe_layers}
+        replaced = [
+            ReplacedFfn(
+                paths=tuple(family.replaced_modules(i) for i in shape.moe_layers if family.ffn_dropout(i) == dropout),
+                hidden_size=dense.hidden_size,
+                activation=form.activation,
+                gated=form.gated,
+                biases=frozenset(form.biases),
+                widths=(shape.expert_size,) * shape.experts,
+                shared_width=shape.shared * shape.expert_size,
+                router_bias=False,
+                rule=TopKRule(shape.top_k, normalized=shape.normalized),
+                dropout=dropout,
+            )
+            for dropout in sorted(dropouts)
+        ]
+        return wrapped_json(family.rewritten(dense.raw), replaced)
+
+    def full_config(self, dense: DenseConfig, shape: MoeShape, dtype: str) -> dict[str, Any]:
+        """Return the dense model's ``config.json`` with what is replaced, the class, and the dtype that is written."""
+        from upcycle.architectures.clean_settings import clean_config
+        from upcycle.architectures.stock import build_config
+        from upcycle.architectures.stock_auto import class_name
+
+        config: Mapping[str, Any] = clean_config(self.config(dense, shape))
+        kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+        return {
+            **kept,
+            "architectures": [f"{self.architecture}{class_name(build_config(dense.raw, 'config.json'))}"],
+            "dtype": dtype,
+        }
+
+    def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
+        """Return the router, the packed experts, and the shared expert's projections; there is one layout only."""
+        assert self._family is not None
+        d, m, s, form = dense.hidden_size, shape.expert_size, shape.shared * shape.expert_size, dense.ffn_form
+        prefix, everyone, rows = self._family.module_paths.block_of(layer), range(shape.experts), 2 if form.gated else 1
+        up: PartKind = "gate_up" if form.gated else "up"
+        up_bias: PartKind = "gate_up_bias" if form.gated else "up_bias"
+
+        def each(kind: PartKind) -> tuple[Part, ...]:
+            return tuple(Part(kind, e) for e in everyone)
+
+        tensors = [
+            OutputTensor(f"{prefix}.router.weight", (shape.experts, d), (Part("router"),)),
+            OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
+            OutputTensor(f"{prefix}.experts.down", (m * shape.experts, d), each("down_rows")),
+        ]
+        if form.biases & {"gate", "up"}:
+            tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
+        if "down" in form.biases:
+            tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, d), each("down_bias")))
+        if not s:
+            return tensors
+        sizes = {"gate": (s, d), "up": (s, d), "down": (d, s)}
+        kinds: dict[str, PartKind] = {"gate": "shared_gate", "up": "shared_up", "down": "shared_down"}
+        biases: dict[str, PartKind] = {"gate": "shared_gate_bias", "up": "shared_up_bias", "down": "shared_down_bias"}
+        for matrix in form.matrices:
+            name = f"{prefix}.shared_{matrix}"
+            tensors.append(OutputTensor(f"{name}.weight", sizes[matrix], (Part(kinds[matrix]),)))
+            if matrix in form.biases:
+                tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
+        return tensors

@@ -1,0 +1,52 @@
+"""Chooses the Auto class of transformers by which a configuration's model is loaded."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from upcycle.registry import find
+
+
+def is_encoder(config: Any) -> bool:
+    """Return whether a stock or wrapped configuration is that of an encoder, which has no logits of a next token."""
+    described = find("described", getattr(config, "base_model_type", None) or str(config.model_type))
+    return described is not None and described.encoder
+
+
+def auto_class(config: Any) -> Any:
+    """Return the Auto class that builds a model with its head, and with all parts if it has several.
+
+    For an encoder, it is the Auto class of the class that ``architectures`` names; one whose configuration names no class of
+    transformers is loaded without a head.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    if find("wrapper", str(config.model_type)) is not None:
+        return AutoModelForMultimodalLM
+    if not is_encoder(config):
+        return AutoModelForCausalLM
+    named = set(getattr(config, "architectures", None) or ())
+    return next((auto for auto in _auto_classes() if named & set(_names(auto, type(config)))), AutoModel)
+
+
+def class_name(config: Any) -> str:
+    """Return the name of the stock class by which a configuration's model is loaded."""
+    auto = auto_class(config)
+    names = _names(auto, type(config))
+    named = [name for name in getattr(config, "architectures", None) or () if name in names]
+    return (named or names)[0]
+
+
+def _names(auto: Any, config_class: Any) -> list[str]:
+    found = auto._model_mapping.get(config_class, None)
+    several = found if isinstance(found, tuple) else (found,)
+    return [one.__name__ for one in several if one is not None]
+
+
+@cache
+def _auto_classes() -> list[Any]:
+    from transformers.models.auto import modeling_auto
+
+    found = [getattr(modeling_auto, name) for name in dir(modeling_auto) if name.startswith("AutoModel")]
+    return [auto for auto in found if getattr(auto, "_model_mapping", None) is not None]

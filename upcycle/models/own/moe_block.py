@@ -1,0 +1,182 @@
+"""The module that stands where an FFN was: a router, routed experts, a shared expert. T tokens, E experts, K slots, d, N neurons.
+
+Routed experts are packed as upcycle's kernels read them without a copy (:mod:`upcycle.kernels.layout.expert_weights`): experts are
+ranges of rows of ``up`` and ``down``, both with d numbers per row, so that widths may differ; with a gate, its rows alternate
+with those of up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from upcycle.kernels.entry.transformers_experts import foreign_weights, module_output
+from upcycle.kernels.layout.expert_weights import WeightLayout, WeightTensors
+from upcycle.models.own.replaced_ffn import ReplacedFfn
+from upcycle.models.own.routing.base import RouterRule
+
+IMPLEMENTATIONS = ("upcycle", "eager")
+_SPREAD = 0.02  # of new weights
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh")
+# transformers' name -> the kernels' name of the same function
+KERNEL_ACTIVATIONS = {
+    **dict.fromkeys(_TANH_GELU, "gelu_pytorch_tanh"),
+    **{"gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu"},
+}
+
+
+class MoeBlock(nn.Module):
+    """Maps ``[..., d]`` to ``[..., d]``, like the FFN that was here. Further arguments of a call are ignored.
+
+    Args:
+        ffn: its description.
+    """
+
+    def __init__(self, ffn: ReplacedFfn) -> None:
+        super().__init__()
+        d, shared = ffn.hidden_size, ffn.shared_width
+        self.router = TokenRouter(ffn)
+        self.experts = PackedExperts(ffn)
+        if shared:
+            self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
+            self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
+            self.shared_down = nn.Linear(shared, d, bias="down" in ffn.biases)
+        self.has_shared = bool(shared)
+        self.output_bias = nn.Parameter(torch.zeros(d)) if "output" in ffn.biases else None
+        self.dropout = nn.Dropout(ffn.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See the class."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, ids = self.router(x)
+        return self._whole(x, self.experts(x, ids, weights)).view_as(hidden_states)
+
+    @property
+    def rule(self) -> RouterRule:
+        """What the router's logits mean."""
+        return self.router.rule
+
+    def everyone(self, x: torch.Tensor, weight: float) -> torch.Tensor:
+        """Return ``[..., d]`` with every expert's neurons active at one weight, whatever the router says.
+
+        Down biases, which are not scaled as neurons are, are added as by weights that sum to 1.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        count = self.experts.count
+        ids = torch.arange(count, device=x.device).expand(len(flat), count)
+        routed = self.experts(flat, ids, torch.full(ids.shape, weight, dtype=x.dtype, device=x.device))
+        if self.experts.down_bias is not None:
+            routed = routed + self.experts.down_bias.sum(0) * (1 / count - weight)
+        return self._whole(flat, routed).view_as(x)
+
+    def _whole(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+        """Add to the routed experts' output what does not depend on the router."""
+        if self.has_shared:
+            act, up = self.experts.act, self.shared_up(x)
+            hidden = act(up) if self.shared_gate is None else act(self.shared_gate(x)) * up
+            routed = routed + self.shared_down(hidden)
+        if self.output_bias is not None:
+            routed = routed + self.output_bias
+        out: torch.Tensor = self.dropout(routed)
+        return out
+
+
+class TokenRouter(nn.Linear):
+    """Returns logits ``[T, E]``, weights ``[T, K]`` and ids of experts ``[T, K]``, as the routers of stock MoE classes do.
+
+    Attributes:
+        rule: what makes weights and ids of the logits.
+        top_k: experts per token, where that is a fixed number.
+    """
+
+    def __init__(self, ffn: ReplacedFfn) -> None:
+        super().__init__(ffn.hidden_size, ffn.experts, bias=ffn.router_bias)
+        self.rule = ffn.rule
+        self.top_k: int | None = getattr(ffn.rule, "top_k", None)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """See the class; ``x`` is ``[T, d]``."""
+        logits = super().forward(x)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        ids, weights = self.rule.route(logits)
+        return logits, weights, ids
+
+
+class PackedExperts(nn.Module):
+    """The routed experts.
+
+    Attributes:
+        up: ``[N, d]``; with a gate ``gate_up`` ``[2 N, d]``, gate and up rows alternating.
+        down: ``[N, d]``: row j is what neuron j adds to the output.
+        up_bias: ``[N]`` or ``[2 N]``, in the order of the rows. Where only one of gate and up has a bias, the other's is 0.
+        down_bias: ``[E, d]``.
+        implementation: ``upcycle``: on the kernels, where they have the activation; ``eager``: one expert after another.
+    """
+
+    def __init__(self, ffn: ReplacedFfn) -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        d, neurons = ffn.hidden_size, sum(ffn.widths)
+        rows = neurons * (2 if ffn.gated else 1)
+        self.count, self.widths, self.gated = ffn.experts, ffn.widths, ffn.gated
+        self.act = ACT2FN[ffn.activation]
+        self.kernel_activation = KERNEL_ACTIVATIONS.get(ffn.activation)
+        self.implementation = IMPLEMENTATIONS[0]
+        self.register_parameter("gate_up" if ffn.gated else "up", nn.Parameter(torch.empty(rows, d)))
+        self.down = nn.Parameter(torch.empty(neurons, d))
+        has_bias = bool(ffn.biases & {"gate", "up"})
+        self.up_bias = nn.Parameter(torch.zeros(rows)) if has_bias else None
+        self.down_bias = nn.Parameter(torch.zeros(self.count, d)) if "down" in ffn.biases else None
+        for weight in (self._up, self.down):
+            nn.init.normal_(weight, std=_SPREAD)
+
+    @property
+    def _up(self) -> nn.Parameter:
+        found: nn.Parameter = getattr(self, "gate_up" if self.gated else "up")
+        return found
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return ``[T, d]``: the experts ``ids`` ``[T, K]`` of every row of ``x``, times ``weights`` ``[T, K]``; id E is no expert."""
+        tensors = WeightTensors(self._up, self.down, self.up_bias, self.down_bias)
+        kernel = self.kernel_activation if self.implementation == "upcycle" else None
+        if kernel is not None and foreign_weights(*tensors) is None:
+            layout = WeightLayout(kernel, self.gated, self.gated, False, self.widths)
+            return module_output(self, x.to(self.down.dtype), tensors, layout, ids, weights).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return self._masked(x, ids, weights)
+        return self._one_by_one(x, ids, weights)
+
+    def _hidden(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return the activations ``[t, n]`` of the neurons of some rows of ``up``."""
+        bias = None if self.up_bias is None else self.up_bias[rows]
+        z = functional.linear(x, self._up[rows], bias)
+        hidden: torch.Tensor = self.act(z[..., ::2]) * z[..., 1::2] if self.gated else self.act(z)
+        return hidden
+
+    def _one_by_one(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        first, per_neuron = 0, 2 if self.gated else 1
+        for expert, width in enumerate(self.widths):
+            tokens, slots = torch.where(ids == expert)
+            last = first + width
+            if len(tokens):
+                hidden = self._hidden(x[tokens], slice(per_neuron * first, per_neuron * last))
+                made = hidden @ self.down[first:last]
+                if self.down_bias is not None:
+                    made = made + self.down_bias[expert]
+                out = out.index_add(0, tokens, (made * weights[tokens, slots, None]).to(out.dtype))
+            first = last
+        return out
+
+    def _masked(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute every expert, and weigh those by 0 that a token does not have: the shapes do not depend on the router."""
+        every = torch.zeros(len(x), self.count + 1, dtype=weights.dtype, device=x.device)
+        every = every.scatter_add(1, ids, weights)[:, : self.count].to(x.dtype)
+        lengths = torch.tensor(self.widths, device=x.device)
+        per_neuron = every.repeat_interleave(lengths, dim=1, output_size=sum(self.widths))
+        out = (self._hidden(x, slice(None)) * per_neuron) @ self.down
+        return out if self.down_bias is None else out + every @ self.down_bias

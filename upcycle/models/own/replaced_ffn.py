@@ -1,0 +1,216 @@
+"""Describes FFNs that experts stand in the place of, as ``config.json`` has them below ``replaced_ffns``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from upcycle.errors import CheckpointError
+from upcycle.models.own.routing.base import RouterRule
+from upcycle.models.own.routing.rules import RULES
+
+Bias = Literal["gate", "up", "down", "output"]
+_HINT = "correct the key, or convert the model again"
+_KEYS = (
+    *("paths", "hidden_size", "activation", "gated", "biases", "experts", "width", "widths", "shared_width"),
+    *("router_bias", "routing", "dropout"),
+)
+
+
+@dataclass(frozen=True)
+class ReplacedFfn:
+    """Describes FFNs of one form and size, each of which has a router and experts of its own.
+
+    Attributes:
+        paths: for every FFN the modules that go, below the base model. The experts stand where the first one was; the others
+            (an activation and a second projection that the layer itself calls) do nothing any more.
+        hidden_size: d, the length of input and output.
+        activation: its name in transformers' table.
+        gated: whether neurons are ``act(gate x) * up x``, or ``act(up x)``.
+        biases: which projections have one: ``down`` is every expert's own (the shared one's, too), weighted as its output is;
+            ``output`` ``[d]`` belongs to no expert and is added once.
+        widths: neurons of every routed expert.
+        shared_width: neurons of the shared expert, which always runs at weight 1; 0: there is none.
+        router_bias: whether the router adds a bias to its logits.
+        rule: turns logits into experts and weights.
+        dropout: the probability, in training, that a number of the output is 0, where the FFN had such a layer at its end.
+    """
+
+    paths: tuple[tuple[str, ...], ...]
+    hidden_size: int
+    activation: str
+    gated: bool
+    biases: frozenset[Bias]
+    widths: tuple[int, ...]
+    shared_width: int
+    router_bias: bool
+    rule: RouterRule
+    dropout: float = 0.0
+
+    @property
+    def experts(self) -> int:
+        """E, the number of routed experts."""
+        return len(self.widths)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of ``replaced_ffns``."""
+        same = len(set(self.widths)) == 1
+        size: dict[str, Any] = (
+            {"experts": self.experts, "width": self.widths[0]} if same else {"widths": [*self.widths]}
+        )
+        return {
+            "paths": [list(modules) for modules in self.paths],
+            "hidden_size": self.hidden_size,
+            "activation": self.activation,
+            "gated": self.gated,
+            "biases": [name for name in get_args(Bias) if name in self.biases],
+            **size,
+            "shared_width": self.shared_width,
+            "router_bias": self.router_bias,
+            "routing": {"rule": self.rule.name, **vars(self.rule)},
+            "dropout": self.dropout,
+        }
+
+
+def read_replaced(entries: object, where: str) -> list[ReplacedFfn]:
+    """Read ``replaced_ffns``; ``where`` names the file in messages.
+
+    Raises:
+        CheckpointError: a key is missing, unknown or of another kind, numbers do not fit together, or a module goes twice.
+    """
+    if not isinstance(entries, list | tuple):
+        raise CheckpointError(f"{where}: 'replaced_ffns' must be a list, got {entries!r}", hint=_HINT)
+    found = [_Entry(entry, f"{where}: 'replaced_ffns[{i}]").read() for i, entry in enumerate(entries)]
+    seen: set[str] = set()
+    for path in (path for ffn in found for modules in ffn.paths for path in modules):
+        if path in seen:
+            raise CheckpointError(f"{where}: 'replaced_ffns' names the module '{path}' twice", hint=_HINT)
+        seen.add(path)
+    return found
+
+
+def replaced_in(config: Any) -> list[ReplacedFfn]:
+    """Return the FFNs that a configuration replaces, with the routing parameters that it overrides.
+
+    Raises:
+        CheckpointError: an entry is wrong, or an override names neither a parameter of a rule nor an FFN.
+    """
+    where = f"{config.name_or_path or 'config'}: config.json"
+    overrides = dict(config.routing or {})
+    by_path = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
+    for_all = {key: value for key, value in overrides.items() if key not in by_path}
+    stored_entries: Any = config.replaced_ffns
+    if not overrides or not isinstance(stored_entries, list | tuple):
+        return read_replaced(stored_entries, where)
+    entries: list[Any] = []
+    used: set[str] = set()
+    for entry in stored_entries:
+        stored = entry.get("routing") if isinstance(entry, Mapping) else None
+        if not isinstance(stored, Mapping) or not isinstance(entry.get("paths"), list | tuple):
+            entries.append(entry)
+            continue
+        for modules in entry["paths"]:
+            own = by_path.get(modules[0], {})
+            used |= {key for key in for_all if key in stored} | ({modules[0]} & set(by_path))
+            routing = {**stored, **{key: value for key, value in for_all.items() if key in stored}, **own}
+            entries.append({**entry, "paths": [modules], "routing": routing})
+    if odd := sorted(set(overrides) - used):
+        raise CheckpointError(
+            f"{where}: 'routing' has '{odd[0]}', which is no parameter of the model's routing rule and no path of an FFN",
+            hint="routing={'top_k': 1}, or routing={'h.3.mlp': {'top_k': 1}}",
+        )
+    return read_replaced(entries, where)
+
+
+class _Entry:
+    """Reads one entry; every message begins with the place of the key."""
+
+    def __init__(self, entry: object, where: str) -> None:
+        self._where = where
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(f"{where}' must be a mapping, got {entry!r}", hint=_HINT)
+        if odd := sorted(set(entry) - set(_KEYS)):
+            raise CheckpointError(f"{where}.{odd[0]}' is unknown; known: {', '.join(_KEYS)}", hint=_HINT)
+        self._entry = entry
+
+    def read(self) -> ReplacedFfn:
+        """Return what the entry describes."""
+        paths = self._get("paths", "a list of lists of module paths", _are_paths)
+        biases = self._get("biases", f"a list of {', '.join(get_args(Bias))}", _are_biases, [])
+        gated = self._get("gated", "true or false", lambda v: type(v) is bool)
+        if "gate" in biases and not gated:
+            raise self._wrong("biases", "names gate, and 'gated' is false")
+        widths = self._widths()
+        return ReplacedFfn(
+            paths=tuple(tuple(modules) for modules in paths),
+            hidden_size=self._get("hidden_size", "a positive integer", _is_size),
+            activation=self._get("activation", "an activation of transformers", _is_activation),
+            gated=gated,
+            biases=frozenset(biases),
+            widths=widths,
+            shared_width=self._get(
+                "shared_width", "an integer that is not negative", lambda v: v == 0 or _is_size(v), 0
+            ),
+            router_bias=self._get("router_bias", "true or false", lambda v: type(v) is bool, False),
+            rule=self._rule(len(widths)),
+            dropout=float(self._get("dropout", "a number from 0 to 1", _is_fraction, 0.0)),
+        )
+
+    def _widths(self) -> tuple[int, ...]:
+        if "widths" in self._entry:
+            if odd := {"experts", "width"} & set(self._entry):
+                raise self._wrong("widths", f"and '{min(odd)}' are both there: give a list, or a number and a width")
+            widths: list[int] = self._get("widths", "a list of positive integers", lambda v: _is_list(v, _is_size))
+            return tuple(widths)
+        width: int = self._get("width", "a positive integer", _is_size)
+        return (width,) * int(self._get("experts", "a positive integer", _is_size))
+
+    def _rule(self, experts: int) -> RouterRule:
+        routing = dict(self._get("routing", "a mapping", lambda v: isinstance(v, Mapping)))
+        name = routing.pop("rule", None)
+        if name not in RULES:
+            raise self._wrong("routing.rule", f"is {name!r}; rules: {', '.join(RULES)}")
+        try:
+            rule = RULES[name].of(routing)
+        except (ValueError, TypeError) as error:
+            raise self._wrong("routing", f"is wrong: {error}") from None
+        if problem := rule.check(experts):
+            raise self._wrong("routing", f"is wrong: {problem}")
+        return rule
+
+    def _get(self, key: str, what: str, fits: Any, default: Any = None) -> Any:
+        value = self._entry.get(key, default)
+        if value is None or not fits(value):
+            said = f"must be {what}, got {value!r}" if key in self._entry else f"is missing: it must be {what}"
+            raise self._wrong(key, said)
+        return value
+
+    def _wrong(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}.{key}' {what}", hint=_HINT)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_list(value: object, fits: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
+
+
+def _are_paths(value: object) -> bool:
+    return _is_list(value, lambda modules: _is_list(modules, lambda path: isinstance(path, str) and path))
+
+
+def _are_biases(value: object) -> bool:
+    return isinstance(value, list | tuple) and set(value) <= set(get_args(Bias))
+
+
+def _is_activation(value: object) -> bool:
+    from transformers.activations import ACT2FN
+
+    return isinstance(value, str) and value in ACT2FN

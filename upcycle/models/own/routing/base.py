@@ -1,0 +1,74 @@
+"""What a routing rule is: a function from a router's logits to experts and their weights. T tokens, E experts, K slots."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class RoutedTokens(NamedTuple):
+    """The experts of every token. Shapes do not depend on values, so that compilers can look through it."""
+
+    experts: torch.Tensor
+    """int64 ``[T, K]``; the id E stands for no expert."""
+    weights: torch.Tensor
+    """``[T, K]`` like the logits: what each expert's output is multiplied by. Where there is no expert, 0."""
+
+
+class RouterRule(ABC):
+    """A rule, with its parameters as the fields of a frozen dataclass.
+
+    Attributes:
+        name: by which ``config.json`` names it.
+        title: in prose.
+        paper: the URL of the paper that it is from.
+        per_token: whether a token's experts depend on that token alone: no other one, earlier or later, changes them.
+        sums_to_one: whether a token's weights sum to 1 whatever the logits are.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    per_token: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def sums_to_one(self) -> bool:
+        """See the class."""
+
+    @abstractmethod
+    def route(self, logits: torch.Tensor) -> RoutedTokens:
+        """Return the experts and weights for logits ``[T, E]`` in fp32 or fp64."""
+
+    def check(self, experts: int) -> str | None:
+        """Return what is wrong with the parameters for this number of experts; None: nothing."""
+        return None
+
+    def most_experts(self, experts: int) -> int:
+        """Return how many of the experts a token has at most."""
+        return experts
+
+    @classmethod
+    def of(cls, parameters: dict[str, Any]) -> Self:
+        """Build the rule of parameters by name; those left out have their defaults.
+
+        Raises:
+            ValueError: a parameter is unknown, or its value is not possible; the message names it.
+        """
+        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        if odd := sorted(set(parameters) - set(known)):
+            raise ValueError(f"'{odd[0]}' is no parameter of the rule {cls.name}: it has {', '.join(known)}")
+        return cls(**parameters)
+
+
+def weighted(scores: torch.Tensor, active: torch.Tensor) -> RoutedTokens:
+    """Return every expert that is ``active`` ``[T, E]`` with its weight in ``scores`` ``[T, E]``, in the order of their ids."""
+    experts = scores.shape[1]
+    ids = torch.arange(experts, device=scores.device).expand_as(scores)
+    return RoutedTokens(ids.masked_fill(~active, experts), scores.masked_fill(~active, 0.0))

@@ -1,0 +1,11 @@
+"""The list of routing rules."""
+
+from __future__ import annotations
+
+from upcycle.models.own.routing.base import RouterRule
+from upcycle.models.own.routing.dynamic_k import DynamicKRule
+from upcycle.models.own.routing.relu import ReluRule
+from upcycle.models.own.routing.threshold import ThresholdRule
+from upcycle.models.own.routing.top_k import TopKRule
+
+RULES: dict[str, type[RouterRule]] = {rule.name: rule for rule in (TopKRule, DynamicKRule, ThresholdRule, ReluRule)}
