@@ -289,8 +289,7 @@ def _peak_memory(job: ExpertJob) -> int:
     item = TensorSpec((1,), job.dtype).nbytes
     read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
-    if job.target.keeps_names and job.dense.mlp_gated:
-        built *= 4  # gate, up, and both once more with their rows in turns
+    built *= 4 if job.target.keeps_names and job.dense.mlp_gated else 1  # gate, up, and both once more, alternating
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
@@ -338,7 +337,7 @@ def calibration_memory(job: ExpertJob) -> int:
 
 
 def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
-    warnings = [job.note] if job.note else []
+    warnings = [note for note in (job.note, job.target.note) if note]
     shape = job.shape
     if active < 0.99 * dense_parameters and shape.top_k < shape.experts:
         warnings.append(
@@ -388,10 +387,6 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"{job.target.name} multiplies no embeddings: they are written times {embeddings.origin.times:.4g} in float32, "
             f"{embeddings.spec.nbytes / 1e6:,.0f} MB" + (f" (--target {able[0]} does)" if able else "")
-        )
-    if job.target.keeps_names:
-        warnings.append(
-            f"{job.target.name} is upcycle's own architecture: transformers loads it after `import upcycle.models`"
         )
     promise, why = job.promise
     if promise == "rounded":

@@ -52,6 +52,7 @@ class Target(ABC):
         holds_unnormalized: whether the chosen experts' weights may stay as the softmax gives them.
         rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
         keeps_names: whether every tensor outside the FFNs keeps the name and form that it has in the dense model.
+        note: what a user of its models must know.
         module_paths: where its parts are.
         router: the module, in the block with the routed experts, that returns logits ``[T, E]``, weights ``[T, K]`` and experts
             ``[T, K]``.
@@ -68,6 +69,7 @@ class Target(ABC):
     holds_unnormalized: ClassVar[bool] = False
     rotates_pairs: ClassVar[bool] = False
     keeps_names: ClassVar[bool] = False
+    note: ClassVar[str | None] = None
     module_paths: ModulePaths = ModulePaths()
     router: ClassVar[str] = "gate"
     score: ClassVar[Score] = "softmax"

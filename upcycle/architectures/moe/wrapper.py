@@ -24,6 +24,7 @@ class UpcycleMoe(Target):
     )
     holds_unnormalized = True
     keeps_names = True
+    note = "upcycle_moe is upcycle's own architecture: transformers loads it after `import upcycle.models`"
     router, shared = "router", None
 
     def __init__(self, family: Family | None = None) -> None:
