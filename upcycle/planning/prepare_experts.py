@@ -59,7 +59,7 @@ def prepare_experts(
     """
     if recipe.sources:
         family.check_known_whole(method.name)
-    check_tokenizer(recipe, has_tokenizer)
+    check_tokenizer(recipe, has_tokenizer or family.reads_images)
     check_own_text(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)

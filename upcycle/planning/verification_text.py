@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upcycle.planning.job import PlannedJob
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
+_IMAGES = 16  # at most, of a model that reads them
 _WINDOW, _LEAST = 256, 16  # tokens: of a window, and of a held-out text that is long enough to measure on
 
 
@@ -26,7 +27,8 @@ def token_windows(
 ) -> tuple[torch.Tensor, str]:
     """Return token ids, int64 ``[N, W]``, to measure on, and a label that says which text they are from.
 
-    A calibrated model is measured on the part of its calibration texts that was held out.
+    A calibrated model is measured on the part of its calibration texts that was held out. Of a model that reads images, ids are
+    the seeds of random ones, ``[N, 1]``.
 
     Args:
         job: the conversion.
@@ -39,6 +41,9 @@ def token_windows(
         UsageError: the text cannot be read, or is shorter than one window.
         CheckpointError: the tokenizer writes tokens that the model does not have.
     """
+    family = getattr(job, "family", None)
+    if family is not None and family.reads_images:
+        return torch.arange(max(1, min(tokens, _IMAGES)))[:, None], "random images"
     window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)

@@ -61,6 +61,7 @@ class Family(ABC):
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
     module_paths: ClassVar[ModulePaths] = ModulePaths()
     uncalibrated: ClassVar[str | None] = None  # why calibration does not work here
+    reads_images: ClassVar[bool] = False
     embeds_tokens_alone: ClassVar[bool] = (
         True  # the first layer reads token embeddings times a factor, and nothing else
     )
