@@ -62,6 +62,13 @@ def test_encoders_without_a_head_are_converted_and_streamed(
         assert relative_error(model(**inputs).last_hidden_state, dense(**inputs).last_hidden_state) < ROUNDING
 
 
+def test_an_image_model_needs_no_tokenizer(tmp_path: Path) -> None:
+    small_model("vit").save_pretrained(tmp_path / "dense")
+    result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", method="sparse_upcycling", experts=2)
+    assert result.verification is not None
+    assert (result.verification.text, result.verification.tokens) == ("random images", 16)
+
+
 def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ExpertTensors.part
 

@@ -59,7 +59,9 @@ def prepare_experts(
     """
     if recipe.sources:
         family.check_known_whole(method.name)
-    check_tokenizer(recipe, has_tokenizer or family.reads_images)
+    if family.reads_images and not has_tokenizer:
+        recipe = recipe.model_copy(update={"tokenizer": "none"})
+    check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
