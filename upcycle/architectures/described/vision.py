@@ -12,9 +12,11 @@ _FC: dict[str, Any] = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
 
 def _images(body: str, layers: str) -> dict[str, Any]:
     """Where an encoder of images has its parts."""
-    inside = {"layers": f"{body}.{layers}", "embedding": f"{body}.embeddings.patch_embeddings.projection"}
+    paths = ModulePaths(
+        body=body, layers=f"{body}.{layers}", embedding=f"{body}.embeddings.patch_embeddings.projection"
+    )
     why = "encoders of images are not calibrated: there is no text for them"
-    return {"paths": ModulePaths(body=body, **inside), "encoder": True, "images": True, "uncalibrated": why}
+    return {"paths": paths, "encoder": True, "images": True, "uncalibrated": why}
 
 
 def _two_towers(norm: str) -> tuple[FfnPlace, ...]:
