@@ -41,7 +41,7 @@ def test_every_encoder_converts_exactly(name: str, keys: dict[str, Any], tmp_pat
     assert relative_error(output_of(model, inputs_of(name)), output_of(dense, inputs_of(name))) < ROUNDING
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "vit"])
 def test_encoders_without_a_head_are_converted_and_streamed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,9 +57,16 @@ def test_encoders_without_a_head_are_converted_and_streamed(
     assert result.verdict == "exact"
     model, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
-    ids = inputs_of(name)["input_ids"]
+    inputs = inputs_of(name)
     with torch.no_grad():
-        assert relative_error(model(ids).last_hidden_state, dense(ids).last_hidden_state) < ROUNDING
+        assert relative_error(model(**inputs).last_hidden_state, dense(**inputs).last_hidden_state) < ROUNDING
+
+
+def test_an_image_model_needs_no_tokenizer(tmp_path: Path) -> None:
+    small_model("vit").save_pretrained(tmp_path / "dense")
+    result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", method="sparse_upcycling", experts=2)
+    assert result.verification is not None
+    assert (result.verification.text, result.verification.tokens) == ("random images", 16)
 
 
 def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,11 +96,7 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
 
     config = build_config(raw, where) if isinstance(raw, Mapping) else raw
     given = {} if dtype is None else {"dtype": dtype}
-    with (
-        _explained(f"{where}: transformers has no causal language model like it"),
-        quiet_transformers(),
-        torch.device("meta"),
-    ):
+    with _explained(f"{where}: transformers has no model like it"), quiet_transformers(), torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=False, **given)
 
 

@@ -10,8 +10,14 @@ from upcycle.registry import find
 
 def is_encoder(config: Any) -> bool:
     """Return whether a stock or wrapped configuration is that of an encoder, which has no logits of a next token."""
-    described = find("described", getattr(config, "base_model_type", None) or str(config.model_type))
+    described = _described(config)
     return described is not None and described.encoder
+
+
+def reads_images(config: Any) -> bool:
+    """Return whether a configuration is that of an encoder of images."""
+    described = _described(config)
+    return described is not None and described.images
 
 
 def auto_class(config: Any) -> Any:
@@ -36,6 +42,10 @@ def class_name(config: Any) -> str:
     names = _names(auto, type(config))
     named = [name for name in getattr(config, "architectures", None) or () if name in names]
     return (named or names)[0]
+
+
+def _described(config: Any) -> Any:
+    return find("described", getattr(config, "base_model_type", None) or str(config.model_type))
 
 
 def _names(auto: Any, config_class: Any) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from upcycle.ffn.feed_forward import FeedForward
 
 COPY_BLOCK_BYTES = 1 << 24
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class Checkpoint:

@@ -16,6 +16,7 @@ _TOKENIZER = (
     "tokenizer.model",
     "tekken.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -293,8 +293,7 @@ def _peak_memory(job: ExpertJob) -> int:
     item = TensorSpec((1,), job.dtype).nbytes
     read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
-    if job.target.keeps_names and job.dense.mlp_gated:
-        built *= 4  # gate, up, and both once more with their rows in turns
+    built *= 4 if job.target.keeps_names and job.dense.mlp_gated else 1  # gate, up, and both once more, alternating
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":

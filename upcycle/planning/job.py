@@ -100,7 +100,10 @@ def check_tokenizer(recipe: Recipe, has_tokenizer: bool) -> None:
         UsageError: the recipe copies the tokenizer, and there is none beside the weights.
     """
     if recipe.tokenizer == "copy" and not has_tokenizer:
-        is_gguf, files = recipe.source.endswith(".gguf"), "tokenizer.json, tokenizer.model, vocab.json, tekken.json"
+        is_gguf, files = (
+            recipe.source.endswith(".gguf"),
+            "tokenizer.json, tokenizer.model, vocab.json, vocab.txt, tekken.json",
+        )
         looked = "metadata keys tokenizer.ggml.model and tokenizer.ggml.tokens" if is_gguf else files
         raise UsageError(
             f"{recipe.source} has no tokenizer (looked for {looked})",

@@ -61,6 +61,8 @@ def prepare_experts(
     check_part(family, recipe.part)
     if recipe.sources:
         family.check_known_whole(method.name)
+    if family.reads_images and not has_tokenizer:
+        recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
     method = method.joined(mix, recipe)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upcycle.planning.job import PlannedJob
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
+_IMAGES = 16  # at most, of a model that reads them
 _WINDOW, _LEAST = 256, 16  # tokens: of a window, and of a held-out text that is long enough to measure on
 
 
@@ -41,7 +42,8 @@ def token_windows(
 ) -> MeasuredText:
     """Return the token ids to measure on.
 
-    A calibrated model is measured on the part of its calibration texts that was held out.
+    A calibrated model is measured on the part of its calibration texts that was held out. Of a model that reads images, ids are
+    the seeds of random ones, ``[N, 1]``.
 
     Args:
         job: the conversion.
@@ -54,6 +56,9 @@ def token_windows(
         UsageError: the text cannot be read, or is shorter than one window.
         CheckpointError: the tokenizer writes tokens that the model does not have.
     """
+    family = getattr(job, "family", None)
+    if family is not None and family.reads_images:
+        return MeasuredText(torch.arange(max(1, min(tokens, _IMAGES)))[:, None], "random images")
     window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)

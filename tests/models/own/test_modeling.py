@@ -193,6 +193,7 @@ def ffn(**changes: Any) -> ReplacedFfn:
     ("entry", "message"),
     [
         (ffn(paths=(("h.7.mlp",),)), "'h.7.mlp', which a gpt2 model does not have"),
+        (ffn(paths=(("h.0.mlp", "h.0.forward"),)), "'h.0.forward', which a gpt2 model does not have"),
         (ffn(paths=(("layers.0.mlp",),)), "'layers.0.mlp', and a UpcycleMoeGPT2LMHeadModel has no part of that name"),
         (
             ffn(hidden_size=48),

@@ -65,6 +65,7 @@ class Family(ABC):
     uncalibrated: str | None = None  # why calibration does not work here
     remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
+    reads_images: ClassVar[bool] = False
     # Whether the first layer reads token embeddings times a factor, and nothing else.
     embeds_tokens_alone: ClassVar[bool] = True
     returns_tuple: ClassVar[bool] = False  # a layer returns a tuple, whose first entry is the stream

@@ -74,7 +74,7 @@ class DescribedFamily(Family):
         heads = settings.num_attention_heads
         spread = [getattr(settings, key, None) for key in ("initializer_range", "init_std")]
         context = getattr(settings, "max_position_embeddings", None) or raw.get("seq_length")
-        skipped = (settings.pad_token_id or 0) + 1 if self.described.counts_from_padding else 0
+        skipped = (getattr(settings, "pad_token_id", None) or 0) + 1 if self.described.counts_from_padding else 0
         return DenseConfig(
             family=self.name,
             hidden_size=first.hidden,
@@ -83,13 +83,13 @@ class DescribedFamily(Family):
             num_attention_heads=heads,
             num_key_value_heads=getattr(settings, "num_key_value_heads", None) or heads,
             head_dim=getattr(settings, "head_dim", None) or first.hidden // heads,
-            vocab_size=settings.vocab_size,
+            vocab_size=getattr(settings, "vocab_size", 1),
             hidden_act=first.activation,
             rms_norm_eps=1e-5,
             max_position_embeddings=(context or _NO_LIMIT) - skipped,
             initializer_range=next((float(one) for one in spread if one), 0.02),
             attention_dropout=0.0,
-            tie_word_embeddings=bool(settings.tie_word_embeddings),
+            tie_word_embeddings=bool(getattr(settings, "tie_word_embeddings", False)),
             rope_parameters={},
             token_ids={key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
@@ -243,5 +243,6 @@ def described_family(described: DescribedModel) -> Family:
         "module_paths": described.paths,
         "uncalibrated": described.uncalibrated,
         "returns_tuple": described.returns_tuple,
+        "reads_images": described.images,
     }
     return cast(Family, type("Described", (DescribedFamily,), own)())

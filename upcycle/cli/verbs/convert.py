@@ -101,6 +101,7 @@ def _check_not_a_source(out: Path, sources: Any) -> None:
 def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cell]]:
     """Return name and text of the lines that are printed about a finished conversion."""
     from upcycle.cli.verbs.verify import verification_facts
+    from upcycle.verification.verdict import STATES
 
     plan = result.plan
     ratio = plan.flops_per_token / plan.flops_per_token_dense
@@ -137,6 +138,8 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
         facts.append(
             ("hint", "quality is lower than the dense model's until the model is healed by continual pre-training")
         )
+    if result.verification.compared == STATES:
+        return facts  # an encoder cannot be evaluated on text
     return [*facts, ("next", _next_step(plan, out, source))]
 
 

@@ -131,7 +131,8 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     facts: list[tuple[str, Cell]] = [("verdict", verdict(result.verdict, style, result.explanation))]
     difference = f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}"
     if result.compared == STATES:
-        facts.append((STATES, f"{difference} ({result.tokens:,} tokens, {result.text})"))
+        unit = "images" if result.text.endswith("images") else "tokens"
+        facts.append((STATES, f"{difference} ({result.tokens:,} {unit}, {result.text})"))
     else:
         facts += [
             (

@@ -101,7 +101,8 @@ def replace_ffns(model: Any, config: Any) -> None:
 def _check_module(base: nn.Module, path: str, config: Any) -> None:
     parent, _, leaf = path.rpartition(".")
     try:
-        there = hasattr(base.get_submodule(parent), leaf)
+        holder = base.get_submodule(parent)
+        there = leaf in holder._modules or callable(holder.__dict__.get(leaf))  # an activation may be a plain function
     except AttributeError:
         there = False
     if not there:
