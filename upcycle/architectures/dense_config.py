@@ -116,7 +116,7 @@ class DenseConfig:
     @property
     def layer_thetas(self) -> list[float]:
         """The theta of the rotary embedding of every layer; 0: it has none."""
-        return list(self.thetas) or [self.rope_parameters["rope_theta"]] * self.num_hidden_layers
+        return list(self.thetas) or [self.rope_parameters.get("rope_theta", 0.0)] * self.num_hidden_layers
 
     def settings(self, feature: Feature) -> dict[str, Any]:
         """Return the configuration keys that turn a feature on, with their values, for the message of a refusal."""
@@ -172,7 +172,7 @@ class DenseConfig:
             Feature.PARTIAL_ROTARY: self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0
             and Feature.GATED_ATTENTION not in self.special,
             Feature.MULTIPLIERS: multiplied,
-            Feature.LAYER_ROPES: set(self.layer_thetas) != {self.rope_parameters["rope_theta"]},
+            Feature.LAYER_ROPES: bool(set(self.thetas) - {self.rope_parameters.get("rope_theta")}),
             Feature.LOGIT_SCALE: self.logits_multiplier != 1,
         }
         return self.special | {feature for feature, is_present in present.items() if is_present}

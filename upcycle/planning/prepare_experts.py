@@ -227,8 +227,7 @@ def _choose_target(
         names = [target.name for target in running if not target.lacks(dense, needed)]
         raise RefusalError(
             f"{chosen.name} always runs {chosen.top_k} experts per token, and 'top_k' is {shape.top_k}",
-            hint=f"--top-k {chosen.top_k} with --experts, not --active"
-            + (f", or --target {names[0]}" if names else ""),
+            hint=f"--top-k {chosen.top_k} with --experts, not --active, or --target {names[0] if names else 'upcycle_moe'}",
         )
     return chosen
 

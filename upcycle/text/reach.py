@@ -49,9 +49,11 @@ class Reach:
 def reach_of(*configs: Any) -> Reach:
     """Return the reach of models with these stock configurations: the farthest border of any, within the context of all."""
     texts = [text_config(config) for config in configs]
-    contexts = sorted(int(config.max_position_embeddings) for config in texts)
+    contexts = sorted(
+        filter(None, (getattr(config, "max_position_embeddings", None) for config in texts))
+    )  # some have none
     found = [pair for config in texts for pair in _borders(config)]
-    if contexts[0] < contexts[-1]:
+    if contexts and contexts[0] < contexts[-1]:
         found = [(border, min(longest, contexts[0])) for border, longest in found if border < contexts[0]]
     border, longest = max(found, default=(0, 0))
     behind = min(max(border // 8, _LEAST_BEHIND), _MOST_BEHIND)
