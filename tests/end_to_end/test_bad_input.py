@@ -100,8 +100,8 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), [], FAIL, ["config.json is missing"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{") and None, [], FAIL, ["config.json is not JSON"]),
     "no model_type": (config(model_type=None), [], FAIL, ["has no 'model_type'"]),
-    "gpt2": (config(model_type="gpt2"), [], USAGE, ["'gpt2' model", "LayerNorms with biases", "llama, mistral"]),
-    "gemma2": (config(model_type="gemma2"), [], USAGE, ["'gemma2' model", "soft-caps"]),
+    "apertus": (config(model_type="apertus"), [], USAGE, ["'apertus' model", "xIELU", "llama, mistral"]),
+    "bitnet": (config(model_type="bitnet"), [], USAGE, ["'bitnet' model", "norms inside its FFN"]),
     "already a MoE": (config(model_type="mixtral"), [], USAGE, ["is a Mixture-of-Experts already"]),
     "NoPE layers": (config(no_rope_layers=[1, 0, 1]), [], USAGE, ["NoPE"]),
     "quantized": (
@@ -173,7 +173,7 @@ def test_bad_input(name: str, dense: Path, tmp_path: Path, capsys: pytest.Captur
             "biases on the q, k and v projections, a bias on the attention output",
             "granitemoe",
         ),
-        ({"mlp_bias": True}, [], "cannot hold biases in the FFN", "no stock architecture has biases in SwiGLU experts"),
+        ({"mlp_bias": True}, ["--target", "mixtral"], "cannot hold biases in the FFN", "gpt_oss"),
     ],
 )
 def test_llama_with_biases(

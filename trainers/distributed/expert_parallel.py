@@ -26,6 +26,7 @@ _SIGMOID = (
 )
 _REFUSED = {
     "glm4_moe": _SIGMOID,
+    "deepseek_v3": _SIGMOID,
     "dots1": _SIGMOID,
     "solar_open": _SIGMOID,
     "lfm2_moe": _SIGMOID,

@@ -151,7 +151,7 @@ def test_tensors_of_another_kind(kind: str, pico: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize("key", ["text_config", "llm_config", "thinker_config"])
 def test_a_multimodal_configuration_names_its_text_model(key: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", key: {"model_type": "llama"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "some_vlm", key: {"model_type": "llama"}}))
     said = message(tmp_path)
     assert "multimodal" in said
     assert "text model" in said

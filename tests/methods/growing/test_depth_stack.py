@@ -15,6 +15,7 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.methods.growing.base import stacked_config
@@ -28,11 +29,14 @@ QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
 def stacked_by_hand(folder: Path, growth: int) -> Any:
     """The stock model, its layers (and the kinds of its layers) repeated; the order is the paper's, i mod L."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    count = len(model.model.layers)
-    model.model.layers = ModuleList(copy.deepcopy(model.model.layers[i % count]) for i in range(growth * count))
-    model.config.num_hidden_layers = growth * count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i % count] for i in range(growth * count)]
+    body, _, name = module_paths_of(model.config).layers.rpartition(".")
+    layers = getattr(model.get_submodule(body), name)
+    order = [i % len(layers) for i in range(growth * len(layers))]
+    setattr(model.get_submodule(body), name, ModuleList(copy.deepcopy(layers[i]) for i in order))
+    model.config.num_hidden_layers = len(order)
+    for key in ("layer_types", "layer_rope_theta"):
+        if listed := getattr(model.config, key, None):
+            setattr(model.config, key, [listed[i] for i in order])
     return model
 
 

@@ -144,8 +144,10 @@ def test_outputs_of_a_dense_parent_are_captured(ids: torch.Tensor) -> None:
     with capture_outputs(model) as recorder, torch.no_grad():
         model(ids)
         assert [output.ffn.shape for output in layer_outputs(recorder.take())] == [(2, 12, 32)] * 3
-    other = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=8))
-    with pytest.raises(UsageError, match=r"gpt2 model has no 'model\.layers'"):
+    other = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mpt", n_layers=1, d_model=8, n_heads=2, vocab_size=8)
+    )
+    with pytest.raises(UsageError, match=r"mpt model has no 'model\.layers'"):
         capture_outputs(other)
     del model.model.layers[1].mlp
     with pytest.raises(UsageError, match="cannot match the layers of a llama model"):

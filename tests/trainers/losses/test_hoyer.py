@@ -56,22 +56,25 @@ ONE_EACH = {family: name for name, (family, _) in reversed(PICO.items())}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_records_are_the_gate_branch(family: str, ids: torch.Tensor) -> None:
     model = dense(ONE_EACH[family])
-    if family == "lfm2":
+    if family in ("lfm2", "starcoder2", "gpt_neox"):
         with pytest.raises(UsageError, match="activation function in code"):
             capture_activations(model)
         return
     seen: dict[str, torch.Tensor] = {}
-    block = getattr(model.model.layers[1], load("family", family).module_paths.block)
+    paths = load("family", family).module_paths
+    block = getattr(paths.layers_in(model)[1], paths.block)
     block.register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0].detach()))
     with capture_activations(model) as recorder:
         model(ids)
         records = recorder.take()
     assert [record.layer for record in records] == [0, 1, 2]
-    fused = {"phi3": "gate_up_proj", "granitemoehybrid": "input_linear"}.get(family)
-    rows = getattr(block, fused).weight.chunk(2)[0] if fused else block.gate_proj.weight
-    torch.testing.assert_close(records[1].before, linear(seen["x"].flatten(0, 1), rows))
+    fused = {"phi3": "gate_up_proj", "glm": "gate_up_proj", "granitemoehybrid": "input_linear"}.get(family)
+    names = (fused, "gate_proj", "up_proj", "dense_h_to_4h")
+    first = next(found for name in names if name and (found := getattr(block, name, None)) is not None)
+    rows = first.weight.chunk(2)[0] if fused else first.weight
+    torch.testing.assert_close(records[1].before, linear(seen["x"].flatten(0, 1), rows, None if fused else first.bias))
     loss = auxiliary_losses(make_losses({"hoyer": {}}), {"activations": records}, torch.ones_like(ids).bool())["hoyer"]
-    assert torch.autograd.grad(loss, model.model.embed_tokens.weight)[0].abs().max() > 0
+    assert torch.autograd.grad(loss, model.get_submodule(paths.embedding).weight)[0].abs().max() > 0
 
 
 def test_relu_can_replace_what_is_there(ids: torch.Tensor) -> None:

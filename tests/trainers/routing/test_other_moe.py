@@ -62,10 +62,13 @@ def test_a_router_is_recognised_by_its_outputs(
 
 
 def test_routers_that_cannot_be_read_are_named() -> None:
-    grouped = made("deepseek_v3", **{**DEEPSEEK, "n_group": 2, "topk_group": 1})
+    with pytest.raises(UsageError, match=r"deepseek_v3 router that chooses experts within 2 groups \(n_group\)"):
+        moe_layers(made("deepseek_v3", **{**DEEPSEEK, "n_group": 2, "topk_group": 1}))
+    changes = {**DEEPSEEK, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
+    grouped = made("deepseek_v2", **changes)
     assert moe_layers(grouped) == []
     assert has_experts(grouped)
-    assert "deepseek_v3 has experts, but what its routers do is none of the rules" in str(unread_warning(grouped))
+    assert "deepseek_v2 has experts, but what its routers do is none of the rules" in str(unread_warning(grouped))
     dense = made("llama")
     assert moe_layers(dense) == []
     assert not has_experts(dense)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,6 +15,7 @@ from upcycle.architectures.stock_classes import names_in_stock
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.architectures.towers.wrapper import Wrapper
 from upcycle.errors import RefusalError
+from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.settings import model_type
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.registry import FAMILIES, WRAPPERS, load
@@ -199,7 +199,7 @@ def written_name(paths: ModulePaths, config: DenseConfig, name: str) -> str:
 
 def _as_json(config: Any) -> dict[str, Any]:
     """Return a stock configuration as its file would hold it, with every value written out."""
-    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    content: dict[str, Any] = parse_json(config.to_json_string(use_diff=False), "config.json")
     return content
 
 

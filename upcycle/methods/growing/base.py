@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,13 @@ def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, l
     thetas = tuple(dense.thetas[layer] for layer in layers) if dense.thetas else ()
     if family.config(config).thetas != thetas:  # a rule over layer numbers, no_rope_layer_interval
         config["no_rope_layers"] = [int(theta != 0) for theta in thetas]
+    if (depth := raw.get("scale_depth", 1.4)) and family.config(
+        config
+    ).residual_multiplier != dense.residual_multiplier:
+        config["scale_depth"] = depth * math.sqrt(
+            len(layers) / dense.num_hidden_layers
+        )  # it is divided by sqrt(layers)
     grown = family.config(config)
+    assert math.isclose(grown.residual_multiplier, dense.residual_multiplier)
     assert (grown.windows, grown.thetas) == (windows, thetas), "windows or rotary embeddings moved to other layers"
     return config
