@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from wrapped_models import SMALL, auto_class, inputs_of, output_of, relative_error, small_model
 
@@ -60,6 +61,19 @@ def test_encoders_without_a_head_are_converted_and_streamed(
     inputs = inputs_of(name)
     with torch.no_grad():
         assert relative_error(model(**inputs).last_hidden_state, dense(**inputs).last_hidden_state) < ROUNDING
+
+
+def test_positions_that_old_files_hold_are_left_out(tmp_path: Path) -> None:
+    """A real file of all-MiniLM-L6-v2 has them, as int64, and is not quantized for that."""
+    small_model("bert").save_pretrained(tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    held = next(name for name in tensors if name.endswith("embeddings.word_embeddings.weight"))
+    tensors[held.replace("word_embeddings.weight", "position_ids")] = torch.arange(64)[None]
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **COPIES).verification
+    assert result is not None
+    assert result.verdict == "exact"
+    assert not any("position_ids" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
 def test_an_image_model_needs_no_tokenizer(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
 
 StateDict = dict[str, torch.Tensor]
+# Buffers that transformers computes, and that old files hold: rotary frequencies, positions, causal masks.
+_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)(position|token_type)_ids$", r"\.attn(\.attention)?\.(bias|masked_bias)$")
 
 
 def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -46,10 +48,15 @@ def names_in_stock(model: Any, stored: Iterable[str]) -> dict[str, str]:
     counts: dict[str, int] = {}
     for name in names.values():
         counts[name] = counts.get(name, 0) + 1
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
-    left_out = re.compile("|".join(f"({pattern})" for pattern in ignored))
+    buffers = left_out(model)
     return {
         (name if name in found and counts[name] == 1 else each): each
         for each, name in names.items()
-        if name in found or not left_out.search(name)
+        if name in found or not buffers.search(name)
     }
+
+
+def left_out(model: Any) -> re.Pattern[str]:
+    """Return what matches the names of tensors that a class leaves out when it loads, as it says, and of old files' buffers."""
+    said = model._keys_to_ignore_on_load_unexpected or ()
+    return re.compile("|".join(f"({pattern})" for pattern in (*said, *_BUFFERS)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -205,10 +204,15 @@ class DescribedFamily(Family):
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape; the message names it.
         """
-        from upcycle.architectures.stock_classes import stock_name_of
+        from upcycle.architectures.stock_classes import left_out, stock_name_of
 
-        refuse_quantized(specs, raw, where)
-        self._own = stock_name_of(self._model, specs)
+        known, buffers = set(self._model.state_dict()), left_out(self._model)
+        self._own = {
+            stored: name
+            for stored, name in stock_name_of(self._model, specs).items()
+            if name in known or not buffers.search(stored)
+        }
+        refuse_quantized({stored: specs[stored] for stored in self._own}, raw, where)
         self._stored = {}
         for stored, name in self._own.items():
             self._stored.setdefault(name, stored)
@@ -221,11 +225,7 @@ class DescribedFamily(Family):
                     f"config.json says {list(shape)}",
                     hint=BELONG_TOGETHER,
                 )
-        known, ignored = set(self._model.state_dict()), self._model._keys_to_ignore_on_load_unexpected or ()
-        left = [stored for stored, name in self._own.items() if name not in known]
-        left = sorted(
-            one for one in left if not any(re.search(pattern, one) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
-        )
+        left = sorted(stored for stored, name in self._own.items() if name not in known)
         if left:
             raise CheckpointError(
                 f"{where}: tensor '{shortened(left[0])}' is not part of a {self.name} model and would be lost"
