@@ -24,7 +24,7 @@ from upcycle.cli.reference.write import PAGES, page
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.recipe.conversion_recipe import parse_recipe
-from upcycle.registry import METHODS
+from upcycle.registry import DESCRIBED, FAMILIES, METHODS, TARGETS, WRAPPERS, load
 from upcycle.report.data.collect import Wanted
 from upcycle.verification.engines.verify_with import ServingCheck
 
@@ -263,3 +263,15 @@ def test_the_training_recipe_of_the_demo_is_valid() -> None:
     made = json.loads((ROOT / "upcycle" / "demo" / "training.json").read_text())
     assert recipe.model_dump() == made["recipe"]
     assert made["training_tokens"] >= 5_000_000
+
+
+def test_the_readme_counts_what_is_registered() -> None:
+    wrappers = {load("wrapper", name).name for name in WRAPPERS}
+    described = [name for name in DESCRIBED if load("described", name).paths is not None and name not in FAMILIES]
+    for number, words in (
+        (len(FAMILIES), "dense families"),
+        (len(wrappers), "[kinds of multimodal model]"),
+        (len(TARGETS), "MoE architectures"),
+        (len(described), "more, such as GPT-2"),
+    ):
+        assert f"{number} {words}" in " ".join(README.split())
