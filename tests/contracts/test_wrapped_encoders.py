@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def test_positions_that_old_files_hold_are_left_out(tmp_path: Path) -> None:
 
 def test_an_image_model_needs_no_tokenizer(tmp_path: Path) -> None:
     small_model("vit").save_pretrained(tmp_path / "dense")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (tmp_path / "dense" / "preprocessor_config.json").write_text(json.dumps(settings))
     result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", method="sparse_upcycling", experts=2)
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["size"] == settings["size"]
     assert result.verification is not None
     assert (result.verification.text, result.verification.tokens) == ("random images", 16)
 

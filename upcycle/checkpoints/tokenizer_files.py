@@ -21,9 +21,8 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    *PROCESSORS,
 )
-_ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
+_ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", *PROCESSORS)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> None:
