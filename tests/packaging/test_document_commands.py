@@ -105,8 +105,10 @@ def reader(
     monkeypatch: pytest.MonkeyPatch,
     pico: Callable[[str], Path],
     branches: Callable[..., list[Path]],
+    tower: Callable[..., Path],
 ) -> Iterator[Path]:
     """The folder of somebody who has what the documents speak of: models, texts, recipes, tasks and engines."""
+    shutil.copytree(tower("llava", "llama"), tmp_path / "llava")
     for name in ("llama", "ancestor", "SmolLM2-135M-Instruct"):
         shutil.copytree(pico("llama"), tmp_path / name)
     for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):
