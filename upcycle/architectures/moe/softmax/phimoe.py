@@ -29,8 +29,8 @@ class PhiMoe(Target):
 
     - Such a router gets no gradient, in training mode either: the weights are constant (SparseMixer's estimate multiplies
       ``1 - softmax``, which is 0). It learns with the 0.01 of Phi-3.5-MoE, which is not the dense function any more.
-    - Where two of the best logits are equal, a chosen expert weighs 1/2. In fp32 that does not happen; bfloat16 has few digits,
-      and loses a quarter of the FFN for a few tokens in a thousand per layer.
+    - Where two of the best logits are equal, a chosen expert weighs 1/2. In fp32 that happens to one token in ten
+      million; bfloat16 has few digits, and loses a quarter of the FFN for a few tokens in a thousand per layer.
     - Engines compute another function: vLLM fixes the noise at 0.01, and silu; llama.cpp has RMSNorms, and normalises the weights.
 
     Everything else that its dense relatives have is expressed by weights. FFNs without a gate and biases are folded into gated
@@ -125,8 +125,8 @@ class PhiMoe(Target):
         found = [
             "phimoe: with router_jitter_noise 0, which keeps the dense function, both experts always weigh 1, and no loss on the "
             "tokens reaches the router: train it with 0.01 (not the dense function then), or train the experts alone",
-            "phimoe: an expert whose logit another one equals weighs 1/2. In bfloat16 that takes a quarter of the FFN away from a "
-            "few tokens in a thousand per layer; float32 has no such tokens, float16 fewer",
+            "phimoe: an expert whose logit another one equals weighs 1/2. In bfloat16 that takes a quarter of the FFN from a "
+            "few tokens in a thousand per layer, in float16 of fewer, in float32 of about one in ten million",
         ]
         act = self.stored(dense).hidden_act
         also = "" if act == "silu" else f" and computes silu whatever hidden_act says ({act})"
