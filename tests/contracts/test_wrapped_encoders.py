@@ -17,7 +17,9 @@ import upcycle.models
 from upcycle.errors import RefusalError, UsageError, VerificationError
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.moe_shape import Part
+from upcycle.publishing.model_card import make_card
 from upcycle.registry import load
+from upcycle.report.write_report import write_report
 from upcycle.verification import verify_experts
 
 ENCODERS = [name for name, (kind, _, _) in SMALL.items() if load("described", kind).encoder]
@@ -107,3 +109,25 @@ def test_what_encoders_cannot_do_is_refused(tmp_path: Path) -> None:
     keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
     with pytest.raises(RefusalError, match="encoders are not calibrated"):
         upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **keys, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "reader", "task"),
+    [
+        ("bert", "AutoModelForMaskedLM", "AutoTokenizer", "fill-mask"),
+        ("vit", "AutoModelForImageClassification", "AutoImageProcessor", "image-classification"),
+    ],
+)
+def test_card_and_report_of_an_encoder_say_how_it_is_loaded(
+    name: str, model: str, reader: str, task: str, tmp_path: Path
+) -> None:
+    small_model(name).save_pretrained(tmp_path / "dense")
+    upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **COPIES)
+    card = make_card(tmp_path / "out", "out")
+    assert f"from transformers import {model}, {reader}\n\nimport upcycle.models" in card
+    assert f"pipeline_tag: {task}" in card
+    assert "library_name: upcycle" in card
+    assert "needs no code of its own" not in card
+    assert "vllm serve" not in card
+    write_report(tmp_path / "out")
+    assert "relative error of the hidden states" in (tmp_path / "out" / "report.html").read_text()

@@ -6,19 +6,43 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
+from upcycle.architectures.stock_auto import is_encoder, reads_images
 from upcycle.checkpoints.licenses import License, common_license
 from upcycle.errors import UsageError
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.recipe.conversion_recipe import read_recipe
-from upcycle.registry import find
+from upcycle.registry import OWN_TARGETS, find
 from upcycle.text.mixture import text_names
 from upcycle.text.reading.plain_text import DEMO_TEXTS
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_DATASET = re.compile(r"([\w.-]+/[\w-][\w.-]*)(:[\w.-]*){0,2}")
+
+
+class Loading(NamedTuple):
+    """Names the classes of transformers that load a model and what prepares its input, and the hub's name of its task."""
+
+    model: str
+    reader: str
+    task: str
+
+
+_LOADINGS = {
+    "text": Loading("AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
+    "image": Loading("AutoModelForImageTextToText", "AutoProcessor", "image-text-to-text"),
+    "sound": Loading("AutoModelForMultimodalLM", "AutoProcessor", "audio-text-to-text"),
+}
+_HEADS = {  # of encoders: end of the class's name -> the hub's task
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,26 @@ class Facts:
         """What the model reads, beside text."""
         wrapper = find("wrapper", str(self.config.get("model_type")))
         return "text" if wrapper is None else wrapper.kind
+
+    @property
+    def own_class(self) -> bool:
+        """Whether the model is of upcycle's own architecture, which transformers knows after ``import upcycle.models``."""
+        return str(self.config.get("model_type")) in OWN_TARGETS
+
+    @property
+    def loading(self) -> Loading:
+        """How the model is loaded, and what it is for."""
+        config = SimpleNamespace(**{"model_type": "", **self.config})
+        if not is_encoder(config):
+            return _LOADINGS[self.reads]
+        reader = "AutoImageProcessor" if reads_images(config) else "AutoTokenizer"
+        name = str((self.config.get("architectures") or [""])[0])
+        for head, task in _HEADS.items():
+            if name.endswith(head):
+                return Loading(f"AutoModel{head}", reader, task)
+        return Loading(
+            "AutoModel", reader, "image-feature-extraction" if reads_images(config) else "feature-extraction"
+        )
 
     @property
     def mixed(self) -> bool:

@@ -68,6 +68,11 @@ def _what(facts: Facts) -> str:
             f"routed{shared} experts each, of which {keys['top_k']} routed{shared} run per token."
         )
     stored = f"It is stored as stock {architecture} in safetensors, and needs no code of its own."
+    if facts.own_class:
+        stored = (
+            f"It is stored in safetensors as {architecture}: the dense model's own class, whose feed-forward networks are experts. "
+            "transformers loads it after `import upcycle.models`, and runs no code from this repository."
+        )
     return f"{first} {_history(record)}\n\n{stored}"
 
 
@@ -170,20 +175,32 @@ def _verification(facts: Facts) -> str:
     return "\n".join([*lines, "", "`upcycle verify` repeats this; `upcycle.json` holds the SHA-256 of every file."])
 
 
+def _variable(reader: str) -> str:
+    """Return the usual name of a variable for what prepares a model's input."""
+    return "tokenizer" if reader == "AutoTokenizer" else "processor"
+
+
 def _loading(facts: Facts) -> str:
     name = facts.name
-    kinds = {"text": "CausalLM", "image": "ImageTextToText", "sound": "MultimodalLM"}
-    auto, reader = kinds[facts.reads], "Tokenizer" if facts.reads == "text" else "Processor"
+    auto, reader, _ = facts.loading
     python = (
-        f"from transformers import AutoModelFor{auto}, Auto{reader}\n\n"
-        f"{reader.lower()} = Auto{reader}.from_pretrained({json.dumps(name)})\n"
-        f'model = AutoModelFor{auto}.from_pretrained({json.dumps(name)}, dtype="auto")\n'
+        f"from transformers import {auto}, {reader}\n"
+        + ("\nimport upcycle.models  # registers the architecture: pip install upcycle\n" if facts.own_class else "")
+        + f"\n{_variable(reader)} = {reader}.from_pretrained({json.dumps(name)})\n"
+        f'model = {auto}.from_pretrained({json.dumps(name)}, dtype="auto")\n'
     )
     version = facts.record["versions"]["transformers"]
     tested = f"yes, {plain(version)}: the verification above ran it" if facts.verification else "no"
     quoted = shlex.quote(name)
     rows = [
         ("transformers", "as above", tested),
+    ]
+    if facts.own_class:
+        note = "Other engines do not know this architecture."
+        return "\n\n".join(
+            [fenced(python, "python"), table(["engine", "how", "tested with this model"], rows, right=False), note]
+        )
+    rows += [
         ("vLLM", code(f"vllm serve {quoted}"), _tested(facts, "vllm")),
         ("SGLang", code(f"python -m sglang.launch_server --model-path {quoted}"), "no"),
         ("llama.cpp", code("python convert_hf_to_gguf.py FOLDER"), _tested(facts, "llama.cpp")),

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 
-_PIPELINES = {"text": "text-generation", "image": "image-text-to-text", "sound": "audio-text-to-text"}
-
-
 def write_card(
     out: str | Path,
     *,
@@ -107,11 +104,11 @@ def _metadata(facts: Facts, kept: dict[str, Any]) -> ModelCardData:
         datasets=facts.datasets or None,
         eval_results=results or None,
         model_name=facts.name if results else None,
-        library_name="transformers",
+        library_name="upcycle" if facts.own_class else "transformers",
         license=license.id if license else None,
         license_name=license.name if license else None,
         license_link=license.link if license else None,
-        pipeline_tag=_PIPELINES[facts.reads],
+        pipeline_tag=facts.loading.task,
         tags=tags,
         **kept,
     )

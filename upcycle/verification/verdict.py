@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 EXACT_TOLERANCE = 1e-5
 MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
-STATES = "hidden states"
+LOGITS, STATES = "logits", "hidden states"  # what two models are compared by
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Verification:
     unseen: dict[str, Any] | None = None
     media_error: float | None = None
     media: str = ""
-    compared: str = "logits"
+    compared: str = LOGITS
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""

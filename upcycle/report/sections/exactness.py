@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.report.drawing.frame import Plot
 from upcycle.report.drawing.lines import Series, lines
-from upcycle.verification.verdict import said, unseen_ratio
+from upcycle.verification.verdict import LOGITS, said, unseen_ratio
 
 
 def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,13 +16,19 @@ def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
     limit = f"promised below {check['tolerance']:.0e}" if check["tolerance"] else "no limit was promised"
     rows = [
         ("verdict", f"{check['verdict']}: {check['explanation']}"),
-        ("relative error of the logits", f"{said(check['relative_logit_error'], '.1e')} ({limit})"),
-        ("largest difference of a logit", said(check["max_logit_difference"], ".1e")),
-        ("KL of next-token distributions", f"{said(check['kl'], '.1e')} nats"),
-        ("same most likely token", f"{check['top1_agreement']:.1%}"),
-        ("perplexity", f"dense {said(check['perplexity_dense'], '.3f')}, now {said(check['perplexity'], '.3f')}"),
-        ("measured on", f"{check['tokens']:,} tokens, {check['text']}"),
+        (
+            f"relative error of the {check.get('compared', LOGITS)}",
+            f"{said(check['relative_logit_error'], '.1e')} ({limit})",
+        ),
+        ("largest difference", said(check["max_logit_difference"], ".1e")),
     ]
+    if check.get("compared", LOGITS) == LOGITS:
+        rows += [
+            ("KL of next-token distributions", f"{said(check['kl'], '.1e')} nats"),
+            ("same most likely token", f"{check['top1_agreement']:.1%}"),
+            ("perplexity", f"dense {said(check['perplexity_dense'], '.3f')}, now {said(check['perplexity'], '.3f')}"),
+        ]
+    rows.append(("measured on", f"{check['tokens']:,} tokens, {check['text']}"))
     if (ratio := unseen_ratio(check)) is not None:
         other = check["unseen"]
         rows.append(
