@@ -48,7 +48,7 @@ def names_in_stock(model: Any, stored: Iterable[str]) -> dict[str, str]:
     counts: dict[str, int] = {}
     for name in names.values():
         counts[name] = counts.get(name, 0) + 1
-    buffers = left_out(model)
+    buffers = not_loaded(model)
     return {
         (name if name in found and counts[name] == 1 else each): each
         for each, name in names.items()
@@ -56,7 +56,7 @@ def names_in_stock(model: Any, stored: Iterable[str]) -> dict[str, str]:
     }
 
 
-def left_out(model: Any) -> re.Pattern[str]:
+def not_loaded(model: Any) -> re.Pattern[str]:
     """Return what matches the names of tensors that a class leaves out when it loads, as it says, and of old files' buffers."""
     said = model._keys_to_ignore_on_load_unexpected or ()
     return re.compile("|".join(f"({pattern})" for pattern in (*said, *_BUFFERS)))

@@ -21,8 +21,9 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    *PROCESSORS,
 )
-_ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", *PROCESSORS)
+_ALWAYS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, tokenizer: bool) -> None:

@@ -116,7 +116,7 @@ def run_recipe(
     checkpoint = open_sources(recipe, method)
     for path in checkpoint.paths:
         check_apart(out, path, "the source")
-    check_companions(checkpoint.source.path, recipe.tokenizer == "copy")
+    check_companions(checkpoint.source.path, _copies_reader(recipe, checkpoint))
     job = job_for(recipe, method, checkpoint)
     if blueprint:
         job = job.given(blueprint)
@@ -211,6 +211,11 @@ def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, pro
     return hashes
 
 
+def _copies_reader(recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    """Return whether the files of what prepares the model's input are copied; a model that reads images has no tokenizer to leave out."""
+    return recipe.tokenizer == "copy" or bool(getattr(getattr(checkpoint, "family", None), "reads_images", False))
+
+
 def _write_companions(job: ConversionJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
     """Write everything but the weights and ``upcycle.json``; return what was measured and decided of every layer."""
     (folder / "config.json").write_text(json.dumps(clean_config(job.config), indent=2) + "\n", encoding="utf-8")
@@ -219,7 +224,7 @@ def _write_companions(job: ConversionJob, checkpoint: Checkpoint, folder: Path) 
     (folder / records.RECIPE_FILE).write_text(text, encoding="utf-8")
     if names.paths:
         names.remember(folder, text)
-    copy_companions(checkpoint, folder, tokenizer=job.recipe.tokenizer == "copy")
+    copy_companions(checkpoint, folder, tokenizer=_copies_reader(job.recipe, checkpoint))
     return job.finish(folder)
 
 

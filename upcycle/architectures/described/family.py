@@ -204,9 +204,9 @@ class DescribedFamily(Family):
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape; the message names it.
         """
-        from upcycle.architectures.stock_classes import left_out, stock_name_of
+        from upcycle.architectures.stock_classes import not_loaded, stock_name_of
 
-        known, buffers = set(self._model.state_dict()), left_out(self._model)
+        known, buffers = set(self._model.state_dict()), not_loaded(self._model)
         self._own = {
             stored: name
             for stored, name in stock_name_of(self._model, specs).items()
