@@ -212,7 +212,7 @@ def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, pro
 
 
 def _copies_reader(recipe: Recipe, checkpoint: Checkpoint) -> bool:
-    """Return whether the files of what prepares the model's input are copied; a model that reads images has no tokenizer to leave out."""
+    """Return whether the files of what prepares the input are copied; a model that reads images has no tokenizer to leave out."""
     return recipe.tokenizer == "copy" or bool(getattr(getattr(checkpoint, "family", None), "reads_images", False))
 
 
