@@ -356,7 +356,7 @@ LOADERS = re.compile(
 # These name Auto classes, to choose one and to register more, and call none.
 REGISTERING = ("upcycle/architectures/stock_auto.py", "upcycle/models/own/")
 ALLOWED = (
-    *("upcycle/architectures/stock.py", "upcycle/publishing/card_text.py", "upcycle/verification/engines/workers/"),
+    *("upcycle/architectures/stock.py", "upcycle/publishing/card_", "upcycle/verification/engines/workers/"),
     *REGISTERING,
 )
 CALLS = re.compile(r"\.(from_pretrained|from_config|for_model)\(")
