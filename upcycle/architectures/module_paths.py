@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.files.formats.folder_contents import shortened
 from upcycle.registry import find
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -172,6 +173,45 @@ def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePath
         raise CheckpointError(
             f"{where}: config.json says 'num_hidden_layers' is {layers}, the weights have {max(found) + 1} layers",
             hint=BELONG_TOGETHER,
+        )
+
+
+def compare_tensors(
+    expected: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, TensorSpec],
+    unexpected: Sequence[str],
+    family: str,
+    where: str,
+    hint: str,
+) -> None:
+    """Refuse a checkpoint whose tensors are not those that are expected.
+
+    Args:
+        expected: the shape of every tensor that must be there.
+        specs: those that are.
+        unexpected: those that are there and belong to no part of the model.
+        family: the architecture's name in messages.
+        where: the checkpoint's.
+        hint: what explains unexpected tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or of another shape; the message names it.
+    """
+    for name, shape in expected.items():
+        if name not in specs:
+            whole = where.endswith(".gguf")  # which holds its own configuration
+            hint = "the file is incomplete: download it again" if whole else BELONG_TOGETHER
+            raise CheckpointError(f"{where}: tensor '{name}' is missing", hint=hint)
+        if specs[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: tensor '{name}' has shape {shortened(list(specs[name].shape))}, config.json says {list(shape)}",
+                hint=BELONG_TOGETHER,
+            )
+    if unexpected:
+        more = f" ({len(unexpected)} such tensors)" if len(unexpected) > 1 else ""
+        raise CheckpointError(
+            f"{where}: tensor '{shortened(unexpected[0])}' is not part of a {family} model and would be lost{more}",
+            hint=hint,
         )
 
 

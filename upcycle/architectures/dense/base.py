@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from upcycle.architectures.dense_config import DenseConfig, Feature
-from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers
+from upcycle.architectures.module_paths import ModulePaths, check_layers, compare_tensors
 from upcycle.architectures.rope import rope_parameters
 from upcycle.architectures.tensor_origin import Origin, halves, is_rotated
 from upcycle.errors import CheckpointError, RefusalError
@@ -60,15 +60,16 @@ class Family(ABC):
     rope_theta: ClassVar[float] = 10000.0
     partial_rotary_factor: ClassVar[float | None] = None  # default; None: the class does not know the key
     gated: ClassVar[bool] = True  # whether the FFN is down(act(gate x) * up x), or down(act(up x))
+    must_divide: ClassVar[bool] = False  # the stock class refuses a stream that the heads do not divide
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
     module_paths: ModulePaths = ModulePaths()
     uncalibrated: str | None = None  # why calibration does not work here
     remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
-    reads_images: ClassVar[bool] = False
+    reads_images: bool = False
     # Whether the first layer reads token embeddings times a factor, and nothing else.
     embeds_tokens_alone: ClassVar[bool] = True
-    returns_tuple: ClassVar[bool] = False  # a layer returns a tuple, whose first entry is the stream
+    returns_tuple: bool = False  # a layer returns a tuple, whose first entry is the stream
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
         """Read ``config.json``; ``where`` is its name in messages.
@@ -132,6 +133,8 @@ class Family(ABC):
         wrong = None
         if heads % key_heads:
             wrong = f"'num_attention_heads' {heads} is not a multiple of 'num_key_value_heads' {key_heads}"
+        elif self.must_divide and config.hidden_size % heads:
+            wrong = f"'hidden_size' {config.hidden_size} is not a multiple of 'num_attention_heads' {heads}"
         elif config.head_dim < 1:
             wrong = f"'hidden_size' {config.hidden_size} is less than 'num_attention_heads' {heads}"
         elif config.head_dim > _LEAST_ODD_HEAD and config.head_dim % 2 and length == config.head_dim:
@@ -348,29 +351,13 @@ class Family(ABC):
         expected = self.all_stored_specs(config)
         if other := unlike_family(specs, expected, where):
             raise other
-        for name, shape in expected.items():
-            if name not in specs:
-                raise CheckpointError(
-                    f"{where}: tensor '{name}' is missing",
-                    hint=_INCOMPLETE if where.endswith(".gguf") else BELONG_TOGETHER,
-                )
-            if specs[name].shape != shape:
-                raise CheckpointError(
-                    f"{where}: tensor '{name}' has shape {shortened(list(specs[name].shape))}, config.json says {list(shape)}",
-                    hint=BELONG_TOGETHER,
-                )
-        leftover = sorted(set(specs) - set(expected) - {self.module_paths.head_weight})
-        leftover = [name for name in leftover if not name.endswith(self.unread)]
-        if leftover:
-            raise CheckpointError(
-                f"{where}: tensor '{shortened(leftover[0])}' is not part of a {self.name} model and would be lost"
-                + (f" ({len(leftover)} such tensors)" if len(leftover) > 1 else ""),
-                hint="biases must be declared in config.json (attention_bias, mlp_bias); adapters must be merged first",
-            )
+        others = set(specs) - set(expected) - {self.module_paths.head_weight}
+        unexpected = sorted(name for name in others if not name.endswith(self.unread))
+        compare_tensors(expected, specs, unexpected, self.name, where, _DECLARED)
 
 
 _LEAST_ODD_HEAD = 4  # above this size, stock classes refuse an odd head
-_INCOMPLETE = "the file is incomplete: download it again"
+_DECLARED = "biases must be declared in config.json (attention_bias, mlp_bias); adapters must be merged first"  # a hint
 
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -19,7 +19,6 @@ class LayerNormFamily(Family):
 
     targets: tuple[str, ...] = ("phimoe",)
     ffn_modules: ClassVar[Mapping[str, str]] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-    must_divide: ClassVar[bool] = False  # the stock class has no head size of its own
     parallel: ClassVar[bool] = False  # attention and FFN run side by side unless the configuration says otherwise
 
     def _refuse_unheld(self, raw: Mapping[str, Any], where: str) -> None:
@@ -46,9 +45,7 @@ class LayerNormFamily(Family):
         heads, hidden, head = config.num_attention_heads, config.hidden_size, raw.get("head_dim")
         turned = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         wrong = None
-        if self.must_divide and hidden % heads:
-            wrong = f"'hidden_size' {hidden} is not a multiple of 'num_attention_heads' {heads}"
-        elif self.must_divide and head is not None and head != hidden // heads:
+        if self.must_divide and head is not None and head != hidden // heads:
             wrong = f"'head_dim' is {head}, and heads of a {self.name} model have 'hidden_size' {hidden} / {heads} dimensions"
         elif turned % 2 or config.head_dim % 2 or not turned:
             wrong = f"'partial_rotary_factor' turns {turned} of 'head_dim' {config.head_dim} dimensions, and a rotation needs pairs"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.errors import CheckpointError
+from upcycle.architectures.dense.base import Family
 from upcycle.files.formats.settings import FLAG
 
 
@@ -15,6 +14,7 @@ class Llama(Family):
 
     name = "llama"
     title = "Llama"
+    must_divide = True  # even where head_dim is given
     targets: tuple[str, ...] = (
         "mixtral",
         "qwen2_moe",
@@ -32,17 +32,3 @@ class Llama(Family):
         """Return the biases: ``attention_bias`` puts one on all four projections."""
         bias = bool(raw.get("attention_bias"))
         return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias"))}
-
-    def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
-        """Refuse a stream that the heads do not divide, as the stock class does even where ``head_dim`` is given.
-
-        Raises:
-            CheckpointError: as the base class, and for that.
-        """
-        super()._check_together(config, raw, where)
-        if config.hidden_size % config.num_attention_heads:
-            raise CheckpointError(
-                f"{where}: 'hidden_size' {config.hidden_size} is not a multiple of 'num_attention_heads' "
-                f"{config.num_attention_heads}",
-                hint="correct the key, or download config.json again",
-            )

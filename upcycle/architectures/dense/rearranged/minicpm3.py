@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.architectures.dense.base import DenseConfig, Feature
+from upcycle.architectures.dense.base import Feature
 from upcycle.architectures.dense.rearranged.latent import LatentFamily
-from upcycle.errors import CheckpointError
 from upcycle.files.formats.settings import FLAG, POSITIVE, SIZE
 
 
@@ -19,6 +18,7 @@ class MiniCpm3(LatentFamily):
 
     name = "minicpm3"
     title = "MiniCPM 3"
+    must_divide = True  # even where head_dim is given
     elsewhere = {Feature.MLP_BIAS: "no stock architecture with latent attention has biases in its experts"}
     latent_defaults = {
         "kv_lora_rank": 256,
@@ -61,17 +61,3 @@ class MiniCpm3(LatentFamily):
             "residual_multiplier": 1.0 if depth is None else depth / math.sqrt(values["num_hidden_layers"]),
             "logits_multiplier": 1.0 if base is None else base / values["hidden_size"],
         }
-
-    def _check_together(self, config: DenseConfig, raw: Mapping[str, Any], where: str) -> None:
-        """Refuse a stream that the heads do not divide, as the stock class does.
-
-        Raises:
-            CheckpointError: as the base class, and for that.
-        """
-        super()._check_together(config, raw, where)
-        if config.hidden_size % config.num_attention_heads:
-            raise CheckpointError(
-                f"{where}: 'hidden_size' {config.hidden_size} is not a multiple of 'num_attention_heads' "
-                f"{config.num_attention_heads}",
-                hint="correct the key, or download config.json again",
-            )
