@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -9,13 +10,13 @@ from upcycle.registry import find
 
 
 def is_encoder(config: Any) -> bool:
-    """Return whether a stock or wrapped configuration is that of an encoder, which has no logits of a next token."""
+    """Return whether a configuration, or the content of its file, is that of an encoder, which has no logits of a next token."""
     described = _described(config)
     return described is not None and described.encoder
 
 
 def reads_images(config: Any) -> bool:
-    """Return whether a configuration is that of an encoder of images."""
+    """Return whether a configuration, or the content of its file, is that of an encoder of images."""
     described = _described(config)
     return described is not None and described.images
 
@@ -45,7 +46,10 @@ def class_name(config: Any) -> str:
 
 
 def _described(config: Any) -> Any:
-    return find("described", getattr(config, "base_model_type", None) or str(config.model_type))
+    def value(key: str) -> Any:
+        return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+    return find("described", str(value("base_model_type") or value("model_type")))
 
 
 def _names(auto: Any, config_class: Any) -> list[str]:

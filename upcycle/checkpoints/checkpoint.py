@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.module_paths import ModulePaths, find_module_paths
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.ffn.feed_forward import FeedForward
+    from upcycle.files.formats.gguf_file import GgufFile
 
 COPY_BLOCK_BYTES = 1 << 24
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -48,12 +49,7 @@ class Checkpoint:
             self.raw_config = read_config(source.path)
             config_bytes = (source.path / CONFIG).read_bytes()
         self._identify()
-        if source.path.is_file():
-            family = family_of(self.raw_config, str(source.path))
-            gguf.name_tensors(list(family.all_stored_specs(family.config(self.raw_config, str(source.path)))))
-            self.store = gguf
-        else:
-            self.store = self._named(tensors_of(source.path, self.raw_config))
+        self.store = self._named(gguf if source.path.is_file() else tensors_of(source.path, self.raw_config))
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
             self.raw_config = untied(self.raw_config)
         self._opened = self.version
@@ -229,6 +225,10 @@ class DenseCheckpoint(Checkpoint):
         return self.family.module_paths
 
     def _named(self, store: TensorStore) -> TensorStore:
+        if self.source.path.is_file():
+            gguf = cast("GgufFile", store)
+            gguf.name_tensors(list(self.family.all_stored_specs(self.family.config(self.raw_config, str(gguf.path)))))
+            return gguf
         self._spelling = self.family.stock_names(self.raw_config, store.specs)
         return RenamedStore(store, self._spelling) if self._spelling else store
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import Family
-from upcycle.architectures.described.family import described_family
+from upcycle.architectures.described.family import DescribedFamily
 from upcycle.architectures.refused import reason, text_model
 from upcycle.architectures.stored_moe import MOES
 from upcycle.architectures.towers.composite import composite_family
@@ -27,7 +27,7 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         return composite_family(raw_config, where)
     described = find("described", name)
     if described is not None and described.paths is not None and not _held(name, raw_config, where):
-        return described_family(described)
+        return DescribedFamily(described)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"
         if inner := text_model(raw_config):

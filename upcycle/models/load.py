@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -49,7 +48,7 @@ def load_model(
     """
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
-    if path.is_dir() and is_encoder(SimpleNamespace(**{"model_type": "", **clean_file(path / CONFIG)})):
+    if path.is_dir() and is_encoder(clean_file(path / CONFIG)):
         raise UsageError(
             f"{source} is an encoder: it writes no text, and has no perplexity",
             hint="upcycle verify compares its hidden states; transformers' AutoModel loads it after `import upcycle.models`",

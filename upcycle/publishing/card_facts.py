@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from upcycle.architectures.stock_auto import is_encoder, reads_images
@@ -80,17 +79,15 @@ class Facts:
     @property
     def loading(self) -> Loading:
         """How the model is loaded, and what it is for."""
-        config = SimpleNamespace(**{"model_type": "", **self.config})
-        if not is_encoder(config):
+        if not is_encoder(self.config):
             return _LOADINGS[self.reads]
-        reader = "AutoImageProcessor" if reads_images(config) else "AutoTokenizer"
+        images = reads_images(self.config)
+        reader = "AutoImageProcessor" if images else "AutoTokenizer"
         name = str((self.config.get("architectures") or [""])[0])
         for head, task in _HEADS.items():
             if name.endswith(head):
                 return Loading(f"AutoModel{head}", reader, task)
-        return Loading(
-            "AutoModel", reader, "image-feature-extraction" if reads_images(config) else "feature-extraction"
-        )
+        return Loading("AutoModel", reader, "image-feature-extraction" if images else "feature-extraction")
 
     @property
     def mixed(self) -> bool:

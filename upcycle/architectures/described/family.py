@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.described.ffn_place import DescribedModel
-from upcycle.architectures.module_paths import BELONG_TOGETHER, module_paths_of
+from upcycle.architectures.module_paths import compare_tensors, module_paths_of
 from upcycle.architectures.tensor_origin import Origin
-from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats.folder_contents import shortened
+from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_files import widest
 from upcycle.files.formats.tensor_names import refuse_quantized
 from upcycle.files.formats.tensor_spec import TensorSpec
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from upcycle.architectures.described.find_ffns import FoundFfn
 
+_MERGED = "adapters must be merged first; compare 'architectures' in config.json with the weights"  # a hint
 _NO_LIMIT = 8192  # positions, where neither the class nor config.json has a limit: what a text is cut to
 
 
@@ -37,15 +37,18 @@ class Turned(Origin):
 class DescribedFamily(Family):
     """Reads what a stock class says of itself: shapes from a model on the meta device, defaults from its configuration class.
 
-    An instance belongs to one checkpoint. Names of tensors are those of its files, where :meth:`check` has seen these, and until
-    then the stock class's; :meth:`model_name` leads from the first to the second.
+    An instance belongs to one checkpoint of the described architecture. Names of tensors are those of its files, where
+    :meth:`check` has seen these, and until then the stock class's; :meth:`model_name` leads from the first to the second.
     """
 
     targets = ("upcycle_moe",)
     embeds_tokens_alone = False
-    described: ClassVar[DescribedModel]
 
-    def __init__(self) -> None:
+    def __init__(self, described: DescribedModel) -> None:
+        assert described.paths is not None
+        self.described, self.module_paths = described, described.paths
+        self.name, self.title, self.uncalibrated = described.name, described.title, described.uncalibrated
+        self.returns_tuple, self.reads_images = described.returns_tuple, described.images
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
         self._shapes: dict[str, tuple[int, ...]] = {}  # by the stock class's names; tied ones are left out
@@ -61,7 +64,7 @@ class DescribedFamily(Family):
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
         if self.described.encoder:
-            setattr(type(self), "module_paths", module_paths_of(settings))  # noqa: B010 - of a class that this instance has for itself
+            self.module_paths = module_paths_of(settings)
         tied = set(self._model.all_tied_weights_keys)
         self._shapes = {n: tuple(t.shape) for n, t in self._model.state_dict().items() if n not in tied}
         first = self._ffns[0]
@@ -216,33 +219,6 @@ class DescribedFamily(Family):
         self._stored = {}
         for stored, name in self._own.items():
             self._stored.setdefault(name, stored)
-        for name, shape in self._shapes.items():
-            if self._where(name) not in specs:
-                raise CheckpointError(f"{where}: tensor '{name}' is missing", hint=BELONG_TOGETHER)
-            if specs[self._where(name)].shape != shape:
-                raise CheckpointError(
-                    f"{where}: tensor '{self._where(name)}' has shape {shortened(list(specs[self._where(name)].shape))}, "
-                    f"config.json says {list(shape)}",
-                    hint=BELONG_TOGETHER,
-                )
-        left = sorted(stored for stored, name in self._own.items() if name not in known)
-        if left:
-            raise CheckpointError(
-                f"{where}: tensor '{shortened(left[0])}' is not part of a {self.name} model and would be lost"
-                + (f" ({len(left)} such tensors)" if len(left) > 1 else ""),
-                hint="adapters must be merged first; compare 'architectures' in config.json with the weights",
-            )
-
-
-def described_family(described: DescribedModel) -> Family:
-    """Return a family for one checkpoint of a described causal language model."""
-    own = {
-        "described": described,
-        "name": described.name,
-        "title": described.title,
-        "module_paths": described.paths,
-        "uncalibrated": described.uncalibrated,
-        "returns_tuple": described.returns_tuple,
-        "reads_images": described.images,
-    }
-    return cast(Family, type("Described", (DescribedFamily,), own)())
+        expected = {self._where(name): shape for name, shape in self._shapes.items()}
+        unexpected = sorted(stored for stored, name in self._own.items() if name not in known)
+        compare_tensors(expected, specs, unexpected, self.name, where, _MERGED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from upcycle.architectures.stock_auto import is_encoder
@@ -114,7 +113,7 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
         why = "the model is not complete"
     elif not wanted.run:
         why = "the model was not run (--no-run)"
-    elif is_encoder(SimpleNamespace(**{"model_type": "", **subject.config})):
+    elif is_encoder(subject.config):
         why = "an encoder predicts no text, by which quality and routing are measured"
     elif wanted.texts:
         from upcycle.text.reading.plain_text import read_text
