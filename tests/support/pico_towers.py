@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pico_models import COMMON, PICO
+from safetensors.torch import load_file, save_file
 
 from upcycle.files.locate import DEMO_FOLDER
 
@@ -224,4 +227,22 @@ def make_tower(folder: Path, wrapper: str, text: str, **changes: Any) -> Path:
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_FOLDER / "model" / name, folder / name)
+    return folder
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a model whose tensors, by stored name, were changed."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def reconfigured(source: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a model with other values in ``config.json``; those in ``text_config`` are merged into it."""
+    shutil.copytree(source, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"] |= changes.pop("text_config", {})
+    (folder / "config.json").write_text(json.dumps(raw | changes))
     return folder
