@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.nn.functional import cross_entropy, linear, silu
+from wrapped_models import small_model
 
 import upcycle
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
@@ -19,7 +21,7 @@ from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
 from upcycle.cli.verbs import compare as compare_verb
 from upcycle.conversion.threads import torch_threads
-from upcycle.errors import UsageError
+from upcycle.errors import RefusalError, UsageError
 from upcycle.evaluation.comparison import recommend
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.progress import SILENT
@@ -271,3 +273,12 @@ def test_zero_is_refused_before_anything_runs(pico: Pico, option: str) -> None:
     result = CliRunner().invoke(cli, ["compare", str(pico("llama")), option, "0"])
     assert result.exit_code == 2
     assert option in result.output
+
+
+def test_models_that_cannot_be_compared_are_refused_before_text_is_read(pico: Pico, tmp_path: Path) -> None:
+    shutil.copytree(pico("llama"), tmp_path / "mute", ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(UsageError, match="has no tokenizer, and a comparison reads text"):
+        upcycle.compare(str(tmp_path / "mute"), **SMALL)
+    small_model("bert").save_pretrained(tmp_path / "encoder")
+    with pytest.raises(RefusalError, match="a bert model cannot be calibrated"):
+        upcycle.compare(str(tmp_path / "encoder"), **SMALL)

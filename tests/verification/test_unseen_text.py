@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.cli.verbs.verify import verification_facts
+from upcycle.errors import UsageError
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.publishing.model_card import make_card
 from upcycle.text.reading.plain_text import EVERYDAY, read_text
@@ -75,3 +76,9 @@ def test_much_worse_is_a_quarter_more_than_on_what_was_calibrated_on(
     check = {"perplexity_dense": 10.0, "perplexity": 20.0, "unseen": other}
     assert unseen_ratio(check) == (None if ratio is None else pytest.approx(ratio))
     assert overfitted(check) is much
+
+
+def test_the_text_that_is_kept_for_measuring_is_not_calibrated_on(pico: Pico, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="everyday is the embedded text by which is measured"):
+        split(pico("llama"), tmp_path / "out", EVERYDAY)
+    assert not (tmp_path / "out").exists()

@@ -26,6 +26,7 @@ from upcycle.evaluation.comparison import Comparison, recommend, rows_of
 from upcycle.files.names import WRITTEN
 from upcycle.files.output.scratch import scratch
 from upcycle.hardware.memory import available_memory
+from upcycle.planning.job import check_calibrates
 from upcycle.progress import SILENT, Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.held_out import FLATTERING, seen_share, sketch
@@ -90,6 +91,11 @@ def compare(
     if timed:
         kind = checkpoint.raw_config.get("model_type")
         refuse_parts(kind, "compare times text models alone", "--no-time compares quality")
+    check_calibrates(checkpoint.family)
+    if not checkpoint.has_tokenizer:
+        raise UsageError(
+            f"{source} has no tokenizer, and a comparison reads text", hint="put its files beside the weights"
+        )
     options = CandidateOptions(checkpoint, source, pieces, layers, seed, calibration, calibration_tokens, window)
     splitting, routing = method_names(methods), router_names(routers)
     skipped: list[str] = []

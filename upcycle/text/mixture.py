@@ -17,7 +17,7 @@ from upcycle.text.hub_dataset import hub_rows, is_dataset
 from upcycle.text.reading.columns import Broken
 from upcycle.text.reading.documents import Reading, find_pieces
 from upcycle.text.reading.file_kinds import file_kind
-from upcycle.text.reading.plain_text import DEMO_TEXTS, SELF_WRITTEN, read_text
+from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, SELF_WRITTEN, read_text
 from upcycle.text.windows import encode
 
 if TYPE_CHECKING:
@@ -134,6 +134,11 @@ def _text(name: str, column: str, characters: int) -> Parts:
     path = user_path(name)
     if name in DEMO_TEXTS:
         return by_position(read_text(name))
+    if name == EVERYDAY and not path.is_file():
+        raise UsageError(
+            f"{name} is the embedded text by which is measured what was lost of text that was not calibrated on",
+            hint="calibrate on a file of yours, on demo, or on self",
+        )
     if path.is_file():
         kind = file_kind(path)
         return by_position(read_text(name)) if kind == "text" else by_document(_rows(path, column), characters)
