@@ -143,10 +143,14 @@ def test_trainer_takes_a_step(tmp_path: Path) -> None:
 
 def test_adapters_go_on_attention() -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        wrapped(small_model("bert"), pieces=4), peft.LoraConfig(target_modules=["query", "value"])
-    )
-    output_of(model, inputs_of("bert"))
+    plain, inputs = wrapped(small_model("bert"), pieces=4), inputs_of("bert")
+    expected = output_of(plain, inputs)
+    model = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["query", "value"]))
+    assert torch.equal(output_of(model, inputs), expected), "an adapter adds nothing before it is trained"
+    model(**inputs).logits.square().mean().backward()
+    trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
 
 
 def test_a_class_of_one_tower_takes_its_own_experts(tmp_path: Path) -> None:
