@@ -125,8 +125,8 @@ class PhiMoe(Target):
         found = [
             "phimoe: with router_jitter_noise 0, which keeps the dense function, both experts always weigh 1, and no loss on the "
             "tokens reaches the router: train it with 0.01 (not the dense function then), or train the experts alone",
-            "phimoe: an expert whose logit another one equals weighs 1/2. In bfloat16 that takes a quarter of the FFN from a "
-            "few tokens in a thousand per layer, in float16 of fewer, in float32 of about one in ten million",
+            "phimoe: an expert whose logit another one equals weighs 1/2. In bfloat16 that takes a quarter of the FFN from "
+            "some tokens of every layer, in float16 from fewer, in float32 from hardly any",
         ]
         act = self.stored(dense).hidden_act
         also = "" if act == "silu" else f" and computes silu whatever hidden_act says ({act})"
