@@ -86,6 +86,7 @@ def candidates_of(
     oracle: bool,
     calibration: list[Path],
     refit: str | None,
+    layers: str | None,
 ) -> list[Candidate]:
     """The recipes and what they are compared with."""
     found = []
@@ -96,6 +97,7 @@ def candidates_of(
         if tokens:
             content["calibration"]["tokens"] = tokens
         content["refit"] = refit or content["refit"]
+        content["layers"] = layers or content["layers"]
         pruned = prune_recipe(content, percent / 100)
         found.append(Candidate(pruning_job(checkpoint, pruned), percent / 100, STATIC))
         variants: list[tuple[str, str | None, dict]] = [(RECIPE, None, {})]
@@ -150,7 +152,8 @@ def quality(model: Path, wanted: argparse.Namespace) -> int:
     calibration, evaluation = texts()
     _, (foreign,) = texts([FOREIGN])
     checkpoint = DenseCheckpoint.open(str(model), None)
-    candidates = candidates_of(checkpoint, wanted.tokens, percents, wanted.oracle, calibration, wanted.refit)
+    asked = (wanted.oracle, calibration, wanted.refit, wanted.layers)
+    candidates = candidates_of(checkpoint, wanted.tokens, percents, *asked)
     if wanted.only_recipes:
         candidates = [candidate for candidate in candidates if candidate.label == RECIPE]
     window = candidates[0].job.recipe.calibration.window
@@ -249,6 +252,7 @@ def main() -> int:
     parser.add_argument("--active", type=int, nargs="+", choices=TARGETS, default=list(TARGETS), help="percentages")
     parser.add_argument("--oracle", action="store_true", help="also run the limit of all routing")
     parser.add_argument("--refit", choices=("down", "blocks"), help="default: the recipes'")
+    parser.add_argument("--layers", help="those that are split, as the recipe key says it; default: the recipes'")
     parser.add_argument("--calibration", choices=("files", "self", "mixed"), default="files", help="default: files")
     parser.add_argument("--evaluation-tokens", type=int, default=EVALUATION_TOKENS, help="per domain  [default: 4096]")
     parser.add_argument("--only-recipes", action="store_true", help="nothing that they are compared with")

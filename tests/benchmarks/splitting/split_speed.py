@@ -35,11 +35,12 @@ RECIPES = Path(__file__).resolve().parents[3] / "configs" / "convert"
 TARGETS = {75: ((0.90, 0.90), (0.90, 0.97)), 50: ((0.80, 0.82), (0.85, 0.97)), 25: ((0.70, 0.70), (0.70, 0.97))}
 
 
-def candidates_of(checkpoint: DenseCheckpoint, percents: list[int]) -> list[Candidate]:
+def candidates_of(checkpoint: DenseCheckpoint, percents: list[int], layers: str | None = None) -> list[Candidate]:
     """Each recipe's shape, and static pruning to as many neurons."""
     found = []
     for percent in percents:
         content = yaml.safe_load((RECIPES / f"split_{percent}.yaml").read_text())
+        content["layers"] = layers or content["layers"]
         recipe = parse_recipe({**content, "source": checkpoint.source.name}, f"split_{percent}")
         dense = (checkpoint.family, checkpoint.config, checkpoint.store.specs)
         job = prepare_experts(ExpertJob, recipe, method_of(recipe), *dense)
@@ -70,6 +71,7 @@ def main() -> int:
     """Time what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--active", type=int, nargs="+", choices=TARGETS, default=list(TARGETS), help="percentages")
+    parser.add_argument("--layers", help="those that are split, as the recipe key says it; default: the recipes'")
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
     parser.add_argument("--rounds", type=int, default=15, help="prompts that each model is timed with (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
@@ -78,7 +80,7 @@ def main() -> int:
     smollm2 = [sys.executable, "-P", Path(__file__).resolve().parents[2] / "support" / "smollm2.py"]
     model = subprocess.run(smollm2, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
     checkpoint = DenseCheckpoint.open(model, None)
-    candidates = candidates_of(checkpoint, arguments.active)
+    candidates = candidates_of(checkpoint, arguments.active, arguments.layers)
     timing = time_candidates(checkpoint, candidates, arguments.batch, SILENT, arguments.rounds)
     about = timing.about
     rows = []
