@@ -39,7 +39,11 @@ _TOWERS = {
 }  # fmt: skip
 _IMAGE = {**_PLAIN, "image_size": 8, "patch_size": 4}
 _T5 = {"d_model": D, "d_ff": F, "num_layers": 2, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 2, **_N}
-_CLIP = {"text_config": {**_TEXT, "eos_token_id": 95}, "vision_config": _IMAGE, "projection_dim": D}
+_SOUND = {
+    **_PLAIN, "conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [16, 20], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 96, "mask_time_length": 2,
+}  # fmt: skip
+_CLIP = {"text_config": {**_TEXT, "eos_token_id": 95, "projection_size": D}, "vision_config": _IMAGE, "projection_dim": D}
 # name -> (model_type, Auto class, configuration)
 SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "CausalLM", {"n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": F, **_N}),
@@ -94,9 +98,39 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_TOWERS, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32, "suppress_tokens": None,
          "begin_suppress_tokens": None},
     ),
+    "deberta": ("deberta", "MaskedLM", {**_TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "deberta-v2": (
+        "deberta-v2",
+        "MaskedLM",
+        {**_TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    ),
+    "mt5": ("mt5", "Seq2SeqLM", {**_T5, "tie_word_embeddings": False}),
+    "umt5": ("umt5", "Seq2SeqLM", _T5),
+    "t5-encoder": ("t5", "TextEncoding", _T5),
+    "mbart": ("mbart", "Seq2SeqLM", {**_TOWERS, "forced_eos_token_id": None}),
+    "pegasus": ("pegasus", "Seq2SeqLM", {**_TOWERS, "forced_eos_token_id": None}),
+    "marian": ("marian", "Seq2SeqLM", {**_TOWERS, "forced_eos_token_id": None, "decoder_vocab_size": 96}),
+    "apertus": ("apertus", "CausalLM", {**_TEXT, "num_key_value_heads": 2}),
     "vit": ("vit", "ImageClassification", _IMAGE),
     "deit": ("deit", "ImageClassification", {**_IMAGE, "architectures": ["DeiTForImageClassification"]}),
     "dinov2": ("dinov2", "ImageClassification", {**_IMAGE, "mlp_ratio": 2}),
+    "dinov3": ("dinov3_vit", "Model", {**_IMAGE, "num_register_tokens": 2}),
+    "dinov3-gated": ("dinov3_vit", "Model", {**_IMAGE, "use_gated_mlp": True, "hidden_act": "silu"}),
+    "dinov3-convnext": ("dinov3_convnext", "Model", {"image_size": 32, "hidden_sizes": [D, 2 * D], "depths": [1, 2]}),
+    "swin": (
+        "swin",
+        "ImageClassification",
+        {"image_size": 16, "patch_size": 2, "embed_dim": D, "depths": [1, 2], "num_heads": [2, 4], "window_size": 2,
+         "mlp_ratio": 2.0},
+    ),
+    "convnext": (
+        "convnext",
+        "ImageClassification",
+        {"image_size": 32, "hidden_sizes": [D, 2 * D], "depths": [1, 2], "num_stages": 2},
+    ),
+    "wav2vec2": ("wav2vec2", "Model", _SOUND),
+    "wav2vec2-stable": ("wav2vec2", "Model", {**_SOUND, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "hubert": ("hubert", "Model", _SOUND),
     "clip": ("clip", "Model", _CLIP),
     "siglip": ("siglip", "Model", _CLIP),
 }  # fmt: skip
@@ -125,16 +159,20 @@ def small_model(name: str, **changes: Any) -> Any:
 def inputs_of(name: str, length: int = 9) -> dict[str, Any]:
     """What a small model reads."""
     generator = torch.Generator().manual_seed(2)
+    model_type, kind, settings = SMALL[name]
     ids = torch.randint(5, 94, (2, length), generator=generator)
-    pixels = torch.randn(2, 3, 8, 8, generator=generator)
-    match SMALL[name][1], name:
-        case ("ImageClassification", _):
+    side = settings.get("image_size", 8)
+    pixels = torch.randn(2, 3, side, side, generator=generator)
+    match load("described", model_type).reads, kind:
+        case "images", _:
             return {"pixel_values": pixels}
-        case (_, "clip" | "siglip"):
+        case "sounds", _:
+            return {"input_values": torch.randn(2, 4000, generator=generator)}
+        case "images and text", _:
             return {"input_ids": ids, "pixel_values": pixels}
-        case (_, "whisper"):
+        case "speech", _:
             return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": ids}
-        case ("Seq2SeqLM", _):
+        case "pairs", "Seq2SeqLM":
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
         case _:
             return {"input_ids": ids}
@@ -144,7 +182,10 @@ def output_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Logits, or what the text and image towers together give."""
     with torch.no_grad():
         made = model(**inputs)
-    return made.logits if "logits" in made else torch.cat([made.text_embeds, made.image_embeds])
+    if "logits" in made:
+        logits: torch.Tensor = made.logits
+        return logits
+    return torch.cat([made.text_embeds, made.image_embeds]) if "text_embeds" in made else made.last_hidden_state
 
 
 def wrapped(

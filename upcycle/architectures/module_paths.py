@@ -141,6 +141,18 @@ class ModulePaths:
         """
         return _submodule(model, self.layers)
 
+    def found_in(self, model: Any) -> ModulePaths:
+        """Return these paths with what a model tells of them: for most architectures, its configuration tells all."""
+        return self
+
+    def first_in(self, index: int) -> str:
+        """Return the first module of the FFN of one layer, below the layer."""
+        return self.block
+
+    def ends_in(self, index: int) -> str | None:
+        """Return the module whose output is the FFN's, where that is another one."""
+        return self.ends
+
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
         """Return those of ``blocks`` that a layer has."""
         held = dict(layer.named_modules())
@@ -222,7 +234,8 @@ def find_module_paths(model_type: str) -> ModulePaths:
             found: ModulePaths = architecture.module_paths
             return found
     described = find("described", model_type)
-    return ModulePaths() if described is None or described.paths is None else described.paths
+    paths: ModulePaths = ModulePaths() if described is None else described.module_paths
+    return paths
 
 
 def text_config(config: Any) -> Any:
@@ -244,6 +257,13 @@ def module_paths_of(config: Any) -> ModulePaths:
     described = find("described", base)
     if described is None or not described.encoder:
         return paths
+    if described.paths is None:
+        return paths
     from upcycle.architectures.stock_auto import class_name
 
     return paths.without_prefix() if class_name(config).endswith("Model") else paths
+
+
+def module_paths_in(model: Any) -> ModulePaths:
+    """Return the same for a stock model in memory (or on the meta device), which tells how many layers it has."""
+    return module_paths_of(model.config).found_in(model)

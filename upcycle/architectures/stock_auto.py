@@ -9,28 +9,53 @@ from typing import Any
 from upcycle.registry import find
 
 
+SEEDED = ("images", "sounds")  # what is made of a seed alone: a model that reads one of them reads no text
+# Auto classes of a model and its head, where neither its configuration nor what it reads is a causal language model's.
+_WITH_HEAD = {"pairs": "AutoModelForSeq2SeqLM", "speech": "AutoModelForSpeechSeq2Seq"}
+
+
 def is_encoder(config: Any) -> bool:
     """Return whether a configuration, or the content of its file, is that of an encoder, which has no logits of a next token."""
     described = _described(config)
-    return described is not None and described.encoder
+    if described is None or described.encoder:
+        return described is not None
+    return described.reads in _WITH_HEAD and not _generates(config)
 
 
-def reads_images(config: Any) -> bool:
-    """Return whether a configuration, or the content of its file, is that of an encoder of images."""
+def is_encoder_decoder(config: Any) -> bool:
+    """Return whether a configuration, or the content of its file, is that of an encoder and a decoder, whose logits say what follows."""
+    return reads_of(config) in _WITH_HEAD and not is_encoder(config)
+
+
+def reads_of(config: Any) -> str:
+    """Return what the model of a configuration, or of the content of its file, reads.
+
+    See :data:`~upcycle.architectures.described.ffn_place.Reads`; a model that nobody described reads text.
+    """
     described = _described(config)
-    return described is not None and described.images
+    return "text" if described is None else str(described.reads)
+
+
+def _generates(config: Any) -> bool:
+    """Return whether the class that a configuration of an encoder and a decoder names has a head; one that names none has."""
+    names = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
+    return not names or any(str(name).endswith("ForConditionalGeneration") or str(name).endswith("MTModel") for name in names)
 
 
 def auto_class(config: Any) -> Any:
     """Return the Auto class that builds a model with its head, and with all parts if it has several.
 
     For an encoder, it is the Auto class of the class that ``architectures`` names; one whose configuration names no class of
-    transformers is loaded without a head.
+    transformers is loaded without a head. A model of an encoder and a decoder is loaded with its head, unless it names a class
+    without one.
     """
+    import transformers
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     if find("wrapper", str(config.model_type)) is not None:
         return AutoModelForMultimodalLM
+    if is_encoder_decoder(config):
+        return getattr(transformers, _WITH_HEAD[reads_of(config)])
     if not is_encoder(config):
         return AutoModelForCausalLM
     named = set(getattr(config, "architectures", None) or ())

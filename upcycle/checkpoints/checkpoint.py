@@ -247,7 +247,7 @@ class DenseCheckpoint(Checkpoint):
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
         gate = tensors.pop("gate", None)
-        return FeedForward(layer=layer, gate=gate, activation=self.config.hidden_act, **tensors)
+        return FeedForward(layer=layer, gate=gate, activation=self.config.at(layer).hidden_act, **tensors)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""
@@ -268,7 +268,7 @@ class DenseCheckpoint(Checkpoint):
         bound = self._longest_embedding * self.config.embedding_multiplier / math.sqrt(self.config.hidden_size)
         for norm in self.family.norms_below(layer):
             bound += self.whole(self.family.origin(self.config, norm), dtype).abs().max().item()
-        return torch.full((self.config.hidden_size,), bound)
+        return torch.full((self.config.at(layer).hidden_size,), bound)
 
 
 def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     if name in WRAPPERS:
         return composite_family(raw_config, where)
     described = find("described", name)
-    if described is not None and described.paths is not None and not _held(name, raw_config, where):
+    if described is not None and not _held(name, raw_config, where):
         return DescribedFamily(described)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"

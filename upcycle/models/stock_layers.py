@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from upcycle.architectures.clean_settings import clean_file
-from upcycle.architectures.module_paths import ModulePaths, module_paths_of
+from upcycle.architectures.module_paths import ModulePaths, module_paths_in
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model, quiet_transformers
 from upcycle.architectures.stock_classes import stock_name_of
 from upcycle.errors import CheckpointError
@@ -264,8 +264,9 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
 def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
     """Return the stored names by the layer that transformers puts them in; None: outside the layers."""
     found: dict[int | None, list[str]] = {}
+    paths = _paths(model)
     for name, renamed in stock_name_of(model, stored).items():
-        found.setdefault(_paths(model).layer_of(renamed), []).append(name)
+        found.setdefault(paths.layer_of(renamed), []).append(name)
     return found
 
 
@@ -288,7 +289,7 @@ def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
 
 
 def _paths(model: Any) -> ModulePaths:
-    return module_paths_of(model.config)
+    return module_paths_in(model)
 
 
 def _layers(model: Any) -> Any:

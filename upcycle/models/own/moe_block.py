@@ -123,7 +123,7 @@ class PackedExperts(nn.Module):
         d, neurons = ffn.hidden_size, sum(ffn.widths)
         rows = neurons * (2 if ffn.gated else 1)
         self.count, self.widths, self.gated = ffn.experts, ffn.widths, ffn.gated
-        self.act = ACT2FN[ffn.activation]
+        self.act = ACT2FN[ffn.activation].to(torch.get_default_dtype())  # weights that it has are bfloat16 otherwise
         self.kernel_activation = KERNEL_ACTIVATIONS.get(ffn.activation)
         self.implementation = IMPLEMENTATIONS[0]
         self.register_parameter("gate_up" if ffn.gated else "up", nn.Parameter(torch.empty(rows, d)))
