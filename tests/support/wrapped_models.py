@@ -14,6 +14,7 @@ from torch import nn
 
 import upcycle.models  # noqa: F401
 from upcycle.architectures.described.find_ffns import FoundFfn, find_ffns
+from upcycle.architectures.stock_classes import may_be_missing
 from upcycle.models.own.configuration import wrapped_config
 from upcycle.models.own.modeling import wrapped_model_class
 from upcycle.models.own.replaced_ffn import ReplacedFfn
@@ -148,8 +149,11 @@ def small_model(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = auto_class(name).from_config(transformers.AutoConfig.for_model(model_type, **{**settings, **changes}))
     generator = torch.Generator().manual_seed(1)
+    computed = may_be_missing(model)
     with torch.no_grad():
         for key, weight in model.named_parameters():
+            if computed.search(key):
+                continue
             near_one = any(word in key.lower() for word in ("norm", "ln_", "layrnorm")) and key.endswith("weight")
             drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.3 * drawn if near_one else 0.15 * drawn)
@@ -231,6 +235,7 @@ def wrapped(
     model = wrapped_model_class(type(dense), type(config))(config).eval()
     _, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     gone = {f"{_prefix(dense)}{ffn.path(part)}." for ffn in found for part in ("gate", "up", "down")}
+    gone |= {f"{_prefix(dense)}{ffn.layer}.{ffn.place.learned}." for ffn in found if ffn.place.learned}
     assert all(name.startswith(tuple(gone)) for name in unexpected)
     for ffn, entry in zip(found, replaced, strict=True):
         _fill(model.base_model.get_submodule(ffn.replaced[0]), dense.base_model, ffn, entry, pieces == 1 and not widths)
@@ -268,6 +273,8 @@ def _fill(block: Any, base: Any, ffn: FoundFfn, entry: ReplacedFfn, copies: bool
         assert len(biases[-1]) == len(zero) * len(parts)
         downs.append(scale * weights["down"][:, some].T)
     experts = block.experts
+    if ffn.place.learned:
+        experts.act.load_state_dict(base.get_submodule(f"{ffn.layer}.{ffn.place.learned}").state_dict())
     (experts.gate_up if entry.gated else experts.up).copy_(torch.cat(ups))
     experts.down.copy_(torch.cat(downs))
     if experts.up_bias is not None:

@@ -226,7 +226,7 @@ class DescribedFamily(Family):
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape; the message names it.
         """
-        from upcycle.architectures.stock_classes import not_loaded, stock_name_of
+        from upcycle.architectures.stock_classes import may_be_missing, not_loaded, stock_name_of
 
         known, buffers = set(self._model.state_dict()), not_loaded(self._model)
         self._own = {
@@ -238,6 +238,8 @@ class DescribedFamily(Family):
         self._stored = {}
         for stored, name in self._own.items():
             self._stored.setdefault(name, stored)
+        computed = may_be_missing(self._model)
+        self._shapes = {n: shape for n, shape in self._shapes.items() if n in self._stored or not computed.search(n)}
         expected = {self._where(name): shape for name, shape in self._shapes.items()}
         unexpected = sorted(stored for stored, name in self._own.items() if name not in known)
         compare_tensors(expected, specs, unexpected, self.name, where, _MERGED)
