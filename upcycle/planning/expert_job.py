@@ -171,6 +171,7 @@ class ExpertJob:
             "scale": self.scale,
             "refit": self.refit,
             "moe_layers": list(self.shape.moe_layers),
+            "layers": self.dense.num_hidden_layers,
         }
 
     @property
