@@ -170,6 +170,7 @@ DESCRIBED = {  # dense architectures that are described by their FFNs alone, for
     "wav2vec2": "upcycle.architectures.described.sounds:WAV2VEC2",
     "hubert": "upcycle.architectures.described.sounds:HUBERT",
 }
+FOUND: dict[str, Any] = {}  # descriptions that this process has found out, as --family auto-wrap asks for
 # Targets that are classes of upcycle's own; every family may name them.
 OWN_TARGETS = {"upcycle_moe": "upcycle.architectures.moe.wrapper:UpcycleMoe"}
 LOSSES = {
@@ -209,6 +210,8 @@ def load(kind: str, name: str) -> Any:
 
 def find(kind: str, name: str) -> Any | None:
     """Return the same class, or None when nothing has that name: for models that need not be anybody's plug-in."""
+    if kind == "described" and name in FOUND:
+        return FOUND[name]
     return load(kind, name) if name in KINDS[kind] else None
 
 

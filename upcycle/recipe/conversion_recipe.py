@@ -87,6 +87,11 @@ class Recipe(StrictSettings):
         "auto",
         description="scale of the routed experts: exact, sum, paper, or a number (auto: sum when calibrated, else exact)",
     )
+    family: Literal["auto", "auto-wrap"] = Field(
+        "auto",
+        description="auto: by config.json; auto-wrap: a model that nobody described is tried, to find its FFNs, and wrapped "
+        "(target upcycle_moe)",
+    )
     part: Literal["auto", "language", "vision", "connector", "text", "encoder", "decoder", "both"] = Field(
         "auto",
         description="the part whose FFNs are converted: of a model of parts (upcycle list wrappers) its language model, of two "

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from upcycle.architectures.listed_paths import LayerPlace, ListedPaths
-from upcycle.architectures.module_paths import ModulePaths
+from upcycle.architectures.module_paths import LayerPlace, ListedPaths, ModulePaths
 
 Reads = Literal["text", "images", "sounds", "pairs", "speech", "images and text"]
 
@@ -36,7 +35,7 @@ class FfnPlace:
         when: a key of the configuration and its value, where another description says what layers have with another one.
         learned: the activation, where it has weights of its own.
         unless: a module that a layer of this description does not have, where another description says what it has with it.
-        dropout: the configuration's key of a dropout at the end of ``whole``, which goes with it.
+        dropout: the configuration's key of a dropout at the end of ``whole``, which goes with it, or its probability after ``=``.
     """
 
     layer: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
-from upcycle.architectures.listed_paths import numbered, submodule
+from upcycle.architectures.module_paths import numbered, submodule
 from upcycle.errors import RefusalError
 
 
@@ -100,6 +100,10 @@ def _read(base: Any, config: Any, place: FfnPlace, layer: str) -> FoundFfn:
         width=width,
         activation=named if place.activation.startswith("=") else getattr(settings, named),
         biases=frozenset(part for part, module in parts.items() if module.bias is not None),
-        dropout=float(getattr(config, place.dropout)) if place.dropout else 0.0,
+        dropout=_probability(config, place.dropout) if place.dropout else 0.0,
         norm=next((f"{layer}.{n}" for n in norms if n and submodule(base, f"{layer}.{n}") is not None), None),
     )
+
+
+def _probability(config: Any, key: str) -> float:
+    return float(key[1:] if key.startswith("=") else getattr(config, key))
