@@ -135,7 +135,9 @@ def test_t5_keeps_its_second_projections_in_fp32_where_the_dense_model_does(name
     moe_blocks(model)[0].register_forward_hook(lambda _, __, output: seen.append(float(output.abs().max())))
     found = outputs(name, model, torch.float16)
     assert seen[0] > torch.finfo(torch.float16).max
-    half, whole = (outputs(name, loaded(name, tmp_path / "dense", kind), kind) for kind in (torch.float16, torch.float32))
+    half, whole = (
+        outputs(name, loaded(name, tmp_path / "dense", kind), kind) for kind in (torch.float16, torch.float32)
+    )
     assert relative_error(found, whole) < ALIKE * relative_error(half, whole)
 
 
@@ -205,9 +207,15 @@ def test_a_wrong_weight_is_found(
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("t5", "an encoder and a decoder are not calibrated"), ("clip", "two towers are not calibrated"), ("hubert", "sounds")],
+    [
+        ("t5", "an encoder and a decoder are not calibrated"),
+        ("clip", "two towers are not calibrated"),
+        ("hubert", "sounds"),
+    ],
 )
-def test_calibration_is_refused_with_the_reason(name: str, why: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_calibration_is_refused_with_the_reason(
+    name: str, why: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
     keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
     with pytest.raises(RefusalError, match=why):
         upcycle.convert(str(saved(name)), tmp_path / "out", **keys, **QUICK)

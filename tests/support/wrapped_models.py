@@ -44,7 +44,11 @@ _SOUND = {
     **_PLAIN, "conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [16, 20], "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 96, "mask_time_length": 2,
 }  # fmt: skip
-_CLIP = {"text_config": {**_TEXT, "eos_token_id": 95, "projection_size": D}, "vision_config": _IMAGE, "projection_dim": D}
+_CLIP = {
+    "text_config": {**_TEXT, "eos_token_id": 95, "projection_size": D},
+    "vision_config": _IMAGE,
+    "projection_dim": D,
+}
 # name -> (model_type, Auto class, configuration)
 SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "CausalLM", {"n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": F, **_N}),

@@ -48,7 +48,9 @@ def reads_of(config: Any) -> str:
 def _generates(config: Any) -> bool:
     """Return whether the class that a configuration of an encoder and a decoder names has a head; one that names none has."""
     names = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
-    return not names or any(str(name).endswith("ForConditionalGeneration") or str(name).endswith("MTModel") for name in names)
+    return not names or any(
+        str(name).endswith("ForConditionalGeneration") or str(name).endswith("MTModel") for name in names
+    )
 
 
 def auto_class(config: Any) -> Any:

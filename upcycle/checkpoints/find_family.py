@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.described.family import DescribedFamily
-from upcycle.architectures.refused import reason, text_model
+from upcycle.architectures.refused import REASONS, reason, text_model
 from upcycle.architectures.stored_moe import MOES
 from upcycle.architectures.towers.composite import composite_family
 from upcycle.errors import RefusalError
@@ -39,6 +39,8 @@ def family_of(raw_config: Mapping[str, Any], where: str, tried: Tried | None = N
             hint = f"save only its text model ({inner}), with that model's config.json and tensor names that begin with model."
         elif name in MOES:
             hint = "--method expert_upcycling gives it more experts"
+        elif name not in REASONS:
+            hint = f"--family auto-wrap tries to find its FFNs, and wraps it where it does; {hint}"
         raise RefusalError(f"cannot convert a '{shortened(name)}' model: {reason(name, inner)}", hint=hint)
     family: Family = load("family", name)()
     return family

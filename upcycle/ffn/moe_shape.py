@@ -62,7 +62,9 @@ class MoeShape:
     moe_layers: tuple[int, ...]
     normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
     form: FfnForm = field(default_factory=FfnForm)  # of the dense FFN, and so of every expert
-    sizes: tuple[tuple[int, FfnForm], ...] = ()  # of every layer, where layers differ; the fields above are the first one's
+    sizes: tuple[
+        tuple[int, FfnForm], ...
+    ] = ()  # of every layer, where layers differ; the fields above are the first one's
 
     def at(self, layer: int) -> MoeShape:
         """Return the numbers of one layer."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from upcycle.architectures.stock_auto import is_encoder, reads_of
+from upcycle.errors import RefusalError
+from upcycle.registry import FOUND
 
 _SAMPLES = 16_000  # of a sound: a second at the rate of most models
 _IMAGES = "pixel_values"
@@ -53,7 +55,18 @@ class ModelRun:
 
         With ``last``, of the last positions alone.
         """
-        inputs = self.inputs(ids)
+        if self._model.config.model_type not in FOUND:
+            return self._compared(self.inputs(ids), last)
+        try:
+            return self._compared(self.inputs(ids), last)
+        except RuntimeError as error:  # nobody knows which lengths and sizes it takes
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise RefusalError(
+                f"a {self._model.config.model_type} model does not run on {self._reads} of shape {list(ids.shape)}: {first}",
+                hint="another number of tokens to verify on, --verify-tokens, or describe it (docs/develop/describe_a_model.md)",
+            ) from None
+
+    def _compared(self, inputs: dict[str, torch.Tensor], last: int) -> torch.Tensor:
         with torch.no_grad():
             if not self.gives_states:
                 logits: torch.Tensor = self._model(**inputs, use_cache=False, **self._kept(last)).logits

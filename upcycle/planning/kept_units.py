@@ -19,7 +19,9 @@ def kept_units(
 ) -> list[Unit]:
     """Return all units: tensors are copied under the names of the stock class, and the FFNs of ``shape`` are built anew."""
 
-    def copied(stored: Mapping[str, tuple[int, ...]], moved: Mapping[str, str] = MappingProxyType({})) -> list[OutputEntry]:
+    def copied(
+        stored: Mapping[str, tuple[int, ...]], moved: Mapping[str, str] = MappingProxyType({})
+    ) -> list[OutputEntry]:
         dtypes = {name: specs[name].dtype if recipe.dtype == "keep" else recipe.dtype for name in stored}
         return [
             OutputEntry(moved.get(name) or family.written(dense, name), TensorSpec(size, dtypes[name]), Origin(name))

@@ -57,7 +57,9 @@ def tried(recipe: Recipe) -> Tried | None:
     from upcycle.hardware.memory import available_memory
     from upcycle.models.model_inputs import ModelRun
 
-    return lambda raw, where: found_family(raw, where, lambda model, ids: ModelRun(model).inputs(ids), available_memory())
+    return lambda raw, where: found_family(
+        raw, where, lambda model, ids: ModelRun(model).inputs(ids), available_memory()
+    )
 
 
 def mix_sources(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 AUTO_WRAP = "auto-wrap"
 _TOKENS, _INPUTS = 12, 2
+_LOW = 8  # the number of a token that is among the first
 
 
 def found_family(
@@ -45,7 +46,10 @@ def found_family(
             f"a {name} model cannot be tried: 'architectures' in config.json names {said}, and what it reads is not known here",
             hint="architectures must name a class of transformers that reads text, images or sounds",
         )
-    FOUND[name] = DescribedModel(name, name, (), encoder=facts.encoder, reads=cast("Reads", facts.reads))
+    # RoBERTa and its like count positions from behind the padding token: such a limit is within every other one, too.
+    counts = facts.encoder and 0 <= (raw.get("pad_token_id") or 0) < _LOW
+    reads = cast("Reads", facts.reads)
+    FOUND[name] = DescribedModel(name, name, (), encoder=facts.encoder, reads=reads, counts_from_padding=counts)
     try:
         described, remark = _described(raw, where, facts, FOUND[name], inputs, free)
     except BaseException:
@@ -90,10 +94,13 @@ def _described(
     except Exception as error:  # stock models raise errors of many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RefusalError(f"a {known.name} model cannot be tried: it does not run on {facts.reads}: {first}") from None
-    described, remark = describe(model, known, calls, _activations(config))
-    found, listed = find_ffns(empty, described), described.module_paths.found_in(empty)
-    if len(found) != len(getattr(listed, "places", ())):
-        raise RefusalError(f"the layers of a {known.name} model have FFNs of several forms: {remark}")
+    described, count, remark = describe(known, calls, _activations(config))
+    found, layers = find_ffns(empty, described), described.module_paths.found_in(empty).layers_in(empty)
+    if not len(found) == len(layers) == count:
+        raise RefusalError(
+            f"a {known.name} model has FFNs of several forms in layers of one kind, or one FFN under several names: {remark}",
+            hint="describe it (docs/develop/describe_a_model.md)",
+        )
     return described, remark
 
 
@@ -108,4 +115,6 @@ def _activations(config: Any) -> list[str]:
     """Return the names of activations that a configuration has as values, at any key."""
     from transformers.activations import ACT2FN
 
-    return [value for value in dict.fromkeys(v for v in config.to_dict().values() if isinstance(v, str)) if value in ACT2FN]
+    return [
+        value for value in dict.fromkeys(v for v in config.to_dict().values() if isinstance(v, str)) if value in ACT2FN
+    ]

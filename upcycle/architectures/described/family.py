@@ -77,7 +77,7 @@ class DescribedFamily(Family):
         heads = getattr(text, "num_attention_heads", None)
         heads = heads if isinstance(heads, int) else 1  # of an encoder in stages, it has a number for each
         spread = [getattr(text, key, None) for key in ("initializer_range", "init_std")]
-        limits = ("max_target_positions", "max_position_embeddings")
+        limits = ("max_target_positions", "max_position_embeddings", "max_seq_len")
         context = next((found for key in limits if (found := getattr(text, key, None))), None) or raw.get("seq_length")
         skipped = (getattr(settings, "pad_token_id", None) or 0) + 1 if self.described.counts_from_padding else 0
         return DenseConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,21 +31,26 @@ class Candidate:
         place: its description, for this layer alone.
         dropouts: the probabilities of dropouts between its projections, which go with it.
         times: how often it runs in one pass.
-        error: the relative difference between what the second projection reads and the formula.
     """
 
     layer: str
     place: FfnPlace
     dropouts: tuple[float, ...]
     times: int
-    error: float
 
 
-def describe(model: Any, facts: DescribedModel, calls: dict[str, Call], preferred: list[str]) -> tuple[DescribedModel, str]:
-    """Return the description of a model, and what was found, in words.
+class Finding(NamedTuple):
+    """The description of a model, how many FFNs were found, and what was found, in words."""
+
+    described: DescribedModel
+    count: int
+    said: str
+
+
+def describe(facts: DescribedModel, calls: dict[str, Call], preferred: list[str]) -> Finding:
+    """Describe the FFNs of a model.
 
     Args:
-        model: the stock model.
         facts: what its class says of itself.
         calls: those of one pass.
         preferred: names of activations that its configuration mentions.
@@ -57,7 +62,10 @@ def describe(model: Any, facts: DescribedModel, calls: dict[str, Call], preferre
     found = list(search.candidates())
     name = facts.name
     if not found:
-        near = "; ".join([*search.odd, *search.near.values()][:3]) or "no numbered layer has two projections that lead there and back"
+        near = (
+            "; ".join([*search.odd, *search.near.values()][:3])
+            or "no numbered layer has two projections that lead there and back"
+        )
         raise RefusalError(f"no FFN was found in a {name} model: {near}", hint=_NO_HINT)
     by_layer: dict[str, Candidate] = {}
     for one in found:
@@ -75,7 +83,7 @@ def describe(model: Any, facts: DescribedModel, calls: dict[str, Call], preferre
     described = replace(facts, ffns=places, uncalibrated="only its FFNs were found, and not how its layers are run")
     untouched = sorted(set(search.near) - set(by_layer))
     rest = f"; nothing was found in {len(untouched)} layers: {search.near[untouched[0]]}" if untouched else ""
-    return described, _said(found, described) + rest
+    return Finding(described, len(found), _said(found, described) + rest)
 
 
 def _first(found: Candidate) -> str:
@@ -87,13 +95,12 @@ def _said(found: list[Candidate], described: DescribedModel) -> str:
     for place in described.ffns:
         own = [one for one in found if one.place == place]
         form = "act(gate x) * up x" if place.gated else "act(up x)"
-        worst = max(one.error for one in own)
-        kinds.append(
-            f"{len(own)} FFNs at {place.layer}.{place.replaced[0]}, down({form}) with {place.activation[1:]} (within {worst:.0e})"
-        )
+        kinds.append(f"{len(own)} FFNs at {place.layer}.{place.replaced[0]}, down({form}) with {place.activation[1:]}")
     text = f"found in a {described.name} model, by one pass with random weights: {'; '.join(kinds)}"
     if any(one.times > 1 for one in found):
-        text += f"; layers share FFNs, which run up to {max(one.times for one in found)} times: one set of experts for all"
+        text += (
+            f"; layers share FFNs, which run up to {max(one.times for one in found)} times: one set of experts for all"
+        )
     if dropouts := {p for one in found for p in one.dropouts if p}:
         text += f"; the dropout inside ({', '.join(map(str, sorted(dropouts)))}) goes: experts have none between projections"
     return text
@@ -133,7 +140,7 @@ class _Search:
                 if (error := differ(made(act), read)) < (_SAME if best is None else best[0] / 4):
                     best = error, self._place(layer, up, down, gate, fused, name)
         if best is not None:
-            yield from self._placed(layer, *best)
+            yield from self._placed(layer, best[1])
             return
         parent = down.rpartition(".")[0]
         beside = [p for p in ups if p.rpartition(".")[0] == parent and differ(self._linear[p].x, read) > _SAME]
@@ -160,7 +167,7 @@ class _Search:
                 if gate != up and g.y.shape == y.shape and differ(g.x, self._linear[up].x) < _SAME:
                     yield up, gate, None, lambda act, y=y, g=g: act(g.y) * y
 
-    def _placed(self, layer: str, error: float, place: FfnPlace) -> Iterator[Candidate]:
+    def _placed(self, layer: str, place: FfnPlace) -> Iterator[Candidate]:
         """Yield the FFN where experts can take its place."""
         parts = [path for path in (place.up, place.gate, place.down) if path]
         x, y = self._linear[place.up].x, self._linear[place.down].y
@@ -177,7 +184,9 @@ class _Search:
             whole = max(wholes, key=len)
             weights = sum(weight.numel() for weight in self._calls[whole].module.parameters())
             if weights != sum(w.numel() for part in parts for w in self._linear[part].module.parameters()):
-                self.odd.append(f"'{whole}' holds more weights than its projections have: a norm, or a learned activation")
+                self.odd.append(
+                    f"'{whole}' holds more weights than its projections have: a norm, or a learned activation"
+                )
                 return
             place = replace(place, whole=whole)
         elif acts and not place.gated:
@@ -188,7 +197,7 @@ class _Search:
         norms = [p for p in inside if _is_norm(self._calls[p]) and differ(self._calls[p].y, x) < _SAME]
         between, end = self._dropouts(place)
         place = replace(place, norm=norms[0] if norms else None, dropout=f"={end}" if end else None)
-        yield Candidate(layer, _generalized(place), between, self._linear[place.up].times, error)
+        yield Candidate(layer, _generalized(place), between, self._linear[place.up].times)
 
     def _joins(self, path: str, x: torch.Tensor, y: torch.Tensor) -> bool:
         call = self._calls[path]
@@ -219,6 +228,7 @@ def _is_norm(call: Call) -> bool:
 
 def _generalized(place: FfnPlace) -> FfnPlace:
     """Return the place with paths below the layer, and ``{}`` for the layer's numbers."""
+
     def below(path: str | None) -> str | None:
         return None if path is None else path.removeprefix(f"{place.layer}.")
 

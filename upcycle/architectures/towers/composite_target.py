@@ -170,13 +170,15 @@ def check_part(family: Family, part: str) -> None:
         if part in ("auto", "both", *family.parts):
             return
         raise UsageError(
-            f"part: a {family.name} model has no part '{part}'", hint=f"part: {', '.join(family.parts)}, or both (the default)"
+            f"part: a {family.name} model has no part '{part}'",
+            hint=f"part: {', '.join(family.parts)}, or both (the default)",
         )
     if part in ("auto", "language"):
         return
     if isinstance(family, CompositeFamily) and part not in _KEPT:
         raise UsageError(
-            f"part: a {family.name} model has no part '{part}'", hint="leave the key out: the language model is converted"
+            f"part: a {family.name} model has no part '{part}'",
+            hint="leave the key out: the language model is converted",
         )
     if not isinstance(family, CompositeFamily):
         raise UsageError(
