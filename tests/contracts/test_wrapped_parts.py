@@ -19,8 +19,8 @@ import upcycle.models
 from upcycle.errors import RefusalError, UsageError, VerificationError
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.moe_shape import Part
-from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.load import load_model
+from upcycle.models.own.moe_block import MoeBlock
 from upcycle.publishing.model_card import make_card
 from upcycle.registry import load
 from upcycle.report.write_report import write_report

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from upcycle.registry import FAMILIES, WRAPPERS, find
 
-
 SEEDED = ("images", "sounds")  # what is made of a seed alone: a model that reads one of them reads no text
 # Auto classes of a model and its head, where neither its configuration nor what it reads is a causal language model's.
 _READ = {"input_ids": "text", "pixel_values": "images", "input_values": "sounds"}  # by a class's main input
@@ -32,7 +31,7 @@ def is_encoder(config: Any) -> bool:
 
 
 def is_encoder_decoder(config: Any) -> bool:
-    """Return whether a configuration, or the content of its file, is that of an encoder and a decoder, whose logits say what follows."""
+    """Return whether a configuration, or the content of its file, has an encoder, and a decoder with logits of what follows."""
     return reads_of(config) in _WITH_HEAD and not is_encoder(config)
 
 

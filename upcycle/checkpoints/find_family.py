@@ -15,7 +15,6 @@ from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
 from upcycle.registry import DESCRIBED, FAMILIES, TARGETS, WRAPPERS, find, load
 
-
 Tried = Callable[[Mapping[str, Any], str], Family]  # makes a family of a configuration that no family reads
 
 

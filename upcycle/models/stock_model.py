@@ -13,8 +13,8 @@ from upcycle.architectures.stock import build_config, empty_model, load_stock_mo
 from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
 from upcycle.models.experts import use_eager_experts
-from upcycle.models.model_inputs import ModelRun
 from upcycle.models.first_calls import settle_code_paths
+from upcycle.models.model_inputs import ModelRun
 from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
 
 if TYPE_CHECKING:

@@ -200,7 +200,7 @@ def test_planted_ffns_are_told_apart() -> None:
     described, _, _ = _found(normed)  # the norm is outside what experts replace
     assert described.ffns[0].whole is None
     with pytest.raises(
-        RefusalError, match="two FFNs were found in 'layers.0' of a planted model: 'ffn.one' and 'ffn.two'"
+        RefusalError, match=r"two FFNs were found in 'layers\.0' of a planted model: 'ffn\.one' and 'ffn\.two'"
     ):
         _found(_Two())
     with pytest.raises(RefusalError, match="no numbered layer has two projections"):
@@ -262,7 +262,7 @@ def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.undo()
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "architectures": ["MyModel"]}))
-    with pytest.raises(RefusalError, match="'architectures' in config.json names MyModel"):
+    with pytest.raises(RefusalError, match=r"'architectures' in config\.json names MyModel"):
         upcycle.convert(source, tmp_path / "out", **COPIES)
 
 

@@ -16,7 +16,6 @@ from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.described.recorded_calls import Call, differ
 from upcycle.errors import RefusalError
 
-
 _SAME = 1e-5  # relative: fp32, and what is not the same differs by 1e-3 and more
 _NUMBERED = re.compile(r"(.*\.)?\d+(?=\.|$)")
 _NO_HINT = "describe it (docs/develop/describe_a_model.md), or open an issue with its config.json"
@@ -43,7 +42,7 @@ class Finding(NamedTuple):
     """The description of a model, how many FFNs were found, and what was found, in words."""
 
     described: DescribedModel
-    count: int
+    ffns: int
     said: str
 
 
@@ -210,8 +209,8 @@ class _Search:
             return (), 0.0
         y = self._linear[place.down].y
         held = [c for p, c in self._calls.items() if p.startswith(f"{place.whole}.") and hasattr(c.module, "p")]
-        end = [float(call.module.p) for call in held if differ(call.x, y) < _SAME]
-        return tuple(float(c.module.p) for c in held if differ(c.x, y) >= _SAME), max(end, default=0.0)
+        end = [_probability(call) for call in held if differ(call.x, y) < _SAME]
+        return tuple(_probability(c) for c in held if differ(c.x, y) >= _SAME), max(end, default=0.0)
 
 
 def _size(call: Call) -> Any:
@@ -219,6 +218,11 @@ def _size(call: Call) -> Any:
     if not isinstance(call.module, nn.Linear | Conv1D):
         return None
     return (call.y.shape[-1], call.x.shape[-1])
+
+
+def _probability(call: Call) -> float:
+    found: Any = getattr(call.module, "p", 0.0)
+    return float(found)
 
 
 def _is_norm(call: Call) -> bool:
@@ -232,6 +236,8 @@ def _generalized(place: FfnPlace) -> FfnPlace:
     def below(path: str | None) -> str | None:
         return None if path is None else path.removeprefix(f"{place.layer}.")
 
-    parts = {part: below(getattr(place, part)) for part in ("up", "down", "gate", "whole", "act", "norm")}
+    parts: dict[str, Any] = {
+        part: below(getattr(place, part)) for part in ("up", "down", "gate", "whole", "act", "norm")
+    }
     pattern = ".".join("{}" if part.isdigit() else part for part in place.layer.split("."))
     return replace(place, layer=pattern, **parts)

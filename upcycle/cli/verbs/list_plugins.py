@@ -10,7 +10,7 @@ from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import print_json, print_line, print_markdown, print_table
 from upcycle.cli.shared.plugin_tables import LISTED_KINDS, entries, matrix, plugin_table
 from upcycle.errors import UsageError
-from upcycle.registry import DESCRIBED, OWN_TARGETS, load
+from upcycle.registry import DESCRIBED, OWN_TARGETS
 
 
 @click.command("list", short_help="List methods, routers, targets and more")
