@@ -213,7 +213,7 @@ def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, pro
 
 
 def _copies_reader(recipe: Recipe, checkpoint: Checkpoint) -> bool:
-    """Return whether the files of what prepares the input are copied; one that reads images or sounds has no tokenizer to leave out."""
+    """Return whether the files of what prepares the input are copied; one for images or sounds has no tokenizer to leave out."""
     return recipe.tokenizer == "copy" or getattr(getattr(checkpoint, "family", None), "reads", "text") in SEEDED
 
 
