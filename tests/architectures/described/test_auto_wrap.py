@@ -19,7 +19,7 @@ from upcycle.architectures.described.auto_wrap import found_family
 from upcycle.architectures.described.ffn_place import DescribedModel
 from upcycle.architectures.described.find_ffns import find_ffns
 from upcycle.architectures.described.finder import describe
-from upcycle.architectures.described.recorded_calls import recorded
+from upcycle.architectures.described.recorded_calls import recorded_calls
 from upcycle.cli.main import cli
 from upcycle.errors import EnvironmentFault, RefusalError, UsageError, VerificationError
 from upcycle.models.model_inputs import ModelRun
@@ -174,7 +174,7 @@ class _Two(nn.Module):
 
 def _found(*ffns: nn.Module) -> tuple[DescribedModel, int, str]:
     model = _Model(*ffns).eval()
-    calls = recorded(model, {"x": torch.randn(2, 5, 8)})
+    calls = recorded_calls(model, {"x": torch.randn(2, 5, 8)})
     return describe(DescribedModel("planted", "planted", ()), calls, [])
 
 

@@ -72,7 +72,7 @@ def _described(
     import torch
 
     from upcycle.architectures.described.finder import describe
-    from upcycle.architectures.described.recorded_calls import recorded
+    from upcycle.architectures.described.recorded_calls import recorded_calls
 
     config = build_config(raw, where)
     empty = empty_model(config, where)
@@ -88,7 +88,7 @@ def _described(
     seeded = facts.reads in ("images", "sounds")
     ids = torch.arange(_INPUTS)[:, None] if seeded else _tokens(config)
     try:
-        calls = recorded(model, inputs(model, ids))
+        calls = recorded_calls(model, inputs(model, ids))
     except UpcycleError:
         raise
     except Exception as error:  # stock models raise errors of many kinds

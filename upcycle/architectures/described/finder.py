@@ -22,7 +22,7 @@ _NO_HINT = "describe it (docs/develop/describe_a_model.md), or open an issue wit
 
 
 @dataclass(frozen=True)
-class Candidate:
+class WrappableFfn:
     """One FFN that was found: its projections' paths below the base model, and how ``act`` joins them.
 
     Attributes:
@@ -38,7 +38,7 @@ class Candidate:
     times: int
 
 
-class Finding(NamedTuple):
+class FoundFfns(NamedTuple):
     """The description of a model, how many FFNs were found, and what was found, in words."""
 
     described: DescribedModel
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
     said: str
 
 
-def describe(facts: DescribedModel, calls: dict[str, Call], preferred: list[str]) -> Finding:
+def describe(facts: DescribedModel, calls: dict[str, Call], preferred: list[str]) -> FoundFfns:
     """Describe the FFNs of a model.
 
     Args:
@@ -66,7 +66,7 @@ def describe(facts: DescribedModel, calls: dict[str, Call], preferred: list[str]
             or "no numbered layer has two projections that lead there and back"
         )
         raise RefusalError(f"no FFN was found in a {name} model: {near}", hint=_NO_HINT)
-    by_layer: dict[str, Candidate] = {}
+    by_layer: dict[str, WrappableFfn] = {}
     for one in found:
         if (other := by_layer.setdefault(one.layer, one)) is not one:
             raise RefusalError(
@@ -82,14 +82,14 @@ def describe(facts: DescribedModel, calls: dict[str, Call], preferred: list[str]
     described = replace(facts, ffns=places, uncalibrated="only its FFNs were found, and not how its layers are run")
     untouched = sorted(set(search.near) - set(by_layer))
     rest = f"; nothing was found in {len(untouched)} layers: {search.near[untouched[0]]}" if untouched else ""
-    return Finding(described, len(found), _said(found, described) + rest)
+    return FoundFfns(described, len(found), _said(found, described) + rest)
 
 
-def _first(found: Candidate) -> str:
+def _first(found: WrappableFfn) -> str:
     return found.place.replaced[0]
 
 
-def _said(found: list[Candidate], described: DescribedModel) -> str:
+def _said(found: list[WrappableFfn], described: DescribedModel) -> str:
     kinds = []
     for place in described.ffns:
         own = [one for one in found if one.place == place]
@@ -119,7 +119,7 @@ class _Search:
         self._acts = {name: ACT2FN[name] for name in names if name not in ("linear", "xielu")}
         self._linear = {path: call for path, call in calls.items() if _size(call) is not None}
 
-    def candidates(self) -> Iterator[Candidate]:
+    def candidates(self) -> Iterator[WrappableFfn]:
         """Yield every FFN."""
         layers: dict[str, list[str]] = {}
         for path in self._linear:
@@ -129,7 +129,7 @@ class _Search:
             for down in paths:
                 yield from self._with_down(layer, down, paths)
 
-    def _with_down(self, layer: str, down: str, paths: list[str]) -> Iterator[Candidate]:
+    def _with_down(self, layer: str, down: str, paths: list[str]) -> Iterator[WrappableFfn]:
         hidden, width = _size(self._linear[down])
         ups = [p for p in paths if p != down and _size(self._linear[p]) in ((width, hidden), (2 * width, hidden))]
         best: tuple[float, FfnPlace] | None = None
@@ -166,7 +166,7 @@ class _Search:
                 if gate != up and g.y.shape == y.shape and differ(g.x, self._linear[up].x) < _SAME:
                     yield up, gate, None, lambda act, y=y, g=g: act(g.y) * y
 
-    def _placed(self, layer: str, place: FfnPlace) -> Iterator[Candidate]:
+    def _placed(self, layer: str, place: FfnPlace) -> Iterator[WrappableFfn]:
         """Yield the FFN where experts can take its place."""
         parts = [path for path in (place.up, place.gate, place.down) if path]
         x, y = self._linear[place.up].x, self._linear[place.down].y
@@ -196,7 +196,7 @@ class _Search:
         norms = [p for p in inside if _is_norm(self._calls[p]) and differ(self._calls[p].y, x) < _SAME]
         between, end = self._dropouts(place)
         place = replace(place, norm=norms[0] if norms else None, dropout=f"={end}" if end else None)
-        yield Candidate(layer, _generalized(place), between, self._linear[place.up].times)
+        yield WrappableFfn(layer, _generalized(place), between, self._linear[place.up].times)
 
     def _joins(self, path: str, x: torch.Tensor, y: torch.Tensor) -> bool:
         call = self._calls[path]

@@ -21,7 +21,7 @@ class Call:
     times: int = 1
 
 
-def recorded(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Call]:
+def recorded_calls(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Call]:
     """Return the calls of all modules below the base model that map one tensor to one tensor, by path.
 
     Args:
