@@ -43,6 +43,7 @@ _T5 = {"d_model": D, "d_ff": F, "num_layers": 2, "num_heads": 4, "d_kv": 8, "dec
 _SOUND = {
     **_PLAIN, "conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [16, 20], "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 96, "mask_time_length": 2,
+    "layerdrop": 0.0,
 }  # fmt: skip
 _CLIP = {
     "text_config": {**_TEXT, "eos_token_id": 95, "projection_size": D},
@@ -213,13 +214,16 @@ def wrapped(
         experts: how many, if not ``pieces``.
         rule: of routing; default: all at equal weight.
         shared: neurons, the first ones, of the shared expert.
-        widths: of the experts, which are then cut so.
+        widths: of the experts, which are then cut so, or where an FFN is wider, in proportion.
         bias_of: ``down``: every expert has the second projection's bias; ``output``: it is added once.
     """
     found = find_ffns(dense, load("described", dense.config.model_type))
     replaced = []
     for ffn in found:
-        cut = widths or ((ffn.width - shared) // pieces,) * (experts if pieces == 1 else pieces)
+        unit = ffn.width // sum(widths or (ffn.width,))
+        cut = tuple(unit * width for width in widths or ()) or ((ffn.width - shared) // pieces,) * (
+            experts if pieces == 1 else pieces
+        )
         biases = {bias_of if part == "down" else part for part in ffn.biases}
         replaced.append(
             ReplacedFfn(
