@@ -210,7 +210,7 @@ def load(kind: str, name: str) -> Any:
 
 def find(kind: str, name: str) -> Any | None:
     """Return the same class, or None when nothing has that name: for models that need not be anybody's plug-in."""
-    if kind == "described" and name in FOUND:
+    if kind == "described" and name in FOUND and name not in DESCRIBED:
         return FOUND[name]
     return load(kind, name) if name in KINDS[kind] else None
 
