@@ -139,23 +139,38 @@ DESCRIBED = {  # dense architectures that are described by their FFNs alone, for
     "falcon": "upcycle.architectures.described.decoders:FALCON",
     "gemma2": "upcycle.architectures.described.decoders:GEMMA2",
     "olmo3": "upcycle.architectures.described.decoders:OLMO3",
+    "apertus": "upcycle.architectures.described.decoders:APERTUS",
     "bert": "upcycle.architectures.described.encoders:BERT",
     "roberta": "upcycle.architectures.described.encoders:ROBERTA",
     "xlm-roberta": "upcycle.architectures.described.encoders:XLM_ROBERTA",
     "electra": "upcycle.architectures.described.encoders:ELECTRA",
     "mpnet": "upcycle.architectures.described.encoders:MPNET",
+    "deberta": "upcycle.architectures.described.encoders:DEBERTA",
+    "deberta-v2": "upcycle.architectures.described.encoders:DEBERTA_V2",
     "distilbert": "upcycle.architectures.described.encoders:DISTILBERT",
     "albert": "upcycle.architectures.described.encoders:ALBERT",
     "modernbert": "upcycle.architectures.described.encoders:MODERNBERT",
     "t5": "upcycle.architectures.described.encoder_decoders:T5_MODELS",
+    "mt5": "upcycle.architectures.described.encoder_decoders:MT5",
+    "umt5": "upcycle.architectures.described.encoder_decoders:UMT5",
     "bart": "upcycle.architectures.described.encoder_decoders:BART",
+    "mbart": "upcycle.architectures.described.encoder_decoders:MBART",
+    "pegasus": "upcycle.architectures.described.encoder_decoders:PEGASUS",
+    "marian": "upcycle.architectures.described.encoder_decoders:MARIAN",
     "whisper": "upcycle.architectures.described.encoder_decoders:WHISPER",
     "vit": "upcycle.architectures.described.vision:VIT",
     "deit": "upcycle.architectures.described.vision:DEIT",
     "dinov2": "upcycle.architectures.described.vision:DINOV2",
+    "dinov3_vit": "upcycle.architectures.described.vision:DINOV3",
+    "dinov3_convnext": "upcycle.architectures.described.vision:DINOV3_CONVNEXT",
+    "swin": "upcycle.architectures.described.vision:SWIN",
+    "convnext": "upcycle.architectures.described.vision:CONVNEXT",
     "clip": "upcycle.architectures.described.vision:CLIP",
     "siglip": "upcycle.architectures.described.vision:SIGLIP",
+    "wav2vec2": "upcycle.architectures.described.sounds:WAV2VEC2",
+    "hubert": "upcycle.architectures.described.sounds:HUBERT",
 }
+FOUND: dict[str, Any] = {}  # descriptions that this process has found out, as --family auto-wrap asks for
 # Targets that are classes of upcycle's own; every family may name them.
 OWN_TARGETS = {"upcycle_moe": "upcycle.architectures.moe.wrapper:UpcycleMoe"}
 LOSSES = {
@@ -195,6 +210,8 @@ def load(kind: str, name: str) -> Any:
 
 def find(kind: str, name: str) -> Any | None:
     """Return the same class, or None when nothing has that name: for models that need not be anybody's plug-in."""
+    if kind == "described" and name in FOUND and name not in DESCRIBED:
+        return FOUND[name]
     return load(kind, name) if name in KINDS[kind] else None
 
 

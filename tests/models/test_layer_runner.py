@@ -46,7 +46,7 @@ def test_layers_run_alone_as_in_the_stock_model(name: str, tmp_path: Path) -> No
             following = runner.whole(index, states)
         assert relative_error(x, seen[0].reshape(x.shape)) < ROUNDING
         assert relative_error(output, seen[1].reshape(x.shape)) < ROUNDING
-        if checkpoint.family.uncalibrated is None:
+        if checkpoint.family.uncalibrated is None or name == "apertus":  # whose activation is why
             assert relative_error(residual + output, following) < ROUNDING
         else:
             assert relative_error(residual + output, following) > 1e-2  # which is why

@@ -14,6 +14,7 @@ from torch import nn
 
 import upcycle.models  # noqa: F401
 from upcycle.architectures.described.find_ffns import FoundFfn, find_ffns
+from upcycle.architectures.stock_classes import may_be_missing
 from upcycle.models.own.configuration import wrapped_config
 from upcycle.models.own.modeling import wrapped_model_class
 from upcycle.models.own.replaced_ffn import ReplacedFfn
@@ -39,7 +40,16 @@ _TOWERS = {
 }  # fmt: skip
 _IMAGE = {**_PLAIN, "image_size": 8, "patch_size": 4}
 _T5 = {"d_model": D, "d_ff": F, "num_layers": 2, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 2, **_N}
-_CLIP = {"text_config": {**_TEXT, "eos_token_id": 95}, "vision_config": _IMAGE, "projection_dim": D}
+_SOUND = {
+    **_PLAIN, "conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [16, 20], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 96, "mask_time_length": 2,
+    "layerdrop": 0.0,
+}  # fmt: skip
+_CLIP = {
+    "text_config": {**_TEXT, "eos_token_id": 95, "projection_size": D},
+    "vision_config": _IMAGE,
+    "projection_dim": D,
+}
 # name -> (model_type, Auto class, configuration)
 SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "CausalLM", {"n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": F, **_N}),
@@ -94,9 +104,39 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_TOWERS, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32, "suppress_tokens": None,
          "begin_suppress_tokens": None},
     ),
+    "deberta": ("deberta", "MaskedLM", {**_TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "deberta-v2": (
+        "deberta-v2",
+        "MaskedLM",
+        {**_TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    ),
+    "mt5": ("mt5", "Seq2SeqLM", {**_T5, "tie_word_embeddings": False}),
+    "umt5": ("umt5", "Seq2SeqLM", _T5),
+    "t5-encoder": ("t5", "TextEncoding", _T5),
+    "mbart": ("mbart", "Seq2SeqLM", {**_TOWERS, "forced_eos_token_id": None}),
+    "pegasus": ("pegasus", "Seq2SeqLM", {**_TOWERS, "forced_eos_token_id": None}),
+    "marian": ("marian", "Seq2SeqLM", {**_TOWERS, "forced_eos_token_id": None, "decoder_vocab_size": 96}),
+    "apertus": ("apertus", "CausalLM", {**_TEXT, "num_key_value_heads": 2}),
     "vit": ("vit", "ImageClassification", _IMAGE),
     "deit": ("deit", "ImageClassification", {**_IMAGE, "architectures": ["DeiTForImageClassification"]}),
     "dinov2": ("dinov2", "ImageClassification", {**_IMAGE, "mlp_ratio": 2}),
+    "dinov3": ("dinov3_vit", "Model", {**_IMAGE, "num_register_tokens": 2}),
+    "dinov3-gated": ("dinov3_vit", "Model", {**_IMAGE, "use_gated_mlp": True, "hidden_act": "silu"}),
+    "dinov3-convnext": ("dinov3_convnext", "Model", {"image_size": 32, "hidden_sizes": [D, 2 * D], "depths": [1, 2]}),
+    "swin": (
+        "swin",
+        "ImageClassification",
+        {"image_size": 16, "patch_size": 2, "embed_dim": D, "depths": [1, 2], "num_heads": [2, 4], "window_size": 2,
+         "mlp_ratio": 2.0},
+    ),
+    "convnext": (
+        "convnext",
+        "ImageClassification",
+        {"image_size": 32, "hidden_sizes": [D, 2 * D], "depths": [1, 2], "num_stages": 2},
+    ),
+    "wav2vec2": ("wav2vec2", "Model", _SOUND),
+    "wav2vec2-stable": ("wav2vec2", "Model", {**_SOUND, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "hubert": ("hubert", "Model", _SOUND),
     "clip": ("clip", "Model", _CLIP),
     "siglip": ("siglip", "Model", _CLIP),
 }  # fmt: skip
@@ -114,8 +154,11 @@ def small_model(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = auto_class(name).from_config(transformers.AutoConfig.for_model(model_type, **{**settings, **changes}))
     generator = torch.Generator().manual_seed(1)
+    computed = may_be_missing(model)
     with torch.no_grad():
         for key, weight in model.named_parameters():
+            if computed.search(key):
+                continue
             near_one = any(word in key.lower() for word in ("norm", "ln_", "layrnorm")) and key.endswith("weight")
             drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.3 * drawn if near_one else 0.15 * drawn)
@@ -125,16 +168,20 @@ def small_model(name: str, **changes: Any) -> Any:
 def inputs_of(name: str, length: int = 9) -> dict[str, Any]:
     """What a small model reads."""
     generator = torch.Generator().manual_seed(2)
+    model_type, kind, settings = SMALL[name]
     ids = torch.randint(5, 94, (2, length), generator=generator)
-    pixels = torch.randn(2, 3, 8, 8, generator=generator)
-    match SMALL[name][1], name:
-        case ("ImageClassification", _):
+    side = settings.get("image_size", 8)
+    pixels = torch.randn(2, 3, side, side, generator=generator)
+    match load("described", model_type).reads, kind:
+        case "images", _:
             return {"pixel_values": pixels}
-        case (_, "clip" | "siglip"):
+        case "sounds", _:
+            return {"input_values": torch.randn(2, 4000, generator=generator)}
+        case "images and text", _:
             return {"input_ids": ids, "pixel_values": pixels}
-        case (_, "whisper"):
+        case "speech", _:
             return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": ids}
-        case ("Seq2SeqLM", _):
+        case "pairs", "Seq2SeqLM":
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
         case _:
             return {"input_ids": ids}
@@ -144,7 +191,10 @@ def output_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Logits, or what the text and image towers together give."""
     with torch.no_grad():
         made = model(**inputs)
-    return made.logits if "logits" in made else torch.cat([made.text_embeds, made.image_embeds])
+    if "logits" in made:
+        logits: torch.Tensor = made.logits
+        return logits
+    return torch.cat([made.text_embeds, made.image_embeds]) if "text_embeds" in made else made.last_hidden_state
 
 
 def wrapped(
@@ -164,13 +214,16 @@ def wrapped(
         experts: how many, if not ``pieces``.
         rule: of routing; default: all at equal weight.
         shared: neurons, the first ones, of the shared expert.
-        widths: of the experts, which are then cut so.
+        widths: of the experts, which are then cut so, or where an FFN is wider, in proportion.
         bias_of: ``down``: every expert has the second projection's bias; ``output``: it is added once.
     """
     found = find_ffns(dense, load("described", dense.config.model_type))
     replaced = []
     for ffn in found:
-        cut = widths or ((ffn.width - shared) // pieces,) * (experts if pieces == 1 else pieces)
+        unit = ffn.width // sum(widths or (ffn.width,))
+        cut = tuple(unit * width for width in widths or ()) or ((ffn.width - shared) // pieces,) * (
+            experts if pieces == 1 else pieces
+        )
         biases = {bias_of if part == "down" else part for part in ffn.biases}
         replaced.append(
             ReplacedFfn(
@@ -190,6 +243,7 @@ def wrapped(
     model = wrapped_model_class(type(dense), type(config))(config).eval()
     _, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     gone = {f"{_prefix(dense)}{ffn.path(part)}." for ffn in found for part in ("gate", "up", "down")}
+    gone |= {f"{_prefix(dense)}{ffn.layer}.{ffn.place.learned}." for ffn in found if ffn.place.learned}
     assert all(name.startswith(tuple(gone)) for name in unexpected)
     for ffn, entry in zip(found, replaced, strict=True):
         _fill(model.base_model.get_submodule(ffn.replaced[0]), dense.base_model, ffn, entry, pieces == 1 and not widths)
@@ -227,6 +281,8 @@ def _fill(block: Any, base: Any, ffn: FoundFfn, entry: ReplacedFfn, copies: bool
         assert len(biases[-1]) == len(zero) * len(parts)
         downs.append(scale * weights["down"][:, some].T)
     experts = block.experts
+    if ffn.place.learned:
+        experts.act.load_state_dict(base.get_submodule(f"{ffn.layer}.{ffn.place.learned}").state_dict())
     (experts.gate_up if entry.gated else experts.up).copy_(torch.cat(ups))
     experts.down.copy_(torch.cat(downs))
     if experts.up_bias is not None:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from upcycle.architectures.module_paths import module_paths_of, text_config
+from upcycle.architectures.module_paths import module_paths_in, text_config
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.models.experts import has_experts
@@ -180,7 +180,7 @@ def sampling_noise(layer: MoeLayer) -> float:
 
 def _places(model: nn.Module, target: Target) -> list[RouterPlace]:
     found = []
-    paths = module_paths_of(model.config)
+    paths = module_paths_in(model)
     for index, layer in enumerate(paths.layers_in(model)):
         blocks = paths.blocks_in(layer)
         if blocks and hasattr(blocks[0], "experts"):

@@ -56,12 +56,24 @@ _OTHER_QUERIES = {
 
 
 @dataclass(frozen=True)
+class FfnSize:
+    """What :class:`DenseConfig` says of one layer's FFN."""
+
+    hidden_size: int
+    intermediate_size: int
+    hidden_act: str
+    mlp_bias: bool
+    mlp_gated: bool
+
+
+@dataclass(frozen=True)
 class DenseConfig:
     """Holds a dense model's ``config.json``, read out with the defaults of its stock transformers class.
 
     The four multipliers apply to embeddings, to attention scores (None: one over the square root of the head size), to what a
     block adds to the stream, and to logits. ``special`` are features of the block that only related architectures have, and
     ``extra`` the configuration keys that come with them. ``raw`` is the file's content, for a target that keeps all of it.
+    Where FFNs are not all of one size and form, ``ffns`` has those of every layer, and the other fields those of the first.
     """
 
     family: str
@@ -97,6 +109,11 @@ class DenseConfig:
     special: frozenset[Feature] = frozenset()
     extra: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    ffns: tuple[FfnSize, ...] = ()
+
+    def at(self, layer: int) -> DenseConfig:
+        """Return the configuration with the sizes and form of one layer's FFN."""
+        return replace(self, ffns=(), **vars(self.ffns[layer])) if self.ffns else self
 
     @property
     def attention_scale(self) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.folder_contents import shortened
-from upcycle.registry import find
+from upcycle.registry import FAMILIES, find
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -141,6 +142,18 @@ class ModulePaths:
         """
         return _submodule(model, self.layers)
 
+    def found_in(self, model: Any) -> ModulePaths:
+        """Return these paths with what a model tells of them: for most architectures, its configuration tells all."""
+        return self
+
+    def first_in(self, index: int) -> str:
+        """Return the first module of the FFN of one layer, below the layer."""
+        return self.block
+
+    def ends_in(self, index: int) -> str | None:
+        """Return the module whose output is the FFN's, where that is another one."""
+        return self.ends
+
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
         """Return those of ``blocks`` that a layer has."""
         held = dict(layer.named_modules())
@@ -154,6 +167,106 @@ def _submodule(model: Any, path: str) -> Any:
         raise UsageError(
             f"a {model.config.model_type} model has no '{path}': this version does not know where it keeps its layers"
         ) from None
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Says where layers are, below the base model, and which of their modules are the FFN.
+
+    Attributes:
+        layer: the path of a layer; in a description with ``{}`` for its number.
+        first: the module whose place experts take, below the layer.
+        ends: the module whose output is the FFN's, where that is another one.
+    """
+
+    layer: str
+    first: str
+    ends: str | None = None
+
+
+@dataclass(frozen=True)
+class ListedPaths(ModulePaths):
+    """Numbers all layers through, in the order of ``places``. Only :meth:`found_in` a model is known how many there are.
+
+    Args:
+        places: patterns of layers, and in what :meth:`found_in` returns, the layers, below the whole model.
+        known: whether ``places`` are layers.
+    """
+
+    body: str = ""
+    places: tuple[LayerPlace, ...] = ()
+    known: bool = False
+
+    def found_in(self, model: Any) -> ListedPaths:
+        """Return the paths of a model, with its FFNs or with experts in their place."""
+        base = model.base_model
+        prefix = f"{model.base_model_prefix}." if base is not model else ""
+        found: dict[str, LayerPlace] = {}
+        for place in self.places:
+            for path in numbered(base, place.layer):
+                if submodule(base, f"{path}.{place.first}") is not None:
+                    found.setdefault(path, replace(place, layer=f"{prefix}{path}"))
+        places = tuple(found.values())
+        blocks = tuple(dict.fromkeys(place.first for place in places))
+        return replace(self, body=prefix[:-1], blocks=blocks, places=places, known=True)
+
+    def layer(self, index: int) -> str:
+        """Return the path of one layer."""
+        return self.places[index].layer
+
+    def block_of(self, index: int, which: int = 0) -> str:
+        """Return the path of the module whose place experts take."""
+        return f"{self.layer(index)}.{self.places[index].first}"
+
+    def first_in(self, index: int) -> str:
+        """See :class:`~upcycle.architectures.module_paths.ModulePaths`."""
+        return self.places[index].first
+
+    def ends_in(self, index: int) -> str | None:
+        """See :class:`~upcycle.architectures.module_paths.ModulePaths`."""
+        return self.places[index].ends
+
+    def layer_of(self, name: str) -> int | None:
+        """Return the index of the layer that a tensor or module belongs to; None outside the layers."""
+        head = name
+        while head:
+            head = head.rpartition(".")[0]
+            if head in self._numbers:
+                return self._numbers[head]
+        return None
+
+    def has(self, name: str) -> bool:
+        """Return True: nothing of such a model is another part."""
+        return True
+
+    def layers_in(self, model: Any) -> Any:
+        """Return the layers, in their order."""
+        return [model.get_submodule(place.layer) for place in self.places]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {place.layer: index for index, place in enumerate(self.places)} if self.known else {}
+
+
+def numbered(base: Any, pattern: str) -> Iterator[str]:
+    """Yield the paths of the modules that a pattern with ``{}`` for numbers names, from 0 up to the first that is missing."""
+    head, braces, tail = pattern.partition("{}")
+    if not braces:
+        if submodule(base, pattern) is not None:
+            yield pattern
+        return
+    for i in count():
+        if submodule(base, f"{head}{i}") is None:
+            return
+        yield from numbered(base, f"{head}{i}{tail}")
+
+
+def submodule(base: Any, path: str) -> Any | None:
+    """Return a module below another one, or None."""
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def check_layers(layers: int, specs: Mapping[str, TensorSpec], paths: ModulePaths, where: str) -> None:
@@ -222,7 +335,8 @@ def find_module_paths(model_type: str) -> ModulePaths:
             found: ModulePaths = architecture.module_paths
             return found
     described = find("described", model_type)
-    return ModulePaths() if described is None or described.paths is None else described.paths
+    paths: ModulePaths = ModulePaths() if described is None else described.module_paths
+    return paths
 
 
 def text_config(config: Any) -> Any:
@@ -240,10 +354,28 @@ def module_paths_of(config: Any) -> ModulePaths:
     if wrapper is not None:
         return find_module_paths(text_config(config).model_type).inside(wrapper.body)
     base = getattr(config, "base_model_type", None) or config.model_type
-    paths = find_module_paths(base)
     described = find("described", base)
-    if described is None or not described.encoder:
+    if described is None and base != config.model_type and base not in FAMILIES:
+        return _replaced(config.replaced_ffns)
+    paths = find_module_paths(base)
+    if described is None or not described.encoder or described.paths is None:
         return paths
     from upcycle.architectures.stock_auto import class_name
 
     return paths.without_prefix() if class_name(config).endswith("Model") else paths
+
+
+def module_paths_in(model: Any) -> ModulePaths:
+    """Return the same for a stock model in memory (or on the meta device), which tells how many layers it has."""
+    return module_paths_of(model.config).found_in(model)
+
+
+def _replaced(entries: list[dict[str, Any]]) -> ListedPaths:
+    """Return the paths of the layers that have experts, of a model whose FFNs nobody described, by ``replaced_ffns``."""
+    places = []
+    for modules in (modules for entry in entries for modules in entry["paths"]):
+        numbered_part = re.match(r"(.*\.)?\d+(?=\.)", modules[0].rpartition(".")[0] + ".")
+        layer = numbered_part[0] if numbered_part else modules[0].rpartition(".")[0]
+        below = [path.removeprefix(f"{layer}.") for path in modules]
+        places.append(LayerPlace(layer, below[0], below[-1] if len(below) > 1 else None))
+    return ListedPaths(places=tuple(places))

@@ -26,20 +26,6 @@ _MOES = (
     *TARGETS,
 )
 
-_ENCODERS = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "distilbert",
-    "deberta",
-    "deberta-v2",
-    "electra",
-    "albert",
-    "modernbert",
-    "t5gemma",
-)
-_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper", "m2m_100", "led")
-
 REASONS = {
     "gpt2": _NO_ROPE_BLOCK,
     "gpt_neo": _NO_ROPE_BLOCK,
@@ -57,8 +43,7 @@ REASONS = {
     "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
     "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
     "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
-    **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
-    **dict.fromkeys(_ENCODER_DECODERS, "it is an encoder-decoder, not a causal language model"),
+    "convnextv2": "it norms inside its FFN (over the whole image), and no expert that reads a part of the tokens can",
     **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),
 }
 

@@ -60,3 +60,9 @@ def not_loaded(model: Any) -> re.Pattern[str]:
     """Return what matches the names of tensors that a class leaves out when it loads, as it says, and of old files' buffers."""
     said = model._keys_to_ignore_on_load_unexpected or ()
     return re.compile("|".join(f"({pattern})" for pattern in (*said, *_BUFFERS)))
+
+
+def may_be_missing(model: Any) -> re.Pattern[str]:
+    """Return what matches the names of tensors that a class computes where files do not hold them, as it says: sinusoids, zeros."""
+    said = model._keys_to_ignore_on_load_missing or ()
+    return re.compile("|".join(f"({pattern})" for pattern in said) or r"(?!)")

@@ -28,7 +28,7 @@ def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = N
 
     It depends on the recipe, the seed, this layer and its calibration tokens alone, so that a resumed run decides the same.
     """
-    seed, shape = job.recipe.seed, job.shape
+    seed, shape = job.recipe.seed, job.shape.at(ffn.layer)
     blueprint = job.method.blueprint(ffn, shape, job.scale, generator(seed, ffn.layer, "method"), activations)
     draws = blueprint.draws
     if draws is not None and draws.rule == "initializer" and draws.std is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.tensor_origin import Origin
-from upcycle.checkpoints.find_family import family_of
+from upcycle.checkpoints.find_family import Tried, family_of
 from upcycle.checkpoints.tensor_store import RenamedStore, TensorStore
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.block_fp8 import tensors_of
@@ -208,7 +208,8 @@ class DenseCheckpoint(Checkpoint):
         RefusalError: the family is not supported; the message says why.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, tried: Tried | None = None) -> None:
+        self._tried = tried
         super().__init__(source)
         where = source.path if source.path.is_file() else source.path / CONFIG
         config = self.family.config(self.raw_config, str(where))
@@ -216,8 +217,19 @@ class DenseCheckpoint(Checkpoint):
         self.family.check(self.config, self.store.specs, str(source.path), self.raw_config)
         self._longest_embedding: float | None = None
 
+    @classmethod
+    def open(cls, source: str, revision: str | None = None, tried: Tried | None = None) -> Self:
+        """Open the source that the user named; see :meth:`Checkpoint.open`.
+
+        Args:
+            source: a folder, a ``.gguf`` file, a hub id or ``demo``.
+            revision: of the hub.
+            tried: reads the configuration of a model that nobody described.
+        """
+        return cls(locate(source, revision), tried)
+
     def _identify(self) -> None:
-        self.family: Family = family_of(self.raw_config, str(self.source.path))
+        self.family: Family = family_of(self.raw_config, str(self.source.path), self._tried)
         self._spelling: dict[str, str] = {}  # the stored names of tensors that have other names here
 
     @property
@@ -247,7 +259,7 @@ class DenseCheckpoint(Checkpoint):
         if "norm" not in tensors:
             tensors["norm"] = self._stream_bound(layer, dtype)
         gate = tensors.pop("gate", None)
-        return FeedForward(layer=layer, gate=gate, activation=self.config.hidden_act, **tensors)
+        return FeedForward(layer=layer, gate=gate, activation=self.config.at(layer).hidden_act, **tensors)
 
     def expert_matrices(self, layer: int, dtype: str = "keep") -> Callable[[int, str], torch.Tensor] | None:
         """Return a function that reads a matrix (``gate``, ``up`` or ``down``) of a source's FFN; None with a single source."""
@@ -268,7 +280,7 @@ class DenseCheckpoint(Checkpoint):
         bound = self._longest_embedding * self.config.embedding_multiplier / math.sqrt(self.config.hidden_size)
         for norm in self.family.norms_below(layer):
             bound += self.whole(self.family.origin(self.config, norm), dtype).abs().max().item()
-        return torch.full((self.config.hidden_size,), bound)
+        return torch.full((self.config.at(layer).hidden_size,), bound)
 
 
 def untied(raw_config: Mapping[str, Any]) -> dict[str, Any]:

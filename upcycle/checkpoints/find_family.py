@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.described.family import DescribedFamily
-from upcycle.architectures.refused import reason, text_model
+from upcycle.architectures.refused import REASONS, reason, text_model
 from upcycle.architectures.stored_moe import MOES
 from upcycle.architectures.towers.composite import composite_family
 from upcycle.errors import RefusalError
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
-from upcycle.registry import FAMILIES, WRAPPERS, find, load
+from upcycle.registry import DESCRIBED, FAMILIES, TARGETS, WRAPPERS, find, load
+
+Tried = Callable[[Mapping[str, Any], str], Family]  # makes a family of a configuration that no family reads
 
 
-def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
-    """Return the registered family of a configuration.
+def family_of(raw_config: Mapping[str, Any], where: str, tried: Tried | None = None) -> Family:
+    """Return the registered family of a configuration; of one that nobody described, what ``tried`` makes of it.
 
     Raises:
         RefusalError: there is none; the message says why.
@@ -25,15 +27,19 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     name = model_type(raw_config, where)
     if name in WRAPPERS:
         return composite_family(raw_config, where)
-    described = find("described", name)
-    if described is not None and described.paths is not None and not _held(name, raw_config, where):
+    described = find("described", name) if name in DESCRIBED else None
+    if described is not None and not _held(name, raw_config, where):
         return DescribedFamily(described)
+    if name not in FAMILIES and tried is not None and name not in (*MOES, *TARGETS):
+        return tried(raw_config, where)
     if name not in FAMILIES:
         hint = f"dense families: {', '.join(FAMILIES)}"
         if inner := text_model(raw_config):
             hint = f"save only its text model ({inner}), with that model's config.json and tensor names that begin with model."
         elif name in MOES:
             hint = "--method expert_upcycling gives it more experts"
+        elif name not in REASONS:
+            hint = f"--family auto-wrap tries to find its FFNs, and wraps it where it does; {hint}"
         raise RefusalError(f"cannot convert a '{shortened(name)}' model: {reason(name, inner)}", hint=hint)
     family: Family = load("family", name)()
     return family

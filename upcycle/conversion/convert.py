@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.clean_settings import clean_config
+from upcycle.architectures.stock_auto import SEEDED
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
@@ -212,8 +213,8 @@ def _write_weights(job: ConversionJob, checkpoint: Checkpoint, folder: Path, pro
 
 
 def _copies_reader(recipe: Recipe, checkpoint: Checkpoint) -> bool:
-    """Return whether the files of what prepares the input are copied; a model that reads images has no tokenizer to leave out."""
-    return recipe.tokenizer == "copy" or bool(getattr(getattr(checkpoint, "family", None), "reads_images", False))
+    """Return whether the files of what prepares the input are copied; one for images or sounds has no tokenizer to leave out."""
+    return recipe.tokenizer == "copy" or getattr(getattr(checkpoint, "family", None), "reads", "text") in SEEDED
 
 
 def _write_companions(job: ConversionJob, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ class ExpertConversion(ExpertJob):
         saved, shape = BlueprintFile(blueprint), self.shape
         for layer in shape.moe_layers:
             numbers = saved.shape(layer) if layer in saved.layers else None
-            wanted = (shape.experts, shape.shared, shape.expert_size)
+            wanted = (shape.experts, shape.shared, shape.at(layer).expert_size)
             if numbers != wanted:
                 raise UsageError(
                     f"{blueprint}: layer {layer} has (experts, shared, neurons each) = {numbers}, the recipe needs {wanted}",

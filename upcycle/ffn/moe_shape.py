@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from upcycle.ffn.form import FfnForm
@@ -62,3 +62,13 @@ class MoeShape:
     moe_layers: tuple[int, ...]
     normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
     form: FfnForm = field(default_factory=FfnForm)  # of the dense FFN, and so of every expert
+    sizes: tuple[
+        tuple[int, FfnForm], ...
+    ] = ()  # of every layer, where layers differ; the fields above are the first one's
+
+    def at(self, layer: int) -> MoeShape:
+        """Return the numbers of one layer."""
+        if not self.sizes:
+            return self
+        size, form = self.sizes[layer]
+        return replace(self, expert_size=size, form=form, sizes=())

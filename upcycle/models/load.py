@@ -9,7 +9,7 @@ import torch
 
 from upcycle.architectures import stock
 from upcycle.architectures.clean_settings import CONFIG, clean_file
-from upcycle.architectures.stock_auto import is_encoder
+from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
 from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
@@ -52,6 +52,11 @@ def load_model(
         raise UsageError(
             f"{source} is an encoder: it writes no text, and has no perplexity",
             hint="upcycle verify compares its hidden states; transformers' AutoModel loads it after `import upcycle.models`",
+        )
+    if path.is_dir() and is_encoder_decoder(clean_file(path / CONFIG)):
+        raise UsageError(
+            f"{source} has an encoder and a decoder: this command runs models that continue one text",
+            hint="upcycle verify compares its logits; transformers loads it after `import upcycle.models`, and generates",
         )
     if path.is_file():
         dtype = torch.float32

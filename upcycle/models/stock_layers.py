@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from upcycle.architectures.clean_settings import clean_file
-from upcycle.architectures.module_paths import ModulePaths, module_paths_of
+from upcycle.architectures.module_paths import ModulePaths, module_paths_in
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model, quiet_transformers
-from upcycle.architectures.stock_classes import stock_name_of
+from upcycle.architectures.stock_classes import may_be_missing, stock_name_of
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.block_fp8 import BlockFp8Folder, tensors_of
 from upcycle.files.formats.tensor_files import read_config
@@ -63,6 +63,7 @@ class FolderLayers:
         if not outside:
             return
         missing = self._read(None)
+        _compute_missing(self.model)
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         empty = [name for name, weight in _weights(self.model, None) if weight.is_meta]
         if empty:
@@ -264,13 +265,15 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
 def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
     """Return the stored names by the layer that transformers puts them in; None: outside the layers."""
     found: dict[int | None, list[str]] = {}
+    paths = _paths(model)
     for name, renamed in stock_name_of(model, stored).items():
-        found.setdefault(_paths(model).layer_of(renamed), []).append(name)
+        found.setdefault(paths.layer_of(renamed), []).append(name)
     return found
 
 
 def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
-    """Return the names of weights that transformers finds neither under a stored name nor tied to another weight.
+    """Return the names of weights that transformers finds neither under a stored name nor tied to another weight,
+    and that the class does not compute.
 
     The list is empty where transformers has a rule that makes several weights of one tensor: names do not tell which it makes.
     """
@@ -284,15 +287,30 @@ def weights_not_found(model: Any, stored: Iterable[str]) -> list[str]:
     found |= {one for one, other in tied.items() if other in found} | {
         other for one, other in tied.items() if one in found
     }
-    return [name for name in model.state_dict() if name not in found]
+    computed = may_be_missing(model)
+    return [name for name in model.state_dict() if name not in found and not computed.search(name)]
 
 
 def _paths(model: Any) -> ModulePaths:
-    return module_paths_of(model.config)
+    return module_paths_in(model)
 
 
 def _layers(model: Any) -> Any:
     return _paths(model).layers_in(model)
+
+
+def _compute_missing(model: Any) -> None:
+    """Compute the weights outside the layers that files need not hold, as the class says (sinusoids), as ``from_pretrained`` does."""
+    computed = may_be_missing(model)
+    for name, weight in _weights(model, None):
+        if not weight.is_meta or not computed.search(name):
+            continue
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        made = torch.empty_like(weight, device="cpu")
+        setattr(module, leaf, torch.nn.Parameter(made) if leaf in module._parameters else made)
+        with torch.no_grad():
+            model._init_weights(module)
 
 
 def compute_buffers(model: Any) -> None:

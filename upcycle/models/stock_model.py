@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.architectures.module_paths import module_paths_of
+from upcycle.architectures.module_paths import module_paths_in, module_paths_of
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model
-from upcycle.architectures.stock_auto import is_encoder, reads_images
 from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
 from upcycle.models.experts import use_eager_experts
 from upcycle.models.first_calls import settle_code_paths
+from upcycle.models.model_inputs import ModelRun
 from upcycle.models.stock_layers import FolderLayers, Layers, compute_buffers, layers_of, whole_model
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class StockModel:
     def __init__(self, model: Any, layers: Layers | None = None) -> None:
         settle_code_paths()
         self.model = use_eager_experts(model.eval())
-        self.gives_states, self._images = is_encoder(model.config), reads_images(model.config)
-        self._paths = module_paths_of(model.config)
+        self._run, self._paths = ModelRun(model), module_paths_in(model)
+        self.gives_states = self._run.gives_states
         self.layers = self._paths.layers_in(model)
         self._streamed = layers
         if layers:
@@ -59,17 +59,9 @@ class StockModel:
     def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``, or an encoder's states ``[N, T, d]``.
 
-        An encoder of images takes the seeds of random images, ``[N, 1]``.
-
-        With ``last``, of the last positions alone.
+        See :meth:`upcycle.models.model_inputs.ModelRun.compared`. An encoder of images or sounds takes seeds ``[N, 1]``.
         """
-        with torch.no_grad():
-            if self.gives_states:
-                inputs = {"pixel_values": random_images(ids, self.model.config)} if self._images else {"input_ids": ids}
-                states: torch.Tensor = self.model.base_model(**inputs).last_hidden_state
-                return states[:, -last:] if last else states
-            result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
-        return result
+        return self._run.compared(ids, last)
 
     def logits_of(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]`` for all that a model of parts reads, by the names of its arguments."""
@@ -83,14 +75,6 @@ def output_of(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     output = block(x)
     added: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return added
-
-
-def random_images(seeds: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return normal numbers ``[N, channels, height, width]`` for seeds ``[N, 1]``; an image depends on its seed alone."""
-    size = config.image_size
-    shape = (config.num_channels, *((size, size) if isinstance(size, int) else size))
-    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds.flatten()]
-    return torch.stack(drawn)
 
 
 def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:

@@ -171,6 +171,7 @@ class ExpertJob:
             "scale": self.scale,
             "refit": self.refit,
             "moe_layers": list(self.shape.moe_layers),
+            "layers": self.dense.num_hidden_layers,
         }
 
     @property
@@ -240,8 +241,8 @@ def _expert_plan(job: ExpertJob) -> Plan:
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
     matrices = len(dense.ffn_form.matrices) if job.target.keeps_names else 3  # stock experts have a gate
-    idle_per_layer = (shape.experts - shape.top_k) * matrices * job.target.stored_width(shape) * dense.hidden_size
-    active = total - idle_per_layer * len(shape.moe_layers)
+    idle = (job.target.stored_width(shape.at(i)) * dense.at(i).hidden_size for i in shape.moe_layers)
+    active = total - (shape.experts - shape.top_k) * matrices * sum(idle)
     dense_total = sum(specs[name].elements for name in used)
     others = sum(specs[name].elements for name in job.family.tower_specs(dense))  # no token of text runs through them
     promise, why = job.promise
@@ -288,8 +289,9 @@ def _peak_memory(job: ExpertJob) -> int:
     It is the sum of the interpreter, one dense FFN as stored, the blocks that wait for the disk, and the largest piece that is
     built or copied at once.
     """
-    d, size = job.dense.hidden_size, job.shape.expert_size
-    ffn = job.family.ffn_specs(job.dense, job.shape.moe_layers[0]).values()
+    largest = max(job.shape.moe_layers, key=lambda i: job.shape.at(i).expert_size * job.dense.at(i).hidden_size)
+    d, size = job.dense.at(largest).hidden_size, job.shape.at(largest).expert_size
+    ffn = job.family.ffn_specs(job.dense, largest).values()
     item = TensorSpec((1,), job.dtype).nbytes
     read = sum(math.prod(shape) for shape in ffn) * item
     built = size * d * item * (2 if job.scale != 1 else 1)
@@ -297,7 +299,7 @@ def _peak_memory(job: ExpertJob) -> int:
     if job.method.draws:
         built += size * d * (item + 4 + 8)  # a copy, the normal draws, and an fp64 copy for their spread
     if job.recipe.dtype != "keep":
-        stored = job.family.ffn_origins(job.dense, job.shape.moe_layers[0])["down"].name
+        stored = job.family.ffn_origins(job.dense, largest)["down"].name
         read += max(math.prod(shape) for shape in ffn) * TensorSpec((1,), job.dense_specs[stored].dtype).nbytes
     if job.members:  # a matrix of the source at hand, and blocks that are averaged in fp64
         read += max(math.prod(shape) for shape in ffn) * item + 3 * SUM_BYTES
@@ -342,13 +344,13 @@ def calibration_memory(job: ExpertJob) -> int:
 
 def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
     warnings = [job.note] if job.note else []
-    shape = job.shape
+    shape, dense = job.shape, job.dense.at(job.shape.moe_layers[0])
     if active < 0.99 * dense_parameters and shape.top_k < shape.experts:
         warnings.append(
             f"only {active / dense_parameters:.0%} of the dense parameters are active per token: "
             "expect a drop in quality until the model is healed by continual pre-training"
         )
-    running = (shape.top_k + shape.shared) * shape.expert_size / job.dense.intermediate_size
+    running = (shape.top_k + shape.shared) * shape.expert_size / dense.intermediate_size
     if job.method.kind == "copies" and running > 1:
         same = "" if job.promise[0] == "approximate" else ", the same output until trained"
         compute = running * job.target.stored_width(shape) / shape.expert_size * 3 / len(shape.form.matrices)
@@ -365,7 +367,7 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
         warnings.append(
             f"calibration text is not used: {job.method.name} with the {job.router_name} router looks at none"
         )
-    padding = (shape.experts + shape.shared) * shape.expert_size - job.dense.intermediate_size
+    padding = (shape.experts + shape.shared) * shape.expert_size - dense.intermediate_size
     if job.method.kind == "partition" and padding > 0:
         warnings.append(f"{padding} zero neurons per layer fill up experts of {shape.expert_size}")
     if shape.expert_size % PREFERRED_MULTIPLE:
@@ -374,9 +376,9 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
             'refuses them (load with experts_implementation="eager", or use --pad)'
         )
     sparse = shape.top_k < shape.experts
-    if job.method.kind == "partition" and sparse and shape.expert_size < least_width(job.dense.hidden_size):
-        fitting = widths(job.dense.intermediate_size, job.dense.hidden_size)
-        wider = fitting[0] if fitting and fitting[0] > shape.expert_size else least_width(job.dense.hidden_size)
+    if job.method.kind == "partition" and sparse and shape.expert_size < least_width(dense.hidden_size):
+        fitting = widths(dense.intermediate_size, dense.hidden_size)
+        wider = fitting[0] if fitting and fitting[0] > shape.expert_size else least_width(dense.hidden_size)
         warnings.append(
             f"experts of {shape.expert_size} neurons are too narrow to be faster than the dense model in any engine: finding and "
             f"starting them takes longer than they save (--active with --width {wider}, or fewer experts)"

@@ -9,7 +9,7 @@ from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import moe_family
 from upcycle.checkpoints.compatibility import check_configs
-from upcycle.checkpoints.find_family import family_of
+from upcycle.checkpoints.find_family import Tried, family_of
 from upcycle.checkpoints.mixed_checkpoint import Mix
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import refuse_said_quantized
@@ -18,7 +18,7 @@ from upcycle.files.locate import locate
 from upcycle.methods.base import AnyMethod, refuse_sources
 from upcycle.methods.growing.base import Described
 from upcycle.methods.mixing.base import mixing
-from upcycle.planning.open_sources import mixing_weights
+from upcycle.planning.open_sources import mixing_weights, tried
 from upcycle.recipe.conversion_recipe import Recipe
 
 
@@ -46,7 +46,7 @@ def describe_dense(recipe: Recipe, method: AnyMethod) -> DenseDescribed:
     Raises:
         UpcycleError: a source is not found or is not a dense model of a known family, or the sources do not belong together.
     """
-    raw, family, dense = _config(recipe.source, recipe.revision)
+    raw, family, dense = _config(recipe.source, recipe.revision, tried(recipe))
     mix = None
     if recipe.sources:
         mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
@@ -80,8 +80,8 @@ def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str
     return {name: TensorSpec(shape, stored) for name, shape in shapes.items()}
 
 
-def _config(name: str, revision: str | None) -> tuple[dict[str, Any], Family, DenseConfig]:
+def _config(name: str, revision: str | None, tried: Tried | None = None) -> tuple[dict[str, Any], Family, DenseConfig]:
     raw = read_config(locate(name, revision, config_only=True).path)
-    family = family_of(raw, name)
+    family = family_of(raw, name, tried)
     refuse_said_quantized(raw, name)
     return raw, family, family.config(raw, f"{name}: config.json")

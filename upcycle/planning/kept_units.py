@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.moe.base import Target
@@ -18,10 +19,12 @@ def kept_units(
 ) -> list[Unit]:
     """Return all units: tensors are copied under the names of the stock class, and the FFNs of ``shape`` are built anew."""
 
-    def copied(stored: Mapping[str, tuple[int, ...]]) -> list[OutputEntry]:
+    def copied(
+        stored: Mapping[str, tuple[int, ...]], moved: Mapping[str, str] = MappingProxyType({})
+    ) -> list[OutputEntry]:
         dtypes = {name: specs[name].dtype if recipe.dtype == "keep" else recipe.dtype for name in stored}
         return [
-            OutputEntry(family.written(dense, name), TensorSpec(size, dtypes[name]), Origin(name))
+            OutputEntry(moved.get(name) or family.written(dense, name), TensorSpec(size, dtypes[name]), Origin(name))
             for name, size in stored.items()
         ]
 
@@ -29,6 +32,7 @@ def kept_units(
     units = [Unit("embeddings", None, tuple(copied(first)))]
     for layer in range(dense.num_hidden_layers):
         stored, made = family.stored_specs(dense, layer), list[OutputEntry]()
+        moved = family.moved(layer) if layer in shape.moe_layers else {}
         if layer in shape.moe_layers:
             origins = family.ffn_origins(dense, layer)
             gone = {origin.name for part, origin in origins.items() if not part.startswith("norm")}
@@ -40,9 +44,9 @@ def kept_units(
                     TensorSpec(tensor.shape, tensor.stored_dtype(dtype)),
                     built=tensor,
                 )
-                for tensor in target.moe_tensors(dense, shape, layer, recipe.layout)
+                for tensor in target.moe_tensors(dense.at(layer), shape.at(layer), layer, recipe.layout)
             ]
-        units.append(Unit(f"layer {layer}", layer, (*copied(stored), *made)))
+        units.append(Unit(f"layer {layer}", layer, (*copied(stored, moved), *made)))
     last = {name: size for name, size in outside.items() if name not in first}
     units.append(Unit("final norm", None, tuple(copied(last))))
     if towers := family.tower_specs(dense):

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.described.auto_wrap import AUTO_WRAP, found_family
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
+from upcycle.checkpoints.find_family import Tried
 from upcycle.checkpoints.licenses import license_record
 from upcycle.checkpoints.merged_checkpoint import weighted_mean
 from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
@@ -31,12 +33,33 @@ def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
         from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
         return MoeCheckpoint.open(recipe.source, recipe.revision)
-    base = DenseCheckpoint.open(recipe.source, recipe.revision)
+    base = DenseCheckpoint.open(recipe.source, recipe.revision, tried(recipe))
     if not recipe.sources:
         return base
     mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
     members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
     return mix_sources(recipe, mixes, base, members)
+
+
+def tried(recipe: Recipe) -> Tried | None:
+    """Return what reads the configuration of a model that nobody described; None where the recipe does not ask for it.
+
+    Raises:
+        UsageError: the result is not to be verified, on which all depends there.
+    """
+    if recipe.family != AUTO_WRAP:
+        return None
+    if not recipe.verification.enabled:
+        raise UsageError(
+            f"family {AUTO_WRAP} finds FFNs by trying, and only the verification tells whether the result is the same model",
+            hint="leave --no-verify out",
+        )
+    from upcycle.hardware.memory import available_memory
+    from upcycle.models.model_inputs import ModelRun
+
+    return lambda raw, where: found_family(
+        raw, where, lambda model, ids: ModelRun(model).inputs(ids), available_memory()
+    )
 
 
 def mix_sources(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
 from upcycle.architectures.moe.base import Target, refuse_unheld
+from upcycle.architectures.stock_auto import SEEDED
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.architectures.towers.composite_target import check_part, target_of
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
@@ -61,19 +63,17 @@ def prepare_experts(
     check_part(family, recipe.part)
     if recipe.sources:
         family.check_known_whole(method.name)
-    if family.reads_images and not has_tokenizer:
+    if family.reads in SEEDED and not has_tokenizer:
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
     targets = _targets(recipe, family)
-    recipe = _with_shared_held(with_sizes(recipe, method, dense), method, targets)
+    inside = family.layers_of(recipe.part, dense.num_hidden_layers)
+    recipe = _with_shared_held(with_sizes(recipe, method, dense, inside), method, targets)
     recipe = _with_implied(recipe, method)
-    layers = layer_selection(recipe.layers, dense.num_hidden_layers)
-    size = method.expert_size(dense.intermediate_size, recipe.experts, recipe.shared, recipe.pad)
-    shape = MoeShape(recipe.experts, recipe.top_k, recipe.shared, size, layers, method.normalized, dense.ffn_form)
-    method.check(shape)
+    shape = _shape(recipe, method, dense, [inside[i] for i in layer_selection(recipe.layers, len(inside))])
     target = _choose_target(recipe, family, targets, dense, shape)
     router_name = recipe.router.name
     sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
@@ -119,6 +119,28 @@ def prepare_experts(
     return kind(
         recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs, held, note
     )
+
+
+def _shape(recipe: Recipe, method: Method, dense: DenseConfig, layers: Sequence[int]) -> MoeShape:
+    """Return the numbers of the result; where FFNs are of several sizes, experts are, too, and there are as many everywhere.
+
+    Raises:
+        UsageError: the method cannot divide an FFN like that.
+    """
+    counts, sizes = (recipe.experts, recipe.top_k, recipe.shared), dict[int, int]()
+    for layer in layers:
+        width = dense.at(layer).intermediate_size
+        if width not in sizes:
+            sizes[width] = method.expert_size(width, recipe.experts, recipe.shared, recipe.pad)
+    shapes = [
+        MoeShape(*counts, sizes.get(own.intermediate_size, 0), tuple(layers), method.normalized, own.ffn_form)
+        for own in map(dense.at, range(dense.num_hidden_layers if dense.ffns else 1))
+    ]
+    for shape in dict.fromkeys(shapes):
+        if shape.expert_size:
+            method.check(shape)
+    first = shapes[layers[0] if dense.ffns else 0]
+    return replace(first, sizes=tuple((one.expert_size, one.form) for one in shapes)) if dense.ffns else first
 
 
 def _with_implied(recipe: Recipe, method: Method) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from upcycle.architectures.dense_config import DenseConfig
 from upcycle.errors import UsageError
@@ -51,10 +52,11 @@ def pieces_of(intermediate_size: int, hidden_size: int, about: int, share: float
     return min(fitting, key=lambda pieces: abs(math.log(pieces / about)), default=about)
 
 
-def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
+def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig, inside: Sequence[int] | None = None) -> Recipe:
     """Return the recipe with the numbers of experts that its active fraction comes to.
 
-    Layers that stay dense are active as a whole, and count towards the fraction.
+    Layers that stay dense are active as a whole, and count towards the fraction. ``inside`` are the layers of the part of the
+    model that is converted (default: all), whose first one says how wide an FFN is.
 
     Raises:
         UsageError: the fraction leaves the router no choice, or the width does not divide the FFN.
@@ -76,7 +78,8 @@ def with_sizes(recipe: Recipe, method: Method, dense: DenseConfig) -> Recipe:
             f"active says how many experts there are, and so does {' and '.join(counted)}",
             hint="leave out active, or else experts, top_k and shared: with active, pieces or width say how many there are",
         )
-    total, split = dense.num_hidden_layers, len(layer_selection(recipe.layers, dense.num_hidden_layers))
+    inside = range(dense.num_hidden_layers) if inside is None else inside
+    dense, total, split = dense.at(inside[0]), len(inside), len(layer_selection(recipe.layers, len(inside)))
     share = (recipe.active * total - (total - split)) / split
     pieces = _pieces(recipe, dense, share)
     running = round(pieces * share)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from upcycle.architectures.stock import load_tokenizer
+from upcycle.architectures.stock_auto import SEEDED
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.text.held_out import FLATTERING, Parts, flattered, seen_share, sketch
 from upcycle.text.mixture import read_parts
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 _IMAGES = 16  # at most, of a model that reads them
+_BESIDE = {  # what a model reads beside its tokens
+    "pairs": ", read by encoder and decoder",
+    "speech": ", with random audio features",
+    "images and text": ", with random images",
+}
 _WINDOW, _LEAST = 256, 16  # tokens: of a window, and of a held-out text that is long enough to measure on
 
 
@@ -57,13 +63,14 @@ def token_windows(
         CheckpointError: the tokenizer writes tokens that the model does not have.
     """
     family = getattr(job, "family", None)
-    if family is not None and family.reads_images:
-        return MeasuredText(torch.arange(max(1, min(tokens, _IMAGES)))[:, None], "random images")
+    reads = "text" if family is None else family.reads
+    if reads in SEEDED:
+        return MeasuredText(torch.arange(max(1, min(tokens, _IMAGES)))[:, None], f"random {reads}")
     window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)
         ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
-        return MeasuredText(ids, "random token ids (no tokenizer)")
+        return MeasuredText(ids, f"random token ids (no tokenizer){_BESIDE.get(reads, '')}")
     tokenizer = load_tokenizer(checkpoint.source.path)
     wanted = job.recipe.calibration
     if calibrated is None:
@@ -97,6 +104,7 @@ def token_windows(
             f"{checkpoint.source.path}: the tokenizer writes token {int(ids.max()):,}, and the model has {job.vocab_size:,}",
             hint="take the tokenizer that belongs to these weights",
         )
+    label += _BESIDE.get(reads, "")
     return MeasuredText(ids, label, _unseen(tokenizer, parts, tokens, min(_WINDOW, job.context)) if parts else None)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from upcycle.architectures.stock_auto import is_encoder, reads_images
+from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder, reads_of
 from upcycle.checkpoints.licenses import License, common_license
 from upcycle.errors import UsageError
 from upcycle.files import records
@@ -35,12 +35,24 @@ _LOADINGS = {
     "image": Loading("AutoModelForImageTextToText", "AutoProcessor", "image-text-to-text"),
     "sound": Loading("AutoModelForMultimodalLM", "AutoProcessor", "audio-text-to-text"),
 }
+_WRITING = {  # by what an encoder and a decoder read
+    "pairs": Loading("AutoModelForSeq2SeqLM", "AutoTokenizer", "text2text-generation"),
+    "speech": Loading("AutoModelForSpeechSeq2Seq", "AutoProcessor", "automatic-speech-recognition"),
+}
+_READERS = {  # by what an encoder reads: what prepares it, and the task of one without a head
+    "images": ("AutoImageProcessor", "image-feature-extraction"),
+    "sounds": ("AutoFeatureExtractor", "feature-extraction"),
+    "speech": ("AutoFeatureExtractor", "feature-extraction"),
+    "images and text": ("AutoProcessor", "zero-shot-image-classification"),
+}
 _HEADS = {  # of encoders: end of the class's name -> the hub's task
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForCTC": "automatic-speech-recognition",
+    "ForAudioClassification": "audio-classification",
 }
 
 
@@ -79,15 +91,17 @@ class Facts:
     @property
     def loading(self) -> Loading:
         """How the model is loaded, and what it is for."""
+        reads = reads_of(self.config)
+        if is_encoder_decoder(self.config):
+            return _WRITING[reads]
         if not is_encoder(self.config):
             return _LOADINGS[self.reads]
-        images = reads_images(self.config)
-        reader = "AutoImageProcessor" if images else "AutoTokenizer"
+        reader, task = _READERS.get(reads, ("AutoTokenizer", "feature-extraction"))
         name = str((self.config.get("architectures") or [""])[0])
-        for head, task in _HEADS.items():
+        for head, own in _HEADS.items():
             if name.endswith(head):
-                return Loading(f"AutoModel{head}", reader, task)
-        return Loading("AutoModel", reader, "image-feature-extraction" if images else "feature-extraction")
+                return Loading(f"AutoModel{head}", reader, own)
+        return Loading("AutoModelForTextEncoding" if name.endswith("EncoderModel") else "AutoModel", reader, task)
 
     @property
     def mixed(self) -> bool:

@@ -61,7 +61,8 @@ def _what(facts: Facts) -> str:
             "calibration text. All other neurons of the feed-forward networks were pruned."
         )
     else:
-        layers = f"{len(record['moe_layers'])} of {(facts.config.get('text_config') or facts.config)['num_hidden_layers']} layers"
+        before = record.get("layers") or (facts.config.get("text_config") or facts.config).get("num_hidden_layers")
+        layers = f"{len(record['moe_layers'])}{f' of {before}' if before else ''} layers"
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""
         first = (
             f"A Mixture-of-Experts model made from {made}: the feed-forward networks of {layers} became {keys['experts']} "

@@ -87,8 +87,15 @@ class Recipe(StrictSettings):
         "auto",
         description="scale of the routed experts: exact, sum, paper, or a number (auto: sum when calibrated, else exact)",
     )
-    part: Literal["language", "vision", "connector"] = Field(
-        "language", description="of a model of parts (upcycle list wrappers), the part whose FFNs are converted"
+    family: Literal["auto", "auto-wrap"] = Field(
+        "auto",
+        description="auto: by config.json; auto-wrap: a model that nobody described is tried, to find its FFNs, and wrapped "
+        "(target upcycle_moe)",
+    )
+    part: Literal["auto", "language", "vision", "connector", "text", "encoder", "decoder", "both"] = Field(
+        "auto",
+        description="the part whose FFNs are converted: of a model of parts (upcycle list wrappers) its language model, of two "
+        "towers or of an encoder and a decoder either or both; auto: the language model, or both",
     )
     pad: bool = Field(False, description="pad the FFN with zero neurons when the experts do not divide it (exact)")
     target: str = Field("auto", description="MoE architecture to write (upcycle list targets), or auto")

@@ -67,7 +67,8 @@ class LayerErrors:
         """
         family, inputs = self._job.family, list[torch.Tensor]()
         paths = family.module_paths
-        first, last = layer.get_submodule(paths.block), layer.get_submodule(paths.ends or paths.block)
+        own = paths.first_in(index)
+        first, last = layer.get_submodule(own), layer.get_submodule(paths.ends_in(index) or own)
         yield first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         # A layer may add to the output in place.
         yield last.register_forward_hook(lambda _, args, output: self._compare(index, inputs.pop(), output.clone()))
@@ -103,7 +104,7 @@ class LayerErrors:
     def _added(self, index: int, blocks: list[Module], x: torch.Tensor) -> torch.Tensor:
         """Return what the result's layer computes of an FFN's input."""
         family = self._job.family
-        if family.module_paths.ends is None:
+        if family.module_paths.ends_in(index) is None:
             return torch.stack([output_of(block, x) for block in blocks]).sum(0)
         # In a layer that was left dense, the modules are a projection, an activation, a projection.
         base = self._moe.model.base_model

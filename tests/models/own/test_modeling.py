@@ -67,10 +67,11 @@ def test_saved_models_load_by_the_auto_classes_with_every_weight(name: str, tmp_
     model, inputs = with_router(wrapped(small_model(name), pieces=4, rule=TopKRule(2), shared=16)), inputs_of(name)
     model.save_pretrained(tmp_path)
     assert "auto_map" not in (tmp_path / "config.json").read_text()
-    for auto in {auto_class(name), AutoModel}:
+    for auto in {auto_class(name), *(() if name == "t5-encoder" else (AutoModel,))}:  # which adds a decoder
         loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True, device_map="cpu")
         assert not report["mismatched_keys"]
-        assert all("pooler" in key for key in report["missing_keys"]), report  # a head's class may lack it
+        missing = [key for key in report["missing_keys"] if "embed_positions" not in key]  # sinusoids, of no file
+        assert all("pooler" in key for key in missing), report  # a head's class may lack it
         assert type(loaded).__name__.startswith("UpcycleMoe")
         if auto is auto_class(name):
             assert not report["unexpected_keys"]
@@ -101,7 +102,10 @@ def test_every_weight_of_a_block_learns(name: str) -> None:
     if model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     made = model(**inputs_of(name))
-    out = made.logits if "logits" in made else made.text_embeds @ made.image_embeds.T
+    if "text_embeds" in made:
+        out = made.text_embeds @ made.image_embeds.T
+    else:
+        out = made.logits if "logits" in made else made.last_hidden_state
     out.square().sum().backward()
     for key, module in model.named_modules():
         if isinstance(module, MoeBlock):

@@ -66,7 +66,8 @@ class Family(ABC):
     uncalibrated: str | None = None  # why calibration does not work here
     remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
-    reads_images: bool = False
+    reads: str = "text"  # see upcycle.architectures.described.ffn_place.Reads
+    parts: tuple[str, ...] = ()  # of a model whose towers can be converted one by one
     # Whether the first layer reads token embeddings times a factor, and nothing else.
     embeds_tokens_alone: ClassVar[bool] = True
     returns_tuple: bool = False  # a layer returns a tuple, whose first entry is the stream
@@ -309,6 +310,14 @@ class Family(ABC):
     def replaced_modules(self, layer: int) -> tuple[str, ...]:
         """Return the modules, below the base model, that go where experts take the place of a layer's FFN; they stand at the first."""
         return (self.module_paths.block_of(layer).removeprefix(f"{self.module_paths.body}."),)
+
+    def layers_of(self, part: str, layers: int) -> tuple[int, ...]:
+        """Return the layers of one of ``parts``, of a model with so many; for any other word all of them."""
+        return tuple(range(layers))
+
+    def moved(self, layer: int) -> dict[str, str]:
+        """Return new names of stored tensors of an FFN that experts share: the weights of its activation, where it has some."""
+        return {}
 
     def ffn_dropout(self, layer: int) -> float:
         """Return the probability of a dropout inside those modules, at their end."""

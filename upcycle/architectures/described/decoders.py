@@ -154,3 +154,14 @@ OLMO3 = DescribedModel(
     uncalibrated=_NORMED,
     added=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
+APERTUS = DescribedModel(
+    "apertus",
+    "Apertus",
+    (
+        FfnPlace(
+            "layers.{}", "mlp.up_proj", "mlp.down_proj", whole="mlp", norm="feedforward_layernorm", learned="mlp.act_fn"
+        ),
+    ),
+    _LLAMA,
+    uncalibrated="its activation has weights of its own, and calibration computes none that has",
+)

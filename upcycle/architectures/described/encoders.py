@@ -35,6 +35,8 @@ ROBERTA = DescribedModel("roberta", "RoBERTa", (_BERT,), **_bert("roberta", True
 XLM_ROBERTA = DescribedModel("xlm-roberta", "XLM-RoBERTa", (_BERT,), **_bert("roberta", True))
 ELECTRA = DescribedModel("electra", "ELECTRA", (_BERT,), **_bert("electra"))
 MPNET = DescribedModel("mpnet", "MPNet", (_BERT,), **_bert("mpnet", True))
+DEBERTA = DescribedModel("deberta", "DeBERTa", (_BERT,), **_bert("deberta"))
+DEBERTA_V2 = DescribedModel("deberta-v2", "DeBERTa v2 and v3", (_BERT,), **_bert("deberta"))
 DISTILBERT = DescribedModel(
     "distilbert",
     "DistilBERT",

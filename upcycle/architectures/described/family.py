@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.dense_config import FfnSize
 from upcycle.architectures.described.ffn_place import DescribedModel
-from upcycle.architectures.module_paths import compare_tensors, module_paths_of
+from upcycle.architectures.module_paths import compare_tensors, module_paths_in, text_config
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_files import widest
@@ -45,10 +46,10 @@ class DescribedFamily(Family):
     embeds_tokens_alone = False
 
     def __init__(self, described: DescribedModel) -> None:
-        assert described.paths is not None
-        self.described, self.module_paths = described, described.paths
+        self.described, self.module_paths = described, described.module_paths
         self.name, self.title, self.uncalibrated = described.name, described.title, described.uncalibrated
-        self.returns_tuple, self.reads_images = described.returns_tuple, described.images
+        self.returns_tuple, self.reads = described.returns_tuple, described.reads
+        self.parts = tuple(part for part, _ in described.parts)
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
         self._shapes: dict[str, tuple[int, ...]] = {}  # by the stock class's names; tied ones are left out
@@ -63,30 +64,32 @@ class DescribedFamily(Family):
         settings = build_config(raw, where)
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
-        if self.described.encoder:
-            self.module_paths = module_paths_of(settings)
+        self.module_paths = module_paths_in(self._model)
         tied = set(self._model.all_tied_weights_keys)
         self._shapes = {n: tuple(t.shape) for n, t in self._model.state_dict().items() if n not in tied}
-        first = self._ffns[0]
         for ffn in self._ffns:
-            if (ffn.width, ffn.biases, ffn.hidden) != (first.width, first.biases, first.hidden):
-                raise RefusalError(f"{where}: its FFNs are of several sizes, which this version does not convert")
-        if first.biases and first.biases != {"up", "down"} | ({"gate"} if first.place.gated else set()):
-            raise RefusalError(f"{where}: some projections of its FFN have biases and others have none")
-        heads = settings.num_attention_heads
-        spread = [getattr(settings, key, None) for key in ("initializer_range", "init_std")]
-        context = getattr(settings, "max_position_embeddings", None) or raw.get("seq_length")
+            if ffn.biases and ffn.biases != {"up", "down"} | ({"gate"} if ffn.place.gated else set()):
+                raise RefusalError(f"{where}: some projections of its FFN have biases and others have none")
+        sizes = [
+            FfnSize(ffn.hidden, ffn.width, ffn.activation, bool(ffn.biases), ffn.place.gated) for ffn in self._ffns
+        ]
+        first, text = sizes[0], text_config(settings)
+        heads = getattr(text, "num_attention_heads", None)
+        heads = heads if isinstance(heads, int) else 1  # of an encoder in stages, it has a number for each
+        spread = [getattr(text, key, None) for key in ("initializer_range", "init_std")]
+        limits = ("max_target_positions", "max_position_embeddings", "max_seq_len")
+        context = next((found for key in limits if (found := getattr(text, key, None))), None) or raw.get("seq_length")
         skipped = (getattr(settings, "pad_token_id", None) or 0) + 1 if self.described.counts_from_padding else 0
         return DenseConfig(
             family=self.name,
-            hidden_size=first.hidden,
-            intermediate_size=first.width,
+            hidden_size=first.hidden_size,
+            intermediate_size=first.intermediate_size,
             num_hidden_layers=len(self._ffns),
             num_attention_heads=heads,
-            num_key_value_heads=getattr(settings, "num_key_value_heads", None) or heads,
-            head_dim=getattr(settings, "head_dim", None) or first.hidden // heads,
-            vocab_size=getattr(settings, "vocab_size", 1),
-            hidden_act=first.activation,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or first.hidden_size // heads,
+            vocab_size=getattr(text, "vocab_size", None) or 1,
+            hidden_act=first.hidden_act,
             rms_norm_eps=1e-5,
             max_position_embeddings=(context or _NO_LIMIT) - skipped,
             initializer_range=next((float(one) for one in spread if one), 0.02),
@@ -96,9 +99,10 @@ class DescribedFamily(Family):
             token_ids={key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
             windows=(None,) * len(self._ffns),
-            mlp_bias=bool(first.biases),
-            mlp_gated=first.place.gated,
+            mlp_bias=first.mlp_bias,
+            mlp_gated=first.mlp_gated,
             raw=raw,
+            ffns=() if len(set(sizes)) == 1 else tuple(sizes),
         )
 
     def written(self, config: DenseConfig, name: str) -> str:
@@ -117,8 +121,10 @@ class DescribedFamily(Family):
         return {self._where(name): shape for name, shape in found.items()}
 
     def first_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of the token embeddings."""
+        """Return name and shape of the token embeddings, or of what comes first where they are nowhere said to be."""
         name = self.module_paths.embedding_weight
+        if name not in self._shapes:
+            name = next(own for own in self._shapes if self.module_paths.layer_of(own) is None)
         return {self._where(name): self._shapes[name]}
 
     def last_specs(self, config: DenseConfig) -> dict[str, tuple[int, ...]]:
@@ -145,7 +151,7 @@ class DescribedFamily(Family):
         """Return where gate, up, down and their biases come from, and ``norm`` and, of a LayerNorm, ``norm_bias``."""
         ffn, body = self._ffns[layer], self._prefix
         kind, found = Turned if ffn.place.columns else Origin, dict[str, Origin]()
-        for part in config.ffn_form.matrices:
+        for part in config.at(layer).ffn_form.matrices:
             name, rows = f"{body}{ffn.path(part)}", None
             if ffn.place.fused and part != "down":
                 rows = (ffn.place.fused.split().index(part) * ffn.width, ffn.width)
@@ -163,7 +169,7 @@ class DescribedFamily(Family):
         if dtype != "keep":
             return dtype
         origins = self.ffn_origins(config, layer)
-        return widest(specs[origins[part].name].dtype for part in config.ffn_form.matrices)
+        return widest(specs[origins[part].name].dtype for part in config.at(layer).ffn_form.matrices)
 
     def norms_below(self, layer: int) -> list[str]:
         """See :meth:`upcycle.architectures.dense.base.Family.norms_below`."""
@@ -178,6 +184,19 @@ class DescribedFamily(Family):
     def replaced_modules(self, layer: int) -> tuple[str, ...]:
         """See :meth:`upcycle.architectures.dense.base.Family.replaced_modules`."""
         return self._ffns[layer].replaced
+
+    def layers_of(self, part: str, layers: int) -> tuple[int, ...]:
+        """See :meth:`upcycle.architectures.dense.base.Family.layers_of`."""
+        begins = dict(self.described.parts).get(part, "")
+        return tuple(i for i, ffn in enumerate(self._ffns) if ffn.layer.startswith(begins))
+
+    def moved(self, layer: int) -> dict[str, str]:
+        """See :meth:`upcycle.architectures.dense.base.Family.moved`."""
+        ffn = self._ffns[layer]
+        if ffn.place.learned is None:
+            return {}
+        old, new = f"{self._prefix}{ffn.layer}.{ffn.place.learned}.", f"{self._prefix}{ffn.replaced[0]}.experts.act."
+        return {self._where(n): new + n.removeprefix(old) for n in self._shapes if n.startswith(old)}
 
     def ffn_dropout(self, layer: int) -> float:
         """See :meth:`upcycle.architectures.dense.base.Family.ffn_dropout`."""
@@ -207,7 +226,7 @@ class DescribedFamily(Family):
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape; the message names it.
         """
-        from upcycle.architectures.stock_classes import not_loaded, stock_name_of
+        from upcycle.architectures.stock_classes import may_be_missing, not_loaded, stock_name_of
 
         known, buffers = set(self._model.state_dict()), not_loaded(self._model)
         self._own = {
@@ -219,6 +238,8 @@ class DescribedFamily(Family):
         self._stored = {}
         for stored, name in self._own.items():
             self._stored.setdefault(name, stored)
+        computed = may_be_missing(self._model)
+        self._shapes = {n: shape for n, shape in self._shapes.items() if n in self._stored or not computed.search(n)}
         expected = {self._where(name): shape for name, shape in self._shapes.items()}
         unexpected = sorted(stored for stored, name in self._own.items() if name not in known)
         compare_tensors(expected, specs, unexpected, self.name, where, _MERGED)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from upcycle.architectures.module_paths import ModulePaths
+from upcycle.architectures.module_paths import LayerPlace, ListedPaths, ModulePaths
+
+Reads = Literal["text", "images", "sounds", "pairs", "speech", "images and text"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class FfnPlace:
         columns: matrices are stored ``[in, out]``, as transformers' ``Conv1D`` does.
         activation: the configuration's key with the activation's name, or that name after ``=``.
         config: the part of the configuration that has that key.
-        dropout: the configuration's key of a dropout at the end of ``whole``, which goes with it.
+        when: a key of the configuration and its value, where another description says what layers have with another one.
+        learned: the activation, where it has weights of its own.
+        unless: a module that a layer of this description does not have, where another description says what it has with it.
+        dropout: the configuration's key of a dropout at the end of ``whole``, which goes with it, or its probability after ``=``.
     """
 
     layer: str
@@ -46,6 +51,9 @@ class FfnPlace:
     activation: str = "hidden_act"
     config: str | None = None
     dropout: str | None = None
+    learned: str | None = None
+    when: tuple[str, object] | None = None
+    unless: str | None = None
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -69,12 +77,13 @@ class DescribedModel:
         name: its ``model_type``.
         title: its name in prose.
         ffns: its FFNs; several where it has several towers.
-        paths: where its parts are, of those that are converted: causal language models and encoders.
+        paths: where its parts are, where all its layers are one list; None: they are where ``ffns`` say.
         refused: settings under which its FFNs are not what this says: key -> (the values that it may have, why).
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
         encoder: whether it attends in both directions, and has no logits of a next token.
-        images: whether it reads images.
+        reads: what a model reads: ``pairs`` of texts, ``speech`` with a text.
+        parts: its towers, and how the paths of their layers begin; empty: it has one.
         counts_from_padding: whether positions begin behind the number of the padding token.
         returns_tuple: whether a layer returns a tuple, whose first entry is the stream.
     """
@@ -87,6 +96,15 @@ class DescribedModel:
     uncalibrated: str | None = None
     returns_tuple: bool = False
     encoder: bool = False
-    images: bool = False
+    reads: Reads = "text"
+    parts: tuple[tuple[str, str], ...] = ()
     counts_from_padding: bool = False
     added: tuple[str, ...] = ()
+
+    @property
+    def module_paths(self) -> ModulePaths:
+        """Where its parts are."""
+        if self.paths is not None:
+            return self.paths
+        places = ((f.layer, f.replaced[0], f.replaced[-1] if len(f.replaced) > 1 else None) for f in self.ffns)
+        return ListedPaths(places=tuple(LayerPlace(*place) for place in places))

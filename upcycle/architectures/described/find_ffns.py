@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
+from upcycle.architectures.module_paths import numbered, submodule
 from upcycle.errors import RefusalError
 
 
@@ -62,7 +62,10 @@ def find_ffns(model: Any, described: DescribedModel) -> list[FoundFfn]:
             raise RefusalError(f"config.json: '{key}' is {getattr(config, key)!r}: {why}")
     base = model.base_model
     found = [
-        _read(base, config, place, layer) for place in described.ffns for layer in _layers(base, place.layer, place)
+        _read(base, config, place, layer)
+        for place in described.ffns
+        if place.when is None or getattr(config, place.when[0]) == place.when[1]
+        for layer in _layers(base, place)
     ]
     if not found:
         raise RefusalError(
@@ -71,24 +74,12 @@ def find_ffns(model: Any, described: DescribedModel) -> list[FoundFfn]:
     return found
 
 
-def _layers(base: Any, pattern: str, place: FfnPlace) -> Iterator[str]:
+def _layers(base: Any, place: FfnPlace) -> Iterator[str]:
     """Yield the layers' paths that have the place's projections."""
-    head, braces, tail = pattern.partition("{}")
-    if not braces:
-        if all(_get(base, f"{pattern}.{path}") is not None for path in (place.up, place.gate) if path):
-            yield pattern
-        return
-    for i in count():
-        if _get(base, f"{head}{i}") is None:
-            return
-        yield from _layers(base, f"{head}{i}{tail}", place)
-
-
-def _get(base: Any, path: str) -> Any | None:
-    try:
-        return base.get_submodule(path)
-    except AttributeError:
-        return None
+    for path in numbered(base, place.layer):
+        held = all(submodule(base, f"{path}.{own}") is not None for own in (place.up, place.gate) if own)
+        if held and not (place.unless and submodule(base, f"{path}.{place.unless}") is not None):
+            yield path
 
 
 def _read(base: Any, config: Any, place: FfnPlace, layer: str) -> FoundFfn:
@@ -109,6 +100,10 @@ def _read(base: Any, config: Any, place: FfnPlace, layer: str) -> FoundFfn:
         width=width,
         activation=named if place.activation.startswith("=") else getattr(settings, named),
         biases=frozenset(part for part, module in parts.items() if module.bias is not None),
-        dropout=float(getattr(config, place.dropout)) if place.dropout else 0.0,
-        norm=next((f"{layer}.{n}" for n in norms if n and _get(base, f"{layer}.{n}") is not None), None),
+        dropout=_probability(config, place.dropout) if place.dropout else 0.0,
+        norm=next((f"{layer}.{n}" for n in norms if n and submodule(base, f"{layer}.{n}") is not None), None),
     )
+
+
+def _probability(config: Any, key: str) -> float:
+    return float(key[1:] if key.startswith("=") else getattr(config, key))

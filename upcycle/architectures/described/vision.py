@@ -10,19 +10,35 @@ from upcycle.architectures.module_paths import ModulePaths
 _FC: dict[str, Any] = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
 
 
+_WHY = "encoders of images are not calibrated: there is no text for them"
+
+
 def _images(body: str, layers: str) -> dict[str, Any]:
     """Where an encoder of images has its parts."""
     paths = ModulePaths(
         body=body, layers=f"{body}.{layers}", embedding=f"{body}.embeddings.patch_embeddings.projection"
     )
-    why = "encoders of images are not calibrated: there is no text for them"
-    return {"paths": paths, "encoder": True, "images": True, "uncalibrated": why}
+    return {"paths": paths, "encoder": True, "reads": "images", "uncalibrated": _WHY}
 
 
-def _two_towers(norm: str) -> tuple[FfnPlace, ...]:
-    return tuple(
-        FfnPlace(f"{tower}_model.encoder.layers.{{}}", **_FC, norm=norm, config=f"{tower}_config")
+def _stages(name: str, title: str, place: FfnPlace) -> DescribedModel:
+    """Return an encoder in stages, whose layers grow wider."""
+    return DescribedModel(name, title, (place,), encoder=True, reads="images", uncalibrated=_WHY)
+
+
+def _two_towers(name: str, title: str) -> DescribedModel:
+    places = (
+        FfnPlace(f"{tower}_model.encoder.layers.{{}}", **_FC, norm="layer_norm2", config=f"{tower}_config")
         for tower in ("text", "vision")
+    )
+    return DescribedModel(
+        name,
+        title,
+        tuple(places),
+        encoder=True,
+        reads="images and text",
+        parts=(("text", "text_model."), ("vision", "vision_model.")),
+        uncalibrated="models of two towers are not calibrated: their layers are not run one by one here",
     )
 
 
@@ -33,5 +49,28 @@ DEIT = DescribedModel(
 DINOV2 = DescribedModel(
     "dinov2", "DINOv2", (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),), **_images("dinov2", "encoder.layer")
 )
-CLIP = DescribedModel("clip", "CLIP", _two_towers("layer_norm2"))
-SIGLIP = DescribedModel("siglip", "SigLIP", _two_towers("layer_norm2"))
+_PROJECTIONS: dict[str, Any] = {"up": "mlp.up_proj", "down": "mlp.down_proj", "whole": "mlp", "norm": "norm2"}
+DINOV3 = DescribedModel(
+    "dinov3_vit",
+    "DINOv3",
+    (
+        FfnPlace("layer.{}", **_PROJECTIONS, gate="mlp.gate_proj"),
+        FfnPlace("layer.{}", **_PROJECTIONS, unless="mlp.gate_proj"),
+    ),
+    encoder=True,
+    reads="images",
+    uncalibrated=_WHY,
+)
+SWIN = _stages("swin", "Swin", FfnPlace("encoder.layers.{}.blocks.{}", **_FC, norm="layernorm_after"))
+CONVNEXT = _stages(
+    "convnext",
+    "ConvNeXt",
+    FfnPlace("encoder.stages.{}.layers.{}", "pwconv1", "pwconv2", act="act", norm="layernorm"),
+)
+DINOV3_CONVNEXT = _stages(
+    "dinov3_convnext",
+    "DINOv3 ConvNeXt",
+    FfnPlace("stages.{}.layers.{}", "pointwise_conv1", "pointwise_conv2", act="activation_fn", norm="layer_norm"),
+)
+CLIP = _two_towers("clip", "CLIP")
+SIGLIP = _two_towers("siglip", "SigLIP")

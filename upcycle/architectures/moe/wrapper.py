@@ -50,22 +50,25 @@ class UpcycleMoe(Target):
         from upcycle.models.own.routing.top_k import TopKRule
 
         assert self._family is not None
-        form, family = dense.ffn_form, self._family
-        dropouts = {family.ffn_dropout(layer) for layer in shape.moe_layers}
+        family, alike = self._family, dict[tuple[Any, ...], list[int]]()
+        for layer in shape.moe_layers:
+            own = shape.at(layer)
+            kind = (family.ffn_dropout(layer), dense.at(layer).hidden_size, own.expert_size, own.form)
+            alike.setdefault(kind, []).append(layer)
         replaced = [
             ReplacedFfn(
-                paths=tuple(family.replaced_modules(i) for i in shape.moe_layers if family.ffn_dropout(i) == dropout),
-                hidden_size=dense.hidden_size,
+                paths=tuple(family.replaced_modules(layer) for layer in layers),
+                hidden_size=hidden_size,
                 activation=form.activation,
                 gated=form.gated,
                 biases=frozenset(form.biases),
-                widths=(shape.expert_size,) * shape.experts,
-                shared_width=shape.shared * shape.expert_size,
+                widths=(size,) * shape.experts,
+                shared_width=shape.shared * size,
                 router_bias=False,
                 rule=TopKRule(shape.top_k, normalized=shape.normalized),
                 dropout=dropout,
             )
-            for dropout in sorted(dropouts)
+            for (dropout, hidden_size, size, form), layers in alike.items()
         ]
         return wrapped_json(family.rewritten(dense.raw), replaced)
 

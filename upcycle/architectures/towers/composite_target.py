@@ -160,14 +160,26 @@ def target_of(family: Family, name: str) -> Target:
 
 
 def check_part(family: Family, part: str) -> None:
-    """Refuse to convert another part of a model than its text model.
+    """Refuse to convert a part that a model does not have, or another part of a model of parts than its text model.
 
     Raises:
-        UsageError: the model has a text model only.
+        UsageError: the model has no such part.
         RefusalError: the part cannot be converted; the message says why.
     """
-    if part == "language":
+    if family.parts:
+        if part in ("auto", "both", *family.parts):
+            return
+        raise UsageError(
+            f"part: a {family.name} model has no part '{part}'",
+            hint=f"part: {', '.join(family.parts)}, or both (the default)",
+        )
+    if part in ("auto", "language"):
         return
+    if isinstance(family, CompositeFamily) and part not in _KEPT:
+        raise UsageError(
+            f"part: a {family.name} model has no part '{part}'",
+            hint="leave the key out: the language model is converted",
+        )
     if not isinstance(family, CompositeFamily):
         raise UsageError(
             f"part: a {family.name} model is a text model, and has no part '{part}'", hint="leave the key 'part' out"

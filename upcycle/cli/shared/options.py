@@ -39,6 +39,7 @@ _FLAGS = {
     ("--refit-passes",): "reconstruction.passes",
     ("--scale",): "scale",
     ("--pad",): "pad",
+    ("--family",): "family",
     ("--part",): "part",
     ("--target",): "target",
     ("--layout",): "layout",

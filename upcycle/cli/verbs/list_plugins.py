@@ -10,7 +10,7 @@ from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import print_json, print_line, print_markdown, print_table
 from upcycle.cli.shared.plugin_tables import LISTED_KINDS, entries, matrix, plugin_table
 from upcycle.errors import UsageError
-from upcycle.registry import DESCRIBED, OWN_TARGETS, load
+from upcycle.registry import DESCRIBED, OWN_TARGETS
 
 
 @click.command("list", short_help="List methods, routers, targets and more")
@@ -36,7 +36,7 @@ def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> 
             header, *lines = matrix()
             legend = ", ".join(f"{number} {target}" for number, target in enumerate(header[1:], start=1))
             print_table(["", *map(str, range(1, len(header)))], lines, title=f"\ntargets, 1 preferred: {legend}")
-            wrapped = ", ".join(name for name in DESCRIBED if load("described", name).paths is not None)
+            wrapped = ", ".join(DESCRIBED)
             print_line()
             print_line(f"{next(iter(OWN_TARGETS))}, upcycle's own target, holds all of these, and {wrapped}")
 

@@ -131,7 +131,7 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     facts: list[tuple[str, Cell]] = [("verdict", verdict(result.verdict, style, result.explanation))]
     difference = f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}"
     if result.compared == STATES:
-        unit = "images" if result.text.endswith("images") else "tokens"
+        unit = {"random images": "images", "random sounds": "sounds"}.get(result.text, "tokens")
         facts.append((STATES, f"{difference} ({result.tokens:,} {unit}, {result.text})"))
     else:
         facts += [

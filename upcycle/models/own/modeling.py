@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.models.own.moe_block import IMPLEMENTATIONS, MoeBlock
+from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock
 from upcycle.models.own.replaced_ffn import replaced_in
 
 _DECODER_START = "_prepare_decoder_input_ids_for_generation"
@@ -86,6 +86,8 @@ def replace_ffns(model: Any, config: Any) -> None:
             for path in modules:
                 _check_module(base, path, config)
             _check_size(base.get_submodule(modules[0]), modules[0], ffn.hidden_size)
+            if _kept_in_fp32(model, base, modules):
+                model._keep_in_fp32_modules |= set(DOWN_WEIGHTS)
             _put(base, modules[0], MoeBlock(ffn))
             for path in modules[1:]:
                 _put(base, path, nn.Identity())
@@ -121,6 +123,13 @@ def _check_size(module: nn.Module, path: str, hidden: int) -> None:
             f"there is {list(weights[0].shape)}",
             hint="correct 'hidden_size' in 'replaced_ffns', or the base model's own sizes",
         )
+
+
+def _kept_in_fp32(model: Any, base: nn.Module, modules: tuple[str, ...]) -> bool:
+    """Return whether the stock class keeps a projection of an FFN in fp32 when it is loaded in fp16: T5's second one overflows."""
+    kept = set(model._keep_in_fp32_modules or ())
+    inside = (f"{path}.{name}" for path in modules for name, _ in base.get_submodule(path).named_modules())
+    return any(kept & set(name.split(".")) for name in inside)
 
 
 def _put(base: nn.Module, path: str, module: nn.Module) -> None:

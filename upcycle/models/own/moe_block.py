@@ -19,6 +19,7 @@ from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 
 IMPLEMENTATIONS = ("upcycle", "eager")
+DOWN_WEIGHTS = ("experts.down", "shared_down")  # which may be fp32 where the others are fp16
 _SPREAD = 0.02  # of new weights
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh")
 # transformers' name -> the kernels' name of the same function
@@ -77,7 +78,7 @@ class MoeBlock(nn.Module):
         if self.has_shared:
             act, up = self.experts.act, self.shared_up(x)
             hidden = act(up) if self.shared_gate is None else act(self.shared_gate(x)) * up
-            routed = routed + self.shared_down(hidden)
+            routed = routed + self.shared_down(hidden.to(self.shared_down.weight.dtype))
         if self.output_bias is not None:
             routed = routed + self.output_bias
         out: torch.Tensor = self.dropout(routed)
@@ -123,7 +124,7 @@ class PackedExperts(nn.Module):
         d, neurons = ffn.hidden_size, sum(ffn.widths)
         rows = neurons * (2 if ffn.gated else 1)
         self.count, self.widths, self.gated = ffn.experts, ffn.widths, ffn.gated
-        self.act = ACT2FN[ffn.activation]
+        self.act = ACT2FN[ffn.activation].to(torch.get_default_dtype())  # weights that it has are bfloat16 otherwise
         self.kernel_activation = KERNEL_ACTIVATIONS.get(ffn.activation)
         self.implementation = IMPLEMENTATIONS[0]
         self.register_parameter("gate_up" if ffn.gated else "up", nn.Parameter(torch.empty(rows, d)))
@@ -142,7 +143,8 @@ class PackedExperts(nn.Module):
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return ``[T, d]``: the experts ``ids`` ``[T, K]`` of every row of ``x``, times ``weights`` ``[T, K]``; id E is no expert."""
         tensors = WeightTensors(self._up, self.down, self.up_bias, self.down_bias)
-        kernel = self.kernel_activation if self.implementation == "upcycle" else None
+        mixed = self.down.dtype != self._up.dtype
+        kernel = self.kernel_activation if self.implementation == "upcycle" and not mixed else None
         if kernel is not None and foreign_weights(*tensors) is None:
             layout = WeightLayout(kernel, self.gated, self.gated, False, self.widths)
             return module_output(self, x.to(self.down.dtype), tensors, layout, ids, weights).to(x.dtype)
@@ -155,10 +157,10 @@ class PackedExperts(nn.Module):
         bias = None if self.up_bias is None else self.up_bias[rows]
         z = functional.linear(x, self._up[rows], bias)
         hidden: torch.Tensor = self.act(z[..., ::2]) * z[..., 1::2] if self.gated else self.act(z)
-        return hidden
+        return hidden.to(self.down.dtype) if self.down.dtype != self._up.dtype else hidden
 
     def _one_by_one(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
+        out = torch.zeros_like(x, dtype=x.dtype if self.down.dtype == self._up.dtype else self.down.dtype)
         first, per_neuron = 0, 2 if self.gated else 1
         for expert, width in enumerate(self.widths):
             tokens, slots = torch.where(ids == expert)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.architectures.stock_auto import is_encoder
+from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
 from upcycle.errors import UpcycleError
 from upcycle.files import private_text
 from upcycle.files.local_names import records_without_folders
@@ -115,6 +115,8 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
         why = "the model was not run (--no-run)"
     elif is_encoder(subject.config):
         why = "an encoder predicts no text, by which quality and routing are measured"
+    elif is_encoder_decoder(subject.config):
+        why = "a model of an encoder and a decoder reads pairs, and quality and routing are measured on single texts"
     elif wanted.texts:
         from upcycle.text.reading.plain_text import read_text
 

@@ -25,7 +25,8 @@ def layer_structure(subject: Subject) -> list[dict[str, Any]]:
     blueprint = subject.folder / records.BLUEPRINT_FILE
     decided = BlueprintFile(blueprint) if subject.ours and blueprint.is_file() else None
     layers = []
-    for layer in range(config.get("num_hidden_layers", 0)):
+    count = (subject.record or {}).get("layers") or config.get("num_hidden_layers", 0)
+    for layer in range(count):
         routed, shared, neurons = decided.shape(layer) if decided and layer in decided.layers else (0, 0, 0)
         if layer not in subject.moe_layers if moe else not routed:
             layers.append(_entry(layer, "dense", 0, 0, 0, neurons or config.get("intermediate_size", 0), 0))
