@@ -23,6 +23,7 @@ class UpcycleMoe(Target):
         "softmax over all experts, top-k, and the chosen weights divided by their sum unless told otherwise"
     )
     holds_unnormalized = True
+    holds_rules = True
     keeps_names = True
     router, shared = "router", None
 
@@ -51,6 +52,7 @@ class UpcycleMoe(Target):
 
         assert self._family is not None
         form, family = dense.ffn_form, self._family
+        rule: Any = shape.rule or TopKRule(shape.top_k, normalized=shape.normalized)
         dropouts = {family.ffn_dropout(layer) for layer in shape.moe_layers}
         replaced = [
             ReplacedFfn(
@@ -58,12 +60,13 @@ class UpcycleMoe(Target):
                 hidden_size=dense.hidden_size,
                 activation=form.activation,
                 gated=form.gated,
-                biases=frozenset(form.biases),
+                biases=_biases(shape),
                 widths=(shape.expert_size,) * shape.experts,
                 shared_width=shape.shared * shape.expert_size,
-                router_bias=False,
-                rule=TopKRule(shape.top_k, normalized=shape.normalized),
+                router_bias=shape.router.bias is not None,
+                rule=rule,
                 dropout=dropout,
+                router=shape.router,
             )
             for dropout in sorted(dropouts)
         ]
@@ -84,7 +87,7 @@ class UpcycleMoe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """Return the router, the packed experts, and the shared expert's projections; there is one layout only."""
+        """Return the router's tensors, the packed experts, and the shared expert's projections; there is one layout only."""
         assert self._family is not None
         d, m, s, form = dense.hidden_size, shape.expert_size, shape.shared * shape.expert_size, dense.ffn_form
         prefix, everyone, rows = self._family.module_paths.block_of(layer), range(shape.experts), 2 if form.gated else 1
@@ -94,14 +97,22 @@ class UpcycleMoe(Target):
         def each(kind: PartKind) -> tuple[Part, ...]:
             return tuple(Part(kind, e) for e in everyone)
 
+        router, biases = shape.router, _biases(shape)
         tensors = [
-            OutputTensor(f"{prefix}.router.weight", (shape.experts, d), (Part("router"),)),
+            OutputTensor(f"{prefix}.router.weight", (shape.experts, router.width or d), (Part("router"),)),
             OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
             OutputTensor(f"{prefix}.experts.down", (m * shape.experts, d), each("down_rows")),
         ]
+        if not router.linear:
+            tensors.append(OutputTensor(f"{prefix}.router.hidden.weight", (router.width, d), (Part("router_hidden"),)))
+        if router.bias is not None:
+            filled = Part("filled", factor=router.bias, size=shape.experts)
+            tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
+        if "output" in biases:
+            tensors.append(OutputTensor(f"{prefix}.output_bias", (d,), (Part("output_bias"),)))
         if form.biases & {"gate", "up"}:
             tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
-        if "down" in form.biases:
+        if "down" in biases:
             tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, d), each("down_bias")))
         if not s:
             return tensors
@@ -111,6 +122,17 @@ class UpcycleMoe(Target):
         for matrix in form.matrices:
             name = f"{prefix}.shared_{matrix}"
             tensors.append(OutputTensor(f"{name}.weight", sizes[matrix], (Part(kinds[matrix]),)))
-            if matrix in form.biases:
+            if matrix in biases:
                 tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
         return tensors
+
+
+def _biases(shape: MoeShape) -> frozenset[Any]:
+    """Return the biases that a block has.
+
+    A down bias is every expert's own where weights sum to 1, and is added once; by another rule it is the block's, not an expert's.
+    """
+    rule: Any = shape.rule
+    if "down" not in shape.form.biases or rule is None or rule.sums_to_one:
+        return frozenset(shape.form.biases)
+    return frozenset(shape.form.biases - {"down"} | {"output"})
