@@ -97,7 +97,7 @@ class UpcycleMoe(Target):
         def each(kind: PartKind) -> tuple[Part, ...]:
             return tuple(Part(kind, e) for e in everyone)
 
-        router, biases = shape.router, _biases(shape)
+        router, own = shape.router, _biases(shape)
         tensors = [
             OutputTensor(f"{prefix}.router.weight", (shape.experts, router.width or d), (Part("router"),)),
             OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
@@ -108,11 +108,11 @@ class UpcycleMoe(Target):
         if router.bias is not None:
             filled = Part("filled", factor=router.bias, size=shape.experts)
             tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
-        if "output" in biases:
+        if "output" in own:
             tensors.append(OutputTensor(f"{prefix}.output_bias", (d,), (Part("output_bias"),)))
         if form.biases & {"gate", "up"}:
             tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
-        if "down" in biases:
+        if "down" in own:
             tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, d), each("down_bias")))
         if not s:
             return tensors
@@ -122,7 +122,7 @@ class UpcycleMoe(Target):
         for matrix in form.matrices:
             name = f"{prefix}.shared_{matrix}"
             tensors.append(OutputTensor(f"{name}.weight", sizes[matrix], (Part(kinds[matrix]),)))
-            if matrix in biases:
+            if matrix in own:
                 tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
         return tensors
 

@@ -44,7 +44,7 @@ class MoeBlock(nn.Module):
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
             self.shared_down = nn.Linear(shared, d, bias="down" in ffn.biases)
-        self.has_shared = bool(shared)
+        self.has_shared, self.shared_width = bool(shared), shared
         self.output_bias = nn.Parameter(torch.zeros(d)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)
 
