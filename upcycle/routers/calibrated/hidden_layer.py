@@ -48,7 +48,7 @@ class HiddenLayerRouter(LayerRouter):
     Losses are means over the experts and, weighted, over the tokens. All tokens of a step are one batch of matrix products.
     """
 
-    Parameters: type[TrainingParameters] = TrainingParameters
+    Parameters = TrainingParameters
     parameters: TrainingParameters
 
     @abstractmethod
