@@ -45,7 +45,7 @@ WINDOWS = 48  # of every domain are measured on
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 TOP_K = (36, 32, 28, 24, 20, 16, 12, 9, 6)
 NEAR = (0.01, 0.05, 0.1)  # nats above all experts on
-HOYER, RELU = "sparsified", "dense, trained on"
+HOYER, DENSE = "sparsified", "dense, trained on"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def measured(folder: Path, text: Sequence[torch.Tensor], routing: Mapping[str, A
 
 
 def table(title: str, points: Sequence[Point], dense: float) -> str:
-    """Markdown; losses beside the parent\'s."""
+    """Markdown; losses beside the parent's."""
     lines = [
         f"### {title}",
         "",
@@ -196,7 +196,7 @@ def main() -> None:
         f"dense-{rate:g}-{steps}": training(data, steps, rate, None),
     }
     trained(runs, work / "runs", options.jobs)
-    parents = dict(zip((HOYER, RELU), (work / "runs" / name / "model" for name in runs), strict=True))
+    parents = dict(zip((HOYER, DENSE), (work / "runs" / name / "model" for name in runs), strict=True))
     text = windows(texts, load_tokenizer(locate("demo").path))
     start = measured(locate("demo").path, text).loss
     parts, summary = (
