@@ -17,13 +17,14 @@ class D2D(PlainSumPartition):
 
     The rows are those of the projection that is activated: gate in a gated FFN, the first of two where there is no gate.
     Biases are not part of them. This is the second of D2DMoE's four stages. Its router predicts the norm of every expert's
-    output: choose router ``ridge`` with target ``output_norm``. Chosen experts are summed without weights, so the ``paper``
-    scale is ``sum`` = K.
+    output (router ``d2d_norms``), and its rule runs every expert whose norm is near the largest (routing ``dynamic_k``): both need
+    ``upcycle_moe`` (``upcycle convert d2dmoe``). In stock architectures a fixed number of experts runs behind a linear router
+    (``ridge`` with target ``output_norm``, or ``upcycle convert d2dmoe_stock``). Chosen experts are summed without weights, so
+    the ``paper`` scale is ``sum`` = K.
 
-    Deviations: the model is not fine-tuned for sparsity first, nor are attention projections replaced; the number of
-    active experts is fixed, because no stock architecture can run dynamic-k; the ridge router is linear, the paper's
-    has a hidden layer and the absolute value at its end. The clustering is
-    :func:`~upcycle.splitters.grouping.balanced_kmeans.balanced_kmeans` where D2DMoE takes k_means_constrained's.
+    Deviations: the model is not fine-tuned for sparsity here (``upcycle train d2dmoe_sparsify`` does it), and attention
+    projections are not replaced. The clustering is :func:`~upcycle.splitters.grouping.balanced_kmeans.balanced_kmeans` where D2DMoE
+    takes k_means_constrained's.
     """
 
     name = "d2d"

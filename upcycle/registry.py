@@ -40,6 +40,8 @@ ROUTERS = {
     "ridge": "upcycle.routers.calibrated.ridge:RidgeRouter",
     "representative": "upcycle.routers.calibrated.representative:RepresentativeRouter",
     "distilled": "upcycle.routers.calibrated.distilled:DistilledRouter",
+    "moefication": "upcycle.routers.calibrated.moefication:MoeficationRouter",
+    "d2d_norms": "upcycle.routers.calibrated.d2d_norms:NormRouter",
     "orthogonal": "upcycle.routers.orthogonal:OrthogonalRouter",
     "hidden": "upcycle.routers.for_mixing.hidden:HiddenRouter",
     "cheap_embed": "upcycle.routers.for_mixing.cheap_embed:CheapEmbedRouter",

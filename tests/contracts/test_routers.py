@@ -15,8 +15,10 @@ from upcycle.ffn.blueprint import ExpertSpec, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import FfnForm
 from upcycle.ffn.router_capture import captured
+from upcycle.ffn.router_network import RouterNetwork
 from upcycle.ffn.source_samples import Samples
 from upcycle.registry import ROUTERS, load
+from upcycle.routers.base import Router
 from upcycle.routers.cool import CoolParameters, CoolRouter
 from upcycle.routers.random_rows import RandomParameters, RandomRouter
 from upcycle.routers.zero import ZeroRouter
@@ -57,37 +59,49 @@ def tokens(ffn: FeedForward, seed: int) -> Activations:
     return Activations.of(ffn, x, batch=64, samples=Samples(labels[None], labels, share))
 
 
+def _check_form(router: Router, found: RouterNetwork) -> None:
+    """fp32, finite, and of the shapes that its form says, which is known before anything is made."""
+    form = router.form(E)
+    assert found.form == form
+    assert form.bias is None  # that is the rule's
+    shapes = {"rows": (E, form.width or D), "hidden": (form.width, D)}
+    for key, weight in (("rows", found.rows), ("hidden", found.hidden)):
+        if weight is not None:
+            assert (weight.shape, weight.dtype) == (shapes[key], torch.float32)
+            assert weight.isfinite().all()
+    assert (found.hidden is None) == form.linear
+    assert form.elements(E, D) == found.rows.numel() + (0 if found.hidden is None else found.hidden.numel())
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name not in OF_SOURCES])
 def test_ffns_of_every_form_get_rows(name: str, form: FfnForm) -> None:
     cls, ffn = load("router", name), ffn_of(form, 4 * E, D, dtype=torch.float32)
     blueprint = LayerBlueprint(3, tuple(map(ExpertSpec, torch.arange(4 * E).split(4))), top_k=2, scale=1.0)
     router = cls(cls.Parameters(**({"inference_only": True} if name == "zero" else {})))
-    rows = router.rows(blueprint, ffn, generator(0, 3, "router"), tokens(ffn, seed=3))
-    assert (rows.shape, rows.dtype) == ((E, D), torch.float32)
-    assert rows.isfinite().all()
-    assert bool(rows.any(dim=1).all()) == (name != "zero")
+    found = router.network(blueprint, ffn, generator(0, 3, "router"), tokens(ffn, seed=3))
+    _check_form(router, found)
+    assert bool(found.rows.any(dim=1).all()) == (name != "zero")
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_rows_are_finite_fp32_of_the_right_shape_and_deterministic(name: str) -> None:
+def test_weights_are_finite_fp32_of_the_right_shape_and_deterministic(name: str) -> None:
     cls = load("router", name)
     for blueprint, ffn in (given(), telling()):
-        first, second = (
-            cls(cls.Parameters()).rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1)) for _ in range(2)
-        )
-        assert first.shape == (E, D)
-        assert first.dtype == torch.float32
-        assert torch.isfinite(first).all()
-        assert torch.equal(first, second)
+        given_tokens = tokens(ffn, seed=1)
+        router = cls(cls.Parameters())
+        first, second = (router.network(blueprint, ffn, generator(0, 0, "router"), given_tokens) for _ in range(2))
+        _check_form(router, first)
+        assert torch.equal(first.rows, second.rows)
+        assert first.hidden is None or torch.equal(first.hidden, second.hidden)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_equal_weights_means_equal_to_the_last_bit(name: str) -> None:
     cls = load("router", name)
     blueprint, ffn = given()
-    rows = cls(cls.Parameters()).rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
-    weights = torch.softmax(torch.randn(100, D) @ rows.T, dim=-1)
+    found = cls(cls.Parameters()).network(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
+    weights = torch.softmax(found.logits(torch.randn(100, D)), dim=-1)
     assert (weights == weights[:, :1]).all().item() is cls.equal_weights
 
 
@@ -96,13 +110,13 @@ def test_calibrated_rows_capture_more_than_random_choices(name: str) -> None:
     cls = load("router", name)
     router = cls(cls.Parameters())
     blueprint, ffn = telling()
-    rows = router.rows(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
-    found = captured(tokens(ffn, seed=3), blueprint, rows)
+    made = router.network(blueprint, ffn, generator(0, 0, "router"), tokens(ffn, seed=1))
+    found = captured(tokens(ffn, seed=3), blueprint, made)
     assert found.random < 0.5
     if router.calibrated or name in ("centroid", *OF_SOURCES):  # a centroid of weights reads the layer if not the text
         assert found.captured > 0.8
-    weights = torch.softmax(next(tokens(ffn, seed=3).batches()).x @ rows.T, dim=-1)
-    if hasattr(router.parameters, "tolerance"):
+    weights = torch.softmax(next(tokens(ffn, seed=3).batches()).x @ made.rows.T, dim=-1) if made.form.linear else None
+    if weights is not None and hasattr(router.parameters, "tolerance"):
         # These tokens are no longer than an RMSNorm's, so the bound of the cool router holds.
         assert (weights.amax(1) / weights.amin(1) - 1).max() <= router.parameters.tolerance
 
@@ -113,12 +127,12 @@ def test_calibrated_routers_ask_for_a_text(name: str) -> None:
     router = cls(cls.Parameters())
     if router.calibrated:
         with pytest.raises(UsageError, match=f"the {name} router needs calibration text"):
-            router.rows(*telling(), generator(0, 0, "router"))
+            router.network(*telling(), generator(0, 0, "router"))
     elif name in OF_SOURCES:
         with pytest.raises(UsageError, match=f"the {name} router needs {router.samples} of every source"):
-            router.rows(*telling(), generator(0, 0, "router"))
+            router.network(*telling(), generator(0, 0, "router"))
     else:
-        assert router.rows(*telling(), generator(0, 0, "router")).shape == (E, D)
+        _check_form(router, router.network(*telling(), generator(0, 0, "router")))
 
 
 @pytest.mark.parametrize("bias", [0.0, 2.0])

@@ -16,6 +16,7 @@ from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.form import FfnForm
 from upcycle.ffn.moe_shape import Part, PartKind
+from upcycle.ffn.router_network import RouterForm
 
 D, F = 4, 10
 SHARED = ([8, 9, 0], [2, 2, 5])
@@ -58,9 +59,11 @@ def test_parts_are_neurons_times_powers_of_the_scale(form: FfnForm) -> None:
 
 def test_every_kind_of_part_has_its_shape_and_dtype() -> None:
     ffn = ffn_of(EVERY_BIAS, F, D, dtype=torch.bfloat16)
-    tensors, m, wide = ExpertTensors(ffn, blueprint()), 3, 6
+    whole = replace(blueprint(), router_hidden=torch.ones(7, D), router_form=RouterForm(7))
+    tensors, m, wide = ExpertTensors(ffn, whole), 3, 6
     shapes: dict[str, tuple[int, ...]] = {"router": (3, D), "shared_switch": (1, D), "zeros": (5,), "filled": (5,)}
     shapes |= {"shifted_gate_up": (D, 2 * m), "shifted_gate_up_bias": (2 * m,), "shifted_down": (m, D)}
+    shapes |= {"router_hidden": (7, D), "output_bias": (D,)}
     shapes |= {"gate_up": (2 * m, D), "gate_up_bias": (2 * m,), "down_rows": (m, D)}
     for prefix, size in (("", m), ("shared_", wide), ("idle_", 5)):
         shapes |= {f"{prefix}{name}": (size, D) for name in ("gate", "up")} | {f"{prefix}down": (D, size)}

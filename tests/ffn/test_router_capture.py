@@ -112,4 +112,4 @@ def test_captured(layer: tuple[FeedForward, LayerBlueprint, torch.Tensor], held_
 
 def test_silence_is_captured_in_full(layer: tuple[FeedForward, LayerBlueprint, torch.Tensor]) -> None:
     ffn, blueprint, x = layer
-    assert captured(Activations.of(ffn, x * 0), blueprint, torch.randn(3, D)) == Capture(1.0, 1.0, 1.0)
+    assert captured(Activations.of(ffn, x * 0), blueprint, torch.randn(3, D)) == Capture(1.0, 1.0, 1.0, 2 / 3)

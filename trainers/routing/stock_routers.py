@@ -16,7 +16,7 @@ from upcycle.architectures.module_paths import module_paths_in, text_config
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.models.experts import has_experts
-from upcycle.models.own.moe_block import PackedExperts
+from upcycle.models.own.moe_block import MoeBlock, PackedExperts
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
 
@@ -165,6 +165,12 @@ def untaught_warning(model: nn.Module) -> str | None:
     untaught = [layer for layer in moe_layers(model) if layer.rule.constant is not None and not sampling_noise(layer)]
     if not any(weight.requires_grad for layer in untaught for weight in layer.router.parameters()):
         return None
+    if isinstance(untaught[0].block, MoeBlock):
+        return (
+            f"chosen experts of this {_model_type(model)} model always weigh {untaught[0].rule.constant:g} (scores: ones), so that no "
+            "gradient of the loss on tokens reaches the routers, and only auxiliary losses move them; train: [experts, rest] leaves "
+            "them as they are"
+        )
     return (
         f"{_model_type(model)} with router_jitter_noise 0: chosen experts always weigh {untaught[0].rule.constant:g}, so that no "
         "gradient of the loss on tokens reaches the routers, and only auxiliary losses move them; train: [experts, rest] "
@@ -259,7 +265,8 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
             if weight.dim() == 2:
                 weight.copy_(torch.randn(weight.shape, generator=draw))
         try:
-            logits, weights, chosen = copy(torch.randn(_ASKED, matrix.shape[1], generator=draw))
+            reads = getattr(router, "reads", matrix.shape[1])  # behind a hidden layer, the matrix reads another length
+            logits, weights, chosen = copy(torch.randn(_ASKED, reads, generator=draw))
         except (RuntimeError, TypeError, ValueError):  # no router, or one of another kind
             return None
     if logits.shape != (_ASKED, experts) or chosen.shape != (_ASKED, top_k):
@@ -273,7 +280,9 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
             factor = float(f"{float(given.sum() / made.sum()):.4g}")
             if torch.allclose(given, factor * made, rtol=1e-3, atol=1e-6):
                 return router, replace(rule, factor=factor, bias=lambda: selection_bias(router, router))
-    return None
+    constant = RoutingRule("softmax", experts, top_k, constant=float(weights[0, 0]))
+    largest = torch.equal(constant.route(logits)[1].sort(dim=1).values, chosen.sort(dim=1).values)
+    return (router, constant) if largest and bool((weights == weights[0, 0]).all()) else None
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

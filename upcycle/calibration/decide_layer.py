@@ -35,8 +35,9 @@ def decide(job: ExpertJob, ffn: FeedForward, activations: Activations | None = N
         blueprint = replace(blueprint, draws=replace(draws, std=job.dense.initializer_range))
     if not blueprint.routed:
         return blueprint
-    rows = job.router.rows(blueprint, ffn, generator(seed, ffn.layer, "router"), activations)
-    return replace(blueprint, router=job.method.tie(rows))
+    blueprint = replace(blueprint, rule=shape.rule)
+    made = job.router.network(blueprint, ffn, generator(seed, ffn.layer, "router"), activations)
+    return replace(blueprint, router=job.method.tie(made.rows), router_hidden=made.hidden, router_form=shape.router)
 
 
 def generator(seed: int, layer: int, purpose: str) -> torch.Generator:
@@ -151,16 +152,15 @@ def decide_layer(
     """
     blueprint = decide(job, ffn, activations)  # the same decision as without calibration
     report: dict[str, Any] = {}
-    if job.shape.top_k < job.shape.experts and blueprint.router is not None:
-        rows = blueprint.router.to(ffn.dtype).float()
-        report |= asdict(captured(activations, blueprint, rows))
+    if not job.shape.runs_all and blueprint.router is not None:
+        report |= asdict(captured(activations, blueprint, blueprint.network.stored_as(ffn.dtype)))
     routing = Routing(blueprint, ffn)
     active = ExpertActivations(activations, routing.active)
     if job.refit == "none":
         return Decision(blueprint, report, ActiveNeurons(routing, active, routing.stored(blueprint)))
     if job.refit == "scale":
         factor, fit = fit_scale(routing, active, targets())
-        blueprint = replace(blueprint, scale=job.shape.top_k * factor)
+        blueprint = replace(blueprint, scale=blueprint.plain_scale * factor)
         return Decision(blueprint, report | fit.as_dict(), ActiveNeurons(routing, active, routing.stored(blueprint)))
     down, fit = fit_down(routing, active, targets(), everything=job.refit == "down")
     blueprint = replace(blueprint, down=down.to(ffn.down.dtype))

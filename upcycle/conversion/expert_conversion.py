@@ -146,7 +146,7 @@ class ExpertConversion(ExpertJob):
         if (found := decided_layer(self, folder, ffn.layer)) is not None:
             return found
         if self.saved:
-            blueprint = replace(self.saved.layer(ffn.layer), top_k=self.shape.top_k)
+            blueprint = replace(self.saved.layer(ffn.layer), top_k=self.shape.top_k, rule=self.shape.rule)
             if blueprint.down is None and self.recipe.refit != "scale":
                 blueprint = replace(blueprint, scale=self.scale, spread=self.method.spread)
         else:

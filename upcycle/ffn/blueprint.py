@@ -16,6 +16,7 @@ import torch
 
 from upcycle.errors import CheckpointError
 from upcycle.ffn.form import MATRICES
+from upcycle.ffn.router_network import LINEAR, RouterForm, RouterNetwork, Routes
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.formats.tensor_spec import CODES, ITEM_SIZE
@@ -71,7 +72,9 @@ class LayerBlueprint:
 
     ``scale`` multiplies what the routed experts' neurons add: gate, up and down by its powers ``spread``, which is the down
     projection alone unless a method says otherwise. ``router`` is fp32 ``[E, d]``; it is ``None`` until a router initialiser
-    has filled it in. ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column
+    has filled it in. A router with a hidden layer has ``router`` ``[E, H]`` and ``router_hidden`` ``[H, d]``; ``router_form`` says
+    how both are used, and ``rule`` what its logits mean, where that is not the usual top-k of a softmax. (The rule is not saved:
+    it is the recipe's.) ``down`` ``[d, (S + E) * m]`` replaces the dense down projection where a refit changed it: one column
     for each of :attr:`neurons`; so do ``gate`` and ``up`` ``[(S + E) * m, d]`` where a reconstruction did. ``draws`` is there
     where weights are random.
     """
@@ -87,6 +90,20 @@ class LayerBlueprint:
     up: torch.Tensor | None = field(default=None, compare=False)
     spread: tuple[float, float, float] = DOWN_ONLY
     draws: Draws | None = None
+    router_hidden: torch.Tensor | None = field(default=None, compare=False)
+    router_form: RouterForm = LINEAR
+    rule: Routes | None = field(default=None, compare=False)
+
+    @property
+    def network(self) -> RouterNetwork:
+        """The router, which must be there."""
+        assert self.router is not None
+        return RouterNetwork(self.router, self.router_hidden, self.router_form)
+
+    @property
+    def plain_scale(self) -> float:
+        """The ``scale`` at which the layer is the plain sum of its shared experts and those that run, if these weigh the same."""
+        return float(self.top_k) if self.rule is None else 1 / self.rule.equal_weight(len(self.routed))
 
     @property
     def intermediate_size(self) -> int:
@@ -106,7 +123,8 @@ class LayerBlueprint:
 def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, Any] | None = None) -> None:
     """Write one layer: int32 ``layers.L.routed`` ``[E, m]``, ``layers.L.shared`` ``[S, m]``, fp32 ``layers.L.router``,
     ``layers.L.down`` where there was a refit, ``layers.L.gate`` and ``layers.L.up`` where there was a reconstruction, and bool
-    ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where weights are re-initialised. ``report`` holds what was
+    ``layers.L.routed_fresh`` ``[E, 3, m]`` (``shared_fresh``) where weights are re-initialised, fp32 ``layers.L.router_hidden``
+    where the router has a hidden layer. ``report`` holds what was
     measured of the layer, as plain data.
     """
     from safetensors.torch import save
@@ -119,13 +137,17 @@ def save_blueprint(path: Path, blueprint: LayerBlueprint, report: Mapping[str, A
         fresh = [e.fresh for e in experts if e.fresh is not None]
         if fresh:
             tensors[f"{prefix}.{kind}_fresh"] = torch.stack(fresh)
-    if blueprint.router is not None:
-        tensors[f"{prefix}.router"] = blueprint.router.float().contiguous()
-    for name in MATRICES:
-        fitted = blueprint.fitted(name)
-        if fitted is not None:
-            tensors[f"{prefix}.{name}"] = fitted.contiguous()
+    tensors |= {
+        f"{prefix}.{name}": weight.float().contiguous()
+        for name, weight in (("router", blueprint.router), ("router_hidden", blueprint.router_hidden))
+        if weight is not None
+    }
+    tensors |= {
+        f"{prefix}.{name}": fitted.contiguous() for name in MATRICES if (fitted := blueprint.fitted(name)) is not None
+    }
     numbers: dict[str, Any] = {"top_k": blueprint.top_k, "scale": blueprint.scale, "report": dict(report or {})}
+    if blueprint.router_form != LINEAR:
+        numbers["router_form"] = asdict(blueprint.router_form)
     if blueprint.spread != DOWN_ONLY:
         numbers["spread"] = list(blueprint.spread)
     for kind, experts in (("routed", blueprint.routed), ("shared", blueprint.shared)):
@@ -205,7 +227,7 @@ class BlueprintFile:
         numbers = self.header["layers"][str(layer)]
         found = {
             kind: self.tensors.read(f"layers.{layer}.{kind}")
-            for kind in ("routed", "shared", "router", *MATRICES, "routed_fresh", "shared_fresh")
+            for kind in ("routed", "shared", "router", "router_hidden", *MATRICES, "routed_fresh", "shared_fresh")
             if f"layers.{layer}.{kind}" in self.tensors.specs
         }
         return LayerBlueprint(
@@ -220,6 +242,8 @@ class BlueprintFile:
             up=found.get("up"),
             spread=tuple(numbers.get("spread", DOWN_ONLY)),
             draws=Draws(**numbers["draws"]) if "draws" in numbers else None,
+            router_hidden=found.get("router_hidden"),
+            router_form=RouterForm(**numbers.get("router_form", {})),
         )
 
 
@@ -249,6 +273,7 @@ _BROUGHT = {
     "shared_unheld",
     "layers",
     "router",
+    "routing",
     "calibration",
     "refit",
     "reconstruction",

@@ -63,16 +63,16 @@ class ExpertTensors:
 
     def part(self, part: Part) -> torch.Tensor:
         """Build one part: gate and up are ``[m, d]``, down is ``[d, m]``, their biases ``[m]``, ``[m]`` and ``[d]``, the router
-        ``[E, d]``, ``gate_up`` ``[2 m, d]`` with alternating rows, ``down_rows`` ``[m, d]``. A bias that the dense FFN does not
+        ``[E, d]`` (``[E, H]``, and ``router_hidden`` ``[H, d]``), ``gate_up`` ``[2 m, d]`` with alternating rows, ``down_rows``
+        ``[m, d]``, ``output_bias`` the dense down bias ``[d]``. A bias that the dense FFN does not
         have is zero.
 
         Raises:
             RefusalError: a gate is asked for, and the dense FFN has none that could be written as one.
         """
         width, dtype = self._ffn.hidden_size, self._ffn.dtype
-        if part.kind == "router":
-            assert self._blueprint.router is not None
-            return self._blueprint.router.to(dtype)
+        if (kept := self._kept(part)) is not None:
+            return kept.to(dtype)
         if part.kind == "shared_switch":
             return half_switch(width, dtype)
         if part.kind in ("zeros", "filled"):
@@ -81,6 +81,16 @@ class ExpertTensors:
         if part.kind == "idle_down":
             return torch.zeros(width, part.size, dtype=dtype)
         return self._rearranged(part)
+
+    def _kept(self, part: Part) -> torch.Tensor | None:
+        """Return what is written as it is: the router, or a bias that belongs to no expert; None for other parts."""
+        found = {
+            "router": self._blueprint.router,
+            "router_hidden": self._blueprint.router_hidden,
+            "output_bias": self._ffn.down_bias,
+        }
+        assert part.kind not in found or found[part.kind] is not None, part.kind
+        return found.get(part.kind)
 
     def _rearranged(self, part: Part) -> torch.Tensor:
         """Build a part of the FFN's weights, transposed or in turns where its kind says so."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from upcycle.ffn.form import FfnForm
+from upcycle.ffn.router_network import LINEAR, RouterForm, Routes
 
 PartKind = Literal[
     "gate",
@@ -21,6 +22,8 @@ PartKind = Literal[
     "gate_up_bias",
     "down_rows",  # the transpose of down
     "router",
+    "router_hidden",
+    "output_bias",  # the dense FFN's down bias, where it belongs to no expert
     "shared_gate",
     "shared_up",
     "shared_down",
@@ -62,6 +65,8 @@ class MoeShape:
     moe_layers: tuple[int, ...]
     normalized: bool = True  # whether the chosen experts' weights sum to 1, or are what the softmax over all gives them
     form: FfnForm = field(default_factory=FfnForm)  # of the dense FFN, and so of every expert
+    router: RouterForm = LINEAR
+    rule: Routes | None = None  # of routing, where it is not top-k of a softmax (`normalized` or not)
     sizes: tuple[
         tuple[int, FfnForm], ...
     ] = ()  # of every layer, where layers differ; the fields above are the first one's
@@ -72,3 +77,10 @@ class MoeShape:
             return self
         size, form = self.sizes[layer]
         return replace(self, expert_size=size, form=form, sizes=())
+
+    @property
+    def runs_all(self) -> bool:
+        """Whether every expert runs for every token, whatever the router's weights are."""
+        if self.rule is None:
+            return self.top_k == self.experts
+        return self.rule.all_alike(self.experts, equal_logits=False)

@@ -58,7 +58,8 @@ class Applied(Protocol):
 class Routing:
     """A layer under its router, as the converted model will compute it: N neurons, those of all experts, shared ones first.
 
-    Chosen experts weigh the same, so the layer is the plain sum of its shared and chosen experts.
+    Chosen experts weigh the same, so the layer is the plain sum of its shared and chosen experts; by a rule that weighs them by the
+    router's logits, they are multiplied by that.
 
     Args:
         blueprint: the layer's, with a router unless all its experts are shared; which neurons its experts hold.
@@ -71,9 +72,11 @@ class Routing:
 
     def __init__(self, blueprint: LayerBlueprint, ffn: FeedForward) -> None:
         assert blueprint.router is not None or not blueprint.routed
-        # Experts are chosen with the rows as they are stored.
-        self._router = None if blueprint.router is None else blueprint.router.to(ffn.dtype).float()
-        self._top_k, self._experts = blueprint.top_k, len(blueprint.routed)
+        # Experts are chosen with the router's weights as they are stored.
+        self._router = None if blueprint.router is None else blueprint.network.stored_as(ffn.dtype)
+        self._top_k, self._experts, self._rule = blueprint.top_k, len(blueprint.routed), blueprint.rule
+        every = self._rule.all_alike(self._experts, False) if self._rule else self._top_k == self._experts
+        self._chooses, self._plain_scale = not every, blueprint.plain_scale
         self._always = len(blueprint.shared) * blueprint.intermediate_size
         self._size = blueprint.intermediate_size
         self._neurons = blueprint.neurons
@@ -87,24 +90,27 @@ class Routing:
         return taken if self._zero is None else taken.masked_fill(self._zero, 0.0)
 
     def active(self, batch: TokenActivations) -> torch.Tensor:
-        """Return fp32 ``[t, N]``: activations, zero in experts that were not chosen."""
+        """Return fp32 ``[t, N]``: activations, times :meth:`chosen`."""
         taken = batch.hidden.index_select(1, self._neurons.clamp(min=0))
         if self._zero is not None:
             taken[:, self._zero] = 0.0
-        if self._top_k < self._experts:
+        if self._chooses:
             on = self.chosen(batch)
             taken[:, self._always :].view(len(taken), self._experts, self._size).mul_(on[:, :, None])
         return taken
 
     def chosen(self, batch: TokenActivations) -> torch.Tensor:
-        """Return multi-hot fp32 ``[t, E]``: the experts that the router chooses."""
+        """Return fp32 ``[t, E]``: 0 where an expert does not run, else 1, or its weight over that at equal logits if these differ."""
         assert self._router is not None
-        return of_largest(linear(batch.x, self._router), self._top_k)
+        logits = self._router.logits(batch.x)
+        if self._rule is None:
+            return of_largest(logits, self._top_k)
+        return self._rule.gates(logits) / self._rule.equal_weight(self._experts)
 
     def stored(self, blueprint: LayerBlueprint) -> torch.Tensor:
         """Return fp32 ``[d, N]``: what multiplies :meth:`active` in the finished model, factors included."""
         down = self.down if blueprint.down is None else blueprint.down.float()
-        factor = blueprint.scale / self._top_k if self._experts else 1.0
+        factor = blueprint.scale / self._plain_scale if self._experts else 1.0
         if factor == 1.0:
             return down
         return torch.cat([down[:, : self._always], down[:, self._always :] * factor], dim=1)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import ZERO_NEURON, LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.router_network import RouterNetwork
 
 _OUTPUT_BYTES = 1 << 26  # outputs of several experts are computed at once up to this size
 
@@ -76,28 +77,46 @@ class Capture:
     """Shares of energy; all are 1 where there is no energy at all.
 
     Attributes:
-        captured: energy of the router's choices over that of the oracle's, which chooses the k experts with the largest
-            energy for every token.
+        captured: energy of the router's choices over that of the oracle's, which chooses for every token the experts with the
+            largest energy, as many as the router does.
         random: the same of uniformly random choices, expected.
         oracle_share: energy of the oracle's choices over that of all routed experts.
+        chosen: the share of the routed experts that run, over all tokens.
     """
 
     captured: float
     random: float
     oracle_share: float
+    chosen: float
 
 
-def captured(activations: Activations, blueprint: LayerBlueprint, rows: torch.Tensor) -> Capture:
-    """Measure router ``rows`` ``[E, d]`` on the held-out tokens (on all, if none are), weighted by ``batch.weight``."""
-    expert_map = ExpertMap(blueprint, activations.ffn)
-    rows = rows.float()
-    sums = torch.zeros(3, dtype=torch.float64)  # the router's energy, the oracle's, and all there is
+def captured(activations: Activations, blueprint: LayerBlueprint, router: RouterNetwork | torch.Tensor) -> Capture:
+    """Measure a router, or the rows ``[E, d]`` of one, on the held-out tokens (on all, if none are), weighted by ``batch.weight``."""
+    expert_map, rule = ExpertMap(blueprint, activations.ffn), blueprint.rule
+    if isinstance(router, torch.Tensor):
+        router = RouterNetwork(router.float())
+    experts = expert_map.experts
+    # Energies of the router's choice, of the oracle's, of a random one, and of all; choices; tokens.
+    sums = torch.zeros(6, dtype=torch.float64)
     for batch in activations.judged():
         energies = expert_map.energies(batch.hidden).double()
-        chosen = linear(batch.x, rows).topk(blueprint.top_k, dim=1).indices
-        by_choice = (energies.gather(1, chosen), energies.topk(blueprint.top_k, dim=1).values, energies)
-        sums += torch.stack([batch.weight.double() @ part.sum(1) for part in by_choice])
-    mine, oracle, total = sums.tolist()
-    if oracle == 0:
-        return Capture(1.0, 1.0, 1.0)
-    return Capture(mine / oracle, blueprint.top_k / len(blueprint.routed) * total / oracle, oracle / total)
+        logits = router.logits(batch.x)
+        on = of_largest(logits, blueprint.top_k) if rule is None else (rule.gates(logits) > 0).float()
+        counts = on.sum(1).long()
+        largest = functional.pad(energies.sort(dim=1, descending=True).values.cumsum(1), (1, 0))
+        total = energies.sum(1)
+        oracle = largest.gather(1, counts[:, None]).squeeze(1)
+        parts = (
+            (energies * on).sum(1),
+            oracle,
+            counts / experts * total,
+            total,
+            counts.double(),
+            torch.ones_like(total),
+        )
+        sums += torch.stack([batch.weight.double() @ part for part in parts])
+    mine, oracle_sum, by_chance, whole, chosen, tokens = sums.tolist()
+    share = chosen / (tokens * experts) if tokens else 1.0
+    if oracle_sum == 0:
+        return Capture(1.0, 1.0, 1.0, share)
+    return Capture(mine / oracle_sum, by_chance / oracle_sum, oracle_sum / whole, share)

@@ -25,7 +25,9 @@ class Plan:
     ``sources`` is empty where there is one source. ``kind`` is the method's. Where the result is not made of
     experts, ``summary`` says what it is: in a growth step, what is copied into what, and in a pruning, how many neurons are kept. In
     a growth step, the fields named dense describe the source, whether it is a MoE or not. ``time`` is what
-    :func:`upcycle.planning.speed.predict.predicted_time` returns; None where experts are copies.
+    :func:`upcycle.planning.speed.predict.predicted_time` returns; None where experts are copies. ``routing`` has the ``rule`` of
+    routing, its parameters, and in ``says`` which experts run; None where there are none. By rules other than ``top_k``, all
+    experts count as active: how many run is found for every token.
     """
 
     sources: list[dict[str, Any]]
@@ -50,6 +52,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
     time: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""

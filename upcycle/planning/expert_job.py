@@ -29,7 +29,9 @@ from upcycle.planning.cost import (
     file_warnings,
     files_of,
 )
+from upcycle.planning.equality import why_unequal
 from upcycle.planning.own_text import own_text_bytes
+from upcycle.planning.routing_rule import routing_facts
 from upcycle.planning.speed.predict import predicted_time
 from upcycle.planning.split_sizes import least_width, widths
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind
@@ -117,17 +119,8 @@ class ExpertJob:
 
         ``rounded``: exact except for a factor that the stored dtype cannot apply without rounding.
         """
-        experts, top_k = self.shape.experts, self.shape.top_k
-        if reason := self.method.inexact(self.shape, self.scale):
+        if reason := why_unequal(self.method, self.shape, self.scale, self.router, self.target):
             return "approximate", reason
-        exact_scale = self.method.scale("exact", experts, top_k)
-        if self.scale != exact_scale and (top_k == experts or self.method.exact_with_any_router):
-            return "approximate", f"the routed experts are scaled by {self.scale:g}, equality needs {exact_scale:g}"
-        if not self.method.exact_with_any_router:
-            if top_k < experts:
-                return "approximate", f"{top_k} of {experts} experts run per token"
-            if not (self.router.equal_weights or self.target.weight_of_chosen):
-                return "approximate", f"the {self.router_name} router does not weigh all experts equally"
         if self.rounding:
             return "rounded", self.rounding
         return "exact", "the same function as the dense model"
@@ -167,6 +160,7 @@ class ExpertJob:
         """The keys that only this kind of conversion adds to ``upcycle.json``."""
         return {
             "router": {"name": self.router_name, "title": self.router.title, "paper": self.router.paper},
+            "routing": routing_facts(self.shape),
             "target": self.target.name,
             "scale": self.scale,
             "refit": self.refit,
@@ -270,6 +264,7 @@ def _expert_plan(job: ExpertJob) -> Plan:
         warnings=[*_warnings(job, dense_total, active), *file_warnings(job.shards, job.recipe.max_shard_size)],
         shards=files_of(job.shards),
         time=None if job.method.kind == "copies" else predicted_time(dense, shape, job.target.name),
+        routing=routing_facts(shape),
     )
 
 

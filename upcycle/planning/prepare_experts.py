@@ -21,6 +21,16 @@ from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text, check_tokenizer
 from upcycle.planning.kept_units import kept_units
 from upcycle.planning.own_text import check_own_text
+from upcycle.planning.routing_rule import (
+    check_counts,
+    check_refit,
+    check_rule,
+    refuse_unroutable,
+    router_form,
+    rule_of,
+    scale_by,
+    with_all_experts,
+)
 from upcycle.planning.split_sizes import with_sizes
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
 from upcycle.registry import OWN_TARGETS, TARGETS, load, suggestion
@@ -67,29 +77,26 @@ def prepare_experts(
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
     check_own_text(recipe)
+    check_counts(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
     targets = _targets(recipe, family)
     inside = family.layers_of(recipe.part, dense.num_hidden_layers)
     recipe = _with_shared_held(with_sizes(recipe, method, dense, inside), method, targets)
-    recipe = _with_implied(recipe, method)
+    recipe = with_all_experts(_with_implied(recipe, method))
     shape = _shape(recipe, method, dense, [inside[i] for i in layer_selection(recipe.layers, len(inside))])
     target = _choose_target(recipe, family, targets, dense, shape)
-    router_name = recipe.router.name
-    sparse = recipe.top_k < recipe.experts or not method.exact_when_all_active
+    refuse_unroutable(target, shape)
+    sparse = not shape.runs_all or not method.exact_when_all_active
     texts = recipe.calibration.texts
-    if router_name == "auto":
-        all_equal = "random" if target.weight_of_chosen else "zero"  # there, equal logits are what makes weights differ
-        split_name = ("ridge" if texts else "cool") if sparse else all_equal
-        router_name = "random" if method.kind == "copies" else split_name
-    router_class = load("router", router_name)
-    router: Router = router_class(
-        parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
-    )
+    router = _router(recipe, method, target, shape, sparse)
+    router_name = router.name
     router.check(recipe.experts, recipe.top_k)
+    shape = replace(shape, router=router_form(router, shape))
     _check_ties(target, method, router, recipe.experts)
     mixes = mixing(method)
     members = mixes.members if mixes else []
+    check_rule(target, shape, router, len(members))
     with_merges = recipe.model_copy(update={"sources": mixes.source_recipes(recipe.sources)}) if mixes else recipe
     router.check_sources(with_merges, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
     refit = _refit(recipe, method, sparse)
@@ -104,12 +111,8 @@ def prepare_experts(
     scale = recipe.scale
     if scale == "auto":
         scale = "sum" if method.kind != "copies" and (router.calibrated or refit != "none") else method.default_scale
-    factor = scale if isinstance(scale, float) else method.scale(scale, recipe.experts, recipe.top_k, recipe.shared)
-    if refit in ("down", "blocks") and factor != recipe.top_k:
-        raise UsageError(
-            f"a refit fits the plain sum of the chosen experts: scale {recipe.top_k}, not {factor:g} (--scale {recipe.scale})",
-            hint="leave --scale out, or use --refit none",
-        )
+    factor = scale if isinstance(scale, float) else scale_by(method, scale, shape)
+    check_refit(recipe, refit, factor, shape)
     if router.walks or (texts and looks_at_text(method, router)):
         check_calibrates(family)
     plan_units = kept_units if target.keeps_names else _units
@@ -132,8 +135,11 @@ def _shape(recipe: Recipe, method: Method, dense: DenseConfig, layers: Sequence[
         width = dense.at(layer).intermediate_size
         if width not in sizes:
             sizes[width] = method.expert_size(width, recipe.experts, recipe.shared, recipe.pad)
+    rule = rule_of(recipe, method)
     shapes = [
-        MoeShape(*counts, sizes.get(own.intermediate_size, 0), tuple(layers), method.normalized, own.ffn_form)
+        MoeShape(
+            *counts, sizes.get(own.intermediate_size, 0), tuple(layers), method.normalized, own.ffn_form, rule=rule
+        )
         for own in map(dense.at, range(dense.num_hidden_layers if dense.ffns else 1))
     ]
     for shape in dict.fromkeys(shapes):
@@ -141,6 +147,25 @@ def _shape(recipe: Recipe, method: Method, dense: DenseConfig, layers: Sequence[
             method.check(shape)
     first = shapes[layers[0] if dense.ffns else 0]
     return replace(first, sizes=tuple((one.expert_size, one.form) for one in shapes)) if dense.ffns else first
+
+
+def _router(recipe: Recipe, method: Method, target: Target, shape: MoeShape, sparse: bool) -> Router:
+    """Return the router that a recipe names, or the one that ``auto`` stands for."""
+    name = recipe.router.name
+    if name == "auto":
+        texts = bool(recipe.calibration.texts)
+        name = "random" if target.weight_of_chosen else "zero"  # there, equal logits are what makes weights differ
+        if getattr(shape.rule, "compares_norms", False):
+            name = "d2d_norms" if sparse and texts else name
+        elif method.kind == "copies":
+            name = "random"
+        elif sparse:
+            name = "ridge" if texts else "cool"
+    router_class = load("router", name)
+    router: Router = router_class(
+        parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
+    )
+    return router
 
 
 def _with_implied(recipe: Recipe, method: Method) -> Recipe:

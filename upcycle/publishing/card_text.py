@@ -66,7 +66,7 @@ def _what(facts: Facts) -> str:
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""
         first = (
             f"A Mixture-of-Experts model made from {made}: the feed-forward networks of {layers} became {keys['experts']} "
-            f"routed{shared} experts each, of which {keys['top_k']} routed{shared} run per token."
+            f"routed{shared} experts each, of which {_running(facts, shared)}."
         )
     stored = f"It is stored as stock {architecture} in safetensors, and needs no code of its own."
     if facts.own_class:
@@ -75,6 +75,21 @@ def _what(facts: Facts) -> str:
             "transformers loads it after `import upcycle.models`, and runs no code from this repository."
         )
     return f"{first} {_history(record)}\n\n{stored}"
+
+
+def _running(facts: Facts, shared: str) -> str:
+    """Return which experts run for a token, by the routing rule, and how much was measured to run."""
+    routing = facts.record.get("routing") or {"rule": "top_k"}
+    if routing["rule"] == "top_k":
+        return f"{facts.keys['top_k']} routed{shared} run per token"
+    always = f"the{shared.removeprefix(' and')} always, and of the routed ones " if shared else ""
+    found = (
+        f"{always}{plain(routing['says'])} run for a token (rule {code(routing['rule'])}, {links(routing['paper'])})"
+    )
+    shares = (facts.verification or {}).get("neurons_run") or []
+    if not shares:
+        return found
+    return f"{found}: {sum(shares) / len(shares):.1%} of the dense model's neurons, in the mean over tokens and layers"
 
 
 def _history(record: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from upcycle.recipe.recipe_parts import (
     CalibrationRecipe,
     ReconstructionRecipe,
     RouterRecipe,
+    RoutingRecipe,
     SourceRecipe,
     VerificationRecipe,
 )
@@ -74,6 +75,7 @@ class Recipe(StrictSettings):
         "such as 0,2,4",
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
+    routing: RoutingRecipe = Field(default=RoutingRecipe(), description="routing rule")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="the text to calibrate on")
     refit: Literal["auto", "down", "blocks", "scale", "none"] = Field(
         "auto",
@@ -136,6 +138,11 @@ class Recipe(StrictSettings):
     @classmethod
     def _router_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("routing", mode="before")
+    @classmethod
+    def _routing_by_rule(cls, value: Any) -> Any:
+        return {"rule": value} if isinstance(value, str) else value
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -263,7 +270,7 @@ def set_key(content: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         inner = content.get(parent)
         if not isinstance(inner, dict):
-            main = "text" if parent == "calibration" else "name"
+            main = {"calibration": "text", "routing": "rule"}.get(parent, "name")
             inner = {main: inner} if isinstance(inner, (str, list)) else {}
             content[parent] = inner
         content = inner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from upcycle.plugins import StrictSettings
 from upcycle.text.reading.plain_text import SELF_WRITTEN
@@ -18,6 +18,48 @@ class RouterRecipe(StrictSettings):
         description="router initialiser, or auto: random for copies; zero, cool or (calibrated) ridge for splits",
     )
     parameters: dict[str, Any] = Field(default_factory=dict, description="the initialiser's own parameters")
+
+
+class RoutingRecipe(StrictSettings):
+    """Names a routing rule: which experts run for a token, and what they weigh. All but plain top-k need upcycle_moe."""
+
+    rule: Literal["top_k", "dynamic_k", "threshold", "relu"] = Field(
+        "top_k",
+        description="top_k experts; dynamic_k: all whose predicted norm is near the largest (D2DMoE); threshold on the softmax "
+        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE). All but top_k as it is here need --target upcycle_moe",
+    )
+    scores: Literal["softmax", "sigmoid", "ones"] | None = Field(
+        None,
+        description="of top_k: what an expert weighs, before it is normalized; ones: all the same (default softmax)",
+    )
+    normalized: bool | None = Field(
+        None, description="of top_k: whether the chosen experts' weights are divided by their sum (default: true)"
+    )
+    tau: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="of dynamic_k: experts run from tau times the largest predicted norm on; 0: all (default 0.5)",
+    )
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="of threshold: experts run whose softmax times their number is above it; 0: all (default 0.48)",
+    )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The rule's own parameters that are given, by name."""
+        return {key: value for key, value in vars(self).items() if key != "rule" and value is not None}
+
+    @model_validator(mode="after")
+    def _parameters_of_rule(self) -> RoutingRecipe:
+        known = {"top_k": ("scores", "normalized"), "dynamic_k": ("tau",), "threshold": ("threshold",), "relu": ()}
+        if odd := sorted(set(self.parameters) - set(known[self.rule])):
+            has = f"it has {', '.join(known[self.rule])}" if known[self.rule] else "it has none"
+            raise ValueError(f"'{odd[0]}' is no parameter of the rule {self.rule}: {has}")
+        return self
 
 
 class CalibrationRecipe(StrictSettings):

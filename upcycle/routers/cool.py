@@ -11,7 +11,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter
 
 # Rounding the rows to bfloat16 may lengthen a difference of two rows; this leaves room for it.
 _ROUNDING_MARGIN = 0.98
@@ -23,7 +23,7 @@ class CoolParameters(PluginParameters):
     tolerance: float = Field(0.01, gt=0, lt=1, description="largest relative difference between two experts' weights")
 
 
-class CoolRouter(Router):
+class CoolRouter(LinearRouter):
     """Scaling a router's rows keeps its choices and draws the normalised weights towards 1/k.
 
     The bound holds for every possible token. The router reads ``x = w * u`` with ``w`` the norm's weight and

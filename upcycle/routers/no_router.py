@@ -7,10 +7,10 @@ import torch
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter
 
 
-class NoRouter(Router):
+class NoRouter(LinearRouter):
     """Stands in the place of a router where every neuron runs for every token. No recipe can name it."""
 
     name = "none"

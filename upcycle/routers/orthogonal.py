@@ -10,7 +10,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter
 
 
 class OrthogonalParameters(PluginParameters):
@@ -19,7 +19,7 @@ class OrthogonalParameters(PluginParameters):
     length: float = Field(1.0, gt=0, allow_inf_nan=False, description="length of every row")
 
 
-class OrthogonalRouter(Router):
+class OrthogonalRouter(LinearRouter):
     """Orthonormal rows times ``length``: the Q of a normal matrix, with signs that make it uniformly distributed.
 
     No expert's logit says anything about another's, and the rows' condition number is 1. No paper of its own: mergekit's users

@@ -11,7 +11,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter
 
 
 class RandomParameters(PluginParameters):
@@ -24,7 +24,7 @@ class RandomParameters(PluginParameters):
     )
 
 
-class RandomRouter(Router):
+class RandomRouter(LinearRouter):
     """Normal(0, std^2), as in sparse upcycling: identical experts diverge only because their router rows differ.
 
     ``distribution=linear`` is how a new ``torch.nn.Linear`` begins (mergekit's ``uniform_random``).

@@ -10,7 +10,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter
 
 
 class ZeroParameters(PluginParameters):
@@ -25,7 +25,7 @@ class ZeroParameters(PluginParameters):
     )
 
 
-class ZeroRouter(Router):
+class ZeroRouter(LinearRouter):
     """All rows are zero, and so are all logits.
 
     With k < E all tokens tie and pick the same k experts. Without noise on the logits the others never learn, so that is refused

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,9 @@ class Verification:
 
     ``unseen`` has the ``tokens``, ``perplexity_dense`` and ``perplexity`` of embedded text of a kind that was not calibrated on
     (None: nothing was calibrated, the model is exact, or this kind was calibrated on, too).
+
+    ``neurons_run`` has for every MoE layer of the wrapper the mean of the neurons that ran for a token, over those of the dense FFN
+    (empty: another architecture, whose number is fixed).
 
     Of a model of parts, ``media_error`` is the relative error of the logits of a text with a random image or sound (None: not
     measured), and ``media`` says what was read, or why nothing was.
@@ -76,6 +79,7 @@ class Verification:
     media_error: float | None = None
     media: str = ""
     compared: str = LOGITS
+    neurons_run: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""

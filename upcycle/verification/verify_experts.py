@@ -17,6 +17,7 @@ from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
 from upcycle.verification.media import MediaCheck, compare_media, with_article
+from upcycle.verification.neurons_run import NeuronsRun
 from upcycle.verification.verdict import EXACT_TOLERANCE, STATES, Verification, said
 
 if TYPE_CHECKING:
@@ -68,13 +69,16 @@ def verify_experts(
         progress.advance()
     layers = LayerErrors(job, moe, checkpoint)
     batch = batch_size(job.vocab_size, ids, streamed)
-    measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
+    running = NeuronsRun(moe.model, job.dense.intermediate_size)
+    with running.counted():
+        measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
     if isinstance(job.family, CompositeFamily):
         measured = replace(measured, media=_media(job, job.family.wrapper, checkpoint, sides.judge, moe, progress))
     if training is not None:
         result = _trained(layers, measured, label, streamed, training)
     else:
         result = _judge(job, layers, measured, label, streamed)
+    result = replace(result, neurons_run=running.shares)
     if unseen is None or result.verdict != "approximate":
         return result
     return replace(result, unseen=measure_losses(sides.plain, moe, unseen, batch, progress))

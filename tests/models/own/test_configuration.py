@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, GPT2Config
 
 import upcycle.models  # noqa: F401
 from upcycle.errors import CheckpointError
+from upcycle.ffn.router_network import RouterForm
 from upcycle.models.own import configuration
 from upcycle.models.own.replaced_ffn import ReplacedFfn, read_replaced
 from upcycle.models.own.routing.threshold import ThresholdRule
@@ -28,6 +30,7 @@ ENTRY: dict[str, Any] = {
     "width": 16,
     "routing": {"rule": "top_k", "top_k": 2},
 }
+MLP = {"kind": "mlp", "width": 8, "activation": "relu"}
 RAW = {"model_type": "upcycle_moe", "base_model_type": "gpt2", "n_embd": 32, "n_layer": 1, "replaced_ffns": [ENTRY]}
 
 
@@ -45,6 +48,13 @@ def test_it_is_a_configuration_of_its_base(tmp_path: Path) -> None:
         _ = configuration.UpcycleMoeNothingConfig
 
 
+def test_a_linear_router_is_not_written_and_may_be() -> None:
+    """Folders of earlier versions have no such key."""
+    (read,) = read_replaced([{**ENTRY, "router": {"kind": "linear"}}], "config.json")
+    assert read == read_replaced([ENTRY], "config.json")[0]
+    assert "router" not in read.to_json()
+
+
 def test_an_entry_is_read_and_written_whole() -> None:
     (read,) = read_replaced([ENTRY], "config.json")
     assert read == ReplacedFfn(
@@ -53,6 +63,8 @@ def test_an_entry_is_read_and_written_whole() -> None:
     for ffn in (
         read,
         ReplacedFfn((("a", "b"),), 8, "relu", True, frozenset(), (3, 5), 2, True, ThresholdRule(0.1), 0.5),
+        replace(read, router=RouterForm(12, "tanh", unit_inputs=True)),
+        replace(read, router=RouterForm(3, "relu", absolute=True)),
     ):
         assert read_replaced([json.loads(json.dumps(ffn.to_json()))], "config.json") == [ffn]
 
@@ -75,6 +87,20 @@ def test_an_entry_is_read_and_written_whole() -> None:
         ({"routing": "top_k"}, "routing' must be a mapping, got 'top_k'"),
         ({"paths": ["h.0.mlp"]}, "paths' must be a list of lists of module paths"),
         ({"paths": [["h.0.mlp"], ["h.0.mlp"]]}, "names the module 'h.0.mlp' twice"),
+        ({"router": "mlp"}, "router' must be a mapping, got 'mlp'"),
+        ({"router": {"kind": "deep"}}, "router.kind' must be linear or mlp, got 'deep'"),
+        (
+            {"router": {"kind": "linear", "width": 3}},
+            "router.width' is there, and a linear router has nothing but a kind",
+        ),
+        (
+            {"router": {"kind": "mlp", "width": 0, "activation": "relu"}},
+            "router.width' must be a positive integer, got 0",
+        ),
+        ({"router": {"kind": "mlp", "width": 8}}, "router.activation' must be tanh or relu, got None"),
+        ({"router": {"kind": "mlp", "width": 8, "activation": "gelu"}}, "activation' must be tanh or relu, got 'gelu'"),
+        ({"router": {**MLP, "absolute": 1}}, "router.absolute' must be true or false, got 1"),
+        ({"router": {**MLP, "depth": 3}}, "router.depth' is unknown; known: kind, width"),
         ({"dropout": 2}, "dropout' must be a number from 0 to 1, got 2"),
         ({"width_of": 1}, "width_of' is unknown; known: paths"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
+from upcycle.ffn.router_network import LINEAR, RouterForm
 from upcycle.models.own.moe_block import KERNEL_ACTIVATIONS, MoeBlock
 from upcycle.models.own.replaced_ffn import Bias, ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
@@ -16,6 +17,7 @@ from upcycle.models.own.routing.top_k import TopKRule
 
 D, T = 6, 10
 ALL: frozenset[Bias] = frozenset({"gate", "up", "down", "output"})
+MLP = RouterForm(7, "tanh", unit_inputs=True)
 RULES: list[RouterRule] = [
     TopKRule(2),
     TopKRule(2, "sigmoid", False),
@@ -33,10 +35,13 @@ def block(
     biases: frozenset[Bias] = ALL,
     activation: str = "silu",
     shared: int = 2,
+    router: RouterForm = LINEAR,
 ) -> MoeBlock:
     """A block in fp64 whose every number is random."""
     biases = biases if gated else biases - {"gate"}
-    made = MoeBlock(ReplacedFfn((("mlp",),), D, activation, gated, biases, widths, shared, True, rule)).double()
+    made = MoeBlock(
+        ReplacedFfn((("mlp",),), D, activation, gated, biases, widths, shared, True, rule, router=router)
+    ).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in made.parameters():
@@ -53,7 +58,8 @@ def restated(made: MoeBlock, x: torch.Tensor) -> torch.Tensor:
     experts, act = made.experts, made.experts.act
     out = torch.zeros_like(x)
     for i, token in enumerate(x):
-        ids, weights = made.rule.route((made.router.weight @ token + made.router.bias)[None])
+        read = token if made.router.hidden is None else (made.router.hidden.weight @ (token / token.norm())).tanh()
+        ids, weights = made.rule.route((made.router.weight @ read + made.router.bias)[None])
         for e, weight in zip(ids[0].tolist(), weights[0], strict=True):
             if e == experts.count:
                 continue
@@ -76,11 +82,14 @@ def restated(made: MoeBlock, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@pytest.mark.parametrize("router", [LINEAR, MLP], ids=["linear", "mlp"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_every_way_of_computing_is_the_formula(rule: RouterRule, widths: tuple[int, ...], gated: bool) -> None:
-    made, x = block(rule, widths, gated), tokens()
+def test_every_way_of_computing_is_the_formula(
+    rule: RouterRule, widths: tuple[int, ...], gated: bool, router: RouterForm
+) -> None:
+    made, x = block(rule, widths, gated, router=router), tokens()
     with torch.no_grad():
         expected = restated(made, x.reshape(-1, D)).view_as(x)
         for implementation in ("upcycle", "eager"):
@@ -102,10 +111,11 @@ def test_every_bias_may_be_missing(biases: frozenset[Bias]) -> None:
     assert kept == {f"{name}_bias" for name in biases}
 
 
+@pytest.mark.parametrize("router", [LINEAR, MLP], ids=["linear", "mlp"])
 @pytest.mark.parametrize("implementation", ["upcycle", "eager"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_gradients_are_finite_differences(rule: RouterRule, implementation: str) -> None:
-    made, x = block(rule, WIDTHS[1]), tokens().reshape(-1, D)[:3].requires_grad_()
+def test_gradients_are_finite_differences(rule: RouterRule, implementation: str, router: RouterForm) -> None:
+    made, x = block(rule, WIDTHS[1], router=router), tokens().reshape(-1, D)[:3].requires_grad_()
     made.experts.implementation = implementation
     names = [name for name, _ in made.named_parameters()]
 

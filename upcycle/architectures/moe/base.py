@@ -55,6 +55,7 @@ class Target(ABC):
         holds: the features of dense models and blueprints that it can hold.
         router_semantics: how it turns logits into weights, in words.
         holds_unnormalized: whether the chosen experts' weights may stay as the softmax gives them.
+        holds_rules: whether its router may have a hidden layer, and follow any routing rule that this version knows.
         top_k: the only number of experts per token that its router chooses; None: any.
         weight_of_chosen: what every chosen expert weighs, whatever the logits, unless two of them are equal; None: the router says.
         rotates_pairs: whether the rotary embedding turns rows 2i and 2i + 1, not i and i + head/2.
@@ -74,6 +75,7 @@ class Target(ABC):
     holds: frozenset[Feature]
     router_semantics: str
     holds_unnormalized: bool = False
+    holds_rules: bool = False
     top_k: int | None = None
     weight_of_chosen: float | None = None
     rotates_pairs: bool = False

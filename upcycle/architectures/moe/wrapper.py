@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
@@ -23,6 +24,7 @@ class UpcycleMoe(Target):
         "softmax over all experts, top-k, and the chosen weights divided by their sum unless told otherwise"
     )
     holds_unnormalized = True
+    holds_rules = True
     keeps_names = True
     router, shared = "router", None
 
@@ -55,18 +57,20 @@ class UpcycleMoe(Target):
             own = shape.at(layer)
             kind = (family.ffn_dropout(layer), dense.at(layer).hidden_size, own.expert_size, own.form)
             alike.setdefault(kind, []).append(layer)
+        rule: Any = shape.rule or TopKRule(shape.top_k, normalized=shape.normalized)
         replaced = [
             ReplacedFfn(
                 paths=tuple(family.replaced_modules(layer) for layer in layers),
                 hidden_size=hidden_size,
                 activation=form.activation,
                 gated=form.gated,
-                biases=frozenset(form.biases),
+                biases=_biases(replace(shape, form=form)),
                 widths=(size,) * shape.experts,
                 shared_width=shape.shared * size,
-                router_bias=False,
-                rule=TopKRule(shape.top_k, normalized=shape.normalized),
+                router_bias=shape.router.bias is not None,
+                rule=rule,
                 dropout=dropout,
+                router=shape.router,
             )
             for (dropout, hidden_size, size, form), layers in alike.items()
         ]
@@ -87,7 +91,7 @@ class UpcycleMoe(Target):
         }
 
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
-        """Return the router, the packed experts, and the shared expert's projections; there is one layout only."""
+        """Return the router's tensors, the packed experts, and the shared expert's projections; there is one layout only."""
         assert self._family is not None
         d, m, s, form = dense.hidden_size, shape.expert_size, shape.shared * shape.expert_size, dense.ffn_form
         prefix, everyone, rows = self._family.module_paths.block_of(layer), range(shape.experts), 2 if form.gated else 1
@@ -97,14 +101,22 @@ class UpcycleMoe(Target):
         def each(kind: PartKind) -> tuple[Part, ...]:
             return tuple(Part(kind, e) for e in everyone)
 
+        router, own = shape.router, _biases(shape)
         tensors = [
-            OutputTensor(f"{prefix}.router.weight", (shape.experts, d), (Part("router"),)),
+            OutputTensor(f"{prefix}.router.weight", (shape.experts, router.width or d), (Part("router"),)),
             OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
             OutputTensor(f"{prefix}.experts.down", (m * shape.experts, d), each("down_rows")),
         ]
+        if not router.linear:
+            tensors.append(OutputTensor(f"{prefix}.router.hidden.weight", (router.width, d), (Part("router_hidden"),)))
+        if router.bias is not None:
+            filled = Part("filled", factor=router.bias, size=shape.experts)
+            tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
+        if "output" in own:
+            tensors.append(OutputTensor(f"{prefix}.output_bias", (d,), (Part("output_bias"),)))
         if form.biases & {"gate", "up"}:
             tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
-        if "down" in form.biases:
+        if "down" in own:
             tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, d), each("down_bias")))
         if not s:
             return tensors
@@ -114,6 +126,17 @@ class UpcycleMoe(Target):
         for matrix in form.matrices:
             name = f"{prefix}.shared_{matrix}"
             tensors.append(OutputTensor(f"{name}.weight", sizes[matrix], (Part(kinds[matrix]),)))
-            if matrix in form.biases:
+            if matrix in own:
                 tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
         return tensors
+
+
+def _biases(shape: MoeShape) -> frozenset[Any]:
+    """Return the biases that a block has.
+
+    A down bias is every expert's own where weights sum to 1, and is added once; by another rule it is the block's, not an expert's.
+    """
+    rule: Any = shape.rule
+    if "down" not in shape.form.biases or rule is None or rule.sums_to_one:
+        return frozenset(shape.form.biases)
+    return frozenset(shape.form.biases - {"down"} | {"output"})

@@ -8,7 +8,7 @@ from upcycle.cli.shared.plugin_tables import markdown_table
 JSON_KEYS = {
     "plan": "sources family target method router calibration_tokens refit promise promise_reason parameters_dense "
     "parameters_total parameters_active bytes_dense bytes_output peak_memory_bytes flops_per_token_dense "
-    "flops_per_token kind summary warnings shards time",
+    "flops_per_token kind summary warnings shards time routing",
     "plan time": "relative device instructions threads dtype prompt_tokens torch transformers error_median error_worst",
     "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
     "refused warnings command",
@@ -22,11 +22,11 @@ JSON_KEYS = {
     "verify": "verdict explanation promise relative_logit_error tolerance max_logit_difference kl top1_agreement "
     "perplexity_dense perplexity loss_dense loss layer_errors all_experts_error all_experts_reference tokens "
     "text streamed compared_tensors reference rounding_error positions positions_needed far_error unseen "
-    "media_error media compared",
+    "media_error media compared neurons_run",
     "verify with an engine": "engine version transformers verdict explanation dtype prompts tokens equal_tokens near_ties "
     "first_difference gap_error gap_allowed tokenizer positions positions_needed",
-    "convert layers": "layer captured random oracle_share error_before error_after strength condition",
-    "convert layers with refit blocks": "layer captured random oracle_share error_before error_after strength condition steps "
+    "convert layers": "layer captured random oracle_share chosen error_before error_after strength condition",
+    "convert layers with refit blocks": "layer captured random oracle_share chosen error_before error_after strength condition steps "
     "error_trained",
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",

@@ -14,7 +14,13 @@ from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.locate import is_local
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe, set_key
 from upcycle.recipe.mergekit_recipe import is_mergekit, translate
-from upcycle.recipe.recipe_parts import CalibrationRecipe, ReconstructionRecipe, RouterRecipe, VerificationRecipe
+from upcycle.recipe.recipe_parts import (
+    CalibrationRecipe,
+    ReconstructionRecipe,
+    RouterRecipe,
+    RoutingRecipe,
+    VerificationRecipe,
+)
 from upcycle.recipe.shipped_recipes import recipe_file, recipe_hint
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,6 +38,8 @@ _FLAGS = {
     ("--shared-unheld",): "shared_unheld",
     ("--layers",): "layers",
     ("--router",): "router.name",
+    ("--routing",): "routing.rule",
+    ("--tau",): "routing.tau",
     ("--calibration",): "calibration.text",
     ("--calibration-tokens",): "calibration.tokens",
     ("--calibration-mode",): "calibration.mode",
@@ -62,6 +70,7 @@ _PARAMETERS = {
 }
 _INNER: dict[str, type[BaseModel]] = {
     "router": RouterRecipe,
+    "routing": RoutingRecipe,
     "calibration": CalibrationRecipe,
     "reconstruction": ReconstructionRecipe,
     "verification": VerificationRecipe,

@@ -95,12 +95,21 @@ def plan_facts(plan: Any) -> list[tuple[str, str]]:
         return _WITHOUT_EXPERTS[plan.kind](plan)
     return [
         ("conversion", f"{plan.family} -> {plan.target} by {plan.method}, {plan.router} router"),
+        *([("routing", _routing(plan.routing))] if plan.routing else []),
         ("calibration", _calibration(plan)),
         ("promise", f"{plan.promise}: {plan.promise_reason}"),
         ("parameters", f"{count(plan.parameters_total)} total ({total:.2f}x dense)"),
         ("active", f"{count(plan.parameters_active)} per token ({active:.2f}x dense)"),
         *_costs(plan, "dense"),
     ]
+
+
+def _routing(routing: dict[str, Any]) -> str:
+    """Return which experts run, and what is known about how many."""
+    said = f"{routing['rule']}: the experts that run are {routing['says']}"
+    if routing["rule"] == "top_k":
+        return said
+    return f"{said}; how many that are is measured by verification, and all count as active here"
 
 
 def _calibration(plan: Any) -> str:

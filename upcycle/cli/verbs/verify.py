@@ -118,6 +118,12 @@ def _serving_facts(result: Any) -> list[tuple[str, Cell]]:
     return facts
 
 
+def running_share(shares: list[float]) -> str:
+    """Return how much of the dense FFNs ran: the mean, and the smallest and largest of the layers."""
+    mean = sum(shares) / len(shares)
+    return f"{mean:.1%} of the dense FFN's neurons per token ({min(shares):.0%} to {max(shares):.0%} by layer)"
+
+
 def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     """Return the verdict and its numbers as names and texts, one pair per printed line.
 
@@ -177,6 +183,8 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
         facts.append(("other parts", image))
     if result.compared_tensors:
         facts.append(("tensors", f"{result.compared_tensors:,}, each equal bit for bit to what it was made from"))
+    if shares := result.neurons_run:
+        facts.append(("running", running_share(shares)))
     if result.layer_errors:
         facts.append(("layers", f"differ by {span(result.layer_errors)}, relative"))
     if result.all_experts_error is not None:

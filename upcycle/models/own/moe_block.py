@@ -45,7 +45,7 @@ class MoeBlock(nn.Module):
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
             self.shared_down = nn.Linear(shared, d, bias="down" in ffn.biases)
-        self.has_shared = bool(shared)
+        self.has_shared, self.shared_width = bool(shared), shared
         self.output_bias = nn.Parameter(torch.zeros(d)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)
 
@@ -88,19 +88,29 @@ class MoeBlock(nn.Module):
 class TokenRouter(nn.Linear):
     """Returns logits ``[T, E]``, weights ``[T, K]`` and ids of experts ``[T, K]``, as the routers of stock MoE classes do.
 
+    With a hidden layer, ``hidden.weight`` is ``[H, d]`` and ``weight`` ``[E, H]``; see
+    :class:`~upcycle.ffn.router_network.RouterForm`.
+
     Attributes:
         rule: what makes weights and ids of the logits.
+        form: whether there is a hidden layer.
+        reads: d, the length of inputs.
         top_k: experts per token, where that is a fixed number.
     """
 
     def __init__(self, ffn: ReplacedFfn) -> None:
-        super().__init__(ffn.hidden_size, ffn.experts, bias=ffn.router_bias)
-        self.rule = ffn.rule
+        form = ffn.router
+        super().__init__(ffn.hidden_size if form.linear else form.width, ffn.experts, bias=ffn.router_bias)
+        self.hidden = None if form.linear else nn.Linear(ffn.hidden_size, form.width, bias=False)
+        self.rule, self.form, self.reads = ffn.rule, form, ffn.hidden_size
         self.top_k: int | None = getattr(ffn.rule, "top_k", None)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
         """See the class; ``x`` is ``[T, d]``."""
-        logits = super().forward(x)
+        x = self.form.before(x)
+        if self.hidden is not None:
+            x = self.form.activated(self.hidden(x))
+        logits = self.form.behind(super().forward(x))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         ids, weights = self.rule.route(logits)
         return logits, weights, ids

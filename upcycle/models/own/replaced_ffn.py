@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from upcycle.errors import CheckpointError
+from upcycle.ffn.router_network import LINEAR, RouterActivation, RouterForm
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.rules import RULES
 
@@ -14,8 +15,9 @@ Bias = Literal["gate", "up", "down", "output"]
 _HINT = "correct the key, or convert the model again"
 _KEYS = (
     *("paths", "hidden_size", "activation", "gated", "biases", "experts", "width", "widths", "shared_width"),
-    *("router_bias", "routing", "dropout"),
+    *("router", "router_bias", "routing", "dropout"),
 )
+_ROUTER_KEYS = ("kind", "width", "activation", "absolute", "unit_inputs")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ReplacedFfn:
         shared_width: neurons of the shared expert, which always runs at weight 1; 0: there is none.
         router_bias: whether the router adds a bias to its logits.
         rule: turns logits into experts and weights.
+        router: whether the router has a hidden layer, and which (its ``bias`` is not looked at).
         dropout: the probability, in training, that a number of the output is 0, where the FFN had such a layer at its end.
     """
 
@@ -47,6 +50,7 @@ class ReplacedFfn:
     router_bias: bool
     rule: RouterRule
     dropout: float = 0.0
+    router: RouterForm = LINEAR
 
     @property
     def experts(self) -> int:
@@ -68,6 +72,7 @@ class ReplacedFfn:
             **size,
             "shared_width": self.shared_width,
             "router_bias": self.router_bias,
+            **({} if self.router.linear else {"router": _router_json(self.router)}),
             "routing": {"rule": self.rule.name, **vars(self.rule)},
             "dropout": self.dropout,
         }
@@ -154,6 +159,7 @@ class _Entry:
             ),
             router_bias=self._get("router_bias", "true or false", lambda v: type(v) is bool, False),
             rule=self._rule(len(widths)),
+            router=self._router(),
             dropout=float(self._get("dropout", "a number from 0 to 1", _is_fraction, 0.0)),
         )
 
@@ -165,6 +171,29 @@ class _Entry:
             return tuple(widths)
         width: int = self._get("width", "a positive integer", _is_size)
         return (width,) * int(self._get("experts", "a positive integer", _is_size))
+
+    def _router(self) -> RouterForm:
+        if "router" not in self._entry:
+            return LINEAR
+        found = self._get("router", "a mapping", lambda v: isinstance(v, Mapping))
+        if odd := sorted(set(found) - set(_ROUTER_KEYS)):
+            raise self._wrong(f"router.{odd[0]}", f"is unknown; known: {', '.join(_ROUTER_KEYS)}")
+        kind = found.get("kind")
+        if kind not in ("linear", "mlp"):
+            raise self._wrong("router.kind", f"must be linear or mlp, got {kind!r}")
+        if kind == "linear":
+            if odd := sorted(set(found) - {"kind"}):
+                raise self._wrong(f"router.{odd[0]}", "is there, and a linear router has nothing but a kind")
+            return LINEAR
+        if not _is_size(found.get("width")):
+            raise self._wrong("router.width", f"must be a positive integer, got {found.get('width')!r}")
+        if found.get("activation") not in get_args(RouterActivation):
+            names = " or ".join(get_args(RouterActivation))
+            raise self._wrong("router.activation", f"must be {names}, got {found.get('activation')!r}")
+        for key in ("absolute", "unit_inputs"):
+            if type(found.get(key, False)) is not bool:
+                raise self._wrong(f"router.{key}", f"must be true or false, got {found[key]!r}")
+        return RouterForm(**{key: value for key, value in found.items() if key != "kind"})
 
     def _rule(self, experts: int) -> RouterRule:
         routing = dict(self._get("routing", "a mapping", lambda v: isinstance(v, Mapping)))
@@ -188,6 +217,11 @@ class _Entry:
 
     def _wrong(self, key: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self._where}.{key}' {what}", hint=_HINT)
+
+
+def _router_json(form: RouterForm) -> dict[str, Any]:
+    values = {key: value for key, value in vars(form).items() if key in _ROUTER_KEYS}
+    return {"kind": "mlp", **values}
 
 
 def _is_size(value: object) -> bool:

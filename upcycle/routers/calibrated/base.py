@@ -14,7 +14,7 @@ from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter, Router
 from upcycle.routers.cool import cooled
 
 if TYPE_CHECKING:
@@ -27,12 +27,10 @@ class CalibratedParameters(PluginParameters):
     tolerance: float = Field(0.01, gt=0, lt=1, description="largest relative difference between two experts' weights")
 
 
-class CalibratedRouter(Router):
-    """A router whose rows say which experts a token needs; all chosen ones weigh nearly the same (see ``cool``)."""
+class LayerRouter(Router):
+    """A router that reads which neurons of one FFN every expert has, and mostly what these do on calibration text."""
 
     calibrated = True
-    Parameters = CalibratedParameters
-    parameters: CalibratedParameters
 
     def check_sources(self, recipe: Recipe, members: Sequence[int], copies: bool) -> None:
         """Refuse experts of several models.
@@ -45,6 +43,17 @@ class CalibratedRouter(Router):
                 f"the {self.name} router looks at which neurons of one FFN an expert has, and here are several models",
                 hint="--router domain_ridge, hidden, cheap_embed, orthogonal, cool or random",
             )
+
+    def needs_text(self) -> UsageError:
+        """Return the error of a router that was given no activations."""
+        return UsageError(f"the {self.name} router needs calibration text", hint="--calibration demo, or a text file")
+
+
+class CalibratedRouter(LayerRouter, LinearRouter):
+    """A router whose rows say which experts a token needs; all chosen ones weigh nearly the same (see ``cool``)."""
+
+    Parameters = CalibratedParameters
+    parameters: CalibratedParameters
 
     @abstractmethod
     def directions(
@@ -72,10 +81,6 @@ class CalibratedRouter(Router):
             raise self.needs_text()
         rows = self.directions(blueprint, ffn, rng, activations)
         return settled(rows, blueprint, ffn, rng, self.parameters.tolerance)
-
-    def needs_text(self) -> UsageError:
-        """Return the error of a router that was given no activations."""
-        return UsageError(f"the {self.name} router needs calibration text", hint="--calibration demo, or a text file")
 
 
 def settled(

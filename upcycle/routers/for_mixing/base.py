@@ -14,7 +14,7 @@ from upcycle.ffn.activations import Activations, Inputs
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.plugins import PluginParameters
-from upcycle.routers.base import Router
+from upcycle.routers.base import LinearRouter
 
 if TYPE_CHECKING:
     from upcycle.recipe.conversion_recipe import Recipe
@@ -33,7 +33,7 @@ class SourceParameters(PluginParameters):
     )
 
 
-class SourceRouter(Router):
+class SourceRouter(LinearRouter):
     """A router with one row per mixed model, made of what the recipe says the model is for; the model's chunks share the row.
 
     ``samples`` is what every source must name in the recipe. With ``walks``, a layer's rows are made of what its router will

@@ -20,6 +20,10 @@ EVERY: list[RouterRule] = [
     TopKRule(3, normalized=False),
     TopKRule(2, scores="sigmoid"),
     TopKRule(1, scores="sigmoid", normalized=False),
+    TopKRule(2, scores="ones"),
+    TopKRule(2, scores="ones", normalized=False),
+    TopKRule(E, scores="ones", normalized=False),
+    TopKRule(E),
     DynamicKRule(0.4),
     DynamicKRule(1),
     DynamicKRule(0),
@@ -54,7 +58,8 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     match rule:
         case TopKRule():
             scores = soft if rule.scores == "softmax" else [1 / (1 + math.exp(-one)) for one in z]
-            chosen = sorted(range(len(z)), key=lambda e: -scores[e])[: rule.top_k]
+            scores = [1.0] * len(z) if rule.scores == "ones" else scores
+            chosen = sorted(range(len(z)), key=lambda e: -z[e])[: rule.top_k]
             total = sum(scores[e] for e in chosen) if rule.normalized else 1.0
             return [scores[e] / total if e in chosen else 0.0 for e in range(len(z))]
         case DynamicKRule():
@@ -95,7 +100,9 @@ def test_a_token_depends_on_no_other_where_that_is_claimed(rule: RouterRule) -> 
     other[5:] = torch.randn(T - 5, E, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 9
     assert rule.per_token
     assert torch.equal(dense(rule.route(z))[:5], dense(rule.route(other))[:5])
-    assert rule == DynamicKRule(0) or not torch.equal(dense(rule.route(z))[5:], dense(rule.route(other))[5:])
+    assert rule.all_alike(E, equal_logits=False) or not torch.equal(
+        dense(rule.route(z))[5:], dense(rule.route(other))[5:]
+    )
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=str)
@@ -114,7 +121,7 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
     def weights(values: torch.Tensor) -> torch.Tensor:
         return dense(rule.route(values))
 
-    if isinstance(rule, DynamicKRule):
+    if isinstance(rule, DynamicKRule) or getattr(rule, "scores", None) == "ones":
         assert not weights(z).requires_grad
     else:
         assert torch.autograd.gradcheck(weights, (z,))
@@ -125,7 +132,7 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
     [
         ("top_k", {"top_k": 0}, "'top_k' must be a positive integer, got 0"),
         ("top_k", {"top_k": True}, "'top_k' must be a positive integer"),
-        ("top_k", {"scores": "soft"}, "'scores' must be softmax or sigmoid, got 'soft'"),
+        ("top_k", {"scores": "soft"}, "'scores' must be softmax, sigmoid or ones, got 'soft'"),
         ("top_k", {"normalized": 1}, "'normalized' must be true or false"),
         ("top_k", {"tau": 1}, "'tau' is no parameter of the rule top_k: it has top_k, scores, normalized"),
         ("dynamic_k", {"tau": 1.5}, "'tau' must be a number from 0 to 1, got 1.5"),
@@ -136,6 +143,24 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
 def test_impossible_parameters_are_named(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RULES[name].of(parameters)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+def test_what_a_rule_says_of_equal_logits_is_what_it_does(rule: RouterRule) -> None:
+    """By this a split adds up to the dense FFN, or is refused."""
+    z, weight = torch.full((3, E), rule.router_bias or 0.0, dtype=torch.float64), rule.equal_weight(E)
+    gates = rule.gates(z)
+    assert torch.allclose(gates[gates > 0], torch.full_like(gates[gates > 0], weight), rtol=1e-12)
+    assert rule.all_alike(E, equal_logits=True) == bool((gates > 0).all())
+    spread = rule.gates(logits() * 3)
+    same = torch.allclose(spread, torch.full_like(spread, weight), rtol=1e-12)
+    assert rule.all_alike(E, equal_logits=False) == same
+    assert torch.equal(rule.gates(logits()), dense(rule.route(logits())))
+
+
+def test_a_high_threshold_keeps_nobody_at_equal_logits() -> None:
+    assert not ThresholdRule(1.0).all_alike(E, equal_logits=True)
+    assert not ThresholdRule(1.0).gates(torch.zeros(2, E)).any()
 
 
 def test_more_experts_than_there_are_is_a_problem() -> None:

@@ -30,12 +30,16 @@ class RouterRule(ABC):
         paper: the URL of the paper that it is from.
         per_token: whether a token's experts depend on that token alone: no other one, earlier or later, changes them.
         sums_to_one: whether a token's weights sum to 1 whatever the logits are.
+        router_bias: what a new router's logits begin with, where the rule needs a bias; None: it needs none.
+        compares_norms: whether the rule is for logits that are predicted norms of the experts' outputs.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     per_token: ClassVar[bool] = True
+    router_bias: ClassVar[float | None] = None
+    compares_norms: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -45,6 +49,30 @@ class RouterRule(ABC):
     @abstractmethod
     def route(self, logits: torch.Tensor) -> RoutedTokens:
         """Return the experts and weights for logits ``[T, E]`` in fp32 or fp64."""
+
+    @abstractmethod
+    def equal_weight(self, experts: int) -> float:
+        """Return what an expert that runs weighs where all logits are equal (and ``router_bias``, if there is one)."""
+
+    @abstractmethod
+    def all_alike(self, experts: int, equal_logits: bool) -> bool:
+        """Return whether every expert runs for every token, at :meth:`equal_weight`.
+
+        Args:
+            experts: E.
+            equal_logits: whether the logits of every token are equal; else they may be anything.
+        """
+
+    @property
+    @abstractmethod
+    def says(self) -> str:
+        """Which experts run, in words that follow *the experts that run are*."""
+
+    def gates(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return every expert's weight, ``[T, E]``, for logits ``[T, E]``; 0 where it does not run."""
+        routed, experts = self.route(logits), logits.shape[1]
+        every = torch.zeros(len(logits), experts + 1, dtype=routed.weights.dtype, device=logits.device)
+        return every.scatter(1, routed.experts, routed.weights)[:, :experts]
 
     def check(self, experts: int) -> str | None:
         """Return what is wrong with the parameters for this number of experts; None: nothing."""

@@ -25,6 +25,8 @@ class DynamicKRule(RouterRule):
 
     name, title, paper = "dynamic_k", "dynamic-k", "https://arxiv.org/abs/2310.04361"
 
+    compares_norms = True
+
     tau: float = 0.5
 
     def __post_init__(self) -> None:
@@ -35,6 +37,19 @@ class DynamicKRule(RouterRule):
     def sums_to_one(self) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return False
+
+    def equal_weight(self, experts: int) -> float:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return 1.0
+
+    def all_alike(self, experts: int, equal_logits: bool) -> bool:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return equal_logits or self.tau == 0
+
+    @property
+    def says(self) -> str:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return f"those with at least {self.tau:g} times the largest predicted norm"
 
     def route(self, logits: torch.Tensor) -> RoutedTokens:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""

@@ -19,11 +19,25 @@ class ReluRule(RouterRule):
     """
 
     name, title, paper = "relu", "ReLU routing", "https://arxiv.org/abs/2412.14711"
+    router_bias = 1.0
 
     @property
     def sums_to_one(self) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return False
+
+    def equal_weight(self, experts: int) -> float:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return 1.0
+
+    def all_alike(self, experts: int, equal_logits: bool) -> bool:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return equal_logits
+
+    @property
+    def says(self) -> str:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return "those with a positive logit, at that weight"
 
     def route(self, logits: torch.Tensor) -> RoutedTokens:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""

@@ -36,6 +36,19 @@ class ThresholdRule(RouterRule):
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return False
 
+    def equal_weight(self, experts: int) -> float:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return 1.0
+
+    def all_alike(self, experts: int, equal_logits: bool) -> bool:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return equal_logits and self.threshold < 1
+
+    @property
+    def says(self) -> str:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return f"those whose softmax times the number of experts is above {self.threshold:g}"
+
     def route(self, logits: torch.Tensor) -> RoutedTokens:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         shares = logits.softmax(-1) * logits.shape[-1]
