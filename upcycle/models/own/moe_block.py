@@ -40,6 +40,7 @@ class MoeBlock(nn.Module):
         d, shared = ffn.hidden_size, ffn.shared_width
         self.router = TokenRouter(ffn)
         self.experts = PackedExperts(ffn)
+        self.act = self.experts.act  # an adapter may stand around the experts, and hide it
         if shared:
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
@@ -75,8 +76,8 @@ class MoeBlock(nn.Module):
     def _whole(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
         """Add to the routed experts' output what does not depend on the router."""
         if self.has_shared:
-            act, up = self.experts.act, self.shared_up(x)
-            hidden = act(up) if self.shared_gate is None else act(self.shared_gate(x)) * up
+            up = self.shared_up(x)
+            hidden = self.act(up) if self.shared_gate is None else self.act(self.shared_gate(x)) * up
             routed = routed + self.shared_down(hidden)
         if self.output_bias is not None:
             routed = routed + self.output_bias
@@ -84,22 +85,29 @@ class MoeBlock(nn.Module):
         return out
 
 
-class TokenRouter(nn.Linear):
+class TokenRouter(nn.Module):
     """Returns logits ``[T, E]``, weights ``[T, K]`` and ids of experts ``[T, K]``, as the routers of stock MoE classes do.
 
+    It is no ``nn.Linear``, as theirs are none: what adds adapters to every linear layer would take its three outputs for one.
+
     Attributes:
+        weight: ``[E, d]``.
+        bias: ``[E]``, if the router has one.
         rule: what makes weights and ids of the logits.
         top_k: experts per token, where that is a fixed number.
     """
 
     def __init__(self, ffn: ReplacedFfn) -> None:
-        super().__init__(ffn.hidden_size, ffn.experts, bias=ffn.router_bias)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(ffn.experts, ffn.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(ffn.experts)) if ffn.router_bias else None
+        nn.init.normal_(self.weight, std=_SPREAD)
         self.rule = ffn.rule
         self.top_k: int | None = getattr(ffn.rule, "top_k", None)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class; ``x`` is ``[T, d]``."""
-        logits = super().forward(x)
+        logits = functional.linear(x, self.weight, self.bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         ids, weights = self.rule.route(logits)
         return logits, weights, ids
