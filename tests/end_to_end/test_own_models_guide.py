@@ -12,9 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from wrapped_models import SMALL, auto_class, relative_error, small_model
+from wrapped_models import SMALL, auto_class, small_model
 
-import upcycle.models
 from upcycle.cli.main import cli
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.models.own.moe_block import MoeBlock

@@ -14,6 +14,7 @@ from typing import Any
 from upcycle.models.own.registration import register_wrapper
 
 _CLASS = "WrappedCausalModel"
+_OTHER_SHAPES = ("gpt2",)  # vLLM 0.32: dense GPT-2 does not run on its backend for models of transformers, either
 
 
 def register() -> None:
@@ -43,28 +44,22 @@ def _model_class() -> Any:
         """vLLM's backend for models of transformers, which says what it cannot run before it tries."""
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            config = vllm_config.model_config.hf_config
-            if why := why_not(config):
+            if why := why_not(vllm_config.model_config.hf_config):
                 raise ValueError(why)
-            # vLLM searches names for these patterns and leaves out what it finds: GPT-2's `attn.bias`, a mask in old files, is
-            # found in `c_attn.bias`, too. A converted folder holds weights alone.
-            _base_class(config)._keys_to_ignore_on_load_unexpected = None
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     return WrappedCausalModel
 
 
 def why_not(config: Any) -> str | None:
-    """Return why vLLM's backend cannot run the model of a wrapped configuration; None: it can."""
-    wrapped = _base_class(config)
+    """Return why vLLM's backend cannot run the model of a wrapped configuration; None: nothing is known that prevents it."""
+    from transformers import MODEL_MAPPING
+
+    wrapped: Any = MODEL_MAPPING[type(config)]
+    if config.base_model_type in _OTHER_SHAPES:
+        return f"{wrapped.__name__}: a {config.base_model_type} model reads the output of attention by other axes than vLLM gives it"
     if not wrapped._supports_attention_backend:
         return f"{wrapped.__name__}: in transformers, a {config.base_model_type} model cannot take vLLM's attention"
     if "position_ids" not in inspect.signature(wrapped.forward).parameters:
         return f"{wrapped.__name__}: in transformers, a {config.base_model_type} model takes no positions, which vLLM gives it"
     return None
-
-
-def _base_class(config: Any) -> Any:
-    from transformers import MODEL_MAPPING
-
-    return MODEL_MAPPING[type(config)]
