@@ -12,7 +12,7 @@ from torch import nn
 
 from upcycle.errors import UsageError
 from upcycle.trainers.recipe.part_recipes import GroupParameters
-from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, selection_bias
 
 ParameterPart = Literal["router", "experts", "rest"]
 PARTS: tuple[ParameterPart, ...] = ("router", "experts", "rest")
@@ -25,7 +25,7 @@ def parts(model: nn.Module) -> dict[str, ParameterPart]:
     """
     found: dict[str, ParameterPart] = {name: "rest" for name, _ in model.named_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for layer in moe_layers(model):
+    for layer in moe_layers(model) or find_routers(model):
         for parameter in layer.router.parameters():
             found[names[id(parameter)]] = "router"
         for parameter in layer.experts.parameters():

@@ -13,6 +13,7 @@ import torch
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
+from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
 from upcycle.trainers.checkpoints.read import SavedRun
@@ -86,6 +87,12 @@ class Stage:
                 f"stage '{stage_recipe.name}': {distillation.taught[0]} runs every expert on every rank, and here a rank "
                 "holds only some of them",
                 hint="set expert_parallel: 1 and zero.stage below 3",
+            )
+        if distillation and distillation.taught and any(isinstance(m, PackedExperts) for m in self.model.modules()):
+            raise UsageError(
+                f"stage '{stage_recipe.name}': {distillation.taught[0]} asks every expert for its output, which upcycle_moe's packed "
+                "experts do not give one by one",
+                hint="distil logits, hidden or ffn, or convert to a stock target",
             )
         if distillation and distillation.taught and any(p.rule.constant is not None for p in moe_layers(self.model)):
             raise UsageError(

@@ -49,6 +49,11 @@ def load_model(
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
     if path.is_dir() and is_encoder(clean_file(path / CONFIG)):
+        if training:
+            raise UsageError(
+                f"{source} is an encoder, and upcycle trains by the loss of the next token, which encoders do not predict",
+                hint="transformers' Trainer trains it after `import upcycle.models`, with a loss of yours",
+            )
         raise UsageError(
             f"{source} is an encoder: it writes no text, and has no perplexity",
             hint="upcycle verify compares its hidden states; transformers' AutoModel loads it after `import upcycle.models`",

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.usual_keys import usual_keys
 from upcycle.evaluation.score_table import score_rows
 from upcycle.publishing.card_facts import Facts, public_name, sources_of
 from upcycle.publishing.markdown import code, fenced, links, plain, table
@@ -61,7 +62,7 @@ def _what(facts: Facts) -> str:
             "calibration text. All other neurons of the feed-forward networks were pruned."
         )
     else:
-        layers = f"{len(record['moe_layers'])} of {(facts.config.get('text_config') or facts.config)['num_hidden_layers']} layers"
+        layers = f"{len(record['moe_layers'])} of {usual_keys(facts.config)['num_hidden_layers']} layers"
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""
         first = (
             f"A Mixture-of-Experts model made from {made}: the feed-forward networks of {layers} became {keys['experts']} "
