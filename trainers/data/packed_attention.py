@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # already.
 _MASK_WITHOUT_POSITIONS = ("gpt_oss", "bloom")
 _GIVEN_A_MASK = ("falcon", "opt")
+# Its mask looks at the first of four rows of positions; the others are those of time, height and width.
+_POSITIONS_OF_TEXT = ("qwen2_5_vl",)
 _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
 
 
@@ -35,7 +37,10 @@ def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
     stock = getattr(model, "module", model)
     if _takes_a_mask(stock.config):
         some["attention_mask"] = _mask(stock, batch.positions)
-    return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **some)
+    positions = batch.positions
+    if stock.config.model_type in _POSITIONS_OF_TEXT:
+        positions = positions.expand(4, *positions.shape)
+    return model(input_ids=batch.ids, position_ids=positions, use_cache=False, **some)
 
 
 def _mask(model: Any, positions: torch.Tensor) -> Any:

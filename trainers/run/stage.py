@@ -27,7 +27,7 @@ from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
 from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
-from upcycle.trainers.optimizing.parameter_groups import groups, select
+from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
@@ -111,7 +111,9 @@ class Stage:
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
         read = unread_warning(self.model), untaught_warning(self.model)
-        self.warnings = [text for text in (leak, lost, self.stepper.control.unexported, *read) if text]
+        self.warnings = [
+            text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
+        ]
         self.flops = training_flops(self.model, recipe.length)
         if recipe.zero_stage(ranks.world_size) == 3:
             give_inputs_gradients(moe_layers(self.model))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.usual_keys import own_key, usual_keys
 from upcycle.errors import EnvironmentFault
 from upcycle.formatting import size
@@ -122,7 +123,7 @@ class _Timed:
 
     def read(self, prompt: int, batch: int) -> None:
         """Time the reading of a prompt."""
-        ids = (torch.arange(prompt) % self._model.config.vocab_size).expand(batch, -1)
+        ids = (torch.arange(prompt) % text_config(self._model.config).vocab_size).expand(batch, -1)
         self._next = ids[:, -1:]
         self._past, seconds = self._run(ids, None)
         self._prefill.append(seconds)
