@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.usual_keys import usual_keys
 from upcycle.evaluation.score_table import score_rows
 from upcycle.publishing.card_facts import Facts, public_name, sources_of
@@ -197,6 +198,9 @@ def _loading(facts: Facts) -> str:
         ("transformers", "as above", tested),
     ]
     if facts.own_class:
+        if not is_encoder(facts.config):
+            how = f"{code('pip install --no-deps upcycle')} beside it, then {code(f'vllm serve {quoted}')}"
+            rows.append(("vLLM", how, _tested(facts, "vllm")))
         note = "Other engines do not know this architecture."
         return "\n\n".join(
             [fenced(python, "python"), table(["engine", "how", "tested with this model"], rows, right=False), note]

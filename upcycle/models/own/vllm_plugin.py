@@ -44,14 +44,14 @@ def _model_class() -> Any:
         """vLLM's backend for models of transformers, which says what it cannot run before it tries."""
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            if why := why_not(vllm_config.model_config.hf_config):
+            if why := what_prevents(vllm_config.model_config.hf_config):
                 raise ValueError(why)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     return WrappedCausalModel
 
 
-def why_not(config: Any) -> str | None:
+def what_prevents(config: Any) -> str | None:
     """Return why vLLM's backend cannot run the model of a wrapped configuration; None: nothing is known that prevents it."""
     from transformers import MODEL_MAPPING
 
