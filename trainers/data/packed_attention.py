@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # already.
 _MASK_WITHOUT_POSITIONS = ("gpt_oss", "bloom")
 _GIVEN_A_MASK = ("falcon", "opt")
-# Its mask looks at the first of four rows of positions; the others are those of time, height and width.
-_POSITIONS_OF_TEXT = ("qwen2_5_vl",)
+# Their masks look at the first of four rows of positions; the others are those of time, height and width.
+_POSITIONS_OF_TEXT = ("qwen2_5_vl", "glm46v")
 _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
 
 

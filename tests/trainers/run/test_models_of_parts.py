@@ -32,9 +32,21 @@ def converted(tower: Tower, tmp_path: Path) -> Path:
 
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(("wrapper", "text"), CASES)
-@torch.no_grad()
 def test_documents_are_apart_or_the_leak_is_named(wrapper: str, text: str, tower: Tower) -> None:
-    model = load_stock_model(tower(wrapper, text))
+    check_packing(tower(wrapper, text))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "text"), [("qwen2_5_vl", "qwen2.5-vl"), ("qwen3_vl", "qwen3-vl"), ("qwen3_5", "qwen3.5-vl")]
+)
+def test_documents_are_apart_in_moes_of_other_classes(wrapper: str, text: str, tower: Tower, tmp_path: Path) -> None:
+    upcycle.convert(str(tower(wrapper, text)), tmp_path / "moe", **SPLIT)
+    check_packing(tmp_path / "moe")
+
+
+@torch.no_grad()
+def check_packing(folder: Path) -> None:
+    model = load_stock_model(folder)
     ids = torch.randint(5, 4000, (2, 20), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(8), torch.arange(12)]).expand(2, -1)
     packed = packed_forward(model, PackedBatch(ids, torch.ones_like(ids), positions, ("x",) * 2)).logits[:, 8:]
