@@ -28,6 +28,4 @@ def _own_names(raw: Mapping[str, Any]) -> dict[str, str]:
     from transformers import CONFIG_MAPPING
 
     kind = raw.get("base_model_type") or raw.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    names: dict[str, str] = dict(CONFIG_MAPPING[kind].attribute_map) if known else {}
-    return names
+    return dict(CONFIG_MAPPING[kind].attribute_map) if isinstance(kind, str) and kind in CONFIG_MAPPING else {}
