@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.clean_settings import clean_config
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import empty_model
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
@@ -156,7 +156,7 @@ class _Converter:
         self._dtype, self._others = dtype, others
         self._per_expert = layout == "per-expert"
         self._model = empty_model(read_json(folder / "config.json"), str(folder))
-        paths = find_module_paths(self._model.config.model_type)
+        paths = module_paths_of(self._model.config)
         self._by_layer: dict[int | None, list[str]] = {}
         for name in self._store.specs:
             self._by_layer.setdefault(paths.layer_of(name), []).append(name)

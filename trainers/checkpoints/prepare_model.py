@@ -11,6 +11,7 @@ import torch
 
 from upcycle.architectures import stock
 from upcycle.architectures.clean_settings import clean_config
+from upcycle.architectures.module_paths import text_config
 from upcycle.checkpoints.tokenizer_files import copy_files
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
@@ -84,12 +85,13 @@ def check_parent(parent: Any, student: Any, where: Path, length: int) -> None:
     Raises:
         UsageError: it has another number of tokens, or a shorter context than a row.
     """
-    if parent.config.vocab_size != student.config.vocab_size:
+    theirs, ours = text_config(parent.config), text_config(student.config)
+    if theirs.vocab_size != ours.vocab_size:
         raise UsageError(
-            f"distillation.parent: {where} has {parent.config.vocab_size} tokens, the student {student.config.vocab_size}",
+            f"distillation.parent: {where} has {theirs.vocab_size} tokens, the student {ours.vocab_size}",
             hint="distil from the model that was converted",
         )
-    context = getattr(parent.config, "max_position_embeddings", None)
+    context = getattr(theirs, "max_position_embeddings", None)
     if context and context < length:
         raise UsageError(
             f"distillation.parent: {where} reads {context} tokens at a time, and a row has {length}",

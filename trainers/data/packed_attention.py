@@ -1,19 +1,27 @@
 """How a model is called on packed rows, and whether it can be: its context, its vocabulary, its kinds of layers.
 
 Transformers 5 keeps the documents of a row apart by itself where a model is called with ``position_ids`` that restart at
-every document, without ``attention_mask``, and with ``use_cache=False`` (with a cache, even an empty one, it does not).
+every document, without ``attention_mask``, and with ``use_cache=False`` (with a cache, even an empty one, it does not). A few
+models do not look at positions for it, and are given the mask that it would make.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.module_paths import text_config
 from upcycle.errors import UsageError
 from upcycle.trainers.data.batches import PackedBatch
 
-_MASK_WITHOUT_POSITIONS = (
-    "gpt_oss",
-)  # transformers 5.23: its model does not hand position_ids on to what makes the mask
+if TYPE_CHECKING:
+    import torch
+
+# transformers 5.23: these models do not hand position_ids on to what makes the mask; the second group takes a mask that is made
+# already.
+_MASK_WITHOUT_POSITIONS = ("gpt_oss", "bloom")
+_GIVEN_A_MASK = ("falcon", "opt")
+# Their masks look at the first of four rows of positions; the others are those of time, height and width.
+_POSITIONS_OF_TEXT = ("qwen2_5_vl", "glm46v")
 _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution", "mamba": "state space"}
 
 
@@ -25,8 +33,34 @@ def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
         batch: rows ``[B, L]`` on the model's device.
         last: 0 for logits ``[B, L, V]``, or how many positions at the end of each row to compute logits of.
     """
-    some = {"logits_to_keep": last} if last else {}
-    return model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **some)
+    some: dict[str, Any] = {"logits_to_keep": last} if last else {}
+    stock = getattr(model, "module", model)
+    if _takes_a_mask(stock.config):
+        some["attention_mask"] = _mask(stock, batch.positions)
+    positions = batch.positions
+    if stock.config.model_type in _POSITIONS_OF_TEXT:
+        positions = positions.expand(4, *positions.shape)
+    return model(input_ids=batch.ids, position_ids=positions, use_cache=False, **some)
+
+
+def _mask(model: Any, positions: torch.Tensor) -> Any:
+    """The mask that transformers makes of positions ``[B, L]`` for a model's attention, ``[B, 1, L, L]``; None: it needs none."""
+    import torch
+    from transformers.masking_utils import create_causal_mask
+
+    like = torch.empty((*positions.shape, 0), dtype=model.dtype, device=positions.device)
+    return create_causal_mask(
+        config=model.config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=positions
+    )
+
+
+def _takes_a_mask(config: Any) -> bool:
+    return _architecture(config) in _GIVEN_A_MASK and not getattr(config, "alibi", False)
+
+
+def _architecture(config: Any) -> str:
+    """The ``model_type`` of a model, or of the base of a wrapped one."""
+    return str(getattr(config, "base_model_type", None) or config.model_type)
 
 
 def check_fits(config: Any, tokenizer: Any, length: int) -> None:
@@ -40,6 +74,7 @@ def check_fits(config: Any, tokenizer: Any, length: int) -> None:
     Raises:
         UsageError: rows are longer than the model's context, or the tokenizer has a token without an embedding.
     """
+    config = text_config(config)
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
         raise UsageError(
@@ -60,12 +95,14 @@ def packing_leak(config: Any, rows: int) -> str | None:
         config: the model's configuration, with the attention implementation it runs with.
         rows: the micro-batch. Flash attention separates documents in a single row only; :meth:`PackedBatch.flat` makes one.
     """
+    config, name = text_config(config), _architecture(config)
     kinds = sorted({_RECURRENT[kind] for kind in getattr(config, "layer_types", None) or () if kind in _RECURRENT})
     if kinds:
-        return f"{' and '.join(kinds)} layers of {config.model_type} run on from one document into the next"
-    if config.model_type in _MASK_WITHOUT_POSITIONS:
-        return f"the attention mask of {config.model_type} in transformers does not see where a document begins"
+        return f"{' and '.join(kinds)} layers of {name} run on from one document into the next"
     attention = getattr(config, "_attn_implementation", None) or ""
+    unmasked = name in _GIVEN_A_MASK and ("flash" in attention or not _takes_a_mask(config))
+    if name in _MASK_WITHOUT_POSITIONS or unmasked:
+        return f"the attention mask of {name} in transformers does not see where a document begins"
     if "flash" in attention and rows > 1:
         return f"{attention} keeps documents apart only in a batch of one row, and micro_batch is {rows}"
     return None

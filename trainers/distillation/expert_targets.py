@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.models.experts import expert_outputs, has_experts
@@ -41,7 +41,7 @@ def capture_ffns(parent: Any) -> Recorder[FfnRecord]:
         UsageError: the model is a MoE, or its layers have no FFN where they should.
     """
     kind = parent.config.model_type
-    paths = find_module_paths(kind)
+    paths = module_paths_of(parent.config)
     blocks = [block for layer in paths.layers_in(parent) for block in paths.blocks_in(layer)]
     if has_experts(parent) or len(blocks) != parent.config.num_hidden_layers:
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.part_recipes import DistillationParameters
@@ -170,12 +170,12 @@ def capture_outputs(model: Any) -> Recorder[OutputRecord]:
     Raises:
         UsageError: a layer of ``model`` has no FFN where it should.
     """
-    kind = model.config.model_type
-    paths = find_module_paths(kind)
+    paths = module_paths_of(model.config)
     recorder: Recorder[OutputRecord] = Recorder(model)
     for index, layer in enumerate(paths.layers_in(model)):
-        blocks = paths.blocks_in(layer)
+        blocks = [layer.get_submodule(paths.ends)] if paths.ends else paths.blocks_in(layer)
         if not blocks:
+            kind = model.config.model_type
             raise UsageError(f"cannot match the layers of a {kind} model", hint="distil its logits alone")
         for block in blocks:
             recorder.watch(block, _reader(index, True))
@@ -191,10 +191,14 @@ def layer_outputs(records: Sequence[OutputRecord]) -> list[LayerOutput]:
         if record.block:
             blocks.setdefault(record.layer, []).append(record.value)
         else:
-            ffn = torch.stack(blocks[record.layer]).sum(0)
+            ffn = torch.stack(blocks[record.layer]).sum(0).view_as(record.value)  # OPT's FFNs read flat rows
             found.append(LayerOutput(record.layer, record.value, ffn))
     return found
 
 
 def _reader(index: int, block: bool) -> Callable[[tuple[Any, ...], Any], OutputRecord]:
-    return lambda _, output: OutputRecord(index, block, output[0] if isinstance(output, tuple) else output)
+    def read(_: tuple[Any, ...], output: Any) -> OutputRecord:
+        value = output[0] if isinstance(output, tuple) else output
+        return OutputRecord(index, block, value.clone() if block else value)  # Falcon's layers add to it in place
+
+    return read

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
+from upcycle.trainers.optimizing.parameter_groups import other_parts
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 
@@ -42,12 +44,13 @@ def training_flops(model: Any, length: int) -> TrainingFlops:
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     met = trained = 0.0
+    other = {id(parameter) for _, parameter in other_parts(model)}  # which text does not meet
     for parameter in model.parameters():
-        if parameter.dim() > 1 and (parameter is not embedding or tied):
+        if id(parameter) not in other and parameter.dim() > 1 and (parameter is not embedding or tied):
             size = parameter.numel() * share.get(id(parameter), 1.0)
             met += size
             trained += size if parameter.requires_grad else 0.0
-    attention = _attention(model.config, length)
+    attention = _attention(text_config(model.config), length)
     return TrainingFlops(2 * met + attention, 2 * met + 2 * attention, 2 * trained)
 
 

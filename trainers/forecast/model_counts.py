@@ -10,7 +10,6 @@ from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import empty_model
 from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.models.experts import use_experts
-from upcycle.models.load import TRAINS_TEXT
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import ParameterPart, parts, select
 from upcycle.trainers.routing.stock_routers import moe_layers
@@ -104,7 +103,7 @@ def count_model(
         CheckpointError: transformers does not know the model.
         UsageError: a word of ``trained`` matches nothing, or there is no such implementation.
     """
-    refuse_parts(raw.get("model_type"), TRAINS_TEXT)
+    refuse_parts(raw.get("model_type"), "the forecast counts text models alone; upcycle train takes it")
     model = empty_model(raw, where)
     use_experts(model, experts, device)
     select(model, trained)

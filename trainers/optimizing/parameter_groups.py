@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -10,9 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
+from upcycle.registry import find
 from upcycle.trainers.recipe.part_recipes import GroupParameters
-from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, selection_bias
 
 ParameterPart = Literal["router", "experts", "rest"]
 PARTS: tuple[ParameterPart, ...] = ("router", "experts", "rest")
@@ -25,7 +28,7 @@ def parts(model: nn.Module) -> dict[str, ParameterPart]:
     """
     found: dict[str, ParameterPart] = {name: "rest" for name, _ in model.named_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for layer in moe_layers(model):
+    for layer in moe_layers(model) or find_routers(model):
         for parameter in layer.router.parameters():
             found[names[id(parameter)]] = "router"
         for parameter in layer.experts.parameters():
@@ -33,11 +36,31 @@ def parts(model: nn.Module) -> dict[str, ParameterPart]:
     return found
 
 
+def other_parts(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of a model of parts outside its text model and head; none of any other model."""
+    config: Any = model.config
+    if find("wrapper", config.model_type) is None:
+        return []
+    paths = module_paths_of(config)
+    return [(name, parameter) for name, parameter in model.named_parameters() if not paths.has(name)]
+
+
+def frozen_parts(model: nn.Module) -> str | None:
+    """A sentence on what :func:`other_parts` are; ``None``: there are none."""
+    others = other_parts(model)
+    if not others:
+        return None
+    count = sum(math.prod(getattr(weight, "ds_shape", weight.shape)) for _, weight in others)
+    listed = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name, _ in others}))
+    return f"the data are text: the text model trains, and {listed} ({count:,} parameters) stay as they are"
+
+
 def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]:
     """Make exactly the parameters that ``trained`` names require gradients; returns their names and parts.
 
     Args:
-        model: a stock model; its biases on the choice of experts are never trained.
+        model: a stock model; its biases on the choice of experts are never trained, nor are, in a model of parts, those that
+            read no text.
         trained: any of ``all``, ``router``, ``experts``, ``rest``, and patterns of parameter names with ``*``.
 
     Raises:
@@ -45,7 +68,12 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
     """
     belongs = parts(model)
     biases = _selection_biases(model)
-    named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in biases}
+    outside = {name for name, _ in other_parts(model)}
+    named = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in biases and name not in outside
+    }
     chosen: set[str] = set()
     for word in trained:
         matching = {name for name in named if word in ("all", belongs[name]) or fnmatchcase(name, word)}

@@ -16,7 +16,8 @@ from upcycle.architectures.module_paths import module_paths_in, text_config
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.models.experts import has_experts
-from upcycle.models.own.moe_block import MoeBlock, PackedExperts
+from upcycle.models.own.moe_block import MoeBlock
+from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
 
@@ -98,6 +99,8 @@ class RouterPlace:
     @property
     def count(self) -> int:
         """How many routed experts there are on all ranks together."""
+        if isinstance(self.block, MoeBlock):
+            return self.block.experts.count
         weight: Any = next(self.router.parameters())
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 keeps the weight itself elsewhere
 
@@ -129,7 +132,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 def find_routers(model: nn.Module) -> list[RouterPlace]:
     """Where the routers of a model are, for who reads their choices alone: those that choose within groups are here, too."""
     target = find("target", _model_type(model))
-    return list(_other_layers(model)) if target is None else _places(model, target)
+    if target is not None:
+        return _places(model, target)
+    return [*_own_places(model)] or [*_other_layers(model)]
 
 
 def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -210,14 +215,34 @@ def selection_bias(block: nn.Module, router: nn.Module) -> torch.Tensor | None:
 
 
 def _blocks(model: nn.Module) -> list[tuple[int, nn.Module]]:
-    """Layer and module of everything that has fused experts ``[E, ...]``, or packed ones, as a child, whatever it is called."""
+    """Layer and module of everything that has fused experts ``[E, ...]`` as a child, whatever it is called."""
     found: list[tuple[int, nn.Module]] = []
     for name, module in model.named_modules():
         experts = dict(module.named_children()).get("experts")
-        packed = isinstance(experts, PackedExperts)
-        if packed or (experts is not None and any(weight.dim() > 2 for weight in experts.parameters(recurse=False))):
-            number = next((part for part in name.split(".") if part.isdigit()), str(len(found)))
-            found.append((int(number), module))
+        if experts is not None and any(weight.dim() > 2 for weight in experts.parameters(recurse=False)):
+            found.append((_number(name, len(found)), module))
+    return found
+
+
+def _number(name: str, otherwise: int) -> int:
+    return int(next((part for part in name.split(".") if part.isdigit()), otherwise))
+
+
+def _own_places(model: nn.Module) -> list[RouterPlace]:
+    """Where the routers of a model of upcycle's own class are."""
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    return [RouterPlace(_number(name, place), block, block.router, ()) for place, (name, block) in enumerate(blocks)]
+
+
+def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
+    """The same with their rules, which say themselves what they are; none if one is no top-k."""
+    found = []
+    for place in places:
+        rule = cast(MoeBlock, place.block).rule
+        if not isinstance(rule, TopKRule):
+            return []
+        read = RoutingRule(rule.scores, place.count, rule.top_k, rule.normalized)
+        found.append(MoeLayer(place.index, place.block, place.router, (), read))
     return found
 
 
@@ -227,6 +252,8 @@ def _other_layers(model: nn.Module) -> list[MoeLayer]:
     A model's answer is kept: once ZeRO-3 has divided its weights, routers cannot be asked any more.
     """
     answers = _answers()
+    if own := _own_places(model):
+        return _own_layers(own)
     if model not in answers:
         found: list[MoeLayer] = []
         for index, block in _blocks(model):

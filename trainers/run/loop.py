@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
@@ -28,6 +29,7 @@ from upcycle.trainers.forecast.flops import measured_peak
 from upcycle.trainers.optimizing.optimizers import set_rates
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
+from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.trainers.run.alarms import NanPolicy, expert_similarity
 from upcycle.trainers.run.continuation import Change, accepted_changes, consequence, run_identity
 from upcycle.trainers.run.reference_losses import reference_losses, reference_parent
@@ -44,6 +46,9 @@ from upcycle.trainers.run.run_start import agreed_checkpoint, check_model, check
 from upcycle.trainers.run.stage import Stage
 from upcycle.trainers.run.step_result import StepResult
 from upcycle.trainers.run.validation import on_device, validate
+
+# of all experts of a layer: stacked as stock classes have them, or packed as upcycle's own has
+_FIRST_PROJECTIONS = (".experts.gate_up_proj", ".experts.gate_up", ".experts.up")
 
 
 @dataclass(frozen=True)
@@ -304,10 +309,14 @@ class _Run:
         """Raise an alarm if experts are still copies of each other. All ranks take part in gathering the weights."""
         if not stage.top_k or self.progress.step < self.recipe.alarms.identical_after:
             return
-        cosines = {}
+        cosines, paths = {}, module_paths_of(stage.model.config)
+        counts = {layer.index: layer.count for layer in moe_layers(stage.model)}
         for tensor in stage.tensors.stock_tensors:
-            if tensor.name.endswith(".experts.gate_up_proj"):
-                cosines[int(tensor.name.split(".")[2])] = expert_similarity(stage.tensors.weights(tensor))
+            layer = paths.layer_of(tensor.name)
+            if layer in counts and tensor.name.endswith(_FIRST_PROJECTIONS):
+                weights = stage.tensors.weights(tensor)
+                if len(weights) % counts[layer] == 0:  # packed experts of unequal widths are not copies
+                    cosines[layer] = expert_similarity(weights.view(counts[layer], -1))
         self.progress.raise_alarms(self.progress.alarms.similarities(self.progress.step, cosines))
 
     def _check_room(self, index: int, stage: Stage, done: int) -> list[str]:

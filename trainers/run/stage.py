@@ -13,6 +13,7 @@ import torch
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
+from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
 from upcycle.trainers.checkpoints.read import SavedRun
@@ -26,7 +27,7 @@ from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
 from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
-from upcycle.trainers.optimizing.parameter_groups import groups, select
+from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
@@ -87,6 +88,12 @@ class Stage:
                 "holds only some of them",
                 hint="set expert_parallel: 1 and zero.stage below 3",
             )
+        if distillation and distillation.taught and any(isinstance(m, PackedExperts) for m in self.model.modules()):
+            raise UsageError(
+                f"stage '{stage_recipe.name}': {distillation.taught[0]} asks every expert for its output, which upcycle_moe's packed "
+                "experts do not give one by one",
+                hint="distil logits, hidden or ffn, or convert to a stock target",
+            )
         if distillation and distillation.taught and any(p.rule.constant is not None for p in moe_layers(self.model)):
             raise UsageError(
                 f"stage '{stage_recipe.name}': {distillation.taught[0]} compares experts with pieces of the parent's FFN, on its "
@@ -104,7 +111,9 @@ class Stage:
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
         read = unread_warning(self.model), untaught_warning(self.model)
-        self.warnings = [text for text in (leak, lost, self.stepper.control.unexported, *read) if text]
+        self.warnings = [
+            text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
+        ]
         self.flops = training_flops(self.model, recipe.length)
         if recipe.zero_stage(ranks.world_size) == 3:
             give_inputs_gradients(moe_layers(self.model))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.calibration.own_text import with_own_text
 from upcycle.calibration.read_tokens import tokens_of
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
@@ -88,9 +87,6 @@ def compare(
             raise UsageError(f"active is a fraction between 0 and 1, got {fraction:g}", hint="--active 0.75,0.5,0.25")
     _check_goal(faster, within, timed)
     checkpoint = DenseCheckpoint.open(source, None)
-    if timed:
-        kind = checkpoint.raw_config.get("model_type")
-        refuse_parts(kind, "compare times text models alone", "--no-time compares quality")
     check_calibrates(checkpoint.family)
     if not checkpoint.has_tokenizer:
         raise UsageError(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.module_paths import text_config
+from upcycle.architectures.usual_keys import own_key, usual_keys
 from upcycle.errors import EnvironmentFault
 from upcycle.formatting import size
 from upcycle.hardware.memory import available_memory
@@ -49,7 +51,7 @@ def clock() -> Callable[[], float]:
 def prompt_length(configs: Mapping[str, Mapping[str, Any]], prompt: int = PROMPT) -> int:
     """Return the tokens of a prompt that every model has room for, and for what is written after it."""
     written = _TURNS * _TOKENS
-    contexts = [config.get("max_position_embeddings") or prompt + written for config in configs.values()]
+    contexts = [usual_keys(config).get("max_position_embeddings") or prompt + written for config in configs.values()]
     return max(1, min(prompt, *(context - written for context in contexts)))
 
 
@@ -121,7 +123,7 @@ class _Timed:
 
     def read(self, prompt: int, batch: int) -> None:
         """Time the reading of a prompt."""
-        ids = (torch.arange(prompt) % self._model.config.vocab_size).expand(batch, -1)
+        ids = (torch.arange(prompt) % text_config(self._model.config).vocab_size).expand(batch, -1)
         self._next = ids[:, -1:]
         self._past, seconds = self._run(ids, None)
         self._prefill.append(seconds)
@@ -173,7 +175,7 @@ def relative_times(
         rounds: how often each model is timed.
         progress: receives the progress.
     """
-    layers = dense["num_hidden_layers"]
+    layers = usual_keys(dense)["num_hidden_layers"]
     deep = layers if layers * layer_bytes <= _MOST_BYTES else min(layers, max(2, -(-_LEAST_BYTES // layer_bytes)))
     depths = [layers] if deep == layers else [deep // 2, deep]
     configs = {
@@ -208,9 +210,11 @@ def relative_times(
 
 def first_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return a configuration with the first ``layers`` layers alone: lists with one entry per layer are cut, too."""
-    whole = config["num_hidden_layers"]
+    if isinstance(text := config.get("text_config"), Mapping):
+        return {**config, "text_config": first_layers(text, layers)}
+    whole = usual_keys(config)["num_hidden_layers"]
     shorter = {
         key: value[:layers] if isinstance(value, list) and len(value) == whole else value
         for key, value in config.items()
     }
-    return {**shorter, "num_hidden_layers": layers}
+    return {**shorter, own_key(config, "num_hidden_layers"): layers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import locate
+from upcycle.inference.pictures import with_picture
 from upcycle.models.experts import run_on_kernels
 from upcycle.models.load import load_model
 
@@ -49,7 +51,9 @@ class Writer:
     """
 
     def __init__(self, name: str, layer: int | None = None, experts: bool = True) -> None:
-        self.tokenizer: Any = load_tokenizer(locate(name).path)
+        self._name, self._folder = name, locate(name).path
+        self._beside: dict[str, Any] = {}  # what the model reads with the next prompt's tokens
+        self.tokenizer: Any = load_tokenizer(self._folder)
         self.model: Any = load_model(name)
         self.kernels = run_on_kernels(self.model)
         self.layer: int | None = None
@@ -91,12 +95,23 @@ class Writer:
         ends = [end for ids in named for end in (ids if isinstance(ids, list) else [ids])]
         return {end for end in ends if end is not None}
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str, image: str | Path | None = None) -> list[int]:
         """The token ids of a prompt, with the special tokens that the tokenizer adds.
 
+        Args:
+            prompt: the text.
+            image: an image file that a model of parts reads with it; its tokens are among those that are returned.
+
         Raises:
-            UsageError: the prompt is empty.
+            UsageError: the prompt is empty, the model reads no images, or the file is none.
+            EnvironmentFault: the model's processor of images is missing.
         """
+        self._beside = {}
+        if image is not None:
+            self._beside = with_picture(self._name, self._folder, self.model.config, prompt, image)
+            self._beside.pop("attention_mask", None)
+            of_both: list[int] = self._beside.pop("input_ids")[0].tolist()
+            return of_both
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         if not prompt or not ids:
             raise UsageError("the prompt is empty", hint="--prompt 'Once upon a time'")
@@ -137,7 +152,8 @@ class Writer:
     @torch.no_grad()
     def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any, list[tuple[list[int], list[float]]]]:
         """Read tokens: the logits ``[V]`` after the last one, the cache, and each token's experts and routing weights."""
-        output = self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        beside, self._beside = self._beside, {}
+        output = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, **beside)
         chosen: list[tuple[list[int], list[float]]] = [([], []) for _ in ids]
         if self._recorder:
             (record,) = self._recorder.take()

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from upcycle.architectures.module_paths import text_config
+from upcycle.architectures.module_paths import module_paths_of, text_config
 from upcycle.errors import UsageError
 from upcycle.models.own.configuration import UpcycleMoeConfig
+from upcycle.models.own.moe_block import PackedExperts
 from upcycle.registry import find, suggestion
 
 _ALIGNMENT = 16  # bytes: transformers' grouped products need rows of a multiple of this size
@@ -61,8 +62,10 @@ def use_experts(model: Any, name: str, device: str | None = None) -> None:
         size = min((parameter.element_size() for parameter in weights), default=4)
         aligned = all(width * size % _ALIGNMENT == 0 for parameter in weights for width in parameter.shape[1:])
         name = "grouped_mm" if aligned else "eager"
+    parts = find("wrapper", model.config.model_type)  # whose own class has no experts, and so no choice
+    holder = model if parts is None else model.get_submodule(module_paths_of(model.config).body)
     try:
-        model.set_experts_implementation(name)
+        holder.set_experts_implementation(name)
     except (ValueError, KeyError) as error:
         raise UsageError(
             f"experts: {model.config.model_type} cannot have '{name}': {error}", hint="experts: auto"
@@ -78,7 +81,7 @@ def use_eager_experts(model: Any) -> Any:
 def expert_outputs(experts: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the output ``[T, d]`` of every routed expert for inputs ``[T, d]``, biases included, by the stock class's own code."""
     own = inspect.unwrap(type(experts).forward)
-    for expert in range(len(experts.down_proj)):
+    for expert in range(experts.count if isinstance(experts, PackedExperts) else len(experts.down_proj)):
         chosen = torch.full((len(x), 1), expert, device=x.device)
         yield own(experts, x, chosen, torch.ones_like(chosen, dtype=x.dtype))
 

@@ -10,15 +10,13 @@ import torch
 from upcycle.architectures import stock
 from upcycle.architectures.clean_settings import CONFIG, clean_file
 from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
-from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
+from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
 from upcycle.models.experts import use_experts
 from upcycle.models.first_calls import settle_code_paths
 
-TRAINS_TEXT = "training reads text alone: its batches have no images"
 _MOST_MEMORY = 0.9  # of what is available, for weights alone
 
 
@@ -43,12 +41,16 @@ def load_model(
     Raises:
         UsageError: there is no such model, or no such implementation of experts.
         CheckpointError: transformers cannot load it.
-        RefusalError: a model of parts is to be trained.
         EnvironmentFault: it does not fit in memory, or the hub cannot be reached.
     """
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
     if path.is_dir() and is_encoder(clean_file(path / CONFIG)):
+        if training:
+            raise UsageError(
+                f"{source} is an encoder, and upcycle trains by the loss of the next token, which encoders do not predict",
+                hint="transformers' Trainer trains it after `import upcycle.models`, with a loss of yours",
+            )
         raise UsageError(
             f"{source} is an encoder: it writes no text, and has no perplexity",
             hint="upcycle verify compares its hidden states; transformers' AutoModel loads it after `import upcycle.models`",
@@ -62,8 +64,6 @@ def load_model(
         dtype = torch.float32
     elif not training:
         _check_memory(path, str(source), dtype)
-    else:
-        refuse_parts(read_config(path).get("model_type"), TRAINS_TEXT)
     wanted = "auto" if isinstance(dtype, str) else dtype
     model = stock.load_stock_model(path, wanted, surplus=not (training or path.is_file()))
     if device is not None:

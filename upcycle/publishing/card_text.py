@@ -6,6 +6,8 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.stock_auto import is_encoder
+from upcycle.architectures.usual_keys import usual_keys
 from upcycle.evaluation.score_table import score_rows
 from upcycle.publishing.card_facts import Facts, public_name, sources_of
 from upcycle.publishing.markdown import code, fenced, links, plain, table
@@ -61,7 +63,7 @@ def _what(facts: Facts) -> str:
             "calibration text. All other neurons of the feed-forward networks were pruned."
         )
     else:
-        before = record.get("layers") or (facts.config.get("text_config") or facts.config).get("num_hidden_layers")
+        before = record.get("layers") or usual_keys(facts.config).get("num_hidden_layers")
         layers = f"{len(record['moe_layers'])}{f' of {before}' if before else ''} layers"
         shared = f" and {keys['shared']} shared" if keys["shared"] else ""
         first = (
@@ -212,6 +214,9 @@ def _loading(facts: Facts) -> str:
         ("transformers", "as above", tested),
     ]
     if facts.own_class:
+        if not is_encoder(facts.config):
+            how = f"{code('pip install --no-deps upcycle')} beside it, then {code(f'vllm serve {quoted}')}"
+            rows.append(("vLLM", how, _tested(facts, "vllm")))
         note = "Other engines do not know this architecture."
         return "\n\n".join(
             [fenced(python, "python"), table(["engine", "how", "tested with this model"], rows, right=False), note]

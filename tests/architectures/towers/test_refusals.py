@@ -13,8 +13,7 @@ from pico_towers import changed, reconfigured
 import upcycle
 from upcycle.checkpoints.find_family import family_of
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError
-from upcycle.evaluation.compare import compare
-from upcycle.models.load import load_model
+from upcycle.trainers.forecast.plan_training import plan_training
 
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "tokenizer": "none"}
 CHECKED: dict[str, Any] = {**COPIES, "verification": {"tokens": 64}}
@@ -150,11 +149,8 @@ def test_what_takes_text_models_alone_says_so(tower: Callable[..., Path], tmp_pa
     source = str(tower("llava", "llama"))
     with pytest.raises(RefusalError, match="depth_stack does not take a 'llava' model"):
         upcycle.convert(source, tmp_path / "out", method="depth_stack", tokenizer="none")
-    with pytest.raises(RefusalError, match="training reads text alone"):
-        load_model(source, training=True)
-    with pytest.raises(RefusalError, match="compare times text models alone") as caught:
-        compare(source, methods=["importance"], routers=["ridge"], active=[0.5])
-    assert "--no-time" in str(caught.value.hint)
+    with pytest.raises(RefusalError, match="the forecast counts text models alone; upcycle train takes it"):
+        plan_training({"model": source, "stages": [{"steps": 1}]}, world="1xH100")
 
 
 @pytest.fixture(autouse=True)

@@ -136,13 +136,40 @@ def test_a_compiler_takes_the_whole_model(name: str) -> None:
     assert relative_error(output_of(compiled, inputs), expected) < ROUNDING
 
 
-def test_trainer_takes_a_step(tmp_path: Path) -> None:
-    model = wrapped(small_model("gpt2"), pieces=4, rule=TopKRule(2))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_takes_a_step_saves_and_what_it_saved_loads(checkpointing: bool, tmp_path: Path) -> None:
+    model, inputs = with_router(wrapped(small_model("gpt2"), pieces=4, rule=TopKRule(2))), inputs_of("gpt2")
     before = model.transformer.h[0].mlp.experts.down.detach().clone()
-    rows = [{"input_ids": ids, "labels": ids} for ids in inputs_of("gpt2")["input_ids"]]
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
-    Trainer(model, arguments, train_dataset=rows).train()
+    rows = [{"input_ids": ids, "labels": ids} for ids in inputs["input_ids"]]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_steps=1, gradient_checkpointing=checkpointing
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
     assert not torch.equal(model.transformer.h[0].mlp.experts.down, before)
+    expected = output_of(model.eval(), inputs)
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "checkpoint-1"):
+        loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        assert torch.equal(output_of(loaded, inputs), expected)
+    again = Trainer(model, arguments, train_dataset=rows)
+    again.args.max_steps = 2
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_weights_may_stay_on_the_disk(tmp_path: Path) -> None:
+    model, inputs = with_router(wrapped(small_model("gpt2"), pieces=4, rule=TopKRule(2), shared=16)), inputs_of("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    assert all(weight.is_meta for weight in empty.parameters())
+    places = dict.fromkeys(("wte", "wpe", "h.0", "h.1", "ln_f"), "cpu") | {"h.0": "disk"}
+    places = {f"transformer.{part}": place for part, place in places.items()} | {"lm_head": "cpu"}
+    disk = tmp_path / "disk"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=disk)
+    assert loaded.transformer.h[0].mlp.experts.down.is_meta
+    assert torch.equal(output_of(loaded, inputs), output_of(model, inputs))
 
 
 def test_adapters_go_on_attention() -> None:
@@ -155,6 +182,48 @@ def test_adapters_go_on_attention() -> None:
     trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained
     assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("implementation", ["upcycle", "eager"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert"])
+def test_adapters_go_on_packed_experts_and_routers(name: str, implementation: str, tmp_path: Path) -> None:
+    """A trained adapter computes what the model does that it is merged into, and is loaded as it was saved."""
+    peft = pytest.importorskip("peft")
+    plain, inputs = with_router(wrapped(small_model(name), pieces=4, rule=TopKRule(2), shared=16)), inputs_of(name)
+    plain.save_pretrained(tmp_path / "model")
+    expected = output_of(plain, inputs)
+    names = ["experts.up", "experts.gate_up", "experts.down", "router.weight"]
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules="all-linear", target_parameters=names))
+    plain.set_experts_implementation(implementation)
+    assert relative_error(output_of(model, inputs), expected) < ROUNDING, "an adapter adds nothing before it is trained"
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], 0.1)
+    for _ in range(2):  # after the first step both factors of an adapter get gradients
+        model(**inputs).logits.square().mean().backward()
+        optimizer.step()
+    still = [
+        key for key, weight in model.named_parameters() if weight.requires_grad and not weight.grad.abs().sum() > 0
+    ]
+    assert not still
+    trained = output_of(model, inputs)
+    assert relative_error(trained, expected) > 1e-3
+    model.save_pretrained(tmp_path / "adapters")
+    again = peft.PeftModel.from_pretrained(auto_class(name).from_pretrained(tmp_path / "model"), tmp_path / "adapters")
+    assert relative_error(output_of(again, inputs), trained) < ROUNDING
+    merged = again.merge_and_unload()
+    assert relative_error(output_of(merged, inputs), trained) < 10 * ROUNDING  # W + BA is rounded once more
+    assert {type(module).__name__ for key, module in merged.named_modules() if key.endswith("router")} == {
+        "TokenRouter"
+    }
+
+
+def test_routers_are_trained_whole_beside_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = with_router(wrapped(small_model("gpt2"), pieces=4, rule=TopKRule(2)))
+    model = peft.get_peft_model(plain, peft.LoraConfig(target_modules="all-linear", modules_to_save=["router"]))
+    model(**inputs_of("gpt2")).logits.square().mean().backward()
+    routers = [weight for key, weight in model.named_parameters() if "router" in key and weight.requires_grad]
+    assert [tuple(weight.shape) for weight in routers] == [(4, 32)] * 2
+    assert all(weight.grad.abs().sum() > 0 for weight in routers)
 
 
 def test_a_class_of_one_tower_takes_its_own_experts(tmp_path: Path) -> None:

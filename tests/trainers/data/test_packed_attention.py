@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from wrapped_models import SMALL, small_model, wrapped
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
 from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.data.packed_attention import check_fits, packing_leak
+from upcycle.trainers.data.packed_attention import check_fits, packed_forward, packing_leak
 from upcycle.trainers.data.packing import layout
 
+CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
 PARTS = [5, 1, 9, 4]  # and padding
 
 
@@ -50,6 +52,21 @@ def test_a_packed_document_is_the_document_alone_or_the_leak_is_named(target: st
         expected = model(input_ids=padded.ids[:, :size], use_cache=False).logits
         error = (logits(model, padded)[:, :size] - expected).norm() / expected.norm()
         assert error < 1e-5, "packing: alone"
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "falcon-alibi"])
+@torch.no_grad()
+def test_documents_of_wrapped_models_are_apart_or_the_leak_is_named(name: str) -> None:
+    changes = {"alibi": True} if name == "falcon-alibi" else {}
+    model = wrapped(small_model(name.removesuffix("-alibi"), vocab_size=4096, **changes), pieces=4).eval()
+    batch = packed(rows=2)
+    expected = alone(model, batch.ids)
+    error = (packed_forward(model, batch).logits[:, : sum(PARTS)] - expected).norm() / expected.norm()
+    if packing_leak(model.config, rows=2) is None:
+        assert error < 1e-5
+    else:
+        assert error > 1e-3, "a leak that is none"
+    assert packed_forward(model, batch, last=2).logits.shape == (2, 2, 4096)
 
 
 @pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])

@@ -44,11 +44,17 @@ def say_kernels(writer: Any) -> None:
 @click.command("generate", short_help="Continue a prompt and show the experts")
 @click.argument("model")
 @click.option("--prompt", required=True, metavar="TEXT", help="text that the model continues")
+@click.option(
+    "--image",
+    type=click.Path(),
+    help="picture that a model of parts reads with the prompt  [needs its processor's files]",
+)
 @writing_options
 @common_options
 def command(
     model: str,
     prompt: str,
+    image: str | None,
     tokens: int,
     temperature: float,
     seed: int,
@@ -66,12 +72,13 @@ def command(
     \b
     upcycle generate ./moe --prompt "def read_file(path):"
     upcycle generate ./moe --prompt "Once upon a time" --temperature 0.8 --seed 7 --layer 3
+    upcycle generate ./llava-moe --prompt "What is this?" --image cat.png
     """
     from upcycle.cli.shared.coloured_tokens import ExpertText
     from upcycle.inference.generate import Writer
 
     writer = Writer(model, layer, experts=not no_experts)
-    stream = writer.write(writer.encode(prompt), tokens, temperature, seed)
+    stream = writer.write(writer.encode(prompt, image), tokens, temperature, seed)
     if as_json:
         written = [asdict(token) for token in stream]
         text = "".join(token["text"] for token in written if not token["prompt"])

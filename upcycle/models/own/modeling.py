@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import nn
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock
+from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
 from upcycle.models.own.replaced_ffn import replaced_in
 
 _DECODER_START = "_prepare_decoder_input_ids_for_generation"
@@ -23,6 +23,7 @@ def wrapped_model_class(stock: Any, config_class: Any) -> Any:
         config_class: the configuration class of the wrapped model.
     """
 
+    @wraps(stock.__init__)  # vLLM reads the signature of what it builds
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         replace_ffns(self, config)
@@ -144,5 +145,5 @@ def _set_experts_implementation(self: Any, experts_implementation: str) -> None:
             f"experts_implementation is '{experts_implementation}'", hint=f"one of: {', '.join(IMPLEMENTATIONS)}"
         )
     for module in self.modules():
-        if isinstance(module, MoeBlock):
-            module.experts.implementation = experts_implementation
+        if isinstance(module, PackedExperts):
+            module.implementation = experts_implementation

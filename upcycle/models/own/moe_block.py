@@ -41,6 +41,8 @@ class MoeBlock(nn.Module):
         d, shared = ffn.hidden_size, ffn.shared_width
         self.router = TokenRouter(ffn)
         self.experts = PackedExperts(ffn)
+        # An adapter may stand around the experts, and hide it. In a tuple, as its weights are the experts' alone.
+        self._act = (self.experts.act,)
         if shared:
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
@@ -76,7 +78,7 @@ class MoeBlock(nn.Module):
     def _whole(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
         """Add to the routed experts' output what does not depend on the router."""
         if self.has_shared:
-            act, up = self.experts.act, self.shared_up(x)
+            act, up = self._act[0], self.shared_up(x)
             hidden = act(up) if self.shared_gate is None else act(self.shared_gate(x)) * up
             routed = routed + self.shared_down(hidden.to(self.shared_down.weight.dtype))
         if self.output_bias is not None:
@@ -85,13 +87,17 @@ class MoeBlock(nn.Module):
         return out
 
 
-class TokenRouter(nn.Linear):
+class TokenRouter(nn.Module):
     """Returns logits ``[T, E]``, weights ``[T, K]`` and ids of experts ``[T, K]``, as the routers of stock MoE classes do.
 
     With a hidden layer, ``hidden.weight`` is ``[H, d]`` and ``weight`` ``[E, H]``; see
     :class:`~upcycle.ffn.router_network.RouterForm`.
 
+    It is no ``nn.Linear``, as theirs are none: what adds adapters to every linear layer would take its three outputs for one.
+
     Attributes:
+        weight: ``[E, d]``.
+        bias: ``[E]``, if the router has one.
         rule: what makes weights and ids of the logits.
         form: whether there is a hidden layer.
         reads: d, the length of inputs.
@@ -100,17 +106,20 @@ class TokenRouter(nn.Linear):
 
     def __init__(self, ffn: ReplacedFfn) -> None:
         form = ffn.router
-        super().__init__(ffn.hidden_size if form.linear else form.width, ffn.experts, bias=ffn.router_bias)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(ffn.experts, ffn.hidden_size if form.linear else form.width))
+        self.bias = nn.Parameter(torch.zeros(ffn.experts)) if ffn.router_bias else None
+        nn.init.normal_(self.weight, std=_SPREAD)
         self.hidden = None if form.linear else nn.Linear(ffn.hidden_size, form.width, bias=False)
         self.rule, self.form, self.reads = ffn.rule, form, ffn.hidden_size
         self.top_k: int | None = getattr(ffn.rule, "top_k", None)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class; ``x`` is ``[T, d]``."""
         x = self.form.before(x)
         if self.hidden is not None:
             x = self.form.activated(self.hidden(x))
-        logits = self.form.behind(super().forward(x))
+        logits = self.form.behind(functional.linear(x, self.weight, self.bias))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         ids, weights = self.rule.route(logits)
         return logits, weights, ids

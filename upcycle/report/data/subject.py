@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upcycle.architectures.stored_moe import MOES, MoeModel
+from upcycle.architectures.usual_keys import usual_keys
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
@@ -59,9 +60,8 @@ class Subject:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The configuration of the text model: of a model of parts the part's, of any other the whole; empty without one."""
-        config = self.config or {}
-        return config.get("text_config") or config
+        """The configuration of the text model, by the usual keys: of a model of parts the part's; empty without one."""
+        return usual_keys(self.config or {})
 
     @cached_property
     def moe(self) -> MoeModel | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from upcycle.registry import OWN_TARGETS
 from upcycle.verification.engines.engine import Answer, Request, read_written, run_worker
 
 
@@ -25,6 +26,9 @@ class Vllm:
             "tokens": request.tokens,
         }
         hint = "pip install vllm in an environment of its own, then --engine-python PATH/bin/python"
+        if config.get("model_type") in OWN_TARGETS:
+            question["plug_in"] = "upcycle"
+            hint += "; beside it, pip install --no-deps upcycle"
         # The worker is a process of its own already; one more inside vLLM would only hide its errors.
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         found = run_worker(self, "vllm_worker.py", question, work, python, hint, **own)

@@ -1,11 +1,12 @@
 """Runs vLLM in a process of its own.
 
-Reads ``{"model", "dtype", "context", "prompts", "tokens"}``, and answers ``{"version", "dtype", "written"}``, or ``missing`` or
+Reads ``{"model", "dtype", "context", "prompts", "tokens", "plug_in"}``; answers ``{"version", "dtype", "written"}``, or ``missing`` or
 ``refused`` with the reason. Python API: https://docs.vllm.ai/en/latest/api/vllm/.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 from answering import Refused, serve
@@ -14,6 +15,10 @@ from answering import Refused, serve
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Continue every prompt greedily."""
     import vllm
+
+    plug_in = asked.get("plug_in")
+    if plug_in and plug_in not in entry_points(group="vllm.general_plugins").names:
+        raise ModuleNotFoundError(f"vLLM's plug-in '{plug_in}' is not beside it, which this model needs")
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
