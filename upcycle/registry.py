@@ -138,6 +138,7 @@ DESCRIBED = {  # dense architectures that are described by their FFNs alone, for
     "phi": "upcycle.architectures.described.decoders:PHI",
     "falcon": "upcycle.architectures.described.decoders:FALCON",
     "gemma2": "upcycle.architectures.described.decoders:GEMMA2",
+    "gemma3_text": "upcycle.architectures.described.decoders:GEMMA3_TEXT",
     "olmo3": "upcycle.architectures.described.decoders:OLMO3",
     "bert": "upcycle.architectures.described.encoders:BERT",
     "roberta": "upcycle.architectures.described.encoders:ROBERTA",

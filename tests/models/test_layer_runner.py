@@ -43,16 +43,15 @@ def test_layers_run_alone_as_in_the_stock_model(name: str, tmp_path: Path) -> No
         with runner.loaded(index), torch.no_grad():
             x, residual = runner.around(index, states)
             output = runner.ffn(index, x)
-            following = runner.whole(index, states)
+            following, made = runner.outcome(index, states)
+            added = runner.added(index, output)
+        assert relative_error(made, output) < ROUNDING
         assert relative_error(x, seen[0].reshape(x.shape)) < ROUNDING
         assert relative_error(output, seen[1].reshape(x.shape)) < ROUNDING
-        if checkpoint.family.uncalibrated is None:
-            assert relative_error(residual + output, following) < ROUNDING
-        else:
-            assert relative_error(residual + output, following) > 1e-2  # which is why
+        assert relative_error(residual + added, following) < ROUNDING
+        assert runner.norms_output == (relative_error(added, output) > 1e-2)
         states = following
     outside = dense_reader(checkpoint, "keep")(None)
     with torch.no_grad():
         logits = logits_of(skeleton(checkpoint.raw_config, outside), checkpoint, states.view(3, 12, -1))
-    if name != "gemma2":  # which caps them
-        assert relative_error(logits, stock.logits) < ROUNDING
+    assert relative_error(logits, stock.logits) < ROUNDING

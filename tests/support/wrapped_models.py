@@ -76,6 +76,12 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
          "new_decoder_architecture": True, "bias": True, **_N},
     ),
     "gemma2": ("gemma2", "CausalLM", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}),
+    "gemma3_text": (
+        "gemma3_text",
+        "CausalLM",
+        {**_TEXT, "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12,
+         "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "olmo3": ("olmo3", "CausalLM", {**_TEXT, "sliding_window": 4}),
     "bert": ("bert", "MaskedLM", _TEXT),
     "roberta": ("roberta", "MaskedLM", _TEXT),

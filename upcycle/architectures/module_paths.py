@@ -38,6 +38,7 @@ class ModulePaths:
             architectures, the shared ones.
         ends: the module of a layer whose output is the FFN's, where ``blocks`` names only its first projection: the layer calls
             the parts of its FFN itself. Experts take the place of that projection.
+        output_norm: the norm of a layer that the FFN's output goes through before it is added to the stream; None: it has none.
     """
 
     body: str = "model"
@@ -48,6 +49,7 @@ class ModulePaths:
     stored_head: str | None = None
     blocks: tuple[str, ...] = ("mlp",)
     ends: str | None = None
+    output_norm: str | None = None
 
     @property
     def embedding_weight(self) -> str:
