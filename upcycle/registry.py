@@ -117,6 +117,7 @@ WRAPPERS = {
     "aya_vision": "upcycle.architectures.towers.wrappers:aya_vision",
     "cohere2_vision": "upcycle.architectures.towers.wrappers:cohere2_vision",
     "got_ocr2": "upcycle.architectures.towers.wrappers:got_ocr2",
+    "gemma3": "upcycle.architectures.towers.wrappers:gemma3",
     "ovis2": "upcycle.architectures.towers.wrappers:ovis2",
     "lfm2_vl": "upcycle.architectures.towers.wrappers:lfm2_vl",
     "voxtral": "upcycle.architectures.towers.wrappers:voxtral",

@@ -14,15 +14,15 @@ from wrapped_models import SMALL, auto_class, inputs_of, output_of, relative_err
 
 import upcycle
 import upcycle.models
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import RefusalError, UsageError, VerificationError
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.moe_shape import Part
 from upcycle.publishing.model_card import make_card
-from upcycle.registry import load
 from upcycle.report.write_report import write_report
 from upcycle.verification import verify_experts
 
-ENCODERS = [name for name, (kind, _, _) in SMALL.items() if load("described", kind).encoder]
+ENCODERS = [name for name, (kind, _, keys) in SMALL.items() if is_encoder({"model_type": kind, **keys})]
 QUICK = {"tokenizer": "none", "verification": {"tokens": 64}}
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **QUICK}
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 6, "top_k": 6, "shared": 2, **QUICK}
@@ -45,7 +45,7 @@ def test_every_encoder_converts_exactly(name: str, keys: dict[str, Any], tmp_pat
     assert relative_error(output_of(model, inputs_of(name)), output_of(dense, inputs_of(name))) < ROUNDING
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "vit", "embedding_gemma"])
 def test_encoders_without_a_head_are_converted_and_streamed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,8 +79,14 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3_text": (
         "gemma3_text",
         "CausalLM",
-        {**_TEXT, "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12,
-         "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4,
+         "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "embedding_gemma": (
+        "gemma3_text",
+        "Model",
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 6,
+         "layer_types": ["sliding_attention", "full_attention"], "use_bidirectional_attention": True},
     ),
     "olmo3": ("olmo3", "CausalLM", {**_TEXT, "sliding_window": 4}),
     "bert": ("bert", "MaskedLM", _TEXT),
@@ -147,10 +153,12 @@ def inputs_of(name: str, length: int = 9) -> dict[str, Any]:
 
 
 def output_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Logits, or what the text and image towers together give."""
+    """Logits, hidden states, or what the text and image towers together give."""
     with torch.no_grad():
         made = model(**inputs)
-    return made.logits if "logits" in made else torch.cat([made.text_embeds, made.image_embeds])
+    if "text_embeds" in made:
+        return torch.cat([made.text_embeds, made.image_embeds])
+    return made.logits if "logits" in made else made.last_hidden_state
 
 
 def wrapped(

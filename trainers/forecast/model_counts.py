@@ -9,6 +9,7 @@ from typing import Any
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import empty_model
 from upcycle.architectures.towers.composite import refuse_parts
+from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import use_experts
 from upcycle.models.load import TRAINS_TEXT
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
@@ -104,7 +105,7 @@ def count_model(
         CheckpointError: transformers does not know the model.
         UsageError: a word of ``trained`` matches nothing, or there is no such implementation.
     """
-    refuse_parts(raw.get("model_type"), TRAINS_TEXT)
+    refuse_parts(base_type(raw), TRAINS_TEXT)
     model = empty_model(raw, where)
     use_experts(model, experts, device)
     select(model, trained)

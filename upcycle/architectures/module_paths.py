@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.folder_contents import shortened
+from upcycle.files.formats.settings import base_type
 from upcycle.registry import find
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class ModulePaths:
             (self.embedding, other.embedding),
             (self.final_norm, other.final_norm),
             (self.stored_head or self.head, other.stored_head or other.head),
+            (self.body, other.body),
         ):
             if name.startswith(f"{mine}."):
                 return its + name.removeprefix(mine)
@@ -124,7 +126,11 @@ class ModulePaths:
         """Return the same description of the base model alone."""
         body = f"{self.body}."
         return replace(
-            self, body="", layers=self.layers.removeprefix(body), embedding=self.embedding.removeprefix(body)
+            self,
+            body="",
+            layers=self.layers.removeprefix(body),
+            embedding=self.embedding.removeprefix(body),
+            final_norm=self.final_norm.removeprefix(body),
         )
 
     def body_in(self, model: Any) -> Any:
@@ -238,14 +244,11 @@ def module_paths_of(config: Any) -> ModulePaths:
     Of a model of parts, it is that of its text model. One of upcycle's own classes has its parts where its base has them. An
     encoder without a head has no prefix before the paths.
     """
-    wrapper = find("wrapper", config.model_type)
+    base = base_type(config)
+    wrapper = find("wrapper", base)
     if wrapper is not None:
         return find_module_paths(text_config(config).model_type).inside(wrapper.body)
-    base = getattr(config, "base_model_type", None) or config.model_type
     paths = find_module_paths(base)
-    described = find("described", base)
-    if described is None or not described.encoder:
-        return paths
-    from upcycle.architectures.stock_auto import class_name
+    from upcycle.architectures.stock_auto import class_name, is_encoder
 
-    return paths.without_prefix() if class_name(config).endswith("Model") else paths
+    return paths.without_prefix() if is_encoder(config) and class_name(config).endswith("Model") else paths

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from upcycle.files.formats.settings import base_type
 from upcycle.registry import find
 
 
 def is_encoder(config: Any) -> bool:
     """Return whether a configuration, or the content of its file, is that of an encoder, which has no logits of a next token."""
     described = _described(config)
-    return described is not None and described.encoder
+    if described is None or described.both_ways is None:
+        return described is not None and described.encoder
+    key: str = described.both_ways
+    return bool(config.get(key) if isinstance(config, Mapping) else getattr(config, key, False))
 
 
 def reads_images(config: Any) -> bool:
@@ -29,7 +33,7 @@ def auto_class(config: Any) -> Any:
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    if find("wrapper", str(config.model_type)) is not None:
+    if find("wrapper", base_type(config)) is not None:
         return AutoModelForMultimodalLM
     if not is_encoder(config):
         return AutoModelForCausalLM
@@ -46,10 +50,7 @@ def class_name(config: Any) -> str:
 
 
 def _described(config: Any) -> Any:
-    def value(key: str) -> Any:
-        return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-
-    return find("described", str(value("base_model_type") or value("model_type")))
+    return find("described", base_type(config))
 
 
 def _names(auto: Any, config_class: Any) -> list[str]:

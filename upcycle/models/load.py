@@ -12,6 +12,7 @@ from upcycle.architectures.clean_settings import CONFIG, clean_file
 from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.formats.settings import base_type
 from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
@@ -58,7 +59,7 @@ def load_model(
     elif not training:
         _check_memory(path, str(source), dtype)
     else:
-        refuse_parts(read_config(path).get("model_type"), TRAINS_TEXT)
+        refuse_parts(base_type(read_config(path)), TRAINS_TEXT)
     wanted = "auto" if isinstance(dtype, str) else dtype
     model = stock.load_stock_model(path, wanted, surplus=not (training or path.is_file()))
     if device is not None:

@@ -68,7 +68,7 @@ class Family(ABC):
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
     reads_images: bool = False
     # Whether the first layer reads token embeddings times a factor, and nothing else.
-    embeds_tokens_alone: ClassVar[bool] = True
+    embeds_tokens_alone: bool = True
     returns_tuple: bool = False  # a layer returns a tuple, whose first entry is the stream
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:

@@ -150,6 +150,7 @@ GEMMA3_TEXT = DescribedModel(
     "Gemma 3",
     (FfnPlace(**_GATED, norm="pre_feedforward_layernorm", norm_add=1.0, activation="hidden_activation"),),
     _NORMED,
+    both_ways="use_bidirectional_attention",  # EmbeddingGemma
 )
 OLMO3 = DescribedModel(
     "olmo3",

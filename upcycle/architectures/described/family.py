@@ -8,8 +8,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.described.encoders import ENCODER
 from upcycle.architectures.described.ffn_place import DescribedModel
 from upcycle.architectures.module_paths import compare_tensors, module_paths_of
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_files import widest
@@ -63,8 +65,8 @@ class DescribedFamily(Family):
         settings = build_config(raw, where)
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
-        if self.described.encoder:
-            self.module_paths = module_paths_of(settings)
+        if is_encoder(settings):
+            self.module_paths, self.uncalibrated = module_paths_of(settings), ENCODER
         tied = set(self._model.all_tied_weights_keys)
         self._shapes = {n: tuple(t.shape) for n, t in self._model.state_dict().items() if n not in tied}
         first = self._ffns[0]

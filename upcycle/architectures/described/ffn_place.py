@@ -74,6 +74,7 @@ class DescribedModel:
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
         encoder: whether it attends in both directions, and has no logits of a next token.
+        both_ways: the configuration's key that makes an encoder of a causal model.
         images: whether it reads images.
         counts_from_padding: whether positions begin behind the number of the padding token.
         returns_tuple: whether a layer returns a tuple, whose first entry is the stream.
@@ -87,6 +88,7 @@ class DescribedModel:
     uncalibrated: str | None = None
     returns_tuple: bool = False
     encoder: bool = False
+    both_ways: str | None = None
     images: bool = False
     counts_from_padding: bool = False
     added: tuple[str, ...] = ()
