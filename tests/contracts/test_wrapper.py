@@ -26,7 +26,7 @@ from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.verification import verify_experts
 
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
-NORMED = ["gemma2", "gemma3_text", "olmo3"]
+NORMED = ["gemma2", "gemma3_text", "olmo3", "glm4", "exaone4", "hyperclovax"]
 QUICK = {"tokenizer": "none", "verification": {"tokens": 64}}
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **QUICK}
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 8, "top_k": 8, **QUICK}
@@ -221,6 +221,11 @@ def test_what_a_described_model_cannot_do_is_refused(small: Callable[[str], Path
             upcycle.convert(str(small("gpt2")), tmp_path / "out", **keys, **QUICK)
     with pytest.raises(RefusalError, match="mixtral"):
         upcycle.convert(str(small("gpt2")), tmp_path / "out", target="mixtral", **COPIES)
+    with pytest.raises(
+        RefusalError, match=r"gemma3_text to mixtral is not a conversion .* also norms values"
+    ) as caught:
+        upcycle.convert(str(small("gemma3_text")), tmp_path / "out", target="mixtral", **COPIES)
+    assert "--target upcycle_moe" in (caught.value.hint or "")
 
 
 def test_config_says_what_was_replaced(small: Callable[[str], Path], tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class LayerRunner:
         """
         if not self._checkpoint.family.embeds_tokens_alone:
             states, _ = self._pass(input_ids=ids.view(-1, self.window))
-            return _flat(states)
+            return _flat(states) if self._unit == 1 else _flat(states) / self._unit
         config = self._checkpoint.config
         (name,) = self._checkpoint.family.first_specs(config)
         found = torch.empty(len(ids), config.hidden_size)

@@ -37,6 +37,7 @@ class Family(ABC):
     name: str
     title: str
     targets: tuple[str, ...]  # preferred first
+    unheld: str = ""  # why no stock target holds it
     elsewhere: Mapping[Feature, str] = {}  # feature -> which target could hold it, for refusals
     defaults: ClassVar[Mapping[str, Any]] = {  # Llama's, which several classes took over
         "vocab_size": 32000,

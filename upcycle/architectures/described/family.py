@@ -11,6 +11,7 @@ from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.described.encoders import ENCODER
 from upcycle.architectures.described.ffn_place import DescribedModel
 from upcycle.architectures.module_paths import compare_tensors, module_paths_of
+from upcycle.architectures.refused import REASONS
 from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError
@@ -50,6 +51,7 @@ class DescribedFamily(Family):
         assert described.paths is not None
         self.described, self.module_paths = described, described.paths
         self.name, self.title, self.uncalibrated = described.name, described.title, described.uncalibrated
+        self.unheld = REASONS.get(described.name, "")
         self.returns_tuple, self.reads_images = described.returns_tuple, described.images
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
@@ -75,6 +77,7 @@ class DescribedFamily(Family):
                 raise RefusalError(f"{where}: its FFNs are of several sizes, which this version does not convert")
         if first.biases and first.biases != {"up", "down"} | ({"gate"} if first.place.gated else set()):
             raise RefusalError(f"{where}: some projections of its FFN have biases and others have none")
+        settings.allow_global_per_layer_attribute_access = True  # of those that differ, the first layer's
         heads = settings.num_attention_heads
         spread = [getattr(settings, key, None) for key in ("initializer_range", "init_std")]
         context = getattr(settings, "max_position_embeddings", None) or raw.get("seq_length")
@@ -102,6 +105,7 @@ class DescribedFamily(Family):
             mlp_bias=bool(first.biases),
             mlp_gated=first.place.gated,
             raw=raw,
+            **{name: getattr(settings, key) for name, key in self.described.multipliers.items()},
         )
 
     def written(self, config: DenseConfig, name: str) -> str:

@@ -71,6 +71,8 @@ class DescribedModel:
         ffns: its FFNs; several where it has several towers.
         paths: where its parts are, of those that are converted: causal language models and encoders.
         refused: settings under which its FFNs are not what this says: key -> (the values that it may have, why).
+        multipliers: what multiplies all that blocks add to the stream, or the logits: the name in ``DenseConfig`` -> the
+            configuration's key.
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
         encoder: whether it attends in both directions, and has no logits of a next token.
@@ -92,3 +94,4 @@ class DescribedModel:
     images: bool = False
     counts_from_padding: bool = False
     added: tuple[str, ...] = ()
+    multipliers: dict[str, str] = field(default_factory=dict)
