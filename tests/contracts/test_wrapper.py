@@ -22,6 +22,7 @@ from upcycle.files.locate import DEMO_FOLDER
 from upcycle.inference.generate import Writer
 from upcycle.models.load import load_model
 from upcycle.registry import load
+from upcycle.report.data.collect import Wanted
 from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.verification import verify_experts
 
@@ -131,6 +132,18 @@ def test_what_goes_through_a_norm_is_fitted_before_it(name: str, tmp_path: Path)
     assert max(ratios) < 0.98, ratios
 
 
+@pytest.mark.parametrize("name", ["bloom", "gemma2"])
+def test_splits_are_reported(name: str, tmp_path: Path) -> None:
+    """BLOOM's layers call the parts of their FFN themselves: no module is the dense FFN that experts are compared with."""
+    source = with_tokenizer(tmp_path / "dense", name)
+    keys = {"method": "random_split", "experts": 4, "top_k": 2, "verification": {"enabled": False}}
+    upcycle.convert(str(source), tmp_path / "out", **keys)
+    report = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
+    layers = report["experts"]["layers"]
+    assert len(layers) == 2
+    assert [layer["to_dense"] is None for layer in layers] == [name == "bloom"] * 2
+
+
 def test_text_is_written_and_measured_and_routers_are_read(tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path / "dense", "gpt2")
     upcycle.convert(str(source), tmp_path / "out", **{**COPIES, "tokenizer": "copy"})
@@ -145,6 +158,9 @@ def test_text_is_written_and_measured_and_routers_are_read(tmp_path: Path) -> No
     assert writer.kernels == "upcycle"
     assert all(len(token.experts) == 2 for token in tokens[:-1])
     assert upcycle.verify(tmp_path / "out").verdict == "exact"
+    report = upcycle.write_report(tmp_path / "out", wanted=Wanted(["prose"], 64, ["def"])).data
+    assert [layer["layer"] for layer in report["experts"]["layers"]] == [0, 1]
+    assert min(min(layer["to_dense"]) for layer in report["experts"]["layers"]) > 0.999  # copies
 
 
 @pytest.mark.one_in(5)

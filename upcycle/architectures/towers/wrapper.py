@@ -66,8 +66,9 @@ class Wrapper:
             family: Family = kind()
             return family
         described: DescribedModel | None = find("described", model_type)
-        causal = described is not None and described.paths is not None and not described.encoder
-        return DescribedFamily(described) if causal else None
+        if described is None or described.paths is None or described.encoder:
+            return None
+        return DescribedFamily(described)
 
     def target(self, name: str) -> Target:
         """Return the target of this name, for the text model.
