@@ -59,6 +59,7 @@ REASONS = {
     "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
     "glm4": f"it norms the outputs of attention and FFN too, and MoEs that do norm queries and keys, which {_LINEAR}",
     "hyperclovax": f"it norms the outputs of attention and FFN too, and MoEs that do norm queries and keys, which {_LINEAR}",
+    "gemma4_text": "the MoE that holds it has the same model_type, by which this version tells MoEs from dense models",
     **dict.fromkeys(_ENCODERS, "it is an encoder, not a causal language model"),
     **dict.fromkeys(_ENCODER_DECODERS, "it is an encoder-decoder, not a causal language model"),
     **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),
