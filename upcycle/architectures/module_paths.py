@@ -109,7 +109,7 @@ class ModulePaths:
         return name.startswith((f"{self.body}.", f"{self.head}."))
 
     def renamed(self, name: str, other: ModulePaths) -> str:
-        """Return the name that a tensor of this architecture has in ``other``; the part of it inside a layer stays the same."""
+        """Return the name that a tensor of this architecture has in ``other``; the part inside a layer or the body stays the same."""
         if (layer := self.layer_of(name)) is not None:
             return other.layer(layer) + name.removeprefix(self.layer(layer))
         for mine, its in (
