@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 import upcycle
-from upcycle.errors import RefusalError, UsageError
+from upcycle.errors import UsageError
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.registry import FAMILIES, METHODS, load
 
@@ -28,8 +28,7 @@ QUICK: dict[str, Any] = {
     "calibration": {"text": "demo", "tokens": 512, "window": 64},
     "verification": {"tokens": 64},
 }
-UNCALIBRATED = [name for name, (family, _) in PICO.items() if load("family", family).uncalibrated]
-CELLS = [(method, name) for method in NAMES for name in PICO if name not in UNCALIBRATED]
+CELLS = [(method, name) for method in NAMES for name in PICO]
 
 
 def neurons(block: Any, kept: torch.Tensor | None, x: torch.Tensor, act: Any) -> torch.Tensor:
@@ -59,7 +58,7 @@ def bias_of_down(block: Any) -> torch.Tensor | None:
 
 def test_every_family_is_here() -> None:
     assert NAMES
-    assert {PICO[name][0] for _, name in CELLS} | {PICO[name][0] for name in UNCALIBRATED} == set(FAMILIES)
+    assert {PICO[name][0] for _, name in CELLS} == set(FAMILIES)
 
 
 @pytest.mark.one_in(8)
@@ -115,13 +114,6 @@ def test_the_configuration_says_the_width_and_nothing_else_changes(
     family = load("family", PICO[name][0])()
     assert family.config(after).intermediate_size == WIDTH
     assert after["dtype"] == before.get("dtype", "float32")
-
-
-@pytest.mark.parametrize("name", UNCALIBRATED)
-@pytest.mark.parametrize("method", NAMES)
-def test_families_that_cannot_be_calibrated_are_refused(method: str, name: str, pico: Pico, tmp_path: Path) -> None:
-    with pytest.raises(RefusalError, match="cannot be calibrated"):
-        upcycle.convert(str(pico(name)), tmp_path / "out", method=method, **QUICK)
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -26,7 +26,7 @@ COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2
 ROUNDING = 2e-6
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "vit", "embedding_gemma"])
 def test_encoders_without_a_head_are_converted_and_streamed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,8 @@ def with_image(model: Any, wrapper: str) -> dict[str, torch.Tensor]:
     found = read(**inputs).pooler_output
     count = sum(each.numel() for each in found) // model.config.text_config.hidden_size
     ids = torch.tensor([[*range(5, 15), *[IMAGE] * count, *range(20, 40)]])
-    typed = {"mm_token_type_ids": (ids == IMAGE).long()} if wrapper.startswith("qwen") else {}
+    name = load("wrapper", wrapper).typed
+    typed = {name: (ids == IMAGE).long()} if name else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs, **typed}
 
 
@@ -68,7 +69,7 @@ def test_stock_transformers_gives_the_dense_logits_of_texts_and_images(
     assert "made by its configuration" in result.verification.media
     allowed = TOLERANCE.get(result.plan.target, 2e-6)
     dense, moe = loaded(source), loaded(out)
-    assert any(name.endswith("experts.gate_up_proj") for name in moe.state_dict())
+    assert any(name.endswith(("experts.gate_up_proj", "experts.gate_up")) for name in moe.state_dict())
     ids = torch.randint(4000, (2, 48), generator=torch.Generator().manual_seed(3))
     assert difference(moe(ids).logits, dense(ids).logits) < allowed
     inputs = with_image(dense, wrapper)
@@ -180,3 +181,48 @@ def test_a_plan_needs_no_weights(wrapper: str, text: str, tower: Callable[..., P
     assert plan.parameters_total == result.plan.parameters_total == sum(spec.elements for spec in written)
     stored = DenseCheckpoint.open(str(source)).store.specs.values()
     assert plan.parameters_dense == sum(spec.elements for spec in stored)
+
+
+OWN = [
+    ("llava", "llama"),
+    ("llava_next", "gemma2"),
+    ("idefics3", "gpt2"),
+    ("qwen3_5", "qwen3.5-vl"),
+    ("smolvlm", "olmo2"),
+]
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize(("wrapper", "text"), OWN)
+@torch.no_grad()
+def test_text_models_of_parts_can_be_wrapped(
+    wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also those that no stock MoE holds, which no other target takes."""
+    source, out = tower(wrapper, text), tmp_path / "out"
+    keys: dict[str, Any] = {"method": "random_split", "experts": 4, "top_k": 4, "target": "upcycle_moe", **RANDOM_IDS}
+    result = upcycle.convert(str(source), out, verification={"tokens": 64}, **keys).verification
+    assert result is not None
+    assert result.verdict == "exact"
+    assert result.media_error is not None
+    dense, moe = loaded(source), loaded(out)
+    inputs = with_image(dense, wrapper)
+    assert difference(moe(**inputs).logits, dense(**inputs).logits) < 2e-6
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    made = {name for name in after if name not in before}
+    assert all("experts" in name or "router" in name for name in made)
+    assert all(torch.equal(before[name], after[name]) for name in after if name not in made)
+
+
+@pytest.mark.parametrize(("wrapper", "text"), [("gemma3", "gemma3"), ("llava", "gemma2"), ("llava", "llama")])
+def test_wrapped_text_models_of_parts_are_calibrated(
+    wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"method": "random_split", "experts": 8, "top_k": 4, "target": "upcycle_moe"}
+    keys |= {"calibration": {"text": "prose", "tokens": 4096}, "verification": {"tokens": 256}}
+    errors = []
+    for refit in ("down", "none"):
+        result = upcycle.convert(str(tower(wrapper, text)), tmp_path / refit, refit=refit, **keys).verification
+        assert result is not None
+        errors.append(result.relative_logit_error)
+    assert errors[0] < errors[1]

@@ -14,7 +14,11 @@ from upcycle.models.layer_runner import LayerRunner, logits_of
 from upcycle.models.stock_model import dense_reader, skeleton
 from upcycle.registry import load
 
-CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
+CAUSAL = [
+    name
+    for name, (described, kind, _) in SMALL.items()
+    if kind == "CausalLM" and load("described", described).uncalibrated is None
+]
 ROUNDING = 2e-6
 
 
@@ -29,7 +33,8 @@ def test_layers_run_alone_as_in_the_stock_model(name: str, tmp_path: Path) -> No
         stock = model(ids, output_hidden_states=True)
     states, ffns = runner.embed(ids.flatten()), find_ffns(model, load("described", SMALL[name][0]))
     for index, ffn in enumerate(ffns):
-        assert relative_error(states, stock.hidden_states[index].reshape(states.shape)) < ROUNDING
+        stream = states * checkpoint.config.residual_multiplier
+        assert relative_error(stream, stock.hidden_states[index].reshape(states.shape)) < ROUNDING
         seen: list[torch.Tensor] = []
         first, last = (model.base_model.get_submodule(ffn.replaced[i]) for i in (0, -1))
         hooks = [
@@ -43,16 +48,15 @@ def test_layers_run_alone_as_in_the_stock_model(name: str, tmp_path: Path) -> No
         with runner.loaded(index), torch.no_grad():
             x, residual = runner.around(index, states)
             output = runner.ffn(index, x)
-            following = runner.whole(index, states)
+            following, made = runner.outcome(index, states)
+            added = runner.added(index, output)
+        assert relative_error(made, output) < ROUNDING
         assert relative_error(x, seen[0].reshape(x.shape)) < ROUNDING
         assert relative_error(output, seen[1].reshape(x.shape)) < ROUNDING
-        if checkpoint.family.uncalibrated is None or name == "apertus":  # whose activation is why
-            assert relative_error(residual + output, following) < ROUNDING
-        else:
-            assert relative_error(residual + output, following) > 1e-2  # which is why
+        assert relative_error(residual + added, following) < ROUNDING
+        assert runner.norms_output == (relative_error(added, output) > 1e-2)
         states = following
     outside = dense_reader(checkpoint, "keep")(None)
     with torch.no_grad():
         logits = logits_of(skeleton(checkpoint.raw_config, outside), checkpoint, states.view(3, 12, -1))
-    if name != "gemma2":  # which caps them
-        assert relative_error(logits, stock.logits) < ROUNDING
+    assert relative_error(logits, stock.logits) < ROUNDING

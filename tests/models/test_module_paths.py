@@ -153,4 +153,5 @@ def test_names_outside_and_inside_layers() -> None:
     ):
         assert llamas.renamed(name, llamas) == name
         assert PATHS.renamed(llamas.renamed(name, PATHS), llamas) == name
-    assert llamas.renamed("model.norm_of_another.weight", PATHS) == "model.norm_of_another.weight"
+    assert llamas.renamed("model.norm_of_another.weight", PATHS) == "trunk.norm_of_another.weight"
+    assert llamas.renamed("models.norm.weight", PATHS) == "models.norm.weight"

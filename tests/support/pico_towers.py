@@ -134,6 +134,29 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl": {"vision_config": {**_QWEN, "deepstack_visual_indexes": [0, 1, 2]}, **_QWEN_TOKENS},
     "qwen3_5": {"vision_config": _QWEN, **_QWEN_TOKENS},
+    "gemma4": {
+        "vision_config": {
+            **_NUMBERS,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        "audio_config": None,
+        "image_token_id": IMAGE,
+        "video_token_id": 4091,
+        "audio_token_id": 4092,
+        "boi_token_id": 4093,
+        "eoi_token_id": 4094,
+    },
+    "gemma3": {
+        "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP},
+        "image_token_index": IMAGE,
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 4091,
+        "eoi_token_index": 4092,
+    },
 }
 # Text models that are met in one wrapper only: name -> (model_type, what differs from COMMON)
 _OWN_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -155,6 +178,43 @@ _OWN_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_OWN_TEXT["gemma2"] = ("gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0})
+_OWN_TEXT["gpt2"] = ("gpt2", {"n_embd": 40, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 128})
+_OWN_TEXT["gemma3"] = (
+    "gemma3_text",
+    {
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+    },
+)
+_OWN_TEXT["gemma3-full"] = (
+    "gemma3_text",
+    {
+        **_OWN_TEXT["gemma3"][1],
+        "layer_types": ["full_attention"] * 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "tie_word_embeddings": False,
+    },
+)
+_GEMMA4 = {
+    "pad_token_id": 0,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": 30.0,
+    "hidden_size_per_layer_input": 0,
+}
+_OWN_TEXT["gemma4"] = ("gemma4_text", {**_GEMMA4, "use_bidirectional_attention": "vision"})
+_OWN_TEXT["gemma4-embedded"] = (
+    "gemma4_text",
+    {**_GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 4096},
+)
 # Every wrapper with two text models: those of its releases first.
 CASES: tuple[tuple[str, str], ...] = (
     ("llava", "llama"),
@@ -198,6 +258,10 @@ CASES: tuple[tuple[str, str], ...] = (
     ("qwen3_vl", "qwen3-vl"),
     ("qwen3_vl", "qwen3-vl-bias"),
     ("qwen3_5", "qwen3.5-vl"),
+    ("gemma4", "gemma4"),
+    ("gemma4", "gemma4-embedded"),
+    ("gemma3", "gemma3"),
+    ("gemma3", "gemma3-full"),
 )
 
 

@@ -86,7 +86,38 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
          "new_decoder_architecture": True, "bias": True, **_N},
     ),
     "gemma2": ("gemma2", "CausalLM", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}),
+    "gemma3_text": (
+        "gemma3_text",
+        "CausalLM",
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4,
+         "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "embedding_gemma": (
+        "gemma3_text",
+        "Model",
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 6,
+         "layer_types": ["sliding_attention", "full_attention"], "use_bidirectional_attention": True},
+    ),
     "olmo3": ("olmo3", "CausalLM", {**_TEXT, "sliding_window": 4}),
+    "glm4": ("glm4", "CausalLM", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True}),
+    "exaone4": (
+        "exaone4",
+        "CausalLM",
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
+    ),
+    "hyperclovax": (
+        "hyperclovax",
+        "CausalLM",
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "use_post_norm": True, "residual_multiplier": 0.5,
+         "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        "CausalLM",
+        {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4,
+         "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 4,
+         "vocab_size_per_layer_input": 96, "final_logit_softcapping": 5.0},
+    ),
     "bert": ("bert", "MaskedLM", _TEXT),
     "roberta": ("roberta", "MaskedLM", _TEXT),
     "xlm-roberta": ("xlm-roberta", "SequenceClassification", _TEXT),
@@ -188,7 +219,7 @@ def inputs_of(name: str, length: int = 9) -> dict[str, Any]:
 
 
 def output_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Logits, or what the text and image towers together give."""
+    """Logits, hidden states, or what the text and image towers together give."""
     with torch.no_grad():
         made = model(**inputs)
     if "logits" in made:

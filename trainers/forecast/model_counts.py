@@ -9,6 +9,7 @@ from typing import Any
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.architectures.stock import empty_model
 from upcycle.architectures.towers.composite import refuse_parts
+from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import use_experts
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import ParameterPart, parts, select
@@ -103,7 +104,7 @@ def count_model(
         CheckpointError: transformers does not know the model.
         UsageError: a word of ``trained`` matches nothing, or there is no such implementation.
     """
-    refuse_parts(raw.get("model_type"), "the forecast counts text models alone; upcycle train takes it")
+    refuse_parts(base_type(raw), "the forecast counts text models alone; upcycle train takes it")
     model = empty_model(raw, where)
     use_experts(model, experts, device)
     select(model, trained)

@@ -71,7 +71,8 @@ class DenseConfig:
     """Holds a dense model's ``config.json``, read out with the defaults of its stock transformers class.
 
     The four multipliers apply to embeddings, to attention scores (None: one over the square root of the head size), to what a
-    block adds to the stream, and to logits. ``special`` are features of the block that only related architectures have, and
+    block adds to the stream, and to logits, which stay below ``logits_cap`` where there is one. ``special`` are features of the
+    block that only related architectures have, and
     ``extra`` the configuration keys that come with them. ``raw`` is the file's content, for a target that keeps all of it.
     Where FFNs are not all of one size and form, ``ffns`` has those of every layer, and the other fields those of the first.
     """
@@ -106,6 +107,7 @@ class DenseConfig:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    logits_cap: float | None = None
     special: frozenset[Feature] = frozenset()
     extra: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.folder_contents import shortened
+from upcycle.files.formats.settings import base_type
 from upcycle.registry import FAMILIES, find
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ModulePaths:
             architectures, the shared ones.
         ends: the module of a layer whose output is the FFN's, where ``blocks`` names only its first projection: the layer calls
             the parts of its FFN itself. Experts take the place of that projection.
+        output_norm: the norm of a layer that the FFN's output goes through before it is added to the stream; None: it has none.
     """
 
     body: str = "model"
@@ -49,6 +51,7 @@ class ModulePaths:
     stored_head: str | None = None
     blocks: tuple[str, ...] = ("mlp",)
     ends: str | None = None
+    output_norm: str | None = None
 
     @property
     def embedding_weight(self) -> str:
@@ -107,13 +110,14 @@ class ModulePaths:
         return name.startswith((f"{self.body}.", f"{self.head}."))
 
     def renamed(self, name: str, other: ModulePaths) -> str:
-        """Return the name that a tensor of this architecture has in ``other``; the part of it inside a layer stays the same."""
+        """Return the name that a tensor of this architecture has in ``other``; the part inside a layer or the body stays the same."""
         if (layer := self.layer_of(name)) is not None:
             return other.layer(layer) + name.removeprefix(self.layer(layer))
         for mine, its in (
             (self.embedding, other.embedding),
             (self.final_norm, other.final_norm),
             (self.stored_head or self.head, other.stored_head or other.head),
+            (self.body, other.body),
         ):
             if name.startswith(f"{mine}."):
                 return its + name.removeprefix(mine)
@@ -123,7 +127,11 @@ class ModulePaths:
         """Return the same description of the base model alone."""
         body = f"{self.body}."
         return replace(
-            self, body="", layers=self.layers.removeprefix(body), embedding=self.embedding.removeprefix(body)
+            self,
+            body="",
+            layers=self.layers.removeprefix(body),
+            embedding=self.embedding.removeprefix(body),
+            final_norm=self.final_norm.removeprefix(body),
         )
 
     def body_in(self, model: Any) -> Any:
@@ -350,19 +358,20 @@ def module_paths_of(config: Any) -> ModulePaths:
     Of a model of parts, it is that of its text model. One of upcycle's own classes has its parts where its base has them. An
     encoder without a head has no prefix before the paths.
     """
-    wrapper = find("wrapper", config.model_type)
+    base = base_type(config)
+    wrapper = find("wrapper", base)
     if wrapper is not None:
         return find_module_paths(text_config(config).model_type).inside(wrapper.body)
-    base = getattr(config, "base_model_type", None) or config.model_type
     described = find("described", base)
     if described is None and base != config.model_type and base not in FAMILIES:
         return _replaced(config.replaced_ffns)
     paths = find_module_paths(base)
-    if described is None or not described.encoder or described.paths is None:
+    if described is None or described.paths is None:
         return paths
-    from upcycle.architectures.stock_auto import class_name
+    from upcycle.architectures.stock_auto import class_name, is_encoder
 
-    return paths.without_prefix() if class_name(config).endswith("Model") else paths
+    encoder = described.encoder or (described.both_ways is not None and is_encoder(config))
+    return paths.without_prefix() if encoder and class_name(config).endswith("Model") else paths
 
 
 def module_paths_in(model: Any) -> ModulePaths:

@@ -12,7 +12,8 @@ _NO_ROPE_BLOCK = (
     "its block has LayerNorms with biases and an FFN that is not gated, and no stock MoE architecture has that block"
 )
 _PARALLEL = "its attention and FFN run in parallel, and no stock MoE architecture converted here has that block"
-_SANDWICH = "it norms the FFN's output too (sandwich norms), and no stock MoE block does"
+_LINEAR = "can only be undone by weights so small that no optimizer trains them"
+_GEMMA3 = f"it norms the FFN's output too, as Gemma 4's MoE does, but that also norms values, which {_LINEAR}"
 _MOES = (
     *(
         "deepseek_v2",
@@ -36,14 +37,16 @@ REASONS = {
     "falcon": _PARALLEL,
     "phi": _PARALLEL,
     "gemma2": "it soft-caps its logits and norms the FFN's output too (sandwich norms), and no stock MoE block does both",
-    "gemma3": _SANDWICH,
-    "gemma3_text": _SANDWICH,
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
     "olmo3": "it mixes sliding windows with post-norms, and no stock MoE architecture has both",
-    "exaone4": "it norms after each block, and its MoE relative norms before",
+    "exaone4": f"it norms behind each block and not before it, and the norms before each block of MoEs that do both {_LINEAR}",
     "apertus": "its FFN is not gated and has an activation of its own (xIELU), and no stock MoE architecture has such experts",
     "bitnet": "it norms inside its FFN, and no stock MoE architecture does",
-    "glm4": "it norms the outputs of attention and FFN too, and its MoE relative does not",
     "convnextv2": "it norms inside its FFN (over the whole image), and no expert that reads a part of the tokens can",
+    "glm4": f"it norms the outputs of attention and FFN too, and MoEs that do norm queries and keys, which {_LINEAR}",
+    "hyperclovax": f"it norms the outputs of attention and FFN too, and MoEs that do norm queries and keys, which {_LINEAR}",
+    "gemma4_text": "the MoE that holds it has the same model_type, by which this version tells MoEs from dense models",
     **dict.fromkeys(_MOES, "it is a Mixture-of-Experts already"),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from upcycle.files.formats.settings import base_type
 from upcycle.registry import FAMILIES, WRAPPERS, find
 
 SEEDED = ("images", "sounds")  # what is made of a seed alone: a model that reads one of them reads no text
@@ -20,14 +21,18 @@ class ClassFacts(NamedTuple):
 
     encoder: bool
     reads: str
+    both_ways: str | None = None
 
 
 def is_encoder(config: Any) -> bool:
     """Return whether a configuration, or the content of its file, is that of an encoder, which has no logits of a next token."""
     described = _described(config)
-    if described is None or described.encoder:
-        return described is not None
-    return described.reads in _WITH_HEAD and not _generates(config)
+    if described is None:
+        return False
+    if described.both_ways is not None:
+        key: str = described.both_ways
+        return bool(config.get(key) if isinstance(config, Mapping) else getattr(config, key, False))
+    return described.encoder or (described.reads in _WITH_HEAD and not _generates(config))
 
 
 def is_encoder_decoder(config: Any) -> bool:
@@ -62,7 +67,7 @@ def auto_class(config: Any) -> Any:
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    if find("wrapper", str(config.model_type)) is not None:
+    if find("wrapper", base_type(config)) is not None:
         return AutoModelForMultimodalLM
     if is_encoder_decoder(config):
         return getattr(transformers, _WITH_HEAD[reads_of(config)])

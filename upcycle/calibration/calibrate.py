@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.calibration.blueprint_join import joined_blueprint, layer_file
-from upcycle.calibration.decide_layer import Decision, activations_of, decide, decide_layer, targets_of
+from upcycle.calibration.decide_layer import (
+    Decision,
+    activations_of,
+    decide,
+    decide_layer,
+    outputs_of,
+    targets_of,
+    weights_behind_norm,
+)
 from upcycle.calibration.source_walks import SourceWalks, attend, feed
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
 from upcycle.ffn.blueprint import save_blueprint
-from upcycle.files.formats.token_files import TokenFile
+from upcycle.files.formats.token_files import TokenFile, write_together
 from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
 from upcycle.files.records import hash_tokens
 from upcycle.hardware.memory import available_memory, reuse_freed_memory
@@ -209,34 +217,41 @@ class Calibration:
             self._stream(name, index + 1).write(self._runner.whole(index, block) for block in states)
 
     def _moe_layer(self, index: int, importance: torch.Tensor | None) -> None:
-        inputs, residual = self._stream("x", index), self._stream("residual", index)
+        inputs, residual, normed = self._stream("x", index), self._stream("residual", index), self._runner.norms_output
+        after, made = self._stream("dense", index + 1), self._stream("made", index) if normed else None
         states = self._stream("moe" if self._differs(index) else "dense", index)
         attend(self._runner, index, states, inputs, residual, self._batch)
         if self._differs(index):
             dense = self._stream("dense", index).blocks(self._batch)
-            self._stream("dense", index + 1).write(self._runner.whole(index, block) for block in dense)
+            if made is None:
+                after.write(self._runner.whole(index, block) for block in dense)
+            else:
+                write_together([after, made], (self._runner.outcome(index, block) for block in dense))
         else:
-            feed(self._runner, index, inputs, residual, self._stream("dense", index + 1), self._batch)
+            feed(self._runner, index, inputs, residual, after, self._batch, made)
         if self._samples is not None:
             self._of_sources(index, inputs)
-            inputs.release()
-            residual.release()
+            for file in (inputs, residual, *([made] if made else [])):
+                file.release()
             return
         ffn = self._checkpoint.feed_forward(index, self._job.recipe.dtype)
-        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
-        targets = targets_of(self._stream("dense", index + 1), residual, self._batch)
+        weights, targets = None, targets_of(after, residual, self._batch)
+        if made is not None:
+            weights = weights_behind_norm(made, self._batch, self._job.dense.rms_norm_eps)
+            targets = outputs_of(made, self._batch)
+        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes, weights=weights)
         decision = decide_layer(self._job, ffn, activations, targets)
         if self._sequential:
             self._continue(index, decision, residual)
         report = {"layer": index, **activations.measured, **decision.report}
         save_blueprint(self._file(index), decision.blueprint, report)
-        inputs.release()
-        residual.release()
+        for file in (inputs, residual, *([made] if made else [])):
+            file.release()
 
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
         """Write the converted model's stream after this layer, computed with the weights in the dtype that is stored."""
         pairs = zip(residual.blocks(self._batch), decision.outputs.on_calibration(), strict=True)
-        outputs = (before + made for before, made in pairs)
+        outputs = (before + self._runner.added(index, made) for before, made in pairs)
         self._stream("moe", index + 1).write(outputs)
 
 

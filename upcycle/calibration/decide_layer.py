@@ -55,12 +55,18 @@ def activations_of(
     cache_bytes: int = 0,
     samples: Samples | None = None,
     sources: Callable[[int], Activations] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> Activations:
-    """Return the activations of a layer whose FFN inputs are in a file: ``batch`` tokens at a time, every eighth batch held out."""
+    """Return the activations of a layer whose FFN inputs are in a file: ``batch`` tokens at a time, every eighth batch held out.
+
+    ``weights`` ``[T]`` says how much each token's error counts; without it, all count the same.
+    """
 
     def batches() -> Iterator[Inputs]:
         for number, x in enumerate(inputs.blocks(batch)):
-            yield Inputs(x, torch.ones(len(x)), number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+            first = number * batch
+            weight = torch.ones(len(x)) if weights is None else weights[first : first + len(x)]
+            yield Inputs(x, weight, number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
 
     return Activations(ffn, batches, inputs.tokens, importance, cache_bytes, samples, sources)
 
@@ -76,6 +82,23 @@ def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[]
         return (whole - before for whole, before in pairs)
 
     return targets
+
+
+def outputs_of(made: TokenFile, batch: int) -> Callable[[], Iterator[torch.Tensor]]:
+    """Return such a function for a layer that norms the FFN's output: the targets are what the dense model's FFN made.
+
+    What such a layer adds has a length that its norm decides, so no output of the experts can make up for what the stream lacks.
+    """
+    return lambda: made.blocks(batch)
+
+
+def weights_behind_norm(made: TokenFile, batch: int, eps: float) -> torch.Tensor:
+    """Return fp32 ``[T]``, mean one: how much each token's squared error counts where a norm follows.
+
+    An RMSNorm divides ``y`` ``[d]`` by ``sqrt(mean(y^2) + eps)``, and so errors of it, to first order.
+    """
+    weights = torch.cat([1 / (block.square().mean(1) + eps) for block in made.blocks(batch)])
+    return weights / weights.mean()
 
 
 class Outputs(Protocol):

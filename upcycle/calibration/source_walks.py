@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,8 +83,20 @@ def attend(
 
 
 def feed(
-    runner: LayerRunner, index: int, inputs: TokenFile, residual: TokenFile, states: TokenFile, batch: int
+    runner: LayerRunner,
+    index: int,
+    inputs: TokenFile,
+    residual: TokenFile,
+    states: TokenFile,
+    batch: int,
+    made: TokenFile | None = None,
 ) -> None:
-    """Write a layer's output, from the inputs and the residual that :func:`attend` has written."""
-    pairs = zip(residual.blocks(batch), inputs.blocks(batch), strict=True)
-    states.write(before + runner.ffn(index, x) for before, x in pairs)
+    """Write a layer's output, and what its FFN ``made``, from the inputs and the residual that :func:`attend` has written."""
+    files = [states, made] if made else [states]
+
+    def rows() -> Iterator[list[torch.Tensor]]:
+        for before, x in zip(residual.blocks(batch), inputs.blocks(batch), strict=True):
+            output = runner.ffn(index, x)
+            yield [before + runner.added(index, output), output][: len(files)]
+
+    write_together(files, rows())

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from upcycle.calibration.decide_layer import ActiveNeurons, Outputs, activations_of, decide_layer, targets_of
+from upcycle.calibration.decide_layer import (
+    ActiveNeurons,
+    Outputs,
+    activations_of,
+    decide_layer,
+    outputs_of,
+    targets_of,
+    weights_behind_norm,
+)
 from upcycle.ffn.activations import (
     HELD_OUT_EVERY,
     Activations,
@@ -180,8 +188,8 @@ class Walk:
                     started = time.monotonic()
                     for what in self._ids:
                         states = self._stream("dense", what, index).blocks(self._batch)
-                        outputs = (runner.whole(index, block) for block in states)
-                        self._stream("dense", what, index + 1).write(outputs)
+                        files = [self._stream("dense", what, index + 1), *self._made(what)]
+                        write_together(files, (runner.outcome(index, block)[: len(files)] for block in states))
                         if begin:
                             self._attention(runner, index, "dense", what)
                     self.dense_seconds += time.monotonic() - started
@@ -253,15 +261,24 @@ class Walk:
         if index > first:
             self._attention(runner, index, name, "calibration")
         inputs, residual = (self._file(source, f"{part}.calibration") for part in ("x", "residual"))
-        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
-        targets = targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
+        weights, targets = None, targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
+        for made in self._made("calibration"):
+            weights = weights_behind_norm(made, self._batch, self._checkpoint.config.rms_norm_eps)
+            targets = outputs_of(made, self._batch)
+        activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes, weights=weights)
         decided = self._decide(candidate, ffn, activations, targets)
-        self._continue(name, "calibration", index, decided.on_calibration(), residual)
+        self._continue(runner, name, "calibration", index, decided.on_calibration(), residual)
         candidate.seconds += time.monotonic() - started
         if index > first:
             self._attention(runner, index, name, "evaluation")
         inputs, residual = (self._file(source, f"{part}.evaluation") for part in ("x", "residual"))
-        self._continue(name, "evaluation", index, decided.of(activations_of(ffn, inputs, self._batch)), residual)
+        outputs = decided.of(activations_of(ffn, inputs, self._batch))
+        self._continue(runner, name, "evaluation", index, outputs, residual)
+
+    def _made(self, what: str) -> list[TokenFile]:
+        """Return the file of what the dense model's FFN makes of a text, where candidates are fitted to that; else nothing."""
+        fitted = what == "calibration" and self._runners[0].norms_output
+        return [self._file("dense", f"made.{what}")] if fitted else []
 
     def _attention(self, runner: LayerRunner, index: int, name: str, what: str) -> None:
         """Write the inputs of the layer's FFN, and the residual to which its output is added, to the files ``x`` and ``residual``."""
@@ -286,10 +303,18 @@ class Walk:
         candidate.captured += [report["captured"]] if "captured" in report else []
         return outputs
 
-    def _continue(self, name: str, what: str, index: int, outputs: Iterator[torch.Tensor], residual: TokenFile) -> None:
+    def _continue(
+        self,
+        runner: LayerRunner,
+        name: str,
+        what: str,
+        index: int,
+        outputs: Iterator[torch.Tensor],
+        residual: TokenFile,
+    ) -> None:
         """Write the candidate's stream after the layer."""
         pairs = zip(residual.blocks(self._batch), outputs, strict=True)
-        self._stream(name, what, index + 1).write(before + made for before, made in pairs)
+        self._stream(name, what, index + 1).write(before + runner.added(index, made) for before, made in pairs)
 
     def _measure(self, names: Sequence[str], layers: int, pool: ThreadPoolExecutor) -> list[tuple[list[float], float]]:
         """Return, for the dense model and each candidate, nats per token of each domain, and the mean KL(dense || it) of the seen."""

@@ -81,7 +81,8 @@ def use_eager_experts(model: Any) -> Any:
 def expert_outputs(experts: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the output ``[T, d]`` of every routed expert for inputs ``[T, d]``, biases included, by the stock class's own code."""
     own = inspect.unwrap(type(experts).forward)
-    for expert in range(experts.count if isinstance(experts, PackedExperts) else len(experts.down_proj)):
+    count = experts.count if isinstance(experts, PackedExperts) else len(experts.down_proj)
+    for expert in range(count):
         chosen = torch.full((len(x), 1), expert, device=x.device)
         yield own(experts, x, chosen, torch.ones_like(chosen, dtype=x.dtype))
 

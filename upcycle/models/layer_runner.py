@@ -65,7 +65,7 @@ class LayerRunner:
         """
         if not self._checkpoint.family.embeds_tokens_alone:
             states, _ = self._pass(input_ids=ids.view(-1, self.window))
-            return _flat(states)
+            return _flat(states) if self._unit == 1 else _flat(states) / self._unit
         config = self._checkpoint.config
         (name,) = self._checkpoint.family.first_specs(config)
         found = torch.empty(len(ids), config.hidden_size)
@@ -90,6 +90,19 @@ class LayerRunner:
         for path in self._checkpoint.family.replaced_modules(index):
             x = self.model.base_model.get_submodule(path)(x)
         return x
+
+    @property
+    def norms_output(self) -> bool:
+        """Whether layers norm what their FFN makes before they add it to the stream."""
+        return self._checkpoint.family.module_paths.output_norm is not None
+
+    def added(self, index: int, made: torch.Tensor) -> torch.Tensor:
+        """Return what a layer adds to the states for what its FFN, or the experts in its place, made: ``[t, d]`` both."""
+        norm = self._checkpoint.family.module_paths.output_norm
+        if norm is None:
+            return made
+        normed: torch.Tensor = self.layers[index].get_submodule(norm)(made)
+        return normed
 
     def down(self, index: int) -> torch.nn.Module:
         """Return the FFN's down projection, whose input is the activations."""
@@ -121,8 +134,19 @@ class LayerRunner:
         output, _ = self._run(index, states, None)
         return output
 
+    def outcome(self, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the layer's output and what its FFN made, each ``[t, d]``, for its input ``[t, d]``."""
+        ends, made = self._checkpoint.family.module_paths.ends, list[torch.Tensor]()
+        last = self.block(index) if ends is None else self.layers[index].get_submodule(ends)
+        hook = last.register_forward_hook(lambda _module, _inputs, output: made.append(output.clone()))
+        try:
+            output = self.whole(index, states)
+        finally:
+            hook.remove()
+        return output, _flat(made[0])
+
     def around(self, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the input of the layer's FFN and the residual that its output is added to, each ``[t, d]``."""
+        """Return the input of the layer's FFN and the residual that :meth:`added` is added to, each ``[t, d]``."""
         residual, x = self._run(index, states, torch.zeros_like)
         return x, residual
 
@@ -198,7 +222,9 @@ def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> 
     norm, head = model.get_submodule(paths.final_norm), model.get_submodule(paths.head)
     stream = states if config.residual_multiplier == 1 else states * config.residual_multiplier
     logits: torch.Tensor = head(norm(stream))
-    return logits if config.logits_multiplier == 1 else logits * config.logits_multiplier
+    if config.logits_multiplier != 1:
+        logits = logits * config.logits_multiplier
+    return logits if config.logits_cap is None else torch.tanh(logits / config.logits_cap) * config.logits_cap
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

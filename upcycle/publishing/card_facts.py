@@ -13,6 +13,7 @@ from upcycle.checkpoints.licenses import License, common_license
 from upcycle.errors import UsageError
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.settings import base_type
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.registry import OWN_TARGETS, find
 from upcycle.text.mixture import text_names
@@ -80,7 +81,7 @@ class Facts:
     @property
     def reads(self) -> Literal["text", "image", "sound"]:
         """What the model reads, beside text."""
-        wrapper = find("wrapper", str(self.config.get("model_type")))
+        wrapper = find("wrapper", base_type(self.config))
         return "text" if wrapper is None else wrapper.kind
 
     @property

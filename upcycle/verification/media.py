@@ -109,7 +109,7 @@ def _made(model: Any, wrapper: Wrapper, folder: Path, rng: torch.Generator) -> S
     text = ordinary[torch.randint(len(ordinary), (_BEFORE + _BEHIND,), generator=rng)]
     ids = torch.cat([text[:_BEFORE], torch.full((count,), token), text[_BEFORE:]])[None]
     if wrapper.typed:
-        inputs["mm_token_type_ids"] = (ids == token).long()
+        inputs[wrapper.typed] = (ids == token).long()
     return {"input_ids": ids, **inputs}
 
 

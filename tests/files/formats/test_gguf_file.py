@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from wrapped_models import small_model
 
 import upcycle
 from upcycle.architectures.stock import load_stock_model
@@ -27,6 +28,30 @@ HF_TO_GGUF = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
+
+
+HEAD = ["output.weight"]
+GEMMA3_NORMS = {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+def new_name(name: str, names: dict[str, str]) -> str:
+    """A tensor's name in the file."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{names[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{names[part]}.{kind}"
+
+
+def gemma3(folder: Path, **changes: Any) -> Path:
+    """A small Gemma 3, with heads as the real ones'."""
+    keys: dict[str, Any] = {"num_hidden_layers": 7, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+    keys |= {"sliding_window": 8, "layer_types": None, "query_pre_attn_scalar": 256, "vocab_size": 256, **changes}
+    small_model("gemma3_text", **keys).save_pretrained(folder)
+    return folder
 
 
 def write_gguf(
@@ -50,7 +75,7 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(1e6 if architecture == "gemma3" else 10000.0)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head)
@@ -65,12 +90,9 @@ def write_gguf(
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name and architecture == "llama":
                 tensor = tensor.view(heads, 2, len(tensor) // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
-        stem, _, kind = name.rpartition(".")
-        if stem.startswith("model.layers."):
-            _, _, layer, part = stem.split(".", 3)
-            new = f"blk.{layer}.{HF_TO_GGUF[part]}.{kind}"
-        else:
-            new = f"{HF_TO_GGUF[stem]}.{kind}"
+        new = new_name(name, HF_TO_GGUF | (GEMMA3_NORMS if architecture == "gemma3" else {}))
+        if architecture == "gemma3" and "norm" in name:
+            tensor = tensor + 1
         if new in without:
             continue
         data = tensor.float().numpy()
@@ -106,6 +128,36 @@ def test_tensors_are_those_stock_transformers_reads(
         assert torch.equal(checkpoint.read(key, "float32"), tensor), key
         assert checkpoint.read(key).dtype == torch.float32
         assert torch.equal(checkpoint.read(key), tensor), key
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gemma_3_is_read_as_transformers_reads_it(tmp_path: Path, quantized: bool) -> None:
+    """Its norms add 1, which the file holds added; every sixth layer is a full one, which it does not hold."""
+    dense = gemma3(tmp_path / "dense")
+    window = {"gemma3.attention.sliding_window": 8}
+    path = write_gguf(
+        dense, tmp_path / "m.gguf", architecture="gemma3", quantized=quantized, metadata=window, without=HEAD
+    )
+    stock, checkpoint = load_stock_model(path), DenseCheckpoint.open(str(path))
+    assert stock.config.layer_types == [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]
+    tensors = {name: tensor for name, tensor in stock.state_dict().items() if name != "lm_head.weight"}
+    assert checkpoint.store.specs.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(key), tensor), key
+    keys: dict[str, Any] = {"experts": 4, "top_k": 2, "tokenizer": "none", "verification": {"tokens": 64}}
+    result = upcycle.convert(str(path), tmp_path / "out", **keys).verification
+    assert result is not None
+    assert result.verdict == "exact"
+    if not quantized:
+        ids = torch.arange(5, 29)[None]
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(dense)(ids).logits
+            found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        assert torch.linalg.norm(found - expected) < 2e-6 * torch.linalg.norm(expected)
+    other = gemma3(tmp_path / "other", head_dim=128)
+    odd = write_gguf(other, tmp_path / "odd.gguf", architecture="gemma3", metadata=window)
+    with pytest.raises(RefusalError, match="heads of 128, and how gemma3 scales attention scores is known for 256"):
+        DenseCheckpoint.open(str(odd))
 
 
 @pytest.mark.one_in(4)

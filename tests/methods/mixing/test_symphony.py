@@ -22,7 +22,7 @@ from upcycle.architectures.stock import load_tokenizer
 from upcycle.calibration.calibrate import Calibration
 from upcycle.cli.verbs.convert import calibration_facts
 from upcycle.conversion.jobs import job_for
-from upcycle.errors import RefusalError, UsageError
+from upcycle.errors import UsageError
 from upcycle.ffn.activations import Activations
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.ffn.feed_forward import FeedForward
@@ -336,7 +336,6 @@ def test_the_plan_counts_what_comparing_neurons_takes(branches: Branches) -> Non
         ({"parameters": {"anchor": -1}}, UsageError, "key 'anchor'", "counted from 0"),
         ({"parameters": {"fusion": "mean"}}, UsageError, "key 'fusion'", "on the sphere"),
         ({"tokenizer": "none"}, UsageError, "--tokenizer none leaves no tokenizer", "--tokenizer copy"),
-        ({"family": "olmo2"}, RefusalError, "olmo2 model cannot be calibrated", "leave the calibration text out"),
     ],
 )
 def test_bad_input(

@@ -105,7 +105,7 @@ def test_every_weight_of_a_block_learns(name: str) -> None:
     if "text_embeds" in made:
         out = made.text_embeds @ made.image_embeds.T
     else:
-        out = made.logits if "logits" in made else made.last_hidden_state
+        out = made.logits if "logits" in made else made.last_hidden_state[..., :5]
     out.square().sum().backward()
     for key, module in model.named_modules():
         if isinstance(module, MoeBlock):
@@ -115,7 +115,7 @@ def test_every_weight_of_a_block_learns(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["gpt2", "bert", "flan-t5", "clip"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "flan-t5", "clip", "gemma3_text"])
 def test_half_precision_is_as_near_as_the_dense_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     dense, inputs = small_model(name), inputs_of(name)
     model = with_router(wrapped(dense, experts=4, rule=TopKRule(2)))

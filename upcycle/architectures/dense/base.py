@@ -37,6 +37,7 @@ class Family(ABC):
     name: str
     title: str
     targets: tuple[str, ...]  # preferred first
+    unheld: str = ""  # why no stock target holds it
     elsewhere: Mapping[Feature, str] = {}  # feature -> which target could hold it, for refusals
     defaults: ClassVar[Mapping[str, Any]] = {  # Llama's, which several classes took over
         "vocab_size": 32000,
@@ -69,7 +70,7 @@ class Family(ABC):
     reads: str = "text"  # see upcycle.architectures.described.ffn_place.Reads
     parts: tuple[str, ...] = ()  # of a model whose towers can be converted one by one
     # Whether the first layer reads token embeddings times a factor, and nothing else.
-    embeds_tokens_alone: ClassVar[bool] = True
+    embeds_tokens_alone: bool = True
     returns_tuple: bool = False  # a layer returns a tuple, whose first entry is the stream
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
-
-_NORMED = "it norms what its FFN adds to the stream: what an FFN adds cannot be told apart from the norm's work"
 
 
 def _paths(
@@ -21,6 +20,7 @@ def _paths(
 
 _GPT2 = _paths("transformer", "h", "wte", "ln_f")
 _LLAMA = _paths("model", "layers", "embed_tokens", "norm")
+_NORMED = replace(_LLAMA, output_norm="post_feedforward_layernorm")
 _GATED: dict[str, Any] = {
     "layer": "layers.{}",
     "up": "mlp.up_proj",
@@ -143,15 +143,20 @@ GEMMA2 = DescribedModel(
     "gemma2",
     "Gemma 2",
     (FfnPlace(**_GATED, norm="pre_feedforward_layernorm", norm_add=1.0, activation="hidden_activation"),),
-    _LLAMA,
-    uncalibrated=_NORMED,
+    _NORMED,
+)
+GEMMA3_TEXT = DescribedModel(
+    "gemma3_text",
+    "Gemma 3",
+    (FfnPlace(**_GATED, norm="pre_feedforward_layernorm", norm_add=1.0, activation="hidden_activation"),),
+    _NORMED,
+    both_ways="use_bidirectional_attention",  # EmbeddingGemma
 )
 OLMO3 = DescribedModel(
     "olmo3",
     "OLMo 3",
     (FfnPlace(**_GATED),),
-    _LLAMA,
-    uncalibrated=_NORMED,
+    _NORMED,
     added=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 APERTUS = DescribedModel(

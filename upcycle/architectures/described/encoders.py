@@ -7,7 +7,7 @@ from typing import Any
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
-_WHY = "encoders are not calibrated: their layers are not run one by one here"
+ENCODER = "encoders are not calibrated: their layers are not run one by one here"
 
 
 def _encoder(
@@ -21,7 +21,7 @@ def _encoder(
     """Where an encoder's parts are; it has no norm and no head that every class of it has."""
     inside = {"layers": f"{body}.{layers}", "embedding": f"{body}.embeddings.{embedding}"}
     paths = ModulePaths(body=body, **inside, blocks=(block,), ends=ends)
-    return {"paths": paths, "encoder": True, "uncalibrated": _WHY, "counts_from_padding": padding}
+    return {"paths": paths, "encoder": True, "uncalibrated": ENCODER, "counts_from_padding": padding}
 
 
 def _bert(body: str, padding: bool = False) -> dict[str, Any]:

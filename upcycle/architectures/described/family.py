@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.dense_config import FfnSize
+from upcycle.architectures.described.encoders import ENCODER
 from upcycle.architectures.described.ffn_place import DescribedModel
 from upcycle.architectures.module_paths import compare_tensors, module_paths_in, text_config
+from upcycle.architectures.refused import REASONS
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_files import widest
@@ -50,6 +53,7 @@ class DescribedFamily(Family):
         self.name, self.title, self.uncalibrated = described.name, described.title, described.uncalibrated
         self.returns_tuple, self.reads = described.returns_tuple, described.reads
         self.parts = tuple(part for part, _ in described.parts)
+        self.unheld = REASONS.get(described.name, "")
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
         self._shapes: dict[str, tuple[int, ...]] = {}  # by the stock class's names; tied ones are left out
@@ -65,6 +69,8 @@ class DescribedFamily(Family):
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
         self.module_paths = module_paths_in(self._model)
+        if self.described.both_ways and is_encoder(settings):
+            self.uncalibrated = ENCODER
         tied = set(self._model.all_tied_weights_keys)
         self._shapes = {n: tuple(t.shape) for n, t in self._model.state_dict().items() if n not in tied}
         for ffn in self._ffns:
@@ -74,6 +80,7 @@ class DescribedFamily(Family):
             FfnSize(ffn.hidden, ffn.width, ffn.activation, bool(ffn.biases), ffn.place.gated) for ffn in self._ffns
         ]
         first, text = sizes[0], text_config(settings)
+        text.allow_global_per_layer_attribute_access = True  # of those that differ, the first layer's
         heads = getattr(text, "num_attention_heads", None)
         heads = heads if isinstance(heads, int) else 1  # of an encoder in stages, it has a number for each
         spread = [getattr(text, key, None) for key in ("initializer_range", "init_std")]
@@ -90,7 +97,7 @@ class DescribedFamily(Family):
             head_dim=getattr(text, "head_dim", None) or first.hidden_size // heads,
             vocab_size=getattr(text, "vocab_size", None) or 1,
             hidden_act=first.hidden_act,
-            rms_norm_eps=1e-5,
+            rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
             max_position_embeddings=(context or _NO_LIMIT) - skipped,
             initializer_range=next((float(one) for one in spread if one), 0.02),
             attention_dropout=0.0,
@@ -99,10 +106,12 @@ class DescribedFamily(Family):
             token_ids={key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
             dtype=raw.get("dtype") or raw.get("torch_dtype"),
             windows=(None,) * len(self._ffns),
+            logits_cap=getattr(text, "final_logit_softcapping", None),
             mlp_bias=first.mlp_bias,
             mlp_gated=first.mlp_gated,
             raw=raw,
             ffns=() if len(set(sizes)) == 1 else tuple(sizes),
+            **{name: getattr(text, key) for name, key in self.described.multipliers.items()},
         )
 
     def written(self, config: DenseConfig, name: str) -> str:

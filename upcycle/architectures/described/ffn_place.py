@@ -79,11 +79,14 @@ class DescribedModel:
         ffns: its FFNs; several where it has several towers.
         paths: where its parts are, where all its layers are one list; None: they are where ``ffns`` say.
         refused: settings under which its FFNs are not what this says: key -> (the values that it may have, why).
+        multipliers: what multiplies all that blocks add to the stream, or the logits: the name in ``DenseConfig`` -> the
+            configuration's key.
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
         encoder: whether it attends in both directions, and has no logits of a next token.
         reads: what a model reads: ``pairs`` of texts, ``speech`` with a text.
         parts: its towers, and how the paths of their layers begin; empty: it has one.
+        both_ways: the configuration's key that makes an encoder of a causal model.
         counts_from_padding: whether positions begin behind the number of the padding token.
         returns_tuple: whether a layer returns a tuple, whose first entry is the stream.
     """
@@ -100,6 +103,8 @@ class DescribedModel:
     parts: tuple[tuple[str, str], ...] = ()
     counts_from_padding: bool = False
     added: tuple[str, ...] = ()
+    both_ways: str | None = None
+    multipliers: dict[str, str] = field(default_factory=dict)
 
     @property
     def module_paths(self) -> ModulePaths:

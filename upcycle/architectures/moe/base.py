@@ -364,8 +364,9 @@ def refuse_unheld(
     lacking = target.lacks(dense, more)
     if not lacking:
         if target.name not in family.targets and not target.keeps_names:
+            why = f": {family.unheld}" if family.unheld else ""
             raise RefusalError(
-                f"{family.name} to {target.name} is not a conversion this version was tested with",
+                f"{family.name} to {target.name} is not a conversion this version was tested with{why}",
                 hint=f"use --target {family.targets[0]}; targets of {family.name}: {', '.join(family.targets)}",
             )
         return

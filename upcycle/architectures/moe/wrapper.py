@@ -41,6 +41,11 @@ class UpcycleMoe(Target):
         """Return how it is loaded."""
         return [f"{self.name} is upcycle's own architecture: transformers loads it after `import upcycle.models`"]
 
+    def written(self, dense: DenseConfig, name: str) -> str:
+        """Return the name under which a tensor is written: that of the source's files, or one with the prefix that they have."""
+        assert self._family is not None
+        return self._family.written(dense, name)
+
     def stored(self, dense: DenseConfig) -> DenseConfig:
         """Return the same configuration: the architecture holds all of it."""
         return dense

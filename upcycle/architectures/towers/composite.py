@@ -18,7 +18,7 @@ from upcycle.errors import RefusalError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.settings import model_type
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.registry import FAMILIES, WRAPPERS, load
+from upcycle.registry import DESCRIBED, FAMILIES, WRAPPERS, load
 
 TEXT = "text_config"
 _OF_THE_FILE = {TEXT, "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
@@ -58,7 +58,9 @@ class CompositeFamily(Family):
         self.name, self.title = wrapper.name, f"{wrapper.title} ({inner.title})"
         self.targets, self.elsewhere, self.aliases = inner.targets, inner.elsewhere, inner.aliases
         self.module_paths = inner.module_paths.inside(wrapper.body)
+        self.unheld = inner.unheld
         self.uncalibrated, self.remark = inner.uncalibrated, wrapper.remark
+        self.embeds_tokens_alone, self.returns_tuple = inner.embeds_tokens_alone, inner.returns_tuple
 
     def _outer(self, name: str) -> str:
         return self.inner.module_paths.renamed(name, self.module_paths)
@@ -80,9 +82,9 @@ class CompositeFamily(Family):
             CheckpointError: a value is invalid.
         """
         stock = build_config(raw, where)
-        text = self.inner.config(_as_json(stock.text_config), f"{where}: {TEXT}")
         model = empty_model(stock, where)
         tied = bool(getattr(stock, "tie_word_embeddings", False))
+        text = self.inner.config(_as_json(stock.text_config) | {"tie_word_embeddings": tied}, f"{where}: {TEXT}")
         flat: set[str] = set()  # older files keep the text model's keys outside
         if TEXT not in raw:
             flat = {"rope_scaling", "rope_theta", *stock.text_config.to_dict()} - {each.name for each in fields(stock)}
@@ -93,6 +95,8 @@ class CompositeFamily(Family):
             "dtype": raw.get("dtype") or raw.get("torch_dtype") or text.dtype,
             "tie_word_embeddings": tied,
             "logits_multiplier": 1.0,
+            "logits_cap": None,
+            "raw": raw,
         }
         return CompositeConfig(
             **values | changed,
@@ -170,6 +174,19 @@ class CompositeFamily(Family):
         """Return the dtype of a layer's experts, as the text model's family does."""
         return self.inner.ffn_dtype(config, {self._inner(name): spec for name, spec in specs.items()}, layer, dtype)
 
+    def replaced_modules(self, layer: int) -> tuple[str, ...]:
+        """Return the modules of the text model, below the base model, that go where experts take the place of a layer's FFN."""
+        body = self.wrapper.body.partition(".")[2]
+        return tuple(f"{body}.{path}" for path in self.inner.replaced_modules(layer))
+
+    def ffn_dropout(self, layer: int) -> float:
+        """Return the probability of a dropout at their end."""
+        return self.inner.ffn_dropout(layer)
+
+    def check_known_whole(self, method: str) -> None:
+        """Refuse a method that needs to know more of the text model than its FFNs, where these are all that is described."""
+        self.inner.check_known_whole(method)
+
     def norms_below(self, layer: int) -> list[str]:
         """Return the names of the norms of all outputs added to the stream below an FFN that reads it without a norm."""
         return [self._outer(name) for name in self.inner.norms_below(layer)]
@@ -222,7 +239,8 @@ def composite_family(raw: Mapping[str, Any], where: str) -> CompositeFamily:
     kind = build_config(raw, where).text_config.model_type
     inner = wrapper.family(kind)
     if inner is None:
-        known = ", ".join([*wrapper.families, *FAMILIES])
+        others = (name for name in DESCRIBED if name not in FAMILIES and wrapper.family(name))
+        known = ", ".join([*wrapper.families, *FAMILIES, *others])
         raise RefusalError(
             f"cannot convert a '{name}' model: its text model is a '{kind}' model, and of that, {reason(kind)}",
             hint=f"text models that can be converted: {known}",

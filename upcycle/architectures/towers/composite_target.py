@@ -150,10 +150,8 @@ def target_of(family: Family, name: str) -> Target:
     """
     if isinstance(family, CompositeFamily):
         if name in OWN_TARGETS:
-            raise RefusalError(
-                f"{name} does not hold models of parts, such as {family.name}",
-                hint=f"leave --target out, or name a target of its text model: {', '.join(family.targets)}",
-            )
+            own: Target = load("own_target", name)()
+            return own.of(family)
         return CompositeTarget(family.wrapper, family.wrapper.target(name))
     target: Target = load("own_target" if name in OWN_TARGETS else "target", name)()
     return target.of(family)

@@ -77,7 +77,7 @@ qwen2_5_vl = Wrapper(
     moe="glm46v",
     families={Qwen25VlText.name: Qwen25VlText},
     targets={Glm4vMoeText.name: Glm4vMoeText},
-    typed=True,
+    typed="mm_token_type_ids",
     rewrite=_as_glm,
     remark="glm46v reads texts and images as this model does, but not videos: it gives their frames other positions",
 )

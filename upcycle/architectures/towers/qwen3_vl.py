@@ -61,6 +61,6 @@ qwen3_vl = Wrapper(
     moe="qwen3_vl_moe",
     families={Qwen3VlText.name: Qwen3VlText},
     targets={Qwen3VlMoeText.name: Qwen3VlMoeText},
-    typed=True,
+    typed="mm_token_type_ids",
     rewrite=partial(renamed_parts, "qwen3_vl", "qwen3_vl_moe"),
 )

@@ -72,6 +72,19 @@ def masked_patches(config: Any, rng: torch.Generator) -> SampleInputs:
     }
 
 
+def placed_patches(config: Any, rng: torch.Generator) -> SampleInputs:
+    """Return one square image as rows of patches ``[1, rows, 3 p p]``, with the column and row of each ``[1, rows, 2]``."""
+    import torch
+
+    vision = config.vision_config
+    side = 2 * vision.pooling_kernel_size
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
+    return {
+        "pixel_values": torch.rand(1, side * side, 3 * vision.patch_size**2, generator=rng),
+        "image_position_ids": places.reshape(1, side * side, 2),
+    }
+
+
 def spectrum(config: Any, rng: torch.Generator) -> SampleInputs:
     """Return one sound of the encoder's own length, two frames of the spectrum per position, ``[1, bins, frames]``."""
     import torch

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.architectures.dense.base import Family
+from upcycle.architectures.described.family import DescribedFamily
+from upcycle.architectures.described.ffn_place import DescribedModel
 from upcycle.architectures.moe.base import Target
 from upcycle.architectures.towers.samples import SampleInputs
 from upcycle.registry import find, load
@@ -30,7 +32,7 @@ class Wrapper:
         moe: the ``model_type`` of the result; None: the same class holds the MoE.
         families: dense text models that are met in this class only, by ``model_type``.
         targets: their MoEs, by name.
-        typed: whether the stock class must be told which tokens are images (``mm_token_type_ids``).
+        typed: the argument by which the stock class must be told which tokens are images.
         rewrite: turns the keys of ``config.json`` outside the text model into those of the result's class.
         remark: what the user should know about the result, or empty.
     """
@@ -43,7 +45,7 @@ class Wrapper:
     moe: str | None = None
     families: Mapping[str, type[Family]] = field(default_factory=dict)
     targets: Mapping[str, type[Target]] = field(default_factory=dict)
-    typed: bool = False
+    typed: str | None = None
     rewrite: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     remark: str = ""
 
@@ -60,8 +62,13 @@ class Wrapper:
     def family(self, model_type: str) -> Family | None:
         """Return the family of a text model of this type; None: it is not known."""
         kind: Any = self.families.get(model_type) or find("family", model_type)
-        family: Family | None = kind() if kind else None
-        return family
+        if kind:
+            family: Family = kind()
+            return family
+        described: DescribedModel | None = find("described", model_type)
+        if described is None or described.paths is None or described.encoder:
+            return None
+        return DescribedFamily(described)
 
     def target(self, name: str) -> Target:
         """Return the target of this name, for the text model.

@@ -21,6 +21,8 @@ smolvlm = Wrapper("smolvlm", "SmolVLM", samples.stacked, body="model.text_model"
 aya_vision = Wrapper("aya_vision", "Aya Vision", samples.single)
 cohere2_vision = Wrapper("cohere2_vision", "Command A Vision", samples.single)
 got_ocr2 = Wrapper("got_ocr2", "GOT-OCR2", samples.single)
+gemma3 = Wrapper("gemma3", "Gemma 3", samples.single, typed="token_type_ids")
+gemma4 = Wrapper("gemma4", "Gemma 4", samples.placed_patches, typed="mm_token_type_ids")
 ovis2 = Wrapper("ovis2", "Ovis2", samples.single)
 lfm2_vl = Wrapper("lfm2_vl", "LFM2-VL", samples.masked_patches)
 voxtral = Wrapper("voxtral", "Voxtral", samples.spectrum, kind="sound")
@@ -30,6 +32,6 @@ qwen3_5 = Wrapper(
     "Qwen3.5",
     samples.patches,
     moe="qwen3_5_moe",
-    typed=True,
+    typed="mm_token_type_ids",
     rewrite=partial(renamed_parts, "qwen3_5", "qwen3_5_moe"),
 )

@@ -21,6 +21,8 @@ class GgufArchitecture:
         biases: config key -> the GGUF names of a layer's projections that all have a bias if it is true.
         keys: metadata key -> config key, of keys that other architectures do not have or that must leave their function as it is.
         constant: config keys that the file does not hold.
+        norms_add: what the architecture's norms add to the weights of a checkpoint, and these files to theirs.
+        head: the only head size of which the file says all: the scale of attention scores is not in it.
     """
 
     model_type: str
@@ -28,6 +30,8 @@ class GgufArchitecture:
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     constant: Mapping[str, object] = field(default_factory=dict)
+    norms_add: float = 0.0
+    head: int | None = None
 
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
@@ -46,5 +50,11 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             "rope.scaling.original_context_length": "original_max_position_embeddings",
         },
         constant={"sliding_window": None, "pad_token_id": None},
+    ),
+    "gemma3": GgufArchitecture(
+        "gemma3_text",
+        keys={"attention.sliding_window": "sliding_window"},
+        norms_add=1.0,
+        head=256,
     ),
 }

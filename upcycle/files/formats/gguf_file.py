@@ -210,6 +210,12 @@ class GgufFile:
                 )
         first = self._stored.get("blk.0.ffn_up.weight")
         described = self._described
+        if head != (described.head or head):
+            raise RefusalError(
+                f"{self.path} has heads of {head}, and how {self._architecture} scales attention scores is known for "
+                f"{described.head} alone: the file does not say it",
+                hint=_ELSEWHERE,
+            )
         tokens = {key: f"tokenizer.ggml.{name}_token_id" for key, name in _TOKENS.items()}
         own = {
             config: self._number(key) for key, config in described.keys.items() if self._metadata.get(self._key(key))
@@ -289,6 +295,8 @@ class GgufFile:
                 f"{self.path}: tensor '{name}' is {kind}, which the gguf package cannot dequantize", hint=_ELSEWHERE
             ) from None
         values = values.view(-1, *spec.shape[1:])
+        if name.endswith("norm.weight") and self._described.norms_add:
+            values = values - self._described.norms_add
         return _half_split(values, self.config[heads])[first : first + count] if heads else values
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from upcycle.errors import CheckpointError, RefusalError
@@ -196,3 +197,13 @@ def check_value(key: str, value: object, kind: ValueKind, where: str, hint: str 
             f"{where}: '{key}' must be {kind.what}, got {shortened(repr(value))}",
             hint=hint,
         )
+
+
+def base_type(config: Any) -> str:
+    """Return the ``model_type`` of a configuration or of its file's content; one of upcycle's own classes has that of its base."""
+    value = config.get if isinstance(config, Mapping) else partial(_attribute, config)
+    return str(value("base_model_type") or value("model_type"))
+
+
+def _attribute(config: Any, name: str) -> Any:
+    return getattr(config, name, None)

@@ -61,7 +61,8 @@ def _reference(subject: Subject, source: str | None) -> tuple[StockModel, str | 
     else:
         _, checkpoint = reopen(Path(subject.folder), dict(subject.record), source)
     _check_fits(4 * sum(spec.elements for spec in checkpoint.store.specs.values()), checkpoint.source.name)
-    block = checkpoint.family.module_paths.block if isinstance(checkpoint, DenseCheckpoint) else None
+    paths = checkpoint.family.module_paths if isinstance(checkpoint, DenseCheckpoint) else None
+    block = None if paths is None or paths.ends is not None else paths.block  # else no single module is the dense FFN
     return source_model(checkpoint, None, streamed=False), block
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family, Feature
+from upcycle.architectures.module_paths import ModulePaths
 from upcycle.files.formats.settings import FLAG
 
 
@@ -15,7 +16,7 @@ class Olmo2(Family):
     name = "olmo2"
     title = "OLMo 2"
     targets = ("flex_olmo",)
-    uncalibrated = "it norms the FFN's output before adding it, and the fits here need what is added"
+    module_paths = ModulePaths(output_norm="post_feedforward_layernorm")
     defaults = {**Family.defaults, "vocab_size": 50304, "rms_norm_eps": 1e-05}
     keys = {"attention_bias": FLAG}
     token_defaults = {"pad_token_id": 1, "eos_token_id": 50279}
