@@ -365,13 +365,17 @@ def module_paths_of(config: Any) -> ModulePaths:
     described = find("described", base)
     if described is None and base != config.model_type and base not in FAMILIES:
         return _replaced(config.replaced_ffns)
-    paths = find_module_paths(base)
-    if described is None or described.paths is None:
-        return paths
+    return find_module_paths(base) if described is None or find("family", base) else described_paths(described, config)
+
+
+def described_paths(described: Any, config: Any) -> ModulePaths:
+    """Return the paths of a model that is described by its FFNs alone; an encoder without a head has no prefix before them."""
+    paths: ModulePaths = described.module_paths
     from upcycle.architectures.stock_auto import class_name, is_encoder
 
     encoder = described.encoder or (described.both_ways is not None and is_encoder(config))
-    return paths.without_prefix() if encoder and class_name(config).endswith("Model") else paths
+    bare = described.paths is not None and encoder and class_name(config).endswith("Model")
+    return paths.without_prefix() if bare else paths
 
 
 def module_paths_in(model: Any) -> ModulePaths:

@@ -100,6 +100,16 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
         return auto_class(config).from_config(config, trust_remote_code=False, **given)
 
 
+def random_stock_model(config: Any, seed: int) -> Any:
+    """Build the stock model of a stock configuration on the CPU in fp32, with the random weights that its class draws."""
+    import torch
+
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=torch.float32)
+    return model.eval()
+
+
 def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
     """Load the stock causal language model (or encoder) of a folder or ``.gguf`` file on the CPU, as Auto classes do.
 
