@@ -212,11 +212,14 @@ class Calibration:
         inputs, residual = self._stream("x", index), self._stream("residual", index)
         states = self._stream("moe" if self._differs(index) else "dense", index)
         attend(self._runner, index, states, inputs, residual, self._batch)
+        sums = self._stream("sums", index) if self._runner.closes else self._stream("dense", index + 1)
         if self._differs(index):
             dense = self._stream("dense", index).blocks(self._batch)
-            self._stream("dense", index + 1).write(self._runner.whole(index, block) for block in dense)
+            sums.write(self._runner.summed(index, block) for block in dense)
         else:
-            feed(self._runner, index, inputs, residual, self._stream("dense", index + 1), self._batch)
+            feed(self._runner, index, inputs, residual, sums, self._batch)
+        if self._runner.closes:
+            self._stream("dense", index + 1).write(self._runner.closed(index, s) for s in sums.blocks(self._batch))
         if self._samples is not None:
             self._of_sources(index, inputs)
             inputs.release()
@@ -224,19 +227,19 @@ class Calibration:
             return
         ffn = self._checkpoint.feed_forward(index, self._job.recipe.dtype)
         activations = activations_of(ffn, inputs, self._batch, importance, self._cache_bytes)
-        targets = targets_of(self._stream("dense", index + 1), residual, self._batch)
+        targets = targets_of(sums, residual, self._batch)
         decision = decide_layer(self._job, ffn, activations, targets)
         if self._sequential:
             self._continue(index, decision, residual)
         report = {"layer": index, **activations.measured, **decision.report}
         save_blueprint(self._file(index), decision.blueprint, report)
-        inputs.release()
-        residual.release()
+        for file in (inputs, residual, *([sums] if self._runner.closes else [])):
+            file.release()
 
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
         """Write the converted model's stream after this layer, computed with the weights in the dtype that is stored."""
         pairs = zip(residual.blocks(self._batch), decision.outputs.on_calibration(), strict=True)
-        outputs = (before + made for before, made in pairs)
+        outputs = (self._runner.closed(index, before + made) for before, made in pairs)
         self._stream("moe", index + 1).write(outputs)
 
 

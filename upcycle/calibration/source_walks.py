@@ -85,6 +85,6 @@ def attend(
 def feed(
     runner: LayerRunner, index: int, inputs: TokenFile, residual: TokenFile, states: TokenFile, batch: int
 ) -> None:
-    """Write a layer's output, from the inputs and the residual that :func:`attend` has written."""
+    """Write a layer's output (before the norm at its end, if it has one), from the files that :func:`attend` has written."""
     pairs = zip(residual.blocks(batch), inputs.blocks(batch), strict=True)
     states.write(before + runner.ffn(index, x) for before, x in pairs)

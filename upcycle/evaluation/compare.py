@@ -91,7 +91,7 @@ def compare(
     if timed:
         kind = checkpoint.raw_config.get("model_type")
         refuse_parts(kind, "compare times text models alone", "--no-time compares quality")
-    check_calibrates(checkpoint.family)
+    check_calibrates(checkpoint.family, "compare")
     if not checkpoint.has_tokenizer:
         raise UsageError(
             f"{source} has no tokenizer, and a comparison reads text", hint="put its files beside the weights"

@@ -59,13 +59,17 @@ class StockModel:
     def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``, or an encoder's states ``[N, T, d]``.
 
-        An encoder of images takes the seeds of random images, ``[N, 1]``.
+        An encoder of images takes images ``[N, C, H, W]``, or the seeds of random ones, ``[N, 1]``.
 
         With ``last``, of the last positions alone.
         """
         with torch.no_grad():
             if self.gives_states:
-                inputs = {"pixel_values": random_images(ids, self.model.config)} if self._images else {"input_ids": ids}
+                if self._images:
+                    images = ids if ids.dim() > 2 else random_images(ids, self.model.config)
+                    inputs = {"pixel_values": images}
+                else:
+                    inputs = {"input_ids": ids}
                 states: torch.Tensor = self.model.base_model(**inputs).last_hidden_state
                 return states[:, -last:] if last else states
             result: torch.Tensor = self.model(ids, use_cache=False, logits_to_keep=last).logits
@@ -107,8 +111,12 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     paths = module_paths_of(settings)
     in_memory = {name: f"{paths.head}.weight" if name == paths.head_weight else name for name in outside}
     problems = model.load_state_dict({in_memory[k]: v for k, v in outside.items()}, strict=False, assign=True)
-    missing = [name for name in problems.missing_keys if paths.has(name) and paths.layer_of(name) is None]
-    if getattr(settings, "tie_word_embeddings", False):
+    outside_layers = [name for name in problems.missing_keys if paths.layer_of(name) is None]
+    if is_encoder(settings):  # whose heads are not run here
+        missing = [name for name in outside_layers if not paths.body or name.startswith(f"{paths.body}.")]
+    else:
+        missing = [name for name in outside_layers if paths.has(name)]
+    if getattr(settings, "tie_word_embeddings", False) and not is_encoder(settings):
         model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
         missing = [name for name in missing if name != f"{paths.head}.weight"]
     if missing or problems.unexpected_keys:

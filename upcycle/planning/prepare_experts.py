@@ -64,7 +64,7 @@ def prepare_experts(
     if family.reads_images and not has_tokenizer:
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
-    check_own_text(recipe)
+    check_own_text(recipe, family.encoder)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
     targets = _targets(recipe, family)
@@ -111,7 +111,7 @@ def prepare_experts(
             hint="leave --scale out, or use --refit none",
         )
     if router.walks or (texts and looks_at_text(method, router)):
-        check_calibrates(family)
+        check_calibrates(family, method.name if method.needs_gradients else None)
     plan_units = kept_units if target.keeps_names else _units
     units = plan_units(recipe, family, dense, target, shape, specs)
     shards = shards_of(units, parse_size(recipe.max_shard_size))

@@ -12,7 +12,7 @@ from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.text.held_out import FLATTERING, Parts, flattered, seen_share, sketch
 from upcycle.text.mixture import read_parts
 from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, read_text
-from upcycle.text.windows import demo_parts, encode, windows_of
+from upcycle.text.windows import Frame, demo_parts, encode, frame_of, windows_of
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
@@ -65,6 +65,8 @@ def token_windows(
         ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
         return MeasuredText(ids, "random token ids (no tokenizer)")
     tokenizer = load_tokenizer(checkpoint.source.path)
+    frame = frame_of(tokenizer) if family is not None and family.encoder else Frame()
+    window = max(1, window - frame.tokens)
     wanted = job.recipe.calibration
     if calibrated is None:
         calibrated = bool(wanted.texts) and (job.calibrated or job.undecided)
@@ -88,16 +90,17 @@ def token_windows(
         longest = max(map(len, encoded))
         window = min(window, longest)
         if longest < _LEAST:
-            window = min(_WINDOW, job.context, tokens)
+            window = max(1, min(_WINDOW, job.context, tokens) - frame.tokens)
             encoded = [encode(tokenizer, read_text(name)) for name in DEMO_TEXTS]
             label = "embedded validation texts (what was held out of the calibration text is too short)"
-    ids = windows_of(encoded, tokens, window)
+    ids = frame.around(windows_of(encoded, tokens, window))
     if int(ids.max()) >= job.vocab_size:
         raise CheckpointError(
             f"{checkpoint.source.path}: the tokenizer writes token {int(ids.max()):,}, and the model has {job.vocab_size:,}",
             hint="take the tokenizer that belongs to these weights",
         )
-    return MeasuredText(ids, label, _unseen(tokenizer, parts, tokens, min(_WINDOW, job.context)) if parts else None)
+    unseen = _unseen(tokenizer, parts, tokens, max(1, min(_WINDOW, job.context) - frame.tokens)) if parts else None
+    return MeasuredText(ids, label, None if unseen is None else frame.around(unseen))
 
 
 def _unseen(tokenizer: Any, parts: Mapping[str, Parts], tokens: int, window: int) -> torch.Tensor | None:

@@ -67,6 +67,7 @@ class Family(ABC):
     remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
     reads_images: bool = False
+    encoder: bool = False  # it attends in both directions, and predicts no next token
     # Whether the first layer reads token embeddings times a factor, and nothing else.
     embeds_tokens_alone: ClassVar[bool] = True
     returns_tuple: bool = False  # a layer returns a tuple, whose first entry is the stream

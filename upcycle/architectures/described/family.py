@@ -49,6 +49,7 @@ class DescribedFamily(Family):
         self.described, self.module_paths = described, described.paths
         self.name, self.title, self.uncalibrated = described.name, described.title, described.uncalibrated
         self.returns_tuple, self.reads_images = described.returns_tuple, described.images
+        self.encoder = described.encoder
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
         self._shapes: dict[str, tuple[int, ...]] = {}  # by the stock class's names; tied ones are left out

@@ -22,7 +22,7 @@ JSON_KEYS = {
     "verify": "verdict explanation promise relative_logit_error tolerance max_logit_difference kl top1_agreement "
     "perplexity_dense perplexity loss_dense loss layer_errors all_experts_error all_experts_reference tokens "
     "text streamed compared_tensors reference rounding_error positions positions_needed far_error unseen "
-    "media_error media compared",
+    "media_error media compared cosine",
     "verify with an engine": "engine version transformers verdict explanation dtype prompts tokens equal_tokens near_ties "
     "first_difference gap_error gap_allowed tokenizer positions positions_needed",
     "convert layers": "layer captured random oracle_share error_before error_after strength condition",

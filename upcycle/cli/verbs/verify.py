@@ -132,7 +132,8 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     difference = f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}"
     if result.compared == STATES:
         unit = "images" if result.text.endswith("images") else "tokens"
-        facts.append((STATES, f"{difference} ({result.tokens:,} {unit}, {result.text})"))
+        alike = "" if result.cosine is None else f", mean cosine {said(result.cosine, '.4f')}"
+        facts.append((STATES, f"{difference}{alike} ({result.tokens:,} {unit}, {result.text})"))
     else:
         facts += [
             (
@@ -146,6 +147,14 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
             ),
         ]
     check = result.as_dict()
+    if result.compared == STATES and (other := check["unseen"]):
+        facts.append(
+            (
+                "other text",
+                f"differ by {said(other['relative_error'], '.1e')}, mean cosine {said(other['cosine'], '.4f')} "
+                f"({other['tokens']:,} tokens of everyday English, which was not calibrated on)",
+            )
+        )
     if (ratio := unseen_ratio(check)) is not None:
         other = check["unseen"]
         facts.append(
