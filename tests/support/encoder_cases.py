@@ -39,8 +39,8 @@ def image_encoder(name: str, folder: Path, **changes: Any) -> Any:
     settings = {
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": SIDE, "width": SIDE},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": [0.5] * model.config.num_channels,
+        "image_std": [0.5] * model.config.num_channels,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return model

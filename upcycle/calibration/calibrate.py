@@ -24,7 +24,7 @@ from upcycle.files.formats.token_files import TokenFile
 from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
 from upcycle.files.records import hash_tokens
 from upcycle.hardware.memory import available_memory, reuse_freed_memory
-from upcycle.models.layer_runner import LayerRunner
+from upcycle.models.layer_runner import LayerRunner, Pixels
 from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
 
@@ -45,6 +45,7 @@ class Calibration:
         progress: where to report.
         samples: the tokens by which a router tells several sources apart, each with the source that it belongs to; None: the
             router reads none.
+        pixels: gives the images that ``windows`` are the numbers of; None: they are token ids.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Calibration:
         folder: Path,
         progress: Progress,
         samples: Samples | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         self._job, self._checkpoint, self._progress = job, checkpoint, progress
         self._folder = folder
@@ -70,7 +72,7 @@ class Calibration:
         seen = windows if samples is None else samples.windows
         assert seen is not None
         self.windows, self._batch = seen, _batch_of(seen)
-        self._runner = LayerRunner(checkpoint, job.recipe.dtype, seen.shape[1])
+        self._runner = LayerRunner(checkpoint, job.recipe.dtype, seen.shape[1], pixels)
         self._sequential = job.calibration_mode == "sequential"
         self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
 
@@ -264,6 +266,7 @@ def calibrate(
     folder: Path,
     progress: Progress,
     samples: Samples | None = None,
+    pixels: Pixels | None = None,
 ) -> dict[str, Any]:
     """Decide every MoE layer of ``job``, and write one file per layer to ``folder/layer_blueprints``.
 
@@ -276,7 +279,7 @@ def calibrate(
         CheckpointError: activations or fits are not finite.
     """
     reuse_freed_memory(REUSED_BYTES)
-    calibration = Calibration(job, checkpoint, windows, folder, progress, samples)
+    calibration = Calibration(job, checkpoint, windows, folder, progress, samples, pixels)
     if joined_blueprint(job, folder) is None:  # else an earlier run was stopped after everything was decided
         calibration.run()
     return calibration.record

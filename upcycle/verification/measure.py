@@ -175,7 +175,7 @@ def measure_difference(
         rounding=rounding.relative if sides.rounded else None,
         far=far,
         reach=reach,
-        positions=reach.length if long else ids.shape[1],
+        positions=reach.length if long else ids.shape[1] if ids.dim() == 2 else 1,  # an image has no positions of text
     )
 
 
