@@ -39,7 +39,9 @@ JSON_KEYS = {
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
     "dry_run searched",
     "push files": "name size status",
-    "evaluate": "model reference window stride texts layers tasks speed",
+    "evaluate": "model reference window stride texts layers tasks speed embeddings classes",
+    "evaluate embeddings": "what items cosine nearest recall",
+    "evaluate classes": "images classes accuracy reference_accuracy agreement",
     "generate": "model prompt text layer experts stopped kernels tokens",
     "generate tokens": "id text experts weights prompt",
     "chat, a line for each answer": "said answer stopped",
