@@ -50,7 +50,7 @@ def test_pseudo_perplexity_masks_one_token_at_a_time(tmp_path: Path) -> None:
     assert result.nats_per_token == pytest.approx(expected[0], rel=1e-5)
     assert result.reference_nats_per_token == pytest.approx(expected[1], rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(expected[0]), rel=1e-4)
-    assert [len(layer.load) for layer in found.layers] == [8, 8]
+    assert [sum(layer.load) for layer in found.layers] == pytest.approx([1, 1])
     fewer = upcycle.evaluate(tmp_path / "moe", text=str(text), window=20, tokens=7).texts[0]
     assert (fewer.predicted, fewer.reference_perplexity) == (7, None)
 
@@ -65,8 +65,10 @@ def test_embeddings_are_compared_with_the_dense_parents(tmp_path: Path) -> None:
     upcycle.convert(str(tmp_path / "dense"), tmp_path / "moe", **SPLIT)
     text = tmp_path / "text.txt"
     text.write_text(LINES)
-    found = upcycle.evaluate(tmp_path / "moe", text=str(text), reference=tmp_path / "dense").embeddings
+    measured = upcycle.evaluate(tmp_path / "moe", text=str(text), reference=tmp_path / "dense")
+    found = measured.embeddings
     assert found is not None
+    assert [sum(layer.load) for layer in measured.layers] == pytest.approx([1, 1])
     tokenizer = load_tokenizer(tmp_path / "dense")
     vectors = []
     for folder in ("moe", "dense"):

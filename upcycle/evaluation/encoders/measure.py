@@ -100,7 +100,7 @@ def measure_encoder(
     if other is None:
         raise _no_reference(model, name)
     first, context = pools_first(path), _context(loaded.config)
-    with load_counts(loaded) as counts:
+    with load_counts(loaded.base_model) as counts:
         found = embed_texts(loaded, tokenizer, texts, context, first, progress)
     expected = embed_texts(other, tokenizer, texts, context, first, progress)
     what = f"lines of {', '.join(contents)}"
@@ -124,7 +124,7 @@ def _on_images(
 
     def run(progress: Progress) -> EncoderScores:
         of = predictions if labels is not None else image_vectors
-        with load_counts(loaded) as counts:
+        with load_counts(loaded if labels is not None else loaded.base_model) as counts:
             found = of(loaded, items, reader, progress)
         expected = None if other is None else of(other, items, reader, progress)
         scores = EncoderScores(1, layers=_loads(counts))
