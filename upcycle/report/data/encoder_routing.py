@@ -153,7 +153,10 @@ def _run(
 ) -> dict[int, torch.Tensor]:
     """Return every router's choices, int64 ``[T, K]`` by layer; a token's first expert is the one of largest weight."""
     found: dict[int, list[torch.Tensor]] = {place.index: [] for place in places}
-    with Recorder[None](model.model.base_model) as recorder, progress.phase("reading", sum(len(one.batches) for one in inputs)):
+    with (
+        Recorder[None](model.model.base_model) as recorder,
+        progress.phase("reading", sum(len(one.batches) for one in inputs)),
+    ):
         for place in places:
             watch_router(recorder, place.block, place.router, _keeper(found[place.index]))
         for batch in _batches(inputs):
