@@ -21,6 +21,7 @@ from upcycle.errors import CheckpointError, RefusalError, UsageError
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.images import sources
 from upcycle.images.sources import read_images
+from upcycle.publishing.model_card import make_card
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 E, K = 8, 3
@@ -88,6 +89,11 @@ def test_the_result_is_measured_on_images_that_were_not_calibrated_on(tmp_path: 
         one, other = (each.base_model(pixel_values=pixels).last_hidden_state for each in (model, moe))
     assert found.relative_logit_error == pytest.approx(float((one - other).norm() / one.norm()), rel=1e-3)
     assert found.cosine == pytest.approx(torch.cosine_similarity(one, other, dim=-1).mean().item(), rel=1e-4)
+    card = make_card(out, "out")
+    assert f"({len(parts.read)} images)" in card
+    assert f"on {found.tokens} images of" in card
+    assert f"- mean cosine of the hidden states: {found.cosine:.4f}" in card
+    assert "Perplexity" not in card
     named = upcycle.verify(out, text=str(images / "class_1"))
     assert (named.tokens, named.text) == (24, f"{images / 'class_1'}: images")
 
