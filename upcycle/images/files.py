@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class ImageItem:
     path: Path | None = None
     held: Any = None
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The hash of the file, or of the pixels where there is none."""
         content = self.held.tobytes() if self.path is None else self._bytes()

@@ -15,7 +15,11 @@ from upcycle.errors import RefusalError, UsageError, VerificationError
 @click.command("verify", short_help="Compare a converted model with its source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", help="the dense model, if it is no longer where recipe.yaml says")
-@click.option("--text", metavar="FILE", help="UTF-8 text file to measure on  [default: embedded validation texts]")
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="UTF-8 text file to measure on, or folder of images  [default: embedded validation texts]",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(16),
