@@ -176,6 +176,7 @@ def _loads(counts: Mapping[int, torch.Tensor]) -> list[LayerLoad]:
 
 def _context(config: Any) -> int:
     described = find("described", getattr(config, "base_model_type", None) or config.model_type)
+    assert described is not None  # it is an encoder, and all of these are
     skipped = (getattr(config, "pad_token_id", None) or 0) + 1 if described.counts_from_padding else 0
     return int(getattr(config, "max_position_embeddings", None) or _WINDOW) - skipped
 
