@@ -128,11 +128,11 @@ def main() -> int:
         timed = [folders[top_k, "calibrated"] for top_k in ACTIVE]
         dense, *found = seconds([minilm(), *timed])
         times = dict(zip(ACTIVE, found, strict=True))
-        for (top_k, name), out in folders.items():
-            scores = evaluation(out, minilm())["embeddings"]
+        measured = {key: evaluation(out, minilm())["embeddings"] for key, out in folders.items()}
+        for (top_k, name), scores in measured.items():
             passed = None
             if name == "calibrated":
-                plain = evaluation(folders[top_k, "not calibrated"], minilm())["embeddings"]
+                plain = measured[top_k, "not calibrated"]
                 passed = scores["cosine"] > plain["cosine"] and scores["recall"] > plain["recall"]
             label = f"MiniLM, {top_k} of {EXPERTS} ({top_k / EXPERTS:.0%}), {name}"
             rows.append(
