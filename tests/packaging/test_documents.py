@@ -21,6 +21,8 @@ from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.reference.write import PAGES, page
+from upcycle.evaluation.encoders.embeddings import EmbeddingResult
+from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.recipe.conversion_recipe import parse_recipe
@@ -234,6 +236,8 @@ def test_json_keys(
         "generate tokens": generated["tokens"][0],
         "chat, a line for each answer": talked,
         "evaluate layers": evaluated["layers"][0],
+        "evaluate embeddings": keys_of(EmbeddingResult),
+        "evaluate classes": keys_of(ClassResult),
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
         "evaluate speed": keys_of(Speed),

@@ -33,7 +33,7 @@ class ModulePaths:
         body: everything but the head; it takes token ids or embeddings and returns hidden states.
         layers: the list of decoder layers.
         embedding: the table of token embeddings.
-        final_norm: the norm behind the last layer.
+        final_norm: the norm behind the last layer; empty for encoders, whose every class has another one or none.
         head: the projection from normed hidden states to logits.
         stored_head: the head's name in files, where transformers renames it on loading; None: as in memory.
         blocks: the modules of a layer whose outputs add up to its FFN: the dense FFN, or the routed experts and then, in some
@@ -41,6 +41,7 @@ class ModulePaths:
         ends: the module of a layer whose output is the FFN's, where ``blocks`` names only its first projection: the layer calls
             the parts of its FFN itself. Experts take the place of that projection.
         output_norm: the norm of a layer that the FFN's output goes through before it is added to the stream; None: it has none.
+        closing: the norm of a layer behind the sum of the stream and the FFN's output; None: that sum is the layer's output.
     """
 
     body: str = "model"
@@ -52,6 +53,7 @@ class ModulePaths:
     blocks: tuple[str, ...] = ("mlp",)
     ends: str | None = None
     output_norm: str | None = None
+    closing: str | None = None
 
     @property
     def embedding_weight(self) -> str:

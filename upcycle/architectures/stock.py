@@ -27,7 +27,7 @@ from upcycle.architectures.clean_settings import (
     clean_file,
 )
 from upcycle.architectures.stock_auto import auto_class
-from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
+from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
@@ -215,6 +215,32 @@ def load_processor(path: Path) -> Any:
             raise
         except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
             raise EnvironmentFault(f"the processor in {path} cannot be loaded: {_first_line(error)}") from None
+
+
+def load_image_processor(path: Path) -> Any:
+    """Load the stock image processor of a folder: it makes what an encoder of images reads.
+
+    Raises:
+        UsageError: none lies in the folder.
+        CheckpointError: a settings file is not a JSON object.
+        EnvironmentFault: the processor cannot be loaded, as a package that it needs is missing, or a file is damaged.
+    """
+    from transformers import AutoImageProcessor
+
+    if not any((path / name).is_file() for name in PROCESSORS):
+        raise UsageError(
+            f"{path} has no preprocessor_config.json, by which images become what the model reads",
+            hint="put the original model's preprocessor_config.json beside the weights",
+        )
+    with view(path, tokenizer=True) as clean, quiet_transformers():
+        try:
+            return AutoImageProcessor.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+        except (MemoryError, UpcycleError):
+            raise
+        except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
+            raise EnvironmentFault(
+                f"the image processor in {path} cannot be loaded: {_first_line(error)}", hint="pip install pillow"
+            ) from None
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class DescribedFamily(Family):
         self.returns_tuple, self.reads = described.returns_tuple, described.reads
         self.parts = tuple(part for part, _ in described.parts)
         self.unheld = REASONS.get(described.name, "")
+        self.encoder = described.encoder
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
         self._shapes: dict[str, tuple[int, ...]] = {}  # by the stock class's names; tied ones are left out

@@ -22,7 +22,7 @@ JSON_KEYS = {
     "verify": "verdict explanation promise relative_logit_error tolerance max_logit_difference kl top1_agreement "
     "perplexity_dense perplexity loss_dense loss layer_errors all_experts_error all_experts_reference tokens "
     "text streamed compared_tensors reference rounding_error positions positions_needed far_error unseen "
-    "media_error media compared neurons_run",
+    "media_error media compared cosine neurons_run",
     "verify with an engine": "engine version transformers verdict explanation dtype prompts tokens equal_tokens near_ties "
     "first_difference gap_error gap_allowed tokenizer positions positions_needed",
     "convert layers": "layer captured random oracle_share chosen error_before error_after strength condition",
@@ -39,7 +39,9 @@ JSON_KEYS = {
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
     "dry_run searched",
     "push files": "name size status",
-    "evaluate": "model reference window stride texts layers tasks speed",
+    "evaluate": "model reference window stride texts layers tasks speed embeddings classes",
+    "evaluate embeddings": "what items cosine nearest recall",
+    "evaluate classes": "images classes accuracy reference_accuracy agreement",
     "generate": "model prompt text layer experts stopped kernels tokens",
     "generate tokens": "id text experts weights prompt",
     "chat, a line for each answer": "said answer stopped",
