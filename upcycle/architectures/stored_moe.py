@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from upcycle.architectures.expert_terms import ExpertTerms, LayerCut, Term
 from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers, find_module_paths
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
@@ -199,6 +200,36 @@ class MoeModel:
                 drawn = noise if role == "router" else 0.0
                 yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
 
+    def cut_origins(self, layer: int, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
+        """Yield the names and origins of the tensors of a layer whose experts are those of ``cut``."""
+        for name in self.names[layer]:
+            role, match = self.role(name), _EXPERT.fullmatch(name)
+            if role == "expert" and match:
+                if match[2] == "0":
+                    yield from self._cut_matrix(match[1], match[3], cut)
+            elif role == "other":
+                yield name, Origin(name)
+            elif role == "experts" and cut.merges:
+                part: Literal["gate_up", "down"] = "down" if is_down(name) else "gate_up"
+                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part)
+            else:
+                yield name, ExpertRows(name, taken=cut.rows)
+
+    def _cut_matrix(self, prefix: str, matrix: str, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
+        names = tuple(f"{prefix}.{expert}.{matrix}.weight" for expert in range(self.experts))
+        for place, terms in enumerate(cut.experts):
+            first = names[terms[0].expert]
+            plain = terms == (Term(terms[0].expert),)
+            part: Any = _MATRICES.get(matrix, matrix)
+            whole = Origin(first) if plain else ExpertTerms(first, experts=(terms,), names=names, part=part)
+            yield f"{prefix}.{place}.{matrix}.weight", whole
+
+    def config_with(self, experts: int, top_k: int) -> dict[str, Any]:
+        """Return ``config.json`` with the numbers under every key that spells them."""
+        config = {key: value for key, value in self.raw.items() if key != "auto_map"}
+        spelt = {"num_experts", "num_local_experts"} & set(config) or {self.family.experts_key}
+        return {**config, **dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
+
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
         """Yield every tensor, or part of one, that holds matrices of a single expert, after that expert's index."""
         for name in self.names[layer]:
@@ -255,6 +286,26 @@ class MoeModel:
         for stored, stock in self.family.renames:
             name = name.replace(stored, stock)
         return name
+
+
+def matrix_of(name: str) -> str:
+    """Return which matrix a stored tensor of experts holds: gate, up, gate_up (of fused ones) or down; empty: none."""
+    if match := _EXPERT.fullmatch(name):
+        return _MATRICES.get(match[3], match[3])
+    if not _EXPERTS.fullmatch(name):
+        return ""
+    return "down" if "down_proj" in name or "output_linear" in name else "gate_up"
+
+
+def is_down(name: str) -> bool:
+    """Return whether a stored tensor of experts, of one or of all, holds down projections."""
+    return matrix_of(name) == "down"
+
+
+def expert_index(name: str) -> int | None:
+    """Return which expert a stored tensor belongs to; None: to all or none."""
+    match = _EXPERT.fullmatch(name)
+    return int(match[2]) if match else None
 
 
 def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:

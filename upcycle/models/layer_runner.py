@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.models.body_pass import layer_arguments
 from upcycle.models.stock_layers import compute_layer_buffers
 from upcycle.models.stock_model import dense_reader, fill, skeleton
 
@@ -164,29 +164,8 @@ class LayerRunner:
 
     def _pass(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Run the stock model with layers that do nothing; return what the first reads, and every layer's other arguments."""
-        first: list[torch.Tensor] = []
-        seen: list[dict[str, Any]] = []
-        paths, wraps = self._checkpoint.family.module_paths, self._checkpoint.family.returns_tuple
-        names = list(signature(type(self.layers[0]).forward).parameters)[2:]  # behind self and the states
-
-        def nothing(states: torch.Tensor, *positional: Any, **arguments: Any) -> Any:
-            first.append(states)
-            seen.append({**dict(zip(names, positional, strict=False)), **arguments})
-            return (states,) if wraps else states
-
-        norm, body = self.model.get_submodule(paths.final_norm), paths.body_in(self.model)
-        normal = norm.forward
-        for layer in self.layers:
-            layer.forward = nothing
-        norm.forward = lambda states: states
-        try:
-            with torch.no_grad():
-                body(**inputs, use_cache=False)
-        finally:
-            for layer in self.layers:
-                del layer.forward
-            norm.forward = normal
-        return first[0], seen
+        family = self._checkpoint.family
+        return layer_arguments(self.model, family.module_paths, self.layers, family.returns_tuple, **inputs)
 
 
 def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:

@@ -164,10 +164,11 @@ def prepare_growth(
     step = _checked(recipe, method, mix)
     grown = step.grow(source, recipe)
     recipe = recipe.model_copy(update=dict(grown.resolved))
-    return kind(recipe, step, source, grown, _shards(recipe, source, grown))
+    return kind(recipe, step, source, grown, shards_of_grown(recipe, source, grown))
 
 
-def _shards(recipe: Recipe, source: Described, grown: Grown) -> tuple[Shard, ...]:
+def shards_of_grown(recipe: Recipe, source: Described, grown: Grown) -> tuple[Shard, ...]:
+    """Return the files of the result of a growth step."""
     units = [Unit(piece.name, piece.layer, _entries(piece, recipe, source.specs)) for piece in grown.pieces]
     return shards_of(units, parse_size(recipe.max_shard_size))
 
@@ -266,7 +267,7 @@ def decided_growth(job: G, folder: Path) -> G:
 
 def _chosen(job: G, choice: CopiedExperts) -> G:
     grown = job.method.grow(job.source, job.recipe, choice)
-    return replace(job, grown=grown, shards=_shards(job.recipe, job.source, grown))
+    return replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
 
 
 def growth_reports(folder: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ _FLAGS = {
     ("--width",): "width",
     ("--always-on",): "always_on",
     ("--shared-unheld",): "shared_unheld",
+    ("--keep",): "keep",
+    ("--observations",): "observations",
     ("--layers",): "layers",
     ("--router",): "router.name",
     ("--calibration",): "calibration.text",

@@ -1,0 +1,120 @@
+"""What one pass over calibration text says about the experts of a Mixture-of-Experts, and the file that it is kept in.
+
+T tokens, E experts, K per token, S sampled tokens, d the hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+OBSERVATIONS_FILE = "observations.safetensors"
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class LayerObservations:
+    """Describes the routed experts of one layer on the calibration text. All numbers are fp64 unless said otherwise.
+
+    Attributes:
+        tokens: ``[1]``, the number T of tokens that the layer read.
+        load: ``[E]``, how many tokens chose each expert.
+        weight: ``[E]``, the sum of its weights over the tokens that chose it.
+        score: ``[E]``, the sum over all tokens of its share of the router's scores.
+        norm: ``[E]``, the sum of ``||f_e(x)||`` over the tokens that chose it.
+        saliency: ``[E]``, the sum of ``weight * ||f_e(x)||`` over the tokens that chose it.
+        logits_gram: ``[E, E]``, the products of the experts' router logits, summed over all tokens.
+        ratios: ``[101]``, percentiles of a token's second largest weight over its largest; zeros where K is 1.
+        similarity: ``[1]``, the mean cosine of the stream before and behind the layer's experts.
+        sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
+        sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
+        sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
+        mean_output: ``[E, d]``, every expert's mean output on the sampled tokens.
+    """
+
+    tokens: torch.Tensor
+    load: torch.Tensor
+    weight: torch.Tensor
+    score: torch.Tensor
+    norm: torch.Tensor
+    saliency: torch.Tensor
+    logits_gram: torch.Tensor
+    ratios: torch.Tensor
+    similarity: torch.Tensor
+    sample_logits: torch.Tensor
+    sample_weights: torch.Tensor
+    sample_gram: torch.Tensor
+    mean_output: torch.Tensor
+
+    @property
+    def experts(self) -> int:
+        """The number E of routed experts."""
+        return len(self.load)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Describes a whole model: its layers with experts, and which model and text they belong to.
+
+    Attributes:
+        layers: the observations, by layer.
+        model: the fingerprint of the weights.
+        top_k: experts per token.
+        text: what ``upcycle.json`` says of the text.
+    """
+
+    layers: dict[int, LayerObservations]
+    model: str
+    top_k: int
+    text: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write the file; it appears complete or not at all."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{layer}.{field.name}": getattr(seen, field.name).contiguous()
+            for layer, seen in self.layers.items()
+            for field in fields(LayerObservations)
+        }
+        about = {"upcycle": "observations", "format": _FORMAT, "model": self.model, "top_k": str(self.top_k)}
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, {**about, "text": json.dumps(self.text)})
+        temporary.rename(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Observations:
+        """Read a file that :meth:`write` wrote.
+
+        Raises:
+            UsageError: there is no such file, or it holds something else.
+            CheckpointError: it is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise UsageError(f"observations: {path} is not there", hint="upcycle observe MOE FILE --calibration TEXT makes it")
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error})", hint="observe the model again") from None
+        if about.get("upcycle") != "observations" or about.get("format") != _FORMAT:
+            raise UsageError(f"{path} holds no observations of this version", hint="upcycle observe MOE FILE --calibration TEXT")
+        names = {field.name for field in fields(LayerObservations)}
+        layers: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, field = name.partition(".")
+            layers.setdefault(int(layer), {})[field] = tensor
+        if broken := [layer for layer, found in layers.items() if set(found) != names]:
+            raise CheckpointError(f"{path}: layer {broken[0]} is not whole", hint="observe the model again")
+        seen = {layer: LayerObservations(**found) for layer, found in sorted(layers.items())}
+        return cls(seen, about["model"], int(about["top_k"]), json.loads(about["text"]))

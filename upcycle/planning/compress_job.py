@@ -1,0 +1,102 @@
+"""The job that compresses a Mixture-of-Experts: every tensor of the result with its origin, and the cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from upcycle.architectures.expert_terms import LayerCut
+from upcycle.architectures.stored_moe import MoeModel
+from upcycle.files.formats.parsing import read_json
+from upcycle.methods.compressing.base import Compression, cut_of, described_cut, kept_experts
+from upcycle.planning.cost import RESIDENT_BYTES, Plan
+from upcycle.planning.growth_job import GrowthJob, shards_of_grown
+
+CUTS_FILE = "compression.json"
+
+
+@dataclass(frozen=True)
+class CompressJob(GrowthJob):
+    """Describes a validated compression of a MoE."""
+
+    @property
+    def compression(self) -> Compression:
+        """The method."""
+        assert isinstance(self.method, Compression)
+        return self.method
+
+    @property
+    def moe(self) -> MoeModel:
+        """The source."""
+        return MoeModel.read(self.source.raw, self.source.specs, self.source.where)
+
+    @property
+    def keep(self) -> int:
+        """The number of experts that every layer keeps."""
+        return kept_experts(self.moe, self.recipe)
+
+    @property
+    def refits(self) -> bool:
+        """Whether down projections are refitted on text."""
+        return self.recipe.refit != "none" and self.keep < self.moe.experts
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is read."""
+        return self.keep < self.moe.experts and (self.recipe.observations is None or self.refits)
+
+    @property
+    def undecided(self) -> bool:
+        """Nothing is decided before the sources are opened."""
+        return False
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The keys that only this kind of conversion adds to ``upcycle.json``."""
+        return {"target": self.family_name, "growth": self.grown.summary, "refit": "down" if self.refits else "none"}
+
+    def cost(self) -> Plan:
+        """Work out what the compression will write and need, from headers alone."""
+        plan, moe = super().cost(), self.moe
+        layers = [sum(self.source.specs[name].elements for name in names) for layer, names in moe.names.items() if layer is not None]
+        outside = sum(self.source.specs[name].elements for name in moe.names[None])
+        streams = (3 if self.refits else 1) * plan.calibration_tokens * moe.hidden_size
+        walking = 4 * ((2 if self.refits else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
+        return replace(
+            plan,
+            refit="down" if self.refits else "none",
+            peak_memory_bytes=max(plan.peak_memory_bytes, RESIDENT_BYTES + walking),
+        )
+
+
+C = TypeVar("C", bound=CompressJob)
+
+
+def write_cuts(folder: Path, cuts: dict[int, LayerCut], more: dict[str, Any]) -> None:
+    """Write what was decided of every layer; the file appears complete or not at all."""
+    path = folder / CUTS_FILE
+    temporary = path.with_suffix(".tmp")
+    content = {"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}, **more}
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
+def decided_cuts(job: C, folder: Path) -> C:
+    """Return the job with the cuts that are written in ``folder``."""
+    cuts = read_cuts(folder)
+    grown = job.compression.grow(job.source, job.recipe, cuts)
+    return replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
+
+
+def read_cuts(folder: Path) -> dict[int, LayerCut]:
+    """Return the cuts that are written in ``folder``, by layer."""
+    return {int(layer): cut_of(found) for layer, found in read_json(folder / CUTS_FILE)["experts"].items()}
+
+
+def cut_reports(folder: Path) -> list[dict[str, Any]]:
+    """Return, for every layer, what its experts are made of, and how the refit went."""
+    content = read_json(folder / CUTS_FILE)
+    refits = content.get("refit", {})
+    return [{"layer": int(layer), **found, "refit": refits.get(layer)} for layer, found in content["experts"].items()]
