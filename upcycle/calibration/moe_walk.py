@@ -108,7 +108,9 @@ class MoeWalk:
         ]
         try:
             with Recorder[Any](layer) as recorder, torch.no_grad():
-                watch_router(recorder, place.block, place.router, lambda logits, weights, experts: (logits, weights, experts))
+                watch_router(
+                    recorder, place.block, place.router, lambda logits, weights, experts: (logits, weights, experts)
+                )
                 output = _tensor(layer(states, **self._others(index, states)))
                 ((logits, _, _),) = recorder.take()
         finally:

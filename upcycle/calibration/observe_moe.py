@@ -15,8 +15,10 @@ from upcycle.methods.compressing.observations import LayerObservations, Observat
 from upcycle.models.experts import expert_outputs
 from upcycle.models.stock_layers import layers_of
 from upcycle.progress import Progress
+from upcycle.trainers.routing.stock_routers import selection_bias
 
 if TYPE_CHECKING:
+    from upcycle.architectures.stored_moe import MoeModel
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
@@ -52,7 +54,7 @@ def observe(
             with walk.loaded(index):
                 sums = None
                 if index in walk.places:
-                    sums = _Sums(walk, index, windows.numel(), checkpoint.model.family.sigmoid)
+                    sums = _Sums(walk, index, windows.numel(), checkpoint.model)
                 for batch in walk.batches(len(windows)):
                     before = states[batch]
                     after = walk.run(index, before, sums and sums.add)
@@ -73,8 +75,8 @@ def observe(
 class _Sums:
     """Adds up what one layer does, batch by batch."""
 
-    def __init__(self, walk: MoeWalk, index: int, tokens: int, sigmoid: bool) -> None:
-        self._place, self._sigmoid = walk.places[index], sigmoid
+    def __init__(self, walk: MoeWalk, index: int, tokens: int, model: MoeModel) -> None:
+        self._place, self._sigmoid, self._normalized = walk.places[index], model.family.sigmoid, model.normalized
         count = self._place.count
         self._tokens = self._cosine = 0.0
         self._block: torch.Tensor | None = None
@@ -145,6 +147,7 @@ class _Sums:
             steps = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64)
             ordered = torch.cat(self._ratios).double().sort().values
             ratios = ordered[(steps * (len(ordered) - 1)).round().long()]
+        bias = selection_bias(self._place.block, self._place.router)
         logits, weights, grams = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
         return LayerObservations(
             tokens=torch.tensor([self._tokens], dtype=torch.float64),
@@ -156,8 +159,17 @@ class _Sums:
             logits_gram=self._logits_gram,
             ratios=ratios,
             similarity=torch.tensor([self._cosine / self._tokens], dtype=torch.float64),
+            bias=torch.zeros(len(self._load)).double() if bias is None else bias.detach().double().flatten().clone(),
+            factor=torch.tensor([self._factor(logits.double(), weights.double())]).double(),
             sample_logits=logits,
             sample_weights=weights,
             sample_gram=grams,
             mean_output=self._mean / len(logits),
         )
+
+    def _factor(self, logits: torch.Tensor, weights: torch.Tensor) -> float:
+        """Return what multiplies the weights, read off those of the sampled tokens."""
+        if self._normalized:
+            return round(float(weights.sum(1).mean()), 5)
+        scores = logits.sigmoid() if self._sigmoid else logits.softmax(-1)
+        return round(float(weights.sum() / scores[weights != 0].sum()), 5)

@@ -112,7 +112,10 @@ class _CutLayers:
         cut = self._cuts.get(index)
         whole = self._uncut.layers[index].state_dict()
         wanted = self._layers[index].state_dict()
-        state = {n: t if cut is None else _cut_tensor(t, wanted[n].shape, cut, ".experts." in f".{n}") for n, t in whole.items()}
+        state = {
+            n: t if cut is None else _cut_tensor(t, wanted[n].shape, cut, ".experts." in f".{n}")
+            for n, t in whole.items()
+        }
         self._layers[index].load_state_dict(state, strict=True, assign=True)
         compute_layer_buffers(self.model, index)
 
@@ -192,7 +195,13 @@ class _LayerFit:
         return down, {"missing_before": before / scale, "missing_after": after / scale, "strength": strength}
 
     def _update(
-        self, group: list[int], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, left: torch.Tensor, held: torch.Tensor
+        self,
+        group: list[int],
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        left: torch.Tensor,
+        held: torch.Tensor,
     ) -> tuple[torch.Tensor | None, float]:
         """Return the update ``[d, G F]`` of a group's down projections that fits what is left; None: none helps."""
         d, width = self._down.shape[1:]

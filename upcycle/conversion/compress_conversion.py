@@ -15,8 +15,18 @@ from upcycle.conversion.job import TokensRead
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
-from upcycle.planning.compress_job import CUTS_FILE, CompressJob, cut_reports, decided_cuts, read_cuts, write_cuts
+from upcycle.methods.base import AnyMethod
+from upcycle.planning.compress_job import (
+    CUTS_FILE,
+    CompressJob,
+    checked_compression,
+    cut_reports,
+    decided_cuts,
+    read_cuts,
+    write_cuts,
+)
 from upcycle.progress import Progress
+from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +42,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class CompressConversion(CompressJob, GrowthConversion):
     """A job that leaves out or merges experts. Implements :class:`upcycle.conversion.job.ConversionJob`."""
+
+    @classmethod
+    def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
+        """Plan a compression of an opened MoE."""
+        return checked_compression(super().of_checkpoint(recipe, method, checkpoint))
+
+    @classmethod
+    def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
+        """Plan a compression from its source's ``config.json`` alone."""
+        return checked_compression(super().of_configs(recipe, method))
 
     def decide(
         self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
@@ -73,7 +93,12 @@ class CompressConversion(CompressJob, GrowthConversion):
         return self.compression.cuts(model, seen, keep, partial(_matrices, checkpoint), self.recipe.seed)
 
     def _observed(
-        self, checkpoint: MoeCheckpoint, windows: torch.Tensor | None, text: dict[str, Any], folder: Path, progress: Progress
+        self,
+        checkpoint: MoeCheckpoint,
+        windows: torch.Tensor | None,
+        text: dict[str, Any],
+        folder: Path,
+        progress: Progress,
     ) -> Observations:
         """Return the observations that the recipe names, or make them.
 

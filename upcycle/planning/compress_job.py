@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
+from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.methods.compressing.base import Compression, cut_of, described_cut, kept_experts
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
+from upcycle.planning.job import check_text
 
 CUTS_FILE = "compression.json"
 
@@ -60,18 +62,46 @@ class CompressJob(GrowthJob):
     def cost(self) -> Plan:
         """Work out what the compression will write and need, from headers alone."""
         plan, moe = super().cost(), self.moe
-        layers = [sum(self.source.specs[name].elements for name in names) for layer, names in moe.names.items() if layer is not None]
+        stored = [self.source.specs[name] for names in moe.names.values() for name in names]
+        before = sum(spec.elements for spec in stored)
+        embedding = 0 if self.grown.tied else moe.vocab_size * moe.hidden_size
+        layers = [
+            sum(self.source.specs[name].elements for name in names)
+            for layer, names in moe.names.items()
+            if layer is not None
+        ]
         outside = sum(self.source.specs[name].elements for name in moe.names[None])
         streams = (3 if self.refits else 1) * plan.calibration_tokens * moe.hidden_size
         walking = 4 * ((2 if self.refits else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
         return replace(
             plan,
+            parameters_dense=before,
+            bytes_dense=sum(spec.nbytes for spec in stored),
+            flops_per_token_dense=2 * (before - self.grown.source_idle - embedding),
             refit="down" if self.refits else "none",
             peak_memory_bytes=max(plan.peak_memory_bytes, RESIDENT_BYTES + walking),
         )
 
 
 C = TypeVar("C", bound=CompressJob)
+
+
+def checked_compression(job: C) -> C:
+    """Return the job itself, if its recipe can be carried out.
+
+    Raises:
+        UsageError: text is missing, or a refit is asked for that there is none of.
+    """
+    recipe = job.recipe
+    if recipe.refit in ("scale", "blocks"):
+        raise UsageError(
+            f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",
+            hint="--refit down or none",
+        )
+    if job.calibrated:
+        what = f"method {recipe.method}" if recipe.observations is None else "refit: down (--refit none needs no text)"
+        check_text(recipe, what)
+    return job
 
 
 def write_cuts(folder: Path, cuts: dict[int, LayerCut], more: dict[str, Any]) -> None:

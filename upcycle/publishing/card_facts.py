@@ -97,7 +97,7 @@ class Facts:
     @property
     def grown(self) -> bool:
         """Whether the model was grown by copying whole tensors, and not converted."""
-        return bool(self.record["plan"]["kind"] == "growth")
+        return self.record["plan"]["kind"] in ("growth", "compression")
 
     @property
     def pruned(self) -> bool:

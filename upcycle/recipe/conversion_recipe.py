@@ -69,7 +69,10 @@ class Recipe(StrictSettings):
         description="if the target holds no shared experts: refuse, or make them routed ones (top-k grows by their number)",
     )
     keep: float | None = Field(
-        None, gt=0, le=1, description="of a method that compresses a MoE: the part of every layer's experts that is kept"
+        None,
+        gt=0,
+        le=1,
+        description="of a method that compresses a MoE: the part of every layer's experts that is kept",
     )
     observations: str | None = Field(
         None, description="of such a method: the file of upcycle observe, in the place of a pass over calibration text"

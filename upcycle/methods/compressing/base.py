@@ -83,7 +83,11 @@ class Compression(Growth):
         self.check(model.experts, model.top_k, keep)
         cuts = choice or dict.fromkeys(model.moe_layers, LayerCut.keeping(range(keep)))
         exact = keep == model.experts
-        reason = "every expert is kept" if exact else f"{model.experts - keep} of {model.experts} experts are gone from every layer"
+        reason = (
+            "every expert is kept"
+            if exact
+            else f"{model.experts - keep} of {model.experts} experts are gone from every layer"
+        )
         return Grown(
             config=model.config_with(keep, model.top_k),
             pieces=tuple(pieces_of(model, cuts)),
@@ -99,7 +103,9 @@ class Compression(Growth):
             warnings=() if exact else (LOSSES,),
         )
 
-    def cuts(self, checkpoint_model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int) -> dict[int, LayerCut]:
+    def cuts(
+        self, checkpoint_model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+    ) -> dict[int, LayerCut]:
         """Decide every layer.
 
         Args:
@@ -151,10 +157,7 @@ def pieces_of(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
     first = {name: origin for name, origin in outside.items() if "embed" in name}
     pieces = [Piece("embeddings", None, first)]
     for layer in sorted(layer for layer in names if layer is not None):
-        if layer in cuts:
-            tensors = dict(model.cut_origins(layer, cuts[layer]))
-        else:
-            tensors = {name: Origin(name) for name in names[layer]}
+        tensors = dict(model.cut_origins(layer, cuts[layer])) if layer in cuts else {name: Origin(name) for name in names[layer]}
         pieces.append(Piece(f"layer {layer}", layer, tensors))
     rest = {name: origin for name, origin in outside.items() if name not in first}
     return [*pieces, Piece("final norm", None, rest)]

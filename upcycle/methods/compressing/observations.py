@@ -33,6 +33,8 @@ class LayerObservations:
         logits_gram: ``[E, E]``, the products of the experts' router logits, summed over all tokens.
         ratios: ``[101]``, percentiles of a token's second largest weight over its largest; zeros where K is 1.
         similarity: ``[1]``, the mean cosine of the stream before and behind the layer's experts.
+        bias: ``[E]``, what the choice adds to the scores; zeros where it adds nothing.
+        factor: ``[1]``, what the weights are multiplied by at the end.
         sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
         sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
         sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
@@ -48,6 +50,8 @@ class LayerObservations:
     logits_gram: torch.Tensor
     ratios: torch.Tensor
     similarity: torch.Tensor
+    bias: torch.Tensor
+    factor: torch.Tensor
     sample_logits: torch.Tensor
     sample_weights: torch.Tensor
     sample_gram: torch.Tensor
@@ -100,15 +104,21 @@ class Observations:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise UsageError(f"observations: {path} is not there", hint="upcycle observe MOE FILE --calibration TEXT makes it")
+            raise UsageError(
+                f"observations: {path} is not there", hint="upcycle observe MOE FILE --calibration TEXT makes it"
+            )
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error})", hint="observe the model again") from None
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error})", hint="observe the model again"
+            ) from None
         if about.get("upcycle") != "observations" or about.get("format") != _FORMAT:
-            raise UsageError(f"{path} holds no observations of this version", hint="upcycle observe MOE FILE --calibration TEXT")
+            raise UsageError(
+                f"{path} holds no observations of this version", hint="upcycle observe MOE FILE --calibration TEXT"
+            )
         names = {field.name for field in fields(LayerObservations)}
         layers: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
