@@ -58,3 +58,8 @@ class ExpertTerms(Origin):
     experts: tuple[tuple[Term, ...], ...] = ()
     names: tuple[str, ...] = ()
     part: Literal["gate", "up", "gate_up", "down"] = "down"
+
+    @property
+    def fused(self) -> bool:
+        """Whether the source holds all experts in one tensor, and so does the result."""
+        return len(self.names) == 1

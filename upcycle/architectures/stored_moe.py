@@ -123,8 +123,8 @@ class MoeModel:
                 raise CheckpointError(f"{where}: config.json: '{key}' must be a positive integer, got {value!r}")
         if (groups := getattr(stock, "n_group", 1) or 1) > 1:
             raise RefusalError(
-                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and copies would "
-                "change which"
+                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and another "
+                "number of experts would change which"
             )
         return cls(
             family=family,
@@ -132,13 +132,20 @@ class MoeModel:
             specs=specs,
             experts=experts,
             top_k=top_k,
-            normalized=bool(getattr(stock, "norm_topk_prob", True)),
+            # Cohere's softmax is that of the chosen logits alone, whatever the key says.
+            normalized=getattr(stock, "expert_selection_fn", "") == "softmax"
+            or bool(getattr(stock, "norm_topk_prob", True)),
             layers=stock.num_hidden_layers,
             vocab_size=stock.vocab_size,
             hidden_size=stock.hidden_size,
             context=stock.max_position_embeddings,
             tied=bool(stock.tie_word_embeddings),
         )
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether scores are sigmoids of the logits; Cohere's configuration says which."""
+        return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
 
     @cached_property
     def module_paths(self) -> ModulePaths:

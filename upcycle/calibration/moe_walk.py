@@ -36,7 +36,7 @@ class Routed:
         experts: ``[t, K]``, those that were chosen.
         weights: ``[t, K]``, theirs.
         output: ``[t, d]``, the sum of the chosen experts, weighted.
-        block: ``[t, d]``, what the stream gets of experts and shared ones.
+        block: ``[t, d]``, the output of experts and shared ones; see :meth:`MoeWalk.added`.
     """
 
     x: torch.Tensor
@@ -69,6 +69,16 @@ class MoeWalk:
         """Return the states ``[N, W, d]`` that the first layer reads for token ids ``[N, W]``."""
         states, _ = layer_arguments(self.model, self._paths, self.layers, input_ids=windows)
         return states
+
+    def norm_behind(self, index: int) -> torch.nn.Module | None:
+        """Return the norm that a layer's experts pass before they are added to the stream (FlexOlmo); None: there is none."""
+        return getattr(self.layers[index], "post_feedforward_layernorm", None)
+
+    def added(self, index: int, block: torch.Tensor) -> torch.Tensor:
+        """Return what the stream gets of the experts' output ``[t, d]`` in a loaded layer."""
+        norm = self.norm_behind(index)
+        with torch.no_grad():
+            return self.multiplier * (block if norm is None else norm(block))
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:

@@ -59,7 +59,7 @@ def observe(
                     before = states[batch]
                     after = walk.run(index, before, sums and sums.add)
                     if sums:
-                        sums.compare(after, walk.multiplier)
+                        sums.compare(after)
                     states[batch] = after
                 if sums:
                     found[index] = sums.result()
@@ -76,7 +76,8 @@ class _Sums:
     """Adds up what one layer does, batch by batch."""
 
     def __init__(self, walk: MoeWalk, index: int, tokens: int, model: MoeModel) -> None:
-        self._place, self._sigmoid, self._normalized = walk.places[index], model.family.sigmoid, model.normalized
+        self._walk, self._index = walk, index
+        self._place, self._sigmoid, self._normalized = walk.places[index], model.sigmoid, model.normalized
         count = self._place.count
         self._tokens = self._cosine = 0.0
         self._block: torch.Tensor | None = None
@@ -85,7 +86,7 @@ class _Sums:
         self._norm, self._saliency = zeros.clone(), zeros.clone()
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
         self._ratios: list[torch.Tensor] = []
-        self._every = max(1, tokens // sampled_tokens(count))  # every so many tokens one is sampled
+        self._every = -(-tokens // sampled_tokens(count))  # every so many tokens one is sampled
         self._sampled: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._mean = torch.zeros(0)
 
@@ -133,11 +134,11 @@ class _Sums:
         total = outputs.double().sum(0)
         self._mean = total if not self._mean.numel() else self._mean + total
 
-    def compare(self, after: torch.Tensor, multiplier: float) -> None:
+    def compare(self, after: torch.Tensor) -> None:
         """Add the cosine of the stream before and behind the experts, given the layer's output ``[n, W, d]``."""
         assert self._block is not None
         out = after.reshape(-1, after.shape[-1])
-        before = out - multiplier * self._block
+        before = out - self._walk.added(self._index, self._block)
         self._cosine += torch.nn.functional.cosine_similarity(before, out, dim=1).double().sum().item()
 
     def result(self) -> LayerObservations:

@@ -2,7 +2,8 @@
 
 With e(x) what is missing of the uncut model's stream behind a layer, and a(x) the activations of the chosen experts' neurons, each
 times its expert's weight, the update D of all down projections minimises ``sum_t ||e(x_t) - D a(x_t)||^2 + strength * ||D||^2``.
-e also holds what the layers below left: a layer makes up for their errors (as :mod:`upcycle.ffn.refit` does for splits). Experts
+e also holds what the layers below left: a layer makes up for their errors (as :mod:`upcycle.ffn.refit` does for splits). Where a
+norm follows the experts (FlexOlmo), the stream is no linear function of D, and e is what is missing of the experts' own sum. Experts
 of few neurons are fitted together; where the joint Gram matrix would be too large, one after another, those of most tokens first.
 
 T tokens, E' experts that are left, F neurons each, d the hidden size.
@@ -10,14 +11,14 @@ T tokens, E' experts that are left, F neurons each, d the hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 
-from upcycle.architectures.expert_terms import LayerCut
+from upcycle.architectures.expert_terms import LayerCut, Term
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.moe_walk import MoeWalk, Routed
 from upcycle.ffn.refit import REFIT_STRENGTHS
@@ -59,8 +60,8 @@ def refit_cuts(
         progress: where to report.
 
     Returns:
-        For every layer, what was missing of the uncut stream before and after, on held-out tokens, relative to what its experts
-        had added; and the strength.
+        For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
+        than eight windows), relative to what its experts had added, both squared; and the strength of the last fit.
     """
     from safetensors.torch import save_file
 
@@ -113,7 +114,7 @@ class _CutLayers:
         whole = self._uncut.layers[index].state_dict()
         wanted = self._layers[index].state_dict()
         state = {
-            n: t if cut is None else _cut_tensor(t, wanted[n].shape, cut, ".experts." in f".{n}")
+            n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut)
             for n, t in whole.items()
         }
         self._layers[index].load_state_dict(state, strict=True, assign=True)
@@ -124,25 +125,24 @@ class _CutLayers:
         self._layers[index].to("meta")
 
 
-def _cut_tensor(whole: torch.Tensor, shape: torch.Size, cut: LayerCut, of_experts: bool) -> torch.Tensor:
+def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut) -> torch.Tensor:
     if whole.shape == shape:
         return whole
-    if not of_experts:
+    if ".experts." not in f".{name}":
         return whole[list(cut.rows)].clone()
-    return torch.stack([sum_of_terms(whole, terms, whole.dim() == 3) for terms in cut.experts])
+    part = "down" if name.endswith("down_proj") else "gate_up"
+    return torch.stack([_sum_of_terms(whole, terms, part) for terms in cut.experts])
 
 
-def sum_of_terms(whole: torch.Tensor, terms: Any, stacked: bool) -> torch.Tensor:
+def _sum_of_terms(whole: torch.Tensor, terms: Sequence[Term], part: str) -> torch.Tensor:
     """Return the weighted sum of experts' matrices, their neurons reordered, of a stock tensor ``[E, 2 F, d]`` or ``[E, d, F]``."""
     from upcycle.checkpoints.moe_checkpoint import reordered
 
     total = torch.zeros(whole.shape[1:])
     for term in terms:
         matrix = whole[term.expert]
-        if term.order is not None and stacked:
-            order = torch.tensor(term.order)
-            part = "down" if matrix.shape[-1] == len(order) and matrix.shape[-2] != 2 * len(order) else "gate_up"
-            matrix = reordered(matrix, part, order)
+        if term.order is not None:  # the name tells what the rows are: where d is 2 F, both matrices have one shape
+            matrix = reordered(matrix, part, torch.tensor(term.order))
         total += term.weight * matrix
     return total
 
@@ -163,14 +163,16 @@ class _LayerFit:
     def solve(self, theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the new down projections fp32 ``[E', d, F]`` for both streams ``[N, W, d]`` before the layer."""
         seen: list[Routed] = []
-        missing, norms = [], 0.0
+        missing, added = [], []
         for batch in self._uncut.batches(len(theirs)):
             whole: list[Routed] = []
             target = self._uncut.run(self._index, theirs[batch], whole.append)
             made = self._cut.run(self._index, ours[batch], seen.append)
-            error = (target - made) / self._uncut.multiplier
-            missing.append(error.reshape(-1, error.shape[-1]))
-            norms += whole[0].output.double().square().sum().item()
+            error = ((target - made) / self._uncut.multiplier).reshape(-1, target.shape[-1])
+            if self._uncut.norm_behind(self._index) is not None:
+                error = whole[0].block - seen[-1].block
+            missing.append(error)
+            added.append(whole[0].output.double().square().sum(1))
         left = torch.cat(missing)
         x, ids, weights = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
         held = torch.arange(len(x)) // theirs.shape[1] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
@@ -178,7 +180,8 @@ class _LayerFit:
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:
             groups = [[e] for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True).tolist()]
-        down, before = self._down.clone(), left[held].double().square().sum().item()
+        judged = held if bool(held.any()) else torch.ones_like(held)
+        down, before = self._down.clone(), left[judged].double().square().sum().item()
         strength = 0.0
         for group in groups:
             update, strength = self._update(group, x, ids, weights, left, held)
@@ -189,9 +192,8 @@ class _LayerFit:
                 down[expert] += own
                 tokens, slots = torch.where(ids == expert)
                 left[tokens] -= linear(self._active(x[tokens], expert) * weights[tokens, slots, None], own)
-        share = held.double().mean().item()
-        after = left[held].double().square().sum().item()
-        scale = norms * share
+        after = left[judged].double().square().sum().item()
+        scale = torch.cat(added)[judged].sum().item() or 1.0  # experts that add nothing leave nothing to fit
         return down, {"missing_before": before / scale, "missing_after": after / scale, "strength": strength}
 
     def _update(

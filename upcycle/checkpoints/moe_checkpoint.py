@@ -68,7 +68,7 @@ class MoeCheckpoint(Checkpoint):
 
         total: torch.Tensor | None = None
         for term in terms:
-            fused = len(origin.names) == 1
+            fused = origin.fused
             name = origin.names[0] if fused else origin.names[term.expert]
             rows = (term.expert, 1) if fused else None
             matrix = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from upcycle.architectures.expert_terms import ExpertTerms
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
@@ -128,8 +129,9 @@ def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
     assert isinstance(method, Growth)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):
+        does = "compresses a Mixture-of-Experts" if method.kind == "compression" else "copies whole tensors"
         raise UsageError(
-            f"{method.name} copies whole tensors, and does not read the key '{meaningless[0]}'",
+            f"{method.name} {does}, and does not read the key '{meaningless[0]}'",
             hint=f"leave it out; it reads {', '.join(sorted(known - {'source', 'method'}))}",
         )
     if method.text_for and not recipe.calibration.texts:
@@ -216,10 +218,18 @@ def _growth_plan(job: GrowthJob) -> Plan:
 def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> tuple[OutputEntry, ...]:
     def spec(origin: Origin) -> TensorSpec:
         stored = specs[origin.name]
-        shape = (len(origin.taken), *stored.shape[1:]) if isinstance(origin, ExpertRows) else stored.shape
-        return TensorSpec(shape, origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype))
+        return TensorSpec(_shape(origin, stored), origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype))
 
     return tuple(OutputEntry(name, spec(origin), origin) for name, origin in piece.tensors.items())
+
+
+def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
+    """Return the shape of an output tensor: one that holds several experts has as many as its origin names."""
+    if isinstance(origin, ExpertRows):
+        return (len(origin.taken), *stored.shape[1:])
+    if isinstance(origin, ExpertTerms) and origin.fused:
+        return (len(origin.experts), *stored.shape[1:])
+    return tuple(stored.shape)
 
 
 def decide_growth(

@@ -119,7 +119,7 @@ class Compression(Growth):
         for layer, observed in seen.layers.items():
             model = checkpoint_model
             source = LayerSource(
-                layer, observed, model.top_k, model.normalized, model.family.sigmoid, matrices(layer), seed
+                layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed
             )
             everything = keep == model.experts
             found[layer] = LayerCut.keeping(range(keep)) if everything else self.cut(source, keep)
@@ -146,6 +146,11 @@ def kept_experts(model: MoeModel, recipe: Recipe) -> int:
         raise UsageError(
             f"keep {recipe.keep:g} of {model.experts} experts leaves {keep}, and every token chooses {model.top_k}",
             hint=f"--keep {least:g} or more",
+        )
+    if keep == model.experts and recipe.keep < 1:
+        raise UsageError(
+            f"keep {recipe.keep:g} of {model.experts} experts rounds to all of them, and nothing would be smaller",
+            hint=f"--keep {(model.experts - 1) / model.experts:.4g} leaves one out; --keep 1 copies the model",
         )
     return keep
 

@@ -36,6 +36,7 @@ class MSmoe(Compression):
             groups[max(stay, key=lambda e: (float(alike[expert, e]), -e))].append(expert)
         orders: dict[int, tuple[int, ...]] = {}
         for first, group in groups.items():
-            used = [expert for expert in group if expert != first and float(seen.load[expert]) > 0]
-            orders.update(aligned(source, first, used))
+            unused = float(seen.load[first]) == 0  # the most used one, so all are: these are averaged alike
+            others = [expert for expert in group if expert != first and (unused or float(seen.load[expert]) > 0)]
+            orders.update(aligned(source, first, others))
         return merged([*groups.values()], seen.load, orders)

@@ -97,10 +97,7 @@ def kept_weights(source: LayerSource, kept: list[int]) -> torch.Tensor:
 
     seen = source.seen
     inside = seen.sample_logits.double()[:, kept]
-    scores = inside.sigmoid() if source.sigmoid else inside.softmax(-1)
-    if not source.sigmoid and not source.normalized:
-        scores = seen.sample_logits.double().softmax(-1)[:, kept]
-        scores = scores / scores.sum(-1, keepdim=True)  # the rows that are gone leave the softmax
+    scores = inside.sigmoid() if source.sigmoid else inside.softmax(-1)  # the rows that are gone leave the softmax
     chosen = (scores + seen.bias[kept]).topk(min(source.top_k, len(kept)), dim=-1).indices
     weights = scores.gather(1, chosen)
     if source.normalized:

@@ -133,7 +133,7 @@ class ExpertUpcycling(Growth):
         if self.parameters.utility != "uniform" or rest:
             return "approximate", f"experts that are copied more often take more of the {top_k} slots"
         same = _same_as(model, times, top_k)
-        if not same and model.family.sigmoid and not model.normalized:
+        if not same and model.sigmoid and not model.normalized:
             return "approximate", "weights that are not normalised add up to more with every copy"
         if same != model.top_k:
             as_if = f", as in the source with top-{same}" if same else ""
@@ -201,6 +201,6 @@ def _same_as(model: MoeModel, times: int, top_k: int) -> int:
     """
     if model.normalized and top_k <= times:
         return 1
-    if model.family.sigmoid and not model.normalized:
+    if model.sigmoid and not model.normalized:
         return int(top_k == 1)
     return 0 if top_k % times else top_k // times
