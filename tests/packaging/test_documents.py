@@ -162,6 +162,9 @@ def test_json_keys(
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
+    cutting = {"method": "naee", "keep": 0.5, "calibration": split["calibration"], "verification": {"enabled": False}}
+    compressed = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "cut", **cutting).as_dict()
+    seen = upcycle.observe(str(pico_moe("mixtral")), tmp_path / "seen.safetensors", "demo", 64)
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     text = {"text": "code", "tokens": 64, "window": 32}
@@ -211,6 +214,9 @@ def test_json_keys(
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
+        "convert layers of a compressed MoE": compressed["layers"][0],
+        "observe": seen,
+        "observe layers": seen["layers"][0],
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],

@@ -31,7 +31,7 @@ def sampled_tokens(experts: int) -> int:
     return max(64, min(MOST_SAMPLED, _SAMPLED_NUMBERS // experts**2))
 
 
-def observe(
+def observe_layers(
     checkpoint: MoeCheckpoint, dtype: str, windows: torch.Tensor, text: dict[str, Any], progress: Progress
 ) -> Observations:
     """Observe every layer in one pass over the text, with one layer in memory.

@@ -113,10 +113,7 @@ class _CutLayers:
         cut = self._cuts.get(index)
         whole = self._uncut.layers[index].state_dict()
         wanted = self._layers[index].state_dict()
-        state = {
-            n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut)
-            for n, t in whole.items()
-        }
+        state = {n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut) for n, t in whole.items()}
         self._layers[index].load_state_dict(state, strict=True, assign=True)
         compute_layer_buffers(self.model, index)
 

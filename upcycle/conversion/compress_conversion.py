@@ -15,6 +15,7 @@ from upcycle.conversion.job import TokensRead
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.files.user_paths import user_path
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.compress_job import (
     CUTS_FILE,
@@ -45,8 +46,18 @@ class CompressConversion(CompressJob, GrowthConversion):
 
     @classmethod
     def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
-        """Plan a compression of an opened MoE."""
-        return checked_compression(super().of_checkpoint(recipe, method, checkpoint))
+        """Plan a compression of an opened MoE.
+
+        Raises:
+            UsageError: its recipe cannot be carried out, or its observations are of other weights.
+        """
+        job = checked_compression(super().of_checkpoint(recipe, method, checkpoint))
+        if job.about is not None and job.about["model"] != checkpoint.fingerprint:
+            raise UsageError(
+                f"observations: {recipe.observations} is of other weights than {checkpoint.source.name}",
+                hint="leave --observations out, or make the file again: upcycle observe MOE FILE --calibration TEXT",
+            )
+        return job
 
     @classmethod
     def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
@@ -100,28 +111,18 @@ class CompressConversion(CompressJob, GrowthConversion):
         folder: Path,
         progress: Progress,
     ) -> Observations:
-        """Return the observations that the recipe names, or make them.
-
-        Raises:
-            UsageError: they are of another model.
-        """
-        from upcycle.calibration.observe_moe import observe
-        from upcycle.methods.compressing.observations import OBSERVATIONS_FILE, Observations
+        """Return the observations that the recipe names, or make them."""
+        from upcycle.calibration.observe_moe import observe_layers
+        from upcycle.methods.compressing.observations import OBSERVATIONS_FILE, Observations, noted
 
         if self.recipe.observations is not None:
-            seen = Observations.read(Path(self.recipe.observations))
-            if seen.model != checkpoint.fingerprint:
-                raise UsageError(
-                    f"observations: {self.recipe.observations} is of other weights than {checkpoint.source.name}",
-                    hint="leave --observations out, or make the file again: upcycle observe MOE FILE",
-                )
-            return seen
+            return noted(Observations.read(user_path(self.recipe.observations)), progress)
         assert windows is not None
         (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
         path = folder / LAYER_BLUEPRINTS / OBSERVATIONS_FILE
         if not path.exists():
-            observe(checkpoint, self.recipe.dtype, windows, text, progress).write(path)
-        return Observations.read(path)
+            observe_layers(checkpoint, self.recipe.dtype, windows, text, progress).write(path)
+        return noted(Observations.read(path), progress)
 
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int

@@ -218,7 +218,9 @@ def _growth_plan(job: GrowthJob) -> Plan:
 def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> tuple[OutputEntry, ...]:
     def spec(origin: Origin) -> TensorSpec:
         stored = specs[origin.name]
-        return TensorSpec(_shape(origin, stored), origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype))
+        return TensorSpec(
+            _shape(origin, stored), origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype)
+        )
 
     return tuple(OutputEntry(name, spec(origin), origin) for name, origin in piece.tensors.items())
 

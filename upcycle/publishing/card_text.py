@@ -53,7 +53,12 @@ def _what(facts: Facts) -> str:
     names = list(dict.fromkeys(code(public_name(source["name"])) for source in sources_of(record)))
     made = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
-    if facts.grown:
+    if facts.compressed:
+        first = (
+            f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts were left out or "
+            "merged; `compression.json` says of every layer which are left."
+        )
+    elif facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
     elif facts.pruned:
         first = (
@@ -141,7 +146,7 @@ def _verification(facts: Facts) -> str:
     if not measured:
         return "**Skipped.** These weights were not compared with the dense model."
     lines = [
-        f"{_VERDICTS[measured['verdict']]} Why: {plain(measured['explanation'])}.",
+        f"{_VERDICTS[measured['verdict']].replace('the dense model', 'its source' if facts.grown else 'the dense model')} Why: {plain(measured['explanation'])}.",
         "",
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
         f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",
@@ -253,8 +258,9 @@ def _limits(facts: Facts) -> Iterator[str]:
         else f"It keeps the biases of {source} where training did not change them, and its terms of use."
     )
     if not trained and plan["promise"] == "approximate":
-        yield "It is a starting point for training: as it is, it writes worse text than the model that it was made from."
-    if not trained and plan["promise"] != "approximate":
+        starting = "" if facts.compressed else "It is a starting point for training: as it is, it"
+        yield f"{starting or 'It'} writes worse text than the model that it was made from."
+    if not trained and plan["promise"] != "approximate" and not facts.compressed:
         yield "It is a starting point for training: as it is, it computes what the dense model computes, and nothing is gained."
     ratio = plan["flops_per_token"] / plan["flops_per_token_dense"]
     yield f"A token costs {ratio:.2f} times the FLOPs that it costs in {source}, and all parameters must be in memory."

@@ -50,9 +50,9 @@ def command(
     upcycle observe ./moe seen.safetensors --calibration docs.txt
     upcycle compress ./moe OUT --method reap --keep 0.75 --observations seen.safetensors --refit none
     """
-    from upcycle.calibration.observe_file import observe_file
+    from upcycle.calibration.observe_file import observe
 
-    seen = observe_file(moe, out, text, tokens, dtype, revision, overwrite, ProgressBars(quiet))
+    seen = observe(moe, out, text, tokens, dtype, revision, overwrite, ProgressBars(quiet))
     if as_json:
         print_json(seen)
         return

@@ -58,7 +58,7 @@ class Compression(Growth):
     calibrated = True
     keys = frozenset({"keep", "observations", "calibration", "refit", "dtype"})
     next_step = "upcycle evaluate {out} --reference {source}"
-    random: ClassVar[bool] = False
+    looks: ClassVar[bool] = True  # whether text decides
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
@@ -118,9 +118,7 @@ class Compression(Growth):
         found = {}
         for layer, observed in seen.layers.items():
             model = checkpoint_model
-            source = LayerSource(
-                layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed
-            )
+            source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
             everything = keep == model.experts
             found[layer] = LayerCut.keeping(range(keep)) if everything else self.cut(source, keep)
         return found
@@ -162,7 +160,11 @@ def pieces_of(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
     first = {name: origin for name, origin in outside.items() if "embed" in name}
     pieces = [Piece("embeddings", None, first)]
     for layer in sorted(layer for layer in names if layer is not None):
-        tensors = dict(model.cut_origins(layer, cuts[layer])) if layer in cuts else {name: Origin(name) for name in names[layer]}
+        tensors = (
+            dict(model.cut_origins(layer, cuts[layer]))
+            if layer in cuts
+            else {name: Origin(name) for name in names[layer]}
+        )
         pieces.append(Piece(f"layer {layer}", layer, tensors))
     rest = {name: origin for name, origin in outside.items() if name not in first}
     return [*pieces, Piece("final norm", None, rest)]

@@ -15,8 +15,13 @@ from upcycle.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from upcycle.progress import Progress
+
 OBSERVATIONS_FILE = "observations.safetensors"
+FEW_TOKENS = 32  # below that, an expert's numbers say little
 _FORMAT = "1"
+_AGAIN = "upcycle observe MOE FILE --calibration TEXT"
+_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output")
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,9 @@ class Observations:
         save_file(tensors, temporary, {**about, "text": json.dumps(self.text)})
         temporary.rename(path)
 
-    @classmethod
-    def read(cls, path: Path) -> Observations:
-        """Read a file that :meth:`write` wrote.
+    @staticmethod
+    def about(path: Path) -> dict[str, Any]:
+        """Return what the file says of itself, without its numbers: ``model``, ``top_k`` and ``text``.
 
         Raises:
             UsageError: there is no such file, or it holds something else.
@@ -104,27 +109,50 @@ class Observations:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise UsageError(
-                f"observations: {path} is not there", hint="upcycle observe MOE FILE --calibration TEXT makes it"
-            )
+            raise UsageError(f"observations: {path} is not there", hint=f"{_AGAIN} makes it")
         try:
             with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file ({error})", hint="observe the model again"
-            ) from None
-        if about.get("upcycle") != "observations" or about.get("format") != _FORMAT:
-            raise UsageError(
-                f"{path} holds no observations of this version", hint="upcycle observe MOE FILE --calibration TEXT"
-            )
+                found = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error})", hint=_AGAIN) from None
+        if found.get("upcycle") != "observations" or found.get("format") != _FORMAT:
+            raise UsageError(f"{path} holds no observations of this version", hint=_AGAIN)
+        try:
+            return {"model": found["model"], "top_k": int(found["top_k"]), "text": dict(json.loads(found["text"]))}
+        except (KeyError, ValueError, TypeError):
+            raise CheckpointError(f"{path}: what it says of itself is damaged", hint=_AGAIN) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Observations:
+        """Read a file that :meth:`write` wrote.
+
+        Raises:
+            UsageError: there is no such file, or it holds something else.
+            CheckpointError: it is damaged.
+        """
+        from safetensors.torch import load_file
+
+        about = cls.about(path)
         names = {field.name for field in fields(LayerObservations)}
-        layers: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(path).items():
             layer, _, field = name.partition(".")
-            layers.setdefault(int(layer), {})[field] = tensor
-        if broken := [layer for layer, found in layers.items() if set(found) != names]:
-            raise CheckpointError(f"{path}: layer {broken[0]} is not whole", hint="observe the model again")
-        seen = {layer: LayerObservations(**found) for layer, found in sorted(layers.items())}
-        return cls(seen, about["model"], int(about["top_k"]), json.loads(about["text"]))
+            layers.setdefault(layer, {})[field] = tensor
+        for layer, found in layers.items():
+            whole = layer.isdecimal() and set(found) == names and len({len(found[name]) for name in _PER_EXPERT}) == 1
+            if not whole or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+                raise CheckpointError(f"{path}: layer {layer} is not whole, or not finite", hint=_AGAIN)
+        seen = {int(layer): LayerObservations(**found) for layer, found in layers.items()}
+        return cls(dict(sorted(seen.items())), about["model"], about["top_k"], about["text"])
+
+
+def noted(seen: Observations, progress: Progress) -> Observations:
+    """Return the same observations; experts of which the text says little are counted, for the user to see."""
+    unused = sum(int((found.load == 0).sum()) for found in seen.layers.values())
+    few = sum(int((found.load < FEW_TOKENS).sum()) for found in seen.layers.values())
+    if few:
+        progress.note(
+            f"{few} experts were chosen by fewer than {FEW_TOKENS} tokens of the text, {unused} of them by none: what is said of "
+            "them is a guess, and more text, or text of more kinds, tells (--calibration-tokens)"
+        )
+    return seen

@@ -12,7 +12,7 @@ class RandomExperts(Compression):
     name = "random_experts"
     title = "Random experts"
     paper = None
-    random = True
+    looks = False
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""
