@@ -107,7 +107,9 @@ def test_batches_change_nothing_but_roundings(pico_moe: Models, monkeypatch: pyt
             near(getattr(layer, what), getattr(one.layers[index], what), what)
 
 
-def test_states_that_overflow_are_an_error_that_names_the_layer(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_overflow_are_an_error_that_names_the_layer(
+    pico_moe: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run: Any = moe_walk.MoeWalk.run
 
     def broken(walk: Any, index: int, states: torch.Tensor, see: Any = None) -> torch.Tensor:

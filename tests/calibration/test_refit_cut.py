@@ -62,9 +62,7 @@ def fitted(made: Seen, experts: Any, missing: np.ndarray, width: int, joint: boo
     load = torch.bincount(made.ids.flatten(), minlength=count).tolist()
     groups = [[*range(count)]] if joint else [[e] for e in sorted(range(count), key=lambda e: -load[e])]
     for group in groups:
-        features = np.hstack(
-            [(neurons(experts, made.x, e).detach() * made.weights[:, e, None]).numpy() for e in group]
-        )
+        features = np.hstack([(neurons(experts, made.x, e).detach() * made.weights[:, e, None]).numpy() for e in group])
         chosen = (made.weights[:, group] > 0).any(1).numpy()
         update = ridge(features[chosen & ~held], left[chosen & ~held], strength)
         judged = chosen & held if (chosen & held).any() else chosen

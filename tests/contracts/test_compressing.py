@@ -115,7 +115,9 @@ def permuted(source: Path, folder: Path) -> Path:
     """The same model with its experts in another order."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    model = MoeModel.read(json.loads((folder / "config.json").read_text()), MoeCheckpoint.open(str(folder)).store.specs, "")
+    model = MoeModel.read(
+        json.loads((folder / "config.json").read_text()), MoeCheckpoint.open(str(folder)).store.specs, ""
+    )
     changed = {}
     for name, tensor in tensors.items():
         role, expert = model.role(name), expert_index(name)
@@ -226,7 +228,9 @@ def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_pa
     [("experts", 4), ("top_k", 1), ("shared", 1), ("active", 0.5), ("router", "zero"), ("scale", "sum")]
     + [("layers", "all"), ("target", "mixtral"), ("layout", "fused"), ("pad", True), ("width", 8)],
 )
-def test_keys_that_mean_nothing_are_refused(method: str, key: str, value: Any, pico_moe: Models, tmp_path: Path) -> None:
+def test_keys_that_mean_nothing_are_refused(
+    method: str, key: str, value: Any, pico_moe: Models, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=f"{method} compresses .* does not read the key '{key}'") as caught:
         upcycle.convert(str(pico_moe("mixtral")), tmp_path / "out", method=method, **QUICK, **{key: value})
     assert "keep" in str(caught.value.hint)

@@ -100,7 +100,9 @@ def _seen(layer: Any, parts: dict[str, Any]) -> Seen:
     x = x.reshape(-1, x.shape[-1])
     count, d = len(block.experts.down_proj), x.shape[1]
     rows = row_tensors(block, count)
-    (router,) = [tensor for name, tensor in rows.items() if tensor.shape == (count, d) and not name.startswith("experts")]
+    (router,) = [
+        tensor for name, tensor in rows.items() if tensor.shape == (count, d) and not name.startswith("experts")
+    ]
     bias = [tensor for tensor in rows.values() if tensor.numel() == count]
     spread = torch.zeros(len(x), count, dtype=torch.float64).scatter(1, ids, weights.double())
     with torch.no_grad():

@@ -176,7 +176,10 @@ class _LayerFit:
         experts, _, width = self._down.shape
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:
-            groups = [[e] for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True, stable=True).tolist()]
+            groups = [
+                [e]
+                for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True, stable=True).tolist()
+            ]
         judged = held if bool(held.any()) else torch.ones_like(held)
         down, before = self._down.clone(), left[judged].double().square().sum().item()
         strength = 0.0

@@ -81,7 +81,9 @@ def test_m_smoe_joins_the_dominant_expert_of_the_most_similar_logits(seed: int, 
 
 def likeness(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], order: Any) -> float:
     return sum(
-        float(one["gate"][i] @ other["gate"][j] + one["up"][i] @ other["up"][j] + one["down"][:, i] @ other["down"][:, j])
+        float(
+            one["gate"][i] @ other["gate"][j] + one["up"][i] @ other["up"][j] + one["down"][:, i] @ other["down"][:, j]
+        )
         for i, j in enumerate(order)
     )
 

@@ -38,7 +38,9 @@ def test_errors_and_weights_are_those_of_a_stock_block_without_the_experts(name:
         smaller = without_experts(model, folder, dict.fromkeys(whole, kept))
         for index, uncut in whole.items():
             block, made = block_of(layers_of(smaller)[index]), []
-            handle = block.experts.register_forward_hook(lambda _, given, output, made=made: made.append((given, output)))
+            handle = block.experts.register_forward_hook(
+                lambda _, given, output, made=made: made.append((given, output))
+            )
             with torch.no_grad():
                 block(*uncut.arguments)
             handle.remove()
@@ -99,6 +101,8 @@ def test_exchanges_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from upcycle.methods.compressing import naee as module
 
     tried = []
-    monkeypatch.setattr(module, "error_of", lambda source, kept: tried.append(kept) or -float(len(tried)))  # always better
+    monkeypatch.setattr(
+        module, "error_of", lambda source, kept: tried.append(kept) or -float(len(tried))
+    )  # always better
     naee(1, 7)._exchanged(layer_source(random_observations(8)), [0, 1, 2, 3])
     assert len(tried) == 1 + 7
