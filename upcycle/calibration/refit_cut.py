@@ -61,7 +61,8 @@ def refit_cuts(
 
     Returns:
         For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
-        than eight windows), relative to what its experts had added, both squared; and the strength of the last fit that helped (0: none did).
+        than eight windows), relative to what its experts had added, both squared; and the strength of the last fit that helped
+        (0: none did).
     """
     from safetensors.torch import save_file
 
