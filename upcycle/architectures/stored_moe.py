@@ -325,7 +325,7 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
     if model_type in FAMILIES:
         raise RefusalError(
             f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
-            hint="make one of it first, e.g. --method sparse_upcycling --experts 8",
+            hint="make one of it first: upcycle convert MODEL OUT --method sparse_upcycling --experts 8",
         )
     if model_type not in MOES:
         raise RefusalError(
