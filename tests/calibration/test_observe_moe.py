@@ -44,7 +44,7 @@ def test_every_architecture_is_here() -> None:
 def test_numbers_are_those_of_the_whole_stock_model(
     name: str, fused: bool, pico_moe: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe_walk, "BATCH_TOKENS", 64)  # three batches
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 64)  # three batches
     windows = some_windows()
     model = stock(pico_moe(name, fused))
     found, expected = observed(pico_moe(name, fused), windows), watch(model, windows)
@@ -81,7 +81,7 @@ def test_numbers_are_those_of_the_whole_stock_model(
 def test_samples_are_spread_evenly_whatever_the_batches_are(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = some_windows(12, 24)  # 288 tokens
     monkeypatch.setattr(observe_moe, "MOST_SAMPLED", 64)
-    monkeypatch.setattr(moe_walk, "BATCH_TOKENS", 72)
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 72)
     expected = watch(stock(pico_moe("mixtral")), windows)
     for index, layer in observed(pico_moe("mixtral"), windows).layers.items():
         taken = torch.arange(0, 288, 5)  # 288 / 64, rounded up
@@ -101,7 +101,7 @@ def test_samples_of_many_experts_are_fewer(experts: int) -> None:
 def test_batches_change_nothing_but_roundings(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = some_windows()
     one = observed(pico_moe("dots1"), windows)
-    monkeypatch.setattr(moe_walk, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 32)
     for index, layer in observed(pico_moe("dots1"), windows).layers.items():
         for what in ("load", "weight", "saliency", "sample_gram", "similarity"):
             near(getattr(layer, what), getattr(one.layers[index], what), what)

@@ -105,7 +105,7 @@ def test_down_projections_are_the_least_squares_solutions(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(moe_walk, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 128)
     monkeypatch.setattr(refit_cut, "REFIT_STRENGTHS", (STRENGTH,))
     monkeypatch.setattr(refit_cut, "MOST_JOINT", 4096 if joint else 16)
     folder, windows = scaled if name == "granite" else pico_moe(name), some_windows(count, 32)

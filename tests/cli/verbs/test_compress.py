@@ -171,17 +171,17 @@ def test_a_dense_model_is_refused(verb: str, pico: Models, tmp_path: Path, no_wa
 def test_quantised_weights_are_refused(verb: str, pico_moe: Models, tmp_path: Path, no_walk: None) -> None:
     import shutil
 
-    source = shutil.copytree(pico_moe("mixtral"), tmp_path / "fp8")
+    source = shutil.copytree(pico_moe("mixtral"), tmp_path / "int8")
     tensors = load_file(source / "model.safetensors")
     name = next(name for name in tensors if name.endswith("experts.0.w1.weight"))
-    quantised = {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    quantised = {name: tensors[name].to(torch.int8), f"{name}.absmax": torch.ones(1)}
     save_file({**tensors, **quantised}, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
     more = ("--keep", 0.5) if verb == "compress" else ()
     result = run(verb, source, tmp_path / "out", *TEXT, *more)
     assert result.exit_code == 2
-    assert "fp8" in result.stderr
+    assert "bitsandbytes" in result.stderr
     assert "hint:" in result.stderr
     assert not list(tmp_path.glob("out*"))
 

@@ -90,7 +90,7 @@ class Compression(Growth):
         )
         return Grown(
             config=model.config_with(keep, model.top_k),
-            pieces=tuple(pieces_of(model, cuts)),
+            pieces=tuple(cut_pieces(model, cuts)),
             promise=("exact" if exact else "approximate", reason),
             summary=f"{keep} experts from {model.experts}, top-{model.top_k}",
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
@@ -100,7 +100,7 @@ class Compression(Growth):
             tied=model.tied,
             idle=model.expert_elements // model.experts * (keep - model.top_k),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=() if exact else (LOSSES,),
+            warnings=() if exact else (LOSS_WARNING,),
         )
 
     def cuts(
@@ -124,7 +124,7 @@ class Compression(Growth):
         return found
 
 
-LOSSES = (
+LOSS_WARNING = (
     "cuts hurt text of other kinds than the calibration's, and what the model writes, more than the perplexity of the calibrated "
     "kind shows: measure both"
 )
@@ -153,7 +153,7 @@ def kept_experts(model: MoeModel, recipe: Recipe) -> int:
     return keep
 
 
-def pieces_of(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
+def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
     """Return every tensor of the result, in the order in which they are written."""
     names = model.names
     outside = {name: Origin(name) for name in names[None]}
