@@ -150,8 +150,9 @@ class _LayerFit:
 
     def __init__(self, uncut: MoeWalk, cut: MoeWalk, index: int) -> None:
         self._uncut, self._cut, self._index = uncut, cut, index
-        self._experts: Any = cut.places[index].experts
-        self._down: torch.Tensor = self._experts.down_proj.detach().clone()
+        experts: Any = cut.places[index].experts
+        self._experts = experts
+        self._down: torch.Tensor = experts.down_proj.detach().clone()
 
     def set(self, down: torch.Tensor) -> None:
         """Let the layer compute with these down projections, ``[E', d, F]``."""
