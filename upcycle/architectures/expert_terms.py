@@ -13,7 +13,8 @@ from upcycle.architectures.tensor_origin import Origin
 class Term:
     """Describes a part of an expert of a compressed model: an expert of the source, times ``weight``.
 
-    ``order`` puts its neurons into another order before it is added to others: neuron ``order[i]`` becomes neuron i.
+    ``order`` puts its neurons into another order before it is added to others, or takes some of them: neuron ``order[i]`` becomes
+    neuron i.
     """
 
     expert: int
@@ -63,3 +64,13 @@ class ExpertTerms(Origin):
     def fused(self) -> bool:
         """Whether the source holds all experts in one tensor, and so does the result."""
         return len(self.names) == 1
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the result, given that of a stored tensor: with the experts and the neurons that are taken."""
+        order = self.experts[0][0].order
+        rows, columns = stored[-2:]
+        if order is not None and self.part == "down":
+            columns = len(order)
+        elif order is not None:
+            rows = len(order) * (2 if self.part == "gate_up" else 1)
+        return (*((len(self.experts),) if self.fused else ()), rows, columns)

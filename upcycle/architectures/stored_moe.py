@@ -231,11 +231,22 @@ class MoeModel:
             whole = Origin(first) if plain else ExpertTerms(first, experts=(terms,), names=names, part=part)
             yield f"{prefix}.{place}.{matrix}.weight", whole
 
-    def config_with(self, experts: int, top_k: int) -> dict[str, Any]:
-        """Return ``config.json`` with the numbers under every key that spells them."""
+    @cached_property
+    def expert_width(self) -> int:
+        """The number of neurons of one routed expert."""
+        return next(spec.shape[-1] for name, spec in self.specs.items() if is_down(name))
+
+    def config_with(self, experts: int, top_k: int, width: int | None = None) -> dict[str, Any]:
+        """Return ``config.json`` with the numbers under every key that spells them; ``width`` is the neurons of an expert."""
         config = {key: value for key, value in self.raw.items() if key != "auto_map"}
         spelt = {"num_experts", "num_local_experts"} & set(config) or {self.family.experts_key}
-        return {**config, **dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
+        config |= {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
+        if width is not None and width != self.expert_width:
+            own = build_config(self.raw, self.family.name)
+            # A key that the class does not read may be there, too, with another number.
+            keys = ("moe_intermediate_size", "intermediate_size")
+            config[next(key for key in keys if getattr(own, key, None) == self.expert_width)] = width
+        return config
 
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
         """Yield every tensor, or part of one, that holds matrices of a single expert, after that expert's index."""

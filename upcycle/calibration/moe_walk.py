@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import linear
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.models.body_pass import layer_arguments
@@ -138,6 +139,13 @@ class MoeWalk:
             _, seen = layer_arguments(self.model, self._paths, self.layers, inputs_embeds=zeros)
             self._arguments[count] = seen
         return self._arguments[count][index]
+
+
+def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """Return the activations ``[t, F]`` of an expert's neurons for inputs ``[t, d]``; ``experts`` is a stock class's module."""
+    gate, up = linear(x, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
+    active: torch.Tensor = experts.act_fn(gate) * up
+    return active
 
 
 def _tensor(made: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.calibration.moe_walk import MoeWalk, Routed
+from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
 from upcycle.errors import CheckpointError
 from upcycle.methods.compressing.observations import LayerObservations, Observations
 from upcycle.models.experts import expert_outputs
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
+MOST_GRAM = 16_000_000  # numbers in the products of neurons that are kept of one layer
 
 
 def sampled_tokens(experts: int) -> int:
@@ -84,6 +85,9 @@ class _Sums:
         zeros = torch.zeros(count, dtype=torch.float64)
         self._load, self._weight, self._score = zeros.clone(), zeros.clone(), zeros.clone()
         self._norm, self._saliency = zeros.clone(), zeros.clone()
+        width = self._place.experts.down_proj.shape[-1]
+        self._neurons = torch.zeros(count, width)
+        self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
         self._ratios: list[torch.Tensor] = []
         self._every = -(-tokens // sampled_tokens(count))  # every so many tokens one is sampled
@@ -112,9 +116,14 @@ class _Sums:
         for expert in range(len(self._load)):
             tokens, slots = torch.where(routed.experts == expert)
             if len(tokens):
-                norms = self._output(routed.x[tokens], expert).double().norm(dim=1)
+                x, own = routed.x[tokens], weights[tokens, slots]
+                norms = self._output(x, expert).double().norm(dim=1)
+                active = own.float()[:, None] * active_neurons(self._place.experts, x, expert)
+                self._neurons[expert] += active.square().sum(0)
+                if self._neuron_gram.numel():
+                    self._neuron_gram[expert] += active.T @ active
                 self._norm[expert] += norms.sum()
-                self._saliency[expert] += (norms * weights[tokens, slots]).sum()
+                self._saliency[expert] += (norms * own).sum()
 
     def _output(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Return the output ``[t, d]`` of an expert, by the stock class's own code."""
@@ -162,6 +171,8 @@ class _Sums:
             similarity=torch.tensor([self._cosine / self._tokens], dtype=torch.float64),
             bias=torch.zeros(len(self._load)).double() if bias is None else bias.detach().double().flatten().clone(),
             factor=torch.tensor([self._factor(logits.double(), weights.double())]).double(),
+            neurons=self._neurons,
+            neuron_gram=self._neuron_gram,
             sample_logits=logits,
             sample_weights=weights,
             sample_gram=grams,

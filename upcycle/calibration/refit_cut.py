@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from upcycle.architectures.expert_terms import LayerCut, Term
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.moe_walk import MoeWalk, Routed
+from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
@@ -136,12 +136,13 @@ def _sum_of_terms(whole: torch.Tensor, terms: Sequence[Term], part: str) -> torc
     """Return the weighted sum of experts' matrices, their neurons reordered, of a stock tensor ``[E, 2 F, d]`` or ``[E, d, F]``."""
     from upcycle.checkpoints.moe_checkpoint import reordered
 
-    total = torch.zeros(whole.shape[1:])
+    total: torch.Tensor | float = 0.0
     for term in terms:
         matrix = whole[term.expert]
         if term.order is not None:  # the name tells what the rows are: where d is 2 F, both matrices have one shape
             matrix = reordered(matrix, part, torch.tensor(term.order))
-        total += term.weight * matrix
+        total = total + term.weight * matrix
+    assert isinstance(total, torch.Tensor)
     return total
 
 
@@ -194,7 +195,9 @@ class _LayerFit:
                 own = update[:, place * width : (place + 1) * width]
                 down[expert] += own
                 tokens, slots = torch.where(ids == expert)
-                left[tokens] -= linear(self._active(x[tokens], expert) * weights[tokens, slots, None], own)
+                left[tokens] -= linear(
+                    active_neurons(self._experts, x[tokens], expert) * weights[tokens, slots, None], own
+                )
         after = left[judged].double().square().sum().item()
         scale = torch.cat(added)[judged].sum().item() or 1.0  # experts that add nothing leave nothing to fit
         return down, {"missing_before": before / scale, "missing_after": after / scale, "strength": strength}
@@ -217,7 +220,7 @@ class _LayerFit:
             for place, expert in enumerate(group):
                 tokens, slots = torch.where(ids[rows] == expert)
                 chosen[tokens] = True
-                part = self._active(x[rows][tokens], expert) * weights[rows][tokens, slots, None]
+                part = active_neurons(self._experts, x[rows][tokens], expert) * weights[rows][tokens, slots, None]
                 features[tokens, place * width : (place + 1) * width] = part
             for outside in (False, True):
                 taken = chosen & (held[rows] == outside)
@@ -229,9 +232,3 @@ class _LayerFit:
             return None, choice.strength
         # All tokens but the held-out ones: these must go on judging.
         return sums.solve(choice.strength, everything=False).weights.T.float(), choice.strength
-
-    def _active(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the activations ``[t, F]`` of an expert's neurons."""
-        gate, up = linear(x, self._experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
-        active: torch.Tensor = self._experts.act_fn(gate) * up
-        return active

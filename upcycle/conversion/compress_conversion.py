@@ -95,11 +95,9 @@ class CompressConversion(CompressJob, GrowthConversion):
         folder: Path,
         progress: Progress,
     ) -> dict[int, Any]:
-        from upcycle.architectures.expert_terms import LayerCut
-
         keep, model = self.keep, checkpoint.model
-        if keep == model.experts:
-            return dict.fromkeys(model.moe_layers, LayerCut.keeping(range(keep)))
+        if not self.changes or not self.compression.observes:
+            return dict.fromkeys(model.moe_layers, self.compression.before(model, keep))
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
         return self.compression.cuts(model, seen, keep, partial(_matrices, checkpoint), self.recipe.seed)
 

@@ -13,7 +13,7 @@ from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.user_paths import user_path
-from upcycle.methods.compressing.base import Compression, cut_of, described_cut, kept_experts
+from upcycle.methods.compressing.base import Compression, CutSizes, cut_of, described_cut
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
 from upcycle.planning.job import check_text
@@ -38,18 +38,24 @@ class CompressJob(GrowthJob):
 
     @property
     def keep(self) -> int:
-        """The number of experts that every layer keeps."""
-        return kept_experts(self.moe, self.recipe)
+        """How much is kept of what the method cuts, such as experts per layer."""
+        return self.compression.kept(self.moe, self.recipe)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is cut."""
+        return self.compression.sizes(self.moe, self.keep) != CutSizes.of(self.moe)
 
     @property
     def refits(self) -> bool:
         """Whether down projections are refitted on text."""
-        return self.recipe.refit != "none" and self.keep < self.moe.experts
+        return self.recipe.refit != "none" and self.changes
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is read."""
-        return self.keep < self.moe.experts and (self.recipe.observations is None or self.refits)
+        observes = self.compression.observes and self.recipe.observations is None
+        return self.changes and (observes or self.refits)
 
     @cached_property
     def about(self) -> dict[str, Any] | None:
@@ -95,7 +101,7 @@ class CompressJob(GrowthJob):
     def _one_kind(self) -> list[str]:
         """Return the warning that the text is of one kind."""
         texts = self.recipe.calibration.texts if self.about is None else self.about["text"].get("text") or []
-        if self.keep == self.moe.experts or not self.compression.looks or len(texts) != 1 or texts[0] == "demo":
+        if not self.changes or not self.compression.looks or len(texts) != 1 or texts[0] == "demo":
             return []
         return [
             f"one text alone ({texts[0]}) decides which experts stay: those of other kinds of text go (chosen on C4 alone, cuts by a "

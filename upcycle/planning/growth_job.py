@@ -229,8 +229,8 @@ def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
     """Return the shape of an output tensor: one that holds several experts has as many as its origin names."""
     if isinstance(origin, ExpertRows):
         return (len(origin.taken), *stored.shape[1:])
-    if isinstance(origin, ExpertTerms) and origin.fused:
-        return (len(origin.experts), *stored.shape[1:])
+    if isinstance(origin, ExpertTerms):
+        return origin.shape(stored.shape)
     return tuple(stored.shape)
 
 

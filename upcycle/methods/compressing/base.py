@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 """Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32."""
+
+
+class CutSizes(NamedTuple):
+    """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert."""
+
+    experts: int
+    top_k: int
+    width: int
+
+    @classmethod
+    def of(cls, model: MoeModel) -> CutSizes:
+        """Return those of a model."""
+        return cls(model.experts, model.top_k, model.expert_width)
 
 
 @dataclass(frozen=True)
@@ -60,14 +73,37 @@ class Compression(Growth):
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
 
+    observes: ClassVar[bool] = True  # whether it reads observations at all
+
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """Decide what the experts of a layer are made of.
 
         Args:
             source: the layer.
-            keep: the number of experts of the result.
+            keep: what :meth:`kept` returned: for most methods, the number of experts of the result.
         """
+
+    def kept(self, model: MoeModel, recipe: Recipe) -> int:
+        """Return how much is kept of what the method cuts: experts.
+
+        Raises:
+            UsageError: the recipe does not say, or it cannot be.
+        """
+        return kept_experts(model, recipe)
+
+    def sizes(self, model: MoeModel, keep: int) -> CutSizes:
+        """Return the sizes of the result."""
+        return CutSizes(keep, model.top_k, model.expert_width)
+
+    def before(self, model: MoeModel, keep: int) -> LayerCut:
+        """Return a cut of the shapes that the result will have, before anything is decided."""
+        return LayerCut.keeping(range(keep))
+
+    def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
+        """Return what is gone, for the promise, and what the result is, in a few words."""
+        gone = f"{model.experts - keep} of {model.experts} experts are gone from every layer"
+        return gone, f"{keep} experts from {model.experts}, top-{model.top_k}"
 
     def check(self, experts: int, top_k: int, keep: int) -> None:
         """Refuse sizes that the method cannot work on.
@@ -79,26 +115,27 @@ class Compression(Growth):
     def grow(self, source: Described, recipe: Recipe, choice: Any = None) -> Grown:
         """Describe the result; ``choice`` are the cuts by layer, None before they are decided."""
         model = MoeModel.read(source.raw, source.specs, source.where)
-        keep = kept_experts(model, recipe)
+        keep = self.kept(model, recipe)
         self.check(model.experts, model.top_k, keep)
-        cuts = choice or dict.fromkeys(model.moe_layers, LayerCut.keeping(range(keep)))
-        exact = keep == model.experts
-        reason = (
-            "every expert is kept"
-            if exact
-            else f"{model.experts - keep} of {model.experts} experts are gone from every layer"
-        )
+        sizes = self.sizes(model, keep)
+        cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
+        exact = sizes == CutSizes.of(model)
+        gone, summary = self.said(model, keep)
         return Grown(
-            config=model.config_with(keep, model.top_k),
+            config=model.config_with(*sizes),
             pieces=tuple(cut_pieces(model, cuts)),
-            promise=("exact" if exact else "approximate", reason),
-            summary=f"{keep} experts from {model.experts}, top-{model.top_k}",
+            promise=("exact", "nothing is cut") if exact else ("approximate", gone),
+            summary=summary,
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
             context=model.context,
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             tied=model.tied,
-            idle=model.expert_elements // model.experts * (keep - model.top_k),
+            idle=model.expert_elements
+            // model.experts
+            * sizes.width
+            // model.expert_width
+            * (sizes.experts - sizes.top_k),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
             warnings=() if exact else (LOSS_WARNING,),
         )
@@ -111,7 +148,7 @@ class Compression(Growth):
         Args:
             checkpoint_model: the source.
             seen: its observations.
-            keep: the number of experts of every layer of the result.
+            keep: what :meth:`kept` returned.
             matrices: returns what reads the matrices of a layer's experts.
             seed: of random choices.
         """
@@ -119,8 +156,7 @@ class Compression(Growth):
         for layer, observed in seen.layers.items():
             model = checkpoint_model
             source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
-            everything = keep == model.experts
-            found[layer] = LayerCut.keeping(range(keep)) if everything else self.cut(source, keep)
+            found[layer] = self.cut(source, keep)
         return found
 
 

@@ -40,6 +40,9 @@ class LayerObservations:
         similarity: ``[1]``, the mean cosine of the stream before and behind the layer's experts.
         bias: ``[E]``, what the choice adds to the scores; zeros where it adds nothing.
         factor: ``[1]``, what the weights are multiplied by at the end.
+        neurons: fp32 ``[E, F]``, the sum of ``(weight * activation)^2`` of every neuron over the tokens that chose its expert.
+        neuron_gram: fp32 ``[E, F, F]``, the products of its neurons' activations, each times the weight, summed likewise; empty
+            where there would be more than 16 million numbers.
         sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
         sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
         sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
@@ -57,6 +60,8 @@ class LayerObservations:
     similarity: torch.Tensor
     bias: torch.Tensor
     factor: torch.Tensor
+    neurons: torch.Tensor
+    neuron_gram: torch.Tensor
     sample_logits: torch.Tensor
     sample_weights: torch.Tensor
     sample_gram: torch.Tensor
