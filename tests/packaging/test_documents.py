@@ -253,12 +253,13 @@ def test_json_keys(
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "convert").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
+def test_shipped_recipes_work(path: Path, pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# ")
     parse_recipe({"source": "demo", **content}, str(path))
+    source = str(pico_moe("mixtral")) if load("method", content["method"]).takes == "moe" else "demo"
     sizes = ["--verify-tokens", "64", *(["--calibration-tokens", "2048"] if "calibration" in content else [])]
-    result = CliRunner().invoke(cli, ["convert", str(path), str(tmp_path / "out"), "--source", "demo", *sizes, "-q"])
+    result = CliRunner().invoke(cli, ["convert", str(path), str(tmp_path / "out"), "--source", source, *sizes, "-q"])
     assert result.exit_code == 0, result.output
 
 

@@ -243,8 +243,9 @@ class MoeModel:
         config |= {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
         if width is not None and width != self.expert_width:
             own = build_config(self.raw, self.family.name)
-            key = "moe_intermediate_size"
-            config[key if getattr(own, key, None) is not None else "intermediate_size"] = width
+            # A key that the class does not read may be there, too, with another number.
+            keys = ("moe_intermediate_size", "intermediate_size")
+            config[next(key for key in keys if getattr(own, key, None) == self.expert_width)] = width
         return config
 
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
@@ -335,7 +336,7 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
     if model_type in FAMILIES:
         raise RefusalError(
             f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
-            hint="make one of it first, e.g. --method sparse_upcycling --experts 8",
+            hint="make one of it first: upcycle convert MODEL OUT --method sparse_upcycling --experts 8",
         )
     if model_type not in MOES:
         raise RefusalError(

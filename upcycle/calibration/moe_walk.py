@@ -24,7 +24,7 @@ from upcycle.trainers.routing.stock_routers import RouterPlace, find_routers
 if TYPE_CHECKING:
     from upcycle.models.stock_layers import Layers
 
-BATCH_TOKENS = 4096
+WALK_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class MoeWalk:
 
     def batches(self, count: int) -> Iterator[slice]:
         """Yield the windows of each batch, of ``count`` in all."""
-        size = max(1, BATCH_TOKENS // self._window)
+        size = max(1, WALK_TOKENS // self._window)
         return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
     def run(self, index: int, states: torch.Tensor, see: Callable[[Routed], None] | None = None) -> torch.Tensor:

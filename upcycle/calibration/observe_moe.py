@@ -58,7 +58,7 @@ def observe_layers(
                     sums = _Sums(walk, index, windows.numel(), checkpoint.model)
                 for batch in walk.batches(len(windows)):
                     before = states[batch]
-                    after = walk.run(index, before, sums and sums.add)
+                    after = walk.run(index, before, sums.add if sums else None)
                     if sums:
                         sums.compare(after)
                     states[batch] = after

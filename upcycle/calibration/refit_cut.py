@@ -61,7 +61,8 @@ def refit_cuts(
 
     Returns:
         For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
-        than eight windows), relative to what its experts had added, both squared; and the strength of the last fit.
+        than eight windows), relative to what its experts had added, both squared; and the strength of the last fit that helped
+        (0: none did).
     """
     from safetensors.torch import save_file
 
@@ -150,8 +151,9 @@ class _LayerFit:
 
     def __init__(self, uncut: MoeWalk, cut: MoeWalk, index: int) -> None:
         self._uncut, self._cut, self._index = uncut, cut, index
-        self._experts: Any = cut.places[index].experts
-        self._down: torch.Tensor = self._experts.down_proj.detach().clone()
+        experts: Any = cut.places[index].experts
+        self._experts = experts
+        self._down: torch.Tensor = experts.down_proj.detach().clone()
 
     def set(self, down: torch.Tensor) -> None:
         """Let the layer compute with these down projections, ``[E', d, F]``."""
@@ -177,14 +179,18 @@ class _LayerFit:
         experts, _, width = self._down.shape
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:
-            groups = [[e] for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True).tolist()]
+            groups = [
+                [e]
+                for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True, stable=True).tolist()
+            ]
         judged = held if bool(held.any()) else torch.ones_like(held)
         down, before = self._down.clone(), left[judged].double().square().sum().item()
         strength = 0.0
         for group in groups:
-            update, strength = self._update(group, x, ids, weights, left, held)
+            update, tried = self._update(group, x, ids, weights, left, held)
             if update is None:
                 continue
+            strength = tried
             for place, expert in enumerate(group):
                 own = update[:, place * width : (place + 1) * width]
                 down[expert] += own

@@ -145,8 +145,10 @@ def _verification(facts: Facts) -> str:
     measured = facts.verification
     if not measured:
         return "**Skipped.** These weights were not compared with the dense model."
+    source = "its source" if facts.grown else "the dense model"
+    verdict = _VERDICTS[measured["verdict"]].replace("the dense model", source)
     lines = [
-        f"{_VERDICTS[measured['verdict']].replace('the dense model', 'its source' if facts.grown else 'the dense model')} Why: {plain(measured['explanation'])}.",
+        f"{verdict} Why: {plain(measured['explanation'])}.",
         "",
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
         f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",

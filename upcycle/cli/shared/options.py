@@ -81,9 +81,6 @@ def recipe_options(function: F) -> F:
     function = click.option("--router-param", "router_param", multiple=True, metavar="NAME=VALUE", help=router)(
         function
     )
-    function = click.option(
-        "--source", "source_flag", metavar="SOURCE", help="convert this model instead of the one in the recipe"
-    )(function)
     for flag, (values, text) in _PARAMETERS.items():
         function = click.option(flag, type=click.Choice(values), default=None, help=text)(function)
     return _options_of(function, [*_FLAGS.values()])
@@ -95,14 +92,16 @@ def some_recipe_options(*keys: str) -> Callable[[F], F]:
 
 
 def _repeatable(function: F) -> F:
-    """Add the options that set any key, or any parameter of the method."""
+    """Add the options that set any key, any parameter of the method, or the source of a recipe."""
     texts = {
         ("--set", "set_"): ("KEY=VALUE", "set any recipe key, e.g. router.parameters.std=0.01 (repeatable)"),
         ("--param", "param"): ("NAME=VALUE", "a parameter of the method (repeatable)"),
     }
     for (flag, name), (metavar, text) in texts.items():
         function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
-    return function
+    return click.option(
+        "--source", "source_flag", metavar="SOURCE", help="convert this model instead of the one in the recipe"
+    )(function)
 
 
 def _options_of(function: F, keys: Sequence[str]) -> F:

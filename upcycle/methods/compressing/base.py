@@ -123,7 +123,7 @@ class Compression(Growth):
         gone, summary = self.said(model, keep)
         return Grown(
             config=model.config_with(*sizes),
-            pieces=tuple(pieces_of(model, cuts)),
+            pieces=tuple(cut_pieces(model, cuts)),
             promise=("exact", "nothing is cut") if exact else ("approximate", gone),
             summary=summary,
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
@@ -137,7 +137,7 @@ class Compression(Growth):
             // model.expert_width
             * (sizes.experts - sizes.top_k),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=() if exact else (LOSSES,),
+            warnings=() if exact else (LOSS_WARNING,),
         )
 
     def cuts(
@@ -160,7 +160,7 @@ class Compression(Growth):
         return found
 
 
-LOSSES = (
+LOSS_WARNING = (
     "cuts hurt text of other kinds than the calibration's, and what the model writes, more than the perplexity of the calibrated "
     "kind shows: measure both"
 )
@@ -189,7 +189,7 @@ def kept_experts(model: MoeModel, recipe: Recipe) -> int:
     return keep
 
 
-def pieces_of(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
+def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
     """Return every tensor of the result, in the order in which they are written."""
     names = model.names
     outside = {name: Origin(name) for name in names[None]}
