@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut, Term
+from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.errors import UsageError
+from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.base import Compression, CutSizes, LayerSource
 from upcycle.plugins import PluginParameters
@@ -49,6 +50,7 @@ class Slim(Compression):
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
         """Return the number of neurons that every expert keeps."""
         width, step = model.expert_width, _step(model.expert_width)
+        self._check_alone(model)
         if recipe.keep is None:
             raise UsageError("slim needs to know how many neurons every expert keeps", hint="--keep 0.75")
         if recipe.keep == 1:
@@ -62,6 +64,22 @@ class Slim(Compression):
                 else "experts of so few neurons stay as they are",
             )
         return keep
+
+    def _check_alone(self, model: MoeModel) -> None:
+        """Refuse an architecture in which the width of the routed experts is that of other matrices, too.
+
+        Raises:
+            RefusalError: it is; the message names a tensor.
+        """
+        here = stock_shapes(model.raw)
+        there = stock_shapes(model.config_with(model.experts, model.top_k, model.expert_width + PREFERRED_MULTIPLE))
+        other = [name for name, shape in here.items() if there.get(name) != shape and ".experts." not in name]
+        if other:
+            raise RefusalError(
+                f"slim cannot make the experts of a '{model.family.name}' model narrower: their width in config.json is that of "
+                f"'{other[0]}', too",
+                hint="a method that leaves out whole experts, such as --method naee",
+            )
 
     def sizes(self, model: MoeModel, keep: int) -> CutSizes:
         """Return the sizes of the result: only the width changes."""
