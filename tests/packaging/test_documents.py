@@ -164,6 +164,9 @@ def test_json_keys(
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
+    cutting = {"method": "naee", "keep": 0.5, "calibration": split["calibration"], "verification": {"enabled": False}}
+    compressed = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "cut", **cutting).as_dict()
+    seen = upcycle.observe(str(pico_moe("mixtral")), tmp_path / "seen.safetensors", "demo", 64)
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     text = {"text": "code", "tokens": 64, "window": 32}
@@ -213,6 +216,9 @@ def test_json_keys(
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
+        "convert layers of a compressed MoE": compressed["layers"][0],
+        "observe": seen,
+        "observe layers": seen["layers"][0],
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
@@ -251,12 +257,13 @@ def test_json_keys(
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "convert").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
+def test_shipped_recipes_work(path: Path, pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# ")
     parse_recipe({"source": "demo", **content}, str(path))
+    source = str(pico_moe("mixtral")) if load("method", content["method"]).takes == "moe" else "demo"
     sizes = ["--verify-tokens", "64", *(["--calibration-tokens", "2048"] if "calibration" in content else [])]
-    result = CliRunner().invoke(cli, ["convert", str(path), str(tmp_path / "out"), "--source", "demo", *sizes, "-q"])
+    result = CliRunner().invoke(cli, ["convert", str(path), str(tmp_path / "out"), "--source", source, *sizes, "-q"])
     assert result.exit_code == 0, result.output
 
 

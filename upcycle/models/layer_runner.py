@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.models.body_pass import layer_arguments
 from upcycle.models.stock_layers import compute_layer_buffers
 from upcycle.models.stock_model import dense_reader, fill, skeleton
 
@@ -232,32 +232,11 @@ class LayerRunner:
 
     def _pass(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Run the stock model with layers that do nothing; return what the first reads, and every layer's other arguments."""
-        first: list[torch.Tensor] = []
-        seen: list[dict[str, Any]] = []
-        paths, wraps = self._checkpoint.family.module_paths, self._checkpoint.family.returns_tuple
-        names = list(signature(type(self.layers[0]).forward).parameters)[2:]  # behind self and the states
-
-        def nothing(states: torch.Tensor, *positional: Any, **arguments: Any) -> Any:
-            first.append(states)
-            seen.append({**dict(zip(names, positional, strict=False)), **arguments})
-            return (states,) if wraps else states
-
-        body, cache = paths.body_in(self.model), {} if self._checkpoint.family.encoder else {"use_cache": False}
-        skipped = [self.model.get_submodule(paths.final_norm)] if paths.final_norm else []
-        normal = [norm.forward for norm in skipped]
-        for layer in self.layers:
-            layer.forward = nothing
-        for norm in skipped:
-            norm.forward = lambda states: states
-        try:
-            with torch.no_grad():
-                body(**inputs, **cache)
-        finally:
-            for layer in self.layers:
-                del layer.forward
-            for norm, own in zip(skipped, normal, strict=True):
-                norm.forward = own
-        return first[0], seen
+        family = self._checkpoint.family
+        settings = {} if family.encoder else {"use_cache": False}
+        return layer_arguments(
+            self.model, family.module_paths, self.layers, {**inputs, **settings}, wraps=family.returns_tuple
+        )
 
 
 def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:

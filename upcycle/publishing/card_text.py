@@ -55,7 +55,12 @@ def _what(facts: Facts) -> str:
     names = list(dict.fromkeys(code(public_name(source["name"])) for source in sources_of(record)))
     made = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
-    if facts.grown:
+    if facts.compressed:
+        first = (
+            f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts were left out or "
+            "merged; `compression.json` says of every layer which are left."
+        )
+    elif facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
     elif facts.pruned:
         first = (
@@ -159,8 +164,10 @@ def _verification(facts: Facts) -> str:
     measured = facts.verification
     if not measured:
         return "**Skipped.** These weights were not compared with the dense model."
+    source = "its source" if facts.grown else "the dense model"
+    verdict = _VERDICTS[measured["verdict"]].replace("the dense model", source)
     lines = [
-        f"{_VERDICTS[measured['verdict']]} Why: {plain(measured['explanation'])}.",
+        f"{verdict} Why: {plain(measured['explanation'])}.",
         "",
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
         f"{measured['tokens']:,} {_unit(measured)} of {code(public_name(measured['text']))}:",
@@ -289,8 +296,9 @@ def _limits(facts: Facts) -> Iterator[str]:
     )
     if not trained and plan["promise"] == "approximate":
         worse = "its answers are worse than those of" if encoder else "it writes worse text than"
-        yield f"It is a starting point for training: as it is, {worse} the model that it was made from."
-    if not trained and plan["promise"] != "approximate":
+        starting = "" if facts.compressed else "It is a starting point for training: as it is, "
+        yield f"{starting}{worse if starting else worse[0].upper() + worse[1:]} the model that it was made from."
+    if not trained and plan["promise"] != "approximate" and not facts.compressed:
         yield "It is a starting point for training: as it is, it computes what the dense model computes, and nothing is gained."
     ratio = plan["flops_per_token"] / plan["flops_per_token_dense"]
     yield f"A token costs {ratio:.2f} times the FLOPs that it costs in {source}, and all parameters must be in memory."

@@ -30,6 +30,9 @@ JSON_KEYS = {
     "error_trained",
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",
+    "convert layers of a compressed MoE": "layer experts rows refit",
+    "observe": "out experts top_k tokens layers",
+    "observe layers": "layer unused few",
     "convert layers of symphony": "layer similarity_stored similarity_aligned",
     "compare": "source dense unseen calibration_tokens evaluation_tokens results skipped timing goal",
     "compare results": "active method router refit baseline perplexity ratio unseen_ratio kl captured parameters_active flops_ratio "
