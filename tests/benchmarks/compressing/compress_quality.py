@@ -1,7 +1,7 @@
-"""What compressions of a trained Mixture-of-Experts lose: on the kinds of text that were calibrated on, on one that was not, in writing.
+"""What compressions of a trained MoE lose: on the kinds of text that were calibrated on, on one that was not, in writing.
 
-The model is ``small_moe.py``'s, or any MoE (``--model``). It is observed once; every method then cuts it to 75% and 50%, without a refit
-and with the closed-form refit of down projections. Calibrated on documentation, code and science; measured on other documents of
+The model is ``small_moe.py``'s, or any MoE (``--model``). It is observed once; every method then cuts it to 75% and 50%, without a
+refit and with the closed-form refit of down projections. Calibrated on documentation, code and science; measured on other documents of
 these kinds, and on news, a kind that nothing was calibrated on. Agreement: the share of tokens that are the same when both
 models go on from the same beginnings with greedy decoding.
 

@@ -1,7 +1,7 @@
 """A small Mixture-of-Experts that was really trained: 16 experts, 4 per token, grown out of the demo model.
 
-No trained MoE comes from the package index. The demo model's FFNs are divided into 4 slices, each with 4 copies (``virtual_groups``, the
-same function as the demo model's at first), and all of it is trained on documentation, code and science (``domains.py``) with the
+No trained MoE comes from the package index. The demo model's FFNs are divided into 4 slices, each with 4 copies (``virtual_groups``,
+the same function as the demo model's at first), and all of it is trained on documentation, code and science (``domains.py``) with the
 losses of ``configs/train/upcycle_cpt.yaml``. It is kept in the cache of the benchmarks.
 
     python -P tests/benchmarks/compressing/small_moe.py

@@ -13,6 +13,9 @@ from upcycle.cli.shared.plugin_tables import markdown_table, plugins
 _CITED = re.compile(r"(?:arxiv\.org/abs/|arXiv:? ?)(\d{4}\.\d{5})")
 _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
+    "1910.14659": "Masked Language Model Scoring",
+    "2406.02500": "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework",
+    "2408.09632": "MoDeGPT: Modular Decomposition for Large Language Model Compression",
     "1503.02531": "Distilling the Knowledge in a Neural Network",
     "1608.03983": "SGDR: Stochastic Gradient Descent with Warm Restarts",
     "1701.06538": "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
