@@ -194,6 +194,11 @@ def load_tokenizer(path: Path) -> Any:
             raise EnvironmentFault(
                 f"the tokenizer in {path} cannot be loaded: {_first_line(error)}", hint=_tokenizer_hint(path)
             ) from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what some classes make of a folder without a vocabulary
+        raise EnvironmentFault(
+            f"{path} holds no vocabulary: its tokenizer would know its special tokens alone",
+            hint="put the tokenizer's files beside the weights",
+        )
     tokenizer.name_or_path = ""
     tokenizer.init_kwargs.pop("name_or_path", None)
     return tokenizer

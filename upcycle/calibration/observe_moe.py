@@ -85,7 +85,8 @@ class _Sums:
         zeros = torch.zeros(count, dtype=torch.float64)
         self._load, self._weight, self._score = zeros.clone(), zeros.clone(), zeros.clone()
         self._norm, self._saliency = zeros.clone(), zeros.clone()
-        width = self._place.experts.down_proj.shape[-1]
+        experts: Any = self._place.experts
+        width = int(experts.down_proj.shape[-1])
         self._neurons = torch.zeros(count, width)
         self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)

@@ -117,7 +117,8 @@ class Slim(Compression):
         gram = seen.neuron_gram[expert].double()
         mean = gram.diagonal().mean()
         regular = gram + self.parameters.ridge * (mean if mean > 0 else 1.0) * torch.eye(len(gram), dtype=torch.float64)
-        return torch.linalg.solve(regular, gram).diagonal()
+        scores: torch.Tensor = torch.linalg.solve(regular, gram).diagonal()
+        return scores
 
 
 def _of_neurons(neurons: list[list[int]]) -> LayerCut:

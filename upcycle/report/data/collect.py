@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
+from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder, reads_of
 from upcycle.errors import UpcycleError
 from upcycle.files import private_text
 from upcycle.files.local_names import records_without_folders
@@ -118,6 +118,8 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
     elif is_encoder(subject.config):
         why = "an encoder predicts no text, by which this is measured (upcycle evaluate measures it by what it is for)"
         rest = {section: missing(why) for section in ("quality", "experts")}
+        if reads_of(subject.config) not in ("text", "images"):
+            return {**rest, "routing": missing("its routers are only measured on texts or images alone")}
         return {**rest, "routing": _or_reason(lambda: _encoder_routing(subject, wanted, progress))}
     elif is_encoder_decoder(subject.config):
         why = "a model of an encoder and a decoder reads pairs, and quality and routing are measured on single texts"
