@@ -296,6 +296,8 @@ COMMANDS = [
     "POISON moe",
     "verify moe --tokens 64",
     "convert moe grown --method expert_upcycling --experts 8",
+    "observe moe seen.safetensors --calibration demo --calibration-tokens 512 -q",
+    "compress moe smaller --keep 0.5 --method frequency --observations seen.safetensors --refit none",
     "evaluate moe --reference hostile --tokens 64 --window 32",
     "evaluate moe --tasks passages --limit 1 --task-folder TASKS",
     "generate moe --prompt a --tokens 1",

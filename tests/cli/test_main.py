@@ -165,7 +165,7 @@ def test_list_shows_every_plugin_with_its_paper() -> None:
     result = json.loads(run("list", "--json").stdout)
     assert set(result) == {"methods", "routers", "families", "targets", "wrappers", "losses", "recipes"}
     ours = {method["name"] for method in result["methods"] if method["paper"] is None}
-    assert ours == {"alternating"}
+    assert ours == {"alternating", "random_experts"}
     assert all(method["paper"].startswith("https://") for method in result["methods"] if method["name"] not in ours)
     text = run("list", "methods").stdout
     assert all(method["name"] in text for method in result["methods"])

@@ -100,7 +100,6 @@ CASES: dict[str, tuple[Damage, list[str], int, list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), [], FAIL, ["config.json is missing"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{") and None, [], FAIL, ["config.json is not JSON"]),
     "no model_type": (config(model_type=None), [], FAIL, ["has no 'model_type'"]),
-    "apertus": (config(model_type="apertus"), [], USAGE, ["'apertus' model", "xIELU", "llama, mistral"]),
     "bitnet": (config(model_type="bitnet"), [], USAGE, ["'bitnet' model", "norms inside its FFN"]),
     "already a MoE": (config(model_type="mixtral"), [], USAGE, ["is a Mixture-of-Experts already"]),
     "NoPE layers": (config(no_rope_layers=[1, 0, 1]), [], USAGE, ["NoPE"]),

@@ -280,5 +280,5 @@ def test_models_that_cannot_be_compared_are_refused_before_text_is_read(pico: Pi
     with pytest.raises(UsageError, match="has no tokenizer, and a comparison reads text"):
         upcycle.compare(str(tmp_path / "mute"), **SMALL)
     small_model("bert").save_pretrained(tmp_path / "encoder")
-    with pytest.raises(RefusalError, match="a bert model cannot be calibrated"):
+    with pytest.raises(RefusalError, match="a bert model is an encoder, which predicts none"):
         upcycle.compare(str(tmp_path / "encoder"), **SMALL)

@@ -33,6 +33,8 @@ def random_observations(experts: int, seed: int = 0, tokens: int = 50, top_k: in
         similarity=torch.tensor([0.5]).double(),
         bias=torch.zeros(experts).double(),
         factor=torch.ones(1).double(),
+        neurons=torch.rand(experts, 5, generator=draw),
+        neuron_gram=torch.eye(5).expand(experts, 5, 5).clone(),
         sample_logits=logits,
         sample_weights=weights,
         sample_gram=outputs @ outputs.mT,

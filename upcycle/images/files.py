@@ -94,7 +94,7 @@ def class_of(item: ImageItem) -> str:
     return item.name.partition("/")[0] if "/" in item.name else ""
 
 
-def spread(items: Sequence[ImageItem], count: int) -> list[ImageItem]:
+def evenly_spread(items: Sequence[ImageItem], count: int) -> list[ImageItem]:
     """Return at most ``count`` of some images, evenly spread over all."""
     if len(items) <= count:
         return list(items)

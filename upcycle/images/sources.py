@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upcycle.errors import UsageError
 from upcycle.files.user_paths import user_path
-from upcycle.images.files import ImageItem, image_files, spread
+from upcycle.images.files import ImageItem, evenly_spread, image_files
 from upcycle.text.held_out import HELD_OUT_DOCUMENTS
 from upcycle.text.hub_dataset import hub_rows, is_dataset
 
@@ -61,7 +61,7 @@ def read_images(wanted: CalibrationRecipe, count: int) -> ImageParts:
 def _items(name: str, wanted: CalibrationRecipe, count: int) -> list[ImageItem]:
     path = user_path(name)
     if path.exists():
-        return spread(image_files(path), count)
+        return evenly_spread(image_files(path), count)
     if name == "self" or not is_dataset(name):
         raise UsageError(
             f"calibration: there is no folder {name}, and this model reads images",

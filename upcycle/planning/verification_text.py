@@ -11,7 +11,7 @@ from upcycle.architectures.stock import build_config, load_image_processor, load
 from upcycle.architectures.stock_auto import SEEDED
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.files.user_paths import user_path
-from upcycle.images.files import image_files, spread
+from upcycle.images.files import evenly_spread, image_files
 from upcycle.images.pixels import ImageReader
 from upcycle.images.sources import read_images
 from upcycle.models.image_states import image_states
@@ -125,10 +125,10 @@ def _images(job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: i
         try:
             reader = ImageReader(load_image_processor(path), build_config(checkpoint.raw_config, str(path)), path)
             if text:
-                return MeasuredText(reader(spread(image_files(user_path(text)), count)), f"{text}: images")
+                return MeasuredText(reader(evenly_spread(image_files(user_path(text)), count)), f"{text}: images")
             wanted = job.recipe.calibration
             held = read_images(wanted, max(1, wanted.tokens // image_states(checkpoint.raw_config, str(path)))).held_out
-            return MeasuredText(reader(spread(held, count)), "what was held out of the calibration images")
+            return MeasuredText(reader(evenly_spread(held, count)), "what was held out of the calibration images")
         except UpcycleError:
             if text:
                 raise  # else as with texts: a model from elsewhere comes without them, and a conversion reads them later

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from upcycle.errors import UsageError
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.files.formats.parsing import read_json
 
 if TYPE_CHECKING:
     from upcycle.progress import Progress
@@ -64,8 +64,8 @@ def pools_first(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        found = read_json(path)
+    except CheckpointError:
         return False
     return isinstance(found, dict) and bool(found.get("pooling_mode_cls_token"))
 

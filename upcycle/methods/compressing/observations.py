@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.files.formats.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,11 @@ class Observations:
         if found.get("upcycle") != "observations" or found.get("format") != _FORMAT:
             raise UsageError(f"{path} holds no observations of this version", hint=_AGAIN)
         try:
-            return {"model": found["model"], "top_k": int(found["top_k"]), "text": dict(json.loads(found["text"]))}
+            return {
+                "model": found["model"],
+                "top_k": int(found["top_k"]),
+                "text": dict(parse_json(found["text"], str(path))),
+            }
         except (KeyError, ValueError, TypeError):
             raise CheckpointError(f"{path}: what it says of itself is damaged", hint=_AGAIN) from None
 

@@ -50,11 +50,11 @@ class Slim(Compression):
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
         """Return the number of neurons that every expert keeps."""
         width, step = model.expert_width, _step(model.expert_width)
-        self._check_alone(model)
         if recipe.keep is None:
             raise UsageError("slim needs to know how many neurons every expert keeps", hint="--keep 0.75")
         if recipe.keep == 1:
             return width
+        self._check_alone(model)
         keep = max(1, round(recipe.keep * width / step)) * step
         if keep >= width:
             raise UsageError(

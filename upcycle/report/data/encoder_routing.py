@@ -14,8 +14,7 @@ from upcycle.architectures.stock import load_image_processor, load_stock_model
 from upcycle.architectures.stock_auto import reads_of
 from upcycle.errors import UsageError
 from upcycle.files.user_paths import user_path
-from upcycle.images.files import ImageItem, class_of, image_files
-from upcycle.images.files import spread as evenly
+from upcycle.images.files import ImageItem, class_of, evenly_spread, image_files
 from upcycle.images.pixels import ImageReader
 from upcycle.models.stock_model import StockModel
 from upcycle.progress import Progress
@@ -83,7 +82,7 @@ def _of_images(
     folder: Path, model: StockModel, places: Sequence[RouterPlace], images: str, progress: Progress
 ) -> dict[str, Any]:
     config = model.model.config
-    items = evenly(image_files(user_path(images)), _IMAGES)
+    items = evenly_spread(image_files(user_path(images)), _IMAGES)
     items = sorted(items, key=class_of)
     reader = ImageReader(load_image_processor(folder), config, folder)
     names = list(dict.fromkeys(map(class_of, items)))
