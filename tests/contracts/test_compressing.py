@@ -62,7 +62,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ONE_WIDTH)
 def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(name: str, pico_moe: Models) -> None:
-    with pytest.raises(RefusalError, match="their width in config.json is that of '.*shared.*', too"):
+    with pytest.raises(RefusalError, match=r"their width in config\.json is that of '.*shared.*', too"):
         upcycle.plan(str(pico_moe(name)), method="slim", **quick("slim"))
 
 

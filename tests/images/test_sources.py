@@ -11,7 +11,7 @@ from encoder_cases import image_folder
 from PIL import Image
 
 from upcycle.errors import UsageError
-from upcycle.images.files import class_of, image_files, spread
+from upcycle.images.files import class_of, evenly_spread, image_files
 from upcycle.images.sources import read_images
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 
@@ -30,7 +30,7 @@ def test_images_are_found_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert [item.name for item in found] == [*names, "top.JPG"]
     assert [class_of(item) for item in found[2:4]] == ["class_0", "class_1"]
     assert class_of(found[-1]) == ""
-    assert [item.name for item in spread(found, 3)] == [found[i].name for i in (0, 2, 4)]
+    assert [item.name for item in evenly_spread(found, 3)] == [found[i].name for i in (0, 2, 4)]
 
 
 def test_an_image_is_read_upright_in_the_mode_of_the_model(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from upcycle.evaluation.encoders.image_classes import ClassResult, image_vectors
 from upcycle.evaluation.encoders.pseudo_perplexity import pseudo_loss
 from upcycle.files.locate import locate
 from upcycle.files.user_paths import user_path
-from upcycle.images.files import image_files, spread
+from upcycle.images.files import evenly_spread, image_files
 from upcycle.images.pixels import ImageReader
 from upcycle.models.load import load_model
 from upcycle.progress import Progress
@@ -121,7 +121,7 @@ def _on_images(
             f"{model} reads images, and none are named", hint="--images FOLDER, with a subfolder per class"
         )
     folder = user_path(images)
-    items = spread(image_files(folder), _IMAGES)
+    items = evenly_spread(image_files(folder), _IMAGES)
     reader = ImageReader(load_image_processor(path), loaded.config, path)
     classifies = name.endswith("ForImageClassification")
     labels = labels_of(items, loaded.config, str(folder)) if classifies else None
