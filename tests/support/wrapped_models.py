@@ -116,7 +116,7 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
         "CausalLM",
         {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4,
          "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 4,
-         "vocab_size_per_layer_input": 96, "final_logit_softcapping": 5.0},
+         "vocab_size_per_layer_input": 4096, "final_logit_softcapping": 5.0},
     ),
     "bert": ("bert", "MaskedLM", _TEXT),
     "roberta": ("roberta", "MaskedLM", _TEXT),
