@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.architectures.towers.composite import CompositeFamily
-from upcycle.architectures.towers.parts import PartsFamily
+from upcycle.architectures.towers.parts import LANGUAGE, PartsFamily
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.hardware.memory import available_memory
@@ -106,6 +106,15 @@ def _media(
     return found
 
 
+def _unmeasured(job: ExpertJob, measured: ModelDifference) -> str | None:
+    """Return why experts in parts that read no text were not compared with what they stand for; None: they were, or there are none."""
+    if not isinstance(job.family, PartsFamily) or measured.media is None or measured.media.error is not None:
+        return None
+    texts = job.family.layers_of((LANGUAGE,), job.dense.num_hidden_layers)
+    others = len(set(job.shape.moe_layers) - set(texts))
+    return f"{others} layers of experts read no text, and {measured.media.what}" if others else None
+
+
 def check_keys(job: PlannedJob, folder: Path) -> None:
     """Compare the stored names, shapes and dtypes with the plan.
 
@@ -155,6 +164,8 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
     explanation += measured.remarks + layers.remark
     if measured.totals.fault:
         verdict, explanation = "broken", measured.totals.fault
+    elif (unseen := _unmeasured(job, measured)) is not None:
+        verdict, explanation = "broken", unseen
     elif tolerance is not None and not error <= tolerance:
         behind = f" behind position {measured.reach.border:,}" if error == measured.far else ""
         behind = (

@@ -123,6 +123,6 @@ def text_places(base: Any, body: str, described: tuple[FfnPlace, ...], config: A
 def refuse_part(name: str, part: str, why: str, able: tuple[str, ...]) -> RefusalError:
     """Return the refusal of a part that experts cannot stand in."""
     return RefusalError(
-        f"part: the {part} of a {name} model cannot be converted: {why}",
-        hint=f"part: {', '.join(able)}" + (", or all of them" if len(able) > 1 else ""),
+        f"part: '{part}' of a {name} model cannot be converted: {why}",
+        hint=f"part: {', '.join(able)}" + (", or all" if len(able) > 1 else ""),
     )

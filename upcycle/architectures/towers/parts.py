@@ -132,6 +132,5 @@ class PartsFamily(DescribedFamily):
         return self._ffns[layer].place in self._places.get(LANGUAGE, ()) or self._ffns[layer].norm is not None
 
     def norms_below(self, layer: int) -> list[str]:
-        """Return the names of the norms of all outputs added to the stream below an FFN of the text model that reads it without one."""
+        """Return the names of the norms of all outputs added to the text model's stream below an FFN that reads it without one."""
         return self.composite.norms_below(layer)
-
