@@ -70,7 +70,8 @@ class CalibrationRecipe(StrictSettings):
     text: str | list[str] | None = Field(
         None,
         description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo, or self (the model "
-        "writes it); several are mixed evenly, self and all others half and half",
+        "writes it); several are mixed evenly, self and all others half and half; for encoders of images, folders of .png and "
+        ".jpg files or hub datasets",
     )
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
@@ -78,7 +79,9 @@ class CalibrationRecipe(StrictSettings):
         "auto",
         description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
     )
-    column: str = Field("text", description="column of a dataset or file of rows that holds the text")
+    column: str = Field(
+        "text", description="column of a dataset or file of rows that holds the text (for encoders of images: image)"
+    )
 
     @field_validator("text", mode="before")
     @classmethod
@@ -148,5 +151,8 @@ class VerificationRecipe(StrictSettings):
     """Says how the result is verified."""
 
     enabled: bool = Field(True, description="compare the result with the dense model after converting")
-    text: str | None = Field(None, description="UTF-8 text file to verify on; default: the embedded validation texts")
+    text: str | None = Field(
+        None,
+        description="UTF-8 text file to verify on, or folder of images; default: the embedded validation texts, or what was held out",
+    )
     tokens: int = Field(1024, ge=16, description="tokens to verify on")
