@@ -22,7 +22,8 @@ def _gated(ffn: str) -> dict[str, Any]:
 # The layers of encoders, below these.
 _VISION = (
     FfnPlace("encoder.layers.{}", **_FC, norm="layer_norm2"),  # CLIP, SigLIP and their like
-    FfnPlace("encoder.layer.{}", **_FC, norm="layernorm_after"),  # InternVL
+    FfnPlace("encoder.layer.{}", **_FC, norm="layernorm_after|norm2"),  # InternVL, DINOv2
+    FfnPlace("layers.{}", **_FC, norm="layernorm_after"),  # ViT
     FfnPlace("transformer.layers.{}", **_gated("feed_forward"), norm="ffn_norm"),  # Pixtral
     FfnPlace("transformer.encoder.layers.{}", **_gated("ffn"), norm="rms_norm2"),  # Ovis 2
     FfnPlace("layers.{}", **_LIN, norm="layer_norm2"),  # SAM
