@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from pico_towers import CASES
 from safetensors.torch import load_file
 from tower_runs import difference, loaded, with_image
@@ -15,8 +16,9 @@ from tower_runs import difference, loaded, with_image
 import upcycle
 import upcycle.models
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
+from upcycle.cli.main import cli
 from upcycle.conversion.expert_conversion import ExpertConversion
-from upcycle.errors import RefusalError, UsageError
+from upcycle.errors import RefusalError, UsageError, VerificationError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.planning.job import method_of
@@ -85,9 +87,10 @@ def test_all_parts_together_give_the_dense_logits_of_texts_and_images(
     ]:  # each of them matters, or is one that the class computes for nothing (a last layer that it skips)
         block: Any = moe.get_submodule(path)
         assert block.router.rule.top_k == 2
-    with torch.no_grad():
-        for path in found[True]:
-            moe.get_submodule(path).experts.down.mul_(1.5)
+    for path in found[True]:
+        block: Any = moe.get_submodule(path)
+        assert (block.router.rule.top_k, block.experts.count) == (2, 4)
+        block.experts.down.mul_(1.5)
     assert not found[True] or difference(moe(**inputs).logits, dense(**inputs).logits) > 100 * TOLERANCE
 
 
@@ -174,6 +177,27 @@ def test_layers_are_counted_within_every_part(tower: Tower, tmp_path: Path) -> N
     assert [name.split(".")[-2] for name in blocks_of(loaded(tmp_path / "two"))[True]] == ["0", "2"]
 
 
+def test_cumos_recipe_makes_four_copies_of_every_ffn_in_three_parts(tower: Tower, tmp_path: Path) -> None:
+    """Exact, and every expert is its dense FFN: weights of two copies sum to 1, whatever the random routers say."""
+    source, out = tower("llava", "llama"), tmp_path / "out"
+    shared = ["--tokenizer", "none", "--verify-tokens", "64", "-q"]
+    done = CliRunner().invoke(cli, ["convert", "cumo", str(out), "--source", str(source), *shared])
+    assert done.exit_code == 0, done.output
+    dense, moe = loaded(source), loaded(out)
+    found = blocks_of(moe)
+    assert (len(found[False]), len(found[True])) == (3, 4)
+    for path in found[False] + found[True]:
+        block: Any = moe.get_submodule(path)
+        rule = block.router.rule
+        assert (block.experts.count, rule.top_k, rule.scores, rule.normalized) == (4, 2, "softmax", True)
+        copies = block.experts.down.unflatten(0, (4, -1))
+        assert all(torch.equal(copy, copies[0]) for copy in copies)
+        assert len(block.router.weight.unique(dim=0)) == 4
+    inputs = with_image(dense, "llava")
+    with torch.no_grad():
+        assert difference(moe(**inputs).logits, dense(**inputs).logits) < TOLERANCE
+
+
 def test_old_names_of_tensors_are_read_and_written_as_the_class_has_them(tower: Tower, tmp_path: Path) -> None:
     source = tower("llava", "llama")
     assert any(name.startswith("language_model.model.") for name in load_file(source / "model.safetensors"))
@@ -196,10 +220,8 @@ def test_experts_that_read_no_text_must_be_compared(
     nothing = MediaCheck(None, "images were not compared: no image")
     monkeypatch.setattr(verify_experts, "compare_media", lambda *_: nothing)
     source = str(tower("llava", "llama"))
-    result = upcycle.convert(source, tmp_path / "out", part="connector", **CHECKED).verification
-    assert result is not None
-    assert result.verdict == "broken"
-    assert "1 layers of experts read no text, and images were not compared" in result.explanation
+    with pytest.raises(VerificationError, match="1 layers of experts read no text, and images were not compared"):
+        upcycle.convert(source, tmp_path / "out", part="connector", **CHECKED)
     texts = upcycle.convert(source, tmp_path / "text", part="language", **CHECKED).verification
     assert texts is not None
     assert texts.verdict == "exact"
@@ -231,7 +253,7 @@ def test_parts_that_do_not_exist_are_refused(tower: Tower, pico: Callable[[str],
         with pytest.raises(UsageError, match=message):
             upcycle.convert(source, tmp_path / "out", part=part, **CHECKED)
     with pytest.raises(RefusalError, match="llava to mixtral is not a conversion"):
-        upcycle.convert(source, tmp_path / "out", part="vision", target="mixtral", **CHECKED)
+        upcycle.convert(source, tmp_path / "out", part="all", target="mixtral", **CHECKED)
     with pytest.raises(RefusalError, match="cannot be calibrated: calibration reads text"):
         text = {"text": "demo", "tokens": 512}
         keys: dict[str, Any] = {**CHECKED, "method": "importance", "part": "vision", "calibration": text}

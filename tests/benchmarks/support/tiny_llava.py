@@ -1,4 +1,4 @@
-"""A tiny LLaVA of real parts: the demo model reads what a vision transformer makes of handwritten digits; made on first use, and then kept.
+"""A tiny LLaVA of real parts: the demo model reads what a vision transformer makes of handwritten digits; made on first use.
 
 Both towers are trained ones (``digits_vit.py``, and the model that comes with upcycle). The connector between them is random, as
 before a LLaVA's first stage; it has as many numbers in the middle as the text model's stream, which is LLaVA's own form.
@@ -30,7 +30,7 @@ def make(folder: Path) -> None:
 
     demo = locate("demo").path
     text: Any = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
-    tower: Any = ViTModel.from_pretrained(digits_vit())
+    tower: Any = ViTModel.from_pretrained(digits_vit(), hidden_dropout_prob=0.0)  # so that losses can be compared
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text.config,

@@ -1,7 +1,7 @@
 """CuMo's three parts and MoE-LLaVA's alternate layers on a tiny LLaVA of real parts (``tests/benchmarks/support/tiny_llava.py``).
 
-The shipped recipe ``cumo`` makes 4 copies of every FFN in encoder, connector and text model, two per token (arXiv 2405.05949); then the
-two parts without the text model, as CuMo's default is; and alternate layers of the text model (arXiv 2401.15947), and of both towers.
+The shipped recipe ``cumo`` makes 4 copies of every FFN in encoder, connector and text model, two per token (arXiv 2405.05949); then
+the two parts without the text model, as CuMo's default is; alternate layers of the text model (arXiv 2401.15947), and of both towers.
 Every result is loaded by stock transformers and compared with the dense model on digits with a line of text. Then every model takes
 one step of AdamW on these, with CuMo's balance loss (0.1) and z-loss (0.01) of every part that has routers.
 
@@ -147,14 +147,14 @@ def convert(out: Path, recipe: str, *options: str) -> dict[str, Any]:
 
 def page(dense: Result, rows: dict[str, tuple[dict[str, Any], Result]]) -> str:
     """The page for ``docs/measured``."""
+    worst = max(said["media_error"] for said, _ in rows.values())
     lines = [
         "# A tiny LLaVA, part by part",
         "",
-        "`python tests/benchmarks/wrapped/tiny_llava.py` puts a LLaVA together from a vision transformer trained on scikit-learn's digits (6 layers),",
-        "a random connector of two projections, and the demo model; both towers are real models, however small. The shipped recipes `cumo` and",
-        "`moe_tuning` convert it by the command, stock transformers loads the results after `import upcycle.models`, and they read "
-        f"{IMAGES} held-out digits with",
-        "a line of text each.",
+        "`python tests/benchmarks/wrapped/tiny_llava.py` puts a LLaVA together from a vision transformer trained on scikit-learn's",
+        "digits (6 layers), a random connector of two projections, and the demo model; both towers are real models, however small.",
+        "The shipped recipes `cumo` and `moe_tuning` convert it by the command, stock transformers loads the results after",
+        f"`import upcycle.models`, and they read {IMAGES} held-out digits with a line of text each.",
         "",
         "| | experts in | parameters (millions) | logits of texts | of images with texts | the same, bf16 | same words |",
         "|---|---|---|---|---|---|---|",
@@ -170,11 +170,11 @@ def page(dense: Result, rows: dict[str, tuple[dict[str, Any], Result]]) -> str:
         lines.append(f"| {name} | {row.blocks} | {row.parameters / 1e6:.2f} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Numbers are relative errors of logits against the dense model in fp32; words are eight greedy ones behind four images. `verify` says of all that they are",
-        f"exact: it found at most {max(v['media_error'] for v, _ in rows.values()):.1e} on a random image.",
+        "Numbers are relative errors of logits against the dense model in fp32; words are eight greedy ones behind four images.",
+        f"`verify` says of all that they are exact: it found at most {worst:.1e} on a random image.",
         "",
-        "Then every model takes one step of AdamW (rate 0.001) on these images and texts, all weights at once. To the next-token loss come CuMo's balance",
-        "of first choices (times 0.1; 1 is balance) and z-loss (times 0.01), each the mean over a part's routers.",
+        "Then every model takes one step of AdamW (rate 0.001) on these images and texts, all weights at once. To the next-token loss",
+        "come CuMo's balance of first choices (times 0.1; 1 is balance) and z-loss (times 0.01), each the mean over a part's routers.",
         "",
         "| | next-token loss before | behind the step | balance, z-loss |",
         "|---|---|---|---|",
@@ -184,8 +184,9 @@ def page(dense: Result, rows: dict[str, tuple[dict[str, Any], Result]]) -> str:
         lines.append(f"| {name} | {row.losses[0]:.4f} | {row.losses[1]:.4f} | {row.auxiliary} |")
     lines += [
         "",
-        "The step is taken by plain PyTorch: `upcycle train` reads text, and so trains the text model alone. This shows that gradients reach the routers",
-        "of all parts, and says nothing about the quality that CuMo or MoE-LLaVA reach with millions of images.",
+        "The step is taken by plain PyTorch: `upcycle train` reads text, and so trains the text model alone. This shows that",
+        "gradients reach the routers of all parts. It says nothing about the quality that CuMo or MoE-LLaVA reach with millions",
+        "of images.",
         "",
     ]
     return "\n".join(lines)
