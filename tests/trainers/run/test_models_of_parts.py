@@ -93,7 +93,7 @@ def test_experts_of_other_parts_stay_and_losses_see_routers_of_the_text_model_al
     before, after = SafetensorsFolder(moe), SafetensorsFolder(Path(result.model))
     assert set(before.specs) == set(after.specs)
     for name in before.specs:
-        of_text = name.startswith(("model.language_model.", "lm_head."))
+        of_text = name.startswith("language_model.")
         assert torch.equal(before.read(name), after.read(name)) != of_text, name
 
 

@@ -40,6 +40,7 @@ class PartsFamily(DescribedFamily):
         self.uncalibrated = _NOT_CALIBRATED
         self.missing: dict[str, str] = {}
         self._places: dict[str, tuple[FfnPlace, ...]] = {}
+        self._spelling: dict[str, str] = {}
 
     def config(self, raw: Mapping[str, Any], where: str = "config.json") -> DenseConfig:
         """Read ``config.json``, and find the FFNs of every part; see :meth:`upcycle.architectures.dense.base.Family.config`."""
@@ -117,6 +118,23 @@ class PartsFamily(DescribedFamily):
     def stock_names(self, raw: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]:
         """Return the stored names by their names in the stock class, without those of tensors that this class leaves out."""
         return self.composite.stock_names(raw, stored)
+
+    def spelt(self, config: DenseConfig, names: Mapping[str, str]) -> DenseConfig:
+        """Keep the names that tensors have in the source's files, by their names in the stock class."""
+        self._spelling = dict(names)
+        return config
+
+    def written(self, config: DenseConfig, name: str) -> str:
+        """Return the name that the source's files have for a tensor; one that they do not have gets the prefix of its neighbours."""
+        if name in self._spelling or not self._spelling:
+            return self._spelling.get(name, name)
+        place = name
+        while place := place.rpartition(".")[0]:
+            for stock, stored in self._spelling.items():
+                end = stock.removeprefix(place)
+                if stock.startswith(f"{place}.") and stored.endswith(end):
+                    return stored.removesuffix(end) + name.removeprefix(place)
+        return name
 
     def rewritten(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return a ``config.json`` as a start for another model of this family."""
