@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from pico_models import PICO
-from pico_towers import CASES, IMAGE, PARTS
+from pico_towers import CASES, PARTS
 from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM
+from tower_runs import difference, loaded, with_image
 
 import upcycle
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
@@ -30,29 +30,6 @@ STREAMED = [
 ][::2]
 # fp32, three layers: a few roundings of 6e-8 each, as in test_targets; LFM2-MoE adds 1e-6 to the sum of the chosen scores.
 TOLERANCE = {"lfm2_moe": 1e-5}
-
-
-def loaded(folder: Path) -> Any:
-    """A folder loaded as any user would, with nothing missing and nothing left over."""
-    model, report = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
-
-
-def with_image(model: Any, wrapper: str) -> dict[str, torch.Tensor]:
-    """A text with a random image, as the stock class takes it."""
-    inputs = load("wrapper", wrapper).sample(model.config, torch.Generator().manual_seed(7))
-    read = model.get_image_features if "pixel_values" in inputs else model.get_audio_features
-    found = read(**inputs).pooler_output
-    count = sum(each.numel() for each in found) // model.config.text_config.hidden_size
-    ids = torch.tensor([[*range(5, 15), *[IMAGE] * count, *range(20, 40)]])
-    name = load("wrapper", wrapper).typed
-    typed = {name: (ids == IMAGE).long()} if name else {}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs, **typed}
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
 
 
 @pytest.mark.one_in(6)

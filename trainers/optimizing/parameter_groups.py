@@ -11,11 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
-from upcycle.registry import find
 from upcycle.trainers.recipe.part_recipes import GroupParameters
-from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, read_by_text, selection_bias
 
 ParameterPart = Literal["router", "experts", "rest"]
 PARTS: tuple[ParameterPart, ...] = ("router", "experts", "rest")
@@ -38,10 +36,9 @@ def parts(model: nn.Module) -> dict[str, ParameterPart]:
 
 def other_parts(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of a model of parts outside its text model and head; none of any other model."""
-    config: Any = model.config
-    if find("wrapper", config.model_type) is None:
+    paths = read_by_text(model)
+    if paths is None:
         return []
-    paths = module_paths_of(config)
     return [(name, parameter) for name, parameter in model.named_parameters() if not paths.has(name)]
 
 

@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from upcycle.architectures.module_paths import module_paths_in, text_config
+from upcycle.architectures.module_paths import ModulePaths, module_paths_in, module_paths_of, text_config
 from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
+from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import has_experts
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.own.routing.top_k import TopKRule
@@ -229,8 +230,10 @@ def _number(name: str, otherwise: int) -> int:
 
 
 def _own_places(model: nn.Module) -> list[RouterPlace]:
-    """Where the routers of a model of upcycle's own class are."""
+    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text."""
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    if blocks and (paths := read_by_text(model)) is not None:
+        blocks = [(name, module) for name, module in blocks if paths.has(f"{name}.")]
     return [RouterPlace(_number(name, place), block, block.router, ()) for place, (name, block) in enumerate(blocks)]
 
 
@@ -247,6 +250,11 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
         read = RoutingRule(score, place.count, rule.top_k, rule.normalized, constant=equal)
         found.append(MoeLayer(place.index, place.block, place.router, (), read))
     return found
+
+
+def read_by_text(model: Any) -> ModulePaths | None:
+    """Where a model of parts has its text model and head, the only parts that data of text train; ``None``: it has no other parts."""
+    return module_paths_of(model.config) if find("wrapper", base_type(model.config)) is not None else None
 
 
 def _other_layers(model: nn.Module) -> list[MoeLayer]:

@@ -64,6 +64,7 @@ class FfnSize:
     hidden_act: str
     mlp_bias: bool
     mlp_gated: bool
+    output_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class DenseConfig:
     block that only related architectures have, and
     ``extra`` the configuration keys that come with them. ``raw`` is the file's content, for a target that keeps all of it.
     Where FFNs are not all of one size and form, ``ffns`` has those of every layer, and the other fields those of the first.
+    ``output_size`` is the length of an FFN's output where that is not ``hidden_size``: a connector leads from one stream to another.
     """
 
     family: str
@@ -112,10 +114,16 @@ class DenseConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     ffns: tuple[FfnSize, ...] = ()
+    output_size: int | None = None
 
     def at(self, layer: int) -> DenseConfig:
         """Return the configuration with the sizes and form of one layer's FFN."""
         return replace(self, ffns=(), **vars(self.ffns[layer])) if self.ffns else self
+
+    @property
+    def ffn_output(self) -> int:
+        """The length of an FFN's output."""
+        return self.hidden_size if self.output_size is None else self.output_size
 
     @property
     def attention_scale(self) -> float:

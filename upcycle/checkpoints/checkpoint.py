@@ -208,8 +208,8 @@ class DenseCheckpoint(Checkpoint):
         RefusalError: the family is not supported; the message says why.
     """
 
-    def __init__(self, source: Source, tried: Tried | None = None) -> None:
-        self._tried = tried
+    def __init__(self, source: Source, tried: Tried | None = None, parts: tuple[str, ...] = ()) -> None:
+        self._tried, self._parts = tried, parts
         super().__init__(source)
         where = source.path if source.path.is_file() else source.path / CONFIG
         config = self.family.config(self.raw_config, str(where))
@@ -218,18 +218,21 @@ class DenseCheckpoint(Checkpoint):
         self._longest_embedding: float | None = None
 
     @classmethod
-    def open(cls, source: str, revision: str | None = None, tried: Tried | None = None) -> Self:
+    def open(
+        cls, source: str, revision: str | None = None, tried: Tried | None = None, parts: tuple[str, ...] = ()
+    ) -> Self:
         """Open the source that the user named; see :meth:`Checkpoint.open`.
 
         Args:
             source: a folder, a ``.gguf`` file, a hub id or ``demo``.
             revision: of the hub.
             tried: reads the configuration of a model that nobody described.
+            parts: those of a model of parts that are converted; empty: its text model.
         """
-        return cls(locate(source, revision), tried)
+        return cls(locate(source, revision), tried, parts)
 
     def _identify(self) -> None:
-        self.family: Family = family_of(self.raw_config, str(self.source.path), self._tried)
+        self.family: Family = family_of(self.raw_config, str(self.source.path), self._tried, self._parts)
         self._spelling: dict[str, str] = {}  # the stored names of tensors that have other names here
 
     @property
@@ -273,6 +276,8 @@ class DenseCheckpoint(Checkpoint):
         """
         import torch
 
+        if not self.family.reads_a_norm(layer):
+            return torch.ones(self.config.at(layer).hidden_size)
         (name,) = self.family.first_specs(self.config)
         if self._longest_embedding is None:
             rows = (block.float().norm(dim=1).max().item() for block in self.blocks(Origin(name), dtype))

@@ -10,6 +10,7 @@ from upcycle.architectures.described.family import DescribedFamily
 from upcycle.architectures.refused import REASONS, reason, text_model
 from upcycle.architectures.stored_moe import MOES
 from upcycle.architectures.towers.composite import composite_family
+from upcycle.architectures.towers.parts import LANGUAGE, PartsFamily
 from upcycle.errors import RefusalError
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.settings import model_type
@@ -18,15 +19,24 @@ from upcycle.registry import DESCRIBED, FAMILIES, TARGETS, WRAPPERS, find, load
 Tried = Callable[[Mapping[str, Any], str], Family]  # makes a family of a configuration that no family reads
 
 
-def family_of(raw_config: Mapping[str, Any], where: str, tried: Tried | None = None) -> Family:
+def family_of(
+    raw_config: Mapping[str, Any], where: str, tried: Tried | None = None, parts: tuple[str, ...] = ()
+) -> Family:
     """Return the registered family of a configuration; of one that nobody described, what ``tried`` makes of it.
+
+    Args:
+        raw_config: the content of ``config.json``.
+        where: its name in messages.
+        tried: see above.
+        parts: of a model of parts, those that are converted; its text model alone is one of a family with targets.
 
     Raises:
         RefusalError: there is none; the message says why.
     """
     name = model_type(raw_config, where)
     if name in WRAPPERS:
-        return composite_family(raw_config, where)
+        composite = composite_family(raw_config, where)
+        return PartsFamily(composite) if set(parts) - {"auto", LANGUAGE} else composite
     described = find("described", name) if name in DESCRIBED else None
     if described is not None and not _held(name, raw_config, where):
         return DescribedFamily(described)

@@ -157,7 +157,7 @@ class ExpertTensors:
 
     def _down_bias(self, where: str, part: Part) -> torch.Tensor:
         """Return ``[d]``: what an expert adds beside its neurons; see the class."""
-        zero = torch.zeros(self._ffn.hidden_size, dtype=self._ffn.dtype)
+        zero = torch.zeros(self._ffn.output_size, dtype=self._ffn.dtype)
         if self._ffn.down_bias is None or where == "idle":
             return zero
         if where == "shared":

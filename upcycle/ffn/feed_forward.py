@@ -20,14 +20,14 @@ class FeedForward:
         layer: index of the decoder layer.
         gate: ``[F, d]``, or ``None``.
         up: ``[F, d]``.
-        down: ``[d, F]``.
+        down: ``[d, F]``; of a connector between two streams ``[d', F]``.
         norm: ``[d]``, the weight of the RMSNorm whose output the FFN (and so a router) reads: no input is longer than
             ``sqrt(d)`` after division by it. Where there is no such norm it bounds the stream in the same way.
         norm_bias: ``[d]``, what a LayerNorm adds to its output, or ``None``: ``x - norm_bias`` is bounded then.
         activation: the configuration's ``hidden_act``.
         gate_bias: ``[F]``, or ``None``.
         up_bias: ``[F]``, or ``None``.
-        down_bias: ``[d]``, or ``None``.
+        down_bias: ``[d]`` (``[d']``), or ``None``.
 
     Raises:
         ValueError: a bias has no projection, or not its length.
@@ -77,6 +77,11 @@ class FeedForward:
     def hidden_size(self) -> int:
         """Width ``d`` of the residual stream."""
         return self.up.shape[1]
+
+    @property
+    def output_size(self) -> int:
+        """Length of its output."""
+        return self.down.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -52,6 +52,10 @@ class StockModel:
         if self._streamed:
             self._streamed.drop(index)
 
+    def layer_of(self, name: str) -> int | None:
+        """Return the number of the layer that a tensor or module is in; None: it is always in memory."""
+        return self._paths.layer_of(name)
+
     def blocks(self, index: int) -> list[torch.nn.Module]:
         """Return the modules whose outputs add up to a layer's FFN or MoE block; they are in memory until it is dropped."""
         self.load(index)

@@ -234,9 +234,8 @@ def _expert_plan(job: ExpertJob) -> Plan:
     entries = [entry for unit in job.units for entry in unit.entries]
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
-    matrices = len(dense.ffn_form.matrices) if job.target.keeps_names else 3  # stock experts have a gate
-    idle = (job.target.stored_width(shape.at(i)) * dense.at(i).hidden_size for i in shape.moe_layers)
-    active = total - (shape.experts - shape.top_k) * matrices * sum(idle)
+    idle = (job.target.stored_width(shape.at(i)) * _per_neuron(job, dense.at(i)) for i in shape.moe_layers)
+    active = total - (shape.experts - shape.top_k) * sum(idle)
     dense_total = sum(specs[name].elements for name in used)
     others = sum(specs[name].elements for name in job.family.tower_specs(dense))  # no token of text runs through them
     promise, why = job.promise
@@ -266,6 +265,12 @@ def _expert_plan(job: ExpertJob) -> Plan:
         time=None if job.method.kind == "copies" else predicted_time(dense, shape, job.target.name),
         routing=routing_facts(shape),
     )
+
+
+def _per_neuron(job: ExpertJob, dense: DenseConfig) -> int:
+    """Return the weights of a neuron of one layer, without biases; stock experts have a gate."""
+    rows = len(dense.ffn_form.matrices) - 1 if job.target.keeps_names else 2
+    return rows * dense.hidden_size + dense.ffn_output
 
 
 def _flops(dense: DenseConfig, parameters: int) -> int:

@@ -46,7 +46,7 @@ def describe_dense(recipe: Recipe, method: AnyMethod) -> DenseDescribed:
     Raises:
         UpcycleError: a source is not found or is not a dense model of a known family, or the sources do not belong together.
     """
-    raw, family, dense = _config(recipe.source, recipe.revision, tried(recipe))
+    raw, family, dense = _config(recipe.source, recipe.revision, tried(recipe), recipe.parts)
     mix = None
     if recipe.sources:
         mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
@@ -80,8 +80,10 @@ def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str
     return {name: TensorSpec(shape, stored) for name, shape in shapes.items()}
 
 
-def _config(name: str, revision: str | None, tried: Tried | None = None) -> tuple[dict[str, Any], Family, DenseConfig]:
+def _config(
+    name: str, revision: str | None, tried: Tried | None = None, parts: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], Family, DenseConfig]:
     raw = read_config(locate(name, revision, config_only=True).path)
-    family = family_of(raw, name, tried)
+    family = family_of(raw, name, tried, parts)
     refuse_said_quantized(raw, name)
     return raw, family, family.config(raw, f"{name}: config.json")

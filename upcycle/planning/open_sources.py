@@ -33,7 +33,7 @@ def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
         from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
         return MoeCheckpoint.open(recipe.source, recipe.revision)
-    base = DenseCheckpoint.open(recipe.source, recipe.revision, tried(recipe))
+    base = DenseCheckpoint.open(recipe.source, recipe.revision, tried(recipe), recipe.parts)
     if not recipe.sources:
         return base
     mixes = mixing(method) or refuse_sources(method, len(recipe.sources))

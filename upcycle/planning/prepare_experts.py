@@ -11,6 +11,7 @@ from upcycle.architectures.moe.base import Target, refuse_unheld
 from upcycle.architectures.stock_auto import SEEDED
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.architectures.towers.composite_target import check_part, target_of
+from upcycle.architectures.towers.parts import PartsFamily
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, shards_of
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
@@ -70,7 +71,7 @@ def prepare_experts(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: no target can hold the result, or the one that the recipe names cannot.
     """
-    check_part(family, recipe.part)
+    check_part(family, recipe.parts)
     if recipe.sources:
         family.check_known_whole(method.name)
     if family.reads in SEEDED and not has_tokenizer:
@@ -81,10 +82,10 @@ def prepare_experts(
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
     targets = _targets(recipe, family)
-    inside = family.layers_of(recipe.part, dense.num_hidden_layers)
+    inside = family.layers_of(recipe.parts, dense.num_hidden_layers)
     recipe = _with_shared_held(with_sizes(recipe, method, dense, inside), method, targets)
     recipe = with_all_experts(_with_implied(recipe, method))
-    shape = _shape(recipe, method, dense, [inside[i] for i in layer_selection(recipe.layers, len(inside))])
+    shape = _shape(recipe, method, dense, _chosen(recipe, family, dense.num_hidden_layers))
     target = _choose_target(recipe, family, targets, dense, shape)
     refuse_unroutable(target, shape)
     sparse = not shape.runs_all or not method.exact_when_all_active
@@ -122,6 +123,25 @@ def prepare_experts(
     return kind(
         recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs, held, note
     )
+
+
+def _chosen(recipe: Recipe, family: Family, count: int) -> list[int]:
+    """Return the layers that become MoE layers: those of the parts that ``layers`` says, and a part's only FFN in any case.
+
+    Raises:
+        UsageError: a part has no such layer, or layers of several parts of a model are given by their numbers.
+    """
+    several = isinstance(family, PartsFamily)
+    parts = family.parts if several and "all" in recipe.parts else recipe.parts
+    groups = [family.layers_of((part,), count) for part in parts] if several else [family.layers_of(parts, count)]
+    if len(groups) > 1 and isinstance(recipe.layers, list):
+        raise UsageError(
+            f"layers: {recipe.layers} does not say of which of {len(groups)} parts", hint="layers: all, even or odd"
+        )
+    chosen = [
+        group[i] for group in groups for i in ((0,) if len(group) == 1 else layer_selection(recipe.layers, len(group)))
+    ]
+    return sorted(chosen)
 
 
 def _shape(recipe: Recipe, method: Method, dense: DenseConfig, layers: Sequence[int]) -> MoeShape:

@@ -106,7 +106,7 @@ def prepare_pruning(
         UsageError: the recipe cannot be carried out on this model.
         RefusalError: the family cannot be calibrated.
     """
-    check_part(family, recipe.part)
+    check_part(family, recipe.parts)
     family.check_known_whole(method.name)
     check_tokenizer(recipe, has_tokenizer)
     method = method.joined(mix, recipe)

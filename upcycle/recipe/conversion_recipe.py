@@ -15,6 +15,7 @@ from upcycle.files.local_names import here
 from upcycle.plugins import StrictSettings
 from upcycle.recipe.recipe_parts import (
     CalibrationRecipe,
+    PartName,
     ReconstructionRecipe,
     RouterRecipe,
     RoutingRecipe,
@@ -103,10 +104,10 @@ class Recipe(StrictSettings):
         description="auto: by config.json; auto-wrap: a model that nobody described is tried, to find its FFNs, and wrapped "
         "(target upcycle_moe)",
     )
-    part: Literal["auto", "language", "vision", "connector", "text", "encoder", "decoder", "both"] = Field(
+    part: PartName | list[PartName] = Field(
         "auto",
-        description="the part whose FFNs are converted: of a model of parts (upcycle list wrappers) its language model, of two "
-        "towers or of an encoder and a decoder either or both; auto: the language model, or both",
+        description="the part whose FFNs are converted, or several: of a model of parts (upcycle list wrappers) language, vision, "
+        "connector, or all that it has, of two towers or of an encoder and a decoder either or both; auto: language, or both",
     )
     pad: bool = Field(False, description="pad the FFN with zero neurons when the experts do not divide it (exact)")
     target: str = Field("auto", description="MoE architecture to write (upcycle list targets), or auto")
@@ -119,6 +120,11 @@ class Recipe(StrictSettings):
     tokenizer: Literal["copy", "none"] = Field("copy", description="copy the tokenizer, or write none")
     seed: int = Field(0, ge=0, description="seed of every random choice")
     verification: VerificationRecipe = Field(default=VerificationRecipe(), description="the check at the end")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that ``part`` names."""
+        return (self.part,) if isinstance(self.part, str) else tuple(self.part)
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -157,6 +163,13 @@ class Recipe(StrictSettings):
     @classmethod
     def _calibration_by_text(cls, value: Any) -> Any:
         return {"text": value} if isinstance(value, (str, list)) else value
+
+    @field_validator("part", mode="before")
+    @classmethod
+    def _several_parts(cls, value: Any) -> Any:
+        if isinstance(value, str) and "," in value:
+            return [part.strip() for part in value.split(",")]
+        return value
 
     @field_validator("layers", mode="before")
     @classmethod

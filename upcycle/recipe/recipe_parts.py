@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from upcycle.plugins import StrictSettings
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 
+PartName = Literal["auto", "language", "vision", "connector", "all", "text", "encoder", "decoder", "both"]
+
 
 class RouterRecipe(StrictSettings):
     """Names a router initialiser and its parameters."""

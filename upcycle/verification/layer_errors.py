@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
+from upcycle.architectures.towers.parts import PartsFamily
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.ffn.gated_experts import ConstantInput
 from upcycle.models.experts import expert_outputs
@@ -44,6 +45,8 @@ class LayerErrors:
         self._moe = moe
         self._sources: dict[int, Layers] = {}
         self._own_input: torch.Tensor | None = None
+        # Whole models in memory number the layers of their text model alone.
+        self._parts = job.family.module_paths if isinstance(job.family, PartsFamily) else None
         count = job.dense.num_hidden_layers
         self._squares = torch.zeros(4, count, dtype=torch.float64)  # error, with all experts, norm, norm of their mean
         # After a refit, or with overlapping experts, all experts together are not the dense FFN: there is nothing to compare.
@@ -53,7 +56,10 @@ class LayerErrors:
     @contextmanager
     def measured_on(self, dense: StockModel) -> Iterator[None]:
         """Compare block by block while the dense model runs inside the ``with`` block."""
-        hooks = [hook for i, layer in enumerate(dense.layers) for hook in self._hooks(i, layer)]
+        layers = dense.layers
+        if self._parts is not None:
+            layers = [dense.model.get_submodule(self._parts.layer(i)) for i in range(self._job.dense.num_hidden_layers)]
+        hooks = [hook for i, layer in enumerate(layers) for hook in self._hooks(i, layer)]
         try:
             yield
         finally:
@@ -86,7 +92,7 @@ class LayerErrors:
 
     def _compare(self, index: int, x: torch.Tensor, expected: torch.Tensor) -> None:
         with torch.no_grad():
-            blocks = self._moe.blocks(index)
+            blocks = self._blocks(index)
             own, self._own_input = x if self._own_input is None else self._own_input, None
             centred = self._job.target.centred(self._job.dense) is not None
             expected = _without_mean(expected) if centred else expected
@@ -99,7 +105,21 @@ class LayerErrors:
                 self._squares[1, index] += (everyone - reference).double().square().sum()
                 self._squares[3, index] += reference.double().square().sum()
             self._squares[2, index] += expected.double().square().sum()
-            self._moe.drop(index)
+            if (held := self._held(index)) is not None:
+                self._moe.drop(held)
+
+    def _held(self, index: int) -> int | None:
+        """Return the number that a layer has in the result; None: it is always in memory."""
+        return index if self._parts is None else self._moe.layer_of(f"{self._parts.layer(index)}.")
+
+    def _blocks(self, index: int) -> list[Module]:
+        """Return the modules whose outputs add up to a layer's FFN in the result."""
+        held = self._held(index)
+        if self._parts is None:
+            return self._moe.blocks(index)
+        if held is not None:
+            self._moe.load(held)
+        return [self._moe.model.get_submodule(self._parts.block_of(index))]
 
     def _added(self, index: int, blocks: list[Module], x: torch.Tensor) -> torch.Tensor:
         """Return what the result's layer computes of an FFN's input."""

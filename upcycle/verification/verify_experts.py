@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.architectures.towers.composite import CompositeFamily
+from upcycle.architectures.towers.parts import LANGUAGE, PartsFamily
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.hardware.memory import available_memory
@@ -72,8 +74,11 @@ def verify_experts(
     running = NeuronsRun(moe.model, job.dense.intermediate_size)
     with running.counted():
         measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
-    if isinstance(job.family, CompositeFamily):
-        measured = replace(measured, media=_media(job, job.family.wrapper, checkpoint, sides.judge, moe, progress))
+    if isinstance(job.family, CompositeFamily | PartsFamily):
+        # Of the text model's layers, what texts give is enough; no text runs through other parts.
+        watched = layers.measured_on(sides.judge) if isinstance(job.family, PartsFamily) else nullcontext()
+        media = _media(job, job.family.wrapper, checkpoint, sides.judge, moe, progress, watched)
+        measured = replace(measured, media=media)
     if training is not None:
         result = _trained(layers, measured, label, streamed, training)
     else:
@@ -91,13 +96,23 @@ def _media(
     judge: StockModel,
     moe: StockModel,
     progress: Progress,
+    watched: AbstractContextManager[None],
 ) -> MediaCheck:
-    with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1):
+    with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1), watched:
         found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
         progress.advance()
     if found.error is None:
         progress.note(found.what)
     return found
+
+
+def _unmeasured(job: ExpertJob, measured: ModelDifference) -> str | None:
+    """Return why experts in parts that read no text were not compared with what they stand for; None: they were, or there are none."""
+    if not isinstance(job.family, PartsFamily) or measured.media is None or measured.media.error is not None:
+        return None
+    texts = job.family.layers_of((LANGUAGE,), job.dense.num_hidden_layers)
+    others = len(set(job.shape.moe_layers) - set(texts))
+    return f"{others} layers of experts read no text, and {measured.media.what}" if others else None
 
 
 def check_keys(job: PlannedJob, folder: Path) -> None:
@@ -149,6 +164,8 @@ def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label
     explanation += measured.remarks + layers.remark
     if measured.totals.fault:
         verdict, explanation = "broken", measured.totals.fault
+    elif (unseen := _unmeasured(job, measured)) is not None:
+        verdict, explanation = "broken", unseen
     elif tolerance is not None and not error <= tolerance:
         behind = f" behind position {measured.reach.border:,}" if error == measured.far else ""
         behind = (

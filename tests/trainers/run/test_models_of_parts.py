@@ -19,6 +19,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward, packing_leak
+from upcycle.trainers.routing.stock_routers import moe_layers
 
 Tower = Callable[..., Path]
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}
@@ -73,6 +74,27 @@ def test_the_text_model_trains_and_all_else_stays(converted: Path, tower: Tower,
         of_text = name.startswith("language_model.")
         assert torch.equal(before.read(name), after.read(name)) != of_text, name
     assert upcycle.verify(result.model, source=str(tower("llava", "llama"))).verdict == "approximate"
+
+
+@pytest.mark.parametrize("part", ["all", ["vision", "language"], ["vision", "connector"]])
+def test_experts_of_other_parts_stay_and_losses_see_routers_of_the_text_model_alone(
+    part: Any, tower: Tower, tmp_path: Path
+) -> None:
+    """Also where the text model is dense, which then trains as any dense model does."""
+    moe = tmp_path / "moe"
+    upcycle.convert(str(tower("llava", "llama")), moe, **{**SPLIT, "method": "sparse_upcycling", "part": part})
+    dense = part == ["vision", "connector"]
+    model = load_stock_model(moe)
+    assert [layer.index for layer in moe_layers(model)] == ([] if dense else [0, 1, 2])
+    losses = {} if dense else {"switch_balance": {}, "router_z": {}}
+    result, said = run(recipe_for(moe, tmp_path, stage={"losses": losses}, saving={"every": 9, "export": True}))
+    assert any("multi_modal_projector, vision_tower" in line and "stay as they are" in line for line in said), said
+    assert result.model
+    before, after = SafetensorsFolder(moe), SafetensorsFolder(Path(result.model))
+    assert set(before.specs) == set(after.specs)
+    for name in before.specs:
+        of_text = name.startswith("language_model.")
+        assert torch.equal(before.read(name), after.read(name)) != of_text, name
 
 
 @pytest.mark.one_in(3)

@@ -313,9 +313,13 @@ class Family(ABC):
         """Return the modules, below the base model, that go where experts take the place of a layer's FFN; they stand at the first."""
         return (self.module_paths.block_of(layer).removeprefix(f"{self.module_paths.body}."),)
 
-    def layers_of(self, part: str, layers: int) -> tuple[int, ...]:
-        """Return the layers of one of ``parts``, of a model with so many; for any other word all of them."""
+    def layers_of(self, parts: tuple[str, ...], layers: int) -> tuple[int, ...]:
+        """Return the layers of some of its ``parts``, of a model with so many; for any other word all of them."""
         return tuple(range(layers))
+
+    def reads_a_norm(self, layer: int) -> bool:
+        """Return whether an FFN reads what a norm puts out, or a stream of which every part went through one."""
+        return True
 
     def moved(self, layer: int) -> dict[str, str]:
         """Return new names of stored tensors of an FFN that experts share: the weights of its activation, where it has some."""

@@ -78,7 +78,7 @@ class DescribedFamily(Family):
             if ffn.biases and ffn.biases != {"up", "down"} | ({"gate"} if ffn.place.gated else set()):
                 raise RefusalError(f"{where}: some projections of its FFN have biases and others have none")
         sizes = [
-            FfnSize(ffn.hidden, ffn.width, ffn.activation, bool(ffn.biases), ffn.place.gated) for ffn in self._ffns
+            FfnSize(f.hidden, f.width, f.activation, bool(f.biases), f.place.gated, f.other_output) for f in self._ffns
         ]
         first, text = sizes[0], text_config(settings)
         text.allow_global_per_layer_attribute_access = True  # of those that differ, the first layer's
@@ -111,6 +111,7 @@ class DescribedFamily(Family):
             mlp_bias=first.mlp_bias,
             mlp_gated=first.mlp_gated,
             raw=raw,
+            output_size=first.output_size,
             ffns=() if len(set(sizes)) == 1 else tuple(sizes),
             **{name: getattr(text, key) for name, key in self.described.multipliers.items()},
         )
@@ -195,9 +196,9 @@ class DescribedFamily(Family):
         """See :meth:`upcycle.architectures.dense.base.Family.replaced_modules`."""
         return self._ffns[layer].replaced
 
-    def layers_of(self, part: str, layers: int) -> tuple[int, ...]:
+    def layers_of(self, parts: tuple[str, ...], layers: int) -> tuple[int, ...]:
         """See :meth:`upcycle.architectures.dense.base.Family.layers_of`."""
-        begins = dict(self.described.parts).get(part, "")
+        begins = tuple(begin for part, begin in self.described.parts if part in parts) or ""
         return tuple(i for i, ffn in enumerate(self._ffns) if ffn.layer.startswith(begins))
 
     def moved(self, layer: int) -> dict[str, str]:

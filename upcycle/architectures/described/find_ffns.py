@@ -24,6 +24,7 @@ class FoundFfn:
         biases: those of gate, up and down that there are.
         dropout: the probability of a dropout that goes with it.
         norm: the path of the norm before it, below the base model; None: there is none.
+        output: the length of what it puts out, which is not d between two streams.
     """
 
     place: FfnPlace
@@ -34,6 +35,12 @@ class FoundFfn:
     biases: frozenset[str]
     dropout: float
     norm: str | None
+    output: int
+
+    @property
+    def other_output(self) -> int | None:
+        """``output`` where that is not d."""
+        return None if self.output == self.hidden else self.output
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -88,20 +95,21 @@ def _read(base: Any, config: Any, place: FfnPlace, layer: str) -> FoundFfn:
     }
     if place.fused:
         parts = {"gate": parts["up"], **parts}
-    shape = tuple(parts["down"].weight.shape)
-    hidden, width = shape[::-1] if place.columns else shape
+    shape, read = (tuple(parts[part].weight.shape) for part in ("down", "up"))
+    output, width = shape[::-1] if place.columns else shape
     named = place.activation.removeprefix("=")
     settings = getattr(config, place.config) if place.config else config
     norms = (place.norm or "").split("|")
     return FoundFfn(
         place=place,
         layer=layer,
-        hidden=hidden,
+        hidden=read[0] if place.columns else read[1],
         width=width,
         activation=named if place.activation.startswith("=") else getattr(settings, named),
         biases=frozenset(part for part, module in parts.items() if module.bias is not None),
         dropout=_probability(config, place.dropout) if place.dropout else 0.0,
         norm=next((f"{layer}.{n}" for n in norms if n and submodule(base, f"{layer}.{n}") is not None), None),
+        output=output,
     )
 
 

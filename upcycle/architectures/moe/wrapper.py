@@ -60,7 +60,8 @@ class UpcycleMoe(Target):
         family, alike = self._family, dict[tuple[Any, ...], list[int]]()
         for layer in shape.moe_layers:
             own = shape.at(layer)
-            kind = (family.ffn_dropout(layer), dense.at(layer).hidden_size, own.expert_size, own.form)
+            sizes = dense.at(layer)
+            kind = (family.ffn_dropout(layer), sizes.hidden_size, sizes.output_size, own.expert_size, own.form)
             alike.setdefault(kind, []).append(layer)
         rule: Any = shape.rule or TopKRule(shape.top_k, normalized=shape.normalized)
         replaced = [
@@ -76,8 +77,9 @@ class UpcycleMoe(Target):
                 rule=rule,
                 dropout=dropout,
                 router=shape.router,
+                output_size=output_size,
             )
-            for (dropout, hidden_size, size, form), layers in alike.items()
+            for (dropout, hidden_size, output_size, size, form), layers in alike.items()
         ]
         return wrapped_json(family.rewritten(dense.raw), replaced)
 
@@ -98,7 +100,8 @@ class UpcycleMoe(Target):
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """Return the router's tensors, the packed experts, and the shared expert's projections; there is one layout only."""
         assert self._family is not None
-        d, m, s, form = dense.hidden_size, shape.expert_size, shape.shared * shape.expert_size, dense.ffn_form
+        d, out, form = dense.hidden_size, dense.ffn_output, dense.ffn_form
+        m, s = shape.expert_size, shape.shared * shape.expert_size
         prefix, everyone, rows = self._family.module_paths.block_of(layer), range(shape.experts), 2 if form.gated else 1
         up: PartKind = "gate_up" if form.gated else "up"
         up_bias: PartKind = "gate_up_bias" if form.gated else "up_bias"
@@ -110,7 +113,7 @@ class UpcycleMoe(Target):
         tensors = [
             OutputTensor(f"{prefix}.router.weight", (shape.experts, router.width or d), (Part("router"),)),
             OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
-            OutputTensor(f"{prefix}.experts.down", (m * shape.experts, d), each("down_rows")),
+            OutputTensor(f"{prefix}.experts.down", (m * shape.experts, out), each("down_rows")),
         ]
         if not router.linear:
             tensors.append(OutputTensor(f"{prefix}.router.hidden.weight", (router.width, d), (Part("router_hidden"),)))
@@ -118,14 +121,14 @@ class UpcycleMoe(Target):
             filled = Part("filled", factor=router.bias, size=shape.experts)
             tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
         if "output" in own:
-            tensors.append(OutputTensor(f"{prefix}.output_bias", (d,), (Part("output_bias"),)))
+            tensors.append(OutputTensor(f"{prefix}.output_bias", (out,), (Part("output_bias"),)))
         if form.biases & {"gate", "up"}:
             tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
         if "down" in own:
-            tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, d), each("down_bias")))
+            tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, out), each("down_bias")))
         if not s:
             return tensors
-        sizes = {"gate": (s, d), "up": (s, d), "down": (d, s)}
+        sizes = {"gate": (s, d), "up": (s, d), "down": (out, s)}
         kinds: dict[str, PartKind] = {"gate": "shared_gate", "up": "shared_up", "down": "shared_down"}
         biases: dict[str, PartKind] = {"gate": "shared_gate_bias", "up": "shared_up_bias", "down": "shared_down_bias"}
         for matrix in form.matrices:

@@ -11,19 +11,16 @@ from upcycle.architectures.dense_config import DenseConfig, Feature
 from upcycle.architectures.moe.base import ExpertLayout, OutputTensor, Target
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.architectures.towers.composite import TEXT, CompositeConfig, CompositeFamily, written_name
+from upcycle.architectures.towers.part_places import refuse_part
+from upcycle.architectures.towers.parts import PartsFamily
 from upcycle.architectures.towers.wrapper import Wrapper
-from upcycle.errors import RefusalError, UsageError
+from upcycle.errors import UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.registry import OWN_TARGETS, load
 
 if TYPE_CHECKING:
     from upcycle.ffn.expert_tensors import ExpertTensors
     from upcycle.ffn.gated_experts import BuildsParts
-
-_KEPT = {
-    "vision": "an encoder of images has FFNs with biases and no gate, behind LayerNorms, and no stock MoE has such experts",
-    "connector": "it is a projection between two parts, and no stock class has a MoE in its place",
-}
 
 
 class CompositeTarget(Target):
@@ -157,32 +154,29 @@ def target_of(family: Family, name: str) -> Target:
     return target.of(family)
 
 
-def check_part(family: Family, part: str) -> None:
-    """Refuse to convert a part that a model does not have, or another part of a model of parts than its text model.
+def check_part(family: Family, parts: tuple[str, ...]) -> None:
+    """Refuse to convert a part that a model does not have, or one without FFNs that experts can stand for.
 
     Raises:
         UsageError: the model has no such part.
         RefusalError: the part cannot be converted; the message says why.
     """
-    if family.parts:
-        if part in ("auto", "both", *family.parts):
-            return
+    known = ("language",) if isinstance(family, CompositeFamily) else family.parts
+    whole = ("auto", "all") if isinstance(family, PartsFamily) else ("auto", "all", "both")
+    for part in parts:
+        if isinstance(family, PartsFamily) and part in family.missing:
+            raise refuse_part(family.name, part, family.missing[part], family.parts)
+        if part in known or part in (whole if known else ("auto", "all", "language")):
+            continue
+        if not known:
+            raise UsageError(
+                f"part: a {family.name} model is a text model, and has no part '{part}'",
+                hint="leave the key 'part' out",
+            )
         raise UsageError(
             f"part: a {family.name} model has no part '{part}'",
-            hint=f"part: {', '.join(family.parts)}, or both (the default)",
+            hint=f"part: {', '.join(known)}, or {whole[-1]}"
+            + (" (the default)" if not isinstance(family, PartsFamily) else ""),
         )
-    if part in ("auto", "language"):
-        return
-    if isinstance(family, CompositeFamily) and part not in _KEPT:
-        raise UsageError(
-            f"part: a {family.name} model has no part '{part}'",
-            hint="leave the key out: the language model is converted",
-        )
-    if not isinstance(family, CompositeFamily):
-        raise UsageError(
-            f"part: a {family.name} model is a text model, and has no part '{part}'", hint="leave the key 'part' out"
-        )
-    raise RefusalError(
-        f"part: the {part} of a {family.name} model cannot be converted: {_KEPT[part]}",
-        hint="part: language converts its text model, and keeps the other parts as they are",
-    )
+    if len(parts) > 1 and {"auto", "all", "both"} & set(parts):
+        raise UsageError(f"part: {', '.join(parts)}: a list names single parts", hint="part: all, without a list")

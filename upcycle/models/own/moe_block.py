@@ -1,5 +1,7 @@
 """The module that stands where an FFN was: a router, routed experts, a shared expert. T tokens, E experts, K slots, d, N neurons.
 
+A block that leads from one stream to another puts out d' numbers where d is said of outputs and of rows of ``down``.
+
 Routed experts are packed as upcycle's kernels read them without a copy (:mod:`upcycle.kernels.layout.expert_weights`): experts are
 ranges of rows of ``up`` and ``down``, both with d numbers per row, so that widths may differ; with a gate, its rows alternate
 with those of up.
@@ -38,7 +40,7 @@ class MoeBlock(nn.Module):
 
     def __init__(self, ffn: ReplacedFfn) -> None:
         super().__init__()
-        d, shared = ffn.hidden_size, ffn.shared_width
+        d, out, shared = ffn.hidden_size, ffn.output, ffn.shared_width
         self.router = TokenRouter(ffn)
         self.experts = PackedExperts(ffn)
         # An adapter may stand around the experts, and hide it. In a tuple, as its weights are the experts' alone.
@@ -46,16 +48,16 @@ class MoeBlock(nn.Module):
         if shared:
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
-            self.shared_down = nn.Linear(shared, d, bias="down" in ffn.biases)
+            self.shared_down = nn.Linear(shared, out, bias="down" in ffn.biases)
         self.has_shared, self.shared_width = bool(shared), shared
-        self.output_bias = nn.Parameter(torch.zeros(d)) if "output" in ffn.biases else None
+        self.output_bias = nn.Parameter(torch.zeros(out)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See the class."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, ids = self.router(x)
-        return self._whole(x, self.experts(x, ids, weights)).view_as(hidden_states)
+        return self._whole(x, self.experts(x, ids, weights)).view(*hidden_states.shape[:-1], -1)
 
     @property
     def rule(self) -> RouterRule:
@@ -73,7 +75,7 @@ class MoeBlock(nn.Module):
         routed = self.experts(flat, ids, torch.full(ids.shape, weight, dtype=x.dtype, device=x.device))
         if self.experts.down_bias is not None:
             routed = routed + self.experts.down_bias.sum(0) * (1 / count - weight)
-        return self._whole(flat, routed).view_as(x)
+        return self._whole(flat, routed).view(*x.shape[:-1], -1)
 
     def _whole(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
         """Add to the routed experts' output what does not depend on the router."""
@@ -140,17 +142,17 @@ class PackedExperts(nn.Module):
         super().__init__()
         from transformers.activations import ACT2FN
 
-        d, neurons = ffn.hidden_size, sum(ffn.widths)
+        d, out, neurons = ffn.hidden_size, ffn.output, sum(ffn.widths)
         rows = neurons * (2 if ffn.gated else 1)
         self.count, self.widths, self.gated = ffn.experts, ffn.widths, ffn.gated
         self.act = ACT2FN[ffn.activation].to(torch.get_default_dtype())  # weights that it has are bfloat16 otherwise
         self.kernel_activation = KERNEL_ACTIVATIONS.get(ffn.activation)
         self.implementation = IMPLEMENTATIONS[0]
         self.register_parameter("gate_up" if ffn.gated else "up", nn.Parameter(torch.empty(rows, d)))
-        self.down = nn.Parameter(torch.empty(neurons, d))
+        self.down = nn.Parameter(torch.empty(neurons, out))
         has_bias = bool(ffn.biases & {"gate", "up"})
         self.up_bias = nn.Parameter(torch.zeros(rows)) if has_bias else None
-        self.down_bias = nn.Parameter(torch.zeros(self.count, d)) if "down" in ffn.biases else None
+        self.down_bias = nn.Parameter(torch.zeros(self.count, out)) if "down" in ffn.biases else None
         for weight in (self._up, self.down):
             nn.init.normal_(weight, std=_SPREAD)
 
@@ -162,7 +164,8 @@ class PackedExperts(nn.Module):
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return ``[T, d]``: the experts ``ids`` ``[T, K]`` of every row of ``x``, times ``weights`` ``[T, K]``; id E is no expert."""
         tensors = WeightTensors(self._up, self.down, self.up_bias, self.down_bias)
-        mixed = self.down.dtype != self._up.dtype
+        # Kernels know one length of rows, and one dtype.
+        mixed = self.down.dtype != self._up.dtype or self.down.shape[1] != self._up.shape[1]
         kernel = self.kernel_activation if self.implementation == "upcycle" and not mixed else None
         if kernel is not None and foreign_weights(*tensors) is None:
             layout = WeightLayout(kernel, self.gated, self.gated, False, self.widths)
@@ -179,7 +182,8 @@ class PackedExperts(nn.Module):
         return hidden.to(self.down.dtype) if self.down.dtype != self._up.dtype else hidden
 
     def _one_by_one(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x, dtype=x.dtype if self.down.dtype == self._up.dtype else self.down.dtype)
+        dtype = x.dtype if self.down.dtype == self._up.dtype else self.down.dtype
+        out = torch.zeros(len(x), self.down.shape[1], dtype=dtype, device=x.device)
         first, per_neuron = 0, 2 if self.gated else 1
         for expert, width in enumerate(self.widths):
             tokens, slots = torch.where(ids == expert)

@@ -15,7 +15,7 @@ Bias = Literal["gate", "up", "down", "output"]
 _HINT = "correct the key, or convert the model again"
 _KEYS = (
     *("paths", "hidden_size", "activation", "gated", "biases", "experts", "width", "widths", "shared_width"),
-    *("router", "router_bias", "routing", "dropout"),
+    *("router", "router_bias", "routing", "dropout", "output_size"),
 )
 _ROUTER_KEYS = ("kind", "width", "activation", "absolute", "unit_inputs")
 
@@ -27,7 +27,7 @@ class ReplacedFfn:
     Attributes:
         paths: for every FFN the modules that go, below the base model. The experts stand where the first one was; the others
             (an activation and a second projection that the layer itself calls) do nothing any more.
-        hidden_size: d, the length of input and output.
+        hidden_size: d, the length of the input, and, unless ``output_size`` says otherwise, of the output.
         activation: its name in transformers' table.
         gated: whether neurons are ``act(gate x) * up x``, or ``act(up x)``.
         biases: which projections have one: ``down`` is every expert's own (the shared one's, too), weighted as its output is;
@@ -38,6 +38,7 @@ class ReplacedFfn:
         rule: turns logits into experts and weights.
         router: whether the router has a hidden layer, and which (its ``bias`` is not looked at).
         dropout: the probability, in training, that a number of the output is 0, where the FFN had such a layer at its end.
+        output_size: d', the length of the output, where it is another one: of a connector between two streams.
     """
 
     paths: tuple[tuple[str, ...], ...]
@@ -51,6 +52,12 @@ class ReplacedFfn:
     rule: RouterRule
     dropout: float = 0.0
     router: RouterForm = LINEAR
+    output_size: int | None = None
+
+    @property
+    def output(self) -> int:
+        """The length of the output."""
+        return self.hidden_size if self.output_size is None else self.output_size
 
     @property
     def experts(self) -> int:
@@ -66,6 +73,7 @@ class ReplacedFfn:
         return {
             "paths": [list(modules) for modules in self.paths],
             "hidden_size": self.hidden_size,
+            **({} if self.output == self.hidden_size else {"output_size": self.output_size}),
             "activation": self.activation,
             "gated": self.gated,
             "biases": [name for name in get_args(Bias) if name in self.biases],
@@ -147,9 +155,10 @@ class _Entry:
         if "gate" in biases and not gated:
             raise self._wrong("biases", "names gate, and 'gated' is false")
         widths = self._widths()
+        hidden: int = self._get("hidden_size", "a positive integer", _is_size)
         return ReplacedFfn(
             paths=tuple(tuple(modules) for modules in paths),
-            hidden_size=self._get("hidden_size", "a positive integer", _is_size),
+            hidden_size=hidden,
             activation=self._get("activation", "an activation of transformers", _is_activation),
             gated=gated,
             biases=frozenset(biases),
@@ -161,7 +170,12 @@ class _Entry:
             rule=self._rule(len(widths)),
             router=self._router(),
             dropout=float(self._get("dropout", "a number from 0 to 1", _is_fraction, 0.0)),
+            output_size=self._output(hidden),
         )
+
+    def _output(self, hidden: int) -> int | None:
+        output: int = self._get("output_size", "a positive integer", _is_size, hidden)
+        return None if output == hidden else output
 
     def _widths(self) -> tuple[int, ...]:
         if "widths" in self._entry:
