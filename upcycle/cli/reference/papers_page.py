@@ -25,6 +25,7 @@ TITLES = {
     "2109.08668": "Primer: Searching for Efficient Transformers for Language Modeling",
     "2110.01786": "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts",
     "2202.08906": "ST-MoE: Designing Stable and Transferable Sparse Expert Models",
+    "2202.09368": "Mixture-of-Experts with Expert Choice Routing",
     "2208.03306": "Branch-Train-Merge: Embarrassingly Parallel Training of Expert Language Models",
     "2208.11580": "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
     "2210.17323": "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",

@@ -10,6 +10,7 @@ from torch import nn
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
 from upcycle.models.own.replaced_ffn import replaced_in
+from upcycle.models.own.token_mask import check_not_causal, watch_masks
 
 _DECODER_START = "_prepare_decoder_input_ids_for_generation"
 
@@ -76,7 +77,7 @@ def replace_ffns(model: Any, config: Any) -> None:
         config: its configuration.
 
     Raises:
-        CheckpointError: a module does not exist, or has another size.
+        CheckpointError: a module does not exist, has another size, or is causal where its rule is not.
     """
     base = model.base_model
     placed = 0
@@ -87,12 +88,14 @@ def replace_ffns(model: Any, config: Any) -> None:
             for path in modules:
                 _check_module(base, path, config)
             _check_size(base.get_submodule(modules[0]), modules[0], ffn.hidden_size)
+            check_not_causal(base, modules[0], ffn.rule)
             if _kept_in_fp32(model, base, modules):
                 model._keep_in_fp32_modules |= set(DOWN_WEIGHTS)
             _put(base, modules[0], MoeBlock(ffn))
             for path in modules[1:]:
                 _put(base, path, nn.Identity())
             placed += 1
+    watch_masks(model)
     if config.replaced_ffns and not placed:
         first = config.replaced_ffns[0]["paths"][0][0]
         raise CheckpointError(
