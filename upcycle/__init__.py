@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from upcycle.calibration.observe_file import observe
     from upcycle.conversion.convert import convert
     from upcycle.conversion.jobs import plan
     from upcycle.conversion.verify import verify
@@ -29,6 +30,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "observe",
     "plan",
     "plan_training",
     "push",
@@ -53,6 +55,7 @@ _FUNCTIONS = {
     "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",
+    "observe": "calibration.observe_file",
     "plan": "conversion.jobs",
     "plan_training": "trainers.forecast.plan_training",
     "push": "publishing.push",

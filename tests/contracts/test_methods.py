@@ -37,7 +37,8 @@ NAMES = [
         name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "torch")) is None, reason=f"{name} needs more")
     )
     for name in METHODS
-    if load("method", name).kind not in ("growth", "pruning")  # see test_growth.py and test_pruning.py
+    if load("method", name).kind
+    not in ("growth", "pruning", "compression")  # see test_growth.py, test_pruning.py, test_compressing.py
 ]
 
 

@@ -14,7 +14,7 @@ from wrapped_models import inputs_of, relative_error, small_model
 
 import upcycle
 import upcycle.models
-from upcycle.errors import RefusalError, UsageError, VerificationError
+from upcycle.errors import EnvironmentFault, UsageError, VerificationError
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.moe_shape import Part
 from upcycle.publishing.model_card import make_card
@@ -85,10 +85,10 @@ def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_encoders_cannot_do_is_refused(tmp_path: Path) -> None:
     small_model("bert").save_pretrained(tmp_path / "dense")
-    with pytest.raises(UsageError, match="is an encoder: it writes no text"):
+    with pytest.raises(EnvironmentFault, match="holds no vocabulary"):
         upcycle.evaluate(str(tmp_path / "dense"))
     keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
-    with pytest.raises(RefusalError, match="encoders are not calibrated"):
+    with pytest.raises(UsageError, match="leaves no tokenizer"):
         upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **keys, **QUICK)
 
 

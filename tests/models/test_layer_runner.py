@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from wrapped_models import SMALL, relative_error, small_model
+from transformers import AutoModel
+from wrapped_models import SMALL, inputs_of, relative_error, small_model
 
 from upcycle.architectures.described.find_ffns import find_ffns
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
@@ -19,6 +20,7 @@ CAUSAL = [
     for name, (described, kind, _) in SMALL.items()
     if kind == "CausalLM" and load("described", described).uncalibrated is None
 ]
+ENCODERS = ["bert", "roberta", "xlm-roberta", "electra", "mpnet", "distilbert", "modernbert", "vit", "deit"]
 ROUNDING = 2e-6
 
 
@@ -60,3 +62,43 @@ def test_layers_run_alone_as_in_the_stock_model(name: str, tmp_path: Path) -> No
     with torch.no_grad():
         logits = logits_of(skeleton(checkpoint.raw_config, outside), checkpoint, states.view(3, 12, -1))
     assert relative_error(logits, stock.logits) < ROUNDING
+
+
+@pytest.mark.parametrize("headless", [False, True], ids=["head", "no head"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_layers_of_encoders_run_alone_as_in_the_stock_model(name: str, headless: bool, tmp_path: Path) -> None:
+    model = small_model(name)
+    if headless:
+        base = AutoModel.from_config(model.config).eval()  # with a pooler, which most heads have no use for
+        base.load_state_dict(model.base_model.state_dict(), strict=False)
+        model = base
+    model.save_pretrained(tmp_path)
+    checkpoint, described = DenseCheckpoint.open(str(tmp_path)), load("described", SMALL[name][0])
+    given = inputs_of(name)
+    with torch.no_grad():
+        stock = model.base_model(**given, output_hidden_states=True)
+    expected = stock.hidden_states
+    window = expected[0].shape[1]
+    if described.reads == "images":
+        runner = LayerRunner(checkpoint, "keep", window, lambda rows: given["pixel_values"][rows])
+        states = runner.embed(torch.arange(2)[:, None].expand(2, window).flatten())
+    else:
+        runner = LayerRunner(checkpoint, "keep", window)
+        states = runner.embed(given["input_ids"].flatten())
+    norms: list[torch.Tensor] = []
+    for index, ffn in enumerate(find_ffns(model, described)):
+        assert relative_error(states, expected[index].reshape(states.shape)) < ROUNDING
+        with runner.loaded(index), torch.no_grad():
+            x, residual = runner.around(index, states)
+            sums = residual + runner.ffn(index, x)
+            made, following = runner.closed(index, sums), runner.whole(index, states)
+            assert relative_error(runner.summed(index, states), sums) < ROUNDING
+        if described.paths.closing is not None:
+            norm = model.base_model.get_submodule(f"{ffn.layer}.{described.paths.closing}")
+            hook = norm.register_forward_pre_hook(lambda _, args: norms.append(args[0]))
+            with torch.no_grad():
+                model(**given)
+            hook.remove()
+            assert relative_error(sums, norms[-1].reshape(sums.shape)) < ROUNDING
+        assert relative_error(made, following) < ROUNDING
+        states = following

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from encoder_cases import image_encoder, image_folder, text_encoder
 from stand_ins import make_llama_cpp, make_vllm
 
 from upcycle.cli.main import cli
@@ -109,6 +110,9 @@ def reader(
 ) -> Iterator[Path]:
     """The folder of somebody who has what the documents speak of: models, texts, recipes, tasks and engines."""
     shutil.copytree(tower("llava", "llama"), tmp_path / "llava")
+    text_encoder("bert", tmp_path / "bert")
+    image_encoder("vit", tmp_path / "vit", id2label={0: "class_0", 1: "class_1"})
+    image_folder(tmp_path / "photos")
     for name in ("llama", "ancestor", "SmolLM2-135M-Instruct"):
         shutil.copytree(pico("llama"), tmp_path / name)
     for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from wrapped_models import small_model
 
 import upcycle
 from upcycle import errors
@@ -21,6 +22,8 @@ from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.reference.write import PAGES, page
+from upcycle.evaluation.encoders.embeddings import EmbeddingResult
+from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.recipe.conversion_recipe import parse_recipe
@@ -162,6 +165,9 @@ def test_json_keys(
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
+    cutting = {"method": "naee", "keep": 0.5, "calibration": split["calibration"], "verification": {"enabled": False}}
+    compressed = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "cut", **cutting).as_dict()
+    seen = upcycle.observe(str(pico_moe("mixtral")), tmp_path / "seen.safetensors", "demo", 64)
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     text = {"text": "code", "tokens": 64, "window": 32}
@@ -211,6 +217,9 @@ def test_json_keys(
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
+        "convert layers of a compressed MoE": compressed["layers"][0],
+        "observe": seen,
+        "observe layers": seen["layers"][0],
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
@@ -234,6 +243,8 @@ def test_json_keys(
         "generate tokens": generated["tokens"][0],
         "chat, a line for each answer": talked,
         "evaluate layers": evaluated["layers"][0],
+        "evaluate embeddings": keys_of(EmbeddingResult),
+        "evaluate classes": keys_of(ClassResult),
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
         "evaluate speed": keys_of(Speed),
@@ -247,12 +258,12 @@ def test_json_keys(
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "convert").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_work(path: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
+def test_shipped_recipes_work(path: Path, pico_moe: Callable[[str], Path], tmp_path: Path) -> None:
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# ")
     parse_recipe({"source": "demo", **content}, str(path))
-    source = "demo"
-    if content.get("routing") and "expert_choice" in str(content["routing"]):  # not for what writes token by token
+    source = str(pico_moe("mixtral")) if load("method", content["method"]).takes == "moe" else "demo"
+    if "expert_choice" in str(content.get("routing")):  # not for what writes token by token
         small_model("vit").save_pretrained(tmp_path / "vit")
         source = str(tmp_path / "vit")
     sizes = ["--verify-tokens", "64", *(["--calibration-tokens", "2048"] if "calibration" in content else [])]

@@ -268,6 +268,15 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_olmo": ("flex_olmo", {"num_experts": 4}),
     "mellum": ("mellum", {"num_experts": 4}),
     "cohere2_moe": ("cohere2_moe", {"num_experts": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "cohere2_moe-sigmoid": (
+        "cohere2_moe",
+        {
+            "num_experts": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+        },
+    ),
     "granitemoe": ("granitemoe", {"num_local_experts": 4}),
     "granitemoeshared": ("granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 24}),
     "granitemoe_swa": ("granitemoe_swa", {"num_local_experts": 4, "shared_intermediate_size": 24}),

@@ -241,7 +241,10 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
         rule = cast(MoeBlock, place.block).rule
         if not isinstance(rule, TopKRule):
             return []
-        read = RoutingRule(rule.scores, place.count, rule.top_k, rule.normalized)
+        # By ``ones`` every chosen expert weighs 1; softmax keeps the order of the logits, which is all that is left to say.
+        equal = rule.equal_weight(place.count) if rule.scores == "ones" else None
+        score: Score = "softmax" if rule.scores == "ones" else rule.scores
+        read = RoutingRule(score, place.count, rule.top_k, rule.normalized, constant=equal)
         found.append(MoeLayer(place.index, place.block, place.router, (), read))
     return found
 

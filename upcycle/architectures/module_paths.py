@@ -33,7 +33,7 @@ class ModulePaths:
         body: everything but the head; it takes token ids or embeddings and returns hidden states.
         layers: the list of decoder layers.
         embedding: the table of token embeddings.
-        final_norm: the norm behind the last layer.
+        final_norm: the norm behind the last layer; empty for encoders, whose every class has another one or none.
         head: the projection from normed hidden states to logits.
         stored_head: the head's name in files, where transformers renames it on loading; None: as in memory.
         blocks: the modules of a layer whose outputs add up to its FFN: the dense FFN, or the routed experts and then, in some
@@ -41,6 +41,7 @@ class ModulePaths:
         ends: the module of a layer whose output is the FFN's, where ``blocks`` names only its first projection: the layer calls
             the parts of its FFN itself. Experts take the place of that projection.
         output_norm: the norm of a layer that the FFN's output goes through before it is added to the stream; None: it has none.
+        closing: the norm of a layer behind the sum of the stream and the FFN's output; None: that sum is the layer's output.
     """
 
     body: str = "model"
@@ -52,6 +53,7 @@ class ModulePaths:
     blocks: tuple[str, ...] = ("mlp",)
     ends: str | None = None
     output_norm: str | None = None
+    closing: str | None = None
 
     @property
     def embedding_weight(self) -> str:
@@ -365,13 +367,17 @@ def module_paths_of(config: Any) -> ModulePaths:
     described = find("described", base)
     if described is None and base != config.model_type and base not in FAMILIES:
         return _replaced(config.replaced_ffns)
-    paths = find_module_paths(base)
-    if described is None or described.paths is None:
-        return paths
+    return find_module_paths(base) if described is None or find("family", base) else described_paths(described, config)
+
+
+def described_paths(described: Any, config: Any) -> ModulePaths:
+    """Return the paths of a model that is described by its FFNs alone; an encoder without a head has no prefix before them."""
+    paths: ModulePaths = described.module_paths
     from upcycle.architectures.stock_auto import class_name, is_encoder
 
     encoder = described.encoder or (described.both_ways is not None and is_encoder(config))
-    return paths.without_prefix() if encoder and class_name(config).endswith("Model") else paths
+    bare = described.paths is not None and encoder and class_name(config).endswith("Model")
+    return paths.without_prefix() if bare else paths
 
 
 def module_paths_in(model: Any) -> ModulePaths:

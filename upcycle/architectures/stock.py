@@ -27,7 +27,7 @@ from upcycle.architectures.clean_settings import (
     clean_file,
 )
 from upcycle.architectures.stock_auto import auto_class
-from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError
+from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
@@ -98,6 +98,16 @@ def empty_model(raw: Mapping[str, Any] | Any, where: str, dtype: torch.dtype | N
     given = {} if dtype is None else {"dtype": dtype}
     with _explained(f"{where}: transformers has no model like it"), quiet_transformers(), torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=False, **given)
+
+
+def random_stock_model(config: Any, seed: int) -> Any:
+    """Build the stock model of a stock configuration on the CPU in fp32, with the random weights that its class draws."""
+    import torch
+
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=torch.float32)
+    return model.eval()
 
 
 def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus: bool = False) -> Any:
@@ -184,6 +194,11 @@ def load_tokenizer(path: Path) -> Any:
             raise EnvironmentFault(
                 f"the tokenizer in {path} cannot be loaded: {_first_line(error)}", hint=_tokenizer_hint(path)
             ) from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what some classes make of a folder without a vocabulary
+        raise EnvironmentFault(
+            f"{path} holds no vocabulary: its tokenizer would know its special tokens alone",
+            hint="put the tokenizer's files beside the weights",
+        )
     tokenizer.name_or_path = ""
     tokenizer.init_kwargs.pop("name_or_path", None)
     return tokenizer
@@ -205,6 +220,32 @@ def load_processor(path: Path) -> Any:
             raise
         except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
             raise EnvironmentFault(f"the processor in {path} cannot be loaded: {_first_line(error)}") from None
+
+
+def load_image_processor(path: Path) -> Any:
+    """Load the stock image processor of a folder: it makes what an encoder of images reads.
+
+    Raises:
+        UsageError: none lies in the folder.
+        CheckpointError: a settings file is not a JSON object.
+        EnvironmentFault: the processor cannot be loaded, as a package that it needs is missing, or a file is damaged.
+    """
+    from transformers import AutoImageProcessor
+
+    if not any((path / name).is_file() for name in PROCESSORS):
+        raise UsageError(
+            f"{path} has no preprocessor_config.json, by which images become what the model reads",
+            hint="put the original model's preprocessor_config.json beside the weights",
+        )
+    with view(path, tokenizer=True) as clean, quiet_transformers():
+        try:
+            return AutoImageProcessor.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+        except (MemoryError, UpcycleError):
+            raise
+        except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
+            raise EnvironmentFault(
+                f"the image processor in {path} cannot be loaded: {_first_line(error)}", hint="pip install pillow"
+            ) from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from upcycle.architectures.expert_terms import ExpertTerms, LayerCut, Term
 from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers, find_module_paths
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
@@ -122,8 +123,8 @@ class MoeModel:
                 raise CheckpointError(f"{where}: config.json: '{key}' must be a positive integer, got {value!r}")
         if (groups := getattr(stock, "n_group", 1) or 1) > 1:
             raise RefusalError(
-                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and copies would "
-                "change which"
+                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and another "
+                "number of experts would change which"
             )
         return cls(
             family=family,
@@ -131,13 +132,20 @@ class MoeModel:
             specs=specs,
             experts=experts,
             top_k=top_k,
-            normalized=bool(getattr(stock, "norm_topk_prob", True)),
+            # Cohere's softmax is that of the chosen logits alone, whatever the key says.
+            normalized=getattr(stock, "expert_selection_fn", "") == "softmax"
+            or bool(getattr(stock, "norm_topk_prob", True)),
             layers=stock.num_hidden_layers,
             vocab_size=stock.vocab_size,
             hidden_size=stock.hidden_size,
             context=stock.max_position_embeddings,
             tied=bool(stock.tie_word_embeddings),
         )
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether scores are sigmoids of the logits; Cohere's configuration says which."""
+        return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
 
     @cached_property
     def module_paths(self) -> ModulePaths:
@@ -199,6 +207,47 @@ class MoeModel:
                 drawn = noise if role == "router" else 0.0
                 yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
 
+    def cut_origins(self, layer: int, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
+        """Yield the names and origins of the tensors of a layer whose experts are those of ``cut``."""
+        for name in self.names[layer]:
+            role, match = self.role(name), _EXPERT.fullmatch(name)
+            if role == "expert" and match:
+                if match[2] == "0":
+                    yield from self._cut_matrix(match[1], match[3], cut)
+            elif role == "other":
+                yield name, Origin(name)
+            elif role == "experts" and cut.merges:
+                part: Literal["gate_up", "down"] = "down" if is_down(name) else "gate_up"
+                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part)
+            else:
+                yield name, ExpertRows(name, taken=cut.rows)
+
+    def _cut_matrix(self, prefix: str, matrix: str, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
+        names = tuple(f"{prefix}.{expert}.{matrix}.weight" for expert in range(self.experts))
+        for place, terms in enumerate(cut.experts):
+            first = names[terms[0].expert]
+            plain = terms == (Term(terms[0].expert),)
+            part: Any = _MATRICES.get(matrix, matrix)
+            whole = Origin(first) if plain else ExpertTerms(first, experts=(terms,), names=names, part=part)
+            yield f"{prefix}.{place}.{matrix}.weight", whole
+
+    @cached_property
+    def expert_width(self) -> int:
+        """The number of neurons of one routed expert."""
+        return next(spec.shape[-1] for name, spec in self.specs.items() if is_down(name))
+
+    def config_with(self, experts: int, top_k: int, width: int | None = None) -> dict[str, Any]:
+        """Return ``config.json`` with the numbers under every key that spells them; ``width`` is the neurons of an expert."""
+        config = {key: value for key, value in self.raw.items() if key != "auto_map"}
+        spelt = {"num_experts", "num_local_experts"} & set(config) or {self.family.experts_key}
+        config |= {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
+        if width is not None and width != self.expert_width:
+            own = build_config(self.raw, self.family.name)
+            # A key that the class does not read may be there, too, with another number.
+            keys = ("moe_intermediate_size", "intermediate_size")
+            config[next(key for key in keys if getattr(own, key, None) == self.expert_width)] = width
+        return config
+
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
         """Yield every tensor, or part of one, that holds matrices of a single expert, after that expert's index."""
         for name in self.names[layer]:
@@ -257,6 +306,26 @@ class MoeModel:
         return name
 
 
+def matrix_of(name: str) -> str:
+    """Return which matrix a stored tensor of experts holds: gate, up, gate_up (of fused ones) or down; empty: none."""
+    if match := _EXPERT.fullmatch(name):
+        return _MATRICES.get(match[3], match[3])
+    if not _EXPERTS.fullmatch(name):
+        return ""
+    return "down" if "down_proj" in name or "output_linear" in name else "gate_up"
+
+
+def is_down(name: str) -> bool:
+    """Return whether a stored tensor of experts, of one or of all, holds down projections."""
+    return matrix_of(name) == "down"
+
+
+def expert_index(name: str) -> int | None:
+    """Return which expert a stored tensor belongs to; None: to all or none."""
+    match = _EXPERT.fullmatch(name)
+    return int(match[2]) if match else None
+
+
 def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
     """Return the architecture of a configuration.
 
@@ -267,7 +336,7 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
     if model_type in FAMILIES:
         raise RefusalError(
             f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
-            hint="make one of it first, e.g. --method sparse_upcycling --experts 8",
+            hint="make one of it first: upcycle convert MODEL OUT --method sparse_upcycling --experts 8",
         )
     if model_type not in MOES:
         raise RefusalError(

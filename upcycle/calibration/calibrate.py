@@ -32,7 +32,7 @@ from upcycle.files.formats.token_files import TokenFile, write_together
 from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
 from upcycle.files.records import hash_tokens
 from upcycle.hardware.memory import available_memory, reuse_freed_memory
-from upcycle.models.layer_runner import LayerRunner
+from upcycle.models.layer_runner import LayerRunner, Pixels
 from upcycle.planning.cost import CALIBRATION_BATCH_TOKENS, MOST_CACHE_BYTES, REUSED_BYTES
 from upcycle.progress import Progress
 
@@ -53,6 +53,7 @@ class Calibration:
         progress: where to report.
         samples: the tokens by which a router tells several sources apart, each with the source that it belongs to; None: the
             router reads none.
+        pixels: gives the images that ``windows`` are the numbers of; None: they are token ids.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Calibration:
         folder: Path,
         progress: Progress,
         samples: Samples | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         self._job, self._checkpoint, self._progress = job, checkpoint, progress
         self._folder = folder
@@ -78,7 +80,7 @@ class Calibration:
         seen = windows if samples is None else samples.windows
         assert seen is not None
         self.windows, self._batch = seen, _batch_of(seen)
-        self._runner = LayerRunner(checkpoint, job.recipe.dtype, seen.shape[1])
+        self._runner = LayerRunner(checkpoint, job.recipe.dtype, seen.shape[1], pixels)
         self._sequential = job.calibration_mode == "sequential"
         self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
 
@@ -218,24 +220,27 @@ class Calibration:
 
     def _moe_layer(self, index: int, importance: torch.Tensor | None) -> None:
         inputs, residual, normed = self._stream("x", index), self._stream("residual", index), self._runner.norms_output
-        after, made = self._stream("dense", index + 1), self._stream("made", index) if normed else None
+        made = self._stream("made", index) if normed else None
         states = self._stream("moe" if self._differs(index) else "dense", index)
         attend(self._runner, index, states, inputs, residual, self._batch)
+        sums = self._stream("sums", index) if self._runner.closes else self._stream("dense", index + 1)
         if self._differs(index):
             dense = self._stream("dense", index).blocks(self._batch)
             if made is None:
-                after.write(self._runner.whole(index, block) for block in dense)
+                sums.write(self._runner.summed(index, block) for block in dense)
             else:
-                write_together([after, made], (self._runner.outcome(index, block) for block in dense))
+                write_together([sums, made], (self._runner.outcome(index, block) for block in dense))
         else:
-            feed(self._runner, index, inputs, residual, after, self._batch, made)
+            feed(self._runner, index, inputs, residual, sums, self._batch, made)
+        if self._runner.closes:
+            self._stream("dense", index + 1).write(self._runner.closed(index, s) for s in sums.blocks(self._batch))
         if self._samples is not None:
             self._of_sources(index, inputs)
             for file in (inputs, residual, *([made] if made else [])):
                 file.release()
             return
         ffn = self._checkpoint.feed_forward(index, self._job.recipe.dtype)
-        weights, targets = None, targets_of(after, residual, self._batch)
+        weights, targets = None, targets_of(sums, residual, self._batch)
         if made is not None:
             weights = weights_behind_norm(made, self._batch, self._job.dense.rms_norm_eps)
             targets = outputs_of(made, self._batch)
@@ -245,13 +250,13 @@ class Calibration:
             self._continue(index, decision, residual)
         report = {"layer": index, **activations.measured, **decision.report}
         save_blueprint(self._file(index), decision.blueprint, report)
-        for file in (inputs, residual, *([made] if made else [])):
+        for file in (inputs, residual, *([made] if made else []), *([sums] if self._runner.closes else [])):
             file.release()
 
     def _continue(self, index: int, decision: Decision, residual: TokenFile) -> None:
         """Write the converted model's stream after this layer, computed with the weights in the dtype that is stored."""
         pairs = zip(residual.blocks(self._batch), decision.outputs.on_calibration(), strict=True)
-        outputs = (before + self._runner.added(index, made) for before, made in pairs)
+        outputs = (self._runner.closed(index, before + self._runner.added(index, made)) for before, made in pairs)
         self._stream("moe", index + 1).write(outputs)
 
 
@@ -276,6 +281,7 @@ def calibrate(
     folder: Path,
     progress: Progress,
     samples: Samples | None = None,
+    pixels: Pixels | None = None,
 ) -> dict[str, Any]:
     """Decide every MoE layer of ``job``, and write one file per layer to ``folder/layer_blueprints``.
 
@@ -288,7 +294,7 @@ def calibrate(
         CheckpointError: activations or fits are not finite.
     """
     reuse_freed_memory(REUSED_BYTES)
-    calibration = Calibration(job, checkpoint, windows, folder, progress, samples)
+    calibration = Calibration(job, checkpoint, windows, folder, progress, samples, pixels)
     if joined_blueprint(job, folder) is None:  # else an earlier run was stopped after everything was decided
         calibration.run()
     return calibration.record

@@ -74,7 +74,8 @@ def activations_of(
 def targets_of(dense: TokenFile, residual: TokenFile, batch: int) -> Callable[[], Iterator[torch.Tensor]]:
     """Return a function that yields the outputs to fit a layer's experts to, fp32 ``[t, d]`` per batch.
 
-    They are the dense model's stream after the layer, less the converted model's stream before its FFN.
+    They are the dense model's stream after the layer (``dense``; before the norm at its end, if it has one), less the converted
+    model's stream before its FFN.
     """
 
     def targets() -> Iterator[torch.Tensor]:

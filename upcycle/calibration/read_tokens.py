@@ -15,6 +15,7 @@ from upcycle.hardware.memory import available_memory
 from upcycle.planning.own_text import model_bytes
 from upcycle.progress import Progress
 from upcycle.text.mixture import mixed_windows, read_texts
+from upcycle.text.windows import frame_of
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
@@ -36,11 +37,27 @@ def calibration_windows(
         raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
     window = min(wanted.window, job.context, wanted.tokens)
     tokenizer = load_tokenizer(checkpoint.source.path)
+    if getattr(getattr(job, "family", None), "encoder", False):
+        return _framed(wanted, window, tokenizer, progress), None
     read, own = tokens_of(wanted, read_texts(wanted), window, tokenizer, checkpoint, job.recipe.seed)
     found = (0 if read is None else read.numel()) + (own.windows * window if own else 0)
+    _note_short(found, wanted, progress)
+    return read, own
+
+
+def _note_short(found: int, wanted: CalibrationRecipe, progress: Progress) -> None:
     if found < 0.9 * wanted.tokens:
         progress.note(f"calibrating on {found:,} tokens: the texts hold no more (asked for {wanted.tokens:,})")
-    return read, own
+
+
+def _framed(wanted: CalibrationRecipe, window: int, tokenizer: Any, progress: Progress) -> torch.Tensor:
+    """Return windows ``[N, W]`` for an encoder, each a piece of text between the special tokens that it has seen around texts."""
+    frame = frame_of(tokenizer)
+    inner = max(1, window - frame.tokens)
+    pieces = mixed_windows(read_texts(wanted), tokenizer, max(1, wanted.tokens // window) * inner, inner)
+    windows = frame.around(pieces)
+    _note_short(windows.numel(), wanted, progress)
+    return windows
 
 
 def tokens_of(

@@ -91,7 +91,10 @@ def feed(
     batch: int,
     made: TokenFile | None = None,
 ) -> None:
-    """Write a layer's output, and what its FFN ``made``, from the inputs and the residual that :func:`attend` has written."""
+    """Write a layer's output (before the norm at its end), and what its FFN ``made``.
+
+    Both are computed from the inputs and the residual that :func:`attend` has written.
+    """
     files = [states, made] if made else [states]
 
     def rows() -> Iterator[list[torch.Tensor]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from upcycle.architectures.expert_terms import ExpertTerms, Term
 from upcycle.architectures.stock_classes import stock_shapes
-from upcycle.architectures.stored_moe import ExpertRows, MoeModel, moe_family
+from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
 from upcycle.files.formats.tensor_names import refuse_quantized
@@ -35,7 +36,9 @@ class MoeCheckpoint(Checkpoint):
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
-        if not isinstance(origin, ExpertRows):
+        if isinstance(origin, ExpertTerms):
+            yield from (self._merged(origin, terms, dtype) for terms in origin.experts)
+        elif not isinstance(origin, ExpertRows):
             yield from super().blocks(origin, dtype)
         elif origin.noise:
             yield self._with_noise(origin, dtype)
@@ -43,6 +46,38 @@ class MoeCheckpoint(Checkpoint):
             for expert in origin.taken:
                 for block in self.store.chunks(origin.name, COPY_BLOCK_BYTES, (expert, 1)):
                     yield self._checked(origin.name, block, dtype)
+
+    def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``."""
+        import torch
+
+        found: dict[str, torch.Tensor] = {}
+        for name in self.model.names[layer]:
+            role, part = self.model.role(name), matrix_of(name)
+            if role == "expert" and expert_index(name) == expert:
+                found[part] = self.read(name).float()
+            elif role == "experts":
+                whole = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                parts = {"down": whole} if part == "down" else dict(zip(("gate", "up"), whole.chunk(2), strict=True))
+                found.update(parts)
+        return found
+
+    def _merged(self, origin: ExpertTerms, terms: Sequence[Term], dtype: str) -> torch.Tensor:
+        """Return the weighted sum of the terms' matrices, ``[rows, columns]``, or ``[1, rows, columns]`` of a fused tensor."""
+        import torch
+
+        total: torch.Tensor | None = None
+        for term in terms:
+            fused = origin.fused
+            name = origin.names[0] if fused else origin.names[term.expert]
+            rows = (term.expert, 1) if fused else None
+            matrix = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()
+            if term.order is not None:
+                matrix = reordered(matrix, origin.part, torch.tensor(term.order))
+            total = term.weight * matrix if total is None else total + term.weight * matrix
+        assert total is not None
+        stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
+        return self._checked(origin.name, total, stored)
 
     def _with_noise(self, origin: ExpertRows, dtype: str) -> torch.Tensor:
         """Return a router's rows ``[E', d]``, with noise on those of new experts, added in fp32 and rounded once.
@@ -60,3 +95,15 @@ class MoeCheckpoint(Checkpoint):
         drawn = torch.randn(fresh.shape, generator=stream(origin.seed, origin.name, "noise"))
         taken[origin.kept :] = (fresh.float() + origin.noise * std * drawn).to(taken.dtype)
         return taken
+
+
+def reordered(matrix: torch.Tensor, part: str, order: torch.Tensor) -> torch.Tensor:
+    """Return an expert's matrix with its neurons in another order: columns of down, rows of the others."""
+    import torch
+
+    if part == "down":
+        return matrix[..., order]
+    if part == "gate_up":
+        gate, up = matrix.chunk(2, -2)
+        return torch.cat([gate[..., order, :], up[..., order, :]], -2)
+    return matrix[..., order, :]

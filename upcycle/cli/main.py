@@ -20,6 +20,8 @@ VERBS = {
     "verify": "verify",
     "evaluate": "evaluate",
     "compare": "compare",
+    "observe": "compressing.observe",
+    "compress": "compressing.compress",
     "train": "train",
     "export": "export",
     "generate": "generate",
@@ -32,7 +34,7 @@ VERBS = {
     "tune-kernels": "tune_kernels",
     "env": "env",
 }
-CONTINUABLE = ("convert", "train", "push")  # their work so far is kept, so the same command can continue it
+CONTINUABLE = ("convert", "compress", "train", "push")  # their work so far is kept, so the same command can continue it
 
 
 class _Verbs(click.Group):

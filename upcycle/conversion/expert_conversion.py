@@ -92,7 +92,7 @@ class ExpertConversion(ExpertJob):
         return 0 if self.saved else super().working_bytes
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
-        """Read the calibration text, and the prompts or texts that tell several sources apart."""
+        """Read the calibration text or images, and the prompts or texts that tell several sources apart."""
         windows = samples = own = None
         assert isinstance(checkpoint, DenseCheckpoint)
         if self.saved:
@@ -101,6 +101,12 @@ class ExpertConversion(ExpertJob):
             from upcycle.calibration.source_samples import read_samples
 
             samples = read_samples(self, checkpoint)
+        if self.calibrated and self.family.reads == "images":
+            from upcycle.calibration.read_images import calibration_images
+
+            self.check_memory()
+            windows, images = calibration_images(self, checkpoint, progress)
+            return TokensRead(windows, about=images.about, images=images)
         if self.calibrated or self.undecided:
             from upcycle.calibration.read_tokens import calibration_windows
 
@@ -118,7 +124,10 @@ class ExpertConversion(ExpertJob):
         from upcycle.text.mixture import traces
 
         assert isinstance(checkpoint, DenseCheckpoint)
-        record = calibrate(self, checkpoint, tokens.windows, folder, progress, tokens.samples)
+        pixels = tokens.images.pixels if tokens.images else None
+        record = calibrate(self, checkpoint, tokens.windows, folder, progress, tokens.samples, pixels)
+        if tokens.images:
+            return self, {**record, **tokens.about}
         return self, record if tokens.windows is None else {**record, **traces(self.recipe.calibration), **tokens.about}
 
     def blocks(

@@ -13,7 +13,7 @@ from upcycle.conversion.job import TokensRead
 from upcycle.methods.base import AnyMethod
 from upcycle.methods.growing.base import Described
 from upcycle.planning.from_configs import describe_dense, describe_moe
-from upcycle.planning.growth_job import GrowthJob, decide_growth, growth_reports, prepare_growth
+from upcycle.planning.growth_job import GrowthJob, decide_growth, decided_growth, growth_reports, prepare_growth
 from upcycle.planning.open_sources import mix_of
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe
@@ -96,4 +96,4 @@ class GrowthConversion(GrowthJob):
         """Compare every tensor with its origin, and the logits of both models."""
         from upcycle.verification.verify_growth import verify_growth
 
-        return verify_growth(self, checkpoint, folder, windows, progress)
+        return verify_growth(decided_growth(self, folder), checkpoint, folder, windows, progress)

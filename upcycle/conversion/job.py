@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.checkpoints.output_layout import OutputEntry, Unit
     from upcycle.ffn.source_samples import Samples
+    from upcycle.images.pixels import ImageSet
     from upcycle.methods.base import AnyMethod
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.progress import Progress
@@ -30,16 +31,18 @@ class TokensRead:
     """Holds the token ids that decide a conversion.
 
     Attributes:
-        windows: the calibration text's, int64 ``[N, W]``; None: no text is read.
+        windows: the calibration text's, int64 ``[N, W]``; of images, their numbers. None: nothing is read.
         samples: those that tell several sources apart; None: nothing needs them.
         own: the windows that the model still has to write itself; None: none.
         about: what ``upcycle.json`` says about those that it has written.
+        images: the images that the numbers in ``windows`` stand for; None: the model reads text.
     """
 
     windows: torch.Tensor | None = None
     samples: Samples | None = None
     own: OwnText | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    images: ImageSet | None = None
 
     @property
     def ids(self) -> list[torch.Tensor]:

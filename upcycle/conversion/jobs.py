@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion.compress_conversion import CompressConversion
 from upcycle.conversion.expert_conversion import ExpertConversion
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import ConversionJob
@@ -22,6 +23,7 @@ JOBS: dict[str, type[ConversionJob]] = {
     "overlap": ExpertConversion,
     "pruning": PruneConversion,
     "growth": GrowthConversion,
+    "compression": CompressConversion,
 }
 """The job's class, by the ``kind`` of its method."""
 

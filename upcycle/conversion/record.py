@@ -35,6 +35,7 @@ def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None,
     given = hash_file(blueprint) if blueprint else None
     tokens: list[Any] = [hash_tokens(windows) for windows in read.ids]
     tokens += [asdict(read.own)] if read.own else []
+    tokens += [read.images.sha256] if read.images else []
     code = (versions()["upcycle"], versions()["torch"])
     parts = [recipe, checkpoint.fingerprint, checkpoint.version, given, tokens, *code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

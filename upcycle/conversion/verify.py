@@ -32,8 +32,8 @@ def verify(
     Args:
         out: the converted model.
         source: the dense model, when it is no longer where ``recipe.yaml`` says.
-        text: UTF-8 file to measure on; default: the recipe's, or else what was held out of the calibration text, or else the
-            embedded validation texts.
+        text: UTF-8 file (of a model that reads images, folder) to measure on; default: the recipe's, or else what was held out of
+            the calibration text, or else the embedded validation texts.
         tokens: the number of tokens to measure on.
         progress: where to report.
 

@@ -87,7 +87,7 @@ def compare(
             raise UsageError(f"active is a fraction between 0 and 1, got {fraction:g}", hint="--active 0.75,0.5,0.25")
     _check_goal(faster, within, timed)
     checkpoint = DenseCheckpoint.open(source, None)
-    check_calibrates(checkpoint.family)
+    check_calibrates(checkpoint.family, "compare")
     if not checkpoint.has_tokenizer:
         raise UsageError(
             f"{source} has no tokenizer, and a comparison reads text", hint="put its files beside the weights"

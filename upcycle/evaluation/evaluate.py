@@ -13,6 +13,9 @@ from torch.nn.functional import cross_entropy
 from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
+from upcycle.evaluation.encoders.embeddings import EmbeddingResult
+from upcycle.evaluation.encoders.image_classes import ClassResult
+from upcycle.evaluation.encoders.measure import encoder_folder, measure_encoder
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.task_scores import TaskScores, score_tasks
 from upcycle.files import records
@@ -21,7 +24,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.progress import SILENT, Progress
 from upcycle.text.held_out import unseen
-from upcycle.text.reading.plain_text import DEMO_TEXTS
+from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY
 from upcycle.text.windows import encode
 from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_counts
 from upcycle.verification.verdict import json_numbers, perplexity_of
@@ -48,7 +51,10 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Holds the results for one model; what was not measured is empty or None. ``as_dict`` has the documented JSON keys."""
+    """Holds the results for one model; what was not measured is empty or None. ``as_dict`` has the documented JSON keys.
+
+    Of masked language models, ``texts`` has pseudo-perplexities. ``embeddings`` and ``classes`` are those of other encoders.
+    """
 
     model: str
     reference: str | None
@@ -58,6 +64,8 @@ class Evaluation:
     layers: list[LayerLoad]
     tasks: TaskScores | None = None
     speed: Speed | None = None
+    embeddings: EmbeddingResult | None = None
+    classes: ClassResult | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -78,9 +86,14 @@ def evaluate(
     limit: int | None = None,
     batch: int = 8,
     speed: bool = False,
+    images: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
+
+    An encoder is measured by what its class is for. Masked language models: the pseudo-perplexity (arXiv 1910.14659) of some of
+    each text's tokens, from windows of at most 128. Image classifiers: accuracy on ``images``, and agreement with the reference.
+    Others: the cosine of their embeddings with the reference's, and how many of the ten nearest neighbours are the same.
 
     Windows of ``window`` tokens begin ``stride`` tokens apart (default: half a window), and each token counts only once, so that
     all tokens after the first window have at least ``window - stride`` tokens of context. Scores and speed are saved in
@@ -97,6 +110,7 @@ def evaluate(
         task_folder: folder with more tasks, which may not run code.
         limit: only the first questions of each task.
         batch: sequences per forward pass of a task.
+        images: for encoders of images, a folder of them; of a classifier, with a subfolder per class.
         speed: time prefill and decoding of both models, in turns, and measure their memory.
         progress: receives the progress.
 
@@ -117,6 +131,11 @@ def evaluate(
         timed = measure_speed(str(model), other, progress=progress)
         _keep(str(model), {"speed": timed.as_dict()}, progress)
     names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
+    if names and encoder_folder(str(model)) is not None:
+        chosen = names if text else [*DEMO_TEXTS, EVERYDAY]
+        return _of_encoder(str(model), other, chosen, str(images) if images else None, window, tokens, progress)
+    if images:
+        raise UsageError(f"{model} reads no images", hint="leave --images out")
     if not names:
         return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores, timed)
     found = _on_texts(str(model), other, names, window, stride, tokens, progress)
@@ -175,6 +194,43 @@ def _on_texts(
         for name, (loss, predicted) in measured.items()
     ]
     return Evaluation(model, reference, runner.window, runner.stride, texts, layers)
+
+
+def _of_encoder(
+    model: str,
+    reference: str | None,
+    names: Sequence[str],
+    images: str | None,
+    window: int,
+    tokens: int | None,
+    progress: Progress,
+) -> Evaluation:
+    contents = {name: unseen(name, _calibration(model)) for name in names}
+    plain = {name: content for name, (content, _) in contents.items()}
+    found = measure_encoder(model, reference, plain, images, window, tokens, progress)
+    texts = [
+        TextResult(
+            text=name,
+            tokens=predicted,
+            predicted=predicted,
+            nats_per_token=loss,
+            perplexity=perplexity_of(loss),
+            remark=contents[name][1],
+            reference_nats_per_token=found.reference_losses[name][0] if reference else None,
+            reference_perplexity=perplexity_of(found.reference_losses[name][0]) if reference else None,
+        )
+        for name, (loss, predicted) in found.losses.items()
+    ]
+    return Evaluation(
+        model,
+        reference,
+        found.window,
+        found.window,
+        texts,
+        found.layers,
+        embeddings=found.embeddings,
+        classes=found.classes,
+    )
 
 
 def _calibration(model: str) -> dict[str, Any] | None:

@@ -1,15 +1,15 @@
-"""Runs single decoder layers of a dense model with stock code, one in memory at a time."""
+"""Runs single layers of a dense model, decoder or encoder, with stock code, one in memory at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.models.body_pass import layer_arguments
 from upcycle.models.stock_layers import compute_layer_buffers
 from upcycle.models.stock_model import dense_reader, fill, skeleton
 
@@ -17,22 +17,24 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
 
 Ffn = Callable[[torch.Tensor], torch.Tensor]
+Pixels = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LayerRunner:
     """Runs the decoder layers of a dense model; only the layer that runs has its weights in memory.
 
     States are the residual stream divided by the configuration's ``residual_multiplier``, so that an FFN's output is added to
-    them unscaled in every family.
+    them unscaled in every family. Where layers norm behind that sum (BERT), the sum has methods of its own.
 
     Args:
         checkpoint: the dense model.
         dtype: round the weights to this dtype (``keep``: leave them as stored); computation is in fp32 either way.
-        window: tokens per sequence.
+        window: tokens per sequence; of a model that reads images, the states that it makes of one.
+        pixels: gives the images ``[n, C, H, W]`` of some numbers ``[n]``; None: the model reads text.
     """
 
-    def __init__(self, checkpoint: DenseCheckpoint, dtype: str, window: int) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: DenseCheckpoint, dtype: str, window: int, pixels: Pixels | None = None) -> None:
+        self._checkpoint, self._pixels = checkpoint, pixels
         self._dtype = dtype
         self.window = window
         self._read = dense_reader(checkpoint, dtype)
@@ -58,13 +60,15 @@ class LayerRunner:
         return other
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the fp32 states ``[T, d]`` of token ids ``[T]``, of whole windows.
+        """Return the fp32 states ``[T, d]`` of token ids ``[T]``, of whole windows; of images, of their numbers, one per state.
 
         Where the first layer reads token embeddings alone, the table is read block by block, never as a whole. Elsewhere the stock
         model adds positions, norms and so on itself, to a table in memory.
         """
         if not self._checkpoint.family.embeds_tokens_alone:
-            states, _ = self._pass(input_ids=ids.view(-1, self.window))
+            rows = ids.view(-1, self.window)
+            read = {"pixel_values": self._pixels(rows[:, 0])} if self._pixels else {"input_ids": rows}
+            states, _ = self._pass(**read)
             return _flat(states) if self._unit == 1 else _flat(states) / self._unit
         config = self._checkpoint.config
         (name,) = self._checkpoint.family.first_specs(config)
@@ -145,9 +149,42 @@ class LayerRunner:
             hook.remove()
         return output, _flat(made[0])
 
+    @property
+    def closes(self) -> bool:
+        """Whether layers norm behind the sum of stream and FFN output, so that the sum is not yet the next layer's input."""
+        return self._checkpoint.family.module_paths.closing is not None
+
+    def closed(self, index: int, sums: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output for what its FFN's output and the stream before it add up to, each ``[t, d]``."""
+        closing = self._checkpoint.family.module_paths.closing
+        if closing is None:
+            return sums
+        made: torch.Tensor = self.layers[index].get_submodule(closing)(sums)
+        return made
+
+    def summed(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a layer's FFN output and the stream before it, for the layer's input; see :meth:`closed`."""
+        with self._unclosed(index):
+            return self.whole(index, states)
+
+    @contextmanager
+    def _unclosed(self, index: int) -> Iterator[None]:
+        """Let the norm at the end of a layer, if it has one, do nothing."""
+        closing = self._checkpoint.family.module_paths.closing
+        if closing is None:
+            yield
+            return
+        norm = self.layers[index].get_submodule(closing)
+        norm.forward = lambda states: states
+        try:
+            yield
+        finally:
+            del norm.forward
+
     def around(self, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input of the layer's FFN and the residual that :meth:`added` is added to, each ``[t, d]``."""
-        residual, x = self._run(index, states, torch.zeros_like)
+        with self._unclosed(index):
+            residual, x = self._run(index, states, torch.zeros_like)
         return x, residual
 
     def _run(self, index: int, states: torch.Tensor, ffn: Ffn | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,37 +217,26 @@ class LayerRunner:
         The stock model computes them itself, in a pass through layers that do nothing, so that no family's masks are copied here.
         """
         if windows not in self._arguments:
-            shape = (windows, self.window, self._checkpoint.config.hidden_size)
-            _, seen = self._pass(inputs_embeds=torch.zeros(shape))
+            _, seen = self._pass(**self._nothing(windows))
             self._arguments.clear()
             self._arguments[windows] = seen
         return self._arguments[windows][index]
 
+    def _nothing(self, windows: int) -> dict[str, torch.Tensor]:
+        """Return an input of as many windows, whose content does not matter."""
+        if self._pixels:
+            return {"pixel_values": self._pixels(torch.zeros(1, dtype=torch.long)).expand(windows, -1, -1, -1)}
+        if self._checkpoint.family.encoder:  # some embed in another width than d
+            return {"input_ids": torch.zeros(windows, self.window, dtype=torch.long)}
+        return {"inputs_embeds": torch.zeros(windows, self.window, self._checkpoint.config.hidden_size)}
+
     def _pass(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Run the stock model with layers that do nothing; return what the first reads, and every layer's other arguments."""
-        first: list[torch.Tensor] = []
-        seen: list[dict[str, Any]] = []
-        paths, wraps = self._checkpoint.family.module_paths, self._checkpoint.family.returns_tuple
-        names = list(signature(type(self.layers[0]).forward).parameters)[2:]  # behind self and the states
-
-        def nothing(states: torch.Tensor, *positional: Any, **arguments: Any) -> Any:
-            first.append(states)
-            seen.append({**dict(zip(names, positional, strict=False)), **arguments})
-            return (states,) if wraps else states
-
-        norm, body = self.model.get_submodule(paths.final_norm), paths.body_in(self.model)
-        normal = norm.forward
-        for layer in self.layers:
-            layer.forward = nothing
-        norm.forward = lambda states: states
-        try:
-            with torch.no_grad():
-                body(**inputs, use_cache=False)
-        finally:
-            for layer in self.layers:
-                del layer.forward
-            norm.forward = normal
-        return first[0], seen
+        family = self._checkpoint.family
+        settings = {} if family.encoder else {"use_cache": False}
+        return layer_arguments(
+            self.model, family.module_paths, self.layers, {**inputs, **settings}, wraps=family.returns_tuple
+        )
 
 
 def logits_of(model: Any, checkpoint: DenseCheckpoint, states: torch.Tensor) -> torch.Tensor:

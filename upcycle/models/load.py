@@ -26,8 +26,9 @@ def load_model(
     device: torch.device | None = None,
     experts: str | None = "eager",
     training: bool = False,
+    encoder: bool = False,
 ) -> Any:
-    """Load a stock causal language model, for use or for training.
+    """Load a stock causal language model, for use or for training; or an encoder.
 
     Args:
         source: a folder; a name may also be a hub id, a ``.gguf`` file or ``demo``.
@@ -37,6 +38,7 @@ def load_model(
             :func:`~upcycle.models.experts.use_experts`), or None for transformers' own choice.
         training: return it in training mode and without a cache, and refuse stored weights that the model does not have: an
             export would lose them. Memory is not checked: ``plan train`` forecasts it for all ranks.
+        encoder: whether an encoder is wanted, and nothing else.
 
     Raises:
         UsageError: there is no such model, or no such implementation of experts.
@@ -45,21 +47,24 @@ def load_model(
     """
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
-    if path.is_dir() and is_encoder(clean_file(path / CONFIG)):
-        if training:
-            raise UsageError(
-                f"{source} is an encoder, and upcycle trains by the loss of the next token, which encoders do not predict",
-                hint="transformers' Trainer trains it after `import upcycle.models`, with a loss of yours",
-            )
+    found = path.is_dir() and is_encoder(clean_file(path / CONFIG))
+    if found and training:
+        raise UsageError(
+            f"{source} is an encoder, and upcycle trains by the loss of the next token, which encoders do not predict",
+            hint="transformers' Trainer trains it after `import upcycle.models`, with a loss of yours",
+        )
+    if found and not encoder:
         raise UsageError(
             f"{source} is an encoder: it writes no text, and has no perplexity",
-            hint="upcycle verify compares its hidden states; transformers' AutoModel loads it after `import upcycle.models`",
+            hint="upcycle verify and evaluate measure it; transformers' AutoModel loads it after `import upcycle.models`",
         )
     if path.is_dir() and is_encoder_decoder(clean_file(path / CONFIG)):
         raise UsageError(
             f"{source} has an encoder and a decoder: this command runs models that continue one text",
             hint="upcycle verify compares its logits; transformers loads it after `import upcycle.models`, and generates",
         )
+    if encoder and not found:
+        raise UsageError(f"{source} is no encoder, and is to be compared with one", hint="name its dense parent")
     if path.is_file():
         dtype = torch.float32
     elif not training:

@@ -37,7 +37,7 @@ class ModelRun:
         config, seeds = self._model.config, ids.sum(-1)
         match self._reads:
             case "images":
-                return {_IMAGES: random_images(seeds, config)}
+                return {_IMAGES: ids if ids.dim() > 2 else random_images(seeds, config)}
             case "sounds":
                 return {"input_values": _normal(seeds, (_SAMPLES,))}
             case "images and text":

@@ -10,6 +10,7 @@ import torch
 
 from upcycle.architectures.module_paths import module_paths_in, module_paths_of
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.stock_classes import StateDict
 from upcycle.errors import CheckpointError
 from upcycle.models.experts import use_eager_experts
@@ -59,7 +60,8 @@ class StockModel:
     def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``, or an encoder's states ``[N, T, d]``.
 
-        See :meth:`upcycle.models.model_inputs.ModelRun.compared`. An encoder of images or sounds takes seeds ``[N, 1]``.
+        See :meth:`upcycle.models.model_inputs.ModelRun.compared`. An encoder of images or sounds takes seeds
+        ``[N, 1]``, or images ``[N, C, H, W]``.
         """
         return self._run.compared(ids, last)
 
@@ -91,8 +93,12 @@ def skeleton(config: Mapping[str, Any], outside: StateDict) -> Any:
     paths = module_paths_of(settings)
     in_memory = {name: f"{paths.head}.weight" if name == paths.head_weight else name for name in outside}
     problems = model.load_state_dict({in_memory[k]: v for k, v in outside.items()}, strict=False, assign=True)
-    missing = [name for name in problems.missing_keys if paths.has(name) and paths.layer_of(name) is None]
-    if getattr(settings, "tie_word_embeddings", False):
+    outside_layers = [name for name in problems.missing_keys if paths.layer_of(name) is None]
+    if is_encoder(settings):  # whose heads are not run here
+        missing = [name for name in outside_layers if not paths.body or name.startswith(f"{paths.body}.")]
+    else:
+        missing = [name for name in outside_layers if paths.has(name)]
+    if getattr(settings, "tie_word_embeddings", False) and not is_encoder(settings):
         model.get_submodule(paths.head).weight = model.get_submodule(paths.embedding).weight
         missing = [name for name in missing if name != f"{paths.head}.weight"]
     if missing or problems.unexpected_keys:

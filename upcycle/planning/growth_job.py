@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from upcycle.architectures.expert_terms import ExpertTerms
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
@@ -128,8 +129,9 @@ def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
     assert isinstance(method, Growth)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):
+        does = "compresses a Mixture-of-Experts" if method.kind == "compression" else "copies whole tensors"
         raise UsageError(
-            f"{method.name} copies whole tensors, and does not read the key '{meaningless[0]}'",
+            f"{method.name} {does}, and does not read the key '{meaningless[0]}'",
             hint=f"leave it out; it reads {', '.join(sorted(known - {'source', 'method'}))}",
         )
     if method.text_for and not recipe.calibration.texts:
@@ -164,10 +166,11 @@ def prepare_growth(
     step = _checked(recipe, method, mix)
     grown = step.grow(source, recipe)
     recipe = recipe.model_copy(update=dict(grown.resolved))
-    return kind(recipe, step, source, grown, _shards(recipe, source, grown))
+    return kind(recipe, step, source, grown, shards_of_grown(recipe, source, grown))
 
 
-def _shards(recipe: Recipe, source: Described, grown: Grown) -> tuple[Shard, ...]:
+def shards_of_grown(recipe: Recipe, source: Described, grown: Grown) -> tuple[Shard, ...]:
+    """Return the files of the result of a growth step."""
     units = [Unit(piece.name, piece.layer, _entries(piece, recipe, source.specs)) for piece in grown.pieces]
     return shards_of(units, parse_size(recipe.max_shard_size))
 
@@ -215,10 +218,20 @@ def _growth_plan(job: GrowthJob) -> Plan:
 def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> tuple[OutputEntry, ...]:
     def spec(origin: Origin) -> TensorSpec:
         stored = specs[origin.name]
-        shape = (len(origin.taken), *stored.shape[1:]) if isinstance(origin, ExpertRows) else stored.shape
-        return TensorSpec(shape, origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype))
+        return TensorSpec(
+            _shape(origin, stored), origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype)
+        )
 
     return tuple(OutputEntry(name, spec(origin), origin) for name, origin in piece.tensors.items())
+
+
+def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
+    """Return the shape of an output tensor: one that holds several experts has as many as its origin names."""
+    if isinstance(origin, ExpertRows):
+        return (len(origin.taken), *stored.shape[1:])
+    if isinstance(origin, ExpertTerms):
+        return origin.shape(stored.shape)
+    return tuple(stored.shape)
 
 
 def decide_growth(
@@ -266,7 +279,7 @@ def decided_growth(job: G, folder: Path) -> G:
 
 def _chosen(job: G, choice: CopiedExperts) -> G:
     grown = job.method.grow(job.source, job.recipe, choice)
-    return replace(job, grown=grown, shards=_shards(job.recipe, job.source, grown))
+    return replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
 
 
 def growth_reports(folder: Path) -> list[dict[str, Any]]:

@@ -125,12 +125,21 @@ def check_text(recipe: Recipe, what: str) -> None:
         raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
 
 
-def check_calibrates(family: Family) -> None:
+def check_calibrates(family: Family, by_loss: str | None = None) -> None:
     """Refuse to calibrate a model of a family that cannot be calibrated.
+
+    Args:
+        family: the architecture.
+        by_loss: what measures the loss of the next token on the way; None: nothing does.
 
     Raises:
         RefusalError: it cannot; the message says why.
     """
+    if by_loss and family.encoder:
+        raise RefusalError(
+            f"{by_loss} goes by the loss of the next token, and a {family.name} model is an encoder, which predicts none",
+            hint="a method that looks at activations, such as coactivation_kmeans; measure the results with upcycle evaluate",
+        )
     if family.uncalibrated:
         raise RefusalError(
             f"a {family.name} model cannot be calibrated: {family.uncalibrated}",

@@ -13,12 +13,17 @@ BATCH_TOKENS = 16384  # written side by side; fixed, since the size of a batch c
 _LOGIT_BYTES = 28  # of every token of the vocabulary: logits in fp32, and in fp64 with probabilities and their sums
 
 
-def check_own_text(recipe: Recipe) -> None:
-    """Refuse self-written text where there are several sources: text of one of them would favour that one.
+def check_own_text(recipe: Recipe, encoder: bool = False) -> None:
+    """Refuse self-written text where there are several sources (text of one of them would favour that one), and of encoders.
 
     Raises:
-        UsageError: the recipe has several sources, and calibrates on self-written text.
+        UsageError: the recipe calibrates on self-written text, and has several sources or a model that writes none.
     """
+    if encoder and recipe.calibration.own:
+        raise UsageError(
+            "calibration: self is text that the model writes, and an encoder writes none",
+            hint="name a text file: --calibration FILE",
+        )
     if recipe.sources and recipe.calibration.own:
         raise UsageError(
             "calibration: self is text that one model writes, and there are several sources",

@@ -77,7 +77,7 @@ def prepare_experts(
     if family.reads in SEEDED and not has_tokenizer:
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
-    check_own_text(recipe)
+    check_own_text(recipe, family.encoder)
     check_counts(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
@@ -116,7 +116,7 @@ def prepare_experts(
     factor = scale if isinstance(scale, float) else scale_by(method, scale, shape)
     check_refit(recipe, refit, factor, shape)
     if router.walks or (texts and looks_at_text(method, router)):
-        check_calibrates(family)
+        check_calibrates(family, method.name if method.needs_gradients else None)
     plan_units = kept_units if target.keeps_names else _units
     units = plan_units(recipe, family, dense, target, shape, specs)
     shards = shards_of(units, parse_size(recipe.max_shard_size))

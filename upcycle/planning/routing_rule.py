@@ -174,8 +174,10 @@ def plain_scale(shape: MoeShape) -> float:
 
 
 def routing_facts(shape: MoeShape) -> dict[str, Any]:
-    """Return the rule as plain data: its name, its parameters, its paper, and which experts run in words."""
+    """Return the rule as plain data: its name, its parameters, its paper, and which experts run in words; empty without experts."""
     from upcycle.models.own.routing.top_k import TopKRule
 
+    if not shape.experts:
+        return {}
     rule: Any = shape.rule or TopKRule(shape.top_k, normalized=shape.normalized)
     return {"rule": rule.name, **vars(rule), "paper": rule.paper, "says": rule.says}

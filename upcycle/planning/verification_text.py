@@ -7,20 +7,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from upcycle.architectures.stock import load_tokenizer
+from upcycle.architectures.stock import build_config, load_image_processor, load_tokenizer
 from upcycle.architectures.stock_auto import SEEDED
 from upcycle.errors import CheckpointError, UpcycleError
+from upcycle.files.user_paths import user_path
+from upcycle.images.files import image_files, spread
+from upcycle.images.pixels import ImageReader
+from upcycle.images.sources import read_images
+from upcycle.models.image_states import image_states
 from upcycle.text.held_out import FLATTERING, Parts, flattered, seen_share, sketch
 from upcycle.text.mixture import read_parts
 from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, read_text
-from upcycle.text.windows import demo_parts, encode, windows_of
+from upcycle.text.windows import Frame, demo_parts, encode, frame_of, windows_of
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.planning.job import PlannedJob
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
-_IMAGES = 16  # at most, of a model that reads them
+_SEEDS, _IMAGES = 16, 64  # at most, of a model that reads images or sounds: random ones, and those of files
 _BESIDE = {  # what a model reads beside its tokens
     "pairs": ", read by encoder and decoder",
     "speech": ", with random audio features",
@@ -33,7 +38,7 @@ class MeasuredText(NamedTuple):
     """Holds what two models are compared on.
 
     Attributes:
-        ids: token ids, int64 ``[N, W]``.
+        ids: token ids, int64 ``[N, W]``; of a model that reads images, these, fp32 ``[N, C, H, W]``, or the seeds of random ones.
         label: says which text they are from.
         unseen: ids of a text of another kind than all that was calibrated on; None where nothing was, or this kind was, too.
     """
@@ -48,13 +53,13 @@ def token_windows(
 ) -> MeasuredText:
     """Return the token ids to measure on.
 
-    A calibrated model is measured on the part of its calibration texts that was held out. Of a model that reads images, ids are
-    the seeds of random ones, ``[N, 1]``.
+    A calibrated model is measured on the part of its calibration texts that was held out. A model that reads images is measured on
+    those held out, and where there are none on random ones.
 
     Args:
         job: the conversion.
         checkpoint: its source, whose tokenizer is used.
-        text: UTF-8 file to measure on; None: the held-out part, or the embedded validation texts.
+        text: UTF-8 file (or folder of images) to measure on; None: the held-out part, or the embedded validation texts.
         tokens: the number of tokens wanted.
         calibrated: whether the calibration texts were read; None: as the job says.
 
@@ -64,14 +69,18 @@ def token_windows(
     """
     family = getattr(job, "family", None)
     reads = "text" if family is None else family.reads
+    if reads == "images":
+        return _images(job, checkpoint, text, tokens, job.calibrated if calibrated is None else calibrated)
     if reads in SEEDED:
-        return MeasuredText(torch.arange(max(1, min(tokens, _IMAGES)))[:, None], f"random {reads}")
+        return MeasuredText(torch.arange(max(1, min(tokens, _SEEDS)))[:, None], f"random {reads}")
     window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)
         ids = torch.randint(job.vocab_size, (max(1, tokens // window), window), generator=rng)
         return MeasuredText(ids, f"random token ids (no tokenizer){_BESIDE.get(reads, '')}")
     tokenizer = load_tokenizer(checkpoint.source.path)
+    frame = frame_of(tokenizer) if family is not None and family.encoder and reads == "text" else Frame()
+    window = max(1, window - frame.tokens)
     wanted = job.recipe.calibration
     if calibrated is None:
         calibrated = bool(wanted.texts) and (job.calibrated or job.undecided)
@@ -95,17 +104,35 @@ def token_windows(
         longest = max(map(len, encoded))
         window = min(window, longest)
         if longest < _LEAST:
-            window = min(_WINDOW, job.context, tokens)
+            window = max(1, min(_WINDOW, job.context, tokens) - frame.tokens)
             encoded = [encode(tokenizer, read_text(name)) for name in DEMO_TEXTS]
             label = "embedded validation texts (what was held out of the calibration text is too short)"
-    ids = windows_of(encoded, tokens, window)
+    ids = frame.around(windows_of(encoded, tokens, window))
     if int(ids.max()) >= job.vocab_size:
         raise CheckpointError(
             f"{checkpoint.source.path}: the tokenizer writes token {int(ids.max()):,}, and the model has {job.vocab_size:,}",
             hint="take the tokenizer that belongs to these weights",
         )
     label += _BESIDE.get(reads, "")
-    return MeasuredText(ids, label, _unseen(tokenizer, parts, tokens, min(_WINDOW, job.context)) if parts else None)
+    unseen = _unseen(tokenizer, parts, tokens, max(1, min(_WINDOW, job.context) - frame.tokens)) if parts else None
+    return MeasuredText(ids, label, None if unseen is None else frame.around(unseen))
+
+
+def _images(job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool) -> MeasuredText:
+    """Return images to measure on: those of a folder that is named, those held out of the calibration, or random ones."""
+    count, path = max(1, min(tokens, _IMAGES)), checkpoint.source.path
+    if text or calibrated:
+        try:
+            reader = ImageReader(load_image_processor(path), build_config(checkpoint.raw_config, str(path)), path)
+            if text:
+                return MeasuredText(reader(spread(image_files(user_path(text)), count)), f"{text}: images")
+            wanted = job.recipe.calibration
+            held = read_images(wanted, max(1, wanted.tokens // image_states(checkpoint.raw_config, str(path)))).held_out
+            return MeasuredText(reader(spread(held, count)), "what was held out of the calibration images")
+        except UpcycleError:
+            if text:
+                raise  # else as with texts: a model from elsewhere comes without them, and a conversion reads them later
+    return MeasuredText(torch.arange(max(1, min(tokens, _SEEDS)))[:, None], "random images")
 
 
 def _unseen(tokenizer: Any, parts: Mapping[str, Parts], tokens: int, window: int) -> torch.Tensor | None:

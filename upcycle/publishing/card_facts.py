@@ -111,8 +111,13 @@ class Facts:
 
     @property
     def grown(self) -> bool:
-        """Whether the model was grown by copying whole tensors, and not converted."""
-        return bool(self.record["plan"]["kind"] == "growth")
+        """Whether the model was made of whole tensors of its source, more or fewer, and not converted."""
+        return self.record["plan"]["kind"] in ("growth", "compression")
+
+    @property
+    def compressed(self) -> bool:
+        """Whether experts of a MoE were left out or merged."""
+        return bool(self.record["plan"]["kind"] == "compression")
 
     @property
     def pruned(self) -> bool:

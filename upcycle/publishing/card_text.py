@@ -16,7 +16,7 @@ from upcycle.text.text_record import own_text_in
 from upcycle.verification.verdict import STATES, said, span, unseen_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _VERDICTS = {
     "exact": "**Exact.** It computes the same function as the dense model, up to rounding in fp32.",
@@ -55,7 +55,12 @@ def _what(facts: Facts) -> str:
     names = list(dict.fromkeys(code(public_name(source["name"])) for source in sources_of(record)))
     made = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
-    if facts.grown:
+    if facts.compressed:
+        first = (
+            f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts were left out or "
+            "merged; `compression.json` says of every layer which are left."
+        )
+    elif facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
     elif facts.pruned:
         first = (
@@ -116,7 +121,8 @@ def _method(facts: Facts) -> str:
     if seen := record.get("calibration"):
         own = own_text_in(seen)
         texts = ", ".join(plain(own) if text == SELF_WRITTEN else code(public_name(text)) for text in seen["text"])
-        rows.append(("calibrated on", f"{texts} ({seen['tokens']:,} tokens)"))
+        amount = f"{seen['images']:,} images" if "images" in seen else f"{seen['tokens']:,} tokens"
+        rows.append(("calibrated on", f"{texts} ({amount})"))
     if facts.datasets:
         rows.append(("datasets", ", ".join(map(code, facts.datasets))))
     return "\n".join(f"- {name}: {value}" for name, value in rows)
@@ -158,11 +164,13 @@ def _verification(facts: Facts) -> str:
     measured = facts.verification
     if not measured:
         return "**Skipped.** These weights were not compared with the dense model."
+    source = "its source" if facts.grown else "the dense model"
+    verdict = _VERDICTS[measured["verdict"]].replace("the dense model", source)
     lines = [
-        f"{_VERDICTS[measured['verdict']]} Why: {plain(measured['explanation'])}.",
+        f"{verdict} Why: {plain(measured['explanation'])}.",
         "",
         f"Compared with the {'source' if facts.grown else 'dense model'} in fp32 by stock transformers code, on "
-        f"{measured['tokens']:,} tokens of {code(public_name(measured['text']))}:",
+        f"{measured['tokens']:,} {_unit(measured)} of {code(public_name(measured['text']))}:",
         "",
         f"- relative error of the {measured.get('compared', 'logits')}: {said(measured['relative_logit_error'], '.1e')}"
         + (f" (promised below {measured['tolerance']:.0e})" if measured["tolerance"] else ""),
@@ -172,6 +180,13 @@ def _verification(facts: Facts) -> str:
             f"- KL divergence of the next-token distributions: {said(measured['kl'], '.1e')} nats",
             f"- same most likely token: {measured['top1_agreement']:.1%}",
         ]
+    elif measured.get("cosine") is not None:
+        lines.append(f"- mean cosine of the {STATES}: {said(measured['cosine'], '.4f')}")
+        if other := measured.get("unseen"):
+            lines.append(
+                f"- on {other['tokens']:,} tokens of everyday English, which was not calibrated on: relative error "
+                f"{said(other['relative_error'], '.1e')}, mean cosine {said(other['cosine'], '.4f')}"
+            )
     if measured["layer_errors"]:
         lines.append(f"- relative error of single layers: {span(measured['layer_errors'])}")
     if (far := measured.get("far_error")) is not None:
@@ -264,8 +279,14 @@ def _recipe(facts: Facts) -> str:
     return "\n\n".join([fenced("\n".join(lines), "sh"), " ".join(origin), details])
 
 
+def _unit(measured: Mapping[str, Any]) -> str:
+    """Return what a verification counts: tokens, or images."""
+    return "images" if "images" in measured["text"] and measured.get("compared") == STATES else "tokens"
+
+
 def _limits(facts: Facts) -> Iterator[str]:
     record, measured = facts.record, facts.verification
+    encoder = bool(measured and measured.get("compared") == STATES)
     plan, trained = record["plan"], bool(record.get("training"))
     source = "its source" if facts.grown else "the dense model"
     yield (
@@ -274,14 +295,22 @@ def _limits(facts: Facts) -> Iterator[str]:
         else f"It keeps the biases of {source} where training did not change them, and its terms of use."
     )
     if not trained and plan["promise"] == "approximate":
-        yield "It is a starting point for training: as it is, it writes worse text than the model that it was made from."
-    if not trained and plan["promise"] != "approximate":
+        worse = "its answers are worse than those of" if encoder else "it writes worse text than"
+        starting = "" if facts.compressed else "It is a starting point for training: as it is, "
+        yield f"{starting}{worse if starting else worse[0].upper() + worse[1:]} the model that it was made from."
+    if not trained and plan["promise"] != "approximate" and not facts.compressed:
         yield "It is a starting point for training: as it is, it computes what the dense model computes, and nothing is gained."
     ratio = plan["flops_per_token"] / plan["flops_per_token_dense"]
     yield f"A token costs {ratio:.2f} times the FLOPs that it costs in {source}, and all parameters must be in memory."
     if record.get("calibration") and not trained:
-        yield "It was fitted to the kinds of text that it was calibrated on, and is worse on others than the table says."
-    if measured:
+        what = "images" if "images" in record["calibration"] else "text"
+        yield f"It was fitted to the kinds of {what} that it was calibrated on, and is worse on others than is said here."
+    if measured and encoder:
+        yield (
+            f"How far its {STATES} are from the dense model's was measured on {measured['tokens']:,} {_unit(measured)}, which is a "
+            f"check and not a benchmark. What it is used for was not measured."
+        )
+    elif measured:
         yield (
             f"Perplexity was measured on {measured['tokens']:,} tokens of one kind of text, which is a check and not a benchmark. "
             f"{'Safety' if facts.tasks else 'Tasks, safety'} and other languages were not measured."

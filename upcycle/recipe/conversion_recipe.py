@@ -69,6 +69,15 @@ class Recipe(StrictSettings):
         "refuse",
         description="if the target holds no shared experts: refuse, or make them routed ones (top-k grows by their number)",
     )
+    keep: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of a method that compresses a MoE: the part of every layer's experts that is kept",
+    )
+    observations: str | None = Field(
+        None, description="of such a method: the file of upcycle observe, in the place of a pass over calibration text"
+    )
     layers: str | list[int] = Field(
         "all",
         description="all, even (0, 2, ...), odd or every-other (1, 3, ...), last-half, except-first:N, except-last:N, or a list "

@@ -26,7 +26,8 @@ class RoutingRecipe(StrictSettings):
     rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice"] = Field(
         "top_k",
         description="top_k experts; dynamic_k: all whose predicted norm is near the largest (D2DMoE); threshold on the softmax "
-        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE); expert_choice: experts choose tokens (encoders only). All but top_k as it is here need --target upcycle_moe",
+        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE); expert_choice: experts choose tokens (encoders only). "
+        "All but top_k as it is here need --target upcycle_moe",
     )
     scores: Literal["softmax", "sigmoid", "ones"] | None = Field(
         None,
@@ -57,8 +58,8 @@ class RoutingRecipe(StrictSettings):
     )
     group: Literal["sequence", "batch"] | None = Field(
         None,
-        description="of expert_choice: the tokens among which an expert chooses: of its sequence (or image), or of the whole batch, as "
-        "in the paper (default sequence)",
+        description="of expert_choice: the tokens among which an expert chooses: of a sequence (or image), or of the whole batch, "
+        "as in the paper (default sequence)",
     )
 
     @property
@@ -87,7 +88,8 @@ class CalibrationRecipe(StrictSettings):
     text: str | list[str] | None = Field(
         None,
         description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo, or self (the model "
-        "writes it); several are mixed evenly, self and all others half and half",
+        "writes it); several are mixed evenly, self and all others half and half; for encoders of images, folders of .png and "
+        ".jpg files or hub datasets",
     )
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
@@ -95,7 +97,9 @@ class CalibrationRecipe(StrictSettings):
         "auto",
         description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
     )
-    column: str = Field("text", description="column of a dataset or file of rows that holds the text")
+    column: str = Field(
+        "text", description="column of a dataset or file of rows that holds the text (for encoders of images: image)"
+    )
 
     @field_validator("text", mode="before")
     @classmethod
@@ -165,5 +169,8 @@ class VerificationRecipe(StrictSettings):
     """Says how the result is verified."""
 
     enabled: bool = Field(True, description="compare the result with the dense model after converting")
-    text: str | None = Field(None, description="UTF-8 text file to verify on; default: the embedded validation texts")
+    text: str | None = Field(
+        None,
+        description="UTF-8 text file to verify on, or folder of images; default: the embedded validation texts, or what was held out",
+    )
     tokens: int = Field(1024, ge=16, description="tokens to verify on")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import whole_characters
@@ -30,6 +30,34 @@ def encode(tokenizer: Any, text: str) -> torch.Tensor:
 
     ids = tokenizer(whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
+
+
+class Frame(NamedTuple):
+    """Holds the special tokens that an encoder's tokenizer puts before and behind every text (``[CLS]``, ``[SEP]``)."""
+
+    before: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.before) + len(self.behind)
+
+    def around(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return windows ``[N, W]`` of token ids with these tokens before and behind each, ``[N, W + tokens]``."""
+        import torch
+
+        sides = [torch.tensor(ids, dtype=torch.long).expand(len(windows), -1) for ids in self]
+        return torch.cat([sides[0], windows, sides[1]], dim=1)
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """Return the special tokens around every text, found by reading one with and without them."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return Frame(tuple(whole[:first]), tuple(whole[first + len(plain) :]))
+    return Frame()
 
 
 def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upcycle.progress import Progress
 
 _LOGIT_BYTES = 1 << 26  # of the fp32 logits of a batch, at most
+_IMAGES = 8  # of a batch
 LOADED = "stock transformers, from the source's own files"
 
 
@@ -113,7 +114,12 @@ class ModelDifference:
 
 
 def batch_size(vocab_size: int, ids: torch.Tensor, streamed: bool) -> int:
-    """Return the windows per batch. A streamed model reads every weight once per batch, so that larger ones are worth memory."""
+    """Return the windows per batch. A streamed model reads every weight once per batch, so that larger ones are worth memory.
+
+    Of images, ``[N, C, H, W]``, it is a few, as attention's scores are the largest of what a batch needs.
+    """
+    if ids.dim() > 2:
+        return _IMAGES * (8 if streamed else 1)
     return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * vocab_size))
 
 
@@ -169,20 +175,26 @@ def measure_difference(
         rounding=rounding.relative if sides.rounded else None,
         far=far,
         reach=reach,
-        positions=reach.length if long else ids.shape[1],
+        positions=reach.length if long else ids.shape[1] if ids.dim() == 2 else 1,  # an image has no positions of text
     )
 
 
 def measure_losses(
     source: StockModel, result: StockModel, ids: torch.Tensor, batch: int, progress: Progress
 ) -> dict[str, Any]:
-    """Return the perplexities of both models on ``ids``, token ids ``[N, W]``, under the names of ``Verification.unseen``."""
-    totals, batches = Totals(), ids.split(batch)
+    """Return what both models make of ``ids``, token ids ``[N, W]``, under the names of ``Verification.unseen``.
+
+    These are perplexities, and of encoders the error and the cosine of the states.
+    """
+    totals, batches = Totals(source.gives_states), ids.split(batch)
     with progress.phase("verifying on other text", len(batches)):
         for some in batches:
             totals.add(some, source.logits(some), result.logits(some))
             progress.advance()
-    return {name: totals.numbers[name] for name in ("tokens", "perplexity_dense", "perplexity")}
+    numbers = totals.numbers
+    if source.gives_states:
+        return {"tokens": totals.tokens, "relative_error": totals.relative_error, "cosine": numbers["cosine"]}
+    return {name: numbers[name] for name in ("tokens", "perplexity_dense", "perplexity")}
 
 
 class _Error:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
 EXACT_TOLERANCE = 1e-5
 MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
@@ -45,7 +45,8 @@ class Verification:
     measured), and ``media`` says what was read, or why nothing was.
 
     Of an encoder, the hidden states behind the last layer take the place of logits: ``compared`` says which it was. It has no KL,
-    losses and perplexity (null).
+    losses and perplexity (null), and ``cosine``, the mean cosine between both models' states of a token (None: of logits). Its
+    ``unseen`` has ``tokens``, ``relative_error`` and ``cosine``.
 
     For a growth step, the fields named dense describe its source. ``compared_tensors`` is the number of tensors that equal the
     source's bit for bit, or what the step is declared to make of them: all of them. There are no layer errors.
@@ -80,6 +81,7 @@ class Verification:
     media: str = ""
     compared: str = LOGITS
     neurons_run: list[float] = field(default_factory=list)
+    cosine: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``; numbers that are not finite are null."""
@@ -145,12 +147,15 @@ class Totals:
 
     def __init__(self, states: bool = False) -> None:
         self.of_logits = not states
-        self.error = self.norm = self.kl = self.loss_dense = self.loss = 0.0
+        self.error = self.norm = self.kl = self.loss_dense = self.loss = self.cosines = 0.0
         self.largest = 0.0
-        self.agreeing = self.tokens = self.predictions = 0
+        self.agreeing = self.tokens = self.states = self.predictions = 0
 
     def add(self, ids: torch.Tensor, dense: torch.Tensor, moe: torch.Tensor) -> None:
-        """Add the comparison of two sets of fp32 logits ``[N, T, V]`` for token ids ``[N, T]``."""
+        """Add the comparison of two sets of fp32 logits ``[N, T, V]`` for token ids ``[N, T]``, or of states ``[N, T, d]``.
+
+        Of images, ``ids`` are these themselves, ``[N, C, H, W]``, or the seeds of random ones, ``[N, 1]``.
+        """
         difference = moe - dense
         self.error += difference.double().square().sum().item()
         self.norm += dense.double().square().sum().item()
@@ -158,7 +163,9 @@ class Totals:
         if math.isnan(largest) or largest > self.largest:  # once it is NaN, nothing is larger
             self.largest = largest
         if not self.of_logits:
-            self.tokens += ids.numel()
+            self.tokens += ids.numel() if ids.dim() == 2 else len(ids)
+            self.states += dense.shape[0] * dense.shape[1]
+            self.cosines += cosine_similarity(moe.double(), dense.double(), dim=-1).sum().item()
             return
         self.agreeing += int((moe.argmax(-1) == dense.argmax(-1)).sum())
         self.tokens += ids.numel()
@@ -199,6 +206,7 @@ class Totals:
                 "relative_logit_error": self.relative_error,
                 "max_logit_difference": self.largest,
                 "tokens": self.tokens,
+                "cosine": self.cosines / max(1, self.states),
             }
             return {**found, **none, "compared": STATES}
         loss_dense, loss = (total / max(1, self.predictions) for total in (self.loss_dense, self.loss))

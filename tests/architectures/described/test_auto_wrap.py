@@ -123,7 +123,7 @@ def test_the_finder_agrees_with_every_description(name: str, monkeypatch: pytest
         acts = (transformers.activations.ACT2FN[each.activation](z) for each in (one, other))
         assert relative_error(next(acts), next(acts)) < 1e-6
         assert other.norm is None or one.norm == other.norm
-    if name != "t5-encoder":
+    if name not in ("t5-encoder", "embedding_gemma"):  # whose configurations say what they are
         assert (family.described.encoder, family.described.reads) == (described.encoder, described.reads)
 
 

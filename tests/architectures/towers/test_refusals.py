@@ -144,7 +144,7 @@ def test_what_takes_text_models_alone_says_so(tower: Callable[..., Path], tmp_pa
     with pytest.raises(RefusalError, match="depth_stack does not take a 'llava' model"):
         upcycle.convert(source, tmp_path / "out", method="depth_stack", tokenizer="none")
     with pytest.raises(RefusalError, match="the forecast counts text models alone; upcycle train takes it"):
-        plan_training({"model": source, "stages": [{"steps": 1}]}, world="1xH100")
+        plan_training({"model": source, "stages": [{"steps": 1, "learning_rate": 1e-4}]}, world="1xH100")
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def test_as_many_slots_as_copies_keep_the_function(name: str, fused: bool, pico_
     keys = {"method": "expert_upcycling", "experts": 12, "top_k": 6, "parameters": {"noise": 0.0}}
     result = upcycle.convert(str(pico_moe(name, fused)), tmp_path / "out", **keys, **QUICK).verification
     assert result is not None
-    if name == "glm4_moe-sigmoid":  # not normalised: everything counts three times
+    if name.endswith("-sigmoid"):  # not normalised: everything counts three times
         assert result.verdict == "approximate"
         assert result.relative_logit_error > 1e-2
     else:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 from upcycle.architectures.described.family import DescribedFamily
 from upcycle.architectures.described.ffn_place import DescribedModel, Reads
 from upcycle.architectures.described.find_ffns import find_ffns
-from upcycle.architectures.stock import build_config, empty_model, quiet_transformers
-from upcycle.architectures.stock_auto import ClassFacts, auto_class, class_facts
+from upcycle.architectures.stock import build_config, empty_model, random_stock_model
+from upcycle.architectures.stock_auto import ClassFacts, class_facts
 from upcycle.errors import EnvironmentFault, RefusalError, UpcycleError
 from upcycle.registry import FOUND
 
@@ -82,9 +82,7 @@ def _described(
             f"a {known.name} model is tried as a whole in fp32, which takes {2 * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             hint="use a machine with more memory, or describe it (docs/develop/describe_a_model.md)",
         )
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=torch.float32).eval()
+    model = random_stock_model(config, seed=0)
     seeded = facts.reads in ("images", "sounds")
     ids = torch.arange(_INPUTS)[:, None] if seeded else _tokens(config)
     try:

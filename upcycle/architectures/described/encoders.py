@@ -7,7 +7,8 @@ from typing import Any
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
-ENCODER = "encoders are not calibrated: their layers are not run one by one here"
+ENCODER = "the layers of encoders of this kind are not run one by one here"
+_SHARED = "several of its layers share one FFN, and the fits here need the inputs of one layer"
 
 
 def _encoder(
@@ -15,17 +16,20 @@ def _encoder(
     layers: str,
     block: str,
     ends: str | None = None,
+    closing: str | None = None,
     embedding: str = "word_embeddings",
     padding: bool = False,
 ) -> dict[str, Any]:
     """Where an encoder's parts are; it has no norm and no head that every class of it has."""
     inside = {"layers": f"{body}.{layers}", "embedding": f"{body}.embeddings.{embedding}"}
-    paths = ModulePaths(body=body, **inside, blocks=(block,), ends=ends)
-    return {"paths": paths, "encoder": True, "uncalibrated": ENCODER, "counts_from_padding": padding}
+    paths = ModulePaths(body=body, final_norm="", **inside, blocks=(block,), ends=ends, closing=closing)
+    return {"paths": paths, "encoder": True, "counts_from_padding": padding}
 
 
 def _bert(body: str, padding: bool = False) -> dict[str, Any]:
-    return _encoder(body, "encoder.layer", "intermediate.dense", "output.dense", padding=padding)
+    return _encoder(
+        body, "encoder.layer", "intermediate.dense", "output.dense", closing="output.LayerNorm", padding=padding
+    )
 
 
 _BERT = FfnPlace("encoder.layer.{}", "intermediate.dense", "output.dense", act="intermediate.intermediate_act_fn")
@@ -34,9 +38,9 @@ BERT = DescribedModel("bert", "BERT", (_BERT,), **_bert("bert"))
 ROBERTA = DescribedModel("roberta", "RoBERTa", (_BERT,), **_bert("roberta", True))
 XLM_ROBERTA = DescribedModel("xlm-roberta", "XLM-RoBERTa", (_BERT,), **_bert("roberta", True))
 ELECTRA = DescribedModel("electra", "ELECTRA", (_BERT,), **_bert("electra"))
-MPNET = DescribedModel("mpnet", "MPNet", (_BERT,), **_bert("mpnet", True))
-DEBERTA = DescribedModel("deberta", "DeBERTa", (_BERT,), **_bert("deberta"))
-DEBERTA_V2 = DescribedModel("deberta-v2", "DeBERTa v2 and v3", (_BERT,), **_bert("deberta"))
+MPNET = DescribedModel("mpnet", "MPNet", (_BERT,), **_bert("mpnet", True), returns_tuple=True)
+DEBERTA = DescribedModel("deberta", "DeBERTa", (_BERT,), **_bert("deberta"), uncalibrated=ENCODER)
+DEBERTA_V2 = DescribedModel("deberta-v2", "DeBERTa v2 and v3", (_BERT,), **_bert("deberta"), uncalibrated=ENCODER)
 DISTILBERT = DescribedModel(
     "distilbert",
     "DistilBERT",
@@ -45,13 +49,14 @@ DISTILBERT = DescribedModel(
             "transformer.layer.{}", "ffn.lin1", "ffn.lin2", whole="ffn", activation="activation", dropout="dropout"
         ),
     ),
-    **_encoder("distilbert", "transformer.layer", "ffn"),
+    **_encoder("distilbert", "transformer.layer", "ffn", closing="output_layer_norm"),
 )
 ALBERT = DescribedModel(
     "albert",
     "ALBERT",
     (FfnPlace("encoder.albert_layer_groups.{}.albert_layers.{}", "ffn", "ffn_output", act="activation"),),
     **_encoder("albert", "encoder.albert_layer_groups", "albert_layers.0.ffn", "albert_layers.0.ffn_output"),
+    uncalibrated=_SHARED,
     refused={"inner_group_num": ((1,), "its groups have several layers")},
 )
 MODERNBERT = DescribedModel(

@@ -11,7 +11,7 @@ from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.dense_config import FfnSize
 from upcycle.architectures.described.encoders import ENCODER
 from upcycle.architectures.described.ffn_place import DescribedModel
-from upcycle.architectures.module_paths import compare_tensors, module_paths_in, text_config
+from upcycle.architectures.module_paths import compare_tensors, described_paths, text_config
 from upcycle.architectures.refused import REASONS
 from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.tensor_origin import Origin
@@ -54,6 +54,7 @@ class DescribedFamily(Family):
         self.returns_tuple, self.reads = described.returns_tuple, described.reads
         self.parts = tuple(part for part, _ in described.parts)
         self.unheld = REASONS.get(described.name, "")
+        self.encoder = described.encoder
         self._model: Any = None
         self._ffns: list[FoundFfn] = []
         self._shapes: dict[str, tuple[int, ...]] = {}  # by the stock class's names; tied ones are left out
@@ -68,7 +69,7 @@ class DescribedFamily(Family):
         settings = build_config(raw, where)
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
-        self.module_paths = module_paths_in(self._model)
+        self.module_paths = described_paths(self.described, settings).found_in(self._model)
         if self.described.both_ways and is_encoder(settings):
             self.uncalibrated = ENCODER
         tied = set(self._model.all_tied_weights_keys)

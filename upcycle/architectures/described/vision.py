@@ -7,6 +7,7 @@ from typing import Any
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
+_SCALED = "it scales what its FFN adds to the stream, by factors that can be zero"
 _FC: dict[str, Any] = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
 
 
@@ -16,9 +17,12 @@ _WHY = "encoders of images are not calibrated: there is no text for them"
 def _images(body: str, layers: str) -> dict[str, Any]:
     """Where an encoder of images has its parts."""
     paths = ModulePaths(
-        body=body, layers=f"{body}.{layers}", embedding=f"{body}.embeddings.patch_embeddings.projection"
+        body=body,
+        final_norm="",
+        layers=f"{body}.{layers}",
+        embedding=f"{body}.embeddings.patch_embeddings.projection",
     )
-    return {"paths": paths, "encoder": True, "reads": "images", "uncalibrated": _WHY}
+    return {"paths": paths, "encoder": True, "reads": "images"}
 
 
 def _stages(name: str, title: str, place: FfnPlace) -> DescribedModel:
@@ -47,7 +51,11 @@ DEIT = DescribedModel(
     "deit", "DeiT", (FfnPlace("layers.{}", **_FC, norm="layernorm_after"),), **_images("deit", "layers")
 )
 DINOV2 = DescribedModel(
-    "dinov2", "DINOv2", (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),), **_images("dinov2", "encoder.layer")
+    "dinov2",
+    "DINOv2",
+    (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),),
+    **_images("dinov2", "encoder.layer"),
+    uncalibrated=_SCALED,
 )
 _PROJECTIONS: dict[str, Any] = {"up": "mlp.up_proj", "down": "mlp.down_proj", "whole": "mlp", "norm": "norm2"}
 DINOV3 = DescribedModel(

@@ -22,7 +22,7 @@ JSON_KEYS = {
     "verify": "verdict explanation promise relative_logit_error tolerance max_logit_difference kl top1_agreement "
     "perplexity_dense perplexity loss_dense loss layer_errors all_experts_error all_experts_reference tokens "
     "text streamed compared_tensors reference rounding_error positions positions_needed far_error unseen "
-    "media_error media compared neurons_run",
+    "media_error media compared cosine neurons_run",
     "verify with an engine": "engine version transformers verdict explanation dtype prompts tokens equal_tokens near_ties "
     "first_difference gap_error gap_allowed tokenizer positions positions_needed",
     "convert layers": "layer captured random oracle_share chosen error_before error_after strength condition",
@@ -30,6 +30,9 @@ JSON_KEYS = {
     "error_trained",
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",
+    "convert layers of a compressed MoE": "layer experts rows refit",
+    "observe": "out experts top_k tokens layers",
+    "observe layers": "layer unused few",
     "convert layers of symphony": "layer similarity_stored similarity_aligned",
     "compare": "source dense unseen calibration_tokens evaluation_tokens results skipped timing goal",
     "compare results": "active method router refit baseline perplexity ratio unseen_ratio kl captured parameters_active flops_ratio "
@@ -39,7 +42,9 @@ JSON_KEYS = {
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
     "dry_run searched",
     "push files": "name size status",
-    "evaluate": "model reference window stride texts layers tasks speed",
+    "evaluate": "model reference window stride texts layers tasks speed embeddings classes",
+    "evaluate embeddings": "what items cosine nearest recall",
+    "evaluate classes": "images classes accuracy reference_accuracy agreement",
     "generate": "model prompt text layer experts stopped kernels tokens",
     "generate tokens": "id text experts weights prompt",
     "chat, a line for each answer": "said answer stopped",

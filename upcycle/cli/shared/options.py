@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args
 
 import click
@@ -36,6 +36,8 @@ _FLAGS = {
     ("--width",): "width",
     ("--always-on",): "always_on",
     ("--shared-unheld",): "shared_unheld",
+    ("--keep",): "keep",
+    ("--observations",): "observations",
     ("--layers",): "layers",
     ("--router",): "router.name",
     ("--routing",): "routing.rule",
@@ -84,19 +86,38 @@ def _field(key: str) -> Any:
 
 def recipe_options(function: F) -> F:
     """Add an option for every recipe key in ``_FLAGS``; the command receives them as ``**flags`` for :func:`build_recipe`."""
-    repeatable = [
-        ("--set", "set_", "KEY=VALUE", "set any recipe key, e.g. router.parameters.std=0.01 (repeatable)"),
-        ("--router-param", "router_param", "NAME=VALUE", "a parameter of the router initialiser (repeatable)"),
-        ("--param", "param", "NAME=VALUE", "a parameter of the method (repeatable)"),
-    ]
-    for flag, name, metavar, text in repeatable:
-        function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
-    function = click.option(
-        "--source", "source_flag", metavar="SOURCE", help="convert this model instead of the one in the recipe"
-    )(function)
+    router = "a parameter of the router initialiser (repeatable)"
+    function = _repeatable(function)
+    function = click.option("--router-param", "router_param", multiple=True, metavar="NAME=VALUE", help=router)(
+        function
+    )
     for flag, (values, text) in _PARAMETERS.items():
         function = click.option(flag, type=click.Choice(values), default=None, help=text)(function)
+    return _options_of(function, [*_FLAGS.values()])
+
+
+def some_recipe_options(*keys: str) -> Callable[[F], F]:
+    """Return what adds the options of some recipe keys alone, for verbs that read no others."""
+    return lambda function: _options_of(_repeatable(function), keys)
+
+
+def _repeatable(function: F) -> F:
+    """Add the options that set any key, any parameter of the method, or the source of a recipe."""
+    texts = {
+        ("--set", "set_"): ("KEY=VALUE", "set any recipe key, e.g. router.parameters.std=0.01 (repeatable)"),
+        ("--param", "param"): ("NAME=VALUE", "a parameter of the method (repeatable)"),
+    }
+    for (flag, name), (metavar, text) in texts.items():
+        function = click.option(flag, name, multiple=True, metavar=metavar, help=text)(function)
+    return click.option(
+        "--source", "source_flag", metavar="SOURCE", help="convert this model instead of the one in the recipe"
+    )(function)
+
+
+def _options_of(function: F, keys: Sequence[str]) -> F:
     for flags, key in reversed(_FLAGS.items()):
+        if key not in keys:
+            continue
         field = _field(key)
         choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
         text = field.description
@@ -155,7 +176,7 @@ def build_recipe(
         UsageError: two different sources were named, or the result is not a valid recipe; the message names the key.
     """
     content: dict[str, Any] = dict(base or {})
-    where, source_flag = "recipe", flags["source_flag"]
+    where, source_flag = "recipe", flags.get("source_flag")
     path = recipe_file(source, "convert") if source else None
     if path:
         found = read_recipe(path)
@@ -203,11 +224,11 @@ def _refuse_two(one: str, other: str | None, flag: str = "--source") -> None:
 
 def _override_by_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
     """Write every option that was given over the recipe key that it stands for."""
-    if flags["active"] is not None:  # in the place of a recipe's numbers
+    if flags.get("active") is not None:  # in the place of a recipe's numbers
         for key in ("experts", "top_k", "shared"):
             content.pop(key, None)
     for key in _FLAGS.values():
-        value = flags[key.replace(".", "__")]
+        value = flags.get(key.replace(".", "__"))
         if value is not None and value is not False:  # 0 is a value
             set_key(content, key, value)
     for flag in _PARAMETERS:
@@ -215,7 +236,7 @@ def _override_by_flags(content: dict[str, Any], flags: dict[str, Any]) -> None:
         if flags.get(name) is not None:
             set_key(content, f"parameters.{name}", flags[name])
     for group, prefix in (("param", "parameters."), ("router_param", "router.parameters."), ("set_", "")):
-        for assignment in flags[group]:
+        for assignment in flags.get(group, ()):
             name, equals, value = assignment.partition("=")
             if not equals or not name:
                 flag = {"set_": "set", "router_param": "router-param"}.get(group, group)

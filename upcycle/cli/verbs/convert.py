@@ -105,7 +105,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
 
     plan = result.plan
     ratio = plan.flops_per_token / plan.flops_per_token_dense
-    reference = "source" if plan.kind == "growth" else "dense"
+    reference = "source" if plan.kind in ("growth", "compression") else "dense"
     same = plan.parameters_active == plan.parameters_total and plan.router == "none"
     active = "" if same else f", {count(plan.parameters_active)} active"
     facts: list[tuple[str, Cell]] = [
@@ -139,7 +139,8 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
             ("hint", "quality is lower than the dense model's until the model is healed by continual pre-training")
         )
     if result.verification.compared == STATES:
-        return facts  # an encoder cannot be evaluated on text
+        images = " --images FOLDER" if "images" in result.verification.text else ""
+        return [*facts, ("next", f"upcycle evaluate {out} --reference {source}{images}")]
     return [*facts, ("next", _next_step(plan, out, source))]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
-from upcycle.cli.shared.output import ProgressBars, note, print_json, print_table
+from upcycle.cli.shared.output import ProgressBars, note, print_facts, print_json, print_table
 from upcycle.evaluation.score_table import score_rows
 from upcycle.evaluation.speed_table import speed_rows
 
@@ -41,6 +41,11 @@ from upcycle.evaluation.speed_table import speed_rows
 @click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="sequences per forward pass of a task"
 )
+@click.option(
+    "--images",
+    metavar="FOLDER",
+    help="for encoders of images: .png and .jpg files; of a classifier, in a subfolder per class",
+)
 @click.option("--speed", is_flag=True, help="time prefill and decoding, and measure memory, instead of perplexity")
 @quiet_option
 @common_options
@@ -55,6 +60,7 @@ def command(
     task_folder: Path | None,
     limit: int | None,
     batch: int,
+    images: str | None,
     speed: bool,
     quiet: bool,
     as_json: bool,
@@ -70,6 +76,11 @@ def command(
     upcycle evaluate ./moe --reference ./llama --tasks arc_easy,hellaswag --limit 500
     upcycle evaluate ./moe --tasks my_task --task-folder ./tasks
     upcycle evaluate ./moe --reference ./llama --speed
+    upcycle evaluate ./vit-moe --reference ./vit --images ./photos
+
+    Encoders are measured by what they are for: masked language models by pseudo-perplexity (each token from all others of a window
+    of at most 128), image classifiers by accuracy and agreement with --reference, others by the cosine of their embeddings with
+    those of --reference and by how many of the ten nearest neighbours are the same.
     """
     from upcycle.evaluation.evaluate import evaluate
 
@@ -88,6 +99,7 @@ def command(
         limit=limit,
         batch=batch,
         speed=speed,
+        images=images,
         progress=ProgressBars(quiet),
     )
     if as_json:
@@ -95,6 +107,8 @@ def command(
         return
     if result.texts:
         _print_texts(result)
+    if result.embeddings or result.classes:
+        print_facts(_encoder_facts(result))
     if result.layers:
         _print_load(result.layers)
     if result.tasks:
@@ -110,6 +124,26 @@ def _print_tasks(tasks: Any) -> None:
     print_table(columns, rows, right=range(2, len(columns)), title=f"{tasks.harness}{first}")
 
 
+def _encoder_facts(result: Any) -> list[tuple[str, str]]:
+    facts = []
+    if (found := result.embeddings) is not None:
+        facts = [
+            ("embeddings", f"{found.items:,} {found.what}, beside {result.reference}"),
+            ("mean cosine", f"{found.cosine:.4f}"),
+            (f"recall@{found.nearest}", f"{found.recall:.1%} of the nearest neighbours are the same"),
+        ]
+    if (classes := result.classes) is not None:
+        facts += [
+            ("images", f"{classes.images:,} of {classes.classes:,} classes"),
+            ("accuracy", f"{classes.accuracy:.2%}"),
+        ]
+        if classes.agreement is not None:
+            facts.append(
+                ("reference", f"accuracy {classes.reference_accuracy:.2%}, the same class for {classes.agreement:.2%}")
+            )
+    return facts
+
+
 def _print_texts(result: Any) -> None:
     from upcycle.verification.verdict import said
 
@@ -123,7 +157,8 @@ def _print_texts(result: Any) -> None:
         rows.append(row)
     if result.reference:
         columns += ["reference", "change"]
-    title = f"windows of {result.window} tokens, stride {result.stride}"
+    pseudo = result.window == result.stride
+    title = f"windows of {result.window} tokens, " + ("pseudo-perplexity" if pseudo else f"stride {result.stride}")
     print_table(columns, rows, right=range(1, len(columns)), title=title)
     for text in result.texts:
         if text.remark:

@@ -84,7 +84,24 @@ def _pruning_facts(plan: Any) -> list[tuple[str, str]]:
     ]
 
 
-_WITHOUT_EXPERTS = {"growth": _growth_facts, "pruning": _pruning_facts}  # by the kind of plan
+def _compression_facts(plan: Any) -> list[tuple[str, str]]:
+    """Return the plan of a compression as names and texts."""
+    left = plan.parameters_total / plan.parameters_dense
+    return [
+        ("compression", f"{plan.family} by {plan.method}: {plan.summary}"),
+        ("calibration", _calibration(plan)),
+        ("promise", f"{plan.promise}: {plan.promise_reason}"),
+        ("parameters", f"{count(plan.parameters_total)} ({left:.2f}x the source)"),
+        ("active", f"{count(plan.parameters_active)} per token"),
+        *_costs(plan, "the source"),
+    ]
+
+
+_WITHOUT_EXPERTS = {
+    "growth": _growth_facts,
+    "pruning": _pruning_facts,
+    "compression": _compression_facts,
+}  # by the kind of plan
 
 
 def plan_facts(plan: Any) -> list[tuple[str, str]]:

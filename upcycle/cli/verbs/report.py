@@ -37,6 +37,11 @@ from upcycle.formatting import size
     metavar="RUN",
     help="the folder of a training run, if OUT is not in it",
 )
+@click.option(
+    "--images",
+    metavar="FOLDER",
+    help="for encoders of images: .png and .jpg files, of which is shown which patches go to which expert",
+)
 @click.option("--no-run", is_flag=True, help="only read files and run no model: no perplexity, routing or experts")
 @quiet_option
 @common_options
@@ -49,6 +54,7 @@ def command(
     prompt: tuple[str, ...],
     compare: Path | None,
     training: Path | None,
+    images: str | None,
     no_run: bool,
     quiet: bool,
     as_json: bool,
@@ -63,11 +69,12 @@ def command(
     upcycle report ./moe
     upcycle report ./moe --text docs.txt --text code.txt --prompt "def main():"
     upcycle report ./moe --compare compare.json --training ./run
+    upcycle report ./vit-moe --images ./photos
     """
     from upcycle.report.data.collect import PROMPTS, Wanted
     from upcycle.report.write_report import write_report
 
-    wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run)
+    wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run, images=images)
     report = write_report(out_folder, out, wanted, ProgressBars(quiet))
     if as_json:
         print_json(report.data)

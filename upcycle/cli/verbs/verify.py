@@ -15,7 +15,11 @@ from upcycle.errors import RefusalError, UsageError, VerificationError
 @click.command("verify", short_help="Compare a converted model with its source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", help="the dense model, if it is no longer where recipe.yaml says")
-@click.option("--text", metavar="FILE", help="UTF-8 text file to measure on  [default: embedded validation texts]")
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="UTF-8 text file to measure on, or folder of images  [default: embedded validation texts]",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(16),
@@ -137,8 +141,9 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
     facts: list[tuple[str, Cell]] = [("verdict", verdict(result.verdict, style, result.explanation))]
     difference = f"differ by {said(result.relative_logit_error, '.1e')}, relative{limit}"
     if result.compared == STATES:
-        unit = {"random images": "images", "random sounds": "sounds"}.get(result.text, "tokens")
-        facts.append((STATES, f"{difference} ({result.tokens:,} {unit}, {result.text})"))
+        unit = next((unit for unit in ("images", "sounds") if result.text.endswith(unit)), "tokens")
+        alike = "" if result.cosine is None else f", mean cosine {said(result.cosine, '.4f')}"
+        facts.append((STATES, f"{difference}{alike} ({result.tokens:,} {unit}, {result.text})"))
     else:
         facts += [
             (
@@ -152,6 +157,14 @@ def verification_facts(result: Any) -> list[tuple[str, Cell]]:
             ),
         ]
     check = result.as_dict()
+    if result.compared == STATES and (other := check["unseen"]):
+        facts.append(
+            (
+                "other text",
+                f"differ by {said(other['relative_error'], '.1e')}, mean cosine {said(other['cosine'], '.4f')} "
+                f"({other['tokens']:,} tokens of everyday English, which was not calibrated on)",
+            )
+        )
     if (ratio := unseen_ratio(check)) is not None:
         other = check["unseen"]
         facts.append(

@@ -12,7 +12,7 @@ from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.methods.base import AnyMethod
+from upcycle.methods.base import AnyMethod, MethodKind
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ class Growth(AnyMethod):
         next_step: the command to suggest to the user afterwards.
     """
 
-    kind = "growth"
+    kind: MethodKind = "growth"
     keys: ClassVar[frozenset[str]] = frozenset()
     next_step: ClassVar[str]
 

@@ -92,7 +92,7 @@ class ExpertUpcycling(Growth):
             taken = [*range(model.experts), *(i % model.experts for i in range(experts - model.experts))]
             choice = dict.fromkeys(model.moe_layers, tuple(taken))
         return Grown(
-            config=_config(model, experts, top_k),
+            config=model.config_with(experts, top_k),
             pieces=tuple(self._pieces(model, choice, recipe.seed)),
             promise=self._promise(model, experts, top_k),
             summary=f"{experts} experts from {model.experts}, top-{top_k}",
@@ -133,7 +133,7 @@ class ExpertUpcycling(Growth):
         if self.parameters.utility != "uniform" or rest:
             return "approximate", f"experts that are copied more often take more of the {top_k} slots"
         same = _same_as(model, times, top_k)
-        if not same and model.family.sigmoid and not model.normalized:
+        if not same and model.sigmoid and not model.normalized:
             return "approximate", "weights that are not normalised add up to more with every copy"
         if same != model.top_k:
             as_if = f", as in the source with top-{same}" if same else ""
@@ -201,13 +201,6 @@ def _same_as(model: MoeModel, times: int, top_k: int) -> int:
     """
     if model.normalized and top_k <= times:
         return 1
-    if model.family.sigmoid and not model.normalized:
+    if model.sigmoid and not model.normalized:
         return int(top_k == 1)
     return 0 if top_k % times else top_k // times
-
-
-def _config(model: MoeModel, experts: int, top_k: int) -> dict[str, Any]:
-    """Return ``config.json`` with the new numbers under every key that spells them."""
-    config = {key: value for key, value in model.raw.items() if key != "auto_map"}
-    spelt = {"num_experts", "num_local_experts"} & set(config) or {model.family.experts_key}
-    return {**config, **dict.fromkeys(spelt, experts), model.family.top_k_key: top_k}

@@ -20,6 +20,7 @@ def register_models(wrapped: Any, stock: Any) -> None:
         tokenization_auto,
     )
 
+    from upcycle.architectures.stock import quiet_transformers
     from upcycle.models.own.modeling import wrapped_model_class
 
     for name in dir(modeling_auto):
@@ -38,4 +39,5 @@ def register_models(wrapped: Any, stock: Any) -> None:
         processing_auto.PROCESSOR_MAPPING,
     ):
         if stock in others:
-            others.register(wrapped, others[stock], exist_ok=True)
+            with quiet_transformers():  # which says of every image processor that torchvision is missing
+                others.register(wrapped, others[stock], exist_ok=True)

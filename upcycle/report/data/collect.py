@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
+from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder, reads_of
 from upcycle.errors import UpcycleError
 from upcycle.files import private_text
 from upcycle.files.local_names import records_without_folders
@@ -43,6 +43,7 @@ class Wanted:
         compare: a file that ``upcycle compare --out`` wrote.
         training: the folder or log of a training run, where the model is not in it.
         run: False only reads files and runs no model.
+        images: a folder of images, for encoders that read them.
     """
 
     texts: Sequence[str] = ()
@@ -52,6 +53,7 @@ class Wanted:
     compare: Path | None = None
     training: Path | None = None
     run: bool = True
+    images: str | None = None
 
 
 def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Subject, dict[str, Any]]:
@@ -114,7 +116,11 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
     elif not wanted.run:
         why = "the model was not run (--no-run)"
     elif is_encoder(subject.config):
-        why = "an encoder predicts no text, by which quality and routing are measured"
+        why = "an encoder predicts no text, by which this is measured (upcycle evaluate measures it by what it is for)"
+        rest = {section: missing(why) for section in ("quality", "experts")}
+        if reads_of(subject.config) not in ("text", "images"):
+            return {**rest, "routing": missing("its routers are only measured on texts or images alone")}
+        return {**rest, "routing": _or_reason(lambda: _encoder_routing(subject, wanted, progress))}
     elif is_encoder_decoder(subject.config):
         why = "a model of an encoder and a decoder reads pairs, and quality and routing are measured on single texts"
     elif wanted.texts:
@@ -128,6 +134,13 @@ def _measured(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str,
         except UpcycleError as error:
             why = reason_of(error)
     return {section: missing(why) for section in ("quality", "routing", "experts")}
+
+
+def _encoder_routing(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]:
+    from upcycle.report.data.encoder_routing import encoder_routing
+
+    found: dict[str, Any] = json_numbers(encoder_routing(subject, wanted.texts, wanted.tokens, wanted.images, progress))
+    return found
 
 
 def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from upcycle.files import records
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.planning.compress_job import cut_reports
 from upcycle.report.data.structure import layer_structure
 from upcycle.report.data.subject import Subject, missing
 
@@ -34,9 +35,22 @@ def made_data(subject: Subject) -> dict[str, Any]:
         "summary": record["plan"].get("summary", ""),
         "promise": record["plan"]["promise"],
         "promise_reason": record["plan"]["promise_reason"],
+        **({"cuts": _cuts(subject)} if record["plan"]["kind"] == "compression" else {}),
         "warnings": record["plan"]["warnings"],
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
     }
+
+
+def _cuts(subject: Subject) -> list[dict[str, Any]]:
+    """Return, for every layer of a compressed MoE, the source's experts that each of its experts is made of, and the refit."""
+    return [
+        {
+            "layer": found["layer"],
+            "experts": [[term["expert"] for term in terms] for terms in found["experts"]],
+            **(found["refit"] or {}),
+        }
+        for found in cut_reports(subject.folder)
+    ]
 
 
 def _unfinished(subject: Subject) -> dict[str, Any]:

@@ -79,7 +79,9 @@ class Subject:
         """What the parent and the model are called where they are compared."""
         kind = str(self.record["plan"]["kind"]) if self.record else ""
         usual = ("dense", "MoE") if self.moe_layers else ("parent", "model")
-        return {"growth": ("before", "after"), "pruning": ("dense", "pruned")}.get(kind, usual)
+        return {"growth": ("before", "after"), "compression": ("before", "after"), "pruning": ("dense", "pruned")}.get(
+            kind, usual
+        )
 
     @property
     def moe_layers(self) -> list[int]:

@@ -40,18 +40,25 @@ def png_uri(matrix: Sequence[Sequence[float | None]], low: float, high: float) -
     Format: https://www.w3.org/TR/png-3/ (colour type 3, 8 bits).
     """
     width = max((len(row) for row in matrix), default=0)
-    lines = bytearray()
+    rows = []
     for row in matrix:
         cells = [level(value, low, high) for value in row]
-        lines += bytes([0, *cells, *[_LEVELS] * (width - len(cells))])
-    colours = b"".join(bytes(colour) for colour in palette())
-    header = struct.pack(">IIBBBBB", width, len(matrix), 8, 3, 0, 0, 0)
+        rows.append(bytes([*cells, *[_LEVELS] * (width - len(cells))]))
+    return encoded(rows, width, palette())
+
+
+def encoded(rows: Sequence[bytes], width: int, colours: Sequence[tuple[int, int, int]] | None) -> str:
+    """Return rows of pixels as ``data:image/png;base64,...``.
+
+    Args:
+        rows: of each row, a byte per pixel, its place in ``colours``; without these three bytes, red, green and blue.
+        width: pixels per row.
+        colours: at most 256.
+    """
+    lines = b"".join(b"\0" + row for row in rows)
+    header = struct.pack(">IIBBBBB", width, len(rows), 8, 2 if colours is None else 3, 0, 0, 0)
+    table = [] if colours is None else [(b"PLTE", b"".join(bytes(colour) for colour in colours))]
     data = b"\x89PNG\r\n\x1a\n"
-    for kind, content in (
-        (b"IHDR", header),
-        (b"PLTE", colours),
-        (b"IDAT", zlib.compress(bytes(lines), 9)),
-        (b"IEND", b""),
-    ):
+    for kind, content in ((b"IHDR", header), *table, (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b"")):
         data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")

@@ -28,7 +28,18 @@ def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
             ("same most likely token", f"{check['top1_agreement']:.1%}"),
             ("perplexity", f"dense {said(check['perplexity_dense'], '.3f')}, now {said(check['perplexity'], '.3f')}"),
         ]
-    rows.append(("measured on", f"{check['tokens']:,} tokens, {check['text']}"))
+    elif check.get("cosine") is not None:
+        rows.append(("mean cosine with the dense model's states", said(check["cosine"], ".4f")))
+    unit = "images" if "images" in check["text"] else "tokens"
+    rows.append(("measured on", f"{check['tokens']:,} {unit}, {check['text']}"))
+    if (other := check.get("unseen")) and "cosine" in other:
+        rows.append(
+            (
+                "on text of another kind",
+                f"relative error {said(other['relative_error'], '.1e')}, mean cosine {said(other['cosine'], '.4f')} "
+                f"({other['tokens']:,} tokens of everyday English, which was not calibrated on)",
+            )
+        )
     if (ratio := unseen_ratio(check)) is not None:
         other = check["unseen"]
         rows.append(

@@ -12,7 +12,7 @@ from upcycle.text.text_record import own_text_in
 
 
 def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``facts``, each a name, a text, and a link or None, and the ``diagram`` of the layers."""
+    """Return ``facts``, each a name, a text, and a link or None, the ``diagram`` of the layers, and ``cuts``, a row each."""
     facts: list[tuple[str, str, str | None]] = []
     for part in ("method", "router"):
         if found := data.get(part):
@@ -34,7 +34,16 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
         facts.append(("calibrated on", f"{calibration.get('tokens', 0):,} tokens of {texts}", None))
     if data.get("promise"):
         facts.append(("promise", f"{data['promise']}: {data['promise_reason']}", None))
-    return {"facts": facts, "diagram": layers_diagram(data["layers"]) if data["layers"] else None}
+    diagram = layers_diagram(data["layers"]) if data["layers"] else None
+    return {"facts": facts, "diagram": diagram, "cuts": [_cut(layer) for layer in data.get("cuts", [])]}
+
+
+def _cut(layer: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return a compressed layer's index, the source's experts that are left, merged ones joined by +, and what the refit did."""
+    experts = ", ".join("+".join(map(str, terms)) for terms in layer["experts"])
+    if "missing_before" not in layer:
+        return str(layer["layer"]), experts, "none"
+    return str(layer["layer"]), experts, f"{layer['missing_before']:.1%} missing, then {layer['missing_after']:.1%}"
 
 
 def _link(paper: str | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from upcycle.report.drawing.frame import Plot
 from upcycle.report.drawing.heatmap import heatmap
 from upcycle.report.drawing.lines import Series, lines
+from upcycle.report.drawing.patches import grid_uri, legend, picture_uri
 
 LOAD_SCALE, COSINE_SCALE = (0.0, 2.0), (-1.0, 1.0)
 LOAD_ENDS = ("0", "2 or more")
@@ -25,7 +26,27 @@ def routing_view(data: Mapping[str, Any]) -> dict[str, Any]:
         {"layer": part["layer"], "plots": _matrices(part, data["domains"]), "tokens": part["top_tokens"]}
         for part in data["shown"]
     ]
-    return {"tokens": data["tokens"], "texts": ", ".join(data["domains"]), "dead": dead, "plots": plots, "shown": shown}
+    return {
+        "tokens": data["tokens"],
+        "texts": ", ".join(data["domains"]),
+        "dead": dead,
+        "plots": plots,
+        "shown": shown,
+        "patches": _patches(data["patches"]) if data.get("patches") else None,
+    }
+
+
+def _patches(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the images with a picture each of the experts of their patches in every layer that is shown."""
+    images = [
+        {
+            "name": image["name"],
+            "picture": picture_uri(image["pixels"]),
+            "layers": list(zip(data["layers"], map(grid_uri, image["experts"]), strict=True)),
+        }
+        for image in data["images"]
+    ]
+    return {"images": images, "legend": legend(max(data["experts"]))}
 
 
 def _names(count: int) -> list[str]:

@@ -1,0 +1,121 @@
+"""Observations of a MoE, each against a plain fp64 restatement that runs the stock model whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_oracle import is_sigmoid, some_windows, stock, watch
+from pico_models import PICO_MOE
+
+from upcycle.architectures.stored_moe import MOES
+from upcycle.calibration import moe_walk, observe_moe
+from upcycle.calibration.observe_moe import observe_layers, sampled_tokens
+from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+from upcycle.errors import CheckpointError
+from upcycle.methods.compressing.observations import Observations
+from upcycle.progress import SILENT
+
+Models = Callable[..., Path]
+CLOSE = 2e-5  # two layers in fp32: a few hundred roundings of 6e-8 each, random walk and cancellation included
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    expected = expected.double()
+    assert found.shape == expected.shape, what
+    error = torch.linalg.vector_norm(found.double() - expected) / torch.linalg.vector_norm(expected).clamp(min=1e-12)
+    assert error < CLOSE, (what, error)
+
+
+def observed(folder: Path, windows: torch.Tensor) -> Observations:
+    return observe_layers(MoeCheckpoint.open(str(folder)), "keep", windows, {}, SILENT)
+
+
+def test_every_architecture_is_here() -> None:
+    assert {model_type for model_type, _ in PICO_MOE.values()} == set(MOES)
+
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", PICO_MOE)
+def test_numbers_are_those_of_the_whole_stock_model(
+    name: str, fused: bool, pico_moe: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 64)  # three batches
+    windows = some_windows()
+    model = stock(pico_moe(name, fused))
+    found, expected = observed(pico_moe(name, fused), windows), watch(model, windows)
+    assert set(found.layers) == set(expected)
+    sigmoid, factor = is_sigmoid(model.config), getattr(model.config, "routed_scaling_factor", None) or 1.0
+    for index, seen in expected.items():
+        layer, weights = found.layers[index], seen.weights
+        chosen = torch.zeros_like(weights).scatter(1, seen.ids, 1.0)
+        scores = seen.logits.sigmoid() if sigmoid else seen.logits.softmax(-1)
+        norms = seen.outputs.norm(dim=-1)
+        two = weights.sort(1, descending=True).values
+        ratios = torch.quantile(two[:, 1] / two[:, 0], torch.linspace(0, 1, 101).double(), interpolation="nearest")
+        cosine = torch.nn.functional.cosine_similarity(seen.before, seen.after, dim=1).mean()
+        for what, number in {
+            "tokens": torch.tensor([windows.numel()]),
+            "load": chosen.sum(0),
+            "weight": weights.sum(0),
+            "score": (scores / scores.sum(1, keepdim=True)).sum(0),
+            "norm": (norms * chosen).sum(0),
+            "saliency": (norms * weights).sum(0),
+            "logits_gram": seen.logits.T @ seen.logits,
+            "ratios": ratios,
+            "similarity": cosine[None],
+            "bias": seen.bias,
+            "factor": torch.tensor([factor]),
+            "sample_logits": seen.logits,
+            "sample_weights": weights,
+            "sample_gram": torch.einsum("ted,tfd->tef", seen.outputs, seen.outputs),
+            "mean_output": seen.outputs.mean(0),
+        }.items():
+            near(getattr(layer, what), number, f"layer {index}: {what}")
+
+
+def test_samples_are_spread_evenly_whatever_the_batches_are(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = some_windows(12, 24)  # 288 tokens
+    monkeypatch.setattr(observe_moe, "MOST_SAMPLED", 64)
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 72)
+    expected = watch(stock(pico_moe("mixtral")), windows)
+    for index, layer in observed(pico_moe("mixtral"), windows).layers.items():
+        taken = torch.arange(0, 288, 5)  # 288 / 64, rounded up
+        assert len(taken) <= 64
+        near(layer.sample_logits, expected[index].logits[taken], "sample_logits")
+        near(layer.sample_weights, expected[index].weights[taken], "sample_weights")
+        near(layer.mean_output, expected[index].outputs[taken].mean(0), "mean_output")
+
+
+@pytest.mark.parametrize("experts", [4, 64, 256, 1024])
+def test_samples_of_many_experts_are_fewer(experts: int) -> None:
+    count = sampled_tokens(experts)
+    assert 64 <= count <= 2048
+    assert count == 64 or count * experts**2 <= 8_000_000
+
+
+def test_batches_change_nothing_but_roundings(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = some_windows()
+    one = observed(pico_moe("dots1"), windows)
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 32)
+    for index, layer in observed(pico_moe("dots1"), windows).layers.items():
+        for what in ("load", "weight", "saliency", "sample_gram", "similarity"):
+            near(getattr(layer, what), getattr(one.layers[index], what), what)
+
+
+def test_states_that_overflow_are_an_error_that_names_the_layer(
+    pico_moe: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = moe_walk.MoeWalk.run
+
+    def broken(walk: Any, index: int, states: torch.Tensor, see: Any = None) -> torch.Tensor:
+        return torch.as_tensor(run(walk, index, states, see) * (float("inf") if index == 1 else 1))
+
+    monkeypatch.setattr(moe_walk.MoeWalk, "run", broken)
+    with pytest.raises(CheckpointError, match="layer 1: the calibration states are not finite") as caught:
+        observed(pico_moe("mixtral"), some_windows(2))
+    assert "dtype" in (caught.value.hint or "")

@@ -1,0 +1,260 @@
+"""What every registered method that compresses a MoE promises, on every stock MoE."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico_models import PICO_MOE
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import upcycle
+from upcycle.architectures.stored_moe import MOES, MoeModel, expert_index
+from upcycle.calibration import observe_moe, refit_cut
+from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+from upcycle.checkpoints.shard_writer import ShardWriter
+from upcycle.conversion.convert import run_recipe
+from upcycle.errors import CheckpointError, UsageError
+from upcycle.files import hashing, records
+from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
+from upcycle.registry import METHODS, load
+
+Models = Callable[..., Path]
+NAMES = [name for name in METHODS if load("method", name).kind == "compression"]
+WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
+TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
+QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
+CELLS = [(method, name, fused) for method in NAMES for name in PICO_MOE for fused in (False, True)]
+PERMUTED = [3, 1, 0, 2]
+
+
+def quick(method: str) -> dict[str, Any]:
+    """Recipe keys with a part that can be kept: of four experts, two per token, or sixteen neurons in steps of eight."""
+    return QUICK if method in WHOLE else {**QUICK, "keep": 0.5}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        return torch.as_tensor(
+            model(torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))).logits.double()
+        )
+
+
+def test_every_method_and_architecture_is_here() -> None:
+    assert {"frequency", "reap", "naee", "hc_smoe", "m_smoe", "random_experts"} <= set(NAMES)
+    assert {PICO_MOE[name][0] for _, name, _ in CELLS} == set(MOES)
+
+
+@pytest.mark.one_in(20)
+@pytest.mark.parametrize(("method", "name", "fused"), CELLS)
+def test_keeping_all_changes_nothing_bit_for_bit(
+    method: str, name: str, fused: bool, pico_moe: Models, tmp_path: Path
+) -> None:
+    source, out = pico_moe(name, fused), tmp_path / "out"
+    result = upcycle.convert(str(source), out, method=method, keep=1.0, verification={"tokens": 64})
+    assert result.verification is not None
+    assert (result.verification.verdict, result.verification.relative_logit_error) == ("exact", 0.0)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+
+
+@pytest.mark.one_in(20)
+@pytest.mark.parametrize(("method", "name", "fused"), CELLS)
+def test_a_smaller_model_loads_in_stock_transformers_and_writes(
+    method: str, name: str, fused: bool, pico_moe: Models, tmp_path: Path
+) -> None:
+    source, out = pico_moe(name, fused), tmp_path / "out"
+    before = contents(source)
+    result = upcycle.convert(str(source), out, method=method, **quick(method))
+    assert contents(source) == before
+    assert result.verification is not None
+    assert result.verification.verdict == "approximate"
+    assert result.verification.relative_logit_error > 1e-4  # something is gone: the comparison sees it
+    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    model.set_experts_implementation("eager")
+    blocks = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    layers = json.loads((out / "compression.json").read_text())["experts"]
+    assert len(blocks) == len(layers)
+    assert all(len(block.down_proj) == (3 if method in WHOLE else 4) for block in blocks)
+    written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert written.shape == (1, 7)
+    elements = {name: tensor.numel() for name, tensor in load_file(out / "model.safetensors").items()}
+    assert sum(elements.values()) == result.plan.parameters_total
+    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in WHOLE
+    assert result.plan.parameters_total < result.plan.parameters_dense or method == "lower_top_k"
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("method", NAMES)
+def test_same_inputs_give_the_same_bytes_as_planned(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    keys = {"method": method, **quick(method), "max_shard_size": "60KB"}
+    source = str(pico_moe("qwen3_moe"))
+    plan = upcycle.plan(source, **keys)
+    results = [upcycle.convert(source, tmp_path / folder, **keys) for folder in ("one", "two")]
+    run_recipe(parse_recipe(read_recipe(tmp_path / "one" / "recipe.yaml"), "recipe"), tmp_path / "again")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
+    assert results[0].plan == plan
+    assert (plan.kind, plan.refit, plan.promise) == ("compression", "down", "approximate")
+    assert method not in WHOLE or plan.summary == "3 experts from 4, top-2"
+    sizes = [(tmp_path / "one" / shard["file"]).stat().st_size for shard in plan.shards]
+    assert len(sizes) > 2
+    assert plan.bytes_output < sum(sizes) < 1.3 * plan.bytes_output  # and headers
+    assert upcycle.verify(tmp_path / "one", tokens=64) == results[0].verification
+    assert not (tmp_path / "one" / LAYER_BLUEPRINTS).exists()
+
+
+def permuted(source: Path, folder: Path) -> Path:
+    """The same model with its experts in another order."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    model = MoeModel.read(
+        json.loads((folder / "config.json").read_text()), MoeCheckpoint.open(str(folder)).store.specs, ""
+    )
+    changed = {}
+    for name, tensor in tensors.items():
+        role, expert = model.role(name), expert_index(name)
+        if role == "expert":
+            assert expert is not None
+            place = PERMUTED.index(expert)
+            changed[name.replace(f".experts.{expert}.", f".experts.{place}.")] = tensor
+        else:
+            changed[name] = tensor[PERMUTED].contiguous() if role in ("experts", "router", "bias") else tensor
+    assert set(changed) == set(tensors)
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("refit", ["none", "down"])
+@pytest.mark.parametrize("name", ["mixtral", "dots1", "granitemoe"])
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "random_experts"])
+def test_the_order_of_the_experts_does_not_matter(
+    method: str, name: str, refit: str, pico_moe: Models, tmp_path: Path
+) -> None:
+    other = permuted(pico_moe(name), tmp_path / "permuted")
+    keys = {"method": method, **quick(method), "keep": 0.5, "refit": refit, "verification": {"enabled": False}}
+    assert torch.dist(logits(pico_moe(name)), logits(other)) < 1e-5 * torch.linalg.norm(logits(other))
+    upcycle.convert(str(pico_moe(name)), tmp_path / "one", **keys)
+    upcycle.convert(str(other), tmp_path / "two", **keys)
+    one, two = logits(tmp_path / "one"), logits(tmp_path / "two")
+    assert torch.dist(one, two) < 1e-4 * torch.linalg.norm(one)  # sums in another order, and least squares of them
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("stop", ["after observing", "while refitting", "while writing"])
+def test_a_stopped_compression_continues_byte_equal(
+    method: str, stop: str, pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, keys = str(pico_moe("mixtral")), {"method": method, **quick(method)}
+
+    def interrupt(*given: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if stop == "after observing":
+        monkeypatch.setattr(load("method", method), "cut", interrupt)
+    elif stop == "while refitting":
+        monkeypatch.setattr(refit_cut._LayerFit, "set", interrupt)
+    else:
+        finish, finished = ShardWriter.finish, []
+
+        def stopping(writer: ShardWriter, unit: Any) -> None:
+            finish(writer, unit)
+            finished.append(unit.name)
+            if len(finished) == 2:
+                writer._wait_for_oldest()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ShardWriter, "finish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.convert(source, tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(observe_moe, "MoeWalk", interrupt)  # what was observed is not observed again
+    if stop != "after observing":
+        monkeypatch.setattr(load("method", method), "cut", interrupt)
+    if stop == "while writing":
+        monkeypatch.setattr(refit_cut, "refit_cuts", interrupt)
+    upcycle.convert(source, tmp_path / "out", **keys)
+    monkeypatch.undo()
+    upcycle.convert(source, tmp_path / "whole", **keys)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("method", NAMES)
+def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    source, seen = str(pico_moe("dots1")), tmp_path / "seen.safetensors"
+    text = {"text": "demo", "tokens": 512}
+    upcycle.observe(source, seen, "demo", 512)
+    keys = {"method": method, **quick(method), "refit": "none"}
+    upcycle.convert(source, tmp_path / "one", **{**keys, "calibration": text})
+    keys.pop("calibration")
+    result = upcycle.convert(source, tmp_path / "two", observations=str(seen), **keys)
+    assert result.plan.calibration_tokens == 0
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("method", NAMES)
+def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    upcycle.convert(str(pico_moe("mixtral")), out, method=method, **quick(method))
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    victim = next(name for name in tensors if "layers.1" in name and "experts.2.w1" in name)
+    save_file({**tensors, victim: -tensors[victim]}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="not the file that was written"):
+        upcycle.verify(out, tokens=64)
+    record = records.read_record(out)
+    record["files"][path.name] = hashing.hash_file(path)
+    (out / records.FILE).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=f"tensor '{victim}' is not"):
+        upcycle.verify(out, tokens=64)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("experts", 4), ("top_k", 1), ("shared", 1), ("active", 0.5), ("router", "zero"), ("scale", "sum")),
+        *(("layers", "all"), ("target", "mixtral"), ("layout", "fused"), ("pad", True), ("width", 8)),
+    ],
+)
+def test_keys_that_mean_nothing_are_refused(
+    method: str, key: str, value: Any, pico_moe: Models, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"{method} compresses .* does not read the key '{key}'") as caught:
+        upcycle.convert(str(pico_moe("mixtral")), tmp_path / "out", method=method, **quick(method), **{key: value})
+    assert "keep" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("method", NAMES)
+def test_half_precision_is_kept_and_refits_are_rounded_once(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    source = shutil.copytree(pico_moe("mixtral"), tmp_path / "half")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    result = upcycle.convert(str(source), tmp_path / "out", method=method, **quick(method))
+    assert result.verification is not None
+    assert result.verification.verdict == "approximate"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}

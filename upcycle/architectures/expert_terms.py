@@ -1,0 +1,76 @@
+"""Describes the experts of a compressed Mixture-of-Experts as weighted sums of those that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from upcycle.architectures.tensor_origin import Origin
+
+
+@dataclass(frozen=True)
+class Term:
+    """Describes a part of an expert of a compressed model: an expert of the source, times ``weight``.
+
+    ``order`` puts its neurons into another order before it is added to others, or takes some of them: neuron ``order[i]`` becomes
+    neuron i.
+    """
+
+    expert: int
+    weight: float = 1.0
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """Describes the routed experts of a compressed layer.
+
+    Attributes:
+        experts: for every expert of the result, the terms that it is the sum of.
+        rows: for every expert of the result, the expert of the source whose router row it has.
+    """
+
+    experts: tuple[tuple[Term, ...], ...]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def keeping(cls, kept: Sequence[int]) -> LayerCut:
+        """Return the cut that leaves out all experts but ``kept``, which keep their order."""
+        ordered = tuple(sorted(kept))
+        return cls(tuple((Term(expert),) for expert in ordered), ordered)
+
+    @property
+    def merges(self) -> bool:
+        """Whether an expert is anything but one of the source's."""
+        return any(terms != (Term(terms[0].expert),) for terms in self.experts)
+
+
+@dataclass(frozen=True)
+class ExpertTerms(Origin):
+    """The origin of matrices of merged experts: every one is the weighted sum of its terms' matrices, in fp32.
+
+    Attributes:
+        experts: the terms of every expert in the tensor.
+        names: the stored tensors of the source's experts, one each, or the one that holds them all.
+        part: which matrix it is, as its rows or columns are the neurons.
+    """
+
+    experts: tuple[tuple[Term, ...], ...] = ()
+    names: tuple[str, ...] = ()
+    part: Literal["gate", "up", "gate_up", "down"] = "down"
+
+    @property
+    def fused(self) -> bool:
+        """Whether the source holds all experts in one tensor, and so does the result."""
+        return len(self.names) == 1
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the result, given that of a stored tensor: with the experts and the neurons that are taken."""
+        order = self.experts[0][0].order
+        rows, columns = stored[-2:]
+        if order is not None and self.part == "down":
+            columns = len(order)
+        elif order is not None:
+            rows = len(order) * (2 if self.part == "gate_up" else 1)
+        return (*((len(self.experts),) if self.fused else ()), rows, columns)

@@ -1,0 +1,159 @@
+"""Walks the layers of a Mixture-of-Experts on text, one in memory at a time, and shows what routers and experts did.
+
+N windows of W tokens, T = N W, d the hidden size, E experts, K per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear
+
+from upcycle.architectures.module_paths import module_paths_of
+from upcycle.models.body_pass import layer_arguments
+from upcycle.models.experts import use_eager_experts
+from upcycle.models.first_calls import settle_code_paths
+from upcycle.trainers.routing.recorder import Recorder
+from upcycle.trainers.routing.router_records import watch_router
+from upcycle.trainers.routing.stock_routers import RouterPlace, find_routers
+
+if TYPE_CHECKING:
+    from upcycle.models.stock_layers import Layers
+
+WALK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What one layer did with a batch of t tokens, all fp32 and in the order of the stock class.
+
+    Attributes:
+        x: ``[t, d]``, the input of the experts.
+        logits: ``[t, E]``, the router's.
+        experts: ``[t, K]``, those that were chosen.
+        weights: ``[t, K]``, theirs.
+        output: ``[t, d]``, the sum of the chosen experts, weighted.
+        block: ``[t, d]``, the output of experts and shared ones; see :meth:`MoeWalk.added`.
+    """
+
+    x: torch.Tensor
+    logits: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+    output: torch.Tensor
+    block: torch.Tensor
+
+
+class MoeWalk:
+    """Runs the layers of a stock MoE, by its own code.
+
+    Args:
+        layers: the model, whose layers are loaded one by one.
+        window: tokens per sequence.
+    """
+
+    def __init__(self, layers: Layers, window: int) -> None:
+        settle_code_paths()
+        self._weights, self.model = layers, use_eager_experts(layers.model.eval())
+        self._paths = module_paths_of(self.model.config)
+        self.layers = self._paths.layers_in(self.model)
+        self.places: dict[int, RouterPlace] = {place.index: place for place in find_routers(self.model)}
+        self.multiplier = float(getattr(self.model.config, "residual_multiplier", None) or 1.0)
+        self._window = window
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def embed(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return the states ``[N, W, d]`` that the first layer reads for token ids ``[N, W]``."""
+        states, _ = layer_arguments(self.model, self._paths, self.layers, {"input_ids": windows, "use_cache": False})
+        return states
+
+    def norm_behind(self, index: int) -> torch.nn.Module | None:
+        """Return the norm that a layer's experts pass before they are added to the stream (FlexOlmo); None: there is none."""
+        return getattr(self.layers[index], "post_feedforward_layernorm", None)
+
+    def added(self, index: int, block: torch.Tensor) -> torch.Tensor:
+        """Return what the stream gets of the experts' output ``[t, d]`` in a loaded layer."""
+        norm = self.norm_behind(index)
+        with torch.no_grad():
+            return self.multiplier * (block if norm is None else norm(block))
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """Load the weights of a layer inside the ``with`` block."""
+        self._weights.load(index)
+        try:
+            yield
+        finally:
+            self._weights.drop(index)
+
+    def batches(self, count: int) -> Iterator[slice]:
+        """Yield the windows of each batch, of ``count`` in all."""
+        size = max(1, WALK_TOKENS // self._window)
+        return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+    def run(self, index: int, states: torch.Tensor, see: Callable[[Routed], None] | None = None) -> torch.Tensor:
+        """Return a loaded layer's output ``[n, W, d]`` for its input of the same shape.
+
+        Args:
+            index: the layer.
+            states: its input.
+            see: receives what its router and experts did, if it has any.
+        """
+        place = self.places.get(index)
+        layer = self.layers[index]
+        if see is None or place is None:
+            with torch.no_grad():
+                return _tensor(layer(states, **self._others(index, states)))
+        inputs: list[tuple[torch.Tensor, ...]] = []
+        parts: list[torch.Tensor] = []
+        handles = [
+            place.experts.register_forward_hook(lambda _, given, made: inputs.append((*given[:3], _tensor(made)))),
+            *(
+                block.register_forward_hook(lambda _, __, made: parts.append(_tensor(made)))
+                for block in (place.block, *place.beside)
+            ),
+        ]
+        try:
+            with Recorder[Any](layer) as recorder, torch.no_grad():
+                watch_router(
+                    recorder, place.block, place.router, lambda logits, weights, experts: (logits, weights, experts)
+                )
+                output = _tensor(layer(states, **self._others(index, states)))
+                ((logits, _, _),) = recorder.take()
+        finally:
+            for handle in handles:
+                handle.remove()
+        ((x, experts, weights, made),) = inputs
+        flat = [_flat(part) for part in parts]
+        see(Routed(_flat(x), _flat(logits).float(), experts, weights.float(), _flat(made), torch.stack(flat).sum(0)))
+        return output
+
+    def _others(self, index: int, states: torch.Tensor) -> dict[str, Any]:
+        count = len(states)
+        if count not in self._arguments:
+            zeros = torch.zeros(states.shape)
+            _, seen = layer_arguments(
+                self.model, self._paths, self.layers, {"inputs_embeds": zeros, "use_cache": False}
+            )
+            self._arguments[count] = seen
+        return self._arguments[count][index]
+
+
+def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """Return the activations ``[t, F]`` of an expert's neurons for inputs ``[t, d]``; ``experts`` is a stock class's module."""
+    gate, up = linear(x, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
+    active: torch.Tensor = experts.act_fn(gate) * up
+    return active
+
+
+def _tensor(made: Any) -> torch.Tensor:
+    found: torch.Tensor = made[0] if isinstance(made, tuple) else made
+    return found
+
+
+def _flat(states: torch.Tensor) -> torch.Tensor:
+    return states.reshape(-1, states.shape[-1])

@@ -1,0 +1,188 @@
+"""Observes the experts of a Mixture-of-Experts on text, once for every method that compresses it.
+
+T tokens, E experts, K per token, S sampled tokens, d the hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.errors import CheckpointError
+from upcycle.methods.compressing.observations import LayerObservations, Observations
+from upcycle.models.experts import expert_outputs
+from upcycle.models.stock_layers import layers_of
+from upcycle.progress import Progress
+from upcycle.trainers.routing.stock_routers import selection_bias
+
+if TYPE_CHECKING:
+    from upcycle.architectures.stored_moe import MoeModel
+    from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+
+MOST_SAMPLED = 2048  # tokens per layer on which all experts run
+_SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
+_PERCENTILES = 101
+MOST_GRAM = 16_000_000  # numbers in the products of neurons that are kept of one layer
+
+
+def sampled_tokens(experts: int) -> int:
+    """Return on how many tokens of a layer all its experts run."""
+    return max(64, min(MOST_SAMPLED, _SAMPLED_NUMBERS // experts**2))
+
+
+def observe_layers(
+    checkpoint: MoeCheckpoint, dtype: str, windows: torch.Tensor, text: dict[str, Any], progress: Progress
+) -> Observations:
+    """Observe every layer in one pass over the text, with one layer in memory.
+
+    Args:
+        checkpoint: the MoE.
+        dtype: the dtype to round its weights to, as a recipe's ``dtype`` means it.
+        windows: the text, token ids ``[N, W]``.
+        text: what ``upcycle.json`` says of the text.
+        progress: where to report.
+
+    Raises:
+        CheckpointError: the states are not finite.
+    """
+    walk = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
+    found: dict[int, LayerObservations] = {}
+    with progress.phase("observing experts", len(walk.layers)):
+        states = torch.cat([walk.embed(windows[batch]) for batch in walk.batches(len(windows))])
+        for index in range(len(walk.layers)):
+            with walk.loaded(index):
+                sums = None
+                if index in walk.places:
+                    sums = _Sums(walk, index, windows.numel(), checkpoint.model)
+                for batch in walk.batches(len(windows)):
+                    before = states[batch]
+                    after = walk.run(index, before, sums.add if sums else None)
+                    if sums:
+                        sums.compare(after)
+                    states[batch] = after
+                if sums:
+                    found[index] = sums.result()
+            if not bool(states.isfinite().all()):
+                raise CheckpointError(
+                    f"layer {index}: the calibration states are not finite",
+                    hint="compress the checkpoint in the dtype it was trained in",
+                )
+            progress.advance()
+    return Observations(found, checkpoint.fingerprint, checkpoint.model.top_k, text)
+
+
+class _Sums:
+    """Adds up what one layer does, batch by batch."""
+
+    def __init__(self, walk: MoeWalk, index: int, tokens: int, model: MoeModel) -> None:
+        self._walk, self._index = walk, index
+        self._place, self._sigmoid, self._normalized = walk.places[index], model.sigmoid, model.normalized
+        count = self._place.count
+        self._tokens = self._cosine = 0.0
+        self._block: torch.Tensor | None = None
+        zeros = torch.zeros(count, dtype=torch.float64)
+        self._load, self._weight, self._score = zeros.clone(), zeros.clone(), zeros.clone()
+        self._norm, self._saliency = zeros.clone(), zeros.clone()
+        experts: Any = self._place.experts
+        width = int(experts.down_proj.shape[-1])
+        self._neurons = torch.zeros(count, width)
+        self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
+        self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
+        self._ratios: list[torch.Tensor] = []
+        self._every = -(-tokens // sampled_tokens(count))  # every so many tokens one is sampled
+        self._sampled: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._mean = torch.zeros(0)
+
+    def add(self, routed: Routed) -> None:
+        """Add a batch."""
+        count = len(self._load)
+        flat, weights = routed.experts.flatten(), routed.weights.double()
+        self._block = routed.block
+        self._load += torch.bincount(flat, minlength=count)
+        self._weight.index_add_(0, flat, weights.flatten())
+        scores = routed.logits.double().sigmoid() if self._sigmoid else routed.logits.double().softmax(-1)
+        self._score += (scores / scores.sum(-1, keepdim=True)).sum(0)
+        self._logits_gram += (routed.logits.T @ routed.logits).double()
+        if weights.shape[1] > 1:
+            two = weights.topk(2, dim=1).values
+            self._ratios.append((two[:, 1] / two[:, 0].clamp(min=1e-30)).float())
+        self._chosen(routed, weights)
+        self._sample(routed)
+        self._tokens += len(routed.x)
+
+    def _chosen(self, routed: Routed, weights: torch.Tensor) -> None:
+        """Add the norms of the outputs of the chosen experts, expert by expert."""
+        for expert in range(len(self._load)):
+            tokens, slots = torch.where(routed.experts == expert)
+            if len(tokens):
+                x, own = routed.x[tokens], weights[tokens, slots]
+                norms = self._output(x, expert).double().norm(dim=1)
+                active = own.float()[:, None] * active_neurons(self._place.experts, x, expert)
+                self._neurons[expert] += active.square().sum(0)
+                if self._neuron_gram.numel():
+                    self._neuron_gram[expert] += active.T @ active
+                self._norm[expert] += norms.sum()
+                self._saliency[expert] += (norms * own).sum()
+
+    def _output(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the output ``[t, d]`` of an expert, by the stock class's own code."""
+        chosen = torch.full((len(x), 1), expert)
+        made: torch.Tensor = self._place.experts(x, chosen, torch.ones(chosen.shape, dtype=x.dtype))
+        return made
+
+    def _sample(self, routed: Routed) -> None:
+        first = -int(self._tokens) % self._every
+        taken = torch.arange(first, len(routed.x), self._every)
+        if not len(taken):
+            return
+        with torch.no_grad():
+            outputs = torch.stack(list(expert_outputs(self._place.experts, routed.x[taken])), dim=1)  # [s, E, d]
+        weights = torch.zeros(len(taken), len(self._load)).scatter_(1, routed.experts[taken], routed.weights[taken])
+        self._sampled.append((routed.logits[taken], weights, outputs @ outputs.mT))
+        total = outputs.double().sum(0)
+        self._mean = total if not self._mean.numel() else self._mean + total
+
+    def compare(self, after: torch.Tensor) -> None:
+        """Add the cosine of the stream before and behind the experts, given the layer's output ``[n, W, d]``."""
+        assert self._block is not None
+        out = after.reshape(-1, after.shape[-1])
+        before = out - self._walk.added(self._index, self._block)
+        self._cosine += torch.nn.functional.cosine_similarity(before, out, dim=1).double().sum().item()
+
+    def result(self) -> LayerObservations:
+        """Return what was observed."""
+        ratios = torch.zeros(_PERCENTILES, dtype=torch.float64)
+        if self._ratios:
+            steps = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64)
+            ordered = torch.cat(self._ratios).double().sort().values
+            ratios = ordered[(steps * (len(ordered) - 1)).round().long()]
+        bias = selection_bias(self._place.block, self._place.router)
+        logits, weights, grams = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
+        return LayerObservations(
+            tokens=torch.tensor([self._tokens], dtype=torch.float64),
+            load=self._load,
+            weight=self._weight,
+            score=self._score,
+            norm=self._norm,
+            saliency=self._saliency,
+            logits_gram=self._logits_gram,
+            ratios=ratios,
+            similarity=torch.tensor([self._cosine / self._tokens], dtype=torch.float64),
+            bias=torch.zeros(len(self._load)).double() if bias is None else bias.detach().double().flatten().clone(),
+            factor=torch.tensor([self._factor(logits.double(), weights.double())]).double(),
+            neurons=self._neurons,
+            neuron_gram=self._neuron_gram,
+            sample_logits=logits,
+            sample_weights=weights,
+            sample_gram=grams,
+            mean_output=self._mean / len(logits),
+        )
+
+    def _factor(self, logits: torch.Tensor, weights: torch.Tensor) -> float:
+        """Return what multiplies the weights, read off those of the sampled tokens."""
+        if self._normalized:
+            return round(float(weights.sum(1).mean()), 5)
+        scores = logits.sigmoid() if self._sigmoid else logits.softmax(-1)
+        return round(float(weights.sum() / scores[weights != 0].sum()), 5)

@@ -1,0 +1,234 @@
+"""Refits the down projections of a compressed Mixture-of-Experts towards the layer that it had, in closed form, layer by layer.
+
+With e(x) what is missing of the uncut model's stream behind a layer, and a(x) the activations of the chosen experts' neurons, each
+times its expert's weight, the update D of all down projections minimises ``sum_t ||e(x_t) - D a(x_t)||^2 + strength * ||D||^2``.
+e also holds what the layers below left: a layer makes up for their errors (as :mod:`upcycle.ffn.refit` does for splits). Where a
+norm follows the experts (FlexOlmo), the stream is no linear function of D, and e is what is missing of the experts' own sum. Experts
+of few neurons are fitted together; where the joint Gram matrix would be too large, one after another, those of most tokens first.
+
+T tokens, E' experts that are left, F neurons each, d the hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear
+
+from upcycle.architectures.expert_terms import LayerCut, Term
+from upcycle.architectures.stock import build_config, empty_model
+from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.ffn.refit import REFIT_STRENGTHS
+from upcycle.ffn.ridge_sums import RidgeSums
+from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
+from upcycle.progress import Progress
+
+if TYPE_CHECKING:
+    from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+
+MOST_JOINT = 4096  # neurons whose down projections are fitted together
+_HELD_OUT_EVERY = 8  # windows
+
+
+def down_file(folder: Path, layer: int) -> Path:
+    """Return the file with the refitted down projections ``[E', d, F]`` of a layer."""
+    return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
+
+
+def refit_cuts(
+    checkpoint: MoeCheckpoint,
+    config: Mapping[str, Any],
+    cuts: Mapping[int, LayerCut],
+    dtype: str,
+    windows: torch.Tensor,
+    folder: Path,
+    progress: Progress,
+) -> dict[int, dict[str, float]]:
+    """Refit every layer, and write the new down projections.
+
+    Args:
+        checkpoint: the MoE before it is cut.
+        config: the ``config.json`` of the result.
+        cuts: what each layer's experts are made of.
+        dtype: the dtype that the result is written in, as a recipe means it.
+        windows: the text, token ids ``[N, W]``.
+        folder: where the files are written.
+        progress: where to report.
+
+    Returns:
+        For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
+        than eight windows), relative to what its experts had added, both squared; and the strength of the last fit that helped
+        (0: none did).
+    """
+    from safetensors.torch import save_file
+
+    uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
+    cut_layers = _CutLayers(uncut, config, cuts)
+    cut = MoeWalk(cut_layers, windows.shape[1])
+    reports: dict[int, dict[str, float]] = {}
+    (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
+    with progress.phase("refitting experts", len(uncut.layers)):
+        theirs = torch.cat([uncut.embed(windows[batch]) for batch in uncut.batches(len(windows))])
+        ours = theirs.clone()
+        for index in range(len(uncut.layers)):
+            with uncut.loaded(index), cut.loaded(index):
+                if index in cuts:
+                    fit = _LayerFit(uncut, cut, index)
+                    down, reports[index] = fit.solve(theirs, ours)
+                    stored = down.to(getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, index), dtype)))
+                    fit.set(stored)
+                    path = down_file(folder, index)
+                    temporary = path.with_suffix(".tmp")
+                    save_file({"down": stored.contiguous()}, temporary)
+                    temporary.rename(path)
+                for batch in uncut.batches(len(windows)):
+                    theirs[batch] = uncut.run(index, theirs[batch])
+                    ours[batch] = cut.run(index, ours[batch])
+            progress.advance()
+    return reports
+
+
+def _down_name(checkpoint: MoeCheckpoint, layer: int) -> str:
+    from upcycle.architectures.stored_moe import is_down
+
+    return next(name for name in checkpoint.model.names[layer] if is_down(name))
+
+
+class _CutLayers:
+    """Gives the layers of the compressed model their weights, cut out of those of a walk that holds the uncut layer."""
+
+    def __init__(self, uncut: MoeWalk, config: Mapping[str, Any], cuts: Mapping[int, LayerCut]) -> None:
+        self._uncut, self._cuts = uncut, cuts
+        self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
+        compute_buffers(self.model)
+        from upcycle.architectures.module_paths import module_paths_of
+
+        self._layers = module_paths_of(self.model.config).layers_in(self.model)
+
+    def load(self, index: int) -> None:
+        """See :class:`upcycle.models.stock_layers.Layers`."""
+        cut = self._cuts.get(index)
+        whole = self._uncut.layers[index].state_dict()
+        wanted = self._layers[index].state_dict()
+        state = {n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut) for n, t in whole.items()}
+        self._layers[index].load_state_dict(state, strict=True, assign=True)
+        compute_layer_buffers(self.model, index)
+
+    def drop(self, index: int) -> None:
+        """See :class:`upcycle.models.stock_layers.Layers`."""
+        self._layers[index].to("meta")
+
+
+def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut) -> torch.Tensor:
+    if whole.shape == shape:
+        return whole
+    if ".experts." not in f".{name}":
+        return whole[list(cut.rows)].clone()
+    part = "down" if name.endswith("down_proj") else "gate_up"
+    return torch.stack([_sum_of_terms(whole, terms, part) for terms in cut.experts])
+
+
+def _sum_of_terms(whole: torch.Tensor, terms: Sequence[Term], part: str) -> torch.Tensor:
+    """Return the weighted sum of experts' matrices, their neurons reordered, of a stock tensor ``[E, 2 F, d]`` or ``[E, d, F]``."""
+    from upcycle.checkpoints.moe_checkpoint import reordered
+
+    total: torch.Tensor | float = 0.0
+    for term in terms:
+        matrix = whole[term.expert]
+        if term.order is not None:  # the name tells what the rows are: where d is 2 F, both matrices have one shape
+            matrix = reordered(matrix, part, torch.tensor(term.order))
+        total = total + term.weight * matrix
+    assert isinstance(total, torch.Tensor)
+    return total
+
+
+class _LayerFit:
+    """Fits one layer."""
+
+    def __init__(self, uncut: MoeWalk, cut: MoeWalk, index: int) -> None:
+        self._uncut, self._cut, self._index = uncut, cut, index
+        experts: Any = cut.places[index].experts
+        self._experts = experts
+        self._down: torch.Tensor = experts.down_proj.detach().clone()
+
+    def set(self, down: torch.Tensor) -> None:
+        """Let the layer compute with these down projections, ``[E', d, F]``."""
+        with torch.no_grad():
+            self._experts.down_proj.data = down.float()
+
+    def solve(self, theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the new down projections fp32 ``[E', d, F]`` for both streams ``[N, W, d]`` before the layer."""
+        seen: list[Routed] = []
+        missing, added = [], []
+        for batch in self._uncut.batches(len(theirs)):
+            whole: list[Routed] = []
+            target = self._uncut.run(self._index, theirs[batch], whole.append)
+            made = self._cut.run(self._index, ours[batch], seen.append)
+            error = ((target - made) / self._uncut.multiplier).reshape(-1, target.shape[-1])
+            if self._uncut.norm_behind(self._index) is not None:
+                error = whole[0].block - seen[-1].block
+            missing.append(error)
+            added.append(whole[0].output.double().square().sum(1))
+        left = torch.cat(missing)
+        x, ids, weights = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
+        held = torch.arange(len(x)) // theirs.shape[1] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        experts, _, width = self._down.shape
+        groups = [[*range(experts)]]
+        if experts * width > MOST_JOINT:
+            groups = [
+                [e]
+                for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True, stable=True).tolist()
+            ]
+        judged = held if bool(held.any()) else torch.ones_like(held)
+        down, before = self._down.clone(), left[judged].double().square().sum().item()
+        strength = 0.0
+        for group in groups:
+            update, tried = self._update(group, x, ids, weights, left, held)
+            if update is None:
+                continue
+            strength = tried
+            for place, expert in enumerate(group):
+                own = update[:, place * width : (place + 1) * width]
+                down[expert] += own
+                tokens, slots = torch.where(ids == expert)
+                left[tokens] -= linear(
+                    active_neurons(self._experts, x[tokens], expert) * weights[tokens, slots, None], own
+                )
+        after = left[judged].double().square().sum().item()
+        scale = torch.cat(added)[judged].sum().item() or 1.0  # experts that add nothing leave nothing to fit
+        return down, {"missing_before": before / scale, "missing_after": after / scale, "strength": strength}
+
+    def _update(
+        self,
+        group: list[int],
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        left: torch.Tensor,
+        held: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, float]:
+        """Return the update ``[d, G F]`` of a group's down projections that fits what is left; None: none helps."""
+        d, width = self._down.shape[1:]
+        sums = RidgeSums(len(group) * width, d, torch.float32)
+        for rows in torch.arange(len(x)).split(2048):
+            features = torch.zeros(len(rows), len(group) * width)
+            chosen = torch.zeros(len(rows), dtype=torch.bool)
+            for place, expert in enumerate(group):
+                tokens, slots = torch.where(ids[rows] == expert)
+                chosen[tokens] = True
+                part = active_neurons(self._experts, x[rows][tokens], expert) * weights[rows][tokens, slots, None]
+                features[tokens, place * width : (place + 1) * width] = part
+            for outside in (False, True):
+                taken = chosen & (held[rows] == outside)
+                if bool(taken.any()):
+                    ones = torch.ones(int(taken.sum()))
+                    sums.add(features[taken], left[rows][taken], ones, held_out=outside)
+        choice = sums.best(REFIT_STRENGTHS)
+        if not sums.finite or not choice.held_out_loss < 1:
+            return None, choice.strength
+        # All tokens but the held-out ones: these must go on judging.
+        return sums.solve(choice.strength, everything=False).weights.T.float(), choice.strength

@@ -1,0 +1,74 @@
+"""``upcycle compress``: makes a Mixture-of-Experts smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upcycle.cli.shared.options import build_recipe, common_options, quiet_option, some_recipe_options
+from upcycle.cli.shared.output import ProgressBars, note, print_facts, print_json
+from upcycle.errors import UsageError
+
+DEFAULT_METHOD = "naee"
+KEYS = (
+    *("method", "keep", "observations", "calibration.text", "calibration.tokens", "refit", "dtype", "max_shard_size"),
+    *("tokenizer", "seed", "revision", "verification.text", "verification.tokens"),
+)
+
+
+@click.command("compress", short_help="Make a MoE smaller: fewer experts, refitted, and verify it")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@some_recipe_options(*KEYS)
+@click.option("--no-verify", is_flag=True, help="skip the comparison with the MoE as it was")
+@click.option("--overwrite", is_flag=True, help="replace an OUT that upcycle wrote, once the new model is complete")
+@click.option("--restart", is_flag=True, help="discard an unfinished conversion of another recipe in OUT")
+@click.option("--dry-run", is_flag=True, help="only print what it would cost, like upcycle plan")
+@quiet_option
+@common_options
+def command(
+    source: str,
+    out: Path,
+    no_verify: bool,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Leave out or merge experts of the Mixture-of-Experts SOURCE, write the smaller model into OUT, and verify it.
+
+    SOURCE is a local folder, a hub id or a recipe (.yaml). The experts that are left are refitted in closed form towards the layer
+    that they came from, on the calibration text. To continue a run that was stopped, run the same command again.
+
+    \b
+    upcycle compress ./moe OUT --keep 0.75 --calibration docs.txt,code.txt
+    upcycle compress ./moe OUT --keep 0.5 --method naee --calibration docs.txt
+    upcycle compress ./moe OUT --keep 0.75 --observations seen.safetensors --refit none
+    """
+    from upcycle.cli.verbs.convert import conversion_facts
+    from upcycle.conversion.convert import run_recipe
+    from upcycle.registry import load
+
+    recipe = build_recipe(source, flags, {"method": DEFAULT_METHOD}, None if quiet else note)
+    if load("method", recipe.method).kind != "compression":
+        raise UsageError(
+            f"{recipe.method} does not compress a Mixture-of-Experts",
+            hint=f"upcycle convert {source} OUT --method {recipe.method}, or --method {DEFAULT_METHOD}",
+        )
+    if no_verify:
+        recipe = recipe.model_copy(update={"verification": recipe.verification.model_copy(update={"enabled": False})})
+    if dry_run:
+        from upcycle.cli.verbs.plan import show_plan
+
+        show_plan(recipe, as_json)
+        return
+    result = run_recipe(recipe, out, overwrite, restart, None, ProgressBars(quiet))
+    if as_json:
+        print_json(result.as_dict())
+        return
+    print_facts(conversion_facts(result, out, recipe.source))

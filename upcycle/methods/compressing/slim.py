@@ -1,0 +1,132 @@
+"""Makes every expert narrower: neurons are left out, and what is left is refitted."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from upcycle.architectures.expert_terms import LayerCut, Term
+from upcycle.architectures.stock_classes import stock_shapes
+from upcycle.architectures.stored_moe import MoeModel
+from upcycle.errors import RefusalError, UsageError
+from upcycle.methods.base import PREFERRED_MULTIPLE
+from upcycle.methods.compressing.base import Compression, CutSizes, LayerSource
+from upcycle.plugins import PluginParameters
+from upcycle.recipe.conversion_recipe import Recipe
+
+
+class SlimParameters(PluginParameters):
+    """Parameters of :class:`Slim`."""
+
+    score: Literal["output", "leverage"] = Field(
+        "output",
+        description="output: how much the neuron adds to the layer's output; leverage: how little the other neurons can replace it",
+    )
+    ridge: float = Field(
+        1e-4, gt=0, description="of leverage: the regularisation, relative to the mean square of an activation"
+    )
+
+
+class Slim(Compression):
+    """Implements structured pruning inside experts ("expert slimming", He et al. 2024, arXiv 2406.02500, section 3.2).
+
+    Every expert keeps the part ``keep`` of its neurons. With the activations ``h_j`` times the router's weight, a neuron's score is
+    ``sum h_j^2 * ||down_j||^2`` over the tokens that chose the expert (output), or the ridge leverage
+    ``[C (C + ridge I)^-1]_jj`` of ``C = sum h h^T`` (leverage: MoDeGPT, Lin et al. 2024, arXiv 2408.09632, algorithm 1). An expert
+    that no token chose keeps its first neurons.
+
+    Deviation: both papers fit the down projection of one MLP at a time; here the refit (``--refit down``) fits those of all experts
+    of a layer, which contains that.
+    """
+
+    name = "slim"
+    title = "Narrower experts"
+    paper = "https://arxiv.org/abs/2406.02500"
+    Parameters = SlimParameters
+    parameters: SlimParameters
+
+    def kept(self, model: MoeModel, recipe: Recipe) -> int:
+        """Return the number of neurons that every expert keeps."""
+        width, step = model.expert_width, _step(model.expert_width)
+        self._check_alone(model)
+        if recipe.keep is None:
+            raise UsageError("slim needs to know how many neurons every expert keeps", hint="--keep 0.75")
+        if recipe.keep == 1:
+            return width
+        keep = max(1, round(recipe.keep * width / step)) * step
+        if keep >= width:
+            raise UsageError(
+                f"keep {recipe.keep:g} of {width} neurons is {keep}, rounded to a multiple of {step}: nothing would be smaller",
+                hint=f"--keep {(width - step) / width:.4g} or less"
+                if width > step
+                else "experts of so few neurons stay as they are",
+            )
+        return keep
+
+    def _check_alone(self, model: MoeModel) -> None:
+        """Refuse an architecture in which the width of the routed experts is that of other matrices, too.
+
+        Raises:
+            RefusalError: it is; the message names a tensor.
+        """
+        here = stock_shapes(model.raw)
+        there = stock_shapes(model.config_with(model.experts, model.top_k, model.expert_width + PREFERRED_MULTIPLE))
+        other = [name for name, shape in here.items() if there.get(name) != shape and ".experts." not in name]
+        if other:
+            raise RefusalError(
+                f"slim cannot make the experts of a '{model.family.name}' model narrower: their width in config.json is that of "
+                f"'{other[0]}', too",
+                hint="a method that leaves out whole experts, such as --method naee",
+            )
+
+    def sizes(self, model: MoeModel, keep: int) -> CutSizes:
+        """Return the sizes of the result: only the width changes."""
+        return CutSizes(model.experts, model.top_k, keep)
+
+    def before(self, model: MoeModel, keep: int) -> LayerCut:
+        """Return the cut that keeps the first neurons of every expert."""
+        if keep == model.expert_width:
+            return LayerCut.keeping(range(model.experts))
+        return _of_neurons([[*range(keep)]] * model.experts)
+
+    def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
+        """Return what is gone, and what the result is."""
+        gone = f"{model.expert_width - keep} of {model.expert_width} neurons are gone from every expert"
+        return gone, f"{model.experts} experts of {keep} neurons from {model.expert_width}"
+
+    def cut(self, source: LayerSource, keep: int) -> LayerCut:
+        """See the class."""
+        found = []
+        for expert in range(source.seen.experts):
+            best = torch.sort(self._scores(source, expert), descending=True, stable=True).indices[:keep]
+            found.append(sorted(best.tolist()))
+        return _of_neurons(found)
+
+    def _scores(self, source: LayerSource, expert: int) -> torch.Tensor:
+        """Return the score of every neuron of an expert, fp64 ``[F]``."""
+        seen = source.seen
+        if self.parameters.score == "output":
+            return seen.neurons[expert].double() * source.matrices(expert)["down"].double().square().sum(0)
+        if not seen.neuron_gram.numel():
+            raise UsageError(
+                f"leverage needs the products of the neurons of {seen.experts} experts, which would take too much memory",
+                hint="--param score=output",
+            )
+        gram = seen.neuron_gram[expert].double()
+        mean = gram.diagonal().mean()
+        regular = gram + self.parameters.ridge * (mean if mean > 0 else 1.0) * torch.eye(len(gram), dtype=torch.float64)
+        scores: torch.Tensor = torch.linalg.solve(regular, gram).diagonal()
+        return scores
+
+
+def _of_neurons(neurons: list[list[int]]) -> LayerCut:
+    return LayerCut(
+        tuple((Term(expert, order=tuple(own)),) for expert, own in enumerate(neurons)), tuple(range(len(neurons)))
+    )
+
+
+def _step(width: int) -> int:
+    """Return what the number of neurons is rounded to: what hardware has tiles of, where experts are wide."""
+    return 64 if width >= 1024 else 32 if width >= 256 else PREFERRED_MULTIPLE
