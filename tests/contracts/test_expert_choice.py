@@ -155,5 +155,5 @@ def test_an_encoder_may_follow_it_where_the_decoder_may_not(name: str, tmp_path:
 
 def test_a_causal_layer_is_refused_when_it_is_loaded() -> None:
     ffn = ReplacedFfn((("h.0.mlp",),), 32, "gelu_new", False, frozenset(), (16,) * E, 0, False, ExpertChoiceRule())
-    with pytest.raises(CheckpointError, match=r"'h\.0\.mlp' by expert_choice, which looks at later tokens"):
+    with pytest.raises(CheckpointError, match=r"'h\.0\.mlp' is replaced by expert_choice, which looks at later tokens"):
         auto_class("gpt2").from_config(wrapped_config(small_model("gpt2").config, [ffn]))

@@ -10,6 +10,7 @@ from torch import nn
 
 from upcycle.errors import CheckpointError
 from upcycle.models.own.moe_block import MoeBlock
+from upcycle.models.own.slots import SlotBlock
 
 _NAME = "attention_mask"
 
@@ -29,12 +30,16 @@ def watch_masks(model: nn.Module) -> None:
     for inner in model.modules():
         if not isinstance(inner, PreTrainedModel) or _NAME not in inspect.signature(inner.forward).parameters:
             continue
-        blocks = [one for one in inner.modules() if isinstance(one, MoeBlock) and not one.rule.per_token]
+        blocks = [one for one in inner.modules() if _mixes_tokens(one)]
         if blocks:
             inner.register_forward_pre_hook(_handing(inner, blocks), with_kwargs=True)
 
 
-def _handing(model: Any, blocks: list[MoeBlock]) -> Any:
+def _mixes_tokens(module: nn.Module) -> bool:
+    return isinstance(module, SlotBlock) or (isinstance(module, MoeBlock) and not module.rule.per_token)
+
+
+def _handing(model: Any, blocks: list[Any]) -> Any:
     place = list(inspect.signature(model.forward).parameters).index(_NAME)
 
     def hand(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -46,23 +51,20 @@ def _handing(model: Any, blocks: list[MoeBlock]) -> Any:
     return hand
 
 
-def check_not_causal(base: nn.Module, path: str, rule: Any) -> None:
-    """Refuse a rule that looks at later tokens in a layer whose attention does not.
+def check_not_causal(base: nn.Module, path: str, what: str) -> None:
+    """Refuse experts that look at later tokens in a layer whose attention does not.
 
     Args:
         base: the stock model.
         path: of an FFN, inside its layer.
-        rule: of its experts.
+        what: the experts, for the message.
 
     Raises:
         CheckpointError: see above.
     """
-    if rule.per_token:
-        return
     layer = base.get_submodule(path.rpartition(".")[0])
     if any(getattr(module, "is_causal", False) is True for module in layer.modules()):
         raise CheckpointError(
-            f"config.json: 'replaced_ffns' routes '{path}' by {rule.name}, which looks at later tokens, and its layer's attention is "
-            "causal",
+            f"config.json: '{path}' is replaced by {what}, which looks at later tokens, and its layer's attention is causal",
             hint="convert again with another rule, such as --routing top_k",
         )
