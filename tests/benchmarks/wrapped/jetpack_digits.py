@@ -1,6 +1,6 @@
 """Recycles a vision transformer trained on handwritten digits into SpheroMoE (MoE Jetpack), and fine-tunes the result shortly.
 
-The upper three of six layers get experts. They are compared with experts of random weights behind the same dense layers, and with a
+The upper three of six layers get experts, as in the paper, or with ``all`` as an argument all of them. They are compared with experts of random weights behind the same dense layers, and with a
 model that is random altogether: same architecture, same steps, same images, two seeds each.
 """
 
@@ -60,6 +60,7 @@ def main() -> int:
     from transformers import ViTForImageClassification
 
     (images, _), held = digits()
+    layers = sys.argv[1] if len(sys.argv) > 1 else "last-half"
     dense = ViTForImageClassification.from_pretrained(digits_vit())
     print(f"dense: {accuracy(dense, *held):.2%}")
     inputs = [{"pixel_values": images}]
@@ -69,7 +70,7 @@ def main() -> int:
     for name, (read, random) in ways.items():
         runs = []
         for seed in range(SEEDS):
-            model = recycle([dense], read, **SIZES, seed=seed)
+            model = recycle([dense], read, **SIZES, layers=layers, seed=seed)
             if random is not None:
                 randomize(model, seed, random)
             runs.append(fine_tuned(model, seed))
