@@ -151,9 +151,10 @@ def check_refit(recipe: Recipe, refit: RefitKind, scale: float, shape: MoeShape)
         UsageError: see above.
     """
     plain = plain_scale(shape)
-    if refit != "none" and shape.rule is not None and not shape.rule.per_token:
+    rule: Any = shape.rule
+    if refit != "none" and rule is not None and not rule.per_token:
         raise UsageError(
-            f"a refit fits tokens one by one, and by the rule {shape.rule.name} they compete within their sequence",
+            f"a refit fits tokens one by one, and by the rule {rule.name} they compete within their sequence",
             hint="--refit none",
         )
     if refit in ("down", "blocks") and scale != plain:

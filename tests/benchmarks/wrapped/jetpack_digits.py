@@ -1,7 +1,7 @@
 """Recycles a vision transformer trained on handwritten digits into SpheroMoE (MoE Jetpack), and fine-tunes the result shortly.
 
-The upper three of six layers get experts, as in the paper, or with ``all`` as an argument all of them. They are compared with experts of
-random weights behind the same dense layers, and with a model that is random altogether: same architecture, same steps, same images,
+The upper three of six layers get experts, as in the paper, or with ``all`` as an argument all of them. They are compared with experts
+of random weights behind the same dense layers, and with a model that is random altogether: same architecture, same steps, same images,
 two seeds each.
 """
 

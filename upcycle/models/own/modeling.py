@@ -9,7 +9,7 @@ from torch import nn
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
-from upcycle.models.own.replaced_ffn import replaced_in
+from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
 from upcycle.models.own.slot_ffn import SlotFfn, slot_ffns_in
 from upcycle.models.own.slots import SlotBlock
 from upcycle.models.own.token_mask import check_not_causal, watch_masks
@@ -82,7 +82,8 @@ def replace_ffns(model: Any, config: Any) -> None:
         CheckpointError: a module does not exist, has another size, or is causal where its rule is not.
     """
     base = model.base_model
-    placed, wanted = 0, [*replaced_in(config), *slot_ffns_in(config)]
+    placed = 0
+    wanted: list[ReplacedFfn | SlotFfn] = [*replaced_in(config), *slot_ffns_in(config)]
     for ffn in wanted:
         for modules in ffn.paths:
             if not hasattr(base, modules[0].partition(".")[0]):

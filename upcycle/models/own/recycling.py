@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,8 @@ def recycle(
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = wrapped_model_class(type(dense), type(config))(config).to(dense.dtype)
+        stock, own_config = cast("Any", type(dense)), cast("Any", type(config))
+        model = wrapped_model_class(stock, own_config)(config).to(dense.dtype)
     model.load_state_dict(dense.state_dict(), strict=False)
     model.tie_weights()
     for place, ffn in enumerate(ffns):
@@ -180,7 +181,8 @@ def _fill(
     block: SlotBlock, weights: list[dict[str, torch.Tensor]], importance: list[torch.Tensor], rng: torch.Generator
 ) -> None:
     """Draw every expert's neurons, and copy them into a block."""
-    experts, first = block.experts, 0
+    experts: Any = block.experts
+    first = 0
     for expert, width in enumerate(experts.widths):
         found, chances = weights[expert % len(weights)], importance[expert % len(weights)]
         # Silent neurons are drawn last, when there are no others left.
