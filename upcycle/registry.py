@@ -193,6 +193,7 @@ OWN_TARGETS = {"upcycle_moe": "upcycle.architectures.moe.wrapper:UpcycleMoe"}
 LOSSES = {
     "switch_balance": "upcycle.trainers.losses.switch_balance:SwitchBalance",
     "device_balance": "upcycle.trainers.losses.device_balance:DeviceBalance",
+    "cluster_variance": "upcycle.trainers.losses.cluster_variance:ClusterVariance",
     "skywork_balance": "upcycle.trainers.losses.skywork_balance:SkyworkBalance",
     "importance_cv2": "upcycle.trainers.losses.importance_cv2:ImportanceCV2",
     "load_cv2": "upcycle.trainers.losses.load_cv2:LoadCV2",

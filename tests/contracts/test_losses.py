@@ -21,6 +21,7 @@ T = B * S
 AT_BALANCE = {
     "switch_balance": 1.0,
     "device_balance": 1.0,
+    "cluster_variance": 0.0,
     "skywork_balance": 0.0,
     "importance_cv2": 0.0,
     "load_cv2": 0.0,

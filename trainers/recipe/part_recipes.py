@@ -87,6 +87,17 @@ class ControlParameters(PluginParameters):
         False, description="scale the choices that a token keeps up to the weight that all of them had (DeepSpeed)"
     )
     min_capacity: int = Field(4, ge=1, description="an expert takes at least this many choices")
+    cluster_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="in training, no token chooses this share of the experts of every cluster; at least one of each is left (MoEC: "
+        "0.5)",
+    )
+    clusters: int = Field(2, ge=1, description="of cluster_dropout: groups of consecutive experts of one size")
+    cluster_steps: int = Field(
+        250, ge=1, description="of cluster_dropout: after so many steps other experts are dropped"
+    )
 
 
 class DistillationParameters(PluginParameters):

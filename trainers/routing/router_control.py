@@ -17,6 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
+from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
 from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, sampling_noise, widened
 
 NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
@@ -43,6 +44,8 @@ class RouterControl:
     - the second expert by chance: GShard's (arXiv 2006.16668, algorithm 1) is dispatched with probability ``min(1, 2 g)``, g its
       share of the chosen weights; DeepSpeed draws it by Gumbel noise on the logits of all but the first. With more than two
       experts per token it is so for each behind the first. Weights stay what they were, or are those of the drawn ones.
+    - cluster dropout: MoEC (arXiv 2207.09094), see :mod:`upcycle.trainers.routing.cluster_dropout`. Those that are left share the
+      softmax; recorded logits are all experts'. The authors' code draws the same experts in every cluster of a worker.
     - capacity: see :func:`upcycle.trainers.routing.capacity.within_capacity`. A dropped choice weighs 0, and the others are not
       renormalised (Mesh TensorFlow) unless ``renormalize`` says so (DeepSpeed). The experts still compute what was dropped:
       its absence from the output is simulated. Papers evaluate with a larger capacity (ST-MoE, DeepSpeed: 2.0): that is
@@ -61,6 +64,7 @@ class RouterControl:
         self.skipped: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
         self._real: torch.Tensor | None = None
         self._keys: Sequence[object] = ()
+        self.step = 0  # steps before the present one, in the stage
         self.unexported: str | None = None  # what the exported model will do otherwise
         self._handles: list[Any] = []
 
@@ -104,6 +108,8 @@ class RouterControl:
                 "normalize_logits acts in training and validation; the exported model chooses the same experts but weighs them "
                 "by logits that are not normalised: evaluate it before you use it"
             )
+        if options.cluster_dropout:
+            check_clusters(options, layer)
         if options.noise == "learned" and not hasattr(layer.router, NOISE_WEIGHT):
             rows = next(layer.router.parameters())
             layer.router.register_parameter(NOISE_WEIGHT, nn.Parameter(torch.zeros_like(rows)))
@@ -114,6 +120,7 @@ class RouterControl:
                 options.noise != "none",
                 options.second != "always",
                 options.normalize_logits,
+                options.cluster_dropout,
                 options.capacity_factor,
                 options.evaluation_capacity_factor,
             )
@@ -170,7 +177,10 @@ class RouterControl:
             std = self._std(layer.router, hidden.reshape(-1, hidden.shape[-1]), routed)
             noise = Noise(self._drawn(layer, "noise", std, _normal) * std, std)
             self.noise[layer.index], routed = noise, routed + noise.added
-        if options.normalize_logits or noisy:
+        dropping = training and options.cluster_dropout
+        if dropping:
+            routed = without_dropped(routed, options, layer.index, self.step)
+        if options.normalize_logits or noisy or dropping:
             weights, experts = rule.route(routed)
         if training and options.second == "sampled" and rule.top_k > 1:
             scores = rule.scores(routed)

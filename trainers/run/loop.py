@@ -230,6 +230,7 @@ class _Run:
             started = time.perf_counter()
             torch.manual_seed(_seed(self.recipe.seed, progress.step, self.ranks.rank))
             stage.stepper.seed = _seed(self.recipe.seed, progress.step, 0)
+            stage.stepper.control.step = number
             rate = set_rates(stage.engine.optimizer, stage.schedule(number))
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
             result = stage.stepper.step(stage.engine, batches, number / stage.steps)

@@ -79,6 +79,11 @@ class MoeShape:
         return replace(self, expert_size=size, form=form, sizes=())
 
     @property
+    def mean_active(self) -> float:
+        """How many routed experts run for a token, in the mean; where nothing is known of that, as many as there are."""
+        return self.top_k if self.rule is None else self.rule.mean_experts(self.experts)
+
+    @property
     def runs_all(self) -> bool:
         """Whether every expert runs for every token, whatever the router's weights are."""
         if self.rule is None:

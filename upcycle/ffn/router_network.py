@@ -97,3 +97,6 @@ class Routes(Protocol):
 
     def all_alike(self, experts: int, equal_logits: bool) -> bool:
         """Return whether every expert runs for every token, at that weight."""
+
+    def mean_experts(self, experts: int) -> float:
+        """Return how many of the experts a token has in the mean, or at most where that is not known before."""

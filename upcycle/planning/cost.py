@@ -26,8 +26,8 @@ class Plan:
     experts, ``summary`` says what it is: in a growth step, what is copied into what, and in a pruning, how many neurons are kept. In
     a growth step, the fields named dense describe the source, whether it is a MoE or not. ``time`` is what
     :func:`upcycle.planning.speed.predict.predicted_time` returns; None where experts are copies. ``routing`` has the ``rule`` of
-    routing, its parameters, and in ``says`` which experts run; None where there are none. By rules other than ``top_k``, all
-    experts count as active: how many run is found for every token.
+    routing, its parameters, and in ``says`` which experts run; None where there are none. Where a rule
+    finds for every token how many experts run, all count as active, but by expert choice, which fixes their mean.
     """
 
     sources: list[dict[str, Any]]

@@ -24,7 +24,7 @@ def why_unequal(method: Method, shape: MoeShape, scale: float, router: Router, t
     if reason := method.inexact(shape, scale):
         return reason
     rule: Any = shape.rule
-    sums_to_one = rule is None or rule.sums_to_one
+    sums_to_one = rule is None or rule.sums_to_one(shape.experts)
     if rule is None:
         every = shape.top_k == shape.experts
         alike = bool(router.equal_weights or target.weight_of_chosen)

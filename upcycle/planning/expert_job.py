@@ -235,7 +235,7 @@ def _expert_plan(job: ExpertJob) -> Plan:
     used = job.family.all_stored_specs(dense)
     total = sum(entry.spec.elements for entry in entries)
     idle = (job.target.stored_width(shape.at(i)) * _per_neuron(job, dense.at(i)) for i in shape.moe_layers)
-    active = total - (shape.experts - shape.top_k) * sum(idle)
+    active = total - round((shape.experts - shape.mean_active) * sum(idle))
     dense_total = sum(specs[name].elements for name in used)
     others = sum(specs[name].elements for name in job.family.tower_specs(dense))  # no token of text runs through them
     promise, why = job.promise
@@ -345,16 +345,17 @@ def calibration_memory(job: ExpertJob) -> int:
 def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
     warnings = [job.note] if job.note else []
     shape, dense = job.shape, job.dense.at(job.shape.moe_layers[0])
-    if active < 0.99 * dense_parameters and shape.top_k < shape.experts:
+    if active < 0.99 * dense_parameters and shape.mean_active < shape.experts:
         warnings.append(
             f"only {active / dense_parameters:.0%} of the dense parameters are active per token: "
             "expect a drop in quality until the model is healed by continual pre-training"
         )
-    running = (shape.top_k + shape.shared) * shape.expert_size / dense.intermediate_size
+    running = (shape.mean_active + shape.shared) * shape.expert_size / dense.intermediate_size
     if job.method.kind == "copies" and running > 1:
         same = "" if job.promise[0] == "approximate" else ", the same output until trained"
-        compute = running * job.target.stored_width(shape) / shape.expert_size * 3 / len(shape.form.matrices)
-        what = f"{shape.top_k} copies" if running == shape.top_k else f"{running:.3g}x the neurons"
+        matrices = len(shape.form.matrices) if job.target.keeps_names else 3  # stock experts have a gate
+        compute = running * job.target.stored_width(shape) / shape.expert_size * matrices / len(shape.form.matrices)
+        what = f"{running:g} copies" if running == shape.mean_active else f"{running:.3g}x the neurons"
         if len(set(job.members)) > 1:
             what = f"{running:.3g} sources' worth"
         warnings.append(f"each token runs {what} of the FFN: {compute:.3g}x its compute{same}")

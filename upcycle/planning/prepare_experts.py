@@ -23,6 +23,7 @@ from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text,
 from upcycle.planning.kept_units import kept_units
 from upcycle.planning.own_text import check_own_text
 from upcycle.planning.routing_rule import (
+    check_causal,
     check_counts,
     check_refit,
     check_rule,
@@ -86,6 +87,7 @@ def prepare_experts(
     recipe = _with_shared_held(with_sizes(recipe, method, dense, inside), method, targets)
     recipe = with_all_experts(_with_implied(recipe, method))
     shape = _shape(recipe, method, dense, _chosen(recipe, family, dense.num_hidden_layers))
+    check_causal(recipe, dense, shape)
     target = _choose_target(recipe, family, targets, dense, shape)
     refuse_unroutable(target, shape)
     sparse = not shape.runs_all or not method.exact_when_all_active
@@ -100,7 +102,7 @@ def prepare_experts(
     check_rule(target, shape, router, len(members))
     with_merges = recipe.model_copy(update={"sources": mixes.source_recipes(recipe.sources)}) if mixes else recipe
     router.check_sources(with_merges, members, copies=bool(members) and recipe.experts != method.sizes(None, None)[0])
-    refit = _refit(recipe, method, sparse)
+    refit = _refit(recipe, method, sparse, shape)
     if mixes and mixes.undecided(recipe) and not texts:
         raise UsageError(
             f"method {method.name} keeps a merge that does not predict your text worse, and there is none",
@@ -251,14 +253,15 @@ def _with_shared_held(recipe: Recipe, method: Method, targets: Mapping[str, Targ
     return recipe.model_copy(update=sizes)
 
 
-def _refit(recipe: Recipe, method: Method, sparse: bool) -> RefitKind:
+def _refit(recipe: Recipe, method: Method, sparse: bool, shape: MoeShape) -> RefitKind:
     """Return what is refitted. Copies, and splits with all experts active, are exact already and are left as they are."""
     texts = recipe.calibration.texts
     if recipe.refit not in ("auto", "none") and not texts:
         raise UsageError(f"--refit {recipe.refit} needs calibration text", hint=CALIBRATION_HINT)
     if method.kind == "copies" or not sparse or not texts:
         return "none"
-    return "down" if recipe.refit == "auto" else recipe.refit
+    by_token = getattr(shape.rule, "per_token", True)  # what is fitted are tokens, one by one
+    return ("down" if by_token else "none") if recipe.refit == "auto" else recipe.refit
 
 
 def _choose_target(

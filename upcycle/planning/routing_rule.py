@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from upcycle.architectures.dense.base import DenseConfig
 from upcycle.architectures.moe.base import Target
+from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.moe_shape import MoeShape
 from upcycle.ffn.router_network import RouterForm
@@ -99,11 +101,31 @@ def check_rule(target: Target, shape: MoeShape, router: Router, members: int) ->
             f"the rule {rule.name} compares predicted norms of the experts' outputs, and the {router.name} router predicts none",
             hint="--router d2d_norms with a calibration text; or tau 0, which runs every expert",
         )
-    if members and "down" in shape.form.biases and not rule.sums_to_one:
+    if members and "down" in shape.form.biases and not rule.sums_to_one(shape.experts):
         raise UsageError(
             f"by the rule {rule.name} weights do not sum to 1, and each source's FFN has a down bias, which must count once",
             hint="--routing top_k",
         )
+
+
+def check_causal(recipe: Recipe, dense: DenseConfig, shape: MoeShape) -> None:
+    """Refuse a rule that looks at later tokens in a layer of a model that writes one token after another.
+
+    Raises:
+        UsageError: see above.
+    """
+    rule: Any = shape.rule
+    if rule is None or rule.per_token or is_encoder(dense.raw):
+        return
+    both = is_encoder_decoder(dense.raw)
+    if both and recipe.part == "encoder":
+        return
+    raise UsageError(
+        f"by the rule {rule.name} the experts of a token depend on the tokens behind it, and "
+        + ("a decoder does not know them" if both else "a causal model does not know them")
+        + ": it would write by another routing than it reads",
+        hint="part: encoder, which converts the encoder alone" if both else "--routing top_k; the rule is for encoders",
+    )
 
 
 def router_form(router: Router, shape: MoeShape) -> RouterForm:
@@ -129,6 +151,12 @@ def check_refit(recipe: Recipe, refit: RefitKind, scale: float, shape: MoeShape)
         UsageError: see above.
     """
     plain = plain_scale(shape)
+    rule: Any = shape.rule
+    if refit != "none" and rule is not None and not rule.per_token:
+        raise UsageError(
+            f"a refit fits tokens one by one, and by the rule {rule.name} they compete within their sequence",
+            hint="--refit none",
+        )
     if refit in ("down", "blocks") and scale != plain:
         raise UsageError(
             f"a refit fits the plain sum of the chosen experts: scale {plain:g}, not {scale:g} (--scale {recipe.scale})",

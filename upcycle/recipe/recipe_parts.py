@@ -25,17 +25,19 @@ class RouterRecipe(StrictSettings):
 class RoutingRecipe(StrictSettings):
     """Names a routing rule: which experts run for a token, and what they weigh. All but plain top-k need upcycle_moe."""
 
-    rule: Literal["top_k", "dynamic_k", "threshold", "relu"] = Field(
+    rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice"] = Field(
         "top_k",
         description="top_k experts; dynamic_k: all whose predicted norm is near the largest (D2DMoE); threshold on the softmax "
-        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE). All but top_k as it is here need --target upcycle_moe",
+        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE); expert_choice: experts choose tokens (encoders only). "
+        "All but top_k as it is here need --target upcycle_moe",
     )
     scores: Literal["softmax", "sigmoid", "ones"] | None = Field(
         None,
         description="of top_k: what an expert weighs, before it is normalized; ones: all the same (default softmax)",
     )
     normalized: bool | None = Field(
-        None, description="of top_k: whether the chosen experts' weights are divided by their sum (default: true)"
+        None,
+        description="of top_k and expert_choice: whether the chosen experts' weights are divided by their sum (default: true)",
     )
     tau: float | None = Field(
         None,
@@ -50,6 +52,18 @@ class RoutingRecipe(StrictSettings):
         description="of threshold: experts run whose softmax times their number is above it; 0: all (default 0.48)",
     )
 
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of expert_choice: how many experts take a token, in the mean; as many as there are: all (default 2)",
+    )
+    group: Literal["sequence", "batch"] | None = Field(
+        None,
+        description="of expert_choice: the tokens among which an expert chooses: of a sequence (or image), or of the whole batch, "
+        "as in the paper (default sequence)",
+    )
+
     @property
     def parameters(self) -> dict[str, Any]:
         """The rule's own parameters that are given, by name."""
@@ -57,7 +71,13 @@ class RoutingRecipe(StrictSettings):
 
     @model_validator(mode="after")
     def _parameters_of_rule(self) -> RoutingRecipe:
-        known = {"top_k": ("scores", "normalized"), "dynamic_k": ("tau",), "threshold": ("threshold",), "relu": ()}
+        known: dict[str, tuple[str, ...]] = {
+            "top_k": ("scores", "normalized"),
+            "dynamic_k": ("tau",),
+            "threshold": ("threshold",),
+            "relu": (),
+            "expert_choice": ("capacity_factor", "group", "normalized"),
+        }
         if odd := sorted(set(self.parameters) - set(known[self.rule])):
             has = f"it has {', '.join(known[self.rule])}" if known[self.rule] else "it has none"
             raise ValueError(f"'{odd[0]}' is no parameter of the rule {self.rule}: {has}")

@@ -11,6 +11,7 @@ from upcycle.models.own.moe_block import KERNEL_ACTIVATIONS, MoeBlock
 from upcycle.models.own.replaced_ffn import Bias, ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
+from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
@@ -24,6 +25,7 @@ RULES: list[RouterRule] = [
     DynamicKRule(0.5),
     ThresholdRule(0.8),
     ReluRule(),
+    ExpertChoiceRule(1.5, "batch"),
 ]
 WIDTHS = ((4, 4, 4), (3, 1, 5))
 
@@ -57,10 +59,13 @@ def restated(made: MoeBlock, x: torch.Tensor) -> torch.Tensor:
     """Token by token and expert by expert."""
     experts, act = made.experts, made.experts.act
     out = torch.zeros_like(x)
+    read = [
+        token if made.router.hidden is None else (made.router.hidden.weight @ (token / token.norm())).tanh()
+        for token in x
+    ]
+    ids, weights = made.rule.route(torch.stack([made.router.weight @ one + made.router.bias for one in read]))
     for i, token in enumerate(x):
-        read = token if made.router.hidden is None else (made.router.hidden.weight @ (token / token.norm())).tanh()
-        ids, weights = made.rule.route((made.router.weight @ read + made.router.bias)[None])
-        for e, weight in zip(ids[0].tolist(), weights[0], strict=True):
+        for e, weight in zip(ids[i].tolist(), weights[i], strict=True):
             if e == experts.count:
                 continue
             first = sum(experts.widths[:e])

@@ -243,3 +243,10 @@ def unchanged(before: Path, after: Path, *but: str) -> bool:
     old, new = moe_of(before).state_dict(), moe_of(after).state_dict()
     changed = {key for key, value in old.items() if not torch.equal(value, new[key])}
     return changed == {key for key in old if any(f"{name}" in key for name in but)}
+
+
+def test_moec_trains_clusters_of_which_half_drop_out(pico: Pico, tmp_path: Path) -> None:
+    moe = converted("moec", pico("llama"), tmp_path / "moe")
+    _, _, lines = trained("moec", moe, tmp_path / "training")
+    assert all(line["loss/cluster_variance"] > 0 for line in lines)
+    assert all(math.isfinite(line["loss"]) for line in lines)

@@ -145,6 +145,6 @@ def _biases(shape: MoeShape) -> frozenset[Any]:
     A down bias is every expert's own where weights sum to 1, and is added once; by another rule it is the block's, not an expert's.
     """
     rule: Any = shape.rule
-    if "down" not in shape.form.biases or rule is None or rule.sums_to_one:
+    if "down" not in shape.form.biases or rule is None or rule.sums_to_one(shape.experts):
         return frozenset(shape.form.biases)
     return frozenset(shape.form.biases - {"down"} | {"output"})

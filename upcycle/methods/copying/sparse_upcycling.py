@@ -29,7 +29,9 @@ class SparseUpcycling(WholeCopies):
     models; the paper's language models leave them as the softmax gives them (``gate=softmax``) and start from about k/E of
     the FFN's output. The paper upcycles half of the layers (``--layers every-other`` or ``last-half``).
 
-    Deviations: routing is by token choice, in encoders too; no expert dropout. ``noise`` is not in the paper's main
+    Its vision models and encoders route by expert choice: ``routing: expert_choice``, as the recipe sparse_upcycling_vision has it.
+
+    Deviations: no expert dropout. ``noise`` is not in the paper's main
     recipe: experts drift apart faster, and the dense function is kept only approximately. It is added to matrices, not to
     biases.
     """

@@ -14,6 +14,7 @@ from typing import Any
 
 from upcycle.errors import CheckpointError
 from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
+from upcycle.models.own.slot_ffn import SlotFfn, slot_ffns_in
 
 MODEL_TYPE = "upcycle_moe"
 _PREFIX = "UpcycleMoe"
@@ -25,6 +26,7 @@ class UpcycleMoeConfig:
     Attributes:
         base_model_type: the ``model_type`` of the dense model.
         replaced_ffns: entries as :class:`~upcycle.models.own.replaced_ffn.ReplacedFfn` describes them.
+        slot_ffns: entries as :class:`~upcycle.models.own.slot_ffn.SlotFfn` describes them.
         routing: parameters of routing rules to take instead of the stored ones: by name, for all FFNs that have such a
             parameter, or by the path of an FFN for it alone, as in ``from_pretrained(..., routing={"top_k": 1, "h.3.mlp": {"top_k":
             2}})``.
@@ -33,6 +35,7 @@ class UpcycleMoeConfig:
     model_type = MODEL_TYPE
     base_model_type: str | None = None
     replaced_ffns: list[dict[str, Any]] = []
+    slot_ffns: list[dict[str, Any]] = []
     routing: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -62,13 +65,15 @@ class UpcycleMoeConfig:
         config = made[0] if isinstance(made, tuple) else made
         config.model_type, config.base_model_type = MODEL_TYPE, base
         replaced_in(config)
+        slot_ffns_in(config)
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``config.json``."""
         found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        if not found.get("routing"):
-            found.pop("routing", None)
+        for key in ("routing", "slot_ffns"):
+            if not found.get(key):
+                found.pop(key, None)
         return {**found, "model_type": MODEL_TYPE, "base_model_type": self.base_model_type}
 
 
@@ -119,18 +124,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def wrapped_config(base: Any, replaced: list[ReplacedFfn]) -> Any:
+def wrapped_config(base: Any, replaced: list[ReplacedFfn], slots: list[SlotFfn] | None = None) -> Any:
     """Return the configuration of a model whose FFNs are experts.
 
     Args:
         base: a stock configuration, or the content of a ``config.json``.
         replaced: its FFNs.
+        slots: those whose experts read slots.
 
     Raises:
-        CheckpointError: the base is unknown, or ``replaced`` contradicts itself.
+        CheckpointError: the base is unknown, or ``replaced`` and ``slots`` contradict themselves.
     """
     raw = dict(base) if isinstance(base, Mapping) else base.to_dict()
-    return UpcycleMoeConfig.from_dict(wrapped_json(raw, replaced))
+    return UpcycleMoeConfig.from_dict(
+        {**wrapped_json(raw, replaced), "slot_ffns": [ffn.to_json() for ffn in slots or ()]}
+    )
 
 
 def wrapped_json(raw: Mapping[str, Any], replaced: list[ReplacedFfn]) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from torch import nn
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
-from upcycle.models.own.replaced_ffn import replaced_in
+from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
+from upcycle.models.own.slot_ffn import SlotFfn, slot_ffns_in
+from upcycle.models.own.slots import SlotBlock
+from upcycle.models.own.token_mask import check_not_causal, watch_masks
 
 _DECODER_START = "_prepare_decoder_input_ids_for_generation"
 
@@ -76,25 +79,29 @@ def replace_ffns(model: Any, config: Any) -> None:
         config: its configuration.
 
     Raises:
-        CheckpointError: a module does not exist, or has another size.
+        CheckpointError: a module does not exist, has another size, or is causal where its rule is not.
     """
     base = model.base_model
     placed = 0
-    for ffn in replaced_in(config):
+    wanted: list[ReplacedFfn | SlotFfn] = [*replaced_in(config), *slot_ffns_in(config)]
+    for ffn in wanted:
         for modules in ffn.paths:
             if not hasattr(base, modules[0].partition(".")[0]):
                 continue
             for path in modules:
                 _check_module(base, path, config)
             _check_size(base.get_submodule(modules[0]), modules[0], ffn.hidden_size)
+            if isinstance(ffn, SlotFfn) or not ffn.rule.per_token:
+                check_not_causal(base, modules[0], "slots" if isinstance(ffn, SlotFfn) else ffn.rule.name)
             if _kept_in_fp32(model, base, modules):
                 model._keep_in_fp32_modules |= set(DOWN_WEIGHTS)
-            _put(base, modules[0], MoeBlock(ffn))
+            _put(base, modules[0], SlotBlock(ffn) if isinstance(ffn, SlotFfn) else MoeBlock(ffn))
             for path in modules[1:]:
                 _put(base, path, nn.Identity())
             placed += 1
-    if config.replaced_ffns and not placed:
-        first = config.replaced_ffns[0]["paths"][0][0]
+    watch_masks(model)
+    if wanted and not placed:
+        first = wanted[0].paths[0][0]
         raise CheckpointError(
             f"config.json: 'replaced_ffns' names '{first}', and a {type(model).__name__} has no part of that name",
             hint="paths begin below the base model: compare 'replaced_ffns' with 'base_model_type'",

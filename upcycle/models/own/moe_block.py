@@ -36,6 +36,10 @@ class MoeBlock(nn.Module):
 
     Args:
         ffn: its description.
+
+    Attributes:
+        mask: of the tokens of the present call, 0 at padding, where the rule looks at whole sequences and the model was given one:
+            see :func:`~upcycle.models.own.token_mask.watch_masks`.
     """
 
     def __init__(self, ffn: ReplacedFfn) -> None:
@@ -52,12 +56,21 @@ class MoeBlock(nn.Module):
         self.has_shared, self.shared_width = bool(shared), shared
         self.output_bias = nn.Parameter(torch.zeros(out)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)
+        self.mask: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See the class."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, ids = self.router(x)
+        # A batch of sequences (or images), or tokens of one.
+        length = hidden_states.shape[1:-1].numel() if hidden_states.ndim > 2 else len(x)
+        _, weights, ids = self.router(x, length, self._real(hidden_states))
         return self._whole(x, self.experts(x, ids, weights)).view(*hidden_states.shape[:-1], -1)
+
+    def _real(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return ``[T]``, 0 at padding; None where nothing is known of it."""
+        if self.mask is None or self.mask.shape != hidden_states.shape[:-1]:
+            return None
+        return self.mask.reshape(-1).to(hidden_states.device)
 
     @property
     def rule(self) -> RouterRule:
@@ -116,14 +129,16 @@ class TokenRouter(nn.Module):
         self.rule, self.form, self.reads = ffn.rule, form, ffn.hidden_size
         self.top_k: int | None = getattr(ffn.rule, "top_k", None)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See the class; ``x`` is ``[T, d]``."""
+    def forward(
+        self, x: torch.Tensor, length: int | None = None, real: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the class; ``x`` is ``[T, d]``, of sequences of ``length`` tokens, of which padding is 0 in ``real`` ``[T]``."""
         x = self.form.before(x)
         if self.hidden is not None:
             x = self.form.activated(self.hidden(x))
         logits = self.form.behind(functional.linear(x, self.weight, self.bias))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        ids, weights = self.rule.route(logits)
+        ids, weights = self.rule.route_sequences(logits, length or len(logits), real)
         return logits, weights, ids
 
 

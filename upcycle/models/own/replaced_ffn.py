@@ -94,7 +94,7 @@ def read_replaced(entries: object, where: str) -> list[ReplacedFfn]:
     """
     if not isinstance(entries, list | tuple):
         raise CheckpointError(f"{where}: 'replaced_ffns' must be a list, got {entries!r}", hint=_HINT)
-    found = [_Entry(entry, f"{where}: 'replaced_ffns[{i}]").read() for i, entry in enumerate(entries)]
+    found = [EntryReader(entry, f"{where}: 'replaced_ffns[{i}]").read() for i, entry in enumerate(entries)]
     seen: set[str] = set()
     for path in (path for ffn in found for modules in ffn.paths for path in modules):
         if path in seen:
@@ -136,60 +136,65 @@ def replaced_in(config: Any) -> list[ReplacedFfn]:
     return read_replaced(entries, where)
 
 
-class _Entry:
-    """Reads one entry; every message begins with the place of the key."""
+class EntryReader:
+    """Reads one entry of ``replaced_ffns``, or of a list like it; every message begins with the place of the key.
 
-    def __init__(self, entry: object, where: str) -> None:
+    Args:
+        entry: what stands in ``config.json``.
+        where: the file, and the place in it.
+        keys: all that an entry may have.
+    """
+
+    def __init__(self, entry: object, where: str, keys: tuple[str, ...] = _KEYS) -> None:
         self._where = where
         if not isinstance(entry, Mapping):
             raise CheckpointError(f"{where}' must be a mapping, got {entry!r}", hint=_HINT)
-        if odd := sorted(set(entry) - set(_KEYS)):
-            raise CheckpointError(f"{where}.{odd[0]}' is unknown; known: {', '.join(_KEYS)}", hint=_HINT)
+        if odd := sorted(set(entry) - set(keys)):
+            raise CheckpointError(f"{where}.{odd[0]}' is unknown; known: {', '.join(keys)}", hint=_HINT)
         self._entry = entry
 
     def read(self) -> ReplacedFfn:
         """Return what the entry describes."""
-        paths = self._get("paths", "a list of lists of module paths", _are_paths)
-        biases = self._get("biases", f"a list of {', '.join(get_args(Bias))}", _are_biases, [])
-        gated = self._get("gated", "true or false", lambda v: type(v) is bool)
+        paths = self.get("paths", "a list of lists of module paths", are_paths)
+        biases = self.get("biases", f"a list of {', '.join(get_args(Bias))}", _are_biases, [])
+        gated = self.get("gated", "true or false", lambda v: type(v) is bool)
         if "gate" in biases and not gated:
             raise self._wrong("biases", "names gate, and 'gated' is false")
-        widths = self._widths()
-        hidden: int = self._get("hidden_size", "a positive integer", _is_size)
+        widths = self.widths()
+        hidden: int = self.get("hidden_size", "a positive integer", is_size)
         return ReplacedFfn(
             paths=tuple(tuple(modules) for modules in paths),
             hidden_size=hidden,
-            activation=self._get("activation", "an activation of transformers", _is_activation),
+            activation=self.get("activation", "an activation of transformers", is_activation),
             gated=gated,
             biases=frozenset(biases),
             widths=widths,
-            shared_width=self._get(
-                "shared_width", "an integer that is not negative", lambda v: v == 0 or _is_size(v), 0
-            ),
-            router_bias=self._get("router_bias", "true or false", lambda v: type(v) is bool, False),
+            shared_width=self.get("shared_width", "an integer that is not negative", lambda v: v == 0 or is_size(v), 0),
+            router_bias=self.get("router_bias", "true or false", lambda v: type(v) is bool, False),
             rule=self._rule(len(widths)),
             router=self._router(),
-            dropout=float(self._get("dropout", "a number from 0 to 1", _is_fraction, 0.0)),
+            dropout=float(self.get("dropout", "a number from 0 to 1", is_fraction, 0.0)),
             output_size=self._output(hidden),
         )
 
     def _output(self, hidden: int) -> int | None:
-        output: int = self._get("output_size", "a positive integer", _is_size, hidden)
+        output: int = self.get("output_size", "a positive integer", is_size, hidden)
         return None if output == hidden else output
 
-    def _widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[int, ...]:
+        """Return the neurons of every expert."""
         if "widths" in self._entry:
             if odd := {"experts", "width"} & set(self._entry):
                 raise self._wrong("widths", f"and '{min(odd)}' are both there: give a list, or a number and a width")
-            widths: list[int] = self._get("widths", "a list of positive integers", lambda v: _is_list(v, _is_size))
+            widths: list[int] = self.get("widths", "a list of positive integers", lambda v: _is_list(v, is_size))
             return tuple(widths)
-        width: int = self._get("width", "a positive integer", _is_size)
-        return (width,) * int(self._get("experts", "a positive integer", _is_size))
+        width: int = self.get("width", "a positive integer", is_size)
+        return (width,) * int(self.get("experts", "a positive integer", is_size))
 
     def _router(self) -> RouterForm:
         if "router" not in self._entry:
             return LINEAR
-        found = self._get("router", "a mapping", lambda v: isinstance(v, Mapping))
+        found = self.get("router", "a mapping", lambda v: isinstance(v, Mapping))
         if odd := sorted(set(found) - set(_ROUTER_KEYS)):
             raise self._wrong(f"router.{odd[0]}", f"is unknown; known: {', '.join(_ROUTER_KEYS)}")
         kind = found.get("kind")
@@ -199,7 +204,7 @@ class _Entry:
             if odd := sorted(set(found) - {"kind"}):
                 raise self._wrong(f"router.{odd[0]}", "is there, and a linear router has nothing but a kind")
             return LINEAR
-        if not _is_size(found.get("width")):
+        if not is_size(found.get("width")):
             raise self._wrong("router.width", f"must be a positive integer, got {found.get('width')!r}")
         if found.get("activation") not in get_args(RouterActivation):
             names = " or ".join(get_args(RouterActivation))
@@ -210,7 +215,7 @@ class _Entry:
         return RouterForm(**{key: value for key, value in found.items() if key != "kind"})
 
     def _rule(self, experts: int) -> RouterRule:
-        routing = dict(self._get("routing", "a mapping", lambda v: isinstance(v, Mapping)))
+        routing = dict(self.get("routing", "a mapping", lambda v: isinstance(v, Mapping)))
         name = routing.pop("rule", None)
         if name not in RULES:
             raise self._wrong("routing.rule", f"is {name!r}; rules: {', '.join(RULES)}")
@@ -222,7 +227,8 @@ class _Entry:
             raise self._wrong("routing", f"is wrong: {problem}")
         return rule
 
-    def _get(self, key: str, what: str, fits: Any, default: Any = None) -> Any:
+    def get(self, key: str, what: str, fits: Any, default: Any = None) -> Any:
+        """Return the value of a key, which ``fits`` must take; ``what`` says what it must be."""
         value = self._entry.get(key, default)
         if value is None or not fits(value):
             said = f"must be {what}, got {value!r}" if key in self._entry else f"is missing: it must be {what}"
@@ -238,11 +244,13 @@ def _router_json(form: RouterForm) -> dict[str, Any]:
     return {"kind": "mlp", **values}
 
 
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> bool:
+    """Return whether a value is a positive integer."""
     return type(value) is int and 0 < value < 2**31
 
 
-def _is_fraction(value: object) -> bool:
+def is_fraction(value: object) -> bool:
+    """Return whether a value is a number from 0 to 1."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
@@ -250,7 +258,8 @@ def _is_list(value: object, fits: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
 
 
-def _are_paths(value: object) -> bool:
+def are_paths(value: object) -> bool:
+    """Return whether a value is a list of lists of module paths."""
     return _is_list(value, lambda modules: _is_list(modules, lambda path: isinstance(path, str) and path))
 
 
@@ -258,7 +267,8 @@ def _are_biases(value: object) -> bool:
     return isinstance(value, list | tuple) and set(value) <= set(get_args(Bias))
 
 
-def _is_activation(value: object) -> bool:
+def is_activation(value: object) -> bool:
+    """Return whether a value names an activation of transformers."""
     from transformers.activations import ACT2FN
 
     return isinstance(value, str) and value in ACT2FN

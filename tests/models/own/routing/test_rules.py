@@ -9,6 +9,7 @@ import torch
 
 from upcycle.models.own.routing.base import RoutedTokens, RouterRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
+from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.rules import RULES
 from upcycle.models.own.routing.threshold import ThresholdRule
@@ -29,6 +30,11 @@ EVERY: list[RouterRule] = [
     DynamicKRule(0),
     ThresholdRule(0.7),
     ReluRule(),
+    ExpertChoiceRule(1.2),
+    ExpertChoiceRule(1.3, normalized=False),
+    ExpertChoiceRule(0.5),
+    ExpertChoiceRule(E),
+    ExpertChoiceRule(E, normalized=False),
 ]
 
 
@@ -71,12 +77,15 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     raise AssertionError(rule)
 
 
+EACH = [rule for rule in EVERY if rule.per_token]
+
+
 def test_every_rule_is_tested() -> None:
     assert {rule.name for rule in EVERY} == set(RULES)
     assert all(rule.title and rule.paper.startswith("https://") for rule in RULES.values())
 
 
-@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("rule", EACH, ids=str)
 def test_weights_are_those_of_the_formula(rule: RouterRule) -> None:
     z = logits()
     expected = torch.tensor([restated(rule, row) for row in z.tolist()], dtype=torch.float64)
@@ -93,12 +102,11 @@ def test_the_order_of_tokens_and_of_experts_does_not_matter(rule: RouterRule) ->
     assert torch.allclose(dense(rule.route(z[:, experts])), dense(rule.route(z))[:, experts], rtol=1e-12)
 
 
-@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("rule", EACH, ids=str)
 def test_a_token_depends_on_no_other_where_that_is_claimed(rule: RouterRule) -> None:
     z = logits()
     other = z.clone()
     other[5:] = torch.randn(T - 5, E, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 9
-    assert rule.per_token
     assert torch.equal(dense(rule.route(z))[:5], dense(rule.route(other))[:5])
     assert rule.all_alike(E, equal_logits=False) or not torch.equal(
         dense(rule.route(z))[5:], dense(rule.route(other))[5:]
@@ -111,7 +119,7 @@ def test_sums_are_one_where_that_is_claimed(rule: RouterRule) -> None:
     always_one = rule != DynamicKRule(1) and torch.allclose(
         sums, torch.ones_like(sums), rtol=1e-12
     )  # that one unless there are ties
-    assert always_one == rule.sums_to_one
+    assert always_one == rule.sums_to_one(E)
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=str)
@@ -138,6 +146,10 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
         ("dynamic_k", {"tau": 1.5}, "'tau' must be a number from 0 to 1, got 1.5"),
         ("threshold", {"threshold": float("nan")}, "'threshold' must be a number that is not negative"),
         ("relu", {"threshold": 1}, "'threshold' is no parameter of the rule relu"),
+        ("expert_choice", {"capacity_factor": 0}, "'capacity_factor' must be a positive number, got 0"),
+        ("expert_choice", {"capacity_factor": True}, "'capacity_factor' must be a positive number"),
+        ("expert_choice", {"group": "image"}, "'group' must be sequence or batch, got 'image'"),
+        ("expert_choice", {"normalized": 1}, "'normalized' must be true or false"),
     ],
 )
 def test_impossible_parameters_are_named(name: str, parameters: dict[str, Any], message: str) -> None:
@@ -166,3 +178,5 @@ def test_a_high_threshold_keeps_nobody_at_equal_logits() -> None:
 def test_more_experts_than_there_are_is_a_problem() -> None:
     assert TopKRule(7).check(E) == "'top_k' is 7, and there are 6 experts"
     assert TopKRule(6).check(E) is None
+    assert ExpertChoiceRule(6.5).check(E) == "'capacity_factor' is 6.5, and only 6 experts can take a token"
+    assert ExpertChoiceRule(6).check(E) is None

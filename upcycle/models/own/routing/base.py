@@ -28,8 +28,8 @@ class RouterRule(ABC):
         name: by which ``config.json`` names it.
         title: in prose.
         paper: the URL of the paper that it is from.
-        per_token: whether a token's experts depend on that token alone: no other one, earlier or later, changes them.
-        sums_to_one: whether a token's weights sum to 1 whatever the logits are.
+        per_token: whether a token's experts depend on that token alone: no other one, earlier or later, changes them. A model that
+            writes token by token needs that.
         router_bias: what a new router's logits begin with, where the rule needs a bias; None: it needs none.
         compares_norms: whether the rule is for logits that are predicted norms of the experts' outputs.
     """
@@ -41,14 +41,23 @@ class RouterRule(ABC):
     router_bias: ClassVar[float | None] = None
     compares_norms: ClassVar[bool] = False
 
-    @property
     @abstractmethod
-    def sums_to_one(self) -> bool:
-        """See the class."""
+    def sums_to_one(self, experts: int) -> bool:
+        """Return whether a token's weights sum to 1 whatever the logits of so many experts are."""
 
     @abstractmethod
     def route(self, logits: torch.Tensor) -> RoutedTokens:
         """Return the experts and weights for logits ``[T, E]`` in fp32 or fp64."""
+
+    def route_sequences(self, logits: torch.Tensor, length: int, real: torch.Tensor | None = None) -> RoutedTokens:
+        """Return the experts and weights for logits ``[T, E]`` of whole sequences, one behind the other.
+
+        Args:
+            logits: as of :meth:`route`.
+            length: tokens of each sequence; it divides T.
+            real: ``[T]``, nonzero at tokens that are no padding; None: none is. Only rules that are not ``per_token`` look at it.
+        """
+        return self.route(logits)
 
     @abstractmethod
     def equal_weight(self, experts: int) -> float:
@@ -81,6 +90,10 @@ class RouterRule(ABC):
     def most_experts(self, experts: int) -> int:
         """Return how many of the experts a token has at most."""
         return experts
+
+    def mean_experts(self, experts: int) -> float:
+        """Return how many of the experts a token has in the mean, where the rule fixes that; else the most that it has."""
+        return self.most_experts(experts)
 
     @classmethod
     def of(cls, parameters: dict[str, Any]) -> Self:

@@ -33,8 +33,7 @@ class DynamicKRule(RouterRule):
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 <= self.tau <= 1:
             raise ValueError(f"'tau' must be a number from 0 to 1, got {self.tau!r}")
 
-    @property
-    def sums_to_one(self) -> bool:
+    def sums_to_one(self, experts: int) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return False
 

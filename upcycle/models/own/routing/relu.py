@@ -21,8 +21,7 @@ class ReluRule(RouterRule):
     name, title, paper = "relu", "ReLU routing", "https://arxiv.org/abs/2412.14711"
     router_bias = 1.0
 
-    @property
-    def sums_to_one(self) -> bool:
+    def sums_to_one(self, experts: int) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return False
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
+from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
-RULES: dict[str, type[RouterRule]] = {rule.name: rule for rule in (TopKRule, DynamicKRule, ThresholdRule, ReluRule)}
+RULES: dict[str, type[RouterRule]] = {
+    rule.name: rule for rule in (TopKRule, DynamicKRule, ThresholdRule, ReluRule, ExpertChoiceRule)
+}

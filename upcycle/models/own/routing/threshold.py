@@ -31,8 +31,7 @@ class ThresholdRule(RouterRule):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ValueError(f"'threshold' must be a number that is not negative, got {value!r}")
 
-    @property
-    def sums_to_one(self) -> bool:
+    def sums_to_one(self, experts: int) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return False
 

@@ -38,8 +38,7 @@ class TopKRule(RouterRule):
         if type(self.normalized) is not bool:
             raise ValueError(f"'normalized' must be true or false, got {self.normalized!r}")
 
-    @property
-    def sums_to_one(self) -> bool:
+    def sums_to_one(self, experts: int) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
         return self.normalized
 
