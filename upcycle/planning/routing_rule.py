@@ -118,7 +118,7 @@ def check_causal(recipe: Recipe, dense: DenseConfig, shape: MoeShape) -> None:
     if rule is None or rule.per_token or is_encoder(dense.raw):
         return
     both = is_encoder_decoder(dense.raw)
-    if both and recipe.part == "encoder":
+    if both and recipe.parts == ("encoder",):
         return
     raise UsageError(
         f"by the rule {rule.name} the experts of a token depend on the tokens behind it, and "

@@ -119,7 +119,8 @@ def test_sums_are_one_where_that_is_claimed(rule: RouterRule) -> None:
     always_one = rule != DynamicKRule(1) and torch.allclose(
         sums, torch.ones_like(sums), rtol=1e-12
     )  # that one unless there are ties
-    assert always_one == rule.sums_to_one(E)
+    # With few tokens, all may be chosen by an expert, which nothing promises.
+    assert always_one == rule.sums_to_one(E) or (isinstance(rule, ExpertChoiceRule) and always_one)
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=str)
