@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 MOST_JOINT = 4096  # neurons whose down projections are fitted together
-_HELD_OUT_EVERY = 8  # windows
+HELD_OUT_EVERY = 8  # windows
 
 
 def down_file(folder: Path, layer: int) -> Path:
@@ -175,7 +175,7 @@ class _LayerFit:
             added.append(whole[0].output.double().square().sum(1))
         left = torch.cat(missing)
         x, ids, weights = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
-        held = torch.arange(len(x)) // theirs.shape[1] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        held = torch.arange(len(x)) // theirs.shape[1] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         experts, _, width = self._down.shape
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:
