@@ -8,6 +8,8 @@ from typing import Literal
 
 from upcycle.architectures.tensor_origin import Origin
 
+SHARED = -1  # in the place of a routed expert's index: the shared experts, which are one FFN
+
 
 @dataclass(frozen=True)
 class Term:
@@ -81,7 +83,7 @@ class FfnPart:
     """Describes some neurons of a dense FFN that takes the place of a layer's experts.
 
     Attributes:
-        terms: the experts that they are the weighted sum of; the number of routed experts stands for the shared ones.
+        terms: the experts that they are the weighted sum of, or ``SHARED``.
         scale: what their down projections are multiplied by: about how much these experts weigh in the output.
         rank: of the neurons of ``terms``, the directions of the largest singular values that are taken in their place; None: the
             neurons themselves.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from upcycle.architectures.expert_terms import DenseCut, DenseMatrix, FfnPart, Term
+from upcycle.architectures.expert_terms import SHARED, DenseCut, DenseMatrix, FfnPart, Term
 from upcycle.architectures.moe.dense_twin import DenseTwin, beside_routed, dense_twin, width_beside
 from upcycle.architectures.stored_moe import MoeModel, matrix_of
 from upcycle.architectures.tensor_origin import Origin
@@ -174,13 +174,13 @@ class ToDense(Compression):
         seen, gather = source.seen, self.parameters.gather
         experts, tokens = seen.experts, float(seen.tokens)
         mean = (seen.weight / tokens).tolist()
-        shared = FfnPart((Term(experts),), float(seen.shared_weight) / tokens)
+        shared = FfnPart((Term(SHARED),), float(seen.shared_weight) / tokens)
         beside = (shared,) if len(seen.shared) else ()
         if gather in ("average", "sum"):
             weight = 1 / experts if gather == "average" else 1.0
             return DenseCut(keep, (FfnPart(tuple(Term(e, weight) for e in range(experts)), sum(mean)), *beside))
         if gather == "neurons":
-            return DenseCut(keep, _ranked(source, keep, [*mean, shared.scale]))
+            return DenseCut(keep, _ranked(source, keep, {**dict(enumerate(mean)), SHARED: shared.scale}))
         each = (keep - len(seen.shared)) // experts
         if gather == "svd_kg":
             return DenseCut(keep, (*(FfnPart((Term(e),), mean[e], each) for e in range(experts)), *beside))
@@ -199,14 +199,16 @@ def _best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist()))
 
 
-def _ranked(source: LayerSource, keep: int, scales: list[float]) -> tuple[FfnPart, ...]:
+def _ranked(source: LayerSource, keep: int, scales: dict[int, float]) -> tuple[FfnPart, ...]:
     """Return the parts of the neurons that add most, in the order of experts; shared ones last."""
     seen = source.seen
-    squares = [*seen.neurons.double(), *([seen.shared.double()] if len(seen.shared) else [])]
-    scores = [own * source.matrices(e)["down"].double().square().sum(0) for e, own in enumerate(squares)]
-    chosen = _best(torch.cat(scores), keep)
+    squares = dict(enumerate(seen.neurons.double()))
+    if len(seen.shared):
+        squares[SHARED] = seen.shared.double()
+    scores = {e: own * source.matrices(e)["down"].double().square().sum(0) for e, own in squares.items()}
+    chosen = _best(torch.cat([*scores.values()]), keep)
     parts, first = [], 0
-    for expert, own in enumerate(scores):
+    for expert, own in scores.items():
         order = tuple(place - first for place in chosen if first <= place < first + len(own))
         first += len(own)
         if order:
