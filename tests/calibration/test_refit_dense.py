@@ -61,7 +61,11 @@ def test_down_projections_are_the_least_squares_solutions(
         return real(*given)
 
     monkeypatch.setattr(refit_dense, "refit_dense", keeping)
-    keys = {"width": 48, "calibration": {"text": "demo", "tokens": tokens, "window": 32}, "verification": {"tokens": 64}}
+    keys = {
+        "width": 48,
+        "calibration": {"text": "demo", "tokens": tokens, "window": 32},
+        "verification": {"tokens": 64},
+    }
     for refit in ("none", "down"):
         upcycle.convert(str(source), tmp_path / refit, method="to_dense", refit=refit, **keys)
     (windows,) = read

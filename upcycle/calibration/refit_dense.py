@@ -253,9 +253,7 @@ def _inputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 def _outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect a module's outputs likewise."""
     found: list[torch.Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _, __, made: found.append(made.detach().reshape(-1, made.shape[-1]))
-    )
+    handle = module.register_forward_hook(lambda _, __, made: found.append(made.detach().reshape(-1, made.shape[-1])))
     try:
         yield found
     finally:

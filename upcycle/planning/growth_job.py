@@ -224,9 +224,7 @@ def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> t
     def spec(origin: Origin) -> TensorSpec:
         stored = specs[origin.name]
         shape = origin.shape(_hidden(origin, stored)) if isinstance(origin, DenseMatrix) else _shape(origin, stored)
-        return TensorSpec(
-            shape, origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype)
-        )
+        return TensorSpec(shape, origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype))
 
     return tuple(OutputEntry(name, spec(origin), origin) for name, origin in piece.tensors.items())
 

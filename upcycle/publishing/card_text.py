@@ -57,8 +57,8 @@ def _what(facts: Facts) -> str:
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
     if facts.compressed and not facts.moe:
         first = (
-            f"A dense model made from {made}, a Mixture-of-Experts: {plain(record['plan']['summary'])}. `compression.json` says of every "
-            "layer which neurons of its experts became the feed-forward network."
+            f"A dense model made from {made}, a Mixture-of-Experts: {plain(record['plan']['summary'])}. `compression.json` says of "
+            "every layer which neurons of its experts became the feed-forward network."
         )
     elif facts.compressed:
         first = (

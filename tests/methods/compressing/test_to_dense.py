@@ -43,7 +43,9 @@ def picked(ffn: Ffn, scores: torch.Tensor, count: int, scale: float) -> Ffn:
 
 
 def joined(parts: list[Ffn]) -> Ffn:
-    return {part: torch.cat([one[part] for one in parts], 1 if part == "down" else 0) for part in ("gate", "up", "down")}
+    return {
+        part: torch.cat([one[part] for one in parts], 1 if part == "down" else 0) for part in ("gate", "up", "down")
+    }
 
 
 def expected(gather: str, layer: Any, seen: Any, width: int) -> Ffn:
@@ -59,7 +61,9 @@ def expected(gather: str, layer: Any, seen: Any, width: int) -> Ffn:
     if gather == "top_kg":
         parts = []
         for e, one in enumerate(routed):
-            norms = [one["gate"][j].norm() ** 2 + one["up"][j].norm() ** 2 + one["down"][:, j].norm() ** 2 for j in range(16)]
+            norms = [
+                one["gate"][j].norm() ** 2 + one["up"][j].norm() ** 2 + one["down"][:, j].norm() ** 2 for j in range(16)
+            ]
             parts.append(picked(one, torch.stack(norms), each, float(mean[e])))
         return joined([*parts, *beside])
     if gather == "svd_kg":
@@ -78,7 +82,10 @@ def expected(gather: str, layer: Any, seen: Any, width: int) -> Ffn:
         scores.append(active.square().sum(0) * shared["down"].square().sum(0))
     least = torch.cat(scores).sort(descending=True).values[width - 1]
     scales = [*mean.tolist(), 1.0]
-    every = [picked(one, s, int((s >= least).sum()), scales[e]) for e, (one, s) in enumerate(zip([*routed, *beside], scores, strict=True))]
+    every = [
+        picked(one, s, int((s >= least).sum()), scales[e])
+        for e, (one, s) in enumerate(zip([*routed, *beside], scores, strict=True))
+    ]
     return joined(every)
 
 

@@ -23,12 +23,41 @@ from upcycle.registry import FAMILIES, TARGETS, load, suggestion
 
 # Keys that say how large the experts are, how they are chosen, or nothing about the function.
 _OF_EXPERTS = frozenset(
-    "architectures dtype use_cache output_router_logits router_aux_loss_coef router_jitter_noise intermediate_size "
-    "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size num_experts num_local_experts n_routed_experts "
-    "n_shared_experts num_shared_experts num_experts_per_tok moe_topk norm_topk_prob mlp_only_layers decoder_sparse_step "
-    "first_k_dense_replace num_dense_layers num_nextn_predict_layers routed_scaling_factor use_expert_bias n_group topk_group "
-    "expert_selection_fn shared_expert_combination_strategy prefix_dense_intermediate_size prefix_dense_sliding_window_pattern "
-    "max_window_layers model_type".split()
+    [
+        "architectures",
+        "dtype",
+        "use_cache",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_shared_experts",
+        "num_experts_per_tok",
+        "moe_topk",
+        "norm_topk_prob",
+        "mlp_only_layers",
+        "decoder_sparse_step",
+        "first_k_dense_replace",
+        "num_dense_layers",
+        "num_nextn_predict_layers",
+        "routed_scaling_factor",
+        "use_expert_bias",
+        "n_group",
+        "topk_group",
+        "expert_selection_fn",
+        "shared_expert_combination_strategy",
+        "prefix_dense_intermediate_size",
+        "prefix_dense_sliding_window_pattern",
+        "max_window_layers",
+        "model_type",
+    ]
 )
 _NOT_SETTINGS = ("architectures", "model_type", "transformers_version", "_name_or_path", "id2label", "label2id")
 _SPELT_AS_FILED = ("rope_theta", "rope_scaling", "dtype", "torch_dtype")
@@ -68,7 +97,9 @@ def dense_twin(model: MoeModel, width: int, wanted: str, made_of: str = "", wher
     name = model.family.name
     able = [family for family in FAMILIES if name in load("family", family).targets] if name in TARGETS else []
     if wanted != "auto" and wanted not in FAMILIES:
-        raise UsageError(f"unknown dense family '{wanted}'", hint=suggestion(wanted, ["auto", *able] if able else FAMILIES))
+        raise UsageError(
+            f"unknown dense family '{wanted}'", hint=suggestion(wanted, ["auto", *able] if able else FAMILIES)
+        )
     if wanted != "auto" and wanted not in able:
         said = f"of {name} these can be: {', '.join(able)}" if able else "no other is known to be, either"
         raise RefusalError(f"{where}: a '{name}' model without its experts is no '{wanted}' model", hint=said)
@@ -162,9 +193,7 @@ def _outside(
     Raises:
         _UnlikeError: the MoE stores one in another form, or one more.
     """
-    shapes = (
-        family.first_specs(dense) | family.last_specs(dense) if layer is None else family.layer_specs(dense, layer)
-    )
+    shapes = family.first_specs(dense) | family.last_specs(dense) if layer is None else family.layer_specs(dense, layer)
     found: dict[str, Origin] = {}
     for name, shape in shapes.items():
         stored = target.written(dense, family.module_paths.renamed(name, target.module_paths))
