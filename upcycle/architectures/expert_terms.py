@@ -1,4 +1,4 @@
-"""Describes the experts of a compressed Mixture-of-Experts, or the FFN that takes their place, as weighted sums of those that it had."""
+"""Describes the experts of a compressed Mixture-of-Experts, or the FFN in their place, as weighted sums of those that it had."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from upcycle.architectures.tensor_origin import Origin
 
-SHARED = -1  # in the place of a routed expert's index: the shared experts, which are one FFN
+SHARED_FFN = -1  # in the place of a routed expert's index: the shared experts, which are one FFN
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FfnPart:
     """Describes some neurons of a dense FFN that takes the place of a layer's experts.
 
     Attributes:
-        terms: the experts that they are the weighted sum of, or ``SHARED``.
+        terms: the experts that they are the weighted sum of, or ``SHARED_FFN``.
         scale: what their down projections are multiplied by: about how much these experts weigh in the output.
         rank: of the neurons of ``terms``, the directions of the largest singular values that are taken in their place; None: the
             neurons themselves.

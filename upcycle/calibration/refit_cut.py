@@ -31,12 +31,18 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 MOST_JOINT = 4096  # neurons whose down projections are fitted together
-HELD_OUT_EVERY = 8  # windows
+_HELD_OUT_EVERY = 8  # windows
 
 
 def down_file(folder: Path, layer: int) -> Path:
     """Return the file with the refitted down projections ``[E', d, F]`` of a layer."""
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
+
+
+def held_out_tokens(streams: torch.Tensor) -> torch.Tensor:
+    """Return which tokens of ``[N, W, d]`` judge the fits: those of every eighth window; boolean, ``[N W]``."""
+    windows, width = streams.shape[:2]
+    return torch.arange(windows * width) // width % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
 def refit_cuts(
@@ -175,7 +181,7 @@ class _LayerFit:
             added.append(whole[0].output.double().square().sum(1))
         left = torch.cat(missing)
         x, ids, weights = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
-        held = torch.arange(len(x)) // theirs.shape[1] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        held = held_out_tokens(theirs)
         experts, _, width = self._down.shape
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:

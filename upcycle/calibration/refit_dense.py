@@ -22,7 +22,7 @@ import torch
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import HELD_OUT_EVERY, MOST_JOINT, down_file
+from upcycle.calibration.refit_cut import MOST_JOINT, down_file, held_out_tokens
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
@@ -180,7 +180,7 @@ class _FfnFit:
             added.append(seen[0].block.double().square().sum(1))
             blocks.append(seen[0].block)
         behind = torch.cat(blocks) if self._whole.norm_behind(self._index) is not None else None
-        held = torch.arange(theirs.shape[0] * theirs.shape[1]) // theirs.shape[1] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        held = held_out_tokens(theirs)
         judged = held if bool(held.any()) else torch.ones_like(held)
         before, strength = self._missing(ours, target, behind, judged), 0.0
         for neurons in torch.arange(self._down.weight.shape[1]).split(MOST_JOINT):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from upcycle.architectures.expert_terms import SHARED, DenseMatrix, ExpertTerms, FfnPart, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, Term
 from upcycle.architectures.moe.dense_twin import beside_routed
 from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
@@ -53,12 +53,12 @@ class MoeCheckpoint(Checkpoint):
     def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``.
 
-        ``SHARED`` stands for the shared ones.
+        ``SHARED_FFN`` stands for the shared ones.
         """
         import torch
 
         found: dict[str, torch.Tensor] = {}
-        if expert == SHARED:
+        if expert == SHARED_FFN:
             for part, name in beside_routed(self.model, layer).items():
                 whole = self.read(name).float()
                 found |= dict(zip(("gate", "up"), whole.chunk(2), strict=True)) if part == "gate_up" else {part: whole}

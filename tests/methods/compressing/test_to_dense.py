@@ -14,7 +14,7 @@ from moe_oracle import block_of, layers_of, neurons, stock, watch
 from safetensors.torch import load_file
 
 import upcycle
-from upcycle.architectures.expert_terms import SHARED, DenseCut
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut
 from upcycle.checkpoints.moe_checkpoint import leading_directions
 from upcycle.conversion import compress_conversion
 from upcycle.methods.compressing.to_dense import ToDense, ToDenseParameters
@@ -130,7 +130,7 @@ def test_shared_neurons_are_ranked_with_the_others() -> None:
 
     seen = replace(random_observations(3), shared=torch.full((5,), 1e6), shared_weight=torch.tensor([25.0]).double())
     cut = ToDense(ToDenseParameters()).cut(layer_source(seen), 5)
-    assert [(part.terms[0].expert, part.scale) for part in cut.parts] == [(SHARED, 0.5)]
+    assert [(part.terms[0].expert, part.scale) for part in cut.parts] == [(SHARED_FFN, 0.5)]
 
 
 def test_a_cut_is_read_as_it_was_written() -> None:

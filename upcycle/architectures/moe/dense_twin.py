@@ -23,7 +23,7 @@ from upcycle.registry import FAMILIES, TARGETS, load, suggestion
 
 # Keys that say how large the experts are, how they are chosen, or nothing about the function.
 _OF_EXPERTS = frozenset(
-    [
+    (
         "architectures",
         "dtype",
         "use_cache",
@@ -57,7 +57,7 @@ _OF_EXPERTS = frozenset(
         "prefix_dense_sliding_window_pattern",
         "max_window_layers",
         "model_type",
-    ]
+    )
 )
 _NOT_SETTINGS = ("architectures", "model_type", "transformers_version", "_name_or_path", "id2label", "label2id")
 _SPELT_AS_FILED = ("rope_theta", "rope_scaling", "dtype", "torch_dtype")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from upcycle.architectures.expert_terms import SHARED, DenseCut, FfnPart, LayerCut, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut, FfnPart, LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 """Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32.
 
-``SHARED`` stands for the shared ones."""
+``SHARED_FFN`` stands for the shared ones."""
 
 Cut = LayerCut | DenseCut
 
@@ -227,7 +227,7 @@ def described_cut(cut: Cut) -> dict[str, Any]:
 def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
     return [
         {
-            "expert": "shared" if t.expert == SHARED else t.expert,
+            "expert": "shared" if t.expert == SHARED_FFN else t.expert,
             "weight": t.weight,
             "order": None if t.order is None else [*t.order],
         }
@@ -246,7 +246,7 @@ def cut_of(content: dict[str, Any]) -> Cut:
 def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
     return tuple(
         Term(
-            SHARED if t["expert"] == "shared" else t["expert"],
+            SHARED_FFN if t["expert"] == "shared" else t["expert"],
             t["weight"],
             None if t["order"] is None else tuple(t["order"]),
         )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from upcycle.architectures.expert_terms import SHARED, DenseCut, DenseMatrix, FfnPart, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut, DenseMatrix, FfnPart, Term
 from upcycle.architectures.moe.dense_twin import DenseTwin, beside_routed, dense_twin, width_beside
 from upcycle.architectures.stored_moe import MoeModel, matrix_of
 from upcycle.architectures.tensor_origin import Origin
@@ -174,13 +174,13 @@ class ToDense(Compression):
         seen, gather = source.seen, self.parameters.gather
         experts, tokens = seen.experts, float(seen.tokens)
         mean = (seen.weight / tokens).tolist()
-        shared = FfnPart((Term(SHARED),), float(seen.shared_weight) / tokens)
+        shared = FfnPart((Term(SHARED_FFN),), float(seen.shared_weight) / tokens)
         beside = (shared,) if len(seen.shared) else ()
         if gather in ("average", "sum"):
             weight = 1 / experts if gather == "average" else 1.0
             return DenseCut(keep, (FfnPart(tuple(Term(e, weight) for e in range(experts)), sum(mean)), *beside))
         if gather == "neurons":
-            return DenseCut(keep, _ranked(source, keep, {**dict(enumerate(mean)), SHARED: shared.scale}))
+            return DenseCut(keep, _ranked(source, keep, {**dict(enumerate(mean)), SHARED_FFN: shared.scale}))
         each = (keep - len(seen.shared)) // experts
         if gather == "svd_kg":
             return DenseCut(keep, (*(FfnPart((Term(e),), mean[e], each) for e in range(experts)), *beside))
@@ -204,7 +204,7 @@ def _ranked(source: LayerSource, keep: int, scales: dict[int, float]) -> tuple[F
     seen = source.seen
     squares = dict(enumerate(seen.neurons.double()))
     if len(seen.shared):
-        squares[SHARED] = seen.shared.double()
+        squares[SHARED_FFN] = seen.shared.double()
     scores = {e: own * source.matrices(e)["down"].double().square().sum(0) for e, own in squares.items()}
     chosen = _best(torch.cat([*scores.values()]), keep)
     parts, first = [], 0
