@@ -82,7 +82,7 @@ def refit_dense(
         for index in range(len(whole.layers)):
             with whole.loaded(index), dense.loaded(index):
                 if index in layers:
-                    down = dense.layers[index].get_submodule(made.inner(index, down_names[index]))
+                    down: Any = dense.layers[index].get_submodule(made.inner(index, down_names[index]))
                     fit = _FfnFit(whole, dense, index, down)
                     fit.compare_inputs(theirs, checkpoint.source.name)
                     target, reports[index] = fit.solve(theirs, ours)
@@ -142,7 +142,7 @@ class _DenseLayers:
 class _FfnFit:
     """Fits the FFN of one loaded layer; ``down`` is its last projection."""
 
-    def __init__(self, whole: MoeWalk, dense: MoeWalk, index: int, down: torch.nn.Module) -> None:
+    def __init__(self, whole: MoeWalk, dense: MoeWalk, index: int, down: torch.nn.Linear) -> None:
         self._whole, self._dense, self._index, self._down = whole, dense, index, down
         self._block = module_paths_of(dense.model.config).blocks_in(dense.layers[index])[0]
 

@@ -45,8 +45,8 @@ class ToDense(Compression):
     weights. The refit (``--refit down``) then fits them to the MoE's output.
 
     Deviations: the paper's experts have no gate; here its row belongs to the neuron. It does not say (in what we could read)
-    how the decompositions of two matrices are made to fit: here both, and the gate, are decomposed together, side by side. Where the
-    paper trains the result towards the MoE (``upcycle train --teacher`` does), a closed-form fit comes first.
+    how the decompositions of two matrices are made to fit: here both, and the gate, are decomposed together, side by side. The
+    paper then trains the result towards the MoE; here a closed-form fit takes that place, and training is left to the user.
     """
 
     name = "to_dense"
@@ -216,6 +216,9 @@ def _ranked(source: LayerSource, keep: int, scales: dict[int, float]) -> tuple[F
     return tuple(parts)
 
 
+_MATRICES: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
+
+
 def _pieces(model: MoeModel, twin: DenseTwin, cuts: dict[int, DenseCut]) -> list[Piece]:
     """Return every tensor of the dense model, in the order in which they are written."""
     first = set(twin.family.first_specs(twin.dense))
@@ -223,9 +226,9 @@ def _pieces(model: MoeModel, twin: DenseTwin, cuts: dict[int, DenseCut]) -> list
     pieces = [Piece("embeddings", None, {name: origin for name, origin in outside.items() if name in first})]
     for layer in range(twin.dense.num_hidden_layers):
         tensors: dict[str, Origin] = dict(twin.outside[layer])
-        for part, name in twin.family.ffn_names(layer).items():
-            if part not in ("gate", "up", "down"):
-                continue
+        names = twin.family.ffn_names(layer)
+        for part in _MATRICES:
+            name = names[part]
             if layer in cuts:
                 tensors[name] = DenseMatrix(_stored(model, layer, part), layer=layer, part=part, cut=cuts[layer])
             else:
