@@ -25,6 +25,7 @@ METHODS = {
     "naee": "upcycle.methods.compressing.naee:Naee",
     "hc_smoe": "upcycle.methods.compressing.hc_smoe:HcSmoe",
     "m_smoe": "upcycle.methods.compressing.m_smoe:MSmoe",
+    "to_dense": "upcycle.methods.compressing.to_dense:ToDense",
     "slim": "upcycle.methods.compressing.slim:Slim",
     "lower_top_k": "upcycle.methods.compressing.lower_top_k:LowerTopK",
     "random_experts": "upcycle.methods.compressing.random_experts:RandomExperts",

@@ -80,7 +80,7 @@ def weighing_alike(model: Any) -> Any:
             ids, weights = rule.route(logits)
             return ids, weights.mean(-1, keepdim=True).expand_as(weights)
 
-        block.router.rule = SimpleNamespace(route=route)
+        block.router.rule = SimpleNamespace(route_sequences=lambda logits, *_: route(logits))
     return model
 
 

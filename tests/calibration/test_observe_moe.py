@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_oracle import is_sigmoid, some_windows, stock, watch
+from moe_oracle import block_of, is_sigmoid, layers_of, some_windows, stock, watch
 from pico_models import PICO_MOE
 
 from upcycle.architectures.stored_moe import MOES
@@ -74,8 +74,27 @@ def test_numbers_are_those_of_the_whole_stock_model(
             "sample_weights": weights,
             "sample_gram": torch.einsum("ted,tfd->tef", seen.outputs, seen.outputs),
             "mean_output": seen.outputs.mean(0),
+            **shared_numbers(model, index, seen, windows),
         }.items():
             near(getattr(layer, what), number, f"layer {index}: {what}")
+
+
+def shared_numbers(model: Any, index: int, seen: Any, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the shared experts of a layer do, by their module, which computes the block's output less the routed experts'."""
+    beside = (seen.block - seen.routed).norm(dim=1)
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    found = [m for n, m in layers_of(model)[index].named_modules() if n.rpartition(".")[2] in names]
+    if not found:
+        assert beside.max() < 1e-12
+        return {"shared": torch.zeros(0), "shared_weight": torch.zeros(1)}
+    (module,), weight = found, torch.ones(windows.numel(), 1).double()
+    if (gate := getattr(block_of(layers_of(model)[index]), "shared_expert_gate", None)) is not None:
+        weight = gate(seen.x).sigmoid().detach()
+    torch.testing.assert_close((weight * module(seen.x)).norm(dim=1).detach(), beside)
+    tensors = [tensor.detach() for tensor in module.state_dict().values()]
+    gate_up = tensors[0].chunk(2) if len(tensors) == 2 else tensors[:2]
+    hidden = torch.nn.functional.silu(seen.x @ gate_up[0].T) * (seen.x @ gate_up[1].T)
+    return {"shared": (weight * hidden).square().sum(0), "shared_weight": weight.sum()[None]}
 
 
 def test_samples_are_spread_evenly_whatever_the_batches_are(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.registry import METHODS, load
 
 Models = Callable[..., Path]
-NAMES = [name for name in METHODS if load("method", name).kind == "compression"]
+COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
+NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py
 WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}

@@ -48,3 +48,35 @@ def test_the_report_lists_the_experts_that_are_left(compressed: Path) -> None:
     assert f"<td>{', '.join('+'.join(map(str, terms)) for terms in first['experts'])}</td>" in page
     assert f"{first['missing_before']:.1%} missing, then {first['missing_after']:.1%}" in page
     assert "private-place" not in page
+
+
+@pytest.fixture
+def dense(pico_moe: Callable[..., Path], tmp_path: Path) -> Path:
+    keys = {"width": 40, "calibration": {"text": "demo", "tokens": 512, "window": 32}}
+    upcycle.convert(str(pico_moe("dots1")), tmp_path / "out", method="to_dense", verification={"tokens": 64}, **keys)
+    return tmp_path / "out"
+
+
+def test_the_card_of_a_dense_model_says_what_it_was_made_of(dense: Path) -> None:
+    upcycle.write_card(dense)
+    card = (dense / "README.md").read_text()
+    assert "A dense model made from" in card
+    assert "qwen3, FFNs of 40 neurons from 4 experts of 16 and 16 shared neurons" in card
+    assert "compression.json" in card
+    assert "Qwen3ForCausalLM" in card
+    for wrong in ("A smaller Mixture-of-Experts", "larger", "starting point for training", "- moe"):
+        assert wrong not in card, wrong
+
+
+def test_the_report_of_a_dense_model_says_how_many_neurons_are_left(dense: Path) -> None:
+    report = upcycle.write_report(dense, wanted=Wanted(["prose"], 64, ["def"]))
+    decided = json.loads((dense / "compression.json").read_text())
+    for layer in report.data["made"]["cuts"]:
+        parts = decided["experts"][str(layer["layer"])]["parts"]
+        assert layer["neurons"] == [len(part["terms"][0]["order"]) for part in parts]
+        assert sum(layer["neurons"]) == 40
+        assert layer["experts"][-1] == ["shared"]
+    first = report.data["made"]["cuts"][0]
+    shown = ", ".join(f"{own[0]} ({count})" for own, count in zip(first["experts"], first["neurons"], strict=True))
+    assert f"<td>{shown}</td>" in report.html.read_text()
+    assert report.data["quality"]["names"] == ["before", "after"]

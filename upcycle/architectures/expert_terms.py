@@ -1,4 +1,4 @@
-"""Describes the experts of a compressed Mixture-of-Experts as weighted sums of those that it had."""
+"""Describes the experts of a compressed Mixture-of-Experts, or the FFN in their place, as weighted sums of those that it had."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upcycle.architectures.tensor_origin import Origin
+
+SHARED_FFN = -1  # in the place of a routed expert's index: the shared experts, which are one FFN
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,43 @@ class ExpertTerms(Origin):
         elif order is not None:
             rows = len(order) * (2 if self.part == "gate_up" else 1)
         return (*((len(self.experts),) if self.fused else ()), rows, columns)
+
+
+@dataclass(frozen=True)
+class FfnPart:
+    """Describes some neurons of a dense FFN that takes the place of a layer's experts.
+
+    Attributes:
+        terms: the experts that they are the weighted sum of, or ``SHARED_FFN``.
+        scale: what their down projections are multiplied by: about how much these experts weigh in the output.
+        rank: of the neurons of ``terms``, the directions of the largest singular values that are taken in their place; None: the
+            neurons themselves.
+    """
+
+    terms: tuple[Term, ...]
+    scale: float = 1.0
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class DenseCut:
+    """Describes the dense FFN that takes the place of a layer's experts: ``width`` neurons, those of ``parts`` one after another.
+
+    ``parts`` is empty before they are decided.
+    """
+
+    width: int
+    parts: tuple[FfnPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenseMatrix(Origin):
+    """The origin of a matrix of such an FFN; ``name`` is a stored tensor whose dtype it is written in."""
+
+    layer: int = 0
+    part: Literal["gate", "up", "down"] = "down"
+    cut: DenseCut = DenseCut(0)
+
+    def shape(self, hidden: int) -> tuple[int, ...]:
+        """Return its shape in a model of a hidden size."""
+        return (hidden, self.cut.width) if self.part == "down" else (self.cut.width, hidden)

@@ -38,6 +38,8 @@ class Routed:
         weights: ``[t, K]``, theirs.
         output: ``[t, d]``, the sum of the chosen experts, weighted.
         block: ``[t, d]``, the output of experts and shared ones; see :meth:`MoeWalk.added`.
+        shared: ``[t, F]``, the activations of the shared experts' neurons; None: there are none.
+        shared_weight: ``[t, 1]``, what the shared experts' output is multiplied by.
     """
 
     x: torch.Tensor
@@ -46,6 +48,8 @@ class Routed:
     weights: torch.Tensor
     output: torch.Tensor
     block: torch.Tensor
+    shared: torch.Tensor | None
+    shared_weight: torch.Tensor
 
 
 class MoeWalk:
@@ -110,7 +114,12 @@ class MoeWalk:
                 return _tensor(layer(states, **self._others(index, states)))
         inputs: list[tuple[torch.Tensor, ...]] = []
         parts: list[torch.Tensor] = []
+        shared: list[torch.Tensor] = []
+        switch: list[torch.Tensor] = []
+        down, gate = shared_modules(place)
         handles = [
+            *([] if down is None else [down.register_forward_pre_hook(lambda _, given: shared.append(given[0]))]),
+            *([] if gate is None else [gate.register_forward_hook(lambda _, __, made: switch.append(made))]),
             place.experts.register_forward_hook(lambda _, given, made: inputs.append((*given[:3], _tensor(made)))),
             *(
                 block.register_forward_hook(lambda _, __, made: parts.append(_tensor(made)))
@@ -129,7 +138,18 @@ class MoeWalk:
                 handle.remove()
         ((x, experts, weights, made),) = inputs
         flat = [_flat(part) for part in parts]
-        see(Routed(_flat(x), _flat(logits).float(), experts, weights.float(), _flat(made), torch.stack(flat).sum(0)))
+        see(
+            Routed(
+                x=_flat(x),
+                logits=_flat(logits).float(),
+                experts=experts,
+                weights=weights.float(),
+                output=_flat(made),
+                block=torch.stack(flat).sum(0),
+                shared=_flat(shared[0]).float() if shared else None,
+                shared_weight=_flat(switch[0]).sigmoid() if switch else torch.ones(_flat(x).shape[0], 1),
+            )
+        )
         return output
 
     def _others(self, index: int, states: torch.Tensor) -> dict[str, Any]:
@@ -141,6 +161,20 @@ class MoeWalk:
             )
             self._arguments[count] = seen
         return self._arguments[count][index]
+
+
+def shared_modules(place: RouterPlace) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+    """Return the down projection of a layer's shared experts, and what the sigmoid of multiplies their output; None: there is none."""
+    named = [
+        (name, module)
+        for block in (place.block, *place.beside)
+        for name, module in block.named_modules()
+        if module is not place.experts
+    ]
+    down = [module for name, module in named if name.rpartition(".")[2] in ("down_proj", "output_linear")]
+    gate = [module for name, module in named if name == "shared_expert_gate"]
+    assert len(down) <= 1, "shared experts are one FFN"
+    return (down[0] if down else None), (gate[0] if gate else None)
 
 
 def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:

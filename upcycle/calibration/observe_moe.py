@@ -89,6 +89,7 @@ class _Sums:
         width = int(experts.down_proj.shape[-1])
         self._neurons = torch.zeros(count, width)
         self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
+        self._shared, self._shared_weight = torch.zeros(0), 0.0
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
         self._ratios: list[torch.Tensor] = []
         self._every = -(-tokens // sampled_tokens(count))  # every so many tokens one is sampled
@@ -108,6 +109,10 @@ class _Sums:
         if weights.shape[1] > 1:
             two = weights.topk(2, dim=1).values
             self._ratios.append((two[:, 1] / two[:, 0].clamp(min=1e-30)).float())
+        if routed.shared is not None:
+            squares = (routed.shared_weight * routed.shared).square().sum(0)
+            self._shared = squares if not self._shared.numel() else self._shared + squares
+            self._shared_weight += routed.shared_weight.double().sum().item()
         self._chosen(routed, weights)
         self._sample(routed)
         self._tokens += len(routed.x)
@@ -174,6 +179,8 @@ class _Sums:
             factor=torch.tensor([self._factor(logits.double(), weights.double())]).double(),
             neurons=self._neurons,
             neuron_gram=self._neuron_gram,
+            shared=self._shared,
+            shared_weight=torch.tensor([self._shared_weight], dtype=torch.float64),
             sample_logits=logits,
             sample_weights=weights,
             sample_gram=grams,

@@ -39,6 +39,12 @@ def down_file(folder: Path, layer: int) -> Path:
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
 
 
+def held_out_tokens(streams: torch.Tensor) -> torch.Tensor:
+    """Return which tokens of ``[N, W, d]`` judge the fits: those of every eighth window; boolean, ``[N W]``."""
+    windows, width = streams.shape[:2]
+    return torch.arange(windows * width) // width % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+
+
 def refit_cuts(
     checkpoint: MoeCheckpoint,
     config: Mapping[str, Any],
@@ -175,7 +181,7 @@ class _LayerFit:
             added.append(whole[0].output.double().square().sum(1))
         left = torch.cat(missing)
         x, ids, weights = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
-        held = torch.arange(len(x)) // theirs.shape[1] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        held = held_out_tokens(theirs)
         experts, _, width = self._down.shape
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from upcycle.architectures.expert_terms import ExpertTerms, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, Term
+from upcycle.architectures.moe.dense_twin import beside_routed
 from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
 from upcycle.architectures.tensor_origin import Origin
@@ -36,7 +37,9 @@ class MoeCheckpoint(Checkpoint):
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
-        if isinstance(origin, ExpertTerms):
+        if isinstance(origin, DenseMatrix):
+            yield from self._dense(origin, dtype)
+        elif isinstance(origin, ExpertTerms):
             yield from (self._merged(origin, terms, dtype) for terms in origin.experts)
         elif not isinstance(origin, ExpertRows):
             yield from super().blocks(origin, dtype)
@@ -48,10 +51,18 @@ class MoeCheckpoint(Checkpoint):
                     yield self._checked(origin.name, block, dtype)
 
     def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``."""
+        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``.
+
+        ``SHARED_FFN`` stands for the shared ones.
+        """
         import torch
 
         found: dict[str, torch.Tensor] = {}
+        if expert == SHARED_FFN:
+            for part, name in beside_routed(self.model, layer).items():
+                whole = self.read(name).float()
+                found |= dict(zip(("gate", "up"), whole.chunk(2), strict=True)) if part == "gate_up" else {part: whole}
+            return found
         for name in self.model.names[layer]:
             role, part = self.model.role(name), matrix_of(name)
             if role == "expert" and expert_index(name) == expert:
@@ -78,6 +89,28 @@ class MoeCheckpoint(Checkpoint):
         assert total is not None
         stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
         return self._checked(origin.name, total, stored)
+
+    def _dense(self, origin: DenseMatrix, dtype: str) -> Iterator[torch.Tensor]:
+        """Yield a matrix of a dense FFN made of experts: rows part by part, or (down) whole."""
+        import torch
+
+        stored = self.store.specs[origin.name].dtype if dtype == "keep" else dtype
+        made = (self.dense_part(origin.layer, part)[origin.part] for part in origin.cut.parts)
+        whole = made if origin.part != "down" else iter([torch.cat([*made], 1)])
+        return (self._checked(origin.name, matrix.contiguous(), stored) for matrix in whole)
+
+    def dense_part(self, layer: int, part: FfnPart) -> dict[str, torch.Tensor]:
+        """Return the matrices of some neurons of a dense FFN made of experts, fp32: gate and up ``[F', d]``, down ``[d, F']``."""
+        import torch
+
+        total: dict[str, torch.Tensor] = {}
+        for term in part.terms:
+            for name, matrix in self.matrices(layer, term.expert).items():
+                own = matrix if term.order is None else reordered(matrix, name, torch.tensor(term.order))
+                total[name] = term.weight * own + total[name] if name in total else term.weight * own
+        if part.rank is not None:
+            total = leading_directions(total, part.rank)
+        return {**total, "down": part.scale * total["down"]}
 
     def _with_noise(self, origin: ExpertRows, dtype: str) -> torch.Tensor:
         """Return a router's rows ``[E', d]``, with noise on those of new experts, added in fp32 and rounded once.
@@ -107,3 +140,19 @@ def reordered(matrix: torch.Tensor, part: str, order: torch.Tensor) -> torch.Ten
         gate, up = matrix.chunk(2, -2)
         return torch.cat([gate[..., order, :], up[..., order, :]], -2)
     return matrix[..., order, :]
+
+
+def leading_directions(matrices: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Return an FFN of ``rank`` neurons: the combinations of an FFN's neurons that hold most of its weights.
+
+    With ``M = [gate, up, down^T]`` ``[F, 3 d]`` ``= U S V^T``, they are the rows of ``U_r^T M``. The sign of each makes the largest
+    entry of its column of U positive, so that the result does not depend on the library.
+    """
+    import torch
+
+    names = [*matrices]
+    stacked = torch.cat([matrices[name].T if name == "down" else matrices[name] for name in names], 1).double()
+    vectors = torch.linalg.eigh(stacked @ stacked.T).eigenvectors.flip(1)[:, :rank]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    made = ((vectors * largest.sign()).T @ stacked).float().chunk(len(names), 1)
+    return {name: part.T if name == "down" else part for name, part in zip(names, made, strict=True)}

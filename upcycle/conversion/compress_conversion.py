@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upcycle.architectures.expert_terms import DenseMatrix, LayerCut
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.growth_conversion import GrowthConversion
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-    from upcycle.methods.compressing.base import Matrices
+    from upcycle.methods.compressing.base import Cut, Matrices
     from upcycle.methods.compressing.observations import Observations
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
@@ -79,13 +80,40 @@ class CompressConversion(CompressJob, GrowthConversion):
             write_cuts(folder, self._cuts(checkpoint, windows, text, folder, progress), {})
         job = decided_cuts(self, folder)
         if self.refits and "refit" not in read_json(folder / CUTS_FILE):
-            from upcycle.calibration.refit_cut import refit_cuts
-
             assert windows is not None
             cuts = read_cuts(folder)
-            found = refit_cuts(checkpoint, job.config, cuts, self.recipe.dtype, windows, folder, progress)
+            found = job._refit(checkpoint, cuts, windows, folder, progress)
             write_cuts(folder, cuts, {"refit": {str(layer): report for layer, report in found.items()}})
         return job, None if text is None else {**text, **tokens.about}
+
+    def _refit(
+        self,
+        checkpoint: MoeCheckpoint,
+        cuts: dict[int, Cut],
+        windows: torch.Tensor,
+        folder: Path,
+        progress: Progress,
+    ) -> dict[int, dict[str, float]]:
+        """Refit what the experts of every layer became."""
+        dtype = self.recipe.dtype
+        if not self.compression.dense:
+            from upcycle.calibration.refit_cut import refit_cuts
+
+            kept = {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)}
+            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress)
+        from upcycle.calibration.refit_dense import refit_dense
+
+        entries = [(unit.layer, entry) for unit in self.units for entry in unit.entries]
+        down = {layer: e.name for layer, e in entries if layer in cuts and self._part(e) == "down"}
+        pieces = self.grown.pieces
+        return refit_dense(checkpoint, self.config, pieces, [*cuts], down, dtype, windows, folder, progress)
+
+    @staticmethod
+    def _part(entry: OutputEntry) -> str:
+        """Return which matrix of experts, or of what they became, a tensor is; empty: none."""
+        from upcycle.architectures.stored_moe import matrix_of
+
+        return entry.origin.part if isinstance(entry.origin, DenseMatrix) else matrix_of(entry.name)
 
     def _cuts(
         self,
@@ -126,12 +154,10 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        from upcycle.architectures.stored_moe import is_down
-
         down = self._refitted(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
-            if down is not None and is_down(entry.name) and entry.origin.name in checkpoint.store.specs:
+            if down is not None and self._part(entry) == "down":
                 yield entry, _refitted_blocks(entry, down)
             else:
                 yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
@@ -170,10 +196,13 @@ class CompressConversion(CompressJob, GrowthConversion):
         return verify_growth(decided_cuts(self, folder), checkpoint, folder, windows, progress, self._same)
 
     def _same(self, entry: OutputEntry) -> bool:
-        """Return whether a tensor must equal its origin."""
-        from upcycle.architectures.stored_moe import is_down
+        """Return whether a tensor must equal its origin.
 
-        return not (self.refits and is_down(entry.name))
+        Refitted ones need not, nor those of a decomposition, which another machine may round otherwise.
+        """
+        if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
+            return False
+        return not (self.refits and self._part(entry) == "down")
 
 
 def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -35,7 +35,10 @@ class GrowthConversion(GrowthJob):
     @classmethod
     def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
         """Plan a step on an opened model, dense or not."""
-        described = Described(checkpoint.raw_config, checkpoint.store.specs, checkpoint.source.name)
+        from upcycle.files.records import made_of
+
+        raw, specs, source = checkpoint.raw_config, checkpoint.store.specs, checkpoint.source
+        described = Described(raw, specs, source.name, made_of(source.path))
         return prepare_growth(cls, recipe, method, described, checkpoint.has_tokenizer, mix_of(checkpoint))
 
     @classmethod

@@ -64,6 +64,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def made_of(folder: Path) -> str:
+    """Return the architecture of the model that upcycle made this one of; empty where it did not, or does not say."""
+    if not (folder / FILE).is_file():
+        return ""
+    source = read_json(folder / FILE).get("source")
+    family = source.get("family") if isinstance(source, dict) else None
+    return family if isinstance(family, str) else ""
+
+
 def write_verification(folder: Path, result: dict[str, Any]) -> None:
     """Write ``verification.json``: the result, and the hash of the ``upcycle.json`` (and so of the files) that it is about."""
     _write_about(folder, VERIFICATION_FILE, result)

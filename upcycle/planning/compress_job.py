@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.user_paths import user_path
-from upcycle.methods.compressing.base import Compression, CutSizes, cut_of, described_cut
+from upcycle.methods.compressing.base import Compression, Cut, cut_of, described_cut
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
 from upcycle.planning.job import check_text
@@ -44,7 +43,7 @@ class CompressJob(GrowthJob):
     @property
     def changes(self) -> bool:
         """Whether anything is cut."""
-        return self.compression.sizes(self.moe, self.keep) != CutSizes.of(self.moe)
+        return self.compression.changed(self.moe, self.keep)
 
     @property
     def refits(self) -> bool:
@@ -72,7 +71,7 @@ class CompressJob(GrowthJob):
     @property
     def record(self) -> dict[str, Any]:
         """The keys that only this kind of conversion adds to ``upcycle.json``."""
-        return {"target": self.family_name, "growth": self.grown.summary, "refit": "down" if self.refits else "none"}
+        return {"target": self.target_name, "growth": self.grown.summary, "refit": "down" if self.refits else "none"}
 
     def cost(self) -> Plan:
         """Work out what the compression will write and need, from headers alone."""
@@ -132,7 +131,7 @@ def checked_compression(job: C) -> C:
     return job
 
 
-def write_cuts(folder: Path, cuts: dict[int, LayerCut], more: dict[str, Any]) -> None:
+def write_cuts(folder: Path, cuts: dict[int, Cut], more: dict[str, Any]) -> None:
     """Write what was decided of every layer; the file appears complete or not at all."""
     path = folder / CUTS_FILE
     temporary = path.with_suffix(".tmp")
@@ -148,7 +147,7 @@ def decided_cuts(job: C, folder: Path) -> C:
     return replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
 
 
-def read_cuts(folder: Path) -> dict[int, LayerCut]:
+def read_cuts(folder: Path) -> dict[int, Cut]:
     """Return the cuts that are written in ``folder``, by layer."""
     return {int(layer): cut_of(found) for layer, found in read_json(folder / CUTS_FILE)["experts"].items()}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from upcycle.architectures.expert_terms import ExpertTerms
+from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
@@ -69,8 +69,13 @@ class GrowthJob:
 
     @property
     def family_name(self) -> str:
-        """The architecture of source and result."""
+        """The architecture of the source."""
         return str(self.source.raw["model_type"])
+
+    @property
+    def target_name(self) -> str:
+        """The architecture of the result."""
+        return str(self.grown.config["model_type"])
 
     @property
     def context(self) -> int:
@@ -99,7 +104,7 @@ class GrowthJob:
     @property
     def record(self) -> dict[str, Any]:
         """The keys that only this kind of conversion adds to ``upcycle.json``."""
-        return {"target": self.family_name, "growth": self.grown.summary}
+        return {"target": self.target_name, "growth": self.grown.summary}
 
     @property
     def working_bytes(self) -> int:
@@ -193,7 +198,7 @@ def _growth_plan(job: GrowthJob) -> Plan:
     return Plan(
         sources=[{"name": s.name, "revision": s.revision, "weight": s.weight} for s in recipe.sources],
         family=job.family_name,
-        target=job.family_name,
+        target=job.target_name,
         method=job.method.name,
         router="none",
         calibration_tokens=recipe.calibration.tokens if job.calibrated else 0,
@@ -218,11 +223,15 @@ def _growth_plan(job: GrowthJob) -> Plan:
 def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> tuple[OutputEntry, ...]:
     def spec(origin: Origin) -> TensorSpec:
         stored = specs[origin.name]
-        return TensorSpec(
-            _shape(origin, stored), origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype)
-        )
+        shape = origin.shape(_hidden(origin, stored)) if isinstance(origin, DenseMatrix) else _shape(origin, stored)
+        return TensorSpec(shape, origin.dtype(stored.dtype if recipe.dtype == "keep" else recipe.dtype))
 
     return tuple(OutputEntry(name, spec(origin), origin) for name, origin in piece.tensors.items())
+
+
+def _hidden(origin: DenseMatrix, stored: TensorSpec) -> int:
+    """Return the hidden size, given a stored tensor of experts."""
+    return stored.shape[-2] if origin.part == "down" else stored.shape[-1]
 
 
 def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:

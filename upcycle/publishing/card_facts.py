@@ -116,7 +116,7 @@ class Facts:
 
     @property
     def compressed(self) -> bool:
-        """Whether experts of a MoE were left out or merged."""
+        """Whether experts of a MoE were left out or merged, or became dense FFNs."""
         return bool(self.record["plan"]["kind"] == "compression")
 
     @property

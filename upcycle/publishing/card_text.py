@@ -55,7 +55,12 @@ def _what(facts: Facts) -> str:
     names = list(dict.fromkeys(code(public_name(source["name"])) for source in sources_of(record)))
     made = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
     architecture = code((facts.config.get("architectures") or [record["plan"]["target"]])[0])
-    if facts.compressed:
+    if facts.compressed and not facts.moe:
+        first = (
+            f"A dense model made from {made}, a Mixture-of-Experts: {plain(record['plan']['summary'])}. `compression.json` says of "
+            "every layer which neurons of its experts became the feed-forward network."
+        )
+    elif facts.compressed:
         first = (
             f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts were left out or "
             "merged; `compression.json` says of every layer which are left."

@@ -39,7 +39,8 @@ from upcycle.calibration.observe_file import observe_file
 WINDOW, MEASURED = 256, 8192
 PROMPTS, PROMPT, WRITTEN = 48, 32, 32
 KEPT = (0.75, 0.5)
-METHODS = ("random_experts", "frequency", "reap", "naee", "hc_smoe", "m_smoe", "slim", "lower_top_k")
+METHODS = ("random_experts", "frequency", "reap", "naee", "hc_smoe", "m_smoe", "slim", "lower_top_k", "to_dense")
+OF_EXPERTS = METHODS[:6]  # --keep is a part of the experts
 RIVAL = ("reap", "none")
 
 
@@ -116,7 +117,7 @@ def verdicts(results: Sequence[Result]) -> list[Row]:
     """Ours beside REAP's."""
     rows = []
     for keep in KEPT:
-        here = [one for one in results if one.keep == keep and one.method not in ("slim", "lower_top_k")]
+        here = [one for one in results if one.keep == keep and one.method in OF_EXPERTS]
         rival = next(one for one in here if (one.method, one.refit) == RIVAL)
         best = min((one for one in here if one.refit != "none"), key=lambda r: r.calibrated)
         for what, ours, theirs in (

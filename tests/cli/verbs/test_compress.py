@@ -156,6 +156,76 @@ def test_bad_input_is_refused_before_any_work(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message", "hint"),
+    [
+        (
+            "mixtral",
+            TEXT,
+            "to_dense needs to know how many neurons the FFN of every layer has",
+            "--width 96 is as many",
+        ),
+        (
+            "mixtral",
+            ("--width", 200, *TEXT),
+            "width 200 is larger than there are neurons: 4 experts of 48, are 192",
+            "192",
+        ),
+        ("dots1", ("--width", 81, *TEXT), "4 experts of 16, and 16 shared, are 80", "--width 80"),
+        ("mixtral", ("--width", 64, "--keep", 0.5, *TEXT), "keep and width both say", "leave one"),
+        ("mixtral", ("--width", 0, *TEXT), "width", "greater than or equal to 1"),
+        (
+            "mixtral",
+            ("--width", 64),
+            "method to_dense looks at activations and needs calibration text",
+            "--calibration",
+        ),
+        (
+            "olmoe",
+            ("--width", 64, *TEXT),
+            "no dense architecture known here has the block of this 'olmoe' model",
+            "naee",
+        ),
+        ("mixtral", ("--width", 64, "--target", "lama", *TEXT), "unknown dense family 'lama'", "did you mean 'llama'"),
+        (
+            "mixtral",
+            ("--width", 64, "--target", "qwen3", *TEXT),
+            "is no 'qwen3' model",
+            "of mixtral these can be: llama",
+        ),
+        (
+            "mixtral",
+            ("--width", 64, "--param", "gather=average", *TEXT),
+            "the average of the experts has 48",
+            "--width 48",
+        ),
+        ("mixtral", ("--width", 66, "--param", "gather=top_kg", *TEXT), "66 cannot be divided among 4", "--width 64"),
+        ("mixtral", ("--width", 64, "--param", "gather=all", *TEXT), "gather", "neurons"),
+        ("mixtral", ("--width", 64, "--refit", "blocks", *TEXT), "refit: blocks is of splits", "--refit down or none"),
+        ("mixtral", ("--width", 64, "--experts", 2, *TEXT), "--experts", ""),
+    ],
+)
+def test_what_no_dense_model_can_be_made_of_is_refused(
+    name: str, arguments: tuple[Any, ...], message: str, hint: str, pico_moe: Models, tmp_path: Path, no_walk: None
+) -> None:
+    result = run("compress", pico_moe(name), tmp_path / "out", "--method", "to_dense", *arguments)
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2, said
+    assert message in said
+    assert hint in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_plan_of_a_dense_model_says_both_architectures(pico_moe: Models, tmp_path: Path) -> None:
+    result = run(
+        "compress", pico_moe("mixtral"), tmp_path / "out", "--method", "to_dense", "--keep", 0.5, *TEXT, "--dry-run"
+    )
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert "mixtral by to_dense: llama, FFNs of 96 neurons from 4 experts of 48 (50%)" in said
+    assert "approximate: one FFN of 96 neurons runs for every token, in the place of 4 experts, top-2" in said
+
+
 @pytest.mark.parametrize("verb", ["observe", "compress"])
 def test_a_dense_model_is_refused(verb: str, pico: Models, tmp_path: Path, no_walk: None) -> None:
     more = ("--keep", 0.5) if verb == "compress" else ()

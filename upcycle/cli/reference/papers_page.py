@@ -14,6 +14,7 @@ _CITED = re.compile(r"(?:arxiv\.org/abs/|arXiv:? ?)(\d{4}\.\d{5})")
 _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
     "1910.14659": "Masked Language Model Scoring",
+    "2201.10890": "One Student Knows All Experts Know: From Sparse to Dense",
     "2406.02500": "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework",
     "2408.09632": "MoDeGPT: Modular Decomposition for Large Language Model Compression",
     "1503.02531": "Distilling the Knowledge in a Neural Network",

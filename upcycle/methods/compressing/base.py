@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from upcycle.architectures.expert_terms import LayerCut
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut, FfnPart, LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
+from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.growing.base import Described, Grown, Growth, Piece
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
     from upcycle.recipe.conversion_recipe import Recipe
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
-"""Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32."""
+"""Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32.
+
+``SHARED_FFN`` stands for the shared ones."""
+
+Cut = LayerCut | DenseCut
 
 
 class CutSizes(NamedTuple):
@@ -74,9 +79,10 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
 
     observes: ClassVar[bool] = True  # whether it reads observations at all
+    dense: ClassVar[bool] = False  # whether the result is a dense model
 
     @abstractmethod
-    def cut(self, source: LayerSource, keep: int) -> LayerCut:
+    def cut(self, source: LayerSource, keep: int) -> Cut:
         """Decide what the experts of a layer are made of.
 
         Args:
@@ -96,7 +102,11 @@ class Compression(Growth):
         """Return the sizes of the result."""
         return CutSizes(keep, model.top_k, model.expert_width)
 
-    def before(self, model: MoeModel, keep: int) -> LayerCut:
+    def changed(self, model: MoeModel, keep: int) -> bool:
+        """Return whether anything is cut."""
+        return self.sizes(model, keep) != CutSizes.of(model)
+
+    def before(self, model: MoeModel, keep: int) -> Cut:
         """Return a cut of the shapes that the result will have, before anything is decided."""
         return LayerCut.keeping(range(keep))
 
@@ -142,7 +152,7 @@ class Compression(Growth):
 
     def cuts(
         self, checkpoint_model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
-    ) -> dict[int, LayerCut]:
+    ) -> dict[int, Cut]:
         """Decide every layer.
 
         Args:
@@ -152,7 +162,7 @@ class Compression(Growth):
             matrices: returns what reads the matrices of a layer's experts.
             seed: of random choices.
         """
-        found = {}
+        found: dict[int, Cut] = {}
         for layer, observed in seen.layers.items():
             model = checkpoint_model
             source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
@@ -206,24 +216,47 @@ def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
     return [*pieces, Piece("final norm", None, rest)]
 
 
-def described_cut(cut: LayerCut) -> dict[str, Any]:
+def described_cut(cut: Cut) -> dict[str, Any]:
     """Return a cut as plain data."""
-    experts = [
-        [{"expert": t.expert, "weight": t.weight, "order": None if t.order is None else [*t.order]} for t in terms]
-        for terms in cut.experts
+    if isinstance(cut, DenseCut):
+        parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
+        return {"width": cut.width, "parts": parts}
+    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows]}
+
+
+def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
+    return [
+        {
+            "expert": "shared" if t.expert == SHARED_FFN else t.expert,
+            "weight": t.weight,
+            "order": None if t.order is None else [*t.order],
+        }
+        for t in terms
     ]
-    return {"experts": experts, "rows": [*cut.rows]}
 
 
-def cut_of(content: dict[str, Any]) -> LayerCut:
+def cut_of(content: dict[str, Any]) -> Cut:
     """Return the cut that :func:`described_cut` described."""
-    from upcycle.architectures.expert_terms import Term
+    if "parts" in content:
+        parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
+        return DenseCut(content["width"], parts)
+    return LayerCut(tuple(_terms(terms) for terms in content["experts"]), tuple(content["rows"]))
 
-    experts = tuple(
-        tuple(Term(t["expert"], t["weight"], None if t["order"] is None else tuple(t["order"])) for t in terms)
-        for terms in content["experts"]
+
+def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
+    return tuple(
+        Term(
+            SHARED_FFN if t["expert"] == "shared" else t["expert"],
+            t["weight"],
+            None if t["order"] is None else tuple(t["order"]),
+        )
+        for t in described
     )
-    return LayerCut(experts, tuple(content["rows"]))
+
+
+def stepped(width: int) -> int:
+    """Return what a number of neurons is rounded to: what hardware has tiles of, where FFNs are wide."""
+    return 64 if width >= 1024 else 32 if width >= 256 else PREFERRED_MULTIPLE
 
 
 def best(scores: torch.Tensor | Iterable[float], keep: int) -> LayerCut:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OBSERVATIONS_FILE = "observations.safetensors"
 FEW_TOKENS = 32  # below that, an expert's numbers say little
-_FORMAT = "1"
+_FORMAT = "2"
 _AGAIN = "upcycle observe MOE FILE --calibration TEXT"
 _PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output")
 
@@ -44,6 +44,9 @@ class LayerObservations:
         neurons: fp32 ``[E, F]``, the sum of ``(weight * activation)^2`` of every neuron over the tokens that chose its expert.
         neuron_gram: fp32 ``[E, F, F]``, the products of its neurons' activations, each times the weight, summed likewise; empty
             where there would be more than 16 million numbers.
+        shared: fp32 ``[F']``, the sum over all tokens of ``(weight * activation)^2`` of the shared experts' neurons; empty: there are
+            none.
+        shared_weight: ``[1]``, the sum over all tokens of the shared experts' weight, 1 in most architectures.
         sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
         sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
         sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
@@ -63,6 +66,8 @@ class LayerObservations:
     factor: torch.Tensor
     neurons: torch.Tensor
     neuron_gram: torch.Tensor
+    shared: torch.Tensor
+    shared_weight: torch.Tensor
     sample_logits: torch.Tensor
     sample_weights: torch.Tensor
     sample_gram: torch.Tensor

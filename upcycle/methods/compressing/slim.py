@@ -12,7 +12,7 @@ from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
-from upcycle.methods.compressing.base import Compression, CutSizes, LayerSource
+from upcycle.methods.compressing.base import Compression, CutSizes, LayerSource, stepped
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -49,7 +49,7 @@ class Slim(Compression):
 
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
         """Return the number of neurons that every expert keeps."""
-        width, step = model.expert_width, _step(model.expert_width)
+        width, step = model.expert_width, stepped(model.expert_width)
         if recipe.keep is None:
             raise UsageError("slim needs to know how many neurons every expert keeps", hint="--keep 0.75")
         if recipe.keep == 1:
@@ -125,8 +125,3 @@ def _of_neurons(neurons: list[list[int]]) -> LayerCut:
     return LayerCut(
         tuple((Term(expert, order=tuple(own)),) for expert, own in enumerate(neurons)), tuple(range(len(neurons)))
     )
-
-
-def _step(width: int) -> int:
-    """Return what the number of neurons is rounded to: what hardware has tiles of, where experts are wide."""
-    return 64 if width >= 1024 else 32 if width >= 256 else PREFERRED_MULTIPLE

@@ -27,11 +27,15 @@ Promise = tuple[Literal["exact", "approximate"], str]
 
 @dataclass(frozen=True)
 class Described:
-    """Describes a checkpoint by its ``config.json`` and its tensors' headers; ``where`` is its name in messages."""
+    """Describes a checkpoint by its ``config.json`` and its tensors' headers.
+
+    ``where`` is its name in messages; ``made_of`` the architecture of the model that upcycle made it of, empty where it did not.
+    """
 
     raw: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
     where: str
+    made_of: str = ""
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,26 @@ def made_data(subject: Subject) -> dict[str, Any]:
 
 
 def _cuts(subject: Subject) -> list[dict[str, Any]]:
-    """Return, for every layer of a compressed MoE, the source's experts that each of its experts is made of, and the refit."""
+    """Return, for every layer of a compressed MoE, the source's experts that each of its experts is made of, and the refit.
+
+    Of a dense model made of a MoE: the experts of each part of its FFN, and under ``neurons`` how many of them that has (None: all).
+    """
     return [
-        {
-            "layer": found["layer"],
-            "experts": [[term["expert"] for term in terms] for terms in found["experts"]],
-            **(found["refit"] or {}),
-        }
-        for found in cut_reports(subject.folder)
+        {"layer": found["layer"], **_made_of(found), **(found["refit"] or {})} for found in cut_reports(subject.folder)
     ]
+
+
+def _made_of(found: dict[str, Any]) -> dict[str, Any]:
+    if "parts" not in found:
+        return {"experts": [[term["expert"] for term in terms] for terms in found["experts"]]}
+    parts = found["parts"]
+    orders = [part["terms"][0]["order"] for part in parts]
+    return {
+        "experts": [[term["expert"] for term in part["terms"]] for part in parts],
+        "neurons": [
+            part["rank"] or (None if order is None else len(order)) for part, order in zip(parts, orders, strict=True)
+        ],
+    }
 
 
 def _unfinished(subject: Subject) -> dict[str, Any]:

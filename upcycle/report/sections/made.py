@@ -39,8 +39,15 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut(layer: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return a compressed layer's index, the source's experts that are left, merged ones joined by +, and what the refit did."""
-    experts = ", ".join("+".join(map(str, terms)) for terms in layer["experts"])
+    """Return a compressed layer's index, the source's experts that are left, and what the refit did.
+
+    Merged experts are joined by +; those of which only some neurons are left are followed by the number of these.
+    """
+    names = ["+".join(map(str, terms)) for terms in layer["experts"]]
+    counts = layer.get("neurons") or [None] * len(names)
+    experts = ", ".join(
+        name if count is None else f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)
+    )
     if "missing_before" not in layer:
         return str(layer["layer"]), experts, "none"
     return str(layer["layer"]), experts, f"{layer['missing_before']:.1%} missing, then {layer['missing_after']:.1%}"

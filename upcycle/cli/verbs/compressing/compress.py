@@ -13,7 +13,18 @@ from upcycle.errors import UsageError
 
 DEFAULT_METHOD = "naee"
 KEYS = (
-    *("method", "keep", "observations", "calibration.text", "calibration.tokens", "refit", "dtype", "max_shard_size"),
+    *(
+        "method",
+        "keep",
+        "width",
+        "target",
+        "observations",
+        "calibration.text",
+        "calibration.tokens",
+        "refit",
+        "dtype",
+        "max_shard_size",
+    ),
     *("tokenizer", "seed", "revision", "verification.text", "verification.tokens"),
 )
 
