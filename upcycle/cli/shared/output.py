@@ -294,3 +294,8 @@ class ProgressBars(Progress):
         """Print a warning above the bar."""
         if not self._quiet:
             warn(message)
+
+    def tell(self, message: str) -> None:
+        """Print a note above the bar."""
+        if not self._quiet:
+            note(message)
