@@ -36,7 +36,7 @@ from upcycle.registry import FAMILIES
 from upcycle.text.mixture import text_names
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 
-CALIBRATION_TOKENS = 16384
+CALIBRATION_TOKENS = 8192
 
 
 def is_moe(source: str) -> bool:
@@ -168,7 +168,9 @@ def compare_compressions(
     )
 
 
-def _check(keep: Sequence[float], texts: Sequence[str], faster: float | None, within: float | None, timed: bool) -> None:
+def _check(
+    keep: Sequence[float], texts: Sequence[str], faster: float | None, within: float | None, timed: bool
+) -> None:
     """Refuse what cannot be compared before anything is opened."""
     from upcycle.evaluation.compare import check_goal
 

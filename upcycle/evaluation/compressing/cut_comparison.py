@@ -145,7 +145,9 @@ def named(row: CutResult) -> str:
 
 def _reason(row: CutResult, rows: Sequence[CutResult], faster: float | None, within: float | None) -> str:
     """Return why a row is recommended, in numbers."""
-    others = [one for one in rows if one.keep == row.keep and not one.baseline and one is not row and one.size_ratio < 1]
+    others = [
+        one for one in rows if one.keep == row.keep and not one.baseline and one is not row and one.size_ratio < 1
+    ]
     if faster is not None:
         why = f"loses least of those at least {faster:g}x as fast ({row.speed:.2f}x)"
     elif within is not None:
@@ -165,14 +167,18 @@ def _reason(row: CutResult, rows: Sequence[CutResult], faster: float | None, wit
 
 def _drawn(row: CutResult, rows: Sequence[CutResult]) -> CutResult | None:
     """Return the better of the rows of random experts at the same size; None where there are none."""
-    return min((one for one in rows if one.baseline and one.keep == row.keep), key=lambda one: one.quality, default=None)
+    return min(
+        (one for one in rows if one.baseline and one.keep == row.keep), key=lambda one: one.quality, default=None
+    )
 
 
 def concerns(rows: Sequence[CutResult]) -> list[str]:
     """Return what a user must know: where all lose much, where a recommended row is no better than chance, or writes other words."""
     notes = []
     for keep in dict.fromkeys(row.keep for row in rows):
-        group = [r for r in rows if r.keep == keep and r.size_ratio < 1 and not r.baseline and r.unseen_ratio is not None]
+        group = [
+            r for r in rows if r.keep == keep and r.size_ratio < 1 and not r.baseline and r.unseen_ratio is not None
+        ]
         least = min((row.unseen_ratio for row in group if row.unseen_ratio is not None), default=0.0)
         if least > MUCH_WORSE:
             notes.append(

@@ -78,7 +78,9 @@ def cut_texts(
     parts = read_parts(wanted)
     contents = {name: read_text(name) for name in text} or {name: one.held_out for name, one in parts.items()}
     everyday = read_text(EVERYDAY)
-    others = {} if seen_share(everyday, sketch(one.read for one in parts.values())) > FLATTERING else {EVERYDAY: everyday}
+    others = (
+        {} if seen_share(everyday, sketch(one.read for one in parts.values())) > FLATTERING else {EVERYDAY: everyday}
+    )
     others = {name: content for name, content in others.items() if name not in contents}
     window = min(window, context)
     domains, shortest = {}, PROMPT
