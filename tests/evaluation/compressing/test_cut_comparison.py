@@ -89,8 +89,13 @@ def test_what_a_user_must_know() -> None:
     good = [row("naee", 0.75, 1.05, 80), row("random_experts", 0.75, 1.2, 80)]
     assert said(good) == ""
     lost = [row("naee", 0.5, 1.3, 60, ratio=1.05, unseen_ratio=1.6), row("reap", 0.5, 1.4, 60, unseen_ratio=1.5)]
-    assert "at 50%, every compression loses much on text of a kind that was not calibrated on: 1.50x at best" in said(lost)
-    assert "naee with refit at 50% loses much more on text of a kind that was not calibrated on: 1.60x against 1.05x" in said(lost)
+    assert "at 50%, every compression loses much on text of a kind that was not calibrated on: 1.50x at best" in said(
+        lost
+    )
+    assert (
+        "naee with refit at 50% loses much more on text of a kind that was not calibrated on: 1.60x against 1.05x"
+        in said(lost)
+    )
     one_holds = [*lost, row("hc_smoe", 0.5, 1.5, 60, ratio=2.0, unseen_ratio=1.2)]
     assert "every compression" not in said(one_holds)
     drawn_alone = [row("naee", 0.5, 1.3, 60, unseen_ratio=1.5), row("random_experts", 0.5, 1.4, 60, unseen_ratio=1.1)]

@@ -47,7 +47,12 @@ def some_texts() -> CutTexts:
 def test_continuations_are_those_of_generate(name: str, pico_moe: Models) -> None:
     model, prompts = stock(pico_moe(name)), some_texts().prompts
     expected = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=10,
+        min_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
     )
     assert torch.equal(continuations(model, prompts, 10), expected[:, 7:])
 
@@ -110,7 +115,9 @@ def test_a_short_context_leaves_room_to_write(pico_moe: Models) -> None:
 
 def test_text_that_was_calibrated_on_is_not_of_another_kind(pico_moe: Models, tmp_path: Path) -> None:
     (tmp_path / "day.txt").write_text(read_text(EVERYDAY))
-    found = cut_texts(CalibrationRecipe(text=str(tmp_path / "day.txt")), (), 64, 32, 128, load_tokenizer(pico_moe("mixtral")))
+    found = cut_texts(
+        CalibrationRecipe(text=str(tmp_path / "day.txt")), (), 64, 32, 128, load_tokenizer(pico_moe("mixtral"))
+    )
     assert found.unseen == ()
 
 

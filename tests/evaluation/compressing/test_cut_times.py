@@ -32,7 +32,11 @@ def test_speeds(pico_moe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cut_times, "time_beside", clock)
     checkpoint = MoeCheckpoint.open(str(source))
     options = CutOptions(checkpoint, str(source), ["demo"], 64, 32, 0)
-    made = [options.candidate(method, 0.5, refit) for method in ("naee", "slim", "lower_top_k") for refit in ("none", "down")]
+    made = [
+        options.candidate(method, 0.5, refit)
+        for method in ("naee", "slim", "lower_top_k")
+        for refit in ("none", "down")
+    ]
     candidates = [one for one in made if one is not None]
     assert len(candidates) == 6
     timing = cut_times.time_cuts(checkpoint, candidates, 1, SILENT)
