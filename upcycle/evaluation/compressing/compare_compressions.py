@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -21,6 +22,7 @@ from upcycle.calibration.observe_moe import MOST_GRAM, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.evaluation.compare import check_goal
 from upcycle.evaluation.compressing.cut_candidates import REFITS, CutCandidate, CutOptions, compression_names
 from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResult, concerns, ranked, recommend_cuts
 from upcycle.evaluation.compressing.cut_measures import CutMeasures, CutMeter, CutTexts, cut_texts
@@ -30,6 +32,7 @@ from upcycle.files.locate import locate
 from upcycle.files.output.scratch import scratch
 from upcycle.formatting import duration, size
 from upcycle.hardware.memory import available_memory
+from upcycle.methods.compressing.base import LOSS_WARNING
 from upcycle.models.stock_model import folder_model
 from upcycle.progress import SILENT, Progress
 from upcycle.registry import FAMILIES
@@ -110,6 +113,9 @@ def compare_compressions(
             f"no method can keep {' or '.join(f'{part:g}' for part in keep)} of this model",
             hint=next(iter(options.skipped), "--keep 0.75,0.5"),
         )
+    for warning in candidates[0].job.cost().warnings:
+        if warning != LOSS_WARNING:  # which the table answers with numbers
+            progress.note(warning)
     recipe = candidates[0].job.recipe
     tokenizer, model = load_tokenizer(checkpoint.source.path), checkpoint.model
     measured = cut_texts(recipe.calibration, text, tokens, window, model.context, tokenizer)
@@ -172,8 +178,6 @@ def _check(
     keep: Sequence[float], texts: Sequence[str], faster: float | None, within: float | None, timed: bool
 ) -> None:
     """Refuse what cannot be compared before anything is opened."""
-    from upcycle.evaluation.compare import check_goal
-
     if not keep:
         raise UsageError("nothing is kept", hint="--keep 0.75,0.5")
     for part in keep:
@@ -249,6 +253,4 @@ def _row(
 
 
 def _timed(row: CutResult, one: CutCandidate, timing: CutTiming) -> CutResult:
-    from dataclasses import replace
-
     return replace(row, speeds=timing.speeds(one.sizes), speed=timing.speed(one.sizes))
