@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.jobs import plan
     from upcycle.conversion.verify import verify
     from upcycle.evaluation.compare import compare
+    from upcycle.evaluation.compressing.compare_compressions import compare_compressions
     from upcycle.evaluation.evaluate import evaluate
     from upcycle.kernels.entry.transformers_blocks import use_kernels
     from upcycle.kernels.entry.transformers_experts import register_kernels
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "compare",
+    "compare_compressions",
     "convert",
     "evaluate",
     "export",
@@ -52,6 +54,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 # Loaded when first used: importing torch takes seconds, and `upcycle --help` must not wait for it.
 _FUNCTIONS = {
     "compare": "evaluation.compare",
+    "compare_compressions": "evaluation.compressing.compare_compressions",
     "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",

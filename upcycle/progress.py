@@ -20,5 +20,8 @@ class Progress:
     def note(self, message: str) -> None:
         """Pass on a message that the user should see."""
 
+    def tell(self, message: str) -> None:
+        """Pass on what is about to be done, and about how long it takes."""
+
 
 SILENT = Progress()

@@ -22,6 +22,7 @@ from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.reference.write import PAGES, page
+from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResult
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
@@ -223,6 +224,8 @@ def test_json_keys(
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],
+        "compare of a MoE": keys_of(CutComparison),
+        "compare of a MoE, results": keys_of(CutResult),
         "compare timing": compared["timing"],
         "train": trained.as_dict(),
         "export": exported,

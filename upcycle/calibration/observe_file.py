@@ -29,6 +29,7 @@ def observe(
     revision: str | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """Observe the experts of ``moe`` on text, and write the observations into the file ``out``.
 
@@ -41,6 +42,7 @@ def observe(
         revision: branch, tag or commit of a hub id.
         overwrite: replace a file of observations.
         progress: where to report.
+        window: tokens per window; None: as a recipe's ``calibration.window``.
 
     Returns:
         How many tokens every layer's experts saw, as plain data.
@@ -61,10 +63,13 @@ def observe(
         raise UsageError(f"{out.parent} is no folder", hint="make it first")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise EnvironmentFault(f"{out.parent} cannot be written to", hint="name a file in another folder")
-    calibration = {"text": text.split(",") if "," in text else text, "tokens": tokens}
+    calibration: dict[str, Any] = {"text": text.split(",") if "," in text else text, "tokens": tokens}
+    if window is not None:
+        calibration["window"] = window
     recipe = parse_recipe({"source": moe, "revision": revision, "calibration": calibration, "dtype": dtype}, "observe")
     checkpoint = MoeCheckpoint.open(moe, revision)
-    wanted, window = recipe.calibration, min(recipe.calibration.window, checkpoint.model.context, tokens)
+    wanted = recipe.calibration
+    window = min(wanted.window, checkpoint.model.context, tokens)
     tokenizer = load_tokenizer(checkpoint.source.path)
     windows, own = tokens_of(wanted, read_texts(wanted), window, tokenizer, checkpoint, recipe.seed)
     if own is not None:

@@ -85,7 +85,7 @@ def compare(
     for fraction in active:
         if not 0 < fraction < 1:
             raise UsageError(f"active is a fraction between 0 and 1, got {fraction:g}", hint="--active 0.75,0.5,0.25")
-    _check_goal(faster, within, timed)
+    check_goal(faster, within, timed)
     checkpoint = DenseCheckpoint.open(source, None)
     check_calibrates(checkpoint.family, "compare")
     if not checkpoint.has_tokenizer:
@@ -142,7 +142,7 @@ def compare(
     return Comparison(source, perplexity, unseen, texts.calibration.numel(), measured, results, skipped, about, goal)
 
 
-def _check_goal(faster: float | None, within: float | None, timed: bool) -> None:
+def check_goal(faster: float | None, within: float | None, timed: bool) -> None:
     """Refuse goals that exclude each other or cannot be met."""
     if faster is not None and within is not None:
         raise UsageError("--faster and --within are two goals", hint="one of --faster 1.25 and --within 1.10")

@@ -92,7 +92,30 @@ def time_candidates(
             shapes[shape_name(candidate)] = job.target.full_config(job.dense, everywhere, "float32"), count
     stored = checkpoint.family.stored_specs(dense, 0).values()
     layer_bytes = 4 * sum(math.prod(shape) for shape in stored)
-    small = layer_bytes * dense.num_hidden_layers <= _SMALL_BYTES
+    return Timing(*time_beside(raw, shapes, layer_bytes, dense.num_hidden_layers, batch, progress, rounds))
+
+
+def time_beside(
+    raw: Mapping[str, Any],
+    shapes: Mapping[str, tuple[Mapping[str, Any], int]],
+    layer_bytes: int,
+    layers: int,
+    batch: int,
+    progress: Progress,
+    rounds: int = ROUNDS,
+) -> tuple[Times, dict[ShapeKey, Times], dict[str, Any]]:
+    """Return the parent's times, those of shapes relative to it, and how they were measured, as plain data.
+
+    Args:
+        raw: the parent's ``config.json``.
+        shapes: see :func:`relative_times`.
+        layer_bytes: of one layer of the parent in fp32.
+        layers: how many it has.
+        batch: sequences at a time.
+        progress: receives the progress.
+        rounds: how often each model is timed.
+    """
+    small = layer_bytes * layers <= _SMALL_BYTES
     with torch_threads(1 if small else torch.get_num_threads()):
         parent, relative = relative_times(raw, shapes, layer_bytes, batch=batch, rounds=rounds, progress=progress)
         about = {
@@ -107,4 +130,4 @@ def time_candidates(
             "prefill_seconds": parent.prefill,
             "decode_seconds": parent.decode,
         }
-    return Timing(parent, relative, about)
+    return parent, relative, about

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from upcycle.errors import UsageError
@@ -21,18 +21,22 @@ class Measured(Protocol):
 
 
 M = TypeVar("M", bound=Measured)
+T = TypeVar("T")
+
+
+def pareto(rows: Sequence[T], cost: Callable[[T], float], loss: Callable[[T], float]) -> list[T]:
+    """Return the rows than which none is better in one measure and at least as good in the other, the cheapest first."""
+    found: list[T] = []
+    for row in sorted(rows, key=lambda row: (cost(row), loss(row))):
+        if not found or loss(row) < loss(found[-1]):
+            found.append(row)
+    return found
 
 
 def frontier(rows: Sequence[M]) -> list[M]:
-    """Return the rows than which none is better in one measure and at least as good in the other, the fastest first.
-
-    Rows without a time are left out.
-    """
-    found: list[M] = []
-    for row in sorted((row for row in rows if row.time is not None), key=lambda row: (row.time, row.ratio)):
-        if not found or row.ratio < found[-1].ratio:
-            found.append(row)
-    return found
+    """Return :func:`pareto` of time and perplexity, the fastest first. Rows without a time are left out."""
+    timed = [(row.time, row) for row in rows if row.time is not None]
+    return [row for _, row in pareto(timed, lambda one: one[0], lambda one: one[1].ratio)]
 
 
 def best_at_speed(rows: Sequence[M], faster: float) -> M:

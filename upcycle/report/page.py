@@ -34,7 +34,7 @@ _SECTIONS: dict[str, tuple[str, _View]] = {
     "speed": ("Speed", speed_view),
     "made": ("What was done", made_view),
     "training": ("Training", training_view),
-    "comparison": ("Other ways to split it", comparison_view),
+    "comparison": ("Other ways to make it", comparison_view),
     "provenance": ("Provenance", dict),
 }
 

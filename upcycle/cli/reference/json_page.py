@@ -37,6 +37,10 @@ JSON_KEYS = {
     "compare": "source dense unseen calibration_tokens evaluation_tokens results skipped timing goal",
     "compare results": "active method router refit baseline perplexity ratio unseen_ratio kl captured parameters_active flops_ratio "
     "seconds peak_memory_bytes times time fastest frontier recommended command",
+    "compare of a MoE": "source uncut uncut_bytes unseen calibration calibration_tokens evaluation_tokens continuations "
+    "continuation_tokens observe_seconds results skipped timing goal warnings",
+    "compare of a MoE, results": "keep method refit baseline perplexity ratio unseen_ratio quality kl agreement experts top_k "
+    "expert_width bytes size_ratio speeds speed seconds frontier recommended reason command",
     "compare timing": "device instructions threads dtype batch clock prompt_tokens generated_tokens prefill_seconds decode_seconds",
     "card": "card",
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "

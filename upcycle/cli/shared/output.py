@@ -70,6 +70,11 @@ def is_coloured() -> bool:
     return console.is_terminal and not console.no_color and bool(console.color_system)
 
 
+def stdout_width() -> int:
+    """Return how many characters a line on stdout has room for."""
+    return _console(sys.stdout).width
+
+
 def _console(stream: TextIO) -> Console:
     # A file or pipe has no width; this one is wide enough that no table is folded.
     return _Console(
@@ -294,3 +299,8 @@ class ProgressBars(Progress):
         """Print a warning above the bar."""
         if not self._quiet:
             warn(message)
+
+    def tell(self, message: str) -> None:
+        """Print a note above the bar."""
+        if not self._quiet:
+            note(message)

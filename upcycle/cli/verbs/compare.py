@@ -1,8 +1,9 @@
-"""``upcycle compare``: measures ways to split a model, and recommends one."""
+"""``upcycle compare``: measures ways to split a dense model, or to compress a MoE, and recommends one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,26 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     try:
         return [float(part) for part in _list(context, option, value)]
     except ValueError:
-        raise UsageError(f"--active takes fractions, got '{value}'", hint="--active 0.75,0.5,0.25") from None
+        raise UsageError(f"--{option.name} takes fractions, got '{value}'", hint=f"--{option.name} 0.75,0.5") from None
 
 
-@click.command("compare", short_help="Find the best split of a model")
+# What is compared of a dense model, and of a MoE: options that the other does not have.
+_SPLITS = ("methods", "routers", "active", "pieces", "layers", "grid")
+_CUTS = ("compress", "keep")
+_COMMON_KEYS = ("source", "results", "skipped", "timing", "goal")  # of the JSON of either
+
+
+@click.command("compare", short_help="Find the best split of a model, or the best compression of a MoE")
 @click.argument("source")
+@click.option(
+    "--compress",
+    default="all",
+    callback=_list,
+    help="of a MoE: methods that compress it, NAME or NAME:KEY=VALUE  [default: all]",
+)
+@click.option(
+    "--keep", default="0.75,0.5", callback=_fractions, help="of a MoE: the parts that are kept  [default: 0.75,0.5]"
+)
 @click.option(
     "--methods", default="all", callback=_list, help="splitting methods: NAME or NAME:KEY=VALUE  [default: all]"
 )
@@ -46,7 +62,9 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     help="texts to calibrate on, one per domain; self: the model writes it  [default: demo]",
 )
 @click.option(
-    "--calibration-tokens", type=click.IntRange(16), default=6144, help="tokens to calibrate on  [default: 6144]"
+    "--calibration-tokens",
+    type=click.IntRange(16),
+    help="tokens to calibrate on  [default: 6144, of a MoE 8192]",
 )
 @click.option("--window", type=click.IntRange(8), default=256, help="tokens per window  [default: 256]")
 @click.option(
@@ -69,13 +87,16 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
     help="staged: all methods with one router, then all routers with the best method; full: every combination  [default: staged]",
 )
 @click.option(
-    "--faster", type=float, metavar="X", help="recommend the best quality among those at least X times as fast as dense"
+    "--faster",
+    type=float,
+    metavar="X",
+    help="recommend the best quality among those at least X times as fast as the source",
 )
 @click.option(
     "--within",
     type=float,
     metavar="X",
-    help="recommend the fastest with a perplexity of at most X times the dense one's",
+    help="recommend the fastest (of a MoE: the smallest) with a perplexity of at most X times the source's",
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=1, help="sequences at a time, where speed is measured  [default: 1]"
@@ -86,35 +107,91 @@ def _fractions(context: Any, option: Any, value: str) -> list[float]:
 @quiet_option
 @common_options
 def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
-    """Compare splitting methods, routers and refits on SOURCE, and recommend a command.
+    """Compare ways to split the dense model SOURCE, or to compress the MoE SOURCE, and recommend a command.
 
-    No checkpoint is written: layers are split and run in memory, one by one. Every row of the table is measured on text that
-    nothing was fitted to, and models of its shape are timed beside the dense one. Static pruning with the same refit, and routing
-    by an oracle, are always among the rows.
+    Of a dense model, no checkpoint is written: layers are split and run in memory, one by one. Every row of the table is measured on
+    text that nothing was fitted to, and models of its shape are timed beside the dense one. Static pruning with the same refit, and
+    routing by an oracle, are always among the rows.
+
+    A MoE is observed once. Every method then cuts it to every size, with and without the refit, into a temporary folder, one at a
+    time: perplexity on kinds of text that were calibrated on and on another, what it writes, size and speed are compared with the
+    uncut model's. Random experts are always among the rows.
 
     \b
     upcycle compare demo
     upcycle compare ./llama --calibration docs.txt,code.txt,news.txt --faster 1.25
     upcycle compare ./llama --calibration docs.txt,code.txt,news.txt --within 1.10
     upcycle compare ./llama --methods coactivation_kmeans,coactivation_kmeans:features=gram --routers ridge
+    upcycle compare ./moe --compress all --keep 0.75,0.5 --calibration docs.txt,code.txt
     """
+    from upcycle.evaluation.compressing.compare_compressions import is_moe
+
+    moe = is_moe(source)
+    _check_options(source, moe)
+    for name in _SPLITS if moe else _CUTS:
+        del options[name]
+    if options["calibration_tokens"] is None:
+        del options["calibration_tokens"]
+    if out:
+        check_overwritable(out, _is_table if out.suffix == ".md" else holds_keys(*_COMMON_KEYS))
+    (_compare_cuts if moe else _compare_splits)(source, out, as_json, ProgressBars(quiet), options)
+
+
+def _check_options(source: str, moe: bool) -> None:
+    """Refuse options that belong to the other kind of model."""
+    given = click.get_current_context().get_parameter_source
+    wrong = [name for name in (_SPLITS if moe else _CUTS) if given(name) is not click.core.ParameterSource.DEFAULT]
+    if not wrong:
+        return
+    names = ", ".join(f"--{name}" for name in wrong)
+    if moe:
+        raise UsageError(
+            f"{source} is a Mixture-of-Experts, and {names} of a split: its experts are compressed",
+            hint=f"upcycle compare {source} --compress all --keep 0.75,0.5",
+        )
+    raise UsageError(
+        f"{source} is no Mixture-of-Experts that can be compressed, which {names} asks for: its FFNs are split",
+        hint=f"upcycle compare {source} --active 0.75,0.5, or make a MoE first: upcycle convert {source} MOE",
+    )
+
+
+def _compare_cuts(
+    source: str, out: Path | None, as_json: bool, progress: ProgressBars, options: dict[str, Any]
+) -> None:
+    from upcycle.cli.shared.cut_table import cut_page, show_cuts
+    from upcycle.evaluation.compressing.compare_compressions import compare_compressions
+
+    found = compare_compressions(source, progress=progress, **options)
+    _finish(found, out, as_json, cut_page, show_cuts)
+
+
+def _compare_splits(
+    source: str, out: Path | None, as_json: bool, progress: ProgressBars, options: dict[str, Any]
+) -> None:
     from upcycle.evaluation.compare import compare
 
-    if out:
-        check_overwritable(out, _is_table if out.suffix == ".md" else holds_keys("source", "dense", "results"))
-    calibration = options.pop("calibration")
-    found = compare(source, calibration=calibration, progress=ProgressBars(quiet), **options)
+    _finish(compare(source, progress=progress, **options), out, as_json, comparison_table, _show_splits)
+
+
+def _finish(
+    found: Any, out: Path | None, as_json: bool, page: Callable[[Any], str], show: Callable[[Any], None]
+) -> None:
+    """Say what was left out, and save and print the comparison."""
     for note in found.skipped:
         warn(f"left out: {note}")
     if out:
-        text = comparison_table(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n"
+        text = page(found) if out.suffix == ".md" else json.dumps(found.as_dict(), indent=2) + "\n"
         try:
             write_text_whole(out, text)
         except OSError as error:
             raise cannot_write(out, error) from None
     if as_json:
         print_json(found.as_dict())
-        return
+    else:
+        show(found)
+
+
+def _show_splits(found: Any) -> None:
     print_table(_columns(found), [_cells(row, found) for row in found.results], right=range(4, 14 + len(found.dense)))
     print_facts(_verdicts(found))
     for note in _warnings(found):
@@ -122,7 +199,9 @@ def command(source: str, out: Path | None, quiet: bool, as_json: bool, debug: bo
 
 
 def _is_table(text: str) -> bool:
-    return text.startswith("| active | method | router | refit |")
+    from upcycle.cli.shared.cut_table import CUT_HEADING
+
+    return text.startswith(("| active | method | router | refit |", CUT_HEADING))
 
 
 def _seen(found: Any) -> list[str]:

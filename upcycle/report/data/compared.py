@@ -1,4 +1,4 @@
-"""Reads what ``upcycle compare --out FILE.json`` found about ways to split the same model."""
+"""Reads what ``upcycle compare --out FILE.json`` found about ways to split the same model, or to compress the same MoE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upcycle.files.formats.parsing import read_json
 from upcycle.report.data.subject import Subject, missing
 
 COMPARISON_FILE = "compare.json"
-_NEEDED = {"source", "dense", "results"}
+_NEEDED = ({"source", "dense", "results"}, {"source", "uncut", "results"})  # of splits, of compressions
 
 
 def comparison_data(subject: Subject, path: Path | None) -> dict[str, Any]:
@@ -29,6 +29,6 @@ def comparison_data(subject: Subject, path: Path | None) -> dict[str, Any]:
             raise CheckpointError(f"no such file: {path}", hint="upcycle compare SOURCE --out compare.json")
         return missing("no comparison was made (upcycle compare SOURCE --out compare.json, then --compare FILE)")
     content = read_json(found)
-    if not isinstance(content, dict) or not content.keys() >= _NEEDED:
+    if not isinstance(content, dict) or not any(content.keys() >= keys for keys in _NEEDED):
         raise CheckpointError(f"{found} is not a comparison", hint="upcycle compare SOURCE --out compare.json")
     return content

@@ -1,4 +1,4 @@
-"""Shows ways to split the same model, as ``upcycle compare`` measured them."""
+"""Shows ways to split the same model, or to compress the same MoE, as ``upcycle compare`` measured them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,70 @@ from upcycle.report.drawing.lines import Series, lines
 
 
 def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table's rows, a plot of the splits beside static pruning and oracle routing, and one of quality against time."""
+    """Return what is said of the comparison, its table, the first columns of which are words, and plots."""
+    return _cuts(data) if "uncut" in data else _splits(data)
+
+
+def _cuts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of compressions, and a plot of quality against size beside random experts."""
+    results = data["results"]
     rows = [
         (
-            f"{row['active']:.0%}",
-            row["method"],
-            row["router"],
-            row["refit"],
-            f"{row['ratio']:.3f}x",
-            f"{row['kl']:.3f}",
-            "-" if row.get("time") is None else f"{row['time']:.2f}x",
+            (
+                f"{row['keep']:.0%}",
+                row["method"],
+                row["refit"],
+                f"{row['size_ratio']:.0%}",
+                f"{row['ratio']:.3f}x",
+                "-" if row["unseen_ratio"] is None else f"{row['unseen_ratio']:.3f}x",
+                f"{row['quality']:.3f}x",
+                f"{row['agreement']:.0%}",
+                f"{row['kl']:.3f}",
+                "-" if row["speed"] is None else f"{row['speed']:.2f}x",
+            ),
+            bool(row["recommended"]),
+        )
+        for row in results
+    ]
+    series = []
+    for words, wanted in (
+        ("smaller without losing more", [row for row in results if row["frontier"] and not row["baseline"]]),
+        ("random experts", [row for row in results if row["baseline"] and row["refit"] != "none"]),
+    ):
+        points = sorted((row["size_ratio"], row["quality"]) for row in wanted)
+        if points:
+            series.append(Series(words, [x for x, _ in points], [y for _, y in points]))
+    best = "; ".join(f"{row['method']} at {row['keep']:.0%}: {row['reason']}" for row in results if row["recommended"])
+    plot = lines(
+        series,
+        title="What does a byte buy?",
+        reading=f"Lower and further left is better; 1 is the uncut model. Recommended: {best}.",
+        x="bytes relative to the uncut model",
+        y="perplexity relative to the uncut model",
+        include=(1.0,),
+    )
+    about = (
+        f"Compressions of {data['source']}, each measured on text that nothing was fitted to, relative to the uncut model: perplexity "
+        "on kinds of text that were calibrated on (seen) and on another (unseen), their geometric mean (quality), and the share of "
+        "the tokens it writes that are the uncut model's (same)."
+    )
+    columns = ("kept", "method", "refit", "size", "seen", "unseen", "quality", "same", "KL", "speed")
+    return {"about": about, "columns": columns, "words": 3, "rows": rows, "plots": [plot] if series else []}
+
+
+def _splits(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of splits, a plot of them beside static pruning and oracle routing, and one of quality against time."""
+    rows = [
+        (
+            (
+                f"{row['active']:.0%}",
+                row["method"],
+                row["router"],
+                row["refit"],
+                f"{row['ratio']:.3f}x",
+                f"{row['kl']:.3f}",
+                "-" if row.get("time") is None else f"{row['time']:.2f}x",
+            ),
             bool(row["recommended"]),
         )
         for row in data["results"]
@@ -42,7 +96,11 @@ def comparison_view(data: Mapping[str, Any]) -> dict[str, Any]:
         y="perplexity relative to dense",
         include=(1.0,),
     )
-    return {"source": data["source"], "rows": rows, "plots": [plot, *_by_time(data)]}
+    columns = ("active", "method", "router", "refit", "ratio", "KL", "time")
+    about = (
+        f"Splits of {data['source']}, each measured on text that nothing was fitted to; perplexity relative to dense."
+    )
+    return {"about": about, "columns": columns, "words": 4, "rows": rows, "plots": [plot, *_by_time(data)]}
 
 
 def _by_time(data: Mapping[str, Any]) -> list[Plot]:
