@@ -134,7 +134,7 @@ class Observations:
                 "top_k": int(found["top_k"]),
                 "text": dict(parse_json(found["text"], str(path))),
             }
-        except (KeyError, ValueError, TypeError):
+        except (CheckpointError, KeyError, ValueError, TypeError):
             raise CheckpointError(f"{path}: what it says of itself is damaged", hint=_AGAIN) from None
 
     @classmethod
