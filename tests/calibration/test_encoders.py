@@ -24,6 +24,8 @@ from upcycle.models.own.moe_block import MoeBlock
 from upcycle.registry import load
 from upcycle.text.windows import demo_parts, encode
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 E, K, WINDOW, TOKENS = 8, 3, 32, 2048
 SPLIT: dict[str, Any] = {
     "method": "random_split",

@@ -19,6 +19,8 @@ from upcycle.errors import CheckpointError
 from upcycle.methods.compressing.observations import Observations
 from upcycle.progress import SILENT
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 Models = Callable[..., Path]
 CLOSE = 2e-5  # two layers in fp32: a few hundred roundings of 6e-8 each, random walk and cancellation included
 

@@ -26,6 +26,8 @@ from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.registry import METHODS, load
 
+pytestmark = pytest.mark.one_in(5)  # the other cases are long
+
 Models = Callable[..., Path]
 COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
 NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py

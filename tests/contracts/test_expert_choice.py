@@ -17,6 +17,8 @@ from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 E = 4
 QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}, "target": "upcycle_moe", "experts": E}
 ALL = {"rule": "expert_choice", "capacity_factor": E}

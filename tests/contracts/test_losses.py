@@ -15,6 +15,8 @@ from upcycle.trainers.routing.router_control import Noise
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.stock_routers import RoutingRule, widened
 
+pytestmark = pytest.mark.one_in(3)  # the other cases are long
+
 B, S, E, K = 4, 5, 6, 2
 T = B * S
 # What each loss is where all experts are equally loaded and every token is certain, times its coefficient 1.

@@ -25,6 +25,8 @@ from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.verification import verify_experts
 from upcycle.verification.media import MediaCheck
 
+pytestmark = pytest.mark.one_in(5)  # the other cases are long
+
 Tower = Callable[..., Path]
 FIRST = list({wrapper: (wrapper, text) for wrapper, text in reversed(CASES)}.values())[::-1]
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "tokenizer": "none"}

@@ -25,6 +25,8 @@ from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.compressing.to_dense import ToDense
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"method": "to_dense", "calibration": TEXT, "verification": {"tokens": 64}}

@@ -26,6 +26,8 @@ from upcycle.registry import load
 from upcycle.report.write_report import write_report
 from upcycle.verification import verify_experts
 
+pytestmark = pytest.mark.one_in(5)  # the other cases are long
+
 OTHERS = [name for name, (_, kind, _) in SMALL.items() if kind != "CausalLM"]
 IN_PARTS = [name for name in OTHERS if load("described", SMALL[name][0]).parts and name != "t5-encoder"]
 WRITING = [name for name in OTHERS if SMALL[name][1] in ("Seq2SeqLM", "SpeechSeq2Seq")]

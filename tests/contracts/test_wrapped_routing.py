@@ -18,6 +18,8 @@ from upcycle.errors import RefusalError, UsageError
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.own.routing.rules import RULES
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 E = 8
 QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": E, "target": "upcycle_moe", **QUICK}

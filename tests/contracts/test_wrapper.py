@@ -26,6 +26,8 @@ from upcycle.report.data.collect import Wanted
 from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.verification import verify_experts
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
 NORMED = ["gemma2", "gemma3_text", "olmo3", "glm4", "exaone4", "hyperclovax"]
 QUICK = {"tokenizer": "none", "verification": {"tokens": 64}}

@@ -18,6 +18,8 @@ from upcycle.cli.main import cli
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.models.own.moe_block import MoeBlock
 
+pytestmark = pytest.mark.one_in(3)  # the other cases are long
+
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "own_models.md"
 SCRIPTS = dict(
     re.findall(r"^## (\w+)\n\n```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

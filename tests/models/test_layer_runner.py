@@ -15,6 +15,8 @@ from upcycle.models.layer_runner import LayerRunner, logits_of
 from upcycle.models.stock_model import dense_reader, skeleton
 from upcycle.registry import load
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 CAUSAL = [
     name
     for name, (described, kind, _) in SMALL.items()

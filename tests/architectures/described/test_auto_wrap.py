@@ -29,6 +29,8 @@ from upcycle.planning import open_sources
 from upcycle.registry import DESCRIBED, FOUND, load
 from upcycle.trainers.routing.stock_routers import moe_layers
 
+pytestmark = pytest.mark.one_in(5)  # the other cases are long
+
 QUICK: dict[str, Any] = {"family": "auto-wrap", "tokenizer": "none", "verification": {"tokens": 64}}
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **QUICK}
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 8, "top_k": 8, **QUICK}

@@ -15,6 +15,8 @@ from upcycle.architectures.described.find_ffns import FoundFfn, find_ffns
 from upcycle.errors import RefusalError
 from upcycle.registry import load
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 ROUNDING = 2e-6  # relative, of two fp32 products and sums of up to 64 terms
 
 

@@ -18,6 +18,8 @@ from upcycle.architectures.moe.dense_twin import DenseTwin, dense_twin, width_be
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import RefusalError, UsageError
 
+pytestmark = pytest.mark.one_in(5)  # the other cases are long
+
 Models = Callable[..., Path]
 FAMILY = {
     "mixtral": "llama",

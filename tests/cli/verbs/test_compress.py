@@ -19,6 +19,8 @@ from upcycle.calibration import moe_walk
 from upcycle.cli.main import main
 from upcycle.methods.compressing.observations import Observations
 
+pytestmark = pytest.mark.one_in(3)  # the other cases are long
+
 Models = Callable[..., Path]
 TEXT = ("--calibration", "demo", "--calibration-tokens", "512")
 

@@ -19,6 +19,8 @@ from upcycle.checkpoints.moe_checkpoint import leading_directions
 from upcycle.conversion import compress_conversion
 from upcycle.methods.compressing.to_dense import ToDense, ToDenseParameters
 
+pytestmark = pytest.mark.one_in(3)  # the other cases are long
+
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 Ffn = dict[str, torch.Tensor]

@@ -27,6 +27,8 @@ from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.top_k import TopKRule
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 ROUNDING = 2e-6  # fp32, two layers of sums of 64 terms: a few roundings of 6e-8 each
 GENERATING = [name for name, (_, kind, _) in SMALL.items() if kind in ("CausalLM", "Seq2SeqLM", "SpeechSeq2Seq")]
 

@@ -16,6 +16,8 @@ from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 D, T = 6, 10
 ALL: frozenset[Bias] = frozenset({"gate", "up", "down", "output"})
 MLP = RouterForm(7, "tanh", unit_inputs=True)

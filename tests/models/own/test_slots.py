@@ -15,6 +15,8 @@ from upcycle.models.own.modeling import wrapped_model_class
 from upcycle.models.own.slot_ffn import SlotFfn
 from upcycle.models.own.slots import SlotBlock
 
+pytestmark = pytest.mark.one_in(3)  # the other cases are long
+
 D, N, WIDTHS = 6, 7, (8, 4, 2, 2)
 FFN = SlotFfn((("mlp",),), D, "gelu", False, True, WIDTHS, slots=2)
 

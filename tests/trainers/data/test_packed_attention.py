@@ -17,6 +17,8 @@ from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import check_fits, packed_forward, packing_leak
 from upcycle.trainers.data.packing import layout
 
+pytestmark = pytest.mark.one_in(5)  # the other cases are long
+
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
 PARTS = [5, 1, 9, 4]  # and padding
 

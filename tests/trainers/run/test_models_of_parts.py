@@ -21,6 +21,8 @@ from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward, packing_leak
 from upcycle.trainers.routing.stock_routers import moe_layers
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 Tower = Callable[..., Path]
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}
 

@@ -26,6 +26,8 @@ from upcycle.trainers.distillation.losses import capture_outputs, layer_outputs
 from upcycle.trainers.optimizing.parameter_groups import select
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, unread_warning
 
+pytestmark = pytest.mark.one_in(4)  # the other cases are long
+
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
 NO_DROPOUT = {"gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "opt": {"dropout": 0.0}}
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 4, "top_k": 2}
