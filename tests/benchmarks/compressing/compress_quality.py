@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle.calibration.observe_file import observe_file
+from upcycle.calibration.observe_file import observe
 
 WINDOW, MEASURED = 256, 8192
 PROMPTS, PROMPT, WRITTEN = 48, 32, 32
@@ -149,7 +149,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         seen, text = Path(folder) / "seen.safetensors", ",".join(map(str, calibration))
         started = time.monotonic()
-        observe_file(str(model), seen, text, options.tokens)
+        observe(str(model), seen, text, options.tokens)
         print(f"observed once in {time.monotonic() - started:.0f} s", flush=True)
         for keep in KEPT:
             for method in options.methods:
