@@ -128,6 +128,19 @@ def test_batches_change_nothing_but_roundings(pico_moe: Models, monkeypatch: pyt
             near(getattr(layer, what), getattr(one.layers[index], what), what)
 
 
+def test_nothing_is_kept_for_a_backward_pass(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of what needs gradients would hold every batch in memory."""
+    seen: list[bool] = []
+    add = observe_moe._Sums.add
+    monkeypatch.setattr(
+        observe_moe._Sums, "add", lambda sums, routed: [seen.append(torch.is_grad_enabled()), add(sums, routed)]
+    )
+    for layer in observed(pico_moe("mixtral"), some_windows()).layers.values():
+        assert not any(tensor.requires_grad for tensor in vars(layer).values())
+    assert seen
+    assert not any(seen)
+
+
 def test_states_that_overflow_are_an_error_that_names_the_layer(
     pico_moe: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,19 +99,19 @@ class MoeWalk:
         size = max(1, WALK_TOKENS // self._window)
         return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
+    @torch.no_grad()
     def run(self, index: int, states: torch.Tensor, see: Callable[[Routed], None] | None = None) -> torch.Tensor:
         """Return a loaded layer's output ``[n, W, d]`` for its input of the same shape.
 
         Args:
             index: the layer.
             states: its input.
-            see: receives what its router and experts did, if it has any.
+            see: receives what its router and experts did, if it has any; it runs without gradients, too.
         """
         place = self.places.get(index)
         layer = self.layers[index]
         if see is None or place is None:
-            with torch.no_grad():
-                return _tensor(layer(states, **self._others(index, states)))
+            return _tensor(layer(states, **self._others(index, states)))
         inputs: list[tuple[torch.Tensor, ...]] = []
         parts: list[torch.Tensor] = []
         shared: list[torch.Tensor] = []
@@ -127,7 +127,7 @@ class MoeWalk:
             ),
         ]
         try:
-            with Recorder[Any](layer) as recorder, torch.no_grad():
+            with Recorder[Any](layer) as recorder:
                 watch_router(
                     recorder, place.block, place.router, lambda logits, weights, experts: (logits, weights, experts)
                 )

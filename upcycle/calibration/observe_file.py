@@ -12,6 +12,7 @@ from upcycle.calibration.own_text import with_own_text
 from upcycle.calibration.read_tokens import tokens_of
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.output.workspace import explained_system_errors
 from upcycle.files.user_paths import user_path
 from upcycle.methods.compressing.observations import FEW_TOKENS, Observations, noted
 from upcycle.progress import SILENT, Progress
@@ -49,7 +50,7 @@ def observe(
 
     Raises:
         UsageError: ``out`` is something else than a file of observations, or the text cannot be read.
-        EnvironmentFault: its folder cannot be written to.
+        EnvironmentFault: its folder cannot be written to, or the disk is full.
         UpcycleError: the model cannot be read.
     """
     out = user_path(Path(out)).absolute()
@@ -80,7 +81,8 @@ def observe(
     about = {**text_record(recipe, windows), **traces(wanted)}
     seen = observe_layers(checkpoint, dtype, windows, about, progress)
     checkpoint.check_unchanged()
-    seen.write(out)
+    with explained_system_errors(out):
+        seen.write(out)
     noted(seen, progress)
     layers = [
         {"layer": layer, "unused": int((found.load == 0).sum()), "few": int((found.load < FEW_TOKENS).sum())}

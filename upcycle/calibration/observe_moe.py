@@ -142,8 +142,7 @@ class _Sums:
         taken = torch.arange(first, len(routed.x), self._every)
         if not len(taken):
             return
-        with torch.no_grad():
-            outputs = torch.stack(list(expert_outputs(self._place.experts, routed.x[taken])), dim=1)  # [s, E, d]
+        outputs = torch.stack(list(expert_outputs(self._place.experts, routed.x[taken])), dim=1)  # [s, E, d]
         weights = torch.zeros(len(taken), len(self._load)).scatter_(1, routed.experts[taken], routed.weights[taken])
         self._sampled.append((routed.logits[taken], weights, outputs @ outputs.mT))
         total = outputs.double().sum(0)

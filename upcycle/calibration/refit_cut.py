@@ -11,18 +11,21 @@ T tokens, E' experts that are left, F neurons each, d the hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 
-from upcycle.architectures.expert_terms import LayerCut, Term
+from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.checkpoints.moe_checkpoint import sum_of_terms
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
+from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
 from upcycle.progress import Progress
@@ -73,8 +76,12 @@ def refit_cuts(
     from safetensors.torch import save_file
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
-    cut_layers = _CutLayers(uncut, config, cuts)
-    cut = MoeWalk(cut_layers, windows.shape[1])
+
+    def stored_dtype(layer: int) -> torch.dtype:
+        found: torch.dtype = getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, layer), dtype))
+        return found
+
+    cut = MoeWalk(_CutLayers(uncut, config, cuts, stored_dtype), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting experts", len(uncut.layers)):
@@ -85,12 +92,9 @@ def refit_cuts(
                 if index in cuts:
                     fit = _LayerFit(uncut, cut, index)
                     down, reports[index] = fit.solve(theirs, ours)
-                    stored = down.to(getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, index), dtype)))
+                    stored = down.to(stored_dtype(index))
                     fit.set(stored)
-                    path = down_file(folder, index)
-                    temporary = path.with_suffix(".tmp")
-                    save_file({"down": stored.contiguous()}, temporary)
-                    temporary.rename(path)
+                    write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
                 for batch in uncut.batches(len(windows)):
                     theirs[batch] = uncut.run(index, theirs[batch])
                     ours[batch] = cut.run(index, ours[batch])
@@ -107,8 +111,14 @@ def _down_name(checkpoint: MoeCheckpoint, layer: int) -> str:
 class _CutLayers:
     """Gives the layers of the compressed model their weights, cut out of those of a walk that holds the uncut layer."""
 
-    def __init__(self, uncut: MoeWalk, config: Mapping[str, Any], cuts: Mapping[int, LayerCut]) -> None:
-        self._uncut, self._cuts = uncut, cuts
+    def __init__(
+        self,
+        uncut: MoeWalk,
+        config: Mapping[str, Any],
+        cuts: Mapping[int, LayerCut],
+        stored: Callable[[int], torch.dtype],
+    ) -> None:
+        self._uncut, self._cuts, self._stored = uncut, cuts, stored
         self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
         compute_buffers(self.model)
         from upcycle.architectures.module_paths import module_paths_of
@@ -120,7 +130,10 @@ class _CutLayers:
         cut = self._cuts.get(index)
         whole = self._uncut.layers[index].state_dict()
         wanted = self._layers[index].state_dict()
-        state = {n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut) for n, t in whole.items()}
+        state = {
+            n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut, self._stored(index))
+            for n, t in whole.items()
+        }
         self._layers[index].load_state_dict(state, strict=True, assign=True)
         compute_layer_buffers(self.model, index)
 
@@ -129,27 +142,15 @@ class _CutLayers:
         self._layers[index].to("meta")
 
 
-def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut) -> torch.Tensor:
+def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut, stored: torch.dtype) -> torch.Tensor:
+    """Return a tensor of the layer that is left; sums of experts are rounded as they will be stored."""
     if whole.shape == shape:
         return whole
     if ".experts." not in f".{name}":
         return whole[list(cut.rows)].clone()
-    part = "down" if name.endswith("down_proj") else "gate_up"
-    return torch.stack([_sum_of_terms(whole, terms, part) for terms in cut.experts])
-
-
-def _sum_of_terms(whole: torch.Tensor, terms: Sequence[Term], part: str) -> torch.Tensor:
-    """Return the weighted sum of experts' matrices, their neurons reordered, of a stock tensor ``[E, 2 F, d]`` or ``[E, d, F]``."""
-    from upcycle.checkpoints.moe_checkpoint import reordered
-
-    total: torch.Tensor | float = 0.0
-    for term in terms:
-        matrix = whole[term.expert]
-        if term.order is not None:  # the name tells what the rows are: where d is 2 F, both matrices have one shape
-            matrix = reordered(matrix, part, torch.tensor(term.order))
-        total = total + term.weight * matrix
-    assert isinstance(total, torch.Tensor)
-    return total
+    part = "down" if name.endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
+    made = torch.stack([sum_of_terms(terms, part, whole.__getitem__) for terms in cut.experts])
+    return made.to(stored).float() if cut.merges else made
 
 
 class _LayerFit:

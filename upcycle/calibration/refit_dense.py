@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from upcycle.calibration.refit_cut import MOST_JOINT, down_file, held_out_tokens
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
+from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.growing.base import Piece
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
@@ -88,10 +90,7 @@ def refit_dense(
                     target, reports[index] = fit.solve(theirs, ours)
                     stored = down.weight.detach().to(made.dtype_of(down_names[index]))
                     down.weight.data = stored.float()
-                    path = down_file(folder, index)
-                    temporary = path.with_suffix(".tmp")
-                    save_file({"down": stored.contiguous()}, temporary)
-                    temporary.rename(path)
+                    write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
                     theirs = target
                 else:
                     for batch in whole.batches(len(windows)):

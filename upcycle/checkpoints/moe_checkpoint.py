@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, Term
@@ -77,16 +77,11 @@ class MoeCheckpoint(Checkpoint):
         """Return the weighted sum of the terms' matrices, ``[rows, columns]``, or ``[1, rows, columns]`` of a fused tensor."""
         import torch
 
-        total: torch.Tensor | None = None
-        for term in terms:
-            fused = origin.fused
-            name = origin.names[0] if fused else origin.names[term.expert]
-            rows = (term.expert, 1) if fused else None
-            matrix = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()
-            if term.order is not None:
-                matrix = reordered(matrix, origin.part, torch.tensor(term.order))
-            total = term.weight * matrix if total is None else total + term.weight * matrix
-        assert total is not None
+        def matrix(expert: int) -> torch.Tensor:
+            name, rows = (origin.names[0], (expert, 1)) if origin.fused else (origin.names[expert], None)
+            return torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()
+
+        total = sum_of_terms(terms, origin.part, matrix)
         stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
         return self._checked(origin.name, total, stored)
 
@@ -128,6 +123,26 @@ class MoeCheckpoint(Checkpoint):
         drawn = torch.randn(fresh.shape, generator=stream(origin.seed, origin.name, "noise"))
         taken[origin.kept :] = (fresh.float() + origin.noise * std * drawn).to(taken.dtype)
         return taken
+
+
+def sum_of_terms(terms: Sequence[Term], part: str, matrix: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Return the weighted sum of experts' matrices, the neurons of each in its order.
+
+    Args:
+        terms: the experts, at least one.
+        part: which matrix it is.
+        matrix: returns that of an expert, fp32.
+    """
+    import torch
+
+    total: torch.Tensor | None = None
+    for term in terms:
+        own = matrix(term.expert)
+        if term.order is not None:
+            own = reordered(own, part, torch.tensor(term.order))
+        total = term.weight * own if total is None else total + term.weight * own
+    assert total is not None
+    return total
 
 
 def reordered(matrix: torch.Tensor, part: str, order: torch.Tensor) -> torch.Tensor:

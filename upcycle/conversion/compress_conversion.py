@@ -13,7 +13,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
-from upcycle.errors import UsageError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.files.user_paths import user_path
@@ -165,11 +165,16 @@ class CompressConversion(CompressJob, GrowthConversion):
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
 
-        if unit.layer is None or not self.refits or not down_file(folder, unit.layer).exists():
+        if unit.layer is None or not self.refits or unit.layer not in read_cuts(folder):
             return None
+        path = down_file(folder, unit.layer)
+        if not path.exists():  # written without it, the layer would be one that nobody fitted
+            raise CheckpointError(
+                f"{path} is missing", hint="--restart discards the unfinished result and begins again"
+            )
         from safetensors.torch import load_file
 
-        return load_file(down_file(folder, unit.layer))["down"]
+        return load_file(path)["down"]
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
         """Remove what only the writing needed, and return :meth:`reports`."""

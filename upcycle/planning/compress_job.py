@@ -13,6 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.user_paths import user_path
 from upcycle.methods.compressing.base import Compression, Cut, cut_of, described_cut
+from upcycle.methods.compressing.observations import Observations
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
 from upcycle.planning.job import check_text
@@ -59,8 +60,6 @@ class CompressJob(GrowthJob):
     @cached_property
     def about(self) -> dict[str, Any] | None:
         """What the file of observations says of itself; None: the recipe names none."""
-        from upcycle.methods.compressing.observations import Observations
-
         return None if self.recipe.observations is None else Observations.about(user_path(self.recipe.observations))
 
     @property
@@ -71,7 +70,11 @@ class CompressJob(GrowthJob):
     @property
     def record(self) -> dict[str, Any]:
         """The keys that only this kind of conversion adds to ``upcycle.json``."""
-        return {"target": self.target_name, "growth": self.grown.summary, "refit": "down" if self.refits else "none"}
+        return {
+            "target": self.target_name,
+            "compression": self.grown.summary,
+            "refit": "down" if self.refits else "none",
+        }
 
     def cost(self) -> Plan:
         """Work out what the compression will write and need, from headers alone."""
@@ -119,7 +122,8 @@ def checked_compression(job: C) -> C:
         UsageError: text is missing, or a refit is asked for that there is none of.
     """
     recipe = job.recipe
-    assert job.about is None or recipe.observations  # a file that is not there, or another one, is refused now
+    if recipe.observations is not None:
+        Observations.about(user_path(recipe.observations))  # a file that is not there, or another one, is refused now
     if recipe.refit in ("scale", "blocks"):
         raise UsageError(
             f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",

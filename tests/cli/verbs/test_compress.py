@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from upcycle.calibration import moe_walk
@@ -342,6 +342,23 @@ def test_observe_refuses_a_folder_that_cannot_be_written_to(
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     refused("cannot be written to", "another folder", "observe", pico_moe("mixtral"), tmp_path / "a", *TEXT, code=4)
+
+
+def test_observe_says_that_the_disk_is_full(pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    refused(
+        "the disk is full while writing",
+        "free some space",
+        "observe",
+        pico_moe("mixtral"),
+        tmp_path / "a",
+        *TEXT,
+        code=4,
+    )
+    assert not any(path.name.startswith(("a", ".a")) for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("texts", [1, 2])

@@ -13,6 +13,7 @@ from upcycle.cli.shared.output import Cell, ProgressBars, note, print_facts, pri
 from upcycle.errors import UsageError
 from upcycle.files.output.ownership import folder_kind, real_path
 from upcycle.formatting import count, duration, size
+from upcycle.recipe.conversion_recipe import Recipe
 
 
 @click.command("convert", short_help="Convert SOURCE into a MoE and verify it")
@@ -68,6 +69,21 @@ def command(
 
         base = blueprint_recipe(blueprint)
     recipe = build_recipe(source, flags, base, None if quiet else note)
+    carry_out(recipe, out, no_verify, overwrite, restart, blueprint, dry_run, quiet, as_json)
+
+
+def carry_out(
+    recipe: Recipe,
+    out: Path,
+    no_verify: bool,
+    overwrite: bool,
+    restart: bool,
+    blueprint: Path | None,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Carry out a recipe, or with ``dry_run`` plan it, and print the outcome; the arguments are the options of these names."""
     if no_verify:
         recipe = recipe.model_copy(update={"verification": recipe.verification.model_copy(update={"enabled": False})})
     if dry_run:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -251,27 +252,46 @@ def explained_system_errors(out: Path) -> Iterator[None]:
     Raises:
         EnvironmentFault: the disk is full or fails, or a file is too large for it.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if fault := _full(out, error):
             raise fault from error
         raise
 
 
-def _full(out: Path, error: OSError) -> EnvironmentFault | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _number(error: Exception) -> int | None:
+    """Return the system's number of an error; safetensors says it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"os error (\d+)", str(error))
+    return int(said[1]) if said else None
+
+
+def _full(out: Path, error: Exception) -> EnvironmentFault | None:
+    number = _number(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentFault(
             f"the disk is full while writing {out}", hint="free some space, then run the same command again to continue"
         )
-    if error.errno == errno.EFBIG:
+    if number == errno.EFBIG:
         return EnvironmentFault(
             f"a file of {out} is larger than its disk or the limit of this shell allows",
             hint="--max-shard-size 2GB, or another disk",
         )
-    if error.errno in (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOSYS, errno.EINVAL, errno.EBUSY, errno.ENXIO):
+    if number is not None and number in (
+        errno.EIO,
+        errno.EROFS,
+        errno.ESTALE,
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.EBUSY,
+        errno.ENXIO,
+    ):
         return EnvironmentFault(
-            f"the disk fails while writing {out}: {error.strerror}",
+            f"the disk fails while writing {out}: {os.strerror(number)}",
             hint="check the disk, then run the same command again to continue",
         )
     return None

@@ -77,7 +77,6 @@ class Compression(Growth):
     keys = frozenset({"keep", "observations", "calibration", "refit", "dtype"})
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
-
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
 
@@ -115,18 +114,10 @@ class Compression(Growth):
         gone = f"{model.experts - keep} of {model.experts} experts are gone from every layer"
         return gone, f"{keep} experts from {model.experts}, top-{model.top_k}"
 
-    def check(self, experts: int, top_k: int, keep: int) -> None:
-        """Refuse sizes that the method cannot work on.
-
-        Raises:
-            UsageError: it cannot; the message says what it can.
-        """
-
     def grow(self, source: Described, recipe: Recipe, choice: Any = None) -> Grown:
         """Describe the result; ``choice`` are the cuts by layer, None before they are decided."""
         model = MoeModel.read(source.raw, source.specs, source.where)
         keep = self.kept(model, recipe)
-        self.check(model.experts, model.top_k, keep)
         sizes = self.sizes(model, keep)
         cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
         exact = sizes == CutSizes.of(model)
@@ -151,12 +142,12 @@ class Compression(Growth):
         )
 
     def cuts(
-        self, checkpoint_model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+        self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
     ) -> dict[int, Cut]:
         """Decide every layer.
 
         Args:
-            checkpoint_model: the source.
+            model: the source.
             seen: its observations.
             keep: what :meth:`kept` returned.
             matrices: returns what reads the matrices of a layer's experts.
@@ -164,7 +155,6 @@ class Compression(Growth):
         """
         found: dict[int, Cut] = {}
         for layer, observed in seen.layers.items():
-            model = checkpoint_model
             source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
             found[layer] = self.cut(source, keep)
         return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ class Observations:
             for field in fields(LayerObservations)
         }
         about = {"upcycle": "observations", "format": _FORMAT, "model": self.model, "top_k": str(self.top_k)}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, {**about, "text": json.dumps(self.text)})
-        temporary.rename(path)
+        write_whole(path, lambda partial: save_file(tensors, partial, {**about, "text": json.dumps(self.text)}))
 
     @staticmethod
     def about(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from upcycle.cli.shared.options import build_recipe, common_options, quiet_option, some_recipe_options
-from upcycle.cli.shared.output import ProgressBars, note, print_facts, print_json
+from upcycle.cli.shared.output import note
 from upcycle.errors import UsageError
 
 DEFAULT_METHOD = "naee"
@@ -61,8 +61,7 @@ def command(
     upcycle compress ./moe OUT --keep 0.5 --method naee --calibration docs.txt
     upcycle compress ./moe OUT --keep 0.75 --observations seen.safetensors --refit none
     """
-    from upcycle.cli.verbs.convert import conversion_facts
-    from upcycle.conversion.convert import run_recipe
+    from upcycle.cli.verbs.convert import carry_out
     from upcycle.registry import load
 
     recipe = build_recipe(source, flags, {"method": DEFAULT_METHOD}, None if quiet else note)
@@ -71,15 +70,4 @@ def command(
             f"{recipe.method} does not compress a Mixture-of-Experts",
             hint=f"upcycle convert {source} OUT --method {recipe.method}, or --method {DEFAULT_METHOD}",
         )
-    if no_verify:
-        recipe = recipe.model_copy(update={"verification": recipe.verification.model_copy(update={"enabled": False})})
-    if dry_run:
-        from upcycle.cli.verbs.plan import show_plan
-
-        show_plan(recipe, as_json)
-        return
-    result = run_recipe(recipe, out, overwrite, restart, None, ProgressBars(quiet))
-    if as_json:
-        print_json(result.as_dict())
-        return
-    print_facts(conversion_facts(result, out, recipe.source))
+    carry_out(recipe, out, no_verify, overwrite, restart, None, dry_run, quiet, as_json)
