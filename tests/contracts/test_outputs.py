@@ -19,7 +19,6 @@ from upcycle.cli.main import cli
 PACKAGE = Path(upcycle.__file__).parent
 # Renaming, removing trees and locking are done here, and in files of upcycle's own making within a folder that these have opened.
 FOLDERS = {
-    "calibration/blueprint_join.py",
     "files/output/placing.py",
     "files/output/scratch.py",
     "files/output/workspace.py",

@@ -6,14 +6,13 @@ the job, and the layers' files are removed only once it is on the disk.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.local_names import LocalNames
-from upcycle.files.output.workspace import CALIBRATION_FOLDER, LAYER_BLUEPRINTS
+from upcycle.files.output.workspace import LAYER_BLUEPRINTS, remove_parts
 from upcycle.files.records import BLUEPRINT_FILE
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def join_layers(job: ExpertJob, folder: Path) -> list[dict[str, Any]]:
         )
         public = LocalNames.of(job.recipe.model_dump()).published(recipe)
         write_whole(folder / BLUEPRINT_FILE, lambda partial: join_blueprints(parts, partial, public))
-    shutil.rmtree(folder / LAYER_BLUEPRINTS, ignore_errors=True)
-    shutil.rmtree(folder / CALIBRATION_FOLDER, ignore_errors=True)
+    remove_parts(folder)
     return blueprint_reports(folder)
 
 

@@ -15,7 +15,7 @@ from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
-from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.files.output.workspace import LAYER_BLUEPRINTS, remove_parts
 from upcycle.files.user_paths import user_path
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.compress_job import (
@@ -178,9 +178,7 @@ class CompressConversion(CompressJob, GrowthConversion):
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
         """Remove what only the writing needed, and return :meth:`reports`."""
-        import shutil
-
-        shutil.rmtree(folder / LAYER_BLUEPRINTS, ignore_errors=True)
+        remove_parts(folder)
         return cut_reports(folder)
 
     def reports(self, folder: Path) -> list[dict[str, Any]]:

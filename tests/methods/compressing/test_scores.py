@@ -10,9 +10,9 @@ import torch
 from layer_sources import layer_source, random_observations
 
 from upcycle.methods.compressing.base import best
-from upcycle.methods.compressing.frequency import Frequency, FrequencyParameters
-from upcycle.methods.compressing.random_experts import RandomExperts
-from upcycle.methods.compressing.reap import Reap
+from upcycle.methods.compressing.dropping.frequency import Frequency, FrequencyParameters
+from upcycle.methods.compressing.dropping.random_experts import RandomExperts
+from upcycle.methods.compressing.dropping.reap import Reap
 from upcycle.plugins import PluginParameters
 
 

@@ -144,10 +144,10 @@ def compare_compressions(
         rows = []
         with progress.phase("comparing compressions", len(candidates)):
             for one in candidates:
-                out = folder / "candidate"
-                result = run_recipe(options.recipe(one.method, one.keep, one.refit, observations), out)
-                found = meter.cut(folder_model(out, streamed))
-                shutil.rmtree(out)
+                with scratch("candidate") as place:
+                    out = place / "model"
+                    result = run_recipe(options.recipe(one.method, one.keep, one.refit, observations), out)
+                    found = meter.cut(folder_model(out, streamed))
                 rows.append(_row(one, found, uncut, measured, checkpoint, result.seconds, options.command(one)))
                 progress.advance()
         checkpoint.check_unchanged()

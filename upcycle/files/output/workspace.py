@@ -238,6 +238,12 @@ def settle(out: Path, note: Callable[[str], None] = _silent) -> None:
         lock.release()
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the parts that a conversion kept of every layer until all were written."""
+    for name in (LAYER_BLUEPRINTS, CALIBRATION_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove the temporary files that a killed process left in a working folder whose files are all complete."""
     for path in folder.iterdir():

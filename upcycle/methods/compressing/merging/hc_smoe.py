@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.methods.compressing.base import Compression, LayerSource
-from upcycle.methods.compressing.merging import merged
+from upcycle.methods.compressing.merging.merge_groups import merged
 
 
 class HcSmoe(Compression):

@@ -18,9 +18,9 @@ from moe_oracle import block_of, layers_of, stock
 import upcycle
 from upcycle.architectures.expert_terms import LayerCut, Term
 from upcycle.checkpoints.moe_checkpoint import reordered
-from upcycle.methods.compressing.hc_smoe import HcSmoe
-from upcycle.methods.compressing.m_smoe import MSmoe
-from upcycle.methods.compressing.merging import aligned, merged
+from upcycle.methods.compressing.merging.hc_smoe import HcSmoe
+from upcycle.methods.compressing.merging.m_smoe import MSmoe
+from upcycle.methods.compressing.merging.merge_groups import aligned, merged
 from upcycle.plugins import PluginParameters
 
 Models = Callable[..., Path]

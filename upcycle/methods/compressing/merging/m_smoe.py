@@ -6,7 +6,7 @@ import torch
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.methods.compressing.base import Compression, LayerSource
-from upcycle.methods.compressing.merging import aligned, merged
+from upcycle.methods.compressing.merging.merge_groups import aligned, merged
 
 
 class MSmoe(Compression):
