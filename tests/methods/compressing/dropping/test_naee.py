@@ -98,7 +98,7 @@ def test_beyond_experts_leave_one_by_one_and_no_exchange_helps(seed: int) -> Non
 
 
 def test_exchanges_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle.methods.compressing import naee as module
+    from upcycle.methods.compressing.dropping import naee as module
 
     tried = []
     monkeypatch.setattr(
