@@ -337,6 +337,7 @@ def test_provenance_names_the_text_and_its_tokens(pico: Pico, tmp_path: Path) ->
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"calibration": {"text": "nowhere.txt"}}, UsageError, "no such calibration text"),
+    ({"calibration": "{folder}"}, UsageError, "is a folder, and this model reads text files"),
     ({"calibration": {"text": "demo", "window": 512, "tokens": 8}}, UsageError, "calibration.tokens"),
     ({"calibration": None, "refit": "down"}, UsageError, "needs calibration text"),
     ({"calibration": None, "router": "ridge"}, UsageError, "router ridge looks at activations"),
@@ -355,7 +356,8 @@ def test_bad_input(pico: Pico, tmp_path: Path, changes: dict[str, Any], kind: ty
     (tmp_path / "short.txt").write_text("a few words")
     (tmp_path / "rows.jsonl").write_text('{"text": "abc", "id": 1}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "abc"}\n{"text"\n')
-    files = {"short": "short.txt", "rows": "rows.jsonl", "broken": "broken.jsonl"}
+    (tmp_path / "folder").mkdir()
+    files = {"short": "short.txt", "rows": "rows.jsonl", "broken": "broken.jsonl", "folder": "folder"}
     text = json.dumps(changes)
     for word, name in files.items():
         text = text.replace(f"{{{word}}}", str(tmp_path / name))

@@ -142,6 +142,11 @@ def _text(name: str, column: str, characters: int) -> Parts:
     if path.is_file():
         kind = file_kind(path)
         return by_position(read_text(name)) if kind == "text" else by_document(_rows(path, column), characters)
+    if path.is_dir():
+        raise UsageError(
+            f"calibration text {name} is a folder, and this model reads text files",
+            hint="name the files in it, separated by commas; folders of images are for models that read images alone",
+        )
     if not is_dataset(name):
         raise UsageError(
             f"no such calibration text: {name}",

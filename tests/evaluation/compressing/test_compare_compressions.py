@@ -201,7 +201,7 @@ def test_what_is_refused(pico: Callable[[str], Path], pico_moe: Models) -> None:
         ({"keep": []}, "nothing is kept"),
         ({"keep": [0.25]}, "no method can keep 0.25 of this model"),
         ({"compress": ["sparse_upcycling"]}, "sparse_upcycling does not compress"),
-        ({"compress": ["raep"]}, "raep"),
+        ({"compress": ["raep"]}, "unknown method 'raep'"),
         ({"calibration": "self"}, "of self nothing is"),
         ({"faster": 1.5}, "a goal needs times"),
         ({"faster": 1.5, "within": 1.1}, "two goals"),
@@ -209,6 +209,9 @@ def test_what_is_refused(pico: Callable[[str], Path], pico_moe: Models) -> None:
         settings = {"compress": ["reap"], **SMALL, **changes}
         with pytest.raises(UsageError, match=message):
             compare_compressions(moe, **settings)
+    with pytest.raises(UsageError) as caught:
+        compare_compressions(moe, **{**SMALL, "compress": ["raep"]})
+    assert "did you mean 'reap'" in caught.value.hint and "sparse_upcycling" not in caught.value.hint
     with pytest.raises(RefusalError, match="is a dense 'llama' model"):
         compare_compressions(str(pico("llama")), **SMALL)
 

@@ -15,7 +15,7 @@ from upcycle.methods.compressing.base import CutSizes
 from upcycle.planning.job import method_of
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.recipe.recipe_parts import CalibrationRecipe
-from upcycle.registry import METHODS, load
+from upcycle.registry import METHODS, load, suggestion
 
 BASELINE = "random_experts"
 REFITS = ("none", "down")
@@ -125,7 +125,10 @@ def compression_names(names: Sequence[str]) -> list[str]:
     if list(names) == ["all"]:
         return every
     for name in names:
-        if load("method", name.partition(":")[0]).kind != "compression":
+        plain = name.partition(":")[0]
+        if plain not in METHODS:
+            raise UsageError(f"unknown method '{plain}'", hint=suggestion(plain, every))
+        if plain not in every:
             raise UsageError(
                 f"{name} does not compress a Mixture-of-Experts", hint=f"--compress all, or some of: {', '.join(every)}"
             )
