@@ -135,7 +135,7 @@ def main() -> int:
     """Cut, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a MoE's folder; default: small_moe.py's")
-    parser.add_argument("--train-tokens", type=int, default=TOKENS, help="of small_moe.py  [default: 2,000,000]")
+    parser.add_argument("--train-tokens", type=int, default=TOKENS, help="of small_moe.py  [default: 8,000,000]")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path)
