@@ -195,6 +195,7 @@ LOSSES = {
     "switch_balance": "upcycle.trainers.losses.switch_balance:SwitchBalance",
     "device_balance": "upcycle.trainers.losses.device_balance:DeviceBalance",
     "cluster_variance": "upcycle.trainers.losses.cluster_variance:ClusterVariance",
+    "relu_l1": "upcycle.trainers.losses.relu_l1:ReluL1",
     "skywork_balance": "upcycle.trainers.losses.skywork_balance:SkyworkBalance",
     "importance_cv2": "upcycle.trainers.losses.importance_cv2:ImportanceCV2",
     "load_cv2": "upcycle.trainers.losses.load_cv2:LoadCV2",

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from upcycle.models.own.routing.relu import ReluRule
 from upcycle.registry import LOSSES, load
 from upcycle.trainers.distributed.reduction import Reduction
 from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses
 from upcycle.trainers.routing.neuron_records import ActivationRecord
 from upcycle.trainers.routing.router_control import Noise
 from upcycle.trainers.routing.router_records import RouterRecord
-from upcycle.trainers.routing.stock_routers import RoutingRule, widened
+from upcycle.trainers.routing.routing_rule import RoutingRule, widened
+from upcycle.trainers.routing.varying_rules import varying_rule
 
 pytestmark = pytest.mark.one_in(3)  # the other cases are long
 
@@ -29,7 +31,8 @@ AT_BALANCE = {
     "load_cv2": 0.0,
     "mutual_information": -torch.tensor(float(E), dtype=torch.float64).log().item(),
 }
-NOT_BALANCES = {"router_z", "hoyer"}
+NOT_BALANCES = {"router_z", "hoyer", "relu_l1"}
+VARYING = {"relu_l1"}  # of routers that run a varying number of experts, whose choices are never dropped
 DRAWN = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
 KEPT = torch.rand(T, K, generator=torch.Generator().manual_seed(11)) > 0.3
 ALL = torch.ones(T, dtype=torch.bool)
@@ -45,6 +48,10 @@ def recorded(loss: Loss, z: torch.Tensor, rows: torch.Tensor = ALL, score: Any =
     """As a pass over the tokens ``rows`` would record it: z are logits, or pre-activations of ReLU neurons."""
     if loss.reads == "activations":
         return ActivationRecord(0, z, z.relu())
+    if loss.name in VARYING:
+        varying = varying_rule(ReluRule(), E)
+        assert varying
+        return RouterRecord(0, z, *varying.route(z), varying)
     rule = RoutingRule(score, E, K)
     std = 0.5 + 0.1 * widened(z).square()
     noise = Noise(DRAWN[rows].to(std.dtype) * std, std)
@@ -99,7 +106,7 @@ def test_masked_tokens_might_as_well_not_be_there(name: str, z: torch.Tensor) ->
 
 
 LOADS = [
-    *((name, {}) for name in sorted(set(LOSSES) - {"hoyer"})),
+    *((name, {}) for name in sorted(set(LOSSES) - {"hoyer"} - VARYING)),
     ("switch_balance", {"fraction": "first"}),
     ("switch_balance", {"fraction": "weights"}),
     ("importance_cv2", {"of": "probabilities"}),

@@ -15,7 +15,7 @@ from upcycle.ffn.moe_shape import MoeShape
 from upcycle.models.experts import use_eager_experts
 from upcycle.registry import load
 from upcycle.trainers.routing.router_records import RouterRecord
-from upcycle.trainers.routing.stock_routers import RoutingRule
+from upcycle.trainers.routing.routing_rule import RoutingRule
 
 Models = Callable[..., Any]
 

@@ -132,8 +132,9 @@ class WholeTensors:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if not _is_mapped(part):
-            state: torch.Tensor = self.engine.optimizer.state[part][key]
-            return state
+            state: torch.Tensor | None = self.engine.optimizer.state[part].get(key)
+            # No gradient ever reached it, as of routers whose experts always weigh 1, so that the optimizer never saw it.
+            return torch.zeros_like(part, dtype=torch.float32) if state is None else state
         full: torch.Tensor = safe_get_full_optimizer_state(part, key)
         return full.view(getattr(part, "ds_shape", part.shape))
 

@@ -20,7 +20,8 @@ from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.recipe.part_recipes import ExpertTargetParameters
 from upcycle.trainers.routing.recorder import Recorder
-from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers, widened
+from upcycle.trainers.routing.routing_rule import widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of shared experts in stock blocks
 

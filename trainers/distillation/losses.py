@@ -16,7 +16,7 @@ from upcycle.errors import UsageError
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.recorder import Recorder
-from upcycle.trainers.routing.stock_routers import widened
+from upcycle.trainers.routing.routing_rule import widened
 
 
 @dataclass(frozen=True)

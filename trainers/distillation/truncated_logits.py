@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers.routing.stock_routers import widened
+from upcycle.trainers.routing.routing_rule import widened
 
 
 @dataclass(frozen=True)

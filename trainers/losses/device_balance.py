@@ -35,7 +35,7 @@ class DeviceBalance(Loss):
 
     def sums(self, record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
         """``[2 E + 1]``: shares of the choices, probabilities, and the number of tokens."""
-        load = record.chosen / record.experts.shape[1]
+        load = record.load
         return torch.cat([counted(load, mask), counted(record.probabilities, mask), token_count(load, mask)])
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:

@@ -44,8 +44,7 @@ class ImportanceCV2(Loss):
         """``[E]``: each expert's importance."""
         if self.parameters.of == "probabilities":
             return counted(record.probabilities, mask)
-        weights = record.undropped.to(record.scores.dtype)
-        return counted(torch.zeros_like(record.chosen).scatter(1, record.experts, weights), mask)
+        return counted(record.gates, mask)
 
     def value(self, sums: torch.Tensor, record: RouterRecord) -> torch.Tensor:
         """One layer's loss, a scalar, from its sums over all tokens."""

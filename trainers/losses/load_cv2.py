@@ -8,7 +8,7 @@ from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.losses.base import Loss
 from upcycle.trainers.losses.importance_cv2 import CV2Parameters, squared_variation
 from upcycle.trainers.routing.router_records import RouterRecord
-from upcycle.trainers.routing.stock_routers import widened
+from upcycle.trainers.routing.routing_rule import widened
 
 
 class LoadCV2(Loss):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from upcycle.trainers.routing.stock_routers import widened
+from upcycle.trainers.routing.routing_rule import widened
 
 _NO_TARGET = -100
 

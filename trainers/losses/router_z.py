@@ -8,7 +8,7 @@ from pydantic import Field
 from upcycle.trainers.distributed.reduction import counted, token_count
 from upcycle.trainers.losses.base import Loss, LossParameters
 from upcycle.trainers.routing.router_records import RouterRecord
-from upcycle.trainers.routing.stock_routers import widened
+from upcycle.trainers.routing.routing_rule import widened
 
 
 class RouterZParameters(LossParameters):

@@ -64,11 +64,10 @@ class SwitchBalance(Loss):
     def _load(self, record: RouterRecord) -> torch.Tensor:
         """``[T, E]``: what each token adds to the load of each expert. Rows sum to 1, unless weights are not normalised."""
         if self.parameters.fraction == "choices":
-            return record.chosen / record.experts.shape[1]
+            return record.load
         if self.parameters.fraction == "first":
-            return torch.zeros_like(record.chosen).scatter_(1, record.first, 1.0)
-        weights = record.undropped.to(record.scores.dtype)
-        return torch.zeros_like(record.chosen).scatter(1, record.experts, weights)
+            return record.spread(torch.ones_like(record.first, dtype=record.scores.dtype), record.first)
+        return record.gates
 
 
 def shares(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,8 @@ from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
-from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, sampling_noise, widened
+from upcycle.trainers.routing.routing_rule import RoutingRule, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, sampling_noise
 
 NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
 _NORM_EPSILON = 1e-6
@@ -90,6 +91,11 @@ class RouterControl:
             UsageError: the architecture cannot express normalised logits, and that was not accepted.
         """
         options, rule = self.parameters, layer.rule
+        if rule.varies and options != ControlParameters():
+            raise UsageError(
+                "control: it changes which of a fixed number of experts a token has; these routers run as many as their logits say",
+                hint="leave control out",
+            )
         decides = options.noise != "none" or options.second == "sampled" or bool(options.normalize_logits)
         if decides and rule.constant is not None and sampling_noise(layer):
             raise UsageError(

@@ -35,7 +35,8 @@ def load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
             counts[place.index] = torch.zeros(place.count, dtype=torch.int64)
 
             def count(_: Any, __: Any, experts: torch.Tensor, index: int = place.index) -> None:
-                counts[index] += torch.bincount(experts.flatten(), minlength=len(counts[index])).cpu()
+                chosen = torch.bincount(experts.flatten(), minlength=len(counts[index]))
+                counts[index] += chosen[: len(counts[index])].cpu()  # what follows is of places without an expert
 
             watch_router(recorder, place.block, place.router, count)
         yield counts
@@ -43,7 +44,7 @@ def load_counts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
 
 def layer_load(layer: int, counts: torch.Tensor) -> LayerLoad:
     """The load of one layer whose experts were chosen ``counts`` ``[E]`` times."""
-    load = counts.double() / counts.sum()
+    load = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.xlogy(load, load).sum().item()
     return LayerLoad(
         layer=layer,

@@ -13,12 +13,13 @@ from torch import nn
 from upcycle.trainers.distributed.expert_parallel import is_parallel, read_router
 from upcycle.trainers.routing.recorder import Recorded, Recorder
 from upcycle.trainers.routing.router_control import Noise, RouterControl
-from upcycle.trainers.routing.stock_routers import MoeLayer, RoutingRule, require_moe_layers, widened
+from upcycle.trainers.routing.routing_rule import RoutingRule, widened
+from upcycle.trainers.routing.stock_routers import MoeLayer, require_moe_layers
 
 
 @dataclass(frozen=True)
 class RouterRecord:
-    """One router in one forward pass; gradients flow through all but ``experts`` and ``kept``.
+    """One router in one forward pass; gradients flow through all but ``experts`` and ``kept``. The id E stands for no expert.
 
     ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
     ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
@@ -48,7 +49,23 @@ class RouterRecord:
     @cached_property
     def chosen(self) -> torch.Tensor:
         """``[T, E]`` in the dtype of the scores, without gradient: 1 where an expert was chosen, dropped or not."""
-        return torch.zeros_like(self.scores).scatter_(1, self.experts, 1.0)
+        return self.spread(torch.ones_like(self.experts, dtype=self.scores.dtype))
+
+    @cached_property
+    def load(self) -> torch.Tensor:
+        """``[T, E]``, likewise: the share of each expert in its token's choices. Rows sum to 1, or to 0 where there is none."""
+        return self.chosen / self.chosen.sum(1, keepdim=True).clamp(min=1)
+
+    @cached_property
+    def gates(self) -> torch.Tensor:
+        """``[T, E]`` in the dtype of the scores: every expert's weight before any choice was dropped; with gradient."""
+        return self.spread(self.undropped.to(self.scores.dtype))
+
+    def spread(self, values: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """``[T, E]``: ``values`` at the places of ``experts`` (both ``[T, K]``, by default the chosen ones), 0 elsewhere."""
+        places = self.experts if experts is None else experts
+        every = values.new_zeros(len(values), self.rule.experts + 1)  # the last is for what is no expert
+        return every.scatter(1, places, values)[:, :-1]
 
     @cached_property
     def undropped(self) -> torch.Tensor:

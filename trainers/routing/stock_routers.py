@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,56 +20,11 @@ from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
+from upcycle.trainers.routing.routing_rule import RoutingRule
+from upcycle.trainers.routing.varying_rules import varying_rule
 
 _SCORES: tuple[Score, ...] = ("softmax", "sigmoid")
 _ASKED = 64  # random tokens that an unknown router is asked about
-
-
-@dataclass(frozen=True)
-class RoutingRule:
-    """What turns logits into choices: scores, a bias that only the choice sees, and how the chosen scores become weights.
-
-    The weights are ``factor * score / (sum of the chosen + epsilon)`` where ``normalized``, else ``factor * score``. A
-    softmax of the top-k logits is the same as a normalised top-k of the softmax. ``constant`` is what every chosen expert
-    weighs where no score matters.
-    """
-
-    score: Score
-    experts: int
-    top_k: int
-    normalized: bool = True
-    factor: float = 1.0
-    epsilon: float = 0.0
-    constant: float | None = None
-    # Returns [E] or None. Asked for every time, as casting a model replaces its buffers.
-    bias: Callable[[], torch.Tensor | None] = lambda: None
-
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """``[T, E]`` in at least fp32: the softmax, or the sigmoid of every logit."""
-        wide = widened(logits)
-        return wide.softmax(-1) if self.score == "softmax" else wide.sigmoid()
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """``[T, E]``, rows summing to 1: the softmax, or sigmoids divided by their sum (DeepSeek-V3, arXiv 2412.19437, eq. 19)."""
-        scores = self.scores(logits)
-        return scores if self.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-
-    def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and experts ``[T, K]`` for logits that are not the model's own; largest first."""
-        scores = self.scores(logits)
-        bias = self.bias()
-        preferred = scores.detach() if bias is None else scores.detach() + bias.flatten()
-        experts = preferred.topk(self.top_k, dim=-1).indices
-        return self.weigh(scores, experts), experts
-
-    def weigh(self, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Weights ``[T, K]`` of chosen experts, from all scores ``[T, E]``."""
-        weights = scores.gather(1, experts)
-        if self.constant is not None:
-            return torch.full_like(weights, self.constant)
-        if self.normalized:
-            weights = weights / (weights.sum(-1, keepdim=True) + self.epsilon)
-        return self.factor * weights
 
 
 @dataclass(frozen=True)
@@ -238,12 +192,16 @@ def _own_places(model: nn.Module) -> list[RouterPlace]:
 
 
 def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
-    """The same with their rules, which say themselves what they are; none if one is no top-k."""
+    """The same with their rules, which say themselves what they are; none if one is not read."""
     found = []
     for place in places:
         rule = cast(MoeBlock, place.block).rule
         if not isinstance(rule, TopKRule):
-            return []
+            varying = varying_rule(rule, place.count)
+            if varying is None:
+                return []
+            found.append(MoeLayer(place.index, place.block, place.router, (), varying))
+            continue
         # By ``ones`` every chosen expert weighs 1; softmax keeps the order of the logits, which is all that is left to say.
         equal = rule.equal_weight(place.count) if rule.scores == "ones" else None
         score: Score = "softmax" if rule.scores == "ones" else rule.scores
@@ -321,11 +279,6 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
     constant = RoutingRule("softmax", experts, top_k, constant=float(weights[0, 0]))
     largest = torch.equal(constant.route(logits)[1].sort(dim=1).values, chosen.sort(dim=1).values)
     return (router, constant) if largest and bool((weights == weights[0, 0]).all()) else None
-
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in fp32, or in fp64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _model_type(model: Any) -> str:

@@ -101,6 +101,7 @@ class RunProgress:
             memory=memory_in_use(device),
             loads=loads(result.counts),
             dropped=result.dropped,
+            experts=result.experts,
         )
         self.reports.step(report, self.step % self.recipe.log.every == 0)
         # A loss that is not finite is handled by the policy on bad steps; among the others it would be no spike.

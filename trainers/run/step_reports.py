@@ -25,7 +25,8 @@ LOG = "log.jsonl"
 class StepReport:
     """One step, as it is printed and logged.
 
-    ``utilisation`` is a fraction of the devices' peak, ``memory`` the peak on this rank so far, in bytes.
+    ``utilisation`` is a fraction of the devices' peak, ``memory`` the peak on this rank so far, in bytes, ``experts`` how many a token
+    has in the mean, where that varies.
     """
 
     step: int
@@ -42,6 +43,7 @@ class StepReport:
     memory: int
     loads: list[Load] = field(default_factory=list)
     dropped: float = 0.0
+    experts: float | None = None
 
     def line(self) -> str:
         """Everything in one line: of the layers' loads, the worst."""
@@ -57,7 +59,8 @@ class StepReport:
         ]
         if self.loads:
             cells.append(f"load {max(load.largest_over_mean for load in self.loads):.2f}x")
-            cells.append(f"dropped {self.dropped:.1%}")
+            fixed = self.experts is None  # a choice can only be dropped where their number is fixed
+            cells.append(f"dropped {self.dropped:.1%}" if fixed else f"experts {self.experts:.2f} per token")
             cells.append(f"dead {sum(load.dead for load in self.loads)}")
         return "  ".join(cells)
 
@@ -81,6 +84,8 @@ class StepReport:
             content["load_max_over_mean"] = [load.largest_over_mean for load in self.loads]
             content["dead_experts"] = [load.dead for load in self.loads]
             content["dropped"] = self.dropped
+            if self.experts is not None:
+                content["experts_per_token"] = self.experts
         return content
 
 

@@ -30,6 +30,7 @@ class StepResult:
     counts: dict[int, torch.Tensor] = field(default_factory=dict)
     dropped: float = 0.0  # fraction of the routers' choices that exceeded an expert's capacity
     by_domain: dict[str, tuple[float, int]] = field(default_factory=dict)  # this rank's nats and targets
+    experts: float | None = None  # of a token, in the mean, where routers run a varying number
 
 
 class PassSums:
@@ -41,6 +42,7 @@ class PassSums:
         self._parts: dict[str, torch.Tensor] = {}
         self._counts: dict[int, torch.Tensor] = {}
         self._dropped: list[torch.Tensor] = []
+        self._tokens = 0.0  # that routers with a varying number of experts saw, all layers together
         self._domains: dict[str, list[Any]] = {}
 
     def add(
@@ -60,6 +62,8 @@ class PassSums:
         for record in records:
             counts = counted(record.chosen.detach(), batch.real)
             self._counts[record.layer] = self._counts.get(record.layer, torch.zeros_like(counts)) + counts
+            if record.rule.varies:
+                self._tokens += float(batch.real.sum())
             if record.kept is not None:
                 dropped = counted(record.dropped, batch.real).sum()
                 self._dropped.append(torch.stack([dropped, batch.real.sum() * record.experts.shape[1]]))
@@ -79,8 +83,8 @@ class PassSums:
         """
         names = list(self._parts)
         dropped = torch.stack(self._dropped).sum(0).tolist() if self._dropped else [0, 0]
-        nats, lost, choices, *parts = ranks.sums(
-            float(self._nats), *map(float, dropped), *(float(self._parts[name]) for name in names)
+        nats, tokens, lost, choices, *parts = ranks.sums(
+            float(self._nats), self._tokens, *map(float, dropped), *(float(self._parts[name]) for name in names)
         )
         # Every rank already has the auxiliary losses of the global batch, but only its own share of a distillation loss.
         # Dividing by passes and ranks is right for both, as those shares were multiplied by that number.
@@ -90,6 +94,15 @@ class PassSums:
             stacked = ranks.total(torch.stack(list(counts.values())))
             counts = dict(zip(counts, stacked, strict=True))
         by_domain = {name: (float(total), int(count)) for name, (total, count) in self._domains.items()}
+        experts = sum(float(count.sum()) for count in counts.values()) / tokens if tokens else None
         return StepResult(
-            nats / targets, means, norm, applied, targets, counts, lost / choices if choices else 0.0, by_domain
+            nats / targets,
+            means,
+            norm,
+            applied,
+            targets,
+            counts,
+            lost / choices if choices else 0.0,
+            by_domain,
+            experts,
         )

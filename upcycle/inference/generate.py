@@ -159,7 +159,10 @@ class Writer:
             (record,) = self._recorder.take()
             weights, order = record.weights.float().sort(dim=-1, descending=True)
             experts = record.experts.gather(-1, order)
-            chosen = list(zip(experts.tolist(), weights.tolist(), strict=True))
+            chosen = [
+                ([e for e in places if e < self.experts], of_token[: sum(e < self.experts for e in places)])
+                for places, of_token in zip(experts.tolist(), weights.tolist(), strict=True)
+            ]
         return output.logits[0, -1], output.past_key_values, chosen
 
 

@@ -13,7 +13,7 @@ import torch
 from upcycle.trainers.losses.base import make_losses
 from upcycle.trainers.routing.router_control import Noise
 from upcycle.trainers.routing.router_records import RouterRecord
-from upcycle.trainers.routing.stock_routers import RoutingRule
+from upcycle.trainers.routing.routing_rule import RoutingRule
 
 T, E, K = 7, 5, 2
 

@@ -250,3 +250,30 @@ def test_moec_trains_clusters_of_which_half_drop_out(pico: Pico, tmp_path: Path)
     _, _, lines = trained("moec", moe, tmp_path / "training")
     assert all(line["loss/cluster_variance"] > 0 for line in lines)
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+GATES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "remoe": lambda logits: logits.clamp(min=0),
+    "ds_moe": lambda logits: logits.shape[1] * logits.softmax(-1),  # as experts are pieces, times their number
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_experts_of_varying_number_weigh_what_the_paper_says_and_begin_as_the_dense_model(
+    name: str, pico: Pico, tmp_path: Path
+) -> None:
+    dense = pico("llama")
+    moe = converted(name, dense, tmp_path / "moe")
+    blueprints = BlueprintFile(moe / "blueprint.safetensors")
+    model = moe_of(moe)
+    compare(model, dense, lambda ffn, x, *_: part(ffn, torch.arange(len(ffn.gate)), x), ROUNDING)
+
+    def expected(ffn: Any, x: torch.Tensor, logits: torch.Tensor, layer: Any) -> torch.Tensor:
+        gates, routed = GATES[name](logits), blueprints.layer(layer.index).routed
+        assert gates.shape == (6, len(routed))
+        return sum((gates[:, e : e + 1] * part(ffn, one.neurons, x) for e, one in enumerate(routed)), torch.zeros(6, D))
+
+    for layer in moe_layers(model):
+        with torch.no_grad():
+            layer.router.weight.normal_(generator=torch.Generator().manual_seed(layer.index))  # type: ignore[union-attr, operator]
+    compare(model, dense, expected, ROUNDING)

@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.trainers.routing.capacity import within_capacity
-from upcycle.trainers.routing.stock_routers import RoutingRule
+from upcycle.trainers.routing.routing_rule import RoutingRule
 
 G, S, E, K = 2, 10, 4, 2
 

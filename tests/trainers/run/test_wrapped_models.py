@@ -20,7 +20,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.models.own.moe_block import MoeBlock
-from upcycle.models.own.routing.relu import ReluRule
+from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.distillation.losses import capture_outputs, layer_outputs
 from upcycle.trainers.optimizing.parameter_groups import select
@@ -168,7 +168,7 @@ def test_identical_experts_raise_the_alarm(converted: Callable[..., Path], tmp_p
 
 
 def test_routers_of_other_rules_train_without_balance() -> None:
-    model = wrapped(small_model("gpt2"), pieces=4, rule=ReluRule())
+    model = wrapped(small_model("gpt2"), pieces=4, rule=DynamicKRule())
     assert moe_layers(model) == []
     assert [(place.index, place.count) for place in find_routers(model)] == [(0, 4), (1, 4)]
     assert "trains as it is, without balance" in str(unread_warning(model))
@@ -180,12 +180,36 @@ def test_a_loss_on_routers_of_other_rules_is_refused(converted: Callable[..., Pa
     moe = converted("gpt2")
     config = json.loads((moe / "config.json").read_text())
     for entry in config["replaced_ffns"]:
-        entry["routing"] = {"rule": "relu"}
+        entry["routing"] = {"rule": "dynamic_k"}
     (moe / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"losses.switch_balance: upcycle_moe has experts, but what its routers do"):
         run(recipe_for(moe, tmp_path, stage={"steps": 1}))
-    result, _ = run(recipe_for(moe, tmp_path, stage={"steps": 1, "losses": {}}))
-    assert result.step == 1
+    recipe = recipe_for(moe, tmp_path, stage={"steps": 4, "losses": {}})
+    result, _ = run(recipe)  # no gradient reaches the routers
+    assert result.step == 4
+    newest = latest(tmp_path / "run")
+    assert newest
+    shutil.rmtree(newest.folder)
+    result, _ = run(recipe)
+    assert result.step == 4
+    again = latest(tmp_path / "run")
+    assert again
+    assert again.state["files"] == newest.state["files"]
+
+
+def test_relu_routers_become_sparse(converted: Callable[..., Path], tmp_path: Path) -> None:
+    """From all of 4 experts to about 1 per token; a continued run knows its coefficient."""
+    moe = converted("gpt2", method="random_split", experts=4, target="upcycle_moe", routing="relu", router="zero")
+    losses = {"relu_l1": {"coefficient": 0.01, "experts": 1.0, "factor": 1.5}}
+    recipe = recipe_for(moe, tmp_path, stage={"steps": 40, "losses": losses, "learning_rate": 0.02})
+    _, said = run(recipe)
+    experts = [line["experts_per_token"] for line in steps(recipe)]
+    assert experts[0] == 4
+    assert min(experts) < 2
+    assert any("experts 4.00 per token" in line for line in said)
+    newest = latest(tmp_path / "run")
+    assert newest
+    assert newest.state["losses"]["relu_l1"]["coefficient"] > 0.01
 
 
 def test_what_experts_do_not_give_one_by_one_is_refused(converted: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ class Choices:
     """Holds the routers' choices on all texts.
 
     Attributes:
-        experts: layer -> the chosen experts, int ``[T, K]``.
+        experts: layer -> the chosen experts, int ``[T, K]``; the number of experts, in the place of one, stands for none.
         counts: layer -> its number of experts.
         tokens: the token ids ``[T]``.
         domains: for each token, the index of its text in ``names``, ``[T]``.
@@ -34,7 +34,7 @@ class Choices:
     def chosen(self, layer: int) -> torch.Tensor:
         """Return fp32 ``[T, E]``, 1 where an expert was chosen and 0 elsewhere."""
         picks = self.experts[layer].long()
-        return torch.zeros(len(picks), self.counts[layer]).scatter_(1, picks, 1.0)
+        return torch.zeros(len(picks), self.counts[layer] + 1).scatter_(1, picks, 1.0)[:, :-1]
 
 
 def routing_data(choices: Choices, rows: Mapping[int, torch.Tensor], decode: Callable[[int], str]) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def _layer(choices: Choices, layer: int, rows: torch.Tensor) -> dict[str, Any]:
     largest possible value.
     """
     picks, experts = choices.experts[layer], choices.counts[layer]
-    counts = torch.bincount(picks.flatten().long(), minlength=experts)
-    share = counts.double() / counts.sum()
+    counts = torch.bincount(picks.flatten().long(), minlength=experts)[:experts]
+    share = counts.double() / counts.sum().clamp(min=1)
     cosine = row_cosine(rows)
     off = cosine - torch.eye(experts, dtype=cosine.dtype)
     pair = divmod(int(off.argmax()), experts)
@@ -104,9 +104,9 @@ def domain_loads(choices: Choices, layer: int) -> torch.Tensor:
     """Return each expert's share of each domain's choices, fp64 ``[D, E]``; rows sum to 1."""
     experts, count = choices.counts[layer], len(choices.names)
     picks = choices.experts[layer].long()
-    keys = (choices.domains[:, None] * experts + picks).flatten()
-    counts = torch.bincount(keys, minlength=count * experts).view(count, experts).double()
-    return counts / counts.sum(1, keepdim=True)
+    keys = (choices.domains[:, None] * (experts + 1) + picks).flatten()  # the last of each is for what is no expert
+    counts = torch.bincount(keys, minlength=count * (experts + 1)).view(count, -1)[:, :-1].double()
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def _specialisation(choices: Choices, layer: int) -> float | None:
