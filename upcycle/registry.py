@@ -25,6 +25,7 @@ METHODS = {
     "naee": "upcycle.methods.compressing.dropping.naee:Naee",
     "hc_smoe": "upcycle.methods.compressing.merging.hc_smoe:HcSmoe",
     "m_smoe": "upcycle.methods.compressing.merging.m_smoe:MSmoe",
+    "ream": "upcycle.methods.compressing.merging.ream:Ream",
     "to_dense": "upcycle.methods.compressing.to_dense:ToDense",
     "slim": "upcycle.methods.compressing.slim:Slim",
     "lower_top_k": "upcycle.methods.compressing.lower_top_k:LowerTopK",

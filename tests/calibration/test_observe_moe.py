@@ -75,7 +75,10 @@ def test_numbers_are_those_of_the_whole_stock_model(
             "sample_logits": seen.logits,
             "sample_weights": weights,
             "sample_gram": torch.einsum("ted,tfd->tef", seen.outputs, seen.outputs),
+            "sample_inputs": seen.x,
             "mean_output": seen.outputs.mean(0),
+            "gated_output": torch.einsum("te,ted->ed", scores / scores.sum(1, keepdim=True), seen.outputs)
+            / len(seen.x),
             **shared_numbers(model, index, seen, windows),
         }.items():
             near(getattr(layer, what), number, f"layer {index}: {what}")

@@ -53,6 +53,7 @@ class LayerSource:
         sigmoid: whether scores are sigmoids of the logits, and not their softmax.
         matrices: reads the matrices of an expert.
         seed: of random choices.
+        activation: that of the experts, as configurations name it.
     """
 
     layer: int
@@ -62,6 +63,7 @@ class LayerSource:
     sigmoid: bool
     matrices: Matrices
     seed: int
+    activation: str = "silu"
 
 
 class Compression(Growth):
@@ -153,11 +155,26 @@ class Compression(Growth):
             matrices: returns what reads the matrices of a layer's experts.
             seed: of random choices.
         """
-        found: dict[int, Cut] = {}
-        for layer, observed in seen.layers.items():
-            source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
-            found[layer] = self.cut(source, keep)
-        return found
+        return {layer: self.cut(source, keep) for layer, source in layer_sources(model, seen, matrices, seed).items()}
+
+
+def layer_sources(
+    model: MoeModel, seen: Observations, matrices: Callable[[int], Matrices], seed: int
+) -> dict[int, LayerSource]:
+    """Return what a method may look at, by layer; for the arguments see :meth:`Compression.cuts`."""
+    return {
+        layer: LayerSource(
+            layer=layer,
+            seen=observed,
+            top_k=model.top_k,
+            normalized=model.normalized,
+            sigmoid=model.sigmoid,
+            matrices=matrices(layer),
+            seed=seed,
+            activation=model.activation,
+        )
+        for layer, observed in seen.layers.items()
+    }
 
 
 LOSS_WARNING = (

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 OBSERVATIONS_FILE = "observations.safetensors"
 FEW_TOKENS = 32  # below that, an expert's numbers say little
-_FORMAT = "2"
+_FORMAT = "3"
 _AGAIN = "upcycle observe MOE FILE --calibration TEXT"
-_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output")
+_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output", "gated_output")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class LayerObservations:
         sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
         sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
         sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
+        sample_inputs: fp32 ``[S, d]``, what the experts read of these tokens.
         mean_output: ``[E, d]``, every expert's mean output on the sampled tokens.
+        gated_output: ``[E, d]``, the same with every output times the expert's share of the router's scores.
     """
 
     tokens: torch.Tensor
@@ -72,7 +74,9 @@ class LayerObservations:
     sample_logits: torch.Tensor
     sample_weights: torch.Tensor
     sample_gram: torch.Tensor
+    sample_inputs: torch.Tensor
     mean_output: torch.Tensor
+    gated_output: torch.Tensor
 
     @property
     def experts(self) -> int:
