@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
+MOST_STREAMS = 32_000_000  # numbers of streams behind all layers that are in memory
 MOST_GRAM = 16_000_000  # numbers in the products of neurons that are kept of one layer
 
 
@@ -49,8 +50,10 @@ def observe_layers(
     """
     walk = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     found: dict[int, LayerObservations] = {}
+    every, sampled = stream_step(windows.numel(), len(walk.layers), checkpoint.model.hidden_size), []
     with progress.phase("observing experts", len(walk.layers)):
         states = torch.cat([walk.embed(windows[batch]) for batch in walk.batches(len(windows))])
+        sampled.append(_directions(states, every))
         for index in range(len(walk.layers)):
             with walk.loaded(index):
                 sums = None
@@ -69,8 +72,21 @@ def observe_layers(
                     f"layer {index}: the calibration states are not finite",
                     hint="compress the checkpoint in the dtype it was trained in",
                 )
+            sampled.append(_directions(states, every))
             progress.advance()
-    return Observations(found, checkpoint.fingerprint, checkpoint.model.top_k, text)
+    streams = torch.stack(sampled)  # [L + 1, s, d]
+    cosines = torch.einsum("lsd,msd->lm", streams, streams).double() / streams.shape[1]
+    return Observations(found, checkpoint.fingerprint, checkpoint.model.top_k, text, cosines)
+
+
+def stream_step(tokens: int, layers: int, hidden: int) -> int:
+    """Return how many tokens there are to one whose stream is kept behind every layer."""
+    return -(-tokens // max(64, min(MOST_SAMPLED, MOST_STREAMS // ((layers + 1) * hidden))))
+
+
+def _directions(states: torch.Tensor, every: int) -> torch.Tensor:
+    """Return the directions, of length 1, of every so many tokens of a stream ``[N, W, d]``: ``[s, d]``."""
+    return torch.nn.functional.normalize(states.reshape(-1, states.shape[-1])[::every].float(), dim=1)
 
 
 class _Sums:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut, FfnPart, LayerCut, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, BlockCut, DenseCut, FfnPart, LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
@@ -25,15 +25,19 @@ Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 
 ``SHARED_FFN`` stands for the shared ones."""
 
-Cut = LayerCut | DenseCut
+Cut = LayerCut | DenseCut | BlockCut
 
 
 class CutSizes(NamedTuple):
-    """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert."""
+    """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert, decoder layers.
+
+    ``layers`` is 0 where as many are left as there were.
+    """
 
     experts: int
     top_k: int
     width: int
+    layers: int = 0
 
     @classmethod
     def of(cls, model: MoeModel) -> CutSizes:
@@ -81,6 +85,7 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    depth: ClassVar[bool] = False  # whether whole layers are left out
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -111,6 +116,22 @@ class Compression(Growth):
         """Return a cut of the shapes that the result will have, before anything is decided."""
         return LayerCut.keeping(range(keep))
 
+    def undecided(self, model: MoeModel, keep: int) -> dict[int, Cut]:
+        """Return the cuts of all layers that are cut, before anything is decided."""
+        return dict.fromkeys(model.moe_layers, self.before(model, keep))
+
+    def config(self, model: MoeModel, sizes: CutSizes, cuts: Mapping[int, Cut]) -> dict[str, Any]:
+        """Return the ``config.json`` of the result."""
+        return model.config_with(sizes.experts, sizes.top_k, sizes.width)
+
+    def pieces(self, model: MoeModel, cuts: Mapping[int, Cut]) -> list[Piece]:
+        """Return every tensor of the result, in the order in which they are written."""
+        return cut_pieces(model, {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)})
+
+    def remarks(self, model: MoeModel, keep: int) -> tuple[str, ...]:
+        """Return remarks for the plan."""
+        return ()
+
     def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
         """Return what is gone, for the promise, and what the result is, in a few words."""
         gone = f"{model.experts - keep} of {model.experts} experts are gone from every layer"
@@ -121,12 +142,12 @@ class Compression(Growth):
         model = MoeModel.read(source.raw, source.specs, source.where)
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
-        cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
+        cuts = choice or self.undecided(model, keep)
         exact = sizes == CutSizes.of(model)
         gone, summary = self.said(model, keep)
         return Grown(
-            config=model.config_with(*sizes),
-            pieces=tuple(cut_pieces(model, cuts)),
+            config=self.config(model, sizes, cuts),
+            pieces=tuple(self.pieces(model, cuts)),
             promise=("exact", "nothing is cut") if exact else ("approximate", gone),
             summary=summary,
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
@@ -138,9 +159,11 @@ class Compression(Growth):
             // model.experts
             * sizes.width
             // model.expert_width
-            * (sizes.experts - sizes.top_k),
+            * (sizes.experts - sizes.top_k)
+            * sum(layer in model.moe_layers and cut != BlockCut(False) for layer, cut in cuts.items())
+            // len(model.moe_layers),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=() if exact else (LOSS_WARNING,),
+            warnings=() if exact else (LOSS_WARNING, *self.remarks(model, keep)),
         )
 
     def cuts(
@@ -225,6 +248,8 @@ def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
 
 def described_cut(cut: Cut) -> dict[str, Any]:
     """Return a cut as plain data."""
+    if isinstance(cut, BlockCut):
+        return {"kept": cut.kept}
     if isinstance(cut, DenseCut):
         parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
         return {"width": cut.width, "parts": parts}
@@ -244,6 +269,8 @@ def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
 
 def cut_of(content: dict[str, Any]) -> Cut:
     """Return the cut that :func:`described_cut` described."""
+    if "kept" in content:
+        return BlockCut(content["kept"])
     if "parts" in content:
         parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
         return DenseCut(content["width"], parts)
@@ -259,6 +286,11 @@ def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
         )
         for t in described
     )
+
+
+def kept_of(cuts: Mapping[int, Cut]) -> list[int]:
+    """Return the layers that stay, ascending."""
+    return sorted(layer for layer, cut in cuts.items() if cut != BlockCut(False))
 
 
 def stepped(width: int) -> int:

@@ -23,6 +23,7 @@ OBSERVATIONS_FILE = "observations.safetensors"
 FEW_TOKENS = 32  # below that, an expert's numbers say little
 _FORMAT = "3"
 _AGAIN = "upcycle observe MOE FILE --calibration TEXT"
+_STREAMS = "streams"
 _PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output", "gated_output")
 
 
@@ -93,12 +94,15 @@ class Observations:
         model: the fingerprint of the weights.
         top_k: experts per token.
         text: what ``upcycle.json`` says of the text.
+        streams: fp64 ``[L + 1, L + 1]``, the mean cosine of the stream before every layer, and behind the last, with each other one
+            of these, on sampled tokens.
     """
 
     layers: dict[int, LayerObservations]
     model: str
     top_k: int
     text: dict[str, Any]
+    streams: torch.Tensor
 
     def write(self, path: Path) -> None:
         """Write the file; it appears complete or not at all."""
@@ -109,6 +113,7 @@ class Observations:
             for layer, seen in self.layers.items()
             for field in fields(LayerObservations)
         }
+        tensors[_STREAMS] = self.streams.contiguous()
         about = {"upcycle": "observations", "format": _FORMAT, "model": self.model, "top_k": str(self.top_k)}
         write_whole(path, lambda partial: save_file(tensors, partial, {**about, "text": json.dumps(self.text)}))
 
@@ -153,7 +158,11 @@ class Observations:
         about = cls.about(path)
         names = {field.name for field in fields(LayerObservations)}
         layers: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(path).items():
+        tensors = load_file(path)
+        streams = tensors.pop(_STREAMS, None)
+        if streams is None or streams.dim() != 2 or len({*streams.shape}) != 1 or not bool(streams.isfinite().all()):
+            raise CheckpointError(f"{path}: '{_STREAMS}' is not whole, or not finite", hint=_AGAIN)
+        for name, tensor in tensors.items():
             layer, _, field = name.partition(".")
             layers.setdefault(layer, {})[field] = tensor
         for layer, found in layers.items():
@@ -161,7 +170,7 @@ class Observations:
             if not whole or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
                 raise CheckpointError(f"{path}: layer {layer} is not whole, or not finite", hint=_AGAIN)
         seen = {int(layer): LayerObservations(**found) for layer, found in layers.items()}
-        return cls(dict(sorted(seen.items())), about["model"], about["top_k"], about["text"])
+        return cls(dict(sorted(seen.items())), about["model"], about["top_k"], about["text"], streams)
 
 
 def noted(seen: Observations, progress: Progress) -> Observations:

@@ -88,8 +88,9 @@ def _groups(saliency: torch.Tensor, alike: torch.Tensor, keep: int, most: int) -
     order = torch.sort(saliency, descending=True, stable=True).indices.tolist()
     groups, free = [[expert] for expert in order[:keep]], set(order[keep:])
     for group in groups:
-        near = sorted(free, key=lambda e, first=group[0]: (-float(alike[first, e]), e))  # type: ignore[misc]
-        group += near[: most - 1]
+        close = alike[group[0]].tolist()
+        near = sorted((-close[expert], expert) for expert in free)[: most - 1]
+        group += [expert for _, expert in near]
         free -= set(group)
     return groups
 
