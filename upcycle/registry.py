@@ -25,6 +25,7 @@ METHODS = {
     "naee": "upcycle.methods.compressing.dropping.naee:Naee",
     "hc_smoe": "upcycle.methods.compressing.merging.hc_smoe:HcSmoe",
     "m_smoe": "upcycle.methods.compressing.merging.m_smoe:MSmoe",
+    "moe_i2": "upcycle.methods.compressing.dropping.moe_i2:MoeI2",
     "block_drop": "upcycle.methods.compressing.dropping.block_drop:BlockDrop",
     "ream": "upcycle.methods.compressing.merging.ream:Ream",
     "to_dense": "upcycle.methods.compressing.to_dense:ToDense",

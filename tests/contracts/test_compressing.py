@@ -136,6 +136,12 @@ def test_same_inputs_give_the_same_bytes_as_planned(method: str, pico_moe: Model
     assert not (tmp_path / "one" / LAYER_BLUEPRINTS).exists()
 
 
+def tries(method: str) -> bool:
+    """Whether a method, by default, runs layers on text before it decides."""
+    made = load("method", method)
+    return bool(made(made.Parameters()).tries)
+
+
 def permuted(source: Path, folder: Path) -> Path:
     """The same model with its experts in another order."""
     shutil.copytree(source, folder)
@@ -199,7 +205,8 @@ def test_a_stopped_compression_continues_byte_equal(
         raise KeyboardInterrupt
 
     if stop == "after observing":
-        monkeypatch.setattr(load("method", method), "cuts", interrupt)
+        for deciding in ("cuts", "cuts_tried"):
+            monkeypatch.setattr(load("method", method), deciding, interrupt)
     elif stop == "while refitting":
         monkeypatch.setattr(refit_cut.LayerFit, "set", interrupt)
     else:
@@ -219,7 +226,8 @@ def test_a_stopped_compression_continues_byte_equal(
     monkeypatch.undo()
     monkeypatch.setattr(observe_moe, "MoeWalk", interrupt)  # what was observed is not observed again
     if stop != "after observing":
-        monkeypatch.setattr(load("method", method), "cuts", interrupt)
+        for deciding in ("cuts", "cuts_tried"):
+            monkeypatch.setattr(load("method", method), deciding, interrupt)
     if stop == "while writing":
         monkeypatch.setattr(refit_cut, "refit_cuts", interrupt)
         monkeypatch.setattr(refit_depth, "refit_depth", interrupt)
@@ -229,8 +237,20 @@ def test_a_stopped_compression_continues_byte_equal(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", list(filter(tries, NAMES)))
+def test_a_method_that_runs_layers_asks_for_text_beside_observations(
+    method: str, pico_moe: Models, tmp_path: Path
+) -> None:
+    source, seen = str(pico_moe("mixtral")), tmp_path / "seen.safetensors"
+    upcycle.observe(source, seen, "demo", 256)
+    with pytest.raises(UsageError, match=f"{method}.* text"):
+        upcycle.plan(source, method=method, keep=0.5, refit="none", observations=str(seen))
+    plan = upcycle.plan(source, method=method, keep=0.5, refit="none", observations=str(seen), calibration=TEXT)
+    assert plan.calibration_tokens == TEXT["tokens"]
+
+
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", [name for name in NAMES if not tries(name)])
 def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Models, tmp_path: Path) -> None:
     source, seen = str(pico_moe("dots1")), tmp_path / "seen.safetensors"
     text = {"text": "demo", "tokens": 512}

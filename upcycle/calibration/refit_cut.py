@@ -77,7 +77,7 @@ def refit_cuts(
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     stored_as = partial(stored_dtype, checkpoint, dtype)
-    cut = MoeWalk(_CutLayers(uncut, config, cuts, stored_as), windows.shape[1])
+    cut = MoeWalk(CutLayers(uncut, config, cuts, stored_as), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting experts", len(uncut.layers)):
@@ -107,7 +107,7 @@ def stored_dtype(checkpoint: MoeCheckpoint, dtype: str, layer: int) -> torch.dty
     return found
 
 
-class _CutLayers:
+class CutLayers:
     """Gives the layers of the compressed model their weights, cut out of those of a walk that holds the uncut layer."""
 
     def __init__(

@@ -133,7 +133,14 @@ class CompressConversion(CompressJob, GrowthConversion):
         if not self.changes or not self.compression.observes:
             return dict.fromkeys(model.moe_layers, self.compression.before(model, keep))
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
-        return self.compression.cuts(model, seen, keep, partial(_matrices, checkpoint), self.recipe.seed)
+        matrices, seed = partial(_matrices, checkpoint), self.recipe.seed
+        if not self.compression.tries:
+            return self.compression.cuts(model, seen, keep, matrices, seed)
+        from upcycle.calibration.try_cuts import CutTrial
+
+        assert windows is not None
+        trial = CutTrial(checkpoint, self.config, self.recipe.dtype, windows, progress)
+        return self.compression.cuts_tried(model, seen, keep, matrices, seed, trial)
 
     def _observed(
         self,

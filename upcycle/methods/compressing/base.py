@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from upcycle.architectures.expert_terms import SHARED_FFN, BlockCut, DenseCut, FfnPart, LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
@@ -70,6 +70,16 @@ class LayerSource:
     activation: str = "silu"
 
 
+class Trial(Protocol):
+    """Tries cuts of several layers together on text: see :class:`upcycle.calibration.try_cuts.CutTrial`."""
+
+    def closest(self, options: Mapping[int, Sequence[LayerCut]]) -> dict[int, LayerCut]:
+        """Return the combination of the next layers' cuts behind which the stream is closest to the uncut model's."""
+
+    def loss(self, cuts: Mapping[int, LayerCut]) -> float:
+        """Return the mean loss per token of the model with cuts of all its layers with experts."""
+
+
 class Compression(Growth):
     """Makes a smaller MoE of the same architecture: every layer has the same, smaller number of experts.
 
@@ -86,6 +96,11 @@ class Compression(Growth):
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
     depth: ClassVar[bool] = False  # whether whole layers are left out
+
+    @property
+    def tries(self) -> bool:
+        """Whether it runs cuts of several layers on text before it decides, see :meth:`cuts_tried`; observations are not enough then."""
+        return False
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -179,6 +194,27 @@ class Compression(Growth):
             seed: of random choices.
         """
         return {layer: self.cut(source, keep) for layer, source in layer_sources(model, seen, matrices, seed).items()}
+
+    def cuts_tried(
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        trial: Trial,
+    ) -> dict[int, Cut]:
+        """Decide every layer where :attr:`tries` is true.
+
+        Args:
+            model: see :meth:`cuts`.
+            seen: likewise.
+            keep: likewise.
+            matrices: likewise.
+            seed: likewise.
+            trial: tries cuts on text.
+        """
+        raise NotImplementedError(f"{self.name} tries nothing")
 
 
 def layer_sources(
