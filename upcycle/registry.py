@@ -27,6 +27,7 @@ METHODS = {
     "m_smoe": "upcycle.methods.compressing.merging.m_smoe:MSmoe",
     "moe_i2": "upcycle.methods.compressing.dropping.moe_i2:MoeI2",
     "block_drop": "upcycle.methods.compressing.dropping.block_drop:BlockDrop",
+    "eep": "upcycle.methods.compressing.merging.eep:Eep",
     "ream": "upcycle.methods.compressing.merging.ream:Ream",
     "to_dense": "upcycle.methods.compressing.to_dense:ToDense",
     "slim": "upcycle.methods.compressing.slim:Slim",

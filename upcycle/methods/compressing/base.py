@@ -99,7 +99,7 @@ class Compression(Growth):
 
     @property
     def tries(self) -> bool:
-        """Whether it runs cuts of several layers on text before it decides, see :meth:`cuts_tried`; observations are not enough then."""
+        """Whether it runs cuts of several layers on text before it decides (:meth:`cuts_tried`): observations are not enough then."""
         return False
 
     @abstractmethod

@@ -80,3 +80,35 @@ def best_sets(
 
 def _best(found: dict[Chosen, float], count: int) -> list[Chosen]:
     return sorted(found, key=lambda one: (found[one], one))[:count]
+
+
+def evolved(
+    first: Sequence[T],
+    child: Callable[[T, T], T],
+    error: Callable[[T], float],
+    population: int,
+    trials: int,
+    rng: torch.Generator,
+) -> T:
+    """Return the individual of the least error that an evolution finds; of equals the first.
+
+    Args:
+        first: those that it begins with.
+        child: makes one of two parents.
+        error: what is to be small.
+        population: how many of the best can be parents.
+        trials: how often ``error`` is asked, the first included.
+        rng: chooses parents.
+    """
+    import torch
+
+    known: list[tuple[float, int, T]] = []
+    for number in range(max(1, trials)):
+        if number < len(first):
+            one = first[number]
+        else:
+            places = torch.randint(min(population, len(known)), (2,), generator=rng).tolist()
+            one = child(*(known[place][2] for place in places))
+        known.append((error(one), number, one))
+        known.sort(key=lambda each: each[:2])
+    return known[0][2]

@@ -46,8 +46,8 @@ class MoeI2(Compression):
     model's.
 
     Deviations: the paper lets layers keep different numbers of experts, by how much single experts matter in them; stock
-    architectures have one number. Populations and generations, which it does not say (in what we could read), are ours, and where there are
-    no more sets than a search would try, all are. Errors of single layers are those of sampled tokens, from observations, as
+    architectures have one number. Populations and generations, which it does not say (in what we could read), are ours, and where
+    there are no more sets than a search would try, all are. Errors of single layers are those of sampled tokens, from observations, as
     ``naee`` has them; the layers of the T before are cut already when the next are tried. Its second stage, low rank inside
     experts, is a method of its own.
     """
