@@ -26,6 +26,7 @@ METHODS = {
     "hc_smoe": "upcycle.methods.compressing.merging.hc_smoe:HcSmoe",
     "m_smoe": "upcycle.methods.compressing.merging.m_smoe:MSmoe",
     "moe_i2": "upcycle.methods.compressing.dropping.moe_i2:MoeI2",
+    "layer_drop": "upcycle.methods.compressing.dropping.layer_drop:LayerDrop",
     "block_drop": "upcycle.methods.compressing.dropping.block_drop:BlockDrop",
     "eep": "upcycle.methods.compressing.merging.eep:Eep",
     "ream": "upcycle.methods.compressing.merging.ream:Ream",

@@ -70,7 +70,7 @@ class CutTrial:
             for index in range(self._next, last + 1):
                 tried = [
                     ({**chosen, index: cut} if cut else chosen, self._run(index, cut, states))
-                    for cut in options.get(index, [None])  # type: ignore[list-item]
+                    for cut in options.get(index, [None])
                     for chosen, states in tried
                 ]
                 with self._uncut.loaded(index):

@@ -102,6 +102,10 @@ class CompressConversion(CompressJob, GrowthConversion):
             from upcycle.methods.compressing.base import kept_of
 
             return refit_depth(checkpoint, self.config, kept_of(cuts), dtype, windows, folder, progress)
+        if self.compression.mixes:
+            from upcycle.calibration.refit_mixed import refit_mixed
+
+            return refit_mixed(checkpoint, self.config, cuts, dtype, windows, folder, progress)
         if not self.compression.dense:
             from upcycle.calibration.refit_cut import refit_cuts
 
@@ -131,7 +135,7 @@ class CompressConversion(CompressJob, GrowthConversion):
     ) -> dict[int, Any]:
         keep, model = self.keep, checkpoint.model
         if not self.changes or not self.compression.observes:
-            return dict.fromkeys(model.moe_layers, self.compression.before(model, keep))
+            return self.compression.undecided(model, keep)
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
         matrices, seed = partial(_matrices, checkpoint), self.recipe.seed
         if not self.compression.tries:

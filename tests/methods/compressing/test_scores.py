@@ -37,7 +37,7 @@ def test_frequency_keeps_the_largest_counts(count: Any, seed: int) -> None:
 def test_experts_do_not_compete_over_layers_where_all_have_one_number(pico_moe: Callable[..., Path]) -> None:
     keys: dict[str, Any] = {"keep": 0.75, "calibration": {"text": "demo"}, "parameters": {"over": "model"}}
     with pytest.raises(
-        RefusalError, match="config.json of a 'mixtral' model has one number of experts for all"
+        RefusalError, match=r"config\.json of a 'mixtral' model has one number of experts for all"
     ) as caught:
         upcycle.plan(str(pico_moe("mixtral")), method="frequency", **keys)
     assert caught.value.hint == "--param over=layer"

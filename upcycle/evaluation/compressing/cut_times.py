@@ -64,4 +64,5 @@ def time_cuts(
 
 def _name(sizes: CutSizes) -> str:
     layers = f", {sizes.layers} layers" if sizes.layers else ""
+    layers += f", {sizes.dense} without" if sizes.dense else ""
     return f"{sizes.experts} experts of {sizes.width} neurons, {sizes.top_k} chosen{layers}"

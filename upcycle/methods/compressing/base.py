@@ -31,13 +31,14 @@ Cut = LayerCut | DenseCut | BlockCut
 class CutSizes(NamedTuple):
     """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert, decoder layers.
 
-    ``layers`` is 0 where as many are left as there were.
+    ``layers`` is 0 where as many are left as there were; ``dense`` of them lost their experts.
     """
 
     experts: int
     top_k: int
     width: int
     layers: int = 0
+    dense: int = 0
 
     @classmethod
     def of(cls, model: MoeModel) -> CutSizes:
@@ -96,6 +97,7 @@ class Compression(Growth):
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
     depth: ClassVar[bool] = False  # whether whole layers are left out
+    mixes: ClassVar[bool] = False  # whether some layers get an FFN in the place of their experts
 
     @property
     def tries(self) -> bool:
@@ -175,7 +177,7 @@ class Compression(Growth):
             * sizes.width
             // model.expert_width
             * (sizes.experts - sizes.top_k)
-            * sum(layer in model.moe_layers and cut != BlockCut(False) for layer, cut in cuts.items())
+            * sum(layer in model.moe_layers and _has_experts(cut) for layer, cut in cuts.items())
             // len(model.moe_layers),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
             warnings=() if exact else (LOSS_WARNING, *self.remarks(model, keep)),
@@ -322,6 +324,10 @@ def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
         )
         for t in described
     )
+
+
+def _has_experts(cut: Cut) -> bool:
+    return isinstance(cut, LayerCut) or cut == BlockCut(True)
 
 
 def kept_of(cuts: Mapping[int, Cut]) -> list[int]:
