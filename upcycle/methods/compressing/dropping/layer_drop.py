@@ -170,5 +170,5 @@ def _dense_tensors(model: MoeModel, layer: int, cut: DenseCut) -> dict[str, Orig
     tensors: dict[str, Origin] = {name: Origin(name) for name in model.names[layer] if not name.startswith(block)}
     for part in ("gate", "up", "down"):
         stored = stored_expert(model, layer, part)
-        tensors[f"{block}{part}_proj.weight"] = DenseMatrix(stored, layer=layer, part=part, cut=cut)  # type: ignore[arg-type]
+        tensors[f"{block}{part}_proj.weight"] = DenseMatrix(stored, layer=layer, part=part, cut=cut)
     return tensors
