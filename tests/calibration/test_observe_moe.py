@@ -75,7 +75,10 @@ def test_numbers_are_those_of_the_whole_stock_model(
             "sample_logits": seen.logits,
             "sample_weights": weights,
             "sample_gram": torch.einsum("ted,tfd->tef", seen.outputs, seen.outputs),
+            "sample_inputs": seen.x,
             "mean_output": seen.outputs.mean(0),
+            "gated_output": torch.einsum("te,ted->ed", scores / scores.sum(1, keepdim=True), seen.outputs)
+            / len(seen.x),
             **shared_numbers(model, index, seen, windows),
         }.items():
             near(getattr(layer, what), number, f"layer {index}: {what}")
@@ -97,6 +100,31 @@ def shared_numbers(model: Any, index: int, seen: Any, windows: torch.Tensor) -> 
     gate_up = tensors[0].chunk(2) if len(tensors) == 2 else tensors[:2]
     hidden = torch.nn.functional.silu(seen.x @ gate_up[0].T) * (seen.x @ gate_up[1].T)
     return {"shared": (weight * hidden).square().sum(0), "shared_weight": weight.sum()[None]}
+
+
+def test_cosines_of_streams_are_those_of_the_stock_model(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_walk, "WALK_TOKENS", 64)
+    windows, model, states = some_windows(), stock(pico_moe("qwen2_moe")), []
+    for index, layer in enumerate(layers_of(model)):
+        if index == 0:
+            layer.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+        layer.register_forward_hook(lambda _, __, made: states.append(made[0] if isinstance(made, tuple) else made))
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    cosine = torch.nn.functional.cosine_similarity
+    for step in (1, 3):
+        monkeypatch.setattr(observe_moe, "stream_step", lambda *_, step=step: step)
+        flat = [state.flatten(0, 1)[::step] for state in states]
+        expected = torch.stack([torch.stack([cosine(a, b, dim=1).mean() for a in flat]) for b in flat])
+        near(observed(pico_moe("qwen2_moe"), windows).streams, expected, "streams")
+
+
+@pytest.mark.parametrize(("layers", "hidden"), [(2, 32), (48, 2048), (100, 8192), (200, 60000)])
+def test_streams_of_large_models_are_kept_of_fewer_tokens(layers: int, hidden: int) -> None:
+    step = observe_moe.stream_step(16384, layers, hidden)
+    kept = -(-16384 // step)
+    assert kept <= 64 or kept * (layers + 1) * hidden <= observe_moe.MOST_STREAMS
+    assert kept >= 32
 
 
 def test_samples_are_spread_evenly_whatever_the_batches_are(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:

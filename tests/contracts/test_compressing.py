@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stored_moe import MOES, MoeModel, expert_index
-from upcycle.calibration import observe_moe, refit_cut
+from upcycle.calibration import observe_moe, refit_cut, refit_depth
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
@@ -30,8 +30,12 @@ pytestmark = pytest.mark.one_in(5)  # the other cases are long
 
 Models = Callable[..., Path]
 COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
-NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py
-WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
+NAMES = [  # to_dense: test_to_dense.py; layer_drop: test_layer_drop.py, as few architectures can have such layers
+    name for name in COMPRESSIONS if not load("method", name).dense and not load("method", name).mixes
+]
+WHOLE = [
+    name for name in NAMES if name not in ("slim", "lower_top_k", "block_drop")
+]  # those whose result has fewer experts
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
 ONE_WIDTH = ("hunyuan_v1_moe", "glm4_moe", "glm4_moe-sigmoid", "dots1", "solar_open")  # of routed and shared experts
@@ -46,7 +50,7 @@ PERMUTED = [3, 1, 0, 2]
 
 
 def quick(method: str) -> dict[str, Any]:
-    """Recipe keys with a part that can be kept: of four experts, two per token, or sixteen neurons in steps of eight."""
+    """Recipe keys with a part that can be kept: of four experts, two per token, sixteen neurons in steps of eight, or two layers."""
     return QUICK if method in WHOLE else {**QUICK, "keep": 0.5}
 
 
@@ -105,7 +109,7 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     model.set_experts_implementation("eager")
     blocks = [module for name, module in model.named_modules() if name.endswith(".experts")]
     layers = json.loads((out / "compression.json").read_text())["experts"]
-    assert len(blocks) == len(layers)
+    assert len(blocks) == 1 if load("method", method).depth else len(blocks) == len(layers)
     assert all(len(block.down_proj) == (3 if method in WHOLE else 4) for block in blocks)
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (1, 7)
@@ -132,6 +136,12 @@ def test_same_inputs_give_the_same_bytes_as_planned(method: str, pico_moe: Model
     assert plan.bytes_output < sum(sizes) < 1.3 * plan.bytes_output  # and headers
     assert upcycle.verify(tmp_path / "one", tokens=64) == results[0].verification
     assert not (tmp_path / "one" / LAYER_BLUEPRINTS).exists()
+
+
+def tries(method: str) -> bool:
+    """Whether a method, by default, runs layers on text before it decides."""
+    made = load("method", method)
+    return bool(made(made.Parameters()).tries)
 
 
 def permuted(source: Path, folder: Path) -> Path:
@@ -197,9 +207,10 @@ def test_a_stopped_compression_continues_byte_equal(
         raise KeyboardInterrupt
 
     if stop == "after observing":
-        monkeypatch.setattr(load("method", method), "cut", interrupt)
+        for deciding in ("cuts", "cuts_tried"):
+            monkeypatch.setattr(load("method", method), deciding, interrupt)
     elif stop == "while refitting":
-        monkeypatch.setattr(refit_cut._LayerFit, "set", interrupt)
+        monkeypatch.setattr(refit_cut.LayerFit, "set", interrupt)
     else:
         finish, finished = ShardWriter.finish, []
 
@@ -217,17 +228,31 @@ def test_a_stopped_compression_continues_byte_equal(
     monkeypatch.undo()
     monkeypatch.setattr(observe_moe, "MoeWalk", interrupt)  # what was observed is not observed again
     if stop != "after observing":
-        monkeypatch.setattr(load("method", method), "cut", interrupt)
+        for deciding in ("cuts", "cuts_tried"):
+            monkeypatch.setattr(load("method", method), deciding, interrupt)
     if stop == "while writing":
         monkeypatch.setattr(refit_cut, "refit_cuts", interrupt)
+        monkeypatch.setattr(refit_depth, "refit_depth", interrupt)
     upcycle.convert(source, tmp_path / "out", **keys)
     monkeypatch.undo()
     upcycle.convert(source, tmp_path / "whole", **keys)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", list(filter(tries, NAMES)))
+def test_a_method_that_runs_layers_asks_for_text_beside_observations(
+    method: str, pico_moe: Models, tmp_path: Path
+) -> None:
+    source, seen = str(pico_moe("mixtral")), tmp_path / "seen.safetensors"
+    upcycle.observe(source, seen, "demo", 256)
+    with pytest.raises(UsageError, match=f"{method}.* text"):
+        upcycle.plan(source, method=method, keep=0.5, refit="none", observations=str(seen))
+    plan = upcycle.plan(source, method=method, keep=0.5, refit="none", observations=str(seen), calibration=TEXT)
+    assert plan.calibration_tokens == TEXT["tokens"]
+
+
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", [name for name in NAMES if not tries(name)])
 def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Models, tmp_path: Path) -> None:
     source, seen = str(pico_moe("dots1")), tmp_path / "seen.safetensors"
     text = {"text": "demo", "tokens": 512}
@@ -248,7 +273,7 @@ def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_pa
     upcycle.convert(str(pico_moe("mixtral")), out, method=method, **quick(method))
     path = out / "model.safetensors"
     tensors = load_file(path)
-    victim = next(name for name in tensors if "layers.1" in name and "experts.2.w1" in name)
+    victim = [name for name in tensors if "experts.2.w1" in name][-1]
     save_file({**tensors, victim: -tensors[victim]}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="not the file that was written"):
         upcycle.verify(out, tokens=64)

@@ -138,7 +138,7 @@ def test_a_stopped_run_continues_byte_equal(
     def interrupt(*given: Any, **named: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(refit_dense._FfnFit, "solve", interrupt)
+    monkeypatch.setattr(refit_dense.FfnFit, "solve", interrupt)
     with pytest.raises(KeyboardInterrupt):
         upcycle.convert(source, tmp_path / "out", **keys)
     monkeypatch.undo()

@@ -40,7 +40,9 @@ def random_observations(experts: int, seed: int = 0, tokens: int = 50, top_k: in
         sample_logits=logits,
         sample_weights=weights,
         sample_gram=outputs @ outputs.mT,
+        sample_inputs=torch.randn(tokens, 7, generator=draw),  # as wide as random_matrices
         mean_output=outputs.mean(0),
+        gated_output=(scores[:, :, None] * outputs).mean(0),
     )
 
 

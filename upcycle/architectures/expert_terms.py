@@ -106,6 +106,13 @@ class DenseCut:
 
 
 @dataclass(frozen=True)
+class BlockCut:
+    """Describes a decoder layer that stays as it is (but for a refit), or is left out as a whole."""
+
+    kept: bool
+
+
+@dataclass(frozen=True)
 class DenseMatrix(Origin):
     """The origin of a matrix of such an FFN; ``name`` is a stored tensor whose dtype it is written in."""
 

@@ -148,6 +148,11 @@ class MoeModel:
         return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
 
     @cached_property
+    def activation(self) -> str:
+        """The activation of the experts, as stock configurations name it; classes without the key (LFM2) have SiLU."""
+        return str(getattr(build_config(self.raw, self.family.name), "hidden_act", "silu"))
+
+    @cached_property
     def module_paths(self) -> ModulePaths:
         """The paths of the parts in the stock class."""
         return find_module_paths(self.family.name)

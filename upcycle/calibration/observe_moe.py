@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
+MOST_STREAMS = 32_000_000  # numbers of streams behind all layers that are in memory
 MOST_GRAM = 16_000_000  # numbers in the products of neurons that are kept of one layer
 
 
@@ -49,8 +50,10 @@ def observe_layers(
     """
     walk = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     found: dict[int, LayerObservations] = {}
+    every, sampled = stream_step(windows.numel(), len(walk.layers), checkpoint.model.hidden_size), []
     with progress.phase("observing experts", len(walk.layers)):
         states = torch.cat([walk.embed(windows[batch]) for batch in walk.batches(len(windows))])
+        sampled.append(_directions(states, every))
         for index in range(len(walk.layers)):
             with walk.loaded(index):
                 sums = None
@@ -69,8 +72,21 @@ def observe_layers(
                     f"layer {index}: the calibration states are not finite",
                     hint="compress the checkpoint in the dtype it was trained in",
                 )
+            sampled.append(_directions(states, every))
             progress.advance()
-    return Observations(found, checkpoint.fingerprint, checkpoint.model.top_k, text)
+    streams = torch.stack(sampled)  # [L + 1, s, d]
+    cosines = torch.einsum("lsd,msd->lm", streams, streams).double() / streams.shape[1]
+    return Observations(found, checkpoint.fingerprint, checkpoint.model.top_k, text, cosines)
+
+
+def stream_step(tokens: int, layers: int, hidden: int) -> int:
+    """Return how many tokens there are to one whose stream is kept behind every layer."""
+    return -(-tokens // max(64, min(MOST_SAMPLED, MOST_STREAMS // ((layers + 1) * hidden))))
+
+
+def _directions(states: torch.Tensor, every: int) -> torch.Tensor:
+    """Return the directions, of length 1, of every so many tokens of a stream ``[N, W, d]``: ``[s, d]``."""
+    return torch.nn.functional.normalize(states.reshape(-1, states.shape[-1])[::every].float(), dim=1)
 
 
 class _Sums:
@@ -93,8 +109,8 @@ class _Sums:
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
         self._ratios: list[torch.Tensor] = []
         self._every = -(-tokens // sampled_tokens(count))  # every so many tokens one is sampled
-        self._sampled: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._mean = torch.zeros(0)
+        self._sampled: list[tuple[torch.Tensor, ...]] = []
+        self._mean, self._gated = torch.zeros(0), torch.zeros(0)
 
     def add(self, routed: Routed) -> None:
         """Add a batch."""
@@ -103,8 +119,7 @@ class _Sums:
         self._block = routed.block
         self._load += torch.bincount(flat, minlength=count)
         self._weight.index_add_(0, flat, weights.flatten())
-        scores = routed.logits.double().sigmoid() if self._sigmoid else routed.logits.double().softmax(-1)
-        self._score += (scores / scores.sum(-1, keepdim=True)).sum(0)
+        self._score += self._shares(routed.logits.double()).sum(0)
         self._logits_gram += (routed.logits.T @ routed.logits).double()
         if weights.shape[1] > 1:
             two = weights.topk(2, dim=1).values
@@ -116,6 +131,11 @@ class _Sums:
         self._chosen(routed, weights)
         self._sample(routed)
         self._tokens += len(routed.x)
+
+    def _shares(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return every expert's share of the router's scores."""
+        scores = logits.sigmoid() if self._sigmoid else logits.softmax(-1)
+        return scores / scores.sum(-1, keepdim=True)
 
     def _chosen(self, routed: Routed, weights: torch.Tensor) -> None:
         """Add the norms of the outputs of the chosen experts, expert by expert."""
@@ -144,9 +164,11 @@ class _Sums:
             return
         outputs = torch.stack(list(expert_outputs(self._place.experts, routed.x[taken])), dim=1)  # [s, E, d]
         weights = torch.zeros(len(taken), len(self._load)).scatter_(1, routed.experts[taken], routed.weights[taken])
-        self._sampled.append((routed.logits[taken], weights, outputs @ outputs.mT))
+        self._sampled.append((routed.logits[taken], weights, outputs @ outputs.mT, routed.x[taken].float()))
         total = outputs.double().sum(0)
+        gated = torch.einsum("se,sed->ed", self._shares(routed.logits[taken].double()), outputs.double())
         self._mean = total if not self._mean.numel() else self._mean + total
+        self._gated = gated if not self._gated.numel() else self._gated + gated
 
     def compare(self, after: torch.Tensor) -> None:
         """Add the cosine of the stream before and behind the experts, given the layer's output ``[n, W, d]``."""
@@ -163,7 +185,7 @@ class _Sums:
             ordered = torch.cat(self._ratios).double().sort().values
             ratios = ordered[(steps * (len(ordered) - 1)).round().long()]
         bias = selection_bias(self._place.block, self._place.router)
-        logits, weights, grams = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
+        logits, weights, grams, inputs = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
         return LayerObservations(
             tokens=torch.tensor([self._tokens], dtype=torch.float64),
             load=self._load,
@@ -183,7 +205,9 @@ class _Sums:
             sample_logits=logits,
             sample_weights=weights,
             sample_gram=grams,
+            sample_inputs=inputs,
             mean_output=self._mean / len(logits),
+            gated_output=self._gated / len(logits),
         )
 
     def _factor(self, logits: torch.Tensor, weights: torch.Tensor) -> float:

@@ -76,12 +76,8 @@ def refit_cuts(
     from safetensors.torch import save_file
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
-
-    def stored_dtype(layer: int) -> torch.dtype:
-        found: torch.dtype = getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, layer), dtype))
-        return found
-
-    cut = MoeWalk(_CutLayers(uncut, config, cuts, stored_dtype), windows.shape[1])
+    stored_as = partial(stored_dtype, checkpoint, dtype)
+    cut = MoeWalk(CutLayers(uncut, config, cuts, stored_as), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting experts", len(uncut.layers)):
@@ -90,9 +86,9 @@ def refit_cuts(
         for index in range(len(uncut.layers)):
             with uncut.loaded(index), cut.loaded(index):
                 if index in cuts:
-                    fit = _LayerFit(uncut, cut, index)
+                    fit = LayerFit(uncut, cut, index)
                     down, reports[index] = fit.solve(theirs, ours)
-                    stored = down.to(stored_dtype(index))
+                    stored = down.to(stored_as(index))
                     fit.set(stored)
                     write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
                 for batch in uncut.batches(len(windows)):
@@ -102,13 +98,16 @@ def refit_cuts(
     return reports
 
 
-def _down_name(checkpoint: MoeCheckpoint, layer: int) -> str:
+def stored_dtype(checkpoint: MoeCheckpoint, dtype: str, layer: int) -> torch.dtype:
+    """Return the dtype that the down projections of a layer's experts are written in."""
     from upcycle.architectures.stored_moe import is_down
 
-    return next(name for name in checkpoint.model.names[layer] if is_down(name))
+    name = next(name for name in checkpoint.model.names[layer] if is_down(name))
+    found: torch.dtype = getattr(torch, checkpoint.dtype_of(name, dtype))
+    return found
 
 
-class _CutLayers:
+class CutLayers:
     """Gives the layers of the compressed model their weights, cut out of those of a walk that holds the uncut layer."""
 
     def __init__(
@@ -153,7 +152,7 @@ def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut
     return made.to(stored).float() if cut.merges else made
 
 
-class _LayerFit:
+class LayerFit:
     """Fits one layer."""
 
     def __init__(self, uncut: MoeWalk, cut: MoeWalk, index: int) -> None:
@@ -180,9 +179,20 @@ class _LayerFit:
                 error = whole[0].block - seen[-1].block
             missing.append(error)
             added.append(whole[0].output.double().square().sum(1))
-        left = torch.cat(missing)
+        return self.fit(seen, torch.cat(missing), torch.cat(added), held_out_tokens(theirs))
+
+    def fit(
+        self, seen: list[Routed], left: torch.Tensor, added: torch.Tensor, held: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the new down projections fp32 ``[E', d, F]``, and the report.
+
+        Args:
+            seen: what the layer's experts did.
+            left: ``[T, d]``, what is missing of its output; it is changed.
+            added: fp64 ``[T]``, the square of what the uncut model's experts add.
+            held: boolean, ``[T]``, which tokens judge.
+        """
         x, ids, weights = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
-        held = held_out_tokens(theirs)
         experts, _, width = self._down.shape
         groups = [[*range(experts)]]
         if experts * width > MOST_JOINT:
@@ -206,7 +216,7 @@ class _LayerFit:
                     active_neurons(self._experts, x[tokens], expert) * weights[tokens, slots, None], own
                 )
         after = left[judged].double().square().sum().item()
-        scale = torch.cat(added)[judged].sum().item() or 1.0  # experts that add nothing leave nothing to fit
+        scale = added[judged].sum().item() or 1.0  # experts that add nothing leave nothing to fit
         return down, {"missing_before": before / scale, "missing_after": after / scale, "strength": strength}
 
     def _update(

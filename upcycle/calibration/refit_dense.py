@@ -85,7 +85,7 @@ def refit_dense(
             with whole.loaded(index), dense.loaded(index):
                 if index in layers:
                     down: Any = dense.layers[index].get_submodule(made.inner(index, down_names[index]))
-                    fit = _FfnFit(whole, dense, index, down)
+                    fit = FfnFit(whole, dense, index, down)
                     fit.compare_inputs(theirs, checkpoint.source.name)
                     target, reports[index] = fit.solve(theirs, ours)
                     stored = down.weight.detach().to(made.dtype_of(down_names[index]))
@@ -138,7 +138,7 @@ class _DenseLayers:
         self._layers[index].to("meta")
 
 
-class _FfnFit:
+class FfnFit:
     """Fits the FFN of one loaded layer; ``down`` is its last projection."""
 
     def __init__(self, whole: MoeWalk, dense: MoeWalk, index: int, down: torch.nn.Linear) -> None:

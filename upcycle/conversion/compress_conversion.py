@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from upcycle.architectures.stored_moe import MoeModel
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
     from upcycle.methods.compressing.base import Cut, Matrices
     from upcycle.methods.compressing.observations import Observations
@@ -96,6 +97,15 @@ class CompressConversion(CompressJob, GrowthConversion):
     ) -> dict[int, dict[str, float]]:
         """Refit what the experts of every layer became."""
         dtype = self.recipe.dtype
+        if self.compression.depth:
+            from upcycle.calibration.refit_depth import refit_depth
+            from upcycle.methods.compressing.base import kept_of
+
+            return refit_depth(checkpoint, self.config, kept_of(cuts), dtype, windows, folder, progress)
+        if self.compression.mixes:
+            from upcycle.calibration.refit_mixed import refit_mixed
+
+            return refit_mixed(checkpoint, self.config, cuts, dtype, windows, folder, progress)
         if not self.compression.dense:
             from upcycle.calibration.refit_cut import refit_cuts
 
@@ -125,9 +135,16 @@ class CompressConversion(CompressJob, GrowthConversion):
     ) -> dict[int, Any]:
         keep, model = self.keep, checkpoint.model
         if not self.changes or not self.compression.observes:
-            return dict.fromkeys(model.moe_layers, self.compression.before(model, keep))
+            return self.compression.undecided(model, keep)
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
-        return self.compression.cuts(model, seen, keep, partial(_matrices, checkpoint), self.recipe.seed)
+        matrices, seed = partial(_matrices, checkpoint), self.recipe.seed
+        if not self.compression.tries:
+            return self.compression.cuts(model, seen, keep, matrices, seed)
+        from upcycle.calibration.try_cuts import CutTrial
+
+        assert windows is not None
+        trial = CutTrial(checkpoint, self.config, self.recipe.dtype, windows, progress)
+        return self.compression.cuts_tried(model, seen, keep, matrices, seed, trial)
 
     def _observed(
         self,
@@ -165,7 +182,7 @@ class CompressConversion(CompressJob, GrowthConversion):
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
 
-        if unit.layer is None or not self.refits or unit.layer not in read_cuts(folder):
+        if unit.layer is None or unit.layer not in self._fitted(folder):
             return None
         path = down_file(folder, unit.layer)
         if not path.exists():  # written without it, the layer would be one that nobody fitted
@@ -175,6 +192,10 @@ class CompressConversion(CompressJob, GrowthConversion):
         from safetensors.torch import load_file
 
         return load_file(path)["down"]
+
+    def _fitted(self, folder: Path) -> set[int]:
+        """Return the layers of the source that were refitted."""
+        return {int(layer) for layer in read_json(folder / CUTS_FILE).get("refit", {})} if self.refits else set()
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
         """Remove what only the writing needed, and return :meth:`reports`."""
@@ -196,16 +217,18 @@ class CompressConversion(CompressJob, GrowthConversion):
         """Compare every tensor that was not refitted with its origin, and the logits of both models."""
         from upcycle.verification.verify_growth import verify_growth
 
-        return verify_growth(decided_cuts(self, folder), checkpoint, folder, windows, progress, self._same)
+        same = partial(self._same, self._fitted(folder), self.moe)
+        return verify_growth(decided_cuts(self, folder), checkpoint, folder, windows, progress, same)
 
-    def _same(self, entry: OutputEntry) -> bool:
+    def _same(self, fitted: set[int], model: MoeModel, entry: OutputEntry) -> bool:
         """Return whether a tensor must equal its origin.
 
         Refitted ones need not, nor those of a decomposition, which another machine may round otherwise.
         """
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
-        return not (self.refits and self._part(entry) == "down")
+        assert entry.origin is not None
+        return not (self._part(entry) == "down" and model.module_paths.layer_of(entry.origin.name) in fitted)
 
 
 def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.Tensor]:

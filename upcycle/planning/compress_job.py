@@ -55,7 +55,7 @@ class CompressJob(GrowthJob):
     def calibrated(self) -> bool:
         """Whether calibration text is read."""
         observes = self.compression.observes and self.recipe.observations is None
-        return self.changes and (observes or self.refits)
+        return self.changes and (observes or self.refits or self.compression.tries)
 
     @cached_property
     def about(self) -> dict[str, Any] | None:
@@ -88,8 +88,9 @@ class CompressJob(GrowthJob):
             if layer is not None
         ]
         outside = sum(self.source.specs[name].elements for name in moe.names[None])
-        streams = (3 if self.refits else 1) * plan.calibration_tokens * moe.hidden_size
-        walking = 4 * ((2 if self.refits else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
+        both = self.refits or self.compression.tries  # two models are walked side by side
+        streams = (3 if both else 1) * plan.calibration_tokens * moe.hidden_size
+        walking = 4 * ((2 if both else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
         return replace(
             plan,
             parameters_dense=before,
@@ -130,7 +131,8 @@ def checked_compression(job: C) -> C:
             hint="--refit down or none",
         )
     if job.calibrated:
-        what = f"method {recipe.method}" if recipe.observations is None else "refit: down (--refit none needs no text)"
+        looks = recipe.observations is None or job.compression.tries
+        what = f"method {recipe.method}" if looks else "refit: down (--refit none needs no text)"
         check_text(recipe, what)
     return job
 

@@ -62,8 +62,8 @@ def _what(facts: Facts) -> str:
         )
     elif facts.compressed:
         first = (
-            f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts were left out or "
-            "merged; `compression.json` says of every layer which are left."
+            f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts or "
+            "layers were left out or merged; `compression.json` says of every layer what is left."
         )
     elif facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."

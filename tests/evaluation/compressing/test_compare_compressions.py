@@ -114,10 +114,22 @@ def test_numbers_are_those_of_the_model_that_the_command_writes(
 def test_all_methods_at_every_size(pico_moe: Models) -> None:
     found = compare_compressions(str(pico_moe("mixtral")), keep=[0.75, 0.5], **SMALL)
     rows = {(one.keep, one.method, one.refit) for one in found.results}
-    methods = {"naee", "reap", "frequency", "hc_smoe", "m_smoe", "random_experts", "slim", "to_dense"}
+    methods = {
+        "naee",
+        "reap",
+        "frequency",
+        "hc_smoe",
+        "m_smoe",
+        "random_experts",
+        "slim",
+        "to_dense",
+        "ream",
+        "moe_i2",
+        "eep",
+    }
     assert rows == {
         (keep, method, refit) for keep in (0.75, 0.5) for method in methods for refit in ("none", "down")
-    } | {(0.5, "lower_top_k", refit) for refit in ("none", "down")}
+    } | {(0.5, method, refit) for method in ("lower_top_k", "block_drop") for refit in ("none", "down")}
     assert {one.keep for one in found.recommended} == {0.75, 0.5}
     assert not any(one.baseline for one in found.recommended)
 

@@ -69,6 +69,11 @@ TITLES = {
     "2502.04416": "CMoE: Converting Mixture-of-Experts from Dense to Accelerate LLM Inference",
     "2502.19261": "Drop-Upcycling: Training Sparse Mixture of Experts with Partial Re-initialization",
     "2509.18542": "Symphony-MoE: Harmonizing Disparate Pre-trained Models into a Coherent Mixture-of-Experts",
+    "2407.00945": "Efficient Expert Pruning for Sparse Mixture-of-Experts Language Models: Enhancing Performance and Reducing "
+    "Inference Costs",
+    "2411.01016": "MoE-I2: Compressing Mixture of Experts Models through Inter-Expert Pruning and Intra-Expert Low-Rank "
+    "Decomposition",
+    "2604.04356": "REAM: Merging Improves Pruning of Experts in LLMs",
     "2510.13999": "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
     "2512.14080": "SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",
     "2603.29765": "Training-Free Dynamic Upcycling of Expert Language Models (DUME)",

@@ -201,7 +201,8 @@ def _disk_bytes(checkpoint: MoeCheckpoint, candidates: Sequence[CutCandidate], t
         down = 4 * sizes.experts * sizes.width * model.hidden_size * len(model.moe_layers) if one.job.refits else 0
         largest = max(largest, plan.bytes_output + one.job.working_bytes + down)
     experts, width = model.experts, model.expert_width
-    layer = 4 * sampled_tokens(experts) * experts * (experts + 2) + 8 * experts * (experts + model.hidden_size)
+    layer = 4 * sampled_tokens(experts) * (experts * (experts + 2) + model.hidden_size)
+    layer += 8 * experts * (experts + 2 * model.hidden_size)
     layer += 4 * (experts * width + min(MOST_GRAM, experts * width**2))
     return largest + len(model.moe_layers) * layer + texts.disk_bytes(model.vocab_size)
 

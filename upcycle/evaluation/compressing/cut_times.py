@@ -50,7 +50,10 @@ def time_cuts(
     """Time every shape among the candidates once, with random weights: how long a model takes depends on its shapes alone."""
     model, raw = checkpoint.model, checkpoint.raw_config
     configs: dict[str, Mapping[str, Any]] = {_name(one.sizes): one.job.config for one in candidates}
-    shapes = {name: (config, model.layers) for name, config in {_UNCUT: raw, **configs}.items()}
+    shapes = {
+        name: (config, int(config.get("num_hidden_layers", model.layers)))
+        for name, config in {_UNCUT: raw, **configs}.items()
+    }
     layers = (
         sum(checkpoint.store.specs[name].elements for name in names)
         for layer, names in model.names.items()
@@ -60,4 +63,6 @@ def time_cuts(
 
 
 def _name(sizes: CutSizes) -> str:
-    return f"{sizes.experts} experts of {sizes.width} neurons, {sizes.top_k} chosen"
+    layers = f", {sizes.layers} layers" if sizes.layers else ""
+    layers += f", {sizes.dense} without" if sizes.dense else ""
+    return f"{sizes.experts} experts of {sizes.width} neurons, {sizes.top_k} chosen{layers}"

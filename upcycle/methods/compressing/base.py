@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut, FfnPart, LayerCut, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, BlockCut, DenseCut, FfnPart, LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
@@ -25,15 +25,20 @@ Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 
 ``SHARED_FFN`` stands for the shared ones."""
 
-Cut = LayerCut | DenseCut
+Cut = LayerCut | DenseCut | BlockCut
 
 
 class CutSizes(NamedTuple):
-    """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert."""
+    """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert, decoder layers.
+
+    ``layers`` is 0 where as many are left as there were; ``dense`` of them lost their experts.
+    """
 
     experts: int
     top_k: int
     width: int
+    layers: int = 0
+    dense: int = 0
 
     @classmethod
     def of(cls, model: MoeModel) -> CutSizes:
@@ -53,6 +58,7 @@ class LayerSource:
         sigmoid: whether scores are sigmoids of the logits, and not their softmax.
         matrices: reads the matrices of an expert.
         seed: of random choices.
+        activation: that of the experts, as configurations name it.
     """
 
     layer: int
@@ -62,6 +68,17 @@ class LayerSource:
     sigmoid: bool
     matrices: Matrices
     seed: int
+    activation: str = "silu"
+
+
+class Trial(Protocol):
+    """Tries cuts of several layers together on text: see :class:`upcycle.calibration.try_cuts.CutTrial`."""
+
+    def closest(self, options: Mapping[int, Sequence[LayerCut]]) -> dict[int, LayerCut]:
+        """Return the combination of the next layers' cuts behind which the stream is closest to the uncut model's."""
+
+    def loss(self, cuts: Mapping[int, LayerCut]) -> float:
+        """Return the mean loss per token of the model with cuts of all its layers with experts."""
 
 
 class Compression(Growth):
@@ -79,6 +96,13 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    depth: ClassVar[bool] = False  # whether whole layers are left out
+    mixes: ClassVar[bool] = False  # whether some layers get an FFN in the place of their experts
+
+    @property
+    def tries(self) -> bool:
+        """Whether it runs cuts of several layers on text before it decides (:meth:`cuts_tried`): observations are not enough then."""
+        return False
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -109,6 +133,22 @@ class Compression(Growth):
         """Return a cut of the shapes that the result will have, before anything is decided."""
         return LayerCut.keeping(range(keep))
 
+    def undecided(self, model: MoeModel, keep: int) -> dict[int, Cut]:
+        """Return the cuts of all layers that are cut, before anything is decided."""
+        return dict.fromkeys(model.moe_layers, self.before(model, keep))
+
+    def config(self, model: MoeModel, sizes: CutSizes, cuts: Mapping[int, Cut]) -> dict[str, Any]:
+        """Return the ``config.json`` of the result."""
+        return model.config_with(sizes.experts, sizes.top_k, sizes.width)
+
+    def pieces(self, model: MoeModel, cuts: Mapping[int, Cut]) -> list[Piece]:
+        """Return every tensor of the result, in the order in which they are written."""
+        return cut_pieces(model, {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)})
+
+    def remarks(self, model: MoeModel, keep: int) -> tuple[str, ...]:
+        """Return remarks for the plan."""
+        return ()
+
     def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
         """Return what is gone, for the promise, and what the result is, in a few words."""
         gone = f"{model.experts - keep} of {model.experts} experts are gone from every layer"
@@ -119,12 +159,12 @@ class Compression(Growth):
         model = MoeModel.read(source.raw, source.specs, source.where)
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
-        cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
+        cuts = choice or self.undecided(model, keep)
         exact = sizes == CutSizes.of(model)
         gone, summary = self.said(model, keep)
         return Grown(
-            config=model.config_with(*sizes),
-            pieces=tuple(cut_pieces(model, cuts)),
+            config=self.config(model, sizes, cuts),
+            pieces=tuple(self.pieces(model, cuts)),
             promise=("exact", "nothing is cut") if exact else ("approximate", gone),
             summary=summary,
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
@@ -136,9 +176,11 @@ class Compression(Growth):
             // model.experts
             * sizes.width
             // model.expert_width
-            * (sizes.experts - sizes.top_k),
+            * (sizes.experts - sizes.top_k)
+            * sum(layer in model.moe_layers and _has_experts(cut) for layer, cut in cuts.items())
+            // len(model.moe_layers),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=() if exact else (LOSS_WARNING,),
+            warnings=() if exact else (LOSS_WARNING, *self.remarks(model, keep)),
         )
 
     def cuts(
@@ -153,11 +195,47 @@ class Compression(Growth):
             matrices: returns what reads the matrices of a layer's experts.
             seed: of random choices.
         """
-        found: dict[int, Cut] = {}
-        for layer, observed in seen.layers.items():
-            source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
-            found[layer] = self.cut(source, keep)
-        return found
+        return {layer: self.cut(source, keep) for layer, source in layer_sources(model, seen, matrices, seed).items()}
+
+    def cuts_tried(
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        trial: Trial,
+    ) -> dict[int, Cut]:
+        """Decide every layer where :attr:`tries` is true.
+
+        Args:
+            model: see :meth:`cuts`.
+            seen: likewise.
+            keep: likewise.
+            matrices: likewise.
+            seed: likewise.
+            trial: tries cuts on text.
+        """
+        raise NotImplementedError(f"{self.name} tries nothing")
+
+
+def layer_sources(
+    model: MoeModel, seen: Observations, matrices: Callable[[int], Matrices], seed: int
+) -> dict[int, LayerSource]:
+    """Return what a method may look at, by layer; for the arguments see :meth:`Compression.cuts`."""
+    return {
+        layer: LayerSource(
+            layer=layer,
+            seen=observed,
+            top_k=model.top_k,
+            normalized=model.normalized,
+            sigmoid=model.sigmoid,
+            matrices=matrices(layer),
+            seed=seed,
+            activation=model.activation,
+        )
+        for layer, observed in seen.layers.items()
+    }
 
 
 LOSS_WARNING = (
@@ -208,6 +286,8 @@ def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
 
 def described_cut(cut: Cut) -> dict[str, Any]:
     """Return a cut as plain data."""
+    if isinstance(cut, BlockCut):
+        return {"kept": cut.kept}
     if isinstance(cut, DenseCut):
         parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
         return {"width": cut.width, "parts": parts}
@@ -227,6 +307,8 @@ def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
 
 def cut_of(content: dict[str, Any]) -> Cut:
     """Return the cut that :func:`described_cut` described."""
+    if "kept" in content:
+        return BlockCut(content["kept"])
     if "parts" in content:
         parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
         return DenseCut(content["width"], parts)
@@ -242,6 +324,15 @@ def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
         )
         for t in described
     )
+
+
+def _has_experts(cut: Cut) -> bool:
+    return isinstance(cut, LayerCut) or cut == BlockCut(True)
+
+
+def kept_of(cuts: Mapping[int, Cut]) -> list[int]:
+    """Return the layers that stay, ascending."""
+    return sorted(layer for layer, cut in cuts.items() if cut != BlockCut(False))
 
 
 def stepped(width: int) -> int:

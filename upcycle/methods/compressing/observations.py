@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 OBSERVATIONS_FILE = "observations.safetensors"
 FEW_TOKENS = 32  # below that, an expert's numbers say little
-_FORMAT = "2"
+_FORMAT = "3"
 _AGAIN = "upcycle observe MOE FILE --calibration TEXT"
-_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output")
+_STREAMS = "streams"
+_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output", "gated_output")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class LayerObservations:
         sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
         sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
         sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
+        sample_inputs: fp32 ``[S, d]``, what the experts read of these tokens.
         mean_output: ``[E, d]``, every expert's mean output on the sampled tokens.
+        gated_output: ``[E, d]``, the same with every output times the expert's share of the router's scores.
     """
 
     tokens: torch.Tensor
@@ -72,7 +75,9 @@ class LayerObservations:
     sample_logits: torch.Tensor
     sample_weights: torch.Tensor
     sample_gram: torch.Tensor
+    sample_inputs: torch.Tensor
     mean_output: torch.Tensor
+    gated_output: torch.Tensor
 
     @property
     def experts(self) -> int:
@@ -89,12 +94,15 @@ class Observations:
         model: the fingerprint of the weights.
         top_k: experts per token.
         text: what ``upcycle.json`` says of the text.
+        streams: fp64 ``[L + 1, L + 1]``, the mean cosine of the stream before every layer, and behind the last, with each other one
+            of these, on sampled tokens.
     """
 
     layers: dict[int, LayerObservations]
     model: str
     top_k: int
     text: dict[str, Any]
+    streams: torch.Tensor
 
     def write(self, path: Path) -> None:
         """Write the file; it appears complete or not at all."""
@@ -105,6 +113,7 @@ class Observations:
             for layer, seen in self.layers.items()
             for field in fields(LayerObservations)
         }
+        tensors[_STREAMS] = self.streams.contiguous()
         about = {"upcycle": "observations", "format": _FORMAT, "model": self.model, "top_k": str(self.top_k)}
         write_whole(path, lambda partial: save_file(tensors, partial, {**about, "text": json.dumps(self.text)}))
 
@@ -149,7 +158,11 @@ class Observations:
         about = cls.about(path)
         names = {field.name for field in fields(LayerObservations)}
         layers: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(path).items():
+        tensors = load_file(path)
+        streams = tensors.pop(_STREAMS, None)
+        if streams is None or streams.dim() != 2 or len({*streams.shape}) != 1 or not bool(streams.isfinite().all()):
+            raise CheckpointError(f"{path}: '{_STREAMS}' is not whole, or not finite", hint=_AGAIN)
+        for name, tensor in tensors.items():
             layer, _, field = name.partition(".")
             layers.setdefault(layer, {})[field] = tensor
         for layer, found in layers.items():
@@ -157,7 +170,7 @@ class Observations:
             if not whole or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
                 raise CheckpointError(f"{path}: layer {layer} is not whole, or not finite", hint=_AGAIN)
         seen = {int(layer): LayerObservations(**found) for layer, found in layers.items()}
-        return cls(dict(sorted(seen.items())), about["model"], about["top_k"], about["text"])
+        return cls(dict(sorted(seen.items())), about["model"], about["top_k"], about["text"], streams)
 
 
 def noted(seen: Observations, progress: Progress) -> Observations:

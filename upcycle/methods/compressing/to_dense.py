@@ -172,6 +172,8 @@ class ToDense(Compression):
     def cut(self, source: LayerSource, keep: int) -> DenseCut:
         """See the class."""
         seen, gather = source.seen, self.parameters.gather
+        if gather == "neurons":
+            return of_best_neurons(source, keep)
         experts, tokens = seen.experts, float(seen.tokens)
         mean = (seen.weight / tokens).tolist()
         shared = FfnPart((Term(SHARED_FFN),), float(seen.shared_weight) / tokens)
@@ -179,8 +181,6 @@ class ToDense(Compression):
         if gather in ("average", "sum"):
             weight = 1 / experts if gather == "average" else 1.0
             return DenseCut(keep, (FfnPart(tuple(Term(e, weight) for e in range(experts)), sum(mean)), *beside))
-        if gather == "neurons":
-            return DenseCut(keep, _ranked(source, keep, {**dict(enumerate(mean)), SHARED_FFN: shared.scale}))
         each = (keep - len(seen.shared)) // experts
         if gather == "svd_kg":
             return DenseCut(keep, (*(FfnPart((Term(e),), mean[e], each) for e in range(experts)), *beside))
@@ -197,6 +197,13 @@ class ToDense(Compression):
 def _best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     """Return the places of the largest scores, ascending; of equals the first."""
     return tuple(sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist()))
+
+
+def of_best_neurons(source: LayerSource, width: int) -> DenseCut:
+    """Return the FFN of the neurons, of all experts and shared ones, that add most to a layer's output."""
+    tokens = float(source.seen.tokens)
+    mean = dict(enumerate((source.seen.weight / tokens).tolist()))
+    return DenseCut(width, _ranked(source, width, {**mean, SHARED_FFN: float(source.seen.shared_weight) / tokens}))
 
 
 def _ranked(source: LayerSource, keep: int, scales: dict[int, float]) -> tuple[FfnPart, ...]:
@@ -230,7 +237,7 @@ def _pieces(model: MoeModel, twin: DenseTwin, cuts: dict[int, DenseCut]) -> list
         for part in _MATRICES:
             name = names[part]
             if layer in cuts:
-                tensors[name] = DenseMatrix(_stored(model, layer, part), layer=layer, part=part, cut=cuts[layer])
+                tensors[name] = DenseMatrix(stored_expert(model, layer, part), layer=layer, part=part, cut=cuts[layer])
             else:
                 tensors[name] = Origin(beside_routed(model, layer)[part])
         pieces.append(Piece(f"layer {layer}", layer, tensors))
@@ -238,6 +245,6 @@ def _pieces(model: MoeModel, twin: DenseTwin, cuts: dict[int, DenseCut]) -> list
     return [*pieces, Piece("final norm", None, rest)]
 
 
-def _stored(model: MoeModel, layer: int, part: str) -> str:
+def stored_expert(model: MoeModel, layer: int, part: str) -> str:
     """Return a stored tensor that holds such a matrix of a routed expert."""
     return next(name for name in model.names[layer] if matrix_of(name) in (part, "gate_up" if part != "down" else part))

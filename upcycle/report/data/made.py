@@ -52,6 +52,8 @@ def _cuts(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _made_of(found: dict[str, Any]) -> dict[str, Any]:
+    if "kept" in found:
+        return {"experts": [], "kept": found["kept"]}
     if "parts" not in found:
         return {"experts": [[term["expert"] for term in terms] for terms in found["experts"]]}
     parts = found["parts"]

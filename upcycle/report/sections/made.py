@@ -48,6 +48,8 @@ def _cut(layer: Mapping[str, Any]) -> tuple[str, str, str]:
     experts = ", ".join(
         name if count is None else f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)
     )
+    if "kept" in layer:
+        experts = "all" if layer["kept"] else "left out"
     if "missing_before" not in layer:
         return str(layer["layer"]), experts, "none"
     return str(layer["layer"]), experts, f"{layer['missing_before']:.1%} missing, then {layer['missing_after']:.1%}"

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.methods.compressing.base import Compression, LayerSource, best
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.methods.compressing.observations import LayerObservations
 
 
 class Reap(Compression):
@@ -18,4 +25,9 @@ class Reap(Compression):
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""
-        return best(source.seen.saliency / source.seen.load.clamp(min=1), keep)
+        return best(reap_scores(source.seen), keep)
+
+
+def reap_scores(seen: LayerObservations) -> torch.Tensor:
+    """Return the score of every expert, fp64 ``[E]``."""
+    return seen.saliency / seen.load.clamp(min=1)
