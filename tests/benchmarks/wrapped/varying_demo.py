@@ -1,9 +1,12 @@
 """ReMoE and DS-MoE from the demo model, beside a fixed top-k and the dense model: loss against neurons that run, trained alike.
 
-All start from pieces of the demo model's FFNs, and are trained on the same batches: ReLU routers whose L1 norm leads to 2 of 8 experts
-(``configs/convert/remoe.yaml``, ``configs/train/remoe.yaml``); 32 experts that all run, and learn by mutual information to be
-preferred by some tokens, of which a threshold then chooses (``ds_moe``); 2 of 8 experts behind a ridge router with Switch's balance loss, which
-start sparse. Rates and coefficients are those of a run of minutes. Losses are of held-out documents, the mean of code and prose.
+All start from pieces of the demo model's FFNs, and are trained on the same batches:
+
+- ReLU routers whose L1 norm leads to 2 of 8 experts (``configs/convert/remoe.yaml``, ``configs/train/remoe.yaml``);
+- 32 experts that all run, and learn by mutual information to be preferred by some tokens, of which a threshold then chooses (``ds_moe``);
+- 2 of 8 experts behind a ridge router with Switch's balance loss, which start sparse.
+
+Rates and coefficients are those of a run of minutes. Losses are of held-out documents, the mean of code and prose.
 
     python -P tests/benchmarks/wrapped/varying_demo.py --out docs/measured/varying_demo.md
 """
