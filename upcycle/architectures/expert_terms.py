@@ -79,6 +79,26 @@ class ExpertTerms(Origin):
 
 
 @dataclass(frozen=True)
+class PackedExperts(Origin):
+    """The origin of a matrix of all experts of a layer of ``upcycle_moe``: one row per neuron, expert after expert.
+
+    Of ``gate_up``, rows of gate and up take turns; of ``down``, a row is a column of the expert's matrix. ``name`` is a stored
+    tensor whose dtype it is written in.
+
+    Attributes:
+        layer: of the source.
+        part: which matrix it is.
+        experts: the terms of every expert.
+        sizes: rows and columns of the whole.
+    """
+
+    layer: int = 0
+    part: Literal["gate_up", "down"] = "down"
+    experts: tuple[tuple[Term, ...], ...] = ()
+    sizes: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class FfnPart:
     """Describes some neurons of a dense FFN that takes the place of a layer's experts.
 

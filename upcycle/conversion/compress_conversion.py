@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.architectures.expert_terms import DenseMatrix, LayerCut
+from upcycle.architectures.expert_terms import DenseMatrix, LayerCut, PackedExperts
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.growth_conversion import GrowthConversion
@@ -100,7 +100,8 @@ class CompressConversion(CompressJob, GrowthConversion):
             from upcycle.calibration.refit_cut import refit_cuts
 
             kept = {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)}
-            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress)
+            pieces = self.grown.pieces if self.wraps else ()
+            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress, pieces)
         from upcycle.calibration.refit_dense import refit_dense
 
         entries = [(unit.layer, entry) for unit in self.units for entry in unit.entries]
@@ -113,7 +114,8 @@ class CompressConversion(CompressJob, GrowthConversion):
         """Return which matrix of experts, or of what they became, a tensor is; empty: none."""
         from upcycle.architectures.stored_moe import matrix_of
 
-        return entry.origin.part if isinstance(entry.origin, DenseMatrix) else matrix_of(entry.name)
+        made = isinstance(entry.origin, DenseMatrix | PackedExperts)
+        return entry.origin.part if made else matrix_of(entry.name)
 
     def _cuts(
         self,
@@ -213,6 +215,8 @@ def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.T
 
     place = expert_index(entry.name)
     block = down if place is None else down[place]
+    if isinstance(entry.origin, PackedExperts):
+        block = down.mT.flatten(0, 1).contiguous()
     yield checked_finite(entry, block.reshape(entry.spec.shape))
 
 

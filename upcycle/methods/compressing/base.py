@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.methods.compressing.observations import LayerObservations, Observations
+    from upcycle.models.own.routing.base import RouterRule
     from upcycle.recipe.conversion_recipe import Recipe
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
@@ -26,6 +27,7 @@ Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 ``SHARED_FFN`` stands for the shared ones."""
 
 Cut = LayerCut | DenseCut
+WRAPPED = "upcycle_moe"  # the target
 
 
 class CutSizes(NamedTuple):
@@ -74,7 +76,7 @@ class Compression(Growth):
     kind = "compression"
     takes = "moe"
     calibrated = True
-    keys = frozenset({"keep", "observations", "calibration", "refit", "dtype"})
+    keys = frozenset({"keep", "observations", "calibration", "refit", "dtype", "target"})
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
@@ -122,11 +124,16 @@ class Compression(Growth):
         cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
         exact = sizes == CutSizes.of(model)
         gone, summary = self.said(model, keep)
+        wrapped = wraps(model, recipe)
+        if wrapped:
+            config, pieces = self._wrapped(model, source, cuts, keep)
+        else:
+            config, pieces = model.config_with(*sizes), cut_pieces(model, cuts)
         return Grown(
-            config=model.config_with(*sizes),
-            pieces=tuple(cut_pieces(model, cuts)),
+            config=config,
+            pieces=tuple(pieces),
             promise=("exact", "nothing is cut") if exact else ("approximate", gone),
-            summary=summary,
+            summary=f"{recipe.target}, {summary}" if wrapped else summary,
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
             context=model.context,
             vocab_size=model.vocab_size,
@@ -140,6 +147,27 @@ class Compression(Growth):
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
             warnings=() if exact else (LOSS_WARNING,),
         )
+
+    def _wrapped(
+        self, model: MoeModel, source: Described, cuts: dict[int, Any], keep: int
+    ) -> tuple[dict[str, Any], list[Piece]]:
+        """Return ``config.json`` and tensors of the result as ``upcycle_moe``."""
+        from upcycle.architectures.moe.wrapped_moe import wrapped_moe
+
+        made = wrapped_moe(
+            model, cuts, lambda layer: self.rule(model, layer, cuts[layer], keep), source.made_of, source.where
+        )
+        outside = made.tensors[None]
+        pieces = [Piece("embeddings", None, {name: origin for name, origin in outside.items() if name in made.first})]
+        pieces += [Piece(f"layer {layer}", layer, own) for layer, own in made.tensors.items() if layer is not None]
+        rest = {name: origin for name, origin in outside.items() if name not in made.first}
+        return made.config, [*pieces, Piece("final norm", None, rest)]
+
+    def rule(self, model: MoeModel, layer: int, cut: LayerCut, keep: int) -> RouterRule:
+        """Return the routing rule of a layer of the result as ``upcycle_moe``: the stock class's."""
+        from upcycle.architectures.moe.wrapped_moe import has_bias, stock_rule
+
+        return stock_rule(model, self.sizes(model, keep).top_k, has_bias(model, layer))
 
     def cuts(
         self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
@@ -164,6 +192,22 @@ LOSS_WARNING = (
     "cuts hurt text of other kinds than the calibration's, and what the model writes, more than the perplexity of the calibrated "
     "kind shows: measure both"
 )
+
+
+def wraps(model: MoeModel, recipe: Recipe) -> bool:
+    """Return whether the result is ``upcycle_moe``, and not of the architecture of the MoE.
+
+    Raises:
+        UsageError: the recipe names another target.
+    """
+    if recipe.target in ("auto", model.family.name):
+        return False
+    if recipe.target != WRAPPED:
+        raise UsageError(
+            f"target: {recipe.method} makes no '{recipe.target}' model of a '{model.family.name}' one",
+            hint=f"leave --target out: the architecture stays; --target {WRAPPED} holds what no stock class can",
+        )
+    return True
 
 
 def kept_experts(model: MoeModel, recipe: Recipe) -> int:

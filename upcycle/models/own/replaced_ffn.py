@@ -15,7 +15,7 @@ Bias = Literal["gate", "up", "down", "output"]
 _HINT = "correct the key, or convert the model again"
 _KEYS = (
     *("paths", "hidden_size", "activation", "gated", "biases", "experts", "width", "widths", "shared_width"),
-    *("router", "router_bias", "routing", "dropout", "output_size"),
+    *("router", "router_bias", "routing", "dropout", "output_size", "shared_switch"),
 )
 _ROUTER_KEYS = ("kind", "width", "activation", "absolute", "unit_inputs")
 
@@ -39,6 +39,7 @@ class ReplacedFfn:
         router: whether the router has a hidden layer, and which (its ``bias`` is not looked at).
         dropout: the probability, in training, that a number of the output is 0, where the FFN had such a layer at its end.
         output_size: d', the length of the output, where it is another one: of a connector between two streams.
+        shared_switch: whether the shared expert's output is multiplied by the sigmoid of a product with the input (Qwen2-MoE).
     """
 
     paths: tuple[tuple[str, ...], ...]
@@ -53,6 +54,7 @@ class ReplacedFfn:
     dropout: float = 0.0
     router: RouterForm = LINEAR
     output_size: int | None = None
+    shared_switch: bool = False
 
     @property
     def output(self) -> int:
@@ -79,6 +81,7 @@ class ReplacedFfn:
             "biases": [name for name in get_args(Bias) if name in self.biases],
             **size,
             "shared_width": self.shared_width,
+            **({"shared_switch": True} if self.shared_switch else {}),
             "router_bias": self.router_bias,
             **({} if self.router.linear else {"router": _router_json(self.router)}),
             "routing": {"rule": self.rule.name, **vars(self.rule)},
@@ -175,6 +178,7 @@ class EntryReader:
             router=self._router(),
             dropout=float(self.get("dropout", "a number from 0 to 1", is_fraction, 0.0)),
             output_size=self._output(hidden),
+            shared_switch=self.get("shared_switch", "true or false", lambda v: type(v) is bool, False),
         )
 
     def _output(self, hidden: int) -> int | None:
