@@ -1,4 +1,4 @@
-"""A stock Mixture-of-Experts as ``upcycle_moe``: the dense model with its block, with its experts, routers and rule in the place of FFNs.
+"""A stock Mixture-of-Experts as ``upcycle_moe``: the dense model with its block, where experts and routers stand in the place of FFNs.
 
 What no stock class holds can then be done to it: another number of experts in every layer, or another rule.
 """

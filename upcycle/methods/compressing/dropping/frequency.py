@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from upcycle.architectures.expert_terms import LayerCut
-from upcycle.methods.compressing.base import Compression, LayerSource, best
-from upcycle.plugins import PluginParameters
+from upcycle.methods.compressing.base import LayerSource
+from upcycle.methods.compressing.dropping.scored import Scored, ScoredParameters
+
+if TYPE_CHECKING:
+    import torch
 
 
-class FrequencyParameters(PluginParameters):
+class FrequencyParameters(ScoredParameters):
     """Parameters of :class:`Frequency`."""
 
     count: Literal["soft", "hard"] = Field(
@@ -19,13 +21,14 @@ class FrequencyParameters(PluginParameters):
     )
 
 
-class Frequency(Compression):
-    """Implements heavy-hitters counting (Muzio et al. 2024, arXiv 2404.05089, section 3.1), the same number in every layer.
+class Frequency(Scored):
+    """Implements heavy-hitters counting (Muzio et al. 2024, arXiv 2404.05089, section 3.1).
+
+    The counts are those of one layer, or (``layers=uneven``) of all together.
 
     ``hard_e = #{t : e chosen by t}``, ``soft_e = sum_t score_e(x_t)``; the experts of the largest counts are kept.
 
-    Deviation: the paper also counts over all layers together, which leaves layers of different sizes; no stock architecture holds
-    those.
+    Deviation: over all layers together, every layer keeps at least as many experts as a token chooses.
     """
 
     name = "frequency"
@@ -34,6 +37,6 @@ class Frequency(Compression):
     Parameters = FrequencyParameters
     parameters: FrequencyParameters
 
-    def cut(self, source: LayerSource, keep: int) -> LayerCut:
+    def scores(self, source: LayerSource) -> torch.Tensor:
         """See the class."""
-        return best(source.seen.score if self.parameters.count == "soft" else source.seen.load, keep)
+        return source.seen.score if self.parameters.count == "soft" else source.seen.load
