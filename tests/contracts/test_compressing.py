@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from permuted_experts import permuted
 from pico_models import PICO_MOE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.architectures.stored_moe import MOES, MoeModel, expert_index
+from upcycle.architectures.stored_moe import MOES
 from upcycle.calibration import observe_moe, refit_cut
-from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, RefusalError, UsageError
@@ -30,7 +30,9 @@ pytestmark = pytest.mark.one_in(5)  # the other cases are long
 
 Models = Callable[..., Path]
 COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
-NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py
+NAMES = [  # to_dense: test_to_dense.py; those that no stock class holds: test_wrapped_moe.py
+    name for name in COMPRESSIONS if not load("method", name).dense and not load("method", name).wrapped
+]
 WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
@@ -42,7 +44,6 @@ CELLS = [
     for fused in (False, True)
     if method != "slim" or name not in ONE_WIDTH
 ]
-PERMUTED = [3, 1, 0, 2]
 
 
 def quick(method: str) -> dict[str, Any]:
@@ -132,27 +133,6 @@ def test_same_inputs_give_the_same_bytes_as_planned(method: str, pico_moe: Model
     assert plan.bytes_output < sum(sizes) < 1.3 * plan.bytes_output  # and headers
     assert upcycle.verify(tmp_path / "one", tokens=64) == results[0].verification
     assert not (tmp_path / "one" / LAYER_BLUEPRINTS).exists()
-
-
-def permuted(source: Path, folder: Path) -> Path:
-    """The same model with its experts in another order."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    model = MoeModel.read(
-        json.loads((folder / "config.json").read_text()), MoeCheckpoint.open(str(folder)).store.specs, ""
-    )
-    changed = {}
-    for name, tensor in tensors.items():
-        role, expert = model.role(name), expert_index(name)
-        if role == "expert":
-            assert expert is not None
-            place = PERMUTED.index(expert)
-            changed[name.replace(f".experts.{expert}.", f".experts.{place}.")] = tensor
-        else:
-            changed[name] = tensor[PERMUTED].contiguous() if role in ("experts", "router", "bias") else tensor
-    assert set(changed) == set(tensors)
-    save_file(changed, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 @pytest.mark.one_in(6)

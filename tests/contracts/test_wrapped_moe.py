@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from permuted_experts import permuted
 from pico_models import PICO_MOE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
 import upcycle.models
+from upcycle.calibration import refit_cut
 from upcycle.errors import RefusalError, UsageError
 from upcycle.models.own.moe_block import MoeBlock
+from upcycle.registry import METHODS, load
 
 pytestmark = pytest.mark.one_in(6)  # the other cases are long
 
@@ -132,3 +135,74 @@ def test_a_copy_of_the_folder_is_compressed_with_the_family_it_came_from(pico: M
     upcycle.convert(str(moe), tmp_path / "out", method="naee", keep=1.0, **KEYS)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["base_model_type"] == "mistral"
     shutil.rmtree(moe)
+
+
+WRAPPED = [name for name in METHODS if load("method", name).kind == "compression" and load("method", name).wrapped]
+
+
+@pytest.mark.parametrize("method", WRAPPED)
+def test_what_no_stock_class_holds_keeps_all_exactly(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    result = upcycle.convert(str(pico_moe("dots1")), tmp_path / "out", method=method, keep=1.0, **KEYS)
+    assert result.verification is not None
+    assert result.verification.verdict == "exact"
+    upcycle.convert(str(pico_moe("dots1")), tmp_path / "stock", method=method, keep=1.0, **{**KEYS, "target": "auto"})
+    before, after = (load_file(folder / "model.safetensors") for folder in (pico_moe("dots1"), tmp_path / "stock"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    plain = tmp_path / "plain"
+    upcycle.convert(str(pico_moe("dots1")), plain, method="naee", keep=1.0, **KEYS)
+    assert torch.equal(logits(loaded(tmp_path / "out")), logits(loaded(plain)))
+
+
+@pytest.mark.parametrize("refit", ["none", "down"])
+@pytest.mark.parametrize("method", WRAPPED)
+def test_what_no_stock_class_holds_is_written_as_planned_and_writes(
+    method: str, refit: str, pico_moe: Models, tmp_path: Path
+) -> None:
+    keys = {**KEYS, "method": method, "keep": 0.6, "refit": refit}
+    plan = upcycle.plan(str(pico_moe("qwen3_moe")), **keys)
+    result = upcycle.convert(str(pico_moe("qwen3_moe")), tmp_path / "out", **keys)
+    upcycle.convert(str(pico_moe("qwen3_moe")), tmp_path / "again", **keys)
+    files = [
+        {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())} for name in ("out", "again")
+    ]
+    assert files[0] == files[1]
+    assert result.plan == plan
+    assert plan.flops_per_token < plan.flops_per_token_dense
+    assert result.verification is not None
+    assert result.verification.verdict == "approximate"
+    assert upcycle.verify(tmp_path / "out", tokens=64) == result.verification
+    written = loaded(tmp_path / "out").generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    assert written.shape == (1, 7)
+
+
+@pytest.mark.parametrize("method", WRAPPED)
+def test_the_order_of_experts_does_not_matter(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    other = permuted(pico_moe("dots1"), tmp_path / "permuted")
+    keys = {**KEYS, "method": method, "keep": 0.6, "verification": {"enabled": False}}
+    upcycle.convert(str(pico_moe("dots1")), tmp_path / "one", **keys)
+    upcycle.convert(str(other), tmp_path / "two", **keys)
+    # Least squares of the same numbers in another order.
+    assert apart(logits(loaded(tmp_path / "one")), logits(loaded(tmp_path / "two"))) < 1e-4
+
+
+@pytest.mark.parametrize("method", WRAPPED)
+def test_a_stopped_compression_continues_byte_equal(
+    method: str, pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, keys = str(pico_moe("mixtral")), {**KEYS, "method": method, "keep": 0.6, "verification": {"enabled": False}}
+
+    def interrupt(*given: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refit_cut._LayerFit, "set", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.convert(source, tmp_path / "out", **keys)
+    monkeypatch.undo()
+    monkeypatch.setattr(load("method", method), "cut", interrupt)  # what was decided is not decided again
+    upcycle.convert(source, tmp_path / "out", **keys)
+    monkeypatch.undo()
+    upcycle.convert(source, tmp_path / "whole", **keys)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("out", "whole"))
+    assert one == two

@@ -31,10 +31,12 @@ class LayerCut:
     Attributes:
         experts: for every expert of the result, the terms that it is the sum of.
         rows: for every expert of the result, the expert of the source whose router row it has.
+        skip: below which part of its largest weight a token's experts are left out (``upcycle_moe``); 0: none is.
     """
 
     experts: tuple[tuple[Term, ...], ...]
     rows: tuple[int, ...]
+    skip: float = 0.0
 
     @classmethod
     def keeping(cls, kept: Sequence[int]) -> LayerCut:

@@ -64,6 +64,7 @@ TITLES = {
     "2410.17170": "Self-calibration for Language Model Quantization and Pruning",
     "2411.15708": "LLaMA-MoE v2: Exploring Sparsity of LLaMA from Perspective of Mixture-of-Experts with Post-Training",
     "2412.14711": "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
+    "2410.06270": "Mixture Compressor for Mixture-of-Experts LLMs Gains More",
     "2412.19437": "DeepSeek-V3 Technical Report",
     "2502.03009": "Scaling Laws for Upcycling Mixture-of-Experts Language Models",
     "2502.04416": "CMoE: Converting Mixture-of-Experts from Dense to Accelerate LLM Inference",

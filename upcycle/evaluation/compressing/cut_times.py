@@ -49,7 +49,9 @@ def time_cuts(
 ) -> CutTiming:
     """Time every shape among the candidates once, with random weights: how long a model takes depends on its shapes alone."""
     model, raw = checkpoint.model, checkpoint.raw_config
-    configs: dict[str, Mapping[str, Any]] = {_name(one.sizes): one.job.config for one in candidates}
+    configs: dict[str, Mapping[str, Any]] = {  # the stock class stands for upcycle_moe of the same sizes
+        _name(one.sizes): model.config_with(*one.sizes) if one.job.wraps else one.job.config for one in candidates
+    }
     shapes = {name: (config, model.layers) for name, config in {_UNCUT: raw, **configs}.items()}
     layers = (
         sum(checkpoint.store.specs[name].elements for name in names)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from upcycle.methods.compressing.observations import LayerObservations, Observations
     from upcycle.models.own.routing.base import RouterRule
+    from upcycle.models.own.routing.top_k import TopKRule
     from upcycle.recipe.conversion_recipe import Recipe
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
@@ -81,6 +82,7 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    wrapped: ClassVar[bool] = False  # whether only upcycle_moe holds the result
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -107,6 +109,10 @@ class Compression(Growth):
         """Return whether anything is cut."""
         return self.sizes(model, keep) != CutSizes.of(model)
 
+    def active(self, model: MoeModel, keep: int) -> float:
+        """Return how many experts run for a token, in the mean."""
+        return self.sizes(model, keep).top_k
+
     def before(self, model: MoeModel, keep: int) -> Cut:
         """Return a cut of the shapes that the result will have, before anything is decided."""
         return LayerCut.keeping(range(keep))
@@ -122,7 +128,7 @@ class Compression(Growth):
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
         cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
-        exact = sizes == CutSizes.of(model)
+        exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)
         wrapped = wraps(model, recipe)
         if wrapped:
@@ -139,11 +145,13 @@ class Compression(Growth):
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             tied=model.tied,
-            idle=model.expert_elements
-            // model.experts
-            * sizes.width
-            // model.expert_width
-            * (sizes.experts - sizes.top_k),
+            idle=round(
+                model.expert_elements
+                // model.experts
+                * sizes.width
+                // model.expert_width
+                * (sizes.experts - self.active(model, keep))
+            ),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
             warnings=() if exact else (LOSS_WARNING,),
         )
@@ -165,9 +173,14 @@ class Compression(Growth):
 
     def rule(self, model: MoeModel, layer: int, cut: LayerCut, keep: int) -> RouterRule:
         """Return the routing rule of a layer of the result as ``upcycle_moe``: the stock class's."""
+        return self.stock_rule(model, layer, self.sizes(model, keep).top_k)
+
+    @staticmethod
+    def stock_rule(model: MoeModel, layer: int, top_k: int) -> TopKRule:
+        """Return the rule of a layer's router in the stock class, with ``top_k`` experts per token."""
         from upcycle.architectures.moe.wrapped_moe import has_bias, stock_rule
 
-        return stock_rule(model, self.sizes(model, keep).top_k, has_bias(model, layer))
+        return stock_rule(model, top_k, has_bias(model, layer))
 
     def cuts(
         self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
@@ -255,7 +268,8 @@ def described_cut(cut: Cut) -> dict[str, Any]:
     if isinstance(cut, DenseCut):
         parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
         return {"width": cut.width, "parts": parts}
-    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows]}
+    skip = {"skip": cut.skip} if cut.skip else {}
+    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows], **skip}
 
 
 def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
@@ -274,7 +288,8 @@ def cut_of(content: dict[str, Any]) -> Cut:
     if "parts" in content:
         parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
         return DenseCut(content["width"], parts)
-    return LayerCut(tuple(_terms(terms) for terms in content["experts"]), tuple(content["rows"]))
+    experts = tuple(_terms(terms) for terms in content["experts"])
+    return LayerCut(experts, tuple(content["rows"]), content.get("skip", 0.0))
 
 
 def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
