@@ -17,6 +17,7 @@ from upcycle.architectures.module_paths import module_paths_of
 from upcycle.models.body_pass import layer_arguments
 from upcycle.models.experts import use_eager_experts
 from upcycle.models.first_calls import settle_code_paths
+from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.router_records import watch_router
@@ -183,7 +184,7 @@ def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
 
     ``experts`` is a stock class's module, or upcycle's own.
     """
-    if isinstance(experts, PackedExperts):
+    if isinstance(experts, PackedExperts | FactoredExperts):
         return experts.active(x, expert)
     gate, up = linear(x, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
     active: torch.Tensor = experts.act_fn(gate) * up
@@ -191,7 +192,9 @@ def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
 
 
 def down_projections(experts: Any) -> torch.Tensor:
-    """Return the down projections ``[E, d, F]`` of a stock class's module, or of upcycle's own."""
+    """Return the down projections ``[E, d, F]`` of a stock class's module, or of upcycle's own; of factored ones the last factor."""
+    if isinstance(experts, FactoredExperts):
+        return experts.down_projections()
     if isinstance(experts, PackedExperts):
         return experts.down.detach().unflatten(0, (experts.count, -1)).mT
     found: torch.Tensor = experts.down_proj.detach()
@@ -200,7 +203,9 @@ def down_projections(experts: Any) -> torch.Tensor:
 
 def set_down_projections(experts: Any, down: torch.Tensor) -> None:
     """Let the module compute with other down projections, ``[E, d, F]``."""
-    if isinstance(experts, PackedExperts):
+    if isinstance(experts, FactoredExperts):
+        experts.set_down_projections(down)
+    elif isinstance(experts, PackedExperts):
         experts.down.data = down.mT.flatten(0, 1).contiguous()
     else:
         experts.down_proj.data = down

@@ -24,12 +24,20 @@ if TYPE_CHECKING:
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
-MOST_GRAM = 16_000_000  # numbers in the products of neurons that are kept of one layer
+MOST_GRAM = 2**24  # numbers in the products of neurons that are kept of one layer
 
 
 def sampled_tokens(experts: int) -> int:
     """Return on how many tokens of a layer all its experts run."""
     return max(64, min(MOST_SAMPLED, _SAMPLED_NUMBERS // experts**2))
+
+
+def gram_shape(experts: int, hidden: int) -> tuple[int, ...]:
+    """Return the shape of the products of inputs that are kept of one layer."""
+    for count in (experts, 1):
+        if count * hidden**2 <= MOST_GRAM:
+            return (count, hidden, hidden)
+    return (0,)
 
 
 def observe_layers(
@@ -89,6 +97,7 @@ class _Sums:
         width = int(experts.down_proj.shape[-1])
         self._neurons = torch.zeros(count, width)
         self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
+        self._input_gram = torch.zeros(gram_shape(count, model.hidden_size))
         self._shared, self._shared_weight = torch.zeros(0), 0.0
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
         self._ratios: list[torch.Tensor] = []
@@ -113,6 +122,8 @@ class _Sums:
             squares = (routed.shared_weight * routed.shared).square().sum(0)
             self._shared = squares if not self._shared.numel() else self._shared + squares
             self._shared_weight += routed.shared_weight.double().sum().item()
+        if len(self._input_gram) == 1 < len(self._load):
+            self._input_gram[0] += routed.x.T @ routed.x
         self._chosen(routed, weights)
         self._sample(routed)
         self._tokens += len(routed.x)
@@ -124,6 +135,8 @@ class _Sums:
             if len(tokens):
                 x, own = routed.x[tokens], weights[tokens, slots]
                 norms = self._output(x, expert).double().norm(dim=1)
+                if len(self._input_gram) == len(self._load):
+                    self._input_gram[expert] += x.T @ x
                 active = own.float()[:, None] * active_neurons(self._place.experts, x, expert)
                 self._neurons[expert] += active.square().sum(0)
                 if self._neuron_gram.numel():
@@ -178,6 +191,7 @@ class _Sums:
             factor=torch.tensor([self._factor(logits.double(), weights.double())]).double(),
             neurons=self._neurons,
             neuron_gram=self._neuron_gram,
+            input_gram=self._input_gram,
             shared=self._shared,
             shared_weight=torch.tensor([self._shared_weight], dtype=torch.float64),
             sample_logits=logits,

@@ -11,7 +11,7 @@ T tokens, E' experts that are left, F neurons each, d the hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, 
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
+    from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
     from upcycle.methods.growing.base import Piece
     from upcycle.models.stock_layers import Layers
@@ -60,6 +61,7 @@ def refit_cuts(
     folder: Path,
     progress: Progress,
     pieces: Sequence[Piece] = (),
+    blocks: Callable[[Origin], Iterator[torch.Tensor]] | None = None,
 ) -> dict[int, dict[str, float]]:
     """Refit every layer, and write the new down projections.
 
@@ -72,6 +74,7 @@ def refit_cuts(
         folder: where the files are written.
         progress: where to report.
         pieces: the tensors of the result, if it is of another class than the MoE.
+        blocks: reads these; None: the checkpoint does.
 
     Returns:
         For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
@@ -87,7 +90,9 @@ def refit_cuts(
         return found
 
     layers: Layers = (
-        ResultLayers(checkpoint, config, pieces, dtype) if pieces else _CutLayers(uncut, config, cuts, stored_dtype)
+        ResultLayers(checkpoint, config, pieces, dtype, blocks)
+        if pieces
+        else _CutLayers(uncut, config, cuts, stored_dtype)
     )
     cut = MoeWalk(layers, windows.shape[1])
     reports: dict[int, dict[str, float]] = {}

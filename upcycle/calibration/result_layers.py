@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from upcycle.methods.growing.base import Piece
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers
 
 if TYPE_CHECKING:
+    from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 
@@ -24,14 +26,20 @@ class ResultLayers:
         config: the ``config.json`` of the result.
         pieces: its tensors.
         dtype: the dtype that it is written in, as a recipe means it.
+        blocks: reads a tensor; None: the checkpoint does.
     """
 
     def __init__(
-        self, checkpoint: MoeCheckpoint, config: Mapping[str, Any], pieces: Sequence[Piece], dtype: str
+        self,
+        checkpoint: MoeCheckpoint,
+        config: Mapping[str, Any],
+        pieces: Sequence[Piece],
+        dtype: str,
+        blocks: Callable[[Origin], Iterator[torch.Tensor]] | None = None,
     ) -> None:
         self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
         compute_buffers(self.model)
-        self._checkpoint, self._dtype = checkpoint, dtype
+        self._blocks = blocks or partial(checkpoint.blocks, dtype=dtype)
         self._pieces = {piece.layer: piece for piece in pieces if piece.layer is not None}
         self._paths = module_paths_of(self.model.config)
         self._layers = self._paths.layers_in(self.model)
@@ -49,7 +57,7 @@ class ResultLayers:
         """See :class:`upcycle.models.stock_layers.Layers`."""
         state, prefix = {}, f"{self._paths.layer(index)}."
         for name, origin in self._pieces[index].tensors.items():
-            whole = torch.cat([*self._checkpoint.blocks(origin, self._dtype)])
+            whole = torch.cat([*self._blocks(origin)])
             self._dtypes[name] = whole.dtype
             state[name.removeprefix(prefix)] = whole.float()
         self._layers[index].load_state_dict(state, strict=True, assign=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle.architectures.clean_settings import clean_config
-from upcycle.architectures.expert_terms import LayerCut, PackedExperts
+from upcycle.architectures.expert_terms import FactorName, FactorRows, LayerCut, PackedExperts
 from upcycle.architectures.moe.dense_twin import DenseTwin, beside_routed, dense_twin, width_beside
 from upcycle.architectures.moe.wrapper import UpcycleMoe
 from upcycle.architectures.stock import build_config
@@ -140,6 +140,7 @@ def _replaced(
             width_beside(model, layer),
             "switch" in names[layer],
             rules(layer),
+            cut.ranks,
         )
         alike.setdefault(kind, []).append(layer)
     return [
@@ -154,8 +155,9 @@ def _replaced(
             router_bias=False,
             rule=rule,
             shared_switch=switch,
+            ranks=ranks,
         )
-        for (widths, shared, switch, rule), layers in alike.items()
+        for (widths, shared, switch, rule, ranks), layers in alike.items()
     ]
 
 
@@ -169,7 +171,17 @@ def _block(model: MoeModel, twin: DenseTwin, layer: int, cut: LayerCut, names: M
     found: dict[str, Origin] = {f"{prefix}.router.weight": ExpertRows(names["router"], taken=cut.rows)}
     if "bias" in names:
         found[f"{prefix}.router.e_score_correction_bias"] = ExpertRows(names["bias"], taken=cut.rows)
-    for part, rows in (("gate_up", 2 * neurons), ("down", neurons)):
+    if cut.ranks:
+        up, down = (sum(ranks) for ranks in zip(*cut.ranks, strict=True))
+        width = model.expert_width
+        factors: dict[FactorName, tuple[int, int]] = {
+            **{"up_in": (up, d), "up_out": (up, 2 * width)},
+            **{"down_in": (down, width), "down_out": (down, d)},
+        }
+        for factor, sizes in factors.items():
+            name = f"{prefix}.experts.{factor}"
+            found[name] = FactorRows(names["down"], layer=layer, part=factor, sizes=sizes)
+    for part, rows in () if cut.ranks else (("gate_up", 2 * neurons), ("down", neurons)):
         kind: Any = part
         found[f"{prefix}.experts.{part}"] = PackedExperts(
             names["down"], layer=layer, part=kind, experts=cut.experts, sizes=(rows, d)

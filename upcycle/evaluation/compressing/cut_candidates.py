@@ -45,7 +45,8 @@ class CutCandidate:
     @property
     def sizes(self) -> CutSizes:
         """The experts, experts per token and neurons of an expert that it leaves."""
-        return self.job.compression.sizes(self.job.moe, self.job.keep)
+        job = self.job
+        return (job.compression.like if job.wraps else job.compression.sizes)(job.moe, job.keep)
 
 
 class CutOptions:

@@ -83,6 +83,7 @@ class Compression(Growth):
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
     wrapped: ClassVar[bool] = False  # whether only upcycle_moe holds the result
+    factored: ClassVar[bool] = False  # whether the result has tensors that no stored one is, found on text
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -108,6 +109,10 @@ class Compression(Growth):
     def changed(self, model: MoeModel, keep: int) -> bool:
         """Return whether anything is cut."""
         return self.sizes(model, keep) != CutSizes.of(model)
+
+    def like(self, model: MoeModel, keep: int) -> CutSizes:
+        """Return the sizes of a model of the stock class that computes about as much as the result as ``upcycle_moe``."""
+        return self.sizes(model, keep)
 
     def active(self, model: MoeModel, keep: int) -> float:
         """Return how many experts run for a token, in the mean."""
@@ -148,13 +153,17 @@ class Compression(Growth):
             idle=round(
                 model.expert_elements
                 // model.experts
-                * sizes.width
+                * (self.like(model, keep) if wrapped else sizes).width
                 // model.expert_width
                 * (sizes.experts - self.active(model, keep))
             ),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=() if exact else (LOSS_WARNING,),
+            warnings=(() if exact else (LOSS_WARNING,)) + self.warnings(model, recipe, keep),
         )
+
+    def warnings(self, model: MoeModel, recipe: Recipe, keep: int) -> tuple[str, ...]:
+        """Return further remarks for the plan."""
+        return ()
 
     def _wrapped(
         self, model: MoeModel, source: Described, cuts: dict[int, Any], keep: int
@@ -183,7 +192,13 @@ class Compression(Growth):
         return stock_rule(model, top_k, has_bias(model, layer))
 
     def cuts(
-        self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        store: Callable[[int, dict[str, torch.Tensor]], None],
     ) -> dict[int, Cut]:
         """Decide every layer.
 
@@ -193,6 +208,7 @@ class Compression(Growth):
             keep: what :meth:`kept` returned.
             matrices: returns what reads the matrices of a layer's experts.
             seed: of random choices.
+            store: takes the tensors of a layer that no stored one is, if the method is ``factored``.
         """
         found: dict[int, Cut] = {}
         for layer, observed in seen.layers.items():
@@ -268,8 +284,9 @@ def described_cut(cut: Cut) -> dict[str, Any]:
     if isinstance(cut, DenseCut):
         parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
         return {"width": cut.width, "parts": parts}
-    skip = {"skip": cut.skip} if cut.skip else {}
-    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows], **skip}
+    more: dict[str, Any] = {"skip": cut.skip} if cut.skip else {}
+    more |= {"ranks": [list(pair) for pair in cut.ranks]} if cut.ranks else {}
+    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows], **more}
 
 
 def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
@@ -289,7 +306,8 @@ def cut_of(content: dict[str, Any]) -> Cut:
         parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
         return DenseCut(content["width"], parts)
     experts = tuple(_terms(terms) for terms in content["experts"])
-    return LayerCut(experts, tuple(content["rows"]), content.get("skip", 0.0))
+    ranks = tuple((up, down) for up, down in content.get("ranks", ()))
+    return LayerCut(experts, tuple(content["rows"]), content.get("skip", 0.0), ranks)
 
 
 def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from upcycle.kernels.entry.transformers_experts import foreign_weights, module_output
 from upcycle.kernels.layout.expert_weights import WeightLayout, WeightTensors
+from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
@@ -47,7 +48,7 @@ class MoeBlock(nn.Module):
         super().__init__()
         d, out, shared = ffn.hidden_size, ffn.output, ffn.shared_width
         self.router = TokenRouter(ffn)
-        self.experts = PackedExperts(ffn)
+        self.experts = FactoredExperts(ffn) if ffn.ranks else PackedExperts(ffn)
         # An adapter may stand around the experts, and hide it. In a tuple, as its weights are the experts' alone.
         self._act = (self.experts.act,)
         if shared:

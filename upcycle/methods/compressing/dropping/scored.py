@@ -80,11 +80,17 @@ class Scored(Compression):
         return best(self.scores(source), keep)
 
     def cuts(
-        self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        store: Callable[[int, dict[str, torch.Tensor]], None],
     ) -> dict[int, Cut]:
         """See :class:`~upcycle.methods.compressing.base.Compression`."""
         if not self.uneven:
-            return super().cuts(model, seen, keep, matrices, seed)
+            return super().cuts(model, seen, keep, matrices, seed, store)
         scores = {
             layer: self.scores(
                 LayerSource(layer, own, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
