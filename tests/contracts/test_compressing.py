@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from permuted_experts import permuted
 from pico_models import PICO_MOE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.architectures.stored_moe import MOES, MoeModel, expert_index
+from upcycle.architectures.stored_moe import MOES
 from upcycle.calibration import observe_moe, refit_cut, refit_depth
-from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, RefusalError, UsageError
@@ -31,7 +31,9 @@ pytestmark = pytest.mark.one_in(5)  # the other cases are long
 Models = Callable[..., Path]
 COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
 NAMES = [  # to_dense: test_to_dense.py; layer_drop: test_layer_drop.py, as few architectures can have such layers
-    name for name in COMPRESSIONS if not load("method", name).dense and not load("method", name).mixes
+    name  # those that no stock class holds: test_wrapped_moe.py
+    for name in COMPRESSIONS
+    if not load("method", name).dense and not load("method", name).mixes and not load("method", name).wrapped
 ]
 WHOLE = [
     name for name in NAMES if name not in ("slim", "lower_top_k", "block_drop")
@@ -46,7 +48,6 @@ CELLS = [
     for fused in (False, True)
     if method != "slim" or name not in ONE_WIDTH
 ]
-PERMUTED = [3, 1, 0, 2]
 
 
 def quick(method: str) -> dict[str, Any]:
@@ -142,27 +143,6 @@ def tries(method: str) -> bool:
     """Whether a method, by default, runs layers on text before it decides."""
     made = load("method", method)
     return bool(made(made.Parameters()).tries)
-
-
-def permuted(source: Path, folder: Path) -> Path:
-    """The same model with its experts in another order."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    model = MoeModel.read(
-        json.loads((folder / "config.json").read_text()), MoeCheckpoint.open(str(folder)).store.specs, ""
-    )
-    changed = {}
-    for name, tensor in tensors.items():
-        role, expert = model.role(name), expert_index(name)
-        if role == "expert":
-            assert expert is not None
-            place = PERMUTED.index(expert)
-            changed[name.replace(f".experts.{expert}.", f".experts.{place}.")] = tensor
-        else:
-            changed[name] = tensor[PERMUTED].contiguous() if role in ("experts", "router", "bias") else tensor
-    assert set(changed) == set(tensors)
-    save_file(changed, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 @pytest.mark.one_in(6)

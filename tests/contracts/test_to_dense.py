@@ -198,12 +198,12 @@ def test_another_block_is_found_on_the_first_tokens(
     pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A family that the description takes for the same, and whose layers compute something else."""
-    load = refit_dense._DenseLayers.load
+    load = refit_dense.ResultLayers.load
 
     def other(self: Any, index: int) -> None:
         load(self, index)
         self._layers[index].self_attn.o_proj.weight.data *= 1.01
 
-    monkeypatch.setattr(refit_dense._DenseLayers, "load", other)
+    monkeypatch.setattr(refit_dense.ResultLayers, "load", other)
     with pytest.raises(CheckpointError, match="layer 0 computes another input of its experts than a 'llama' model"):
         upcycle.convert(str(pico_moe("mixtral")), tmp_path / "out", width=64, **QUICK)

@@ -35,6 +35,7 @@ def random_observations(experts: int, seed: int = 0, tokens: int = 50, top_k: in
         factor=torch.ones(1).double(),
         neurons=torch.rand(experts, 5, generator=draw),
         neuron_gram=torch.eye(5).expand(experts, 5, 5).clone(),
+        input_gram=torch.eye(7).expand(experts, 7, 7).clone(),
         shared=torch.zeros(0),
         shared_weight=torch.zeros(1).double(),
         sample_logits=logits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,8 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import has_experts
 from upcycle.models.own.moe_block import MoeBlock
+from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
+from upcycle.models.own.routing.skip import SkipRule
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
@@ -196,7 +198,7 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
     found = []
     for place in places:
         rule = cast(MoeBlock, place.block).rule
-        if not isinstance(rule, TopKRule):
+        if not isinstance(rule, TopKRule) or isinstance(rule, SkipRule):
             varying = varying_rule(rule, place.count)
             if varying is None:
                 return []
@@ -206,6 +208,10 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
         equal = rule.equal_weight(place.count) if rule.scores == "ones" else None
         score: Score = "softmax" if rule.scores == "ones" else rule.scores
         read = RoutingRule(score, place.count, rule.top_k, rule.normalized, constant=equal)
+        if isinstance(rule, BiasedTopKRule):
+            router = place.router
+            bias = partial(selection_bias, router, router)
+            read = replace(read, factor=rule.factor, epsilon=rule.epsilon, bias=bias)
         found.append(MoeLayer(place.index, place.block, place.router, (), read))
     return found
 

@@ -13,6 +13,7 @@ import torch
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
+from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
@@ -88,7 +89,11 @@ class Stage:
                 "holds only some of them",
                 hint="set expert_parallel: 1 and zero.stage below 3",
             )
-        if distillation and distillation.taught and any(isinstance(m, PackedExperts) for m in self.model.modules()):
+        if (
+            distillation
+            and distillation.taught
+            and any(isinstance(m, PackedExperts | FactoredExperts) for m in self.model.modules())
+        ):
             raise UsageError(
                 f"stage '{stage_recipe.name}': {distillation.taught[0]} asks every expert for its output, which upcycle_moe's packed "
                 "experts do not give one by one",

@@ -31,10 +31,15 @@ class LayerCut:
     Attributes:
         experts: for every expert of the result, the terms that it is the sum of.
         rows: for every expert of the result, the expert of the source whose router row it has.
+        ranks: of every expert, where its matrices become products of two thin ones: of gate and up together, and of down; empty: they
+            stay whole.
+        skip: below which part of its largest weight a token's experts are left out (``upcycle_moe``); 0: none is.
     """
 
     experts: tuple[tuple[Term, ...], ...]
     rows: tuple[int, ...]
+    skip: float = 0.0
+    ranks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def keeping(cls, kept: Sequence[int]) -> LayerCut:
@@ -76,6 +81,46 @@ class ExpertTerms(Origin):
         elif order is not None:
             rows = len(order) * (2 if self.part == "gate_up" else 1)
         return (*((len(self.experts),) if self.fused else ()), rows, columns)
+
+
+@dataclass(frozen=True)
+class PackedExperts(Origin):
+    """The origin of a matrix of all experts of a layer of ``upcycle_moe``: one row per neuron, expert after expert.
+
+    Of ``gate_up``, rows of gate and up take turns; of ``down``, a row is a column of the expert's matrix. ``name`` is a stored
+    tensor whose dtype it is written in.
+
+    Attributes:
+        layer: of the source.
+        part: which matrix it is.
+        experts: the terms of every expert.
+        sizes: rows and columns of the whole.
+    """
+
+    layer: int = 0
+    part: Literal["gate_up", "down"] = "down"
+    experts: tuple[tuple[Term, ...], ...] = ()
+    sizes: tuple[int, int] = (0, 0)
+
+
+FactorName = Literal["up_in", "up_out", "down_in", "down_out"]
+
+
+@dataclass(frozen=True)
+class FactorRows(Origin):
+    """Describes a tensor of factors of all experts of a layer, which no stored tensor is: they were found on text.
+
+    ``name`` is a stored tensor whose dtype it is written in.
+
+    Attributes:
+        layer: of the source.
+        part: which factor it is.
+        sizes: its rows and columns.
+    """
+
+    layer: int = 0
+    part: FactorName = "up_in"
+    sizes: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

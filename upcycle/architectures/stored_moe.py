@@ -30,6 +30,7 @@ class MoeFamily:
         experts_key: the configuration key with the number of routed experts.
         top_k_key: the configuration key with the number of experts per token.
         sigmoid: scores are sigmoids of the logits; unless they are normalised, their sum depends on how many are chosen.
+        epsilon: what is added to the sum that normalised weights are divided by, where a float can tell.
         renames: pairs of texts, the second of which replaces the first in a stored name to give the stock module's name.
     """
 
@@ -37,6 +38,7 @@ class MoeFamily:
     experts_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
     sigmoid: bool = False
+    epsilon: float = 0.0
     renames: tuple[tuple[str, str], ...] = ()
 
 
@@ -58,7 +60,7 @@ _LISTED = (
     MoeFamily("granitemoeshared", "num_local_experts", renames=_GRANITE),
     MoeFamily("granitemoe_swa", "num_local_experts"),
     MoeFamily("hunyuan_v1_moe", top_k_key="moe_topk"),
-    MoeFamily("lfm2_moe", sigmoid=True),
+    MoeFamily("lfm2_moe", sigmoid=True, epsilon=1e-6),
     MoeFamily("glm4_moe", "n_routed_experts", sigmoid=True),
     MoeFamily("dots1", "n_routed_experts", sigmoid=True),
     MoeFamily("solar_open", "n_routed_experts", sigmoid=True),

@@ -17,6 +17,8 @@ from upcycle.architectures.module_paths import module_paths_of
 from upcycle.models.body_pass import layer_arguments
 from upcycle.models.experts import use_eager_experts
 from upcycle.models.first_calls import settle_code_paths
+from upcycle.models.own.factored_experts import FactoredExperts
+from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.router_records import watch_router
 from upcycle.trainers.routing.stock_routers import RouterPlace, find_routers
@@ -178,10 +180,35 @@ def shared_modules(place: RouterPlace) -> tuple[torch.nn.Module | None, torch.nn
 
 
 def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
-    """Return the activations ``[t, F]`` of an expert's neurons for inputs ``[t, d]``; ``experts`` is a stock class's module."""
+    """Return the activations ``[t, F]`` of an expert's neurons for inputs ``[t, d]``.
+
+    ``experts`` is a stock class's module, or upcycle's own.
+    """
+    if isinstance(experts, PackedExperts | FactoredExperts):
+        return experts.active(x, expert)
     gate, up = linear(x, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
     active: torch.Tensor = experts.act_fn(gate) * up
     return active
+
+
+def down_projections(experts: Any) -> torch.Tensor:
+    """Return the down projections ``[E, d, F]`` of a stock class's module, or of upcycle's own; of factored ones the last factor."""
+    if isinstance(experts, FactoredExperts):
+        return experts.down_projections()
+    if isinstance(experts, PackedExperts):
+        return experts.down.detach().unflatten(0, (experts.count, -1)).mT
+    found: torch.Tensor = experts.down_proj.detach()
+    return found
+
+
+def set_down_projections(experts: Any, down: torch.Tensor) -> None:
+    """Let the module compute with other down projections, ``[E, d, F]``."""
+    if isinstance(experts, FactoredExperts):
+        experts.set_down_projections(down)
+    elif isinstance(experts, PackedExperts):
+        experts.down.data = down.mT.flatten(0, 1).contiguous()
+    else:
+        experts.down_proj.data = down
 
 
 def _tensor(made: Any) -> torch.Tensor:

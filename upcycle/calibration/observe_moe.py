@@ -33,6 +33,14 @@ def sampled_tokens(experts: int) -> int:
     return max(64, min(MOST_SAMPLED, _SAMPLED_NUMBERS // experts**2))
 
 
+def gram_shape(experts: int, hidden: int) -> tuple[int, ...]:
+    """Return the shape of the products of inputs that are kept of one layer."""
+    for count in (experts, 1):
+        if count * hidden**2 <= MOST_GRAM:
+            return (count, hidden, hidden)
+    return (0,)
+
+
 def observe_layers(
     checkpoint: MoeCheckpoint, dtype: str, windows: torch.Tensor, text: dict[str, Any], progress: Progress
 ) -> Observations:
@@ -105,6 +113,7 @@ class _Sums:
         width = int(experts.down_proj.shape[-1])
         self._neurons = torch.zeros(count, width)
         self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
+        self._input_gram = torch.zeros(gram_shape(count, model.hidden_size))
         self._shared, self._shared_weight = torch.zeros(0), 0.0
         self._logits_gram = torch.zeros(count, count, dtype=torch.float64)
         self._ratios: list[torch.Tensor] = []
@@ -128,6 +137,8 @@ class _Sums:
             squares = (routed.shared_weight * routed.shared).square().sum(0)
             self._shared = squares if not self._shared.numel() else self._shared + squares
             self._shared_weight += routed.shared_weight.double().sum().item()
+        if len(self._input_gram) == 1 < len(self._load):
+            self._input_gram[0] += routed.x.T @ routed.x
         self._chosen(routed, weights)
         self._sample(routed)
         self._tokens += len(routed.x)
@@ -144,6 +155,8 @@ class _Sums:
             if len(tokens):
                 x, own = routed.x[tokens], weights[tokens, slots]
                 norms = self._output(x, expert).double().norm(dim=1)
+                if len(self._input_gram) == len(self._load):
+                    self._input_gram[expert] += x.T @ x
                 active = own.float()[:, None] * active_neurons(self._place.experts, x, expert)
                 self._neurons[expert] += active.square().sum(0)
                 if self._neuron_gram.numel():
@@ -200,6 +213,7 @@ class _Sums:
             factor=torch.tensor([self._factor(logits.double(), weights.double())]).double(),
             neurons=self._neurons,
             neuron_gram=self._neuron_gram,
+            input_gram=self._input_gram,
             shared=self._shared,
             shared_weight=torch.tensor([self._shared_weight], dtype=torch.float64),
             sample_logits=logits,

@@ -11,7 +11,7 @@ T tokens, E' experts that are left, F neurons each, d the hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from torch.nn.functional import linear
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons, down_projections, set_down_projections
+from upcycle.calibration.result_layers import ResultLayers
 from upcycle.checkpoints.moe_checkpoint import sum_of_terms
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
@@ -31,7 +32,10 @@ from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, 
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
+    from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.methods.growing.base import Piece
+    from upcycle.models.stock_layers import Layers
 
 MOST_JOINT = 4096  # neurons whose down projections are fitted together
 _HELD_OUT_EVERY = 8  # windows
@@ -56,6 +60,8 @@ def refit_cuts(
     windows: torch.Tensor,
     folder: Path,
     progress: Progress,
+    pieces: Sequence[Piece] = (),
+    blocks: Callable[[Origin], Iterator[torch.Tensor]] | None = None,
 ) -> dict[int, dict[str, float]]:
     """Refit every layer, and write the new down projections.
 
@@ -67,6 +73,8 @@ def refit_cuts(
         windows: the text, token ids ``[N, W]``.
         folder: where the files are written.
         progress: where to report.
+        pieces: the tensors of the result, if it is of another class than the MoE.
+        blocks: reads these; None: the checkpoint does.
 
     Returns:
         For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
@@ -77,7 +85,10 @@ def refit_cuts(
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     stored_as = partial(stored_dtype, checkpoint, dtype)
-    cut = MoeWalk(CutLayers(uncut, config, cuts, stored_as), windows.shape[1])
+    layers: Layers = (
+        ResultLayers(checkpoint, config, pieces, dtype, blocks) if pieces else CutLayers(uncut, config, cuts, stored_as)
+    )
+    cut = MoeWalk(layers, windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting experts", len(uncut.layers)):
@@ -159,12 +170,12 @@ class LayerFit:
         self._uncut, self._cut, self._index = uncut, cut, index
         experts: Any = cut.places[index].experts
         self._experts = experts
-        self._down: torch.Tensor = experts.down_proj.detach().clone()
+        self._down: torch.Tensor = down_projections(experts).clone()
 
     def set(self, down: torch.Tensor) -> None:
         """Let the layer compute with these down projections, ``[E', d, F]``."""
         with torch.no_grad():
-            self._experts.down_proj.data = down.float()
+            set_down_projections(self._experts, down.float())
 
     def solve(self, theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the new down projections fp32 ``[E', d, F]`` for both streams ``[N, W, d]`` before the layer."""
@@ -198,7 +209,9 @@ class LayerFit:
         if experts * width > MOST_JOINT:
             groups = [
                 [e]
-                for e in torch.bincount(ids.flatten(), minlength=experts).argsort(descending=True, stable=True).tolist()
+                for e in torch.bincount(ids.flatten(), minlength=experts)[:experts]  # the id E' is no expert
+                .argsort(descending=True, stable=True)
+                .tolist()
             ]
         judged = held if bool(held.any()) else torch.ones_like(held)
         down, before = self._down.clone(), left[judged].double().square().sum().item()

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.module_paths import module_paths_of
-from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.moe_walk import MoeWalk, Routed
 from upcycle.calibration.refit_cut import MOST_JOINT, down_file, held_out_tokens
+from upcycle.calibration.result_layers import ResultLayers
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.growing.base import Piece
-from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
+from upcycle.models.stock_layers import layers_of
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def refit_dense(
     from safetensors.torch import save_file
 
     whole = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
-    made = _DenseLayers(checkpoint, config, pieces, dtype)
+    made = ResultLayers(checkpoint, config, pieces, dtype)
     dense = MoeWalk(made, windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
@@ -99,43 +99,6 @@ def refit_dense(
                     ours[batch] = dense.run(index, ours[batch])
             progress.advance()
     return reports
-
-
-class _DenseLayers:
-    """Gives the layers of the dense model their weights, made of the MoE's tensors."""
-
-    def __init__(
-        self, checkpoint: MoeCheckpoint, config: Mapping[str, Any], pieces: Sequence[Piece], dtype: str
-    ) -> None:
-        self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
-        compute_buffers(self.model)
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._pieces = {piece.layer: piece for piece in pieces if piece.layer is not None}
-        self._paths = module_paths_of(self.model.config)
-        self._layers = self._paths.layers_in(self.model)
-        self._dtypes: dict[str, torch.dtype] = {}
-
-    def inner(self, index: int, name: str) -> str:
-        """Return the path, inside a layer, of the module that a weight belongs to."""
-        return name.removeprefix(f"{self._paths.layer(index)}.").removesuffix(".weight")
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """Return the dtype that a loaded tensor is written in."""
-        return self._dtypes[name]
-
-    def load(self, index: int) -> None:
-        """See :class:`upcycle.models.stock_layers.Layers`."""
-        state, prefix = {}, f"{self._paths.layer(index)}."
-        for name, origin in self._pieces[index].tensors.items():
-            whole = torch.cat([*self._checkpoint.blocks(origin, self._dtype)])
-            self._dtypes[name] = whole.dtype
-            state[name.removeprefix(prefix)] = whole.float()
-        self._layers[index].load_state_dict(state, strict=True, assign=True)
-        compute_layer_buffers(self.model, index)
-
-    def drop(self, index: int) -> None:
-        """See :class:`upcycle.models.stock_layers.Layers`."""
-        self._layers[index].to("meta")
 
 
 class FfnFit:

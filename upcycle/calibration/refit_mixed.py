@@ -23,7 +23,7 @@ from upcycle.calibration.refit_cut import LayerFit, down_file, stored_dtype
 from upcycle.calibration.refit_dense import FfnFit
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
-from upcycle.methods.compressing.base import Cut
+from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
 from upcycle.progress import Progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, PackedExperts, Term
 from upcycle.architectures.moe.dense_twin import beside_routed
 from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
@@ -39,6 +39,8 @@ class MoeCheckpoint(Checkpoint):
         """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
         if isinstance(origin, DenseMatrix):
             yield from self._dense(origin, dtype)
+        elif isinstance(origin, PackedExperts):
+            yield from (self._packed(origin, terms, dtype) for terms in origin.experts)
         elif isinstance(origin, ExpertTerms):
             yield from (self._merged(origin, terms, dtype) for terms in origin.experts)
         elif not isinstance(origin, ExpertRows):
@@ -72,6 +74,22 @@ class MoeCheckpoint(Checkpoint):
                 parts = {"down": whole} if part == "down" else dict(zip(("gate", "up"), whole.chunk(2), strict=True))
                 found.update(parts)
         return found
+
+    def _packed(self, origin: PackedExperts, terms: Sequence[Term], dtype: str) -> torch.Tensor:
+        """Return the rows of one expert in the order of ``upcycle_moe``, ``[rows, columns]``."""
+        read: dict[int, dict[str, torch.Tensor]] = {}
+
+        def matrix(expert: int, part: str) -> torch.Tensor:
+            if expert not in read:
+                read[expert] = self.matrices(origin.layer, expert)
+            return read[expert][part]
+
+        if origin.part == "down":
+            rows = sum_of_terms(terms, "down", lambda expert: matrix(expert, "down")).T
+        else:
+            rows = packed_gate_up(*(sum_of_terms(terms, p, lambda e, p=p: matrix(e, p)) for p in ("gate", "up")))  # type: ignore[misc]
+        stored = self.store.specs[origin.name].dtype if dtype == "keep" else dtype
+        return self._checked(origin.name, rows.contiguous(), stored)
 
     def _merged(self, origin: ExpertTerms, terms: Sequence[Term], dtype: str) -> torch.Tensor:
         """Return the weighted sum of the terms' matrices, ``[rows, columns]``, or ``[1, rows, columns]`` of a fused tensor."""
@@ -123,6 +141,13 @@ class MoeCheckpoint(Checkpoint):
         drawn = torch.randn(fresh.shape, generator=stream(origin.seed, origin.name, "noise"))
         taken[origin.kept :] = (fresh.float() + origin.noise * std * drawn).to(taken.dtype)
         return taken
+
+
+def packed_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return the rows ``[2 F, d]`` of two matrices ``[F, d]`` in turns."""
+    import torch
+
+    return torch.stack([gate, up], 1).flatten(0, 1)
 
 
 def sum_of_terms(terms: Sequence[Term], part: str, matrix: Callable[[int], torch.Tensor]) -> torch.Tensor:

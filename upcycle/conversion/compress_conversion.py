@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.architectures.expert_terms import DenseMatrix, LayerCut
+from upcycle.architectures.expert_terms import DenseMatrix, FactorRows, LayerCut, PackedExperts
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
+from upcycle.conversion.factor_files import product, read_factors, write_factors
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.errors import CheckpointError, UsageError
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.architectures.stored_moe import MoeModel
+    from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-    from upcycle.methods.compressing.base import Cut, Matrices
+    from upcycle.methods.compressing.base import Matrices
+    from upcycle.methods.compressing.described_cuts import Cut
     from upcycle.methods.compressing.observations import Observations
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
@@ -110,7 +113,9 @@ class CompressConversion(CompressJob, GrowthConversion):
             from upcycle.calibration.refit_cut import refit_cuts
 
             kept = {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)}
-            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress)
+            pieces = self.grown.pieces if self.wraps else ()
+            blocks = partial(self._blocks_of, checkpoint, folder)
+            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress, pieces, blocks)
         from upcycle.calibration.refit_dense import refit_dense
 
         entries = [(unit.layer, entry) for unit in self.units for entry in unit.entries]
@@ -123,7 +128,10 @@ class CompressConversion(CompressJob, GrowthConversion):
         """Return which matrix of experts, or of what they became, a tensor is; empty: none."""
         from upcycle.architectures.stored_moe import matrix_of
 
-        return entry.origin.part if isinstance(entry.origin, DenseMatrix) else matrix_of(entry.name)
+        if isinstance(entry.origin, FactorRows):
+            return "down" if entry.origin.part == "down_out" else entry.origin.part
+        made = isinstance(entry.origin, DenseMatrix | PackedExperts)
+        return entry.origin.part if made else matrix_of(entry.name)
 
     def _cuts(
         self,
@@ -139,11 +147,14 @@ class CompressConversion(CompressJob, GrowthConversion):
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
         matrices, seed = partial(_matrices, checkpoint), self.recipe.seed
         if not self.compression.tries:
-            return self.compression.cuts(model, seen, keep, matrices, seed)
+            store = partial(write_factors, folder)
+            return self.compression.cuts(model, seen, keep, matrices, seed, store)
         from upcycle.calibration.try_cuts import CutTrial
 
         assert windows is not None
-        trial = CutTrial(checkpoint, self.config, self.recipe.dtype, windows, progress)
+        # Tried in the stock class, whatever the result is written as.
+        config = model.config_with(*self.compression.sizes(model, keep)[:3]) if self.wraps else self.config
+        trial = CutTrial(checkpoint, config, self.recipe.dtype, windows, progress)
         return self.compression.cuts_tried(model, seen, keep, matrices, seed, trial)
 
     def _observed(
@@ -175,9 +186,24 @@ class CompressConversion(CompressJob, GrowthConversion):
         for entry in unit.entries:
             assert entry.origin is not None
             if down is not None and self._part(entry) == "down":
-                yield entry, _refitted_blocks(entry, down)
+                yield entry, _refitted_blocks(entry, down, folder)
+            elif unit.layer is not None and self._is_product(entry):
+                yield entry, iter([checked_finite(entry, product(entry, unit.layer, folder))])
             else:
-                yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
+                yield entry, self._blocks_of(checkpoint, folder, entry.origin)
+
+    def _blocks_of(self, checkpoint: Checkpoint, folder: Path, origin: Origin) -> Iterator[torch.Tensor]:
+        """Yield a tensor of the result before it is refitted."""
+        if not isinstance(origin, FactorRows):
+            return checkpoint.blocks(origin, self.recipe.dtype)
+        import torch
+
+        dtype: torch.dtype = getattr(torch, checkpoint.dtype_of(origin.name, self.recipe.dtype))
+        return iter([read_factors(folder, origin.layer)[origin.part].to(dtype)])
+
+    def _is_product(self, entry: OutputEntry) -> bool:
+        """Return whether a tensor holds products of factors in the place of experts' matrices."""
+        return self.compression.factored and self.changes and not self.wraps and bool(self._part(entry))
 
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
@@ -223,19 +249,28 @@ class CompressConversion(CompressJob, GrowthConversion):
     def _same(self, fitted: set[int], model: MoeModel, entry: OutputEntry) -> bool:
         """Return whether a tensor must equal its origin.
 
-        Refitted ones need not, nor those of a decomposition, which another machine may round otherwise.
+        Refitted ones need not, nor those of a decomposition, which another machine may round otherwise, or that text decided.
         """
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
+            return False
+        if isinstance(entry.origin, FactorRows) or self._is_product(entry):
             return False
         assert entry.origin is not None
         return not (self._part(entry) == "down" and model.module_paths.layer_of(entry.origin.name) in fitted)
 
 
-def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.Tensor]:
+def _refitted_blocks(entry: OutputEntry, down: torch.Tensor, folder: Path) -> Iterator[torch.Tensor]:
     from upcycle.architectures.stored_moe import expert_index
+    from upcycle.models.own.factored_experts import rows_of
 
     place = expert_index(entry.name)
     block = down if place is None else down[place]
+    if isinstance(entry.origin, PackedExperts):
+        block = down.mT.flatten(0, 1).contiguous()
+    if isinstance(entry.origin, FactorRows):
+        cut = read_cuts(folder)[entry.origin.layer]
+        assert isinstance(cut, LayerCut)
+        block = rows_of(down, [rank for _, rank in cut.ranks])
     yield checked_finite(entry, block.reshape(entry.spec.shape))
 
 

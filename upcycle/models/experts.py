@@ -11,6 +11,7 @@ import torch
 from upcycle.architectures.module_paths import module_paths_of, text_config
 from upcycle.errors import UsageError
 from upcycle.models.own.configuration import UpcycleMoeConfig
+from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
 from upcycle.registry import find, suggestion
 
@@ -81,7 +82,7 @@ def use_eager_experts(model: Any) -> Any:
 def expert_outputs(experts: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the output ``[T, d]`` of every routed expert for inputs ``[T, d]``, biases included, by the stock class's own code."""
     own = inspect.unwrap(type(experts).forward)
-    count = experts.count if isinstance(experts, PackedExperts) else len(experts.down_proj)
+    count = experts.count if isinstance(experts, PackedExperts | FactoredExperts) else len(experts.down_proj)
     for expert in range(count):
         chosen = torch.full((len(x), 1), expert, device=x.device)
         yield own(experts, x, chosen, torch.ones_like(chosen, dtype=x.dtype))

@@ -12,7 +12,8 @@ from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.user_paths import user_path
-from upcycle.methods.compressing.base import Compression, Cut, cut_of, described_cut
+from upcycle.methods.compressing.base import WRAPPED, Compression
+from upcycle.methods.compressing.described_cuts import Cut, cut_of, described_cut
 from upcycle.methods.compressing.observations import Observations
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
@@ -45,6 +46,11 @@ class CompressJob(GrowthJob):
     def changes(self) -> bool:
         """Whether anything is cut."""
         return self.compression.changed(self.moe, self.keep)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the result is ``upcycle_moe``."""
+        return self.target_name == WRAPPED
 
     @property
     def refits(self) -> bool:

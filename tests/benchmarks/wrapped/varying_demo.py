@@ -3,7 +3,7 @@
 All start from pieces of the demo model's FFNs, and are trained on the same batches:
 
 - ReLU routers whose L1 norm leads to 2 of 8 experts (``configs/convert/remoe.yaml``, ``configs/train/remoe.yaml``);
-- 32 experts that all run, and learn by mutual information to be preferred by some tokens, of which a threshold then chooses (``ds_moe``);
+- 32 experts that all run, and learn by mutual information to be preferred by some tokens; a threshold then chooses (``ds_moe``);
 - 2 of 8 experts behind a ridge router with Switch's balance loss, which start sparse.
 
 Rates and coefficients are those of a run of minutes. Losses are of held-out documents, the mean of code and prose.

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layer_sources import layer_source, random_observations
 
-import upcycle
-from upcycle.errors import RefusalError
 from upcycle.methods.compressing.base import best
 from upcycle.methods.compressing.dropping.frequency import Frequency, FrequencyParameters
 from upcycle.methods.compressing.dropping.random_experts import RandomExperts
@@ -32,15 +28,6 @@ def test_frequency_keeps_the_largest_counts(count: Any, seed: int) -> None:
             counts[expert] += float(scores[expert]) if count == "soft" else float(expert in chosen)
     kept = sorted(sorted(range(6), key=lambda e: (-counts[e], e))[:3])
     assert Frequency(FrequencyParameters(count=count)).cut(layer_source(seen), 3).rows == tuple(kept)
-
-
-def test_experts_do_not_compete_over_layers_where_all_have_one_number(pico_moe: Callable[..., Path]) -> None:
-    keys: dict[str, Any] = {"keep": 0.75, "calibration": {"text": "demo"}, "parameters": {"over": "model"}}
-    with pytest.raises(
-        RefusalError, match=r"config\.json of a 'mixtral' model has one number of experts for all"
-    ) as caught:
-        upcycle.plan(str(pico_moe("mixtral")), method="frequency", **keys)
-    assert caught.value.hint == "--param over=layer"
 
 
 def test_soft_and_hard_counts_are_told_apart() -> None:

@@ -136,7 +136,7 @@ def test_shared_neurons_are_ranked_with_the_others() -> None:
 
 
 def test_a_cut_is_read_as_it_was_written() -> None:
-    from upcycle.methods.compressing.base import cut_of, described_cut
+    from upcycle.methods.compressing.described_cuts import cut_of, described_cut
 
     seen = random_observations(3)
     for gather, width in (("neurons", 7), ("average", 5), ("svd_kg", 6)):

@@ -13,6 +13,7 @@ from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
+from upcycle.models.own.routing.skip import SkipRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
@@ -28,6 +29,7 @@ RULES: list[RouterRule] = [
     ThresholdRule(0.8),
     ReluRule(),
     ExpertChoiceRule(1.5, "batch"),
+    SkipRule(2, beta=0.7),
 ]
 WIDTHS = ((4, 4, 4), (3, 1, 5))
 

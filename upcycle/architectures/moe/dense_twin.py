@@ -80,7 +80,9 @@ class DenseTwin:
     outside: Mapping[int | None, Mapping[str, Origin]]
 
 
-def dense_twin(model: MoeModel, width: int, wanted: str, made_of: str = "", where: str = "the model") -> DenseTwin:
+def dense_twin(
+    model: MoeModel, width: int, wanted: str, made_of: str = "", where: str = "the model", hint: str = ""
+) -> DenseTwin:
     """Return the dense model, with FFNs of ``width`` neurons.
 
     Args:
@@ -89,6 +91,7 @@ def dense_twin(model: MoeModel, width: int, wanted: str, made_of: str = "", wher
         wanted: a family, or ``auto``: the first that fits.
         made_of: the family that the MoE was made of, which is tried first; empty: not known.
         where: the MoE's name in messages.
+        hint: what else can be done where none fits; empty: the usual.
 
     Raises:
         UsageError: no family has the wanted name.
@@ -114,7 +117,7 @@ def dense_twin(model: MoeModel, width: int, wanted: str, made_of: str = "", wher
     raise RefusalError(
         f"{where}: no dense architecture known here has the block of this '{name}' model"
         + (f" ({reasons})" if reasons else ""),
-        hint="methods that leave out or merge experts keep the architecture: --method naee --keep 0.5",
+        hint=hint or "methods that leave out or merge experts keep the architecture: --method naee --keep 0.5",
     )
 
 

@@ -59,9 +59,11 @@ TITLES = {
     "2408.15664": "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
     "2408.15881": "LLaVA-MoD: Making LLaVA Tiny via MoE Knowledge Distillation",
     "2410.05357": "Model-GLUE: Democratized LLM Scaling for A Large Model Zoo in the Wild",
+    "2410.06270": "Mixture Compressor for Mixture-of-Experts LLMs Gains More",
     "2410.07524": "Upcycling Large Language Models into Mixture of Experts",
     "2410.08589": "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering",
     "2410.17170": "Self-calibration for Language Model Quantization and Pruning",
+    "2411.01016": "MoE-I2: Compressing Mixture of Experts Models through Inter-Expert Pruning and Intra-Expert Low-Rank Decomposition",
     "2411.15708": "LLaMA-MoE v2: Exploring Sparsity of LLaMA from Perspective of Mixture-of-Experts with Post-Training",
     "2412.14711": "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
     "2412.19437": "DeepSeek-V3 Technical Report",
@@ -71,8 +73,6 @@ TITLES = {
     "2509.18542": "Symphony-MoE: Harmonizing Disparate Pre-trained Models into a Coherent Mixture-of-Experts",
     "2407.00945": "Efficient Expert Pruning for Sparse Mixture-of-Experts Language Models: Enhancing Performance and Reducing "
     "Inference Costs",
-    "2411.01016": "MoE-I2: Compressing Mixture of Experts Models through Inter-Expert Pruning and Intra-Expert Low-Rank "
-    "Decomposition",
     "2604.04356": "REAM: Merging Improves Pruning of Experts in LLMs",
     "2510.13999": "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
     "2512.14080": "SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",

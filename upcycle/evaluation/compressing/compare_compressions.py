@@ -18,7 +18,7 @@ from statistics import fmean
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.architectures.stored_moe import MOES
 from upcycle.calibration.observe_file import observe
-from upcycle.calibration.observe_moe import MOST_GRAM, sampled_tokens
+from upcycle.calibration.observe_moe import MOST_GRAM, gram_shape, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import EnvironmentFault, UsageError
@@ -203,7 +203,9 @@ def _disk_bytes(checkpoint: MoeCheckpoint, candidates: Sequence[CutCandidate], t
     experts, width = model.experts, model.expert_width
     layer = 4 * sampled_tokens(experts) * (experts * (experts + 2) + model.hidden_size)
     layer += 8 * experts * (experts + 2 * model.hidden_size)
-    layer += 4 * (experts * width + min(MOST_GRAM, experts * width**2))
+    layer += 4 * (
+        experts * width + min(MOST_GRAM, experts * width**2) + math.prod(gram_shape(experts, model.hidden_size))
+    )
     return largest + len(model.moe_layers) * layer + texts.disk_bytes(model.vocab_size)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.conversion.compress_conversion import CompressConversion
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.compressing.base import CutSizes
+from upcycle.methods.compressing.base import WRAPPED, CutSizes
 from upcycle.planning.job import method_of
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.recipe.recipe_parts import CalibrationRecipe
@@ -45,7 +45,8 @@ class CutCandidate:
     @property
     def sizes(self) -> CutSizes:
         """The experts, experts per token and neurons of an expert that it leaves."""
-        return self.job.compression.sizes(self.job.moe, self.job.keep)
+        job = self.job
+        return (job.compression.like if job.wraps else job.compression.sizes)(job.moe, job.keep)
 
 
 class CutOptions:
@@ -80,6 +81,8 @@ class CutOptions:
             "seed": self._seed,
             "verification": {"enabled": False},
         }
+        if load("method", name).wrapped:
+            content["target"] = WRAPPED
         reads = observations is not None and load("method", name).observes
         return parse_recipe({**content, **({"observations": str(observations)} if reads else {})}, "compare")
 
@@ -105,6 +108,7 @@ class CutOptions:
         recipe, usual = candidate.job.recipe, CalibrationRecipe()
         words = ["upcycle", "compress", self._source, "OUT", "--method", recipe.method]
         words += [word for key, value in recipe.parameters.items() for word in ("--param", f"{key}={value}")]
+        words += ["--target", recipe.target] if candidate.job.wraps else []
         words += ["--keep", f"{candidate.keep:g}", "--refit", candidate.refit]
         words += ["--calibration", ",".join(recipe.calibration.texts)]
         words += ["--calibration-tokens", str(recipe.calibration.tokens)]

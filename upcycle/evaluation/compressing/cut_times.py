@@ -49,7 +49,9 @@ def time_cuts(
 ) -> CutTiming:
     """Time every shape among the candidates once, with random weights: how long a model takes depends on its shapes alone."""
     model, raw = checkpoint.model, checkpoint.raw_config
-    configs: dict[str, Mapping[str, Any]] = {_name(one.sizes): one.job.config for one in candidates}
+    configs: dict[str, Mapping[str, Any]] = {  # the stock class stands for upcycle_moe of the same sizes
+        _name(one.sizes): model.config_with(*one.sizes[:3]) if one.job.wraps else one.job.config for one in candidates
+    }
     shapes = {
         name: (config, int(config.get("num_hidden_layers", model.layers)))
         for name, config in {_UNCUT: raw, **configs}.items()

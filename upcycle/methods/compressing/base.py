@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from upcycle.architectures.expert_terms import SHARED_FFN, BlockCut, DenseCut, FfnPart, LayerCut, Term
+from upcycle.architectures.expert_terms import BlockCut, LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
+from upcycle.methods.compressing.described_cuts import Cut, described_cut
 from upcycle.methods.growing.base import Described, Grown, Growth, Piece
 
 if TYPE_CHECKING:
     import torch
 
     from upcycle.methods.compressing.observations import LayerObservations, Observations
+    from upcycle.models.own.routing.base import RouterRule
+    from upcycle.models.own.routing.top_k import TopKRule
     from upcycle.recipe.conversion_recipe import Recipe
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
@@ -25,7 +28,7 @@ Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 
 ``SHARED_FFN`` stands for the shared ones."""
 
-Cut = LayerCut | DenseCut | BlockCut
+WRAPPED = "upcycle_moe"  # the target
 
 
 class CutSizes(NamedTuple):
@@ -91,13 +94,15 @@ class Compression(Growth):
     kind = "compression"
     takes = "moe"
     calibrated = True
-    keys = frozenset({"keep", "observations", "calibration", "refit", "dtype"})
+    keys = frozenset({"keep", "observations", "calibration", "refit", "dtype", "target"})
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
     depth: ClassVar[bool] = False  # whether whole layers are left out
     mixes: ClassVar[bool] = False  # whether some layers get an FFN in the place of their experts
+    wrapped: ClassVar[bool] = False  # whether only upcycle_moe holds the result
+    factored: ClassVar[bool] = False  # whether the result has tensors that no stored one is, found on text
 
     @property
     def tries(self) -> bool:
@@ -129,6 +134,14 @@ class Compression(Growth):
         """Return whether anything is cut."""
         return self.sizes(model, keep) != CutSizes.of(model)
 
+    def like(self, model: MoeModel, keep: int) -> CutSizes:
+        """Return the sizes of a model of the stock class that computes about as much as the result as ``upcycle_moe``."""
+        return self.sizes(model, keep)
+
+    def active(self, model: MoeModel, keep: int) -> float:
+        """Return how many experts run for a token, in the mean."""
+        return self.sizes(model, keep).top_k
+
     def before(self, model: MoeModel, keep: int) -> Cut:
         """Return a cut of the shapes that the result will have, before anything is decided."""
         return LayerCut.keeping(range(keep))
@@ -145,7 +158,7 @@ class Compression(Growth):
         """Return every tensor of the result, in the order in which they are written."""
         return cut_pieces(model, {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)})
 
-    def remarks(self, model: MoeModel, keep: int) -> tuple[str, ...]:
+    def remarks(self, model: MoeModel, recipe: Recipe, keep: int) -> tuple[str, ...]:
         """Return remarks for the plan."""
         return ()
 
@@ -160,31 +173,75 @@ class Compression(Growth):
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
         cuts = choice or self.undecided(model, keep)
-        exact = sizes == CutSizes.of(model)
+        exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)
+        wrapped = wraps(model, recipe)
+        if wrapped and (self.depth or self.mixes):
+            raise UsageError(
+                f"target: {self.name} leaves out more than experts, and {WRAPPED} is for experts that no stock class holds",
+                hint="leave --target out",
+            )
+        if wrapped:
+            config, pieces = self._wrapped(model, source, cuts, keep)
+        else:
+            config, pieces = self.config(model, sizes, cuts), self.pieces(model, cuts)
         return Grown(
-            config=self.config(model, sizes, cuts),
-            pieces=tuple(self.pieces(model, cuts)),
+            config=config,
+            pieces=tuple(pieces),
             promise=("exact", "nothing is cut") if exact else ("approximate", gone),
-            summary=summary,
+            summary=f"{recipe.target}, {summary}" if wrapped else summary,
             made={"experts": {str(layer): described_cut(cut) for layer, cut in cuts.items()}},
             context=model.context,
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             tied=model.tied,
-            idle=model.expert_elements
-            // model.experts
-            * sizes.width
-            // model.expert_width
-            * (sizes.experts - sizes.top_k)
-            * sum(layer in model.moe_layers and _has_experts(cut) for layer, cut in cuts.items())
-            // len(model.moe_layers),
+            idle=round(
+                model.expert_elements
+                // model.experts
+                * (self.like(model, keep) if wrapped else sizes).width
+                // model.expert_width
+                * (sizes.experts - self.active(model, keep))
+                * sum(layer in model.moe_layers and _has_experts(cut) for layer, cut in cuts.items())
+                / len(model.moe_layers)
+            ),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=() if exact else (LOSS_WARNING, *self.remarks(model, keep)),
+            warnings=(() if exact else (LOSS_WARNING,)) + self.remarks(model, recipe, keep),
         )
 
+    def _wrapped(
+        self, model: MoeModel, source: Described, cuts: dict[int, Any], keep: int
+    ) -> tuple[dict[str, Any], list[Piece]]:
+        """Return ``config.json`` and tensors of the result as ``upcycle_moe``."""
+        from upcycle.architectures.moe.wrapped_moe import wrapped_moe
+
+        made = wrapped_moe(
+            model, cuts, lambda layer: self.rule(model, layer, cuts[layer], keep), source.made_of, source.where
+        )
+        outside = made.tensors[None]
+        pieces = [Piece("embeddings", None, {name: origin for name, origin in outside.items() if name in made.first})]
+        pieces += [Piece(f"layer {layer}", layer, own) for layer, own in made.tensors.items() if layer is not None]
+        rest = {name: origin for name, origin in outside.items() if name not in made.first}
+        return made.config, [*pieces, Piece("final norm", None, rest)]
+
+    def rule(self, model: MoeModel, layer: int, cut: LayerCut, keep: int) -> RouterRule:
+        """Return the routing rule of a layer of the result as ``upcycle_moe``: the stock class's."""
+        return self.stock_rule(model, layer, self.sizes(model, keep).top_k)
+
+    @staticmethod
+    def stock_rule(model: MoeModel, layer: int, top_k: int) -> TopKRule:
+        """Return the rule of a layer's router in the stock class, with ``top_k`` experts per token."""
+        from upcycle.architectures.moe.wrapped_moe import has_bias, stock_rule
+
+        return stock_rule(model, top_k, has_bias(model, layer))
+
     def cuts(
-        self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        store: Callable[[int, dict[str, torch.Tensor]], None],
     ) -> dict[int, Cut]:
         """Decide every layer.
 
@@ -194,6 +251,7 @@ class Compression(Growth):
             keep: what :meth:`kept` returned.
             matrices: returns what reads the matrices of a layer's experts.
             seed: of random choices.
+            store: takes the tensors of a layer that no stored one is, if the method is ``factored``.
         """
         return {layer: self.cut(source, keep) for layer, source in layer_sources(model, seen, matrices, seed).items()}
 
@@ -244,6 +302,22 @@ LOSS_WARNING = (
 )
 
 
+def wraps(model: MoeModel, recipe: Recipe) -> bool:
+    """Return whether the result is ``upcycle_moe``, and not of the architecture of the MoE.
+
+    Raises:
+        UsageError: the recipe names another target.
+    """
+    if recipe.target in ("auto", model.family.name):
+        return False
+    if recipe.target != WRAPPED:
+        raise UsageError(
+            f"target: {recipe.method} makes no '{recipe.target}' model of a '{model.family.name}' one",
+            hint=f"leave --target out: the architecture stays; --target {WRAPPED} holds what no stock class can",
+        )
+    return True
+
+
 def kept_experts(model: MoeModel, recipe: Recipe) -> int:
     """Return how many experts every layer keeps.
 
@@ -282,48 +356,6 @@ def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
         pieces.append(Piece(f"layer {layer}", layer, tensors))
     rest = {name: origin for name, origin in outside.items() if name not in first}
     return [*pieces, Piece("final norm", None, rest)]
-
-
-def described_cut(cut: Cut) -> dict[str, Any]:
-    """Return a cut as plain data."""
-    if isinstance(cut, BlockCut):
-        return {"kept": cut.kept}
-    if isinstance(cut, DenseCut):
-        parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
-        return {"width": cut.width, "parts": parts}
-    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows]}
-
-
-def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
-    return [
-        {
-            "expert": "shared" if t.expert == SHARED_FFN else t.expert,
-            "weight": t.weight,
-            "order": None if t.order is None else [*t.order],
-        }
-        for t in terms
-    ]
-
-
-def cut_of(content: dict[str, Any]) -> Cut:
-    """Return the cut that :func:`described_cut` described."""
-    if "kept" in content:
-        return BlockCut(content["kept"])
-    if "parts" in content:
-        parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
-        return DenseCut(content["width"], parts)
-    return LayerCut(tuple(_terms(terms) for terms in content["experts"]), tuple(content["rows"]))
-
-
-def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
-    return tuple(
-        Term(
-            SHARED_FFN if t["expert"] == "shared" else t["expert"],
-            t["weight"],
-            None if t["order"] is None else tuple(t["order"]),
-        )
-        for t in described
-    )
 
 
 def _has_experts(cut: Cut) -> bool:

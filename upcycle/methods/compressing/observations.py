@@ -46,6 +46,8 @@ class LayerObservations:
         neurons: fp32 ``[E, F]``, the sum of ``(weight * activation)^2`` of every neuron over the tokens that chose its expert.
         neuron_gram: fp32 ``[E, F, F]``, the products of its neurons' activations, each times the weight, summed likewise; empty
             where there would be more than 16 million numbers.
+        input_gram: fp32 ``[E, d, d]``, the products of the inputs of every expert, summed over the tokens that chose it; ``[1, d,
+            d]``, over all tokens, where there would be more than 16 million numbers; empty where these are more, too.
         shared: fp32 ``[F']``, the sum over all tokens of ``(weight * activation)^2`` of the shared experts' neurons; empty: there are
             none.
         shared_weight: ``[1]``, the sum over all tokens of the shared experts' weight, 1 in most architectures.
@@ -70,6 +72,7 @@ class LayerObservations:
     factor: torch.Tensor
     neurons: torch.Tensor
     neuron_gram: torch.Tensor
+    input_gram: torch.Tensor
     shared: torch.Tensor
     shared_weight: torch.Tensor
     sample_logits: torch.Tensor

@@ -12,7 +12,7 @@ from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
-from upcycle.methods.compressing.base import Compression, CutSizes, LayerSource, stepped
+from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, LayerSource, stepped, wraps
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -54,7 +54,8 @@ class Slim(Compression):
             raise UsageError("slim needs to know how many neurons every expert keeps", hint="--keep 0.75")
         if recipe.keep == 1:
             return width
-        self._check_alone(model)
+        if not wraps(model, recipe):
+            self._check_alone(model)
         keep = max(1, round(recipe.keep * width / step)) * step
         if keep >= width:
             raise UsageError(
@@ -78,7 +79,7 @@ class Slim(Compression):
             raise RefusalError(
                 f"slim cannot make the experts of a '{model.family.name}' model narrower: their width in config.json is that of "
                 f"'{other[0]}', too",
-                hint="a method that leaves out whole experts, such as --method naee",
+                hint=f"--target {WRAPPED}, or a method that leaves out whole experts, such as --method naee",
             )
 
     def sizes(self, model: MoeModel, keep: int) -> CutSizes:

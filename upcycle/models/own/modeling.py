@@ -10,6 +10,7 @@ from torch import nn
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
+from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
 from upcycle.models.own.slot_ffn import SlotFfn, slot_ffns_in
 from upcycle.models.own.slots import SlotBlock
 from upcycle.models.own.token_mask import check_not_causal, watch_masks
@@ -95,6 +96,7 @@ def replace_ffns(model: Any, config: Any) -> None:
                 check_not_causal(base, modules[0], "slots" if isinstance(ffn, SlotFfn) else ffn.rule.name)
             if _kept_in_fp32(model, base, modules):
                 model._keep_in_fp32_modules |= set(DOWN_WEIGHTS)
+            _keep_bias_in_fp32(model, ffn)
             _put(base, modules[0], SlotBlock(ffn) if isinstance(ffn, SlotFfn) else MoeBlock(ffn))
             for path in modules[1:]:
                 _put(base, path, nn.Identity())
@@ -138,6 +140,12 @@ def _kept_in_fp32(model: Any, base: nn.Module, modules: tuple[str, ...]) -> bool
     kept = set(model._keep_in_fp32_modules or ())
     inside = (f"{path}.{name}" for path in modules for name, _ in base.get_submodule(path).named_modules())
     return any(kept & set(name.split(".")) for name in inside)
+
+
+def _keep_bias_in_fp32(model: Any, ffn: ReplacedFfn | SlotFfn) -> None:
+    """Keep what a router adds to its scores in fp32 when the model is loaded in half precision, as stock classes do."""
+    if isinstance(ffn, ReplacedFfn) and isinstance(ffn.rule, BiasedTopKRule) and ffn.rule.biased:
+        model._keep_in_fp32_modules_strict |= {"e_score_correction_bias"}
 
 
 def _put(base: nn.Module, path: str, module: nn.Module) -> None:

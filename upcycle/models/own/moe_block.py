@@ -17,8 +17,10 @@ from torch.nn import functional
 
 from upcycle.kernels.entry.transformers_experts import foreign_weights, module_output
 from upcycle.kernels.layout.expert_weights import WeightLayout, WeightTensors
+from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
+from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
 
 IMPLEMENTATIONS = ("upcycle", "eager")
 DOWN_WEIGHTS = ("experts.down", "shared_down")  # which may be fp32 where the others are fp16
@@ -46,13 +48,14 @@ class MoeBlock(nn.Module):
         super().__init__()
         d, out, shared = ffn.hidden_size, ffn.output, ffn.shared_width
         self.router = TokenRouter(ffn)
-        self.experts = PackedExperts(ffn)
+        self.experts = FactoredExperts(ffn) if ffn.ranks else PackedExperts(ffn)
         # An adapter may stand around the experts, and hide it. In a tuple, as its weights are the experts' alone.
         self._act = (self.experts.act,)
         if shared:
             self.shared_gate = nn.Linear(d, shared, bias="gate" in ffn.biases) if ffn.gated else None
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
             self.shared_down = nn.Linear(shared, out, bias="down" in ffn.biases)
+            self.shared_switch = nn.Linear(d, 1, bias=False) if ffn.shared_switch else None
         self.has_shared, self.shared_width = bool(shared), shared
         self.output_bias = nn.Parameter(torch.zeros(out)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)
@@ -95,7 +98,8 @@ class MoeBlock(nn.Module):
         if self.has_shared:
             act, up = self._act[0], self.shared_up(x)
             hidden = act(up) if self.shared_gate is None else act(self.shared_gate(x)) * up
-            routed = routed + self.shared_down(hidden.to(self.shared_down.weight.dtype))
+            made = self.shared_down(hidden.to(self.shared_down.weight.dtype))
+            routed = routed + (made if self.shared_switch is None else self.shared_switch(x).sigmoid() * made)
         if self.output_bias is not None:
             routed = routed + self.output_bias
         out: torch.Tensor = self.dropout(routed)
@@ -113,6 +117,8 @@ class TokenRouter(nn.Module):
     Attributes:
         weight: ``[E, d]``.
         bias: ``[E]``, if the router has one.
+        e_score_correction_bias: ``[E]``, what is added to the scores for the choice alone, if the rule has that; a buffer, as in
+            stock classes.
         rule: what makes weights and ids of the logits.
         form: whether there is a hidden layer.
         reads: d, the length of inputs.
@@ -124,6 +130,8 @@ class TokenRouter(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(ffn.experts, ffn.hidden_size if form.linear else form.width))
         self.bias = nn.Parameter(torch.zeros(ffn.experts)) if ffn.router_bias else None
+        biased = isinstance(ffn.rule, BiasedTopKRule) and ffn.rule.biased
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(ffn.experts)) if biased else None
         nn.init.normal_(self.weight, std=_SPREAD)
         self.hidden = None if form.linear else nn.Linear(ffn.hidden_size, form.width, bias=False)
         self.rule, self.form, self.reads = ffn.rule, form, ffn.hidden_size
@@ -138,7 +146,10 @@ class TokenRouter(nn.Module):
             x = self.form.activated(self.hidden(x))
         logits = self.form.behind(functional.linear(x, self.weight, self.bias))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        ids, weights = self.rule.route_sequences(logits, length or len(logits), real)
+        if isinstance(self.rule, BiasedTopKRule):
+            ids, weights = self.rule.route(logits, self.e_score_correction_bias)
+        else:
+            ids, weights = self.rule.route_sequences(logits, length or len(logits), real)
         return logits, weights, ids
 
 
@@ -188,6 +199,12 @@ class PackedExperts(nn.Module):
         if torch.compiler.is_compiling():
             return self._masked(x, ids, weights)
         return self._one_by_one(x, ids, weights)
+
+    def active(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the activations ``[t, n]`` of the neurons of one expert for inputs ``[t, d]``, without gradients."""
+        first, per_neuron = sum(self.widths[:expert]), 2 if self.gated else 1
+        with torch.no_grad():
+            return self._hidden(x, slice(per_neuron * first, per_neuron * (first + self.widths[expert])))
 
     def _hidden(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """Return the activations ``[t, n]`` of the neurons of some rows of ``up``."""

@@ -15,7 +15,7 @@ Bias = Literal["gate", "up", "down", "output"]
 _HINT = "correct the key, or convert the model again"
 _KEYS = (
     *("paths", "hidden_size", "activation", "gated", "biases", "experts", "width", "widths", "shared_width"),
-    *("router", "router_bias", "routing", "dropout", "output_size"),
+    *("router", "router_bias", "routing", "dropout", "output_size", "shared_switch", "ranks"),
 )
 _ROUTER_KEYS = ("kind", "width", "activation", "absolute", "unit_inputs")
 
@@ -39,6 +39,9 @@ class ReplacedFfn:
         router: whether the router has a hidden layer, and which (its ``bias`` is not looked at).
         dropout: the probability, in training, that a number of the output is 0, where the FFN had such a layer at its end.
         output_size: d', the length of the output, where it is another one: of a connector between two streams.
+        shared_switch: whether the shared expert's output is multiplied by the sigmoid of a product with the input (Qwen2-MoE).
+        ranks: where experts' matrices are products of two thin ones, those of every expert: of its first projections together, and of
+            its second; empty: they are whole.
     """
 
     paths: tuple[tuple[str, ...], ...]
@@ -53,6 +56,8 @@ class ReplacedFfn:
     dropout: float = 0.0
     router: RouterForm = LINEAR
     output_size: int | None = None
+    shared_switch: bool = False
+    ranks: tuple[tuple[int, int], ...] = ()
 
     @property
     def output(self) -> int:
@@ -79,6 +84,8 @@ class ReplacedFfn:
             "biases": [name for name in get_args(Bias) if name in self.biases],
             **size,
             "shared_width": self.shared_width,
+            **({"shared_switch": True} if self.shared_switch else {}),
+            **({"ranks": [list(pair) for pair in self.ranks]} if self.ranks else {}),
             "router_bias": self.router_bias,
             **({} if self.router.linear else {"router": _router_json(self.router)}),
             "routing": {"rule": self.rule.name, **vars(self.rule)},
@@ -175,7 +182,20 @@ class EntryReader:
             router=self._router(),
             dropout=float(self.get("dropout", "a number from 0 to 1", is_fraction, 0.0)),
             output_size=self._output(hidden),
+            shared_switch=self.get("shared_switch", "true or false", lambda v: type(v) is bool, False),
+            ranks=self._ranks(widths, biases),
         )
+
+    def _ranks(self, widths: tuple[int, ...], biases: Any) -> tuple[tuple[int, int], ...]:
+        """Return the ranks of every expert; none: they are whole."""
+        if "ranks" not in self._entry:
+            return ()
+        pairs = self.get("ranks", "a list of pairs of positive integers", lambda v: _is_list(v, _is_pair))
+        if len(pairs) != len(widths):
+            raise self._wrong("ranks", f"has {len(pairs)} pairs, and there are {len(widths)} experts")
+        if len(set(widths)) > 1 or set(biases) & {"gate", "up", "down"}:
+            raise self._wrong("ranks", "is for experts of one width without biases")
+        return tuple((int(up), int(down)) for up, down in pairs)
 
     def _output(self, hidden: int) -> int | None:
         output: int = self.get("output_size", "a positive integer", is_size, hidden)
@@ -256,6 +276,10 @@ def is_fraction(value: object) -> bool:
 
 def _is_list(value: object, fits: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
+
+
+def _is_pair(value: object) -> bool:
+    return _is_list(value, is_size) and len(value) == 2  # type: ignore[arg-type]
 
 
 def are_paths(value: object) -> bool:

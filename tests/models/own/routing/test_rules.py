@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from upcycle.models.own.routing.base import RoutedTokens, RouterRule
+from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.rules import RULES
+from upcycle.models.own.routing.skip import SkipRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
@@ -35,6 +37,13 @@ EVERY: list[RouterRule] = [
     ExpertChoiceRule(0.5),
     ExpertChoiceRule(E),
     ExpertChoiceRule(E, normalized=False),
+    BiasedTopKRule(2),
+    BiasedTopKRule(2, "sigmoid", factor=1.5, epsilon=1e-3),
+    BiasedTopKRule(3, "sigmoid", False, factor=2.0),
+    SkipRule(3),
+    SkipRule(3, beta=0.5),
+    SkipRule(3, "sigmoid", False, beta=0.8, factor=2.0),
+    SkipRule(2, "sigmoid", epsilon=1e-3, beta=0.7),
 ]
 
 
@@ -54,6 +63,21 @@ def active(routed: RoutedTokens) -> torch.Tensor:
     return every.scatter(1, routed.experts, True)[:, :E]
 
 
+def biased_top_k(
+    rule: BiasedTopKRule, soft: list[float], z: list[float], bias: list[float] | None = None
+) -> list[float]:
+    """One token's weights by the K largest of the scores and a bias, those much smaller than the first left out."""
+    import math
+
+    scores = soft if rule.scores == "softmax" else [1 / (1 + math.exp(-one)) for one in z]
+    chosen = sorted(range(len(z)), key=lambda e: -(scores[e] + (bias or [0.0] * len(z))[e]))[: rule.top_k]
+    beta = rule.beta if isinstance(rule, SkipRule) else 0.0
+    left = [e for e in chosen if scores[e] >= beta * max(scores[c] for c in chosen)]
+    whole = sum(scores[e] for e in chosen)
+    total = (whole + rule.epsilon) * sum(scores[e] for e in left) / whole if rule.normalized else 1.0
+    return [rule.factor * scores[e] / total if e in left else 0.0 for e in range(len(z))]
+
+
 def restated(rule: RouterRule, z: list[float]) -> list[float]:
     """One token's weights by the rule's formula, in plain Python; 0 of an expert that does not run."""
     import math
@@ -62,6 +86,8 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     soft = [math.exp(one - top) for one in z]
     soft = [one / sum(soft) for one in soft]
     match rule:
+        case BiasedTopKRule():
+            return biased_top_k(rule, soft, z)
         case TopKRule():
             scores = soft if rule.scores == "softmax" else [1 / (1 + math.exp(-one)) for one in z]
             scores = [1.0] * len(z) if rule.scores == "ones" else scores
@@ -151,11 +177,35 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
         ("expert_choice", {"capacity_factor": True}, "'capacity_factor' must be a positive number"),
         ("expert_choice", {"group": "image"}, "'group' must be sequence or batch, got 'image'"),
         ("expert_choice", {"normalized": 1}, "'normalized' must be true or false"),
+        ("biased_top_k", {"scores": "ones"}, "'scores' must be softmax or sigmoid, got 'ones'"),
+        ("biased_top_k", {"factor": 0}, "'factor' must be a positive number, got 0"),
+        ("biased_top_k", {"epsilon": -1}, "'epsilon' must be a not negative number, got -1"),
+        ("biased_top_k", {"biased": 1}, "'biased' must be true or false, got 1"),
+        ("skip", {"beta": 1.5}, "'beta' must be a number from 0 to 1, got 1.5"),
     ],
 )
 def test_impossible_parameters_are_named(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RULES[name].of(parameters)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in EVERY if isinstance(rule, BiasedTopKRule)], ids=str)
+def test_a_bias_moves_the_choice_alone(rule: BiasedTopKRule) -> None:
+    z, bias = logits(), torch.tensor([0.9, -0.4, 0.0, 0.5, -0.8, 0.2], dtype=torch.float64)
+    rows = [biased_top_k(rule, row.softmax(0).tolist(), row.tolist(), bias.tolist()) for row in z]
+    found = dense(rule.route(z, bias))
+    torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert not torch.equal(found > 0, dense(rule.route(z)) > 0)
+
+
+def test_leaving_none_out_is_top_k_bit_for_bit() -> None:
+    for normalized in (True, False):
+        for one, two in zip(
+            SkipRule(3, normalized=normalized).route(logits()),
+            TopKRule(3, normalized=normalized).route(logits()),
+            strict=True,
+        ):
+            assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=str)

@@ -91,7 +91,7 @@ class BlockDrop(Compression):
         rest = {name: Origin(name) for name in names[None] if name not in first}
         return [*pieces, Piece("final norm", None, rest)]
 
-    def remarks(self, model: MoeModel, keep: int) -> tuple[str, ...]:
+    def remarks(self, model: MoeModel, recipe: Recipe, keep: int) -> tuple[str, ...]:
         """Return that sizes are not known before layers are chosen, where layers differ."""
         kinds = {tuple(sorted(model.specs[name].shape for name in model.names[layer])) for layer in range(model.layers)}
         if len(kinds) == 1:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from upcycle.architectures.expert_terms import LayerCut
-from upcycle.methods.compressing.base import Compression, LayerSource, best
+from upcycle.methods.compressing.base import LayerSource
+from upcycle.methods.compressing.dropping.scored import Scored
 
 if TYPE_CHECKING:
     import torch
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from upcycle.methods.compressing.observations import LayerObservations
 
 
-class Reap(Compression):
+class Reap(Scored):
     """Implements router-weighted expert activation pruning (Lasby et al. 2025, arXiv 2510.13999, equation 9).
 
     The score of an expert is the mean of ``weight * ||f_e(x)||_2`` over the tokens that chose it; one that no token chose has 0.
+
+    With ``layers=uneven`` (ours), the scores of all layers are compared, each divided by its layer's sum.
     """
 
     name = "reap"
     title = "Router-weighted expert activation pruning"
     paper = "https://arxiv.org/abs/2510.13999"
 
-    def cut(self, source: LayerSource, keep: int) -> LayerCut:
+    def scores(self, source: LayerSource) -> torch.Tensor:
         """See the class."""
-        return best(reap_scores(source.seen), keep)
+        return reap_scores(source.seen)
 
 
 def reap_scores(seen: LayerObservations) -> torch.Tensor:
