@@ -72,6 +72,8 @@ def test_layers_below_are_cut_already_when_the_next_are_tried(pico_moe: Models) 
         errors.append(float((stream(smaller, windows) - stream(whole, windows)).square().sum()))
     assert first[0].rows == (1, 3)
     assert second[1].rows == tuple(SETS[errors.index(min(errors))])
+    made = stream(without_experts(whole, folder, {0: SETS[1], 1: second[1].rows}), windows)
+    assert torch.dist(own._ours.double(), made) < 1e-5 * torch.linalg.norm(made)
 
 
 def test_some_windows_are_enough(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def test_the_ffn_is_fitted_to_the_uncut_stream_and_experts_above_it_too(
     assert all(report["missing_after"] <= report["missing_before"] for report in reports.values())
 
 
+@pytest.mark.long
 def test_same_bytes_again_after_a_stop_and_the_order_of_experts(
     pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

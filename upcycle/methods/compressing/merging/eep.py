@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -26,6 +26,7 @@ Row = tuple[
     tuple[int, float], ...
 ]  # what an expert of the result is the sum of: ranks of experts, ascending, and coefficients
 Mixed = tuple[Row, ...]
+_KEPT_BYTES = 256 << 20  # of experts' matrices in memory
 _CHANGED = 0.5  # of a child's rows
 
 
@@ -190,7 +191,7 @@ class Layer:
             tokens, weights = self._used[place]
             matrices: dict[str, torch.Tensor] = {}
             for rank, weight in row:
-                for name, matrix in self.source.matrices(self.order[rank]).items():
+                for name, matrix in self._matrices(self.order[rank]).items():
                     matrices[name] = weight * matrix + matrices[name] if name in matrices else weight * matrix
             self._known[place, row] = weights[:, None] * self._output(matrices, tokens)
         return self._known[place, row]
@@ -198,6 +199,12 @@ class Layer:
     def _output(self, matrices: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         x, act = self.source.seen.sample_inputs[tokens], activation_function(self.source.activation)
         return ((act(x @ matrices["gate"].T) * (x @ matrices["up"].T)) @ matrices["down"].T).double()
+
+    @cached_property
+    def _matrices(self) -> Matrices:
+        """What reads an expert's matrices, and keeps some in memory."""
+        size = sum(matrix.nbytes for matrix in self.source.matrices(self.order[0]).values())
+        return lru_cache(max(2, _KEPT_BYTES // size))(self.source.matrices)
 
     @cached_property
     def _known(self) -> dict[tuple[int, Row], torch.Tensor]:
@@ -222,7 +229,7 @@ class Layer:
         for expert in self.order:
             own = seen.sample_weights[:, expert].double()
             tokens = own.nonzero().flatten()
-            total[tokens] += own[tokens, None] * self._output(self.source.matrices(expert), tokens)
+            total[tokens] += own[tokens, None] * self._output(self._matrices(expert), tokens)
         return total
 
 
