@@ -76,6 +76,7 @@ def test_numbers_are_those_of_the_whole_stock_model(
             "sample_weights": weights,
             "sample_gram": torch.einsum("ted,tfd->tef", seen.outputs, seen.outputs),
             "mean_output": seen.outputs.mean(0),
+            "input_gram": torch.einsum("te,td,tf->edf", chosen, seen.x, seen.x),
             **shared_numbers(model, index, seen, windows),
         }.items():
             near(getattr(layer, what), number, f"layer {index}: {what}")
@@ -97,6 +98,22 @@ def shared_numbers(model: Any, index: int, seen: Any, windows: torch.Tensor) -> 
     gate_up = tensors[0].chunk(2) if len(tensors) == 2 else tensors[:2]
     hidden = torch.nn.functional.silu(seen.x @ gate_up[0].T) * (seen.x @ gate_up[1].T)
     return {"shared": (weight * hidden).square().sum(0), "shared_weight": weight.sum()[None]}
+
+
+def test_large_models_keep_the_products_of_all_inputs_together(
+    pico_moe: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [observe_moe.gram_shape(*sizes) for sizes in ((8, 1024), (64, 2048), (1, 4096), (8, 8192))] == [
+        (8, 1024, 1024),
+        (1, 2048, 2048),
+        (1, 4096, 4096),
+        (0,),
+    ]
+    windows = some_windows()
+    expected = watch(stock(pico_moe("mixtral")), windows)
+    monkeypatch.setattr(observe_moe, "MOST_GRAM", 2 * 32**2)
+    for index, layer in observed(pico_moe("mixtral"), windows).layers.items():
+        near(layer.input_gram, (expected[index].x.T @ expected[index].x)[None], "input_gram")
 
 
 def test_samples_are_spread_evenly_whatever_the_batches_are(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
