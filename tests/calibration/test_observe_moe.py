@@ -79,6 +79,7 @@ def test_numbers_are_those_of_the_whole_stock_model(
             "mean_output": seen.outputs.mean(0),
             "gated_output": torch.einsum("te,ted->ed", scores / scores.sum(1, keepdim=True), seen.outputs)
             / len(seen.x),
+            "input_gram": torch.einsum("te,td,tf->edf", chosen, seen.x, seen.x),
             **shared_numbers(model, index, seen, windows),
         }.items():
             near(getattr(layer, what), number, f"layer {index}: {what}")
@@ -125,6 +126,22 @@ def test_streams_of_large_models_are_kept_of_fewer_tokens(layers: int, hidden: i
     kept = -(-16384 // step)
     assert kept <= 64 or kept * (layers + 1) * hidden <= observe_moe.MOST_STREAMS
     assert kept >= 32
+
+
+def test_large_models_keep_the_products_of_all_inputs_together(
+    pico_moe: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [observe_moe.gram_shape(*sizes) for sizes in ((8, 1024), (64, 2048), (1, 4096), (8, 8192))] == [
+        (8, 1024, 1024),
+        (1, 2048, 2048),
+        (1, 4096, 4096),
+        (0,),
+    ]
+    windows = some_windows()
+    expected = watch(stock(pico_moe("mixtral")), windows)
+    monkeypatch.setattr(observe_moe, "MOST_GRAM", 2 * 32**2)
+    for index, layer in observed(pico_moe("mixtral"), windows).layers.items():
+        near(layer.input_gram, (expected[index].x.T @ expected[index].x)[None], "input_gram")
 
 
 def test_samples_are_spread_evenly_whatever_the_batches_are(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_pa
     ("key", "value"),
     [
         *(("experts", 4), ("top_k", 1), ("shared", 1), ("active", 0.5), ("router", "zero"), ("scale", "sum")),
-        *(("layers", "all"), ("target", "mixtral"), ("layout", "fused"), ("pad", True), ("width", 8)),
+        *(("layers", "all"), ("layout", "fused"), ("pad", True), ("width", 8)),
     ],
 )
 def test_keys_that_mean_nothing_are_refused(

@@ -84,7 +84,7 @@ class ExpertTerms(Origin):
 
 
 @dataclass(frozen=True)
-class PackedExperts(Origin):
+class PackedMatrix(Origin):
     """The origin of a matrix of all experts of a layer of ``upcycle_moe``: one row per neuron, expert after expert.
 
     Of ``gate_up``, rows of gate and up take turns; of ``down``, a row is a column of the expert's matrix. ``name`` is a stored

@@ -196,7 +196,8 @@ def down_projections(experts: Any) -> torch.Tensor:
     if isinstance(experts, FactoredExperts):
         return experts.down_projections()
     if isinstance(experts, PackedExperts):
-        return experts.down.detach().unflatten(0, (experts.count, -1)).mT
+        rows: torch.Tensor = experts.down.detach().unflatten(0, (experts.count, -1))
+        return rows.mT
     found: torch.Tensor = experts.down_proj.detach()
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, PackedExperts, Term
+from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, PackedMatrix, Term
 from upcycle.architectures.moe.dense_twin import beside_routed
 from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
@@ -39,7 +39,7 @@ class MoeCheckpoint(Checkpoint):
         """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
         if isinstance(origin, DenseMatrix):
             yield from self._dense(origin, dtype)
-        elif isinstance(origin, PackedExperts):
+        elif isinstance(origin, PackedMatrix):
             yield from (self._packed(origin, terms, dtype) for terms in origin.experts)
         elif isinstance(origin, ExpertTerms):
             yield from (self._merged(origin, terms, dtype) for terms in origin.experts)
@@ -75,7 +75,7 @@ class MoeCheckpoint(Checkpoint):
                 found.update(parts)
         return found
 
-    def _packed(self, origin: PackedExperts, terms: Sequence[Term], dtype: str) -> torch.Tensor:
+    def _packed(self, origin: PackedMatrix, terms: Sequence[Term], dtype: str) -> torch.Tensor:
         """Return the rows of one expert in the order of ``upcycle_moe``, ``[rows, columns]``."""
         read: dict[int, dict[str, torch.Tensor]] = {}
 

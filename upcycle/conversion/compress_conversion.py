@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.architectures.expert_terms import DenseMatrix, FactorRows, LayerCut, PackedExperts
+from upcycle.architectures.expert_terms import DenseMatrix, FactorRows, LayerCut, PackedMatrix
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.factor_files import product, read_factors, write_factors
@@ -130,8 +130,9 @@ class CompressConversion(CompressJob, GrowthConversion):
 
         if isinstance(entry.origin, FactorRows):
             return "down" if entry.origin.part == "down_out" else entry.origin.part
-        made = isinstance(entry.origin, DenseMatrix | PackedExperts)
-        return entry.origin.part if made else matrix_of(entry.name)
+        if isinstance(entry.origin, DenseMatrix | PackedMatrix):
+            return entry.origin.part
+        return matrix_of(entry.name)
 
     def _cuts(
         self,
@@ -261,16 +262,16 @@ class CompressConversion(CompressJob, GrowthConversion):
 
 def _refitted_blocks(entry: OutputEntry, down: torch.Tensor, folder: Path) -> Iterator[torch.Tensor]:
     from upcycle.architectures.stored_moe import expert_index
-    from upcycle.models.own.factored_experts import rows_of
+    from upcycle.models.own.factored_experts import ranked_rows
 
     place = expert_index(entry.name)
     block = down if place is None else down[place]
-    if isinstance(entry.origin, PackedExperts):
+    if isinstance(entry.origin, PackedMatrix):
         block = down.mT.flatten(0, 1).contiguous()
     if isinstance(entry.origin, FactorRows):
         cut = read_cuts(folder)[entry.origin.layer]
         assert isinstance(cut, LayerCut)
-        block = rows_of(down, [rank for _, rank in cut.ranks])
+        block = ranked_rows(down, [rank for _, rank in cut.ranks])
     yield checked_finite(entry, block.reshape(entry.spec.shape))
 
 

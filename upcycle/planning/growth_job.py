@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms, FactorRows, PackedExperts
+from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms, FactorRows, PackedMatrix
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
@@ -240,7 +240,7 @@ def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
         return (len(origin.taken), *stored.shape[1:])
     if isinstance(origin, ExpertTerms):
         return origin.shape(stored.shape)
-    if isinstance(origin, PackedExperts | FactorRows):
+    if isinstance(origin, PackedMatrix | FactorRows):
         return origin.sizes
     return tuple(stored.shape) if origin.rows is None else (origin.rows[1], *stored.shape[1:])
 

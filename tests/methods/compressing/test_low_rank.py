@@ -18,7 +18,7 @@ from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import LayerSource
 from upcycle.methods.compressing.described_cuts import cut_of, described_cut
 from upcycle.methods.compressing.low_rank import LowRank, LowRankParameters
-from upcycle.models.own.factored_experts import FactoredExperts, rows_of
+from upcycle.models.own.factored_experts import FactoredExperts, ranked_rows
 from upcycle.models.own.replaced_ffn import ReplacedFfn, read_replaced
 from upcycle.models.own.routing.top_k import TopKRule
 
@@ -134,7 +134,7 @@ def test_the_module_computes_products(gated: bool) -> None:
         before = made.down_out.clone()
         made.set_down_projections(padded)
         assert torch.equal(made.down_out, before)
-        assert torch.equal(rows_of(padded, [2, 4, 2]), before)
+        assert torch.equal(ranked_rows(padded, [2, 4, 2]), before)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from layer_sources import layer_source, random_observations
 
 import upcycle
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.skip import Skip, threshold
+from upcycle.methods.compressing.skip import Skip, SkipParameters, threshold
 from upcycle.models.own.routing.skip import SkipRule
-from upcycle.plugins import PluginParameters
 
 Models = Callable[..., Path]
 
@@ -39,7 +38,7 @@ def test_three_quarters_of_two_is_the_papers_median() -> None:
 
 def test_a_cut_has_the_layers_threshold() -> None:
     seen = random_observations(4)
-    cut = Skip(PluginParameters()).cut(layer_source(seen), 1500)
+    cut = Skip(SkipParameters()).cut(layer_source(seen), 1500)
     assert cut.skip == threshold(seen.sample_weights, 2, 0.75) > 0
     assert cut.rows == (0, 1, 2, 3)
 

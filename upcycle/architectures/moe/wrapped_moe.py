@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle.architectures.clean_settings import clean_config
-from upcycle.architectures.expert_terms import FactorName, FactorRows, LayerCut, PackedExperts
+from upcycle.architectures.expert_terms import FactorName, FactorRows, LayerCut, PackedMatrix
 from upcycle.architectures.moe.dense_twin import DenseTwin, beside_routed, dense_twin, width_beside
 from upcycle.architectures.moe.wrapper import UpcycleMoe
 from upcycle.architectures.stock import build_config
@@ -183,7 +183,7 @@ def _block(model: MoeModel, twin: DenseTwin, layer: int, cut: LayerCut, names: M
             found[name] = FactorRows(names["down"], layer=layer, part=factor, sizes=sizes)
     for part, rows in () if cut.ranks else (("gate_up", 2 * neurons), ("down", neurons)):
         kind: Any = part
-        found[f"{prefix}.experts.{part}"] = PackedExperts(
+        found[f"{prefix}.experts.{part}"] = PackedMatrix(
             names["down"], layer=layer, part=kind, experts=cut.experts, sizes=(rows, d)
         )
     found |= {f"{prefix}.shared_{part}.weight": origin for part, origin in _matrices(model, layer).items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
@@ -13,9 +15,20 @@ from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, LayerSource, wraps
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.skip import SkipRule
+from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
 _PARTS = 1000  # of an expert run, in which the mean number of runs is counted
+
+
+class SkipParameters(PluginParameters):
+    """Parameters of :class:`Skip`."""
+
+    weights: Literal["rescaled", "kept"] = Field(
+        "rescaled",
+        description="of the experts that are left, where the model normalises weights: rescaled to the sum of all K (the paper); kept "
+        "as they are",
+    )
 
 
 class Skip(Compression):
@@ -27,12 +40,15 @@ class Skip(Compression):
 
     Deviations: the papers skip the second of two experts with the median of its weight over the first's as beta, which is
     ``keep=0.75`` here; here any K and share. ODP also keeps all experts of tokens that much attention is paid to; here no token is
-    protected. Where the model normalises weights, those that are left keep their sum.
+    protected. Where the model normalises weights, those that are left are given the sum of all again (``weights=rescaled``), or
+    not (``kept``), which suits experts that are pieces of one FFN.
     """
 
     name = "skip"
     title = "Dynamic skipping"
     paper = "https://arxiv.org/abs/2402.14800"
+    Parameters = SkipParameters
+    parameters: SkipParameters
     wrapped = True
 
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
@@ -86,7 +102,7 @@ class Skip(Compression):
     def rule(self, model: MoeModel, layer: int, cut: LayerCut, keep: int) -> RouterRule:
         """Return the stock rule with the layer's beta."""
         plain = vars(self.stock_rule(model, layer, model.top_k))
-        return SkipRule(**{"biased": False, **plain}, beta=cut.skip)
+        return SkipRule(**{"biased": False, **plain}, beta=cut.skip, rescaled=self.parameters.weights == "rescaled")
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""

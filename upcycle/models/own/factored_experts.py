@@ -30,12 +30,13 @@ class FactoredExperts(nn.Module):
         super().__init__()
         from transformers.activations import ACT2FN
 
-        self.count, self.width, self.gated, self.ranks = ffn.experts, ffn.widths[0], ffn.gated, ffn.ranks
+        self.count, self.widths, self.gated, self.ranks = ffn.experts, ffn.widths, ffn.gated, ffn.ranks
+        width = ffn.widths[0]
         self.act = ACT2FN[ffn.activation].to(torch.get_default_dtype())
         up, down = (sum(ranks) for ranks in zip(*ffn.ranks, strict=True))
         self.up_in = nn.Parameter(torch.empty(up, ffn.hidden_size))
-        self.up_out = nn.Parameter(torch.empty(up, self.width * (2 if ffn.gated else 1)))
-        self.down_in = nn.Parameter(torch.empty(down, self.width))
+        self.up_out = nn.Parameter(torch.empty(up, width * (2 if ffn.gated else 1)))
+        self.down_in = nn.Parameter(torch.empty(down, width))
         self.down_out = nn.Parameter(torch.empty(down, ffn.output))
         self.down_bias: nn.Parameter | None = None
         for weight in (self.up_in, self.up_out, self.down_in, self.down_out):
@@ -69,7 +70,7 @@ class FactoredExperts(nn.Module):
 
     def set_down_projections(self, down: torch.Tensor) -> None:
         """Compute with another ``down_out``, given as :meth:`down_projections` returns it."""
-        self.down_out.data = rows_of(down, [rank for _, rank in self.ranks]).to(self.down_out.dtype)
+        self.down_out.data = ranked_rows(down, [rank for _, rank in self.ranks]).to(self.down_out.dtype)
 
     @property
     def _widest(self) -> int:
@@ -79,7 +80,7 @@ class FactoredExperts(nn.Module):
         up, down = (
             slice(sum(r[i] for r in self.ranks[:expert]), sum(r[i] for r in self.ranks[: expert + 1])) for i in (0, 1)
         )
-        z = (x @ self.up_in[up].T) @ self.up_out[up]
+        z: torch.Tensor = (x @ self.up_in[up].T) @ self.up_out[up]
         if self.gated:
             gate, other = z.chunk(2, dim=-1)
             z = self.act(gate) * other
@@ -92,6 +93,6 @@ class FactoredExperts(nn.Module):
         return self._inner(x, expert) @ self.down_out[first : first + self.ranks[expert][1]]
 
 
-def rows_of(down: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+def ranked_rows(down: torch.Tensor, ranks: list[int]) -> torch.Tensor:
     """Return the rows ``[R, d]`` of all experts, from ``[E, d, R]`` that has zeros behind each one's rank."""
     return torch.cat([own.T[:rank] for own, rank in zip(down, ranks, strict=True)]).contiguous()

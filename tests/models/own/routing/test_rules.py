@@ -42,6 +42,7 @@ EVERY: list[RouterRule] = [
     BiasedTopKRule(3, "sigmoid", False, factor=2.0),
     SkipRule(3),
     SkipRule(3, beta=0.5),
+    SkipRule(3, beta=0.5, rescaled=False),
     SkipRule(3, "sigmoid", False, beta=0.8, factor=2.0),
     SkipRule(2, "sigmoid", epsilon=1e-3, beta=0.7),
 ]
@@ -74,7 +75,8 @@ def biased_top_k(
     beta = rule.beta if isinstance(rule, SkipRule) else 0.0
     left = [e for e in chosen if scores[e] >= beta * max(scores[c] for c in chosen)]
     whole = sum(scores[e] for e in chosen)
-    total = (whole + rule.epsilon) * sum(scores[e] for e in left) / whole if rule.normalized else 1.0
+    rest = whole if isinstance(rule, SkipRule) and not rule.rescaled else sum(scores[e] for e in left)
+    total = (whole + rule.epsilon) * rest / whole if rule.normalized else 1.0
     return [rule.factor * scores[e] / total if e in left else 0.0 for e in range(len(z))]
 
 
