@@ -31,7 +31,9 @@ pytestmark = pytest.mark.one_in(5)  # the other cases are long
 Models = Callable[..., Path]
 COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
 NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py
-WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
+INSIDE = ("slim", "resplit")  # those that change the width of experts
+WHOLE = [name for name in NAMES if name not in (*INSIDE, "lower_top_k")]  # those whose result has fewer experts
+LEFT = {"slim": 4, "lower_top_k": 4, "resplit": 8}  # experts that others leave of four, here
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
 ONE_WIDTH = ("hunyuan_v1_moe", "glm4_moe", "glm4_moe-sigmoid", "dots1", "solar_open")  # of routed and shared experts
@@ -40,7 +42,7 @@ CELLS = [
     for method in NAMES
     for name in PICO_MOE
     for fused in (False, True)
-    if method != "slim" or name not in ONE_WIDTH
+    if method not in INSIDE or name not in ONE_WIDTH
 ]
 PERMUTED = [3, 1, 0, 2]
 
@@ -63,10 +65,13 @@ def logits(folder: Path) -> torch.Tensor:
         )
 
 
+@pytest.mark.parametrize("method", INSIDE)
 @pytest.mark.parametrize("name", ONE_WIDTH)
-def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(name: str, pico_moe: Models) -> None:
+def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(
+    name: str, method: str, pico_moe: Models
+) -> None:
     with pytest.raises(RefusalError, match=r"their width in config\.json is that of '.*shared.*', too"):
-        upcycle.plan(str(pico_moe(name)), method="slim", **quick("slim"))
+        upcycle.plan(str(pico_moe(name)), method=method, **quick(method))
 
 
 def test_every_method_and_architecture_is_here() -> None:
@@ -106,13 +111,13 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     blocks = [module for name, module in model.named_modules() if name.endswith(".experts")]
     layers = json.loads((out / "compression.json").read_text())["experts"]
     assert len(blocks) == len(layers)
-    assert all(len(block.down_proj) == (3 if method in WHOLE else 4) for block in blocks)
+    assert all(len(block.down_proj) == LEFT.get(method, 3) for block in blocks)
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (1, 7)
     elements = {name: tensor.numel() for name, tensor in load_file(out / "model.safetensors").items()}
     assert sum(elements.values()) == result.plan.parameters_total
     assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in WHOLE
-    assert result.plan.parameters_total < result.plan.parameters_dense or method == "lower_top_k"
+    assert result.plan.parameters_total < result.plan.parameters_dense or method in ("lower_top_k", "resplit")
 
 
 @pytest.mark.one_in(2)
@@ -163,7 +168,7 @@ def permuted(source: Path, folder: Path) -> Path:
         (method, name)
         for method in NAMES
         for name in ("mixtral", "dots1", "granitemoe")
-        if method != "random_experts" and (method != "slim" or name not in ONE_WIDTH)
+        if method != "random_experts" and (method not in INSIDE or name not in ONE_WIDTH)
     ],
 )
 def test_the_order_of_the_experts_does_not_matter(

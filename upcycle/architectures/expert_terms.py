@@ -31,10 +31,12 @@ class LayerCut:
     Attributes:
         experts: for every expert of the result, the terms that it is the sum of.
         rows: for every expert of the result, the expert of the source whose router row it has.
+        scale: what all down projections are multiplied by.
     """
 
     experts: tuple[tuple[Term, ...], ...]
     rows: tuple[int, ...]
+    scale: float = 1.0
 
     @classmethod
     def keeping(cls, kept: Sequence[int]) -> LayerCut:
@@ -56,11 +58,13 @@ class ExpertTerms(Origin):
         experts: the terms of every expert in the tensor.
         names: the stored tensors of the source's experts, one each, or the one that holds them all.
         part: which matrix it is, as its rows or columns are the neurons.
+        scale: what it is multiplied by.
     """
 
     experts: tuple[tuple[Term, ...], ...] = ()
     names: tuple[str, ...] = ()
     part: Literal["gate", "up", "gate_up", "down"] = "down"
+    scale: float = 1.0
 
     @property
     def fused(self) -> bool:

@@ -79,12 +79,23 @@ class CompressConversion(CompressJob, GrowthConversion):
         if not (folder / CUTS_FILE).exists():
             write_cuts(folder, self._cuts(checkpoint, windows, text, folder, progress), {})
         job = decided_cuts(self, folder)
+        if self.changes and self.compression.makes:
+            assert windows is not None
+            job._make(checkpoint, windows, folder, progress)
         if self.refits and "refit" not in read_json(folder / CUTS_FILE):
             assert windows is not None
             cuts = read_cuts(folder)
             found = job._refit(checkpoint, cuts, windows, folder, progress)
             write_cuts(folder, cuts, {"refit": {str(layer): report for layer, report in found.items()}})
         return job, None if text is None else {**text, **tokens.about}
+
+    def _make(self, checkpoint: MoeCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress) -> None:
+        """Let the method make what it makes of every layer."""
+        from upcycle.calibration.made_parts import made_file, make_parts
+
+        cuts = {layer: cut for layer, cut in read_cuts(folder).items() if isinstance(cut, LayerCut)}
+        if not all(made_file(folder, layer).exists() for layer in cuts):
+            make_parts(checkpoint, self.compression, cuts, self.recipe.dtype, windows, folder, progress)
 
     def _refit(
         self,
@@ -125,7 +136,7 @@ class CompressConversion(CompressJob, GrowthConversion):
     ) -> dict[int, Any]:
         keep, model = self.keep, checkpoint.model
         if not self.changes or not self.compression.observes:
-            return dict.fromkeys(model.moe_layers, self.compression.before(model, keep))
+            return self.compression.unobserved(model, keep, partial(_matrices, checkpoint), self.recipe.seed)
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
         return self.compression.cuts(model, seen, keep, partial(_matrices, checkpoint), self.recipe.seed)
 
@@ -154,27 +165,37 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        down = self._refitted(unit, folder)
+        down, made = self._refitted(unit, folder), self._made(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
-            if down is not None and self._part(entry) == "down":
+            part = self._part(entry)
+            if down is not None and part == "down":
                 yield entry, _refitted_blocks(entry, down)
+            elif made and self._is_made(entry):
+                yield entry, _made_blocks(entry, part, made)
             else:
                 yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
+
+    def _is_made(self, entry: OutputEntry) -> bool:
+        """Return whether a tensor is one that the method made anew, or holds one."""
+        if not self.changes or not self.compression.makes:
+            return False
+        part = "router" if self.moe.role(entry.name) == "router" else self._part(entry)
+        return bool({*part.split("_")} & self.compression.makes)
+
+    def _made(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
+        if unit.layer is None or not self.changes or not self.compression.makes or unit.layer not in read_cuts(folder):
+            return {}
+        from upcycle.calibration.made_parts import made_file
+
+        return _kept_file(made_file(folder, unit.layer))
 
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
 
         if unit.layer is None or not self.refits or unit.layer not in read_cuts(folder):
             return None
-        path = down_file(folder, unit.layer)
-        if not path.exists():  # written without it, the layer would be one that nobody fitted
-            raise CheckpointError(
-                f"{path} is missing", hint="--restart discards the unfinished result and begins again"
-            )
-        from safetensors.torch import load_file
-
-        return load_file(path)["down"]
+        return _kept_file(down_file(folder, unit.layer))["down"]
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
         """Remove what only the writing needed, and return :meth:`reports`."""
@@ -205,7 +226,7 @@ class CompressConversion(CompressJob, GrowthConversion):
         """
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
-        return not (self.refits and self._part(entry) == "down")
+        return not (self.refits and self._part(entry) == "down") and not self._is_made(entry)
 
 
 def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -214,6 +235,31 @@ def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.T
     place = expert_index(entry.name)
     block = down if place is None else down[place]
     yield checked_finite(entry, block.reshape(entry.spec.shape))
+
+
+def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield a tensor that a method made: a router's rows, or matrices of one expert or of all."""
+    from upcycle.architectures.stored_moe import expert_index
+
+    place = expert_index(entry.name)
+    whole = made[{"gate": "gate_up", "up": "gate_up", "": "router"}.get(part, part)]
+    block = whole if place is None else whole[place]
+    if part in ("gate", "up"):
+        block = block.chunk(2)[part == "up"]
+    yield checked_finite(entry, block.reshape(entry.spec.shape).contiguous())
+
+
+def _kept_file(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors that were decided on for a layer.
+
+    Raises:
+        CheckpointError: they are gone: written without them, the layer would be one that nobody fitted.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing", hint="--restart discards the unfinished result and begins again")
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def _matrices(checkpoint: MoeCheckpoint, layer: int) -> Matrices:

@@ -55,7 +55,7 @@ class CompressJob(GrowthJob):
     def calibrated(self) -> bool:
         """Whether calibration text is read."""
         observes = self.compression.observes and self.recipe.observations is None
-        return self.changes and (observes or self.refits)
+        return self.changes and (observes or self.refits or bool(self.compression.makes))
 
     @cached_property
     def about(self) -> dict[str, Any] | None:
@@ -130,7 +130,8 @@ def checked_compression(job: C) -> C:
             hint="--refit down or none",
         )
     if job.calibrated:
-        what = f"method {recipe.method}" if recipe.observations is None else "refit: down (--refit none needs no text)"
+        alone = recipe.observations is None or job.compression.makes
+        what = f"method {recipe.method}" if alone else "refit: down (--refit none needs no text)"
         check_text(recipe, what)
     return job
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms
+from upcycle.architectures.narrowed_dense import MadeTensor
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES
@@ -134,7 +135,10 @@ def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
     assert isinstance(method, Growth)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):
-        does = "compresses a Mixture-of-Experts" if method.kind == "compression" else "copies whole tensors"
+        does = {
+            "compression": "compresses a Mixture-of-Experts",
+            "narrowing": "makes a dense model narrower",
+        }.get(method.kind, "copies whole tensors")
         raise UsageError(
             f"{method.name} {does}, and does not read the key '{meaningless[0]}'",
             hint=f"leave it out; it reads {', '.join(sorted(known - {'source', 'method'}))}",
@@ -240,6 +244,8 @@ def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
         return (len(origin.taken), *stored.shape[1:])
     if isinstance(origin, ExpertTerms):
         return origin.shape(stored.shape)
+    if isinstance(origin, MadeTensor):
+        return origin.shape
     return tuple(stored.shape)
 
 

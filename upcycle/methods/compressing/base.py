@@ -28,6 +28,19 @@ Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 Cut = LayerCut | DenseCut
 
 
+@dataclass(frozen=True)
+class ExpertTokens:
+    """What an expert did with the t tokens that chose it: inputs ``x`` ``[t, d]``, activations ``hidden`` ``[t, F]``.
+
+    ``weight`` ``[t]`` is the expert's; ``held`` ``[t]`` says which tokens judge fits, and belong in none.
+    """
+
+    x: torch.Tensor
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    held: torch.Tensor
+
+
 class CutSizes(NamedTuple):
     """The sizes of a MoE that a compression may change: routed experts, experts per token, neurons of an expert."""
 
@@ -79,6 +92,7 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    makes: ClassVar[frozenset[str]] = frozenset()  # of router, gate, up and down, those that :meth:`made` makes anew
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -88,6 +102,22 @@ class Compression(Growth):
             source: the layer.
             keep: what :meth:`kept` returned: for most methods, the number of experts of the result.
         """
+
+    def made(
+        self, cut: LayerCut, rows: torch.Tensor, tokens: Callable[[int], ExpertTokens], matrices: Matrices
+    ) -> dict[str, torch.Tensor]:
+        """Make tensors of a layer from its inputs, in a second pass over the text; only of methods that say what they make.
+
+        Args:
+            cut: what the experts are made of.
+            rows: the router's rows before the cut, fp32 ``[E, d]``.
+            tokens: returns what an expert of the source did.
+            matrices: reads the matrices of an expert of the source.
+
+        Returns:
+            ``router`` ``[E', d]``, or ``gate_up`` ``[E', 2 F', d]`` and ``down`` ``[E', d, F']``.
+        """
+        return {}
 
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
         """Return how much is kept of what the method cuts: experts.
@@ -108,6 +138,10 @@ class Compression(Growth):
     def before(self, model: MoeModel, keep: int) -> Cut:
         """Return a cut of the shapes that the result will have, before anything is decided."""
         return LayerCut.keeping(range(keep))
+
+    def unobserved(self, model: MoeModel, keep: int, matrices: Callable[[int], Matrices], seed: int) -> dict[int, Cut]:
+        """Decide every layer without observations, where the method reads none or nothing is cut; see :meth:`cuts`."""
+        return dict.fromkeys(model.moe_layers, self.before(model, keep))
 
     def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
         """Return what is gone, for the promise, and what the result is, in a few words."""
@@ -211,7 +245,8 @@ def described_cut(cut: Cut) -> dict[str, Any]:
     if isinstance(cut, DenseCut):
         parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
         return {"width": cut.width, "parts": parts}
-    return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows]}
+    described: dict[str, Any] = {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows]}
+    return described if cut.scale == 1 else {**described, "scale": cut.scale}
 
 
 def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
@@ -230,7 +265,8 @@ def cut_of(content: dict[str, Any]) -> Cut:
     if "parts" in content:
         parts = tuple(FfnPart(_terms(part["terms"]), part["scale"], part["rank"]) for part in content["parts"])
         return DenseCut(content["width"], parts)
-    return LayerCut(tuple(_terms(terms) for terms in content["experts"]), tuple(content["rows"]))
+    experts = tuple(_terms(terms) for terms in content["experts"])
+    return LayerCut(experts, tuple(content["rows"]), content.get("scale", 1.0))
 
 
 def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
