@@ -28,6 +28,7 @@ METHODS = {
     "m_smoe": "upcycle.methods.compressing.merging.m_smoe:MSmoe",
     "to_dense": "upcycle.methods.compressing.to_dense:ToDense",
     "slim": "upcycle.methods.compressing.inside.slim:Slim",
+    "sparse_experts": "upcycle.methods.compressing.inside.sparse_experts:SparseExperts",
     "resplit": "upcycle.methods.compressing.inside.resplit:Resplit",
     "lower_top_k": "upcycle.methods.compressing.lower_top_k:LowerTopK",
     "random_experts": "upcycle.methods.compressing.dropping.random_experts:RandomExperts",

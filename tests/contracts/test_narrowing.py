@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.architectures.narrowed_dense import pair_rows
+from upcycle.architectures.dense.narrowed import pair_rows
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.errors import RefusalError, UsageError
 from upcycle.registry import FAMILIES, METHODS, load

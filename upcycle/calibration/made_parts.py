@@ -45,6 +45,7 @@ def make_parts(
     checkpoint: MoeCheckpoint,
     method: Compression,
     cuts: Mapping[int, LayerCut],
+    keep: int,
     dtype: str,
     windows: torch.Tensor,
     folder: Path,
@@ -56,6 +57,7 @@ def make_parts(
         checkpoint: the MoE before it is cut.
         method: the method.
         cuts: what each layer's experts are made of.
+        keep: how much the method keeps.
         dtype: the dtype that the result is written in, as a recipe means it.
         windows: the text, token ids ``[N, W]``.
         folder: where the files are written.
@@ -78,9 +80,10 @@ def make_parts(
                     states[batch] = walk.run(index, states[batch], seen.append if index in cuts else None)
                 if index in cuts and not made_file(folder, index).exists():
                     rows = walk.layers[index].state_dict()[_names(checkpoint, index)["router"]]
-                    parts = (torch.cat([getattr(part, name) for part in seen]) for name in ("x", "experts", "weights"))
-                    tokens = partial(_tokens_of, walk.places[index].experts, *parts, held)
-                    made = method.made(cuts[index], rows.float(), tokens, partial(checkpoint.matrices, index))
+                    x, chosen = torch.cat([part.x for part in seen]), torch.cat([part.experts for part in seen])
+                    weights = torch.cat([part.weights for part in seen])
+                    tokens = partial(_tokens_of, walk.places[index].experts, x, chosen, weights, held)
+                    made = method.made(cuts[index], keep, rows.float(), tokens, partial(checkpoint.matrices, index))
                     stored = {part: _stored(checkpoint, index, part, tensor, dtype) for part, tensor in made.items()}
                     write_whole(made_file(folder, index), partial(save_file, stored))
             progress.advance()

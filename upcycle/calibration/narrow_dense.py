@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.architectures.dense.narrowed import KeptPairs, NarrowSizes, ffn_parts, head_parts, pair_rows
 from upcycle.architectures.module_paths import module_paths_of
-from upcycle.architectures.narrowed_dense import KeptPairs, NarrowSizes, ffn_parts, head_parts, pair_rows
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.made_parts import held_out_tokens
 from upcycle.calibration.moe_walk import MoeWalk

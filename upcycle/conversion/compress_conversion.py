@@ -95,7 +95,7 @@ class CompressConversion(CompressJob, GrowthConversion):
 
         cuts = {layer: cut for layer, cut in read_cuts(folder).items() if isinstance(cut, LayerCut)}
         if not all(made_file(folder, layer).exists() for layer in cuts):
-            make_parts(checkpoint, self.compression, cuts, self.recipe.dtype, windows, folder, progress)
+            make_parts(checkpoint, self.compression, cuts, self.keep, self.recipe.dtype, windows, folder, progress)
 
     def _refit(
         self,

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.architectures.narrowed_dense import KeptPairs, MadeTensor, NarrowSizes
+from upcycle.architectures.dense.narrowed import KeptPairs, MadeTensor, NarrowSizes
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.growth_conversion import GrowthConversion

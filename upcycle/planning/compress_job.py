@@ -49,7 +49,7 @@ class CompressJob(GrowthJob):
     @property
     def refits(self) -> bool:
         """Whether down projections are refitted on text."""
-        return self.recipe.refit != "none" and self.changes
+        return self.recipe.refit != "none" and self.changes and self.compression.refits
 
     @property
     def calibrated(self) -> bool:
@@ -128,6 +128,10 @@ def checked_compression(job: C) -> C:
         raise UsageError(
             f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",
             hint="--refit down or none",
+        )
+    if recipe.refit == "down" and not job.compression.refits:
+        raise UsageError(
+            f"refit: down would fill the zeros that {recipe.method} makes", hint="--refit none, or leave it out"
         )
     if job.calibrated:
         alone = recipe.observations is None or job.compression.makes

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from upcycle.architectures.dense.narrowed import MadeTensor
 from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms
-from upcycle.architectures.narrowed_dense import MadeTensor
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES

@@ -92,6 +92,7 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    refits: ClassVar[bool] = True  # whether down projections may be refitted
     makes: ClassVar[frozenset[str]] = frozenset()  # of router, gate, up and down, those that :meth:`made` makes anew
 
     @abstractmethod
@@ -104,12 +105,13 @@ class Compression(Growth):
         """
 
     def made(
-        self, cut: LayerCut, rows: torch.Tensor, tokens: Callable[[int], ExpertTokens], matrices: Matrices
+        self, cut: LayerCut, keep: int, rows: torch.Tensor, tokens: Callable[[int], ExpertTokens], matrices: Matrices
     ) -> dict[str, torch.Tensor]:
         """Make tensors of a layer from its inputs, in a second pass over the text; only of methods that say what they make.
 
         Args:
             cut: what the experts are made of.
+            keep: what :meth:`kept` returned.
             rows: the router's rows before the cut, fp32 ``[E, d]``.
             tokens: returns what an expert of the source did.
             matrices: reads the matrices of an expert of the source.
@@ -154,7 +156,7 @@ class Compression(Growth):
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
         cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
-        exact = sizes == CutSizes.of(model)
+        exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)
         return Grown(
             config=model.config_with(*sizes),

@@ -88,7 +88,7 @@ def test_router_rows_are_those_of_the_expert_and_sharpness_times_its_own() -> No
     def tokens(expert: int) -> ExpertTokens:
         return ExpertTokens(x, drawn(40, 16, seed=expert), torch.ones(40), torch.zeros(40, dtype=torch.bool))
 
-    router = method.made(cut, rows, tokens, matrices)["router"]
+    router = method.made(cut, 2, rows, tokens, matrices)["router"]
     for place, expert in enumerate(cut.rows):
         down, both = matrices(expert)["down"], orders[2 * expert : 2 * expert + 2]
         norms = torch.stack([(tokens(expert).hidden[:, own] @ down[:, own].T).norm(dim=1) for own in both], 1)

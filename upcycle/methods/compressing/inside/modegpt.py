@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from upcycle.architectures.dense.base import DenseConfig, Family
-from upcycle.architectures.narrowed_dense import (
+from upcycle.architectures.dense.narrowed import (
     KeptPairs,
     NarrowSizes,
     made_tensors,

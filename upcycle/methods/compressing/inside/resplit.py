@@ -178,7 +178,7 @@ class Resplit(Compression):
         return [tuple(neurons[labels == piece].tolist()) for piece in range(pieces)]
 
     def made(
-        self, cut: LayerCut, rows: torch.Tensor, tokens: Callable[[int], ExpertTokens], matrices: Matrices
+        self, cut: LayerCut, keep: int, rows: torch.Tensor, tokens: Callable[[int], ExpertTokens], matrices: Matrices
     ) -> dict[str, torch.Tensor]:
         """Return the router: for every finer expert the row of its expert, and its own; see the class."""
         import torch

@@ -85,13 +85,11 @@ def why_heads_stay(family: Family, dense: DenseConfig, raw: Mapping[str, Any]) -
         usual |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
         if not names <= usual or not usual - names <= {f"self_attn.{part}" for part in _PROJECTIONS}:
             return f"layer {layer} has other parts than an attention of four projections between two norms"
-    if family.rotates_pairs or dense.rotated_dim != dense.head_dim or len(set(dense.thetas)) > 1:
+    if family.rotates_pairs or dense.rotated_dim != dense.head_dim or len(set(dense.thetas)) > 1 or dense.head_dim < 4:
         return "its rotary embedding is not the same for whole heads in every layer"
     if dense.rope_parameters["rope_type"] not in _ROPES:
         return f"the frequencies of its rotary embedding depend on the text's length ({dense.rope_parameters['rope_type']})"
     head = dense.head_dim - 2
-    if head < 1:
-        return "they have two dimensions, one pair"
     shapes = stock_shapes(
         narrowed_config(family, dense, raw, NarrowSizes(dense.intermediate_size, head), KeptPairs.first(head))
     )
