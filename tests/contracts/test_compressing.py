@@ -35,9 +35,18 @@ NAMES = [  # to_dense: test_to_dense.py; layer_drop: test_layer_drop.py, as few 
     for name in COMPRESSIONS
     if not load("method", name).dense and not load("method", name).mixes and not load("method", name).wrapped
 ]
+INSIDE = ("slim", "resplit")  # those that change the width of experts
 WHOLE = [
-    name for name in NAMES if name not in ("slim", "lower_top_k", "block_drop")
+    name for name in NAMES if name not in (*INSIDE, "lower_top_k", "sparse_experts", "block_drop")
 ]  # those whose result has fewer experts
+SAME_SIZE = ("lower_top_k", "resplit", "sparse_experts")
+LEFT = {
+    "slim": 4,
+    "lower_top_k": 4,
+    "resplit": 8,
+    "sparse_experts": 4,
+    "block_drop": 4,
+}  # experts that others leave of four, here
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
 ONE_WIDTH = ("hunyuan_v1_moe", "glm4_moe", "glm4_moe-sigmoid", "dots1", "solar_open")  # of routed and shared experts
@@ -46,7 +55,7 @@ CELLS = [
     for method in NAMES
     for name in PICO_MOE
     for fused in (False, True)
-    if method != "slim" or name not in ONE_WIDTH
+    if method not in INSIDE or name not in ONE_WIDTH
 ]
 
 
@@ -68,10 +77,13 @@ def logits(folder: Path) -> torch.Tensor:
         )
 
 
+@pytest.mark.parametrize("method", INSIDE)
 @pytest.mark.parametrize("name", ONE_WIDTH)
-def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(name: str, pico_moe: Models) -> None:
+def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(
+    name: str, method: str, pico_moe: Models
+) -> None:
     with pytest.raises(RefusalError, match=r"their width in config\.json is that of '.*shared.*', too"):
-        upcycle.plan(str(pico_moe(name)), method="slim", **quick("slim"))
+        upcycle.plan(str(pico_moe(name)), method=method, **quick(method))
 
 
 def test_every_method_and_architecture_is_here() -> None:
@@ -111,13 +123,13 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     blocks = [module for name, module in model.named_modules() if name.endswith(".experts")]
     layers = json.loads((out / "compression.json").read_text())["experts"]
     assert len(blocks) == 1 if load("method", method).depth else len(blocks) == len(layers)
-    assert all(len(block.down_proj) == (3 if method in WHOLE else 4) for block in blocks)
+    assert all(len(block.down_proj) == LEFT.get(method, 3) for block in blocks)
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (1, 7)
     elements = {name: tensor.numel() for name, tensor in load_file(out / "model.safetensors").items()}
     assert sum(elements.values()) == result.plan.parameters_total
-    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in WHOLE
-    assert result.plan.parameters_total < result.plan.parameters_dense or method == "lower_top_k"
+    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in (*WHOLE, "sparse_experts")
+    assert result.plan.parameters_total < result.plan.parameters_dense or method in SAME_SIZE
 
 
 @pytest.mark.one_in(2)
@@ -130,7 +142,8 @@ def test_same_inputs_give_the_same_bytes_as_planned(method: str, pico_moe: Model
     run_recipe(parse_recipe(read_recipe(tmp_path / "one" / "recipe.yaml"), "recipe"), tmp_path / "again")
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
     assert results[0].plan == plan
-    assert (plan.kind, plan.refit, plan.promise) == ("compression", "down", "approximate")
+    refit = "down" if load("method", method).refits else "none"
+    assert (plan.kind, plan.refit, plan.promise) == ("compression", refit, "approximate")
     assert method not in WHOLE or plan.summary == "3 experts from 4, top-2"
     sizes = [(tmp_path / "one" / shard["file"]).stat().st_size for shard in plan.shards]
     assert len(sizes) > 2
@@ -153,7 +166,7 @@ def tries(method: str) -> bool:
         (method, name)
         for method in NAMES
         for name in ("mixtral", "dots1", "granitemoe")
-        if method != "random_experts" and (method != "slim" or name not in ONE_WIDTH)
+        if method not in ("random_experts", "sparse_experts") and (method not in INSIDE or name not in ONE_WIDTH)
     ],
 )
 def test_the_order_of_the_experts_does_not_matter(
@@ -175,7 +188,8 @@ def test_the_order_of_the_experts_does_not_matter(
         (method, stop)
         for stop in ("after observing", "while refitting", "while writing")
         for method in NAMES
-        if stop != "after observing" or load("method", method).observes
+        if (stop != "after observing" or load("method", method).observes)
+        and (stop != "while refitting" or load("method", method).refits)
     ],
 )
 def test_a_stopped_compression_continues_byte_equal(

@@ -168,6 +168,13 @@ def test_json_keys(
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
     cutting = {"method": "naee", "keep": 0.5, "calibration": split["calibration"], "verification": {"enabled": False}}
     compressed = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "cut", **cutting).as_dict()
+    thinning = {
+        "keep": 0.5,
+        "parameters": {"heads": 0.5},
+        "calibration": split["calibration"],
+        "verification": {"enabled": False},
+    }
+    narrowed = upcycle.convert("demo", tmp_path / "narrow", method="modegpt", **thinning).as_dict()
     seen = upcycle.observe(str(pico_moe("mixtral")), tmp_path / "seen.safetensors", "demo", 64)
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
@@ -219,6 +226,7 @@ def test_json_keys(
         "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
         "convert layers of a compressed MoE": compressed["layers"][0],
+        "convert layers of a narrower model": narrowed["layers"][0],
         "observe": seen,
         "observe layers": seen["layers"][0],
         "convert layers of symphony": aligned["layers"][0],

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from upcycle.methods.compressing.base import LayerSource, Matrices
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices
 from upcycle.methods.compressing.observations import LayerObservations
 
 

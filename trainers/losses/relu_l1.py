@@ -74,7 +74,8 @@ class ReluL1(Loss):
         running, tokens = running.detach(), tokens.detach().clamp(min=1)
         self._observed.append(torch.stack([running.sum(), tokens.squeeze()]))
         loads = experts / self.parameters.experts * running / tokens
-        return (loads * outputs / tokens).sum()
+        value: torch.Tensor = (loads * outputs / tokens).sum()
+        return value
 
     def coefficient(self, layer: int) -> float:
         """The present factor, which is the same for all layers."""

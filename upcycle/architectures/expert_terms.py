@@ -34,12 +34,14 @@ class LayerCut:
         ranks: of every expert, where its matrices become products of two thin ones: of gate and up together, and of down; empty: they
             stay whole.
         skip: below which part of its largest weight a token's experts are left out (``upcycle_moe``); 0: none is.
+        scale: what all down projections are multiplied by.
     """
 
     experts: tuple[tuple[Term, ...], ...]
     rows: tuple[int, ...]
     skip: float = 0.0
     ranks: tuple[tuple[int, int], ...] = ()
+    scale: float = 1.0
 
     @classmethod
     def keeping(cls, kept: Sequence[int]) -> LayerCut:
@@ -61,11 +63,13 @@ class ExpertTerms(Origin):
         experts: the terms of every expert in the tensor.
         names: the stored tensors of the source's experts, one each, or the one that holds them all.
         part: which matrix it is, as its rows or columns are the neurons.
+        scale: what it is multiplied by.
     """
 
     experts: tuple[tuple[Term, ...], ...] = ()
     names: tuple[str, ...] = ()
     part: Literal["gate", "up", "gate_up", "down"] = "down"
+    scale: float = 1.0
 
     @property
     def fused(self) -> bool:

@@ -225,7 +225,8 @@ class MoeModel:
                 yield name, Origin(name)
             elif role == "experts" and cut.merges:
                 part: Literal["gate_up", "down"] = "down" if is_down(name) else "gate_up"
-                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part)
+                scale = cut.scale if part == "down" else 1.0
+                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale)
             else:
                 yield name, ExpertRows(name, taken=cut.rows)
 
@@ -235,7 +236,10 @@ class MoeModel:
             first = names[terms[0].expert]
             plain = terms == (Term(terms[0].expert),)
             part: Any = _MATRICES.get(matrix, matrix)
-            whole = Origin(first) if plain else ExpertTerms(first, experts=(terms,), names=names, part=part)
+            scale = cut.scale if part == "down" else 1.0
+            whole = (
+                Origin(first) if plain else ExpertTerms(first, experts=(terms,), names=names, part=part, scale=scale)
+            )
             yield f"{prefix}.{place}.{matrix}.weight", whole
 
     @cached_property

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stock import build_config, empty_model
+from upcycle.calibration.made_parts import held_out_tokens, made_parts
 from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons, down_projections, set_down_projections
 from upcycle.calibration.result_layers import ResultLayers
 from upcycle.checkpoints.moe_checkpoint import sum_of_terms
@@ -38,18 +39,11 @@ if TYPE_CHECKING:
     from upcycle.models.stock_layers import Layers
 
 MOST_JOINT = 4096  # neurons whose down projections are fitted together
-_HELD_OUT_EVERY = 8  # windows
 
 
 def down_file(folder: Path, layer: int) -> Path:
     """Return the file with the refitted down projections ``[E', d, F]`` of a layer."""
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
-
-
-def held_out_tokens(streams: torch.Tensor) -> torch.Tensor:
-    """Return which tokens of ``[N, W, d]`` judge the fits: those of every eighth window; boolean, ``[N W]``."""
-    windows, width = streams.shape[:2]
-    return torch.arange(windows * width) // width % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
 def refit_cuts(
@@ -63,7 +57,7 @@ def refit_cuts(
     pieces: Sequence[Piece] = (),
     blocks: Callable[[Origin], Iterator[torch.Tensor]] | None = None,
 ) -> dict[int, dict[str, float]]:
-    """Refit every layer, and write the new down projections.
+    """Refit every layer, and write the new down projections. Tensors that a method made before are read from ``folder``.
 
     Args:
         checkpoint: the MoE before it is cut.
@@ -84,9 +78,11 @@ def refit_cuts(
     from safetensors.torch import save_file
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
-    stored_as = partial(stored_dtype, checkpoint, dtype)
+    stored_as, made = partial(stored_dtype, checkpoint, dtype), partial(made_parts, checkpoint, folder)
     layers: Layers = (
-        ResultLayers(checkpoint, config, pieces, dtype, blocks) if pieces else CutLayers(uncut, config, cuts, stored_as)
+        ResultLayers(checkpoint, config, pieces, dtype, blocks)
+        if pieces
+        else CutLayers(uncut, config, cuts, stored_as, made)
     )
     cut = MoeWalk(layers, windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
@@ -127,8 +123,9 @@ class CutLayers:
         config: Mapping[str, Any],
         cuts: Mapping[int, LayerCut],
         stored: Callable[[int], torch.dtype],
+        made: Callable[[int], dict[str, torch.Tensor]] | None = None,
     ) -> None:
-        self._uncut, self._cuts, self._stored = uncut, cuts, stored
+        self._uncut, self._cuts, self._stored, self._made = uncut, cuts, stored, made
         self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
         compute_buffers(self.model)
         from upcycle.architectures.module_paths import module_paths_of
@@ -144,7 +141,8 @@ class CutLayers:
             n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut, self._stored(index))
             for n, t in whole.items()
         }
-        self._layers[index].load_state_dict(state, strict=True, assign=True)
+        made = {} if self._made is None else self._made(index)
+        self._layers[index].load_state_dict(state | made, strict=True, assign=True)
         compute_layer_buffers(self.model, index)
 
     def drop(self, index: int) -> None:
@@ -160,6 +158,7 @@ def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut
         return whole[list(cut.rows)].clone()
     part = "down" if name.endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
     made = torch.stack([sum_of_terms(terms, part, whole.__getitem__) for terms in cut.experts])
+    made = made * cut.scale if part == "down" and cut.scale != 1 else made
     return made.to(stored).float() if cut.merges else made
 
 

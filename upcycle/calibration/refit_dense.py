@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.module_paths import module_paths_of
+from upcycle.calibration.made_parts import held_out_tokens
 from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import MOST_JOINT, down_file, held_out_tokens
+from upcycle.calibration.refit_cut import MOST_JOINT, down_file
 from upcycle.calibration.result_layers import ResultLayers
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
@@ -117,7 +118,7 @@ class FfnFit:
         batch = next(self._whole.batches(len(theirs)))
         seen: list[Routed] = []
         self._whole.run(self._index, theirs[batch], seen.append)
-        with _inputs(self._block) as given:
+        with module_inputs(self._block) as given:
             self._dense.run(self._index, theirs[batch])
         own = seen[0].x
         error = (torch.linalg.norm(given[0] - own) / torch.linalg.norm(own).clamp(min=1e-30)).item()
@@ -189,7 +190,7 @@ class FfnFit:
         width = ours.shape[1]
         for batch in self._dense.batches(len(ours)):
             rows = slice(batch.start * width, batch.stop * width)
-            with _inputs(self._down) as hidden, _outputs(self._block) as put_out:
+            with module_inputs(self._down) as hidden, module_outputs(self._block) as put_out:
                 made = self._dense.run(self._index, ours[batch])
             if behind is not None:
                 left = behind[rows] - put_out[0]
@@ -199,7 +200,7 @@ class FfnFit:
 
 
 @contextmanager
-def _inputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def module_inputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect a module's inputs, fp32 ``[t, size]``, inside the ``with`` block."""
     found: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(
@@ -212,7 +213,7 @@ def _inputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def module_outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect a module's outputs likewise."""
     found: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda _, __, made: found.append(made.detach().reshape(-1, made.shape[-1])))

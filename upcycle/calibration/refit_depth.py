@@ -18,8 +18,9 @@ import torch
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
+from upcycle.calibration.made_parts import held_out_tokens
 from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import LayerFit, down_file, held_out_tokens, stored_dtype
+from upcycle.calibration.refit_cut import LayerFit, down_file, stored_dtype
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of

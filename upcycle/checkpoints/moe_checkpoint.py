@@ -100,6 +100,7 @@ class MoeCheckpoint(Checkpoint):
             return torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()
 
         total = sum_of_terms(terms, origin.part, matrix)
+        total = total if origin.scale == 1 else origin.scale * total
         stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
         return self._checked(origin.name, total, stored)
 

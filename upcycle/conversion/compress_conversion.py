@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from upcycle.architectures.stored_moe import MoeModel
     from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-    from upcycle.methods.compressing.base import Matrices
     from upcycle.methods.compressing.described_cuts import Cut
+    from upcycle.methods.compressing.layer_source import Matrices
     from upcycle.methods.compressing.observations import Observations
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
@@ -83,12 +83,23 @@ class CompressConversion(CompressJob, GrowthConversion):
         if not (folder / CUTS_FILE).exists():
             write_cuts(folder, self._cuts(checkpoint, windows, text, folder, progress), {})
         job = decided_cuts(self, folder)
+        if self.changes and self.compression.makes:
+            assert windows is not None
+            job._make(checkpoint, windows, folder, progress)
         if self.refits and "refit" not in read_json(folder / CUTS_FILE):
             assert windows is not None
             cuts = read_cuts(folder)
             found = job._refit(checkpoint, cuts, windows, folder, progress)
             write_cuts(folder, cuts, {"refit": {str(layer): report for layer, report in found.items()}})
         return job, None if text is None else {**text, **tokens.about}
+
+    def _make(self, checkpoint: MoeCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress) -> None:
+        """Let the method make what it makes of every layer."""
+        from upcycle.calibration.made_parts import made_file, make_parts
+
+        cuts = {layer: cut for layer, cut in read_cuts(folder).items() if isinstance(cut, LayerCut)}
+        if not all(made_file(folder, layer).exists() for layer in cuts):
+            make_parts(checkpoint, self.compression, cuts, self.keep, self.recipe.dtype, windows, folder, progress)
 
     def _refit(
         self,
@@ -144,7 +155,7 @@ class CompressConversion(CompressJob, GrowthConversion):
     ) -> dict[int, Any]:
         keep, model = self.keep, checkpoint.model
         if not self.changes or not self.compression.observes:
-            return self.compression.undecided(model, keep)
+            return self.compression.unobserved(model, keep, partial(_matrices, checkpoint), self.recipe.seed)
         seen = self._observed(checkpoint, windows, text or {}, folder, progress)
         matrices, seed = partial(_matrices, checkpoint), self.recipe.seed
         if not self.compression.tries:
@@ -183,13 +194,16 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        down = self._refitted(unit, folder)
+        down, made = self._refitted(unit, folder), self._made(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
-            if down is not None and self._part(entry) == "down":
+            part = self._part(entry)
+            if down is not None and part == "down":
                 yield entry, _refitted_blocks(entry, down, folder)
             elif unit.layer is not None and self._is_product(entry):
                 yield entry, iter([checked_finite(entry, product(entry, unit.layer, folder))])
+            elif made and self._is_made(entry):
+                yield entry, _made_blocks(entry, part, made)
             else:
                 yield entry, self._blocks_of(checkpoint, folder, entry.origin)
 
@@ -206,19 +220,26 @@ class CompressConversion(CompressJob, GrowthConversion):
         """Return whether a tensor holds products of factors in the place of experts' matrices."""
         return self.compression.factored and self.changes and not self.wraps and bool(self._part(entry))
 
+    def _is_made(self, entry: OutputEntry) -> bool:
+        """Return whether a tensor is one that the method made anew, or holds one."""
+        if not self.changes or not self.compression.makes:
+            return False
+        part = "router" if self.moe.role(entry.name) == "router" else self._part(entry)
+        return bool({*part.split("_")} & self.compression.makes)
+
+    def _made(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
+        if unit.layer is None or not self.changes or not self.compression.makes or unit.layer not in read_cuts(folder):
+            return {}
+        from upcycle.calibration.made_parts import made_file
+
+        return _kept_file(made_file(folder, unit.layer))
+
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
 
         if unit.layer is None or unit.layer not in self._fitted(folder):
             return None
-        path = down_file(folder, unit.layer)
-        if not path.exists():  # written without it, the layer would be one that nobody fitted
-            raise CheckpointError(
-                f"{path} is missing", hint="--restart discards the unfinished result and begins again"
-            )
-        from safetensors.torch import load_file
-
-        return load_file(path)["down"]
+        return _kept_file(down_file(folder, unit.layer))["down"]
 
     def _fitted(self, folder: Path) -> set[int]:
         """Return the layers of the source that were refitted."""
@@ -254,7 +275,7 @@ class CompressConversion(CompressJob, GrowthConversion):
         """
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
-        if isinstance(entry.origin, FactorRows) or self._is_product(entry):
+        if isinstance(entry.origin, FactorRows) or self._is_product(entry) or self._is_made(entry):
             return False
         assert entry.origin is not None
         return not (self._part(entry) == "down" and model.module_paths.layer_of(entry.origin.name) in fitted)
@@ -273,6 +294,31 @@ def _refitted_blocks(entry: OutputEntry, down: torch.Tensor, folder: Path) -> It
         assert isinstance(cut, LayerCut)
         block = ranked_rows(down, [rank for _, rank in cut.ranks])
     yield checked_finite(entry, block.reshape(entry.spec.shape))
+
+
+def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield a tensor that a method made: a router's rows, or matrices of one expert or of all."""
+    from upcycle.architectures.stored_moe import expert_index
+
+    place = expert_index(entry.name)
+    whole = made[{"gate": "gate_up", "up": "gate_up", "": "router"}.get(part, part)]
+    block = whole if place is None else whole[place]
+    if part in ("gate", "up"):
+        block = block.chunk(2)[part == "up"]
+    yield checked_finite(entry, block.reshape(entry.spec.shape).contiguous())
+
+
+def _kept_file(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors that were decided on for a layer.
+
+    Raises:
+        CheckpointError: they are gone: written without them, the layer would be one that nobody fitted.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing", hint="--restart discards the unfinished result and begins again")
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def _matrices(checkpoint: MoeCheckpoint, layer: int) -> Matrices:

@@ -9,6 +9,7 @@ from upcycle.conversion.compress_conversion import CompressConversion
 from upcycle.conversion.expert_conversion import ExpertConversion
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import ConversionJob
+from upcycle.conversion.narrow_conversion import NarrowConversion
 from upcycle.conversion.prune_conversion import PruneConversion
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.cost import Plan
@@ -24,6 +25,7 @@ JOBS: dict[str, type[ConversionJob]] = {
     "pruning": PruneConversion,
     "growth": GrowthConversion,
     "compression": CompressConversion,
+    "narrowing": NarrowConversion,
 }
 """The job's class, by the ``kind`` of its method."""
 

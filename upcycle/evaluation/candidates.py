@@ -98,14 +98,14 @@ def method_names(names: Sequence[str]) -> list[str]:
     """
     if list(names) != ["all"]:
         for name in names:
-            if load("method", name.partition(":")[0]).kind in ("growth", "pruning", "compression"):
+            if load("method", name.partition(":")[0]).kind in ("growth", "pruning", "compression", "narrowing"):
                 raise UsageError(
                     f"{name} makes no experts from a dense FFN, so it cannot be compared", hint="--methods all"
                 )
         return list(names)
     found = []
     for name in METHODS:
-        if load("method", name).kind not in ("copies", "growth", "pruning", "compression"):
+        if load("method", name).kind not in ("copies", "growth", "pruning", "compression", "narrowing"):
             found += [f"{name}:{variant}" for variant in _VARIANTS.get(name, [])] or [name]
     return found
 

@@ -55,13 +55,14 @@ class CompressJob(GrowthJob):
     @property
     def refits(self) -> bool:
         """Whether down projections are refitted on text."""
-        return self.recipe.refit != "none" and self.changes
+        return self.recipe.refit != "none" and self.changes and self.compression.refits
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is read."""
         observes = self.compression.observes and self.recipe.observations is None
-        return self.changes and (observes or self.refits or self.compression.tries)
+        reads = self.compression.tries or bool(self.compression.makes)
+        return self.changes and (observes or self.refits or reads)
 
     @cached_property
     def about(self) -> dict[str, Any] | None:
@@ -136,8 +137,12 @@ def checked_compression(job: C) -> C:
             f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",
             hint="--refit down or none",
         )
+    if recipe.refit == "down" and not job.compression.refits:
+        raise UsageError(
+            f"refit: down would fill the zeros that {recipe.method} makes", hint="--refit none, or leave it out"
+        )
     if job.calibrated:
-        looks = recipe.observations is None or job.compression.tries
+        looks = recipe.observations is None or job.compression.tries or job.compression.makes
         what = f"method {recipe.method}" if looks else "refit: down (--refit none needs no text)"
         check_text(recipe, what)
     return job

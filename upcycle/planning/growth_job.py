@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from upcycle.architectures.dense.narrowed import MadeTensor
 from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms, FactorRows, PackedMatrix
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
@@ -134,7 +135,10 @@ def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
     assert isinstance(method, Growth)
     known = known_keys(method)
     if meaningless := sorted(recipe.model_fields_set - known):
-        does = "compresses a Mixture-of-Experts" if method.kind == "compression" else "copies whole tensors"
+        does = {
+            "compression": "compresses a Mixture-of-Experts",
+            "narrowing": "makes a dense model narrower",
+        }.get(method.kind, "copies whole tensors")
         raise UsageError(
             f"{method.name} {does}, and does not read the key '{meaningless[0]}'",
             hint=f"leave it out; it reads {', '.join(sorted(known - {'source', 'method'}))}",
@@ -242,6 +246,8 @@ def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
         return origin.shape(stored.shape)
     if isinstance(origin, PackedMatrix | FactorRows):
         return origin.sizes
+    if isinstance(origin, MadeTensor):
+        return origin.shape
     return tuple(stored.shape) if origin.rows is None else (origin.rows[1], *stored.shape[1:])
 
 

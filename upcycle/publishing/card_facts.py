@@ -112,12 +112,17 @@ class Facts:
     @property
     def grown(self) -> bool:
         """Whether the model was made of whole tensors of its source, more or fewer, and not converted."""
-        return self.record["plan"]["kind"] in ("growth", "compression")
+        return self.record["plan"]["kind"] in ("growth", "compression", "narrowing")
 
     @property
     def compressed(self) -> bool:
         """Whether experts of a MoE were left out or merged, or became dense FFNs."""
         return bool(self.record["plan"]["kind"] == "compression")
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether modules of a dense model were made smaller."""
+        return bool(self.record["plan"]["kind"] == "narrowing")
 
     @property
     def pruned(self) -> bool:

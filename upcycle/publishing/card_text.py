@@ -65,6 +65,11 @@ def _what(facts: Facts) -> str:
             f"A smaller Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Experts or "
             "layers were left out or merged; `compression.json` says of every layer what is left."
         )
+    elif facts.narrowed:
+        first = (
+            f"A smaller dense model made from {made}: {plain(record['plan']['summary'])}. `growth.json` says of every layer which "
+            "neurons are left."
+        )
     elif facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
     elif facts.pruned:

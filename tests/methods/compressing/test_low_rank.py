@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import upcycle
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.base import LayerSource
 from upcycle.methods.compressing.described_cuts import cut_of, described_cut
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.compressing.low_rank import LowRank, LowRankParameters
 from upcycle.models.own.factored_experts import FactoredExperts, ranked_rows
 from upcycle.models.own.replaced_ffn import ReplacedFfn, read_replaced

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from upcycle.architectures.expert_terms import BlockCut, LayerCut
 from upcycle.architectures.stored_moe import MoeModel
@@ -13,20 +12,16 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.described_cuts import Cut, described_cut
+from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, Trial
 from upcycle.methods.growing.base import Described, Grown, Growth, Piece
 
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.methods.compressing.observations import LayerObservations, Observations
+    from upcycle.methods.compressing.observations import Observations
     from upcycle.models.own.routing.base import RouterRule
     from upcycle.models.own.routing.top_k import TopKRule
     from upcycle.recipe.conversion_recipe import Recipe
-
-Matrices = Callable[[int], dict[str, "torch.Tensor"]]
-"""Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32.
-
-``SHARED_FFN`` stands for the shared ones."""
 
 WRAPPED = "upcycle_moe"  # the target
 
@@ -49,41 +44,6 @@ class CutSizes(NamedTuple):
         return cls(model.experts, model.top_k, model.expert_width)
 
 
-@dataclass(frozen=True)
-class LayerSource:
-    """What a method may look at to cut one layer.
-
-    Attributes:
-        layer: its index.
-        seen: what calibration text said of it.
-        top_k: experts per token.
-        normalized: whether the chosen experts' weights sum to 1.
-        sigmoid: whether scores are sigmoids of the logits, and not their softmax.
-        matrices: reads the matrices of an expert.
-        seed: of random choices.
-        activation: that of the experts, as configurations name it.
-    """
-
-    layer: int
-    seen: LayerObservations
-    top_k: int
-    normalized: bool
-    sigmoid: bool
-    matrices: Matrices
-    seed: int
-    activation: str = "silu"
-
-
-class Trial(Protocol):
-    """Tries cuts of several layers together on text: see :class:`upcycle.calibration.try_cuts.CutTrial`."""
-
-    def closest(self, options: Mapping[int, Sequence[LayerCut]]) -> dict[int, LayerCut]:
-        """Return the combination of the next layers' cuts behind which the stream is closest to the uncut model's."""
-
-    def loss(self, cuts: Mapping[int, LayerCut]) -> float:
-        """Return the mean loss per token of the model with cuts of all its layers with experts."""
-
-
 class Compression(Growth):
     """Makes a smaller MoE of the same architecture: every layer has the same, smaller number of experts.
 
@@ -103,6 +63,8 @@ class Compression(Growth):
     mixes: ClassVar[bool] = False  # whether some layers get an FFN in the place of their experts
     wrapped: ClassVar[bool] = False  # whether only upcycle_moe holds the result
     factored: ClassVar[bool] = False  # whether the result has tensors that no stored one is, found on text
+    refits: ClassVar[bool] = True  # whether down projections may be refitted
+    makes: ClassVar[frozenset[str]] = frozenset()  # of router, gate, up and down, those that :meth:`made` makes anew
 
     @property
     def tries(self) -> bool:
@@ -117,6 +79,23 @@ class Compression(Growth):
             source: the layer.
             keep: what :meth:`kept` returned: for most methods, the number of experts of the result.
         """
+
+    def made(
+        self, cut: LayerCut, keep: int, rows: torch.Tensor, tokens: Callable[[int], ExpertTokens], matrices: Matrices
+    ) -> dict[str, torch.Tensor]:
+        """Make tensors of a layer from its inputs, in a second pass over the text; only of methods that say what they make.
+
+        Args:
+            cut: what the experts are made of.
+            keep: what :meth:`kept` returned.
+            rows: the router's rows before the cut, fp32 ``[E, d]``.
+            tokens: returns what an expert of the source did.
+            matrices: reads the matrices of an expert of the source.
+
+        Returns:
+            ``router`` ``[E', d]``, or ``gate_up`` ``[E', 2 F', d]`` and ``down`` ``[E', d, F']``.
+        """
+        return {}
 
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
         """Return how much is kept of what the method cuts: experts.
@@ -162,6 +141,10 @@ class Compression(Growth):
         """Return remarks for the plan."""
         return ()
 
+    def unobserved(self, model: MoeModel, keep: int, matrices: Callable[[int], Matrices], seed: int) -> dict[int, Cut]:
+        """Decide every layer without observations, where the method reads none or nothing is cut; see :meth:`cuts`."""
+        return self.undecided(model, keep)
+
     def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
         """Return what is gone, for the promise, and what the result is, in a few words."""
         gone = f"{model.experts - keep} of {model.experts} experts are gone from every layer"
@@ -176,9 +159,9 @@ class Compression(Growth):
         exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)
         wrapped = wraps(model, recipe)
-        if wrapped and (self.depth or self.mixes):
+        if wrapped and (self.depth or self.mixes or self.makes):
             raise UsageError(
-                f"target: {self.name} leaves out more than experts, and {WRAPPED} is for experts that no stock class holds",
+                f"target: {self.name} makes models of the MoE's own architecture, and none of {WRAPPED}",
                 hint="leave --target out",
             )
         if wrapped:

@@ -18,6 +18,7 @@ def described_cut(cut: Cut) -> dict[str, Any]:
         parts = [{"terms": _described(part.terms), "scale": part.scale, "rank": part.rank} for part in cut.parts]
         return {"width": cut.width, "parts": parts}
     more: dict[str, Any] = {"skip": cut.skip} if cut.skip else {}
+    more |= {} if cut.scale == 1 else {"scale": cut.scale}
     more |= {"ranks": [list(pair) for pair in cut.ranks]} if cut.ranks else {}
     return {"experts": [_described(terms) for terms in cut.experts], "rows": [*cut.rows], **more}
 
@@ -42,7 +43,7 @@ def cut_of(content: dict[str, Any]) -> Cut:
         return DenseCut(content["width"], parts)
     experts = tuple(_terms(terms) for terms in content["experts"])
     ranks = tuple((up, down) for up, down in content.get("ranks", ()))
-    return LayerCut(experts, tuple(content["rows"]), content.get("skip", 0.0), ranks)
+    return LayerCut(experts, tuple(content["rows"]), content.get("skip", 0.0), ranks, content.get("scale", 1.0))
 
 
 def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:

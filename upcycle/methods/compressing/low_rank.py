@@ -12,7 +12,9 @@ from pydantic import Field
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.base import WRAPPED, Compression, Cut, CutSizes, LayerSource, Matrices, wraps
+from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, wraps
+from upcycle.methods.compressing.described_cuts import Cut
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices
 from upcycle.methods.compressing.observations import Observations
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
@@ -133,9 +135,9 @@ class LowRank(Compression):
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""
-        return self.made(source, keep)[0]
+        return self.decomposed(source, keep)[0]
 
-    def made(self, source: LayerSource, keep: int) -> tuple[LayerCut, dict[str, torch.Tensor]]:
+    def decomposed(self, source: LayerSource, keep: int) -> tuple[LayerCut, dict[str, torch.Tensor]]:
         """Return the cut of a layer, and the factors of all its experts."""
         experts, first = source.seen.experts, source.matrices(0)
         width, hidden = first["gate"].shape
@@ -196,7 +198,7 @@ class LowRank(Compression):
         found: dict[int, Cut] = {}
         for layer, observed in seen.layers.items():
             source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
-            found[layer], factors = self.made(source, keep)
+            found[layer], factors = self.decomposed(source, keep)
             store(layer, factors)
         return found
 

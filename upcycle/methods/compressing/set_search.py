@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.methods.compressing.base import LayerSource
+    from upcycle.methods.compressing.layer_source import LayerSource
 
 Chosen = tuple[int, ...]
 T = TypeVar("T")

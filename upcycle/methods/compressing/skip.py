@@ -12,7 +12,8 @@ from pydantic import Field
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, LayerSource, wraps
+from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, wraps
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.skip import SkipRule
 from upcycle.plugins import PluginParameters

@@ -12,7 +12,8 @@ from upcycle.architectures.moe.dense_twin import DenseTwin, beside_routed, dense
 from upcycle.architectures.stored_moe import MoeModel, matrix_of
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.compressing.base import LOSS_WARNING, Compression, CutSizes, LayerSource, stepped
+from upcycle.methods.compressing.base import LOSS_WARNING, Compression, CutSizes, stepped
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.growing.base import Described, Grown, Piece
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe

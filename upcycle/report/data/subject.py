@@ -79,9 +79,8 @@ class Subject:
         """What the parent and the model are called where they are compared."""
         kind = str(self.record["plan"]["kind"]) if self.record else ""
         usual = ("dense", "MoE") if self.moe_layers else ("parent", "model")
-        return {"growth": ("before", "after"), "compression": ("before", "after"), "pruning": ("dense", "pruned")}.get(
-            kind, usual
-        )
+        both = ("before", "after")
+        return {"growth": both, "compression": both, "narrowing": both, "pruning": ("dense", "pruned")}.get(kind, usual)
 
     @property
     def moe_layers(self) -> list[int]:

@@ -15,8 +15,8 @@ from pico_models import PICO_MOE
 
 from upcycle.calibration.observe_moe import observe_layers
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-from upcycle.methods.compressing.base import LayerSource
 from upcycle.methods.compressing.dropping.naee import Naee, NaeeParameters, error_of, kept_weights
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.progress import SILENT
 
 Models = Callable[..., Path]

@@ -11,8 +11,8 @@ import torch
 from layer_sources import layer_source, random_matrices, random_observations
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.methods.compressing.base import LayerSource
 from upcycle.methods.compressing.dropping.naee import error_of
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.compressing.merging.eep import Eep, EepParameters, Layer
 from upcycle.methods.compressing.set_search import evolved
 

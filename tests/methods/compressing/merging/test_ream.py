@@ -12,7 +12,7 @@ from layer_sources import layer_source, random_matrices, random_observations
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.checkpoints.moe_checkpoint import reordered
-from upcycle.methods.compressing.base import LayerSource
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.compressing.merging.ream import Ream, ReamParameters, likeness
 
 

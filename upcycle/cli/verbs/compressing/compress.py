@@ -65,9 +65,9 @@ def command(
     from upcycle.registry import load
 
     recipe = build_recipe(source, flags, {"method": DEFAULT_METHOD}, None if quiet else note)
-    if load("method", recipe.method).kind != "compression":
+    if load("method", recipe.method).kind not in ("compression", "narrowing"):
         raise UsageError(
-            f"{recipe.method} does not compress a Mixture-of-Experts",
+            f"{recipe.method} does not compress a model",
             hint=f"upcycle convert {source} OUT --method {recipe.method}, or --method {DEFAULT_METHOD}",
         )
     carry_out(recipe, out, no_verify, overwrite, restart, None, dry_run, quiet, as_json)

@@ -13,7 +13,9 @@ from upcycle.architectures.kept_layers import config_of_layers, needed_layers
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.base import Compression, Cut, CutSizes, LayerSource, Matrices, kept_of
+from upcycle.methods.compressing.base import Compression, CutSizes, kept_of
+from upcycle.methods.compressing.described_cuts import Cut
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices
 from upcycle.methods.growing.base import Piece
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
@@ -108,7 +110,13 @@ class BlockDrop(Compression):
         raise AssertionError("layers are left out together")
 
     def cuts(
-        self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        store: Callable[[int, dict[str, torch.Tensor]], None],
     ) -> dict[int, Cut]:
         """Decide which layers stay; see the class."""
         return _cuts(model, dropped_layers(model, keep, seen.streams, self.parameters.pick))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from upcycle.methods.compressing.base import LayerSource
 from upcycle.methods.compressing.dropping.scored import Scored, ScoredParameters
+from upcycle.methods.compressing.layer_source import LayerSource
 
 if TYPE_CHECKING:
     import torch

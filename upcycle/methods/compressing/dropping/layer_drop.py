@@ -13,13 +13,17 @@ from upcycle.architectures.stock import build_config
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.compressing.base import Compression, Cut, CutSizes, LayerSource, Matrices, layer_sources
+from upcycle.methods.compressing.base import Compression, CutSizes, layer_sources
+from upcycle.methods.compressing.described_cuts import Cut
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices
 from upcycle.methods.compressing.to_dense import of_best_neurons, stored_expert
 from upcycle.methods.growing.base import Piece
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from upcycle.methods.compressing.observations import Observations
 
 LISTED = ("mlp_only_layers", "mlp_layer_types")  # configuration keys that say of any layer whether it has experts
@@ -152,7 +156,13 @@ class LayerDrop(Compression):
         raise AssertionError("layers are chosen together")
 
     def cuts(
-        self, model: MoeModel, seen: Observations, keep: int, matrices: Callable[[int], Matrices], seed: int
+        self,
+        model: MoeModel,
+        seen: Observations,
+        keep: int,
+        matrices: Callable[[int], Matrices],
+        seed: int,
+        store: Callable[[int, dict[str, torch.Tensor]], None],
     ) -> dict[int, Cut]:
         """Decide which layers lose their experts; see the class."""
         order = sorted(seen.layers, key=lambda layer: (-float(seen.layers[layer].similarity), -layer))

@@ -10,8 +10,10 @@ from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.methods.compressing.base import Compression, Cut, LayerSource, Matrices, Trial, layer_sources
+from upcycle.methods.compressing.base import Compression, layer_sources
+from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.methods.compressing.dropping.naee import error_of
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices, Trial
 from upcycle.methods.compressing.set_search import best_sets, ranked_experts
 from upcycle.plugins import PluginParameters
 

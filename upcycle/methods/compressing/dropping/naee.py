@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.methods.compressing.base import Compression, LayerSource
+from upcycle.methods.compressing.base import Compression
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from upcycle.methods.compressing.base import LayerSource
 from upcycle.methods.compressing.dropping.scored import Scored
+from upcycle.methods.compressing.layer_source import LayerSource
 
 if TYPE_CHECKING:
     import torch

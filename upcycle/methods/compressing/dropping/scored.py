@@ -11,7 +11,9 @@ from pydantic import Field
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.base import WRAPPED, Compression, Cut, LayerSource, Matrices, best, wraps
+from upcycle.methods.compressing.base import WRAPPED, Compression, best, wraps
+from upcycle.methods.compressing.described_cuts import Cut
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 

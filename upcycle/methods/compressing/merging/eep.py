@@ -14,8 +14,10 @@ from upcycle.architectures.expert_terms import LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.ffn.neurons import activation_function
 from upcycle.ffn.random_weights import stream
-from upcycle.methods.compressing.base import Compression, Cut, LayerSource, Matrices, Trial, layer_sources
+from upcycle.methods.compressing.base import Compression, layer_sources
+from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.methods.compressing.dropping.naee import error_of, kept_weights
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices, Trial
 from upcycle.methods.compressing.set_search import best_sets, evolved, ranked_experts
 from upcycle.plugins import PluginParameters
 

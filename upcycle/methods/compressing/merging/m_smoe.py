@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.methods.compressing.base import Compression, LayerSource
+from upcycle.methods.compressing.base import Compression
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.compressing.merging.merge_groups import aligned, merged
 
 

@@ -10,7 +10,7 @@ from upcycle.architectures.expert_terms import LayerCut, Term
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.methods.compressing.base import LayerSource
+    from upcycle.methods.compressing.layer_source import LayerSource
 
 
 def merged(

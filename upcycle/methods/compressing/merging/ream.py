@@ -9,8 +9,9 @@ from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.ffn.neurons import activation_function
-from upcycle.methods.compressing.base import Compression, LayerSource
+from upcycle.methods.compressing.base import Compression
 from upcycle.methods.compressing.dropping.reap import reap_scores
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.compressing.merging.merge_groups import merged
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe

@@ -25,7 +25,7 @@ from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.form import FfnForm
 from upcycle.ffn.moe_shape import MoeShape, Part
-from upcycle.methods.compressing.static_prune import StaticPrune
+from upcycle.methods.compressing.inside.static_prune import StaticPrune
 from upcycle.plugins import PluginParameters
 from upcycle.report.data.collect import Wanted, collect
 from upcycle.text.windows import demo_parts, encode

@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from upcycle.architectures.expert_terms import LayerCut, Term
-from upcycle.architectures.stock_classes import stock_shapes
+from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.base import PREFERRED_MULTIPLE
-from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, LayerSource, stepped, wraps
+from upcycle.errors import UsageError
+from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, stepped, wraps
+from upcycle.methods.compressing.inside.leverage import ridge_leverage
+from upcycle.methods.compressing.inside.widths import check_width_alone, of_neurons
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -55,7 +56,8 @@ class Slim(Compression):
         if recipe.keep == 1:
             return width
         if not wraps(model, recipe):
-            self._check_alone(model)
+            hint = f"--target {WRAPPED}, or a method that leaves out whole experts, such as --method naee"
+            check_width_alone(model, self.name, hint)
         keep = max(1, round(recipe.keep * width / step)) * step
         if keep >= width:
             raise UsageError(
@@ -66,22 +68,6 @@ class Slim(Compression):
             )
         return keep
 
-    def _check_alone(self, model: MoeModel) -> None:
-        """Refuse an architecture in which the width of the routed experts is that of other matrices, too.
-
-        Raises:
-            RefusalError: it is; the message names a tensor.
-        """
-        here = stock_shapes(model.raw)
-        there = stock_shapes(model.config_with(model.experts, model.top_k, model.expert_width + PREFERRED_MULTIPLE))
-        other = [name for name, shape in here.items() if there.get(name) != shape and ".experts." not in name]
-        if other:
-            raise RefusalError(
-                f"slim cannot make the experts of a '{model.family.name}' model narrower: their width in config.json is that of "
-                f"'{other[0]}', too",
-                hint=f"--target {WRAPPED}, or a method that leaves out whole experts, such as --method naee",
-            )
-
     def sizes(self, model: MoeModel, keep: int) -> CutSizes:
         """Return the sizes of the result: only the width changes."""
         return CutSizes(model.experts, model.top_k, keep)
@@ -90,7 +76,7 @@ class Slim(Compression):
         """Return the cut that keeps the first neurons of every expert."""
         if keep == model.expert_width:
             return LayerCut.keeping(range(model.experts))
-        return _of_neurons([[*range(keep)]] * model.experts)
+        return of_neurons([[*range(keep)]] * model.experts)
 
     def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
         """Return what is gone, and what the result is."""
@@ -103,7 +89,7 @@ class Slim(Compression):
         for expert in range(source.seen.experts):
             best = torch.sort(self._scores(source, expert), descending=True, stable=True).indices[:keep]
             found.append(sorted(best.tolist()))
-        return _of_neurons(found)
+        return of_neurons(found)
 
     def _scores(self, source: LayerSource, expert: int) -> torch.Tensor:
         """Return the score of every neuron of an expert, fp64 ``[F]``."""
@@ -115,14 +101,4 @@ class Slim(Compression):
                 f"leverage needs the products of the neurons of {seen.experts} experts, which would take too much memory",
                 hint="--param score=output",
             )
-        gram = seen.neuron_gram[expert].double()
-        mean = gram.diagonal().mean()
-        regular = gram + self.parameters.ridge * (mean if mean > 0 else 1.0) * torch.eye(len(gram), dtype=torch.float64)
-        scores: torch.Tensor = torch.linalg.solve(regular, gram).diagonal()
-        return scores
-
-
-def _of_neurons(neurons: list[list[int]]) -> LayerCut:
-    return LayerCut(
-        tuple((Term(expert, order=tuple(own)),) for expert, own in enumerate(neurons)), tuple(range(len(neurons)))
-    )
+        return ridge_leverage(seen.neuron_gram[expert], self.parameters.ridge)
