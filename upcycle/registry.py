@@ -29,6 +29,7 @@ METHODS = {
     "slim": "upcycle.methods.compressing.slim:Slim",
     "lower_top_k": "upcycle.methods.compressing.lower_top_k:LowerTopK",
     "random_experts": "upcycle.methods.compressing.dropping.random_experts:RandomExperts",
+    "quantize": "upcycle.methods.compressing.quantize:Quantize",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",

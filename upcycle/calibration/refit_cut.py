@@ -77,11 +77,8 @@ def refit_cuts(
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
 
-    def stored_dtype(layer: int) -> torch.dtype:
-        found: torch.dtype = getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, layer), dtype))
-        return found
-
-    cut = MoeWalk(_CutLayers(uncut, config, cuts, stored_dtype), windows.shape[1])
+    stored_dtype = stored_dtype_of(checkpoint, dtype)
+    cut = MoeWalk(CutLayers(uncut, config, cuts, stored_dtype), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting experts", len(uncut.layers)):
@@ -102,13 +99,23 @@ def refit_cuts(
     return reports
 
 
+def stored_dtype_of(checkpoint: MoeCheckpoint, dtype: str) -> Callable[[int], torch.dtype]:
+    """Return what tells the dtype that a layer's experts are written in, given that of the recipe."""
+
+    def stored_dtype(layer: int) -> torch.dtype:
+        found: torch.dtype = getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, layer), dtype))
+        return found
+
+    return stored_dtype
+
+
 def _down_name(checkpoint: MoeCheckpoint, layer: int) -> str:
     from upcycle.architectures.stored_moe import is_down
 
     return next(name for name in checkpoint.model.names[layer] if is_down(name))
 
 
-class _CutLayers:
+class CutLayers:
     """Gives the layers of the compressed model their weights, cut out of those of a walk that holds the uncut layer."""
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import CONFIG
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS, remove_parts
 from upcycle.files.user_paths import user_path
 from upcycle.methods.base import AnyMethod
@@ -27,6 +29,7 @@ from upcycle.planning.compress_job import (
     read_cuts,
     write_cuts,
 )
+from upcycle.planning.precision.entries import InBits
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -84,6 +87,10 @@ class CompressConversion(CompressJob, GrowthConversion):
             cuts = read_cuts(folder)
             found = job._refit(checkpoint, cuts, windows, folder, progress)
             write_cuts(folder, cuts, {"refit": {str(layer): report for layer, report in found.items()}})
+        if job.scheme is not None:
+            from upcycle.conversion.round_result import round_result
+
+            job = round_result(job, checkpoint, windows, folder, progress)
         return job, None if text is None else {**text, **tokens.about}
 
     def _refit(
@@ -154,31 +161,37 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        down = self._refitted(unit, folder)
+        down, bits = self._refitted(unit, folder), self._rounded(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
-            if down is not None and self._part(entry) == "down":
+            if isinstance(entry.origin, InBits):
+                yield entry, iter([bits[entry.name]])
+            elif down is not None and self._part(entry) == "down":
                 yield entry, _refitted_blocks(entry, down)
             else:
                 yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
+
+    def _rounded(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
+        """Return the rounded matrices of a unit, by the names of their parts."""
+        from upcycle.calibration.round_layers import bits_file
+
+        if unit.layer is None or not any(isinstance(entry.origin, InBits) for entry in unit.entries):
+            return {}
+        return _loaded(bits_file(folder, unit.layer))
 
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
 
         if unit.layer is None or not self.refits or unit.layer not in read_cuts(folder):
             return None
-        path = down_file(folder, unit.layer)
-        if not path.exists():  # written without it, the layer would be one that nobody fitted
-            raise CheckpointError(
-                f"{path} is missing", hint="--restart discards the unfinished result and begins again"
-            )
-        from safetensors.torch import load_file
-
-        return load_file(path)["down"]
+        return _loaded(down_file(folder, unit.layer))["down"]
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
-        """Remove what only the writing needed, and return :meth:`reports`."""
+        """Remove what only the writing needed, say in ``config.json`` how weights are stored, and return :meth:`reports`."""
         remove_parts(folder)
+        if self.scheme is not None:
+            config = {**read_json(folder / CONFIG), "quantization_config": self.scheme.settings}
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return cut_reports(folder)
 
     def reports(self, folder: Path) -> list[dict[str, Any]]:
@@ -203,9 +216,24 @@ class CompressConversion(CompressJob, GrowthConversion):
 
         Refitted ones need not, nor those of a decomposition, which another machine may round otherwise.
         """
+        if isinstance(entry.origin, InBits):
+            return False
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
         return not (self.refits and self._part(entry) == "down")
+
+
+def _loaded(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that the decision wrote.
+
+    Raises:
+        CheckpointError: it is missing: without it, the layer would be one that nobody fitted.
+    """
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing", hint="--restart discards the unfinished result and begins again")
+    return load_file(path)
 
 
 def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -74,11 +74,12 @@ class Compression(Growth):
     kind = "compression"
     takes = "moe"
     calibrated = True
-    keys = frozenset({"keep", "observations", "calibration", "refit", "dtype"})
+    keys = frozenset({"keep", "observations", "precision", "calibration", "refit", "dtype"})
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    cuts: ClassVar[bool] = True  # whether anything is left out or merged; else only the precision changes
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
