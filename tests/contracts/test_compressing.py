@@ -29,7 +29,9 @@ from upcycle.registry import METHODS, load
 pytestmark = pytest.mark.one_in(5)  # the other cases are long
 
 Models = Callable[..., Path]
-COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
+COMPRESSIONS = [
+    name for name in METHODS if load("method", name).kind == "compression" and load("method", name).removes
+]  # quantize: test_precision.py
 NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py
 WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from importlib.util import find_spec
-from io import StringIO
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,10 +26,10 @@ from upcycle.architectures.clean_settings import (
     clean_config,
     clean_file,
 )
+from upcycle.architectures.few_bits import packed_config, quiet_unpacking, unpack, unpacked
 from upcycle.architectures.stock_auto import auto_class
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
-from upcycle.files.formats.packed_folder import PackedFolder, is_mixed, is_packed, packed_settings
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
 
@@ -127,8 +125,10 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     """
     from transformers import AutoConfig
 
-    packed = folder.is_dir() and is_packed(read_config(folder)) and not is_mixed(read_config(folder))
+    packed, whole = packed_config(folder), unpacked(folder)
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
+    # transformers leaves unpacked experts in the dtype of their scales, whatever dtype is asked for.
+    named |= {"dtype": "auto" if packed else dtype, "output_loading_info": True, "local_files_only": True}
     with (
         view(folder, weights=True) as clean,
         quiet_transformers(),
@@ -137,32 +137,21 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     ):
         if folder.is_file():
             named["config"] = _gguf_config(clean, folder)
-        elif stored := _quantization(folder):
+        elif stored := packed or _fp8_settings(folder):
             named["config"] = build_config(clean_file(clean / CONFIG), str(folder))
-            if is_mixed(read_config(folder)):
-                named["state_dict"] = _unpacked(folder)
-            else:
-                named["config"].quantization_config = stored
+            named["config"].quantization_config = stored
         config = named.get("config") or AutoConfig.from_pretrained(
             clean, trust_remote_code=False, local_files_only=True
         )
-        # Weights that are in memory are given to the class itself.
-        own, where = (type(empty_model(config, str(folder))), None) if "state_dict" in named else (None, clean)
-        loaded: Any = (own or auto_class(config)).from_pretrained(
-            where,
-            # transformers leaves unpacked experts in the dtype of their scales, whatever dtype is asked for.
-            dtype="auto" if packed else dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            **({} if own else {"trust_remote_code": False}),
-            **named,
-        )
+        loaded: Any
+        if whole is None:
+            loaded = auto_class(config).from_pretrained(clean, trust_remote_code=False, **named)
+        else:  # weights that are in memory are given to the class itself
+            own: Any = type(empty_model(config, str(folder)))
+            loaded = own.from_pretrained(None, **{**named, "config": config, "state_dict": whole})
     model, report = loaded
     if packed:
-        with quiet_unpacking():
-            if not isinstance(dtype, str):
-                model.to(dtype)
-            model.hf_quantizer.compressor.decompress_model(model)  # or the first call would
+        unpack(model, dtype)
     report = {kind: keys for kind, keys in report.items() if keys and not (surplus and kind == "unexpected_keys")}
     if problems := {kind: sorted(map(str, keys))[:3] for kind, keys in report.items()}:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")
@@ -186,29 +175,6 @@ def _gguf_config(clean: Path, path: Path) -> Any:
     for key in ours.keys() & {"vocab_size", "attention_bias", "head_dim", "pad_token_id"}:
         setattr(config, key, ours[key])
     return config
-
-
-def _quantization(folder: Path) -> dict[str, Any] | None:
-    """Return the ``quantization_config`` with which transformers reads a folder whose weights are in few bits; None: they are not.
-
-    Raises:
-        EnvironmentFault: the package that reads them is missing.
-    """
-    raw = read_config(folder)
-    if not is_packed(raw):
-        return _fp8_settings(folder)
-    if find_spec("compressed_tensors") is None:
-        raise EnvironmentFault(
-            f"{folder} holds weights in few bits, which transformers reads with compressed-tensors",
-            hint="pip install 'upcycle[quant]'",
-        )
-    return packed_settings(raw)
-
-
-def _unpacked(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a folder whose experts have several widths, which stock transformers does not unpack."""
-    store = PackedFolder(folder, read_config(folder))
-    return {name: store.read(name) for name in store.specs}
 
 
 def _fp8_settings(folder: Path) -> dict[str, Any] | None:
@@ -343,19 +309,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def quiet_unpacking() -> Iterator[None]:
-    """Keep the progress bars and remarks of compressed-tensors off the terminal inside the ``with`` block."""
-    from loguru import logger
-
-    logger.disable("compressed_tensors")
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        logger.enable("compressed_tensors")
 
 
 @contextmanager

@@ -91,7 +91,9 @@ def expert_leaves(raw: Mapping[str, Any]) -> tuple[str, str, str] | None:
     found: dict[str, list[str]] = {}
     for rule in get_model_conversion_mapping(empty_model(build_config(raw, "config.json"), "config.json")):
         if isinstance(rule, WeightConverter) and len(rule.target_patterns) == 1:
-            leaves = [re.fullmatch(r".*experts\W+\*?\W*(?:\w+\W+)?(\w+)\W+weight\W*", each) for each in rule.source_patterns]
+            leaves = [
+                re.fullmatch(r".*experts\W+\*?\W*(?:\w+\W+)?(\w+)\W+weight\W*", each) for each in rule.source_patterns
+            ]
             if all(leaves):
                 found[rule.target_patterns[0].rpartition(".")[2]] = [leaf[1] for leaf in leaves if leaf]
     if len(found.get("gate_up_proj", ())) != 2 or len(found.get("down_proj", ())) != 1:

@@ -112,7 +112,9 @@ def _of_layer(
         whole = {"gate": gate_up[:width], "up": gate_up[width:], "down": experts.down_proj[expert].detach()}
         x, _, own = inputs = chosen.of(expert)
         load[expert], weight[expert] = len(x), own.double().mean() if len(x) else 0.0
-        outliers[expert] = max(float((w.abs().amax(0) / w.abs().mean(0).clamp(min=1e-30)).max()) for w in whole.values())
+        outliers[expert] = max(
+            float((w.abs().amax(0) / w.abs().mean(0).clamp(min=1e-30)).max()) for w in whole.values()
+        )
         if not len(x):
             continue
         before = _output(experts, x, whole)

@@ -278,5 +278,3 @@ class Chosen:
         """Return the inputs of an expert."""
         tokens, slots = torch.where(self._ids == expert)
         return self._x[tokens], self._held[tokens], self._weights[tokens, slots]
-
-

@@ -30,7 +30,9 @@ class MoeCheckpoint(Checkpoint):
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         if isinstance(self.store, PackedFolder) and self.store.rounded:
-            error = quantized_weights(self.raw_config, source.name, f"matrix '{min(self.store.rounded)}' is in few bits")
+            error = quantized_weights(
+                self.raw_config, source.name, f"matrix '{min(self.store.rounded)}' is in few bits"
+            )
             error.hint = "a second rounding adds to the first: compress the full-precision model that it was made from"
             raise error
         refuse_quantized(self.store.specs, self.raw_config, source.name)

@@ -54,9 +54,7 @@ def round_result(
     recipe = job.recipe.precision
     layers = _unrounded(job, checkpoint, folder)
     if recipe.mean is not None:
-        job = stored_in_bits(
-            replace(job, scheme=None), allocated(recipe, layers, _matrices(job), windows, progress)
-        )
+        job = stored_in_bits(replace(job, scheme=None), allocated(recipe, layers, _matrices(job), windows, progress))
     assert job.scheme is not None
     looks = recipe.rounding == "gptq" and recipe.looks
     found = round_layers(layers, _matrices(job), windows, looks, folder, progress)

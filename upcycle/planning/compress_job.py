@@ -99,7 +99,9 @@ class CompressJob(GrowthJob):
         outside = sum(self.source.specs[name].elements for name in moe.names[None])
         streams = (3 if self.refits else 1) * plan.calibration_tokens * moe.hidden_size
         walking = 4 * ((2 if self.refits else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
-        if self.scheme is not None:  # a layer as it was and as it is cut, its rounded matrices, and a batch of the stream
+        if (
+            self.scheme is not None
+        ):  # a layer as it was and as it is cut, its rounded matrices, and a batch of the stream
             walking = max(walking, 4 * (3 * max(layers) + outside + 3 * plan.calibration_tokens * moe.hidden_size))
         return replace(
             plan,
@@ -166,13 +168,17 @@ def stored_in_bits(job: C, bits: Mapping[int, tuple[int, ...]] | None = None) ->
             hint="leave --bits out, and round the dense model with llm-compressor or GPTQModel",
         )
     scheme = scheme_of(job.moe, job.grown.config, recipe, bits)
-    shards = in_bits(shards_of_grown(job.recipe, job.source, job.grown), job.moe, scheme, parse_size(job.recipe.max_shard_size))
+    shards = in_bits(
+        shards_of_grown(job.recipe, job.source, job.grown), job.moe, scheme, parse_size(job.recipe.max_shard_size)
+    )
     promise, why = job.grown.promise
     stored = f"experts are stored in {said_bits(job.recipe.precision)}"
     grown = replace(
         job.grown,
         promise=("approximate", stored if promise == "exact" else f"{why}, and {stored}"),
-        summary=f"{job.grown.summary}, {stored.removeprefix('experts are stored ')}" if job.compression.cuts else stored,
+        summary=f"{job.grown.summary}, {stored.removeprefix('experts are stored ')}"
+        if job.compression.removes
+        else stored,
         warnings=(*job.grown.warnings, *_bits_warnings(scheme)),
     )
     return replace(job, grown=grown, shards=shards, scheme=scheme)
@@ -193,7 +199,9 @@ def _bits_warnings(scheme: Scheme) -> list[str]:
             "generate, verify), and it is written as vLLM's loader expects it; --bits 2 to 8 and fp8 load everywhere"
         )
     if scheme.mixed and any(len(set(own)) > 1 for own in scheme.bits.values()):
-        found.append("experts of one layer have several widths, which no fused kernel of vLLM takes: --allocation layers")
+        found.append(
+            "experts of one layer have several widths, which no fused kernel of vLLM takes: --allocation layers"
+        )
     return found
 
 

@@ -22,8 +22,8 @@ from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import RESIDENT_BYTES, Plan, file_warnings, files_of
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
-from upcycle.planning.precision.entries import weights_in
 from upcycle.planning.own_text import check_own_text, own_text_bytes
+from upcycle.planning.precision.entries import weights_in
 from upcycle.recipe.conversion_recipe import Recipe, parse_size
 
 if TYPE_CHECKING:

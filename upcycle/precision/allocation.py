@@ -37,9 +37,8 @@ class LayerImportance:
 
 
 def widths_of(mean: float) -> tuple[int, ...]:
-    """Return the widths that a mean is mixed of: the ones below and above, and one more on either side that experts can be stored in."""
-    low = math.floor(mean)
-    return tuple(bits for bits in range(low - 1, low + 3) if 2 <= bits <= 8)
+    """Return the widths that a mean is mixed of: those below and above, and one more on either side (2 to 8 are stored)."""
+    return tuple(bits for bits in range(math.floor(mean) - 1, math.ceil(mean) + 2) if 2 <= bits <= 8)
 
 
 def programme(costs: torch.Tensor, sizes: Sequence[int], widths: Sequence[int], mean: float) -> list[int]:
@@ -69,7 +68,9 @@ def programme(costs: torch.Tensor, sizes: Sequence[int], widths: Sequence[int], 
         bounds=Bounds(0, 1),
     )
     if found.x is None:
-        raise UsageError(f"precision: no mean of {mean:g} bits with {', '.join(map(str, widths))}", hint="--bits mixed:2.5")
+        raise UsageError(
+            f"precision: no mean of {mean:g} bits with {', '.join(map(str, widths))}", hint="--bits mixed:2.5"
+        )
     return [widths[int(place)] for place in found.x.reshape(units, count).argmax(1)]
 
 
@@ -78,9 +79,7 @@ def mc_moe_costs(layers: Sequence[LayerImportance], gamma: float = GAMMA) -> lis
 
     The released solver raises the error to alpha; here it is gamma, as in the paper.
     """
-    return [
-        (layer.load.pow(ALPHA) * layer.weight.pow(BETA))[:, None] * layer.error.pow(gamma) for layer in layers
-    ]
+    return [(layer.load.pow(ALPHA) * layer.weight.pow(BETA))[:, None] * layer.error.pow(gamma) for layer in layers]
 
 
 def by_layer(layers: Sequence[LayerImportance], widths: Sequence[int], mean: float) -> list[list[int]]:
@@ -95,9 +94,7 @@ def by_layer(layers: Sequence[LayerImportance], widths: Sequence[int], mean: flo
 
 def by_expert(layers: Sequence[LayerImportance], widths: Sequence[int], mean: float) -> list[list[int]]:
     """Return MC-MoE's widths: in every layer the same mean, and its own for every expert."""
-    return [
-        programme(costs, [1] * len(costs), widths, mean) for costs in (c.double() for c in mc_moe_costs(layers))
-    ]
+    return [programme(costs, [1] * len(costs), widths, mean) for costs in (c.double() for c in mc_moe_costs(layers))]
 
 
 def by_rules(

@@ -4,7 +4,7 @@ R rows, C columns (inputs). Column after column is rounded, and the columns that
 With ``H = sum_t x_t x_t^T`` and ``U`` the upper Cholesky factor of its inverse, ``U^T U = H^-1``, column i leaves the error
 ``e = (w_i - q_i) / U_ii``, and ``e U_ij`` is taken off every column j behind it.
 
-Where an input is seen by few tokens H says little of it: then the damping of H's diagonal grows, which is nearest rounding in the limit.
+Where few tokens were seen, H says little: then the damping of its diagonal grows, which is nearest rounding in the limit.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class PrecisionRecipe(StrictSettings):
     )
     allocation: Literal["layers", "mc_moe", "first", "frequency", "outliers", "even"] = Field(
         "layers",
-        description="of bits mixed: which get more. One width per layer: layers (least change of the layers' outputs), first (layers), "
-        "even (alternating); one per expert: mc_moe (the paper's integer programme), frequency, outliers",
+        description="of bits mixed: which get more. One width per layer: layers (least change of their outputs), first (layers), even "
+        "(alternating); one per expert: mc_moe (the paper's integer programme), frequency, outliers",
     )
     group: int = Field(128, ge=16, le=4096, description="with bits: the most columns of a row that share a scale")
 

@@ -71,7 +71,10 @@ def main() -> int:
     before = perplexities(source, evaluation)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     results: dict[tuple[str, str, str], tuple[float, float]] = {}
-    lines = ["| experts | rounding | allocation | bytes | calibrated | news | seconds |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| experts | rounding | allocation | bytes | calibrated | news | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for bits, rounding, allocation in WAYS:
         with tempfile.TemporaryDirectory() as work:
             out, started = Path(work) / "out", time.monotonic()
@@ -79,7 +82,12 @@ def main() -> int:
             precision |= {} if allocation == "-" else {"allocation": allocation}
             text = {"text": own, "tokens": wanted.calibration_tokens, "window": 256}
             upcycle.convert(
-                str(source), out, method="quantize", precision=precision, calibration=text, verification={"enabled": False}
+                str(source),
+                out,
+                method="quantize",
+                precision=precision,
+                calibration=text,
+                verification={"enabled": False},
             )
             seconds = time.monotonic() - started
             found = perplexities(out, evaluation)
@@ -96,7 +104,8 @@ def main() -> int:
         f"4 bits by GPTQ within {ALLOWED}x": results["4", "gptq", "-"][0] <= ALLOWED,
         "mixed:2.5 below 2 and 3 bits in alternating layers": best < even,
         **{
-            f"GPTQ below nearest rounding at {bits} bits": results[bits, "gptq", "-"][0] < results[bits, "nearest", "-"][0]
+            f"GPTQ below nearest rounding at {bits} bits": results[bits, "gptq", "-"][0]
+            < results[bits, "nearest", "-"][0]
             for bits in ("2", "3", "4")
         },
     }

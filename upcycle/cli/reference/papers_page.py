@@ -15,6 +15,7 @@ _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
     "1910.14659": "Masked Language Model Scoring",
     "2201.10890": "One Student Knows All Experts Know: From Sparse to Dense",
+    "2406.08155": "Examining Post-Training Quantization for Mixture-of-Experts: A Benchmark",
     "2406.02500": "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework",
     "2408.09632": "MoDeGPT: Modular Decomposition for Large Language Model Compression",
     "1503.02531": "Distilling the Knowledge in a Neural Network",
@@ -42,6 +43,7 @@ TITLES = {
     "2310.06694": "Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning",
     "2401.04088": "Mixtral of Experts",
     "2401.06066": "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",
+    "2210.17323": "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     "2401.15947": "MoE-LLaVA: Mixture of Experts for Large Vision-Language Models",
     "2402.14800": "Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language Models",
     "2403.07816": "Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM",
@@ -58,6 +60,7 @@ TITLES = {
     "2408.11855": "FactorLLM: Factorizing Knowledge via Mixture of Experts for Large Language Models",
     "2408.15664": "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
     "2408.15881": "LLaVA-MoD: Making LLaVA Tiny via MoE Knowledge Distillation",
+    "2410.06270": "MC-MoE: Mixture Compressor for Mixture-of-Experts LLMs Gains More",
     "2410.05357": "Model-GLUE: Democratized LLM Scaling for A Large Model Zoo in the Wild",
     "2410.07524": "Upcycling Large Language Models into Mixture of Experts",
     "2410.08589": "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering",

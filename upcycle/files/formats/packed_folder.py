@@ -82,9 +82,7 @@ class PackedFolder(SafetensorsFolder):
 
     def __init__(self, folder: Path, raw: Mapping[str, Any]) -> None:
         super().__init__(folder)
-        self._groups = [
-            group.get("weights", {}) for group in packed_settings(raw)["config_groups"].values()
-        ]
+        self._groups = [group.get("weights", {}) for group in packed_settings(raw)["config_groups"].values()]
         stored = self.specs
         self._matrices: dict[str, _Matrix] = {}
         parts: set[str] = set()
@@ -163,7 +161,9 @@ class PackedFolder(SafetensorsFolder):
 
     def read(self, name: str) -> torch.Tensor:
         """Return one whole tensor."""
-        return next(self.chunks(name, 4 * max(self.specs[name].nbytes, 1), None, max(1, (self.specs[name].shape or (1,))[0])))
+        return next(
+            self.chunks(name, 4 * max(self.specs[name].nbytes, 1), None, max(1, (self.specs[name].shape or (1,))[0]))
+        )
 
 
 def tensors_of(folder: Path, raw: Mapping[str, Any]) -> SafetensorsFolder:

@@ -79,7 +79,7 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
-    cuts: ClassVar[bool] = True  # whether anything is left out or merged; else only the precision changes
+    removes: ClassVar[bool] = True  # whether anything is left out or merged; else only the precision changes
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:

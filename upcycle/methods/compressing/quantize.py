@@ -25,7 +25,7 @@ class Quantize(Compression):
     paper = "https://arxiv.org/abs/2210.17323"
     observes = False
     looks = False
-    cuts = False
+    removes = False
 
     def kept(self, model: MoeModel, recipe: Recipe) -> int:
         """Return the number of experts.

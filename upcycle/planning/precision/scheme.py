@@ -156,7 +156,9 @@ class Scheme:
             "dynamic": False,
         }
         group = {"targets": targets, "format": "pack-quantized" if bits else "float-quantized", "weights": weights}
-        if not bits:  # vLLM runs FP8 experts on inputs in FP8 alone; stock transformers leaves inputs of experts as they are
+        if (
+            not bits
+        ):  # vLLM runs FP8 experts on inputs in FP8 alone; stock transformers leaves inputs of experts as they are
             inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
             group["input_activations"] = inputs
         return group
