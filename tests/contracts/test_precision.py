@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,11 +54,8 @@ def stock_logits(folder: Path) -> torch.Tensor:
 
 def unpacked(folder: Path) -> dict[str, torch.Tensor]:
     """All weights, by the package whose format this is, matrix by matrix, as config.json says."""
-    import re
-
     stored, made = load_file(folder / "model.safetensors"), {}
-    settings = {k: v for k, v in read_config(folder)["quantization_config"].items()}
-    groups = QuantizationConfig.model_validate(settings).config_groups.values()
+    groups = QuantizationConfig.model_validate(read_config(folder)["quantization_config"]).config_groups.values()
     for name, tensor in stored.items():
         base = name.removesuffix("_packed") if name.endswith("weight_packed") else name
         if base + "_scale" not in stored:
@@ -80,7 +78,7 @@ def unpacked(folder: Path) -> dict[str, torch.Tensor]:
     return made
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize(("name", "bits"), [(name, bits) for bits in ("4", "8", "fp8", "3") for name in TAKEN])
 def test_stock_transformers_loads_it_and_computes_what_the_rounded_weights_say(
     name: str, bits: str, pico_moe: Models, tmp_path: Path
@@ -108,23 +106,25 @@ def test_stock_transformers_loads_it_and_computes_what_the_rounded_weights_say(
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("name", TAKEN)
 def test_routers_norms_and_embeddings_are_not_rounded(name: str, pico_moe: Models, tmp_path: Path) -> None:
-    quantized(
-        pico_moe(name, True), tmp_path / "out", "4", **NEAREST
-    )  # experts that are stored joined are written one by one
-    before, after = load_file(pico_moe(name) / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    same = set(before) & set(after)
-    assert all(torch.equal(before[key], after[key]) for key in same)
+    """Of a source whose experts are stored joined, too: they are written one by one."""
+    source, out = pico_moe(name, True), tmp_path / "out"
+    quantized(source, out, "4", **NEAREST)
+    before = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    store = PackedFolder(out, read_config(out))
+    after = folder_model(out, streamed=False).model.state_dict()
+    same = {key for key in before if key in after and torch.equal(before[key], after[key])}
     rounded = set(before) - same
-    assert not any(
-        word in key for key in rounded for word in ("norm", "embed", "lm_head", ".gate.", "router", "_gate.")
+    assert not any(word in key for key in rounded for word in ("norm", "embed", "lm_head", "router", "gate.w", "bias"))
+    assert {key for key in before if ".experts." in key or re.search(r"self_attn\.\w+_proj\.weight", key)} <= rounded
+    assert sum(".experts." in key for key in store.rounded) == sum(
+        (2 if "gate_up" in key else 1) * len(tensor) for key, tensor in before.items() if ".experts." in key
     )
-    assert {key for key in before if ".experts." in key} <= rounded
-    assert {key for key in before if "self_attn" in key and "proj.weight" in key} <= rounded
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", ["4", "mixed:2.5"])
 def test_same_inputs_give_the_same_bytes_as_planned(bits: str, pico_moe: Models, tmp_path: Path) -> None:
     source = str(wide(pico_moe("qwen3_moe"), tmp_path)) if "mixed" in bits else str(pico_moe("qwen3_moe"))
@@ -162,13 +162,14 @@ def wide(source: Path, folder: Path) -> Path:
     return folder / "wide"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("allocation", ["even", "mc_moe"])
 def test_mixed_widths_are_read_by_upcycle_and_refused_by_stock_transformers(
     allocation: str, pico_moe: Models, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     precision = {"allocation": allocation, **(NEAREST if allocation == "even" else {})}
-    quantized(wide(pico_moe("mixtral" if False else "qwen3_moe"), tmp_path), out, "mixed:2.5", **precision)
+    quantized(wide(pico_moe("qwen3_moe"), tmp_path), out, "mixed:2.5", **precision)
     decided = json.loads((out / "compression.json").read_text())["precision"]["bits"]
     assert sum(sum(own) for own in decided.values()) <= 2.5 * 8
     assert len({bits for own in decided.values() for bits in own}) > 1
@@ -176,7 +177,7 @@ def test_mixed_widths_are_read_by_upcycle_and_refused_by_stock_transformers(
     assert all(torch.equal(store.read(key).float(), tensor.float()) for key, tensor in meant.items())
     logits = [folder_model(out, streamed).logits(IDS) for streamed in (False, True)]
     torch.testing.assert_close(*logits)
-    with pytest.raises(Exception, match=r"(?i)size|shape|error"):  # and loads no garbage
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):  # and loads no garbage
         AutoModelForCausalLM.from_pretrained(out)
 
 

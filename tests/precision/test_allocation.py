@@ -44,7 +44,7 @@ def test_the_programme_finds_the_least_of_all_allocations(mean: float) -> None:
 
 
 def test_no_width_is_small_enough() -> None:
-    with pytest.raises(UsageError, match="no mean of 1.5 bits"):
+    with pytest.raises(UsageError, match=r"no mean of 1\.5 bits"):
         programme(LAYERS[0].error, [1] * 4, (2, 3, 4), 1.5)
 
 

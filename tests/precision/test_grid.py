@@ -8,8 +8,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from upcycle.files.formats.packed_bits import pack_rows, unpack_rows
-from upcycle.precision.gptq import DAMPING, FEW_TOKENS, best_rounding, damping, gptq, output_error
-from upcycle.precision.grid import Grid, nearest, scales_of
+from upcycle.precision.gptq import DAMPING, LEAST_TOKENS, best_rounding, damping, gptq, output_error
+from upcycle.precision.grid import NumberGrid, scales_of, to_nearest
 
 DRAW = torch.Generator().manual_seed(3)
 
@@ -38,7 +38,7 @@ def test_packing_is_that_of_compressed_tensors(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("group", [0, 16])
 def test_nearest_rounding_takes_the_nearest_number_of_every_group(bits: int, group: int) -> None:
-    made = nearest(weight(), Grid(bits, group, "float32"))
+    made = to_nearest(weight(), NumberGrid(bits, group, "float32"))
     groups = 32 // (group or 32)
     assert made.scales.shape == (12, groups)
     grid = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
@@ -55,7 +55,7 @@ def test_nearest_rounding_takes_the_nearest_number_of_every_group(bits: int, gro
 def test_scales_of_few_bits_are_searched_for() -> None:
     """No scale of a fine list leaves much less than the one that was found, and the largest number alone would choose a worse one."""
     row = torch.cat([torch.linspace(-1, 1, 31), torch.tensor([4.0])])[None]
-    found = (nearest(row, Grid(3, 0, "float32")).means - row).square().sum().item()
+    found = (to_nearest(row, NumberGrid(3, 0, "float32")).means - row).square().sum().item()
     tried = []
     for scale in torch.linspace(-4, 4, 2001):
         if scale != 0:
@@ -66,7 +66,7 @@ def test_scales_of_few_bits_are_searched_for() -> None:
 
 
 def test_fp8_scales_make_the_largest_number_of_a_row_the_largest_of_fp8() -> None:
-    made = nearest(weight(), Grid(0, 0, "float32"))
+    made = to_nearest(weight(), NumberGrid(0, 0, "float32"))
     assert made.values.dtype == torch.float8_e4m3fn
     torch.testing.assert_close(made.scales[:, 0] * 448, weight().abs().amax(1))
     assert ((made.means - weight()).abs() <= weight().abs() / 16 + made.scales / 512).all()  # 3 bits of mantissa
@@ -92,7 +92,7 @@ def restated(w: np.ndarray, h: np.ndarray, scales: np.ndarray, bits: int, group:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_is_the_update_of_its_paper_in_fp64(bits: int) -> None:
-    grid, seen = Grid(bits, 16, "float32", wide=True), hessian()
+    grid, seen = NumberGrid(bits, 16, "float32", wide=True), hessian()
     scales = scales_of(weight(), grid, seen.diagonal().float())
     expected = restated(weight().double().numpy(), seen.numpy(), scales.double().numpy(), bits, 16, 0.01)
     np.testing.assert_allclose(gptq(weight(), seen, grid, 0.01).means.numpy(), expected, rtol=1e-6, atol=1e-6)
@@ -100,8 +100,8 @@ def test_gptq_is_the_update_of_its_paper_in_fp64(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_changes_outputs_less_than_nearest_rounding(bits: int) -> None:
-    grid, seen = Grid(bits, 16, "bfloat16"), hessian()
-    made, plain = gptq(weight(), seen, grid, 0.01), nearest(weight(), grid)
+    grid, seen = NumberGrid(bits, 16, "bfloat16"), hessian()
+    made, plain = gptq(weight(), seen, grid, 0.01), to_nearest(weight(), grid)
     assert output_error(weight(), made.means, seen) < 0.8 * output_error(weight(), plain.means, seen)
     inputs = torch.linalg.cholesky(seen + 1e-9 * torch.eye(32)).T
     direct = (inputs @ (weight() - made.means).double().T).square().sum().item()
@@ -109,8 +109,8 @@ def test_gptq_changes_outputs_less_than_nearest_rounding(bits: int) -> None:
 
 
 def test_held_out_tokens_judge_and_few_tokens_are_not_believed() -> None:
-    grid = Grid(3, 16, "bfloat16")
-    plain = nearest(weight(), grid)
+    grid = NumberGrid(3, 16, "bfloat16")
+    plain = to_nearest(weight(), grid)
     made, better = best_rounding(weight(), hessian(), hessian(), 200, grid)
     assert better
     assert not torch.equal(made.means, plain.means)
@@ -118,7 +118,7 @@ def test_held_out_tokens_judge_and_few_tokens_are_not_believed() -> None:
     made, better = best_rounding(weight(), hessian(), other, 200, grid)
     judged = output_error(weight(), made.means, other)
     assert judged <= output_error(weight(), plain.means, other)
-    made, better = best_rounding(weight(), hessian(), None, FEW_TOKENS - 1, grid)
+    made, better = best_rounding(weight(), hessian(), None, LEAST_TOKENS - 1, grid)
     assert not better
     assert torch.equal(made.means, plain.means)
 
@@ -126,5 +126,5 @@ def test_held_out_tokens_judge_and_few_tokens_are_not_believed() -> None:
 def test_damping_grows_where_tokens_are_few_and_a_singular_hessian_is_nearest_rounding() -> None:
     assert damping(10**9, 32) == pytest.approx(DAMPING)
     assert damping(32, 320) == pytest.approx(11 * DAMPING)
-    grid = Grid(4, 16, "bfloat16")
-    assert torch.equal(gptq(weight(), torch.zeros(32, 32).double(), grid, 0.01).means, nearest(weight(), grid).means)
+    grid = NumberGrid(4, 16, "bfloat16")
+    assert torch.equal(gptq(weight(), torch.zeros(32, 32).double(), grid, 0.01).means, to_nearest(weight(), grid).means)

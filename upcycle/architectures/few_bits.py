@@ -45,7 +45,7 @@ def unpacked(folder: Path) -> dict[str, torch.Tensor] | None:
     return {name: store.read(name) for name in store.specs}
 
 
-def unpack(model: Any, dtype: torch.dtype | str) -> None:
+def unpack_linear_layers(model: Any, dtype: torch.dtype | str) -> None:
     """Multiply the integers of a model's linear layers by their scales now, which its first call would do, and set its dtype."""
     with quiet_unpacking():
         if not isinstance(dtype, str):

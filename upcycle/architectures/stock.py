@@ -26,7 +26,7 @@ from upcycle.architectures.clean_settings import (
     clean_config,
     clean_file,
 )
-from upcycle.architectures.few_bits import packed_config, quiet_unpacking, unpack, unpacked
+from upcycle.architectures.few_bits import packed_config, quiet_unpacking, unpack_linear_layers, unpacked
 from upcycle.architectures.stock_auto import auto_class
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
@@ -151,7 +151,7 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
             loaded = own.from_pretrained(None, **{**named, "config": config, "state_dict": whole})
     model, report = loaded
     if packed:
-        unpack(model, dtype)
+        unpack_linear_layers(model, dtype)
     report = {kind: keys for kind, keys in report.items() if keys and not (surplus and kind == "unexpected_keys")}
     if problems := {kind: sorted(map(str, keys))[:3] for kind, keys in report.items()}:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")

@@ -25,8 +25,8 @@ from upcycle.files.formats.packed_bits import pack_rows
 from upcycle.files.formats.packed_folder import PACKED, SCALE, SHAPE
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.models.stock_layers import Layers
-from upcycle.precision.gptq import FEW_TOKENS, best_rounding
-from upcycle.precision.grid import Grid, Rounded, nearest
+from upcycle.precision.gptq import LEAST_TOKENS, best_rounding
+from upcycle.precision.grid import NumberGrid, Rounded, to_nearest
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Moments:
     def of(cls, inputs: torch.Tensor, held: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
         """Return those of inputs ``[t, C]``, of which ``held`` ``[t]`` judge; ``weights`` ``[t]`` multiply them."""
         inputs = inputs if weights is None else inputs * weights[:, None]
-        if int((~held).sum()) < FEW_TOKENS or int(held.sum()) < 1:
+        if int((~held).sum()) < LEAST_TOKENS or int(held.sum()) < 1:
             return cls(_gram(inputs), None, len(inputs))
         return cls(_gram(inputs[~held]), _gram(inputs[held]), int((~held).sum()))
 
@@ -122,7 +122,7 @@ ExpertInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def rounded_expert(
     weights: Mapping[str, torch.Tensor],
     activation: Callable[[torch.Tensor], torch.Tensor],
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, NumberGrid],
     inputs: ExpertInputs | None,
 ) -> dict[str, tuple[Rounded, bool]]:
     """Round gate and up ``[F, d]`` and then down ``[d, F]`` of one expert; each with whether GPTQ did it.
@@ -145,9 +145,9 @@ def rounded_expert(
     return {**made, "down": _by_moments(weights["down"].detach(), active, grids["down"])}
 
 
-def _by_moments(weight: torch.Tensor, moments: Moments | None, grid: Grid) -> tuple[Rounded, bool]:
+def _by_moments(weight: torch.Tensor, moments: Moments | None, grid: NumberGrid) -> tuple[Rounded, bool]:
     if moments is None or not 0 < grid.bits < _MANY_BITS:
-        return nearest(weight, grid), False
+        return to_nearest(weight, grid), False
     return best_rounding(weight, moments.seen, moments.held_out, moments.tokens, grid)
 
 
@@ -226,7 +226,7 @@ class _Layer:
             }
             x = None if chosen is None else chosen.of(expert)
             grids = {part: matrix.grid for part, matrix in parts.items()}
-            self.report["few"] += x is not None and len(x[0]) < FEW_TOKENS
+            self.report["few"] += x is not None and len(x[0]) < LEAST_TOKENS
             for part, (made, better) in rounded_expert(places, experts.act_fn, grids, x).items():
                 self._take(parts[part], places[part], made)
                 self.report["gptq"] += better

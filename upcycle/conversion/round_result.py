@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from upcycle.planning.precision.scheme import Matrix
     from upcycle.progress import Progress
 
-C = TypeVar("C", bound=CompressJob)
+_Job = TypeVar("_Job", bound=CompressJob)
 
 
 def round_result(
-    job: C, checkpoint: MoeCheckpoint, windows: torch.Tensor | None, folder: Path, progress: Progress
-) -> C:
+    job: _Job, checkpoint: MoeCheckpoint, windows: torch.Tensor | None, folder: Path, progress: Progress
+) -> _Job:
     """Decide the bits of every expert, round all matrices, and return the job with what was decided.
 
     What an earlier run wrote to ``folder`` is kept.

@@ -21,7 +21,7 @@ from upcycle.planning.job import check_text
 from upcycle.planning.precision.entries import in_bits
 from upcycle.planning.precision.scheme import Scheme, scheme_of
 from upcycle.recipe.conversion_recipe import parse_size
-from upcycle.recipe.precision_recipe import FP8, PrecisionRecipe
+from upcycle.recipe.precision_recipe import FP8_BITS, PrecisionRecipe
 
 CUTS_FILE = "compression.json"
 
@@ -188,7 +188,7 @@ def said_bits(recipe: PrecisionRecipe) -> str:
     """Return the precision of experts in words."""
     if recipe.mean is not None:
         return f"{recipe.mean:g} bits in the mean"
-    return "FP8" if recipe.bits == FP8 else f"{recipe.bits} bits"
+    return "FP8" if recipe.bits == FP8_BITS else f"{recipe.bits} bits"
 
 
 def _bits_warnings(scheme: Scheme) -> list[str]:

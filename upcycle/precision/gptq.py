@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.precision.grid import Grid, Rounded, meant, nearest, scales_of
+from upcycle.precision.grid import NumberGrid, Rounded, meant, scales_of, to_nearest
 
 DAMPING = 0.01  # of the mean of the diagonal, where there are many tokens
-FEW_TOKENS = 32  # below that, nothing is known
+LEAST_TOKENS = 32  # below that, nothing is known
 _EXACT = 1024  # columns up to which the factorisation is in fp64
 _BLOCK = 128
 
@@ -24,7 +24,7 @@ def damping(tokens: int, columns: int) -> float:
     return DAMPING * (1 + columns / max(tokens, 1))
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damped: float) -> Rounded:
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: NumberGrid, damped: float) -> Rounded:
     """Round ``weight`` ``[R, C]`` for inputs with the second moments ``hessian`` ``[C, C]``.
 
     Deviations: columns of large inputs are rounded first, as more others then make up for their errors; scales are fitted before
@@ -38,7 +38,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damped: float)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _factor(hessian.to(dtype)[order][:, order], damped)
     if factor is None or not bool(torch.isfinite(factor).all()):
-        return nearest(weight, grid)
+        return to_nearest(weight, grid)
     scales = scales_of(weight, grid, hessian.diagonal().float())
     least, last = grid.range
     left = weight.to(dtype)[:, order].clone()
@@ -83,7 +83,7 @@ def output_error(weight: torch.Tensor, means: torch.Tensor, hessian: torch.Tenso
 
 
 def best_rounding(
-    weight: torch.Tensor, seen: torch.Tensor, held_out: torch.Tensor | None, tokens: int, grid: Grid
+    weight: torch.Tensor, seen: torch.Tensor, held_out: torch.Tensor | None, tokens: int, grid: NumberGrid
 ) -> tuple[Rounded, bool]:
     """Round a matrix by GPTQ, unless nearest rounding changes its outputs less on tokens that GPTQ did not see.
 
@@ -97,8 +97,8 @@ def best_rounding(
     Returns:
         The rounded matrix, and whether it is GPTQ's.
     """
-    plain = nearest(weight, grid)
-    if tokens < FEW_TOKENS:
+    plain = to_nearest(weight, grid)
+    if tokens < LEAST_TOKENS:
         return plain, False
     made = gptq(weight, seen, grid, damping(tokens, weight.shape[1]))
     judge = seen if held_out is None else held_out

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-FP8 = torch.float8_e4m3fn
+_FP8 = torch.float8_e4m3fn
 _SEARCHED = 4  # bits up to which the scale is searched for, and may be negative
 _STEPS = 20
 _SMALLEST = 0.35  # of the scales that are tried, relative to the one that clips nothing
@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 1 << 22  # numbers whose scales are searched for at once
 
 
 @dataclass(frozen=True)
-class Grid:
+class NumberGrid:
     """Describes the numbers that a matrix can be rounded to.
 
     Attributes:
@@ -56,37 +56,37 @@ class Rounded(NamedTuple):
     means: torch.Tensor
 
 
-def nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
+def to_nearest(weight: torch.Tensor, grid: NumberGrid) -> Rounded:
     """Round every number of ``weight`` ``[R, C]`` to the nearest of the grid, whose scales are fitted to it."""
-    return rounded(weight, scales_of(weight, grid), grid)
+    return _rounded(weight, scales_of(weight, grid), grid)
 
 
-def scales_of(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> torch.Tensor:
+def scales_of(weight: torch.Tensor, grid: NumberGrid, importance: torch.Tensor | None = None) -> torch.Tensor:
     """Return scales ``[R, G]`` for a matrix ``[R, C]``; ``importance`` ``[C]`` weighs the squared errors of its columns."""
     parts = weight.float().unflatten(1, (grid.groups(weight.shape[1]), -1))
     weighed = None if importance is None else importance.view(1, *parts.shape[1:]).expand(parts.shape).flatten(0, 1)
     return _fitted(parts.flatten(0, 1), grid, weighed).view(parts.shape[:2])
 
 
-def rounded(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> Rounded:
+def _rounded(weight: torch.Tensor, scales: torch.Tensor, grid: NumberGrid) -> Rounded:
     """Round ``weight`` ``[R, C]`` with given scales ``[R, G]``, which are stored in ``grid.dtype`` already."""
     parts = weight.float().unflatten(1, (scales.shape[1], -1))
     if grid.bits:
         values = (parts / scales[..., None].float()).round().clamp(*grid.range).to(torch.int8)
     else:
-        most = torch.finfo(FP8).max
-        values = (parts / scales[..., None].float()).clamp(-most, most).to(FP8)
+        most = torch.finfo(_FP8).max
+        values = (parts / scales[..., None].float()).clamp(-most, most).to(_FP8)
     return meant(values.flatten(1), scales, grid)
 
 
-def meant(values: torch.Tensor, scales: torch.Tensor, grid: Grid) -> Rounded:
+def meant(values: torch.Tensor, scales: torch.Tensor, grid: NumberGrid) -> Rounded:
     """Return values ``[R, C]`` and scales ``[R, G]`` with what they mean: their products, in the dtype that loaders multiply in."""
     dtype = torch.float32 if grid.wide or not grid.bits else scales.dtype
     parts = values.to(dtype).unflatten(1, (scales.shape[1], -1)) * scales[..., None].to(dtype)
     return Rounded(values, scales, parts.flatten(1).float())
 
 
-def _fitted(parts: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> torch.Tensor:
+def _fitted(parts: torch.Tensor, grid: NumberGrid, importance: torch.Tensor | None) -> torch.Tensor:
     """Return a scale for each of ``[N, g]`` groups of numbers, in ``grid.dtype``.
 
     With many bits it is the smallest that clips nothing. With up to four, it is the one of a list that leaves the least squared
@@ -96,7 +96,7 @@ def _fitted(parts: torch.Tensor, grid: Grid, importance: torch.Tensor | None) ->
     most = parts.abs().amax(1)
     most = torch.where(most > 0, most, torch.ones_like(most))
     if not grid.bits:
-        return (most / torch.finfo(FP8).max).to(dtype)
+        return (most / torch.finfo(_FP8).max).to(dtype)
     least, last = grid.range
     if grid.bits > _SEARCHED:
         return (most / last).to(dtype)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from upcycle.plugins import StrictSettings
 
-FP8 = "fp8"
+FP8_BITS = "fp8"
 _MIXED = "mixed:"
 
 
@@ -44,7 +44,7 @@ class PrecisionRecipe(StrictSettings):
             return None
         text = str(value).strip().lower()
         mean = text.removeprefix(_MIXED)
-        if text == FP8 or re.fullmatch("[2-8]", text):
+        if text == FP8_BITS or re.fullmatch("[2-8]", text):
             return text
         if text.startswith(_MIXED) and re.fullmatch(r"\d+(\.\d+)?", mean) and 2 < float(mean) < 8:
             return text
@@ -69,5 +69,5 @@ class PrecisionRecipe(StrictSettings):
             return False
         if self.mean is not None and self.allocation not in ("even", "first"):
             return True
-        few = self.mean is not None or (self.bits != FP8 and int(self.bits) < 8)
+        few = self.mean is not None or (self.bits != FP8_BITS and int(self.bits) < 8)
         return self.rounding == "gptq" and (few or self.attention_bits < 8)

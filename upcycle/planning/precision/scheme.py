@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from upcycle.checkpoints.output_layout import OutputEntry
 from upcycle.errors import RefusalError, UsageError
 from upcycle.files.formats.packed_bits import words_of
 from upcycle.files.formats.packed_folder import METHOD
-from upcycle.precision.allocation import evenly
-from upcycle.precision.grid import Grid
-from upcycle.recipe.precision_recipe import FP8, PrecisionRecipe
+from upcycle.precision.allocation import evenly, widths_of
+from upcycle.precision.grid import NumberGrid
+from upcycle.recipe.precision_recipe import FP8_BITS, PrecisionRecipe
 
 _LEAST_GROUP = 16  # columns; below that, scales take as much as values, and a row has one
 _ROUTERS = re.compile(r"(.*\.)?(gate|router|shared_expert_gate|wg|layer)")  # linear layers that choose or weigh experts
@@ -41,7 +41,7 @@ class Matrix:
     """
 
     name: str
-    grid: Grid
+    grid: NumberGrid
     shape: tuple[int, int]
     module: str = ""
     expert: int = -1
@@ -80,10 +80,10 @@ class Scheme:
         """Whether experts have several widths."""
         return len(self.widths) > 1
 
-    def grid(self, bits: int, dtype: str, expert: bool) -> Grid:
+    def grid(self, bits: int, dtype: str, expert: bool) -> NumberGrid:
         """Return the numbers that a matrix is rounded to, stored in ``dtype`` if it were not."""
         group = self.expert_group if expert else self.linear_group
-        return Grid(bits, group if bits else 0, dtype, wide=not expert)
+        return NumberGrid(bits, group if bits else 0, dtype, wide=not expert)
 
     def matrices(self, model: MoeModel, layer: int, entry: OutputEntry) -> list[Matrix]:
         """Return the matrices that an output tensor of a layer holds, if they are stored in few bits."""
@@ -208,7 +208,8 @@ def scheme_of(
         leaves=leaves,
         kept=tuple(sorted(kept)),
     )
-    _check_told_apart(made, {hidden, width}, where)
+    tried = widths_of(recipe.mean) if recipe.mean is not None else made.widths
+    _check_told_apart(made, tried, {hidden, width}, where)
     return made
 
 
@@ -229,7 +230,7 @@ def expert_width(model: MoeModel, config: Mapping[str, Any]) -> int:
 def _planned(recipe: PrecisionRecipe, layers: int, experts: int) -> list[list[int]]:
     if recipe.mean is not None:
         return evenly(layers, experts, recipe.mean)
-    return [[0 if recipe.bits == FP8 else int(recipe.bits or 16)] * experts] * layers
+    return [[0 if recipe.bits == FP8_BITS else int(recipe.bits or 16)] * experts] * layers
 
 
 def _group(most: int, columns: list[int]) -> int:
@@ -239,12 +240,12 @@ def _group(most: int, columns: list[int]) -> int:
     return best if best >= _LEAST_GROUP else 0
 
 
-def _check_told_apart(scheme: Scheme, columns: set[int], where: str) -> None:
+def _check_told_apart(scheme: Scheme, widths: Sequence[int], columns: set[int], where: str) -> None:
     """Refuse widths that the sizes of the stored matrices do not tell apart."""
     for count in columns:
-        words = [words_of(count, bits) for bits in scheme.widths if bits]
+        words = [words_of(count, bits) for bits in widths if bits]
         if len(set(words)) < len(words) or (scheme.mixed and not scheme.expert_group):
             raise UsageError(
-                f"precision: {where} has matrices of {count} columns, too few for experts in {scheme.widths} bits",
+                f"precision: {where} has matrices of {count} columns, too few for experts in {', '.join(map(str, widths))} bits",
                 hint="--bits 4",
             )
