@@ -39,6 +39,7 @@ METHODS = {
     "low_rank": "upcycle.methods.compressing.low_rank:LowRank",
     "skip": "upcycle.methods.compressing.skip:Skip",
     "random_experts": "upcycle.methods.compressing.dropping.random_experts:RandomExperts",
+    "quantize": "upcycle.methods.compressing.quantize:Quantize",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",

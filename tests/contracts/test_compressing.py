@@ -29,7 +29,9 @@ from upcycle.registry import METHODS, load
 pytestmark = pytest.mark.one_in(5)  # the other cases are long
 
 Models = Callable[..., Path]
-COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
+COMPRESSIONS = [
+    name for name in METHODS if load("method", name).kind == "compression" and load("method", name).removes
+]  # quantize: test_precision.py
 NAMES = [  # to_dense: test_to_dense.py; layer_drop: test_layer_drop.py, as few architectures can have such layers
     name  # those that no stock class holds: test_wrapped_moe.py
     for name in COMPRESSIONS

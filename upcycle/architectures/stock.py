@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from upcycle.architectures.clean_settings import (
     clean_config,
     clean_file,
 )
+from upcycle.architectures.few_bits import packed_config, quiet_unpacking, unpack_linear_layers, unpacked
 from upcycle.architectures.stock_auto import auto_class
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
@@ -124,20 +125,33 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     """
     from transformers import AutoConfig
 
+    packed, whole = packed_config(folder), unpacked(folder)
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
-    with view(folder, weights=True) as clean, quiet_transformers(), _explained(f"transformers cannot load {folder}"):
+    # transformers leaves unpacked experts in the dtype of their scales, whatever dtype is asked for.
+    named |= {"dtype": "auto" if packed else dtype, "output_loading_info": True, "local_files_only": True}
+    with (
+        view(folder, weights=True) as clean,
+        quiet_transformers(),
+        quiet_unpacking() if packed else nullcontext(),
+        _explained(f"transformers cannot load {folder}"),
+    ):
         if folder.is_file():
             named["config"] = _gguf_config(clean, folder)
-        elif fp8 := _fp8_settings(folder):
+        elif stored := packed or _fp8_settings(folder):
             named["config"] = build_config(clean_file(clean / CONFIG), str(folder))
-            named["config"].quantization_config = fp8
+            named["config"].quantization_config = stored
         config = named.get("config") or AutoConfig.from_pretrained(
             clean, trust_remote_code=False, local_files_only=True
         )
-        loaded: Any = auto_class(config).from_pretrained(
-            clean, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **named
-        )
+        loaded: Any
+        if whole is None:
+            loaded = auto_class(config).from_pretrained(clean, trust_remote_code=False, **named)
+        else:  # weights that are in memory are given to the class itself
+            own: Any = type(empty_model(config, str(folder)))
+            loaded = own.from_pretrained(None, **{**named, "config": config, "state_dict": whole})
     model, report = loaded
+    if packed:
+        unpack_linear_layers(model, dtype)
     report = {kind: keys for kind, keys in report.items() if keys and not (surplus and kind == "unexpected_keys")}
     if problems := {kind: sorted(map(str, keys))[:3] for kind, keys in report.items()}:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {problems}")

@@ -66,3 +66,37 @@ def may_be_missing(model: Any) -> re.Pattern[str]:
     """Return what matches the names of tensors that a class computes where files do not hold them, as it says: sinusoids, zeros."""
     said = model._keys_to_ignore_on_load_missing or ()
     return re.compile("|".join(f"({pattern})" for pattern in said) or r"(?!)")
+
+
+def linear_layers(raw: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the paths of the linear layers inside the decoder layers of a configuration's stock class, with outputs and inputs."""
+    settings = build_config(raw, "config.json")
+    model, paths = empty_model(settings, "config.json"), module_paths_of(settings)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and paths.layer_of(f"{name}.weight") is not None
+    }
+
+
+def expert_leaves(raw: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the stored names of an expert's gate, up and down (``w1``, ``w3``, ``w2``) where files hold experts one by one.
+
+    They are those of the rules by which transformers joins experts. None: it has no such rules for the class, and reads experts
+    that are joined already.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    found: dict[str, list[str]] = {}
+    for rule in get_model_conversion_mapping(empty_model(build_config(raw, "config.json"), "config.json")):
+        if isinstance(rule, WeightConverter) and len(rule.target_patterns) == 1:
+            leaves = [
+                re.fullmatch(r".*experts\W+\*?\W*(?:\w+\W+)?(\w+)\W+weight\W*", each) for each in rule.source_patterns
+            ]
+            if all(leaves):
+                found[rule.target_patterns[0].rpartition(".")[2]] = [leaf[1] for leaf in leaves if leaf]
+    if len(found.get("gate_up_proj", ())) != 2 or len(found.get("down_proj", ())) != 1:
+        return None
+    gate, up = found["gate_up_proj"]
+    return gate, up, found["down_proj"][0]

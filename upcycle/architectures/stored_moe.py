@@ -275,9 +275,9 @@ class MoeModel:
         for name in self.names[layer]:
             if match := _EXPERT.fullmatch(name) if self.role(name) == "expert" else None:
                 prefix, index, matrix = match.groups()
-                single.setdefault(self._renamed(prefix + "."), {})[int(index), _MATRICES.get(matrix, matrix)] = name
+                single.setdefault(self.stock_name(prefix + "."), {})[int(index), _MATRICES.get(matrix, matrix)] = name
             else:
-                parts[self._renamed(name)] = [name]
+                parts[self.stock_name(name)] = [name]
         for prefix, names in single.items():
             ordered = sorted(names)  # gate before up
             parts[f"{prefix}gate_up_proj"] = [names[key] for key in ordered if key[1] != "down"]
@@ -311,7 +311,8 @@ class MoeModel:
                 hint="layers for multi-token prediction are left out by stock classes: remove them first",
             )
 
-    def _renamed(self, name: str) -> str:
+    def stock_name(self, name: str) -> str:
+        """Return the name that the stock module gives to what is stored under ``name``, alone or with others."""
         for stored, stock in self.family.renames:
             name = name.replace(stored, stock)
         return name

@@ -14,7 +14,7 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.find_family import Tried, family_of
 from upcycle.checkpoints.tensor_store import RenamedStore, TensorStore
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.block_fp8 import tensors_of
+from upcycle.files.formats.packed_folder import tensors_of
 from upcycle.files.formats.tensor_files import CONFIG, read_config
 from upcycle.files.locate import Source, locate
 

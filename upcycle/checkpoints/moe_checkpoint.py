@@ -11,7 +11,8 @@ from upcycle.architectures.stock_classes import stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
-from upcycle.files.formats.tensor_names import refuse_quantized
+from upcycle.files.formats.packed_folder import PackedFolder
+from upcycle.files.formats.tensor_names import quantized_weights, refuse_quantized
 from upcycle.files.locate import Source
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ class MoeCheckpoint(Checkpoint):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
+        if isinstance(self.store, PackedFolder) and self.store.rounded:
+            error = quantized_weights(
+                self.raw_config, source.name, f"matrix '{min(self.store.rounded)}' is in few bits"
+            )
+            error.hint = "a second rounding adds to the first: compress the full-precision model that it was made from"
+            raise error
         refuse_quantized(self.store.specs, self.raw_config, source.name)
         self.model = MoeModel.read(self.raw_config, self.store.specs, source.name)
         self.model.check(stock_shapes(self.raw_config), source.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import CONFIG
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS, remove_parts
 from upcycle.files.user_paths import user_path
 from upcycle.methods.base import AnyMethod
@@ -28,6 +30,7 @@ from upcycle.planning.compress_job import (
     read_cuts,
     write_cuts,
 )
+from upcycle.planning.precision.entries import InBits
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -91,6 +94,10 @@ class CompressConversion(CompressJob, GrowthConversion):
             cuts = read_cuts(folder)
             found = job._refit(checkpoint, cuts, windows, folder, progress)
             write_cuts(folder, cuts, {"refit": {str(layer): report for layer, report in found.items()}})
+        if job.scheme is not None:
+            from upcycle.conversion.round_result import round_result
+
+            job = round_result(job, checkpoint, windows, folder, progress)
         return job, None if text is None else {**text, **tokens.about}
 
     def _make(self, checkpoint: MoeCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress) -> None:
@@ -194,11 +201,13 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        down, made = self._refitted(unit, folder), self._made(unit, folder)
+        down, made, bits = self._refitted(unit, folder), self._made(unit, folder), self._rounded(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
             part = self._part(entry)
-            if down is not None and part == "down":
+            if isinstance(entry.origin, InBits):
+                yield entry, iter([bits[entry.name]])
+            elif down is not None and part == "down":
                 yield entry, _refitted_blocks(entry, down, folder)
             elif unit.layer is not None and self._is_product(entry):
                 yield entry, iter([checked_finite(entry, product(entry, unit.layer, folder))])
@@ -234,6 +243,14 @@ class CompressConversion(CompressJob, GrowthConversion):
 
         return _kept_file(made_file(folder, unit.layer))
 
+    def _rounded(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
+        """Return the rounded matrices of a unit, by the names of their parts."""
+        from upcycle.calibration.round_layers import bits_file
+
+        if unit.layer is None or not any(isinstance(entry.origin, InBits) for entry in unit.entries):
+            return {}
+        return _kept_file(bits_file(folder, unit.layer))
+
     def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
         from upcycle.calibration.refit_cut import down_file
 
@@ -246,8 +263,11 @@ class CompressConversion(CompressJob, GrowthConversion):
         return {int(layer) for layer in read_json(folder / CUTS_FILE).get("refit", {})} if self.refits else set()
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
-        """Remove what only the writing needed, and return :meth:`reports`."""
+        """Remove what only the writing needed, say in ``config.json`` how weights are stored, and return :meth:`reports`."""
         remove_parts(folder)
+        if self.scheme is not None:
+            config = {**read_json(folder / CONFIG), "quantization_config": self.scheme.settings}
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return cut_reports(folder)
 
     def reports(self, folder: Path) -> list[dict[str, Any]]:
@@ -273,6 +293,8 @@ class CompressConversion(CompressJob, GrowthConversion):
 
         Refitted ones need not, nor those of a decomposition, which another machine may round otherwise, or that text decided.
         """
+        if isinstance(entry.origin, InBits):
+            return False
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
         if isinstance(entry.origin, FactorRows) or self._is_product(entry) or self._is_made(entry):

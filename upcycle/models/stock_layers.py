@@ -19,7 +19,8 @@ from upcycle.architectures.module_paths import ModulePaths, module_paths_in
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model, quiet_transformers
 from upcycle.architectures.stock_classes import may_be_missing, stock_name_of
 from upcycle.errors import CheckpointError
-from upcycle.files.formats.block_fp8 import BlockFp8Folder, tensors_of
+from upcycle.files.formats.block_fp8 import BlockFp8Folder
+from upcycle.files.formats.packed_folder import tensors_of
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.models.first_calls import settle_code_paths
 

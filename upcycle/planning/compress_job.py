@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.errors import UsageError
+from upcycle.errors import RefusalError, UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.user_paths import user_path
 from upcycle.methods.compressing.base import WRAPPED, Compression
@@ -18,6 +19,10 @@ from upcycle.methods.compressing.observations import Observations
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
 from upcycle.planning.job import check_text
+from upcycle.planning.precision.entries import in_bits
+from upcycle.planning.precision.scheme import Scheme, scheme_of
+from upcycle.recipe.conversion_recipe import parse_size
+from upcycle.recipe.precision_recipe import FP8_BITS, PrecisionRecipe
 
 CUTS_FILE = "compression.json"
 
@@ -25,6 +30,8 @@ CUTS_FILE = "compression.json"
 @dataclass(frozen=True)
 class CompressJob(GrowthJob):
     """Describes a validated compression of a MoE."""
+
+    scheme: Scheme | None = None  # how weights are stored; None: in full precision
 
     @property
     def compression(self) -> Compression:
@@ -62,7 +69,7 @@ class CompressJob(GrowthJob):
         """Whether calibration text is read."""
         observes = self.compression.observes and self.recipe.observations is None
         reads = self.compression.tries or bool(self.compression.makes)
-        return self.changes and (observes or self.refits or reads)
+        return self.recipe.precision.looks or (self.changes and (observes or self.refits or reads))
 
     @cached_property
     def about(self) -> dict[str, Any] | None:
@@ -77,10 +84,12 @@ class CompressJob(GrowthJob):
     @property
     def record(self) -> dict[str, Any]:
         """The keys that only this kind of conversion adds to ``upcycle.json``."""
+        bits = {} if self.scheme is None else {"precision": self.recipe.precision.model_dump()}
         return {
             "target": self.target_name,
             "compression": self.grown.summary,
             "refit": "down" if self.refits else "none",
+            **bits,
         }
 
     def cost(self) -> Plan:
@@ -98,6 +107,9 @@ class CompressJob(GrowthJob):
         both = self.refits or self.compression.tries  # two models are walked side by side
         streams = (3 if both else 1) * plan.calibration_tokens * moe.hidden_size
         walking = 4 * ((2 if both else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
+        if self.scheme is not None:
+            # A layer as it was and as it is cut, its rounded matrices, and a batch of the stream.
+            walking = max(walking, 4 * (3 * max(layers) + outside + 3 * plan.calibration_tokens * moe.hidden_size))
         return replace(
             plan,
             parameters_dense=before,
@@ -144,8 +156,73 @@ def checked_compression(job: C) -> C:
     if job.calibrated:
         looks = recipe.observations is None or job.compression.tries or job.compression.makes
         what = f"method {recipe.method}" if looks else "refit: down (--refit none needs no text)"
+        if recipe.precision.looks:
+            what = "rounding by gptq (--rounding nearest --bits 4 needs no text)"
         check_text(recipe, what)
-    return job
+    return stored_in_bits(job)
+
+
+def stored_in_bits(job: C, bits: Mapping[int, tuple[int, ...]] | None = None) -> C:
+    """Return the job with weights in the bits that its recipe wants; ``bits`` of every expert by layer, None: not decided yet.
+
+    Raises:
+        RefusalError: no loader holds experts of this architecture in few bits, or the result is a dense model.
+        UsageError: matrices are too narrow.
+    """
+    recipe = job.recipe.precision
+    if recipe.bits is None:
+        if odd := sorted(recipe.model_fields_set - {"bits"}):
+            raise UsageError(f"precision: '{odd[0]}' says nothing without bits", hint="--bits 4")
+        return job
+    if job.compression.dense:
+        raise RefusalError(
+            f"precision: {job.method.name} makes a dense model, and experts alone are stored in few bits",
+            hint="leave --bits out, and round the dense model with llm-compressor or GPTQModel",
+        )
+    made = job.compression
+    if job.wraps or made.depth or made.mixes or made.factored or made.makes:
+        raise UsageError(
+            f"precision: {job.method.name}{' into ' + WRAPPED if job.wraps else ''} and few bits are two steps",
+            hint="leave --target out"
+            if job.wraps
+            else "leave --bits out, and compress what it makes once more by --bits alone",
+        )
+    scheme = scheme_of(job.moe, job.grown.config, recipe, bits)
+    shards = in_bits(
+        shards_of_grown(job.recipe, job.source, job.grown), job.moe, scheme, parse_size(job.recipe.max_shard_size)
+    )
+    promise, why = job.grown.promise
+    stored = f"experts are stored in {said_bits(job.recipe.precision)}"
+    grown = replace(
+        job.grown,
+        promise=("approximate", stored if promise == "exact" else f"{why}, and {stored}"),
+        summary=f"{job.grown.summary}, {stored.removeprefix('experts are stored ')}"
+        if job.compression.removes
+        else stored,
+        warnings=(*job.grown.warnings, *_bits_warnings(scheme)),
+    )
+    return replace(job, grown=grown, shards=shards, scheme=scheme)
+
+
+def said_bits(recipe: PrecisionRecipe) -> str:
+    """Return the precision of experts in words."""
+    if recipe.mean is not None:
+        return f"{recipe.mean:g} bits in the mean"
+    return "FP8" if recipe.bits == FP8_BITS else f"{recipe.bits} bits"
+
+
+def _bits_warnings(scheme: Scheme) -> list[str]:
+    found = []
+    if scheme.mixed:
+        found.append(
+            "stock transformers (5.23) unpacks all experts of a model in one width and refuses this one; upcycle reads it (evaluate, "
+            "generate, verify), and it is written as vLLM's loader expects it; --bits 2 to 8 and fp8 load everywhere"
+        )
+    if scheme.mixed and any(len(set(own)) > 1 for own in scheme.bits.values()):
+        found.append(
+            "experts of one layer have several widths, which no fused kernel of vLLM takes: --allocation layers"
+        )
+    return found
 
 
 def write_cuts(folder: Path, cuts: dict[int, Cut], more: dict[str, Any]) -> None:
@@ -161,7 +238,9 @@ def decided_cuts(job: C, folder: Path) -> C:
     """Return the job with the cuts that are written in ``folder``."""
     cuts = read_cuts(folder)
     grown = job.compression.grow(job.source, job.recipe, cuts)
-    return replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
+    found = replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
+    bits = read_json(folder / CUTS_FILE).get("precision", {}).get("bits")
+    return stored_in_bits(found, bits and {int(layer): tuple(own) for layer, own in bits.items()})
 
 
 def read_cuts(folder: Path) -> dict[int, Cut]:
@@ -172,5 +251,13 @@ def read_cuts(folder: Path) -> dict[int, Cut]:
 def cut_reports(folder: Path) -> list[dict[str, Any]]:
     """Return, for every layer, what its experts are made of, and how the refit went."""
     content = read_json(folder / CUTS_FILE)
-    refits = content.get("refit", {})
-    return [{"layer": int(layer), **found, "refit": refits.get(layer)} for layer, found in content["experts"].items()]
+    refits, rounded = content.get("refit", {}), content.get("precision", {})
+    return [
+        {
+            "layer": int(layer),
+            **found,
+            "refit": refits.get(layer),
+            **({"precision": rounded["layers"].get(layer)} if rounded else {}),
+        }
+        for layer, found in content["experts"].items()
+    ]

@@ -24,6 +24,7 @@ from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import RESIDENT_BYTES, Plan, file_warnings, files_of
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
 from upcycle.planning.own_text import check_own_text, own_text_bytes
+from upcycle.planning.precision.entries import weights_in
 from upcycle.recipe.conversion_recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _growth_plan(job: GrowthJob) -> Plan:
     grown, specs, recipe = job.grown, job.source.specs, job.recipe
     entries = [entry for unit in job.units for entry in unit.entries]
     stored = {entry.origin.name for entry in entries if entry.origin}
-    before, after = (sum(specs[name].elements for name in stored), sum(entry.spec.elements for entry in entries))
+    before, after = (sum(specs[name].elements for name in stored), sum(map(weights_in, entries)))
     promise, why = grown.promise
     warnings = list(grown.warnings)
     if recipe.calibration.texts and not job.calibrated:

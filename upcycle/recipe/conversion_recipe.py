@@ -13,6 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml, read_yaml
 from upcycle.files.local_names import here
 from upcycle.plugins import StrictSettings
+from upcycle.recipe.precision_recipe import PrecisionRecipe
 from upcycle.recipe.recipe_parts import (
     CalibrationRecipe,
     PartName,
@@ -78,6 +79,9 @@ class Recipe(StrictSettings):
     )
     observations: str | None = Field(
         None, description="of such a method: the file of upcycle observe, in the place of a pass over calibration text"
+    )
+    precision: PrecisionRecipe = Field(
+        default=PrecisionRecipe(), description="of such a method: the bits that weights are stored in"
     )
     layers: str | list[int] = Field(
         "all",
@@ -170,6 +174,11 @@ class Recipe(StrictSettings):
         if isinstance(value, str) and "," in value:
             return [part.strip() for part in value.split(",")]
         return value
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision_by_bits(cls, value: Any) -> Any:
+        return {"bits": value} if isinstance(value, (str, int)) and not isinstance(value, bool) else value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -292,8 +301,8 @@ def set_key(content: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         inner = content.get(parent)
         if not isinstance(inner, dict):
-            main = {"calibration": "text", "routing": "rule"}.get(parent, "name")
-            inner = {main: inner} if isinstance(inner, (str, list)) else {}
+            main = {"calibration": "text", "routing": "rule", "precision": "bits"}.get(parent, "name")
+            inner = {main: inner} if isinstance(inner, (str, int, list)) else {}
             content[parent] = inner
         content = inner
     content[last] = value

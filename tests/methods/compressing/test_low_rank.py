@@ -48,7 +48,7 @@ def whitened(weight: torch.Tensor, gram: torch.Tensor, rank: int, ridge: float) 
 @pytest.mark.parametrize("ranks", ["equal", "importance"])
 def test_factors_are_the_truncated_decomposition_in_the_metric(ranks: Any) -> None:
     given = source((1.0, 5.0, 0.2, 1.0))
-    cut, factors = LowRank(LowRankParameters(ranks=ranks)).made(given, 800)
+    cut, factors = LowRank(LowRankParameters(ranks=ranks)).decomposed(given, 800)
     pieces = {part: rows.split([pair[part.startswith("down")] for pair in cut.ranks]) for part, rows in factors.items()}
     for expert, (up, down) in enumerate(cut.ranks):
         own = given.matrices(expert)
@@ -61,8 +61,8 @@ def test_factors_are_the_truncated_decomposition_in_the_metric(ranks: Any) -> No
 
 
 def test_ranks_go_where_the_outputs_are() -> None:
-    equal = LowRank(LowRankParameters(ranks="equal")).made(source(), 800)[0].ranks
-    cut = LowRank(LowRankParameters()).made(source((1.0, 100.0, 1e-4, 1.0)), 800)[0]
+    equal = LowRank(LowRankParameters(ranks="equal")).decomposed(source(), 800)[0].ranks
+    cut = LowRank(LowRankParameters()).decomposed(source((1.0, 100.0, 1e-4, 1.0)), 800)[0]
     # 0.8 of 2 F d / (2 F + d) = 4.1 and of F d / (F + d) = 2.9.
     assert equal == ((3, 2),) * E
     own = [up for up, _ in cut.ranks]
@@ -80,13 +80,13 @@ def test_ranks_are_the_largest_squares_of_all_experts() -> None:
     while sum(ranks) < total:
         free = [e for e in range(E) if ranks[e] < 4]
         ranks[max(free, key=lambda e: spectra[e][ranks[e]])] += 1
-    assert [pair[0] for pair in method.made(given, 800)[0].ranks] == ranks
+    assert [pair[0] for pair in method.decomposed(given, 800)[0].ranks] == ranks
 
 
 def test_without_observed_products_weights_are_decomposed_by_what_is_known() -> None:
     given = source()
     seen = replace(given.seen, input_gram=torch.zeros(0), neuron_gram=torch.zeros(0))
-    cut, factors = LowRank(LowRankParameters(ranks="equal")).made(replace(given, seen=seen), 800)
+    cut, factors = LowRank(LowRankParameters(ranks="equal")).decomposed(replace(given, seen=seen), 800)
     own = given.matrices(0)
     expected = whitened(torch.cat([own["gate"], own["up"]]), torch.eye(D), 3, 0)
     made = factors["up_out"][:3].T @ factors["up_in"][:3]

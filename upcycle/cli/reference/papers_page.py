@@ -54,6 +54,7 @@ TITLES = {
     "2405.15319": "Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training",
     "2406.04801": "MoE Jetpack: From Dense Checkpoints to Adaptive Mixture of Experts for Vision Tasks",
     "2406.06563": "Skywork-MoE: A Deep Dive into Training Techniques for Mixture-of-Experts Language Models",
+    "2406.08155": "Examining Post-Training Quantization for Mixture-of-Experts: A Benchmark",
     "2406.16554": "LLaMA-MoE: Building Mixture-of-Experts from LLaMA with Continual Pre-training",
     "2407.10671": "Qwen2 Technical Report",
     "2408.11855": "FactorLLM: Factorizing Knowledge via Mixture of Experts for Large Language Models",

@@ -14,6 +14,7 @@ from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.locate import is_local
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe, set_key
 from upcycle.recipe.mergekit_recipe import is_mergekit, translate
+from upcycle.recipe.precision_recipe import PrecisionRecipe
 from upcycle.recipe.recipe_parts import (
     CalibrationRecipe,
     ReconstructionRecipe,
@@ -38,6 +39,10 @@ _FLAGS = {
     ("--shared-unheld",): "shared_unheld",
     ("--keep",): "keep",
     ("--observations",): "observations",
+    ("--bits",): "precision.bits",
+    ("--attention-bits",): "precision.attention_bits",
+    ("--rounding",): "precision.rounding",
+    ("--allocation",): "precision.allocation",
     ("--layers",): "layers",
     ("--router",): "router.name",
     ("--routing",): "routing.rule",
@@ -75,6 +80,7 @@ _INNER: dict[str, type[BaseModel]] = {
     "routing": RoutingRecipe,
     "calibration": CalibrationRecipe,
     "reconstruction": ReconstructionRecipe,
+    "precision": PrecisionRecipe,
     "verification": VerificationRecipe,
 }
 

@@ -125,7 +125,7 @@ def compression_names(names: Sequence[str]) -> list[str]:
     Raises:
         UsageError: a name is unknown, or the method does not compress a MoE.
     """
-    every = [name for name in METHODS if load("method", name).kind == "compression"]
+    every = [name for name in METHODS if load("method", name).kind == "compression" and load("method", name).removes]
     if list(names) == ["all"]:
         return every
     for name in names:

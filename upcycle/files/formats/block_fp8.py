@@ -7,15 +7,14 @@ E4M3, ``X.weight_scale_inv`` with one number per block, and what is meant is the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle.errors import CheckpointError, EnvironmentFault
 from upcycle.files.formats.folder_contents import shortened
 from upcycle.files.formats.tensor_files import SafetensorsFolder
-from upcycle.files.formats.tensor_names import is_block_fp8
 from upcycle.files.formats.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -95,8 +94,3 @@ class BlockFp8Folder(SafetensorsFolder):
     def stored(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a tensor as the files hold it, and the scales of its blocks, if it has any."""
         return super().read(name), super().read(name + SCALE) if name in self._blocks else None
-
-
-def tensors_of(folder: Path, raw: Mapping[str, Any]) -> SafetensorsFolder:
-    """Open the weights of a folder, in full precision or in FP8; ``raw`` is its ``config.json``."""
-    return BlockFp8Folder(folder) if is_block_fp8(raw) else SafetensorsFolder(folder)

@@ -12,6 +12,7 @@ from upcycle.cli.shared.output import note
 from upcycle.errors import UsageError
 
 DEFAULT_METHOD = "naee"
+ROUNDING_ALONE = "quantize"  # the method where only --bits is given
 KEYS = (
     *(
         "method",
@@ -19,6 +20,10 @@ KEYS = (
         "width",
         "target",
         "observations",
+        "precision.bits",
+        "precision.attention_bits",
+        "precision.rounding",
+        "precision.allocation",
         "calibration.text",
         "calibration.tokens",
         "refit",
@@ -51,7 +56,8 @@ def command(
     debug: bool,
     **flags: Any,
 ) -> None:
-    """Leave out or merge experts of the Mixture-of-Experts SOURCE, write the smaller model into OUT, and verify it.
+    """Leave out or merge experts of the Mixture-of-Experts SOURCE, or round them to few bits, write the smaller model into OUT, and
+    verify it.
 
     SOURCE is a local folder, a hub id or a recipe (.yaml). The experts that are left are refitted in closed form towards the layer
     that they came from, on the calibration text. To continue a run that was stopped, run the same command again.
@@ -60,11 +66,14 @@ def command(
     upcycle compress ./moe OUT --keep 0.75 --calibration docs.txt,code.txt
     upcycle compress ./moe OUT --keep 0.5 --method naee --calibration docs.txt
     upcycle compress ./moe OUT --keep 0.75 --observations seen.safetensors --refit none
+    upcycle compress ./moe OUT --bits 4 --calibration docs.txt,code.txt
     """
     from upcycle.cli.verbs.convert import carry_out
     from upcycle.registry import load
 
-    recipe = build_recipe(source, flags, {"method": DEFAULT_METHOD}, None if quiet else note)
+    rounds = flags["precision__bits"] is not None and flags["keep"] is None and flags["width"] is None
+    base = {"method": ROUNDING_ALONE if rounds else DEFAULT_METHOD}
+    recipe = build_recipe(source, flags, base, None if quiet else note)
     if load("method", recipe.method).kind not in ("compression", "narrowing"):
         raise UsageError(
             f"{recipe.method} does not compress a model",
