@@ -49,7 +49,9 @@ JSON_KEYS = {
     "evaluate": "model reference window stride texts layers tasks speed embeddings classes",
     "evaluate embeddings": "what items cosine nearest recall",
     "evaluate classes": "images classes accuracy reference_accuracy agreement",
-    "generate": "model prompt text layer experts stopped kernels tokens",
+    "generate": "model prompt text layer experts stopped kernels tokens offload",
+    "generate offload": "memory_bytes resident_bytes expert_bytes kept_per_layer ahead prompt written wrong_guesses bytes_read "
+    "bytes_copied prompt_seconds tokens_per_second",
     "generate tokens": "id text experts weights prompt",
     "chat, a line for each answer": "said answer stopped",
     "train": "output step tokens stopped loss validation checkpoint model seconds",

@@ -52,7 +52,9 @@ class _Layer:
     places: int
     free: list[torch.Tensor]
     held: dict[int, Held] = field(default_factory=dict)
-    needed: dict[int, int] = field(default_factory=dict)  # what this pass still needs: expert -> last token that chose it
+    needed: dict[int, int] = field(
+        default_factory=dict
+    )  # what this pass still needs: expert -> last token that chose it
     current: int | None = None
     first: int = 0  # number of the pass's first token
     tokens: int = 0  # that the layer has read

@@ -58,7 +58,7 @@ class ExpertFiles:
                 if not got:
                     raise _changed(path, f"it ends at byte {extent.first + done:,}")
                 done += got
-            if (now := _state(handle)) != self._seen[path]:
+            if _state(handle) != self._seen[path]:
                 raise _changed(path, f"it had {self._seen[path][0]:,} bytes, and was written to since")
             if not self._keep_pages:
                 os.posix_fadvise(handle, extent.first, extent.count, os.POSIX_FADV_DONTNEED)

@@ -93,41 +93,46 @@ def find_experts(model: Any, store: SafetensorsFolder, where: str) -> list[Store
     single = {stock: stored for stored, stock in stock_name_of(model, store.specs).items()}
     found = []
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] != "experts" or not list(module.parameters(recurse=False)):
-            continue
-        packed = _row_ranges(module) if isinstance(module, PackedExperts) else None
-        if rows is None:
-            raise _unknown(model, where, path)
-        layer = StoredExperts(path, module)
-        parts: list[tuple[str, list[list[tuple[str, int, int]]]]] = []
-        for name, weight in module.named_parameters(recurse=False):
-            if packed is not None and name not in packed:
-                continue  # biases stay in memory
-            ranges = [(e, 1) for e in range(len(weight))] if packed is None else packed[name]
-            full = f"{path}.{name}"
-            if full in rows:
-                each = [[(stored, 0, -1) for stored in stored_parts] for stored_parts in rows[full]]
-            elif full in single and store.specs[single[full]].shape == tuple(weight.shape):
-                each = [[(single[full], first, count)] for first, count in ranges]
-            else:
-                raise _unknown(model, where, full)
-            parts.append((name, each))
-            if packed is not None:
-                layer.starts[name] = {first: expert for expert, (first, _) in enumerate(ranges)}
-        counts = {len(each) for _, each in parts}
-        if len(counts) != 1 or (packed is None and counts != {len(next(module.parameters(recurse=False)))}):
-            raise _unknown(model, where, path)
-        layer.names = tuple(name for name, _ in parts)
-        shapes = {name: tuple(weight.shape[1:]) for name, weight in module.named_parameters(recurse=False)}
-        for expert in range(counts.pop()):
-            pieces = {name: each[expert] for name, each in parts}
-            layer.experts.append(_expert(pieces, shapes, store, packed is not None))
-        found.append(layer)
+        if path.rpartition(".")[2] == "experts" and list(module.parameters(recurse=False)):
+            layer = None if rows is None else _layer_of(path, module, rows, single, store)
+            if layer is None:
+                raise _unknown(model, where, path)
+            found.append(layer)
     if not found and has_experts(model):
         raise _unknown(model, where, next(p for p, _ in model.named_modules() if p.rpartition(".")[2] == "experts"))
     if not found:
         raise RefusalError(f"{where} is dense: no layer has experts that could stay in its files", hint=HINT)
     return found
+
+
+def _layer_of(
+    path: str,
+    module: Any,
+    rows: Mapping[str, list[list[str]]],
+    single: Mapping[str, str],
+    store: SafetensorsFolder,
+) -> StoredExperts | None:
+    """Return the experts of one module; None: a weight is not stored expert by expert."""
+    packed = _row_ranges(module) if isinstance(module, PackedExperts) else None
+    weights = {n: weight for n, weight in module.named_parameters(recurse=False) if is_left_in_files(f"experts.{n}")}
+    layer = StoredExperts(path, module, names=tuple(weights))
+    parts: dict[str, list[list[tuple[str, int, int]]]] = {}
+    for name, weight in weights.items():
+        ranges = [(expert, 1) for expert in range(len(weight))] if packed is None else packed[name]
+        full = f"{path}.{name}"
+        if full in rows:
+            parts[name] = [[(stored, 0, -1) for stored in names] for names in rows[full]]
+        elif full in single and store.specs[single[full]].shape == tuple(weight.shape):
+            parts[name] = [[(single[full], first, count)] for first, count in ranges]
+        if len(parts.get(name, ())) != len(ranges):
+            return None
+        if packed is not None:
+            layer.starts[name] = {first: expert for expert, (first, _) in enumerate(ranges)}
+    shapes = {name: tuple(weight.shape[1:]) for name, weight in weights.items()}
+    for expert in range(len(next(iter(parts.values())))):
+        pieces = {name: each[expert] for name, each in parts.items()}
+        layer.experts.append(_expert(pieces, shapes, store, packed is not None))
+    return layer
 
 
 def _row_ranges(module: PackedExperts) -> dict[str, list[tuple[int, int]]]:
@@ -150,8 +155,8 @@ def _expert(
     """Return one expert: ``pieces`` has, by weight, stored tensors with the first row and the number of rows; -1: all."""
     at, extents, matrices = 0, [], []
     for name, parts in pieces.items():
-        at, begin, count = -(-at // _ALIGNMENT) * _ALIGNMENT, 0, 0
-        begin = at
+        at = begin = -(-at // _ALIGNMENT) * _ALIGNMENT
+        count = 0
         for stored, first, count in parts:
             spec = store.specs[stored]
             file, start = store.place(stored)
