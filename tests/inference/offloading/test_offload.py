@@ -20,6 +20,7 @@ from upcycle.architectures.stock import load_stock_model
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, RefusalError, UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.inference.offloading import expert_files
 from upcycle.inference.offloading.device_reader import DeviceReader
 from upcycle.inference.offloading.expert_files import ExpertFiles
 from upcycle.inference.offloading.offload import Budget, OffloadedModel, last_uses
@@ -148,11 +149,29 @@ def test_the_last_token_of_each_expert() -> None:
     assert last_uses(chosen[2:], 8) == {1: 0}
 
 
+def test_reads_past_the_page_cache_give_the_same_bytes(pico_moe: Pico, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks that fit no matrix; ``monkeypatch`` makes a step smaller than one."""
+    monkeypatch.setattr(expert_files, "_STEP", 3 * 4096)
+    with upcycle.offload(pico_moe("qwen3_moe"), "1GB") as whole:
+        layers, size = whole._files.layers, whole.budget.expert
+    with ExpertFiles(layers) as plain, ExpertFiles(layers, keep_pages=False) as past:
+        if not past._direct:
+            pytest.skip("this file system has no such reads")
+        for layer, stored in enumerate(layers):
+            for expert in range(len(stored.experts)):
+                found = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
+                plain.read(layer, expert, found[0])
+                past.read(layer, expert, found[1])
+                assert torch.equal(*found)
+                assert found[0].any()
+
+
+@pytest.mark.parametrize("keep_pages", [True, False])
 @pytest.mark.parametrize("how", ["shorter", "written"])
-def test_a_file_that_changes_meanwhile_is_named(how: str, pico_moe: Pico, tmp_path: Path) -> None:
+def test_a_file_that_changes_meanwhile_is_named(how: str, keep_pages: bool, pico_moe: Pico, tmp_path: Path) -> None:
     folder = shutil.copytree(pico_moe("mixtral"), tmp_path / "moe")
     file = folder / "model.safetensors"
-    with upcycle.offload(folder, tight(folder)) as offloaded:
+    with upcycle.offload(folder, tight(folder), keep_pages=keep_pages) as offloaded:
         if how == "shorter":
             os.truncate(file, 4096)
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
+from threading import local
 from types import TracebackType
 
 import torch
@@ -11,32 +13,38 @@ import torch
 from upcycle.errors import CheckpointError
 from upcycle.inference.offloading.expert_layout import StoredExpert, StoredExperts
 
+_BLOCK = 4096  # bytes: of what reads past the page cache must be multiples
+_STEP = 4 << 20  # bytes at a time of such reads: a copy of them stays in the processor's cache
 _HINT = "download or copy the file again, and leave it alone while the model writes"
 
 
 class ExpertFiles:
     """Reads experts into memory that the caller owns; several threads may read at once. A context manager.
 
-    Nothing is mapped: what is read is in the caller's memory, and otherwise in the system's page cache alone, which the system
-    takes back whenever it needs memory.
+    Nothing is mapped. Past the page cache, exactly the bytes of an expert are read; a mapping, or plain reads, make the system read
+    ahead, which for experts here and there in a large file is as much again.
 
     Args:
         layers: the experts of every layer.
-        keep_pages: leave what was read in the page cache. Otherwise the system is asked to drop it at once, so that no more of
-            the files is in memory than the caller holds.
+        keep_pages: read through the system's page cache, which keeps what was read for as long as there is memory to spare. Otherwise
+            reads go past it where the file system lets them (Linux, not tmpfs), and elsewhere the system is asked to drop the pages.
     """
 
     def __init__(self, layers: list[StoredExperts], keep_pages: bool = True) -> None:
-        self.layers, self._keep_pages = layers, keep_pages
+        self.layers, self._keep_pages, self._own = layers, keep_pages, local()
         files = {extent.file.path: extent.file for layer in layers for one in layer.experts for extent in one.extents}
         self._open: dict[Path, int] = {}
+        self._direct: dict[Path, int] = {}
         self._seen: dict[Path, tuple[int, int]] = {}
         try:
             for path, file in files.items():
-                handle = self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                handle = self._open[path] = os.open(path, os.O_RDONLY)
                 self._seen[path] = _state(handle)
                 if self._seen[path][0] != file.size:
                     raise _changed(path, f"it had {file.size:,} bytes, and has {self._seen[path][0]:,}")
+                _advise(handle, 0, 0, "POSIX_FADV_RANDOM")  # no reading ahead: experts lie here and there
+                if not keep_pages and (past := _open_past_cache(path)) is not None:
+                    self._direct[path] = past
         except BaseException:
             self.close()
             raise
@@ -50,24 +58,47 @@ class ExpertFiles:
         found: StoredExpert = self.layers[layer].experts[expert]
         into = memoryview(buffer.numpy())
         for extent in found.extents:
-            handle, path = self._open[extent.file.path], extent.file.path
-            done = 0
-            while done < extent.count:
-                part = into[extent.at + done : extent.at + extent.count]
-                got = os.preadv(handle, [part], extent.first + done)
-                if not got:
-                    raise _changed(path, f"it ends at byte {extent.first + done:,}")
-                done += got
-            if _state(handle) != self._seen[path]:
+            path = extent.file.path
+            part = into[extent.at : extent.at + extent.count]
+            if path in self._direct:
+                self._read_past_cache(path, part, extent.first)
+            else:
+                self._read_plainly(path, part, extent.first)
+            if _state(self._open[path]) != self._seen[path]:
                 raise _changed(path, f"it had {self._seen[path][0]:,} bytes, and was written to since")
-            if not self._keep_pages:
-                os.posix_fadvise(handle, extent.first, extent.count, os.POSIX_FADV_DONTNEED)
+
+    def _read_plainly(self, path: Path, part: memoryview, first: int) -> None:
+        done = 0
+        while done < len(part):
+            got = os.preadv(self._open[path], [part[done:]], first + done)
+            if not got:
+                raise _changed(path, f"it ends at byte {first + done:,}")
+            done += got
+        if not self._keep_pages:
+            _advise(self._open[path], first, len(part), "POSIX_FADV_DONTNEED")
+
+    def _read_past_cache(self, path: Path, part: memoryview, first: int) -> None:
+        """Read whole blocks into memory that begins at a block, as the system demands, and copy what was asked for out of it."""
+        if not hasattr(self._own, "blocks"):
+            self._own.blocks = mmap.mmap(-1, _STEP + 2 * _BLOCK)
+        blocks, done = memoryview(self._own.blocks), 0
+        while done < len(part):
+            start = (first + done) // _BLOCK * _BLOCK
+            before = first + done - start
+            wanted = min(_STEP, len(part) - done)
+            length = -(-(before + wanted) // _BLOCK) * _BLOCK
+            got = min(os.preadv(self._direct[path], [blocks[:length]], start) - before, wanted)
+            if got <= 0:
+                raise _changed(path, f"it ends at byte {start + before + got:,}")
+            part[done : done + got] = blocks[before : before + got]
+            done += got
 
     def close(self) -> None:
         """Close the files."""
-        for handle in self._open.values():
-            os.close(handle)
-        self._open.clear()
+        for handles in (self._open, self._direct):
+            for handle in handles.values():
+                os.close(handle)
+            handles.clear()
 
     def __enter__(self) -> ExpertFiles:
         return self
@@ -76,6 +107,30 @@ class ExpertFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open_past_cache(path: Path) -> int | None:
+    """Open a file so that reads go past the page cache; None where that is not possible."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY | flag)
+    except OSError:
+        return None
+    try:
+        with mmap.mmap(-1, _BLOCK) as block:
+            os.preadv(handle, [block], 0)
+    except OSError:  # some file systems find out when they read
+        os.close(handle)
+        return None
+    return handle
+
+
+def _advise(handle: int, first: int, count: int, advice: str) -> None:
+    """Give the system advice about a part of a file, where it takes any."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, first, count, getattr(os, advice))
 
 
 def _state(handle: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
 from upcycle.files.locate import locate
 from upcycle.formatting import size
+from upcycle.hardware.memory import available_memory
 from upcycle.inference.offloading.device_reader import DeviceReader
 from upcycle.inference.offloading.expected_experts import ExpectedExperts
 from upcycle.inference.offloading.expert_cache import ExpertCache
@@ -93,7 +94,7 @@ class OffloadedModel:
         memory: int,
         device: torch.device | None = None,
         prefetch: bool = True,
-        keep_pages: bool = True,
+        keep_pages: bool | None = None,
         threads: int = 2,
         host_memory: int = 0,
     ) -> None:
@@ -114,6 +115,9 @@ class OffloadedModel:
             self.model.generation_config = settings
         self._expected = ExpectedExperts(self.model, [layer.path for layer in layers])
         self._prefetch = prefetch
+        if keep_pages is None:
+            whole = sum(one.stored_bytes for layer in layers for one in layer.experts)
+            keep_pages = whole + memory < available_memory()
         self._files = ExpertFiles(layers, keep_pages)
         self._loader = Loader(threads)
         self.reader = DeviceReader(self._files, nbytes, device, host_memory)
@@ -179,7 +183,7 @@ def offload(
     memory: str | int,
     device: str | None = None,
     prefetch: bool = True,
-    keep_pages: bool = True,
+    keep_pages: bool | None = None,
     threads: int = 2,
     host_memory: str | int = 0,
 ) -> OffloadedModel:
@@ -191,7 +195,7 @@ def offload(
             with its libraries (about 0.5 GB), activations and the attention cache come on top.
         device: where it runs; default: the CPU.
         prefetch: fetch the experts that the next layer will probably need ahead.
-        keep_pages: let the system keep what was read in its page cache, as long as it has memory to spare.
+        keep_pages: let the system keep what was read in its page cache; default: where the whole model would fit in what is free.
         threads: how many experts are read at the same time in the background.
         host_memory: with another device, how much of the host's memory keeps experts.
 
