@@ -7,12 +7,12 @@ every embedding has a common part, on which the routers' rows lie apart as a Zip
 decides the rest. Tokens are drawn at temperature 1 with one seed, so that texts do not repeat themselves; all ways must draw the
 same ones.
 
-Each way runs in a process of its own. **How the cap is made real:** both ways drop every page of the file that they do not hold from
-the page cache (``posix_fadvise``), so that whatever is not held comes from the disk. ``upcycle`` holds what its budget says, and drops
-pages behind each read. ``mmap`` is the file mapped into memory, with the experts computed from the mapping, as it is left to the
-system; the system's choice of pages under a cap is replaced by the best that it could do: the experts used longest ago, of all
-layers, leave the mapping (``madvise``) when the mapped ones would take more bytes than upcycle's buffers. The time of that is not
-counted; that of page faults is, as the system serves them, with its read-ahead.
+Each way runs in a process of its own. **How the cap is made real:** whatever a way does not hold comes from the disk. ``upcycle``
+holds what its budget says, and reads past the page cache. ``mmap`` is the file mapped into memory, with the experts computed from
+the mapping, as it is left to the system; the system's choice of pages under a cap is replaced by the best that it could do: the
+experts used longest ago, of all layers, leave the mapping (``madvise``) when the mapped ones would take more bytes than upcycle's
+buffers. The time of that is not counted; that of page faults is, as the system serves them, with its read-ahead, whose surplus is
+dropped behind every token.
 """
 
 from __future__ import annotations
@@ -168,20 +168,24 @@ def run(way: str, folder: Path, memory: int, tokens: int) -> dict[str, Any]:
     """Run one way in this process."""
     import psutil
 
-    from upcycle.architectures.stock import load_stock_model
-    from upcycle.hardware.memory import peak_memory
+    from upcycle.architectures.stock import build_config, empty_model, load_stock_model
+    from upcycle.files.formats.tensor_files import read_config
     from upcycle.inference.offloading.offload import OffloadedModel
     from upcycle.models.experts import use_eager_experts
+    from upcycle.trainers.routing.stock_routers import find_routers
 
     if way == "whole":
         return write(use_eager_experts(load_stock_model(folder)).eval(), tokens)
-    before = psutil.Process().memory_info().rss
+    find_routers(
+        empty_model(build_config(read_config(folder), "it"), "it")
+    )  # loads the code, whose memory is not counted
+    before, on_disk = psutil.Process().memory_info().rss, psutil.Process().io_counters().read_bytes
     prefetch = way != "upcycle without guesses"
     with OffloadedModel(folder, memory, prefetch=prefetch, keep_pages=False) as offloaded:
         budget = offloaded.budget
         if way != "mmap":
             told = write(offloaded.model, tokens)
-            return {**told, **offloaded.facts(), "resident_set": peak_memory() - before, "places": budget.places}
+            return {**told, **offloaded.facts(), **grown(before, on_disk), "places": budget.places}
         most = budget.expert * (sum(budget.places) + budget.ahead)
         layers = offloaded._files.layers
         pages = Pages(layers[0].experts[0].extents[0].file.path, most)
@@ -195,7 +199,16 @@ def run(way: str, folder: Path, memory: int, tokens: int) -> dict[str, Any]:
         pages.behind()
         told = write(offloaded.model, tokens, pages.behind)
         share = pages.hits / (pages.hits + pages.misses)
-        return {**told, "hit_rate": share, "resident_set": peak_memory() - before}
+        return {**told, "hit_rate": share, **grown(before, on_disk)}
+
+
+def grown(before: int, on_disk: int) -> dict[str, int]:
+    """Return how much larger than ``before`` the resident set was at most, and what was read from the disk since ``on_disk``."""
+    import psutil
+
+    from upcycle.hardware.memory import peak_memory
+
+    return {"resident_set": peak_memory() - before, "disk": psutil.Process().io_counters().read_bytes - on_disk}
 
 
 def main() -> None:
@@ -237,11 +250,9 @@ def main() -> None:
             counts = one["written"]
             all_of = sum(counts.values())
             line += "".join(f"  {key} {counts[key] / all_of:.0%}" for key in counts)
-            line += (
-                f"  wrong guesses {one['wrong_guesses']}  read {one['bytes_read'] / 1e9:.1f} GB  places {one['places']}"
-            )
+            line += f"  wrong guesses {one['wrong_guesses']}  places {one['places']}"
         if "resident_set" in one:
-            line += f"  memory grew by {one['resident_set'] / 1e9:.2f} GB"
+            line += f"  memory grew by {one['resident_set'] / 1e9:.2f} GB, {one['disk'] / 1e9:.1f} GB from the disk"
         print(line)
 
 

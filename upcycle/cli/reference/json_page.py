@@ -16,6 +16,8 @@ JSON_KEYS = {
     "plan train options memory": "weights gradients optimizer buffers activations parent host total",
     "plan train options communication": "all_reduce all_gather reduce_scatter all_to_all total",
     "plan train options speed": "compute memory network bound unoverlapped limit",
+    "plan run": "model tokens experts top_k expert_bytes layers seconds all_on_device all_near_data",
+    "plan run layers": "layer device share worth_moving seconds all_on_device all_near_data",
     "convert": "out plan verification layers seconds peak_memory_bytes resumed merging",
     "convert merging of a zoo": "sources compare threshold similarity clusters text perplexity steps discarded coefficients",
     "convert merging of posteriors": "sources prior text perplexity posterior coefficients",

@@ -37,6 +37,8 @@ TITLES = {
     "2212.05055": "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
     "2301.00774": "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     "2305.17888": "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models",
+    "2312.17238": "Fast Inference of Mixture-of-Experts Language Models with Offloading",
+    "2405.18832": "MoNDE: Mixture of Near-Data Experts for Large-Scale Sparse Models",
     "2310.01334": "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
     "2310.04361": "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion",
     "2310.06694": "Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning",
