@@ -18,10 +18,10 @@ from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
 from upcycle.methods.compressing.observations import Observations
-from upcycle.planning.near_data import Expert, Machine, Unit, parse_rate, plan_layer, plan_run, used
+from upcycle.planning.near_data import ComputingUnit, Expert, LinkedMemories, parse_rate, plan_layer, plan_run, used
 
 EXPERT = Expert(parameters=3 * 64 * 128, nbytes=3 * 64 * 128 * 2, state_bytes=64 * 2)
-MACHINE = Machine(device=Unit(3e12, 2e11), near=Unit(2e10, 2e10), link=1e9)
+MACHINE = LinkedMemories(device=ComputingUnit(3e12, 2e11), near=ComputingUnit(2e10, 2e10), link=1e9)
 
 
 def restated(tokens: Fraction) -> tuple[Fraction, Fraction]:
@@ -78,9 +78,9 @@ def test_both_sides_are_done_together(tokens: int) -> None:
 
 def test_a_fast_link_moves_everything_and_a_slow_one_nothing_hot_alone() -> None:
     """With equal units, only the link decides; a side that costs nothing takes all."""
-    fast = Machine(Unit(1e15, 1e15), Unit(1e9, 1e9), link=1e15)
+    fast = LinkedMemories(ComputingUnit(1e15, 1e15), ComputingUnit(1e9, 1e9), link=1e15)
     assert len(plan_layer(0, [0.5] * 4, 64, EXPERT, fast).device) == 4
-    slow = Machine(Unit(1e15, 1e15), Unit(1e15, 1e15), link=1e6)
+    slow = LinkedMemories(ComputingUnit(1e15, 1e15), ComputingUnit(1e15, 1e15), link=1e6)
     assert plan_layer(0, [0.01] * 4, 1, EXPERT, slow).device == ()
 
 
@@ -112,7 +112,7 @@ def test_the_command_reads_observed_loads(seen: tuple[str, str]) -> None:
     spec = MoeCheckpoint.open(folder).model
     assert told["expert_bytes"] * 8 == spec.expert_elements * 4
     expert = Expert(spec.expert_elements // 8, spec.expert_elements // 8 * 4, spec.hidden_size * 4)
-    machine = Machine(Unit(300e12, 2e12), Unit(100e6, 200e9), 100e6)
+    machine = LinkedMemories(ComputingUnit(300e12, 2e12), ComputingUnit(100e6, 200e9), 100e6)
     expected = plan_layer(1, [1.0, 0.6, 0.3, 0.1], 50, expert, machine)
     assert told["layers"][1] == {**vars(expected), "device": list(expected.device)}
     assert 0 < len(expected.device) < 4

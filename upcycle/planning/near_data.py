@@ -26,7 +26,7 @@ _PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 @dataclass(frozen=True)
-class Unit:
+class ComputingUnit:
     """What computes experts: operations and bytes per second. An expert takes the longer of both."""
 
     flops: float
@@ -47,11 +47,11 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Machine:
+class LinkedMemories:
     """Describes where experts can run: the device, what computes near their memory, and the link, in bytes per second."""
 
-    device: Unit
-    near: Unit
+    device: ComputingUnit
+    near: ComputingUnit
     link: float
 
     def on_device(self, expert: Expert, tokens: float) -> float:
@@ -122,7 +122,7 @@ def used(share: float, tokens: int) -> tuple[float, float]:
     return part, tokens * share / part
 
 
-def plan_layer(layer: int, shares: Sequence[float], tokens: int, expert: Expert, machine: Machine) -> LayerPlan:
+def plan_layer(layer: int, shares: Sequence[float], tokens: int, expert: Expert, machine: LinkedMemories) -> LayerPlan:
     """Decide which experts of a layer go to the device; ``shares`` are the parts of all tokens that choose each."""
     order = sorted(range(len(shares)), key=lambda e: (-shares[e], e))
     uses = [used(shares[e], tokens) for e in order]
@@ -142,7 +142,7 @@ def plan_layer(layer: int, shares: Sequence[float], tokens: int, expert: Expert,
     )
 
 
-def plan_run(moe: str | Path, observations: str | Path, machine: Machine, tokens: int = 1) -> RunPlan:
+def plan_run(moe: str | Path, observations: str | Path, machine: LinkedMemories, tokens: int = 1) -> RunPlan:
     """Simulate steps of ``tokens`` tokens of a MoE whose experts lie in another memory than the device's.
 
     Args:

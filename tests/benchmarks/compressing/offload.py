@@ -94,14 +94,19 @@ def write(model: Any, tokens: int, behind: Any = lambda: 0.0) -> dict[str, Any]:
     started = perf_counter()
     output = model(torch.tensor([prompt()]), use_cache=True)
     first = perf_counter() - started - behind()
-    written, seconds = [], 0.0
+    written, seconds, computed = [], 0.0, processor_seconds()
     for _ in range(tokens):
         token = int(torch.multinomial(output.logits[0, -1].softmax(-1), 1, generator=draw))
         written.append(token)
         started = perf_counter()
         output = model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
         seconds += perf_counter() - started - behind()
-    return {"tokens": written, "prompt_seconds": first, "tokens_per_second": tokens / seconds}
+    return {
+        "tokens": written,
+        "prompt_seconds": first,
+        "tokens_per_second": tokens / seconds,
+        "computed": (processor_seconds() - computed) / tokens,
+    }
 
 
 class Mapped:
@@ -211,6 +216,12 @@ def grown(before: int, on_disk: int) -> dict[str, int]:
     return {"resident_set": peak_memory() - before, "disk": psutil.Process().io_counters().read_bytes - on_disk}
 
 
+def processor_seconds() -> float:
+    """Return what all threads of this process have computed."""
+    used = os.times()
+    return used.user + used.system
+
+
 def main() -> None:
     """Make the model, run every way, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,7 +254,7 @@ def main() -> None:
         one = found[len(found) // 2]
         same = all(each["tokens"] == expected for each in found)
         line = f"{way:24s} {one['tokens_per_second']:6.2f} tokens/s ({one['tokens_per_second'] / base:4.2f}x mmap)"
-        line += f"  prompt {one['prompt_seconds']:5.2f} s  {'same tokens' if same else 'OTHER TOKENS'}"
+        line += f"  {one['computed']:.3f} s of processors per token  prompt {one['prompt_seconds']:5.2f} s  {'same tokens' if same else 'OTHER TOKENS'}"
         if "hit_rate" in one:
             line += f"  hits {one['hit_rate']:.0%}"
         if "written" in one:

@@ -12,7 +12,7 @@ import torch
 
 from upcycle.errors import CheckpointError
 from upcycle.inference.offloading.expert_cache import ExpertCache
-from upcycle.inference.offloading.loading import Load, Loader
+from upcycle.inference.offloading.loading import ExpertLoad, Loader
 
 Made = Callable[..., ExpertCache]
 
@@ -37,7 +37,7 @@ def cache() -> Iterator[Made]:
 
             return fill
 
-        return ExpertCache(places, ahead, 8, read, loaders[-1])
+        return ExpertCache(places, ahead, lambda: torch.empty(8, dtype=torch.uint8), read, loaders[-1])
 
     yield make
     for loader in loaders:
@@ -143,8 +143,8 @@ def test_urgent_loads_go_first_and_waiting_ones_can_be_taken_back() -> None:
         order.append("first")
 
     names = ("guess", "guess too", "hurried", "needed")
-    loads = {name: Load(partial(order.append, name)) for name in names}
-    loader.submit(Load(first), urgent=True)
+    loads = {name: ExpertLoad(partial(order.append, name)) for name in names}
+    loader.submit(ExpertLoad(first), urgent=True)
     began.wait()
     for name in names[:3]:
         loader.submit(loads[name], urgent=False)
@@ -159,7 +159,7 @@ def test_urgent_loads_go_first_and_waiting_ones_can_be_taken_back() -> None:
 
 def test_a_load_that_has_not_begun_runs_where_it_is_waited_for() -> None:
     loader, ran = Loader(0), []
-    load = Load(lambda: ran.append(get_ident()))
+    load = ExpertLoad(lambda: ran.append(get_ident()))
     loader.submit(load, urgent=False)
     loader.finish(load)
     assert ran == [get_ident()]

@@ -53,11 +53,13 @@ def command(
     upcycle observe ./moe seen.safetensors --calibration docs.txt
     upcycle plan run ./moe --observations seen.safetensors --link 16GB/s --tokens 64
     """
-    from upcycle.planning.near_data import Machine, Unit, parse_rate, plan_run
+    from upcycle.planning.near_data import ComputingUnit, LinkedMemories, parse_rate, plan_run
 
-    machine = Machine(
-        Unit(parse_rate(device_flops, "--device-flops", "FLOPS"), parse_rate(device_memory, "--device-memory", "B/s")),
-        Unit(parse_rate(near_flops, "--near-flops", "FLOPS"), parse_rate(near_memory, "--near-memory", "B/s")),
+    machine = LinkedMemories(
+        ComputingUnit(
+            parse_rate(device_flops, "--device-flops", "FLOPS"), parse_rate(device_memory, "--device-memory", "B/s")
+        ),
+        ComputingUnit(parse_rate(near_flops, "--near-flops", "FLOPS"), parse_rate(near_memory, "--near-memory", "B/s")),
         parse_rate(link, "--link", "B/s"),
     )
     plan = plan_run(moe, observations, machine, tokens)

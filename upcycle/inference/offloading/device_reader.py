@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from upcycle.inference.offloading.expert_files import ExpertFiles
+from upcycle.inference.offloading.expert_files import SLACK, ExpertFiles, aligned_buffer
 
 
 class DeviceReader:
@@ -33,7 +33,7 @@ class DeviceReader:
     def __init__(self, files: ExpertFiles, nbytes: int, device: torch.device, host_bytes: int = 0) -> None:
         self._files, self._nbytes, self._device = files, nbytes, device
         self._host: dict[tuple[int, int], torch.Tensor] = {}
-        self._most = host_bytes // nbytes
+        self._most = host_bytes // (nbytes + SLACK)
         self._lock, self._own = Lock(), local()
         self.bytes_read = self.bytes_copied = 0
 
@@ -44,6 +44,12 @@ class DeviceReader:
         # What was queued with the buffer's old contents must be done before these are overwritten.
         free = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
         return lambda: self._bring(layer, expert, buffer, free)
+
+    def make_buffer(self) -> torch.Tensor:
+        """Return memory for one expert where it is computed."""
+        if self._device.type == "cpu":
+            return aligned_buffer(self._nbytes)
+        return torch.empty(self._nbytes + SLACK, dtype=torch.uint8, device=self._device)
 
     def _read(self, layer: int, expert: int, buffer: torch.Tensor) -> None:
         self._files.read(layer, expert, buffer)
@@ -80,7 +86,7 @@ class DeviceReader:
         return self._own.buffer, False
 
     def _new(self) -> torch.Tensor:
-        return torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return aligned_buffer(self._nbytes, pinned=self._device.type == "cuda")
 
     def _stream(self) -> Any:
         if self._device.type != "cuda":

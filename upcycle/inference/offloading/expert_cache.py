@@ -17,10 +17,10 @@ from itertools import count
 
 import torch
 
-from upcycle.inference.offloading.loading import Load, Loader
+from upcycle.inference.offloading.loading import ExpertLoad, Loader
 
 # Given layer, expert and buffer, returns what fills the buffer, on whatever thread.
-Reader = Callable[[int, int, torch.Tensor], Callable[[], None]]
+BufferReader = Callable[[int, int, torch.Tensor], Callable[[], None]]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Held:
     """An expert in a buffer; ``used`` is the token that last chose it, with a running number for those of one token."""
 
     buffer: torch.Tensor
-    load: Load
+    load: ExpertLoad
     used: tuple[int, int] = (-1, -1)
     guessed: bool = False
 
@@ -68,26 +68,21 @@ class ExpertCache:
     Args:
         places: how many experts every layer keeps, at least 1.
         ahead: how many experts can be on their way beside them.
-        nbytes: bytes of a buffer: of the largest expert.
+        make: makes a buffer for the largest expert, where it is computed.
         read: prepares to fill a buffer with an expert.
         loader: runs loads.
-        device: where the buffers are.
     """
 
     def __init__(
         self,
         places: Sequence[int],
         ahead: int,
-        nbytes: int,
-        read: Reader,
+        make: Callable[[], torch.Tensor],
+        read: BufferReader,
         loader: Loader,
-        device: torch.device | None = None,
     ) -> None:
-        def made(number: int) -> list[torch.Tensor]:
-            return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(number)]
-
-        self._layers = [_Layer(number, made(number)) for number in places]
-        self._spare = made(ahead)
+        self._layers = [_Layer(number, [make() for _ in range(number)]) for number in places]
+        self._spare = [make() for _ in range(ahead)]
         self._ahead: dict[tuple[int, int], Held] = {}
         self._left: list[Held] = []  # guessed wrong, while their loads still run
         self._read, self._loader = read, loader
@@ -174,7 +169,7 @@ class ExpertCache:
         return True
 
     def _start(self, layer: int, expert: int, buffer: torch.Tensor, guessed: bool) -> Held:
-        held = Held(buffer, Load(self._read(layer, expert, buffer)), guessed=guessed)
+        held = Held(buffer, ExpertLoad(self._read(layer, expert, buffer)), guessed=guessed)
         self.loads += 1
         self._loader.submit(held.load, urgent=not guessed)
         return held

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
+from ctypes import memmove
 from pathlib import Path
-from threading import local
 from types import TracebackType
 
 import torch
 
 from upcycle.errors import CheckpointError
-from upcycle.inference.offloading.expert_layout import StoredExpert, StoredExperts
+from upcycle.inference.offloading.expert_layout import Extent, StoredExpert, StoredExperts
 
 _BLOCK = 4096  # bytes: of what reads past the page cache must be multiples
-_STEP = 4 << 20  # bytes at a time of such reads: a copy of them stays in the processor's cache
+SLACK = 3 * _BLOCK  # bytes that a buffer has more than an expert, for such reads
 _HINT = "download or copy the file again, and leave it alone while the model writes"
 
 
@@ -31,7 +31,7 @@ class ExpertFiles:
     """
 
     def __init__(self, layers: list[StoredExperts], keep_pages: bool = True) -> None:
-        self.layers, self._keep_pages, self._own = layers, keep_pages, local()
+        self.layers, self._keep_pages = layers, keep_pages
         files = {extent.file.path: extent.file for layer in layers for one in layer.experts for extent in one.extents}
         self._open: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
@@ -50,19 +50,19 @@ class ExpertFiles:
             raise
 
     def read(self, layer: int, expert: int, buffer: torch.Tensor) -> None:
-        """Fill the first bytes of ``buffer`` (uint8, on the CPU) with an expert, as its layout says.
+        """Fill the first bytes of ``buffer`` (uint8, on the CPU, of :func:`aligned_buffer`) with an expert, as its layout says.
 
         Raises:
             CheckpointError: a file became shorter, or was changed, since it was opened.
         """
         found: StoredExpert = self.layers[layer].experts[expert]
-        into = memoryview(buffer.numpy())
-        for extent in found.extents:
+        roomy = buffer.data_ptr() % _BLOCK == 0 and len(buffer) >= found.nbytes + SLACK
+        for extent in found.extents:  # in the order of their places: a read may spill over into those behind it
             path = extent.file.path
-            part = into[extent.at : extent.at + extent.count]
-            if path in self._direct:
-                self._read_past_cache(path, part, extent.first)
+            if roomy and path in self._direct:
+                self._read_past_cache(path, buffer, extent)
             else:
+                part = memoryview(buffer.numpy())[extent.at : extent.at + extent.count]
                 self._read_plainly(path, part, extent.first)
             if _state(self._open[path]) != self._seen[path]:
                 raise _changed(path, f"it had {self._seen[path][0]:,} bytes, and was written to since")
@@ -77,21 +77,19 @@ class ExpertFiles:
         if not self._keep_pages:
             _advise(self._open[path], first, len(part), "POSIX_FADV_DONTNEED")
 
-    def _read_past_cache(self, path: Path, part: memoryview, first: int) -> None:
-        """Read whole blocks into memory that begins at a block, as the system demands, and copy what was asked for out of it."""
-        if not hasattr(self._own, "blocks"):
-            self._own.blocks = mmap.mmap(-1, _STEP + 2 * _BLOCK)
-        blocks, done = memoryview(self._own.blocks), 0
-        while done < len(part):
-            start = (first + done) // _BLOCK * _BLOCK
-            before = first + done - start
-            wanted = min(_STEP, len(part) - done)
-            length = -(-(before + wanted) // _BLOCK) * _BLOCK
-            got = min(os.preadv(self._direct[path], [blocks[:length]], start) - before, wanted)
-            if got <= 0:
-                raise _changed(path, f"it ends at byte {start + before + got:,}")
-            part[done : done + got] = blocks[before : before + got]
-            done += got
+    def _read_past_cache(self, path: Path, buffer: torch.Tensor, extent: Extent) -> None:
+        """Read whole blocks to a place that begins at one, as the system demands, and move what was asked for to where it belongs."""
+        start = extent.first // _BLOCK * _BLOCK
+        before, place = extent.first - start, -(-extent.at // _BLOCK) * _BLOCK
+        length = -(-(before + extent.count) // _BLOCK) * _BLOCK
+        into, got = memoryview(buffer.numpy())[place : place + length], 0
+        while got < before + extent.count:
+            more = os.preadv(self._direct[path], [into[got:]], start + got)
+            got += more
+            if not more or (got % _BLOCK and got < before + extent.count):
+                raise _changed(path, f"it ends at byte {start + got:,}")
+        first = buffer.data_ptr()
+        memmove(first + extent.at, first + place + before, extent.count)
 
     def close(self) -> None:
         """Close the files."""
@@ -107,6 +105,13 @@ class ExpertFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def aligned_buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
+    """Return memory for an expert of so many bytes on the CPU, into which reads past the page cache are possible."""
+    whole = torch.empty(nbytes + SLACK + _BLOCK, dtype=torch.uint8, pin_memory=pinned)
+    skipped = -whole.data_ptr() % _BLOCK
+    return whole[skipped : skipped + nbytes + SLACK]
 
 
 def _open_past_cache(path: Path) -> int | None:

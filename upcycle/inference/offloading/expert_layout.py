@@ -13,7 +13,7 @@ from upcycle.models.experts import has_experts
 from upcycle.models.own.moe_block import PackedExperts
 
 _ALIGNMENT = 64  # bytes: every matrix begins at a multiple, as torch's own allocations do
-HINT = "run it without --offload, on a machine with more memory"
+NOT_OFFLOADED_HINT = "run it without --offload, on a machine with more memory"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def find_experts(model: Any, store: SafetensorsFolder, where: str) -> list[Store
     if not found and has_experts(model):
         raise _unknown(model, where, next(p for p, _ in model.named_modules() if p.rpartition(".")[2] == "experts"))
     if not found:
-        raise RefusalError(f"{where} is dense: no layer has experts that could stay in its files", hint=HINT)
+        raise RefusalError(
+            f"{where} is dense: no layer has experts that could stay in its files", hint=NOT_OFFLOADED_HINT
+        )
     return found
 
 
@@ -172,5 +174,5 @@ def _expert(
 def _unknown(model: Any, where: str, name: str) -> RefusalError:
     return RefusalError(
         f"{where}: '{name}' of a {model.config.model_type} model is not stored expert by expert as this version knows it",
-        hint=HINT,
+        hint=NOT_OFFLOADED_HINT,
     )

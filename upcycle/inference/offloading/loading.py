@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Condition, Event, Thread
 
 
-class Load:
+class ExpertLoad:
     """One load: a function that runs once, on a thread of a :class:`Loader` or on that of who waits for it first.
 
     Attributes:
@@ -49,25 +49,25 @@ class Loader:
 
     def __init__(self, threads: int) -> None:
         self._changed = Condition()
-        self._urgent: deque[Load] = deque()
-        self._expected: deque[Load] = deque()
+        self._urgent: deque[ExpertLoad] = deque()
+        self._expected: deque[ExpertLoad] = deque()
         self._closed = False
         self._threads = [Thread(target=self._serve, daemon=True, name=f"experts-{i}") for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, load: Load, urgent: bool) -> None:
+    def submit(self, load: ExpertLoad, urgent: bool) -> None:
         """Hand over a load."""
         with self._changed:
             (self._urgent if urgent else self._expected).append(load)
             self._changed.notify()
 
-    def hurry(self, load: Load) -> None:
+    def hurry(self, load: ExpertLoad) -> None:
         """Make a load urgent that was only expected, unless it has begun."""
         if self.take_back(load):
             self.submit(load, urgent=True)
 
-    def take_back(self, load: Load) -> bool:
+    def take_back(self, load: ExpertLoad) -> bool:
         """Return whether a load had not begun; then it never will by itself."""
         with self._changed:
             for queue in (self._urgent, self._expected):
@@ -76,7 +76,7 @@ class Loader:
                     return True
         return False
 
-    def finish(self, load: Load) -> None:
+    def finish(self, load: ExpertLoad) -> None:
         """Wait for a load; one that has not begun runs on this thread. Raises what it raised."""
         if not load.done and self.take_back(load):
             load.run()

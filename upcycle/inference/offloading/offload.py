@@ -21,8 +21,8 @@ from upcycle.hardware.memory import available_memory
 from upcycle.inference.offloading.device_reader import DeviceReader
 from upcycle.inference.offloading.expected_experts import ExpectedExperts
 from upcycle.inference.offloading.expert_cache import ExpertCache
-from upcycle.inference.offloading.expert_files import ExpertFiles
-from upcycle.inference.offloading.expert_layout import HINT, StoredExperts, find_experts, is_left_in_files
+from upcycle.inference.offloading.expert_files import SLACK, ExpertFiles
+from upcycle.inference.offloading.expert_layout import NOT_OFFLOADED_HINT, StoredExperts, find_experts, is_left_in_files
 from upcycle.inference.offloading.fetched_weights import Scratch, put_in_place
 from upcycle.inference.offloading.loading import Loader
 from upcycle.models.experts import use_eager_experts
@@ -106,7 +106,7 @@ class OffloadedModel:
         nbytes = max(one.nbytes for layer in layers for one in layer.experts)
         top_k = _top_k(layers)
         counts = [len(layer.experts) for layer in layers]
-        self.budget = Budget.of(memory, resident + scratch.nbytes, nbytes, counts, top_k, name)
+        self.budget = Budget.of(memory, resident + scratch.nbytes, nbytes + SLACK, counts, top_k, name)
         held = FolderLayers(folder, left_out=is_left_in_files)
         for index in range(len(held)):
             held.load(index)
@@ -121,16 +121,19 @@ class OffloadedModel:
         self._files = ExpertFiles(layers, keep_pages)
         self._loader = Loader(threads)
         self.reader = DeviceReader(self._files, nbytes, device, host_memory)
-        self.cache = ExpertCache(self.budget.places, self.budget.ahead, nbytes, self.reader, self._loader, device)
+        self.cache = ExpertCache(
+            self.budget.places, self.budget.ahead, self.reader.make_buffer, self.reader, self._loader
+        )
         for index, layer in enumerate(layers):
             layer.module = self.model.get_submodule(layer.path)
             self._attach(index, layer, scratch)
-        self.model.to(device)
+        self.model.requires_grad_(False).to(device)
 
     def _attach(self, index: int, layer: StoredExperts, scratch: Scratch) -> None:
         cache, experts = self.cache, len(layer.experts)
 
         def begin(state: torch.Tensor, chosen: torch.Tensor) -> None:
+            state = state.reshape(-1, state.shape[-1])
             chosen = chosen.reshape(len(state), -1)
             cache.begin(index, last_uses(chosen, experts), len(state))
             if self._prefetch and len(state) <= _FEW_TOKENS:
@@ -216,12 +219,16 @@ def offload(
 
 def _refuse_others(folder: Path, name: str) -> None:
     if folder.is_file():
-        raise RefusalError(f"{name} is one file, and experts can stay in safetensors files alone", hint=HINT)
+        raise RefusalError(
+            f"{name} is one file, and experts can stay in safetensors files alone", hint=NOT_OFFLOADED_HINT
+        )
     raw = clean_file(folder / CONFIG) if (folder / CONFIG).is_file() else read_config(folder)
     if is_encoder(raw) or is_encoder_decoder(raw):
         raise RefusalError(f"{name} is no model that continues a text, and others are not run with experts in files")
     if is_block_fp8(raw):
-        raise RefusalError(f"{name} is stored in FP8, and its experts cannot stay in its files yet", hint=HINT)
+        raise RefusalError(
+            f"{name} is stored in FP8, and its experts cannot stay in its files yet", hint=NOT_OFFLOADED_HINT
+        )
 
 
 def _measure(folder: Path, name: str) -> tuple[list[StoredExperts], int]:
