@@ -69,8 +69,10 @@ def rows_of_stock(model: Any, stored: Iterable[str]) -> dict[str, list[list[str]
     for target, columns in found.items():
         rule = of_pattern[next(iter(columns))]
         stacked = [MergeModulelist] if len(columns) == 1 else [MergeModulelist, Concatenate]
-        plain = all(operation.dim == at for at, operation in enumerate(rule.operations) if type(operation) in stacked)
-        if [type(operation) for operation in rule.operations] != stacked or not plain:
+        operations: list[Any] = list(rule.operations)
+        if [type(operation) for operation in operations] != stacked:
+            return None
+        if any(operation.dim != at for at, operation in enumerate(operations)):
             return None
         ordered = [columns[pattern] for pattern in rule.source_patterns if pattern in columns]
         if len({len(column) for column in ordered}) != 1:

@@ -254,7 +254,8 @@ def main() -> None:
         one = found[len(found) // 2]
         same = all(each["tokens"] == expected for each in found)
         line = f"{way:24s} {one['tokens_per_second']:6.2f} tokens/s ({one['tokens_per_second'] / base:4.2f}x mmap)"
-        line += f"  {one['computed']:.3f} s of processors per token  prompt {one['prompt_seconds']:5.2f} s  {'same tokens' if same else 'OTHER TOKENS'}"
+        line += f"  {one['computed']:.3f} s of processors per token  prompt {one['prompt_seconds']:5.2f} s"
+        line += "  same tokens" if same else "  OTHER TOKENS"
         if "hit_rate" in one:
             line += f"  hits {one['hit_rate']:.0%}"
         if "written" in one:

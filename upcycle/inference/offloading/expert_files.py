@@ -7,6 +7,7 @@ import os
 from ctypes import memmove
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ class ExpertFiles:
             if roomy and path in self._direct:
                 self._read_past_cache(path, buffer, extent)
             else:
-                part = memoryview(buffer.numpy())[extent.at : extent.at + extent.count]
+                part = _view(buffer)[extent.at : extent.at + extent.count]
                 self._read_plainly(path, part, extent.first)
             if _state(self._open[path]) != self._seen[path]:
                 raise _changed(path, f"it had {self._seen[path][0]:,} bytes, and was written to since")
@@ -82,7 +83,7 @@ class ExpertFiles:
         start = extent.first // _BLOCK * _BLOCK
         before, place = extent.first - start, -(-extent.at // _BLOCK) * _BLOCK
         length = -(-(before + extent.count) // _BLOCK) * _BLOCK
-        into, got = memoryview(buffer.numpy())[place : place + length], 0
+        into, got = _view(buffer)[place : place + length], 0
         while got < before + extent.count:
             more = os.preadv(self._direct[path], [into[got:]], start + got)
             got += more
@@ -105,6 +106,11 @@ class ExpertFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _view(buffer: torch.Tensor) -> memoryview:
+    bytes_of: Any = buffer.numpy()
+    return memoryview(bytes_of)
 
 
 def aligned_buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
