@@ -101,6 +101,12 @@ def pico_moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
+@pytest.fixture(scope="session")
+def moe_maker() -> Callable[..., Path]:
+    """:func:`make_moe`, for models that are no pico ones."""
+    return make_moe
+
+
 def make_moe(folder: Path, model_type: str, changes: dict[str, Any], fused: bool = False) -> Path:
     """Save a MoE whose every weight is random, norms and the biases on the choice of experts included."""
     from transformers import AutoConfig, AutoModelForCausalLM

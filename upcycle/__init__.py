@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from upcycle.evaluation.compare import compare
     from upcycle.evaluation.compressing.compare_compressions import compare_compressions
     from upcycle.evaluation.evaluate import evaluate
+    from upcycle.inference.offloading.offload import offload
     from upcycle.kernels.entry.transformers_blocks import use_kernels
     from upcycle.kernels.entry.transformers_experts import register_kernels
     from upcycle.publishing.model_card import write_card
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "export",
     "observe",
+    "offload",
     "plan",
     "plan_training",
     "push",
@@ -59,6 +61,7 @@ _FUNCTIONS = {
     "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",
     "observe": "calibration.observe_file",
+    "offload": "inference.offloading.offload",
     "plan": "conversion.jobs",
     "plan_training": "trainers.forecast.plan_training",
     "push": "publishing.push",

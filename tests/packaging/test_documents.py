@@ -205,6 +205,13 @@ def test_json_keys(
     pushed = upcycle.push(tmp_path / "out", "you/moe", dry_run=True).as_dict()
     writing = [str(tmp_path / "out"), "--tokens", "2", "--json"]
     generated = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def"]).stdout)
+    small = ["--offload", "--memory", "1GB"]
+    offloaded = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def", *small]).stdout)
+    file = tmp_path / "seen.safetensors"
+    upcycle.observe(tmp_path / "out", file, "demo", tokens=512, window=64)
+    near = json.loads(
+        CliRunner().invoke(cli, ["plan", "run", writing[0], "--observations", str(file), "--json"]).stdout
+    )
     talked = json.loads(CliRunner().invoke(cli, ["chat", *writing], input="hello\n").stdout)
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     timed = upcycle.plan("demo", method="random_split", active=0.5, calibration="demo").as_dict()["time"]
@@ -216,6 +223,8 @@ def test_json_keys(
         "plan train options memory": planned["options"][0]["memory"],
         "plan train options communication": planned["options"][0]["communication"],
         "plan train options speed": planned["options"][0]["speed"],
+        "plan run": near,
+        "plan run layers": near["layers"][0],
         "convert": converted,
         "verify": converted["verification"],
         "verify with an engine": keys_of(ServingCheck),
@@ -252,6 +261,7 @@ def test_json_keys(
         "evaluate texts": evaluated["texts"][0],
         "generate": generated,
         "generate tokens": generated["tokens"][0],
+        "generate offload": offloaded["offload"],
         "chat, a line for each answer": talked,
         "evaluate layers": evaluated["layers"][0],
         "evaluate embeddings": keys_of(EmbeddingResult),

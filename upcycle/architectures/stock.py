@@ -159,6 +159,21 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     return model
 
 
+def generation_settings(folder: Path) -> Any:
+    """Return the stock generation settings that lie in a folder, without those that name code; None: it has none.
+
+    Raises:
+        CheckpointError: they are not a JSON object, or transformers refuses a value.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).is_file():
+        return None
+    content = {key: value for key, value in clean_file(folder / GENERATION).items() if key not in GENERATION_CODE}
+    with quiet_transformers(), _explained(f"transformers cannot read {folder / GENERATION}"):
+        return GenerationConfig(**content)
+
+
 def _gguf_config(clean: Path, path: Path) -> Any:
     """Return the configuration that transformers reads of a ``.gguf`` file, with what it does not read: biases, sizes.
 

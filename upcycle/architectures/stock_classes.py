@@ -38,6 +38,49 @@ def stock_name_of(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
 
 
+def rows_of_stock(model: Any, stored: Iterable[str]) -> dict[str, list[list[str]]] | None:
+    """Return, by weight that transformers makes of several tensors, these: a list per row of the weight, whose tensors lie one
+    after another in the row.
+
+    That is how experts that are stored one by one become one weight. None: some rule of the class makes something else of tensors
+    than to put them behind one another.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    of_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if pattern is not None and target in own:
+            found.setdefault(target, {}).setdefault(pattern, []).append(name)
+    rows = {}
+    for target, columns in found.items():
+        rule = of_pattern[next(iter(columns))]
+        stacked = [MergeModulelist] if len(columns) == 1 else [MergeModulelist, Concatenate]
+        operations: list[Any] = list(rule.operations)
+        if [type(operation) for operation in operations] != stacked:
+            return None
+        if any(operation.dim != at for at, operation in enumerate(operations)):
+            return None
+        ordered = [columns[pattern] for pattern in rule.source_patterns if pattern in columns]
+        if len({len(column) for column in ordered}) != 1:
+            return None
+        rows[target] = [list(parts) for parts in zip(*ordered, strict=True)]
+    return rows
+
+
 def names_in_stock(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Return the stored names by the names that transformers gives to their tensors when it loads them into a model.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import locate
+from upcycle.inference.offloading.offload import offload
 from upcycle.inference.pictures import with_picture
 from upcycle.models.experts import run_on_kernels
 from upcycle.models.load import load_model
@@ -44,18 +46,24 @@ class Writer:
         name: folder, hub id, ``.gguf`` file or ``demo``; dense or MoE.
         layer: the layer whose experts are reported; by default the middle MoE layer.
         experts: whether experts are reported at all.
+        memory: leave routed experts in the model's files, and use at most this much memory for weights, e.g. ``4GB``
+            (:func:`~upcycle.inference.offloading.offload.offload`). The text is the same.
 
     Raises:
-        UsageError: the layer has no experts, or the model's experts cannot be read.
+        UsageError: the layer has no experts, the model's experts cannot be read, or ``memory`` is too little.
+        RefusalError: with ``memory``, the model is dense, or its experts cannot stay in its files.
         EnvironmentFault: the model does not fit in memory.
     """
 
-    def __init__(self, name: str, layer: int | None = None, experts: bool = True) -> None:
+    def __init__(
+        self, name: str, layer: int | None = None, experts: bool = True, memory: str | int | None = None
+    ) -> None:
         self._name, self._folder = name, locate(name).path
         self._beside: dict[str, Any] = {}  # what the model reads with the next prompt's tokens
         self.tokenizer: Any = load_tokenizer(self._folder)
-        self.model: Any = load_model(name)
-        self.kernels = run_on_kernels(self.model)
+        self.offloaded = None if memory is None else offload(name, memory)
+        self.model: Any = load_model(name) if self.offloaded is None else self.offloaded.model
+        self.kernels = run_on_kernels(self.model) if self.offloaded is None else "eager"
         self.layer: int | None = None
         self.experts = 0
         self._recorder: Any = None
@@ -64,6 +72,9 @@ class Writer:
         self._config = text_config(self.model.config)
         self.context: int | None = getattr(self._config, "max_position_embeddings", None)
         self._ends = self._end_tokens()
+        #: the seconds that the last prompt took, and those of the ``written`` tokens that were read behind it
+        self.prompt_seconds = self.written_seconds = 0.0
+        self.written = 0
         #: why the last text ended: ``end`` of text, ``length``, or ``context``
         self.stopped = "length"
 
@@ -133,7 +144,9 @@ class Writer:
             raise UsageError(f"the prompt has {len(ids):,} tokens, but the model reads at most {self.context:,}")
         rng = torch.Generator().manual_seed(seed)
         pieces = Pieces(self.tokenizer)
+        started = perf_counter()
         logits, cache, chosen = self._read(list(ids), None)
+        self.prompt_seconds, self.written_seconds, self.written = perf_counter() - started, 0.0, 0
         for position, token in enumerate(ids):
             yield Token(token, pieces.add(token), *chosen[position], True)
         self.stopped = "length"
@@ -145,7 +158,10 @@ class Writer:
             if self.context is not None and len(ids) + count >= self.context:
                 self.stopped = "context"
                 return
+            started = perf_counter()
             logits, cache, chosen = self._read([token], cache)
+            self.written_seconds += perf_counter() - started
+            self.written += 1
             last = count == tokens - 1
             yield Token(token, pieces.add(token) + (pieces.rest() if last else ""), *chosen[0], False)
 
@@ -153,7 +169,9 @@ class Writer:
     def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any, list[tuple[list[int], list[float]]]]:
         """Read tokens: the logits ``[V]`` after the last one, the cache, and each token's experts and routing weights."""
         beside, self._beside = self._beside, {}
-        output = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, **beside)
+        output = self.model(
+            input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True, **beside
+        )
         chosen: list[tuple[list[int], list[float]]] = [([], []) for _ in ids]
         if self._recorder:
             (record,) = self._recorder.take()

@@ -49,17 +49,24 @@ class FolderLayers:
         folder: the folder of a dense model or a MoE, with safetensors weights.
         rounding: rounds a weight that was read, given its name and value.
         outside: whether to read the weights outside the layers, too.
+        left_out: tells by its name in the stock class whether a weight is left on the meta device.
 
     Raises:
         CheckpointError: the stock class misses a weight, or finds one of another shape.
     """
 
-    def __init__(self, folder: Path, rounding: Rounding | None = None, outside: bool = True) -> None:
-        self._folder, self._rounding = folder, rounding
+    def __init__(
+        self,
+        folder: Path,
+        rounding: Rounding | None = None,
+        outside: bool = True,
+        left_out: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self._folder, self._rounding, self._left_out = folder, rounding, left_out
         self._store = tensors_of(folder, read_config(folder))
         settings = build_config(clean_file(folder / "config.json"), str(folder))
         self.model: Any = empty_model(settings, str(folder), torch.float32).eval()
-        self._stored = _by_layer(self.model, self._store.specs)
+        self._stored = _by_layer(self.model, self._store.specs, left_out)
         compute_buffers(self.model)
         if not outside:
             return
@@ -70,11 +77,14 @@ class FolderLayers:
         if empty:
             raise CheckpointError(f"{folder}: stock transformers finds no weight for '{empty[0]}'")
 
+    def __len__(self) -> int:
+        return len(_layers(self.model))
+
     def load(self, index: int) -> None:
         """See :class:`Layers`."""
         self._read(index)
         compute_layer_buffers(self.model, index)
-        empty = [name for name, weight in _weights(self.model, index) if weight.is_meta]
+        empty = [n for n, weight in _weights(self.model, index) if weight.is_meta and not self._left_out(n)]
         if empty:
             raise CheckpointError(f"{self._folder}: stock transformers finds no weight for '{empty[0]}'")
 
@@ -263,11 +273,13 @@ def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in everything if paths.layer_of(name) is None]
 
 
-def _by_layer(model: Any, stored: Iterable[str]) -> dict[int | None, list[str]]:
+def _by_layer(model: Any, stored: Iterable[str], left_out: Callable[[str], bool]) -> dict[int | None, list[str]]:
     """Return the stored names by the layer that transformers puts them in; None: outside the layers."""
     found: dict[int | None, list[str]] = {}
     paths = _paths(model)
     for name, renamed in stock_name_of(model, stored).items():
+        if left_out(renamed):
+            continue
         found.setdefault(paths.layer_of(renamed), []).append(name)
     return found
 

@@ -8,9 +8,10 @@ import click
 
 from upcycle.cli.main import VERBS, cli
 from upcycle.cli.shared.plugin_tables import markdown_table
+from upcycle.cli.verbs.plan_run import command as plan_run
 from upcycle.cli.verbs.plan_train import command as plan_train
 
-INNER = {"plan": {"train": plan_train}}
+INNER = {"plan": {"train": plan_train, "run": plan_run}}
 TITLE = """# Commands
 
 `upcycle COMMAND --help` says the same. `--json` prints the result for programs ([its keys](json.md)), `--debug` shows tracebacks.

@@ -10,7 +10,10 @@ import click
 
 from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import note, print_json
+from upcycle.errors import UsageError
+from upcycle.formatting import size
 
+_MOST_MEMORY = 0.9  # of what is free
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -49,12 +52,22 @@ def say_kernels(writer: Any) -> None:
     type=click.Path(),
     help="picture that a model of parts reads with the prompt  [needs its processor's files]",
 )
+@click.option(
+    "--offload", is_flag=True, help="leave routed experts in MODEL's files, and keep those used last in memory"
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="with --offload: most memory for weights, e.g. 4GB  [default: nine tenths of what is free]",
+)
 @writing_options
 @common_options
 def command(
     model: str,
     prompt: str,
     image: str | None,
+    offload: bool,
+    memory: str | None,
     tokens: int,
     temperature: float,
     seed: int,
@@ -73,11 +86,12 @@ def command(
     upcycle generate ./moe --prompt "def read_file(path):"
     upcycle generate ./moe --prompt "Once upon a time" --temperature 0.8 --seed 7 --layer 3
     upcycle generate ./llava-moe --prompt "What is this?" --image cat.png
+    upcycle generate ./large-moe --prompt "Once upon a time" --offload --memory 4GB
     """
     from upcycle.cli.shared.coloured_tokens import ExpertText
     from upcycle.inference.generate import Writer
 
-    writer = Writer(model, layer, experts=not no_experts)
+    writer = Writer(model, layer, experts=not no_experts, memory=_memory(offload, memory))
     stream = writer.write(writer.encode(prompt, image), tokens, temperature, seed)
     if as_json:
         written = [asdict(token) for token in stream]
@@ -92,6 +106,7 @@ def command(
                 "stopped": writer.stopped,
                 "kernels": writer.kernels,
                 "tokens": written,
+                "offload": _offload_facts(writer) if writer.offloaded else None,
             }
         )
         return
@@ -102,3 +117,37 @@ def command(
     printer.end()
     if writer.layer is not None:
         printer.legend(writer.layer)
+    if writer.offloaded is not None:
+        _say_offloaded(_offload_facts(writer))
+
+
+def _memory(offload: bool, memory: str | None) -> str | int | None:
+    """Return the cap on weights in memory, or None where everything is in memory."""
+    if memory is not None and not offload:
+        raise UsageError("--memory is a cap for --offload, which is not given", hint="--offload --memory 4GB")
+    if not offload:
+        return None
+    if memory is not None:
+        return memory
+    from upcycle.hardware.memory import available_memory
+
+    return int(_MOST_MEMORY * available_memory())
+
+
+def _offload_facts(writer: Any) -> dict[str, Any]:
+    rate = writer.written / writer.written_seconds if writer.written else None
+    return {**writer.offloaded.facts(), "prompt_seconds": writer.prompt_seconds, "tokens_per_second": rate}
+
+
+def _say_offloaded(facts: dict[str, Any]) -> None:
+    """Note how fast the text was written, and where the experts were found."""
+    rate = facts["tokens_per_second"]
+    said = [f"prompt read in {facts['prompt_seconds']:.1f} s, {rate:.3g} tokens/s" if rate else "nothing written"]
+    if total := sum(facts["written"].values()):
+        hits, guessed, misses = (facts["written"][key] / total for key in ("hits", "guessed", "misses"))
+        said.append(f"experts {hits:.0%} in memory, {guessed:.0%} fetched ahead, {misses:.0%} waited for")
+    note("; ".join([*said, f"{size(facts['bytes_read'])} read"]))
+    note(
+        f"{size(facts['memory_bytes'])} for weights: {size(facts['resident_bytes'])} always, and "
+        f"{facts['kept_per_layer']} or more experts of {size(facts['expert_bytes'])} in each layer"
+    )

@@ -8,18 +8,21 @@ import click
 
 from upcycle.cli.shared.options import build_recipe, common_options, recipe_options
 from upcycle.cli.shared.output import note, print_facts, print_json, print_table, warn
+from upcycle.cli.verbs.plan_run import command as plan_run
 from upcycle.cli.verbs.plan_train import command as plan_train
 from upcycle.formatting import count, size
 
 
 class _Plan(click.Command):
-    """Makes ``upcycle plan train RECIPE`` a command of its own; any other first argument is a source."""
+    """Makes ``upcycle plan train RECIPE`` and ``plan run MOE`` commands of their own; any other first argument is a source."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         if args[:1] == ["train"] and len(args) > 1:
             return plan_train.make_context(f"{info_name} train", args[1:], parent, **extra)
+        if args[:1] == ["run"] and len(args) > 1:
+            return plan_run.make_context(f"{info_name} run", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
 
@@ -33,7 +36,8 @@ def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> Non
     SOURCE is a local folder, a hub id, a .gguf file, demo, a RECIPE.yaml, or the name of a recipe that comes with upcycle
     (upcycle list recipes). Of a hub id, only config.json is downloaded.
 
-    For what a training run needs, see upcycle plan train RECIPE --world 8xH100.
+    For what a training run needs, see upcycle plan train RECIPE --world 8xH100; for where the experts of a MoE are computed that lie
+    in the host's memory, upcycle plan run MOE --observations FILE.
     """
     show_plan(build_recipe(source, flags, None, note), as_json)
 

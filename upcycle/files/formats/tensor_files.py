@@ -164,6 +164,10 @@ class SafetensorsFile:
         """Return one whole tensor."""
         return next(self.chunks(name, max(self._offsets[name][0].nbytes, 1)))
 
+    def first_byte(self, name: str) -> int:
+        """Return where in the file the tensor begins."""
+        return self._start + self._offsets[name][1]
+
     def sample(self) -> str:
         """Return the SHA-256 of the header and of a few bytes of every tensor, as the file holds them now.
 
@@ -260,6 +264,11 @@ class SafetensorsFolder:
     def location(self, name: str) -> str:
         """Return the path of the file that holds a tensor, for messages."""
         return str(self._where[name].path)
+
+    def place(self, name: str) -> tuple[SafetensorsFile, int]:
+        """Return the file that holds a tensor, and where in it the tensor begins."""
+        file = self._where[name]
+        return file, file.first_byte(name)
 
     def chunks(
         self, name: str, most_bytes: int, part: tuple[int, int] | None = None, multiple: int = 1
