@@ -28,6 +28,7 @@ METHODS = {
     "to_dense": "upcycle.methods.compressing.to_dense:ToDense",
     "slim": "upcycle.methods.compressing.slim:Slim",
     "lower_top_k": "upcycle.methods.compressing.lower_top_k:LowerTopK",
+    "qmoe": "upcycle.methods.compressing.qmoe_codec.qmoe:Qmoe",
     "random_experts": "upcycle.methods.compressing.dropping.random_experts:RandomExperts",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stored_moe import MOES, MoeModel, expert_index
-from upcycle.calibration import observe_moe, refit_cut
+from upcycle.calibration import observe_moe, refit_cut, round_ternary
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.one_in(5)  # the other cases are long
 Models = Callable[..., Path]
 COMPRESSIONS = [name for name in METHODS if load("method", name).kind == "compression"]
 NAMES = [name for name in COMPRESSIONS if not load("method", name).dense]  # to_dense: test_to_dense.py
-WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k")]  # those whose result has fewer experts
+WHOLE = [name for name in NAMES if name not in ("slim", "lower_top_k", "qmoe")]  # those whose result has fewer experts
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
 ONE_WIDTH = ("hunyuan_v1_moe", "glm4_moe", "glm4_moe-sigmoid", "dots1", "solar_open")  # of routed and shared experts
@@ -111,8 +111,8 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     assert written.shape == (1, 7)
     elements = {name: tensor.numel() for name, tensor in load_file(out / "model.safetensors").items()}
     assert sum(elements.values()) == result.plan.parameters_total
-    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in WHOLE
-    assert result.plan.parameters_total < result.plan.parameters_dense or method == "lower_top_k"
+    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in (*WHOLE, "qmoe")
+    assert result.plan.parameters_total < result.plan.parameters_dense or method in ("lower_top_k", "qmoe")
 
 
 @pytest.mark.one_in(2)
@@ -200,6 +200,7 @@ def test_a_stopped_compression_continues_byte_equal(
         monkeypatch.setattr(load("method", method), "cut", interrupt)
     elif stop == "while refitting":
         monkeypatch.setattr(refit_cut._LayerFit, "set", interrupt)
+        monkeypatch.setattr(round_ternary, "_round_layer", interrupt)
     else:
         finish, finished = ShardWriter.finish, []
 
@@ -220,6 +221,7 @@ def test_a_stopped_compression_continues_byte_equal(
         monkeypatch.setattr(load("method", method), "cut", interrupt)
     if stop == "while writing":
         monkeypatch.setattr(refit_cut, "refit_cuts", interrupt)
+        monkeypatch.setattr(round_ternary, "round_ternary", interrupt)
     upcycle.convert(source, tmp_path / "out", **keys)
     monkeypatch.undo()
     upcycle.convert(source, tmp_path / "whole", **keys)
@@ -245,7 +247,8 @@ def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Mo
 @pytest.mark.parametrize("method", NAMES)
 def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    upcycle.convert(str(pico_moe("mixtral")), out, method=method, **quick(method))
+    keys = {**quick(method), **({"refit": "none"} if method == "qmoe" else {})}  # else that tensor is refitted
+    upcycle.convert(str(pico_moe("mixtral")), out, method=method, **keys)
     path = out / "model.safetensors"
     tensors = load_file(path)
     victim = next(name for name in tensors if "layers.1" in name and "experts.2.w1" in name)

@@ -38,8 +38,15 @@ _HELD_OUT_EVERY = 8  # windows
 
 
 def down_file(folder: Path, layer: int) -> Path:
-    """Return the file with the refitted down projections ``[E', d, F]`` of a layer."""
+    """Return the file of what was refitted of a layer: ``down`` ``[E', d, F]``, of ternary experts ``gate_up`` ``[E', 2 F, d]`` too"""
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
+
+
+def refitted_part(fitted: Mapping[str, torch.Tensor], part: str) -> torch.Tensor | None:
+    """Return which of a layer's refitted tensors a stored one is: gate, up, gate_up or down; None: that was not refitted."""
+    if part in ("gate", "up") and "gate_up" in fitted:
+        return fitted["gate_up"].chunk(2, 1)[part == "up"]
+    return fitted.get(part)
 
 
 def held_out_tokens(streams: torch.Tensor) -> torch.Tensor:
@@ -77,11 +84,8 @@ def refit_cuts(
 
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
 
-    def stored_dtype(layer: int) -> torch.dtype:
-        found: torch.dtype = getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, layer), dtype))
-        return found
-
-    cut = MoeWalk(_CutLayers(uncut, config, cuts, stored_dtype), windows.shape[1])
+    stored_dtype = stored_dtypes(checkpoint, dtype)
+    cut = MoeWalk(CutLayers(uncut, config, cuts, stored_dtype), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
     (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting experts", len(uncut.layers)):
@@ -102,13 +106,23 @@ def refit_cuts(
     return reports
 
 
+def stored_dtypes(checkpoint: MoeCheckpoint, dtype: str) -> Callable[[int], torch.dtype]:
+    """Return what tells in which dtype the experts of a layer will be stored; ``dtype`` is as a recipe means it."""
+
+    def stored_dtype(layer: int) -> torch.dtype:
+        found: torch.dtype = getattr(torch, checkpoint.dtype_of(_down_name(checkpoint, layer), dtype))
+        return found
+
+    return stored_dtype
+
+
 def _down_name(checkpoint: MoeCheckpoint, layer: int) -> str:
     from upcycle.architectures.stored_moe import is_down
 
     return next(name for name in checkpoint.model.names[layer] if is_down(name))
 
 
-class _CutLayers:
+class CutLayers:
     """Gives the layers of the compressed model their weights, cut out of those of a walk that holds the uncut layer."""
 
     def __init__(
@@ -144,9 +158,10 @@ class _CutLayers:
 
 def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut, stored: torch.dtype) -> torch.Tensor:
     """Return a tensor of the layer that is left; sums of experts are rounded as they will be stored."""
-    if whole.shape == shape:
+    of_experts = ".experts." in f".{name}"
+    if whole.shape == shape and not (of_experts and cut.merges):
         return whole
-    if ".experts." not in f".{name}":
+    if not of_experts:
         return whole[list(cut.rows)].clone()
     part = "down" if name.endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
     made = torch.stack([sum_of_terms(terms, part, whole.__getitem__) for terms in cut.experts])

@@ -100,6 +100,10 @@ class CompressConversion(CompressJob, GrowthConversion):
             from upcycle.calibration.refit_cut import refit_cuts
 
             kept = {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)}
+            if self.compression.ternary:
+                from upcycle.calibration.round_ternary import round_ternary
+
+                return round_ternary(checkpoint, self.config, kept, dtype, windows, folder, progress)
             return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress)
         from upcycle.calibration.refit_dense import refit_dense
 
@@ -154,19 +158,21 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        down = self._refitted(unit, folder)
+        from upcycle.calibration.refit_cut import refitted_part
+
+        fitted = self._refitted(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
-            if down is not None and self._part(entry) == "down":
-                yield entry, _refitted_blocks(entry, down)
+            if (whole := refitted_part(fitted, self._part(entry))) is not None:
+                yield entry, _refitted_blocks(entry, whole)
             else:
                 yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
 
-    def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
+    def _refitted(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         from upcycle.calibration.refit_cut import down_file
 
         if unit.layer is None or not self.refits or unit.layer not in read_cuts(folder):
-            return None
+            return {}
         path = down_file(folder, unit.layer)
         if not path.exists():  # written without it, the layer would be one that nobody fitted
             raise CheckpointError(
@@ -174,7 +180,7 @@ class CompressConversion(CompressJob, GrowthConversion):
             )
         from safetensors.torch import load_file
 
-        return load_file(path)["down"]
+        return load_file(path)
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:
         """Remove what only the writing needed, and return :meth:`reports`."""
@@ -205,14 +211,15 @@ class CompressConversion(CompressJob, GrowthConversion):
         """
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
-        return not (self.refits and self._part(entry) == "down")
+        parts = ("gate", "up", "gate_up", "down") if self.compression.ternary else ("down",)
+        return not (self.refits and self._part(entry) in parts)
 
 
-def _refitted_blocks(entry: OutputEntry, down: torch.Tensor) -> Iterator[torch.Tensor]:
+def _refitted_blocks(entry: OutputEntry, whole: torch.Tensor) -> Iterator[torch.Tensor]:
     from upcycle.architectures.stored_moe import expert_index
 
     place = expert_index(entry.name)
-    block = down if place is None else down[place]
+    block = whole if place is None else whole[place]
     yield checked_finite(entry, block.reshape(entry.spec.shape))
 
 

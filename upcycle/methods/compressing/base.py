@@ -79,6 +79,7 @@ class Compression(Growth):
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
     dense: ClassVar[bool] = False  # whether the result is a dense model
+    ternary: ClassVar[bool] = False  # whether experts are rounded, and the refit is of what rounding leaves
 
     @abstractmethod
     def cut(self, source: LayerSource, keep: int) -> Cut:
@@ -120,7 +121,7 @@ class Compression(Growth):
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
         cuts = choice or dict.fromkeys(model.moe_layers, self.before(model, keep))
-        exact = sizes == CutSizes.of(model)
+        exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)
         return Grown(
             config=model.config_with(*sizes),
@@ -220,6 +221,7 @@ def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
             "expert": "shared" if t.expert == SHARED_FFN else t.expert,
             "weight": t.weight,
             "order": None if t.order is None else [*t.order],
+            **({"ternary": True} if t.ternary else {}),
         }
         for t in terms
     ]
@@ -239,6 +241,7 @@ def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
             SHARED_FFN if t["expert"] == "shared" else t["expert"],
             t["weight"],
             None if t["order"] is None else tuple(t["order"]),
+            t.get("ternary", False),
         )
         for t in described
     )
