@@ -77,7 +77,7 @@ def test_what_is_missing_or_refused_is_said(
         assert hint in str(caught.value.hint)
         assert not out.exists()
 
-    refused(UsageError, "no type 'q4_k_n'", "did you mean 'q4_k_m'", type="q4_k_n")
+    refused(UsageError, "no type 'q4_k_n'", "did you mean 'q4_k", type="q4_k_n")
     refused(UsageError, "does not end in .gguf", "OUT.gguf", out=str(tmp_path / "m.bin"))
     refused(UsageError, "is no folder that can be written", "make it", out=str(tmp_path / "none" / "m.gguf"))
     refused(UsageError, "no such folder", "stock model", tmp_path / "none")

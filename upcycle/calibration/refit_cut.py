@@ -23,6 +23,7 @@ from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
 from upcycle.checkpoints.moe_checkpoint import sum_of_terms
+from upcycle.ffn.random_weights import stream
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.files.atomic_files import write_whole
@@ -32,13 +33,17 @@ from upcycle.progress import Progress
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.ffn.reconstruction import BlockSchedule
 
 MOST_JOINT = 4096  # neurons whose down projections are fitted together
 _HELD_OUT_EVERY = 8  # windows
 
 
 def down_file(folder: Path, layer: int) -> Path:
-    """Return the file of what was refitted of a layer: ``down`` ``[E', d, F]``, of ternary experts ``gate_up`` ``[E', 2 F, d]`` too"""
+    """Return the file of what was refitted of a layer: ``down`` ``[E', d, F]``, and, where they were, ``gate_up`` and ``router``.
+
+    These are ``[E', 2 F, d]`` and ``[E', d]``.
+    """
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
 
 
@@ -63,8 +68,10 @@ def refit_cuts(
     windows: torch.Tensor,
     folder: Path,
     progress: Progress,
+    training: BlockSchedule | None = None,
+    seed: int = 0,
 ) -> dict[int, dict[str, float]]:
-    """Refit every layer, and write the new down projections.
+    """Refit every layer, and write the new down projections, or all that was trained.
 
     Args:
         checkpoint: the MoE before it is cut.
@@ -74,6 +81,8 @@ def refit_cuts(
         windows: the text, token ids ``[N, W]``.
         folder: where the files are written.
         progress: where to report.
+        training: how experts and routers are trained behind the closed form; None: they are not.
+        seed: of the training's order of tokens.
 
     Returns:
         For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
@@ -96,14 +105,50 @@ def refit_cuts(
                 if index in cuts:
                     fit = _LayerFit(uncut, cut, index)
                     down, reports[index] = fit.solve(theirs, ours)
-                    stored = down.to(stored_dtype(index))
-                    fit.set(stored)
-                    write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
+                    fitted = {"down": down.to(stored_dtype(index)).contiguous()}
+                    fit.set(fitted["down"])
+                    if training is not None:
+                        dtypes = {"router": _router_dtype(checkpoint, index, dtype)}
+                        fitted, found = _trained(
+                            uncut, cut, index, theirs, ours, training, seed, stored_dtype(index), dtypes
+                        )
+                        reports[index] |= {"steps": found["steps"]}
+                        if reports[index]["missing_after"] and found["before"]:
+                            reports[index]["missing_after"] *= found["after"] / found["before"]
+                    write_whole(down_file(folder, index), partial(save_file, fitted))
                 for batch in uncut.batches(len(windows)):
                     theirs[batch] = uncut.run(index, theirs[batch])
                     ours[batch] = cut.run(index, ours[batch])
             progress.advance()
     return reports
+
+
+def _trained(
+    uncut: MoeWalk,
+    cut: MoeWalk,
+    index: int,
+    theirs: torch.Tensor,
+    ours: torch.Tensor,
+    schedule: BlockSchedule,
+    seed: int,
+    stored: torch.dtype,
+    others: Mapping[str, torch.dtype],
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Train a loaded layer, and return its tensors as they are stored (``others``: those of another dtype), and the report."""
+    from upcycle.calibration.train_cut import BlockTraining
+
+    def rounded(name: str, part: torch.Tensor) -> torch.Tensor:
+        return part.to(others.get(name, stored))
+
+    layer = BlockTraining(uncut, cut, index, schedule, stream(seed, str(index), "training"))
+    report = layer.fit(theirs, ours, held_out_tokens(theirs), rounded)
+    return {name: rounded(name, part.detach()).contiguous().clone() for name, part in layer.parts.items()}, report
+
+
+def _router_dtype(checkpoint: MoeCheckpoint, layer: int, dtype: str) -> torch.dtype:
+    name = next(name for name in checkpoint.model.names[layer] if checkpoint.model.role(name) == "router")
+    found: torch.dtype = getattr(torch, checkpoint.dtype_of(name, dtype))
+    return found
 
 
 def stored_dtypes(checkpoint: MoeCheckpoint, dtype: str) -> Callable[[int], torch.dtype]:

@@ -12,7 +12,7 @@ import torch
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
 from upcycle.calibration.refit_cut import CutLayers, down_file, held_out_tokens, stored_dtypes
-from upcycle.ffn.ternary import ternary_of_least_error
+from upcycle.ffn.rounding.ternary import ternary_of_least_error
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.models.stock_layers import layers_of

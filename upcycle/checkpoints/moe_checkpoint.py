@@ -135,7 +135,7 @@ def sum_of_terms(terms: Sequence[Term], part: str, matrix: Callable[[int], torch
     """
     import torch
 
-    from upcycle.ffn.ternary import nearest_ternary
+    from upcycle.ffn.rounding.ternary import nearest_ternary
 
     total: torch.Tensor | None = None
     for term in terms:

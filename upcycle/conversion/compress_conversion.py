@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,13 @@ class CompressConversion(CompressJob, GrowthConversion):
                 from upcycle.calibration.round_ternary import round_ternary
 
                 return round_ternary(checkpoint, self.config, kept, dtype, windows, folder, progress)
-            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress)
+            training = None
+            if self.refit == "blocks":
+                from upcycle.ffn.reconstruction import BlockSchedule
+
+                training = BlockSchedule(**self.recipe.reconstruction.model_dump())
+            seed = self.recipe.seed
+            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress, training, seed)
         from upcycle.calibration.refit_dense import refit_dense
 
         entries = [(unit.layer, entry) for unit in self.units for entry in unit.entries]
@@ -112,11 +118,17 @@ class CompressConversion(CompressJob, GrowthConversion):
         pieces = self.grown.pieces
         return refit_dense(checkpoint, self.config, pieces, [*cuts], down, dtype, windows, folder, progress)
 
-    @staticmethod
-    def _part(entry: OutputEntry) -> str:
-        """Return which matrix of experts, or of what they became, a tensor is; empty: none."""
+    @cached_property
+    def _routers(self) -> frozenset[str]:
+        model = self.moe
+        return frozenset(name for names in model.names.values() for name in names if model.role(name) == "router")
+
+    def _part(self, entry: OutputEntry) -> str:
+        """Return which matrix of experts, or of what they became, a tensor is, or ``router``; empty: none."""
         from upcycle.architectures.stored_moe import matrix_of
 
+        if entry.name in self._routers and not self.compression.dense:
+            return "router"
         return entry.origin.part if isinstance(entry.origin, DenseMatrix) else matrix_of(entry.name)
 
     def _cuts(
@@ -211,8 +223,7 @@ class CompressConversion(CompressJob, GrowthConversion):
         """
         if isinstance(entry.origin, DenseMatrix) and any(part.rank for part in entry.origin.cut.parts):
             return False
-        parts = ("gate", "up", "gate_up", "down") if self.compression.ternary else ("down",)
-        return not (self.refits and self._part(entry) in parts)
+        return self._part(entry) not in self.refitted_parts
 
 
 def _refitted_blocks(entry: OutputEntry, whole: torch.Tensor) -> Iterator[torch.Tensor]:

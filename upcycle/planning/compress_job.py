@@ -48,8 +48,25 @@ class CompressJob(GrowthJob):
 
     @property
     def refits(self) -> bool:
-        """Whether down projections are refitted on text."""
+        """Whether what is left is refitted on text."""
         return self.recipe.refit != "none" and self.changes
+
+    @property
+    def refit(self) -> str:
+        """What is refitted: ``down``, ``blocks`` (all of the experts, and the router) or ``none``."""
+        if not self.refits:
+            return "none"
+        return "blocks" if self.recipe.refit == "blocks" else "down"
+
+    @property
+    def refitted_parts(self) -> tuple[str, ...]:
+        """Which tensors are refitted, by what they hold."""
+        if not self.refits:
+            return ()
+        experts = ("gate", "up", "gate_up", "down")
+        if self.refit == "blocks":
+            return (*experts, "router")
+        return experts if self.compression.ternary else ("down",)
 
     @property
     def calibrated(self) -> bool:
@@ -73,7 +90,7 @@ class CompressJob(GrowthJob):
         return {
             "target": self.target_name,
             "compression": self.grown.summary,
-            "refit": "down" if self.refits else "none",
+            "refit": self.refit,
         }
 
     def cost(self) -> Plan:
@@ -88,14 +105,16 @@ class CompressJob(GrowthJob):
             if layer is not None
         ]
         outside = sum(self.source.specs[name].elements for name in moe.names[None])
-        streams = (3 if self.refits else 1) * plan.calibration_tokens * moe.hidden_size
-        walking = 4 * ((2 if self.refits else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
+        # Two models' streams and layers; where layers are trained, their inputs and targets, gradients and moments.
+        held, copies = {"none": (1, 1), "down": (3, 2), "blocks": (5, 5)}[self.refit]
+        streams = held * plan.calibration_tokens * moe.hidden_size
+        walking = 4 * (copies * max(layers) + outside + 2 * streams) if self.calibrated else 0
         return replace(
             plan,
             parameters_dense=before,
             bytes_dense=sum(spec.nbytes for spec in stored),
             flops_per_token_dense=2 * (before - self.grown.source_idle - embedding),
-            refit="down" if self.refits else "none",
+            refit=self.refit,
             warnings=[*plan.warnings, *self._one_kind()],
             peak_memory_bytes=max(plan.peak_memory_bytes, RESIDENT_BYTES + walking),
         )
@@ -124,13 +143,18 @@ def checked_compression(job: C) -> C:
     recipe = job.recipe
     if recipe.observations is not None:
         Observations.about(user_path(recipe.observations))  # a file that is not there, or another one, is refused now
-    if recipe.refit in ("scale", "blocks"):
+    trains = not (job.compression.dense or job.compression.ternary)
+    if recipe.refit == "scale" or (recipe.refit == "blocks" and not trains):
         raise UsageError(
             f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",
-            hint="--refit down or none",
+            hint="--refit down, blocks or none" if trains else "--refit down or none",
         )
     if job.calibrated:
-        what = f"method {recipe.method}" if recipe.observations is None else "refit: down (--refit none needs no text)"
+        what = (
+            f"method {recipe.method}"
+            if recipe.observations is None
+            else f"refit: {job.refit} (--refit none needs no text)"
+        )
         check_text(recipe, what)
     return job
 

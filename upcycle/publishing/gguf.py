@@ -19,7 +19,7 @@ from upcycle.hardware.child_processes import engine_environment
 from upcycle.progress import SILENT, Progress
 from upcycle.registry import suggestion
 from upcycle.verification.engines.engine import NotHeld, last_lines
-from upcycle.verification.engines.llama_cpp_engine import HINT, convert_to_gguf, found_program
+from upcycle.verification.engines.llama_cpp_engine import LLAMA_CPP_HINT, convert_to_gguf, found_program
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the converter itself writes
 QUANTIZED = (
@@ -136,7 +136,7 @@ def _quantizer() -> str:
     if found is None:
         raise EnvironmentFault(
             f"llama.cpp's {_QUANTIZER} was not found, and the converter alone writes {', '.join(CONVERTED)}",
-            hint=f"build it (cmake -B build && cmake --build build --target {_QUANTIZER}), and: {HINT}",
+            hint=f"build it (cmake -B build && cmake --build build --target {_QUANTIZER}), and: {LLAMA_CPP_HINT}",
         )
     return found
 

@@ -27,8 +27,8 @@ from measure import Row, report
 
 import upcycle
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-from upcycle.ffn.ternary import nearest_ternary
-from upcycle.methods.compressing.qmoe_codec.codes import decode, encode
+from upcycle.ffn.rounding.ternary import nearest_ternary
+from upcycle.methods.compressing.qmoe_codec.codes import decode_ternary, encode_ternary
 
 ROWS, COLUMNS, ROUNDS = 16384, 2048, 15
 MOST_BITS, LEAST_SPEED, ZEROS = 1.0, 0.25, 0.85
@@ -83,11 +83,11 @@ def least(do: Callable[[], object], other: Callable[[], object]) -> tuple[float,
 
 def measured(name: str, matrix: torch.Tensor) -> Measured:
     """Encode, decode, compare, and time."""
-    coded = encode(matrix)
+    coded = encode_ternary(matrix)
     assert coded is not None
     out, copy = torch.empty_like(matrix), torch.empty_like(matrix)
-    assert torch.equal(decode(coded, out=out).view(torch.int16), matrix.view(torch.int16))
-    decoding, copying = least(lambda: decode(coded, out=out), lambda: copy.copy_(matrix))
+    assert torch.equal(decode_ternary(coded, out=out).view(torch.int16), matrix.view(torch.int16))
+    decoding, copying = least(lambda: decode_ternary(coded, out=out), lambda: copy.copy_(matrix))
     size = matrix.numel() * matrix.element_size()
     return Measured(name, (matrix == 0).double().mean().item(), coded.bits_per_weight, size / decoding, size / copying)
 

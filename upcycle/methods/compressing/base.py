@@ -74,7 +74,7 @@ class Compression(Growth):
     kind = "compression"
     takes = "moe"
     calibrated = True
-    keys = frozenset({"keep", "observations", "calibration", "refit", "dtype"})
+    keys = frozenset({"keep", "observations", "calibration", "refit", "reconstruction", "dtype"})
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all

@@ -20,7 +20,7 @@ from upcycle.verification.engines.engine import Answer, NotHeld, Request, last_l
 LLAMA_CPP_VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
 _DIVIDES = "llama.cpp divides by the logit of the shared expert's switch, which is 0 in this model"
-HINT = (
+LLAMA_CPP_HINT = (
     f"git clone https://github.com/ggml-org/llama.cpp, set {LLAMA_CPP_VARIABLE} to that folder (its {_CONVERTER} is needed), and "
     "pip install xllamacpp sentencepiece (or llama-cpp-python in its place), or have llama-server on the PATH"
 )
@@ -45,7 +45,7 @@ class LlamaCpp:
             "tokens": request.tokens,
             "texts": request.texts,
         }
-        found = run_worker(self, "llama_cpp_worker.py", question, work, python, HINT)
+        found = run_worker(self, "llama_cpp_worker.py", question, work, python, LLAMA_CPP_HINT)
         return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
 
     def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
@@ -90,7 +90,7 @@ def convert_to_gguf(model: Path, file: Path, work: Path, python: str, kind: str 
     """
     converter = found_program(_CONVERTER)
     if converter is None:
-        raise EnvironmentFault(f"llama.cpp's {_CONVERTER} was not found", hint=HINT)
+        raise EnvironmentFault(f"llama.cpp's {_CONVERTER} was not found", hint=LLAMA_CPP_HINT)
     needed = 4 * sum(spec.elements for spec in SafetensorsFolder(model).specs.values())
     if needed > 0.95 * shutil.disk_usage(work).free:
         raise EnvironmentFault(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from upcycle.errors import CheckpointError
 from upcycle.methods.compressing.qmoe_codec import codes
-from upcycle.methods.compressing.qmoe_codec.codes import Coded, decode, encode
-from upcycle.methods.compressing.qmoe_codec.dictionary import LONGEST, VERSION, dictionary
+from upcycle.methods.compressing.qmoe_codec.codes import Coded, decode_ternary, encode_ternary
+from upcycle.methods.compressing.qmoe_codec.dictionary import DICTIONARY_VERSION, LONGEST_WORD, dictionary
 
 
 def matrix_of(zeros: float, rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -26,7 +26,7 @@ def matrix_of(zeros: float, rows: int, columns: int, dtype: torch.dtype, seed: i
 
 
 def coded(matrix: torch.Tensor) -> Coded:
-    found = encode(matrix)
+    found = encode_ternary(matrix)
     assert found is not None
     return found
 
@@ -54,12 +54,12 @@ def test_any_ternary_matrix_comes_back(way: str, dtype: torch.dtype) -> None:
     def check(zeros: float, rows: int, columns: int, seed: int) -> None:
         matrix = matrix_of(zeros, rows, columns, dtype, seed)
         packed = coded(matrix)
-        assert same(decode(packed), matrix)
+        assert same(decode_ternary(packed), matrix)
         for row in range(rows):
-            assert same(decode(packed, row, 1), matrix[row : row + 1])
+            assert same(decode_ternary(packed, row, 1), matrix[row : row + 1])
             own = packed.codes[int(packed.counts[:row].long().sum()) :][: int(packed.counts[row])]
             alone = Coded(own, packed.counts[row : row + 1], packed.scales[row : row + 1], columns)
-            assert same(decode(alone), matrix[row : row + 1])
+            assert same(decode_ternary(alone), matrix[row : row + 1])
 
     check()
 
@@ -70,10 +70,10 @@ def test_any_ternary_matrix_comes_back(way: str, dtype: torch.dtype) -> None:
 )
 def test_what_is_not_ternary_is_not_coded(odd: list[float]) -> None:
     matrix = torch.zeros(4, 3)
-    assert encode(matrix) is not None
+    assert encode_ternary(matrix) is not None
     matrix[2] = torch.tensor(odd)
-    assert encode(matrix) is None
-    assert encode(torch.zeros(0, 3)) is None
+    assert encode_ternary(matrix) is None
+    assert encode_ternary(torch.zeros(0, 3)) is None
 
 
 def test_fewer_bits_than_one_where_most_are_zeros() -> None:
@@ -86,7 +86,7 @@ def test_damage_is_an_error(way: str) -> None:
 
     def refused(words: str, **changes: Any) -> None:
         with pytest.raises(CheckpointError, match=words):
-            decode(replace(whole, **changes))
+            decode_ternary(replace(whole, **changes))
 
     beyond = whole.codes.clone()
     beyond[int(whole.counts[:2].long().sum())] = (1 << 16) - 1  # no such word, in row 2
@@ -104,11 +104,11 @@ def test_damage_is_an_error(way: str) -> None:
 def test_the_dictionary_is_the_one_of_its_version() -> None:
     book = dictionary()
     digest = hashlib.sha256(book.words.tobytes() + book.lengths.tobytes()).hexdigest()
-    assert (VERSION, digest[:16]) == ("tunstall-885-64", "54570d2b13df98ae")
+    assert (DICTIONARY_VERSION, digest[:16]) == ("tunstall-885-64", "54570d2b13df98ae")
     assert len(book.words) <= 1 << 16
     # Every word is a leaf of a complete tree: the shares of the sequences that begin with each sum to 1.
     assert sum(3.0 ** -int(length) for length in book.lengths) == pytest.approx(1.0, abs=1e-12)
     assert len({word[:length].tobytes() for word, length in zip(book.words, book.lengths, strict=True)}) == len(
         book.words
     )
-    assert int(book.lengths.max()) == LONGEST
+    assert int(book.lengths.max()) == LONGEST_WORD

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, UpcycleError, UsageError
-from upcycle.ffn.ternary import nearest_ternary
+from upcycle.ffn.rounding.ternary import nearest_ternary
 from upcycle.files.local_names import LOCAL_NAMES_FILE
-from upcycle.methods.compressing.qmoe_codec.packing import pack, unpack
+from upcycle.methods.compressing.qmoe_codec.packing import pack_model, unpack_model
 
 Models = Callable[..., Path]
 
@@ -43,17 +43,17 @@ def ternary(pico_moe: Models, tmp_path: Path) -> Path:
 
 def test_a_packed_model_is_smaller_and_comes_back(ternary: Path, tmp_path: Path) -> None:
     packed, out = tmp_path / "packed", tmp_path / "out"
-    said = pack(ternary, packed)
+    said = pack_model(ternary, packed)
     tensors = load_file(ternary / "model.safetensors")
     experts = [tensor for name, tensor in tensors.items() if "experts." in name]
     assert said.ternary == sum(tensor[1:].numel() for tensor in experts)
     raw, small = (ternary / "model.safetensors").stat().st_size, (packed / "model.packed").stat().st_size
     assert small < raw - sum(tensor[1:].nbytes for tensor in experts) / 2
     assert not list(packed.glob("*.safetensors*"))
-    assert unpack(packed, out).ternary == said.ternary
+    assert unpack_model(packed, out).ternary == said.ternary
     assert contents(out) == contents(ternary)
-    pack(ternary, packed, overwrite=True)
-    unpack(packed, tmp_path / "again")
+    pack_model(ternary, packed, overwrite=True)
+    unpack_model(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(ternary)
 
 
@@ -83,12 +83,12 @@ def test_a_compressed_model_is_packed_by_command(pico_moe: Models, tmp_path: Pat
 
 def test_a_model_without_ternary_experts_is_refused(pico_moe: Models, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no ternary matrix"):
-        pack(pico_moe("mixtral"), tmp_path / "packed")
+        pack_model(pico_moe("mixtral"), tmp_path / "packed")
     assert not list(tmp_path.iterdir())
     with pytest.raises(UsageError, match="no such folder"):
-        pack(tmp_path / "nothing", tmp_path / "packed")
+        pack_model(tmp_path / "nothing", tmp_path / "packed")
     with pytest.raises(CheckpointError, match="no packed model"):
-        unpack(pico_moe("mixtral"), tmp_path / "out")
+        unpack_model(pico_moe("mixtral"), tmp_path / "out")
 
 
 def damaged(folder: Path, name: str, change: Callable[[bytearray], None]) -> None:
@@ -100,11 +100,11 @@ def damaged(folder: Path, name: str, change: Callable[[bytearray], None]) -> Non
 def test_damage_is_named_and_leaves_nothing(ternary: Path, tmp_path: Path) -> None:
     def refused(words: str) -> None:
         with pytest.raises(UpcycleError, match=words):
-            unpack(tmp_path / "packed", tmp_path / "out")
+            unpack_model(tmp_path / "packed", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     packed = tmp_path / "packed"
-    pack(ternary, packed)
+    pack_model(ternary, packed)
     whole = contents(packed)
 
     def again() -> None:
@@ -132,7 +132,7 @@ def test_damage_is_named_and_leaves_nothing(ternary: Path, tmp_path: Path) -> No
 
 
 def test_every_code_that_is_changed_is_found(ternary: Path, tmp_path: Path) -> None:
-    pack(ternary, tmp_path / "packed")
+    pack_model(ternary, tmp_path / "packed")
     path = tmp_path / "packed" / "model.packed"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith(":codes"))
@@ -142,5 +142,5 @@ def test_every_code_that_is_changed_is_found(ternary: Path, tmp_path: Path) -> N
         changed[name][0] = code
         save_file(changed, path)
         with pytest.raises(CheckpointError, match=r"model\.packed"):
-            unpack(tmp_path / "packed", tmp_path / "out")
+            unpack_model(tmp_path / "packed", tmp_path / "out")
     assert torch.equal(load_file(ternary / "model.safetensors")["lm_head.weight"], tensors["lm_head.weight::tensor"])

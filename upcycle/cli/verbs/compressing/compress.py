@@ -22,6 +22,7 @@ KEYS = (
         "calibration.text",
         "calibration.tokens",
         "refit",
+        "reconstruction.passes",
         "dtype",
         "max_shard_size",
     ),

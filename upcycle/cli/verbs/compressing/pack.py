@@ -27,9 +27,9 @@ def command(model: Path, out: Path, overwrite: bool, quiet: bool, as_json: bool,
     upcycle pack TERNARY SMALL
     upcycle unpack SMALL MODEL
     """
-    from upcycle.methods.compressing.qmoe_codec.packing import pack
+    from upcycle.methods.compressing.qmoe_codec.packing import pack_model
 
-    packed = pack(model, out, overwrite=overwrite, progress=ProgressBars(quiet))
+    packed = pack_model(model, out, overwrite=overwrite, progress=ProgressBars(quiet))
     if as_json:
         print_json(packed.as_dict())
         return

@@ -22,9 +22,9 @@ def command(packed: Path, out: Path, overwrite: bool, quiet: bool, as_json: bool
 
     Stock transformers loads OUT, and every verb of upcycle takes it. A file that is damaged is named.
     """
-    from upcycle.methods.compressing.qmoe_codec.packing import unpack
+    from upcycle.methods.compressing.qmoe_codec.packing import unpack_model
 
-    found = unpack(packed, out, overwrite=overwrite, progress=ProgressBars(quiet))
+    found = unpack_model(packed, out, overwrite=overwrite, progress=ProgressBars(quiet))
     if as_json:
         print_json(found.as_dict())
         return

@@ -14,7 +14,7 @@ import torch
 
 from upcycle.errors import CheckpointError
 from upcycle.kernels.cpu.native.ternary import decode_natively
-from upcycle.methods.compressing.qmoe_codec.dictionary import LONGEST, dictionary
+from upcycle.methods.compressing.qmoe_codec.dictionary import LONGEST_WORD, dictionary
 
 _MOST_CODES = (1 << 16) - 1  # of a row
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,7 +65,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
-def encode(matrix: torch.Tensor) -> Coded | None:
+def encode_ternary(matrix: torch.Tensor) -> Coded | None:
     """Return a floating matrix ``[R, C]`` in codes; None: a row of it is not ternary, or has more codes than can be counted."""
     found = ternary_parts(matrix) if matrix.numel() else None
     if found is None:
@@ -92,7 +92,9 @@ def encode(matrix: torch.Tensor) -> Coded | None:
     return Coded(torch.from_numpy(codes), torch.from_numpy(counts.astype(np.uint16)), scales.contiguous(), columns)
 
 
-def decode(coded: Coded, first: int = 0, count: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode_ternary(
+    coded: Coded, first: int = 0, count: int | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return ``count`` rows of a matrix from ``first`` on, ``[count, C]``; None: all of them.
 
     Args:
@@ -109,7 +111,7 @@ def decode(coded: Coded, first: int = 0, count: int | None = None, out: torch.Te
     last = len(counts) if count is None else first + count
     if int(ends[-1]) != coded.codes.numel():
         raise CheckpointError(f"damaged codes: there are {coded.codes.numel()}, and the rows have {int(ends[-1])}")
-    if coded.columns > LONGEST * int(counts.max()):  # before room is made for so many
+    if coded.columns > LONGEST_WORD * int(counts.max()):  # before room is made for so many
         raise CheckpointError(f"damaged codes: no row has enough for {coded.columns} columns")
     book = dictionary()
     part, scales = ends[first : last + 1].contiguous(), coded.scales[first:last].contiguous()
@@ -145,6 +147,6 @@ def _decode(codes: torch.Tensor, ends: torch.Tensor, scales: torch.Tensor, out: 
         wrong = (filled != columns) | (np.bincount(row, taken <= 0, len(bounds) - 1) > 0)
         if wrong.any():
             return first + int(np.flatnonzero(wrong)[0])
-        trits = book.words[words][np.arange(LONGEST) < taken[:, None]].reshape(-1, columns)
+        trits = book.words[words][np.arange(LONGEST_WORD) < taken[:, None]].reshape(-1, columns)
         out[first : first + rows] = _valued(torch.from_numpy(trits), scales[first : first + rows])
     return -1

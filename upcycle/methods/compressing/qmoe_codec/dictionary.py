@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-VERSION = "tunstall-885-64"  # trits are zero with probability 0.885, as QMoE takes it; words have at most 64
-LONGEST = 64
+DICTIONARY_VERSION = "tunstall-885-64"  # trits are zero with probability 0.885, as QMoE takes it; words have at most 64
+LONGEST_WORD = 64
 _MOST_WORDS = 1 << 16
 # Thousandths of bits: 1000 * -log2 of 0.885, and of 0.0575 for either of the others.
 _ZERO_COST, _OTHER_COST = 176, 4120
@@ -44,7 +44,7 @@ class Dictionary:
 
 @lru_cache(maxsize=1)
 def dictionary() -> Dictionary:
-    """Return the dictionary of :data:`VERSION`; made once per process, in about half a second."""
+    """Return the dictionary of :data:`DICTIONARY_VERSION`; made once per process, in about half a second."""
     steps: list[list[int]] = []
     words: list[bytes] = []
     # Cost, number of creation (the first of equals is replaced first), word, the beginning that leads to it, and by which trit.
@@ -52,7 +52,7 @@ def dictionary() -> Dictionary:
     made, total = 1, 1
     while waiting:
         cost, _, word, parent, trit = heapq.heappop(waiting)
-        if len(word) == LONGEST or total + 2 > _MOST_WORDS:
+        if len(word) == LONGEST_WORD or total + 2 > _MOST_WORDS:
             steps[parent][trit] = -1 - len(words)
             words.append(word)
             continue
@@ -65,8 +65,8 @@ def dictionary() -> Dictionary:
             heapq.heappush(waiting, (cost + more, made, word + bytes([other]), node, other))
             made += 1
     lengths = np.array([len(word) for word in words], np.uint8)
-    table = np.zeros((len(words), LONGEST), np.int8)
-    filled = np.arange(LONGEST) < lengths[:, None]
+    table = np.zeros((len(words), LONGEST_WORD), np.int8)
+    filled = np.arange(LONGEST_WORD) < lengths[:, None]
     table[filled] = np.frombuffer(b"".join(words), np.uint8).astype(np.int8) - 1
     tree = np.array(steps, np.int32)
     ends = np.zeros(len(tree), np.int32)

@@ -26,7 +26,7 @@ from upcycle.files.output.ownership import check_apart, check_output
 from upcycle.files.output.workspace import Workspace, explained_system_errors
 from upcycle.files.records import versions
 from upcycle.files.user_paths import user_path
-from upcycle.methods.compressing.qmoe_codec.dictionary import VERSION
+from upcycle.methods.compressing.qmoe_codec.dictionary import DICTIONARY_VERSION
 from upcycle.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from upcycle.methods.compressing.qmoe_codec.codes import Coded
 
-FORMAT = "1"
+PACKED_FORMAT = "1"
 _ENDING = ".packed"
 _HEADER = "header"
 _BLOCK = 1 << 26  # bytes of a tensor that are read at once
@@ -65,7 +65,7 @@ class _Part(NamedTuple):
     blocks: Iterable[torch.Tensor]
 
 
-def pack(model: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Packed:
+def pack_model(model: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Packed:
     """Pack the ternary matrices of a model.
 
     Args:
@@ -88,7 +88,7 @@ def pack(model: str | Path, out: str | Path, *, overwrite: bool = False, progres
 
         raise no_weights(folder)
     hashes = {name: hash_file(inside(folder / name, folder)) for name in names}
-    fingerprint = hash_bytes(json.dumps(["pack", FORMAT, VERSION, hashes], sort_keys=True).encode())
+    fingerprint = hash_bytes(json.dumps(["pack", PACKED_FORMAT, DICTIONARY_VERSION, hashes], sort_keys=True).encode())
     with explained_system_errors(out), _workspace(out, fingerprint, overwrite, "packing", progress) as workspace:
         if not workspace.finished:
             stored, ternary, coded = {}, 0, 0
@@ -108,8 +108,8 @@ def pack(model: str | Path, out: str | Path, *, overwrite: bool = False, progres
                     hint=f"make its experts ternary first: upcycle compress {folder} OUT --method qmoe --calibration TEXT",
                 )
             about = {
-                "format": FORMAT,
-                "dictionary": VERSION,
+                "format": PACKED_FORMAT,
+                "dictionary": DICTIONARY_VERSION,
                 "ternary": ternary,
                 "coded_bytes": coded,
                 "files": {name: {"stored": stored[name], "sha256": hashes[name]} for name in names},
@@ -122,17 +122,19 @@ def pack(model: str | Path, out: str | Path, *, overwrite: bool = False, progres
     return _facts(result, sum((folder / name).stat().st_size for name in names), _size(result), about)
 
 
-def unpack(packed: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Packed:
+def unpack_model(
+    packed: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Packed:
     """Write the model that was packed, the same files byte for byte.
 
     Args:
-        packed: a folder that :func:`pack` wrote.
+        packed: a folder that :func:`pack_model` wrote.
         out: the folder to write.
         overwrite: replace an ``out`` that upcycle wrote, once the new one is complete.
         progress: what to report to.
 
     Raises:
-        CheckpointError: the folder was not written by :func:`pack`, or a file of it is damaged.
+        CheckpointError: the folder was not written by :func:`pack_model`, or a file of it is damaged.
         UsageError: ``out`` is not empty, or another version of the dictionary is needed.
     """
     folder, out = _folder(packed), user_path(out).absolute()
@@ -185,10 +187,10 @@ def _about(folder: Path) -> dict[str, Any]:
     found = read_json(folder / RECORD).get("packed") if (folder / RECORD).is_file() else None
     if not isinstance(found, dict):
         raise CheckpointError(f"{folder} is no packed model", hint="name a folder that upcycle pack wrote")
-    if (found.get("format"), found.get("dictionary")) != (FORMAT, VERSION):
+    if (found.get("format"), found.get("dictionary")) != (PACKED_FORMAT, DICTIONARY_VERSION):
         raise UsageError(
             f"{folder / RECORD}: packed with format {found.get('format')!r} and dictionary {found.get('dictionary')!r}, and this "
-            f"version reads {FORMAT!r} and {VERSION!r}",
+            f"version reads {PACKED_FORMAT!r} and {DICTIONARY_VERSION!r}",
             hint="unpack it with the version of upcycle that it names under 'versions'",
         )
     files = found.get("files")
@@ -214,7 +216,7 @@ def _pack_file(source: Path, target: Path) -> tuple[int, int]:
     """Write the packed form of one file; returns how many weights are in codes, and the bytes of all codes."""
     import torch
 
-    from upcycle.methods.compressing.qmoe_codec.codes import encode
+    from upcycle.methods.compressing.qmoe_codec.codes import encode_ternary
 
     file = SafetensorsFile(source)
     with source.open("rb") as opened:
@@ -227,7 +229,7 @@ def _pack_file(source: Path, target: Path) -> tuple[int, int]:
         for place, rows in _slices(spec):
             coded = None
             if spec.dtype in _FLOATS and len(spec.shape) in (2, 3):
-                coded = encode(_matrix(file, name, rows))
+                coded = encode_ternary(_matrix(file, name, rows))
             if coded is None or coded.bits_per_weight >= 8 * ITEM_SIZE[spec.dtype]:
                 shape = (1, *spec.shape[1:]) if rows else spec.shape
                 parts.append(_Part(_key(name, place), TensorSpec(shape, spec.dtype), file.chunks(name, _BLOCK, rows)))
@@ -315,12 +317,12 @@ def _unpack_file(source: Path, target: Path) -> None:
 
 
 def _unpacked(file: SafetensorsFile, name: str, place: int | None, columns: list[int]) -> Iterator[torch.Tensor]:
-    from upcycle.methods.compressing.qmoe_codec.codes import decode
+    from upcycle.methods.compressing.qmoe_codec.codes import decode_ternary
 
     if _key(name, place) in file.specs:
         yield from file.chunks(_key(name, place), _BLOCK)
         return
-    yield decode(_coded(file, name, place, columns[0]))
+    yield decode_ternary(_coded(file, name, place, columns[0]))
 
 
 def _coded(file: SafetensorsFile, name: str, place: int | None, columns: int) -> Coded:

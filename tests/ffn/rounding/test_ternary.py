@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.ffn.ternary import nearest_ternary, ternary_of_least_error
+from upcycle.ffn.rounding.ternary import nearest_ternary, ternary_of_least_error
 
 R, C = 5, 12
 
@@ -44,7 +44,7 @@ def slowly(matrix: np.ndarray, gram: np.ndarray, damping: float) -> np.ndarray:
 
 
 def test_errors_are_made_up_for_as_gptq_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle.ffn import ternary
+    from upcycle.ffn.rounding import ternary
 
     monkeypatch.setattr(ternary, "_BLOCK", 5)  # several blocks
     for seed in range(5):
