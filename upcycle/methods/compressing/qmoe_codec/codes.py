@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from upcycle.errors import CheckpointError
@@ -136,7 +137,7 @@ def _decode(codes: torch.Tensor, ends: torch.Tensor, scales: torch.Tensor, out: 
     for first in range(0, len(out), rows):
         bounds = ends[first : first + rows + 1].numpy()
         words = codes[int(bounds[0]) : int(bounds[-1])].numpy().astype(np.int64)
-        row = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        row: npt.NDArray[np.int64] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
         lengths = np.where(words < len(book.lengths), book.lengths[np.minimum(words, len(book.lengths) - 1)], 0)
         # Where each word begins in its row; the last is cut at the row's end.
         begins = np.cumsum(lengths, dtype=np.int64) - lengths

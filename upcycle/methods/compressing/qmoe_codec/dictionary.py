@@ -65,11 +65,11 @@ def dictionary() -> Dictionary:
             heapq.heappush(waiting, (cost + more, made, word + bytes([other]), node, other))
             made += 1
     lengths = np.array([len(word) for word in words], np.uint8)
-    table = np.zeros((len(words), LONGEST_WORD), np.int8)
+    table: npt.NDArray[np.int8] = np.zeros((len(words), LONGEST_WORD), np.int8)
     filled = np.arange(LONGEST_WORD) < lengths[:, None]
     table[filled] = np.frombuffer(b"".join(words), np.uint8).astype(np.int8) - 1
     tree = np.array(steps, np.int32)
-    ends = np.zeros(len(tree), np.int32)
+    ends: npt.NDArray[np.int32] = np.zeros(len(tree), np.int32)
     for node in range(len(tree) - 1, -1, -1):  # a beginning is made before those that are longer
         after = tree[node, 1]
         ends[node] = -1 - after if after < 0 else ends[after]

@@ -78,9 +78,9 @@ def pack_model(model: str | Path, out: str | Path, *, overwrite: bool = False, p
         UsageError: the model has no ternary matrix; or ``out`` is not empty.
         CheckpointError: the folder is no model, or a file of it is damaged.
     """
-    folder, out = _folder(model), user_path(out).absolute()
-    check_output(out, overwrite)
-    check_apart(out, folder, "the model", inside=True)
+    folder, target = _folder(model), user_path(out).absolute()
+    check_output(target, overwrite)
+    check_apart(target, folder, "the model", inside=True)
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (*LOCKS, LOCAL_NAMES_FILE))
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
@@ -89,7 +89,7 @@ def pack_model(model: str | Path, out: str | Path, *, overwrite: bool = False, p
         raise no_weights(folder)
     hashes = {name: hash_file(inside(folder / name, folder)) for name in names}
     fingerprint = hash_bytes(json.dumps(["pack", PACKED_FORMAT, DICTIONARY_VERSION, hashes], sort_keys=True).encode())
-    with explained_system_errors(out), _workspace(out, fingerprint, overwrite, "packing", progress) as workspace:
+    with explained_system_errors(target), _workspace(target, fingerprint, overwrite, "packing", progress) as workspace:
         if not workspace.finished:
             stored, ternary, coded = {}, 0, 0
             with progress.phase("packing", len(names)):
@@ -137,23 +137,26 @@ def unpack_model(
         CheckpointError: the folder was not written by :func:`pack_model`, or a file of it is damaged.
         UsageError: ``out`` is not empty, or another version of the dictionary is needed.
     """
-    folder, out = _folder(packed), user_path(out).absolute()
-    check_output(out, overwrite)
-    check_apart(out, folder, "the packed model", inside=True)
+    folder, target = _folder(packed), user_path(out).absolute()
+    check_output(target, overwrite)
+    check_apart(target, folder, "the packed model", inside=True)
     about = _about(folder)
     fingerprint = hash_bytes(json.dumps(["unpack", about], sort_keys=True).encode())
-    with explained_system_errors(out), _workspace(out, fingerprint, overwrite, "unpacking", progress) as workspace:
+    with (
+        explained_system_errors(target),
+        _workspace(target, fingerprint, overwrite, "unpacking", progress) as workspace,
+    ):
         if not workspace.finished:
             with progress.phase("unpacking", len(about["files"])):
                 for name, kept in about["files"].items():
-                    source, target = folder / kept["stored"], workspace.folder / name
+                    source, written = folder / kept["stored"], workspace.folder / name
                     if not source.is_file():
                         raise CheckpointError(f"{source} is missing", hint="copy or download the packed model again")
                     if kept["stored"].endswith(_ENDING):
-                        _unpack_file(inside(source, folder), target)
+                        _unpack_file(inside(source, folder), written)
                     else:
-                        copy_inside(source, folder, target)
-                    if hash_file(target) != kept["sha256"]:
+                        copy_inside(source, folder, written)
+                    if hash_file(written) != kept["sha256"]:
                         raise CheckpointError(
                             f"{source} is damaged: it does not give the {name} that was packed (its hash is another)",
                             hint="copy or download the packed model again",
