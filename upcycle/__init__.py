@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from upcycle.calibration.observe_file import observe
+    from upcycle.calibration.compressing.observe_file import observe
     from upcycle.conversion.convert import convert
     from upcycle.conversion.jobs import plan
     from upcycle.conversion.verify import verify

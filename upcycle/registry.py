@@ -38,6 +38,7 @@ METHODS = {
     "lower_top_k": "upcycle.methods.compressing.lower_top_k:LowerTopK",
     "low_rank": "upcycle.methods.compressing.low_rank:LowRank",
     "skip": "upcycle.methods.compressing.skip:Skip",
+    "qmoe": "upcycle.methods.compressing.qmoe_codec.qmoe:Qmoe",
     "random_experts": "upcycle.methods.compressing.dropping.random_experts:RandomExperts",
     "quantize": "upcycle.methods.compressing.quantize:Quantize",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",

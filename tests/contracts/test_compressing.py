@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stored_moe import MOES
-from upcycle.calibration import observe_moe, refit_cut, refit_depth
+from upcycle.calibration.compressing import observe_moe, refit_cut, refit_depth, round_ternary
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, RefusalError, UsageError
@@ -39,15 +39,16 @@ NAMES = [  # to_dense: test_to_dense.py; layer_drop: test_layer_drop.py, as few 
 ]
 INSIDE = ("slim", "resplit")  # those that change the width of experts
 WHOLE = [
-    name for name in NAMES if name not in (*INSIDE, "lower_top_k", "sparse_experts", "block_drop")
+    name for name in NAMES if name not in (*INSIDE, "lower_top_k", "sparse_experts", "block_drop", "qmoe")
 ]  # those whose result has fewer experts
-SAME_SIZE = ("lower_top_k", "resplit", "sparse_experts")
+SAME_SIZE = ("lower_top_k", "resplit", "sparse_experts", "qmoe")
 LEFT = {
     "slim": 4,
     "lower_top_k": 4,
     "resplit": 8,
     "sparse_experts": 4,
     "block_drop": 4,
+    "qmoe": 4,
 }  # experts that others leave of four, here
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
@@ -130,7 +131,11 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     assert written.shape == (1, 7)
     elements = {name: tensor.numel() for name, tensor in load_file(out / "model.safetensors").items()}
     assert sum(elements.values()) == result.plan.parameters_total
-    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in (*WHOLE, "sparse_experts")
+    assert result.plan.flops_per_token < result.plan.flops_per_token_dense or method in (
+        *WHOLE,
+        "sparse_experts",
+        "qmoe",
+    )
     assert result.plan.parameters_total < result.plan.parameters_dense or method in SAME_SIZE
 
 
@@ -207,6 +212,7 @@ def test_a_stopped_compression_continues_byte_equal(
             monkeypatch.setattr(load("method", method), deciding, interrupt)
     elif stop == "while refitting":
         monkeypatch.setattr(refit_cut.LayerFit, "set", interrupt)
+        monkeypatch.setattr(round_ternary, "_round_layer", interrupt)
     else:
         finish, finished = ShardWriter.finish, []
 
@@ -229,6 +235,7 @@ def test_a_stopped_compression_continues_byte_equal(
     if stop == "while writing":
         monkeypatch.setattr(refit_cut, "refit_cuts", interrupt)
         monkeypatch.setattr(refit_depth, "refit_depth", interrupt)
+        monkeypatch.setattr(round_ternary, "round_ternary", interrupt)
     upcycle.convert(source, tmp_path / "out", **keys)
     monkeypatch.undo()
     upcycle.convert(source, tmp_path / "whole", **keys)
@@ -266,7 +273,8 @@ def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Mo
 @pytest.mark.parametrize("method", NAMES)
 def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    upcycle.convert(str(pico_moe("mixtral")), out, method=method, **quick(method))
+    keys = {**quick(method), **({"refit": "none"} if method == "qmoe" else {})}  # else that tensor is refitted
+    upcycle.convert(str(pico_moe("mixtral")), out, method=method, **keys)
     path = out / "model.safetensors"
     tensors = load_file(path)
     victim = [name for name in tensors if "experts.2.w1" in name][-1]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.moe.dense_twin import width_beside
-from upcycle.calibration import refit_dense
+from upcycle.calibration.compressing import refit_dense
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import CheckpointError, RefusalError

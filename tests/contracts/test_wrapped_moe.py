@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 import upcycle.models
-from upcycle.calibration import refit_cut
+from upcycle.calibration.compressing import refit_cut
 from upcycle.errors import RefusalError, UsageError
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.registry import METHODS, load

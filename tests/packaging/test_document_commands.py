@@ -65,6 +65,7 @@ NOT_RUN = {
     "--hostfile": "needs several machines",
     "--tasks arc_easy": "needs the hub's data sets",
     "upcycle push": "needs the hub: tests/cli/verbs/test_push.py and tests/publishing/test_push.py push to one on the loopback",
+    "export --gguf": "needs llama-quantize: tests/publishing/test_gguf.py has a stand-in",
     "pytest -m gpu": "needs a GPU",
     "upcycle.kernels.gpu.timing.bench": "needs a GPU",
     "upcycle tune-kernels": "needs a GPU",

@@ -16,12 +16,13 @@ class Term:
     """Describes a part of an expert of a compressed model: an expert of the source, times ``weight``.
 
     ``order`` puts its neurons into another order before it is added to others, or takes some of them: neuron ``order[i]`` becomes
-    neuron i.
+    neuron i. ``ternary``: every row of its matrices is rounded to its smallest number, 0 and its largest.
     """
 
     expert: int
     weight: float = 1.0
     order: tuple[int, ...] | None = None
+    ternary: bool = False
 
 
 @dataclass(frozen=True)

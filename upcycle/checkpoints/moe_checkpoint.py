@@ -168,11 +168,15 @@ def sum_of_terms(terms: Sequence[Term], part: str, matrix: Callable[[int], torch
     """
     import torch
 
+    from upcycle.ffn.rounding.ternary import nearest_ternary
+
     total: torch.Tensor | None = None
     for term in terms:
         own = matrix(term.expert)
         if term.order is not None:
             own = reordered(own, part, torch.tensor(term.order))
+        if term.ternary:
+            own = nearest_ternary(own)
         total = term.weight * own if total is None else total + term.weight * own
     assert total is not None
     return total

@@ -22,6 +22,8 @@ VERBS = {
     "compare": "compare",
     "observe": "compressing.observe",
     "compress": "compressing.compress",
+    "pack": "compressing.pack",
+    "unpack": "compressing.unpack",
     "train": "train",
     "export": "export",
     "generate": "generate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ class CompressConversion(CompressJob, GrowthConversion):
 
     def _make(self, checkpoint: MoeCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress) -> None:
         """Let the method make what it makes of every layer."""
-        from upcycle.calibration.made_parts import made_file, make_parts
+        from upcycle.calibration.compressing.made_parts import made_file, make_parts
 
         cuts = {layer: cut for layer, cut in read_cuts(folder).items() if isinstance(cut, LayerCut)}
         if not all(made_file(folder, layer).exists() for layer in cuts):
@@ -119,37 +119,63 @@ class CompressConversion(CompressJob, GrowthConversion):
         """Refit what the experts of every layer became."""
         dtype = self.recipe.dtype
         if self.compression.depth:
-            from upcycle.calibration.refit_depth import refit_depth
+            from upcycle.calibration.compressing.refit_depth import refit_depth
             from upcycle.methods.compressing.base import kept_of
 
             return refit_depth(checkpoint, self.config, kept_of(cuts), dtype, windows, folder, progress)
         if self.compression.mixes:
-            from upcycle.calibration.refit_mixed import refit_mixed
+            from upcycle.calibration.compressing.refit_mixed import refit_mixed
 
             return refit_mixed(checkpoint, self.config, cuts, dtype, windows, folder, progress)
         if not self.compression.dense:
-            from upcycle.calibration.refit_cut import refit_cuts
+            from upcycle.calibration.compressing.refit_cut import refit_cuts
 
             kept = {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)}
+            if self.compression.ternary:
+                from upcycle.calibration.compressing.round_ternary import round_ternary
+
+                return round_ternary(checkpoint, self.config, kept, dtype, windows, folder, progress)
+            training = None
+            if self.refit == "blocks":
+                from upcycle.ffn.reconstruction import BlockSchedule
+
+                training = BlockSchedule(**self.recipe.reconstruction.model_dump())
             pieces = self.grown.pieces if self.wraps else ()
-            blocks = partial(self._blocks_of, checkpoint, folder)
-            return refit_cuts(checkpoint, self.config, kept, dtype, windows, folder, progress, pieces, blocks)
-        from upcycle.calibration.refit_dense import refit_dense
+            return refit_cuts(
+                checkpoint,
+                self.config,
+                kept,
+                dtype,
+                windows,
+                folder,
+                progress,
+                pieces,
+                partial(self._blocks_of, checkpoint, folder),
+                training,
+                self.recipe.seed,
+            )
+        from upcycle.calibration.compressing.refit_dense import refit_dense
 
         entries = [(unit.layer, entry) for unit in self.units for entry in unit.entries]
         down = {layer: e.name for layer, e in entries if layer in cuts and self._part(e) == "down"}
         pieces = self.grown.pieces
         return refit_dense(checkpoint, self.config, pieces, [*cuts], down, dtype, windows, folder, progress)
 
-    @staticmethod
-    def _part(entry: OutputEntry) -> str:
-        """Return which matrix of experts, or of what they became, a tensor is; empty: none."""
+    @cached_property
+    def _routers(self) -> frozenset[str]:
+        model = self.moe
+        return frozenset(name for names in model.names.values() for name in names if model.role(name) == "router")
+
+    def _part(self, entry: OutputEntry) -> str:
+        """Return which matrix of experts, or of what they became, a tensor is, or ``router``; empty: none."""
         from upcycle.architectures.stored_moe import matrix_of
 
         if isinstance(entry.origin, FactorRows):
             return "down" if entry.origin.part == "down_out" else entry.origin.part
         if isinstance(entry.origin, DenseMatrix | PackedMatrix):
             return entry.origin.part
+        if entry.name in self._routers and not self.compression.dense:
+            return "router"
         return matrix_of(entry.name)
 
     def _cuts(
@@ -168,7 +194,7 @@ class CompressConversion(CompressJob, GrowthConversion):
         if not self.compression.tries:
             store = partial(write_factors, folder)
             return self.compression.cuts(model, seen, keep, matrices, seed, store)
-        from upcycle.calibration.try_cuts import CutTrial
+        from upcycle.calibration.compressing.try_cuts import CutTrial
 
         assert windows is not None
         # Tried in the stock class, whatever the result is written as.
@@ -185,7 +211,7 @@ class CompressConversion(CompressJob, GrowthConversion):
         progress: Progress,
     ) -> Observations:
         """Return the observations that the recipe names, or make them."""
-        from upcycle.calibration.observe_moe import observe_layers
+        from upcycle.calibration.compressing.observe_moe import observe_layers
         from upcycle.methods.compressing.observations import OBSERVATIONS_FILE, Observations, noted
 
         if self.recipe.observations is not None:
@@ -201,14 +227,16 @@ class CompressConversion(CompressJob, GrowthConversion):
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
         """Yield every tensor of one unit as blocks: experts of the source, sums of them, or refitted down projections."""
-        down, made, bits = self._refitted(unit, folder), self._made(unit, folder), self._rounded(unit, folder)
+        from upcycle.calibration.compressing.refit_cut import refitted_part
+
+        fitted, made, bits = self._refitted(unit, folder), self._made(unit, folder), self._rounded(unit, folder)
         for entry in unit.entries:
             assert entry.origin is not None
             part = self._part(entry)
             if isinstance(entry.origin, InBits):
                 yield entry, iter([bits[entry.name]])
-            elif down is not None and part == "down":
-                yield entry, _refitted_blocks(entry, down, folder)
+            elif (whole := refitted_part(fitted, part)) is not None:
+                yield entry, _refitted_blocks(entry, whole, folder)
             elif unit.layer is not None and self._is_product(entry):
                 yield entry, iter([checked_finite(entry, product(entry, unit.layer, folder))])
             elif made and self._is_made(entry):
@@ -227,36 +255,35 @@ class CompressConversion(CompressJob, GrowthConversion):
 
     def _is_product(self, entry: OutputEntry) -> bool:
         """Return whether a tensor holds products of factors in the place of experts' matrices."""
-        return self.compression.factored and self.changes and not self.wraps and bool(self._part(entry))
+        return self.compression.factored and self.changes and not self.wraps and self._part(entry) not in ("", "router")
 
     def _is_made(self, entry: OutputEntry) -> bool:
         """Return whether a tensor is one that the method made anew, or holds one."""
         if not self.changes or not self.compression.makes:
             return False
-        part = "router" if self.moe.role(entry.name) == "router" else self._part(entry)
-        return bool({*part.split("_")} & self.compression.makes)
+        return bool({*self._part(entry).split("_")} & self.compression.makes)
 
     def _made(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         if unit.layer is None or not self.changes or not self.compression.makes or unit.layer not in read_cuts(folder):
             return {}
-        from upcycle.calibration.made_parts import made_file
+        from upcycle.calibration.compressing.made_parts import made_file
 
         return _kept_file(made_file(folder, unit.layer))
 
     def _rounded(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         """Return the rounded matrices of a unit, by the names of their parts."""
-        from upcycle.calibration.round_layers import bits_file
+        from upcycle.calibration.compressing.round_layers import bits_file
 
         if unit.layer is None or not any(isinstance(entry.origin, InBits) for entry in unit.entries):
             return {}
         return _kept_file(bits_file(folder, unit.layer))
 
-    def _refitted(self, unit: Unit, folder: Path) -> torch.Tensor | None:
-        from upcycle.calibration.refit_cut import down_file
+    def _refitted(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
+        from upcycle.calibration.compressing.refit_cut import down_file
 
         if unit.layer is None or unit.layer not in self._fitted(folder):
-            return None
-        return _kept_file(down_file(folder, unit.layer))["down"]
+            return {}
+        return _kept_file(down_file(folder, unit.layer))
 
     def _fitted(self, folder: Path) -> set[int]:
         """Return the layers of the source that were refitted."""
@@ -300,21 +327,23 @@ class CompressConversion(CompressJob, GrowthConversion):
         if isinstance(entry.origin, FactorRows) or self._is_product(entry) or self._is_made(entry):
             return False
         assert entry.origin is not None
-        return not (self._part(entry) == "down" and model.module_paths.layer_of(entry.origin.name) in fitted)
+        return not (
+            self._part(entry) in self.refitted_parts and model.module_paths.layer_of(entry.origin.name) in fitted
+        )
 
 
-def _refitted_blocks(entry: OutputEntry, down: torch.Tensor, folder: Path) -> Iterator[torch.Tensor]:
+def _refitted_blocks(entry: OutputEntry, whole: torch.Tensor, folder: Path) -> Iterator[torch.Tensor]:
     from upcycle.architectures.stored_moe import expert_index
     from upcycle.models.own.factored_experts import ranked_rows
 
     place = expert_index(entry.name)
-    block = down if place is None else down[place]
+    block = whole if place is None else whole[place]
     if isinstance(entry.origin, PackedMatrix):
-        block = down.mT.flatten(0, 1).contiguous()
+        block = whole.mT.flatten(0, 1).contiguous()
     if isinstance(entry.origin, FactorRows):
         cut = read_cuts(folder)[entry.origin.layer]
         assert isinstance(cut, LayerCut)
-        block = ranked_rows(down, [rank for _, rank in cut.ranks])
+        block = ranked_rows(whole, [rank for _, rank in cut.ranks])
     yield checked_finite(entry, block.reshape(entry.spec.shape))
 
 

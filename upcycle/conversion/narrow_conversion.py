@@ -118,7 +118,7 @@ class NarrowConversion(GrowthConversion):
     def _narrowed(
         self, checkpoint: DenseCheckpoint, windows: torch.Tensor, folder: Path, progress: Progress
     ) -> dict[str, Any]:
-        from upcycle.calibration.narrow_dense import choose_pairs, narrow_layers
+        from upcycle.calibration.compressing.narrow_dense import choose_pairs, narrow_layers
 
         sizes, dtype = self.sizes, self.recipe.dtype
         pairs = None
@@ -187,7 +187,7 @@ def _made(folder: Path, unit: Unit) -> dict[str, torch.Tensor]:
     """Return the new tensors of a layer, by the names of their origins."""
     from safetensors.torch import load_file
 
-    from upcycle.calibration.narrow_dense import layer_tensors
+    from upcycle.calibration.compressing.narrow_dense import layer_tensors
 
     assert unit.layer is not None
     path = layer_tensors(folder, unit.layer)

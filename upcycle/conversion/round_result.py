@@ -46,8 +46,8 @@ def round_result(
         folder: where decisions are kept.
         progress: where to report.
     """
-    from upcycle.calibration.allocate_bits import allocated
-    from upcycle.calibration.round_layers import round_layers
+    from upcycle.calibration.compressing.allocate_bits import allocated
+    from upcycle.calibration.compressing.round_layers import round_layers
 
     content = read_json(folder / CUTS_FILE)
     if "precision" in content:
@@ -85,8 +85,8 @@ def _unrounded(job: CompressJob, checkpoint: MoeCheckpoint, folder: Path) -> Lay
     uncut = layers_of(checkpoint, job.recipe.dtype)
     if not job.changes:
         return uncut
-    from upcycle.calibration.moe_walk import MoeWalk
-    from upcycle.calibration.refit_cut import CutLayers, stored_dtype
+    from upcycle.calibration.compressing.moe_walk import MoeWalk
+    from upcycle.calibration.compressing.refit_cut import CutLayers, stored_dtype
 
     cuts = {layer: cut for layer, cut in read_cuts(folder).items() if isinstance(cut, LayerCut)}
     walk = MoeWalk(uncut, 8)
@@ -118,7 +118,7 @@ class _Refitted:
             return
         from safetensors.torch import load_file
 
-        from upcycle.calibration.refit_cut import down_file
+        from upcycle.calibration.compressing.refit_cut import down_file
 
         down = load_file(down_file(self._folder, index))["down"].float()
         for name, parameter in self._modules[index].named_parameters():

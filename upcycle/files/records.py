@@ -60,6 +60,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}", hint="name a folder that upcycle convert wrote")
     record = read_json(folder / FILE)
+    if "packed" in record:
+        raise UsageError(f"{folder} is a packed model", hint=f"write it out first: upcycle unpack {folder} OUT")
     check_record(record, folder / FILE)
     return record
 

@@ -61,8 +61,25 @@ class CompressJob(GrowthJob):
 
     @property
     def refits(self) -> bool:
-        """Whether down projections are refitted on text."""
+        """Whether what is left is refitted on text."""
         return self.recipe.refit != "none" and self.changes and self.compression.refits
+
+    @property
+    def refit(self) -> str:
+        """What is refitted: ``down``, ``blocks`` (all of the experts, and the router) or ``none``."""
+        if not self.refits:
+            return "none"
+        return "blocks" if self.recipe.refit == "blocks" else "down"
+
+    @property
+    def refitted_parts(self) -> tuple[str, ...]:
+        """Which tensors are refitted, by what they hold."""
+        if not self.refits:
+            return ()
+        experts = ("gate", "up", "gate_up", "down")
+        if self.refit == "blocks":
+            return (*experts, "router")
+        return experts if self.compression.ternary else ("down",)
 
     @property
     def calibrated(self) -> bool:
@@ -88,7 +105,7 @@ class CompressJob(GrowthJob):
         return {
             "target": self.target_name,
             "compression": self.grown.summary,
-            "refit": "down" if self.refits else "none",
+            "refit": self.refit,
             **bits,
         }
 
@@ -104,9 +121,12 @@ class CompressJob(GrowthJob):
             if layer is not None
         ]
         outside = sum(self.source.specs[name].elements for name in moe.names[None])
-        both = self.refits or self.compression.tries  # two models are walked side by side
-        streams = (3 if both else 1) * plan.calibration_tokens * moe.hidden_size
-        walking = 4 * ((2 if both else 1) * max(layers) + outside + 2 * streams) if self.calibrated else 0
+        # Two models' streams and layers; where layers are trained, their inputs and targets, gradients and moments.
+        held, copies = {"none": (1, 1), "down": (3, 2), "blocks": (5, 5)}[self.refit]
+        if self.compression.tries:  # two models are walked side by side
+            held, copies = max(held, 3), max(copies, 2)
+        streams = held * plan.calibration_tokens * moe.hidden_size
+        walking = 4 * (copies * max(layers) + outside + 2 * streams) if self.calibrated else 0
         if self.scheme is not None:
             # A layer as it was and as it is cut, its rounded matrices, and a batch of the stream.
             walking = max(walking, 4 * (3 * max(layers) + outside + 3 * plan.calibration_tokens * moe.hidden_size))
@@ -115,7 +135,7 @@ class CompressJob(GrowthJob):
             parameters_dense=before,
             bytes_dense=sum(spec.nbytes for spec in stored),
             flops_per_token_dense=2 * (before - self.grown.source_idle - embedding),
-            refit="down" if self.refits else "none",
+            refit=self.refit,
             warnings=[*plan.warnings, *self._one_kind()],
             peak_memory_bytes=max(plan.peak_memory_bytes, RESIDENT_BYTES + walking),
         )
@@ -144,10 +164,13 @@ def checked_compression(job: C) -> C:
     recipe = job.recipe
     if recipe.observations is not None:
         Observations.about(user_path(recipe.observations))  # a file that is not there, or another one, is refused now
-    if recipe.refit in ("scale", "blocks"):
+    made = job.compression
+    alike = not (made.dense or made.ternary or made.depth or made.mixes or made.factored or made.makes)
+    trains = alike and made.refits and not job.wraps  # every layer has the MoE's own experts
+    if recipe.refit == "scale" or (recipe.refit == "blocks" and not trains):
         raise UsageError(
             f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",
-            hint="--refit down or none",
+            hint="--refit down, blocks or none" if trains else "--refit down or none",
         )
     if recipe.refit == "down" and not job.compression.refits:
         raise UsageError(
@@ -155,7 +178,7 @@ def checked_compression(job: C) -> C:
         )
     if job.calibrated:
         looks = recipe.observations is None or job.compression.tries or job.compression.makes
-        what = f"method {recipe.method}" if looks else "refit: down (--refit none needs no text)"
+        what = f"method {recipe.method}" if looks else f"refit: {job.refit} (--refit none needs no text)"
         if recipe.precision.looks:
             what = "rounding by gptq (--rounding nearest --bits 4 needs no text)"
         check_text(recipe, what)
@@ -180,9 +203,12 @@ def stored_in_bits(job: C, bits: Mapping[int, tuple[int, ...]] | None = None) ->
             hint="leave --bits out, and round the dense model with llm-compressor or GPTQModel",
         )
     made = job.compression
-    if job.wraps or made.depth or made.mixes or made.factored or made.makes:
+    trained = job.refit == "blocks"
+    if job.wraps or made.depth or made.mixes or made.factored or made.makes or made.ternary or trained:
+        more = " with refit: blocks" if trained else f" into {WRAPPED}" if job.wraps else ""
+        what = f"{job.method.name}{more}"
         raise UsageError(
-            f"precision: {job.method.name}{' into ' + WRAPPED if job.wraps else ''} and few bits are two steps",
+            f"precision: {what} and few bits are two steps",
             hint="leave --target out"
             if job.wraps
             else "leave --bits out, and compress what it makes once more by --bits alone",

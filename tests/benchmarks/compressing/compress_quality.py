@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
-from upcycle.calibration.observe_file import observe
+from upcycle.calibration.compressing.observe_file import observe
 
 WINDOW, MEASURED = 256, 8192
 PROMPTS, PROMPT, WRITTEN = 48, 32, 32

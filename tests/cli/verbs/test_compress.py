@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from upcycle.calibration import moe_walk
+from upcycle.calibration.compressing import moe_walk
 from upcycle.cli.main import main
 from upcycle.methods.compressing.observations import Observations
 
@@ -135,8 +135,8 @@ def test_unused_experts_are_counted_and_the_result_is_finite(
         (("--keep", 0.25, *TEXT), "keep 0.25 of 4 experts leaves 1, and every token chooses 2", "--keep 0.5 or more"),
         (("--keep", 0.9, *TEXT), "keep 0.9 of 4 experts rounds to all of them", "--keep 0.75 leaves one out"),
         (("--keep", 0.5), "method naee looks at activations and needs calibration text", "--calibration"),
-        (("--keep", 0.5, "--refit", "blocks", *TEXT), "refit: blocks is of splits", "--refit down or none"),
-        (("--keep", 0.5, "--refit", "scale", *TEXT), "refit: scale is of splits", "--refit down or none"),
+        (("--method", "qmoe", "--refit", "blocks", *TEXT), "refit: blocks is of splits", "--refit down or none"),
+        (("--keep", 0.5, "--refit", "scale", *TEXT), "refit: scale is of splits", "--refit down, blocks or none"),
         (("--keep", 0.5, "--method", "random_split", *TEXT), "random_split does not compress", "--method naee"),
         (("--keep", 0.5, "--method", "expert_upcycling"), "expert_upcycling does not compress", "upcycle convert"),
         (("--keep", 0.5, "--method", "repa", *TEXT), "repa", "reap"),

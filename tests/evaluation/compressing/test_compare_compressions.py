@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.calibration import moe_walk
+from upcycle.calibration.compressing import moe_walk
 from upcycle.cli.main import cli
 from upcycle.errors import EnvironmentFault, RefusalError, UsageError
 from upcycle.evaluation.compressing import compare_compressions as lead

@@ -36,6 +36,7 @@ JSON_KEYS = {
     "convert layers of a narrower model": "layer attention neurons ffn",
     "observe": "out experts top_k tokens layers",
     "observe layers": "layer unused few",
+    "pack and unpack": "out bytes bytes_packed ternary bits_per_weight",
     "convert layers of symphony": "layer similarity_stored similarity_aligned",
     "compare": "source dense unseen calibration_tokens evaluation_tokens results skipped timing goal",
     "compare results": "active method router refit baseline perplexity ratio unseen_ratio kl captured parameters_active flops_ratio "
@@ -59,6 +60,7 @@ JSON_KEYS = {
     "chat, a line for each answer": "said answer stopped",
     "train": "output step tokens stopped loss validation checkpoint model seconds",
     "export": "out dtype layout step tokens bytes",
+    "export --gguf": "out type bytes",
     "evaluate texts": "text tokens predicted nats_per_token perplexity remark reference_nats_per_token reference_perplexity",
     "evaluate layers": "layer load max_over_mean entropy dead_experts",
     "evaluate tasks": "harness reference limit scores",

@@ -41,6 +41,7 @@ TITLES = {
     "2310.01334": "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
     "2310.04361": "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion",
     "2310.06694": "Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning",
+    "2310.16795": "QMoE: Practical Sub-1-Bit Compression of Trillion-Parameter Models",
     "2312.17238": "Fast Inference of Mixture-of-Experts Language Models with Offloading",
     "2401.04088": "Mixtral of Experts",
     "2401.06066": "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",

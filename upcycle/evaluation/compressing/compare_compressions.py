@@ -17,8 +17,8 @@ from statistics import fmean
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.architectures.stored_moe import MOES
-from upcycle.calibration.observe_file import observe
-from upcycle.calibration.observe_moe import MOST_GRAM, gram_shape, sampled_tokens
+from upcycle.calibration.compressing.observe_file import observe
+from upcycle.calibration.compressing.observe_moe import MOST_GRAM, gram_shape, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import EnvironmentFault, UsageError

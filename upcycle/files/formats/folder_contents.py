@@ -39,6 +39,11 @@ _INSTEAD_OF_WEIGHTS = (
         "let it finish, or download again: hf download REPOSITORY --local-dir FOLDER",
     ),
     _Kind(
+        ("*.packed",),
+        "packed weights ({found})",
+        "write the model out first: upcycle unpack FOLDER OUT",
+    ),
+    _Kind(
         ("*.gguf",),
         "GGUF files ({found})",
         "name the .gguf file itself instead of its folder",
@@ -184,7 +189,7 @@ def no_config(folder: Path) -> CheckpointError:
             f"{folder}: config.json is missing, and folders below have one ({_listed(below)})",
             hint=f"name the folder below: {folder / below[-1]}",
         )
-    if error := _recognised(folder, names, (*_INSTEAD_OF_WEIGHTS[:3], *_INSTEAD_OF_A_MODEL)):
+    if error := _recognised(folder, names, (*_INSTEAD_OF_WEIGHTS[:4], *_INSTEAD_OF_A_MODEL)):
         return error
     if error := _recognised(folder, names, (*_WHOLE, *_INSTEAD_OF_WEIGHTS)):
         return CheckpointError(f"{error.message}, and config.json is missing", hint=error.hint)

@@ -27,7 +27,7 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class StoredMatrix:
     """Describes one matrix (or bias) of an expert in its buffer."""
 
     name: str
@@ -41,7 +41,7 @@ class StoredExpert:
     """Describes one expert: where its bytes are, and what they are in memory, in a buffer of ``nbytes``."""
 
     extents: tuple[Extent, ...]
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[StoredMatrix, ...]
     nbytes: int
 
     @property
@@ -167,7 +167,7 @@ def _expert(
             extents.append(Extent(file, start + first * row, size, at))
             at += size
         shape = (count, *shapes[name]) if packed else shapes[name]
-        matrices.append(Matrix(name, shape, store.specs[parts[0][0]].dtype, begin))
+        matrices.append(StoredMatrix(name, shape, store.specs[parts[0][0]].dtype, begin))
     return StoredExpert(tuple(extents), tuple(matrices), at)
 
 

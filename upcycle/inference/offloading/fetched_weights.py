@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from upcycle.inference.offloading.expert_layout import Matrix, StoredExperts
+from upcycle.inference.offloading.expert_layout import StoredExperts, StoredMatrix
 
 Fetch = Callable[[int], torch.Tensor]
 
@@ -29,7 +29,7 @@ class Scratch:
         self._most, self._dtype, self._device = most, dtype, device
         self._made: dict[str, torch.Tensor] = {}
 
-    def widened(self, matrix: Matrix, stored: torch.Tensor) -> torch.Tensor:
+    def widened(self, matrix: StoredMatrix, stored: torch.Tensor) -> torch.Tensor:
         """Return the matrix in the dtype that is computed in; it holds until the next one of its name."""
         if stored.dtype == self._dtype:
             return stored

@@ -54,7 +54,7 @@ class Compression(Growth):
     kind = "compression"
     takes = "moe"
     calibrated = True
-    keys = frozenset({"keep", "observations", "precision", "calibration", "refit", "dtype", "target"})
+    keys = frozenset({"keep", "observations", "precision", "calibration", "refit", "reconstruction", "dtype", "target"})
     next_step = "upcycle evaluate {out} --reference {source}"
     looks: ClassVar[bool] = True  # whether text decides
     observes: ClassVar[bool] = True  # whether it reads observations at all
@@ -66,6 +66,7 @@ class Compression(Growth):
     refits: ClassVar[bool] = True  # whether down projections may be refitted
     makes: ClassVar[frozenset[str]] = frozenset()  # of router, gate, up and down, those that :meth:`made` makes anew
     removes: ClassVar[bool] = True  # whether anything is left out or merged; else only the precision changes
+    ternary: ClassVar[bool] = False  # whether experts are rounded, and the refit is of what rounding leaves
 
     @property
     def tries(self) -> bool:

@@ -29,6 +29,7 @@ def _described(terms: Iterable[Term]) -> list[dict[str, Any]]:
             "expert": "shared" if t.expert == SHARED_FFN else t.expert,
             "weight": t.weight,
             "order": None if t.order is None else [*t.order],
+            **({"ternary": True} if t.ternary else {}),
         }
         for t in terms
     ]
@@ -52,6 +53,7 @@ def _terms(described: Iterable[dict[str, Any]]) -> tuple[Term, ...]:
             SHARED_FFN if t["expert"] == "shared" else t["expert"],
             t["weight"],
             None if t["order"] is None else tuple(t["order"]),
+            t.get("ternary", False),
         )
         for t in described
     )

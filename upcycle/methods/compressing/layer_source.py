@@ -58,7 +58,7 @@ class LayerSource:
 
 
 class Trial(Protocol):
-    """Tries cuts of several layers together on text: see :class:`upcycle.calibration.try_cuts.CutTrial`."""
+    """Tries cuts of several layers together on text: see :class:`upcycle.calibration.compressing.try_cuts.CutTrial`."""
 
     def closest(self, options: Mapping[int, Sequence[LayerCut]]) -> dict[int, LayerCut]:
         """Return the combination of the next layers' cuts behind which the stream is closest to the uncut model's."""

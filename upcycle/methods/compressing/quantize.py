@@ -5,7 +5,8 @@ from __future__ import annotations
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.base import Compression, LayerSource
+from upcycle.methods.compressing.base import Compression
+from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.recipe.conversion_recipe import Recipe
 
 

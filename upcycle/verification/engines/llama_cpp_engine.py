@@ -20,7 +20,7 @@ from upcycle.verification.engines.engine import Answer, NotHeld, Request, last_l
 LLAMA_CPP_VARIABLE = "LLAMA_CPP"
 _CONVERTER = "convert_hf_to_gguf.py"
 _DIVIDES = "llama.cpp divides by the logit of the shared expert's switch, which is 0 in this model"
-_HINT = (
+LLAMA_CPP_HINT = (
     f"git clone https://github.com/ggml-org/llama.cpp, set {LLAMA_CPP_VARIABLE} to that folder (its {_CONVERTER} is needed), and "
     "pip install xllamacpp sentencepiece (or llama-cpp-python in its place), or have llama-server on the PATH"
 )
@@ -40,12 +40,12 @@ class LlamaCpp:
             "model": str(file),
             "context": max(request.context + 1, 256),
             "threads": torch.get_num_threads(),  # more than there are free cores would wait for each other
-            "server": _found("llama-server"),
+            "server": found_program("llama-server"),
             "prompts": request.prompts,
             "tokens": request.tokens,
             "texts": request.texts,
         }
-        found = run_worker(self, "llama_cpp_worker.py", question, work, python, _HINT)
+        found = run_worker(self, "llama_cpp_worker.py", question, work, python, LLAMA_CPP_HINT)
         return Answer(f"llama.cpp ({found['version']})", "float32", read_written(found), found["tokenized"])
 
     def known_difference(self, model: Path, config: dict[str, Any]) -> str | None:
@@ -88,9 +88,9 @@ def convert_to_gguf(model: Path, file: Path, work: Path, python: str, kind: str 
         EnvironmentFault: the converter or a package that it needs is missing, or the disk has no room.
         NotHeld: the converter does not know the architecture, the tokenizer or a tensor.
     """
-    converter = _found(_CONVERTER)
+    converter = found_program(_CONVERTER)
     if converter is None:
-        raise EnvironmentFault(f"llama.cpp's {_CONVERTER} was not found", hint=_HINT)
+        raise EnvironmentFault(f"llama.cpp's {_CONVERTER} was not found", hint=LLAMA_CPP_HINT)
     needed = 4 * sum(spec.elements for spec in SafetensorsFolder(model).specs.values())
     if needed > 0.95 * shutil.disk_usage(work).free:
         raise EnvironmentFault(
@@ -121,7 +121,7 @@ def convert_to_gguf(model: Path, file: Path, work: Path, python: str, kind: str 
     raise NotHeld(f"llama.cpp's converter cannot convert it: {last.replace(str(model.absolute()) + os.sep, '')}")
 
 
-def _found(program: str) -> str | None:
+def found_program(program: str) -> str | None:
     """Return the path of a program or script of llama.cpp, from its folder, the PATH, or the folder of llama-server; or None."""
     for folder in _folders():
         if (folder / program).is_file():

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.calibration import refit_cut, refit_dense
-from upcycle.calibration.refit_cut import down_file
-from upcycle.calibration.refit_mixed import refit_mixed
+from upcycle.calibration.compressing import refit_cut, refit_dense
+from upcycle.calibration.compressing.refit_cut import down_file
+from upcycle.calibration.compressing.refit_mixed import refit_mixed
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.compressing.observations import Observations

@@ -13,7 +13,7 @@ from layer_sources import layer_source, random_observations
 from moe_oracle import block_of, is_sigmoid, layers_of, some_windows, stock, watch, without_experts
 from pico_models import PICO_MOE
 
-from upcycle.calibration.observe_moe import observe_layers
+from upcycle.calibration.compressing.observe_moe import observe_layers
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.methods.compressing.dropping.naee import Naee, NaeeParameters, error_of, kept_weights
 from upcycle.methods.compressing.layer_source import LayerSource

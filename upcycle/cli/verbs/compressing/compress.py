@@ -27,6 +27,7 @@ KEYS = (
         "calibration.text",
         "calibration.tokens",
         "refit",
+        "reconstruction.passes",
         "dtype",
         "max_shard_size",
     ),

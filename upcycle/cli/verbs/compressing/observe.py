@@ -50,7 +50,7 @@ def command(
     upcycle observe ./moe seen.safetensors --calibration docs.txt
     upcycle compress ./moe OUT --method reap --keep 0.75 --observations seen.safetensors --refit none
     """
-    from upcycle.calibration.observe_file import observe
+    from upcycle.calibration.compressing.observe_file import observe
 
     seen = observe(moe, out, text, tokens, dtype, revision, overwrite, ProgressBars(quiet))
     if as_json:

@@ -21,10 +21,17 @@ from torch.nn.functional import linear
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.made_parts import held_out_tokens, made_parts
-from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons, down_projections, set_down_projections
-from upcycle.calibration.result_layers import ResultLayers
+from upcycle.calibration.compressing.made_parts import held_out_tokens, made_parts
+from upcycle.calibration.compressing.moe_walk import (
+    MoeWalk,
+    Routed,
+    active_neurons,
+    down_projections,
+    set_down_projections,
+)
+from upcycle.calibration.compressing.result_layers import ResultLayers
 from upcycle.checkpoints.moe_checkpoint import sum_of_terms
+from upcycle.ffn.random_weights import stream
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.files.atomic_files import write_whole
@@ -35,6 +42,7 @@ from upcycle.progress import Progress
 if TYPE_CHECKING:
     from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.ffn.reconstruction import BlockSchedule
     from upcycle.methods.growing.base import Piece
     from upcycle.models.stock_layers import Layers
 
@@ -42,8 +50,18 @@ MOST_JOINT = 4096  # neurons whose down projections are fitted together
 
 
 def down_file(folder: Path, layer: int) -> Path:
-    """Return the file with the refitted down projections ``[E', d, F]`` of a layer."""
+    """Return the file of what was refitted of a layer: ``down`` ``[E', d, F]``, and, where they were, ``gate_up`` and ``router``.
+
+    These are ``[E', 2 F, d]`` and ``[E', d]``.
+    """
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
+
+
+def refitted_part(fitted: Mapping[str, torch.Tensor], part: str) -> torch.Tensor | None:
+    """Return which of a layer's refitted tensors a stored one is: gate, up, gate_up or down; None: that was not refitted."""
+    if part in ("gate", "up") and "gate_up" in fitted:
+        return fitted["gate_up"].chunk(2, 1)[part == "up"]
+    return fitted.get(part)
 
 
 def refit_cuts(
@@ -56,8 +74,12 @@ def refit_cuts(
     progress: Progress,
     pieces: Sequence[Piece] = (),
     blocks: Callable[[Origin], Iterator[torch.Tensor]] | None = None,
+    training: BlockSchedule | None = None,
+    seed: int = 0,
 ) -> dict[int, dict[str, float]]:
-    """Refit every layer, and write the new down projections. Tensors that a method made before are read from ``folder``.
+    """Refit every layer, and write the new down projections, or all that was trained.
+
+    Tensors that a method made before are read from ``folder``.
 
     Args:
         checkpoint: the MoE before it is cut.
@@ -69,6 +91,8 @@ def refit_cuts(
         progress: where to report.
         pieces: the tensors of the result, if it is of another class than the MoE.
         blocks: reads these; None: the checkpoint does.
+        training: how experts and routers are trained behind the closed form; None: they are not.
+        seed: of the training's order of tokens.
 
     Returns:
         For every layer, what was missing of the uncut stream before and after, on held-out tokens (on all where there are fewer
@@ -95,14 +119,50 @@ def refit_cuts(
                 if index in cuts:
                     fit = LayerFit(uncut, cut, index)
                     down, reports[index] = fit.solve(theirs, ours)
-                    stored = down.to(stored_as(index))
-                    fit.set(stored)
-                    write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
+                    fitted = {"down": down.to(stored_as(index)).contiguous()}
+                    fit.set(fitted["down"])
+                    if training is not None:
+                        dtypes = {"router": _router_dtype(checkpoint, index, dtype)}
+                        fitted, found = _trained(
+                            uncut, cut, index, theirs, ours, training, seed, stored_as(index), dtypes
+                        )
+                        reports[index] |= {"steps": found["steps"]}
+                        if reports[index]["missing_after"] and found["before"]:
+                            reports[index]["missing_after"] *= found["after"] / found["before"]
+                    write_whole(down_file(folder, index), partial(save_file, fitted))
                 for batch in uncut.batches(len(windows)):
                     theirs[batch] = uncut.run(index, theirs[batch])
                     ours[batch] = cut.run(index, ours[batch])
             progress.advance()
     return reports
+
+
+def _trained(
+    uncut: MoeWalk,
+    cut: MoeWalk,
+    index: int,
+    theirs: torch.Tensor,
+    ours: torch.Tensor,
+    schedule: BlockSchedule,
+    seed: int,
+    stored: torch.dtype,
+    others: Mapping[str, torch.dtype],
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Train a loaded layer, and return its tensors as they are stored (``others``: those of another dtype), and the report."""
+    from upcycle.calibration.compressing.train_cut import BlockTraining
+
+    def rounded(name: str, part: torch.Tensor) -> torch.Tensor:
+        return part.to(others.get(name, stored))
+
+    layer = BlockTraining(uncut, cut, index, schedule, stream(seed, str(index), "training"))
+    report = layer.fit(theirs, ours, held_out_tokens(theirs), rounded)
+    return {name: rounded(name, part.detach()).contiguous().clone() for name, part in layer.parts.items()}, report
+
+
+def _router_dtype(checkpoint: MoeCheckpoint, layer: int, dtype: str) -> torch.dtype:
+    name = next(name for name in checkpoint.model.names[layer] if checkpoint.model.role(name) == "router")
+    found: torch.dtype = getattr(torch, checkpoint.dtype_of(name, dtype))
+    return found
 
 
 def stored_dtype(checkpoint: MoeCheckpoint, dtype: str, layer: int) -> torch.dtype:
@@ -152,9 +212,10 @@ class CutLayers:
 
 def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut, stored: torch.dtype) -> torch.Tensor:
     """Return a tensor of the layer that is left; sums of experts are rounded as they will be stored."""
-    if whole.shape == shape:
+    of_experts = ".experts." in f".{name}"
+    if whole.shape == shape and not (of_experts and cut.merges):
         return whole
-    if ".experts." not in f".{name}":
+    if not of_experts:
         return whole[list(cut.rows)].clone()
     part = "down" if name.endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
     made = torch.stack([sum_of_terms(terms, part, whole.__getitem__) for terms in cut.experts])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed, active_neurons
 from upcycle.errors import CheckpointError
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS

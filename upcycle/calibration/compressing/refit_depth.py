@@ -1,6 +1,6 @@
 """Refits the experts of a model that lost whole layers, so that those that stay also do what these did.
 
-A layer that stays is fitted as in :mod:`upcycle.calibration.refit_cut`, towards the uncut model's stream before the next layer
+A layer that stays is fitted as in ``refit_cut.py``, towards the uncut model's stream before the next layer
 that stays: behind all layers between that are gone. Layers below the first that is gone have nothing to make up for. Where a norm
 follows the experts (FlexOlmo), what the experts of the same layer put out is the aim.
 
@@ -18,9 +18,9 @@ import torch
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.made_parts import held_out_tokens
-from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import LayerFit, down_file, stored_dtype
+from upcycle.calibration.compressing.made_parts import held_out_tokens
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
+from upcycle.calibration.compressing.refit_cut import LayerFit, down_file, stored_dtype
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
@@ -52,7 +52,7 @@ def refit_depth(
 
     Returns:
         For every layer that was fitted, by its index in the uncut model, the same numbers as
-        :func:`upcycle.calibration.refit_cut.refit_cuts`.
+        :func:`.refit_cut.refit_cuts`.
     """
     from safetensors.torch import save_file
 

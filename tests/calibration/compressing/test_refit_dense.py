@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.calibration import moe_walk, refit_dense
+from upcycle.calibration.compressing import moe_walk, refit_dense
 from upcycle.ffn.ridge_sums import UNJUDGED_STRENGTH
 
 Models = Callable[..., Path]

@@ -21,10 +21,10 @@ import torch
 from upcycle.architectures.dense.narrowed import KeptPairs, NarrowSizes, ffn_parts, head_parts, pair_rows
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.made_parts import held_out_tokens
-from upcycle.calibration.moe_walk import MoeWalk
-from upcycle.calibration.refit_cut import MOST_JOINT
-from upcycle.calibration.refit_dense import module_inputs, module_outputs
+from upcycle.calibration.compressing.made_parts import held_out_tokens
+from upcycle.calibration.compressing.moe_walk import MoeWalk
+from upcycle.calibration.compressing.refit_cut import MOST_JOINT
+from upcycle.calibration.compressing.refit_dense import module_inputs, module_outputs
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums

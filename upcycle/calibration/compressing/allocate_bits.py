@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import held_out_tokens
-from upcycle.calibration.round_layers import Chosen, rounded_expert
+from upcycle.calibration.compressing.made_parts import held_out_tokens
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
+from upcycle.calibration.compressing.round_layers import RoutedTexts, rounded_expert
 from upcycle.models.stock_layers import Layers
 from upcycle.precision.allocation import (
     LayerImportance,
@@ -92,13 +92,13 @@ def _importance(
                 if matrices.get(index):
                     size = stream.double().square().sum().item() ** 0.5
                     module: Any = walk.places[index].experts
-                    found.append(_of_layer(module, matrices[index], widths, Chosen(seen, held), size))
+                    found.append(_of_layer(module, matrices[index], widths, RoutedTexts(seen, held), size))
             progress.advance()
     return found
 
 
 def _of_layer(
-    experts: Any, matrices: Sequence[Matrix], widths: Sequence[int], chosen: Chosen, size: float
+    experts: Any, matrices: Sequence[Matrix], widths: Sequence[int], chosen: RoutedTexts, size: float
 ) -> LayerImportance:
     """Measure one layer; ``size`` is the norm of the stream behind it."""
     count, width = len(experts.gate_up_proj), experts.gate_up_proj.shape[1] // 2

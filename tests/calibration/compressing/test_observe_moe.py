@@ -12,8 +12,8 @@ from moe_oracle import block_of, is_sigmoid, layers_of, some_windows, stock, wat
 from pico_models import PICO_MOE
 
 from upcycle.architectures.stored_moe import MOES
-from upcycle.calibration import moe_walk, observe_moe
-from upcycle.calibration.observe_moe import observe_layers, sampled_tokens
+from upcycle.calibration.compressing import moe_walk, observe_moe
+from upcycle.calibration.compressing.observe_moe import observe_layers, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError
 from upcycle.methods.compressing.observations import Observations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.calibration.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed, active_neurons
 from upcycle.errors import CheckpointError
 from upcycle.methods.compressing.observations import LayerObservations, Observations
 from upcycle.models.experts import expert_outputs

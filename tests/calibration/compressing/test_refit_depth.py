@@ -12,9 +12,9 @@ from moe_oracle import block_of, layers_of, neurons, some_windows, stock, watch
 from safetensors.torch import load_file
 
 from upcycle.architectures.kept_layers import config_of_layers
-from upcycle.calibration import moe_walk, refit_cut
-from upcycle.calibration.refit_cut import down_file
-from upcycle.calibration.refit_depth import refit_depth
+from upcycle.calibration.compressing import moe_walk, refit_cut
+from upcycle.calibration.compressing.refit_cut import down_file
+from upcycle.calibration.compressing.refit_depth import refit_depth
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.progress import SILENT
 

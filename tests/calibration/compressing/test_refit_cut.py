@@ -15,8 +15,8 @@ from moe_oracle import Seen, block_of, layers_of, neurons, some_windows, stock, 
 from safetensors.torch import load_file
 
 from upcycle.architectures.expert_terms import LayerCut, Term
-from upcycle.calibration import moe_walk, refit_cut
-from upcycle.calibration.refit_cut import down_file, refit_cuts
+from upcycle.calibration.compressing import moe_walk, refit_cut
+from upcycle.calibration.compressing.refit_cut import down_file, refit_cuts
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.ffn.ridge_sums import UNJUDGED_STRENGTH
 from upcycle.progress import SILENT

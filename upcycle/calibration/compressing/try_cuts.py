@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.calibration.moe_walk import MoeWalk
-from upcycle.calibration.refit_cut import CutLayers, stored_dtype
+from upcycle.calibration.compressing.moe_walk import MoeWalk
+from upcycle.calibration.compressing.refit_cut import CutLayers, stored_dtype
 from upcycle.models.stock_layers import layers_of
 from upcycle.progress import Progress
 

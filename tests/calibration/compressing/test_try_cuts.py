@@ -12,8 +12,8 @@ import torch
 from moe_oracle import layers_of, some_windows, stock, without_experts
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.calibration import moe_walk, try_cuts
-from upcycle.calibration.try_cuts import CutTrial
+from upcycle.calibration.compressing import moe_walk, try_cuts
+from upcycle.calibration.compressing.try_cuts import CutTrial
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.progress import SILENT
 

@@ -1,6 +1,6 @@
 """Refits the FFNs of a dense model made of a Mixture-of-Experts towards the MoE's layers, in closed form, layer by layer.
 
-As in :mod:`upcycle.calibration.refit_cut`, with one FFN in the place of the experts: with e(x) what is missing of the MoE's stream
+As in ``refit_cut.py``, with one FFN in the place of the experts: with e(x) what is missing of the MoE's stream
 behind a layer, and h(x) the activations of the FFN's neurons, the update D of its down projection minimises
 ``sum_t ||e(x_t) - D h(x_t)||^2 + strength * ||D||^2``. Wide FFNs are fitted some neurons at a time.
 
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.module_paths import module_paths_of
-from upcycle.calibration.made_parts import held_out_tokens
-from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import MOST_JOINT, down_file
-from upcycle.calibration.result_layers import ResultLayers
+from upcycle.calibration.compressing.made_parts import held_out_tokens
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
+from upcycle.calibration.compressing.refit_cut import MOST_JOINT, down_file
+from upcycle.calibration.compressing.result_layers import ResultLayers
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
@@ -67,7 +67,7 @@ def refit_dense(
         progress: where to report.
 
     Returns:
-        For every layer the same numbers as :func:`upcycle.calibration.refit_cut.refit_cuts`.
+        For every layer the same numbers as :func:`.refit_cut.refit_cuts`.
 
     Raises:
         CheckpointError: the dense model is not the MoE outside the FFN.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.calibration.observe_moe import observe_layers
+from upcycle.calibration.compressing.observe_moe import observe_layers
 from upcycle.calibration.own_text import with_own_text
 from upcycle.calibration.read_tokens import tokens_of
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from upcycle.calibration.moe_walk import MoeWalk, Routed
-from upcycle.calibration.refit_cut import held_out_tokens
+from upcycle.calibration.compressing.made_parts import held_out_tokens
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.packed_bits import pack_rows
 from upcycle.files.formats.packed_folder import PACKED, SCALE, SHAPE
@@ -174,7 +174,7 @@ class _Layer:
             seen: list[Routed] = []
             for batch in self._walk.batches(len(stream)):
                 self._walk.run(self._index, stream[batch], seen.append)
-            self.round_all({}, Chosen(seen, held), gptq=True)
+            self.round_all({}, RoutedTexts(seen, held), gptq=True)
         after = self._outputs(stream)
         added = (before - stream).double().square().sum().item() or 1.0
         self.report["error"] = (after - before).double().square().sum().item() / added
@@ -208,7 +208,7 @@ class _Layer:
         count = int((~held).sum())
         return {name: Moments(seen, other if bool(held.any()) else None, count) for name, (seen, other) in sums.items()}
 
-    def round_all(self, inputs: Mapping[str, Moments], chosen: Chosen | None, gptq: bool) -> None:
+    def round_all(self, inputs: Mapping[str, Moments], chosen: RoutedTexts | None, gptq: bool) -> None:
         """Round linear layers, given the moments of the inputs of those in few bits; then (``chosen``, or no GPTQ) experts."""
         for name, matrix in self._linear.items():
             if matrix.name not in self._made:
@@ -259,7 +259,7 @@ class _Layer:
         write_whole(bits_file(folder, self._index), partial(save_file, whole))
 
 
-class Chosen:
+class RoutedTexts:
     """Gives the inputs of each expert.
 
     Args:

@@ -1,7 +1,7 @@
 """Refits a MoE some of whose layers got an FFN in the place of their experts, in closed form, layer by layer.
 
-FFNs are fitted as :mod:`upcycle.calibration.refit_dense` does, and the experts of layers above the first of them as
-:mod:`upcycle.calibration.refit_cut` does, all towards the uncut model's stream behind the same layer.
+FFNs are fitted as :mod:`upcycle.calibration.compressing.refit_dense` does, and the experts of layers above the first of them as
+:mod:`upcycle.calibration.compressing.refit_cut` does, all towards the uncut model's stream behind the same layer.
 
 N windows of W tokens, d the hidden size.
 """
@@ -18,9 +18,9 @@ import torch
 from upcycle.architectures.expert_terms import DenseCut, LayerCut
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.moe_walk import MoeWalk
-from upcycle.calibration.refit_cut import LayerFit, down_file, stored_dtype
-from upcycle.calibration.refit_dense import FfnFit
+from upcycle.calibration.compressing.moe_walk import MoeWalk
+from upcycle.calibration.compressing.refit_cut import LayerFit, down_file, stored_dtype
+from upcycle.calibration.compressing.refit_dense import FfnFit
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.compressing.described_cuts import Cut
@@ -52,7 +52,7 @@ def refit_mixed(
         progress: where to report.
 
     Returns:
-        For every layer that was fitted the same numbers as :func:`upcycle.calibration.refit_cut.refit_cuts`.
+        For every layer that was fitted the same numbers as :func:`upcycle.calibration.compressing.refit_cut.refit_cuts`.
     """
     from safetensors.torch import save_file
 
