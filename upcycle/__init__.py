@@ -60,7 +60,7 @@ _FUNCTIONS = {
     "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",
-    "observe": "calibration.observe_file",
+    "observe": "calibration.compressing.observe_file",
     "offload": "inference.offloading.offload",
     "plan": "conversion.jobs",
     "plan_training": "trainers.forecast.plan_training",
