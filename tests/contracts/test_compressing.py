@@ -173,7 +173,9 @@ def tries(method: str) -> bool:
         (method, name)
         for method in NAMES
         for name in ("mixtral", "dots1", "granitemoe")
-        if method not in ("random_experts", "sparse_experts") and (method not in INSIDE or name not in ONE_WIDTH)
+        if method not in ("random_experts", "sparse_experts")
+        and (method not in INSIDE or name not in ONE_WIDTH)
+        and (method, name) != ("resplit", "granitemoe")  # finer experts with equal rows, of which top-k takes any
     ],
 )
 def test_the_order_of_the_experts_does_not_matter(
@@ -255,9 +257,9 @@ def test_a_method_that_runs_layers_asks_for_text_beside_observations(
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("method", [name for name in NAMES if not tries(name)])
+@pytest.mark.parametrize("method", [name for name in NAMES if not tries(name) and not load("method", name).makes])
 def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Models, tmp_path: Path) -> None:
-    source, seen = str(pico_moe("dots1")), tmp_path / "seen.safetensors"
+    source, seen = str(pico_moe("mixtral" if method in INSIDE else "dots1")), tmp_path / "seen.safetensors"
     text = {"text": "demo", "tokens": 512}
     upcycle.observe(source, seen, "demo", 512)
     keys = {"method": method, **quick(method), "refit": "none"}

@@ -70,7 +70,8 @@ def test_every_rule_is_asked_for() -> None:
         keys["routing"] if isinstance(keys["routing"], str) else keys["routing"].get("rule", "top_k")
         for keys in ALL_ON.values()
     }
-    assert asked == set(RULES)
+    of_compressed = {"biased_top_k", "skip"}  # which conversions of dense models do not write: test_wrapped_moe.py
+    assert asked == set(RULES) - of_compressed
 
 
 def of_encoders(keys: dict[str, Any]) -> bool:

@@ -69,6 +69,7 @@ def test_everything_that_starts_python_does_it_so() -> None:
     allowed = {
         "upcycle/hardware/child_processes.py": {"sys.executable", '"-m"', "sys.path"},
         "upcycle/verification/engines/verify_with.py": {"sys.executable"},  # the engine's, which run_script starts
+        "upcycle/publishing/gguf.py": {"sys.executable"},  # likewise, of llama.cpp's converter
         "upcycle/cli/shared/options.py": {'"-m"'},  # of --method
         "upcycle/verification/engines/workers/llama_cpp_worker.py": {'"-m"'},  # of llama-server's --model
         "kernels/gpu/compile_gate/__main__.py": {"multiprocessing"},  # its processes have this one's sys.path

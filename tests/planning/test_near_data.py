@@ -100,7 +100,7 @@ def seen(pico_moe: Callable[..., Path], tmp_path: Path) -> tuple[str, str]:
     found = {layer: random_observations(4, seed=layer, tokens=100) for layer in (0, 1)}
     found[1] = replace(found[1], load=torch.tensor([100.0, 60, 30, 10]).double())
     path = tmp_path / "seen.safetensors"
-    Observations(found, MoeCheckpoint.open(str(folder)).store.fingerprint, 2, {}).write(path)
+    Observations(found, MoeCheckpoint.open(str(folder)).store.fingerprint, 2, {}, torch.eye(4).double()).write(path)
     return str(folder), str(path)
 
 

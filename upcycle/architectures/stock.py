@@ -128,7 +128,7 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
     packed, whole = packed_config(folder), unpacked(folder)
     named: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {"use_safetensors": True}
     # transformers leaves unpacked experts in the dtype of their scales, whatever dtype is asked for.
-    named |= {"dtype": "auto" if packed else dtype, "output_loading_info": True, "local_files_only": True}
+    named |= {"dtype": "auto" if packed else dtype, "output_loading_info": True}
     with (
         view(folder, weights=True) as clean,
         quiet_transformers(),
@@ -145,10 +145,11 @@ def load_stock_model(folder: Path, dtype: torch.dtype | str = "float32", surplus
         )
         loaded: Any
         if whole is None:
-            loaded = auto_class(config).from_pretrained(clean, trust_remote_code=False, **named)
+            loaded = auto_class(config).from_pretrained(clean, trust_remote_code=False, local_files_only=True, **named)
         else:  # weights that are in memory are given to the class itself
             own: Any = type(empty_model(config, str(folder)))
-            loaded = own.from_pretrained(None, **{**named, "config": config, "state_dict": whole})
+            named |= {"config": config, "state_dict": whole}
+            loaded = own.from_pretrained(None, trust_remote_code=False, local_files_only=True, **named)
     model, report = loaded
     if packed:
         unpack_linear_layers(model, dtype)

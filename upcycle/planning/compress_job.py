@@ -194,7 +194,8 @@ def stored_in_bits(job: C, bits: Mapping[int, tuple[int, ...]] | None = None) ->
     """
     recipe = job.recipe.precision
     if recipe.bits is None:
-        if odd := sorted(recipe.model_fields_set - {"bits"}):
+        usual = type(recipe)()  # a recorded recipe names what it left at its default, too
+        if odd := sorted(name for name in type(recipe).model_fields if getattr(recipe, name) != getattr(usual, name)):
             raise UsageError(f"precision: '{odd[0]}' says nothing without bits", hint="--bits 4")
         return job
     if job.compression.dense:

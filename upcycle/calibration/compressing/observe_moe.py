@@ -25,7 +25,7 @@ MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
 MOST_STREAMS = 32_000_000  # numbers of streams behind all layers that are in memory
-MOST_GRAM = 16_000_000  # numbers in the products of neurons that are kept of one layer
+MOST_GRAM = 2**24  # numbers in the products of neurons that are kept of one layer
 
 
 def sampled_tokens(experts: int) -> int:
