@@ -71,7 +71,7 @@ def test_every_step_has_a_source_here_and_every_architecture_a_cell() -> None:
     assert {PICO_MOE[name][0] for method, name, _ in CELLS if method == "expert_upcycling"} == set(MOES)
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize(("method", "name", "fused"), CELLS)
 def test_every_tensor_is_the_one_it_is_declared_to_be(
     method: str, name: str, fused: bool, source: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +103,7 @@ def test_every_tensor_is_the_one_it_is_declared_to_be(
         assert torch.equal(tensor, origin), key
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_same_inputs_give_the_same_bytes_as_planned(
     name: str, source: Callable[..., str], keys_of: Callable[[str], dict[str, Any]], tmp_path: Path
@@ -121,7 +121,7 @@ def test_same_inputs_give_the_same_bytes_as_planned(
     assert upcycle.verify(tmp_path / "one", tokens=64) == results[0].verification
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_step_continues_byte_equal(
     name: str,
@@ -153,7 +153,7 @@ def test_a_stopped_step_continues_byte_equal(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_tensor_is_found_by_name(
     name: str, source: Callable[..., str], keys_of: Callable[[str], dict[str, Any]], tmp_path: Path
@@ -187,7 +187,7 @@ def test_keys_that_mean_nothing_are_refused(
     assert "seed" in (caught.value.hint or "")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_blueprints_are_refused(name: str, source: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="makes no blueprints"):

@@ -61,7 +61,7 @@ def test_every_family_is_here() -> None:
     assert {PICO[name][0] for _, name in CELLS} == set(FAMILIES)
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(32)
 @pytest.mark.parametrize(("method", "name"), CELLS)
 def test_stock_transformers_runs_the_kept_neurons(method: str, name: str, pico: Pico, tmp_path: Path) -> None:
     """Every FFN is the formula of the saved blueprint and the dense weights, and all other tensors are the dense ones."""
@@ -97,7 +97,7 @@ def test_stock_transformers_runs_the_kept_neurons(method: str, name: str, pico: 
     assert all(torch.equal(files[0][key], tensor) for key, tensor in files[1].items() if key not in changed)
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(32)
 @pytest.mark.parametrize(("method", "name"), CELLS)
 def test_the_configuration_says_the_width_and_nothing_else_changes(
     method: str, name: str, pico: Pico, tmp_path: Path
@@ -152,7 +152,7 @@ def test_no_text_no_pruning(method: str, pico: Pico, tmp_path: Path) -> None:
     assert "--calibration" in str(caught.value.hint)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("method", NAMES)
 def test_what_is_planned_is_written_and_verified_again(method: str, pico: Pico, tmp_path: Path) -> None:
     keys = {"method": method, **QUICK, "max_shard_size": "60KB"}

@@ -25,7 +25,7 @@ from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.compressing.to_dense import ToDense
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 
-pytestmark = pytest.mark.one_in(4)  # the other cases are long
+pytestmark = pytest.mark.one_in(16)  # the other cases are long
 
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [name for name in PICO_MOE if name not in WITHOUT])
 def test_it_loads_in_stock_transformers_and_writes(name: str, fused: bool, pico_moe: Models, tmp_path: Path) -> None:
@@ -164,6 +164,7 @@ def test_a_changed_tensor_is_found_by_name(part: str, pico_moe: Models, tmp_path
         upcycle.verify(out, tokens=64)
 
 
+@pytest.mark.long
 def test_observations_decide_the_same(pico_moe: Models, tmp_path: Path) -> None:
     source, seen = str(pico_moe("qwen2_moe-softmax")), tmp_path / "seen.safetensors"
     text = {"text": "demo", "tokens": 512}

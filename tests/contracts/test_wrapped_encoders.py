@@ -21,7 +21,7 @@ from upcycle.publishing.model_card import make_card
 from upcycle.report.write_report import write_report
 from upcycle.verification import verify_experts
 
-pytestmark = pytest.mark.one_in(3)  # the other cases are long
+pytestmark = pytest.mark.one_in(6)  # the other cases are long
 
 QUICK = {"tokenizer": "none", "verification": {"tokens": 64}}
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **QUICK}

@@ -22,7 +22,7 @@ from upcycle.errors import RefusalError, UsageError
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.registry import METHODS, load
 
-pytestmark = pytest.mark.one_in(6)  # the other cases are long
+pytestmark = pytest.mark.one_in(24)  # the other cases are long
 
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
@@ -69,7 +69,7 @@ def test_keeping_all_is_the_stock_model_in_other_tensors(
     assert len(blocks) == sum("router.weight" in name for name, _ in wrapped.named_parameters()) > 0
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(32)
 @pytest.mark.parametrize("refit", ["none", "down"])
 @pytest.mark.parametrize("method", ["naee", "hc_smoe", "slim", "lower_top_k"])
 @pytest.mark.parametrize("name", ["mixtral", "dots1", "qwen2_moe", "lfm2_moe", "flex_olmo"])

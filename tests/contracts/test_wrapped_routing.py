@@ -18,7 +18,7 @@ from upcycle.errors import RefusalError, UsageError
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.own.routing.rules import RULES
 
-pytestmark = pytest.mark.one_in(4)  # the other cases are long
+pytestmark = pytest.mark.one_in(8)  # the other cases are long
 
 E = 8
 QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
@@ -78,7 +78,7 @@ def of_encoders(keys: dict[str, Any]) -> bool:
     return "expert_choice" in str(keys["routing"])
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize(
     ("name", "keys"),

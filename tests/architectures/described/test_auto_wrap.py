@@ -29,7 +29,7 @@ from upcycle.planning import open_sources
 from upcycle.registry import DESCRIBED, FOUND, load
 from upcycle.trainers.routing.stock_routers import moe_layers
 
-pytestmark = pytest.mark.one_in(5)  # the other cases are long
+pytestmark = pytest.mark.one_in(15)  # the other cases are long
 
 QUICK: dict[str, Any] = {"family": "auto-wrap", "tokenizer": "none", "verification": {"tokens": 64}}
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, **QUICK}
@@ -52,7 +52,7 @@ def nothing_known() -> Iterator[None]:
     FOUND.clear()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("keys", [COPIES, SPLIT], ids=["copies", "split"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_models_without_a_description_are_wrapped_exactly(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_cannot_be_wrapped_is_refused_with_what_was_found(name: str, tmp_pa
     assert name not in FOUND
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in UNTRIED])
 def test_the_finder_agrees_with_every_description(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(name)

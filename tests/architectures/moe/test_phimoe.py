@@ -83,6 +83,7 @@ def converted(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return get
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("family", "rope"),
     [
@@ -120,6 +121,7 @@ def test_a_partial_rotation_has_its_rows_in_pairs_of_a_whole_one() -> None:
     assert masked_rope({**plain, "partial_rotary_factor": 1.0}, 8, 64) == plain
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", FIRST.values())
 def test_greedy_tokens_with_a_cache_survive_saving(
     name: str, converted: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -133,6 +135,7 @@ def test_greedy_tokens_with_a_cache_survive_saving(
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", FIRST.values())
 def test_bfloat16_is_as_near_as_the_dense_models_but_for_equal_logits(
     name: str, converted: Callable[[str], tuple[Path, Path]]
@@ -154,6 +157,7 @@ def test_bfloat16_is_as_near_as_the_dense_models_but_for_equal_logits(
     assert errors[1][alone].mean() < 1.25 * errors[0][alone].mean()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", FIRST.values())
 def test_a_step_moves_it_about_as_far_as_the_dense_model(
     name: str, converted: Callable[[str], tuple[Path, Path]]
@@ -194,6 +198,7 @@ def test_routers_learn_with_noise_and_training_says_so(converted: Callable[[str]
     control.attach(moe_layers(model)[0])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", FOLDED)
 def test_half_precision_rounds_what_is_folded_and_float32_does_not(name: str, pico: Pico, tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -317,6 +322,7 @@ def test_heads_that_the_stock_class_cannot_run_are_refused(family: str, changes:
         load("family", family)().config({"model_type": family, **changes})
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("change", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["starcoder2", "nemotron-bias", "olmo"])
 def test_models_are_mixed(name: str, change: float, branches: Callable[..., list[Path]], tmp_path: Path) -> None:

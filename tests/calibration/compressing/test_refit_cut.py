@@ -83,6 +83,7 @@ def scaled(pico_moe: Models, tmp_path: Path) -> Path:
     return Path(folder)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(
     ("name", "cut", "count"),

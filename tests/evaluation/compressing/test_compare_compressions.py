@@ -66,6 +66,7 @@ class Listener(Progress):
         self.told.append(message)
 
 
+@pytest.mark.long
 def test_numbers_are_those_of_the_model_that_the_command_writes(
     pico_moe: Models, tmp_path: Path, temporary: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_all_methods_at_every_size(pico_moe: Models) -> None:
     assert not any(one.baseline for one in found.recommended)
 
 
+@pytest.mark.long
 def test_what_cannot_be_is_left_out_with_its_reason(pico_moe: Models) -> None:
     methods = ["lower_top_k", "slim:score=leverage"]
     found = compare_compressions(str(pico_moe("mixtral")), compress=methods, keep=[0.75], **SMALL)
@@ -145,6 +147,7 @@ def test_what_cannot_be_is_left_out_with_its_reason(pico_moe: Models) -> None:
     assert "--method slim --param score=leverage --keep 0.75" in best.command
 
 
+@pytest.mark.long
 def test_candidates_are_written_one_at_a_time(
     pico_moe: Models, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +190,7 @@ def test_room_on_the_disk_is_checked_before_any_work(pico_moe: Models, monkeypat
         compare_compressions(str(pico_moe("mixtral")), **SMALL)
 
 
+@pytest.mark.long
 def test_as_much_is_on_the_disk_as_was_said(pico_moe: Models, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[int] = []
     monkeypatch.setattr(lead, "_check_disk", said.append)
@@ -236,6 +240,7 @@ def test_a_moe_is_told_from_a_dense_model(pico: Callable[[str], Path], pico_moe:
     assert upcycle.compare_compressions is compare_compressions
 
 
+@pytest.mark.long
 def test_speed_is_measured_of_every_shape(pico_moe: Models) -> None:
     settings = {**SMALL, "timed": True}
     found = compare_compressions(str(pico_moe("mixtral")), compress=["lower_top_k"], keep=[0.5], **settings)

@@ -19,7 +19,7 @@ from upcycle.checkpoints.moe_checkpoint import leading_directions
 from upcycle.conversion import compress_conversion
 from upcycle.methods.compressing.to_dense import ToDense, ToDenseParameters
 
-pytestmark = pytest.mark.one_in(3)  # the other cases are long
+pytestmark = pytest.mark.one_in(10)  # the other cases are long
 
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}

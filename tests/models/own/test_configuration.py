@@ -130,6 +130,7 @@ def test_it_needs_a_base() -> None:
         configuration.UpcycleMoeConfig.from_dict({**RAW, "replaced_ffns": "all"})
 
 
+@pytest.mark.long
 def test_another_process_reads_a_pickled_configuration(tmp_path: Path) -> None:
     import pickle
 

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import upcycle
 from upcycle.evaluation.compressing.compare_compressions import compare_compressions
 from upcycle.report.data.collect import Wanted
 from upcycle.report.sections.comparison import comparison_view
 
 
+@pytest.mark.long
 def test_compressions_are_shown(pico_moe: Callable[..., Path], tmp_path: Path) -> None:
     moe, out = str(pico_moe("mixtral")), tmp_path / "out"
     upcycle.convert(moe, out, method="expert_upcycling", verification={"enabled": False})

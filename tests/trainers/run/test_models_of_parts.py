@@ -21,7 +21,7 @@ from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward, packing_leak
 from upcycle.trainers.routing.stock_routers import moe_layers
 
-pytestmark = pytest.mark.one_in(4)  # the other cases are long
+pytestmark = pytest.mark.one_in(12)  # the other cases are long
 
 Tower = Callable[..., Path]
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": 4, "top_k": 2, "verification": {"tokens": 64}}
@@ -33,7 +33,7 @@ def converted(tower: Tower, tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(15)
 @pytest.mark.parametrize(("wrapper", "text"), CASES)
 def test_documents_are_apart_or_the_leak_is_named(wrapper: str, text: str, tower: Tower) -> None:
     check_packing(tower(wrapper, text))
@@ -99,7 +99,7 @@ def test_experts_of_other_parts_stay_and_losses_see_routers_of_the_text_model_al
         assert torch.equal(before.read(name), after.read(name)) != of_text, name
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("zero", [0, 3, 2])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(zero: int, converted: Path, tmp_path: Path) -> None:
     whole = recipe_for(converted, tmp_path / "whole", zero={"stage": zero})

@@ -26,7 +26,7 @@ from upcycle.trainers.distillation.losses import capture_outputs, layer_outputs
 from upcycle.trainers.optimizing.parameter_groups import select
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, unread_warning
 
-pytestmark = pytest.mark.one_in(4)  # the other cases are long
+pytestmark = pytest.mark.one_in(12)  # the other cases are long
 
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
 NO_DROPOUT = {"gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "opt": {"dropout": 0.0}}
@@ -49,7 +49,7 @@ def converted(tmp_path: Path) -> Callable[..., Path]:
     return get
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "opt", "falcon", "bloom", "phi"])
 def test_a_run_balances_routers_and_its_export_loads_by_stock_code(
     name: str, converted: Callable[..., Path], tmp_path: Path
@@ -95,7 +95,7 @@ def test_what_was_trained_is_verified_evaluated_written_with_and_published(
     assert plan in card
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(15)
 @pytest.mark.parametrize("settings", [{"zero": {"stage": stage}} for stage in (0, 2, 3, 1)] + [{"dtype": "bfloat16"}])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(
     settings: dict[str, Any], converted: Callable[..., Path], tmp_path: Path
@@ -141,7 +141,7 @@ def test_outputs_of_layers_are_recorded_from_both(name: str, monkeypatch: pytest
         assert relative_error(other.hidden, one.hidden) < 2e-6
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", ["opt", "gpt2", "falcon"])
 def test_copies_have_nothing_to_learn_from_their_parent(
     name: str, converted: Callable[..., Path], tmp_path: Path

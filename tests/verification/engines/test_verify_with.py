@@ -89,6 +89,7 @@ def test_an_engine_that_ignores_a_window_is_different(
     assert "which was not compared" in loading(out, "vLLM")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("nothing")
 def test_llama_cpp_runs_in_its_other_binding(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama-cpp-python, where there is neither llama-server nor xllamacpp."""
