@@ -3,7 +3,8 @@
 The model is ``small_moe.py``'s, or any MoE (``--model``). It is observed once; every method then cuts it to 75% and 50%, without a
 refit and with the closed-form refit of down projections; two of them also with experts and routers trained behind it. Calibrated on
 documentation, code and science; measured on other documents of these kinds, and on news, a kind that nothing was calibrated on.
-Agreement: the share of tokens that are the same when both models go on from the same beginnings with greedy decoding.
+Same continuation: the share of tokens that are the same when both models go on from the same beginnings with greedy decoding, where one
+other token makes all that follow others. Same next token: the share that is the same when the cut model is given what the uncut one wrote.
 
 The rival is REAP as published: its score, no refit. Passes where the best of upcycle's loses at most half as much as REAP in log
 perplexity (calibrated kinds, and news) and in agreement.
@@ -65,6 +66,7 @@ class Result:
     calibrated: float
     foreign: float
     agreement: float
+    following: float
     seconds: float
     size: int
 
@@ -91,35 +93,46 @@ def perplexities(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
     return found
 
 
-def written(folder: Path, paths: Sequence[Path]) -> torch.Tensor:
-    """What a model writes, greedily, behind the beginnings of windows of each text."""
+def written(
+    folder: Path, paths: Sequence[Path], uncut: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a model writes, greedily, behind the beginnings of windows of each text, ``[N, T]``.
+
+    With what the ``uncut`` model wrote, also what it would write as each next token of that, ``[N, T]``.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     starts = torch.cat([windows_of(path, tokenizer)[: PROMPTS // len(paths), :PROMPT] for path in paths])
     settings = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False, "pad_token_id": 0}
-    return model.generate(starts, attention_mask=torch.ones_like(starts), **settings)[:, PROMPT:]
+    own = model.generate(starts, attention_mask=torch.ones_like(starts), **settings)[:, PROMPT:]
+    if uncut is None:
+        return own, None
+    with torch.no_grad():
+        logits = model(torch.cat([starts, uncut], 1)).logits[:, PROMPT - 1 : -1]
+    return own, logits.argmax(-1)
 
 
 def measured(
     folder: Path, dense: dict[str, float], said: torch.Tensor, paths: Sequence[Path]
-) -> tuple[float, float, float]:
-    """Mean log perplexity over the calibrated kinds and that of news, relative to the uncut model's, and agreement."""
+) -> tuple[float, float, float, float]:
+    """Mean log perplexity over the calibrated kinds and that of news, relative to the uncut model's, and both agreements."""
     found = perplexities(folder, paths)
     calibrated = fmean(math.log(found[domain] / dense[domain]) for domain in DOMAINS)
-    same = (written(folder, paths) == said).double().mean().item()
-    return calibrated, math.log(found[FOREIGN] / dense[FOREIGN]), same
+    own, following = written(folder, paths, said)
+    same, steps = ((tokens == said).double().mean().item() for tokens in (own, following))
+    return calibrated, math.log(found[FOREIGN] / dense[FOREIGN]), same, steps
 
 
 def table(results: Sequence[Result]) -> str:
     """Markdown."""
     lines = [
-        "| kept | method | refit | perplexity, calibrated kinds | news | same continuation | size | seconds |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| kept | method | refit | perplexity, calibrated kinds | news | same continuation | same next token | size | seconds |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for one in sorted(results, key=lambda r: (-r.keep, r.calibrated)):
         lines.append(
             f"| {one.keep:.0%} | {one.method} | {one.refit} | {math.exp(one.calibrated):.3f}x | {math.exp(one.foreign):.3f}x "
-            f"| {one.agreement:.1%} | {one.size / 1e6:.1f} MB | {one.seconds:.0f} |"
+            f"| {one.agreement:.1%} | {one.following:.1%} | {one.size / 1e6:.1f} MB | {one.seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -135,6 +148,7 @@ def verdicts(results: Sequence[Result]) -> list[Row]:
             ("calibrated kinds", best.calibrated, rival.calibrated),
             ("news", best.foreign, rival.foreign),
             ("continuations", 1 - best.agreement, 1 - rival.agreement),
+            ("next tokens of what the uncut model wrote", 1 - best.following, 1 - rival.following),
         ):
             ratio = ours / theirs if theirs > 0 else math.inf
             name = f"{keep:.0%}, {what}: loss of {best.method} + refit, of REAP"
@@ -154,7 +168,7 @@ def main() -> int:
     model = options.model or small_moe(options.train_tokens)
     calibration, _ = texts()
     _, evaluation = texts((*DOMAINS, FOREIGN))
-    dense, said = perplexities(model, evaluation), written(model, evaluation)
+    dense, said = perplexities(model, evaluation), written(model, evaluation)[0]
     print("uncut:", ", ".join(f"{name} {value:.2f}" for name, value in dense.items()), flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder:
