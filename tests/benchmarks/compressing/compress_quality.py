@@ -4,8 +4,8 @@ The model is ``small_moe.py``'s, or any MoE (``--model``). It is observed once; 
 refit and with the closed-form refit of down projections; two of them also with experts and routers trained behind it. Calibrated on
 documentation, code and science; measured on other documents of these kinds, and on news, a kind that nothing was calibrated on.
 Same continuation: the share of tokens that are the same when both models go on from the same beginnings with greedy decoding, where
-one other token makes all that follow others. Same next token: the share that is the same when the cut model is given what the uncut one
-wrote.
+one other token makes all that follow others. Same next token: the share that is the same when the cut model is given what the uncut
+one wrote.
 
 The rival is REAP as published: its score, no refit. Passes where the best of upcycle's loses at most half as much as REAP in log
 perplexity (calibrated kinds, and news) and in agreement.
